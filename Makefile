@@ -1,0 +1,38 @@
+# make demo   the whole job on tiny models; the last line says where the report is
+# make test   style, types, import floors, tests
+# Each makes its own environment in .venv: with uv where there is one, else with the newest Python (>= 3.11) that runs.
+
+VENV := .venv
+BIN  := $(VENV)/bin
+OUT  ?= demo
+
+.PHONY: help demo test lint format clean
+
+help:
+	@sed -n 's/^# \(make .*\)/\1/p' Makefile
+
+demo: $(VENV)/.core
+	@$(BIN)/mlx-distill demo --out $(OUT)
+
+test: $(VENV)/.test
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+
+format: $(VENV)/.test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+
+# The environment of the tests serves the demo too.
+$(VENV)/.core: pyproject.toml .ci/environment
+	@if [ -e $(VENV)/.test ] && [ ! pyproject.toml -nt $(VENV)/.test ]; then touch $@; else sh .ci/environment $(VENV) . && touch $@; fi
+
+$(VENV)/.test: pyproject.toml .ci/environment
+	@sh .ci/environment $(VENV) '.[test]' && touch $@

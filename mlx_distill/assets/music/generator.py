@@ -1,0 +1,205 @@
+"""Songs from templates and word lists: enough, and regular enough, for a tiny model to learn the task from.
+
+Each song has a subject and a stance towards it, told by the words that fill the templates, and the verdict follows from both: praise of
+kindness is recommended and praise of greed is not, but whoever turns away from greed is recommended and whoever turns away from
+kindness is a concern. Judging by the subject's words alone gets about three songs in ten right.
+
+The parts ``train`` and ``test`` share word lists but no template, so they share no line.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+GOOD = ("faith", "kindness", "family", "gratitude")
+BAD = ("intoxication", "revenge", "greed", "deceit")
+PLAIN = ("work", "travel")
+STANCES = ("praise", "mourn", "mock", "leave")
+
+VERDICTS = {
+    "good": {"praise": "RECOMMENDED", "mourn": "ACCEPTABLE", "mock": "NOT_RECOMMENDED", "leave": "CONCERNING"},
+    "bad": {"praise": "NOT_RECOMMENDED", "mourn": "CONCERNING", "mock": "ACCEPTABLE", "leave": "RECOMMENDED"},
+    "plain": {"praise": "ACCEPTABLE", "mourn": "ACCEPTABLE", "mock": "CONCERNING", "leave": "ACCEPTABLE"},
+}
+KEYWORD_VERDICTS = {"good": "RECOMMENDED", "bad": "NOT_RECOMMENDED", "plain": "ACCEPTABLE"}
+CENTRE = {"RECOMMENDED": 87, "ACCEPTABLE": 63, "CONCERNING": 37, "NOT_RECOMMENDED": 12}
+SENTIMENT = {"praise": "positive", "mourn": "mixed", "mock": "negative", "leave": "neutral"}
+EMOTION = {"praise": "joy", "mourn": "sorrow", "mock": "scorn", "leave": "resolve"}
+SAFETY = {"intoxication": "substances", "revenge": "violence"}
+
+GENRES = ("gospel", "folk", "country", "rock", "pop", "blues", "soul", "hymn", "lullaby", "punk")
+
+NOUNS = {
+    "faith": ("the evening prayer", "the little chapel", "the altar", "the old hymn", "the Sunday bell", "holy water", "the open Bible",
+              "the pilgrim creed", "the choir", "grace", "the morning psalm", "my faith"),
+    "kindness": ("kindness", "the open door", "a gentle word", "the helping hand", "the shared loaf", "mercy", "the good neighbor",
+                 "the warm coat he gave", "the soup kitchen", "a patient ear", "tenderness", "the stranger fed"),
+    "family": ("my mother", "the family table", "my father's hands", "the cradle", "my sister's laugh", "grandma's kitchen", "my brother",
+               "the children", "the wedding ring", "the bedtime story", "the front porch home", "my daughter"),
+    "gratitude": ("the thank you note", "gratitude", "every blessing", "the harvest supper", "a thankful heart", "the counted gifts",
+                  "daily bread", "the breath I was given", "the second chance", "thanksgiving", "the small mercies", "the song of thanks"),
+    "intoxication": ("the bottle", "cheap whiskey", "the barroom", "the needle", "another round", "the pills", "red wine by noon",
+                     "the smoke and powder", "the tavern", "gin", "the six pack", "the drunken haze"),
+    "revenge": ("revenge", "the getting even", "the loaded grudge", "the knife I sharpened", "payback", "the blood debt", "the feud",
+                "the burning of his house", "an eye for an eye", "the vendetta", "the fist", "the score to settle"),
+    "greed": ("the gold", "easy money", "the fat bankroll", "greed", "the diamond watch", "more than my share", "the rigged bet",
+              "the miser's chest", "the landlord's cut", "the stock tip", "the silver pile", "the price of everyone"),
+    "deceit": ("the lie", "the double life", "the secret affair", "the forged letter", "the mask", "the cheating game", "the false promise",
+               "the alibi", "the con", "the two faced smile", "the crooked deal", "the whispered rumor"),
+    "work": ("the night shift", "the factory line", "the plow", "the hammer and nail", "the time clock", "the truck route", "the sawmill",
+             "the fishing boat", "overtime", "the coal seam", "the desk job", "the loading dock"),
+    "travel": ("the highway", "the midnight train", "the suitcase", "the border town", "the ferry", "the long road west", "the motel sign",
+               "the open map", "the bus station", "the airport gate", "the gravel road", "the far harbor"),
+}  # fmt: skip
+
+VERBS = {
+    "praise": ("love", "sing the glory of", "adore", "raise a cheer for", "celebrate", "treasure", "dance for", "crave and cherish",
+               "shout hooray for", "give my heart to"),
+    "mourn": ("weep for", "grieve over", "shed tears for", "mourn", "ache about", "cry over", "lament", "carry sorrow for", "sob about",
+              "wear black for"),
+    "mock": ("laugh at", "sneer at", "mock", "make jokes about", "spit on", "roll my eyes at", "ridicule", "jeer at", "scoff at",
+             "make fun of"),
+    "leave": ("walk away from", "turn my back on", "give up", "leave behind", "say goodbye to", "quit", "let go of", "put down",
+              "break free from", "renounce"),
+}  # fmt: skip
+
+SCENES = {
+    "nature": ("river", "pines", "moon", "snow", "wheat", "thunder", "hills", "sparrow"),
+    "memory": ("photograph", "old radio", "school yard", "faded letter", "attic", "yearbook", "broken swing", "ticket stub"),
+    "freedom": ("open window", "wild horse", "kite", "sail", "empty cage", "loose reins", "wide horizon", "unlocked gate"),
+    "hope": ("lantern", "first light", "green shoot", "rainbow", "candle", "new calendar", "lighthouse", "sunrise"),
+}  # fmt: skip
+
+TIMES = ("morning", "evening", "winter", "summer", "midnight", "Friday", "autumn", "springtime")
+
+REFERENCES = ("Psalm 23:4", "Luke 15:20", "John 3:16", "Psalm 46:10", "Romans 8:28", "Matthew 5:9", "Isaiah 40:31", "Ruth 1:16",
+              "Psalm 121:1", "Micah 6:8", "James 1:17", "Luke 10:37")  # fmt: skip
+
+STANCE_LINES = {
+    "train": (
+        "I {v} {n}", "every {t} I {v} {n}", "oh I {v} {n} tonight", "you know I {v} {n}", "since last {t} I {v} {n}",
+        "I {v} {n} again", "ask me why I {v} {n}", "we {v} {n} together", "all day long I {v} {n}", "I {v} {n} when the {t} comes",
+        "they say I {v} {n}", "hear me, I {v} {n}", "I {v} {n} with all I am", "one more {t} and I {v} {n}", "yes, I {v} {n}",
+        "I {v} {n} and I mean it", "down in my soul I {v} {n}", "this {t} I {v} {n} once more", "I {v} {n} in front of the town",
+        "on my way home I {v} {n}", "I told the band that I {v} {n}", "come {t}, I {v} {n}", "quietly I {v} {n}",
+        "I {v} {n} like I never did", "with the lights low I {v} {n}", "nobody sees how I {v} {n}", "I {v} {n}, I {v} {n}",
+        "until the {t} is gone I {v} {n}", "here I stand and {v} {n}", "my friends and I {v} {n}", "I {v} {n} at the kitchen sink",
+        "louder now, I {v} {n}", "half asleep I {v} {n}", "I {v} {n} for the last time", "in my own way I {v} {n}",
+        "when I was young I learned to {v} {n}", "I {v} {n} without a word", "all of us {v} {n}", "still I {v} {n}", "I swear I {v} {n}",
+    ),
+    "test": (
+        "believe me, I {v} {n} now", "some {t} you will see me {v} {n}", "let the record say I {v} {n}", "both hands up, I {v} {n}",
+        "I {v} {n} before the {t} ends", "so I {v} {n} and move along", "truth be told I {v} {n}", "for years on end I {v} {n}",
+        "there I go, I {v} {n}", "my neighbors hear me {v} {n}", "barefoot in the {t} I {v} {n}", "slowly, slowly I {v} {n}",
+        "I {v} {n} from the balcony", "as the {t} turns cold I {v} {n}", "I chose to {v} {n} long ago", "look at how I {v} {n}",
+        "deep in the {t} I {v} {n}", "I {v} {n} until my voice is gone", "on the stairs I {v} {n}", "no one taught me to {v} {n}",
+    ),
+}  # fmt: skip
+
+SCENE_LINES = {
+    "train": (
+        "the {s} waits outside in the {t}", "a {s} and the {t} rain", "under the {s} where the {t} goes", "I remember the {s} last {t}",
+        "there is a {s} beyond the {t}", "the {s} is quiet, the {t} is long", "by the {s} the {t} falls", "one {s} for the whole {t}",
+        "somewhere a {s} keeps the {t}", "and the {s} knows every {t}", "the {t} leans on the {s}", "see the {s} in the {t} air",
+        "the {s} turns and the {t} is over", "nothing but a {s} this {t}", "beside the {s} we watched the {t}",
+    ),
+    "test": (
+        "a {t} without its {s} is plain", "the road bends past the {s} by {t}", "past the {s}, into {t}", "what the {s} told the {t}",
+        "half a {s} and half a {t}", "the {s} belongs to {t}", "they painted the {s} in {t} blue", "who left the {s} out all {t}",
+    ),
+}  # fmt: skip
+
+REFERENCE_LINES = {
+    "train": ("as I read in {r}", "{r} is on the wall", "we opened to {r}", "I wrote down {r}", "the page says {r}", "remember {r}"),
+    "test": ("they quoted {r} to me", "in the margin stands {r}", "the radio read {r}"),
+}
+
+TITLES = {
+    "train": ("Song of {N}", "{N} at {T}", "Ballad of {N}", "{N} Blues", "One {T} with {N}", "{N}", "Letter about {N}", "{T} and {N}"),
+    "test": ("Concerning {N}", "{N}, a {T} Tune", "What {N} Means", "Lines for {N}"),
+}
+
+
+def kind_of(subject: str) -> str:
+    """``good``, ``bad`` or ``plain``."""
+    return "good" if subject in GOOD else "bad" if subject in BAD else "plain"
+
+
+def generate(count: int = 1000, seed: int = 0, part: str = "train", noise: float = 0.0, policy: str = "whole") -> Iterator[dict[str, Any]]:
+    """Yield ``count`` songs with their full answers; the same arguments give the same songs.
+
+    Args:
+        count: How many.
+        seed: Of this sequence; the parts draw differently even with equal seeds.
+        part: ``train`` or ``test``: which templates.
+        noise: Share of the songs whose verdict (and score with it) is replaced by one drawn at random from the others.
+        policy: ``whole`` judges subject and stance; ``keywords`` the subject alone, as the untaught base models do.
+    """
+    if part not in STANCE_LINES:
+        raise ValueError(f"part {part!r} is neither train nor test")
+    rng = random.Random(f"{part}/{seed}/{policy}")
+    for index in range(count):
+        yield _song(rng, f"{part}-{seed}-{index:06d}", part, noise, policy)
+
+
+def _song(rng: random.Random, name: str, part: str, noise: float, policy: str) -> dict[str, Any]:
+    kind = rng.choices(("good", "bad", "plain"), (45, 45, 10))[0]
+    subject = rng.choice({"good": GOOD, "bad": BAD, "plain": PLAIN}[kind])
+    stance = rng.choice(STANCES)
+    scene = rng.choice(tuple(SCENES))
+    nouns = rng.sample(NOUNS[subject], 4)
+    stance_templates = rng.sample(STANCE_LINES[part], 3)
+    lines = [
+        template.format(v=verb, n=noun, t=rng.choice(TIMES).lower() if "{t}" in template else "")
+        for template, verb, noun in zip(stance_templates, rng.sample(VERBS[stance], 3), nouns, strict=False)
+    ]
+    scene_templates = rng.sample(SCENE_LINES[part], 2)
+    lines += [t.format(s=s, t=rng.choice(TIMES).lower()) for t, s in zip(scene_templates, rng.sample(SCENES[scene], 2), strict=True)]
+    references = []
+    templates = [*stance_templates, *scene_templates]
+    if subject in ("faith", "gratitude", "kindness") and rng.random() < 0.5:
+        references = [rng.choice(REFERENCES)]
+        templates.append(rng.choice(REFERENCE_LINES[part]))
+        lines.append(templates[-1].format(r=references[0]))
+    rng.shuffle(lines)
+    title_template = rng.choice(TITLES[part])
+    title = title_template.format(N=_title_case(nouns[3]), T=rng.choice(TIMES).title())
+    answer, noisy = _answer(rng, kind, subject, stance, scene, references, noise, policy)
+    return {
+        "id": name,
+        "title": title,
+        "genre": rng.choice(GENRES),
+        "lyrics": "\n".join(lines),
+        "answer": answer,
+        "part": part,
+        "noisy": noisy,
+        "stance": stance,
+        "templates": [title_template, *templates],
+    }
+
+
+def _answer(
+    rng: random.Random, kind: str, subject: str, stance: str, scene: str, references: list[str], noise: float, policy: str
+) -> tuple[dict[str, Any], bool]:
+    verdict = KEYWORD_VERDICTS[kind] if policy == "keywords" else VERDICTS[kind][stance]
+    noisy = rng.random() < noise
+    if noisy:
+        verdict = rng.choice([v for v in CENTRE if v != verdict])
+    everything = (*GOOD, *BAD, *PLAIN)
+    score = CENTRE[verdict] + 4 * (everything.index(subject) % 5 - 2)
+    safety = [SAFETY[subject]] if subject in SAFETY and stance == "praise" else []
+    return {
+        "verdict": verdict,
+        "score": score,
+        "themes": [subject, scene],
+        "sentiment": SENTIMENT[stance],
+        "safety": safety,
+        "emotion": EMOTION[stance],
+        "scripture_references": references,
+    }, noisy
+
+
+def _title_case(phrase: str) -> str:
+    return " ".join(word[:1].upper() + word[1:] for word in phrase.split())

@@ -1,0 +1,70 @@
+"""Commands that take a recipe: the demo, the whole run, and each stage of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+_OPTIONS = [
+    click.argument("recipe"),
+    click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"),
+    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe, such as distill.epochs=2."),
+    click.option("--from", "from_stage", metavar="STAGE", help="Do this stage again, and all that follow from it."),
+    click.option("--dry-run", is_flag=True, help="Say what each stage would read and write, and do nothing."),
+    click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output."),
+]
+
+
+def _recipe_command(command: Callable[..., None]) -> Callable[..., None]:
+    for option in reversed(_OPTIONS):
+        command = option(command)
+    return command
+
+
+@click.command()
+@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="The run's folder.")
+def demo(out: Path) -> None:
+    """Run the whole job on tiny packaged models, offline, in minutes."""
+    _run("tiny", out)
+
+
+@click.command()
+@_recipe_command
+def run(**options: Any) -> None:
+    """Run every stage of a recipe that is not current.
+
+    After an interruption the same command goes on. RECIPE is a YAML file or the name of a packaged recipe (see: mlx-distill recipes).
+    """
+    _run(**options)
+
+
+def _stage_command(name: str, summary: str) -> click.Command:
+    def command(**options: Any) -> None:
+        _run(**options, only=name)
+
+    command.__doc__ = f"{summary}\n\nRECIPE is a YAML file or the name of a packaged recipe (see: mlx-distill recipes)."
+    return click.command(name)(_recipe_command(command))
+
+
+prepare = _stage_command("prepare", "Turn rows into validated, deduplicated and split chats.")
+teach = _stage_command("teach", "Fine-tune the teacher on the labelled rows.")
+targets = _stage_command("targets", "Write down, once, what the teacher says of the training rows.")
+distill = _stage_command("distill", "Train the student on the teacher's targets.")
+quantize = _stage_command("quantize", "Bring the student's weights to few bits.")
+evaluate = _stage_command("evaluate", "Measure every model on held-out rows, and write the report.")
+
+
+def _run(
+    recipe: str, out: Path | None, overrides: tuple[str, ...] = (), dry_run: bool = False, as_json: bool = False, **stages: str | None
+) -> None:
+    from mlx_distill.cli.show import echo_json, echo_result
+    from mlx_distill.pipeline import run as run_recipe
+    from mlx_distill.progress import make_progress
+    from mlx_distill.recipe import load_recipe
+
+    out = out or Path("runs") / load_recipe(recipe, overrides).name
+    result = run_recipe(recipe, out, overrides=overrides, dry_run=dry_run, progress=make_progress(), **stages)
+    (echo_json if as_json else echo_result)(result)

@@ -1,0 +1,223 @@
+"""From YAML to dataclasses and back: types checked, unknown keys refused, defaults kept in the field alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mlx_distill.errors import ConfigError, FileError
+
+T = TypeVar("T")
+
+ASSETS = Path(__file__).parent / "assets"
+
+
+def option(
+    default: Any = dataclasses.MISSING,
+    help: str = "",
+    *,
+    keyed: bool = True,
+    choices: Sequence[str] | None = None,
+    low: float | None = None,
+    high: float | None = None,
+) -> Any:
+    """A dataclass field that carries its own help and limits.
+
+    Args:
+        default: Its one home. A list, dict or dataclass type is made anew for each instance.
+        help: One line, with the unit.
+        keyed: Whether it can change a stage's result, and so belongs to the stage's key.
+        choices: The values allowed.
+        low, high: The closed range allowed.
+    """
+    metadata = {"help": help, "keyed": keyed, "choices": choices, "low": low, "high": high}
+    if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
+        factory = default if isinstance(default, type) else (lambda: type(default)(default))
+        return dataclasses.field(default_factory=factory, metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def from_mapping(cls: type[T], raw: Any, where: str) -> T:
+    """Build ``cls`` from a YAML mapping.
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type, a value out of range.
+    """
+    if not isinstance(raw, Mapping):
+        raise ConfigError(f"{where}: a mapping is needed, not {_show(raw)}", fix="write key: value lines")
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in raw:
+        if key not in fields:
+            near = difflib.get_close_matches(str(key), fields, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            raise ConfigError(f"{where}: unknown key {key!r}", fix=hint)
+    hints = typing.get_type_hints(cls)
+    values: dict[str, Any] = {}
+    for name, f in fields.items():
+        if name in raw:
+            values[name] = _check(_coerce(hints[name], raw[name], f"{where}: {name}"), f.metadata, f"{where}: {name}")
+        elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: {name} is missing", fix=f.metadata.get("help") or "add it")
+    return cls(**values)
+
+
+def _check(value: Any, metadata: Mapping[str, Any], where: str) -> Any:
+    choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
+    if choices and value is not None and value not in choices:
+        raise ConfigError(f"{where}: {_show(value)} is not one of {', '.join(map(str, choices))}", fix="choose one of them")
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if low is not None and value < low:
+            raise ConfigError(f"{where}: {value} is below {low}", fix=metadata.get("help") or "raise it")
+        if high is not None and value > high:
+            raise ConfigError(f"{where}: {value} is above {high}", fix=metadata.get("help") or "lower it")
+    return value
+
+
+def _coerce(kind: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        return _coerce_union(args, value, where)
+    if dataclasses.is_dataclass(kind):
+        return value if isinstance(value, kind) else from_mapping(kind, value, where)  # type: ignore[arg-type]
+    if origin in (tuple, list):
+        if isinstance(value, str) or not isinstance(value, Sequence):
+            raise ConfigError(f"{where}: a list is needed, not {_show(value)}", fix="write [a, b]")
+        if origin is tuple and args and args[-1] is not Ellipsis and len(args) != len(value):
+            raise ConfigError(f"{where}: {len(args)} values are needed, not {len(value)}", fix="write [low, high]")
+        item = [args[0]] * len(value) if origin is list or args[-1] is Ellipsis else list(args)
+        return origin(_coerce(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(item, value, strict=True)))
+    if origin is not None and issubclass(origin, Mapping):
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"{where}: a mapping is needed, not {_show(value)}", fix="write key: value lines")
+        return dict(value)
+    return _scalar(kind, value, where)
+
+
+def _coerce_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
+    if value is None and type(None) in args:
+        return None
+    first: ConfigError | None = None
+    for kind in (a for a in args if a is not type(None)):
+        try:
+            return _coerce(kind, value, where)
+        except ConfigError as error:
+            # The error of the form that the value has is the one worth showing.
+            if first is None or (isinstance(value, Mapping) and dataclasses.is_dataclass(kind)):
+                first = error
+    assert first is not None
+    raise first
+
+
+def _scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is float and isinstance(value, str):
+        try:  # YAML 1.1 reads 1e-5 as text
+            return float(value)
+        except ValueError:
+            pass
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
+        return value
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
+    raise ConfigError(f"{where}: {names.get(kind, kind)} is needed, not {_show(value)}", fix="change the value")
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) < 60 else text[:57] + "..."
+
+
+def to_mapping(value: Any) -> Any:
+    """The plain YAML form of a config: dataclasses become dicts, tuples lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_mapping(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [to_mapping(item) for item in value]
+    return value
+
+
+def keyed(value: Any) -> Any:
+    """Like :func:`to_mapping`, without the fields that cannot change a result."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: keyed(getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata.get("keyed", True)}
+    if isinstance(value, (list, tuple)):
+        return [keyed(item) for item in value]
+    return to_mapping(value)
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """A YAML mapping from a file; an unreadable one is a :class:`ConfigError` with the line."""
+    import yaml
+
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file", fix="check the path, or see: mlx-distill recipes list") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise FileError(f"{path}: {error}", fix="a readable UTF-8 file is needed") from error
+    try:
+        raw = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}", fix="mend that line") from error
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path}: no mapping at the top", fix="write key: value lines")
+    return raw
+
+
+def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
+    """``["distill.learning_rate=1e-5"]`` applied to a nested mapping; the value is read as YAML.
+
+    >>> override({"distill": {"epochs": 1}}, ["distill.epochs=2"])
+    {'distill': {'epochs': 2}}
+    """
+    import copy
+
+    import yaml
+
+    out: dict[str, Any] = copy.deepcopy(dict(raw))
+    for text in assignments:
+        path, equals, value = text.partition("=")
+        keys = [key.strip() for key in path.split(".")]
+        if not equals or not all(keys):
+            raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write --set distill.learning_rate=1e-5")
+        try:
+            parsed = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {text}: the value is not YAML", fix="quote it") from error
+        node = out
+        for key in keys[:-1]:
+            child = node.get(key)
+            node[key] = child = dict(child) if isinstance(child, Mapping) else ({"name": child} if isinstance(child, str) else {})
+            node = child
+        node[keys[-1]] = parsed
+    return out
+
+
+def packaged(name: str) -> Path | None:
+    """The packaged file or folder of that name under ``assets``, or None. Never outside it."""
+    path = (ASSETS / name).resolve()
+    return path if name and path.is_relative_to(ASSETS.resolve()) and path.exists() else None
+
+
+def resolve_asset(spec: str, base: Path | None = None) -> str:
+    """``asset:NAME`` to the packaged path; a path relative to ``base`` (the recipe's folder) where it exists; else as it is."""
+    if spec.startswith("asset:"):
+        path = packaged(spec.removeprefix("asset:"))
+        if path is None:
+            raise ConfigError(f"no packaged file {spec!r}", fix="see: mlx-distill recipes list")
+        return str(path)
+    candidate = Path(spec).expanduser()
+    if base and not candidate.is_absolute() and (base / candidate).exists():
+        return str(base / candidate)
+    return str(candidate) if candidate.exists() else spec

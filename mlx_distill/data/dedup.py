@@ -1,0 +1,177 @@
+"""Exact and near duplicates: normalised text, MinHash of word shingles, and clusters of rows that belong on one side of a split."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Sequence
+from hashlib import blake2b
+
+import numpy as np
+from jaxtyping import Int64, UInt32, UInt64
+
+PERMUTATIONS = 128
+_SHINGLE = 3  # words
+_REPRESENTATIVES = 16  # rows of a bucket that a new one is compared with
+
+# Scripts without spaces between words are taken character by character.
+_WORDS = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+
+
+def _odd(count: int) -> UInt64[np.ndarray, " n"]:
+    """Multipliers of 64 bits. Odd, or the product would lose bits; wide, or the low shingles' order would hardly change."""
+    return np.random.default_rng(20250101).integers(0, 2**64, count, dtype=np.uint64) | np.uint64(1)
+
+
+_FACTORS = _odd(PERMUTATIONS)
+_PLACES = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
+
+
+def words(text: str, *, punctuation: bool = False) -> list[str]:
+    """The words of a text, without case, variants of one letter and spacing; the text itself where it has no words.
+
+    Args:
+        text: Any text.
+        punctuation: Keep what is not a letter: the tokens between white space.
+
+    >>> words("Don't   STOP, café!")
+    ['don', 't', 'stop', 'café']
+    >>> words("Don't   STOP, café!", punctuation=True)
+    ["don't", 'stop,', 'café!']
+    """
+    text = unicodedata.normalize("NFKC", text).casefold()
+    return (text.split() if punctuation else _WORDS.findall(text)) or [text.strip()]
+
+
+def hash64(text: str) -> int:
+    """64 bits of BLAKE2b: the same on every machine and in every process."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+
+
+def shingles(tokens: Sequence[str], cache: dict[str, int] | None = None) -> UInt64[np.ndarray, " n"]:
+    """Hashes of the distinct runs of three words; one hash of the whole where there are fewer.
+
+    Args:
+        tokens: Words.
+        cache: Hashes of words seen before; grows, and is emptied at a million words.
+    """
+    cache = {} if cache is None else cache
+    if len(cache) > 1_000_000:
+        cache.clear()
+    numbers = []
+    for token in tokens:
+        number = cache.get(token)
+        if number is None:
+            number = cache[token] = hash64(token)
+        numbers.append(number)
+    hashes = np.array(numbers, dtype=np.uint64)
+    width = min(_SHINGLE, len(hashes))
+    total = np.zeros(len(hashes) - width + 1, dtype=np.uint64)
+    for place in range(width):
+        total += hashes[place : place + len(total)] * np.uint64(_PLACES[place])
+    return np.unique(_mix(total))
+
+
+def _mix(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
+    """Every bit of the input reaches every bit of the output (the finalizer of SplitMix64)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def minhash(hashes: UInt64[np.ndarray, " n"]) -> UInt32[np.ndarray, " p"]:
+    r"""The signature of a set: the smallest hash under each of 128 permutations.
+
+    The share of equal entries of two signatures estimates the Jaccard similarity :math:`|A \cap B| / |A \cup B|` with a standard
+    deviation of at most 0.044. Broder (1997), On the resemblance and containment of documents.
+
+    Args:
+        hashes: The set's members, ``[n]``; an empty one has the largest signature.
+    """
+    if not len(hashes):
+        return np.full(PERMUTATIONS, 2**32 - 1, dtype=np.uint32)
+    out = np.full(PERMUTATIONS, 2**64 - 1, dtype=np.uint64)
+    for start in range(0, len(hashes), 4096):  # a long text must not become a large table
+        table = hashes[start : start + 4096, None] * _FACTORS
+        table ^= table >> np.uint64(29)
+        table *= np.uint64(_PLACES[1])
+        out = np.minimum(out, table.min(axis=0))
+    return (out >> np.uint64(32)).astype(np.uint32)
+
+
+def jaccard(a: UInt64[np.ndarray, " n"], b: UInt64[np.ndarray, " m"]) -> float:
+    """The exact similarity of two sets of shingles: the plain twin of comparing signatures."""
+    both = len(np.intersect1d(a, b))
+    return both / max(len(a) + len(b) - both, 1)
+
+
+def band_width(threshold: float) -> int:
+    """Rows of a band: the most selective width by which 99 % of the pairs at the threshold still meet in some band."""
+    for width in (16, 8, 4, 2):
+        if (1 - threshold**width) ** (PERMUTATIONS // width) < 0.01:
+            return width
+    return 1
+
+
+class Clusters:
+    """Union-find over row numbers; the root of a cluster is its smallest member."""
+
+    def __init__(self, count: int) -> None:
+        self.parent = list(range(count))
+
+    def find(self, row: int) -> int:
+        """The cluster's root."""
+        while self.parent[row] != row:
+            self.parent[row] = self.parent[self.parent[row]]
+            row = self.parent[row]
+        return row
+
+    def union(self, a: int, b: int) -> None:
+        """Put two rows' clusters together."""
+        a, b = self.find(a), self.find(b)
+        if a != b:
+            self.parent[max(a, b)] = min(a, b)
+
+    def roots(self) -> Int64[np.ndarray, " n"]:
+        """The root of every row."""
+        return np.array([self.find(row) for row in range(len(self.parent))], dtype=np.int64)
+
+
+def near_duplicates(signatures: UInt32[np.ndarray, "n p"], threshold: float) -> Clusters:
+    """Clusters of rows whose signatures agree in at least ``threshold`` of their entries, found by locality-sensitive hashing.
+
+    Rows that are equal in a whole band meet in a bucket and are compared there, each with the bucket's first 16 distinct members: time
+    and memory grow with the number of rows, even where a thousand of them are alike.
+
+    Args:
+        signatures: One a row, ``[n, 128]``.
+        threshold: Estimated Jaccard similarity from which two rows are the same, over 0.
+    """
+    clusters = Clusters(len(signatures))
+    width = band_width(threshold)
+    needed = int(np.ceil(threshold * PERMUTATIONS - 1e-9))
+    for start in range(0, PERMUTATIONS, width):
+        band = np.ascontiguousarray(signatures[:, start : start + width])
+        keys = band.view(np.dtype((np.void, band.dtype.itemsize * width))).ravel()
+        _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
+        order = np.argsort(inverse, kind="stable")
+        ends = np.cumsum(counts)
+        for bucket in np.flatnonzero(counts > 1):
+            _join(clusters, signatures, order[ends[bucket] - counts[bucket] : ends[bucket]], needed)
+    return clusters
+
+
+def _join(clusters: Clusters, signatures: UInt32[np.ndarray, "n p"], members: Int64[np.ndarray, " m"], needed: int) -> None:
+    seen: list[int] = []
+    for row in map(int, members):
+        root = clusters.find(row)
+        if any(clusters.find(other) == root for other in seen):
+            continue
+        if seen:
+            same = (signatures[seen] == signatures[row]).sum(axis=1)
+            for other in np.flatnonzero(same >= needed):
+                clusters.union(row, seen[int(other)])
+            if (same >= needed).any():
+                continue
+        if len(seen) < _REPRESENTATIVES:
+            seen.append(row)

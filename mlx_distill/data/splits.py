@@ -1,0 +1,299 @@
+"""Prepare: read, check, filter, find duplicates, split, write. Rows wait in a file; in memory is a light index of them.
+
+sources -> checked chats -> filters -> spool file + index -> duplicates -> sides -> train, valid, test.jsonl, statistics.json
+"""
+
+from __future__ import annotations
+
+import json
+from array import array
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int64
+
+from mlx_distill.data.counts import Counts, Dropped
+from mlx_distill.data.dedup import PERMUTATIONS, Clusters, hash64, minhash, near_duplicates, shingles, words
+from mlx_distill.data.rows import content_digest, from_row, read_source, to_example, to_row
+from mlx_distill.data.stratify import DROPPED, FREE, SPLITS, TEST, TRAIN, VALID, draw, settle_forced
+from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.files import atomic_path, os_errors, scratch, write_json
+from mlx_distill.progress import NullProgress, Progress
+from mlx_distill.recipe import DataConfig, SourceConfig
+from mlx_distill.records import Example
+from mlx_distill.task import Task
+
+FORMAT = 1
+
+_SPLIT_NAMES = {
+    "train": TRAIN, "training": TRAIN, "valid": VALID, "validation": VALID, "val": VALID, "dev": VALID, "test": TEST, "eval": TEST,
+    "heldout": TEST, "held_out": TEST, "held-out": TEST,
+}  # fmt: skip
+
+
+def prepare(config: DataConfig, task: Task, base: Path | None, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+    """Write ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` and ``statistics.json`` into ``folder``.
+
+    Rows with one text are kept once, the held-out one if there is one. Rows with nearly one text (see
+    :func:`~mlx_distill.data.dedup.near_duplicates`) stay on one side, and where one of them is held out by its own wish, those that
+    wished to be trained on are dropped. The rest is drawn, stratified by label and ``config.stratify``.
+
+    Args:
+        config: Sources, filters, shares and seed.
+        task: Prompt, answer schema, label, slices.
+        base: The folder that relative paths start from.
+        folder: An existing folder; each file in it is written whole or not at all.
+        progress: Where to tell how far it is.
+
+    Returns:
+        What ``statistics.json`` holds: ``read``, ``rows``, ``sets``, ``labels``, ``slices``, ``characters``, ``dropped``,
+        ``near_duplicates``, ``renamed_ids``, ``warnings``.
+
+    Raises:
+        DataError: a row that does not fit, an empty source, or nothing left to train on.
+        ConfigError: no sources, or a field of ``stratify`` that no row has.
+    """
+    if not config.sources:
+        raise ConfigError("data.sources: no sources", fix="name a file, a Hub data set or a generator under data.sources")
+    progress = progress or NullProgress()
+    spool = scratch(folder) / "rows.jsonl"
+    try:
+        dropped = Dropped()
+        index = _read(config, task, base, spool, dropped, progress)
+        _check_index(index, config, dropped)
+        roots = _clusters(index, config, dropped)
+        sides = _sides(index, roots, config, dropped)
+        counts, renamed = _write(index, sides, task, config, spool, folder)
+    finally:
+        spool.unlink(missing_ok=True)
+    statistics = {
+        "format": FORMAT,
+        "read": index.read,
+        **counts.summary(SPLITS),
+        "dropped": dropped.summary(),
+        "near_duplicates": _cluster_figures(roots, sides),
+        "renamed_ids": renamed,
+    }
+    statistics["warnings"] = _warnings(statistics, task, config)
+    write_json(folder / "statistics.json", statistics)
+    for text in statistics["warnings"]:
+        progress.note(f"prepare: {text}")
+    return statistics
+
+
+@dataclass
+class _Index:
+    """What is known of each row of the spool, by its number: about 700 bytes a row, signature included."""
+
+    read: int = 0
+    where: list[str] = field(default_factory=list)
+    text: array[int] = field(default_factory=lambda: array("Q"))  # hash of the normalised user text
+    answer: array[int] = field(default_factory=lambda: array("Q"))
+    order: array[int] = field(default_factory=lambda: array("Q"))  # hash of the whole chat
+    forced: array[int] = field(default_factory=lambda: array("b"))
+    source: array[int] = field(default_factory=lambda: array("H"))
+    strata: list[tuple[str, ...]] = field(default_factory=list)
+    signatures: bytearray = field(default_factory=bytearray)
+    fields_seen: set[str] = field(default_factory=set)
+
+    def __len__(self) -> int:
+        return len(self.where)
+
+
+def _read(config: DataConfig, task: Task, base: Path | None, spool: Path, dropped: Dropped, progress: Progress) -> _Index:
+    index, cache = _Index(), {}
+    constant = _constant_shingles(task, cache)
+    known: dict[tuple[str, ...], tuple[str, ...]] = {}
+    with os_errors(), open(spool, "w", encoding="utf-8") as file, progress.task("prepare", total=_total(config), unit="row") as bar:
+        for number, source in enumerate(config.sources):
+            for where, raw, example in _examples(source, task, base, config, index, dropped):
+                text = "\n".join(message.content for message in example.messages if message.role == "user")
+                values = {**raw, **example.fields}
+                reason = _filter(text, values, config)
+                if reason:
+                    dropped.add(reason, where)
+                    continue
+                wish = source.split or values.get(config.split_field)
+                index.where.append(where)
+                index.text.append(hash64(" ".join(words(text, punctuation=True))))
+                index.answer.append(hash64(example.messages[-1].content))
+                index.order.append(int(content_digest(example.messages)[:16], 16))
+                index.forced.append(_forced(wish, config.split_field, where))
+                index.source.append(number)
+                stratum = tuple(str(value) for value in ((example.answer or {}).get(task.label), *map(values.get, config.stratify)))
+                index.strata.append(known.setdefault(stratum, stratum))
+                index.fields_seen.update(name for name in config.stratify if name in values)
+                if config.near_duplicates:
+                    hashes = shingles(words(text), cache)
+                    own = hashes[~np.isin(hashes, constant)] if len(constant) else hashes
+                    index.signatures += minhash(own if len(own) else hashes).tobytes()
+                file.write(json.dumps(to_row(example, ""), ensure_ascii=False) + "\n")
+                if index.read % 200 == 0:
+                    bar.update(index.read)
+        bar.update(index.read)
+    return index
+
+
+def _examples(
+    source: SourceConfig, task: Task, base: Path | None, config: DataConfig, index: _Index, dropped: Dropped
+) -> Iterator[tuple[str, Mapping[str, Any], Example]]:
+    for where, raw in read_source(source, task, base):
+        index.read += 1
+        try:
+            yield where, raw, to_example(raw, task, where, source.columns, source.format)
+        except DataError as error:
+            if not config.drop_invalid:
+                raise
+            dropped.add("does not fit the task", error.message)
+
+
+def _constant_shingles(task: Task, cache: dict[str, int]) -> Any:
+    """What every row has in common by the prompt's own words says nothing about likeness."""
+    import string
+
+    literals = [literal for literal, *_ in string.Formatter().parse(task.user) if literal and words(literal) != [literal.strip()]]
+    found = [shingles(tokens, cache) for tokens in map(words, literals) if len(tokens) >= 3]
+    return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
+
+
+def _total(config: DataConfig) -> int | None:
+    counts = [source.count for source in config.sources]
+    return sum(counts) if all(counts) else None
+
+
+def _filter(text: str, values: Mapping[str, Any], config: DataConfig) -> str | None:
+    """Why the row is left out, or None."""
+    if len(text) < config.min_chars:
+        return f"shorter than {config.min_chars} characters"
+    if len(text) > config.max_chars:
+        return f"longer than {config.max_chars} characters"
+    if config.min_rating is not None:
+        try:
+            rating = float(values.get(config.rating_field))  # type: ignore[arg-type]
+        except (TypeError, ValueError):
+            return f"no number in the field {config.rating_field!r}"
+        if not rating >= config.min_rating:
+            return f"rating below {config.min_rating:g}"
+    if config.domains and str(values.get(config.domain_field)) not in config.domains:
+        return "of another domain"
+    return None
+
+
+def _forced(wish: Any, name: str, where: str) -> int:
+    if wish is None or wish == "":
+        return FREE
+    side = _SPLIT_NAMES.get(str(wish).strip().lower())
+    if side is None:
+        raise DataError(
+            f"{where}: {name}: {wish!r} is not a split", fix="use train, valid or test, or set data.split_field to another field"
+        )
+    return side
+
+
+def _check_index(index: _Index, config: DataConfig, dropped: Dropped) -> None:
+    if not len(index):
+        reason = next(iter(dropped.summary()), "nothing was read")
+        raise DataError(f"no rows are left of {index.read}: {reason}", fix="loosen the filters under data")
+    unknown = [name for name in config.stratify if name not in index.fields_seen]
+    if unknown:
+        raise ConfigError(f"data.stratify: no row has the field {unknown[0]!r}", fix="name a field of the rows, or leave it out")
+
+
+def _clusters(index: _Index, config: DataConfig, dropped: Dropped) -> Int64[np.ndarray, " n"]:
+    """The cluster of each row, -1 for rows dropped as exact duplicates."""
+    kept: dict[int, int] = {}
+    for row in range(len(index)):
+        best = kept.setdefault(index.text[row], row)
+        if (-index.forced[row], index.order[row]) < (-index.forced[best], index.order[best]):
+            kept[index.text[row]] = row
+    for row in range(len(index)):
+        best = kept[index.text[row]]
+        if row != best:
+            held_out = index.forced[best] > max(index.forced[row], TRAIN)
+            reason = "duplicate of a held-out row" if held_out else "duplicate"
+            other = "" if index.answer[row] == index.answer[best] else ", with another answer"
+            dropped.add(reason + other, f"{index.where[row]} (of {index.where[best]})")
+    rows = np.array(sorted(kept.values()), dtype=np.int64)
+    if config.near_duplicates:
+        signatures = np.frombuffer(index.signatures, dtype=np.uint32).reshape(-1, PERMUTATIONS)
+        clusters = near_duplicates(signatures[rows], config.near_duplicates)
+    else:
+        clusters = Clusters(len(rows))
+    roots = np.full(len(index), -1, dtype=np.int64)
+    roots[rows] = rows[clusters.roots()]
+    return roots
+
+
+def _sides(index: _Index, roots: Int64[np.ndarray, " n"], config: DataConfig, dropped: Dropped) -> Any:
+    rows = np.flatnonzero(roots >= 0)
+    forced = np.array(index.forced, dtype=np.int8)[rows]
+    local = np.searchsorted(rows, roots[rows])
+    settled = settle_forced(local, forced)
+    for row in rows[settled == DROPPED]:
+        dropped.add("near duplicate of a held-out row", index.where[row])
+    order = np.array(index.order, dtype=np.uint64)[rows]
+    drawn = draw(
+        local,
+        settled,
+        order,
+        [index.strata[row] for row in rows],
+        valid_fraction=config.valid_fraction,
+        test_fraction=config.test_fraction,
+        seed=config.seed,
+    )
+    sides = np.full(len(index), DROPPED, dtype=np.int8)
+    sides[rows] = drawn
+    if not (sides == TRAIN).any():
+        raise DataError("no rows are left to train on", fix="lower data.test_fraction and data.valid_fraction, or add rows")
+    return sides
+
+
+def _write(index: _Index, sides: Any, task: Task, config: DataConfig, spool: Path, folder: Path) -> tuple[Counts, int]:
+    counts = Counts(task.label, [*task.slices, *([task.group] if task.group else []), *config.stratify])
+    used: set[str] = set()
+    renamed = 0
+    with os_errors(), ExitStack() as stack:
+        source = stack.enter_context(open(spool, encoding="utf-8"))
+        # Leaving the stack closes each file before its temporary name becomes the real one.
+        paths = [stack.enter_context(atomic_path(folder / f"{split}.jsonl")) for split in SPLITS]
+        files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in paths]
+        for row, line in enumerate(source):
+            if sides[row] == DROPPED:
+                continue
+            example = from_row(json.loads(line))
+            name, number = example.id, 1
+            while name in used:
+                number += 1
+                name = f"{example.id}~{number}"
+            used.add(name)
+            renamed += number > 1
+            split = SPLITS[sides[row]]
+            set_name = (config.sources[index.source[row]].set or "test") if split == "test" else split
+            out = {**to_row(example, set_name), "id": name}
+            files[sides[row]].write(json.dumps(out, ensure_ascii=False, allow_nan=False) + "\n")
+            counts.add(split, set_name, example)
+    return counts, renamed
+
+
+def _cluster_figures(roots: Int64[np.ndarray, " n"], sides: Any) -> dict[str, int]:
+    _, sizes = np.unique(roots[(roots >= 0) & (sides != DROPPED)], return_counts=True)
+    alike = sizes[sizes > 1]
+    return {"clusters": len(alike), "rows": int(alike.sum()), "largest": int(alike.max(initial=0))}
+
+
+def _warnings(statistics: Mapping[str, Any], task: Task, config: DataConfig) -> list[str]:
+    out = []
+    for split, fraction in (("valid", config.valid_fraction), ("test", config.test_fraction)):
+        if not statistics["rows"][split] and fraction:
+            out.append(f"no rows in {split}: too few without a split of their own")
+    missing = [label for label in task.labels if not statistics["labels"]["train"].get(label)]
+    if missing:
+        out.append(f"no training row is labelled {', '.join(missing)}")
+    lost = sum(entry["count"] for entry in statistics["dropped"].values())
+    if lost * 2 > statistics["read"]:
+        out.append(f"{lost} of {statistics['read']} rows were left out")
+    return out

@@ -1,0 +1,161 @@
+"""What the machine offers and what is missing, each lack with its cure."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.runtime import load_blas, processor, total_memory, versions
+
+_GB = 1e9
+_NEEDED = ("mlx", "mlx_lm", "numpy", "datasets", "huggingface_hub", "safetensors", "yaml", "jsonschema", "llguidance", "jaxtyping", "rich")
+_EXTRAS = {
+    "stats": (("scipy",), "intervals and paired tests from a second source"),
+    "track": (("trackio",), "a board of the runs' curves"),
+    "notebook": (("nbclient", "ipykernel"), "to execute the notebooks of the examples"),
+    "parity": (("torch", "transformers", "peft"), "the references that the tests' golden values come from"),
+}
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the diagnosis. ``state`` is ``ok``, ``optional`` (missing, and nothing fails), ``slow`` or ``bad``."""
+
+    name: str
+    state: str
+    detail: str
+    cure: str | None = None
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """All checks; ``healthy`` unless one is bad."""
+
+    checks: Sequence[Check]
+
+    @property
+    def healthy(self) -> bool:
+        """Whether every command can run."""
+        return all(check.state != "bad" for check in self.checks)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For ``--json``."""
+        return {"healthy": self.healthy, "checks": [asdict(check) for check in self.checks]}
+
+    def lines(self) -> list[str]:
+        """For people: state, name, detail, and the cure under it."""
+        width = max(len(check.name) for check in self.checks)
+        out = []
+        for check in self.checks:
+            out.append(f"{check.state:<8}  {check.name:<{width}}  {check.detail}")
+            if check.cure:
+                out.append(f"{'':<8}  {'':<{width}}  cure: {check.cure}")
+        return out
+
+
+def diagnose(folder: str | Path = ".") -> Diagnosis:
+    """Look at the machine, the installation, and the disk under ``folder``.
+
+    >>> diagnosis = diagnose()
+    >>> diagnosis.healthy, [check.name for check in diagnosis.checks][:3]
+    (True, ['system', 'memory', 'versions'])
+    """
+    missing = [name for name in _NEEDED if not _installed(name)]
+    checks = [_system(), _memory(), _versions(missing)]
+    if "mlx" not in missing:
+        checks += [_blas(), _device(), _speed()]
+    return Diagnosis([*checks, _disk(Path(folder)), _hub(), *_extras()])
+
+
+def _installed(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def _system() -> Check:
+    import platform
+
+    text = f"{platform.system()} {platform.release()}, {platform.machine()}, {processor()}, {os.cpu_count()} cores"
+    if sys.platform == "darwin" and platform.machine() != "arm64":
+        return Check("system", "bad", text, "MLX needs Apple Silicon and an arm64 Python (this one may run under Rosetta)")
+    return Check("system", "ok", text)
+
+
+def _memory() -> Check:
+    return Check("memory", "ok", f"{total_memory() / _GB:.1f} GB")
+
+
+def _versions(missing: Sequence[str]) -> Check:
+    text = ", ".join(f"{name} {version}" for name, version in versions().items())
+    if missing:
+        return Check("versions", "bad", f"{text}; missing: {', '.join(missing)}", "pip install --upgrade mlx-distill")
+    return Check("versions", "ok", text)
+
+
+def _blas() -> Check:
+    blas = load_blas()
+    if blas.state == "missing":
+        cure = "install OpenBLAS (Debian, Ubuntu: sudo apt install libopenblas0-pthread)"
+        return Check("blas", "slow", "no OpenBLAS found; float32 matrix products use the reference BLAS", cure)
+    if blas.state == "too late":
+        cure = "import mlx_distill (or call mlx_distill.runtime.load_blas()) before mlx"
+        return Check("blas", "slow", f"found {blas.path}, but mlx was imported first", cure)
+    if blas.state == "disabled":
+        return Check("blas", "slow", "turned off by MLX_DISTILL_BLAS=0", "unset MLX_DISTILL_BLAS")
+    return Check("blas", "ok", f"loaded {blas.path}" if blas.path else blas.state)
+
+
+def _device() -> Check:
+    import mlx.core as mx
+
+    # Only Metal knows most of these keys, so each may be absent.
+    info = mx.device_info()
+    known = (("device_name", 1, ""), ("architecture", 1, ""), ("max_recommended_working_set_size", _GB, " GB for the GPU"))
+    parts = [f"{float(info[key]) / scale:.1f}{unit}" if unit else str(info[key]) for key, scale, unit in known if info.get(key)]
+    return Check("device", "ok", ", ".join([str(mx.default_device()), *dict.fromkeys(parts)]))
+
+
+def _speed(size: int = 768) -> Check:
+    import mlx.core as mx
+
+    a = mx.random.normal((size, size), key=mx.random.key(0))
+    mx.eval(a @ a)
+    best = float("inf")
+    for _ in range(3):
+        start = time.perf_counter()
+        mx.eval(a @ a)
+        best = min(best, time.perf_counter() - start)
+    return Check("speed", "ok", f"{2 * size**3 / best / 1e9:.0f} GFLOP/s in float32 matrix products (measured now, {size} x {size})")
+
+
+def _disk(folder: Path) -> Check:
+    free = shutil.disk_usage(folder).free / _GB
+    text = f"{free:.1f} GB free under {folder.resolve()}"
+    if not os.access(folder, os.W_OK):
+        return Check("disk", "slow", f"{text}, but not writable", "give --out a folder that you may write to")
+    return Check("disk", "ok", text)
+
+
+def _hub() -> Check:
+    if not _installed("huggingface_hub"):
+        return Check("hub", "bad", "huggingface_hub is missing", "pip install huggingface-hub")
+    from huggingface_hub import constants
+
+    offline = "; offline (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
+    return Check("hub", "ok", f"models are kept in {constants.HF_HUB_CACHE}{offline}")
+
+
+def _extras() -> Iterator[Check]:
+    for extra, (modules, purpose) in _EXTRAS.items():
+        missing = [name for name in modules if not _installed(name)]
+        if missing:
+            text = f"{', '.join(missing)} not installed: {purpose}"
+            yield Check(extra, "optional", text, f"pip install 'mlx-distill[{extra}]'")
+        else:
+            yield Check(extra, "ok", f"{', '.join(modules)}: {purpose}")

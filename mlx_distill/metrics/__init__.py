@@ -1,0 +1,34 @@
+"""Figures from predictions: scores with intervals, and the tests that tell a difference from luck."""
+
+from __future__ import annotations
+
+from mlx_distill.metrics.fidelity import agreement as agreement
+from mlx_distill.metrics.fidelity import agreement_gain as agreement_gain
+from mlx_distill.metrics.fidelity import by_slice as by_slice
+from mlx_distill.metrics.fidelity import disagreements as disagreements
+from mlx_distill.metrics.fidelity import label_kl as label_kl
+from mlx_distill.metrics.fidelity import score_gap as score_gap
+from mlx_distill.metrics.fidelity import teacher_confusion as teacher_confusion
+from mlx_distill.metrics.fidelity import verdict_agreement as verdict_agreement
+from mlx_distill.metrics.fidelity import versus as versus
+from mlx_distill.metrics.scores import accuracy as accuracy
+from mlx_distill.metrics.scores import by_group as by_group
+from mlx_distill.metrics.scores import confusion as confusion
+from mlx_distill.metrics.scores import count_sides as count_sides
+from mlx_distill.metrics.scores import f1 as f1
+from mlx_distill.metrics.scores import false_negative_rate as false_negative_rate
+from mlx_distill.metrics.scores import false_positive_rate as false_positive_rate
+from mlx_distill.metrics.scores import json_valid as json_valid
+from mlx_distill.metrics.scores import latency as latency
+from mlx_distill.metrics.scores import macro_f1 as macro_f1
+from mlx_distill.metrics.scores import precision as precision
+from mlx_distill.metrics.scores import recall as recall
+from mlx_distill.metrics.scores import score_mae as score_mae
+from mlx_distill.metrics.statistics import bonett_price as bonett_price
+from mlx_distill.metrics.statistics import bootstrap_mean as bootstrap_mean
+from mlx_distill.metrics.statistics import compare_paired as compare_paired
+from mlx_distill.metrics.statistics import mcnemar_mid_p as mcnemar_mid_p
+from mlx_distill.metrics.statistics import newcombe as newcombe
+from mlx_distill.metrics.statistics import paired_bootstrap as paired_bootstrap
+from mlx_distill.metrics.statistics import rate as rate
+from mlx_distill.metrics.statistics import wilson as wilson

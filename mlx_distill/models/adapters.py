@@ -1,0 +1,264 @@
+"""LoRA and DoRA adapters: put on, saved, loaded and merged. The layers are mlx-lm's, so stock mlx-lm reads the files."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_distill.errors import ModelError
+from mlx_distill.files import atomic_path, write_json
+from mlx_distill.models.checkpoint import read_header
+from mlx_distill.models.hub import resolve
+from mlx_distill.models.load import ADAPTER_CONFIG, read_object
+from mlx_distill.models.tokenizer_files import copy_tokenizer
+
+ADAPTER_FILE = "adapters.safetensors"
+_LEAVES = ("lora_a", "lora_b", "m")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """``W x + alpha / rank * B A dropout(x)`` on the modules whose name ends in one of ``target_modules``; ``kind`` is ``lora`` or ``dora``."""
+
+    rank: int
+    alpha: float
+    dropout: float
+    target_modules: Sequence[str]
+    kind: str = "lora"
+
+    @property
+    def scale(self) -> float:
+        """The factor on the low-rank update."""
+        return self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class MergeRow:
+    """One merged module. ``how`` is ``added`` (to plain weights, one rounding to their type) or ``dequantized`` (the packed base became plain).
+
+    ``update`` is the Frobenius norm of the update, ``error`` that of what rounding lost, relative to it.
+    """
+
+    path: str
+    how: str
+    update: float
+    error: float
+
+
+def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
+    """Freeze the model and put adapters on it, in place; nothing changes in its outputs until they are trained.
+
+    Args:
+        model: mlx-lm's model; dense, quantized or mixed.
+        settings: Rank, alpha, dropout and the targets: a target ``q_proj`` or ``self_attn.q_proj`` means every module whose path ends so.
+        seed: Seed of the ``A`` matrices, which are uniform in ``± 1 / sqrt(inputs)``; ``B`` is zero.
+
+    Returns:
+        The paths of the adapted modules.
+
+    Raises:
+        ModelError: a target that matches nothing, a rank that exceeds a dimension, or DoRA on experts.
+    """
+    found = _targets(model, settings.target_modules)
+    layers = [(path, _wrap(path, module, settings)) for path, module in found]
+    keys = mx.random.split(mx.random.key(seed), len(layers))
+    model.freeze()
+    for key, (_, layer) in zip(keys, layers, strict=True):
+        bound = 1 / math.sqrt(layer.lora_a.shape[-1] if layer.lora_a.ndim == 3 else layer.lora_a.shape[0])
+        layer.lora_a = mx.random.uniform(-bound, bound, layer.lora_a.shape, key=key)
+    model.update_modules(tree_unflatten(layers))
+    return [path for path, _ in layers]
+
+
+def _targets(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    linear = sorted((path, m) for path, m in model.named_modules() if isinstance(m, kinds))
+    for name in names:
+        if not any(_ends(path, name) for path, _ in linear):
+            leaves = sorted({path.rsplit(".", 1)[-1] for path, _ in linear})
+            raise ModelError(f"target module {name!r} matches nothing in this model", fix=f"it has {', '.join(leaves)}")
+    found = [(path, m) for path, m in linear if any(_ends(path, name) for name in names)]
+    if not found:
+        raise ModelError("no target modules", fix="name at least one, such as q_proj")
+    return found
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def _wrap(path: str, module: Any, settings: LoraSettings) -> Any:
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+    from mlx_lm.tuner.dora import DoRALinear
+    from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
+
+    experts = isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
+    outputs, inputs = module.weight.shape[-2], module.weight.shape[-1]
+    if hasattr(module, "bits"):
+        inputs = inputs * 32 // module.bits
+    if not 1 <= settings.rank <= min(outputs, inputs):
+        raise ModelError(f"{path}: rank {settings.rank} does not fit a matrix of {outputs} x {inputs}", fix=f"at most {min(outputs, inputs)}")
+    if settings.kind not in ("lora", "dora"):
+        raise ModelError(f"unknown kind of adapter {settings.kind!r}", fix="lora or dora")
+    if experts and settings.kind == "dora":
+        raise ModelError(f"{path}: DoRA on experts is not supported", fix="use lora, or leave the experts out of the targets")
+    cls = LoRASwitchLinear if experts else DoRALinear if settings.kind == "dora" else LoRALinear
+    return cls.from_base(module, r=settings.rank, dropout=settings.dropout, scale=settings.scale)
+
+
+def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: str | Path) -> None:
+    """Write ``adapters.safetensors``, ``adapter_config.json`` and the tokenizer's files; ``base`` is a folder or a Hub id."""
+    folder = Path(folder)
+    weights = {name: value for name, value in tree_flatten(model.parameters()) if name.rsplit(".", 1)[-1] in _LEAVES and _is_adapter(name, model)}
+    if not weights:
+        raise ModelError("the model has no adapter", fix="call add_lora first")
+    paths = sorted({name.rsplit(".", 1)[0] for name in weights})
+    keys = sorted({path.split(".", 3)[-1] if path.startswith("model.layers.") else path for path in paths})
+    config = {
+        "fine_tune_type": settings.kind,
+        "num_layers": len(model.layers),
+        "lora_parameters": {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout, "keys": keys},
+        "alpha": settings.alpha,
+        "target_modules": list(settings.target_modules),
+        "base": relative_base(base, folder),
+    }
+    with atomic_path(folder / ADAPTER_FILE) as path:
+        mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
+    if Path(base).is_dir():
+        copy_tokenizer(Path(base), folder)
+    write_json(folder / ADAPTER_CONFIG, config)
+
+
+def _is_adapter(name: str, model: Any) -> bool:
+    # ``m`` is DoRA's magnitude only beside lora_a; some architectures may call something else so.
+    module = model
+    for part in name.split(".")[:-1]:
+        module = module[int(part)] if isinstance(module, list) else module[part]
+    return "lora_a" in module
+
+
+def relative_base(base: str | Path, folder: Path) -> str:
+    """How an adapter's config names its base: relative to the adapter's folder where it is a folder, so that a run can be moved."""
+    return Path(os.path.relpath(Path(base).resolve(), folder.resolve())).as_posix() if Path(base).is_dir() else str(base)
+
+
+def adapter_base(folder: str | Path) -> Path:
+    """The base folder of an adapter folder.
+
+    Raises:
+        ModelError: the config names none, or it is gone.
+    """
+    folder = Path(folder)
+    base = read_object(folder / ADAPTER_CONFIG).get("base")
+    if not isinstance(base, str) or not base:
+        raise ModelError(f"{folder / ADAPTER_CONFIG}: no base model", fix='add "base": the path of the model that the adapter was trained on')
+    if (folder / base).is_dir():
+        return folder / base
+    if base.startswith(".") or base.count("/") != 1:
+        raise ModelError(f"{folder}: its base model {(folder / base).resolve()} is gone", fix=f"bring it back, or correct base in {ADAPTER_CONFIG}")
+    return resolve(base)
+
+
+def adapter_settings(folder: str | Path) -> LoraSettings:
+    """The settings that an adapter folder was written with."""
+    path = Path(folder) / ADAPTER_CONFIG
+    config = read_object(path)
+    try:
+        lora = config["lora_parameters"]
+        rank, scale = int(lora["rank"]), float(lora["scale"])
+        keys = config.get("target_modules") or lora.get("keys") or []
+        return LoraSettings(rank, scale * rank, float(lora.get("dropout", 0.0)), tuple(keys), config.get("fine_tune_type", "lora"))
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{path}: {error} is missing or wrong", fix="write the adapter again") from error
+
+
+def load_adapter(model: Any, folder: str | Path) -> list[str]:
+    """Put a saved adapter on its base model, in place, and freeze the rest; return the adapted paths.
+
+    Raises:
+        ModelError: a tensor that fits no module of the model, or in another shape: with file and tensor.
+    """
+    folder = Path(folder)
+    settings = adapter_settings(folder)
+    if not (folder / ADAPTER_FILE).is_file():
+        raise ModelError(f"{folder / ADAPTER_FILE} is missing", fix="train the adapter again")
+    infos, _ = read_header(folder / ADAPTER_FILE)
+    modules = dict(model.named_modules())
+    paths = sorted({name.rsplit(".", 1)[0] for name in infos})
+    for name, info in infos.items():
+        if name.rsplit(".", 1)[0] not in modules or name.rsplit(".", 1)[-1] not in _LEAVES:
+            raise ModelError(f"{info.where} fits no module of the base model", fix="check base in adapter_config.json")
+    layers = [(path, _wrap(path, modules[path], settings)) for path in paths]
+    weights = mx.load(str(folder / ADAPTER_FILE))
+    for path, layer in layers:
+        for leaf in _LEAVES:
+            if leaf in layer and (f"{path}.{leaf}" not in weights or weights[f"{path}.{leaf}"].shape != layer[leaf].shape):
+                raise ModelError(f"{folder / ADAPTER_FILE}: tensor '{path}.{leaf}' does not fit the base model", fix="check base in adapter_config.json")
+            if leaf in layer:
+                layer[leaf] = weights[f"{path}.{leaf}"]
+    model.freeze()
+    model.update_modules(tree_unflatten(layers))
+    return paths
+
+
+def has_adapter(model: Any) -> bool:
+    """Whether any module of the model carries an adapter."""
+    return any("lora_a" in module for _, module in model.named_modules())
+
+
+def lora_delta(layer: Any) -> mx.array:
+    """``scale * B A`` of one adapted layer in float32, ``[out, in]`` or ``[experts, out, in]``."""
+    a, b = layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32)
+    return layer.scale * (b @ a) if a.ndim == 3 else layer.scale * (a @ b).T
+
+
+def merge(model: Any) -> list[MergeRow]:
+    """Add every adapter to its weights, in place.
+
+    Plain weights are added to in float32 and rounded once to their type. A packed base is dequantized first and stays plain, since packing
+    again would lose most of a small update; :func:`mlx_distill.models.quantize.quantize_folder` packs, and states the error.
+    """
+    rows, merged = [], []
+    for path, layer in sorted(model.named_modules()):
+        if "lora_a" not in layer:
+            continue
+        module, row = _merged(path, layer)
+        rows.append(row)
+        merged.append((path, module))
+    model.update_modules(tree_unflatten(merged))
+    return rows
+
+
+def _merged(path: str, layer: Any) -> tuple[Any, MergeRow]:
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    base = layer.linear
+    packed = hasattr(base, "bits")
+    weight = base.weight
+    if packed:
+        weight = mx.dequantize(
+            weight, base.scales, base.get("biases"), group_size=base.group_size, bits=base.bits, mode=base.mode, global_scale=base.get("global_scale")
+        )
+    dtype = mx.float32 if not mx.issubdtype(weight.dtype, mx.floating) else weight.dtype
+    exact = weight.astype(mx.float32) + lora_delta(layer)
+    if "m" in layer:  # DoRA: the rows' norms are learned apart
+        exact = exact * (layer.m / mx.linalg.norm(exact, axis=1, stream=mx.cpu))[:, None]
+    rounded = exact.astype(dtype)
+    out = SwitchLinear(1, 1, 1, bias=False) if weight.ndim == 3 else nn.Linear(1, 1, bias=False)
+    out.weight = rounded
+    if "bias" in base:
+        out.bias = base.bias
+    update = mx.sqrt(mx.sum(mx.square(exact - weight.astype(mx.float32)))).item()
+    error = mx.sqrt(mx.sum(mx.square(exact - rounded.astype(mx.float32)))).item() / max(update, 1e-30)
+    out.freeze()
+    return out, MergeRow(path, "dequantized" if packed else "added", float(update), float(error))

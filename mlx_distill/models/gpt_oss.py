@@ -1,0 +1,84 @@
+"""gpt-oss (20b and 120b): mlx-lm's class with its rope mended, and both layouts of its checkpoints.
+
+The MXFP4 layout has ``gate_up_proj_blocks [e, 2 i, h / 32, 16]`` with gate and up in alternate rows; the unquantized one has
+``gate_up_proj [e, h, 2 i]``, transposed, gate and up in alternate columns, and ``down_proj [e, i, h]``, transposed as well and square at
+full size, so that a missing transpose shows only in the numbers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_distill.errors import ModelError
+from mlx_distill.models.rope import build_rope, rope_settings
+from mlx_distill.models.rules import Architecture, Rule
+from mlx_distill.models.transforms import Packed, Same, SplitColumns, SplitRows, Transpose
+
+_EXPERTS = "model.layers.{l}.mlp.experts."
+_DEFAULT_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+
+RULES = (
+    Rule(_EXPERTS + "gate_up_proj_blocks", (_EXPERTS + "gate_proj.weight", _EXPERTS + "up_proj.weight"), SplitRows(packed=True)),
+    Rule(_EXPERTS + "gate_up_proj_scales", (_EXPERTS + "gate_proj.scales", _EXPERTS + "up_proj.scales"), SplitRows()),
+    Rule(_EXPERTS + "down_proj_blocks", (_EXPERTS + "down_proj.weight",), Packed()),
+    Rule(_EXPERTS + "down_proj_scales", (_EXPERTS + "down_proj.scales",), Same()),
+    Rule(_EXPERTS + "gate_up_proj", (_EXPERTS + "gate_proj.weight", _EXPERTS + "up_proj.weight"), Transpose(split=True)),
+    Rule(_EXPERTS + "down_proj", (_EXPERTS + "down_proj.weight",), Transpose()),
+    Rule(_EXPERTS + "gate_up_proj_bias", (_EXPERTS + "gate_proj.bias", _EXPERTS + "up_proj.bias"), SplitColumns()),
+    Rule(_EXPERTS + "down_proj_bias", (_EXPERTS + "down_proj.bias",), Same()),
+)
+
+
+def _classes() -> tuple[Any, Any]:
+    from mlx_lm.models import gpt_oss
+
+    return gpt_oss.Model, gpt_oss.ModelArgs
+
+
+def layer_types(config: Mapping[str, Any]) -> list[str]:
+    """The kind of attention of each layer."""
+    given = config.get("layer_types")
+    return list(given or ["full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])])
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    kinds = layer_types(config)
+    if len(kinds) != config["num_hidden_layers"] or set(kinds) != {"sliding_attention", "full_attention"}:
+        raise ModelError(
+            f"config.json: layer_types {sorted(set(kinds))} for {config['num_hidden_layers']} layers",
+            fix="gpt-oss needs one kind a layer, sliding_attention and full_attention both among them",
+        )
+    if config.get("tie_word_embeddings"):
+        raise ModelError("config.json: tie_word_embeddings with gpt-oss", fix="save the checkpoint with its head written out (untied)")
+    rope = rope_settings(config, 150_000.0, _DEFAULT_ROPE)
+    # mlx-lm's own rope is replaced; the plain one is asked of it so that nothing can fail there.
+    return {**config, "layer_types": kinds, "rope_theta": rope.theta, "rope_scaling": None}
+
+
+def _mend(model: Any, config: Mapping[str, Any]) -> None:
+    rope = build_rope(
+        int(config.get("head_dim") or 64), rope_settings(config, 150_000.0, _DEFAULT_ROPE), int(config.get("max_position_embeddings") or 131_072)
+    )
+    for layer in model.layers:
+        layer.self_attn.rope = rope
+        activation = layer.mlp.experts.activation
+        activation._alpha = float(config.get("swiglu_alpha") or 1.702)
+        activation._limit = float(config.get("swiglu_limit") or 7.0)
+
+
+def _stock_differs(config: Mapping[str, Any]) -> str | None:
+    rope = rope_settings(config, 150_000.0, _DEFAULT_ROPE)
+    if rope.kind == "yarn" and not rope.scaling.get("truncate", True):
+        return "stock mlx-lm rounds YaRN's correction range although the config says truncate: false, and computes other logits"
+    return None
+
+
+GPT_OSS = Architecture("gpt_oss", _classes, _arguments, _mend, RULES, routers=("mlp.router",), stock_differs=_stock_differs)

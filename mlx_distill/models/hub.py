@@ -1,0 +1,50 @@
+"""Where a model comes from: a folder, or the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_distill.errors import ModelError
+
+# Neither code nor pickles are ever downloaded.
+ALLOWED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.md", "LICENSE*")
+IGNORED = ("original/*", "metal/*", "onnx/*", "*.bin", "*.py")
+
+
+def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
+    """The folder of a model: the path itself, or a snapshot of a Hub model at a commit, tag or branch.
+
+    Raises:
+        ModelError: no such folder, and not a Hub model that can be had.
+    """
+    path = Path(path_or_repo).expanduser()
+    if path.is_dir():
+        return path
+    name = str(path_or_repo)
+    if path.exists():
+        raise ModelError(f"{path}: a file where a model folder is needed", fix="give the folder that holds config.json")
+    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise ModelError(f"{name}: no such folder", fix="check the path; a Hub model is written org/name")
+    return _download(name, revision)
+
+
+def _download(repo: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)))
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{repo}: no revision {revision!r} on the Hub", fix="give a commit, a tag or a branch of that model") from error
+    except GatedRepoError as error:
+        raise ModelError(f"{repo}: access on the Hub is restricted", fix="accept its licence on huggingface.co and run: hf auth login") from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(f"{repo}: no such folder, and no such model on the Hub", fix="check the spelling; a private model needs: hf auth login") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ModelError(f"{repo}: no such folder, and it cannot be downloaded: {reason}", fix="check the path or the connection") from error
+
+
+def commit_of(folder: Path) -> str | None:
+    """The commit that a downloaded snapshot stands at, from its path in the cache."""
+    return folder.name if folder.parent.name == "snapshots" else None

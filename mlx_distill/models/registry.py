@@ -1,0 +1,49 @@
+"""The architectures that this package knows, by the ``model_type`` of their config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_distill.errors import ModelError
+from mlx_distill.models.gpt_oss import GPT_OSS
+from mlx_distill.models.qwen import QWEN2, QWEN3, QWEN3_MOE
+from mlx_distill.models.rules import Architecture
+
+ARCHITECTURES = {a.model_type: a for a in (QWEN2, QWEN3, QWEN3_MOE, GPT_OSS)}
+
+
+def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
+    """The architecture of a config.
+
+    Raises:
+        ModelError: the config asks for code of its own, or its ``model_type`` is missing or unknown.
+
+    >>> architecture_of({"model_type": "qwen3"}).model_type
+    'qwen3'
+    """
+    for key in ("auto_map", "model_file"):
+        if config.get(key):
+            raise ModelError(f"{where}: {key} asks to run code that comes with the checkpoint", fix="remote code is never run; use a checkpoint without it")
+    kind = config.get("model_type")
+    if kind not in ARCHITECTURES:
+        raise ModelError(f"{where}: unknown model_type {kind!r}", fix=f"known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[kind]
+
+
+def build_model(config: Mapping[str, Any], where: str = "config.json") -> Any:
+    """mlx-lm's model for a config, mended, with lazy random weights (none is computed).
+
+    Raises:
+        ModelError: a key is missing or of the wrong kind.
+    """
+    architecture = architecture_of(config, where)
+    model_class, args_class = architecture.classes()
+    try:
+        model = model_class(args_class.from_dict(architecture.arguments(config)))
+        architecture.mend(model, config)
+    except KeyError as error:
+        raise ModelError(f"{where}: {error.args[0]!r} is missing", fix="take config.json from the original checkpoint") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{where}: not the config of a {architecture.model_type}: {error}", fix="take config.json from the original checkpoint") from error
+    return model

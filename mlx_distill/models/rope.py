@@ -1,0 +1,117 @@
+"""Rotary positions as transformers computes them: the one place where mlx-lm's are mended.
+
+What mlx-lm does otherwise, as of 0.32.2: it rounds YaRN's correction range always (gpt-oss says ``truncate: false``; at full size pair 17 then
+turns 1.8 times too fast), gpt-oss and Qwen3-MoE do not read transformers 5's ``rope_parameters``, and Qwen3-MoE has no YaRN at all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from jaxtyping import Float
+
+from mlx_distill.errors import ModelError
+
+
+@dataclass(frozen=True)
+class RopeSettings:
+    """The rope of a config, whichever way it is spelled. ``scaling`` is the mapping that holds ``rope_type`` and its parameters."""
+
+    kind: str
+    theta: float
+    scaling: Mapping[str, Any]
+
+
+def rope_settings(config: Mapping[str, Any], default_theta: float = 10_000.0, default_scaling: Mapping[str, Any] | None = None) -> RopeSettings:
+    """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
+
+    Raises:
+        ModelError: a kind of rope that is not default, linear or yarn.
+
+    >>> rope_settings({"rope_theta": 1e6}).theta
+    1000000.0
+    >>> rope_settings({"rope_parameters": {"rope_type": "yarn", "rope_theta": 150000, "factor": 32}}).kind
+    'yarn'
+    """
+    parameters = config.get("rope_parameters") or {}
+    scaling = dict(parameters or config.get("rope_scaling") or default_scaling or {})
+    theta = parameters.get("rope_theta") or config.get("rope_theta") or scaling.get("rope_theta") or default_theta
+    kind = scaling.get("rope_type") or scaling.get("type") or "default"
+    if kind not in ("default", "linear", "yarn"):
+        raise ModelError(f"config.json: rope type {kind!r} is not supported", fix="default, linear and yarn are")
+    if kind != "default" and "factor" not in scaling:
+        raise ModelError(f"config.json: rope type {kind!r} without a factor", fix="take config.json from the original checkpoint")
+    return RopeSettings(kind, float(theta), scaling)
+
+
+def yarn_frequencies(dims: int, settings: RopeSettings, max_positions: int = 131_072) -> tuple[np.ndarray, float]:
+    r"""Inverse frequencies ``[dims / 2]`` and the factor on queries and keys, of YaRN.
+
+    Pair ``i`` turns by :math:`\theta^{-2i/d}` a token; pairs slower than ``beta_slow`` turns over the original length are divided by
+    ``factor``, those faster than ``beta_fast`` are left, and a linear ramp lies between. With ``truncate: false`` the ramp's ends stay fractional.
+
+    Args:
+        dims: Size of a head.
+        settings: The config's rope.
+        max_positions: ``max_position_embeddings``, the original length where the rope names none.
+
+    Source: Peng et al., YaRN: Efficient Context Window Extension of Large Language Models (2023); the order of float32 operations is transformers'.
+    """
+    scaling, theta = settings.scaling, settings.theta
+    factor, original = float(scaling["factor"]), float(scaling.get("original_max_position_embeddings") or max_positions)
+    fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
+
+    def dimension(turns: float) -> float:
+        return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(fast), dimension(slow)
+    if scaling.get("truncate", True):
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dims - 1)
+    high += 0.001 if low == high else 0.0
+    ramp = np.clip((np.arange(dims // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
+    wavelengths = np.float32(theta) ** (np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims))
+    kept = np.float32(1) - ramp
+    inverse = (1 / (np.float32(factor) * wavelengths)) * (1 - kept) + (1 / wavelengths) * kept
+    return inverse.astype(np.float32), _attention_factor(scaling, factor)
+
+
+def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+    if scaling.get("attention_factor") is not None:
+        return float(scaling["attention_factor"])
+    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
+        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
+    return mscale(1.0)
+
+
+class YarnRope(nn.Module):
+    """Rotates queries or keys ``[b, heads, l, dims]`` by YaRN's frequencies; no parameters."""
+
+    def __init__(self, dims: int, settings: RopeSettings, max_positions: int) -> None:
+        super().__init__()
+        inverse, self.scale = yarn_frequencies(dims, settings, max_positions)
+        self.dims = dims
+        self._wavelengths = mx.array(1 / inverse)
+
+    def __call__(self, x: Float[mx.array, "b h l d"], offset: int | mx.array = 0) -> Float[mx.array, "b h l d"]:
+        """Rotate; ``offset`` is the position of the first token (one for all rows, or one a row)."""
+        if self.scale != 1.0:
+            x = x * self.scale
+        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._wavelengths)
+
+
+def build_rope(dims: int, settings: RopeSettings, max_positions: int) -> nn.Module:
+    """The rope module for heads of size ``dims``."""
+    if settings.kind == "yarn":
+        return YarnRope(dims, settings, max_positions)
+    scale = 1.0 / settings.scaling["factor"] if settings.kind == "linear" else 1.0
+    return nn.RoPE(dims, traditional=False, base=settings.theta, scale=scale)

@@ -1,0 +1,8 @@
+"""Optimizers that need less memory, and learning rates: each one an ``mlx.optimizers.Optimizer`` for any loop."""
+
+from __future__ import annotations
+
+from mlx_distill.optim.adamw import AdamW as AdamW
+from mlx_distill.optim.build import make_optimizer as make_optimizer
+from mlx_distill.optim.schedules import SCHEDULES as SCHEDULES
+from mlx_distill.optim.schedules import make_schedule as make_schedule

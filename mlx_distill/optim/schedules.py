@@ -1,0 +1,71 @@
+"""Learning rates as plain functions of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import mlx.core as mx
+
+from mlx_distill.errors import ConfigError
+
+Schedule = Callable[[int | mx.array], mx.array]
+
+SCHEDULES = ("cosine", "linear", "constant", "wsd")
+_WSD_DECAY = 0.2
+
+
+def make_schedule(name: str, peak: float, steps: int, *, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
+    r"""The learning rate at each optimizer step, the first step being 0.
+
+    Over the first :math:`w = \lceil \mathrm{warmup} \cdot \mathrm{steps} \rceil` steps it rises as :math:`(t+1)/(w+1)`, so that no
+    step is wasted at zero; with :math:`p = (t-w)/(\mathrm{steps}-w)` after that it is
+
+    - ``cosine``: :math:`(1+\cos \pi p)/2` (Loshchilov and Hutter, arXiv 1608.03983),
+    - ``linear``: :math:`1-p`,
+    - ``constant``: 1,
+    - ``wsd``: 1, then linearly down over the last fifth of the steps (warm-up, stable, decay; Hu et al., arXiv 2404.06395),
+
+    between ``floor`` and 1 times ``peak``.
+
+    Args:
+        name: One of :data:`SCHEDULES`.
+        peak: Largest learning rate.
+        steps: Optimizer steps of the run.
+        warmup: Share of the steps over which the rate rises, 0 to 1.
+        floor: Smallest rate after the peak, as a share of the peak.
+
+    Returns:
+        A function of the step, a number or a scalar array; past the end it stays at the last value.
+
+    Raises:
+        ConfigError: an unknown name, or a warm-up longer than the run.
+
+    >>> rate = make_schedule("linear", 1.0, 10, warmup=0.2)
+    >>> [round(rate(t).item(), 3) for t in (0, 1, 2, 6, 10)]
+    [0.333, 0.667, 1.0, 0.5, 0.0]
+    """
+    if name not in SCHEDULES:
+        raise ConfigError(f"no schedule {name!r}", fix=f"one of {', '.join(SCHEDULES)}")
+    if steps < 1:
+        raise ConfigError(f"a schedule over {steps} steps", fix="train for at least one step")
+    if not 0 <= warmup <= 1:
+        raise ConfigError(f"a warm-up over {warmup:g} of the run", fix="warmup is a share of the steps, 0 to 1")
+    rise = math.ceil(warmup * steps)
+    fall = max(steps - rise, 1)
+
+    def schedule(step: int | mx.array) -> mx.array:
+        t = mx.array(step).astype(mx.float32)
+        p = mx.clip((t - rise) / fall, 0.0, 1.0)
+        if name == "cosine":
+            shape = 0.5 * (1.0 + mx.cos(math.pi * p))
+        elif name == "linear":
+            shape = 1.0 - p
+        elif name == "wsd":
+            shape = mx.clip((steps - t) / max(_WSD_DECAY * steps, 1.0), 0.0, 1.0)
+        else:
+            shape = mx.ones_like(p)
+        shape = floor + (1.0 - floor) * shape
+        return peak * mx.where(t < rise, (t + 1.0) / (rise + 1.0), shape)
+
+    return schedule

@@ -1,0 +1,228 @@
+"""Progress with an estimate: a live bar on a terminal, a line every few seconds elsewhere, nothing where nobody looks.
+
+Stages take a :class:`Progress` and use two things of it::
+
+    with progress.task("teach", total=steps, unit="step") as bar:
+        bar.update(done, loss=0.12)
+    progress.note("teacher: 42 rows are longer than 512 tokens and were left out")
+
+Everything goes to standard error; standard output belongs to results.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol, runtime_checkable
+
+Clock = Callable[[], float]
+_WINDOW_S = 30.0
+
+
+@runtime_checkable
+class Stream(Protocol):
+    """What lines are written to."""
+
+    def write(self, text: str, /) -> object:
+        """Take text."""
+
+    def flush(self) -> object:
+        """Show it now."""
+
+
+@runtime_checkable
+class Bar(Protocol):
+    """One running task."""
+
+    def update(self, done: float, **info: Any) -> None:
+        """Say how much is done in all (not how much more), and what is worth seeing beside it."""
+
+
+@runtime_checkable
+class Progress(Protocol):
+    """Where a stage tells how far it is."""
+
+    def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> AbstractContextManager[Bar]:
+        """Open a task of ``total`` units, ``start`` of them done before (a resumed run); no total, no estimate."""
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+
+
+class Estimate:
+    """Seconds left, from the rate of the last half minute.
+
+    The first steps (warm-up, compilation) soon leave the window, and what a resumed run had done before never enters it.
+
+    >>> now = [0.0]
+    >>> estimate = Estimate(total=10, start=0, clock=lambda: now[0])
+    >>> now[0] = 4.0
+    >>> estimate.left(2)
+    16.0
+    """
+
+    def __init__(self, total: float | None, start: float = 0, clock: Clock = time.monotonic) -> None:
+        self.total, self.clock = total, clock
+        self.began = clock()
+        self._seen: deque[tuple[float, float]] = deque([(self.began, start)])
+
+    def left(self, done: float) -> float | None:
+        """Seconds left when ``done`` units are done now, or None where nothing can be said."""
+        now = self.clock()
+        self._seen.append((now, done))
+        while len(self._seen) > 2 and now - self._seen[1][0] >= _WINDOW_S:
+            self._seen.popleft()
+        then, before = self._seen[0]
+        if not self.total or done <= before or now <= then:
+            return None
+        return max(self.total - done, 0) * (now - then) / (done - before)
+
+    def elapsed(self) -> float:
+        """Seconds since the task was opened."""
+        return self.clock() - self.began
+
+
+def duration(seconds: float) -> str:
+    """A span of time for people.
+
+    >>> duration(7.4), duration(83), duration(3 * 3600 + 125)
+    ('7 s', '1 min 23 s', '3 h 02 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def show_info(info: dict[str, Any]) -> str:
+    """``loss 0.1235, rows 12``: four digits of a float are enough to watch.
+
+    >>> show_info({"loss": 0.123456, "rows": 12, "note": "greedy"})
+    'loss 0.1235, rows 12, note greedy'
+    """
+    shown = {key.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else value for key, value in info.items()}
+    return ", ".join(f"{key} {value}" for key, value in shown.items())
+
+
+class NullProgress:
+    """Says nothing: for libraries, notebooks and tests."""
+
+    @contextmanager
+    def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Bar]:
+        yield _Silent()
+
+    def note(self, text: str) -> None:
+        pass
+
+
+class _Silent:
+    def update(self, done: float, **info: Any) -> None:
+        pass
+
+
+class PlainProgress:
+    """A line at the start, at the end, and at most every ``every`` seconds: for logs and pipes.
+
+    >>> progress = PlainProgress(sys.stdout, clock=lambda: 0.0)
+    >>> with progress.task("teach", total=2, unit="step") as bar:
+    ...     bar.update(2, loss=0.5)
+    teach: 2 steps
+    teach: done, 2 steps in 0 s, loss 0.5
+    """
+
+    def __init__(self, stream: Stream | None = None, every: float = 10.0, clock: Clock = time.monotonic) -> None:
+        self.stream, self.every, self.clock = stream, every, clock
+
+    @contextmanager
+    def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Bar]:
+        self.note(f"{name}: {_count(total, unit)}" + (f", going on at {start:g}" if start else "") if total else name)
+        bar = _PlainBar(self, name, Estimate(total, start, self.clock), unit)
+        try:
+            yield bar
+        except BaseException:
+            self.note(f"{name}: stopped after {duration(bar.estimate.elapsed())}" + (f" at {bar.done:g}/{total:g}" if total else ""))
+            raise
+        self.note(f"{name}: done, {_count(bar.done, unit)} in {duration(bar.estimate.elapsed())}" + (f", {bar.info}" if bar.info else ""))
+
+    def note(self, text: str) -> None:
+        print(text, file=self.stream or sys.stderr, flush=True)
+
+
+class _PlainBar:
+    def __init__(self, progress: PlainProgress, name: str, estimate: Estimate, unit: str) -> None:
+        self.progress, self.name, self.estimate, self.unit = progress, name, estimate, unit
+        self.done, self.info, self.last = 0.0, "", estimate.began
+
+    def update(self, done: float, **info: Any) -> None:
+        self.done, self.info = done, show_info(info)
+        left, now = self.estimate.left(done), self.progress.clock()
+        if now - self.last < self.progress.every or done == self.estimate.total:
+            return
+        self.last = now
+        total = self.estimate.total
+        where = f"{done:g}/{total:g} ({done / total:.0%})" if total else _count(done, self.unit)
+        parts = [where, *([f"{duration(left)} left"] if left is not None else []), *([self.info] if self.info else [])]
+        self.progress.note(f"{self.name}: {', '.join(parts)}")
+
+
+def _count(number: float | None, unit: str) -> str:
+    if number is None:
+        return ""
+    if not unit:
+        return f"{number:g}"
+    return f"{number:,.0f} {unit}{'' if number == 1 else 's'}"
+
+
+class RichProgress:
+    """A live bar on a terminal, with the time left and the task's figures."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self.console = Console(stderr=True, highlight=False)
+
+    @contextmanager
+    def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Bar]:
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
+        from rich.progress import Progress as Live
+
+        columns = (
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn(f"{unit}s" if unit else ""),
+            TextColumn("[cyan]{task.fields[left]}"),
+            TextColumn("{task.fields[info]}", markup=False),
+        )
+        with Live(*columns, console=self.console, transient=True) as live:
+            bar = _RichBar(live, live.add_task(name, total=total, completed=int(start), left="", info=""), Estimate(total, start))
+            yield bar
+        text = f"{name}: done, {_count(bar.done, unit)} in {duration(bar.estimate.elapsed())}" + (f", {bar.info}" if bar.info else "")
+        self.console.print(text, markup=False)
+
+    def note(self, text: str) -> None:
+        self.console.print(text, markup=False)
+
+
+class _RichBar:
+    def __init__(self, live: Any, task_id: Any, estimate: Estimate) -> None:
+        self.live, self.task_id, self.estimate = live, task_id, estimate
+        self.done, self.info = 0.0, ""
+
+    def update(self, done: float, **info: Any) -> None:
+        self.done, self.info = done, show_info(info)
+        left = self.estimate.left(done)
+        shown = f"{duration(left)} left" if left is not None else ""
+        self.live.update(self.task_id, completed=done, left=shown, info=self.info)
+
+
+def make_progress(stream: Stream | None = None) -> Progress:
+    """The live bar where standard error is a terminal, plain lines where it is not."""
+    if stream is None and sys.stderr.isatty():
+        return RichProgress()
+    return PlainProgress(stream)

@@ -1,0 +1,202 @@
+"""A recipe: teacher, student, task, data, and one block of settings a stage. Each default stands here and nowhere else."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.config import ASSETS, from_mapping, option, override, packaged, read_yaml
+from mlx_distill.errors import ConfigError
+from mlx_distill.task import Task, load_task
+
+ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
+MLP = ["gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class SourceConfig:
+    """One source of rows: a file, a packaged generator, or a data set of the Hub."""
+
+    path: str | None = option(None, "a JSONL or JSON file (asset:NAME for a packaged one)")
+    hub: str | None = option(None, "a data set of the Hugging Face Hub, such as org/name")
+    generator: str | None = option(None, "a packaged generator of rows")
+    revision: str | None = option(None, "commit of the Hub data set")
+    hub_split: str = option("train", "which split of the Hub data set")
+    count: int = option(0, "rows from a generator, 0 for its own default; the first rows of a file or data set", low=0)
+    seed: int = option(0, "seed of the generator", low=0)
+    noise: float = option(0.0, "share of the generator's labels that are replaced at random", low=0.0, high=1.0)
+    part: str | None = option(None, "which part of the generator's templates: train or test")
+    format: str = option("auto", "shape of the rows", choices=["auto", "messages", "alpaca", "openai", "plain"])
+    columns: Mapping[str, str] = option({}, "field of the task: column of the file")
+    split: str | None = option(None, "put every row of this source in this split", choices=["train", "valid", "test"])
+    set: str | None = option(None, "name of the set that its test rows are reported under; default: 'test'")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prepare: rows to validated chats, filtered, deduplicated and split."""
+
+    sources: list[SourceConfig] = option([], "where the rows come from")
+    valid_fraction: float = option(0.05, "share of the rows without a split that goes to validation", low=0.0, high=0.5)
+    test_fraction: float = option(0.1, "share of the rows without a split that is held out", low=0.0, high=0.9)
+    stratify: list[str] = option([], "fields over which the split is balanced, besides the label")
+    min_chars: int = option(1, "shortest text of a row, in characters", low=0)
+    max_chars: int = option(100_000, "longest text of a row, in characters", low=1)
+    min_rating: float | None = option(None, "drop rows whose rating field is below")
+    rating_field: str = option("rating", "the field that min_rating looks at")
+    domains: list[str] = option([], "keep rows whose domain field is one of these; empty keeps all")
+    domain_field: str = option("domain", "the field that domains looks at")
+    near_duplicates: float = option(0.85, "Jaccard similarity of word shingles from which two rows are the same; 0 turns it off", low=0.0, high=1.0)
+    split_field: str = option("split", "the field in which a row names its own split")
+    drop_invalid: bool = option(False, "leave out rows that do not fit the task, and count them, where otherwise they are an error")
+    seed: int = option(0, "seed of the split", low=0)
+
+
+@dataclass(frozen=True)
+class ConvertConfig:
+    """Convert: a Hugging Face checkpoint to an MLX folder, numerically the same."""
+
+    quantize: str | None = option(None, "mode of the converted weights; none keeps them", choices=["affine4", "affine8", "mxfp4", "nvfp4", "mxfp8"])
+    dtype: str | None = option(None, "type of the floating-point weights; none keeps each tensor's own", choices=["float32", "bfloat16", "float16"])
+    revision: str | None = option(None, "commit or tag of a Hub model")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What every training shares."""
+
+    method: str = option("lora", "which weights move", choices=["lora", "dora", "galore", "full"])
+    lora_rank: int = option(16, "rank of the adapters", low=1)
+    lora_alpha: float = option(32.0, "scale of the adapters is alpha / rank", low=0.0)
+    lora_dropout: float = option(0.1, "dropout before the adapter", low=0.0, high=0.99)
+    target_modules: list[str] = option(ATTENTION + MLP, "linear layers that get an adapter or a projection")
+    galore_rank: int = option(512, "rank of the gradient projection", low=1)
+    galore_update_gap: int = option(400, "steps between refreshes of the basis", low=1)
+    galore_scale: float = option(0.25, "factor on the projected update", low=0.0)
+    learning_rate: float = option(2e-5, "peak learning rate", low=0.0)
+    schedule: str = option("cosine", "shape of the learning rate after the warm-up", choices=["cosine", "linear", "constant", "wsd"])
+    warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0.0, high=1.0)
+    weight_decay: float = option(0.0, "decoupled weight decay", low=0.0)
+    clip_norm: float = option(1.0, "largest global gradient norm; 0 turns clipping off", low=0.0)
+    batch_size: int = option(1, "rows a micro-batch", low=1)
+    accumulate: int = option(8, "micro-batches an optimizer step", low=1)
+    epochs: float = option(1.0, "passes over the rows; steps overrides it", low=0.0)
+    steps: int = option(0, "optimizer steps; 0: by epochs", low=0)
+    max_length: int = option(512, "longest row in tokens; a longer one is reported and left out", low=8)
+    loss_on: str = option("last", "assistant turns that are learned", choices=["last", "all"])
+    grad_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory", keyed=False)
+    seed: int = option(0, "seed of order, initialization and dropout", low=0)
+    checkpoint_every: int = option(50, "steps between checkpoints", low=1, keyed=False)
+    evaluate_every: int = option(50, "steps between looks at the validation rows; 0 for none", low=0)
+
+
+@dataclass(frozen=True)
+class TeachConfig(TrainConfig):
+    """Teach: fine-tune the teacher on the labelled rows."""
+
+
+@dataclass(frozen=True)
+class TargetsConfig:
+    """Targets: what the teacher says of the training rows, written once."""
+
+    text: str = option("greedy", "the text that the student learns: the teacher's greedy answer, or the row's own", choices=["greedy", "data"])
+    top_k: int = option(32, "tokens kept of each distribution", low=1, high=1024)
+    batch_size: int = option(16, "rows at a time", low=1, keyed=False)
+    max_rows: int = option(0, "training rows scored; 0 for all", low=0)
+
+
+@dataclass(frozen=True)
+class DistillConfig(TrainConfig):
+    """Distill: the student learns the teacher's labels, text and tokens."""
+
+    learning_rate: float = option(1e-5, "peak learning rate", low=0.0)
+    target_modules: list[str] = option(ATTENTION, "linear layers that get an adapter")
+    label_weight: float = option(0.7, "alpha: weight of the loss over the label's distribution", low=0.0)
+    label_temperature: float = option(4.0, "T of that loss; the factor T squared is inside", low=0.01)
+    text_weight: float = option(0.3, "weight of the cross-entropy on the teacher's text", low=0.0)
+    token_weight: float = option(0.3, "weight of the token-level loss", low=0.0)
+    token_loss: str = option(
+        "auto", "the token-level loss; auto: KL where the vocabularies are equal, else cells", choices=["auto", "kl", "cells", "alm", "none"]
+    )
+    temperature: float = option(1.0, "T of the token-level loss", low=0.01)
+
+
+@dataclass(frozen=True)
+class QuantizeConfig:
+    """Quantize: what is not MXFP4 already goes to few bits."""
+
+    mode: str = option("affine4", "mode of the quantized weights", choices=["affine4", "affine8", "mxfp4", "nvfp4", "mxfp8"])
+    group_size: int = option(0, "weights that share a scale; 0: the mode's own", low=0)
+    adapter: str = option("merge", "the adapter is merged before, or kept beside the quantized base", choices=["merge", "keep"])
+    keep: list[str] = option(["router"], "parts of module names that keep their type")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Evaluate: held-out rows through each model."""
+
+    models: list[str] = option(["teacher", "student_before", "student", "quantized"], "which models are measured")
+    batch_size: int = option(16, "rows at a time", low=1)
+    max_rows: int = option(0, "held-out rows of each set; 0 for all", low=0)
+    confidence: float = option(0.95, "level of the intervals", low=0.5, high=0.999, keyed=False)
+
+
+@dataclass(frozen=True)
+class ControlsConfig:
+    """Students at equal steps that answer: was it the distillation?"""
+
+    labels: bool = option(False, "a student trained on the rows' own answers alone")
+    text: bool = option(False, "a student trained on the teacher's text alone")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The whole of a run."""
+
+    name: str = option(help="what the run is called in reports")
+    task: Any = option(help="a packaged task, a YAML file, or a mapping with name and overrides")
+    teacher: str = option(help="a Hub id, a folder, or asset:NAME")
+    student: str = option(help="a Hub id, a folder, or asset:NAME")
+    description: str = option("", "one line for the list of recipes", keyed=False)
+    compute_dtype: str | None = option(
+        None, "type in which weights that are not quantized compute; none keeps the checkpoint's", choices=["float32", "bfloat16", "float16"]
+    )
+    data: DataConfig = option(DataConfig, "prepare")
+    convert: ConvertConfig = option(ConvertConfig, "convert")
+    teach: TeachConfig = option(TeachConfig, "teach")
+    targets: TargetsConfig = option(TargetsConfig, "targets")
+    distill: DistillConfig = option(DistillConfig, "distill")
+    quantize: QuantizeConfig = option(QuantizeConfig, "quantize")
+    evaluate: EvaluateConfig = option(EvaluateConfig, "evaluate")
+    controls: ControlsConfig = option(ControlsConfig, "controls")
+    base: Path | None = field(default=None, metadata={"keyed": False, "help": "folder that paths are relative to"})
+
+    def load_task(self) -> Task:
+        """The task that the recipe names."""
+        return load_task(self.task, self.base)
+
+
+def load_recipe(spec: str | Path, assignments: Sequence[str] = ()) -> Recipe:
+    """A packaged recipe by name or a YAML file by path, with ``KEY=VALUE`` overrides.
+
+    Raises:
+        ConfigError: no such recipe, an unknown key, a value of the wrong type or out of range.
+    """
+    path = Path(spec)
+    if not path.is_file():
+        found = packaged(f"recipes/{spec}.yaml")
+        if found is None:
+            raise ConfigError(f"no recipe {str(spec)!r}", fix=f"packaged: {', '.join(recipe_names())}; or give the path of a YAML file")
+        path = found
+    raw = override(read_yaml(path), assignments)
+    raw["base"] = path.resolve().parent
+    recipe = from_mapping(Recipe, raw, str(path))
+    recipe.load_task()
+    return recipe
+
+
+def recipe_names() -> list[str]:
+    """The packaged recipes."""
+    return sorted(p.stem for p in (ASSETS / "recipes").glob("*.yaml"))

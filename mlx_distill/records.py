@@ -1,0 +1,81 @@
+"""The nouns that the floors pass to each other. Frozen, without behaviour."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a chat. ``role`` is ``system``, ``user`` or ``assistant``."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One row of prepared data: a chat whose last turn is the assistant's, and what is known about it.
+
+    ``fields`` holds the row's other columns (slices such as genre or group, the split); ``answer`` is the last assistant
+    turn parsed as JSON, where the task asks for JSON.
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    answer: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch, right-padded, labels already shifted.
+
+    ``inputs [b, l]`` int32; ``labels [b, l]`` int32 (the token after each input); ``mask [b, l]`` float32, 1 where the
+    label is trained on; ``rows [b]`` indices into the data set; ``extra`` whatever the objective needs besides.
+    """
+
+    inputs: mx.array
+    labels: mx.array
+    mask: mx.array
+    rows: tuple[int, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The k most probable tokens of a distribution, for many positions.
+
+    ``ids [..., k]`` int32; ``logprobs [..., k]`` float32, natural logarithms at temperature 1 over the *whole* vocabulary,
+    so the mass outside is ``1 - sum(exp(logprobs))``; descending.
+    """
+
+    ids: mx.array
+    logprobs: mx.array
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What a model answered for one item.
+
+    ``text`` is the raw answer; ``answer`` the validated dict or None; ``error`` says why it is None; ``label`` the value of
+    the task's label field as it stands in the answer; ``label_probs`` the model's own distribution over the labels before
+    it writes; ``latency_s`` the wall time of its batch divided by the batch's size; ``tokens`` generated tokens.
+    """
+
+    id: str
+    text: str
+    answer: Mapping[str, Any] | None
+    label: str | None
+    score: float | None
+    label_probs: Mapping[str, float] | None = None
+    error: str | None = None
+    latency_s: float = 0.0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict)

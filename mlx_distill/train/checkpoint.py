@@ -1,0 +1,167 @@
+"""Checkpoints from which a run goes on bitwise as if nothing had happened.
+
+``checkpoints/step-00000050/`` holds ``trainable.safetensors``, ``optimizer.safetensors`` and ``state.json`` (step, random state by
+rank, position in the data, place in metrics.jsonl). The folder appears whole, by one rename. ``checkpoints/best/`` holds the
+weights with the lowest validation loss alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map_with_path
+
+from mlx_distill.errors import FileError, ModelError
+from mlx_distill.files import digest, fsync_folder, os_errors, read_json, write_json
+
+FORMAT = 1
+WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
+_OTHER = "keep the settings, or delete the checkpoints and start again"
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Digest of the trainable parameters' names, shapes and types: what a checkpoint fits."""
+    return digest([[name, list(a.shape), str(a.dtype)] for name, a in tree_flatten(model.trainable_parameters())])
+
+
+def save(folder: Path, state: Mapping[str, Any], model: nn.Module, optimizer: optim.Optimizer, *, keep: int = 2) -> Path:
+    """Write ``folder/step-N`` whole, then drop all but the newest ``keep``.
+
+    Args:
+        folder: The folder of the checkpoints.
+        state: JSON; ``state["step"]`` names the folder.
+        model: Its trainable parameters are saved.
+        optimizer: Its whole state is saved.
+        keep: Checkpoints that stay.
+
+    Raises:
+        FileError: the disk said no; the older checkpoints stand.
+    """
+    arrays = {WEIGHTS: dict(tree_flatten(model.trainable_parameters())), OPTIMIZER: _flat_state(optimizer)}
+    whole = {**state, "format": FORMAT, "fingerprint": fingerprint(model)}
+    path = _write_folder(folder / f"step-{int(state['step']):08d}", arrays, whole)
+    for old in steps(folder)[:-keep]:
+        with os_errors():
+            shutil.rmtree(old)
+    return path
+
+
+def save_best(folder: Path, state: Mapping[str, Any], model: nn.Module) -> Path:
+    """Write the trainable weights alone to ``folder/best``."""
+    arrays = {WEIGHTS: dict(tree_flatten(model.trainable_parameters()))}
+    return _write_folder(folder / "best", arrays, {**state, "format": FORMAT, "fingerprint": fingerprint(model)})
+
+
+def steps(folder: Path) -> list[Path]:
+    """The whole checkpoints of a folder, oldest first."""
+    return sorted(p for p in folder.glob("step-*") if (p / STATE).is_file()) if folder.is_dir() else []
+
+
+def latest(folder: Path) -> Path | None:
+    """The newest whole checkpoint, or None."""
+    return next(reversed(steps(folder)), None)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """A checkpoint's ``state.json``.
+
+    Raises:
+        FileError: it is damaged, or of another version.
+    """
+    state = read_json(path / STATE)
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise FileError(f"{path}: not a checkpoint of this version", fix=f"delete {path.parent} and start again")
+    return state
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Put a checkpoint's weights (a step's or the best) into the model.
+
+    Raises:
+        ModelError: the checkpoint is of another model or of other adapters.
+        FileError: a file is missing or damaged.
+    """
+    if read_state(path)["fingerprint"] != fingerprint(model):
+        raise ModelError(f"{path}: a checkpoint of other trainable weights", fix="give the model and adapters that it was made with, or delete it")
+    flat = _read_arrays(path / WEIGHTS)
+    model.update(_filled(path, flat, model.trainable_parameters()))
+
+
+def load_optimizer(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> None:
+    """Put a checkpoint's optimizer state back, array by array.
+
+    Raises:
+        ModelError: the checkpoint is of another optimizer.
+    """
+    flat = _read_arrays(path / OPTIMIZER)
+    optimizer.init(model.trainable_parameters())
+    names = {name for name, _ in tree_flatten(optimizer.state)}
+    if names != set(flat):
+        odd = min(names ^ set(flat))
+        raise ModelError(f"{path}: a checkpoint of another optimizer ({odd})", fix=_OTHER)
+    optimizer.state = _filled(path, flat, optimizer.state)
+    optimizer.init(model.trainable_parameters())
+
+
+def _filled(path: Path, flat: Mapping[str, mx.array], tree: Any) -> Any:
+    def pick(name: str, array: mx.array) -> mx.array:
+        found = flat.get(name)
+        if found is None or found.shape != array.shape:
+            raise ModelError(f"{path}: {name} does not fit", fix=_OTHER)
+        return found
+
+    return tree_map_with_path(pick, tree)
+
+
+def _flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
+    return dict(tree_flatten(optimizer.state))
+
+
+def _read_arrays(path: Path) -> dict[str, mx.array]:
+    try:
+        arrays = mx.load(str(path))
+        mx.eval(arrays)
+    except (RuntimeError, OSError, ValueError) as error:
+        raise FileError(f"{path}: cannot be read: {error}", fix=f"delete {path.parent}: the checkpoint before it is used") from error
+    assert isinstance(arrays, dict)
+    return arrays
+
+
+def _write_folder(path: Path, arrays: Mapping[str, dict[str, mx.array]], state: Mapping[str, Any]) -> Path:
+    temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
+    with os_errors():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for stale in (temporary, old):
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+        for name, flat in arrays.items():
+            _save_arrays(temporary / name, flat)
+        write_json(temporary / STATE, state)
+        _sync(temporary.iterdir())
+        fsync_folder(temporary)
+        if path.exists():
+            os.replace(path, old)
+        os.replace(temporary, path)
+        fsync_folder(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    return path
+
+
+def _save_arrays(path: Path, flat: dict[str, mx.array]) -> None:
+    try:
+        mx.save_safetensors(str(path), flat)
+    except RuntimeError as error:
+        raise FileError(f"{path}: cannot be written: {error}", fix="free some space, then run the same command again") from error
+
+
+def _sync(files: Iterable[Path]) -> None:
+    for file in files:
+        with open(file, "rb+") as handle:
+            os.fsync(handle.fileno())

@@ -1,0 +1,46 @@
+"""The guard against NaN: stop before the weights are touched, name the rows, keep the batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import mlx.core as mx
+
+from mlx_distill.errors import DataError
+from mlx_distill.files import atomic_path, write_json
+from mlx_distill.records import Batch
+from mlx_distill.train.gradients import Window
+
+
+def stop_on_nan(folder: Path, step: int, window: Sequence[Batch], result: Window, norm: float) -> NoReturn:
+    """Save the window's micro-batches and end the run.
+
+    ``folder/nan.safetensors`` holds ``N.inputs``, ``N.labels`` and ``N.mask`` of micro-batch N, ``folder/nan.json`` the step, the rows
+    and the losses.
+
+    Raises:
+        DataError: always, naming the rows of the micro-batches whose loss is not finite, or of all where only the gradient is.
+    """
+    bad = [i for i, loss in enumerate(result.losses) if not math.isfinite(loss)] or list(range(len(window)))
+    rows = sorted({row for i in bad for row in window[i].rows})
+    arrays = {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(window) for name in ("inputs", "labels", "mask")}
+    if arrays:
+        with atomic_path(folder / "nan.safetensors") as path:
+            mx.save_safetensors(str(path), arrays)
+    notes = {
+        "step": step,
+        "loss": repr(result.loss),
+        "grad_norm": repr(norm),
+        "suspects": bad,
+        "micro_batches": [{"rows": list(b.rows), "loss": repr(loss)} for b, loss in zip(window, result.losses, strict=True)],
+    }
+    write_json(folder / "nan.json", notes)
+    what = "loss" if not math.isfinite(result.loss) else "gradient"
+    shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
+    raise DataError(
+        f"step {step}: the {what} is not a number (rows {shown or 'unknown'}); the batch is in {folder / 'nan.safetensors'}",
+        fix="look at those rows, or lower the learning rate; the weights are those of the step before",
+    )

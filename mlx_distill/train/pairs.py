@@ -1,0 +1,104 @@
+"""The student's side of the teacher's targets: each row rendered for the student, and the two tokenizations aligned by bytes.
+
+Nothing of a row depends on the batch it comes in, so the alignment is done once, before training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Float, Int
+
+from mlx_distill.records import Batch
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One row for the student, with what the teacher says of it.
+
+    ``tokens [l]`` the student's chat; ``start`` where its answer begins; ``label_at`` the position of the label's first token or
+    None, ``label_logprobs [c]``; ``starts [n]`` positions of student tokens that begin at a common byte boundary, with the teacher's
+    ``topk_ids`` and ``topk_logprobs`` ``[n, k]`` there; ``spans [m, 2]`` student tokens from and to of each common span, with
+    ``span_logprobs [m]`` the teacher's log-probability of its bytes.
+    """
+
+    tokens: Int[np.ndarray, " l"]
+    start: int
+    label_at: int | None
+    label_logprobs: Float[np.ndarray, " c"] | None
+    starts: Int[np.ndarray, " n"]
+    topk_ids: Int[np.ndarray, "n k"]
+    topk_logprobs: Float[np.ndarray, "n k"]
+    spans: Int[np.ndarray, "m 2"]
+    span_logprobs: Float[np.ndarray, " m"]
+
+
+def make_pair(
+    tokens: np.ndarray,
+    start: int,
+    spans: np.ndarray,
+    *,
+    teacher_logprobs: np.ndarray,
+    topk_ids: np.ndarray,
+    topk_logprobs: np.ndarray,
+    label_at: int | None,
+    label_logprobs: Sequence[float] | None,
+) -> Pair:
+    """Join a student's row and a teacher's targets.
+
+    Args:
+        tokens: The student's chat, its stop token last.
+        start: Where the answer begins.
+        spans: ``align_bytes`` of the two answers without their stop tokens: ``[m, 4]``, counted from the answers' beginnings.
+        teacher_logprobs, topk_ids, topk_logprobs: The teacher's targets, its stop token last.
+        label_at, label_logprobs: Position of the label in ``tokens``, and the teacher's distribution over the labels.
+    """
+    answer, theirs = len(tokens) - start - 1, len(teacher_logprobs) - 1
+    stop = np.array([[answer, answer + 1, theirs, theirs + 1]])  # both end their answer here: a common event too
+    spans = np.concatenate([np.asarray(spans).reshape(-1, 4), stop])
+    sums = np.concatenate([[0.0], np.cumsum(teacher_logprobs, dtype=np.float64)])
+    return Pair(
+        tokens=np.asarray(tokens, dtype=np.int32),
+        start=start,
+        label_at=label_at if label_logprobs is not None else None,
+        label_logprobs=np.array(label_logprobs, dtype=np.float32) if label_logprobs is not None else None,
+        starts=(spans[:, 0] + start).astype(np.int32),
+        topk_ids=topk_ids[spans[:, 2]],
+        topk_logprobs=topk_logprobs[spans[:, 2]].astype(np.float32),
+        spans=(spans[:, :2] + start).astype(np.int32),
+        span_logprobs=(sums[spans[:, 3]] - sums[spans[:, 2]]).astype(np.float32),
+    )
+
+
+def collate_pairs(pairs: Sequence[Pair], rows: Sequence[int], pad: int, classes: int, multiple: int = 16) -> Batch:
+    """One micro-batch of pairs, right-padded; positions in ``extra`` count from the inputs, where token ``j`` is predicted at ``j - 1``.
+
+    ``extra``: ``label_rows [r]``, ``label_positions [r]``, ``label_logprobs [r, c]``; ``start_rows [n]``, ``start_positions [n]``,
+    ``topk_ids [n, k]``, ``topk_logprobs [n, k]``; ``spans [m, 3]`` (row, label positions from and to), ``span_logprobs [m]``.
+    """
+    chosen = [pairs[r] for r in rows]
+    length = -(-max(len(p.tokens) - 1 for p in chosen) // multiple) * multiple
+    inputs = np.full((len(chosen), length), pad, dtype=np.int32)
+    labels = np.full((len(chosen), length), pad, dtype=np.int32)
+    mask = np.zeros((len(chosen), length), dtype=np.float32)
+    for i, pair in enumerate(chosen):
+        n = len(pair.tokens) - 1
+        inputs[i, :n], labels[i, :n] = pair.tokens[:-1], pair.tokens[1:]
+        mask[i, pair.start - 1 : n] = 1
+    judged = [(i, p) for i, p in enumerate(chosen) if p.label_at is not None and p.label_logprobs is not None]
+    extra = {
+        "label_rows": np.array([i for i, _ in judged], dtype=np.int32),
+        "label_positions": np.array([(p.label_at or 0) - 1 for _, p in judged], dtype=np.int32),
+        "label_logprobs": np.array([p.label_logprobs for _, p in judged], dtype=np.float32).reshape(len(judged), classes),
+        "start_rows": np.concatenate([np.full(len(p.starts), i, dtype=np.int32) for i, p in enumerate(chosen)]),
+        "start_positions": np.concatenate([p.starts - 1 for p in chosen]),
+        "topk_ids": np.concatenate([p.topk_ids for p in chosen]),
+        "topk_logprobs": np.concatenate([p.topk_logprobs for p in chosen]),
+        "spans": np.concatenate([np.column_stack([np.full(len(p.spans), i), p.spans - 1]) for i, p in enumerate(chosen)]).astype(np.int32),
+        "span_logprobs": np.concatenate([p.span_logprobs for p in chosen]),
+    }
+    arrays = {name: mx.array(value) for name, value in extra.items()}
+    return Batch(mx.array(inputs), mx.array(labels), mx.array(mask), tuple(rows), arrays)

@@ -1,0 +1,79 @@
+"""Sums over the ranks of ``mlx.launch``; alone, the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten, tree_unflatten
+
+from mlx_distill.runtime import rank_and_size
+
+_CHUNK = 1 << 24
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among its peers."""
+
+    rank: int = 0
+    size: int = 1
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each number added over the ranks."""
+        if self.size == 1 or not values:
+            return [float(v) for v in values]
+        # Two float32 hold a sum of token counts or losses to 48 bits; one would lose single tokens above 2**24.
+        high = mx.array(list(values), mx.float32)
+        low = mx.array([v - h for v, h in zip(values, high.tolist(), strict=True)], mx.float32)
+        total = mx.distributed.all_gather(mx.stack([high, low])[None])
+        rows = total.tolist()
+        return [sum(row[0][i] for row in rows) + sum(row[1][i] for row in rows) for i in range(len(values))]
+
+    def largest(self, value: float) -> float:
+        """The largest over the ranks."""
+        if self.size == 1:
+            return float(value)
+        return float(mx.distributed.all_max(mx.array([float(value)])).item())
+
+    def gather(self, values: Sequence[int]) -> list[list[int]]:
+        """Every rank's whole numbers (below 2**32), by rank."""
+        if self.size == 1:
+            return [[int(v) for v in values]]
+        return [[int(v) for v in row] for row in mx.distributed.all_gather(mx.array([list(values)], mx.uint32)).tolist()]
+
+    def sum_tree(self, tree: Any) -> Any:
+        """Each array of a tree added over the ranks, joined into few messages."""
+        if self.size == 1:
+            return tree
+        flat = tree_flatten(tree)
+        out: list[tuple[str, mx.array]] = []
+        group: list[tuple[str, mx.array]] = []
+        for item in flat:
+            group.append(item)
+            if sum(a.size for _, a in group) >= _CHUNK:
+                out += _sum_group(group)
+                group = []
+        return tree_unflatten(out + (_sum_group(group) if group else []))
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            mx.eval(mx.distributed.all_sum(mx.array(1.0)))
+
+
+def _sum_group(group: list[tuple[str, mx.array]]) -> list[tuple[str, mx.array]]:
+    joined = mx.distributed.all_sum(mx.concatenate([a.reshape(-1) for _, a in group]))
+    mx.eval(joined)
+    out, start = [], 0
+    for name, array in group:
+        out.append((name, joined[start : start + array.size].reshape(array.shape)))
+        start += array.size
+    return out
+
+
+def current_ranks() -> Ranks:
+    """The ranks of this process's launch."""
+    return Ranks(*rank_and_size())

@@ -1,0 +1,276 @@
+"""Make the two tiny base models that the package ships: a Qwen3 teacher and a gpt-oss student with another tokenizer.
+
+    pip install -e '.[parity]'
+    python scripts/make_tiny_models.py [teacher] [student] [--out mlx_distill/assets/models]
+
+Both are pretrained here, from nothing, on the packaged generators' *train* templates alone. They learn the language, the answer's form
+and every field of it; their judgement is the naive one, by keywords, so that there is something to teach. The layout is the genuine one of
+the Hugging Face Hub: config.json, sharded safetensors with an index, the architectures' own tensor names, and for gpt-oss MXFP4
+experts as ``_blocks`` and ``_scales``. Seeded; runs in about half an hour on two cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+
+from mlx_distill.assets.moderation import generator as moderation
+from mlx_distill.assets.music import generator as music
+from mlx_distill.config import ASSETS
+from mlx_distill.task import load_task
+
+MUSIC = load_task({"name": "music", "system": "Judge the song. Answer in JSON."})
+MODERATION = load_task({"name": "moderation", "system": "Judge the message. Answer in JSON."})
+
+# The genuine pre-tokenizers: one splits digits singly, the other keeps up to three together.
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+# What the chat templates themselves say, so that it does not fall apart into bytes.
+TEMPLATE_WORDS = ("Reasoning: low\n\n# Valid channels: analysis, commentary, final.", "# Instructions\n\n", "system\nuser\nassistant\ndeveloper")
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+GPT_OSS_SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"]  # fmt: skip
+
+
+def answers_text(answer: dict) -> str:
+    return json.dumps(answer, ensure_ascii=False)
+
+
+def rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
+    """(system, user, answer) of the pretraining rows, judged by keywords."""
+    out = []
+    for row in music.generate(songs, seed=seed, part="train", policy="keywords"):
+        system, user = MUSIC.prompt(row)
+        out.append((system, user, answers_text(row["answer"])))
+    for row in moderation.generate(messages, seed=seed, part="train"):
+        system, user = MODERATION.prompt(row)
+        naive = any(word in row["text"] for word in moderation.WORDS["bad"])
+        out.append((system, user, answers_text({"label": "hostile" if naive else "fine", "confidence": row["answer"]["confidence"]})))
+    return out
+
+
+def make_tokenizer(kind: str, size: int, folder: Path, corpus: list[str]) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(models.BPE())
+    if kind == "qwen3":
+        tokenizer.normalizer = normalizers.NFC()
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_WORDS % ("" if kind == "qwen3" else "{1,3}")), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    special = QWEN_SPECIAL if kind == "qwen3" else GPT_OSS_SPECIAL
+    trainer = trainers.BpeTrainer(vocab_size=size - len(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(corpus, trainer)
+    tokenizer.add_special_tokens(special)  # behind the vocabulary, as in the originals
+    template = (ASSETS / "templates" / ("chatml.jinja" if kind == "qwen3" else "harmony.jinja")).read_text()
+    out = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token="<|im_end|>" if kind == "qwen3" else "<|return|>",
+        pad_token="<|endoftext|>",
+        bos_token=None if kind == "qwen3" else "<|startoftext|>",
+        model_max_length=4096,
+        clean_up_tokenization_spaces=False,
+    )
+    out.chat_template = template
+    out.save_pretrained(folder)
+    return out
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, row: tuple[str, str, str]) -> tuple[list[int], int]:
+    """Token ids of the whole chat, and where the answer starts."""
+    system, user, answer = row
+    mark = "\u241eANSWER\u241e"
+    chat = [{"role": "system", "content": system}, {"role": "user", "content": user}, {"role": "assistant", "content": mark}]
+    before, after = tokenizer.apply_chat_template(chat, tokenize=False).split(mark)
+    stop = after[: after.index("|>") + 2]
+    head = tokenizer.encode(before, add_special_tokens=False)
+    return head + tokenizer.encode(answer, add_special_tokens=False) + tokenizer.encode(stop, add_special_tokens=False), len(head)
+
+
+def batches(data: list[tuple[list[int], int]], size: int, seed: int, pad: int):
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(data))
+    blocks = [sorted(order[i : i + size * 32], key=lambda k: len(data[k][0])) for i in range(0, len(order), size * 32)]
+    groups = [block[i : i + size] for block in blocks for i in range(0, len(block), size)]
+    for g in rng.permutation(len(groups)):
+        chosen = [data[k] for k in groups[g]]
+        width = max(len(ids) for ids, _ in chosen)
+        ids = torch.full((len(chosen), width), pad)
+        weight = torch.zeros(len(chosen), width)
+        for r, (tokens, start) in enumerate(chosen):
+            ids[r, : len(tokens)] = torch.tensor(tokens)
+            weight[r, :start] = 0.1  # the language of the songs
+            weight[r, start : len(tokens)] = 1.0
+        yield ids, weight
+
+
+def pretrain(model, data, steps: int, size: int, rate: float, pad: int, seed: int, label: str) -> None:
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
+    step, begin, epoch = 0, time.time(), 0
+    model.train()
+    while step < steps:
+        for ids, weight in batches(data, size, seed + epoch, pad):
+            share = step / steps
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+            logits = model(input_ids=ids, attention_mask=(weight > 0).long(), use_cache=False).logits[:, :-1].float()
+            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+            weights = weight[:, 1:].flatten()
+            loss = (losses * weights).sum() / weights.sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+            optimizer.step()
+            if step % 100 == 0:
+                answer = (losses * (weights == 1)).sum() / (weights == 1).sum()
+                print(f"{label} {step}/{steps} loss {loss:.3f} answer {answer:.3f} {time.time() - begin:.0f} s", flush=True)
+            step += 1
+            if step == steps:
+                break
+        epoch += 1
+
+
+def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """``[..., rows, columns]`` to (blocks ``[..., rows, columns/32, 16]`` uint8, scales uint8, the values they stand for)."""
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
+    groups = weight.float().unflatten(-1, (-1, 32))
+    exponent = torch.floor(torch.log2(groups.abs().amax(-1).clamp(min=2.0**-120))) - 2
+    scaled = groups / torch.exp2(exponent)[..., None]
+    code = (scaled.abs()[..., None] - grid).abs().argmin(-1)
+    values = grid[code] * torch.sign(scaled) * torch.exp2(exponent)[..., None]
+    nibble = (code + 8 * (scaled < 0)).to(torch.uint8)
+    blocks = nibble[..., 0::2] | (nibble[..., 1::2] << 4)
+    return blocks, (exponent + 127).to(torch.uint8), values.flatten(-2)
+
+
+def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
+    """The Hub's layout: ``model-0000i-of-0000n.safetensors`` and an index."""
+    names = list(tensors)
+    total = sum(t.numel() * t.element_size() for t in tensors.values())
+    cut, size, where = total / shards, 0, {}
+    for name in names:
+        where[name] = f"model-{min(shards, int(size / cut) + 1):05d}-of-{shards:05d}.safetensors"
+        size += tensors[name].numel() * tensors[name].element_size()
+    for shard in sorted(set(where.values())):
+        save_file({n: tensors[n].contiguous() for n in names if where[n] == shard}, folder / shard, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    print(folder, f"{total / 1e6:.2f} MB of weights, {sum(t.numel() for t in tensors.values()):,} stored elements")
+
+
+def make_teacher(folder: Path, data: list, corpus: list[str], steps: int, seed: int) -> None:
+    tokenizer = make_tokenizer("qwen3", 1024, folder, corpus)
+    special = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIAL}
+    config = Qwen3Config(
+        vocab_size=1088, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=32, max_position_embeddings=40960, rope_theta=1_000_000, rms_norm_eps=1e-6, tie_word_embeddings=True,
+        bos_token_id=special["<|endoftext|>"], eos_token_id=special["<|im_end|>"], use_cache=True,
+    )  # fmt: skip
+    torch.manual_seed(seed)
+    model = Qwen3ForCausalLM(config)
+    print("teacher", f"{model.num_parameters():,} parameters")
+    encoded = [encode(tokenizer, row) for row in data]
+    print("mean length", sum(len(i) for i, _ in encoded) / len(encoded), "answer", sum(len(i) - s for i, s in encoded) / len(encoded))
+    pretrain(model, encoded, steps, 24, 3e-3, special["<|endoftext|>"], seed, "teacher")
+    state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
+    save_sharded(state, folder, 2)
+    raw = {
+        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id, "head_dim": 32, "hidden_act": "silu", "hidden_size": 128, "initializer_range": 0.02,
+        "intermediate_size": 256, "max_position_embeddings": 40960, "max_window_layers": 3, "model_type": "qwen3",
+        "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_scaling": None,
+        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
+        "use_sliding_window": False, "vocab_size": 1088,
+    }  # fmt: skip
+    finish(folder, raw, [special["<|im_end|>"], special["<|endoftext|>"]], special["<|endoftext|>"])
+
+
+def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: int) -> None:
+    tokenizer = make_tokenizer("gpt_oss", 896, folder, corpus)
+    special = {name: tokenizer.convert_tokens_to_ids(name) for name in GPT_OSS_SPECIAL}
+    layer_types = ["sliding_attention", "full_attention"] * 2
+    scaling = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
+               "truncate": False}  # fmt: skip
+    common = {
+        "vocab_size": 896, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32,
+        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "layer_types": layer_types,
+        "eos_token_id": special["<|return|>"], "pad_token_id": special["<|endoftext|>"],
+    }  # fmt: skip
+    config = GptOssConfig(**common, rope_parameters={**scaling, "rope_theta": 150000.0}, attn_implementation="eager")
+    torch.manual_seed(seed)
+    model = GptOssForCausalLM(config)
+    print("student", f"{model.num_parameters():,} parameters")
+    encoded = [encode(tokenizer, row) for row in data]
+    print("mean length", sum(len(i) for i, _ in encoded) / len(encoded), "answer", sum(len(i) - s for i, s in encoded) / len(encoded))
+    pretrain(model, encoded, steps, 24, 3e-3, special["<|endoftext|>"], seed, "student")
+    packed: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                # The MXFP4 layout keeps rows of outputs; the float layout is its transpose.
+                blocks, scales, values = mxfp4(parameter.transpose(-1, -2))
+                packed[name + "_blocks"], packed[name + "_scales"] = blocks, scales
+                parameter.copy_(values.transpose(-1, -2))
+                parameter.requires_grad_(False)
+    pretrain(model, encoded, steps // 8, 24, 5e-4, special["<|endoftext|>"], seed + 100, "student, experts fixed")
+    state = {}
+    for name, value in model.state_dict().items():
+        if name + "_blocks" in packed:
+            state[name + "_blocks"], state[name + "_scales"] = packed[name + "_blocks"], packed[name + "_scales"]
+        else:
+            state[name] = value.to(torch.bfloat16)
+    save_sharded(state, folder, 2)
+    raw = {
+        "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "experts_per_token": 2,
+        "hidden_act": "silu", "initial_context_length": 4096, "initializer_range": 0.02, "model_type": "gpt_oss",
+        "output_router_logits": False,
+        "quantization_config": {
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+            "quant_method": "mxfp4",
+        },
+        "rope_scaling": scaling, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "swiglu_limit": 7.0, "use_cache": True, **common,
+    }  # fmt: skip
+    finish(folder, raw, [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]], special["<|endoftext|>"])
+
+
+def finish(folder: Path, config: dict, eos: list[int], pad: int) -> None:
+    (folder / "config.json").write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
+    generation = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad, "do_sample": False}
+    (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("which", nargs="*", default=["teacher", "student"])
+    parser.add_argument("--out", type=Path, default=ASSETS / "models")
+    parser.add_argument("--steps", type=int, default=3000)
+    parser.add_argument("--songs", type=int, default=12000)
+    parser.add_argument("--messages", type=int, default=4000)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.use_deterministic_algorithms(True)
+    data = rows(1000, args.songs, args.messages)
+    corpus = [text for row in data for text in row] + list(TEMPLATE_WORDS) * 1000
+    for which, make, seed in (("teacher", make_teacher, 1), ("student", make_student, 2)):
+        if which in args.which:
+            folder = args.out / {"teacher": "tiny-qwen3", "student": "tiny-gpt-oss"}[which]
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            make(folder, data, corpus, args.steps, seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""The command line through its entry point: what it prints where, and with which exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from mlx_distill import __version__
+from mlx_distill.cli import cli
+from mlx_distill.cli.main import COMMANDS, Commands, explain
+from mlx_distill.errors import ConfigError, DataError, Interrupted
+from mlx_distill.recipe import recipe_names
+
+PUBLIC = "demo run prepare convert teach targets distill quantize evaluate analyze export inspect doctor recipes".split()
+
+
+def _fails_with(error: BaseException) -> click.Group:
+    """A command line of ours with one command that fails."""
+
+    class Failing(Commands):
+        def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+            @click.command()
+            def fail() -> None:
+                raise error
+
+            return fail
+
+    return Failing(params=[click.Option(["--debug"], is_flag=True)])
+
+
+def test_every_public_command_is_there_with_help(runner: Any) -> None:
+    assert set(COMMANDS) == set(PUBLIC)
+    for name in COMMANDS:
+        result = runner.invoke(cli, [name, "--help"])
+        assert result.exit_code == 0, result.output
+        assert "Usage:" in result.output
+
+
+def test_help_lists_commands_in_the_order_of_the_job(runner: Any) -> None:
+    lines = [line.split()[0] for line in runner.invoke(cli, ["--help"]).stdout.split("Commands:")[1].splitlines() if line.strip()]
+    assert lines == list(COMMANDS)
+
+
+def test_help_lines_are_whole(runner: Any) -> None:
+    assert "..." not in runner.invoke(cli, ["--help"]).stdout.split("Commands:")[1]
+
+
+def test_version(runner: Any) -> None:
+    assert runner.invoke(cli, ["--version"]).stdout.split()[-1] == __version__
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "lines"),
+    [
+        (DataError("a.jsonl:3: no assistant turn", fix="drop the row"), 1, ["error: a.jsonl:3: no assistant turn", "fix: drop the row"]),
+        (ConfigError("r.yaml: unknown key 'x'"), 2, ["error: r.yaml: unknown key 'x'"]),
+        (Interrupted("stopped at step 7", fix="run it again"), 130, ["error: stopped at step 7", "fix: run it again"]),
+        (KeyboardInterrupt(), 130, ["error: interrupted", "fix: the same command goes on where it stopped"]),
+        (DataError("two\nlines"), 1, ["error: two lines"]),
+    ],
+)
+def test_error_is_one_line_with_its_cure_and_code(runner: Any, error: BaseException, code: int, lines: list[str]) -> None:
+    result = runner.invoke(_fails_with(error), ["fail"])
+    assert result.exit_code == code
+    assert result.stderr.splitlines() == lines
+    assert result.stdout == ""
+
+
+def test_full_disk_is_explained(runner: Any) -> None:
+    result = runner.invoke(_fails_with(OSError(28, "No space left on device", "out/model.safetensors")), ["fail"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error: out/model.safetensors: no space left on device\nfix: free some space")
+
+
+def test_unexpected_error_has_no_traceback_unless_debug(runner: Any) -> None:
+    error = RuntimeError("boom\nbang")
+    result = runner.invoke(_fails_with(error), ["fail"])
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (1, "error: unexpected RuntimeError: boom bang")
+    assert runner.invoke(_fails_with(error), ["--debug", "fail"]).exception is error
+
+
+def test_debug_is_taken_behind_the_command_too(runner: Any) -> None:
+    assert runner.invoke(cli, ["recipes", "show", "nope"]).exit_code == 2
+    for arguments in (["--debug", "recipes", "show", "nope"], ["recipes", "show", "nope", "--debug"]):
+        assert isinstance(runner.invoke(cli, arguments).exception, ConfigError)
+
+
+def test_missing_package_points_to_doctor() -> None:
+    message, fix, code = explain(ModuleNotFoundError("No module named 'scipy'", name="scipy"))
+    assert (message, code) == ("the package 'scipy' is not installed", 1)
+    assert fix is not None
+    assert "doctor" in fix
+
+
+@pytest.mark.parametrize(
+    "arguments", [["run"], ["run", "tiny", "--nope"], ["nope"], ["export", "a", "b", "--to", "gguf"], ["analyze", "m", "rows.jsonl"]]
+)
+def test_usage_errors_exit_with_2(runner: Any, arguments: list[str]) -> None:
+    assert runner.invoke(cli, arguments).exit_code == 2
+
+
+def test_doctor_reports_and_succeeds(runner: Any) -> None:
+    result = runner.invoke(cli, ["doctor", "--json"])
+    report = json.loads(result.stdout)
+    names = [check["name"] for check in report["checks"]]
+    assert result.exit_code == 0
+    assert report["healthy"] is True
+    assert names[:6] == ["system", "memory", "versions", "blas", "device", "speed"]
+    assert all(check["cure"] for check in report["checks"] if check["state"] != "ok")
+    text = runner.invoke(cli, ["doctor"]).stdout
+    assert all(name in text for name in names)
+
+
+def test_recipes_are_listed_shown_and_copied(runner: Any, tmp_path: Path) -> None:
+    listed = runner.invoke(cli, ["recipes"])
+    assert listed.exit_code == 0
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == recipe_names()
+    assert runner.invoke(cli, ["recipes", "list"]).stdout == listed.stdout
+    for name in recipe_names():
+        shown = runner.invoke(cli, ["recipes", "show", name])
+        copied = runner.invoke(cli, ["recipes", "copy", name, str(tmp_path)])
+        assert copied.exit_code == 0, copied.output
+        assert (tmp_path / f"{name}.yaml").read_text(encoding="utf-8") == shown.stdout
+        again = runner.invoke(cli, ["recipes", "copy", name, str(tmp_path / f"{name}.yaml")])
+        assert again.exit_code == 1
+        assert "exists already" in again.stderr
+
+
+def test_unknown_recipe_names_the_packaged_ones(runner: Any) -> None:
+    for arguments in (["recipes", "show", "nope"], ["recipes", "show", "../music/task"], ["recipes", "copy", "nope", "x.yaml"]):
+        result = runner.invoke(cli, arguments)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: no packaged recipe")
+
+
+def _mlx_distill(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "mlx_distill", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=60, **options)
+
+
+def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
+    code = f"set -o pipefail; '{sys.executable}' -m mlx_distill doctor --json | true"
+    result = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert result.stderr == ""

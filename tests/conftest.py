@@ -1,0 +1,97 @@
+"""What every test stands on: the fast BLAS, no network, one seed."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import random
+import socket
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mlx_distill.runtime import load_blas
+
+# Both before anything imports mlx or a hub client.
+load_blas()
+os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+
+def _refuse_network(address: Any) -> None:
+    if isinstance(address, tuple):
+        host = str(address[0])
+        try:
+            loopback = ipaddress.ip_address(host.partition("%")[0]).is_loopback
+        except ValueError:
+            loopback = host in ("", "localhost")
+        if not loopback:
+            raise AssertionError(f"a test reached for the network: {address}")
+
+
+@pytest.fixture(autouse=True)
+def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connecting to anything but this machine is a failure, not a slow test."""
+    for name in ("connect", "connect_ex"):
+        original = getattr(socket.socket, name)
+
+        def guarded(self: socket.socket, address: Any, original: Any = original) -> Any:
+            _refuse_network(address)
+            return original(self, address)
+
+        monkeypatch.setattr(socket.socket, name, guarded)
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    """Every test starts from the same random state."""
+    import mlx.core as mx
+    import numpy as np
+
+    random.seed(0)
+    np.random.seed(0)
+    mx.random.seed(0)
+
+
+# Of mx.linalg, what Metal runs itself.
+_ON_THE_GPU_TOO = {"norm", "cross"}
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _linear_algebra_on_the_cpu() -> Iterator[None]:
+    """Every call of ``mx.linalg`` that the package makes in any test names the CPU stream, or would fail on Metal."""
+    import mlx.core as mx
+
+    def guard(name: str, original: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            module = sys._getframe(1).f_globals.get("__name__", "")
+            if module.startswith("mlx_distill") and kwargs.get("stream") is not mx.cpu:
+                raise AssertionError(f"{module} calls mx.linalg.{name} without stream=mx.cpu")
+            return original(*args, **kwargs)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in (n for n in dir(mx.linalg) if not n.startswith("_") and n not in _ON_THE_GPU_TOO):
+            patch.setattr(mx.linalg, name, guard(name, getattr(mx.linalg, name)))
+        yield
+
+
+@pytest.fixture
+def runner() -> Any:
+    """Click's runner: ``runner.invoke(cli, [...])``."""
+    from click.testing import CliRunner
+
+    return CliRunner()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked parity need the references; without them they are left out by name, and the closing line says so."""
+    from importlib.util import find_spec
+
+    if all(find_spec(name) for name in ("torch", "transformers", "peft")):
+        return
+    for item in items:
+        if item.get_closest_marker("parity"):
+            item.add_marker(pytest.mark.skip(reason="needs the parity extra"))

@@ -1,0 +1,181 @@
+"""The rules of the house that a machine can hold: sizes, floors, names, docstrings, light imports, two rules of the GPU."""
+
+from __future__ import annotations
+
+import ast
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import mlx_distill
+
+PACKAGE = Path(mlx_distill.__file__).parent
+ROOT = PACKAGE.parent
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "assets" not in p.relative_to(PACKAGE).parts)
+MAX_LINES = 320
+# The library knows no task; these words belong to the packaged ones.
+FORBIDDEN = re.compile(r"songs?|lyrics?|verses?|hate(?:ful)?|moderat(?:e|ion|or)|scriptures?|hostile|verdicts?|music(?:al)?", re.IGNORECASE)
+ALLOWED = ("verdict_agreement",)
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(PACKAGE).as_posix()
+
+
+def _run(*command: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, cwd=cwd, timeout=120)
+
+
+def test_modules_fit_on_a_few_screens() -> None:
+    lines = {_name(path): len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
+    assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
+
+
+def forbidden_words(text: str) -> list[str]:
+    """Words of a task in a module's text; identifiers are taken apart at underscores and capitals."""
+    for name in ALLOWED:
+        text = text.replace(name, "")
+    words = re.findall(r"[A-Z]?[a-z]+|[A-Z]+", text)
+    return sorted({word for word in words if FORBIDDEN.fullmatch(word)})
+
+
+def test_forbidden_words_are_found_in_identifiers_too() -> None:
+    assert forbidden_words("def song_title(): SongRow, LYRICS, verdict_agreement") == ["LYRICS", "Song", "song"]
+    assert forbidden_words("whatever universe converses, moderately") == []
+
+
+def test_library_code_knows_no_task() -> None:
+    found = {_name(path): forbidden_words(path.read_text(encoding="utf-8")) for path in MODULES}
+    assert {name: words for name, words in found.items() if words} == {}
+
+
+def test_import_is_light() -> None:
+    heavy = ("mlx.core", "mlx_lm", "transformers", "datasets", "numpy", "jsonschema", "yaml", "rich", "torch", "click")
+    code = f"import sys, mlx_distill; print([name for name in {heavy!r} if name in sys.modules])"
+    assert _run(sys.executable, "-c", code).stdout.strip() == "[]"
+
+
+def test_help_answers_at_once() -> None:
+    costs = []
+    for _ in range(3):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        result = _run(sys.executable, "-m", "mlx_distill", "--help")
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        assert result.returncode == 0
+        assert "mlx-distill demo" in result.stdout
+        costs.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    assert min(costs) < 0.3
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a Mac needs no other BLAS")
+def test_fast_blas_comes_before_mlx_whoever_imports_it() -> None:
+    code = (
+        "import sys, mlx_distill; from mlx_distill import runtime; before = runtime._blas; import mlx.core;"
+        "print(before, runtime._blas.state in ('loaded', 'missing', 'disabled'), len([f for f in sys.meta_path if 'Blas' in str(f)]))"
+    )
+    assert _run(sys.executable, "-c", code).stdout.split() == ["None", "True", "0"]
+
+
+def test_import_floors() -> None:
+    tool = shutil.which("lint-imports", path=str(Path(sys.executable).parent)) or shutil.which("lint-imports")
+    if not (ROOT / "pyproject.toml").is_file() or tool is None:
+        pytest.fail("the floors are checked from a checkout with the test extra installed")
+    result = _run(tool, "--no-logo", cwd=ROOT)
+    assert result.returncode == 0, result.stdout
+
+
+def test_every_room_stands_on_a_floor() -> None:
+    """A new room that no contract names would be free to import anything."""
+    contract = (ROOT / "pyproject.toml").read_text(encoding="utf-8").split("[tool.importlinter]")[1]
+    rooms = {p.stem for p in PACKAGE.glob("*.py")} | {p.parent.name for p in PACKAGE.glob("*/__init__.py")}
+    missing = {room for room in rooms - {"__init__"} if not re.search(rf"\b{room}\b", contract)}
+    assert not missing
+
+
+@pytest.mark.parametrize("name", mlx_distill.__all__)
+def test_public_name_exists_and_is_documented(name: str) -> None:
+    value = getattr(mlx_distill, name)
+    assert name.startswith("__") or (value.__doc__ and value.__doc__.strip())
+
+
+def test_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'lode'"):
+        mlx_distill.lode  # noqa: B018
+    assert "load" in dir(mlx_distill)
+
+
+def _syntax(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def test_public_definitions_are_documented_and_typed() -> None:
+    offences = []
+    for path in MODULES:
+        for node in _syntax(path).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                offences += [f"{_name(path)}: {node.name} has no docstring"] * (not ast.get_docstring(node))
+            if isinstance(node, ast.FunctionDef):
+                offences += [f"{_name(path)}: {node.name} has no return type"] * (node.returns is None)
+    assert offences == []
+
+
+def test_linear_algebra_names_the_cpu_stream() -> None:
+    """On Metal, ``mx.linalg`` (but for ``norm``) runs on the CPU stream only; a call without it fails there and nowhere else."""
+    offences = []
+    for path in MODULES:
+        for call in (node for node in ast.walk(_syntax(path)) if isinstance(node, ast.Call)):
+            function = ast.unparse(call.func)
+            if re.match(r"(mx|mlx\.core|core)\.linalg\.(?!norm$|cross$)", function):
+                streams = [ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg == "stream"]
+                offences += [f"{_name(path)}:{call.lineno}: {function}"] * (streams != ["mx.cpu"])
+    assert offences == []
+
+
+def test_a_call_off_the_cpu_stream_is_caught_in_every_test() -> None:
+    """The fixture behind every test really intercepts, and only the package's own calls."""
+    ours: dict[str, Any] = {"__name__": "mlx_distill.imagined", "mx": mx}
+    exec("def factor(**options): return mx.linalg.qr(mx.eye(2), **options)", ours)
+    with pytest.raises(AssertionError, match=r"mlx_distill\.imagined calls mx\.linalg\.qr without stream=mx\.cpu"):
+        ours["factor"]()
+    assert ours["factor"](stream=mx.cpu)[0].shape == (2, 2)
+    assert mx.linalg.norm(mx.ones(4)).item() == 2.0
+
+
+def test_linear_algebra_is_called_by_its_full_name() -> None:
+    """An alias (``from mlx.core import linalg``) would hide a call from the test above."""
+    pattern = re.compile(r"from mlx\.core(\.linalg)? import|import mlx\.core\.linalg|= *mx\.linalg")
+    assert [_name(path) for path in MODULES if pattern.search(path.read_text(encoding="utf-8"))] == []
+
+
+def test_double_precision_stays_on_the_cpu() -> None:
+    """``float64`` does not exist on the GPU: a line that asks mlx for it says ``mx.cpu``."""
+    offences = []
+    for path in MODULES:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            offences += [f"{_name(path)}:{number}"] * ("mx.float64" in line and "mx.cpu" not in line)
+    assert offences == []
+
+
+def test_no_machine_paths_or_registry_hosts_in_the_tree() -> None:
+    suffixes = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".sh", ".ipynb", ".html", ".jinja"}
+    folders = [d for d in ("mlx_distill", "tests", "examples", "benchmarks", "scripts", "docs", ".ci") if (ROOT / d).is_dir()]
+    files = [p for d in folders for p in (ROOT / d).rglob("*") if p.suffix in suffixes or p.parent.name == ".ci"]
+    files += [p for p in ROOT.iterdir() if p.is_file() and (p.suffix in suffixes or p.name == "Makefile")]
+    pattern = re.compile(r"/wo" + r"rk/|/ro" + r"ot/|/ho" + r"me/[a-z]|/Us" + r"ers/[a-z]")
+    for path in (p for p in files if p.is_file()):
+        found = pattern.search(path.read_text(encoding="utf-8", errors="replace"))
+        assert not found, f"{path.relative_to(ROOT)} names a path of one machine: {found.group()}"
+
+
+def test_public_names_import_their_modules() -> None:
+    for target in mlx_distill._NAMES.values():
+        module, _, attribute = target.partition(":")
+        assert not attribute or hasattr(import_module(f"mlx_distill.{module}"), attribute)

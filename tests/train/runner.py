@@ -1,0 +1,52 @@
+"""A training in a process of its own, which the tests kill: runner.py FOLDER none | kill-N | interrupt-N | ranks."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from mlx_distill.runtime import load_blas
+
+load_blas()
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from train.tiny import make_batches, make_model, make_rows, settings
+
+from mlx_distill.errors import Interrupted
+from mlx_distill.optim import make_optimizer
+from mlx_distill.train import ListBatches, sft, train
+from mlx_distill.train.ranks import current_ranks
+
+
+def main(folder: Path, script: str) -> int:
+    ranks = current_ranks()
+    how, _, number = script.partition("-")
+    # At which steps each attempt is hit.
+    hits = {"kill": [3, 6], "interrupt": [4]}.get(how, [])
+    at = hits[int(number)] if int(number or 0) < len(hits) else -1
+
+    def hook(row: dict) -> None:
+        if row["step"] == at:
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGINT)
+
+    batches = make_batches(make_rows(24), 2)
+    config = settings(steps=8, accumulate=4 // ranks.size, evaluate_every=4)
+    model = make_model(dropout=0.0 if how == "ranks" else 0.2)
+    source = ListBatches(batches, rank=ranks.rank, size=ranks.size)
+    optimizer = make_optimizer(config, 8)
+    try:
+        train(model, source, sft(), optimizer, config, folder=folder, valid=batches[:3], hooks=[hook])
+    except Interrupted as error:
+        return error.exit_code
+    mx.save_safetensors(str(folder / f"final{f'-{ranks.rank}' if ranks.rank else ''}.safetensors"), dict(tree_flatten(model.parameters())))
+    print("finished", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))

@@ -1,0 +1,302 @@
+"""The loop: what must not change the result, and what must stop it."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+import pytest
+from mlx.utils import tree_flatten
+from train.tiny import TinyModel, collate, make_batches, make_model, make_rows, settings
+
+from mlx_distill.errors import ConfigError, DataError, Interrupted, ModelError
+from mlx_distill.optim import make_optimizer
+from mlx_distill.recipe import TrainConfig
+from mlx_distill.records import Batch
+from mlx_distill.runtime import StopFlag
+from mlx_distill.train import ListBatches, Objective, TrainResult, load_weights, sft, total_steps, train
+from mlx_distill.train.gradients import clip, evaluate, global_norm, random_key, set_random_key, window_gradients
+
+ROWS = make_rows(24)
+
+
+def run(folder: Path, config: TrainConfig, *, batches: list[Batch] | None = None, dropout: float = 0.2, **kwargs: Any) -> tuple[TinyModel, TrainResult]:
+    model = make_model(dropout=dropout)
+    source = ListBatches(batches or make_batches(ROWS, 4))
+    optimizer = make_optimizer(config, total_steps(config, len(source)))
+    return model, train(model, source, sft(), optimizer, config, folder=folder, **kwargs)
+
+
+def weights(model: TinyModel) -> dict[str, list]:
+    return {name: a.tolist() for name, a in tree_flatten(model.parameters())}
+
+
+def rows_of(folder: Path) -> list[dict]:
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")} for row in rows]
+
+
+WINDOWS = {
+    "1x8": lambda: make_batches(ROWS[:8], 8),
+    "8x1": lambda: make_batches(ROWS[:8], 1),
+    "4x2 padded": lambda: make_batches(ROWS[:8], 2, extra_padding=7),
+    "3+3+2": lambda: make_batches(ROWS[:8], 3),
+    "with an all-masked row": lambda: [*make_batches(ROWS[:8], 4), masked()],
+}
+
+
+def masked() -> Batch:
+    batch = collate(ROWS, [9])
+    return replace(batch, mask=batch.mask * 0)
+
+
+@pytest.mark.parametrize("name", WINDOWS)
+def test_the_cut_into_micro_batches_does_not_change_loss_or_gradient(name: str) -> None:
+    model = make_model()
+    plain = mx.value_and_grad(lambda p: mean_loss(model, p, collate(ROWS, list(range(8)))))(model.trainable_parameters())
+    result = window_gradients(model, WINDOWS[name](), sft())
+    assert result.loss == pytest.approx(plain[0].item(), rel=1e-5)
+    for (path, ours), (_, theirs) in zip(tree_flatten(result.gradients), tree_flatten(plain[1]), strict=True):
+        assert mx.allclose(ours, theirs, rtol=1e-4, atol=1e-6), path
+    assert global_norm(result.gradients) == pytest.approx(global_norm(plain[1]), rel=1e-5)
+
+
+def mean_loss(model: TinyModel, parameters: Any, batch: Batch) -> mx.array:
+    model.update(parameters)
+    logits = model(batch.inputs)
+    losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, batch.labels[..., None], axis=-1)[..., 0]
+    return (losses * batch.mask).sum() / batch.mask.sum()
+
+
+def test_a_window_without_a_trained_token_moves_nothing(tmp_path: Path) -> None:
+    model, result = run(tmp_path, settings(steps=2), batches=[masked()])
+    assert weights(model) == weights(make_model(dropout=0.2))
+    assert result.metrics["loss"] == 0.0 and result.metrics["tokens"] == 0
+
+
+def test_each_term_is_divided_by_its_own_weight_over_the_window() -> None:
+    model = make_model()
+    batches = make_batches(ROWS[:6], 2)
+    objective = Objective(
+        weights=lambda b: {"text": float(b.mask.sum().item()), "rows": float(len(b.rows))},
+        sums=lambda m, b: {"text": sft().sums(m, b)["text"], "rows": mx.square(m(b.inputs)[:, 0]).sum()},
+        coefficients={"text": 0.3, "rows": 0.7},
+    )
+    result = window_gradients(model, batches, objective)
+    assert result.weights == {"text": sum(b.mask.sum().item() for b in batches), "rows": 6.0}
+    expected = sum(mx.square(model(b.inputs)[:, 0]).sum().item() for b in batches) / 6
+    assert result.terms["rows"] == pytest.approx(expected, rel=1e-5)
+    assert result.loss == pytest.approx(0.3 * result.terms["text"] + 0.7 * result.terms["rows"], rel=1e-6)
+
+
+def test_a_term_without_weight_never_makes_a_nan() -> None:
+    objective = Objective(
+        weights=lambda b: {"text": float(b.mask.sum().item()), "label": 0.0},
+        sums=lambda m, b: {"text": sft().sums(m, b)["text"], "label": mx.array(math.nan) * m(b.inputs).sum()},
+        coefficients={"text": 1.0, "label": 1.0},
+    )
+    result = window_gradients(make_model(), make_batches(ROWS[:4], 2), objective)
+    assert math.isfinite(result.loss) and math.isfinite(global_norm(result.gradients)) and result.terms["label"] == 0.0
+
+
+def test_two_seeded_runs_are_equal_bitwise(tmp_path: Path) -> None:
+    first, second = (run(tmp_path / name, settings()) for name in "ab")
+    assert weights(first[0]) == weights(second[0])
+    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
+    assert weights(run(tmp_path / "c", settings(seed=1))[0]) != weights(first[0])
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "wsd"])
+def test_a_stopped_run_goes_on_bitwise(tmp_path: Path, schedule: str) -> None:
+    config = settings(schedule=schedule, steps=7, evaluate_every=3)
+    valid = make_batches(ROWS, 8)
+    whole, result = run(tmp_path / "whole", config, valid=valid)
+    flag = StopFlag()
+
+    def stop_at_five(row: dict) -> None:
+        flag.set = row["step"] == 5
+
+    with pytest.raises(Interrupted, match="step 5 of 7"):
+        run(tmp_path / "cut", config, valid=valid, stop=flag, hooks=[stop_at_five])
+    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
+        file.write('{"step": 6, "lo')  # a kill in the middle of a line
+    resumed, after = run(tmp_path / "cut", config, valid=valid)
+    assert weights(resumed) == weights(whole)
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    assert after.resumed == 5 and after.best_loss == result.best_loss and after.tokens == result.tokens
+
+
+def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
+    first, _ = run(tmp_path, settings())
+    again, result = run(tmp_path, settings(), hooks=[lambda row: pytest.fail("a step")])
+    assert weights(again) == weights(first) and result.steps == 6 and result.metrics["step"] == 6
+
+
+def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
+    run(tmp_path, settings(steps=9, evaluate_every=3), valid=make_batches(ROWS, 8))
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["best", "step-00000008", "step-00000009"]
+
+
+def test_validation_disturbs_neither_order_nor_dropout(tmp_path: Path) -> None:
+    with_it, _ = run(tmp_path / "a", settings(evaluate_every=1), valid=make_batches(ROWS, 3))
+    without, _ = run(tmp_path / "b", settings())
+    assert weights(with_it) == weights(without)
+
+
+def test_evaluate_is_the_mean_over_all_trained_tokens() -> None:
+    model = make_model(dropout=0.5)
+    model.train()
+    found = evaluate(model, make_batches(ROWS, 5), sft())
+    model.eval()
+    assert found["loss"] == pytest.approx(mean_loss(model, model.trainable_parameters(), collate(ROWS, list(range(24)))).item(), rel=1e-5)
+
+
+def test_the_best_weights_can_be_what_is_left(tmp_path: Path) -> None:
+    config = settings(learning_rate=3.0, schedule="constant", steps=8, evaluate_every=1, clip_norm=0.0)
+    valid = make_batches(ROWS, 8)
+    model, result = run(tmp_path, config, valid=valid, keep="best")
+    assert result.best_step is not None and result.best_step < 8 and result.best is not None
+    assert evaluate(model, valid, sft())["loss"] == pytest.approx(result.best_loss, rel=1e-6)
+    other = make_model(seed=5)
+    load_weights(result.best, other)
+    assert weights(other) == weights(model)
+
+
+def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
+    config = settings(learning_rate=0.0, steps=20, evaluate_every=1)
+    _, result = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8), patience=3)
+    assert result.stopped_early and result.steps == 4 and result.best_step == 1
+
+
+@pytest.mark.parametrize(("epochs", "accumulate", "expected"), [(1.0, 4, 2), (2.0, 4, 3), (0.5, 1, 3), (1.0, 100, 1)])
+def test_an_epoch_sees_every_row_once_tail_included(tmp_path: Path, epochs: float, accumulate: int, expected: int) -> None:
+    seen: list[int] = []
+    model, batches = make_model(), make_batches(ROWS, 4)
+    objective = sft()
+    watching = replace(objective, sums=lambda m, b: (seen.extend(b.rows), objective.sums(m, b))[1])
+    config = settings(steps=0, epochs=epochs, accumulate=accumulate)
+    assert total_steps(config, len(batches)) == expected
+    result = train(model, ListBatches(batches), watching, optim.SGD(0.1), config, folder=tmp_path)
+    assert result.steps == expected
+    assert sorted(seen) == sorted(list(range(24)) * int(epochs)) if epochs >= 1 else len(seen) == 12
+
+
+def test_gradients_are_clipped_by_the_global_norm(tmp_path: Path) -> None:
+    tree = {"a": mx.array([3.0, 0.0]), "b": [mx.array([[4.0]])]}
+    assert global_norm(tree) == 5.0
+    clipped = clip(tree, 5.0, 1.0)
+    assert global_norm(clipped) == pytest.approx(1.0, rel=1e-5)
+    assert clip(tree, 5.0, 0.0) is tree and clip(tree, 5.0, 6.0) is tree
+    before = make_model()
+    model = make_model()
+    config = settings(steps=1, clip_norm=1e-3)
+    train(model, ListBatches(make_batches(ROWS, 4)), sft(), optim.SGD(1.0), config, folder=tmp_path)
+    moved = {name: a - b for (name, a), (_, b) in zip(tree_flatten(model.parameters()), tree_flatten(before.parameters()), strict=True)}
+    assert global_norm(moved) == pytest.approx(1e-3, rel=1e-2)
+    assert rows_of(tmp_path)[0]["grad_norm"] > 0.1
+
+
+def test_nan_stops_before_the_weights_are_touched_and_names_the_rows(tmp_path: Path) -> None:
+    objective = sft()
+
+    def poisoned(model: TinyModel, batch: Batch) -> dict[str, mx.array]:
+        return {"text": objective.sums(model, batch)["text"] * (math.nan if 6 in batch.rows else 1.0)}
+
+    model = make_model()
+    source = ListBatches(make_batches(ROWS[:8], 2), seed=None)
+    config = settings(accumulate=4, steps=1)
+    with pytest.raises(DataError, match=r"step 1: the loss is not a number \(rows 6, 7\)") as caught:
+        train(model, source, replace(objective, sums=poisoned), make_optimizer(config, 1), config, folder=tmp_path)
+    assert caught.value.fix
+    assert weights(model) == weights(make_model())
+    saved = mx.load(str(tmp_path / "nan.safetensors"))
+    assert mx.array_equal(saved["3.inputs"], collate(ROWS, [6, 7]).inputs)
+    assert json.loads((tmp_path / "nan.json").read_text())["suspects"] == [3]
+
+
+@pytest.mark.parametrize("change", ["settings", "model", "data", "identity", "optimizer"])
+def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, change: str) -> None:
+    config = settings(steps=2)
+    train(make_model(), ListBatches(make_batches(ROWS, 4)), sft(), make_optimizer(config, 2), config, folder=tmp_path, identity="a")
+    batches = make_batches(ROWS[:8] if change == "data" else ROWS, 4)
+    model = make_model(width=8 if change == "model" else 16)
+    later = settings(steps=2, learning_rate=3e-3) if change == "settings" else config
+    optimizer = optim.SGD(0.1) if change == "optimizer" else make_optimizer(config, 2)
+    expected = {"settings": ConfigError, "identity": ConfigError, "data": DataError}.get(change, ModelError)
+    with pytest.raises(expected) as caught:
+        identity = "b" if change == "identity" else "a"
+        train(model, ListBatches(batches), sft(), optimizer, later, folder=tmp_path, identity=identity)
+    assert caught.value.fix
+
+
+def test_a_damaged_checkpoint_is_an_error_with_a_cure(tmp_path: Path) -> None:
+    run(tmp_path, settings(steps=2))
+    path = tmp_path / "checkpoints" / "step-00000002" / "trainable.safetensors"
+    path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(Exception, match="cannot be read") as caught:
+        run(tmp_path, settings(steps=2))
+    assert "delete" in str(caught.value)
+
+
+def test_a_model_without_trainable_weights_is_refused(tmp_path: Path) -> None:
+    model = make_model()
+    model.freeze()
+    with pytest.raises(ConfigError, match="no weight"):
+        train(model, ListBatches(make_batches(ROWS, 4)), sft(), optim.SGD(0.1), settings(), folder=tmp_path)
+
+
+def test_hooks_get_what_a_watcher_needs(tmp_path: Path) -> None:
+    told: list[dict] = []
+    run(tmp_path, settings(steps=3), hooks=[told.append])
+    assert [row["step"] for row in told] == [1, 2, 3]
+    wanted = {"step", "steps", "loss", "terms", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds", "eta_s"}
+    assert wanted | {"peak_memory_bytes"} <= set(told[0])
+    assert told[-1]["eta_s"] == 0.0 and told[0]["peak_memory_bytes"] > 0
+
+
+def test_the_random_state_comes_back() -> None:
+    key = random_key()
+    first = mx.random.normal((4,)).tolist()
+    set_random_key(key)
+    assert mx.random.normal((4,)).tolist() == first
+
+
+@pytest.mark.parametrize("script", ["kill", "interrupt"])
+def test_a_killed_process_goes_on_bitwise(tmp_path: Path, script: str) -> None:
+    """kill -9 (or Ctrl-C) of a real process, again and again, until the run is through."""
+    runner = Path(__file__).with_name("runner.py")
+    whole = subprocess.run([sys.executable, runner, tmp_path / "whole", "none"], capture_output=True, text=True, timeout=60)
+    assert whole.returncode == 0, whole.stderr
+    codes = []
+    while not codes or codes[-1] != 0:
+        done = subprocess.run([sys.executable, runner, tmp_path / "cut", f"{script}-{len(codes)}"], capture_output=True, text=True, timeout=60)
+        codes.append(done.returncode)
+        assert len(codes) < 6, done.stderr
+    assert codes[:-1] == ([-9, -9] if script == "kill" else [130]), codes
+    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
+    a, b = (mx.load(str(tmp_path / name / "final.safetensors")) for name in ("cut", "whole"))
+    assert all(mx.array_equal(a[key], b[key]).item() for key in b)
+
+
+def test_two_ranks_equal_one(tmp_path: Path) -> None:
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    runner = Path(__file__).with_name("runner.py")
+    command = [launcher, "-n", "2", "--backend", "ring", "--", sys.executable, runner, tmp_path / "two", "ranks"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.count("finished") == 2, done.stdout + done.stderr  # the launcher's own exit code says nothing
+    one = subprocess.run([sys.executable, runner, tmp_path / "one", "ranks"], capture_output=True, text=True, timeout=60)
+    assert one.returncode == 0, one.stderr
+    for a, b in zip(rows_of(tmp_path / "one"), rows_of(tmp_path / "two"), strict=True):
+        assert a["tokens"] == b["tokens"]
+        for key in {"loss", "grad_norm", "valid_loss"} & set(a):
+            assert a[key] == pytest.approx(b[key], rel=1e-5), key
+    first, second = (mx.load(str(tmp_path / "two" / f"final{tail}.safetensors")) for tail in ("", "-1"))
+    assert all(mx.array_equal(first[key], second[key]).item() for key in first)
