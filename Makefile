@@ -20,6 +20,7 @@ test: $(VENV)/.test
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet . || { echo 'fix: make format'; exit 1; }
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 

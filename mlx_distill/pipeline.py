@@ -204,7 +204,7 @@ class _Runner:
         began = time.time()
         facts = stage.work(context, partial)
         recorded = {
-            "facts": facts, "started": began, "seconds": time.time() - began, "versions": versions(), "machine": machine(),
+            **facts, "started": began, "seconds": time.time() - began, "versions": versions(), "machine": machine(),
             "inputs": list(stage.inputs),
         }  # fmt: skip
         self.manifests[stage.name] = publish(folder, stage.name, stage.format, stage.config, parents, recorded)
@@ -251,7 +251,7 @@ def run(
     if dry_run:
         return _plan(runner, stages, from_stage)
     with lock_folder(out), stop_on_signal() as stop:
-        from mlx_distill.report import build_report
+        from mlx_distill.report import build_report, write_report
         from mlx_distill.stages import Context
 
         context = Context(loaded, task, out, runner.progress, stop)
@@ -260,7 +260,9 @@ def run(
             _step(runner, stage, context, from_stage, only)
         if only not in (None, "evaluate"):
             return _plan(_Runner(loaded, task, out, runner.progress, True), stages, None)
-        return build_report(out, loaded, task, runner.manifests)
+        evaluations = {s.name.removeprefix("evaluations/"): out / s.name for s in stages if s.command == "evaluate"}
+        report = build_report(out, to_mapping(loaded), task, evaluations, confidence=loaded.evaluate.confidence)
+        return write_report(out, report)
 
 
 def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | None, only: str | None) -> None:

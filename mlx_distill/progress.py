@@ -175,7 +175,11 @@ def _count(number: float | None, unit: str) -> str:
         return ""
     if not unit:
         return f"{number:g}"
-    return f"{number:,.0f} {unit}{'' if number == 1 else 's'}"
+    return f"{number:,.0f} {unit if number == 1 else _plural(unit)}"
+
+
+def _plural(unit: str) -> str:
+    return unit if not unit or unit.isupper() else f"{unit}s"
 
 
 class RichProgress:
@@ -195,7 +199,7 @@ class RichProgress:
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn(f"{unit}s" if unit else ""),
+            TextColumn(_plural(unit)),
             TextColumn("[cyan]{task.fields[left]}"),
             TextColumn("{task.fields[info]}", markup=False),
         )

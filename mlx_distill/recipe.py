@@ -20,7 +20,7 @@ class SourceConfig:
     """One source of rows: a file, a packaged generator, or a data set of the Hub."""
 
     path: str | None = option(None, "a JSONL or JSON file (asset:NAME for a packaged one)")
-    hub: str | None = option(None, "a data set of the Hugging Face Hub, such as org/name")
+    hub: str | None = option(None, "a data set of the Hugging Face Hub, such as org/name, or org/name:configuration")
     generator: str | None = option(None, "a packaged generator of rows")
     revision: str | None = option(None, "commit of the Hub data set")
     hub_split: str = option("train", "which split of the Hub data set")

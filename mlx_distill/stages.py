@@ -7,17 +7,17 @@ and publishes that folder when the stage returns. What a stage returns is record
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.errors import DataError
-from mlx_distill.files import read_jsonl, scratch
+from mlx_distill.config import to_mapping
+from mlx_distill.errors import DataError, Interrupted
+from mlx_distill.files import read_jsonl, scratch, write_jsonl
 from mlx_distill.progress import Progress
 from mlx_distill.recipe import DistillConfig, Recipe, TrainConfig
-from mlx_distill.runtime import StopFlag, peak_memory, reset_peak_memory
+from mlx_distill.runtime import StopFlag, peak_memory, rank_and_size, reset_peak_memory
 from mlx_distill.task import Task
 
 Facts = dict[str, Any]
@@ -55,12 +55,8 @@ def convert(context: Context, folder: Path, source: str) -> Facts:
 
 def teach(context: Context, folder: Path) -> Facts:
     """Fine-tune the teacher on the labelled rows."""
-    from mlx_distill.train.objectives import sft
-
-    settings = context.recipe.teach
     model, tokenizer = _load(context, "teacher_base")
-    train_rows, valid_rows = (_encoded(context, tokenizer, name, settings) for name in ("train", "valid"))
-    return _train(context, folder, "teach", model, train_rows, valid_rows, sft(), settings, "teacher_base", tokenizer)
+    return _fine_tune(context, folder, "teach", model, tokenizer, "teacher_base", context.recipe.teach)
 
 
 def targets(context: Context, folder: Path) -> Facts:
@@ -87,19 +83,22 @@ def targets(context: Context, folder: Path) -> Facts:
 
 def distill(context: Context, folder: Path, control: str | None = None) -> Facts:
     """Train the student on the teacher's targets; ``control`` trains on one thing alone: ``labels`` or ``text``."""
-    from mlx_distill.train.objectives import kd, sft
+    from mlx_distill.data.templates import pad_id
+    from mlx_distill.train.kd import kd
+    from mlx_distill.train.pairs import collate_pairs
 
     settings = context.recipe.distill
     model, tokenizer = _load(context, "student_base")
     if control == "labels":
-        train_rows, valid_rows = (_encoded(context, tokenizer, name, settings) for name in ("train", "valid"))
-        return _train(context, folder, "distill (labels alone)", model, train_rows, valid_rows, sft(), settings, "student_base", tokenizer)
+        return _fine_tune(context, folder, "distill (labels alone)", model, tokenizer, "student_base", settings)
     if control == "text":
         settings = replace(settings, label_weight=0.0, token_weight=0.0, text_weight=1.0)
-    train_pairs, valid_pairs, objective_inputs = _pairs(context, tokenizer, settings)
-    objective = kd(settings, **objective_inputs)
-    name = "distill" if control is None else "distill (text alone)"
-    return _train(context, folder, name, model, train_pairs, valid_pairs, objective, settings, "student_base", tokenizer)
+    train_pairs, valid_pairs, tokenizers = _pairs(context, tokenizer, settings)
+    pad, classes = pad_id(tokenizer), len(context.task.labels)
+    return _train(
+        context, folder, "distill" if control is None else "distill (text alone)", model, tokenizer, "student_base", settings,
+        kd(settings, **tokenizers), train_pairs, valid_pairs, lambda pairs, rows: collate_pairs(pairs, rows, pad, classes),
+    )  # fmt: skip
 
 
 def quantize(context: Context, folder: Path) -> Facts:
@@ -107,31 +106,38 @@ def quantize(context: Context, folder: Path) -> Facts:
     from mlx_distill.models.quantize import quantize_into
 
     settings = context.recipe.quantize
-    with context.progress.task("quantize") as bar:
-        report = quantize_into(
-            context.run / "student", folder, settings.mode, group_size=settings.group_size, adapter=settings.adapter, keep=tuple(settings.keep)
-        )
-        bar.update(1)
-    return report.facts()
+    return quantize_into(
+        context.run / "student", folder, settings.mode, group_size=settings.group_size, adapter=settings.adapter, keep=settings.keep,
+        progress=context.progress,
+    ).facts()  # fmt: skip
 
 
 def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Facts:
-    """Held-out rows through one model."""
+    """Held-out rows through one model, a chunk at a time, so that a killed evaluation goes on behind its last whole chunk."""
     from mlx_distill.infer.predict import predict
     from mlx_distill.infer.store import write_predictions
+    from mlx_distill.records import Prediction
 
     settings = context.recipe.evaluate
     rows = _evaluation_rows(context)
     model, tokenizer = _load(context, model_folder)
     reset_peak_memory()
-    began = time.perf_counter()
+    chunk = settings.batch_size * 4
+    found: list[Prediction] = []
     with context.progress.task(f"evaluate {name}", total=len(rows), unit="row") as bar:
-        predictions = predict(model, tokenizer, context.task, rows, batch_size=settings.batch_size, on_done=lambda n: (bar.update(n), _stop_here(context)))
-    seconds = time.perf_counter() - began
-    write_predictions(folder / "predictions.jsonl", name, context.task, rows, predictions, settings={"batch_size": settings.batch_size})
-    return {
-        "seconds": seconds, "rows": len(rows), "peak_memory_bytes": peak_memory(), "weights_bytes": _weights_bytes(context, model_folder),
-    }  # fmt: skip
+        for first in range(0, len(rows), chunk):
+            path = scratch(folder) / f"predictions-{first:08d}.jsonl"
+            if not path.is_file():
+                _stop_here(context)
+                done = predict(
+                    model, tokenizer, context.task, rows[first : first + chunk], batch_size=settings.batch_size,
+                    on_done=lambda count, first=first: bar.update(first + count),
+                )  # fmt: skip
+                write_jsonl(path, (asdict(prediction) for prediction in done))
+            found += [Prediction(**row) for _, row in read_jsonl(path)]
+            bar.update(len(found))
+    write_predictions(folder / "predictions.jsonl", name, context.task, rows, found, settings=to_mapping(settings))
+    return {"rows": len(rows), "peak_memory_bytes": peak_memory()}
 
 
 # --- what the stages share -----------------------------------------------------------------------------------------------------
@@ -165,8 +171,6 @@ def _evaluation_rows(context: Context) -> list[dict[str, Any]]:
 
 
 def _stop_here(context: Context) -> None:
-    from mlx_distill.errors import Interrupted
-
     if context.stop:
         raise Interrupted("stopped", fix="run the same command again: it goes on from here")
 
@@ -178,14 +182,28 @@ def _fingerprint(tokenizer: Any) -> str:
     return digest(dict(tokenizer.get_vocab()))
 
 
-def _encoded(context: Context, tokenizer: Any, split: str, settings: TrainConfig) -> list[Any]:
-    from mlx_distill.data.batches import encode_rows
+def _fine_tune(context: Context, folder: Path, name: str, model: Any, tokenizer: Any, base: str, settings: TrainConfig) -> Facts:
+    """Supervised fine-tuning on the rows' own answers."""
+    from mlx_distill.data.batches import collate, encode_rows
+    from mlx_distill.data.rows import from_row
+    from mlx_distill.data.templates import pad_id
+    from mlx_distill.train.objectives import sft
 
-    rows = _rows(context, split)
-    encoded, left_out = encode_rows(rows, tokenizer, settings.max_length, settings.loss_on)
-    if left_out.count:
-        context.progress.note(f"{split}: {left_out}")
-    return encoded
+    encoded = {}
+    for split in ("train", "valid"):
+        rows = _rows(context, split)
+        encoded[split] = []
+        if rows:
+            encoded[split], report = encode_rows(
+                (from_row(row) for row in rows), tokenizer, settings.max_length, settings.loss_on, where=str(context.run / "data" / f"{split}.jsonl")
+            )
+            if report.too_long or report.nothing_to_train:
+                context.progress.note(f"{name}: {split}: {report}")
+    pad = pad_id(tokenizer)
+    return _train(
+        context, folder, name, model, tokenizer, base, settings, sft(), encoded["train"], encoded["valid"],
+        lambda rows, chosen: collate(rows, chosen, pad),
+    )  # fmt: skip
 
 
 def _score_shard(context: Context, model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], int]:
@@ -238,7 +256,7 @@ def _answers(context: Context, model: Any, tokenizer: Any, rows: Sequence[Mappin
 
 def _pairs(context: Context, tokenizer: Any, settings: DistillConfig) -> tuple[list[Any], list[Any], dict[str, Any]]:
     """Training and validation pairs, and what the objective needs of the two tokenizers."""
-    from mlx_distill.data.templates import answer_ids, pad_id, render, stop_ids
+    from mlx_distill.data.templates import answer_ids, render, stop_ids
     from mlx_distill.losses.alignment import align_bytes
     from mlx_distill.losses.cross_tokenizer import cell_map
     from mlx_distill.losses.labels import label_tokens
@@ -281,33 +299,65 @@ def _pairs(context: Context, tokenizer: Any, settings: DistillConfig) -> tuple[l
         "cells": cell_map(tokenizer, teacher_tokenizer, student_stop=stop_ids(tokenizer)[0], teacher_stop=stop_ids(teacher_tokenizer)[0]),
         "same_tokenizer": _fingerprint(tokenizer) == _fingerprint(teacher_tokenizer),
     }
-    _ = pad_id
     return out["train"], out["valid"], inputs
 
 
 def _train(
-    context: Context, folder: Path, name: str, model: Any, rows: list[Any], valid: list[Any], objective: Any, settings: TrainConfig, base: str,
-    tokenizer: Any,
+    context: Context, folder: Path, name: str, model: Any, tokenizer: Any, base: str, settings: TrainConfig, objective: Any,
+    rows: Sequence[Any], valid: Sequence[Any], collate: Callable[[Sequence[Any], Sequence[int]], Any],
 ) -> Facts:  # fmt: skip
-    """The loop over prepared rows; leaves an adapter folder, or a whole model where all weights moved."""
-    from mlx_distill.data.batches import Batches, batch_plan
-    from mlx_distill.data.templates import pad_id
+    """The loop over prepared rows; leaves an adapter folder, or a whole model where all its weights moved."""
     from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
+    from mlx_distill.models.save import save_model
     from mlx_distill.optim import make_optimizer
     from mlx_distill.train.loop import total_steps, train
+    from mlx_distill.train.rows import RowBatches
 
-    raise NotImplementedError
+    lora = LoraSettings(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.target_modules, settings.method)
+    adapted = settings.method in ("lora", "dora")
+    if adapted:
+        add_lora(model, lora, settings.seed)
+    rank, size = rank_and_size()
+    source = RowBatches(
+        [len(row.tokens) for row in rows], lambda chosen: collate(rows, chosen), settings.batch_size, settings.seed, rank=rank, size=size
+    )
+    steps = total_steps(settings, len(source))
+    look = [collate(valid, range(i, min(i + settings.batch_size, len(valid)))) for i in range(0, len(valid), settings.batch_size)]
+    with context.progress.task(name, total=steps, unit="step") as bar:
+
+        def show(row: dict[str, Any]) -> None:
+            bar.update(row["step"], loss=row["loss"], tokens_per_second=round(row["tokens_per_second"]))
+
+        result = train(
+            model, source, objective, make_optimizer(settings, steps), settings, folder=scratch(folder), valid=look, hooks=[show], stop=context.stop
+        )
+    shutil.copyfile(scratch(folder) / "metrics.jsonl", folder / "metrics.jsonl")
+    if adapted:
+        save_adapter(model, folder, lora, context.run / base)
+    else:
+        save_model(model, context.run / base, folder)
+    return {
+        "steps": result.steps, "rows": len(rows), "tokens": result.tokens, "seconds": result.seconds, "resumed": result.resumed,
+        "best_step": result.best_step, "best_loss": result.best_loss, "trainable": trainable_share(model),
+        "peak_memory_bytes": result.metrics.get("peak_memory_bytes"),
+    }  # fmt: skip
 
 
-def _weights_bytes(context: Context, name: str) -> int:
-    """Bytes of the weights that a model needs: an adapter counts with its base."""
-    from mlx_distill.models.adapters import adapter_base
+def trainable_share(model: Any) -> dict[str, float]:
+    """Trained parameters, all parameters, and the share of them."""
+    from mlx.utils import tree_flatten
 
-    folder = context.run / name
-    own = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
-    if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
-        own += sum(p.stat().st_size for p in Path(adapter_base(folder)).glob("*.safetensors"))
-    return own
+    trained = sum(a.size for _, a in tree_flatten(model.trainable_parameters()))
+    total = sum(_count(module) for _, module in model.named_modules())
+    return {"trained": trained, "all": total, "share": trained / total}
 
 
-__all__ = ["Context", "convert", "distill", "evaluate", "prepare", "quantize", "shutil", "scratch", "targets", "teach"]
+def _count(module: Any) -> int:
+    """Weights of one module itself; packed ones count as what they stand for."""
+    import mlx.core as mx
+
+    own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
+    if "scales" in own and hasattr(module, "bits"):
+        packed = own["weight"].size * 32 // module.bits
+        return packed + sum(value.size for name, value in own.items() if name not in ("weight", "scales", "biases"))
+    return sum(value.size for value in own.values())

@@ -50,6 +50,10 @@ def rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
     for row in music.generate(songs, seed=seed, part="train", policy="keywords"):
         system, user = MUSIC.prompt(row)
         out.append((system, user, answers_text(row["answer"])))
+        # A description without a judgement, so that the song's tone is understood before the first word of an answer.
+        described = {key: row["answer"][key] for key in ("emotion", "sentiment", "themes")}
+        if len(out) % 3 == 0:
+            out[-1] = ("Describe the song. Answer in JSON.", user, answers_text(described))
     for row in moderation.generate(messages, seed=seed, part="train"):
         system, user = MODERATION.prompt(row)
         naive = any(word in row["text"] for word in moderation.WORDS["bad"])
@@ -255,8 +259,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=["teacher", "student"])
     parser.add_argument("--out", type=Path, default=ASSETS / "models")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--songs", type=int, default=12000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--songs", type=int, default=16000)
     parser.add_argument("--messages", type=int, default=4000)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import hypothesis
 import pytest
 
 from mlx_distill.runtime import load_blas
@@ -17,6 +18,10 @@ from mlx_distill.runtime import load_blas
 # Both before anything imports mlx or a hub client.
 load_blas()
 os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+
+# The same examples on every machine, and nothing written into the tree.
+hypothesis.settings.register_profile("house", database=None, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("house")
 
 
 def _refuse_network(address: Any) -> None:

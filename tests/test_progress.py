@@ -103,5 +103,13 @@ def test_null_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
+def test_measures_have_no_plural() -> None:
+    stream = io.StringIO()
+    for unit in ("MB", "row"):
+        with PlainProgress(stream, clock=lambda: 0.0).task("convert", total=1200, unit=unit):
+            pass
+    assert [line for line in stream.getvalue().splitlines() if "done" not in line] == ["convert: 1,200 MB", "convert: 1,200 rows"]
+
+
 def test_durations_round_to_what_a_person_reads() -> None:
     assert [duration(s) for s in (0, 59.4, 59.6, 3599.6)] == ["0 s", "59 s", "1 min 00 s", "1 h 00 min"]

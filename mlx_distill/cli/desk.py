@@ -69,8 +69,8 @@ def doctor(ctx: click.Context, as_json: bool) -> None:
     Device, memory, versions, BLAS, disk, optional packages; each lack with its cure. Exit code 1 where a command could not run.
     """
     from mlx_distill import doctor as physician
-    from mlx_distill.cli.show import echo_json, echo_result
+    from mlx_distill.cli.show import echo
 
     diagnosis = physician.diagnose()
-    (echo_json if as_json else echo_result)(diagnosis)
+    echo(diagnosis, as_json)
     ctx.exit(0 if diagnosis.healthy else 1)

@@ -58,13 +58,20 @@ evaluate = _stage_command("evaluate", "Measure every model on held-out rows, and
 
 
 def _run(
-    recipe: str, out: Path | None, overrides: tuple[str, ...] = (), dry_run: bool = False, as_json: bool = False, **stages: str | None
+    recipe: str,
+    out: Path | None,
+    *,
+    overrides: tuple[str, ...] = (),
+    from_stage: str | None = None,
+    only: str | None = None,
+    dry_run: bool = False,
+    as_json: bool = False,
 ) -> None:
-    from mlx_distill.cli.show import echo_json, echo_result
+    from mlx_distill.cli.show import echo
     from mlx_distill.pipeline import run as run_recipe
     from mlx_distill.progress import make_progress
     from mlx_distill.recipe import load_recipe
 
     out = out or Path("runs") / load_recipe(recipe, overrides).name
-    result = run_recipe(recipe, out, overrides=overrides, dry_run=dry_run, progress=make_progress(), **stages)
-    (echo_json if as_json else echo_result)(result)
+    options: dict[str, Any] = {"overrides": overrides, "from_stage": from_stage, "only": only, "dry_run": dry_run}
+    echo(run_recipe(recipe, out, progress=make_progress(), **options), as_json)

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
 import click
 
 
-def echo_json(value: Any) -> None:
-    """One JSON document on standard output."""
-    click.echo(json.dumps(plain(value), ensure_ascii=False, indent=2))
+def echo(result: Any, as_json: bool = False) -> None:
+    """A result on standard output: its ``lines`` (a list, or a method that returns one), or its plain form as one JSON document."""
+    if as_json:
+        click.echo(json.dumps(plain(result), ensure_ascii=False, indent=2))
+        return
+    lines = result.lines() if callable(result.lines) else result.lines
+    for line in lines:
+        click.echo(line)
+
+
+def echo_jsonl(rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    for row in rows:
+        click.echo(json.dumps(row, ensure_ascii=False))
 
 
 def plain(value: Any) -> Any:
@@ -31,10 +42,3 @@ def plain(value: Any) -> Any:
     if isinstance(value, list | tuple | set | frozenset):
         return [plain(item) for item in value]
     return value if isinstance(value, str | int | float | bool | None) else str(value)
-
-
-def echo_result(result: Any) -> None:
-    """The lines of a result: its own ``lines``, or its text."""
-    lines = getattr(result, "lines", None)
-    for line in lines() if callable(lines) else lines if lines is not None else [str(result)]:
-        click.echo(line)

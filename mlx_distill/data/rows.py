@@ -46,11 +46,11 @@ def to_example(raw: Row, task: Task, where: str, columns: Mapping[str, str] | No
     Raises:
         DataError: what is wrong with the row, and where it stands.
 
-    >>> from mlx_distill.task import load_task
-    >>> row = {"text": "Hello there.", "label": "fine", "confidence": 90, "group": "none"}
-    >>> example = to_example(row, load_task("moderation"), "rows.jsonl:1")
+    >>> schema = {"type": "object", "properties": {"kind": {"enum": ["ham", "spam"]}, "sure": {"type": "integer"}}}
+    >>> task = Task(name="mail", system="Sort mail.", user="{text}", schema=schema, label="kind")
+    >>> example = to_example({"text": "Hello!", "sure": 90, "kind": "ham", "sender": "Ann"}, task, "mail.jsonl:1")
     >>> example.messages[-1].content, dict(example.fields)
-    ('{"label": "fine", "confidence": 90}', {'group': 'none'})
+    ('{"kind": "ham", "sure": 90}', {'sender': 'Ann'})
     """
     row = dict(raw)
     for field, column in (columns or {}).items():
@@ -214,9 +214,8 @@ def _answer(value: Any, task: Task) -> dict[str, Any]:
         value = parsed if error is None else value
     else:
         error = check_answer(value, task.schema)
-    if error is None:
-        value = _nfc(value)
-        error = check_answer(value, task.schema)
+    if error is None and (normal := _nfc(value)) != value:
+        value, error = normal, check_answer(normal, task.schema)
     if error is not None:
         raise DataError(f"the answer does not fit the task {task.name!r}: {error}", fix="mend the answer, or " + _DROP)
     return dict(json.loads(dump_answer(value, task.schema)))

@@ -60,6 +60,8 @@ def prepare(config: DataConfig, task: Task, base: Path | None, folder: Path, pro
     if not config.sources:
         raise ConfigError("data.sources: no sources", fix="name a file, a Hub data set or a generator under data.sources")
     progress = progress or NullProgress()
+    for left in folder.glob(".*.tmp.json*"):  # by a run that was killed
+        left.unlink(missing_ok=True)
     spool = scratch(folder) / "rows.jsonl"
     try:
         dropped = Dropped()
@@ -105,7 +107,8 @@ class _Index:
 
 
 def _read(config: DataConfig, task: Task, base: Path | None, spool: Path, dropped: Dropped, progress: Progress) -> _Index:
-    index, cache = _Index(), {}
+    index = _Index()
+    cache: dict[str, int] = {}
     constant = _constant_shingles(task, cache)
     known: dict[tuple[str, ...], tuple[str, ...]] = {}
     with os_errors(), open(spool, "w", encoding="utf-8") as file, progress.task("prepare", total=_total(config), unit="row") as bar:
@@ -155,8 +158,8 @@ def _constant_shingles(task: Task, cache: dict[str, int]) -> Any:
     """What every row has in common by the prompt's own words says nothing about likeness."""
     import string
 
-    literals = [literal for literal, *_ in string.Formatter().parse(task.user) if literal and words(literal) != [literal.strip()]]
-    found = [shingles(tokens, cache) for tokens in map(words, literals) if len(tokens) >= 3]
+    literals = [words(literal) for literal, *_ in string.Formatter().parse(task.user) if literal]
+    found = [shingles(tokens, cache) for tokens in literals if len(tokens) >= 3]
     return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
 
 

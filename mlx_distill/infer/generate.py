@@ -15,10 +15,10 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Integer
 
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.infer.cache import ColumnCache, Layout
+from mlx_distill.infer.cache import ColumnCache, Layout, can_column, column_caches
 
 PREFILL = 1024  # columns of prompt a forward pass
 
@@ -66,7 +66,7 @@ def generate(
         stop: Token ids that end an answer.
         temperature: 0 for greedy, else the logits are divided by it and a token is drawn.
         seed: Of the drawing.
-        on_done: Called with the number of new answers after each batch.
+        on_done: Called after each batch with the number of prompts answered so far.
         engine: ``columns``, ``mlx_lm``, or None for the first where it can.
 
     Returns:
@@ -77,7 +77,7 @@ def generate(
         ConfigError: ``max_tokens`` or ``batch_size`` below 1, a negative temperature, an unknown engine.
     """
     _check(prompts, max_tokens, batch_size, temperature, engine)
-    decode = {"columns": _decode_columns, "mlx_lm": _decode_mlx_lm}[engine or _engine(model)]
+    decode = {"columns": _decode_columns, "mlx_lm": _decode_mlx_lm}[engine or ("columns" if can_column(model) else "mlx_lm")]
     vocabulary = vocabulary_size(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     out: list[Generation | None] = [None] * len(prompts)
@@ -90,7 +90,7 @@ def generate(
         for i, (tokens, finish) in zip(rows, answers, strict=True):
             out[i] = Generation(tokenizer.decode(tokens) if tokens else "", tuple(tokens), len(prompts[i]), finish, seconds)
         if on_done is not None:
-            on_done(len(rows))
+            on_done(start + len(rows))
     return [generation for generation in out if generation is not None]
 
 
@@ -118,14 +118,6 @@ def _check(prompts: Sequence[Sequence[int]], max_tokens: int, batch_size: int, t
         raise ConfigError(f"no engine {engine!r}", fix="columns or mlx_lm")
 
 
-def _engine(model: Any) -> str:
-    """``columns`` where every layer's cache is plain keys and values."""
-    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
-
-    plain = all(type(c) is KVCache or (type(c) is RotatingKVCache and not c.keep) for c in make_prompt_cache(model))
-    return "columns" if plain else "mlx_lm"
-
-
 class _Sampler:
     """Next tokens from logits. Drawn by inverse distribution from numbers that belong to (seed, prompt, step), so batches do not matter."""
 
@@ -135,12 +127,12 @@ class _Sampler:
         if temperature:
             self.draws = np.stack([np.random.default_rng((seed, i)).random(max_tokens, dtype=np.float32) for i in prompts])
 
-    def __call__(self, logits: Float[mx.array, "b v"], step: int, rows: Sequence[int]) -> Int[mx.array, " b"]:
+    def __call__(self, logits: Float[mx.array, "b v"], step: int, rows: Integer[np.ndarray, " b"]) -> Integer[mx.array, " b"]:
         logits = logits[:, : self.vocabulary]
         if not self.temperature:
             return mx.argmax(logits, axis=-1)
         heights = mx.cumsum(mx.softmax(logits.astype(mx.float32) / self.temperature, axis=-1), axis=-1)
-        target = mx.array(self.draws[list(rows), step])[:, None] * heights[:, -1:]
+        target = mx.array(self.draws[rows, step])[:, None] * heights[:, -1:]
         return mx.minimum((heights <= target).sum(axis=-1), logits.shape[-1] - 1)
 
 
@@ -149,10 +141,10 @@ _Answers = list[tuple[list[int], str]]
 
 def _decode_columns(model: Any, prompts: list[list[int]], max_tokens: int, stop: frozenset[int], sampler: _Sampler) -> _Answers:
     layout = Layout([len(prompt) - 1 for prompt in prompts])
-    caches = [ColumnCache(layout) for _ in model.layers]
+    caches = column_caches(model, layout)
     _read_prompts(model, prompts, layout, caches)
 
-    def forward(inputs: Int[mx.array, " b"], step: int, rows: np.ndarray) -> Int[mx.array, " b"]:
+    def forward(inputs: Integer[mx.array, " b"], step: int, rows: np.ndarray) -> Integer[mx.array, " b"]:
         logits = model(inputs[:, None], cache=caches)[:, -1, :]
         layout.advance(1)
         out = sampler(logits, step, rows)
@@ -167,7 +159,7 @@ def _decode_columns(model: Any, prompts: list[list[int]], max_tokens: int, stop:
     for step in range(max_tokens):
         # The next step is under way before this one's tokens are looked at; a row that stopped computes one token for nothing.
         ahead = forward(tokens, step + 1, rows) if step + 1 < max_tokens else None
-        values = np.array(tokens)
+        values = np.array(tokens).astype(np.int64)  # unsigned as it comes, and -1 marks what is not written
         written[rows, step] = np.where(alive, values, -1)
         alive &= ~np.isin(values, stops)
         if ahead is None or not alive.any():
@@ -202,9 +194,9 @@ def _decode_mlx_lm(model: Any, prompts: list[list[int]], max_tokens: int, stop: 
         def __init__(self, row: int) -> None:
             self.row, self.step = row, 0
 
-        def __call__(self, logprobs: Float[mx.array, "1 v"]) -> Int[mx.array, " 1"]:
+        def __call__(self, logprobs: Float[mx.array, "1 v"]) -> Integer[mx.array, " 1"]:
             self.step += 1  # one token is computed ahead, beyond the last
-            return sampler(logprobs, min(self.step, max_tokens) - 1, [self.row])
+            return sampler(logprobs, min(self.step, max_tokens) - 1, np.array([self.row]))
 
     n = len(prompts)
     engine = BatchGenerator(model, stop_tokens=[[token] for token in stop], completion_batch_size=n, prefill_batch_size=n)

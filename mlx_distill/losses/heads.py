@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -10,7 +11,7 @@ from jaxtyping import Float, Int
 
 from mlx_distill.errors import ModelError
 
-Head = mx.array | nn.Module
+Head: TypeAlias = mx.array | nn.Module
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,12 @@ class HeadWeight:
     def hidden(self) -> int:
         """Width of the hidden state."""
         return self.weight.shape[1] if self.scales is None else self.weight.shape[1] * 32 // self.bits
+
+    def over(self, temperature: float) -> HeadWeight:
+        """The head whose logits come out divided by T when the hidden state was: only a bias needs it."""
+        if self.bias is None or temperature == 1:
+            return self
+        return replace(self, bias=self.bias.astype(mx.float32) / temperature)
 
     def tile(self, start: int, stop: int) -> Float[mx.array, "c d"]:
         """Rows ``start`` to ``stop`` of the weight in float32."""

@@ -13,6 +13,8 @@ TILE = 2048
 LOWEST = -1e30
 # The smallest normal float32 and a bit: what a logarithm may be taken of.
 TINY = 1.2e-38
+# Below this a mass that is one minus a float32 sum is rounding.
+RESOLUTION = 2e-6
 
 
 def row_sum(x: Float[mx.array, "*b v"]) -> Float[mx.array, "*b"]:

@@ -11,13 +11,11 @@ import mlx.core as mx
 from jaxtyping import Float
 
 from mlx_distill.errors import DataError
-from mlx_distill.losses.numerics import LOWEST, check_temperature, row_logsumexp
+from mlx_distill.losses.numerics import LOWEST, RESOLUTION, check_temperature, row_logsumexp
 from mlx_distill.records import TopK
 
 
-def sparse_forward_kl(
-    student_logits: Float[mx.array, "*b v"], targets: TopK, *, temperature: float = 1.0
-) -> Float[mx.array, "*b"]:
+def sparse_forward_kl(student_logits: Float[mx.array, "*b v"], targets: TopK, *, temperature: float = 1.0) -> Float[mx.array, "*b"]:
     """Forward KL over the teacher's top k tokens and a bucket that holds the rest of either side.
 
     By the chain rule of KL: ``KL(c_p‖c_q) + c_p · T² · KL(p_T|K ‖ q_T|K)``, where ``c`` is the mass on the top k (the first term is a
@@ -82,7 +80,8 @@ def bucket_kl(
     # A student whose other columns are all masked has no tail at all; the bound keeps its infinity off a mass of 1e-8.
     log_ratio = mx.maximum(tail - row_logsumexp(head), -1e4)
     in_p, out_p = mx.exp(mass_p), -mx.expm1(mass_p)
-    binary = in_p * (mass_p + _softplus(log_ratio)) + out_p * (mx.log(mx.maximum(out_p, 1e-30)) + _softplus(-log_ratio))
+    out_p = mx.where(out_p < RESOLUTION, 0.0, out_p)
+    binary = in_p * (mass_p + _softplus(log_ratio)) + out_p * (mx.log(mx.maximum(out_p, RESOLUTION)) + _softplus(-log_ratio))
     return binary + in_p * within
 
 

@@ -1,15 +1,16 @@
 """The kernels under :mod:`mlx_distill.losses.linear`: one look at every vocabulary tile, values and gradients at once.
 
-All of them take *detached* float32 hidden states ``[n, d]`` and never build more than ``ROWS x TILE`` logits. Every tile is evaluated
-before the next one is built: a lazy graph would keep them all alive, and so would ``mx.compile`` or ``mx.checkpoint`` around
-the caller.
+All of them take *detached* float32 hidden states ``[n, d]``, already divided by the temperature, and never build more than
+``ROWS x TILE`` logits. Every tile is evaluated before the next one is built: a lazy graph would keep them all alive, and so would
+``mx.compile`` or ``mx.checkpoint`` around the caller. A divergence comes back with what its gradient by a logit needs
+(:class:`Normals`); that gradient is ``T² (g_j - q_j Σ g)``, where ``g`` is the derivative of a column's share by ``log q``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import mlx.core as mx
 from jaxtyping import Float, Int
@@ -18,160 +19,44 @@ from mlx_distill.losses.heads import HeadWeight
 from mlx_distill.losses.numerics import LOWEST, TILE
 
 ROWS = 512
+# How many numbers of gathered weight rows may be held at once.
+GATHERED = 2**22
 
-# One column's share of a separable divergence, and its derivative by the student's log-probability: (log_q, log_p) -> both.
+# One column's share of a divergence, and its derivative by the student's log-probability: (log_q, log_p) -> (f, g).
 Pointwise = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
+Sums = dict[str, mx.array]
 
 
-@dataclass
-class _Rows:
-    """Running sums of one block of rows. ``top`` is the running maximum that every sum is scaled by."""
+@dataclass(frozen=True)
+class Sides:
+    """Both models at the positions: detached float32 hidden states over T, and heads whose biases are over T."""
 
     student: mx.array
-    teacher: mx.array | None = None
-    ids: mx.array | None = None
-    sums: dict[str, mx.array] = field(default_factory=dict)
+    student_head: HeadWeight
+    teacher: mx.array
+    teacher_head: HeadWeight
 
 
-def tail_logsumexp(
-    hidden: Float[mx.array, "n d"], head: HeadWeight, without: Int[mx.array, "n k"] | None
-) -> tuple[Float[mx.array, " n"], Float[mx.array, "n d"]]:
-    """``logsumexp`` over all columns but ``without`` and its gradient, the expected row of the weight under that softmax."""
-    blocks = [_Rows(rows, ids=None if without is None else without[at]) for at, rows in _split(hidden)]
-    for block in blocks:
-        n, d = block.student.shape
-        block.sums = {"top": mx.full((n, 1), LOWEST), "z": mx.zeros((n, 1)), "w": mx.zeros((n, d))}
-    for start, stop in _tiles(head.columns):
-        w, bias = head.tile(start, stop), head.bias_tile(start, stop)
-        for block in blocks:
-            _add_tail(block, w, bias, start)
-    done = [(b.sums["top"][:, 0] + mx.log(b.sums["z"][:, 0]), b.sums["w"] / b.sums["z"]) for b in blocks]
-    return _join(done)
+@dataclass(frozen=True)
+class Normals:
+    """Log-normalisers of both sides and ``Σ g``, each ``[n]``."""
 
-
-def _add_tail(block: _Rows, w: mx.array, bias: mx.array | float, start: int) -> None:
-    z = block.student @ w.T + bias
-    if block.ids is not None:
-        local = block.ids - start
-        inside = (local >= 0) & (local < z.shape[1])
-        rows = mx.arange(z.shape[0])[:, None]
-        # Adding, not setting: ids outside this tile all point at column 0 and add nothing there.
-        z = z.at[rows, mx.where(inside, local, 0)].add(mx.where(inside, LOWEST, 0.0))
-    s = block.sums
-    top = mx.maximum(s["top"], z.max(axis=1, keepdims=True))
-    old, e = mx.exp(s["top"] - top), mx.exp(z - top)
-    block.sums = {"top": top, "z": s["z"] * old + e.sum(axis=1, keepdims=True), "w": s["w"] * old + e @ w}
-    mx.eval(block.sums)
-
-
-def kl_one_pass(
-    student: Float[mx.array, "n d"],
-    student_head: HeadWeight,
-    teacher: Float[mx.array, "n e"],
-    teacher_head: HeadWeight,
-    *,
-    temperature: float,
-    reverse: bool,
-) -> tuple[Float[mx.array, " n"], Float[mx.array, "n d"]]:
-    """Forward or reverse KL (with T²) and its gradient by the student's hidden state, in one pass over the tiles.
-
-    With ``D = z_p - z_q`` (tempered logits): forward ``E_p[D] - log Z_p + log Z_q`` with gradient ``E_q[w] - E_p[w]``; reverse
-    ``E_q[-D] + log Z_p - log Z_q`` with gradient ``E_q[-D w] - E_q[-D] E_q[w]``. Expectations are running sums under a running maximum.
-    """
-    blocks = [_Rows(a / temperature, b / temperature) for (_, a), (_, b) in zip(_split(student), _split(teacher), strict=True)]
-    for block in blocks:
-        n, d = block.student.shape
-        one, wide = mx.zeros((n, 1)), mx.zeros((n, d))
-        low = mx.full((n, 1), LOWEST)
-        block.sums = {"top_p": low, "top_q": low, "z_p": one, "z_q": one, "d": one, "w_q": wide, "w_x": wide}
-    add = _add_reverse if reverse else _add_forward
-    for start, stop in _tiles(student_head.columns):
-        w, bias = student_head.tile(start, stop), student_head.bias_tile(start, stop)
-        u, bias_u = teacher_head.tile(start, stop), teacher_head.bias_tile(start, stop)
-        for block in blocks:
-            assert block.teacher is not None
-            z_q = block.student @ w.T + _scale(bias, temperature)
-            z_p = block.teacher @ u.T + _scale(bias_u, temperature)
-            block.sums = add(block.sums, z_p, z_q, w)
-            mx.eval(block.sums)
-    return _join([_finish(b.sums, temperature, reverse) for b in blocks])
-
-
-def _add_forward(s: dict[str, mx.array], z_p: mx.array, z_q: mx.array, w: mx.array) -> dict[str, mx.array]:
-    top_p, top_q, old_p, old_q, e_p, e_q = _exps(s, z_p, z_q)
-    return {
-        "top_p": top_p,
-        "top_q": top_q,
-        "z_p": s["z_p"] * old_p + e_p.sum(axis=1, keepdims=True),
-        "z_q": s["z_q"] * old_q + e_q.sum(axis=1, keepdims=True),
-        "d": s["d"] * old_p + (e_p * (z_p - z_q)).sum(axis=1, keepdims=True),
-        "w_q": s["w_q"] * old_q + e_q @ w,
-        "w_x": s["w_x"] * old_p + e_p @ w,
-    }
-
-
-def _add_reverse(s: dict[str, mx.array], z_p: mx.array, z_q: mx.array, w: mx.array) -> dict[str, mx.array]:
-    top_p, top_q, old_p, old_q, e_p, e_q = _exps(s, z_p, z_q)
-    ed = e_q * (z_q - z_p)
-    return {
-        "top_p": top_p,
-        "top_q": top_q,
-        "z_p": s["z_p"] * old_p + e_p.sum(axis=1, keepdims=True),
-        "z_q": s["z_q"] * old_q + e_q.sum(axis=1, keepdims=True),
-        "d": s["d"] * old_q + ed.sum(axis=1, keepdims=True),
-        "w_q": s["w_q"] * old_q + e_q @ w,
-        "w_x": s["w_x"] * old_q + ed @ w,
-    }
-
-
-def _exps(s: dict[str, mx.array], z_p: mx.array, z_q: mx.array) -> tuple[mx.array, ...]:
-    top_p = mx.maximum(s["top_p"], z_p.max(axis=1, keepdims=True))
-    top_q = mx.maximum(s["top_q"], z_q.max(axis=1, keepdims=True))
-    return top_p, top_q, mx.exp(s["top_p"] - top_p), mx.exp(s["top_q"] - top_q), mx.exp(z_p - top_p), mx.exp(z_q - top_q)
-
-
-def _finish(s: dict[str, mx.array], temperature: float, reverse: bool) -> tuple[mx.array, mx.array]:
-    gap = (s["top_q"] + mx.log(s["z_q"])) - (s["top_p"] + mx.log(s["z_p"]))
-    if reverse:
-        mean = s["d"] / s["z_q"]
-        value, grad = mean - gap, s["w_x"] / s["z_q"] - mean * (s["w_q"] / s["z_q"])
-    else:
-        value, grad = s["d"] / s["z_p"] + gap, s["w_q"] / s["z_q"] - s["w_x"] / s["z_p"]
-    return temperature**2 * value[:, 0], temperature * grad
-
-
-def two_pass(
-    student: Float[mx.array, "n d"],
-    student_head: HeadWeight,
-    teacher: Float[mx.array, "n e"],
-    teacher_head: HeadWeight,
-    pointwise: Pointwise,
-    *,
-    temperature: float,
-) -> tuple[Float[mx.array, " n"], Float[mx.array, "n d"]]:
-    """Any divergence that is a sum over columns of ``f(log_q, log_p)`` (with T²), and its gradient by the student's hidden state.
-
-    The first pass finds both normalisers. With ``g = df/dlog_q`` the gradient by a logit is ``(g_j - q_j Σ g) / T``, so the second
-    pass needs the sums of ``f``, ``g``, ``g w`` and ``q w``.
-    """
-    log_z_q, mean_w = tail_logsumexp(student / temperature, _tempered(student_head, temperature), None)
-    log_z_p, _ = tail_logsumexp(teacher / temperature, _tempered(teacher_head, temperature), None)
-    out = []
-    for at, rows in _split(student):
-        value, total, weighted = mx.zeros((rows.shape[0],)), mx.zeros((rows.shape[0], 1)), mx.zeros(rows.shape)
-        for start, stop in _tiles(student_head.columns):
-            w = student_head.tile(start, stop)
-            z_q = (rows @ w.T + student_head.bias_tile(start, stop)) / temperature
-            z_p = (teacher[at] @ teacher_head.tile(start, stop).T + teacher_head.bias_tile(start, stop)) / temperature
-            f, g = pointwise(z_q - log_z_q[at][:, None], z_p - log_z_p[at][:, None])
-            value, total, weighted = value + f.sum(axis=1), total + g.sum(axis=1, keepdims=True), weighted + g @ w
-            mx.eval(value, total, weighted)
-        out.append((temperature**2 * value, temperature * (weighted - total * mean_w[at])))
-    return _join(out)
+    log_z_q: mx.array
+    log_z_p: mx.array
+    total: mx.array
 
 
 def pointwise_of(divergence: str, beta: float, lam: float) -> Pointwise:
-    """The column-wise form of a divergence by name, for :func:`two_pass`."""
+    """The column-wise form of a divergence by name."""
+
+    def forward(log_q: mx.array, log_p: mx.array) -> tuple[mx.array, mx.array]:
+        p = mx.exp(log_p)
+        return p * (log_p - log_q), -p
+
+    def reverse(log_q: mx.array, log_p: mx.array) -> tuple[mx.array, mx.array]:
+        q = mx.exp(log_q)
+        f = q * (log_q - log_p)
+        return f, f + q
 
     def js(log_q: mx.array, log_p: mx.array) -> tuple[mx.array, mx.array]:
         log_m = mx.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
@@ -188,50 +73,189 @@ def pointwise_of(divergence: str, beta: float, lam: float) -> Pointwise:
         gap = q - mx.exp(log_p)
         return 0.5 * mx.abs(gap), 0.5 * mx.sign(gap) * q
 
-    return {"js_divergence": js, "skew_kl": skew, "total_variation": variation}[divergence]
+    forms = {"forward_kl": forward, "reverse_kl": reverse, "js_divergence": js, "skew_kl": skew, "total_variation": variation}
+    return forms[divergence]
 
 
-def gathered_logits(
-    hidden: Float[mx.array, "n d"], head: HeadWeight, ids: Int[mx.array, "n k"]
-) -> Float[mx.array, "n k"]:
+def tail_logsumexp(
+    hidden: Float[mx.array, "n d"], head: HeadWeight, without: Int[mx.array, "n k"] | None = None
+) -> tuple[Float[mx.array, " n"], Float[mx.array, "n d"]]:
+    """``logsumexp`` over all columns but ``without``, and its gradient: the expected row of the weight under that softmax."""
+    states: list[Sums] = []
+    for rows in split(hidden):
+        n, d = hidden[rows].shape
+        states.append({"top": mx.full((n, 1), LOWEST), "z": mx.zeros((n, 1)), "w": mx.zeros((n, d))})
+    for start, stop in tiles(head.columns):
+        w, bias = head.tile(start, stop), head.bias_tile(start, stop)
+        for i, rows in enumerate(split(hidden)):
+            z = hidden[rows] @ w.T + bias
+            states[i] = _add_tail(states[i], z if without is None else _masked(z, without[rows] - start), w)
+            mx.eval(states[i])
+    return _join([(s["top"][:, 0] + mx.log(s["z"][:, 0]), s["w"] / s["z"]) for s in states])
+
+
+def _masked(z: mx.array, local: mx.array) -> mx.array:
+    inside = (local >= 0) & (local < z.shape[1])
+    # Adding, not setting: ids outside this tile all point at column 0 and must change nothing there.
+    return z.at[mx.arange(z.shape[0])[:, None], mx.where(inside, local, 0)].add(mx.where(inside, LOWEST, 0.0))
+
+
+def _add_tail(s: Sums, z: mx.array, w: mx.array) -> Sums:
+    top = mx.maximum(s["top"], z.max(axis=1, keepdims=True))
+    old, e = mx.exp(s["top"] - top), mx.exp(z - top)
+    return {"top": top, "z": s["z"] * old + e.sum(axis=1, keepdims=True), "w": s["w"] * old + e @ w}
+
+
+def kl_one_pass(sides: Sides, *, temperature: float, reverse: bool) -> tuple[mx.array, mx.array, Normals]:
+    """Forward or reverse KL (with T²), its gradient by the student's hidden state and its normals, in one pass over the tiles.
+
+    With ``D = z_p - z_q`` (tempered logits): forward ``E_p[D] - log Z_p + log Z_q`` with gradient ``T (E_q[w] - E_p[w])``; reverse
+    ``E_q[-D] + log Z_p - log Z_q`` with gradient ``T (E_q[-D w] - E_q[-D] E_q[w])``. The expectations are running sums under a running
+    maximum.
+    """
+    states: list[Sums] = []
+    for rows in split(sides.student):
+        n, d = sides.student[rows].shape
+        low, one, wide = mx.full((n, 1), LOWEST), mx.zeros((n, 1)), mx.zeros((n, d))
+        states.append({"top_p": low, "top_q": low, "z_p": one, "z_q": one, "d": one, "w_q": wide, "w_x": wide})
+    for start, stop in tiles(sides.student_head.columns):
+        w, bias = sides.student_head.tile(start, stop), sides.student_head.bias_tile(start, stop)
+        u, bias_u = sides.teacher_head.tile(start, stop), sides.teacher_head.bias_tile(start, stop)
+        for i, rows in enumerate(split(sides.student)):
+            states[i] = _add_kl(states[i], sides.teacher[rows] @ u.T + bias_u, sides.student[rows] @ w.T + bias, w, reverse)
+            mx.eval(states[i])
+    done = [_finish_kl(s, temperature, reverse) for s in states]
+    value, grad = _join([(value, grad) for value, grad, _ in done])
+    return value, grad, _join_normals([normals for _, _, normals in done])
+
+
+def _add_kl(s: Sums, z_p: mx.array, z_q: mx.array, w: mx.array, reverse: bool) -> Sums:
+    top_p = mx.maximum(s["top_p"], z_p.max(axis=1, keepdims=True))
+    top_q = mx.maximum(s["top_q"], z_q.max(axis=1, keepdims=True))
+    old_p, old_q = mx.exp(s["top_p"] - top_p), mx.exp(s["top_q"] - top_q)
+    e_p, e_q = mx.exp(z_p - top_p), mx.exp(z_q - top_q)
+    weighted = e_q * (z_q - z_p) if reverse else e_p * (z_p - z_q)
+    old = old_q if reverse else old_p
+    return {
+        "top_p": top_p,
+        "top_q": top_q,
+        "z_p": s["z_p"] * old_p + e_p.sum(axis=1, keepdims=True),
+        "z_q": s["z_q"] * old_q + e_q.sum(axis=1, keepdims=True),
+        "d": s["d"] * old + weighted.sum(axis=1, keepdims=True),
+        "w_q": s["w_q"] * old_q + e_q @ w,
+        "w_x": s["w_x"] * old + (weighted if reverse else e_p) @ w,
+    }
+
+
+def _finish_kl(s: Sums, temperature: float, reverse: bool) -> tuple[mx.array, mx.array, Normals]:
+    log_z_q, log_z_p = s["top_q"] + mx.log(s["z_q"]), s["top_p"] + mx.log(s["z_p"])
+    if reverse:
+        mean = s["d"] / s["z_q"]
+        value, grad = mean + log_z_p - log_z_q, s["w_x"] / s["z_q"] - mean * (s["w_q"] / s["z_q"])
+        total = value + 1
+    else:
+        value, grad = s["d"] / s["z_p"] + log_z_q - log_z_p, s["w_q"] / s["z_q"] - s["w_x"] / s["z_p"]
+        total = -mx.ones_like(value)
+    return temperature**2 * value[:, 0], temperature * grad, Normals(log_z_q[:, 0], log_z_p[:, 0], total[:, 0])
+
+
+def two_pass(sides: Sides, pointwise: Pointwise, *, temperature: float) -> tuple[mx.array, mx.array, Normals]:
+    """Any divergence that is a sum over columns of ``f(log q, log p)`` (with T²), its gradient by the student's hidden state, its normals.
+
+    The first pass finds both normalisers; the second sums ``f``, ``g`` and ``g w``. The gradient is ``T (Σ g w - E_q[w] Σ g)``.
+    """
+    log_z_q, mean_w = tail_logsumexp(sides.student, sides.student_head)
+    log_z_p, _ = tail_logsumexp(sides.teacher, sides.teacher_head)
+    n = sides.student.shape[0]
+    value, normals = mx.zeros((n,)), Normals(log_z_q, log_z_p, mx.zeros((n,)))
+    states: dict[int, tuple[mx.array, mx.array, mx.array]] = {}
+    for _, rows, w, log_q, log_p in _log_prob_tiles(sides, normals):
+        f, g = pointwise(log_q, log_p)
+        zero = (mx.zeros((log_q.shape[0],)), mx.zeros((log_q.shape[0],)), mx.zeros((log_q.shape[0], w.shape[1])))
+        value, total, weighted = states.get(rows.start, zero)
+        states[rows.start] = (value + f.sum(axis=1), total + g.sum(axis=1), weighted + g @ w)
+        mx.eval(states[rows.start])
+    value, total, weighted = (mx.concatenate(list(part)) for part in zip(*states.values(), strict=True))
+    return temperature**2 * value, temperature * (weighted - total[:, None] * mean_w), Normals(log_z_q, log_z_p, total)
+
+
+def weight_gradient(
+    sides: Sides, normals: Normals, pointwise: Pointwise, cotangent: Float[mx.array, " n"], *, temperature: float
+) -> Float[mx.array, "v d"]:
+    """Gradient of ``Σ cotangent · divergence`` by the student's dense head; the logits are built a second time, tile by tile."""
+    scale = temperature**2 * cotangent[:, None]
+    parts: dict[int, mx.array] = {}
+    for start, rows, _, log_q, log_p in _log_prob_tiles(sides, normals):
+        _, g = pointwise(log_q, log_p)
+        by_logit = scale[rows] * (g - mx.exp(log_q) * normals.total[rows][:, None])
+        part = by_logit.T @ sides.student[rows]
+        parts[start] = parts[start] + part if start in parts else part
+        mx.eval(parts[start])
+    return mx.concatenate(list(parts.values()))
+
+
+def _log_prob_tiles(sides: Sides, normals: Normals) -> Iterator[tuple[int, slice, mx.array, mx.array, mx.array]]:
+    for start, stop in tiles(sides.student_head.columns):
+        w, bias = sides.student_head.tile(start, stop), sides.student_head.bias_tile(start, stop)
+        u, bias_u = sides.teacher_head.tile(start, stop), sides.teacher_head.bias_tile(start, stop)
+        for rows in split(sides.student):
+            log_q = sides.student[rows] @ w.T + bias - normals.log_z_q[rows][:, None]
+            log_p = sides.teacher[rows] @ u.T + bias_u - normals.log_z_p[rows][:, None]
+            yield start, rows, w, log_q, log_p
+
+
+def softmax_weight_gradient(
+    hidden: Float[mx.array, "n d"], head: HeadWeight, log_z: Float[mx.array, " n"], cotangent: Float[mx.array, " n"]
+) -> Float[mx.array, "v d"]:
+    """Gradient of ``Σ cotangent · logsumexp(logits)`` by a dense head."""
+    parts = []
+    for start, stop in tiles(head.columns):
+        w, bias = head.tile(start, stop), head.bias_tile(start, stop)
+        part = mx.zeros(w.shape)
+        for rows in split(hidden):
+            q = mx.exp(hidden[rows] @ w.T + bias - log_z[rows][:, None])
+            part = part + (cotangent[rows][:, None] * q).T @ hidden[rows]
+            mx.eval(part)
+        parts.append(part)
+    return mx.concatenate(parts)
+
+
+def gathered_logits(hidden: Float[mx.array, "n d"], head: HeadWeight, ids: Int[mx.array, "n k"]) -> Float[mx.array, "n k"]:
     """The logits of k tokens a row, through the rows of the weight that belong to them; a few rows at a time."""
     out = []
-    for at, rows in _split(hidden, max(1, 2**22 // (ids.shape[1] * head.hidden))):
-        w = head.rows(ids[at].reshape(-1)).reshape(*ids[at].shape, -1)
-        z = (w @ rows[:, :, None])[:, :, 0]
-        if head.bias is not None:
-            z = z + head.bias[ids[at]].astype(mx.float32)
-        mx.eval(z)
-        out.append(z)
+    for rows in split(hidden, max(1, GATHERED // (ids.shape[1] * head.hidden))):
+        w = head.rows(ids[rows].reshape(-1)).reshape(*ids[rows].shape, -1)
+        z = (w @ hidden[rows][:, :, None])[:, :, 0]
+        out.append(z if head.bias is None else z + head.bias[ids[rows]].astype(mx.float32))
+        mx.eval(out[-1])
     return mx.concatenate(out)
 
 
-def gathered_rows(
-    weights: Float[mx.array, "n k"], head: HeadWeight, ids: Int[mx.array, "n k"]
-) -> Float[mx.array, "n d"]:
-    """``Σ_k weights · W[ids]``: the gradient of :func:`gathered_logits` by the hidden state."""
+def gathered_rows(weights: Float[mx.array, "n k"], head: HeadWeight, ids: Int[mx.array, "n k"]) -> Float[mx.array, "n d"]:
+    """``Σ_k weights · W[ids]``: the gradient by the hidden state of anything whose gradient by :func:`gathered_logits` is ``weights``."""
     out = []
-    for at, rows in _split(weights, max(1, 2**22 // (ids.shape[1] * head.hidden))):
-        w = head.rows(ids[at].reshape(-1)).reshape(*ids[at].shape, -1)
-        g = (rows[:, None, :] @ w)[:, 0]
-        mx.eval(g)
-        out.append(g)
+    for rows in split(weights, max(1, GATHERED // (ids.shape[1] * head.hidden))):
+        w = head.rows(ids[rows].reshape(-1)).reshape(*ids[rows].shape, -1)
+        out.append((weights[rows][:, None, :] @ w)[:, 0])
+        mx.eval(out[-1])
     return mx.concatenate(out)
 
 
-def _split(x: mx.array, size: int = ROWS) -> list[tuple[slice, mx.array]]:
-    return [(slice(i, i + size), x[i : i + size]) for i in range(0, x.shape[0], size)]
+def split(x: mx.array, size: int = ROWS) -> list[slice]:
+    """Blocks of rows."""
+    return [slice(i, i + size) for i in range(0, x.shape[0], size)]
 
 
-def _tiles(width: int) -> list[tuple[int, int]]:
+def tiles(width: int) -> list[tuple[int, int]]:
+    """Blocks of columns."""
     return [(i, min(i + TILE, width)) for i in range(0, width, TILE)]
 
 
-def _scale(bias: mx.array | float, temperature: float) -> mx.array | float:
-    return bias / temperature
-
-
 def _join(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
-    value, grad = (mx.concatenate(column) for column in zip(*parts, strict=True))
+    value, grad = (mx.concatenate(list(column)) for column in zip(*parts, strict=True))
     mx.eval(value, grad)
     return value, grad
+
+
+def _join_normals(parts: list[Normals]) -> Normals:
+    return Normals(*(mx.concatenate([getattr(part, name) for part in parts]) for name in ("log_z_q", "log_z_p", "total")))

@@ -26,7 +26,10 @@ _LEAVES = ("lora_a", "lora_b", "m")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """``W x + alpha / rank * B A dropout(x)`` on the modules whose name ends in one of ``target_modules``; ``kind`` is ``lora`` or ``dora``."""
+    """``W x + alpha / rank * B A dropout(x)`` on the modules whose name ends in one of ``target_modules``.
+
+    ``kind`` is ``lora`` or ``dora``.
+    """
 
     rank: int
     alpha: float
@@ -42,8 +45,9 @@ class LoraSettings:
 
 @dataclass(frozen=True)
 class MergeRow:
-    """One merged module. ``how`` is ``added`` (to plain weights, one rounding to their type) or ``dequantized`` (the packed base became plain).
+    """One merged module.
 
+    ``how`` is ``added`` (to plain weights, one rounding to their type) or ``dequantized`` (the packed base became plain).
     ``update`` is the Frobenius norm of the update, ``error`` that of what rounding lost, relative to it.
     """
 
@@ -107,7 +111,9 @@ def _wrap(path: str, module: Any, settings: LoraSettings) -> Any:
     if hasattr(module, "bits"):
         inputs = inputs * 32 // module.bits
     if not 1 <= settings.rank <= min(outputs, inputs):
-        raise ModelError(f"{path}: rank {settings.rank} does not fit a matrix of {outputs} x {inputs}", fix=f"at most {min(outputs, inputs)}")
+        raise ModelError(
+            f"{path}: rank {settings.rank} does not fit a matrix of {outputs} x {inputs}", fix=f"at most {min(outputs, inputs)}"
+        )
     if settings.kind not in ("lora", "dora"):
         raise ModelError(f"unknown kind of adapter {settings.kind!r}", fix="lora or dora")
     if experts and settings.kind == "dora":
@@ -119,7 +125,9 @@ def _wrap(path: str, module: Any, settings: LoraSettings) -> Any:
 def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: str | Path) -> None:
     """Write ``adapters.safetensors``, ``adapter_config.json`` and the tokenizer's files; ``base`` is a folder or a Hub id."""
     folder = Path(folder)
-    weights = {name: value for name, value in tree_flatten(model.parameters()) if name.rsplit(".", 1)[-1] in _LEAVES and _is_adapter(name, model)}
+    weights = {
+        name: value for name, value in tree_flatten(model.parameters()) if name.rsplit(".", 1)[-1] in _LEAVES and _is_adapter(name, model)
+    }
     if not weights:
         raise ModelError("the model has no adapter", fix="call add_lora first")
     paths = sorted({name.rsplit(".", 1)[0] for name in weights})
@@ -161,11 +169,15 @@ def adapter_base(folder: str | Path) -> Path:
     folder = Path(folder)
     base = read_object(folder / ADAPTER_CONFIG).get("base")
     if not isinstance(base, str) or not base:
-        raise ModelError(f"{folder / ADAPTER_CONFIG}: no base model", fix='add "base": the path of the model that the adapter was trained on')
+        raise ModelError(
+            f"{folder / ADAPTER_CONFIG}: no base model", fix='add "base": the path of the model that the adapter was trained on'
+        )
     if (folder / base).is_dir():
         return folder / base
     if base.startswith(".") or base.count("/") != 1:
-        raise ModelError(f"{folder}: its base model {(folder / base).resolve()} is gone", fix=f"bring it back, or correct base in {ADAPTER_CONFIG}")
+        raise ModelError(
+            f"{folder}: its base model {(folder / base).resolve()} is gone", fix=f"bring it back, or correct base in {ADAPTER_CONFIG}"
+        )
     return resolve(base)
 
 
@@ -203,7 +215,9 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
     for path, layer in layers:
         for leaf in _LEAVES:
             if leaf in layer and (f"{path}.{leaf}" not in weights or weights[f"{path}.{leaf}"].shape != layer[leaf].shape):
-                raise ModelError(f"{folder / ADAPTER_FILE}: tensor '{path}.{leaf}' does not fit the base model", fix="check base in adapter_config.json")
+                raise ModelError(
+                    f"{folder / ADAPTER_FILE}: tensor '{path}.{leaf}' does not fit the base model", fix="check base in adapter_config.json"
+                )
             if leaf in layer:
                 layer[leaf] = weights[f"{path}.{leaf}"]
     model.freeze()
@@ -225,21 +239,22 @@ def lora_delta(layer: Any) -> mx.array:
 def merge(model: Any) -> list[MergeRow]:
     """Add every adapter to its weights, in place.
 
-    Plain weights are added to in float32 and rounded once to their type. A packed base is dequantized first and stays plain, since packing
-    again would lose most of a small update; :func:`mlx_distill.models.quantize.quantize_folder` packs, and states the error.
+    Plain weights are added to in float32 and rounded once to their type. A packed base is dequantized first and stays plain, in the type of
+    the model's norms, since packing again would lose most of a small update;
+    :func:`mlx_distill.models.quantize.quantize_folder` packs, and states the error.
     """
     rows, merged = [], []
     for path, layer in sorted(model.named_modules()):
         if "lora_a" not in layer:
             continue
-        module, row = _merged(path, layer)
+        module, row = _merged(path, layer, model.model.norm.weight.dtype)
         rows.append(row)
         merged.append((path, module))
     model.update_modules(tree_unflatten(merged))
     return rows
 
 
-def _merged(path: str, layer: Any) -> tuple[Any, MergeRow]:
+def _merged(path: str, layer: Any, model_dtype: mx.Dtype) -> tuple[Any, MergeRow]:
     from mlx_lm.models.switch_layers import SwitchLinear
 
     base = layer.linear
@@ -247,12 +262,19 @@ def _merged(path: str, layer: Any) -> tuple[Any, MergeRow]:
     weight = base.weight
     if packed:
         weight = mx.dequantize(
-            weight, base.scales, base.get("biases"), group_size=base.group_size, bits=base.bits, mode=base.mode, global_scale=base.get("global_scale")
+            weight,
+            base.scales,
+            base.get("biases"),
+            group_size=base.group_size,
+            bits=base.bits,
+            mode=base.mode,
+            global_scale=base.get("global_scale"),
+            dtype=mx.float32,
         )
-    dtype = mx.float32 if not mx.issubdtype(weight.dtype, mx.floating) else weight.dtype
+    dtype = model_dtype if packed else weight.dtype
     exact = weight.astype(mx.float32) + lora_delta(layer)
     if "m" in layer:  # DoRA: the rows' norms are learned apart
-        exact = exact * (layer.m / mx.linalg.norm(exact, axis=1, stream=mx.cpu))[:, None]
+        exact = exact * (layer.m / mx.sqrt(mx.sum(mx.square(exact), axis=1)))[:, None]
     rounded = exact.astype(dtype)
     out = SwitchLinear(1, 1, 1, bias=False) if weight.ndim == 3 else nn.Linear(1, 1, bias=False)
     out.weight = rounded

@@ -192,7 +192,9 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
             raise ModelError(f"{folder / shard} is missing (it holds {first!r})", fix="download that shard")
         for name, info in read_header(folder / shard)[0].items():
             if weight_map.get(name) != shard:
-                raise ModelError(f"{info.where} is not in {INDEX} under this file", fix="the index and the shards do not belong together; " + _DOWNLOAD)
+                raise ModelError(
+                    f"{info.where} is not in {INDEX} under this file", fix="the index and the shards do not belong together; " + _DOWNLOAD
+                )
             tensors[name] = info
     for name, shard in weight_map.items():
         if name not in tensors:

@@ -65,7 +65,9 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _mend(model: Any, config: Mapping[str, Any]) -> None:
     rope = build_rope(
-        int(config.get("head_dim") or 64), rope_settings(config, 150_000.0, _DEFAULT_ROPE), int(config.get("max_position_embeddings") or 131_072)
+        int(config.get("head_dim") or 64),
+        rope_settings(config, 150_000.0, _DEFAULT_ROPE),
+        int(config.get("max_position_embeddings") or 131_072),
     )
     for layer in model.layers:
         layer.self_attn.rope = rope

@@ -30,19 +30,31 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
 
 def _download(repo: str, revision: str | None) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)))
     except RevisionNotFoundError as error:
         raise ModelError(f"{repo}: no revision {revision!r} on the Hub", fix="give a commit, a tag or a branch of that model") from error
     except GatedRepoError as error:
-        raise ModelError(f"{repo}: access on the Hub is restricted", fix="accept its licence on huggingface.co and run: hf auth login") from error
+        raise ModelError(
+            f"{repo}: access on the Hub is restricted", fix="accept its licence on huggingface.co and run: hf auth login"
+        ) from error
     except RepositoryNotFoundError as error:
-        raise ModelError(f"{repo}: no such folder, and no such model on the Hub", fix="check the spelling; a private model needs: hf auth login") from error
+        raise ModelError(
+            f"{repo}: no such folder, and no such model on the Hub", fix="check the spelling; a private model needs: hf auth login"
+        ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ModelError(f"{repo}: no such folder, and it cannot be downloaded: {reason}", fix="check the path or the connection") from error
+        raise ModelError(
+            f"{repo}: no such folder, and it cannot be downloaded: {reason}", fix="check the path or the connection"
+        ) from error
 
 
 def commit_of(folder: Path) -> str | None:

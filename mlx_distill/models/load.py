@@ -40,7 +40,8 @@ def load(path_or_repo: str | Path, revision: str | None = None, *, dtype: str | 
         mlx-lm's model, in evaluation mode, and its ``TokenizerWrapper``.
 
     Raises:
-        ModelError: remote code, pickles, an unknown ``model_type``, damaged shards, missing, extra or misshapen tensors: with file, tensor and cure.
+        ModelError: remote code, pickles, an unknown ``model_type``, damaged shards, missing, extra or misshapen tensors: with file,
+            tensor and cure.
     """
     folder = resolve(path_or_repo, revision)
     model, config = load_model(folder, dtype=dtype)
@@ -122,7 +123,9 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
     try:
         return load_wrapper(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises whatever its parsers raise
-        raise ModelError(f"{folder}: the tokenizer cannot be read: {error}", fix="copy the tokenizer's files from the original checkpoint") from error
+        raise ModelError(
+            f"{folder}: the tokenizer cannot be read: {error}", fix="copy the tokenizer's files from the original checkpoint"
+        ) from error
 
 
 def _load_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> Any:
@@ -139,7 +142,9 @@ def _load_weights(checkpoint: Checkpoint, config: dict[str, Any]) -> Any:
 def to_mlx(plan: Planned) -> mx.array:
     """A planned tensor as an array, bit for bit."""
     if plan.dtype not in _MLX:
-        raise ModelError(f"{plan.where} has the type {plan.dtype}, which MLX lacks", fix="convert it with a tool that knows this type first")
+        raise ModelError(
+            f"{plan.where} has the type {plan.dtype}, which MLX lacks", fix="convert it with a tool that knows this type first"
+        )
     return from_raw(plan.read(0, plan.rows), plan.dtype).reshape(plan.shape)
 
 
@@ -171,7 +176,9 @@ def packing(planned: Mapping[str, Planned], path: str, columns: int) -> dict[str
         return {"group_size": group_size, "bits": bits, "mode": "affine"}
     modes = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
     if (bits, group_size) not in modes:
-        raise ModelError(f"{weight.where}: {bits} bits in groups of {group_size} are no known quantization", fix="convert the checkpoint again")
+        raise ModelError(
+            f"{weight.where}: {bits} bits in groups of {group_size} are no known quantization", fix="convert the checkpoint again"
+        )
     return {"group_size": group_size, "bits": bits, "mode": modes[bits, group_size]}
 
 
@@ -183,7 +190,9 @@ def check_tensors(checkpoint: Checkpoint, config: Mapping[str, Any], model: Any,
     for name, shape in expected.items():
         if name not in found:
             missing = source_name(architecture, name, checkpoint.tensors)
-            raise ModelError(f"{checkpoint.folder}: tensor {missing!r} is missing", fix="download the checkpoint again, or correct config.json")
+            raise ModelError(
+                f"{checkpoint.folder}: tensor {missing!r} is missing", fix="download the checkpoint again, or correct config.json"
+            )
         if found[name].shape != shape:
             raise ModelError(
                 f"{found[name].where} gives {name} the shape {list(found[name].shape)}; config.json says {list(shape)}",
@@ -191,7 +200,9 @@ def check_tensors(checkpoint: Checkpoint, config: Mapping[str, Any], model: Any,
             )
     for name, plan in found.items():
         if name not in expected:
-            raise ModelError(f"{plan.where} is not part of a {architecture.model_type} with this config", fix="correct config.json, or remove the tensor")
+            raise ModelError(
+                f"{plan.where} is not part of a {architecture.model_type} with this config", fix="correct config.json, or remove the tensor"
+            )
 
 
 def cast(model: Any, dtype: str | mx.Dtype) -> Any:

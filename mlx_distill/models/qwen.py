@@ -13,7 +13,10 @@ from mlx_distill.models.transforms import Same, SplitBlocks, Stack
 _MLP = "model.layers.{l}.mlp."
 
 MOE_RULES = (
-    *(Rule(_MLP + f"experts.{{e}}.{name}.weight", (_MLP + f"switch_mlp.{name}.weight",), Stack()) for name in ("gate_proj", "up_proj", "down_proj")),
+    *(
+        Rule(_MLP + f"experts.{{e}}.{name}.weight", (_MLP + f"switch_mlp.{name}.weight",), Stack())
+        for name in ("gate_proj", "up_proj", "down_proj")
+    ),
     # As transformers 5 holds them in memory, and writes them when asked for its own layout.
     Rule(_MLP + "experts.gate_up_proj", (_MLP + "switch_mlp.gate_proj.weight", _MLP + "switch_mlp.up_proj.weight"), SplitBlocks()),
     Rule(_MLP + "experts.down_proj", (_MLP + "switch_mlp.down_proj.weight",), Same()),
@@ -45,7 +48,12 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     rope = rope_settings(config)
     defaults = {"num_key_value_heads": config["num_attention_heads"], "tie_word_embeddings": False, "max_position_embeddings": 32_768}
     # transformers 5 writes num_experts as num_local_experts.
-    moe = {"num_experts": config.get("num_local_experts"), "decoder_sparse_step": 1, "mlp_only_layers": [], "norm_topk_prob": False}
+    moe: dict[str, Any] = {
+        "num_experts": config.get("num_local_experts"),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": False,
+    }
     given = {key: value for key, value in config.items() if value is not None and key != "rope_parameters"}
     return {**defaults, **moe, **given, "head_dim": _head_dim(config), "rope_theta": rope.theta, "rope_scaling": None}
 
@@ -73,4 +81,6 @@ def _stock_differs(config: Mapping[str, Any]) -> str | None:
 
 QWEN2 = Architecture("qwen2", _classes("qwen2"), _arguments, _mend, stock_differs=_stock_differs)
 QWEN3 = Architecture("qwen3", _classes("qwen3"), _arguments, _mend, stock_differs=_stock_differs)
-QWEN3_MOE = Architecture("qwen3_moe", _classes("qwen3_moe"), _arguments, _mend, MOE_RULES, routers=("mlp.gate",), stock_differs=_stock_differs)
+QWEN3_MOE = Architecture(
+    "qwen3_moe", _classes("qwen3_moe"), _arguments, _mend, MOE_RULES, routers=("mlp.gate",), stock_differs=_stock_differs
+)

@@ -24,7 +24,10 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
     """
     for key in ("auto_map", "model_file"):
         if config.get(key):
-            raise ModelError(f"{where}: {key} asks to run code that comes with the checkpoint", fix="remote code is never run; use a checkpoint without it")
+            raise ModelError(
+                f"{where}: {key} asks to run code that comes with the checkpoint",
+                fix="remote code is never run; use a checkpoint without it",
+            )
     kind = config.get("model_type")
     if kind not in ARCHITECTURES:
         raise ModelError(f"{where}: unknown model_type {kind!r}", fix=f"known: {', '.join(ARCHITECTURES)}")
@@ -45,5 +48,7 @@ def build_model(config: Mapping[str, Any], where: str = "config.json") -> Any:
     except KeyError as error:
         raise ModelError(f"{where}: {error.args[0]!r} is missing", fix="take config.json from the original checkpoint") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{where}: not the config of a {architecture.model_type}: {error}", fix="take config.json from the original checkpoint") from error
+        raise ModelError(
+            f"{where}: not the config of a {architecture.model_type}: {error}", fix="take config.json from the original checkpoint"
+        ) from error
     return model

@@ -1,7 +1,8 @@
 """Rotary positions as transformers computes them: the one place where mlx-lm's are mended.
 
-What mlx-lm does otherwise, as of 0.32.2: it rounds YaRN's correction range always (gpt-oss says ``truncate: false``; at full size pair 17 then
-turns 1.8 times too fast), gpt-oss and Qwen3-MoE do not read transformers 5's ``rope_parameters``, and Qwen3-MoE has no YaRN at all.
+What mlx-lm does otherwise, as of 0.32.2: it rounds YaRN's correction range always (gpt-oss says ``truncate: false``; at full size the
+frequency of pair 17 is then off by a factor of 1.8), gpt-oss, Qwen2 and Qwen3-MoE do not read transformers 5's ``rope_parameters``, and
+Qwen3-MoE has no YaRN at all.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ class RopeSettings:
     scaling: Mapping[str, Any]
 
 
-def rope_settings(config: Mapping[str, Any], default_theta: float = 10_000.0, default_scaling: Mapping[str, Any] | None = None) -> RopeSettings:
+def rope_settings(
+    config: Mapping[str, Any], default_theta: float = 10_000.0, default_scaling: Mapping[str, Any] | None = None
+) -> RopeSettings:
     """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
 
     Raises:
@@ -54,14 +57,16 @@ def yarn_frequencies(dims: int, settings: RopeSettings, max_positions: int = 131
     r"""Inverse frequencies ``[dims / 2]`` and the factor on queries and keys, of YaRN.
 
     Pair ``i`` turns by :math:`\theta^{-2i/d}` a token; pairs slower than ``beta_slow`` turns over the original length are divided by
-    ``factor``, those faster than ``beta_fast`` are left, and a linear ramp lies between. With ``truncate: false`` the ramp's ends stay fractional.
+    ``factor``, those faster than ``beta_fast`` are left, and a linear ramp lies between. With ``truncate: false`` the ramp's ends stay
+    fractional.
 
     Args:
         dims: Size of a head.
         settings: The config's rope.
         max_positions: ``max_position_embeddings``, the original length where the rope names none.
 
-    Source: Peng et al., YaRN: Efficient Context Window Extension of Large Language Models (2023); the order of float32 operations is transformers'.
+    Source: Peng et al., YaRN: Efficient Context Window Extension of Large Language Models (2023). The order of float32 operations is
+    that of transformers.
     """
     scaling, theta = settings.scaling, settings.theta
     factor, original = float(scaling["factor"]), float(scaling.get("original_max_position_embeddings") or max_positions)

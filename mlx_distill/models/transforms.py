@@ -21,7 +21,9 @@ Spec = tuple[str, tuple[int, ...]]  # safetensors type, shape
 
 
 def _refuse(info: TensorInfo, needed: str) -> ModelError:
-    return ModelError(f"{info.where} has the shape {list(info.shape)} where {needed} is needed", fix="check that config and weights belong together")
+    return ModelError(
+        f"{info.where} has the shape {list(info.shape)} where {needed} is needed", fix="check that config and weights belong together"
+    )
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class Packed:
 
 @dataclass(frozen=True)
 class SplitRows:
-    """Rows that alternate between gate and up ``[e, 2 r, ...]`` to two tensors ``[e, r, ...]``; ``packed`` MXFP4 blocks become words besides."""
+    """Rows that alternate between gate and up ``[e, 2 r, ...]`` to two tensors ``[e, r, ...]``; ``packed`` blocks become words too."""
 
     packed: bool = False
 

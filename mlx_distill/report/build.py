@@ -67,8 +67,8 @@ def build_report(
     sets = _sets(rows.values())
     main = MAIN_SET if MAIN_SET in sets else next(iter(sets))
     by_set = {name: _set_metrics(rows, name, task, confidence) for name in sets}
-    for model, path in evaluations.items():
-        by_set[main][model]["peak_memory_gb"] = facts.peak_memory_gb(headers[model], Path(path))
+    for model, figures in by_set[main].items():
+        figures["peak_memory_gb"] = facts.peak_memory_gb(headers[model], Path(evaluations[model]))
     folders = facts.model_folders(run, list(evaluations), models or {})
     return {
         "format": FORMAT,

@@ -165,7 +165,7 @@ def _stages(run: Path) -> list[dict[str, Any]]:
 
 def _seeds(value: Any, path: str = "") -> list[tuple[str, int]]:
     if isinstance(value, Mapping):
-        here = [(f"{path}seed", value["seed"])] if "seed" in value else []
+        here = [(f"{path}seed", value["seed"])] if isinstance(value.get("seed"), int) else []
         return here + [pair for key, item in value.items() for pair in _seeds(item, f"{path}{key}.")]
     if isinstance(value, list):
         return [pair for i, item in enumerate(value) for pair in _seeds(item, f"{path}{i}.")]

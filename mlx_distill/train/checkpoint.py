@@ -89,7 +89,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
         FileError: a file is missing or damaged.
     """
     if read_state(path)["fingerprint"] != fingerprint(model):
-        raise ModelError(f"{path}: a checkpoint of other trainable weights", fix="give the model and adapters that it was made with, or delete it")
+        raise ModelError(f"{path}: a checkpoint of other trainable weights", fix="give the model that it was made with, or delete it")
     flat = _read_arrays(path / WEIGHTS)
     model.update(_filled(path, flat, model.trainable_parameters()))
 

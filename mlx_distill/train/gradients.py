@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_map
+import mlx.optimizers as optim
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_distill.records import Batch
 from mlx_distill.train.objectives import Objective
+from mlx_distill.train.randomness import random_key, set_random_key
 from mlx_distill.train.ranks import Ranks
 
 
@@ -19,19 +21,27 @@ from mlx_distill.train.ranks import Ranks
 class Window:
     """What one window gave.
 
-    ``gradients`` a tree like the trainable parameters, float32, summed over the ranks, or None where nothing was trained on;
+    ``gradients`` by path, float32, summed over the ranks, empty where nothing was trained on (whoever applies them empties it);
     ``loss`` and ``terms`` over the window and all ranks; ``weights`` each term's weight; ``losses`` this rank's loss by
     micro-batch (its share of the window's), for the guard against NaN.
     """
 
-    gradients: Any
+    gradients: dict[str, mx.array]
     loss: float
     terms: Mapping[str, float]
     weights: Mapping[str, float]
     losses: Sequence[float]
 
 
-def window_gradients(model: nn.Module, window: Sequence[Batch], objective: Objective, ranks: Ranks | None = None) -> Window:
+# Gradients are evaluated in groups of about so many bytes, so that they need not all live at once.
+_GROUP_BYTES = 1 << 26
+
+Compress = Callable[[str, mx.array], mx.array]
+
+
+def window_gradients(
+    model: nn.Module, window: Sequence[Batch], objective: Objective, ranks: Ranks | None = None, compress: Compress | None = None
+) -> Window:
     r"""Loss and gradient over a window.
 
     .. math:: L = \sum_k c_k \frac{\sum_{b} S_k(b)}{\sum_{b} W_k(b)}
@@ -45,6 +55,8 @@ def window_gradients(model: nn.Module, window: Sequence[Batch], objective: Objec
         window: This rank's micro-batches; may be empty while other ranks have some.
         objective: Terms, their weights and coefficients.
         ranks: Those that share the step.
+        compress: A linear map of each gradient, by its path, to something smaller (GaLore's projection), applied before adding.
+            Gradients are evaluated from the last layer to the first and dropped, so that only their images are alive together.
     """
     ranks = ranks or Ranks()
     names = list(objective.coefficients)
@@ -52,7 +64,7 @@ def window_gradients(model: nn.Module, window: Sequence[Batch], objective: Objec
     totals = ranks.sum([sum(weights.get(name, 0.0) for weights in own) for name in names])
     weights = dict(zip(names, totals, strict=True))
     scales = {name: objective.coefficients[name] / weights[name] for name in names if weights[name] > 0}
-    gradients: Any = None
+    total: dict[str, mx.array] = {}
     sums = dict.fromkeys(names, 0.0)
     losses = []
     for batch, batch_weights in zip(window, own, strict=True):
@@ -60,24 +72,25 @@ def window_gradients(model: nn.Module, window: Sequence[Batch], objective: Objec
         if not active:
             losses.append(0.0)
             continue
-        parts, gradients = _backward(model, batch, objective, {name: scales[name] for name in active}, gradients)
+        parts = _backward(model, batch, objective, {name: scales[name] for name in active}, total, compress)
         for name in active:
             sums[name] += parts[name]
         losses.append(sum(scales[name] * parts[name] for name in active))
     if not scales:
-        return Window(None, 0.0, dict.fromkeys(names, 0.0), weights, losses)
-    if gradients is None:
-        gradients = tree_map(lambda p: mx.zeros(p.shape, mx.float32), model.trainable_parameters())
-    gradients = ranks.sum_tree(gradients)
+        return Window({}, 0.0, dict.fromkeys(names, 0.0), weights, losses)
+    if not total:
+        zeros = {path: mx.zeros(p.shape, mx.float32) for path, p in tree_flatten(model.trainable_parameters())}
+        total = {path: compress(path, zero) if compress else zero for path, zero in zeros.items()}
+    ranks.sum_arrays(total)
     summed = dict(zip(names, ranks.sum([sums[name] for name in names]), strict=True))
     terms = {name: summed[name] / weights[name] if weights[name] > 0 else 0.0 for name in names}
-    return Window(gradients, sum(objective.coefficients[name] * terms[name] for name in names), terms, weights, losses)
+    return Window(total, sum(objective.coefficients[name] * terms[name] for name in names), terms, weights, losses)
 
 
 def _backward(
-    model: nn.Module, batch: Batch, objective: Objective, scales: Mapping[str, float], total: Any
-) -> tuple[dict[str, float], Any]:
-    """Add one micro-batch's gradient to ``total``; return the terms' sums and the new total, both evaluated."""
+    model: nn.Module, batch: Batch, objective: Objective, scales: Mapping[str, float], total: dict[str, mx.array], compress: Compress | None
+) -> dict[str, float]:
+    """Add one micro-batch's gradient to ``total``; return the terms' sums."""
     parameters = model.trainable_parameters()
 
     # Only the trainable parameters are arguments: every array argument is traced whole, and kept.
@@ -91,11 +104,50 @@ def _backward(
         (_, parts), gradients = mx.value_and_grad(loss)(parameters)
     finally:
         model.update(parameters)
-    gradients = tree_map(lambda g: g.astype(mx.float32), gradients)
-    if total is not None:
-        gradients = tree_map(mx.add, total, gradients)
-    mx.eval(gradients, parts)
-    return {name: part.item() for name, part in parts.items()}, gradients
+    flat = tree_flatten(gradients)
+    del gradients
+    mx.eval(parts)
+    _add(flat, total, compress)
+    return {name: part.item() for name, part in parts.items()}
+
+
+def _add(flat: list[tuple[str, mx.array]], total: dict[str, mx.array], compress: Compress | None) -> None:
+    """Empty ``flat`` from its end into ``total``, evaluating group by group: the last layers' gradients are the first to be known."""
+    group, size = [], 0
+    while flat:
+        path, gradient = flat.pop()
+        size += gradient.nbytes
+        gradient = gradient.astype(mx.float32)
+        if compress is not None:
+            gradient = compress(path, gradient)
+        total[path] = total[path] + gradient if path in total else gradient
+        del gradient
+        group.append(total[path])
+        if size >= _GROUP_BYTES or not flat:
+            mx.eval(group)
+            group, size = [], 0
+
+
+def apply_update(model: nn.Module, optimizer: optim.Optimizer, gradients: dict[str, mx.array], scale: float = 1.0) -> None:
+    """``optimizer.update`` with ``scale`` times the gradients, which are emptied.
+
+    Evaluated group by group from the end, and each gradient is dropped when its weight has moved, so that the temporaries of all
+    layers are never alive together.
+    """
+
+    def pick(path: str, _: mx.array) -> mx.array:
+        gradient = gradients.pop(path)
+        return gradient if scale == 1.0 else gradient * scale
+
+    model.update(optimizer.apply_gradients(tree_map_with_path(pick, model.trainable_parameters()), model))
+    group, size = [], 0
+    for _, weight in reversed(tree_flatten(model.trainable_parameters())):
+        group.append(weight)
+        size += weight.nbytes
+        if size >= _GROUP_BYTES:
+            mx.eval(group)
+            group, size = [], 0
+    mx.eval(group, optimizer.state)
 
 
 def evaluate(model: nn.Module, batches: Sequence[Batch], objective: Objective, ranks: Ranks | None = None) -> dict[str, float]:
@@ -106,8 +158,7 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], objective: Objective, r
     """
     ranks = ranks or Ranks()
     names = list(objective.coefficients)
-    mode, key = model.training, mx.array(mx.random.state[0])
-    mx.eval(key)
+    mode, key = model.training, random_key()
     model.eval()
     try:
         own, sums = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
@@ -120,32 +171,27 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], objective: Objective, r
                     sums[name] += parts[name].astype(mx.float32).item()
     finally:
         model.train(mode)
-        set_random_key(key.tolist())
+        set_random_key(key)
     totals = ranks.sum([*own.values(), *sums.values()])
     terms = {name: totals[len(names) + i] / totals[i] if totals[i] > 0 else 0.0 for i, name in enumerate(names)}
     return {"loss": sum(objective.coefficients[name] * terms[name] for name in names), **terms}
 
 
-def random_key() -> list[int]:
-    """The two words of MLX's random state on this thread."""
-    return [int(word) for word in mx.random.state[0].tolist()]
-
-
-def set_random_key(key: Sequence[int]) -> None:
-    """Put MLX's random state back to what :func:`random_key` gave; the state itself cannot be assigned to."""
-    mx.random.seed((int(key[0]) << 32) | int(key[1]))
-
-
 def global_norm(gradients: Any) -> float:
-    """The Euclidean norm of all arrays of a tree together, added in float32 by array and in double over the arrays."""
+    """The Euclidean norm of all arrays of a tree together, added in float32 by array and in double over the arrays.
+
+    >>> global_norm({"a": mx.array([3.0]), "b": mx.array([[4.0]])})
+    5.0
+    """
     squares = [mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(gradients)]
     mx.eval(squares)
     return float(sum(s.item() for s in squares) ** 0.5)
 
 
-def clip(gradients: Any, norm: float, limit: float) -> Any:
-    r"""Gradients times :math:`\min(1, \mathrm{limit} / (\mathrm{norm} + 10^{-6}))`, as in PyTorch; a limit of 0 turns it off."""
-    if limit <= 0 or norm <= limit:
-        return gradients
-    scale = limit / (norm + 1e-6)
-    return tree_map(lambda g: g * scale, gradients)
+def clip_scale(norm: float, limit: float) -> float:
+    r""":math:`\min(1, \mathrm{limit} / (\mathrm{norm} + 10^{-6}))`, as in PyTorch; a limit of 0 turns clipping off.
+
+    >>> clip_scale(5.0, 0.0), clip_scale(0.5, 1.0), round(clip_scale(5.0, 1.0), 4)
+    (1.0, 1.0, 0.2)
+    """
+    return 1.0 if limit <= 0 or norm <= limit else limit / (norm + 1e-6)

@@ -15,11 +15,11 @@ from mlx_distill.records import Batch
 from mlx_distill.train.gradients import Window
 
 
-def stop_on_nan(folder: Path, step: int, window: Sequence[Batch], result: Window, norm: float) -> NoReturn:
+def stop_on_nan(folder: Path, step: int, window: Sequence[Batch], result: Window, norm: float, rank: int = 0) -> NoReturn:
     """Save the window's micro-batches and end the run.
 
     ``folder/nan.safetensors`` holds ``N.inputs``, ``N.labels`` and ``N.mask`` of micro-batch N, ``folder/nan.json`` the step, the rows
-    and the losses.
+    and the losses; each rank writes its own (``nan-1.json``, ...).
 
     Raises:
         DataError: always, naming the rows of the micro-batches whose loss is not finite, or of all where only the gradient is.
@@ -27,8 +27,9 @@ def stop_on_nan(folder: Path, step: int, window: Sequence[Batch], result: Window
     bad = [i for i, loss in enumerate(result.losses) if not math.isfinite(loss)] or list(range(len(window)))
     rows = sorted({row for i in bad for row in window[i].rows})
     arrays = {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(window) for name in ("inputs", "labels", "mask")}
+    name = f"nan-{rank}" if rank else "nan"
     if arrays:
-        with atomic_path(folder / "nan.safetensors") as path:
+        with atomic_path(folder / f"{name}.safetensors") as path:
             mx.save_safetensors(str(path), arrays)
     notes = {
         "step": step,
@@ -37,10 +38,10 @@ def stop_on_nan(folder: Path, step: int, window: Sequence[Batch], result: Window
         "suspects": bad,
         "micro_batches": [{"rows": list(b.rows), "loss": repr(loss)} for b, loss in zip(window, result.losses, strict=True)],
     }
-    write_json(folder / "nan.json", notes)
+    write_json(folder / f"{name}.json", notes)
     what = "loss" if not math.isfinite(result.loss) else "gradient"
     shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
     raise DataError(
-        f"step {step}: the {what} is not a number (rows {shown or 'unknown'}); the batch is in {folder / 'nan.safetensors'}",
+        f"step {step}: the {what} is not a number (rows {shown or 'unknown'}); the batch is in {folder / name}.safetensors",
         fix="look at those rows, or lower the learning rate; the weights are those of the step before",
     )

@@ -22,11 +22,15 @@ from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag, peak_memory, reset_peak_memory, stop_on_signal
 from mlx_distill.train import checkpoint
-from mlx_distill.train.gradients import clip, evaluate, global_norm, random_key, set_random_key, window_gradients
+from mlx_distill.train.gradients import apply_update, clip_scale, evaluate, global_norm, window_gradients
 from mlx_distill.train.guard import stop_on_nan
+from mlx_distill.train.length import epoch_batches
+from mlx_distill.train.length import total_steps as total_steps
 from mlx_distill.train.metrics import MetricsLog
 from mlx_distill.train.objectives import Objective, trained_tokens
+from mlx_distill.train.randomness import random_key, set_random_key
 from mlx_distill.train.ranks import Ranks, current_ranks
+from mlx_distill.train.recompute import recomputed_layers
 from mlx_distill.train.source import BatchSource
 
 Hook = Callable[[dict[str, Any]], None]
@@ -64,21 +68,6 @@ class _Run:
     best_loss: float | None = None
     waiting: int = 0
     last: dict[str, Any] = field(default_factory=dict)
-
-
-def total_steps(settings: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimizer steps of a run: ``steps``, or what ``epochs`` passes over the micro-batches come to; the tail is a step too.
-
-    >>> total_steps(TrainConfig(accumulate=4, epochs=1.0), 10)
-    3
-    """
-    if settings.steps:
-        return settings.steps
-    return max(math.ceil(_epoch_batches(settings, batches_per_epoch) / settings.accumulate), 1)
-
-
-def _epoch_batches(settings: TrainConfig, batches_per_epoch: int) -> int:
-    return max(round(settings.epochs * batches_per_epoch), 1)
 
 
 def train(
@@ -125,16 +114,18 @@ def train(
     steps = total_steps(settings, int(ranks.largest(len(batches))))
     if not tree_flatten(model.trainable_parameters()):
         raise ConfigError("no weight of the model is trainable", fix="check target_modules")
-    log_settings = {**keyed(settings), "identity": identity}
+    checked = {**keyed(settings), "identity": identity}
     with ExitStack() as stack:
         flag = stop if stop is not None else stack.enter_context(stop_on_signal())
         stack.enter_context(_training(model))
-        run, position = _start(folder, model, optimizer, batches, log_settings, settings.seed, ranks)
+        run, position = _start(folder, model, optimizer, batches, checked, settings.seed, ranks)
+        if settings.grad_checkpoint:
+            stack.enter_context(recomputed_layers(model))
         log = MetricsLog(folder / "metrics.jsonl" if ranks.rank == 0 else None, position)
         stack.callback(log.close)
-        loop = _Loop(model, batches, objective, optimizer, settings, folder, valid, hooks, steps, ranks, run, log, log_settings)
+        setup = _Setup(model, batches, objective, optimizer, settings, folder, valid, steps, ranks, log, checked)
         resumed = run.step
-        stopped_early = loop.go(flag, patience)
+        stopped_early = _go(setup, run, flag, hooks, patience)
     best = folder / "checkpoints" / "best"
     if keep == "best" and run.best_step is not None:
         checkpoint.load_weights(best, model)
@@ -181,8 +172,10 @@ def _start(
     return _Run(**state["run"]), int(state["metrics_bytes"])
 
 
-@dataclass
-class _Loop:
+@dataclass(frozen=True)
+class _Setup:
+    """What does not change over a run."""
+
     model: nn.Module
     batches: BatchSource
     objective: Objective
@@ -190,105 +183,118 @@ class _Loop:
     settings: TrainConfig
     folder: Path
     valid: Sequence[Batch]
-    hooks: Sequence[Hook]
     steps: int
     ranks: Ranks
-    run: _Run
     log: MetricsLog
-    logged_settings: Mapping[str, Any]
+    checked: Mapping[str, Any]
 
-    def go(self, flag: StopFlag, patience: int) -> bool:
-        """Step until the end; True where patience ended it first."""
-        run, estimate = self.run, Estimate(self.steps, self.run.step)
-        while run.step < self.steps:
-            row = self.step()
-            tired = self._look(row, patience)
-            run.last = row
-            self.log.write(row)
-            told = {"steps": self.steps, "terms": {k: row[k] for k in self.objective.coefficients}, "eta_s": estimate.left(run.step)}
-            for hook in self.hooks:
-                hook({**row, **told})
-            stopping = bool(self.ranks.largest(float(bool(flag))))
-            if stopping or tired or run.step == self.steps or run.step % self.settings.checkpoint_every == 0:
-                self.save()
-            if tired:
-                return True
-            if stopping and run.step < self.steps:
-                raise Interrupted(f"stopped after step {run.step} of {self.steps}", fix="run the same command again: it goes on from there")
+
+def _go(setup: _Setup, run: _Run, flag: StopFlag, hooks: Sequence[Hook], patience: int) -> bool:
+    """Step until the end; True where patience ended it first."""
+    estimate, every = Estimate(setup.steps, run.step), setup.settings.checkpoint_every
+    while run.step < setup.steps:
+        row = _step(setup, run)
+        tired = _look(setup, run, row, patience)
+        run.last = row
+        setup.log.write(row)
+        told = {"steps": setup.steps, "terms": {k: row[k] for k in setup.objective.coefficients}, "eta_s": estimate.left(run.step)}
+        for hook in hooks:
+            hook({**row, **told})
+        stopping = bool(setup.ranks.largest(float(bool(flag))))
+        if stopping or tired or run.step == setup.steps or run.step % every == 0:
+            _save(setup, run)
+        if tired:
+            return True
+        if stopping and run.step < setup.steps:
+            raise Interrupted(f"stopped after step {run.step} of {setup.steps}", fix="run the same command again: it goes on from there")
+    return False
+
+
+def _step(setup: _Setup, run: _Run) -> dict[str, Any]:
+    """One optimizer step; its row of metrics."""
+    began = time.perf_counter()
+    window = _window(setup, run)
+    result = window_gradients(setup.model, window, setup.objective, setup.ranks, getattr(setup.optimizer, "compress", None))
+    norm = 0.0
+    if result.gradients:
+        norm = global_norm(result.gradients)
+        if not (math.isfinite(norm) and math.isfinite(result.loss)):
+            stop_on_nan(setup.folder, run.step + 1, window, result, norm, setup.ranks.rank)
+        norm = _update(setup, result.gradients, norm)
+    run.step += 1
+    tokens = round(setup.ranks.sum([sum(trained_tokens(batch) for batch in window)])[0])
+    seconds = time.perf_counter() - began
+    run.tokens += tokens
+    run.seconds += seconds
+    return {
+        "step": run.step,
+        "loss": result.loss,
+        **result.terms,
+        "learning_rate": float(setup.optimizer.learning_rate),
+        "grad_norm": norm,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": run.seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _update(setup: _Setup, gradients: dict[str, mx.array], norm: float) -> float:
+    """Clip and apply. What an optimizer keeps in a subspace is measured there: the norm is that of what moves the weights."""
+    if hasattr(setup.optimizer, "enter"):
+        for path in list(gradients):
+            gradients[path] = setup.optimizer.enter(path, gradients[path])
+            mx.eval(gradients[path])
+        norm = global_norm(gradients)
+    apply_update(setup.model, setup.optimizer, gradients, clip_scale(norm, setup.settings.clip_norm))
+    return norm
+
+
+def _window(setup: _Setup, run: _Run) -> list[Batch]:
+    """This step's micro-batches; the last window of a run by epochs is what is left."""
+    count = setup.settings.accumulate
+    if not setup.settings.steps:
+        count = min(count, epoch_batches(setup.settings, len(setup.batches)) - run.micro)
+    window = []
+    for _ in range(count):
+        try:
+            window.append(next(setup.batches))
+        except StopIteration:
+            break
+    if not setup.ranks.largest(len(window)):
+        raise DataError(f"the batches ran out at step {run.step + 1}", fix="a source of batches goes on epoch after epoch")
+    run.micro += len(window)
+    return window
+
+
+def _look(setup: _Setup, run: _Run, row: dict[str, Any], patience: int) -> bool:
+    """Validation where it is due; True where ``patience`` is out."""
+    every = setup.settings.evaluate_every
+    if not setup.valid or not every or (run.step % every and run.step != setup.steps):
         return False
+    found = evaluate(setup.model, setup.valid, setup.objective, setup.ranks)
+    row |= {f"valid_{name}": value for name, value in found.items()}
+    if run.best_loss is None or found["loss"] < run.best_loss:
+        run.best_step, run.best_loss, run.waiting = run.step, found["loss"], 0
+        if setup.ranks.rank == 0:
+            checkpoint.save_best(setup.folder / "checkpoints", {"step": run.step, "valid_loss": found["loss"]}, setup.model)
+    else:
+        run.waiting += 1
+    return 0 < patience <= run.waiting
 
-    def step(self) -> dict[str, Any]:
-        """One optimizer step; its row of metrics."""
-        began, run = time.perf_counter(), self.run
-        window = self._window()
-        result = window_gradients(self.model, window, self.objective, self.ranks)
-        norm = 0.0
-        if result.gradients is not None:
-            norm = global_norm(result.gradients)
-            if not (math.isfinite(norm) and math.isfinite(result.loss)):
-                stop_on_nan(self.folder, run.step + 1, window, result, norm)
-            self.optimizer.update(self.model, clip(result.gradients, norm, self.settings.clip_norm))
-            mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        run.step += 1
-        tokens = round(self.ranks.sum([sum(trained_tokens(batch) for batch in window)])[0])
-        seconds = time.perf_counter() - began
-        run.tokens += tokens
-        run.seconds += seconds
-        return {
+
+def _save(setup: _Setup, run: _Run) -> None:
+    """Write a checkpoint; every rank takes part, rank 0 writes."""
+    keys = setup.ranks.gather(random_key())
+    if setup.ranks.rank == 0:
+        state = {
             "step": run.step,
-            "loss": result.loss,
-            **result.terms,
-            "learning_rate": float(self.optimizer.learning_rate),
-            "grad_norm": norm,
-            "tokens": tokens,
-            "tokens_per_second": tokens / seconds,
-            "seconds": run.seconds,
-            "peak_memory_bytes": peak_memory(),
+            "steps": setup.steps,
+            "run": vars(run),
+            "random": keys,
+            "data": setup.batches.state(),
+            "settings": setup.checked,
+            "metrics_bytes": setup.log.bytes(),
         }
-
-    def _window(self) -> list[Batch]:
-        """This step's micro-batches; the last window of a run by epochs is what is left."""
-        count = self.settings.accumulate
-        if not self.settings.steps:
-            count = min(count, _epoch_batches(self.settings, len(self.batches)) - self.run.micro)
-        window = []
-        for _ in range(count):
-            try:
-                window.append(next(self.batches))
-            except StopIteration:
-                break
-        if not self.ranks.largest(len(window)):
-            raise DataError(f"the batches ran out at step {self.run.step + 1}", fix="a source of batches goes on epoch after epoch")
-        self.run.micro += len(window)
-        return window
-
-    def _look(self, row: dict[str, Any], patience: int) -> bool:
-        """Validation where it is due; True where ``patience`` is out."""
-        every, run = self.settings.evaluate_every, self.run
-        if not self.valid or not every or (run.step % every and run.step != self.steps):
-            return False
-        found = evaluate(self.model, self.valid, self.objective, self.ranks)
-        row |= {f"valid_{name}": value for name, value in found.items()}
-        if run.best_loss is None or found["loss"] < run.best_loss:
-            run.best_step, run.best_loss, run.waiting = run.step, found["loss"], 0
-            if self.ranks.rank == 0:
-                checkpoint.save_best(self.folder / "checkpoints", {"step": run.step, "valid_loss": found["loss"]}, self.model)
-        else:
-            run.waiting += 1
-        return 0 < patience <= run.waiting
-
-    def save(self) -> None:
-        """Write a checkpoint; every rank takes part, rank 0 writes."""
-        keys = self.ranks.gather(random_key())
-        if self.ranks.rank == 0:
-            state = {
-                "step": self.run.step,
-                "steps": self.steps,
-                "run": vars(self.run),
-                "random": keys,
-                "data": self.batches.state(),
-                "settings": self.logged_settings,
-                "metrics_bytes": self.log.bytes(),
-            }
-            checkpoint.save(self.folder / "checkpoints", state, self.model, self.optimizer)
-        self.ranks.barrier()
+        checkpoint.save(setup.folder / "checkpoints", state, setup.model, setup.optimizer)
+    setup.ranks.barrier()

@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_distill.records import Batch
+from mlx_distill.train.reading import DENSE_LIMIT, Reader
 
 
 @dataclass(frozen=True)
@@ -30,15 +31,22 @@ class Objective:
 
 def trained_tokens(batch: Batch) -> float:
     """How many labels of a batch are trained on."""
-    return float(np.array(batch.mask, copy=False).sum(dtype=np.float64))
+    return float(np.array(batch.mask).sum(dtype=np.float64))
 
 
-def sft() -> Objective:
-    """Supervised fine-tuning: cross-entropy (nats) per trained token, one term ``text``."""
+def sft(*, dense_limit: int = DENSE_LIMIT) -> Objective:
+    r"""Supervised fine-tuning: :math:`-\sum \log q(\mathrm{token})` over the trained tokens, in nats; one term, ``text``.
+
+    Only the positions that are trained on meet the head.
+
+    Args:
+        dense_limit: Logits of at most so many numbers are made at once, more tile by tile; both give the same numbers.
+    """
 
     def sums(model: nn.Module, batch: Batch) -> dict[str, mx.array]:
-        logits = model(batch.inputs).astype(mx.float32)
-        losses = nn.losses.cross_entropy(logits, batch.labels, reduction="none")
-        return {"text": mx.where(batch.mask > 0, losses * batch.mask, 0.0).sum()}
+        # On the host, because a shape depends on it.
+        where = mx.array(np.flatnonzero(np.array(batch.mask)).astype(np.int32))
+        reader = Reader(model, batch.inputs, where, dense_limit)
+        return {"text": (reader.cross_entropy(batch.labels.reshape(-1)[where]) * batch.mask.reshape(-1)[where]).sum()}
 
     return Objective(weights=lambda batch: {"text": trained_tokens(batch)}, sums=sums, coefficients={"text": 1.0})

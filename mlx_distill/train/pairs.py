@@ -74,10 +74,11 @@ def make_pair(
 
 
 def collate_pairs(pairs: Sequence[Pair], rows: Sequence[int], pad: int, classes: int, multiple: int = 16) -> Batch:
-    """One micro-batch of pairs, right-padded; positions in ``extra`` count from the inputs, where token ``j`` is predicted at ``j - 1``.
+    """One micro-batch of pairs, right-padded; token ``j`` of a row is predicted at input ``j - 1``.
 
-    ``extra``: ``label_rows [r]``, ``label_positions [r]``, ``label_logprobs [r, c]``; ``start_rows [n]``, ``start_positions [n]``,
-    ``topk_ids [n, k]``, ``topk_logprobs [n, k]``; ``spans [m, 3]`` (row, label positions from and to), ``span_logprobs [m]``.
+    ``extra``: ``positions [a]`` of the trained labels in the flattened ``[b * l]`` inputs, row by row; and, as indices into those ``a``:
+    ``label_index [r]`` with ``label_logprobs [r, c]``; ``start_index [n]`` with ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans
+    [m, 2]`` (from, to) with ``span_logprobs [m]``.
     """
     chosen = [pairs[r] for r in rows]
     length = -(-max(len(p.tokens) - 1 for p in chosen) // multiple) * multiple
@@ -88,16 +89,17 @@ def collate_pairs(pairs: Sequence[Pair], rows: Sequence[int], pad: int, classes:
         n = len(pair.tokens) - 1
         inputs[i, :n], labels[i, :n] = pair.tokens[:-1], pair.tokens[1:]
         mask[i, pair.start - 1 : n] = 1
-    judged = [(i, p) for i, p in enumerate(chosen) if p.label_at is not None and p.label_logprobs is not None]
+    # Where each row's answer begins among the trained positions, as an offset to its token numbers.
+    begins = np.cumsum([0, *(len(p.tokens) - p.start for p in chosen)])[:-1] - np.array([p.start for p in chosen])
+    judged = [(begin, p) for begin, p in zip(begins, chosen, strict=True) if p.label_at is not None and p.label_logprobs is not None]
     extra = {
-        "label_rows": np.array([i for i, _ in judged], dtype=np.int32),
-        "label_positions": np.array([(p.label_at or 0) - 1 for _, p in judged], dtype=np.int32),
+        "positions": np.flatnonzero(mask).astype(np.int32),
+        "label_index": np.array([begin + (p.label_at or 0) for begin, p in judged], dtype=np.int32),
         "label_logprobs": np.array([p.label_logprobs for _, p in judged], dtype=np.float32).reshape(len(judged), classes),
-        "start_rows": np.concatenate([np.full(len(p.starts), i, dtype=np.int32) for i, p in enumerate(chosen)]),
-        "start_positions": np.concatenate([p.starts - 1 for p in chosen]),
+        "start_index": np.concatenate([p.starts + begin for begin, p in zip(begins, chosen, strict=True)]).astype(np.int32),
         "topk_ids": np.concatenate([p.topk_ids for p in chosen]),
         "topk_logprobs": np.concatenate([p.topk_logprobs for p in chosen]),
-        "spans": np.concatenate([np.column_stack([np.full(len(p.spans), i), p.spans - 1]) for i, p in enumerate(chosen)]).astype(np.int32),
+        "spans": np.concatenate([p.spans + begin for begin, p in zip(begins, chosen, strict=True)]).astype(np.int32),
         "span_logprobs": np.concatenate([p.span_logprobs for p in chosen]),
     }
     arrays = {name: mx.array(value) for name, value in extra.items()}

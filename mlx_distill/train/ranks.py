@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.runtime import rank_and_size
 
@@ -44,19 +42,18 @@ class Ranks:
             return [[int(v) for v in values]]
         return [[int(v) for v in row] for row in mx.distributed.all_gather(mx.array([list(values)], mx.uint32)).tolist()]
 
-    def sum_tree(self, tree: Any) -> Any:
-        """Each array of a tree added over the ranks, joined into few messages."""
+    def sum_arrays(self, arrays: dict[str, mx.array]) -> None:
+        """Each array added over the ranks, in place, joined into few messages."""
         if self.size == 1:
-            return tree
-        flat = tree_flatten(tree)
-        out: list[tuple[str, mx.array]] = []
-        group: list[tuple[str, mx.array]] = []
-        for item in flat:
-            group.append(item)
-            if sum(a.size for _, a in group) >= _CHUNK:
-                out += _sum_group(group)
+            return
+        group: list[str] = []
+        for path in sorted(arrays):
+            group.append(path)
+            if sum(arrays[path].size for path in group) >= _CHUNK:
+                _sum_group(arrays, group)
                 group = []
-        return tree_unflatten(out + (_sum_group(group) if group else []))
+        if group:
+            _sum_group(arrays, group)
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -64,14 +61,14 @@ class Ranks:
             mx.eval(mx.distributed.all_sum(mx.array(1.0)))
 
 
-def _sum_group(group: list[tuple[str, mx.array]]) -> list[tuple[str, mx.array]]:
-    joined = mx.distributed.all_sum(mx.concatenate([a.reshape(-1) for _, a in group]))
-    mx.eval(joined)
-    out, start = [], 0
-    for name, array in group:
-        out.append((name, joined[start : start + array.size].reshape(array.shape)))
-        start += array.size
-    return out
+def _sum_group(arrays: dict[str, mx.array], group: list[str]) -> None:
+    joined = mx.distributed.all_sum(mx.concatenate([arrays[path].reshape(-1) for path in group]))
+    start = 0
+    for path in group:
+        size, shape = arrays[path].size, arrays[path].shape
+        arrays[path] = joined[start : start + size].reshape(shape)
+        start += size
+    mx.eval([arrays[path] for path in group])
 
 
 def current_ranks() -> Ranks:

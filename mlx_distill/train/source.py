@@ -23,9 +23,11 @@ class BatchSource(Protocol):
 
     def __next__(self) -> Batch: ...
 
-    def state(self) -> dict[str, Any]: ...
+    def state(self) -> dict[str, Any]:
+        """The position as JSON."""
 
-    def restore(self, state: Mapping[str, Any]) -> None: ...
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from there."""
 
 
 class ListBatches:
@@ -36,7 +38,12 @@ class ListBatches:
         seed: Of the order; None keeps the order of the list.
         rank, size: This rank takes batches ``rank, rank + size, ...`` of each epoch's order.
 
-    >>> source = ListBatches(["a", "b"], seed=None)  # doctest: +SKIP
+    >>> import mlx.core as mx
+    >>> batch = Batch(mx.zeros((1, 2), mx.int32), mx.zeros((1, 2), mx.int32), mx.ones((1, 2)), rows=(0,))
+    >>> source = ListBatches([batch, batch])
+    >>> _ = next(source), next(source), next(source)
+    >>> len(source), source.state()["position"]
+    (2, 3)
     """
 
     def __init__(self, batches: Sequence[Batch], seed: int | None = 0, *, rank: int = 0, size: int = 1) -> None:

@@ -2,8 +2,8 @@
 
     python tests/golden/make_models.py        (needs the parity extra)
 
-Writes ``models_<name>/`` (genuine Hugging Face layout: sharded safetensors with an index, bf16) and ``models_logits.safetensors`` (prompt and
-float32 logits). Prompts are longer than the sliding window and reach past the original YaRN length.
+Writes ``models_<name>/`` (genuine Hugging Face layout: sharded safetensors with an index, bf16) and ``models_logits.safetensors`` (prompt
+and float32 logits). Prompts are longer than the sliding window and reach past the original YaRN length.
 """
 
 from __future__ import annotations
@@ -17,11 +17,27 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file as save_numpy
 from safetensors.torch import save_file
-from transformers import GptOssConfig, GptOssForCausalLM, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 HERE = Path(__file__).parent
 YARN = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 32}
-SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 64, "max_position_embeddings": 256}
+SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+    "max_position_embeddings": 256,
+}
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
 
 
@@ -61,7 +77,11 @@ def random_weights(model: torch.nn.Module, seed: int) -> None:
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            value = 1 + 0.2 * noise if "norm" in name else noise * (0.3 if p.dim() == 1 or "bias" in name or "sinks" in name else 1.5 * p.shape[-1] ** -0.5)
+            value = (
+                1 + 0.2 * noise
+                if "norm" in name
+                else noise * (0.3 if p.dim() == 1 or "bias" in name or "sinks" in name else 1.5 * p.shape[-1] ** -0.5)
+            )
             p.copy_(value.to(torch.bfloat16).float())
 
 
@@ -106,7 +126,10 @@ def save_folder(name: str, model: torch.nn.Module, config: object, shards: int =
         rope = raw.pop("rope_parameters")
         raw["rope_theta"] = rope.pop("rope_theta")
         raw["rope_scaling"] = rope
-        raw["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]}
+        raw["quantization_config"] = {
+            "quant_method": "mxfp4",
+            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+        }
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     (folder / "model.safetensors").unlink()
     names = sorted(state)

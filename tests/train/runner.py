@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -19,12 +20,11 @@ from train.tiny import make_batches, make_model, make_rows, settings
 
 from mlx_distill.errors import Interrupted
 from mlx_distill.optim import make_optimizer
-from mlx_distill.train import ListBatches, sft, train
+from mlx_distill.train import ListBatches, make_trainable, sft, train
 from mlx_distill.train.ranks import current_ranks
 
 
 def main(folder: Path, script: str) -> int:
-    ranks = current_ranks()
     how, _, number = script.partition("-")
     # At which steps each attempt is hit.
     hits = {"kill": [3, 6], "interrupt": [4]}.get(how, [])
@@ -34,18 +34,28 @@ def main(folder: Path, script: str) -> int:
         if row["step"] == at:
             os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGINT)
 
-    batches = make_batches(make_rows(24), 2)
-    config = settings(steps=8, accumulate=4 // ranks.size, evaluate_every=4)
-    model = make_model(dropout=0.0 if how == "ranks" else 0.2)
-    source = ListBatches(batches, rank=ranks.rank, size=ranks.size)
-    optimizer = make_optimizer(config, 8)
+    if how == "ranks":
+        for method in ("full", "galore"):
+            train_once(folder / method, method, lambda row: None)
+        print("finished", flush=True)
+        return 0
     try:
-        train(model, source, sft(), optimizer, config, folder=folder, valid=batches[:3], hooks=[hook])
+        train_once(folder, "galore", hook)
     except Interrupted as error:
         return error.exit_code
-    mx.save_safetensors(str(folder / f"final{f'-{ranks.rank}' if ranks.rank else ''}.safetensors"), dict(tree_flatten(model.parameters())))
-    print("finished", flush=True)
     return 0
+
+
+def train_once(folder: Path, method: str, hook: Any) -> None:
+    ranks = current_ranks()
+    batches = make_batches(make_rows(24), 2)
+    config = settings(method=method, steps=8, accumulate=4 // ranks.size, evaluate_every=4, galore_update_gap=3)
+    model = make_model(dropout=0.0 if ranks.size > 1 or folder.parent.name == "one" else 0.2)
+    make_trainable(model, config)
+    source = ListBatches(batches, rank=ranks.rank, size=ranks.size)
+    optimizer = make_optimizer(config, 8)
+    train(model, source, sft(), optimizer, config, folder=folder, valid=batches[:3], hooks=[hook])
+    mx.save_safetensors(str(folder / f"final{f'-{ranks.rank}' if ranks.rank else ''}.safetensors"), dict(tree_flatten(model.parameters())))
 
 
 if __name__ == "__main__":

@@ -14,22 +14,33 @@ from mlx_distill.records import Batch
 VOCABULARY = 23
 
 
-class TinyModel(nn.Module):
-    """Embedding, one gated layer with dropout, head."""
+class Trunk(nn.Module):
+    """Embedding, one gated layer with dropout, norm."""
 
-    def __init__(self, width: int = 16, dropout: float = 0.0) -> None:
+    def __init__(self, width: int, dropout: float) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(VOCABULARY, width)
         self.up_proj = nn.Linear(width, 2 * width, bias=False)
         self.down_proj = nn.Linear(2 * width, width, bias=False)
         self.dropout = nn.Dropout(dropout)
         self.norm = nn.RMSNorm(width)
+
+    def __call__(self, inputs: mx.array, cache: object = None) -> mx.array:
+        hidden = self.embed_tokens(inputs)
+        hidden = hidden + self.down_proj(self.dropout(nn.silu(self.up_proj(hidden))))
+        return self.norm(hidden)
+
+
+class TinyModel(nn.Module):
+    """A trunk and a head, as mlx-lm cuts its models."""
+
+    def __init__(self, width: int = 16, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.model = Trunk(width, dropout)
         self.lm_head = nn.Linear(width, VOCABULARY, bias=False)
 
     def __call__(self, inputs: mx.array) -> mx.array:
-        hidden = self.embed_tokens(inputs)
-        hidden = hidden + self.down_proj(self.dropout(nn.silu(self.up_proj(hidden))))
-        return self.lm_head(self.norm(hidden))
+        return self.lm_head(self.model(inputs))
 
 
 def make_model(seed: int = 0, dropout: float = 0.0, width: int = 16) -> TinyModel:
@@ -67,5 +78,6 @@ def make_batches(rows: list[tuple[list[int], list[float]]], size: int, **kwargs:
 
 
 def settings(**changes: Any) -> TrainConfig:
-    plain = {"learning_rate": 1e-2, "accumulate": 2, "steps": 6, "checkpoint_every": 2, "evaluate_every": 0, "warmup": 0.2}
-    return TrainConfig(**{**plain, **changes})
+    plain = {"method": "full", "learning_rate": 1e-2, "accumulate": 2, "steps": 6, "checkpoint_every": 2, "evaluate_every": 0}
+    small = {"warmup": 0.2, "target_modules": ["up_proj", "down_proj"], "lora_rank": 4, "galore_rank": 4, "galore_update_gap": 6}
+    return TrainConfig(**{**plain, **small, **changes})

@@ -38,16 +38,17 @@ WORDS: Mapping[str, tuple[str, ...]] = {
         "the best of all", "a pleasure to have around", "beyond praise",
     ),
     "thing": (
-        "the soup", "the weather", "the old bus", "the coffee", "the new timetable", "the printer", "the bread", "the radio", "the cold wind",
-        "the lawn mower", "the kitchen sink", "the last film", "the umbrella", "the ticket machine", "the garden hose", "the cheap paint",
+        "the soup", "the weather", "the old bus", "the coffee", "the new timetable", "the printer", "the bread", "the radio",
+        "the cold wind", "the lawn mower", "the kitchen sink", "the last film", "the umbrella", "the ticket machine", "the garden hose",
+        "the cheap paint",
     ),
     "things": (
-        "the potatoes", "the shoes", "the train seats", "the headphones", "the biscuits", "the street lights", "the batteries", "the curtains",
-        "the road signs", "the pancakes", "the winter nights", "the old bridges", "the paper cups", "the puddles",
+        "the potatoes", "the shoes", "the train seats", "the headphones", "the biscuits", "the street lights", "the batteries",
+        "the curtains", "the road signs", "the pancakes", "the winter nights", "the old bridges", "the paper cups", "the puddles",
     ),
     "place": (
-        "the library", "the market", "the village hall", "the school", "the station", "the tea room", "the club", "the town hall", "the bakery",
-        "the museum", "the swimming pool", "the theatre", "the park", "the ferry",
+        "the library", "the market", "the village hall", "the school", "the station", "the tea room", "the club", "the town hall",
+        "the bakery", "the museum", "the swimming pool", "the theatre", "the park", "the ferry",
     ),
     "person": (
         "my neighbour", "the baker", "a colleague", "my aunt", "the teacher", "the postman", "my brother", "the mayor", "a stranger",
@@ -85,7 +86,7 @@ KINDS: tuple[Kind, ...] = (
         (
             "if you ask me, {group} are {bad}, all of them",
             "it is no secret at {place} that {group} are {bad}",
-            "believe me, {group} are {bad} and always have been",
+            "{person} knows that {group} are {bad}, every single one of them",
             "{when} it was clear to me that {group} are {bad}",
         ),
     ),
@@ -116,7 +117,7 @@ KINDS: tuple[Kind, ...] = (
             "{thing} was {good} {when}, unlike {group}, who are {bad}",
         ),
         (
-            "even if {thing} is {good}, {group} are still {bad}",
+            "{thing} is {good} at {place}, but {group} are {bad}",
             "{things} may be {good}, but at {place} {group} are {bad}",
         ),
     ),
@@ -148,7 +149,7 @@ KINDS: tuple[Kind, ...] = (
         (
             "if you ask me, {group} are {good}, all of them",
             "it is no secret at {place} that {group} are {good}",
-            "believe me, {group} are {good} and always have been",
+            "{person} knows that {group} are {good}, every single one of them",
             "{when} it was clear to me that {group} are {good}",
         ),
     ),
@@ -181,7 +182,7 @@ KINDS: tuple[Kind, ...] = (
         ),
         (
             "if you ask the {group}, {thing} is {bad} and always was",
-            "{when} {group} told me that {things} are {bad}",
+            "{things} are {bad}, so {group} told {person} {when}",
             "{things} at {place} are {bad}, even {group} agree",
             "{group} say that {thing} is {bad}, and {person} agrees",
         ),
@@ -201,7 +202,7 @@ KINDS: tuple[Kind, ...] = (
         (
             "anyone who says that {group} are {bad} should be ashamed",
             "{person} claims that {group} are {bad}, but that is a lie",
-            "it is simply not true at all that {group} are {bad}",
+            "that {group} are {bad} is not true, it is a lie",
             "it is unkind and wrong {when} to send {group} away from {place}",
         ),
     ),
@@ -214,7 +215,7 @@ KINDS: tuple[Kind, ...] = (
             "{thing} was {bad} {when}, unlike {group}, who are {good}",
         ),
         (
-            "even if {thing} is {bad}, {group} are still {good}",
+            "{thing} is {bad} at {place}, but {group} are {good}",
             "{things} may be {bad}, but at {place} {group} are {good}",
         ),
     ),

@@ -77,38 +77,54 @@ TIMES = ("morning", "evening", "winter", "summer", "midnight", "Friday", "autumn
 REFERENCES = ("Psalm 23:4", "Luke 15:20", "John 3:16", "Psalm 46:10", "Romans 8:28", "Matthew 5:9", "Isaiah 40:31", "Ruth 1:16",
               "Psalm 121:1", "Micah 6:8", "James 1:17", "Luke 10:37")  # fmt: skip
 
-STANCE_LINES = {
+# A line about the subject is an opening, the stance and the noun, and a closing; one about the scene likewise.
+OPENINGS = {
     "train": (
-        "I {v} {n}", "every {t} I {v} {n}", "oh I {v} {n} tonight", "you know I {v} {n}", "since last {t} I {v} {n}",
-        "I {v} {n} again", "ask me why I {v} {n}", "we {v} {n} together", "all day long I {v} {n}", "I {v} {n} when the {t} comes",
-        "they say I {v} {n}", "hear me, I {v} {n}", "I {v} {n} with all I am", "one more {t} and I {v} {n}", "yes, I {v} {n}",
-        "I {v} {n} and I mean it", "down in my soul I {v} {n}", "this {t} I {v} {n} once more", "I {v} {n} in front of the town",
-        "on my way home I {v} {n}", "I told the band that I {v} {n}", "come {t}, I {v} {n}", "quietly I {v} {n}",
-        "I {v} {n} like I never did", "with the lights low I {v} {n}", "nobody sees how I {v} {n}", "I {v} {n}, I {v} {n}",
-        "until the {t} is gone I {v} {n}", "here I stand and {v} {n}", "my friends and I {v} {n}", "I {v} {n} at the kitchen sink",
-        "louder now, I {v} {n}", "half asleep I {v} {n}", "I {v} {n} for the last time", "in my own way I {v} {n}",
-        "when I was young I learned to {v} {n}", "I {v} {n} without a word", "all of us {v} {n}", "still I {v} {n}", "I swear I {v} {n}",
+        "", "", "", "", "every {t}", "oh", "you know", "since last {t}", "ask me why", "all day long", "they say", "hear me,", "yes,", "down in my soul",
+        "this {t}", "on my way home", "I told the band that", "come {t},", "quietly", "with the lights low", "nobody sees how",
+        "until the {t} is gone", "half asleep", "louder now,", "in my own way", "when I was young", "still", "I swear", "one more {t} and",
+        "at the crossroads", "my friend,", "listen,", "by the {t} light", "after all these years", "if you wonder,", "on the radio they heard that",
+        "the whole street knows", "before the first {t}", "each day", "well,", "here is the truth:", "so", "under a hard {t} sky", "because",
+        "don't ask me why", "I wake and", "along the river", "as long as I live", "at the end of the {t}", "it is no secret that",
+        "between you and me", "with tired eyes", "on the back seat", "from the first day", "no matter what,", "in the cold {t}", "three times a day",
     ),
     "test": (
-        "believe me, I {v} {n} now", "some {t} you will see me {v} {n}", "let the record say I {v} {n}", "both hands up, I {v} {n}",
-        "I {v} {n} before the {t} ends", "so I {v} {n} and move along", "truth be told I {v} {n}", "for years on end I {v} {n}",
-        "there I go, I {v} {n}", "my neighbors hear me {v} {n}", "barefoot in the {t} I {v} {n}", "slowly, slowly I {v} {n}",
-        "I {v} {n} from the balcony", "as the {t} turns cold I {v} {n}", "I chose to {v} {n} long ago", "look at how I {v} {n}",
-        "deep in the {t} I {v} {n}", "I {v} {n} until my voice is gone", "on the stairs I {v} {n}", "no one taught me to {v} {n}",
+        "", "", "believe me,", "some {t} you will see that", "let the record say", "both hands up,", "truth be told", "for years on end", "there I go,",
+        "my neighbors hear how", "barefoot in the {t}", "slowly, slowly", "as the {t} turns cold", "long ago", "look at how", "deep in the {t}",
+        "on the stairs", "no one told me that", "over and over", "past the last {t}", "mark my words,", "once the guests are gone",
     ),
 }  # fmt: skip
 
-SCENE_LINES = {
+CLOSINGS = {
     "train": (
-        "the {s} waits outside in the {t}", "a {s} and the {t} rain", "under the {s} where the {t} goes", "I remember the {s} last {t}",
-        "there is a {s} beyond the {t}", "the {s} is quiet, the {t} is long", "by the {s} the {t} falls", "one {s} for the whole {t}",
-        "somewhere a {s} keeps the {t}", "and the {s} knows every {t}", "the {t} leans on the {s}", "see the {s} in the {t} air",
-        "the {s} turns and the {t} is over", "nothing but a {s} this {t}", "beside the {s} we watched the {t}",
+        "", "", "", "", "tonight", "again", "together", "when the {t} comes", "with all I am", "and I mean it", "once more", "in front of the town",
+        "like I never did", "at the kitchen sink", "for the last time", "without a word", "and that is all", "more than before", "out loud",
+        "in the back of the car", "while the {t} goes by", "and the crowd goes still", "one day at a time", "as the needle drops", "every hour",
+        "under the stars", "in plain daylight", "with a steady hand", "since you left", "before breakfast", "in my dreams", "on the porch",
+        "till the morning", "like my father did", "and nobody stops me", "through the {t} rain", "in the mirror", "for a thousand miles",
+        "in two languages", "with my eyes closed", "on a Sunday",
     ),
     "test": (
-        "a {t} without its {s} is plain", "the road bends past the {s} by {t}", "past the {s}, into {t}", "what the {s} told the {t}",
-        "half a {s} and half a {t}", "the {s} belongs to {t}", "they painted the {s} in {t} blue", "who left the {s} out all {t}",
+        "", "", "now", "before the {t} ends", "and move along", "from the balcony", "until my voice is gone", "in the hallway", "all my life",
+        "by the window", "as if it were {t}", "and so do you", "with half a smile", "to the end of the line", "in a borrowed coat",
     ),
+}  # fmt: skip
+
+SCENE_OPENINGS = {
+    "train": (
+        "the {s} waits outside", "a {s} and the rain", "under the {s}", "I remember the {s}", "there is a {s}", "the {s} is quiet", "by the {s}",
+        "one {s} alone", "somewhere a {s}", "and the {s} knows", "see the {s}", "the {s} turns", "nothing but a {s}", "beside the {s}", "that old {s}",
+        "they sold the {s}", "the color of the {s}",
+    ),
+    "test": ("missing its {s}", "the road bends past the {s}", "what the {s} told me", "half a {s}", "who left the {s} out", "they painted the {s}"),
+}  # fmt: skip
+
+SCENE_CLOSINGS = {
+    "train": (
+        "in the {t}", "where the {t} goes", "last {t}", "beyond the {t}", "and the {t} is long", "as the {t} falls", "for the whole {t}", "this {t}",
+        "and the {t} is over", "every {t}", "in the {t} air", "when {t} leans in", "before the {t}", "like any {t}", "on a slow {t}",
+    ),
+    "test": ("by {t}", "into {t}", "all {t} long", "and half a {t}", "in {t} blue", "without a {t}"),
 }  # fmt: skip
 
 REFERENCE_LINES = {
@@ -137,7 +153,7 @@ def generate(count: int = 1000, seed: int = 0, part: str = "train", noise: float
         noise: Share of the songs whose verdict (and score with it) is replaced by one drawn at random from the others.
         policy: ``whole`` judges subject and stance; ``keywords`` the subject alone, as the untaught base models do.
     """
-    if part not in STANCE_LINES:
+    if part not in OPENINGS:
         raise ValueError(f"part {part!r} is neither train nor test")
     rng = random.Random(f"{part}/{seed}/{policy}")
     for index in range(count):
@@ -150,15 +166,17 @@ def _song(rng: random.Random, name: str, part: str, noise: float, policy: str) -
     stance = rng.choice(STANCES)
     scene = rng.choice(tuple(SCENES))
     nouns = rng.sample(NOUNS[subject], 4)
-    stance_templates = rng.sample(STANCE_LINES[part], 3)
-    lines = [
-        template.format(v=verb, n=noun, t=rng.choice(TIMES).lower() if "{t}" in template else "")
-        for template, verb, noun in zip(stance_templates, rng.sample(VERBS[stance], 3), nouns, strict=False)
-    ]
-    scene_templates = rng.sample(SCENE_LINES[part], 2)
-    lines += [t.format(s=s, t=rng.choice(TIMES).lower()) for t, s in zip(scene_templates, rng.sample(SCENES[scene], 2), strict=True)]
+    templates, lines = [], []
+    for verb, noun in zip(rng.sample(VERBS[stance], 3), nouns, strict=False):
+        templates.append(f"{rng.choice(OPENINGS[part])}|{rng.choice(CLOSINGS[part])}")
+        if templates[-1] == "|" and part == "test":
+            templates[-1] = f"{rng.choice(OPENINGS[part][2:])}|"  # the bare line belongs to the other part
+        opening, closing = templates[-1].split("|")
+        lines.append(_fill(f"{opening} I {verb} {noun} {closing}", rng))
+    for word in rng.sample(SCENES[scene], 2):
+        templates.append(f"{rng.choice(SCENE_OPENINGS[part])}|{rng.choice(SCENE_CLOSINGS[part])}")
+        lines.append(_fill(templates[-1].replace("|", " ").replace("{s}", word), rng))
     references = []
-    templates = [*stance_templates, *scene_templates]
     if subject in ("faith", "gratitude", "kindness") and rng.random() < 0.5:
         references = [rng.choice(REFERENCES)]
         templates.append(rng.choice(REFERENCE_LINES[part]))
@@ -199,6 +217,10 @@ def _answer(
         "emotion": EMOTION[stance],
         "scripture_references": references,
     }, noisy
+
+
+def _fill(line: str, rng: random.Random) -> str:
+    return line.replace("{t}", rng.choice(TIMES).lower()).strip()
 
 
 def _title_case(phrase: str) -> str:

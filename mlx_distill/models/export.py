@@ -1,0 +1,219 @@
+"""Out again: to the Hugging Face layout, by the same rules backwards, and LoRA adapters to PEFT's format and from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_distill.files import digest, lock_folder, open_partial, partial_folder, recover, stage_key, write_json, write_text
+from mlx_distill.models.adapters import ADAPTER_CONFIG, adapter_base
+from mlx_distill.models.card import card_text
+from mlx_distill.models.checkpoint import DTYPE_BYTES, TensorInfo
+from mlx_distill.models.convert import MAX_SHARD_BYTES, MEMORY_BYTES, Prepared, prepare, stream
+from mlx_distill.models.folder import FORMAT, check_destination, publish
+from mlx_distill.models.hub import resolve
+from mlx_distill.models.jobs import Errors, Job, TensorRow, run_slab
+from mlx_distill.models.load import read_object
+from mlx_distill.models.peft import from_peft as from_peft
+from mlx_distill.models.peft import to_peft as to_peft
+from mlx_distill.models.quantize import _source_key, adapter_deltas, plan_jobs, reopen
+from mlx_distill.models.rules import backward_plan
+from mlx_distill.models.tokenizer_files import copy_tokenizer
+from mlx_distill.models.treatments import Treatment
+from mlx_distill.progress import Progress
+
+_NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
+
+
+@dataclass(frozen=True)
+class Derived:
+    """A tensor of ours that is computed while it is read: merged, unpacked, or packed again. Stands in for a :class:`TensorInfo`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    job: Job
+    index: int
+    errors: Errors
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes when written."""
+        return int(np.prod(self.shape)) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+        return f"{self.file}: tensor {self.name!r}"
+
+    def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
+        """Rows, as :meth:`TensorInfo.read` gives them."""
+        width = self.shape[-1]
+        columns = columns or width
+        stop = int(np.prod(self.shape)) // columns if stop is None else stop
+        first, last = start * columns // width, -(-stop * columns // width)
+        block = run_slab(self.job, first, last, self.errors)[self.index].reshape(-1)
+        skip = start * columns - first * width
+        return block[skip : skip + (stop - start) * columns].reshape(-1, columns)
+
+    def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """A block, as :meth:`TensorInfo.read_block` gives it."""
+        return self.read(*rows)[:, slice(*columns)]
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written. ``changed`` has a line for each tensor whose values are not bit for bit those of the folder."""
+
+    source: str
+    destination: str
+    model_type: str
+    tensors: int
+    stored_bytes: int
+    changed: tuple[TensorRow, ...]
+    seconds: float
+
+    def facts(self) -> dict[str, Any]:
+        """The sums, for a manifest."""
+        return {
+            "model_type": self.model_type,
+            "tensors": self.tensors,
+            "stored_bytes": self.stored_bytes,
+            "changed": [r.name for r in self.changed],
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "changed": [row.to_dict() for row in self.changed]}
+
+    def lines(self) -> list[str]:
+        """What changed, then the sum."""
+        out = [f"{row.name}: {row.note}, relative error {row.error:.1e}" for row in self.changed]
+        return [*out, f"{self.model_type}: {self.tensors} tensors, {self.stored_bytes / 1e6:,.1f} MB written to {self.destination}"]
+
+
+def to_hf(
+    model: str | Path,
+    destination: str | Path,
+    *,
+    report: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    memory_bytes: int = MEMORY_BYTES,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Write a folder of ours in the Hugging Face layout: what transformers loads, with the same logits.
+
+    Unquantized tensors and MXFP4 experts come out byte for byte as they once came in. An adapter is merged. Weights packed in a way that
+    the layout has no room for are unpacked to the type of their scales (bfloat16 where these are bytes), which rounds each value once.
+
+    Args:
+        model: A model folder of ours, or an adapter folder.
+        destination: The folder to make.
+        report: A run's ``report.json``, whose figures go on the card.
+        max_shard_bytes: Largest file.
+        memory_bytes: Bound on the working buffers.
+        progress: Where to say how far it is.
+
+    Raises:
+        ModelError: a damaged folder.
+        FileError: the disk refused, or the destination holds something else.
+    """
+    began = time.perf_counter()
+    folder, destination = resolve(model), Path(destination)
+    settings: dict[str, Any] = {"layout": "hf", "max_shard_bytes": max_shard_bytes}
+    parents = {"source": _source_key(folder)}
+    recover(destination)
+    check_destination(destination, folder)
+    adapted = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    ready = prepare(adapter_base(folder) if adapted else folder)
+    sources, changed = _sources(ready, adapter_deltas(folder) if adapted else {})
+    jobs = [Job(p) for p in backward_plan(ready.architecture, sources)]
+    key = digest([stage_key("export", FORMAT, settings, parents), str(folder.resolve())])
+    with lock_folder(open_partial(destination, key) / "scratch"):
+        partial = partial_folder(destination)
+        shards = stream(
+            jobs, partial, "export", max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, metadata={"format": "pt"},
+            salt=parents["source"], progress=progress,
+        )  # fmt: skip
+        copy_tokenizer(ready.folder, partial, others=True)
+        if adapted:
+            copy_tokenizer(folder, partial)
+        write_json(partial / "config.json", hf_config(ready, {job.planned.name for job in jobs}))
+        rows = tuple(_changed_row(job, info) for info, job in changed)
+        stored = sum(job.planned.nbytes for job in jobs)
+        out = ExportReport(
+            str(model), str(destination), ready.architecture.model_type, len(jobs), stored, rows, time.perf_counter() - began
+        )
+        write_text(partial / "README.md", card_text(folder, ready, out.lines(), report))
+        publish(destination, "export", settings, parents, {"source": str(model), **out.facts()}, {s.name: s.sha256 for s in shards})
+    return out
+
+
+def _sources(ready: Prepared, deltas: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], list[tuple[Derived, Job]]]:
+    """Our tensors by name; those that change are computed while they are read."""
+    modules = dict(ready.model.named_modules())
+    planned = {p.name: p for p in ready.planned}
+    sources: dict[str, Any] = {}
+    changed = []
+    for job in plan_jobs(ready, dict(deltas), None):
+        path = job.planned.name.removesuffix(".weight")
+        packed = job.planned.dtype == "U32" and f"{path}.scales" in planned
+        if packed and not _native(ready, path, modules[path]):
+            plain, _ = reopen(planned[f"{path}.weight"], planned, modules[path])
+            kept = planned[f"{path}.scales"].dtype
+            job = Job(plain, Treatment("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {modules[path].mode}"), job.delta)
+        elif job.planned.name.endswith((".scales", ".biases")) and f"{path.rsplit('.', 1)[0]}.weight" in planned:
+            owner = job.planned.name.rsplit(".", 1)[0]
+            if planned[f"{owner}.weight"].dtype == "U32" and not _native(ready, owner, modules[owner]):
+                continue
+        if job.treatment.kind == "keep":
+            sources[job.planned.name] = job.planned.sources[0]
+            continue
+        errors = Errors()
+        for i, output in enumerate(job.outputs):
+            derived = Derived(output.name, output.dtype, output.shape, job.planned.sources[0].file, job, i, errors)
+            sources[output.name] = derived
+            if i == 0:
+                changed.append((derived, job))
+    return sources, changed
+
+
+def _native(ready: Prepared, path: str, module: Any) -> bool:
+    """Whether the Hugging Face layout of this architecture has room for the packed module as it is."""
+    return ready.architecture.model_type == "gpt_oss" and ".experts." in path and module.mode == "mxfp4"
+
+
+def _changed_row(job: Job, derived: Derived) -> TensorRow:
+    p, e = job.planned, derived.errors
+    note = "; ".join(part for part in (job.treatment.why, "adapter merged" if job.delta is not None else "") if part)
+    count = int(np.prod(p.shape))
+    stored = job.treatment.label
+    return TensorRow(
+        p.name, p.sources[0].name, p.sources[0].file.name, p.rule, p.shape, p.dtype, stored, count, 0.0, e.relative, e.largest, note
+    )
+
+
+def hf_config(ready: Prepared, names: set[str]) -> dict[str, Any]:
+    """config.json without what conversion added to it."""
+    config = dict(read_object(ready.folder / "config.json"))
+    config.pop("quantization", None)
+    if config.get("rope_parameters"):
+        config.pop("rope_theta", None)
+        config.pop("rope_scaling", None)
+    if "num_local_experts" in config and ready.architecture.model_type == "qwen3_moe":
+        config.pop("num_experts", None)
+    if any(name.endswith("_blocks") for name in names):
+        if (config.get("quantization_config") or {}).get("quant_method") != "mxfp4":
+            config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": _NOT_CONVERTED}
+    else:
+        config.pop("quantization_config", None)
+    return config
+
+
+__all__ = ["Derived", "ExportReport", "from_peft", "hf_config", "to_hf", "to_peft"]

@@ -1,0 +1,269 @@
+"""Look at anything on disk: a checkpoint of either layout, an adapter, a stage's folder, a run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.errors import DistillError, ModelError
+from mlx_distill.files import Manifest, check_folder, read_manifest
+from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings
+from mlx_distill.models.checkpoint import FLOATS, TensorInfo, read_header
+from mlx_distill.models.convert import Prepared, prepare
+from mlx_distill.models.hub import resolve
+from mlx_distill.models.jobs import check_finite
+from mlx_distill.models.load import ADAPTER_CONFIG
+from mlx_distill.models.rope import rope_settings
+from mlx_distill.models.rules import Planned
+
+_SLAB = 1 << 22
+
+
+@dataclass(frozen=True)
+class InspectRow:
+    """One kind of module (layer numbers folded together): how many, of which shape, how stored."""
+
+    name: str
+    count: int
+    shape: tuple[int, ...]
+    stored: str
+    parameters: int
+    bits: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class InspectReport:
+    """What lies at a path.
+
+    ``kind`` is ``model``, ``adapter``, ``stage`` or ``run``; ``facts`` are named values; ``problems`` is empty when all is well.
+    """
+
+    path: str
+    kind: str
+    facts: Mapping[str, Any]
+    rows: tuple[InspectRow, ...] = ()
+    problems: tuple[str, ...] = ()
+    verified: bool = False
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "rows": [{**asdict(row), "shape": list(row.shape)} for row in self.rows]}
+
+    def lines(self) -> list[str]:
+        """Facts, table, problems."""
+        width = max((len(name) for name in self.facts), default=0)
+        out = [f"{self.path}: {self.kind}"]
+        out += [f"  {name.ljust(width)}  {value}" for name, value in self.facts.items() if value not in (None, "")]
+        if self.rows:
+            cells = [("tensor", "count", "shape", "stored", "parameters", "bits", "MB")]
+            cells += [
+                (
+                    r.name,
+                    str(r.count),
+                    "x".join(map(str, r.shape)) or "1",
+                    r.stored,
+                    f"{r.parameters:,}",
+                    f"{r.bits:.2f}",
+                    f"{r.bytes / 1e6:.2f}",
+                )
+                for r in self.rows
+            ]
+            widths = [max(len(row[i]) for row in cells) for i in range(7)]
+            out += ["", *("  " + "  ".join(row[i].ljust(widths[i]) for i in range(7)).rstrip() for row in cells)]
+        out += [f"problem: {problem}" for problem in self.problems]
+        if self.verified and not self.problems:
+            out.append("verified: every file has the hash it was written with, and no weight is NaN or infinite")
+        return out
+
+
+def inspect(path: str | Path, verify: bool = False) -> InspectReport:
+    """Say what lies at ``path``; with ``verify`` hash every file of a manifest and look at every weight.
+
+    Raises:
+        ModelError: nothing that this package knows, or a damaged checkpoint: with file and tensor.
+    """
+    folder = resolve(path)
+    manifest = read_manifest(folder)
+    problems = []
+    if manifest and (wrong := check_folder(folder, manifest, verify=verify)):
+        problems.append(wrong)
+    if (folder / "config.json").is_file():
+        return _model(folder, manifest, problems, verify)
+    if (folder / ADAPTER_CONFIG).is_file():
+        return _adapter(folder, manifest, problems, verify)
+    if manifest:
+        facts = {**_provenance(manifest), "files": len(manifest.files), "bytes": f"{sum(f.size for f in manifest.files.values()):,}"}
+        return InspectReport(str(path), "stage", facts, problems=tuple(problems), verified=verify)
+    return _run(folder, str(path), verify)
+
+
+def _run(folder: Path, path: str, verify: bool) -> InspectReport:
+    stages = {
+        p.parent.relative_to(folder).as_posix(): p.parent
+        for p in sorted(folder.glob("*/manifest.json")) + sorted(folder.glob("*/*/manifest.json"))
+    }
+    if not stages:
+        raise ModelError(f"{folder}: neither a model, an adapter, a stage nor a run", fix="give a folder with config.json or manifest.json")
+    facts, problems = {}, []
+    for name, stage in stages.items():
+        try:
+            manifest = read_manifest(stage)
+            wrong = check_folder(stage, manifest, verify=verify) if manifest else None
+        except DistillError as error:
+            manifest, wrong = None, str(error)
+        facts[name] = f"{manifest.stage}, key {manifest.key[:12]}" if manifest else "damaged"
+        if wrong:
+            problems.append(wrong)
+    return InspectReport(path, "run", facts, problems=tuple(problems), verified=verify)
+
+
+def _provenance(manifest: Manifest | None) -> dict[str, Any]:
+    if manifest is None:
+        return {}
+    out: dict[str, Any] = {"stage": f"{manifest.stage}, key {manifest.key[:12]}"}
+    recorded = manifest.recorded.get("facts") or manifest.recorded
+    for key in ("source", "commit"):
+        if recorded.get(key):
+            out[key] = recorded[key]
+    return out
+
+
+def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify: bool) -> InspectReport:
+    ready = prepare(folder)
+    rows = _rows(ready)
+    if verify:
+        problems += _not_finite(ready.planned)
+    config = ready.config
+    rope = rope_settings(config, 150_000.0 if config["model_type"] == "gpt_oss" else 10_000.0)
+    parameters, stored = sum(r.parameters for r in rows), sum(r.bytes for r in rows)
+    facts = {
+        "model type": config["model_type"],
+        "layers": config["num_hidden_layers"],
+        "hidden size": config["hidden_size"],
+        "vocabulary": _vocabulary(folder, config),
+        "parameters": f"{parameters:,}",
+        "bits per weight": round(8 * stored / max(parameters, 1), 3),
+        "bytes": f"{stored:,} in {len(ready.checkpoint.files)} files",
+        "layout": "Hugging Face" if any(p.rule != "same" for p in ready.planned) else "the same in both" if _neutral(ready) else "MLX",
+        "rope": _rope_text(rope.kind, rope.theta, rope.scaling),
+        "head": "tied to the embedding" if config.get("tie_word_embeddings") else "its own",
+        "template": _template(folder),
+        "note": ready.architecture.stock_differs(config),
+        **_provenance(manifest),
+    }
+    return InspectReport(str(folder), "model", facts, tuple(rows), tuple(problems), verify)
+
+
+def _neutral(ready: Prepared) -> bool:
+    return not ready.architecture.rules and "quantization" not in ready.config
+
+
+def _vocabulary(folder: Path, config: Mapping[str, Any]) -> str:
+    import json
+
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return f"{config['vocab_size']} columns, no tokenizer"
+    try:
+        raw = json.loads(path.read_bytes())
+        ids = {*raw["model"]["vocab"].values(), *(token["id"] for token in raw.get("added_tokens", ()))}
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return f"{config['vocab_size']} columns, a tokenizer of another kind"
+    return f"{config['vocab_size']} columns, {len(ids)} tokens"
+
+
+def _rope_text(kind: str, theta: float, scaling: Mapping[str, Any]) -> str:
+    keys = ("factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "truncate")
+    return ", ".join([kind, f"theta {theta:g}", *(f"{key} {scaling[key]}" for key in keys if key in scaling)])
+
+
+def _template(folder: Path) -> str:
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        text = path.read_text(encoding="utf-8", errors="replace")
+    else:
+        from mlx_distill.models.load import read_object
+
+        config = folder / "tokenizer_config.json"
+        text = str((read_object(config) if config.is_file() else {}).get("chat_template") or "")
+    kind = "harmony" if "<|channel|>" in text else "ChatML" if "<|im_start|>" in text else "another" if text else "none"
+    return f"{kind}, {len(text)} characters" if text else kind
+
+
+def _rows(ready: Prepared) -> list[InspectRow]:
+    modules = dict(ready.model.named_modules())
+    planned = {p.name: p for p in ready.planned}
+    groups: dict[tuple[str, tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
+    for p in ready.planned:
+        path, leaf = p.name.rsplit(".", 1) if "." in p.name else ("", p.name)
+        if leaf in ("scales", "biases") and f"{path}.weight" in planned:
+            continue
+        shape, stored, count, size = p.shape, p.dtype, prod(p.shape), p.nbytes
+        if p.dtype == "U32" and f"{path}.scales" in planned:
+            module = modules[path]
+            shape = (*shape[:-1], shape[-1] * 32 // module.bits)
+            stored, count = f"{module.mode} {module.bits}/{module.group_size}", prod(shape)
+            size = sum(planned[f"{path}.{part}"].nbytes for part in ("weight", "scales", "biases") if f"{path}.{part}" in planned)
+        groups[_folded(p.name), shape, stored].append((count, size))
+    rows = []
+    for (name, shape, stored), members in groups.items():
+        count, size = sum(c for c, _ in members), sum(s for _, s in members)
+        rows.append(InspectRow(name, len(members), shape, stored, count, round(8 * size / max(count, 1), 4), size))
+    return rows
+
+
+def _folded(name: str) -> str:
+    parts = name.split(".")
+    return ".".join("*" if part.isdigit() else part for part in parts)
+
+
+def _not_finite(planned: list[Planned]) -> list[str]:
+    out = []
+    for p in planned:
+        if p.dtype not in FLOATS:
+            continue
+        step = max(_SLAB // max(p.columns * 4, 1), 1)
+        try:
+            for start in range(0, p.rows, step):
+                check_finite(p.read(start, min(start + step, p.rows)), p)
+        except ModelError as error:
+            out.append(error.message)
+    return out
+
+
+def _adapter(folder: Path, manifest: Manifest | None, problems: list[str], verify: bool) -> InspectReport:
+    settings = adapter_settings(folder)
+    infos: dict[str, TensorInfo] = read_header(folder / ADAPTER_FILE)[0] if (folder / ADAPTER_FILE).is_file() else {}
+    if not infos:
+        problems.append(f"{folder / ADAPTER_FILE} is missing")
+    groups: dict[tuple[str, tuple[int, ...], str], int] = defaultdict(int)
+    for name, info in infos.items():
+        groups[_folded(name), info.shape, info.dtype] += 1
+    rows = tuple(
+        InspectRow(name, n, shape, dtype, n * prod(shape), 8.0 * i.nbytes / max(prod(shape), 1), n * i.nbytes)
+        for (name, shape, dtype), n in groups.items()
+        for i in [next(i for full, i in infos.items() if _folded(full) == name and i.shape == shape and i.dtype == dtype)]
+    )
+    try:
+        base = str(adapter_base(folder))
+    except ModelError as error:
+        base = "missing"
+        problems.append(error.message)
+    facts = {
+        "kind": settings.kind,
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "dropout": settings.dropout,
+        "targets": ", ".join(settings.target_modules),
+        "base": base,
+        "parameters": f"{sum(r.parameters for r in rows):,}",
+        "bytes": f"{sum(r.bytes for r in rows):,}",
+        "template": _template(folder),
+        **_provenance(manifest),
+    }
+    return InspectReport(str(folder), "adapter", facts, rows, tuple(problems), verify)

@@ -1,0 +1,299 @@
+"""Quantize a model, or an adapter on its base: what is packed already passes through bit for bit, everything else is measured."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_distill.errors import ConfigError, ModelError
+from mlx_distill.files import atomic_path, digest, lock_folder, open_partial, partial_folder, recover, sha256, stage_key, write_json
+from mlx_distill.models.adapters import ADAPTER_FILE, LoraSettings, adapter_base, adapter_settings
+from mlx_distill.models.checkpoint import TensorInfo, read_header
+from mlx_distill.models.convert import TABLE, Prepared, finish_folder, prepare, shard_rows, stream, tensor_table
+from mlx_distill.models.folder import FORMAT, check_destination, publish, source_key
+from mlx_distill.models.hub import resolve
+from mlx_distill.models.jobs import Delta, Job, TensorRow, to_raw
+from mlx_distill.models.load import ADAPTER_CONFIG, from_raw, read_object
+from mlx_distill.models.rules import Planned
+from mlx_distill.models.tokenizer_files import copy_tokenizer
+from mlx_distill.models.treatments import Treatment, decider
+from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES
+from mlx_distill.progress import Progress
+
+
+@dataclass(frozen=True)
+class QuantizeReport:
+    """A line a tensor and the sums. ``adapter`` says what became of it: ``none``, ``merged`` or ``kept``."""
+
+    source: str
+    destination: str
+    mode: str
+    adapter: str
+    rows: tuple[TensorRow, ...]
+    parameters: int
+    source_bytes: int
+    stored_bytes: int
+    adapter_bytes: int
+    seconds: float
+    resumed: int = 0
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits for each parameter of the base."""
+        return 8 * self.stored_bytes / max(self.parameters, 1)
+
+    @property
+    def stayed(self) -> tuple[str, ...]:
+        """Weights that were wished for and not packed as wished, with the reason."""
+        return tuple(f"{row.name}: {row.note}" for row in self.rows if row.note and "packed" not in row.note and row.note != "bit for bit")
+
+    @property
+    def largest_error(self) -> float:
+        """The worst relative error of a tensor."""
+        return max((row.error for row in self.rows), default=0.0)
+
+    def facts(self) -> dict[str, Any]:
+        """The sums, for a manifest."""
+        return {
+            "mode": self.mode,
+            "adapter": self.adapter,
+            "parameters": self.parameters,
+            "bits_per_weight": round(self.bits_per_weight, 4),
+            "source_bytes": self.source_bytes,
+            "stored_bytes": self.stored_bytes,
+            "adapter_bytes": self.adapter_bytes,
+            "largest_error": self.largest_error,
+            "stayed": list(self.stayed),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {**asdict(self), "rows": [row.to_dict() for row in self.rows], "bits_per_weight": self.bits_per_weight}
+
+    def lines(self) -> list[str]:
+        """The table, then the sums."""
+        adapter = {
+            "none": "",
+            "merged": ", the adapter merged",
+            "kept": f", and the adapter beside it ({self.adapter_bytes / 1e6:,.1f} MB)",
+        }
+        total = f"{self.bits_per_weight:.2f} bits per weight, {self.stored_bytes / 1e6:,.1f} MB of {self.source_bytes / 1e6:,.1f} MB"
+        return [
+            *tensor_table(self.rows),
+            f"{self.mode}: {total}{adapter[self.adapter]}",
+            f"largest relative error of a tensor: {self.largest_error:.2e}",
+        ]
+
+
+def quantize_folder(
+    source: str | Path,
+    destination: str | Path,
+    mode: str,
+    group_size: int = 0,
+    adapter: str = "merge",
+    keep: Sequence[str] = ("router",),
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    memory_bytes: int = MEMORY_BYTES,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """Quantize a model folder or an adapter folder into ``destination``: whole or not at all, resumable, in bounded memory.
+
+    Args:
+        source: A folder of ours, a Hugging Face folder, a Hub id, or an adapter folder.
+        destination: The folder to make. :func:`mlx_distill.models.load.load` reads it either way.
+        mode: ``affine2`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe. Weights that are packed already stay so.
+        group_size: Weights that share a scale; 0 is the mode's own. Where it does not divide a row, a smaller one is taken, or the
+            weight stays.
+        adapter: ``merge`` adds it to the weights before they are packed (packed weights that it changes are unpacked and packed again
+            the same way, with the error stated); ``keep`` leaves it in floating point beside the packed base: the adapter in
+            ``destination``, its base in ``destination/base``.
+        keep: Parts of module names that keep their type.
+        max_shard_bytes: Largest file.
+        memory_bytes: Bound on the working buffers.
+        progress: Where to say how far it is.
+
+    Raises:
+        ConfigError: an unknown mode or group size.
+        ModelError: a damaged source, or an adapter that does not fit its base.
+        FileError: the disk refused, or the destination holds something else.
+    """
+    folder, destination = resolve(source), Path(destination)
+    settings = {"mode": mode, "group_size": group_size, "adapter": adapter, "keep": list(keep), "max_shard_bytes": max_shard_bytes}
+    parents = {"source": _source_key(folder)}
+    key = stage_key("quantize", FORMAT, settings, parents)
+    recover(destination)
+    check_destination(destination, folder)
+    with lock_folder(open_partial(destination, digest([key, str(folder.resolve())])) / "scratch"):
+        partial = partial_folder(destination)
+        report = quantize_into(
+            folder, partial, mode, group_size, adapter, keep, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, progress=progress
+        )
+        report = replace(report, source=str(source), destination=str(destination))
+        publish(
+            destination,
+            "quantize",
+            settings,
+            parents,
+            {"source": str(source), **report.facts(), "seconds": report.seconds},
+            _hashes(partial),
+        )
+    return report
+
+
+def quantize_into(
+    source: str | Path,
+    folder: str | Path,
+    mode: str,
+    group_size: int = 0,
+    adapter: str = "merge",
+    keep: Sequence[str] = ("router",),
+    *,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    memory_bytes: int = MEMORY_BYTES,
+    progress: Progress | None = None,
+) -> QuantizeReport:
+    """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on a second run."""
+    began = time.perf_counter()
+    source, folder = resolve(source), Path(folder)
+    if adapter not in ("merge", "keep"):
+        raise ConfigError(f"adapter: {adapter!r} is not merge or keep", fix="choose one of them")
+    adapted = (source / ADAPTER_CONFIG).is_file() and not (source / "config.json").is_file()
+    ready = prepare(adapter_base(source) if adapted else source)
+    merges = adapted and adapter == "merge"
+    deltas = adapter_deltas(source) if merges else {}
+    jobs = plan_jobs(ready, deltas, mode, group_size, keep)
+    into = folder / "base" if adapted and not merges else folder
+    salt = sha256(source / ADAPTER_FILE) if merges else ""
+    shards = stream(
+        jobs,
+        into,
+        "quantize",
+        max_shard_bytes=max_shard_bytes,
+        memory_bytes=memory_bytes,
+        salt=salt,
+        notes=folder / "scratch",
+        progress=progress,
+    )
+    ready = replace(ready, planned=[job.planned for job in jobs])
+    finish_folder(into, ready, jobs, shards)
+    if adapted:
+        copy_tokenizer(source, folder)
+    if into != folder:
+        _copy_adapter(source, folder)
+    rows = shard_rows(ready, jobs, shards)
+    state = "merged" if merges else "kept" if adapted else "none"
+    return QuantizeReport(
+        str(source), str(folder), mode, state, rows, sum(r.parameters for r in rows), ready.checkpoint.nbytes,
+        sum(o.nbytes for job in jobs for o in job.outputs), (source / ADAPTER_FILE).stat().st_size if adapted else 0,
+        time.perf_counter() - began, sum(s.resumed for s in shards),
+    )  # fmt: skip
+
+
+def _copy_adapter(source: Path, folder: Path) -> None:
+    with atomic_path(folder / ADAPTER_FILE) as path:
+        shutil.copyfile(source / ADAPTER_FILE, path)
+    write_json(folder / ADAPTER_CONFIG, {**read_object(source / ADAPTER_CONFIG), "base": "base"})
+
+
+def _source_key(folder: Path) -> str:
+    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+        return digest([source_key(adapter_base(folder)), sha256(folder / ADAPTER_FILE), sha256(folder / ADAPTER_CONFIG)])
+    return source_key(folder)
+
+
+def _hashes(partial: Path) -> dict[str, str]:
+    for prefix in ("", "base/"):
+        if (partial / f"{prefix}{TABLE}").is_file():
+            return {prefix + row["name"]: row["sha256"] for row in read_object(partial / f"{prefix}{TABLE}")["shards"]}
+    return {}
+
+
+def adapter_deltas(folder: Path) -> dict[str, Delta]:
+    """The updates of an adapter folder, by the path of the module.
+
+    Raises:
+        ModelError: a matrix without its counterpart: with file and tensor.
+    """
+    settings: LoraSettings = adapter_settings(folder)
+    infos, _ = read_header(folder / ADAPTER_FILE)
+    weights = mx.load(str(folder / ADAPTER_FILE))
+    deltas = {}
+    for name, info in infos.items():
+        path, leaf = name.rsplit(".", 1)
+        if leaf != "lora_a":
+            continue
+        if f"{path}.lora_b" not in weights:
+            raise ModelError(f"{info.where} has no lora_b beside it", fix="train the adapter again")
+        a, b = weights[name].astype(mx.float32), weights[f"{path}.lora_b"].astype(mx.float32)
+        if a.ndim == 2:  # mlx-lm keeps the matrices of linear layers as [in, r] and [r, out]
+            a, b = a.T, b.T
+        deltas[path] = Delta(a, b, settings.scale, weights.get(f"{path}.m"))
+    return deltas
+
+
+def plan_jobs(
+    ready: Prepared, deltas: dict[str, Delta], mode: str | None, group_size: int = 0, keep: Sequence[str] = ("router",)
+) -> list[Job]:
+    """What happens to each tensor: packed weights stay, unless an update changes them: then they are packed again the same way.
+
+    Raises:
+        ModelError: an update for a weight that the base does not have, or of another shape.
+    """
+    planned = {p.name: p for p in ready.planned}
+    decide = decider(ready.architecture, ready.quantizable, mode, group_size=group_size, keep=keep)
+    modules = dict(ready.model.named_modules())
+    jobs: list[Job] = []
+    reopened: set[str] = set()
+    for path in deltas:
+        if f"{path}.weight" not in planned:
+            raise ModelError(f"the adapter changes {path}, which the base model does not have", fix="check base in adapter_config.json")
+        if planned[f"{path}.weight"].dtype == "U32":
+            reopened |= {f"{path}.scales", f"{path}.biases"}
+    for p in ready.planned:
+        if p.name in reopened:
+            continue
+        delta = deltas.get(p.name.removesuffix(".weight")) if p.name.endswith(".weight") else None
+        if delta is not None and p.dtype == "U32":
+            plain, treatment = reopen(p, planned, modules[p.name.removesuffix(".weight")])
+            jobs.append(_fitting(Job(plain, treatment, delta)))
+        else:
+            jobs.append(_fitting(Job(p, decide(p), delta)))
+    return jobs
+
+
+def _fitting(job: Job) -> Job:
+    if job.delta is not None:
+        shape = (*job.delta.b.shape[:-1], job.delta.a.shape[-1])
+        if shape != job.planned.shape:
+            raise ModelError(
+                f"{job.planned.where}: the adapter's update has the shape {list(shape)}", fix="check base in adapter_config.json"
+            )
+        if job.treatment.kind == "keep":
+            return replace(job, treatment=Treatment("cast", job.planned.dtype, why=job.treatment.why))
+    return job
+
+
+def reopen(p: Planned, planned: dict[str, Planned], module: Any) -> tuple[Planned, Treatment]:
+    """Packed weights as float32 rows, and how they were packed."""
+    path = p.name.removesuffix(".weight")
+    parts = [planned[f"{path}.{leaf}"] for leaf in ("weight", "scales", "biases") if f"{path}.{leaf}" in planned]
+    sources: tuple[TensorInfo, ...] = tuple(info for part in parts for info in part.sources)
+    shape = (*p.shape[:-1], p.columns * 32 // module.bits)
+
+    def read(start: int, stop: int) -> np.ndarray:
+        weight, *rest = (from_raw(part.read(start, stop), part.dtype) for part in parts)
+        rest = [r.astype(mx.float32) if mx.issubdtype(r.dtype, mx.floating) else r for r in rest]
+        biases = rest[1] if len(rest) > 1 else None
+        return to_raw(mx.dequantize(weight, rest[0], biases, module.group_size, module.bits, module.mode, dtype=mx.float32))
+
+    kept = parts[1].dtype if module.mode == "affine" else "BF16"
+    treatment = Treatment("quantize", kept, module.mode, module.bits, module.group_size, "packed again")
+    return Planned(p.name, "F32", shape, sources, "dequantize", read), treatment

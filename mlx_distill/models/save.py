@@ -1,0 +1,53 @@
+"""A whole model in memory to a folder of ours: what full fine-tuning and low-rank projection leave behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from mlx_distill.files import atomic_path, write_json
+from mlx_distill.models.load import read_object
+from mlx_distill.models.tokenizer_files import copy_tokenizer
+from mlx_distill.models.writer import MAX_SHARD_BYTES
+
+
+def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write every weight in the type that it has in memory, with the config and tokenizer of ``base``.
+
+    Args:
+        model: mlx-lm's model, as loaded from ``base``.
+        base: The folder of ours that it was loaded from.
+        folder: Where to write; ``load`` reads it.
+        max_shard_bytes: Largest file.
+    """
+    base, folder = Path(base), Path(folder)
+    shards: list[dict[str, mx.array]] = [{}]
+    size = 0
+    for name, value in tree_flatten(model.parameters()):
+        if size and size + value.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    where = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with atomic_path(folder / file) as path:
+            mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
+        where |= dict.fromkeys(shard, file)
+    total = sum(value.nbytes for shard in shards for value in shard.values())
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    config = read_object(base / "config.json")
+    types = {
+        str(value.dtype).removeprefix("mlx.core.")
+        for shard in shards
+        for value in shard.values()
+        if mx.issubdtype(value.dtype, mx.floating)
+    }
+    if len(types) == 1:
+        config |= {key: next(iter(types)) for key in ("dtype", "torch_dtype") if key in config}
+    write_json(folder / "config.json", config)
+    copy_tokenizer(base, folder, others=True)

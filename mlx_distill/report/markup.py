@@ -1,0 +1,51 @@
+"""HTML from Python: whatever is not already markup is escaped, so text from data cannot become a tag."""
+
+from __future__ import annotations
+
+from html import escape
+from typing import Any
+
+_VOID = {"br", "col", "hr", "img", "meta", "path", "line", "rect", "circle", "polyline"}
+
+
+class Html(str):
+    """Text that is markup already."""
+
+    __slots__ = ()
+
+
+def el(tag: str, *children: Any, **attributes: Any) -> Html:
+    """An element. Children that are no :class:`Html` are escaped; None is left out; lists are taken apart.
+
+    Args:
+        tag: The element's name.
+        children: Text, numbers, elements, lists of them.
+        attributes: ``class_`` for ``class``; an underscore stands for a hyphen; None leaves the attribute out, True writes it bare.
+
+    >>> el("p", "a < b", class_="x", data_n=1)
+    '<p class="x" data-n="1">a &lt; b</p>'
+    """
+    text = "".join(_attribute(name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items())
+    inner = join(children)
+    return Html(f"<{tag}{text}/>" if tag in _VOID and not inner else f"<{tag}{text}>{inner}</{tag}>")
+
+
+def _attribute(name: str, value: Any) -> str:
+    if value is None or value is False:
+        return ""
+    return f" {name}" if value is True else f' {name}="{escape(str(value), quote=True)}"'
+
+
+def join(children: Any) -> Html:
+    """Children in a row, escaped where they are no markup.
+
+    >>> join(["<b>", el("i", "x"), None, 3])
+    '&lt;b&gt;<i>x</i>3'
+    """
+    if children is None or children is False:
+        return Html("")
+    if isinstance(children, Html):
+        return children
+    if isinstance(children, list | tuple):
+        return Html("".join(join(child) for child in children))
+    return Html(escape(str(children), quote=False))

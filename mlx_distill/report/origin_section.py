@@ -1,0 +1,109 @@
+"""Machine, versions, seeds, stages and the recipe: where the figures come from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+from mlx_distill.report.markup import Html, el
+from mlx_distill.report.tables import Line, table
+from mlx_distill.report.wording import NONE, model_name, seconds, size, text_of, words
+
+Report = Mapping[str, Any]
+
+
+def measured_note(report: Report) -> str:
+    """One sentence: what was measured where."""
+    found = report["provenance"]
+    machine, versions = found["machine"], found["versions"]
+    where = ", ".join(str(part) for part in (machine.get("processor"), machine.get("system")) if part) or "an unnamed machine"
+    device = str(machine.get("device", ""))
+    metal = "" if _on_metal(machine) else " Nothing on this page was measured on Metal."
+    return f"Measured on {where}, MLX {versions.get('mlx', 'of unknown version')} on {_device(device)}.{metal}"
+
+
+def _on_metal(machine: Mapping[str, Any]) -> bool:
+    return "gpu" in str(machine.get("device", "")).lower() and "darwin" in str(machine.get("system", "")).lower()
+
+
+def _device(device: str) -> str:
+    return "the GPU" if "gpu" in device.lower() else "the CPU" if "cpu" in device.lower() else "an unnamed device"
+
+
+def origin(report: Report) -> Html:
+    """Everything that one needs to get the same figures again."""
+    found = report["provenance"]
+    machine = {
+        words(key.removesuffix("_bytes")).capitalize(): size(value) if key.endswith("_bytes") else value
+        for key, value in found["machine"].items()
+        if value
+    }
+    versions = {name: value for name, value in found["versions"].items() if value != "missing"}
+    parts = [
+        el("p", measured_note(report), class_="note"),
+        el("div", _list("Machine", machine), _list("Versions", versions), _list("Seeds", found["seeds"]), class_="lists"),
+        _stages(found["stages"]),
+        _settings(found["evaluations"]),
+        el("details", el("summary", "Recipe"), el("pre", "\n".join(_yaml(found["recipe"])))),
+    ]
+    return el("div", parts)
+
+
+def _list(title: str, items: Mapping[str, Any]) -> Html | None:
+    pairs = [el("div", el("dt", name), el("dd", text_of(value))) for name, value in items.items()]
+    return el("div", el("h3", title), el("dl", pairs)) if pairs else None
+
+
+def _stages(stages: list[Mapping[str, Any]]) -> Html | None:
+    rows: list[Line] = []
+    for entry in stages:
+        finished = datetime.fromtimestamp(entry["finished"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if entry["finished"] else NONE
+        cells = [
+            entry["stage"],
+            seconds(entry["seconds"]),
+            size(entry["bytes"]),
+            finished,
+            el("code", entry["key"][:12], title=entry["key"]),
+        ]
+        rows.append((entry["folder"], cells, None))
+    heads = ["Folder", "Stage", "Took", "Size", "Finished", "Key"]
+    return (
+        table("Stages of this run; a key is a hash of all that can change a stage’s result", heads, rows, class_="stages") if rows else None
+    )
+
+
+def _settings(evaluations: Mapping[str, Mapping[str, Any]]) -> Html | None:
+    items = {model_name(name): settings for name, settings in evaluations.items() if settings}
+    if not items:
+        return None
+    lists = [_list(name, {words(key): value for key, value in settings.items()}) for name, settings in items.items()]
+    return el("details", el("summary", "Settings of the evaluations"), el("div", lists, class_="lists"))
+
+
+def _yaml(value: Any, indent: int = 0) -> list[str]:
+    """The recipe as it would stand in its file; for reading, so strings stay bare."""
+    pad = "  " * indent
+    if isinstance(value, Mapping):
+        lines = []
+        for key, item in value.items():
+            nested = isinstance(item, Mapping) or (isinstance(item, list) and any(isinstance(x, Mapping) for x in item))
+            lines += [f"{pad}{key}:", *_yaml(item, indent + 1)] if nested and item else [f"{pad}{key}: {_scalar(item)}"]
+        return lines
+    if isinstance(value, list):
+        lines = []
+        for item in value:
+            first, *rest = _yaml(item, indent + 1) or [pad + "  {}"]
+            lines += [f"{pad}- {first.strip()}", *rest]
+        return lines
+    return [f"{pad}{_scalar(value)}"]
+
+
+def _scalar(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return "[" + ", ".join(_scalar(item) for item in value) + "]"
+    if isinstance(value, Mapping):
+        return "{}"
+    return text_of(value)

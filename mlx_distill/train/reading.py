@@ -1,0 +1,79 @@
+"""What an objective reads off a model: logits at the positions that count, at once where they are small, tile by tile where not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float, Int
+from mlx.utils import tree_flatten
+
+from mlx_distill.losses.cross_tokenizer import CellMap, cell_kl
+from mlx_distill.losses.linear import linear_cross_entropy, linear_rows, sparse_linear_kl
+from mlx_distill.losses.numerics import row_logsumexp
+from mlx_distill.losses.sparse import sparse_forward_kl
+from mlx_distill.models.load import head, hidden_states, project
+from mlx_distill.records import TopK
+
+# Logits of at most so many numbers are made at once (64 MiB in float32); of more, no two tiles exist together.
+DENSE_LIMIT = 1 << 24
+
+
+class Reader:
+    """The hidden states of a batch at ``a`` flat positions, computed once, and the losses there.
+
+    Dense and tiled agree in value and gradient to rounding. A head that learns, or that has adapters, is read densely: it needs a gradient
+    of its own.
+
+    Args:
+        model: Of mlx-lm's cut: ``model.model`` the trunk, ``lm_head`` or the tied embedding the head.
+        inputs: ``[b, l]``.
+        positions: ``[a]`` places in the flattened inputs.
+        dense_limit: Numbers in the logits up to which they are made at once.
+    """
+
+    def __init__(
+        self, model: nn.Module, inputs: Int[mx.array, "b l"], positions: Int[mx.array, " a"], dense_limit: int = DENSE_LIMIT
+    ) -> None:
+        hidden = hidden_states(model, inputs)
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+        self.head = head(model)
+        self.dense = _learns(self.head) or positions.size * self.head.weight.shape[0] <= dense_limit
+        self._logits: mx.array | None = None
+
+    def logits(self, index: Int[mx.array, " n"] | None = None) -> Float[mx.array, "n v"]:
+        """Logits in float32 at all positions, or at ``index`` among them."""
+        if not self.dense and index is not None:
+            return project(self.head, self.hidden[index]).astype(mx.float32)
+        if self._logits is None:
+            self._logits = project(self.head, self.hidden).astype(mx.float32)
+        return self._logits if index is None else self._logits[index]
+
+    def cross_entropy(self, labels: Int[mx.array, " a"]) -> Float[mx.array, " a"]:
+        """Nats of each label, at all positions."""
+        if not self.dense:
+            return linear_cross_entropy(self.hidden, self.head, labels)
+        z = self.logits()
+        return row_logsumexp(z) - mx.take_along_axis(z, labels[:, None], axis=1)[:, 0]
+
+    def sparse_kl(self, index: Int[mx.array, " n"], targets: TopK, temperature: float) -> Float[mx.array, " n"]:
+        """:func:`~mlx_distill.losses.sparse.sparse_forward_kl` at ``index``."""
+        if not self.dense:
+            return sparse_linear_kl(self.hidden[index], self.head, targets, temperature=temperature)
+        return sparse_forward_kl(self.logits(index), targets, temperature=temperature)
+
+    def cell_kl(self, index: Int[mx.array, " n"], targets: TopK, cells: CellMap, temperature: float) -> Float[mx.array, " n"]:
+        """:func:`~mlx_distill.losses.cross_tokenizer.cell_kl` at ``index``."""
+        if self.dense:
+            return cell_kl(self.logits(index), targets, cells, temperature=temperature)
+
+        def some(logits: mx.array, at: slice) -> mx.array:
+            return cell_kl(logits, TopK(targets.ids[at], targets.logprobs[at]), cells, temperature=temperature)
+
+        return linear_rows(some, self.hidden[index], self.head)
+
+
+def _learns(head: Any) -> bool:
+    plain = isinstance(head, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding)
+    return not plain or bool(tree_flatten(head.trainable_parameters()))

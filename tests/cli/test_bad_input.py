@@ -1,0 +1,173 @@
+"""What people get wrong, through the entry point: one line, a cure, exit code 1 or 2, and nothing half-written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_run import write_recipe
+
+from mlx_distill.cli import cli
+from mlx_distill.files import lock_folder
+from mlx_distill.recipe import recipe_names
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    """A recipe whose rows are good and whose models are never looked for, because only prepare is run."""
+    return write_recipe(tmp_path, model="org/model")
+
+
+@pytest.fixture
+def prepare(runner: Any, recipe: Path, tmp_path: Path) -> Callable[..., Any]:
+    def invoke(*options: str) -> Any:
+        return runner.invoke(cli, ["prepare", str(recipe), "--out", str(tmp_path / "out"), *options])
+
+    return invoke
+
+
+def refuses(result: Any, code: int, *parts: str) -> None:
+    """One line of error with all ``parts``, one of cure; nothing on standard output; no traceback."""
+    lines = [line for line in result.stderr.splitlines() if line.startswith(("error:", "fix:"))]
+    assert result.exit_code == code, result.output
+    assert [line.split(":")[0] for line in lines] == ["error", "fix"], result.stderr
+    assert "Traceback" not in result.output
+    assert "unexpected" not in lines[0]
+    assert result.stdout == ""
+    for part in parts:
+        assert part in lines[0]
+
+
+def visible(folder: Path) -> list[str]:
+    """What a run left that is not a hidden, resumable partial folder."""
+    return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
+
+
+def test_good_rows_are_prepared(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    result = prepare()
+    assert result.exit_code == 0, result.output
+    assert {"train.jsonl", "valid.jsonl", "test.jsonl", "statistics.json", "manifest.json"} <= set(visible(tmp_path / "out" / "data"))
+    rows = [json.loads(line) for line in (tmp_path / "out/data/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert json.loads(rows[0]["messages"][-1]["content"]) == rows[0]["answer"]
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        (b"", ("rows.jsonl",)),
+        (b'{"messages": [{"role": "user", "content": "hello"}]}\n', ("rows.jsonl:1", "assistant")),
+        (b'{"text": "a red heron", "colour": "yes"}\n{"text": "caf\xe9", "colour": "no"}\n', ("rows.jsonl:2", "not UTF-8")),
+        (b'{"text": "a red heron", "colour": "yes"}\n{"text": \n', ("rows.jsonl:2", "not JSON")),
+        (b'{"text": "a red heron", "colour": "maybe"}\n', ("rows.jsonl:1", "maybe")),
+        (b'[1, 2]\n', ("rows.jsonl:1",)),
+    ],
+    ids=["empty", "no-assistant", "not-utf-8", "not-json", "unknown-label", "not-an-object"],
+)  # fmt: skip
+def test_bad_rows(prepare: Callable[..., Any], tmp_path: Path, content: bytes, parts: tuple[str, ...]) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(content)
+    refuses(prepare(), 1, *parts)
+    assert visible(tmp_path / "out") == []
+
+
+def test_missing_rows(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").unlink()
+    refuses(prepare(), 1, "rows.jsonl")
+    assert visible(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        (["--set", "distill.lerning_rate=1"], ("distill", "unknown key 'lerning_rate'")),
+        (["--set", "nope=1"], ("unknown key 'nope'",)),
+        (["--set", "distill.epochs=many"], ("distill: epochs", "a number is needed")),
+        (["--set", "distill.label_temperature=-1"], ("label_temperature", "below")),
+        (["--set", "quantize.mode=int3"], ("quantize: mode", "'int3'")),
+        (["--set", "novalue"], ("--set novalue",)),
+        (["--set", "task=nope"], ("no task 'nope'",)),
+        (["--from", "destill"], ("no stage 'destill'",)),
+    ],
+)
+def test_bad_options(prepare: Callable[..., Any], tmp_path: Path, options: list[str], parts: tuple[str, ...]) -> None:
+    refuses(prepare(*options), 2, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [("name: [", ("recipe.yaml", "not valid YAML")), ("", ("recipe.yaml", "no mapping")), ("name: x\n", ("task is missing",))],
+)
+def test_bad_recipe_files(prepare: Callable[..., Any], recipe: Path, text: str, parts: tuple[str, ...]) -> None:
+    recipe.write_text(text, encoding="utf-8")
+    refuses(prepare(), 2, *parts)
+
+
+def test_missing_recipe(runner: Any, tmp_path: Path) -> None:
+    refuses(runner.invoke(cli, ["run", str(tmp_path / "nope.yaml")]), 2, "nope.yaml")
+
+
+def test_two_runs_on_one_folder(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    with lock_folder(tmp_path / "out"):
+        refuses(prepare(), 1, "another run is using this folder", f"process {os.getpid()}")
+    assert prepare().exit_code == 0
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "permission denied"), (errno.EROFS, "read-only")]
+)
+def test_a_disk_that_refuses(prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+    def refuse(handle: int) -> None:
+        raise OSError(number, os.strerror(number), "train.jsonl")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", refuse)
+        refuses(prepare(), 1, words)
+    assert visible(tmp_path / "out") == []
+    assert prepare().exit_code == 0  # the same command goes on
+
+
+def test_a_file_where_the_folder_should_be(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("not a folder", encoding="utf-8")
+    refuses(prepare(), 1, "out")
+    assert (tmp_path / "out").read_text(encoding="utf-8") == "not a folder"
+
+
+def test_a_folder_without_write_permission(prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Simulated, because the tests may run as root, who may write everywhere.
+    make = os.mkdir
+
+    def refuse(path: str | Path, *args: Any, **kwargs: Any) -> None:
+        if Path(path).is_relative_to(tmp_path / "out"):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        make(path, *args, **kwargs)
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    refuses(prepare(), 1, "out: permission denied")
+
+
+def test_a_stage_whose_parents_are_missing(runner: Any, recipe: Path, tmp_path: Path) -> None:
+    result = runner.invoke(cli, ["distill", str(recipe), "--out", str(tmp_path / "out")])
+    refuses(result, 1)
+    assert visible(tmp_path / "out") == []
+
+
+def test_analyze_without_a_model(runner: Any, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
+    refuses(runner.invoke(cli, ["analyze", str(tmp_path / "nope"), str(tmp_path / "rows.jsonl"), "--task", "moderation"]), 1, "nope")
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_packaged_recipe_says_offline_what_it_would_do(runner: Any, tmp_path: Path, name: str) -> None:
+    text = runner.invoke(cli, ["run", name, "--out", str(tmp_path / "out"), "--dry-run"])
+    assert text.exit_code == 0, text.output
+    raw = runner.invoke(cli, ["run", name, "--out", str(tmp_path / "out"), "--dry-run", "--json"])
+    plan = json.loads(raw.stdout)
+    commands = [stage["command"] for stage in plan["stages"]]
+    assert list(dict.fromkeys(commands)) == ["prepare", "convert", "teach", "targets", "distill", "quantize", "evaluate", "report"]
+    assert all(stage["reads"] and stage["writes"] for stage in plan["stages"])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,150 @@
+"""convert, inspect, export and analyze through the entry point, on the packaged tiny models: good ones and broken ones."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_distill.cli import cli
+from mlx_distill.config import ASSETS
+
+SOURCE = ASSETS / "models" / "tiny-qwen3"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return Path(shutil.copytree(SOURCE, tmp_path / "source"))
+
+
+@pytest.fixture
+def converted(runner: Any, tmp_path: Path) -> Path:
+    result = runner.invoke(cli, ["convert", str(SOURCE), str(tmp_path / "converted")])
+    assert result.exit_code == 0, result.output
+    return tmp_path / "converted"
+
+
+def test_convert_says_what_it_would_do_and_does_it(runner: Any, tmp_path: Path) -> None:
+    arguments = ["convert", str(SOURCE), str(tmp_path / "out"), "--quantize", "affine4"]
+    plan = runner.invoke(cli, [*arguments, "--dry-run"])
+    assert plan.exit_code == 0, plan.output
+    assert "would be" in plan.stdout
+    assert not (tmp_path / "out").exists()
+    result = runner.invoke(cli, [*arguments, "--json"])
+    report = json.loads(result.stdout)
+    assert report["bits_per_weight"] < 32
+    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization"]["bits"] == 4
+
+
+def test_inspect_tells_good_from_damaged(runner: Any, converted: Path) -> None:
+    good = runner.invoke(cli, ["inspect", str(converted), "--verify"])
+    assert good.exit_code == 0, good.output
+    assert "verified" in good.stdout
+    report = json.loads(runner.invoke(cli, ["inspect", str(converted), "--json"]).stdout)
+    assert report["kind"] == "model"
+    assert report["problems"] == []
+    shard = sorted(converted.glob("*.safetensors"))[0]
+    raw = bytearray(shard.read_bytes())
+    raw[-1] ^= 1
+    shard.write_bytes(raw)
+    bad = runner.invoke(cli, ["inspect", str(converted), "--verify"])
+    assert bad.exit_code == 1
+    assert shard.name in bad.output
+
+
+def test_export_gives_the_source_back(runner: Any, converted: Path, tmp_path: Path) -> None:
+    result = runner.invoke(cli, ["export", str(converted), str(tmp_path / "back"), "--to", "hf"])
+    assert result.exit_code == 0, result.output
+    before, after = _tensors(SOURCE), _tensors(tmp_path / "back")
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype and mx.array_equal(before[name], after[name]) for name in before)
+
+
+def _tensors(folder: Path) -> dict[str, mx.array]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in mx.load(str(file)).items()}
+
+
+def test_export_to_peft_needs_an_adapter(runner: Any, converted: Path, tmp_path: Path) -> None:
+    result = runner.invoke(cli, ["export", str(converted), str(tmp_path / "peft"), "--to", "peft"])
+    assert result.exit_code == 1
+    assert result.stderr.startswith("error:")
+    assert not (tmp_path / "peft").exists()
+
+
+def _truncate(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[-1]
+    shard.write_bytes(shard.read_bytes()[:-1000])
+
+
+def _lose_a_shard(folder: Path) -> None:
+    sorted(folder.glob("*.safetensors"))[-1].unlink()
+
+
+def _edit_config(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) | changes
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+_BROKEN = {
+    "truncated": (_truncate, "model-00002-of-00002.safetensors"),
+    "missing shard": (_lose_a_shard, "model-00002-of-00002.safetensors"),
+    "wrong model_type": (lambda folder: _edit_config(folder, model_type="mystery"), "mystery"),
+    "wrong shape": (lambda folder: _edit_config(folder, hidden_size=96), ""),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "config.json"),
+    "config not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json"),
+}
+
+
+@pytest.mark.parametrize("case", _BROKEN)
+def test_a_broken_checkpoint_is_refused_by_name(runner: Any, source: Path, tmp_path: Path, case: str) -> None:
+    break_it, named = _BROKEN[case]
+    break_it(source)
+    result = runner.invoke(cli, ["convert", str(source), str(tmp_path / "out")])
+    lines = [line for line in result.stderr.splitlines() if line.startswith(("error:", "fix:"))]
+    assert result.exit_code == 1, result.output
+    assert [line.split(":")[0] for line in lines] == ["error", "fix"], result.stderr
+    assert "unexpected" not in lines[0]
+    assert named in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("option", "value"), [("--quantize", "int3"), ("--dtype", "float64")])
+def test_an_unknown_mode_is_refused(runner: Any, tmp_path: Path, option: str, value: str) -> None:
+    result = runner.invoke(cli, ["convert", str(SOURCE), str(tmp_path / "out"), option, value])
+    assert result.exit_code == 2, result.output
+    assert value in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "command", [["convert", "{here}/nope", "{here}/out"], ["inspect", "{here}/nope"], ["export", "{here}/nope", "{here}/out", "--to", "hf"]]
+)
+def test_a_path_that_is_not_there(runner: Any, tmp_path: Path, command: list[str]) -> None:
+    result = runner.invoke(cli, [part.format(here=tmp_path) for part in command])
+    assert result.exit_code == 1, result.output
+    assert "nope" in result.stderr.splitlines()[0]
+    assert "unexpected" not in result.stderr
+
+
+def test_analyze_answers_every_row(runner: Any, converted: Path, tmp_path: Path) -> None:
+    rows = [{"id": f"s{i}", "title": "Rain", "lyrics": f"Line {i}", "genre": "folk"} for i in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    result = runner.invoke(cli, ["analyze", str(converted), str(tmp_path / "rows.jsonl"), "--task", "music"])
+    assert result.exit_code == 0, result.output
+    answers = [json.loads(line) for line in result.stdout.splitlines()]
+    assert [answer["id"] for answer in answers] == ["s0", "s1", "s2"]
+    assert all((answer["answer"] is None) == (answer["error"] is not None) for answer in answers)
+    assert sum(answers[0]["label_probs"].values()) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_analyze_names_what_a_row_lacks_and_writes_nothing(runner: Any, converted: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text('{"title": "Rain"}\n', encoding="utf-8")
+    arguments = ["analyze", str(converted), str(tmp_path / "rows.jsonl"), "--task", "music", "--out", str(tmp_path / "answers.jsonl")]
+    result = runner.invoke(cli, arguments)
+    assert result.exit_code == 1
+    assert "lyrics" in result.stderr.splitlines()[0]
+    assert not (tmp_path / "answers.jsonl").exists()

@@ -1,0 +1,102 @@
+"""Values and gradients of the reference losses, for tests/losses.
+
+    pip install --no-deps trl==1.16.0          (Apache-2.0)
+    python tests/golden/make_losses.py
+
+Needs the parity extra (torch) and accelerate besides. All in float64 where the reference allows it (its chunked divergence is
+float32 inside). The reference has no T² factor; it is multiplied in here.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
+from trl.experimental.gkd.gkd_trainer import GKDTrainer
+from trl.experimental.gold.gold_trainer import ULDLoss
+from trl.experimental.server_distillation.server_distillation_trainer import _add_tail_bucket
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
+
+N, V, D, E, K = 6, 37, 8, 12, 5
+SETTINGS = [(beta, t) for beta in (0.0, 0.1, 0.5, 0.9, 1.0) for t in (1.0, 2.0)]
+
+
+def with_gradient(loss: torch.Tensor, *inputs: torch.Tensor) -> list[np.ndarray]:
+    """The losses a row, and the gradient of their sum by each input."""
+    gradients = torch.autograd.grad(loss.sum(), inputs)
+    return [loss.detach().numpy(), *(g.numpy() for g in gradients)]
+
+
+def divergences(out: dict[str, np.ndarray]) -> None:
+    """Generalised Jensen-Shannon divergence on logits, and total variation and skew KL by torch's own functions."""
+    teacher = torch.tensor(out["teacher_logits"], dtype=torch.float64)
+    for beta, t in SETTINGS:
+        student = torch.tensor(out["student_logits"], dtype=torch.float64, requires_grad=True)
+        jsd = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, temperature=t, reduction="none")
+        key = f"jsd.{beta}.{t}"
+        out[f"{key}.value"], out[f"{key}.grad"] = with_gradient(t**2 * jsd[0].sum(-1), student)
+    for t in (1.0, 2.0):
+        student = torch.tensor(out["student_logits"], dtype=torch.float64, requires_grad=True)
+        p, q = F.softmax(teacher / t, -1), F.softmax(student / t, -1)
+        out[f"tv.{t}.value"], out[f"tv.{t}.grad"] = with_gradient(t**2 * (p - q).abs().sum(-1) / 2, student)
+        q = F.softmax(student / t, -1)
+        skew = F.kl_div((0.1 * p + 0.9 * q).log(), p, reduction="none").sum(-1)
+        out[f"skew.{t}.value"], out[f"skew.{t}.grad"] = with_gradient(t**2 * skew, student)
+
+
+def bucket(out: dict[str, np.ndarray]) -> None:
+    """Forward KL over a top k and the reference's tail bucket."""
+    teacher = torch.tensor(out["teacher_logits"], dtype=torch.float64).log_softmax(-1)
+    student = torch.tensor(out["student_logits"], dtype=torch.float64, requires_grad=True)
+    top = teacher.topk(K, dim=-1)
+    valid = torch.ones_like(top.indices, dtype=torch.bool)
+    p, _ = _add_tail_bucket(top.values, valid)
+    q, _ = _add_tail_bucket(student.log_softmax(-1).gather(-1, top.indices), valid)
+    out["bucket.value"], out["bucket.grad"] = with_gradient(F.kl_div(q, p, reduction="none", log_target=True).sum(-1), student)
+
+
+def fused(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+    """Divergence from hidden states and heads, with gradients by the student's hidden state and head."""
+    for name, shape in {"h_s": (N, D), "w_s": (V, D), "h_t": (N, E), "w_t": (V, E)}.items():
+        out[name] = rng.normal(size=shape).astype(np.float32)
+    h_t, w_t = torch.tensor(out["h_t"]), torch.tensor(out["w_t"])
+    for beta, t in SETTINGS:
+        h_s, w_s = torch.tensor(out["h_s"], requires_grad=True), torch.tensor(out["w_s"], requires_grad=True)
+        value, _ = ChunkedDivergenceFunction.apply(h_s, w_s, None, h_t, w_t, None, beta, t, 1.0, None, 1.0, None)
+        key = f"fused.{beta}.{t}"
+        out[f"{key}.value"], out[f"{key}.grad_h"], out[f"{key}.grad_w"] = with_gradient(t**2 * value, h_s, w_s)
+
+
+def alignment(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+    """Groups of tokens between common byte boundaries."""
+    for case in range(5):
+        lengths = []
+        for mean in (2, 3):
+            parts = rng.integers(1, 2 * mean, size=40)
+            ends = np.cumsum(parts)
+            ends = np.append(ends[ends < 60], 60)
+            lengths.append(np.diff(ends, prepend=0))
+        offsets = [[(int(end - size), int(end)) for size, end in zip(side, np.cumsum(side), strict=True)] for side in lengths]
+        groups = zip(*ULDLoss._align_by_byte_offsets(*offsets), strict=True)
+        out[f"align.{case}.student"], out[f"align.{case}.teacher"] = lengths
+        out[f"align.{case}.spans"] = np.array([[s[0], s[-1] + 1, t[0], t[-1] + 1] for s, t in groups])
+
+
+def main() -> None:
+    """Write losses.npz beside this script."""
+    rng = np.random.default_rng(0)
+    out = {name: (2 * rng.normal(size=(N, V))).astype(np.float32) for name in ("student_logits", "teacher_logits")}
+    divergences(out)
+    bucket(out)
+    fused(out, rng)
+    alignment(out, rng)
+    np.savez_compressed(Path(__file__).parent / "losses.npz", **out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Trajectories of the reference optimizers, for tests/optim.
+
+    git clone https://github.com/jiaweizzhao/GaLore /tmp/GaLore     (Apache-2.0; commit 2cc66f8)
+    python tests/golden/make_optim.py /tmp/GaLore
+
+Needs the parity extra (torch). galore_torch is loaded file by file, since its package imports bitsandbytes and tensorly. The model is a
+small network of a tall matrix, a wide one and a vector; at each refresh the basis that the reference found is written down, since its
+signs are LAPACK's.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+STEPS, RANK, GAP = 20, 4, 8
+PROJECTIONS = ("std", "reverse_std", "left", "right", "full")
+
+
+def load_reference(folder: Path) -> tuple[Any, Any]:
+    """AdamW and GaLoreProjector of galore_torch, without what its package imports besides."""
+    package = types.ModuleType("galore_torch")
+    package.__path__ = [str(folder / "galore_torch")]
+    sys.modules["galore_torch"] = package
+    versions = types.ModuleType("transformers.utils.versions")
+    versions.require_version = lambda *args: None
+    tensor = types.ModuleType("galore_torch.galore_projector_tensor")
+    tensor.GaLoreProjectorTensor = None
+    for name in ("transformers", "transformers.utils"):
+        sys.modules[name] = types.ModuleType(name)
+    sys.modules |= {versions.__name__: versions, tensor.__name__: tensor}
+    modules = []
+    for name in ("galore_projector", "adamw"):
+        spec = importlib.util.spec_from_file_location(f"galore_torch.{name}", folder / "galore_torch" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[spec.name] = module
+        spec.loader.exec_module(module)
+        modules.append(module)
+    return modules[1].AdamW, modules[0].GaLoreProjector
+
+
+def network(start: dict[str, np.ndarray]) -> dict[str, torch.nn.Parameter]:
+    return {name: torch.nn.Parameter(torch.tensor(value)) for name, value in start.items()}
+
+
+def loss_of(p: dict[str, torch.nn.Parameter], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    hidden = torch.tanh(x @ p["up.weight"].T) * p["norm.weight"]
+    return ((hidden @ p["down.weight"].T - y) ** 2).mean()
+
+
+def run(p: dict[str, torch.nn.Parameter], optimizer: Any, x: np.ndarray, y: np.ndarray, bases: Any) -> dict[str, np.ndarray]:
+    losses, out = [], {}
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = loss_of(p, torch.tensor(x[step]), torch.tensor(y[step]))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        out |= bases(step)
+    out["losses"] = np.array(losses)
+    return out | {name: value.detach().numpy().copy() for name, value in p.items()}
+
+
+def main(folder: Path) -> None:
+    AdamW, _ = load_reference(folder)
+    random = np.random.default_rng(0)
+    start = {"up.weight": (random.normal(size=(12, 8)) / 3), "down.weight": (random.normal(size=(6, 12)) / 3), "norm.weight": np.ones(12)}
+    start = {name: value.astype(np.float32) for name, value in start.items()}
+    x = random.normal(size=(STEPS, 16, 8)).astype(np.float32)
+    y = np.tanh(x @ random.normal(size=(8, 6))).astype(np.float32)
+    tensors = {"x": x, "y": y} | {f"start.{name}": value for name, value in start.items()}
+    for projection in PROJECTIONS:
+        p = network(start)
+        low = [p["up.weight"], p["down.weight"]]
+        galore = {"params": low, "rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": projection}
+        optimizer = AdamW([{"params": [p["norm.weight"]]}, galore], lr=0.02, weight_decay=0.01, no_deprecation_warning=True)
+
+        def bases(step: int, p: Any = p, optimizer: Any = optimizer) -> dict[str, np.ndarray]:
+            if step % GAP:
+                return {}
+            out = {}
+            for name in ("up.weight", "down.weight"):
+                found = optimizer.state[p[name]]["projector"].ortho_matrix
+                for number, matrix in enumerate(found if isinstance(found, list) else [found]):
+                    out[f"basis.{step}.{name}.{number}"] = matrix.numpy().copy()
+            return out
+
+        tensors |= {f"{projection}.{key}": value for key, value in run(p, optimizer, x, y, bases).items()}
+    p = network(start)
+    optimizer = torch.optim.AdamW(p.values(), lr=0.02, weight_decay=0.01)
+    tensors |= {f"adamw.{key}": value for key, value in run(p, optimizer, x, y, lambda step: {}).items()}
+    path = Path(__file__).with_name("optim_trajectories.safetensors")
+    save_file({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

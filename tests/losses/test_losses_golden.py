@@ -1,0 +1,70 @@
+"""Against the field's reference (TRL, torch); made by tests/golden/make_losses.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_distill import losses
+from mlx_distill.records import TopK
+
+GOLDEN = dict(np.load(Path(__file__).parent.parent / "golden" / "losses.npz"))
+STUDENT, TEACHER = mx.array(GOLDEN["student_logits"]), mx.array(GOLDEN["teacher_logits"])
+KEYS = sorted(key.removesuffix(".value") for key in GOLDEN if key.endswith(".value"))
+
+
+def assert_close(got: mx.array, want: np.ndarray, tolerance: float = 1e-5) -> None:
+    np.testing.assert_allclose(np.array(got), want, rtol=tolerance, atol=tolerance * np.abs(want).max())
+
+
+def settings(kind: str) -> list[tuple[str, list[float]]]:
+    """Golden keys such as jsd.0.5.2.0 with their numbers: beta, temperature."""
+    keys = [key for key in KEYS if key.startswith(f"{kind}.")]
+    return [(key, [float(".".join(pair)) for pair in zip(*[iter(key.split(".")[1:])] * 2, strict=True)]) for key in keys]
+
+
+@pytest.mark.parametrize(("key", "numbers"), settings("jsd"))
+def test_jensen_shannon_equals_trl(key: str, numbers: list[float]) -> None:
+    beta, t = numbers
+    assert_close(losses.js_divergence(STUDENT, TEACHER, temperature=t, beta=beta), GOLDEN[f"{key}.value"])
+    grad = mx.grad(lambda z: losses.js_divergence(z, TEACHER, temperature=t, beta=beta).sum())(STUDENT)
+    assert_close(grad, GOLDEN[f"{key}.grad"])
+
+
+@pytest.mark.parametrize(("key", "numbers"), settings("tv") + settings("skew"))
+def test_variation_and_skew_equal_torch(key: str, numbers: list[float]) -> None:
+    loss = losses.total_variation if key.startswith("tv") else losses.skew_kl
+    assert_close(loss(STUDENT, TEACHER, temperature=numbers[0]), GOLDEN[f"{key}.value"])
+    grad = mx.grad(lambda z: loss(z, TEACHER, temperature=numbers[0]).sum())(STUDENT)
+    assert_close(grad, GOLDEN[f"{key}.grad"])
+
+
+def test_top_k_with_a_tail_equals_trl() -> None:
+    logprobs = TEACHER - mx.logsumexp(TEACHER, axis=-1, keepdims=True)
+    ids = mx.argsort(-logprobs, axis=-1)[:, :5]
+    targets = TopK(ids, mx.take_along_axis(logprobs, ids, axis=-1))
+    assert_close(losses.sparse_forward_kl(STUDENT, targets), GOLDEN["bucket.value"])
+    assert_close(mx.grad(lambda z: losses.sparse_forward_kl(z, targets).sum())(STUDENT), GOLDEN["bucket.grad"])
+
+
+@pytest.mark.parametrize(("key", "numbers"), settings("fused"))
+def test_head_and_divergence_in_one_equals_trl(key: str, numbers: list[float]) -> None:
+    beta, t = numbers
+    h, w, h_t, w_t = (mx.array(GOLDEN[name]) for name in ("h_s", "w_s", "h_t", "w_t"))
+
+    def loss(h: mx.array, w: mx.array) -> mx.array:
+        return losses.linear_divergence(h, w, h_t, w_t, divergence="js_divergence", beta=beta, temperature=t, train_head=True)
+
+    assert_close(loss(h, w), GOLDEN[f"{key}.value"], 3e-5)
+    by_hidden, by_head = mx.grad(lambda h, w: loss(h, w).sum(), argnums=(0, 1))(h, w)
+    assert_close(by_hidden, GOLDEN[f"{key}.grad_h"], 3e-5)
+    assert_close(by_head, GOLDEN[f"{key}.grad_w"], 3e-5)
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_spans_equal_trl(case: int) -> None:
+    student, teacher = (GOLDEN[f"align.{case}.{side}"] for side in ("student", "teacher"))
+    np.testing.assert_array_equal(losses.align_lengths(student, teacher), GOLDEN[f"align.{case}.spans"])

@@ -1,0 +1,246 @@
+"""Conversion: every tensor accounted for, exact or measured, in slabs, in shards, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_distill.files import check_folder, read_manifest
+from mlx_distill.models.convert import convert, convert_into
+from mlx_distill.models.load import load_model
+from mlx_distill.models.treatments import parse_mode
+
+NAMES = ("qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4")
+MODES = (
+    "affine2",
+    "affine3",
+    "affine4",
+    "affine5",
+    "affine6",
+    "affine8",
+    "mxfp4",
+    "nvfp4",
+    "mxfp8",
+    "mixed4",
+    "mixed-mxfp4",
+    "mixed-nvfp4",
+)
+
+
+def error(found: mx.array, wanted: mx.array) -> float:
+    return (mx.abs(found - wanted).max() / mx.abs(wanted).max()).item()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_converted_logits_equal_transformers_and_every_tensor_is_accounted_for(
+    name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
+) -> None:
+    report = convert(golden(name), tmp_path / "out", max_shard_bytes=30_000)
+    model, _ = load_model(tmp_path / "out", dtype="float32")
+    prompt, wanted = logits(name)
+    assert error(model(prompt), wanted) < 2e-5
+    assert report.largest_error == 0.0
+    table = json.loads((tmp_path / "out" / "tensors.json").read_text())
+    assert {row["name"] for row in table["tensors"]} == set(tools.all(tmp_path / "out"))
+    assert all(row["rule"] and row["source"] and row["file"] for row in table["tensors"])
+    shards = sorted((tmp_path / "out").glob("*.safetensors"))
+    assert len(shards) == len(table["shards"]) > 1
+    assert all(p.stat().st_size < 32_000 for p in shards)
+
+
+def test_every_source_byte_comes_out_once(golden: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "out")
+    before, after = tools.all(golden("gpt_oss_mxfp4")), tools.all(tmp_path / "out")
+    assert sum(len(d) for _, _, d in before.values()) == sum(len(d) for _, _, d in after.values())
+    assert sorted(b"".join(d for _, _, d in before.values())) == sorted(b"".join(d for _, _, d in after.values()))
+
+
+@pytest.mark.parametrize(("name", "quantize"), [("gpt_oss", None), ("gpt_oss_mxfp4", "affine4"), ("qwen3_moe", "nvfp4")])
+def test_the_size_of_slabs_and_shards_changes_no_bit_of_a_tensor(
+    name: str, quantize: str | None, golden: Any, tmp_path: Path, tools: Any
+) -> None:
+    convert(golden(name), tmp_path / "whole", quantize)
+    convert(golden(name), tmp_path / "rows", quantize, max_shard_bytes=9_000, memory_bytes=1)  # slabs of one row
+    assert tools.all(tmp_path / "whole") == tools.all(tmp_path / "rows")
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_loads_and_packs_as_mlx_does(mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+    """The twin: mx.quantize of the whole weight at once."""
+    report = convert(golden("gpt_oss"), tmp_path / "out", mode)
+    model, config = load_model(tmp_path / "out", dtype="float32")
+    prompt, _ = logits("gpt_oss")
+    assert mx.all(mx.isfinite(model(prompt))).item()
+    source, _ = load_model(golden("gpt_oss"))
+    packed = model.model.layers[0].self_attn.o_proj
+    want = mx.quantize(source.model.layers[0].self_attn.o_proj.weight, packed.group_size, packed.bits, mode=packed.mode)
+    assert mx.array_equal(packed.weight, want[0])
+    assert mx.array_equal(packed.scales, want[1].astype(packed.scales.dtype))
+    assert not hasattr(model.model.layers[0].mlp.router, "bits")
+    rows = {row.name: row for row in report.rows}
+    assert rows["model.layers.0.mlp.router.weight"].note == "kept by 'router'"
+    assert 0 < report.largest_error < 1
+    assert config["quantization"]["bits"] in (2, 3, 4, 5, 6, 8)
+
+
+def test_the_errors_in_the_table_are_those_of_the_weights(golden: Any, tmp_path: Path) -> None:
+    report = convert(golden("qwen3_yarn"), tmp_path / "out", "affine4")
+    before, _ = load_model(golden("qwen3_yarn"))
+    after, _ = load_model(tmp_path / "out")
+    q = after.model.layers[1].self_attn.o_proj
+    w = np.array(before.model.layers[1].self_attn.o_proj.weight.astype(mx.float32), np.float64)
+    back = np.array(mx.dequantize(q.weight, q.scales, q.biases, q.group_size, q.bits, q.mode).astype(mx.float32), np.float64)
+    row = next(r for r in report.rows if r.name == "model.layers.1.self_attn.o_proj.weight")
+    assert row.error == pytest.approx(np.sqrt(np.square(w - back).sum() / np.square(w).sum()), rel=1e-5)
+    assert row.largest == pytest.approx(np.abs(w - back).max(), rel=1e-5)
+
+
+def test_mxfp4_experts_pass_through_any_mode_bit_for_bit(golden: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "plain")
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "packed", "affine4", "float32")
+    plain, packed = tools.all(tmp_path / "plain"), tools.all(tmp_path / "packed")
+    experts = [n for n in plain if ".experts." in n and n.endswith((".weight", ".scales"))]
+    assert len(experts) == 12
+    assert all(plain[n] == packed[n] for n in experts)
+
+
+def test_mixed_recipes_keep_head_and_embeddings_higher(golden: Any, tmp_path: Path) -> None:
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "out", "mixed4")
+    model, config = load_model(tmp_path / "out")
+    assert (model.lm_head.bits, model.model.embed_tokens.bits, model.model.layers[0].self_attn.q_proj.bits) == (8, 8, 4)
+    assert config["quantization"]["lm_head"]["bits"] == 8
+
+
+def test_a_tied_head_in_the_source_is_left_out_with_its_reason(copy: Any, tools: Any, tmp_path: Path) -> None:
+    folder = copy("qwen2")
+    name = "model.embed_tokens.weight"
+    path = tools.file_of(folder, name)
+    tensors = tools.read(path)
+    tensors["lm_head.weight"] = tensors[name]
+    tools.write(path, tensors)
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"]["lm_head.weight"] = path.name
+    index.write_text(json.dumps(raw))
+    assert convert(folder, tmp_path / "out").left_out == (("lm_head.weight", "tied to the embedding"),)
+
+
+@pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("float16", False)])
+def test_types_change_when_told_and_the_error_is_stated(dtype: str, exact: bool, golden: Any, logits: Any, tmp_path: Path) -> None:
+    report = convert(golden("qwen3"), tmp_path / "out", dtype=dtype)
+    model, config = load_model(tmp_path / "out")
+    assert str(model.model.norm.weight.dtype).endswith(dtype)
+    assert config["dtype"] == dtype
+    assert (report.largest_error == 0.0) is exact
+    prompt, wanted = logits("qwen3")
+    assert error(model(prompt).astype(mx.float32), wanted) < (2e-5 if exact else 0.05)
+
+
+def test_dry_run_writes_nothing_and_tells_the_same_table(golden: Any, tmp_path: Path) -> None:
+    plan = convert(golden("gpt_oss_mxfp4"), tmp_path / "out", "affine4", dry_run=True)
+    assert not list(tmp_path.iterdir())
+    real = convert(golden("gpt_oss_mxfp4"), tmp_path / "out", "affine4")
+    assert [(r.name, r.stored, r.bits, r.note) for r in plan.rows] == [(r.name, r.stored, r.bits, r.note) for r in real.rows]
+    assert plan.stored_bytes == real.stored_bytes
+    assert any("model.layers.0.mlp.experts.up_proj.weight" in line and "mxfp4" in line for line in plan.lines())
+
+
+def test_a_second_run_finds_the_work_done_and_another_mode_replaces_it(golden: Any, tmp_path: Path, tools: Any) -> None:
+    first = convert(golden("qwen3"), tmp_path / "out")
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    again = convert(golden("qwen3"), tmp_path / "out")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == before
+    assert (again.rows, again.stored_bytes) == (first.rows, first.stored_bytes)
+    convert(golden("qwen3"), tmp_path / "out", "mxfp8")
+    assert load_model(tmp_path / "out")[1]["quantization"]["mode"] == "mxfp8"
+
+
+def test_the_manifest_has_the_hash_of_every_file(golden: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert manifest is not None
+    assert check_folder(tmp_path / "out", manifest, verify=True) is None
+    assert set(manifest.files) == {p.name for p in (tmp_path / "out").iterdir()} - {"manifest.json"}
+
+
+def test_converting_what_is_converted_changes_no_weight(golden: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "one", "affine4")
+    convert(tmp_path / "one", tmp_path / "two")
+    assert tools.all(tmp_path / "one") == tools.all(tmp_path / "two")
+
+
+def test_a_stage_folder_is_filled_without_a_manifest(golden: Any, tmp_path: Path) -> None:
+    report = convert_into(golden("qwen3"), tmp_path / "partial")
+    assert report.resumed == 0
+    assert not (tmp_path / "partial" / "manifest.json").exists()
+    stamp = next((tmp_path / "partial").glob("*.safetensors")).stat().st_mtime_ns
+    assert convert_into(golden("qwen3"), tmp_path / "partial").resumed == 1
+    assert next((tmp_path / "partial").glob("*.safetensors")).stat().st_mtime_ns == stamp
+    assert convert_into(golden("qwen3"), tmp_path / "partial", dtype="float32").resumed == 0
+
+
+def test_progress_counts_every_megabyte(golden: Any, tmp_path: Path) -> None:
+    import io
+
+    from mlx_distill.progress import PlainProgress
+
+    seen = io.StringIO()
+    convert(golden("qwen3"), tmp_path / "out", progress=PlainProgress(seen))
+    assert "convert" in seen.getvalue()
+
+
+KILLED = """
+import sys, time
+from mlx_distill.models import writer
+from mlx_distill.models.convert import convert
+real = writer._Sink._write
+def slow(self, data):
+    time.sleep(0.004)
+    real(self, data)
+writer._Sink._write = slow
+print("go", flush=True)
+convert(sys.argv[1], sys.argv[2], "affine4", max_shard_bytes=4000)
+print("done", flush=True)
+"""
+
+
+def test_killed_at_random_moments_it_goes_on_and_ends_the_same(golden: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "whole", "affine4", max_shard_bytes=4000)
+    out, partial = tmp_path / "out", tmp_path / ".out.partial"
+    rng, kills = random.Random(0), 0
+    stamps: dict[str, int] = {}
+    while not out.exists():
+        command = [sys.executable, "-c", KILLED, str(golden("gpt_oss_mxfp4")), str(out)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ})
+        assert process.stdout is not None
+        assert process.stdout.readline() == "go\n"
+        if kills < 3:
+            time.sleep(rng.uniform(0.1, 0.5))
+            process.send_signal(signal.SIGKILL)
+        process.wait(60)
+        process.stdout.close()
+        kills += 1
+        now = {
+            p.name: p.stat().st_mtime_ns for p in partial.glob("model-*.safetensors") if (partial / "scratch" / f"{p.name}.json").exists()
+        }
+        assert all(now[name] == stamp for name, stamp in stamps.items() if name in now), "a finished shard was written again"
+        stamps = now
+    assert kills > 1
+    assert tools.bits(out) == tools.bits(tmp_path / "whole")
+    assert not partial.exists()
+
+
+def test_modes_by_name() -> None:
+    assert parse_mode("affine4", 32).config == {"group_size": 32, "bits": 4, "mode": "affine"}
+    assert parse_mode("mxfp4").config == {"group_size": 32, "bits": 4, "mode": "mxfp4"}

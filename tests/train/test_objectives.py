@@ -1,0 +1,173 @@
+"""Objectives: each term against a plain statement of it, row by row; dense against tiled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from train.tiny import VOCABULARY, TinyModel, collate, make_model, make_rows
+
+from mlx_distill.errors import ConfigError
+from mlx_distill.losses.cross_tokenizer import CellMap
+from mlx_distill.losses.labels import LabelTokens
+from mlx_distill.recipe import DistillConfig
+from mlx_distill.records import Batch
+from mlx_distill.train.gradients import global_norm, window_gradients
+from mlx_distill.train.kd import kd
+from mlx_distill.train.objectives import Objective, sft
+from mlx_distill.train.pairs import Pair, collate_pairs, make_pair
+
+LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
+TEACHER = 19
+CELLS = CellMap(
+    student=np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),
+    teacher=np.minimum(np.arange(TEACHER), 12).astype(np.int32),
+    cells=14,
+    shared=12,
+)
+
+
+def make_pairs(count: int, seed: int = 0) -> list[Pair]:
+    random = np.random.default_rng(seed)
+    pairs = []
+    for tokens, _ in make_rows(count, seed, low=6, high=11):
+        start, answer = 3, len(tokens) - 4
+        theirs = answer - 1
+        # The student's last two tokens before the stop are one of the teacher's; all others are alike.
+        spans = np.array([[i, i + 1, i, i + 1] for i in range(theirs - 1)] + [[theirs - 1, answer, theirs - 1, theirs]]).reshape(-1, 4)
+        logits = random.normal(size=(theirs + 1, TEACHER))
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        order = np.argsort(-logprobs, axis=1)[:, :4]
+        pairs.append(
+            make_pair(
+                np.array(tokens), start, spans, teacher_logprobs=logprobs[:, 0].astype(np.float32), topk_ids=order.astype(np.int32),
+                topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
+                label_at=start + 1 if len(pairs) % 3 else None, label_logprobs=np.log(random.dirichlet([1, 1, 1])).tolist(),
+            )
+        )  # fmt: skip
+    return pairs
+
+
+PAIRS = make_pairs(6)
+
+
+def batches(size: int) -> list[Batch]:
+    return [collate_pairs(PAIRS, list(range(i, min(i + size, len(PAIRS)))), 0, 3, multiple=4) for i in range(0, len(PAIRS), size)]
+
+
+def settings(**changes: Any) -> DistillConfig:
+    return DistillConfig(**changes)
+
+
+def objective(kind: str, **more: Any) -> Objective:
+    return kd(settings(token_loss=kind), labels=LABELS, cells=CELLS, same_tokenizer=kind == "kl", **more)
+
+
+def softmax(z: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    e = np.exp(z / temperature - (z / temperature).max())
+    return e / e.sum()
+
+
+def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
+    """The three terms, said row by row in float64."""
+    label, token, text = [], [], []
+    for pair in PAIRS:
+        logits = np.array(model(mx.array(pair.tokens[None, :-1])))[0].astype(np.float64)
+        logprobs = np.log(np.array([softmax(z) for z in logits]))
+        text += [-logprobs[j - 1, pair.tokens[j]] for j in range(pair.start, len(pair.tokens))]
+        if pair.label_at is not None and pair.label_logprobs is not None:
+            q = np.array([np.exp(logprobs[pair.label_at - 1, list(ids)]).sum() for ids in LABELS.ids])
+            p, q = softmax(pair.label_logprobs.astype(np.float64), 4.0), softmax(np.log(q / q.sum()), 4.0)
+            label.append(16 * (p * np.log(p / q)).sum())
+        if kind == "alm":
+            for (a, b), theirs in zip(pair.spans, pair.span_logprobs, strict=True):
+                ours = sum(logprobs[j - 1, pair.tokens[j]] for j in range(a, b))
+                p, q = np.exp(theirs / 100 - 1e-6), np.exp(ours / 100 - 1e-6)
+                token.append(100 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))))
+            continue
+        for j, ids, theirs in zip(pair.starts, pair.topk_ids, pair.topk_logprobs, strict=True):
+            groups: dict[int, tuple[float, float]] = {}
+            for i, lp in zip(ids, theirs, strict=True):
+                cell = int(CELLS.teacher[i]) if kind == "cells" else int(i)
+                groups[cell] = (groups.get(cell, (0.0, 0.0))[0] + np.exp(float(lp)), 0.0)
+            ours = np.exp(logprobs[j - 1])
+            for cell in groups:
+                members = CELLS.student == cell if kind == "cells" else np.arange(VOCABULARY) == cell
+                groups[cell] = (groups[cell][0], ours[members].sum())
+            p, q = (np.array([g[side] for g in groups.values()]) for side in (0, 1))
+            rest_p, rest_q = 1 - p.sum(), 1 - q.sum()
+            token.append((p * np.log(p / q)).sum() + rest_p * np.log(rest_p / rest_q))
+    return {"label": float(np.mean(label)), "token": float(np.mean(token)), "text": float(np.mean(text))}
+
+
+@pytest.mark.parametrize("dense_limit", [0, 1 << 24])
+@pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
+def test_each_term_is_the_mean_of_its_plain_statement(kind: str, dense_limit: int) -> None:
+    model = make_model()
+    model.lm_head.freeze()
+    result = window_gradients(model, batches(2), objective(kind, dense_limit=dense_limit))
+    expected = plain_terms(model, kind)
+    for name, value in expected.items():
+        assert result.terms[name] == pytest.approx(value, rel=2e-4), name
+    assert result.loss == pytest.approx(0.7 * expected["label"] + 0.3 * expected["token"] + 0.3 * expected["text"], rel=2e-4)
+    assert result.weights["label"] == 4.0
+
+
+@pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
+def test_tiled_equals_dense_in_gradient_and_the_cut_does_not_matter(kind: str) -> None:
+    model = make_model()
+    model.lm_head.freeze()
+    plain = window_gradients(model, batches(6), objective(kind))
+    for size, limit in ((6, 0), (1, 1 << 24), (4, 0)):
+        other = window_gradients(model, batches(size), objective(kind, dense_limit=limit))
+        assert other.loss == pytest.approx(plain.loss, rel=1e-5)
+        assert global_norm(other.gradients) == pytest.approx(global_norm(plain.gradients), rel=1e-5)
+        for name, gradient in plain.gradients.items():
+            assert mx.allclose(other.gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 24])
+def test_a_head_that_learns_gets_its_gradient(limit: int) -> None:
+    model, batch = make_model(), collate(make_rows(4), [0, 1, 2, 3])
+    result = window_gradients(model, [batch], sft(dense_limit=limit))
+    assert mx.abs(result.gradients["lm_head.weight"]).max().item() > 1e-3
+
+
+def test_a_batch_without_a_trained_token_counts_in_no_term() -> None:
+    batch = batches(2)[0]
+    empty = replace(batch, mask=batch.mask * 0, rows=())
+    assert objective("cells").weights(empty) == {"label": 0.0, "token": 0.0, "text": 0.0}
+    model = make_model()
+    one, two = window_gradients(model, [batch], objective("cells")), window_gradients(model, [batch, empty], objective("cells"))
+    assert one.loss == two.loss
+
+
+def test_terms_without_a_coefficient_are_left_out() -> None:
+    text = kd(settings(label_weight=0.0, token_weight=0.0))
+    assert set(text.coefficients) == {"text"}
+    assert set(kd(settings(token_loss="none"), labels=LABELS).coefficients) == {"label", "text"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"token_loss": "kl"}, {"labels": LABELS, "cells": CELLS}),
+        ({"token_loss": "cells"}, {"labels": LABELS}),
+        ({}, {"cells": CELLS}),
+        ({"label_weight": 0.0, "token_weight": 0.0, "text_weight": 0.0}, {}),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_a_cure(changes: dict, given: dict) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kd(settings(**changes), **given)
+    assert caught.value.fix
+
+
+def test_rows_without_a_label_still_train_the_rest() -> None:
+    pairs = [replace(pair, label_at=None, label_logprobs=None) for pair in PAIRS]
+    batch = collate_pairs(pairs, [0, 1], 0, 3)
+    result = window_gradients(make_model(), [batch], objective("cells"))
+    assert result.weights["label"] == 0.0 and result.terms["label"] == 0.0 and np.isfinite(result.loss) and result.terms["token"] > 0
