@@ -19,7 +19,19 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import ASSETS, keyed, resolve_asset, to_mapping
 from mlx_distill.errors import ConfigError, FileError
-from mlx_distill.files import Manifest, check_folder, digest, lock_folder, open_partial, publish, read_manifest, recover, sha256, stage_key
+from mlx_distill.files import (
+    Manifest,
+    check_folder,
+    digest,
+    lock_folder,
+    open_partial,
+    publish,
+    read_manifest,
+    recover,
+    remove_leftovers,
+    sha256,
+    stage_key,
+)
 from mlx_distill.progress import NullProgress, Progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.runtime import machine, stop_on_signal, versions
@@ -115,7 +127,7 @@ def _evaluation(recipe: Recipe, name: str, seen: Mapping[str, Any]) -> Stage:
 
     folder = {"teacher_before": "teacher_base", "student_before": "student_base"}.get(name, name)
     # An adapter folder is not a model without its base.
-    base = {"teacher": ("teacher_base",), "student": ("student_base",), "student_labels": ("student_base",), "student_text": ("student_base",)}
+    base = {"teacher": ("teacher_base",)} | dict.fromkeys(("student", "student_labels", "student_text"), ("student_base",))
     settings = {k: v for k, v in keyed(recipe.evaluate).items() if k != "models"}
     return Stage(
         f"evaluations/{name}", "evaluate", 1, {**settings, **seen, "model": name}, (folder, *base.get(folder, ()), "data"),
@@ -182,10 +194,9 @@ class _Runner:
 
     def state(self, stage: Stage, forced: bool) -> str:
         """``current``, or why the stage is to be made."""
-        if any(name not in self.manifests or name in self.made for name in stage.parents):
-            missing = [name for name in stage.parents if name not in self.manifests]
-            if missing:
-                return f"to do: after {', '.join(missing)}"
+        missing = [name for name in stage.parents if name not in self.manifests]
+        if missing:
+            return f"to do: after {', '.join(missing)}"
         folder = self.out / stage.name
         manifest = read_manifest(folder)
         if manifest is None:
@@ -230,7 +241,7 @@ def run(
         resume: False makes every stage again.
         overrides: ``KEY=VALUE`` texts over the recipe, such as ``distill.learning_rate=1e-5``.
         from_stage: Make this stage again, and all that follow from it.
-        only: Make this stage alone; its parents must be current.
+        only: Make this stage alone, from its parents as they stand.
         dry_run: Return the :class:`Plan` and write nothing.
         progress: Where progress is told; silent by default.
 
@@ -251,6 +262,7 @@ def run(
     if dry_run:
         return _plan(runner, stages, from_stage)
     with lock_folder(out), stop_on_signal() as stop:
+        remove_leftovers(out)
         from mlx_distill.report import build_report, write_report
         from mlx_distill.stages import Context
 
@@ -266,7 +278,6 @@ def run(
 
 
 def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | None, only: str | None) -> None:
-    forced = not runner.resume or stage.command in (from_stage, only) and not (only and stage.command != only)
     if only is not None and stage.command != only:
         manifest = read_manifest(runner.out / stage.name)
         if manifest is not None:
@@ -275,10 +286,11 @@ def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | Non
     if only is not None:
         missing = [name for name in stage.parents if name not in runner.manifests]
         if missing:
-            raise FileError(f"{runner.out / missing[0]} is not there yet", fix=f"run first: mlx-distill run {runner.recipe.name} --out {runner.out}")
-        forced = False
-    state = runner.state(stage, forced)
-    if state == "current":
+            first = f"mlx-distill run {runner.recipe.name} --out {runner.out}"
+            raise FileError(f"{runner.out / missing[0]} is not there yet", fix=f"run first: {first}")
+    # What follows from a stage that was asked for is made again even where its parents came out the same.
+    follows = from_stage is not None and any(name in runner.made for name in stage.parents)
+    if runner.state(stage, not runner.resume or stage.command == from_stage or follows) == "current":
         runner.progress.note(f"{stage.name}: current")
         runner.manifests[stage.name] = read_manifest(runner.out / stage.name)  # type: ignore[assignment]
         return
@@ -294,7 +306,8 @@ def _plan(runner: _Runner, stages: Sequence[Stage], from_stage: str | None) -> P
             runner.manifests[stage.name] = manifest
         reads = [str(runner.out / name) for name in stage.parents] + list(stage.inputs)
         settings = {k: v for k, v in stage.config.items() if k not in ("task", "sources") and v not in (None, [], {}, "")}
-        rows.append({"command": stage.command, "writes": str(runner.out / stage.name), "reads": reads, "state": state, "settings": settings})
+        writes = str(runner.out / stage.name)
+        rows.append({"command": stage.command, "writes": writes, "reads": reads, "state": state, "settings": settings})
     rows.append({
         "command": "report", "writes": str(runner.out / "report.html"), "state": "to do", "settings": {},
         "reads": [str(runner.out / s.name) for s in stages if s.command == "evaluate"],

@@ -55,7 +55,8 @@ class Progress(Protocol):
 class Estimate:
     """Seconds left, from the rate of the last half minute.
 
-    The first steps (warm-up, compilation) soon leave the window, and what a resumed run had done before never enters it.
+    The time until the first step (loading, compilation) counts only while there is nothing else to go by. What a resumed run
+    had done before is no speed, whether it was told as ``start`` or comes as a jump at the first step.
 
     >>> now = [0.0]
     >>> estimate = Estimate(total=10, start=0, clock=lambda: now[0])
@@ -68,11 +69,14 @@ class Estimate:
         self.total, self.clock = total, clock
         self.began = clock()
         self._seen: deque[tuple[float, float]] = deque([(self.began, start)])
+        self._moving = False
 
     def left(self, done: float) -> float | None:
         """Seconds left when ``done`` units are done now, or None where nothing can be said."""
         now = self.clock()
         self._seen.append((now, done))
+        if not self._moving and len(self._seen) > 2:
+            self._moving = bool(self._seen.popleft())
         while len(self._seen) > 2 and now - self._seen[1][0] >= _WINDOW_S:
             self._seen.popleft()
         then, before = self._seen[0]

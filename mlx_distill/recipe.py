@@ -13,6 +13,10 @@ from mlx_distill.task import Task, load_task
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
+MODES = ["affine4", "affine8", "mxfp4", "nvfp4", "mxfp8"]
+FLOATS = ["float32", "bfloat16", "float16"]
+TEXTS = ["greedy", "data"]
+TOKEN_LOSSES = ["auto", "kl", "cells", "alm", "none"]
 
 
 @dataclass(frozen=True)
@@ -48,7 +52,9 @@ class DataConfig:
     rating_field: str = option("rating", "the field that min_rating looks at")
     domains: list[str] = option([], "keep rows whose domain field is one of these; empty keeps all")
     domain_field: str = option("domain", "the field that domains looks at")
-    near_duplicates: float = option(0.85, "Jaccard similarity of word shingles from which two rows are the same; 0 turns it off", low=0.0, high=1.0)
+    near_duplicates: float = option(
+        0.85, "Jaccard similarity of word shingles from which two rows are the same; 0 turns it off", low=0.0, high=1.0
+    )
     split_field: str = option("split", "the field in which a row names its own split")
     drop_invalid: bool = option(False, "leave out rows that do not fit the task, and count them, where otherwise they are an error")
     seed: int = option(0, "seed of the split", low=0)
@@ -58,8 +64,8 @@ class DataConfig:
 class ConvertConfig:
     """Convert: a Hugging Face checkpoint to an MLX folder, numerically the same."""
 
-    quantize: str | None = option(None, "mode of the converted weights; none keeps them", choices=["affine4", "affine8", "mxfp4", "nvfp4", "mxfp8"])
-    dtype: str | None = option(None, "type of the floating-point weights; none keeps each tensor's own", choices=["float32", "bfloat16", "float16"])
+    quantize: str | None = option(None, "mode of the converted weights; none keeps them", choices=MODES)
+    dtype: str | None = option(None, "type of the floating-point weights; none keeps each tensor's own", choices=FLOATS)
     revision: str | None = option(None, "commit or tag of a Hub model")
 
 
@@ -101,7 +107,7 @@ class TeachConfig(TrainConfig):
 class TargetsConfig:
     """Targets: what the teacher says of the training rows, written once."""
 
-    text: str = option("greedy", "the text that the student learns: the teacher's greedy answer, or the row's own", choices=["greedy", "data"])
+    text: str = option("greedy", "the text that the student learns: the teacher's greedy answer, or the row's own", choices=TEXTS)
     top_k: int = option(32, "tokens kept of each distribution", low=1, high=1024)
     batch_size: int = option(16, "rows at a time", low=1, keyed=False)
     max_rows: int = option(0, "training rows scored; 0 for all", low=0)
@@ -117,9 +123,7 @@ class DistillConfig(TrainConfig):
     label_temperature: float = option(4.0, "T of that loss; the factor T squared is inside", low=0.01)
     text_weight: float = option(0.3, "weight of the cross-entropy on the teacher's text", low=0.0)
     token_weight: float = option(0.3, "weight of the token-level loss", low=0.0)
-    token_loss: str = option(
-        "auto", "the token-level loss; auto: KL where the vocabularies are equal, else cells", choices=["auto", "kl", "cells", "alm", "none"]
-    )
+    token_loss: str = option("auto", "the token-level loss; auto: KL where the vocabularies are equal, else cells", choices=TOKEN_LOSSES)
     temperature: float = option(1.0, "T of the token-level loss", low=0.01)
 
 
@@ -127,7 +131,7 @@ class DistillConfig(TrainConfig):
 class QuantizeConfig:
     """Quantize: what is not MXFP4 already goes to few bits."""
 
-    mode: str = option("affine4", "mode of the quantized weights", choices=["affine4", "affine8", "mxfp4", "nvfp4", "mxfp8"])
+    mode: str = option("affine4", "mode of the quantized weights", choices=MODES)
     group_size: int = option(0, "weights that share a scale; 0: the mode's own", low=0)
     adapter: str = option("merge", "the adapter is merged before, or kept beside the quantized base", choices=["merge", "keep"])
     keep: list[str] = option(["router"], "parts of module names that keep their type")
@@ -161,7 +165,7 @@ class Recipe:
     student: str = option(help="a Hub id, a folder, or asset:NAME")
     description: str = option("", "one line for the list of recipes", keyed=False)
     compute_dtype: str | None = option(
-        None, "type in which weights that are not quantized compute; none keeps the checkpoint's", choices=["float32", "bfloat16", "float16"]
+        None, "type in which weights that are not quantized compute; none keeps the checkpoint's", choices=FLOATS
     )
     data: DataConfig = option(DataConfig, "prepare")
     convert: ConvertConfig = option(ConvertConfig, "convert")

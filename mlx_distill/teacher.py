@@ -91,7 +91,7 @@ def _read(
         logits = project(head(model), hidden[mx.array(rows[part]), mx.array(positions[part])]).astype(mx.float32)
         k = min(top_k, logits.shape[-1])
         total = mx.logsumexp(logits, axis=-1, keepdims=True)
-        best = mx.argpartition(-logits, kth=k - 1, axis=-1)[:, :k]
+        best = mx.argpartition(-logits, kth=k - 1, axis=-1)[:, :k].astype(mx.int32)
         values = mx.take_along_axis(logits, best, axis=-1)
         order = mx.argsort(-values, axis=-1)
         ids.append(mx.take_along_axis(best, order, axis=-1))

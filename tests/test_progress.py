@@ -39,6 +39,14 @@ def test_estimate_of_a_resumed_task_counts_this_run_only(clock: _Clock) -> None:
     assert estimate.left(95) == pytest.approx(10.0)
 
 
+def test_a_jump_at_the_first_step_is_not_taken_for_speed(clock: _Clock) -> None:
+    estimate = Estimate(total=100, clock=clock)
+    clock.now += 1
+    estimate.left(90)  # resumed, and nobody said so
+    clock.now += 2
+    assert estimate.left(91) == pytest.approx(18.0)
+
+
 @pytest.mark.parametrize("total", [None, 0])
 def test_no_total_no_estimate(total: int | None, clock: _Clock) -> None:
     estimate = Estimate(total, clock=clock)

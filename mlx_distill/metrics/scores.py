@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlx_distill.metrics.statistics import Estimate, mean_estimate, newcombe, rate
+from mlx_distill.metrics.statistics import Estimate, mean_estimate, newcombe, rate, wilson
 
 Row = Mapping[str, Any]
 FEW = 30
@@ -133,14 +133,20 @@ def false_negative_rate(counts: Counts, confidence: float = 0.95) -> Estimate:
     return rate(counts.false_negative, counts.positives, confidence)
 
 
-def f1(counts: Counts, confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0) -> Estimate:
-    """``2 TP / (2 TP + FP + FN)`` with a percentile bootstrap interval over the items.
+def f1(counts: Counts, confidence: float = 0.95) -> Estimate:
+    """``2 TP / (2 TP + FP + FN)``.
+
+    It rises with the share ``J = TP / (TP + FP + FN)`` of the items that somebody calls positive, as ``2 J / (1 + J)``, so the ends of
+    Wilson's interval of ``J`` give those of F1; ``n`` counts these items.
 
     >>> round(f1(Counts(8, 2, 9, 1))["value"], 4)
     0.8421
     """
-    cells = np.array([[counts.true_negative, counts.false_positive], [counts.false_negative, counts.true_positive]])
-    return _f1_estimate(cells, [1], confidence, resamples, seed)
+    share = rate(counts.true_positive, counts.true_positive + counts.false_positive + counts.false_negative, confidence)
+    if share["value"] is None or share["low"] is None or share["high"] is None:
+        return share
+    value, low, high = (2 * x / (1 + x) for x in (share["value"], share["low"], share["high"]))
+    return {"value": value, "low": low, "high": high, "n": share["n"]}
 
 
 def macro_f1(
@@ -154,25 +160,22 @@ def macro_f1(
     >>> macro_f1([row], "kind", ["a", "b"])["value"]
     1.0
     """
-    cells = np.array(confusion(rows, label, labels)["counts"]).reshape(len(labels), len(labels) + 1)
-    return _f1_estimate(cells, range(len(labels)), confidence, resamples, seed)
-
-
-def _f1_estimate(cells: Int[np.ndarray, "truth answer"], classes: Sequence[int], confidence: float, resamples: int, seed: int) -> Estimate:
-    n = int(cells.sum())
-    value = _mean_f1(cells[None], classes)[0]
+    cells = np.array(confusion(rows, label, labels)["counts"], dtype=np.int64).reshape(len(labels), len(labels) + 1)
+    n, value = int(cells.sum()), float(_mean_f1(cells[None])[0])
     if n == 0 or np.isnan(value):
         return {"value": None, "low": None, "high": None, "n": n}
     # Drawing n items with replacement is drawing the cells' counts from a multinomial.
     draws = np.random.default_rng(seed).multinomial(n, cells.ravel() / n, size=resamples).reshape(resamples, *cells.shape)
-    low, high = np.nanquantile(_mean_f1(draws, classes), [0.5 - confidence / 2, 0.5 + confidence / 2])
-    return {"value": float(value), "low": float(low), "high": float(high), "n": n}
+    low, high = (float(x) for x in np.nanquantile(_mean_f1(draws), [0.5 - confidence / 2, 0.5 + confidence / 2]))
+    if low == high:  # all right or all wrong: resampling finds no doubt where there is some
+        low, high = wilson(round(value * n), n, confidence)
+    return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _mean_f1(cells: Int[np.ndarray, "r truth answer"], classes: Sequence[int]) -> Float[np.ndarray, " r"]:
+def _mean_f1(cells: Int[np.ndarray, "r truth answer"]) -> Float[np.ndarray, " r"]:
     """Mean F1 of each of many confusion matrices ``[r, truth, answer]``; NaN where no class occurs."""
     columns = []
-    for index in classes:
+    for index in range(cells.shape[1]):
         named = cells[:, index, :].sum(1) + cells[:, :, index].sum(1)
         with np.errstate(invalid="ignore"):
             columns.append(2 * cells[:, index, index] / np.where(named > 0, named, np.nan))

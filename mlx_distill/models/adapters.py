@@ -16,8 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_distill.errors import ModelError
 from mlx_distill.files import atomic_path, write_json
 from mlx_distill.models.checkpoint import read_header
+from mlx_distill.models.config_files import ADAPTER_CONFIG, read_object
 from mlx_distill.models.hub import resolve
-from mlx_distill.models.load import ADAPTER_CONFIG, read_object
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 
 ADAPTER_FILE = "adapters.safetensors"

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,37 @@ FLOATS = ("F32", "F16", "BF16")
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _MAX_HEADER = 100_000_000  # the format's own limit
 _DOWNLOAD = "download or copy the checkpoint again"
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A tensor whose rows can be read: one in a file, or one that is computed while it is read."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> str:
+        """Its safetensors type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def file(self) -> Path:
+        """The file that it comes from."""
+
+    @property
+    def where(self) -> str:
+        """``file: tensor 'name'``, for messages."""
+
+    def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
+        """Rows of the tensor seen as a matrix with ``columns`` columns (the last dimension if not given), as raw unsigned integers."""
+
+    def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """A block of the tensor seen as a matrix over its last dimension."""
 
 
 @dataclass(frozen=True)

@@ -7,27 +7,23 @@ it came from, by which rule, what it became, and how far it is from what it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import digest, lock_folder, open_partial, partial_folder, recover, stage_key, write_json
-from mlx_distill.models.checkpoint import Checkpoint, open_checkpoint
+from mlx_distill.files import digest, lock_folder, open_partial, partial_folder, recover, stage_key
+from mlx_distill.models.checkpoint import open_checkpoint
+from mlx_distill.models.config_files import is_adapter, read_object
 from mlx_distill.models.folder import FORMAT, check_destination, is_current, publish, source_key
 from mlx_distill.models.hub import commit_of, resolve
-from mlx_distill.models.jobs import Errors, Job, TensorRow, table_row
-from mlx_distill.models.load import ADAPTER_CONFIG, check_tensors, load_config, packing, prepare_quantized, read_object
-from mlx_distill.models.registry import architecture_of, build_model
-from mlx_distill.models.rules import Architecture, Planned, forward_plan
-from mlx_distill.models.tokenizer_files import copy_tokenizer
+from mlx_distill.models.jobs import Job, TensorRow
+from mlx_distill.models.output import TABLE, finish_folder, shard_rows, stream, tensor_table
+from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.treatments import decider
-from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult, write_shards
+from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult
 from mlx_distill.progress import Progress
-
-TABLE = "tensors.json"
 
 
 @dataclass(frozen=True)
@@ -89,47 +85,6 @@ class ConversionReport:
         if self.largest_error:
             out.append(f"largest relative error of a tensor: {self.largest_error:.2e}")
         return [*out, self.note] if self.note else out
-
-
-def tensor_table(rows: Sequence[TensorRow]) -> list[str]:
-    """Aligned lines: tensor, shape, from, to, bits per weight, what else is to say."""
-    cells = [
-        (r.name, "x".join(map(str, r.shape)) or "1", r.source_dtype, r.stored, f"{r.bits:.2f}" if r.parameters else "", r.note)
-        for r in rows
-    ]
-    cells.insert(0, ("tensor", "shape", "from", "to", "bits", ""))
-    widths = [max(len(row[i]) for row in cells) for i in range(5)]
-    return ["  ".join([*(row[i].ljust(widths[i]) for i in range(5)), row[5]]).rstrip() for row in cells]
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """Everything known before the first byte is written."""
-
-    folder: Path
-    config: dict[str, Any]
-    architecture: Architecture
-    checkpoint: Checkpoint
-    planned: list[Planned]
-    left_out: list[tuple[str, str]]
-    model: Any
-
-    @property
-    def quantizable(self) -> dict[str, Any]:
-        """Module paths that can be packed and are not."""
-        return {path: m for path, m in self.model.named_modules() if hasattr(m, "to_quantized")}
-
-
-def prepare(folder: Path) -> Prepared:
-    """Read headers and config, make the plan, and check every tensor's name and shape against the config."""
-    config = load_config(folder)
-    architecture = architecture_of(config, str(folder / "config.json"))
-    checkpoint = open_checkpoint(folder)
-    planned, left_out = forward_plan(architecture, checkpoint.tensors, config)
-    model = build_model(config, str(folder / "config.json"))
-    prepare_quantized(model, config, {p.name: p for p in planned})
-    check_tensors(checkpoint, config, model, planned)
-    return Prepared(folder, config, architecture, checkpoint, planned, [(info.name, why) for info, why in left_out], model)
 
 
 def convert(
@@ -208,7 +163,7 @@ def convert_into(
 
 
 def _plan(folder: Path, quantize: str | None, dtype: str | None) -> tuple[Prepared, list[Job]]:
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         raise ModelError(f"{folder} holds an adapter, not a model", fix="use mlx-distill quantize or export, which merge it")
     ready = prepare(folder)
     decide = decider(ready.architecture, ready.quantizable, quantize, dtype=dtype)
@@ -241,93 +196,3 @@ def _report(
         ready.checkpoint.nbytes, sum(o.nbytes for job in jobs for o in job.outputs), seconds, sum(s.resumed for s in shards),
         ready.architecture.stock_differs(ready.config), dry_run,
     )  # fmt: skip
-
-
-def stream(jobs: Sequence[Job], into: Path, name: str, *, progress: Progress | None = None, **options: Any) -> list[ShardResult]:
-    """Write the shards, telling ``progress`` the megabytes of source that are done."""
-    done = 0
-    with progress.task(name, total=sum(job.planned.nbytes for job in jobs) / 1e6, unit="MB") if progress else nullcontext() as bar:
-
-        def on_bytes(count: int) -> None:
-            nonlocal done
-            done += count
-            if bar is not None:
-                bar.update(done / 1e6)
-
-        return write_shards(jobs, into, on_bytes=on_bytes, **options)
-
-
-def shard_rows(ready: Prepared, jobs: Sequence[Job], shards: Sequence[ShardResult]) -> tuple[TensorRow, ...]:
-    """The table's lines: as measured where shards were written, else as planned; packed words that came in count as their weights."""
-    measured = {row.name: row for shard in shards for row in shard.rows}
-    planned = {p.name: p for p in ready.planned}
-    modules = dict(ready.model.named_modules())
-    rows = []
-    for job in jobs:
-        row = measured.get(job.planned.name) or table_row(job, Errors(), job.outputs, 0)
-        path = job.planned.name.removesuffix(".weight")
-        if job.planned.dtype == "U32" and f"{path}.scales" in planned:
-            module = modules[path]
-            count = job.planned.rows * job.planned.columns * 32 // module.bits
-            stored = sum(planned[f"{path}.{leaf}"].nbytes for leaf in ("weight", "scales", "biases") if f"{path}.{leaf}" in planned)
-            label = f"{module.mode} {module.bits} bits, groups of {module.group_size}"
-            row = TensorRow(
-                **{**asdict(row), "parameters": count, "bits": round(8 * stored / count, 4), "stored": label, "note": "bit for bit"}
-            )
-        rows.append(row)
-    return tuple(rows)
-
-
-def finish_folder(into: Path, ready: Prepared, jobs: Sequence[Job], shards: Sequence[ShardResult]) -> None:
-    """Config, tokenizer, and the table of tensors with the shards' hashes."""
-    copy_tokenizer(ready.folder, into, others=True)
-    write_json(into / "config.json", our_config(ready, jobs))
-    rows = shard_rows(ready, jobs, shards)
-    table = {
-        "format": FORMAT,
-        "shards": [{"name": s.name, "sha256": s.sha256, "size": s.size} for s in shards],
-        "left_out": [list(pair) for pair in ready.left_out],
-        "tensors": [row.to_dict() for row in rows],
-    }
-    write_json(into / TABLE, table)
-
-
-def our_config(ready: Prepared, jobs: Sequence[Job]) -> dict[str, Any]:
-    """HF's keys, what stock mlx-lm needs besides, and ``quantization`` as mlx-lm writes it."""
-    config = dict(read_object(ready.folder / "config.json"))
-    arguments = ready.architecture.arguments(ready.config)
-    rope = config.get("rope_parameters")
-    if rope and "rope_theta" not in config:
-        config |= {"rope_theta": arguments["rope_theta"], "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
-    if ready.architecture.model_type == "qwen3_moe" and "num_experts" not in config:
-        config["num_experts"] = arguments["num_experts"]
-    types = {job.treatment.dtype for job in jobs if job.treatment.dtype}
-    if len(types) == 1:
-        name = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[types.pop()]
-        config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
-    packed = {job.planned.name.removesuffix(".weight"): job.treatment.config for job in jobs if job.treatment.kind == "quantize"}
-    planned = {p.name: p for p in ready.planned}
-    modules = dict(ready.model.named_modules())
-    for path in sorted({job.planned.name.removesuffix(".weight") for job in jobs if job.planned.dtype == "U32"}):
-        if f"{path}.scales" in planned:
-            module = modules[path]
-            packed[path] = packing(planned, path, job_columns(planned[f"{path}.weight"], module.bits))
-    if packed:
-        config["quantization"] = _quantization(packed)
-        config.setdefault("quantization_config", config["quantization"])
-        if "quant_method" not in config["quantization_config"]:
-            config["quantization_config"] = config["quantization"]
-    return config
-
-
-def job_columns(planned: Planned, bits: int) -> int:
-    """Columns of the plain weight behind packed words."""
-    return planned.columns * 32 // bits
-
-
-def _quantization(packed: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The commonest settings on top, and every module that differs by its path."""
-    kinds = [tuple(settings.values()) for settings in packed.values()]
-    common = max(sorted(set(kinds)), key=kinds.count)
-    top = dict(zip(("group_size", "bits", "mode"), common, strict=True))
-    return {**top, **{path: settings for path, settings in packed.items() if settings != top}}

@@ -11,20 +11,22 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.files import digest, lock_folder, open_partial, partial_folder, recover, stage_key, write_json, write_text
-from mlx_distill.models.adapters import ADAPTER_CONFIG, adapter_base
+from mlx_distill.models.adapters import adapter_base
 from mlx_distill.models.card import card_text
-from mlx_distill.models.checkpoint import DTYPE_BYTES, TensorInfo
-from mlx_distill.models.convert import MAX_SHARD_BYTES, MEMORY_BYTES, Prepared, prepare, stream
+from mlx_distill.models.checkpoint import DTYPE_BYTES, Source
+from mlx_distill.models.config_files import is_adapter, read_object
 from mlx_distill.models.folder import FORMAT, check_destination, publish
 from mlx_distill.models.hub import resolve
 from mlx_distill.models.jobs import Errors, Job, TensorRow, run_slab
-from mlx_distill.models.load import read_object
+from mlx_distill.models.output import stream
 from mlx_distill.models.peft import from_peft as from_peft
 from mlx_distill.models.peft import to_peft as to_peft
+from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.quantize import _source_key, adapter_deltas, plan_jobs, reopen
 from mlx_distill.models.rules import backward_plan
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 from mlx_distill.models.treatments import Treatment
+from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES
 from mlx_distill.progress import Progress
 
 _NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
@@ -130,7 +132,7 @@ def to_hf(
     parents = {"source": _source_key(folder)}
     recover(destination)
     check_destination(destination, folder)
-    adapted = (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    adapted = is_adapter(folder)
     ready = prepare(adapter_base(folder) if adapted else folder)
     sources, changed = _sources(ready, adapter_deltas(folder) if adapted else {})
     jobs = [Job(p) for p in backward_plan(ready.architecture, sources)]
@@ -155,23 +157,20 @@ def to_hf(
     return out
 
 
-def _sources(ready: Prepared, deltas: Mapping[str, Any]) -> tuple[dict[str, TensorInfo], list[tuple[Derived, Job]]]:
+def _sources(ready: Prepared, deltas: Mapping[str, Any]) -> tuple[dict[str, Source], list[tuple[Derived, Job]]]:
     """Our tensors by name; those that change are computed while they are read."""
-    modules = dict(ready.model.named_modules())
     planned = {p.name: p for p in ready.planned}
-    sources: dict[str, Any] = {}
+    foreign = {path for path, packing in ready.packings.items() if not _native(ready, path, packing)}
+    sources: dict[str, Source] = {}
     changed = []
     for job in plan_jobs(ready, dict(deltas), None):
-        path = job.planned.name.removesuffix(".weight")
-        packed = job.planned.dtype == "U32" and f"{path}.scales" in planned
-        if packed and not _native(ready, path, modules[path]):
-            plain, _ = reopen(planned[f"{path}.weight"], planned, modules[path])
-            kept = planned[f"{path}.scales"].dtype
-            job = Job(plain, Treatment("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {modules[path].mode}"), job.delta)
-        elif job.planned.name.endswith((".scales", ".biases")) and f"{path.rsplit('.', 1)[0]}.weight" in planned:
-            owner = job.planned.name.rsplit(".", 1)[0]
-            if planned[f"{owner}.weight"].dtype == "U32" and not _native(ready, owner, modules[owner]):
-                continue
+        path, _, leaf = job.planned.name.rpartition(".")
+        if path in foreign and leaf in ("scales", "biases"):
+            continue
+        if path in foreign and leaf == "weight":
+            packing, kept = ready.packings[path], planned[f"{path}.scales"].dtype
+            plain, _ = reopen(planned[job.planned.name], planned, packing)
+            job = Job(plain, Treatment("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {packing.mode}"), job.delta)
         if job.treatment.kind == "keep":
             sources[job.planned.name] = job.planned.sources[0]
             continue
@@ -184,9 +183,9 @@ def _sources(ready: Prepared, deltas: Mapping[str, Any]) -> tuple[dict[str, Tens
     return sources, changed
 
 
-def _native(ready: Prepared, path: str, module: Any) -> bool:
+def _native(ready: Prepared, path: str, packing: Treatment) -> bool:
     """Whether the Hugging Face layout of this architecture has room for the packed module as it is."""
-    return ready.architecture.model_type == "gpt_oss" and ".experts." in path and module.mode == "mxfp4"
+    return ready.architecture.model_type == "gpt_oss" and ".experts." in path and packing.mode == "mxfp4"
 
 
 def _changed_row(job: Job, derived: Derived) -> TensorRow:

@@ -2,28 +2,13 @@
 
 from __future__ import annotations
 
-import shutil
-import time
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mlx_distill import files
 from mlx_distill.errors import FileError
-from mlx_distill.files import (
-    MANIFEST,
-    FileEntry,
-    Manifest,
-    _swap,
-    check_folder,
-    digest,
-    os_errors,
-    partial_folder,
-    read_manifest,
-    sha256,
-    stage_key,
-    write_json,
-)
+from mlx_distill.files import MANIFEST, Manifest, check_folder, digest, read_manifest, sha256
 from mlx_distill.models.checkpoint import open_checkpoint
 
 FORMAT = 1
@@ -62,19 +47,7 @@ def publish(
     hashes: Mapping[str, str],
 ) -> Manifest:
     """Write the manifest (the shards' hashes are known) and rename the partial folder into place."""
-    partial = partial_folder(destination)
-    with os_errors():
-        (partial / "key").unlink(missing_ok=True)
-        shutil.rmtree(partial / "scratch", ignore_errors=True)
-        files = {}
-        for path in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST):
-            stat, name = path.stat(), path.relative_to(partial).as_posix()
-            files[name] = FileEntry(stat.st_size, hashes.get(name) or sha256(path), stat.st_mtime_ns)
-        key = stage_key(stage, FORMAT, config, parents)
-        manifest = Manifest(stage, FORMAT, key, config, parents, files, {**recorded, "finished": time.time()})
-        write_json(partial / MANIFEST, asdict(manifest))
-        _swap(partial, destination)
-    return manifest
+    return files.publish(destination, stage, FORMAT, config, parents, recorded, hashes)
 
 
 def is_current(destination: Path, key: str) -> bool:

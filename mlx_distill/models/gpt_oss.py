@@ -83,4 +83,25 @@ def _stock_differs(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-GPT_OSS = Architecture("gpt_oss", _classes, _arguments, _mend, RULES, routers=("mlp.router",), stock_differs=_stock_differs)
+def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, i, e = a["hidden_size"], a["intermediate_size"], a["num_local_experts"]
+    d = a.get("head_dim", 64)
+    q, kv = a["num_attention_heads"] * d, a["num_key_value_heads"] * d
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a["vocab_size"], h), "model.norm.weight": (h,)}
+    out["lm_head.weight"] = (a["vocab_size"], h)
+    for n in range(a["num_hidden_layers"]):
+        p = f"model.layers.{n}."
+        out |= {
+            f"{p}input_layernorm.weight": (h,),
+            f"{p}post_attention_layernorm.weight": (h,),
+            f"{p}self_attn.sinks": (a["num_attention_heads"],),
+        }
+        for name, rows, columns in (("q_proj", q, h), ("k_proj", kv, h), ("v_proj", kv, h), ("o_proj", h, q)):
+            out |= {f"{p}self_attn.{name}.weight": (rows, columns), f"{p}self_attn.{name}.bias": (rows,)}
+        out |= {f"{p}mlp.router.weight": (e, h), f"{p}mlp.router.bias": (e,)}
+        for name, rows, columns in (("gate_proj", i, h), ("up_proj", i, h), ("down_proj", h, i)):
+            out |= {f"{p}mlp.experts.{name}.weight": (e, rows, columns), f"{p}mlp.experts.{name}.bias": (e, rows)}
+    return out
+
+
+GPT_OSS = Architecture("gpt_oss", _classes, _arguments, _mend, _shapes, RULES, routers=("mlp.router",), stock_differs=_stock_differs)

@@ -13,10 +13,10 @@ from mlx_distill.errors import DistillError, ModelError
 from mlx_distill.files import Manifest, check_folder, read_manifest
 from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings
 from mlx_distill.models.checkpoint import FLOATS, TensorInfo, read_header
-from mlx_distill.models.convert import Prepared, prepare
+from mlx_distill.models.config_files import ADAPTER_CONFIG
 from mlx_distill.models.hub import resolve
 from mlx_distill.models.jobs import check_finite
-from mlx_distill.models.load import ADAPTER_CONFIG
+from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.rope import rope_settings
 from mlx_distill.models.rules import Planned
 
@@ -187,7 +187,7 @@ def _template(folder: Path) -> str:
     if path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
-        from mlx_distill.models.load import read_object
+        from mlx_distill.models.config_files import read_object
 
         config = folder / "tokenizer_config.json"
         text = str((read_object(config) if config.is_file() else {}).get("chat_template") or "")
@@ -196,19 +196,17 @@ def _template(folder: Path) -> str:
 
 
 def _rows(ready: Prepared) -> list[InspectRow]:
-    modules = dict(ready.model.named_modules())
-    planned = {p.name: p for p in ready.planned}
     groups: dict[tuple[str, tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
     for p in ready.planned:
-        path, leaf = p.name.rsplit(".", 1) if "." in p.name else ("", p.name)
-        if leaf in ("scales", "biases") and f"{path}.weight" in planned:
+        path, _, leaf = p.name.rpartition(".")
+        packing = ready.packings.get(path)
+        if packing and leaf in ("scales", "biases"):
             continue
-        shape, stored, count, size = p.shape, p.dtype, prod(p.shape), p.nbytes
-        if p.dtype == "U32" and f"{path}.scales" in planned:
-            module = modules[path]
-            shape = (*shape[:-1], shape[-1] * 32 // module.bits)
-            stored, count = f"{module.mode} {module.bits}/{module.group_size}", prod(shape)
-            size = sum(planned[f"{path}.{part}"].nbytes for part in ("weight", "scales", "biases") if f"{path}.{part}" in planned)
+        shape, stored, size = p.shape, p.dtype, p.nbytes
+        if packing and leaf == "weight":
+            shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
+            stored, size = f"{packing.mode} {packing.bits}/{packing.group_size}", ready.packed_bytes(path)
+        count = ready.parameters(p)
         groups[_folded(p.name), shape, stored].append((count, size))
     rows = []
     for (name, shape, stored), members in groups.items():

@@ -11,14 +11,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import ModelError
+from mlx_distill.models.arrays import from_raw, to_raw
 from mlx_distill.models.checkpoint import DTYPE_BYTES, FLOATS
-from mlx_distill.models.load import from_raw
 from mlx_distill.models.rules import Planned
 from mlx_distill.models.treatments import Treatment
 
 _EXPONENT = {"F32": np.uint32(0x7F800000), "BF16": np.uint16(0x7F80), "F16": np.uint16(0x7C00)}
 _TYPES = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
-_NAMES = {mx.uint8: "U8", mx.uint32: "U32", mx.float32: "F32", mx.bfloat16: "BF16", mx.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -184,18 +183,10 @@ def check_finite(raw: np.ndarray, planned: Planned) -> None:
             raise ModelError(f"{planned.where} holds NaN or infinity", fix="the checkpoint is damaged at its source; download it again")
 
 
-def to_raw(value: mx.array) -> np.ndarray:
-    """The bits of an array as unsigned integers."""
-    name = _NAMES[value.dtype]
-    if name in FLOATS:
-        value = value.view(mx.uint32 if name == "F32" else mx.uint16)
-    return np.array(value)
-
-
-def table_row(job: Job, errors: Errors, outputs: list[Output], packed_parameters: int) -> TensorRow:
-    """The line of a finished job; ``packed_parameters`` are the weights that words which came in packed stand for."""
+def table_row(job: Job, errors: Errors, outputs: list[Output]) -> TensorRow:
+    """The line of a finished job."""
     p, t = job.planned, job.treatment
-    count = packed_parameters or (0 if p.name.endswith((".scales", ".biases")) else prod(p.shape))
+    count = 0 if p.name.endswith((".scales", ".biases")) else prod(p.shape)
     bits = 8 * sum(o.nbytes for o in outputs) / count if count else 0.0
     sources = p.sources[0].name if len(p.sources) == 1 else f"{p.sources[0].name} and {len(p.sources) - 1} more"
     stored = t.label if t.kind == "quantize" else outputs[0].dtype

@@ -10,9 +10,9 @@ import mlx.core as mx
 
 from mlx_distill.errors import ModelError
 from mlx_distill.files import atomic_path, write_json
-from mlx_distill.models.adapters import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, adapter_settings, relative_base
+from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings, relative_base
 from mlx_distill.models.checkpoint import read_header
-from mlx_distill.models.load import load_config, read_object
+from mlx_distill.models.config_files import ADAPTER_CONFIG, load_config, read_object
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 
 PEFT_FILE = "adapter_model.safetensors"

@@ -15,12 +15,14 @@ import numpy as np
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.files import atomic_path, digest, lock_folder, open_partial, partial_folder, recover, sha256, stage_key, write_json
 from mlx_distill.models.adapters import ADAPTER_FILE, LoraSettings, adapter_base, adapter_settings
-from mlx_distill.models.checkpoint import TensorInfo, read_header
-from mlx_distill.models.convert import TABLE, Prepared, finish_folder, prepare, shard_rows, stream, tensor_table
+from mlx_distill.models.arrays import from_raw, to_raw
+from mlx_distill.models.checkpoint import Source, read_header
+from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, read_object
 from mlx_distill.models.folder import FORMAT, check_destination, publish, source_key
 from mlx_distill.models.hub import resolve
-from mlx_distill.models.jobs import Delta, Job, TensorRow, to_raw
-from mlx_distill.models.load import ADAPTER_CONFIG, from_raw, read_object
+from mlx_distill.models.jobs import Delta, Job, TensorRow
+from mlx_distill.models.output import TABLE, finish_folder, shard_rows, stream, tensor_table
+from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.rules import Planned
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 from mlx_distill.models.treatments import Treatment, decider
@@ -165,7 +167,7 @@ def quantize_into(
     source, folder = resolve(source), Path(folder)
     if adapter not in ("merge", "keep"):
         raise ConfigError(f"adapter: {adapter!r} is not merge or keep", fix="choose one of them")
-    adapted = (source / ADAPTER_CONFIG).is_file() and not (source / "config.json").is_file()
+    adapted = is_adapter(source)
     ready = prepare(adapter_base(source) if adapted else source)
     merges = adapted and adapter == "merge"
     deltas = adapter_deltas(source) if merges else {}
@@ -182,7 +184,6 @@ def quantize_into(
         notes=folder / "scratch",
         progress=progress,
     )
-    ready = replace(ready, planned=[job.planned for job in jobs])
     finish_folder(into, ready, jobs, shards)
     if adapted:
         copy_tokenizer(source, folder)
@@ -204,7 +205,7 @@ def _copy_adapter(source: Path, folder: Path) -> None:
 
 
 def _source_key(folder: Path) -> str:
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
+    if is_adapter(folder):
         return digest([source_key(adapter_base(folder)), sha256(folder / ADAPTER_FILE), sha256(folder / ADAPTER_CONFIG)])
     return source_key(folder)
 
@@ -217,7 +218,7 @@ def _hashes(partial: Path) -> dict[str, str]:
 
 
 def adapter_deltas(folder: Path) -> dict[str, Delta]:
-    """The updates of an adapter folder, by the path of the module.
+    """The updates of an adapter folder, by the path of the packing.
 
     Raises:
         ModelError: a matrix without its counterpart: with file and tensor.
@@ -249,7 +250,6 @@ def plan_jobs(
     """
     planned = {p.name: p for p in ready.planned}
     decide = decider(ready.architecture, ready.quantizable, mode, group_size=group_size, keep=keep)
-    modules = dict(ready.model.named_modules())
     jobs: list[Job] = []
     reopened: set[str] = set()
     for path in deltas:
@@ -262,7 +262,7 @@ def plan_jobs(
             continue
         delta = deltas.get(p.name.removesuffix(".weight")) if p.name.endswith(".weight") else None
         if delta is not None and p.dtype == "U32":
-            plain, treatment = reopen(p, planned, modules[p.name.removesuffix(".weight")])
+            plain, treatment = reopen(p, planned, ready.packings[p.name.removesuffix(".weight")])
             jobs.append(_fitting(Job(plain, treatment, delta)))
         else:
             jobs.append(_fitting(Job(p, decide(p), delta)))
@@ -281,19 +281,19 @@ def _fitting(job: Job) -> Job:
     return job
 
 
-def reopen(p: Planned, planned: dict[str, Planned], module: Any) -> tuple[Planned, Treatment]:
+def reopen(p: Planned, planned: dict[str, Planned], packing: Treatment) -> tuple[Planned, Treatment]:
     """Packed weights as float32 rows, and how they were packed."""
     path = p.name.removesuffix(".weight")
     parts = [planned[f"{path}.{leaf}"] for leaf in ("weight", "scales", "biases") if f"{path}.{leaf}" in planned]
-    sources: tuple[TensorInfo, ...] = tuple(info for part in parts for info in part.sources)
-    shape = (*p.shape[:-1], p.columns * 32 // module.bits)
+    sources: tuple[Source, ...] = tuple(info for part in parts for info in part.sources)
+    shape = (*p.shape[:-1], p.columns * 32 // packing.bits)
 
     def read(start: int, stop: int) -> np.ndarray:
         weight, *rest = (from_raw(part.read(start, stop), part.dtype) for part in parts)
         rest = [r.astype(mx.float32) if mx.issubdtype(r.dtype, mx.floating) else r for r in rest]
         biases = rest[1] if len(rest) > 1 else None
-        return to_raw(mx.dequantize(weight, rest[0], biases, module.group_size, module.bits, module.mode, dtype=mx.float32))
+        return to_raw(mx.dequantize(weight, rest[0], biases, packing.group_size, packing.bits, packing.mode, dtype=mx.float32))
 
-    kept = parts[1].dtype if module.mode == "affine" else "BF16"
-    treatment = Treatment("quantize", kept, module.mode, module.bits, module.group_size, "packed again")
+    kept = parts[1].dtype if packing.mode == "affine" else "BF16"
+    treatment = replace(packing, dtype=kept, why="packed again")
     return Planned(p.name, "F32", shape, sources, "dequantize", read), treatment

@@ -79,8 +79,39 @@ def _stock_differs(config: Mapping[str, Any]) -> str | None:
     return None
 
 
-QWEN2 = Architecture("qwen2", _classes("qwen2"), _arguments, _mend, stock_differs=_stock_differs)
-QWEN3 = Architecture("qwen3", _classes("qwen3"), _arguments, _mend, stock_differs=_stock_differs)
+def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, d, kind = a["hidden_size"], a["head_dim"], a["model_type"]
+    q, kv = a["num_attention_heads"] * d, a["num_key_value_heads"] * d
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a["vocab_size"], h), "model.norm.weight": (h,)}
+    if not a["tie_word_embeddings"]:
+        out["lm_head.weight"] = (a["vocab_size"], h)
+    for n in range(a["num_hidden_layers"]):
+        p = f"model.layers.{n}."
+        out |= {f"{p}input_layernorm.weight": (h,), f"{p}post_attention_layernorm.weight": (h,)}
+        for name, rows, columns in (("q_proj", q, h), ("k_proj", kv, h), ("v_proj", kv, h), ("o_proj", h, q)):
+            out[f"{p}self_attn.{name}.weight"] = (rows, columns)
+            if kind == "qwen2" and name != "o_proj":
+                out[f"{p}self_attn.{name}.bias"] = (rows,)
+        if kind != "qwen2":
+            out |= {f"{p}self_attn.q_norm.weight": (d,), f"{p}self_attn.k_norm.weight": (d,)}
+        out |= _mlp_shapes(a, n, f"{p}mlp.")
+    return out
+
+
+def _mlp_shapes(a: Mapping[str, Any], layer: int, prefix: str) -> dict[str, tuple[int, ...]]:
+    h, i = a["hidden_size"], a["intermediate_size"]
+    sparse = a["model_type"] == "qwen3_moe" and layer not in a["mlp_only_layers"] and (layer + 1) % a["decoder_sparse_step"] == 0
+    if not sparse:
+        return {f"{prefix}{name}.weight": shape for name, shape in (("gate_proj", (i, h)), ("up_proj", (i, h)), ("down_proj", (h, i)))}
+    e, m = a["num_experts"], a["moe_intermediate_size"]
+    out: dict[str, tuple[int, ...]] = {f"{prefix}gate.weight": (e, h)}
+    for name, shape in (("gate_proj", (e, m, h)), ("up_proj", (e, m, h)), ("down_proj", (e, h, m))):
+        out[f"{prefix}switch_mlp.{name}.weight"] = shape
+    return out
+
+
+QWEN2 = Architecture("qwen2", _classes("qwen2"), _arguments, _mend, _shapes, stock_differs=_stock_differs)
+QWEN3 = Architecture("qwen3", _classes("qwen3"), _arguments, _mend, _shapes, stock_differs=_stock_differs)
 QWEN3_MOE = Architecture(
-    "qwen3_moe", _classes("qwen3_moe"), _arguments, _mend, MOE_RULES, routers=("mlp.gate",), stock_differs=_stock_differs
+    "qwen3_moe", _classes("qwen3_moe"), _arguments, _mend, _shapes, MOE_RULES, routers=("mlp.gate",), stock_differs=_stock_differs
 )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from mlx_distill.errors import ModelError
@@ -34,6 +35,17 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
     return ARCHITECTURES[kind]
 
 
+def expected_shapes(config: Mapping[str, Any], where: str = "config.json") -> dict[str, tuple[int, ...]]:
+    """Name and shape of every plain tensor that a config asks for, in our layout, without importing mlx-lm.
+
+    Raises:
+        ModelError: a key is missing or of the wrong kind.
+    """
+    architecture = architecture_of(config, where)
+    with _config_errors(architecture, where):
+        return architecture.shapes(architecture.arguments(config))
+
+
 def build_model(config: Mapping[str, Any], where: str = "config.json") -> Any:
     """mlx-lm's model for a config, mended, with lazy random weights (none is computed).
 
@@ -42,13 +54,18 @@ def build_model(config: Mapping[str, Any], where: str = "config.json") -> Any:
     """
     architecture = architecture_of(config, where)
     model_class, args_class = architecture.classes()
-    try:
+    with _config_errors(architecture, where):
         model = model_class(args_class.from_dict(architecture.arguments(config)))
         architecture.mend(model, config)
-    except KeyError as error:
-        raise ModelError(f"{where}: {error.args[0]!r} is missing", fix="take config.json from the original checkpoint") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(
-            f"{where}: not the config of a {architecture.model_type}: {error}", fix="take config.json from the original checkpoint"
-        ) from error
     return model
+
+
+@contextmanager
+def _config_errors(architecture: Architecture, where: str) -> Iterator[None]:
+    cure = "take config.json from the original checkpoint"
+    try:
+        yield
+    except KeyError as error:
+        raise ModelError(f"{where}: {error.args[0]!r} is missing", fix=cure) from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ModelError(f"{where}: not the config of a {architecture.model_type}: {error}", fix=cure) from error

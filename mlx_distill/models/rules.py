@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.checkpoint import DTYPE_BYTES, TensorInfo
+from mlx_distill.models.checkpoint import DTYPE_BYTES, Source
 from mlx_distill.models.transforms import Same, Stack, Transform
 
 
@@ -61,7 +61,7 @@ class Planned:
     name: str
     dtype: str
     shape: tuple[int, ...]
-    sources: tuple[TensorInfo, ...]
+    sources: tuple[Source, ...]
     rule: str
     read: Callable[[int, int], np.ndarray]
 
@@ -91,13 +91,15 @@ class Architecture:
     """What is known of one ``model_type``.
 
     ``classes`` imports mlx-lm's (Model, ModelArgs); ``arguments`` turns a config of either spelling into what ModelArgs needs and refuses
-    what cannot be computed rightly; ``mend`` corrects a built model; ``rules`` is the table; ``routers`` are module endings.
+    what cannot be computed rightly; ``mend`` corrects a built model; ``shapes`` says which tensors those arguments ask for; ``rules`` is the
+    table; ``routers`` are module endings; ``stock_differs`` says where stock mlx-lm computes something else.
     """
 
     model_type: str
     classes: Callable[[], tuple[Any, Any]]
     arguments: Callable[[Mapping[str, Any]], dict[str, Any]]
     mend: Callable[[Any, Mapping[str, Any]], None]
+    shapes: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]]
     rules: tuple[Rule, ...] = ()
     routers: tuple[str, ...] = ()
     stock_differs: Callable[[Mapping[str, Any]], str | None] = lambda config: None
@@ -112,16 +114,16 @@ class Architecture:
 
 
 def forward_plan(
-    architecture: Architecture, tensors: Mapping[str, TensorInfo], config: Mapping[str, Any]
-) -> tuple[list[Planned], list[tuple[TensorInfo, str]]]:
+    architecture: Architecture, tensors: Mapping[str, Source], config: Mapping[str, Any]
+) -> tuple[list[Planned], list[tuple[Source, str]]]:
     """Original layout (or ours, which the rules leave alone) to ours: what comes out, and what is left out and why.
 
     Raises:
         ModelError: an expert is missing, or a shape does not fit its rule.
     """
-    groups: dict[tuple[Rule, str], list[tuple[int, TensorInfo]]] = defaultdict(list)
+    groups: dict[tuple[Rule, str], list[tuple[int, Source]]] = defaultdict(list)
     planned: list[Planned] = []
-    left_out: list[tuple[TensorInfo, str]] = []
+    left_out: list[tuple[Source, str]] = []
     for name, info in tensors.items():
         if reason := architecture.dropped(name, config):
             left_out.append((info, reason))
@@ -143,12 +145,12 @@ def forward_plan(
     return sorted(planned, key=_order), left_out
 
 
-def _plan(name: str, transform: Transform, infos: tuple[TensorInfo, ...], index: int, rule: str) -> Planned:
+def _plan(name: str, transform: Transform, infos: tuple[Source, ...], index: int, rule: str) -> Planned:
     dtype, shape = transform.outputs(infos)[index]
     return Planned(name, dtype, shape, infos, rule, lambda a, b: transform.rows(infos, index, a, b))
 
 
-def _in_order(rule: Rule, layer: str, members: list[tuple[int, TensorInfo]], config: Mapping[str, Any]) -> tuple[TensorInfo, ...]:
+def _in_order(rule: Rule, layer: str, members: list[tuple[int, Source]], config: Mapping[str, Any]) -> tuple[Source, ...]:
     members.sort(key=lambda pair: pair[0])
     if isinstance(rule.transform, Stack):
         count = int(config.get("num_experts") or config.get("num_local_experts") or len(members))
@@ -166,9 +168,9 @@ def _order(plan: Planned) -> tuple[object, ...]:
     return (int(found.group(1)) if found else -1, plan.name)
 
 
-def backward_plan(architecture: Architecture, tensors: Mapping[str, TensorInfo]) -> list[Planned]:
+def backward_plan(architecture: Architecture, tensors: Mapping[str, Source]) -> list[Planned]:
     """Ours to the original layout."""
-    groups: dict[tuple[Rule, str], dict[int, TensorInfo]] = defaultdict(dict)
+    groups: dict[tuple[Rule, str], dict[int, Source]] = defaultdict(dict)
     planned: list[Planned] = []
     for name, info in tensors.items():
         for rule in architecture.rules:
@@ -190,11 +192,11 @@ def backward_plan(architecture: Architecture, tensors: Mapping[str, TensorInfo])
     return sorted(planned, key=_order)
 
 
-def _undo(transform: Transform, infos: Sequence[TensorInfo], index: int) -> Callable[[int, int], np.ndarray]:
+def _undo(transform: Transform, infos: Sequence[Source], index: int) -> Callable[[int, int], np.ndarray]:
     return lambda a, b: transform.undo_rows(infos, index, a, b)
 
 
-def source_name(architecture: Architecture, output: str, present: Mapping[str, TensorInfo]) -> str:
+def source_name(architecture: Architecture, output: str, present: Mapping[str, Source]) -> str:
     """What a missing tensor of ours is called in the layout that the checkpoint uses, for messages."""
     packed = any(name.endswith("_blocks") for name in present)
     for rule in architecture.rules:

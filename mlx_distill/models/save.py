@@ -9,7 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_distill.files import atomic_path, write_json
-from mlx_distill.models.load import read_object
+from mlx_distill.models.config_files import read_object
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 from mlx_distill.models.writer import MAX_SHARD_BYTES
 
@@ -32,7 +32,7 @@ def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_by
             size = 0
         shards[-1][name] = value
         size += value.nbytes
-    where = {}
+    where: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         with atomic_path(folder / file) as path:

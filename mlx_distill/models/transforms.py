@@ -14,13 +14,13 @@ from math import prod
 import numpy as np
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.checkpoint import TensorInfo
+from mlx_distill.models.checkpoint import Source
 
-Infos = Sequence[TensorInfo]
+Infos = Sequence[Source]
 Spec = tuple[str, tuple[int, ...]]  # safetensors type, shape
 
 
-def _refuse(info: TensorInfo, needed: str) -> ModelError:
+def _refuse(info: Source, needed: str) -> ModelError:
     return ModelError(
         f"{info.where} has the shape {list(info.shape)} where {needed} is needed", fix="check that config and weights belong together"
     )

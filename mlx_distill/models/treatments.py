@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,7 +71,7 @@ def parse_mode(name: str, group_size: int = 0) -> Treatment:
 
 def decider(
     architecture: Architecture,
-    quantizable: Mapping[str, Any],
+    quantizable: Set[str],
     quantize: str | None = None,
     *,
     dtype: str | None = None,

@@ -17,7 +17,7 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optim.Optimizer:
     """The optimizer that the settings ask for, with its schedule inside.
 
     ``method: galore`` is :class:`~mlx_distill.optim.galore.GaLoreAdamW` on the matrices of ``target_modules``, its moments turned with the
-    basis; every other method is :class:`~mlx_distill.optim.adamw.AdamW`.
+    basis and the refreshes spread over the gap; every other method is :class:`~mlx_distill.optim.adamw.AdamW`.
 
     Args:
         config: Method, learning rate, schedule and decay.
@@ -39,6 +39,7 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optim.Optimizer:
         config.galore_scale,
         weight_decay=config.weight_decay,
         moments="project",
+        stagger=True,
         filter=by_modules(config.target_modules),
         group=mx.distributed.init() if rank_and_size()[1] > 1 else None,
     )

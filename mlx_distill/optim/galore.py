@@ -138,7 +138,8 @@ class GaLoreAdamW(NamedOptimizer):
         return gradient.shape != self.states[path]["m"].shape
 
     def _enter(self, path: str, gradient: mx.array, state: dict) -> mx.array:
-        if self.due(path):
+        # A gradient that is not finite has no basis; projected as it is, it stops whoever looks at its norm.
+        if self.due(path) and mx.isfinite(gradient.sum()).item():
             self._refresh(path, gradient, state)
         return project(gradient, basis_of(state))
 

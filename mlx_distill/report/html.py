@@ -121,7 +121,7 @@ def _header(report: Report) -> Html:
 
 
 def _day(created: str) -> str:
-    return created[:16].replace("T", " ")
+    return created[:16].replace("T", " ") + (" UTC" if created.endswith(("+00:00", "Z")) else "")
 
 
 def _context(report: Report, name: str) -> list[Any]:

@@ -60,14 +60,13 @@ def _stages(stages: list[Mapping[str, Any]]) -> Html | None:
     for entry in stages:
         finished = datetime.fromtimestamp(entry["finished"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if entry["finished"] else NONE
         cells = [
-            entry["stage"],
             seconds(entry["seconds"]),
             size(entry["bytes"]),
             finished,
             el("code", entry["key"][:12], title=entry["key"]),
         ]
         rows.append((entry["folder"], cells, None))
-    heads = ["Folder", "Stage", "Took", "Size", "Finished", "Key"]
+    heads = ["Folder", "Took", "Size", "Finished", "Key"]
     return (
         table("Stages of this run; a key is a hash of all that can change a stage’s result", heads, rows, class_="stages") if rows else None
     )

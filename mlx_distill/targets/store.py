@@ -22,10 +22,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlx_distill.errors import DataError, FileError
+from mlx_distill.errors import FileError
 from mlx_distill.files import atomic_path, os_errors, read_json, read_jsonl, write_json, write_jsonl
 
 FORMAT = 1
+_CURE = "delete the folder and run: mlx-distill targets"
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,10 @@ class TargetWriter:
         from safetensors.numpy import save_file
 
         number = len(self.shards)
-        heads = (
-            {"id": r.id, "text": r.text, "label_logprobs": list(r.label_logprobs) if r.label_logprobs is not None else None, "tokens": len(r.ids)}
-            for r in rows
-        )
+        labels = (None if r.label_logprobs is None else list(r.label_logprobs) for r in rows)
+        heads = ({"id": r.id, "text": r.text, "label_logprobs": label, "tokens": len(r.ids)} for r, label in zip(rows, labels, strict=True))
         write_jsonl(self.folder / _rows(number), heads)
-        tensors = {
+        tensors: dict[str, np.ndarray] = {
             "ids": np.concatenate([r.ids for r in rows]).astype(np.int32),
             "logprobs": np.concatenate([r.logprobs for r in rows]).astype(np.float32),
             "topk_ids": np.concatenate([r.topk_ids for r in rows]).astype(np.int32),
@@ -114,12 +113,12 @@ class TargetReader:
         try:
             tensors = load_file(path)
         except (SafetensorError, OSError) as error:
-            raise FileError(f"{path}: cannot be read: {error}", fix="delete the folder and run: mlx-distill targets") from error
+            raise FileError(f"{path}: cannot be read: {error}", fix=_CURE) from error
         start = 0
         for line, row in read_jsonl(self.folder / _rows(number)):
             end = start + row["tokens"]
             if end > len(tensors["ids"]):
-                raise DataError(f"{path}: fewer tokens than line {line} of its rows says", fix="delete the folder and run: mlx-distill targets")
+                raise FileError(f"{path}: fewer tokens than line {line} of its rows says", fix=_CURE)
             part = {name: value[start:end] for name, value in tensors.items()}
             labels = tuple(row["label_logprobs"]) if row["label_logprobs"] is not None else None
             part["topk_logprobs"] = part["topk_logprobs"].astype(np.float32)

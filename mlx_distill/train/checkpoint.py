@@ -140,12 +140,16 @@ def _write_folder(path: Path, arrays: Mapping[str, dict[str, mx.array]], state: 
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in (temporary, old):
             shutil.rmtree(stale, ignore_errors=True)
-        temporary.mkdir()
-        for name, flat in arrays.items():
-            _save_arrays(temporary / name, flat)
-        write_json(temporary / STATE, state)
-        _sync(temporary.iterdir())
-        fsync_folder(temporary)
+        try:
+            temporary.mkdir()
+            for name, flat in arrays.items():
+                _save_arrays(temporary / name, flat)
+            write_json(temporary / STATE, state)
+            _sync(temporary.iterdir())
+            fsync_folder(temporary)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
         if path.exists():
             os.replace(path, old)
         os.replace(temporary, path)

@@ -15,6 +15,7 @@ from mlx_distill.records import Batch
 from mlx_distill.train.objectives import Objective
 from mlx_distill.train.randomness import random_key, set_random_key
 from mlx_distill.train.ranks import Ranks
+from mlx_distill.train.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,12 @@ Compress = Callable[[str, mx.array], mx.array]
 
 
 def window_gradients(
-    model: nn.Module, window: Sequence[Batch], objective: Objective, ranks: Ranks | None = None, compress: Compress | None = None
+    model: nn.Module,
+    window: Sequence[Batch],
+    objective: Objective,
+    ranks: Ranks | None = None,
+    compress: Compress | None = None,
+    watch: Stopwatch | None = None,
 ) -> Window:
     r"""Loss and gradient over a window.
 
@@ -57,8 +63,9 @@ def window_gradients(
         ranks: Those that share the step.
         compress: A linear map of each gradient, by its path, to something smaller (GaLore's projection), applied before adding.
             Gradients are evaluated from the last layer to the first and dropped, so that only their images are alive together.
+        watch: Where the time is added.
     """
-    ranks = ranks or Ranks()
+    ranks, watch = ranks or Ranks(), watch or Stopwatch()
     names = list(objective.coefficients)
     own = [objective.weights(batch) for batch in window]
     totals = ranks.sum([sum(weights.get(name, 0.0) for weights in own) for name in names])
@@ -72,7 +79,7 @@ def window_gradients(
         if not active:
             losses.append(0.0)
             continue
-        parts = _backward(model, batch, objective, {name: scales[name] for name in active}, total, compress)
+        parts = _backward(model, batch, objective, {name: scales[name] for name in active}, total, compress, watch)
         for name in active:
             sums[name] += parts[name]
         losses.append(sum(scales[name] * parts[name] for name in active))
@@ -81,14 +88,21 @@ def window_gradients(
     if not total:
         zeros = {path: mx.zeros(p.shape, mx.float32) for path, p in tree_flatten(model.trainable_parameters())}
         total = {path: compress(path, zero) if compress else zero for path, zero in zeros.items()}
-    ranks.sum_arrays(total)
-    summed = dict(zip(names, ranks.sum([sums[name] for name in names]), strict=True))
+    with watch.part("ranks"):
+        ranks.sum_arrays(total)
+        summed = dict(zip(names, ranks.sum([sums[name] for name in names]), strict=True))
     terms = {name: summed[name] / weights[name] if weights[name] > 0 else 0.0 for name in names}
     return Window(total, sum(objective.coefficients[name] * terms[name] for name in names), terms, weights, losses)
 
 
 def _backward(
-    model: nn.Module, batch: Batch, objective: Objective, scales: Mapping[str, float], total: dict[str, mx.array], compress: Compress | None
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    scales: Mapping[str, float],
+    total: dict[str, mx.array],
+    compress: Compress | None,
+    watch: Stopwatch,
 ) -> dict[str, float]:
     """Add one micro-batch's gradient to ``total``; return the terms' sums."""
     parameters = model.trainable_parameters()
@@ -100,14 +114,16 @@ def _backward(
         parts = {name: sums[name].astype(mx.float32) for name in scales}
         return sum((scales[name] * part for name, part in parts.items()), mx.array(0.0)), parts
 
-    try:
-        (_, parts), gradients = mx.value_and_grad(loss)(parameters)
-    finally:
-        model.update(parameters)
-    flat = tree_flatten(gradients)
-    del gradients
-    mx.eval(parts)
-    _add(flat, total, compress)
+    with watch.part("forward"):
+        try:
+            (_, parts), gradients = mx.value_and_grad(loss)(parameters)
+        finally:
+            model.update(parameters)
+        flat = tree_flatten(gradients)
+        del gradients
+        mx.eval(parts)
+    with watch.part("backward"):
+        _add(flat, total, compress)
     return {name: part.item() for name, part in parts.items()}
 
 
@@ -183,9 +199,15 @@ def global_norm(gradients: Any) -> float:
     >>> global_norm({"a": mx.array([3.0]), "b": mx.array([[4.0]])})
     5.0
     """
-    squares = [mx.square(g.astype(mx.float32)).sum() for _, g in tree_flatten(gradients)]
-    mx.eval(squares)
-    return float(sum(s.item() for s in squares) ** 0.5)
+    total, flat = 0.0, [g for _, g in tree_flatten(gradients)]
+    while flat:
+        group, size = [], 0
+        while flat and size < _GROUP_BYTES:
+            size += flat[-1].nbytes
+            group.append(mx.square(flat.pop().astype(mx.float32)).sum())
+        mx.eval(group)
+        total += sum(square.item() for square in group)
+    return float(total**0.5)
 
 
 def clip_scale(norm: float, limit: float) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_distill.errors import DistillError
 from mlx_distill.runtime import rank_and_size
 
 _CHUNK = 1 << 24
@@ -54,6 +55,13 @@ class Ranks:
                 group = []
         if group:
             _sum_group(arrays, group)
+
+    def lost(self, error: RuntimeError) -> DistillError | None:
+        """What to tell where an error means that another rank is gone; None where it means something else."""
+        if self.size == 1 or not any(word in str(error) for word in ("[ring]", "[mpi]", "[jaccl]", "[nccl]")):
+            return None
+        cure = "launch the same command again: it goes on from the last checkpoint"
+        return DistillError(f"rank {self.rank}: another rank was lost ({error})", fix=cure)
 
     def barrier(self) -> None:
         """Wait for all ranks."""

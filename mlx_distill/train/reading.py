@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Int
@@ -23,8 +21,8 @@ DENSE_LIMIT = 1 << 24
 class Reader:
     """The hidden states of a batch at ``a`` flat positions, computed once, and the losses there.
 
-    Dense and tiled agree in value and gradient to rounding. A head that learns, or that has adapters, is read densely: it needs a gradient
-    of its own.
+    Dense and tiled agree in value and gradient to rounding. A head that learns needs a gradient of its own, which of the tiled losses only
+    the cross-entropy gives, to a plain weight without a bias: the others read it densely.
 
     Args:
         model: Of mlx-lm's cut: ``model.model`` the trunk, ``lm_head`` or the tied embedding the head.
@@ -39,12 +37,14 @@ class Reader:
         hidden = hidden_states(model, inputs)
         self.hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
         self.head = head(model)
-        self.dense = _learns(self.head) or positions.size * self.head.weight.shape[0] <= dense_limit
+        self.plain = isinstance(self.head, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding)
+        self.learns = bool(tree_flatten(self.head.trainable_parameters()))
+        self.small = self.plain and positions.size * self.head.weight.shape[0] <= dense_limit
         self._logits: mx.array | None = None
 
     def logits(self, index: Int[mx.array, " n"] | None = None) -> Float[mx.array, "n v"]:
         """Logits in float32 at all positions, or at ``index`` among them."""
-        if not self.dense and index is not None:
+        if not self.small and index is not None:
             return project(self.head, self.hidden[index]).astype(mx.float32)
         if self._logits is None:
             self._logits = project(self.head, self.hidden).astype(mx.float32)
@@ -52,28 +52,28 @@ class Reader:
 
     def cross_entropy(self, labels: Int[mx.array, " a"]) -> Float[mx.array, " a"]:
         """Nats of each label, at all positions."""
-        if not self.dense:
-            return linear_cross_entropy(self.hidden, self.head, labels)
+        simple = self.plain and "scales" not in self.head and "bias" not in self.head
+        if not self.small and (simple if self.learns else self.plain):
+            return linear_cross_entropy(self.hidden, self.head, labels, train_head=self.learns)
         z = self.logits()
         return row_logsumexp(z) - mx.take_along_axis(z, labels[:, None], axis=1)[:, 0]
 
+    @property
+    def _dense(self) -> bool:
+        return self.small or self.learns or not self.plain
+
     def sparse_kl(self, index: Int[mx.array, " n"], targets: TopK, temperature: float) -> Float[mx.array, " n"]:
         """:func:`~mlx_distill.losses.sparse.sparse_forward_kl` at ``index``."""
-        if not self.dense:
+        if not self._dense:
             return sparse_linear_kl(self.hidden[index], self.head, targets, temperature=temperature)
         return sparse_forward_kl(self.logits(index), targets, temperature=temperature)
 
     def cell_kl(self, index: Int[mx.array, " n"], targets: TopK, cells: CellMap, temperature: float) -> Float[mx.array, " n"]:
         """:func:`~mlx_distill.losses.cross_tokenizer.cell_kl` at ``index``."""
-        if self.dense:
+        if self._dense:
             return cell_kl(self.logits(index), targets, cells, temperature=temperature)
 
         def some(logits: mx.array, at: slice) -> mx.array:
             return cell_kl(logits, TopK(targets.ids[at], targets.logprobs[at]), cells, temperature=temperature)
 
         return linear_rows(some, self.hidden[index], self.head)
-
-
-def _learns(head: Any) -> bool:
-    plain = isinstance(head, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding)
-    return not plain or bool(tree_flatten(head.trainable_parameters()))

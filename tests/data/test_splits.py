@@ -213,7 +213,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, task: Task, mon
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch, pytest.raises(FileError, match="no space left") as caught:
-        patch.setattr("mlx_distill.files.os.fsync", full)
+        patch.setattr("os.fsync", full)
         run(tmp_path, task, songs(20))
     assert "free some space" in (caught.value.fix or "")
     assert not [p for p in (tmp_path / "data").rglob("*") if p.is_file()]

@@ -3,9 +3,9 @@
     git clone https://github.com/jiaweizzhao/GaLore /tmp/GaLore     (Apache-2.0; commit 2cc66f8)
     python tests/golden/make_optim.py /tmp/GaLore
 
-Needs the parity extra (torch). galore_torch is loaded file by file, since its package imports bitsandbytes and tensorly. The model is a
-small network of a tall matrix, a wide one and a vector; at each refresh the basis that the reference found is written down, since its
-signs are LAPACK's.
+Needs the parity extra (torch, transformers, peft). galore_torch is loaded file by file, since its package imports bitsandbytes and
+tensorly. The model is a small network of a tall matrix, a wide one and a vector; at each refresh the basis that the reference found is
+written down, since its signs are LAPACK's.
 """
 
 from __future__ import annotations
@@ -29,13 +29,9 @@ def load_reference(folder: Path) -> tuple[Any, Any]:
     package = types.ModuleType("galore_torch")
     package.__path__ = [str(folder / "galore_torch")]
     sys.modules["galore_torch"] = package
-    versions = types.ModuleType("transformers.utils.versions")
-    versions.require_version = lambda *args: None
     tensor = types.ModuleType("galore_torch.galore_projector_tensor")
     tensor.GaLoreProjectorTensor = None
-    for name in ("transformers", "transformers.utils"):
-        sys.modules[name] = types.ModuleType(name)
-    sys.modules |= {versions.__name__: versions, tensor.__name__: tensor}
+    sys.modules[tensor.__name__] = tensor
     modules = []
     for name in ("galore_projector", "adamw"):
         spec = importlib.util.spec_from_file_location(f"galore_torch.{name}", folder / "galore_torch" / f"{name}.py")
@@ -68,6 +64,46 @@ def run(p: dict[str, torch.nn.Parameter], optimizer: Any, x: np.ndarray, y: np.n
     return out | {name: value.detach().numpy().copy() for name, value in p.items()}
 
 
+def walk_adapters(kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+    """LoRA or DoRA of PEFT on both matrices, with torch's AdamW."""
+    from peft import LoraConfig, get_peft_model
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.down = torch.nn.Linear(8, 12, bias=False), torch.nn.Linear(12, 6, bias=False)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.down(torch.tanh(self.up(x)))
+
+    net = Net()
+    net.load_state_dict({name: torch.tensor(start[name]) for name in ("up.weight", "down.weight")})
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=["up", "down"], use_dora=kind == "dora")
+    model = get_peft_model(net, config)
+    random = np.random.default_rng(1)
+    moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    out = {}
+    for name, p in moving.items():
+        if "lora_A" in name:
+            p.data = torch.tensor(random.normal(size=tuple(p.shape)).astype(np.float32) / 3)
+            out[f"{_short(name)}.start"] = p.data.numpy().copy()
+    optimizer = torch.optim.AdamW(moving.values(), lr=0.02, weight_decay=0.01)
+    losses = []
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        loss = ((model(torch.tensor(x[step])) - torch.tensor(y[step])) ** 2).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    out |= {_short(name): p.detach().numpy().copy() for name, p in moving.items()}
+    return out | {"losses": np.array(losses)}
+
+
+def _short(name: str) -> str:
+    parts = name.split(".")
+    return f"{'up' if 'up' in parts else 'down'}.{next(p for p in parts if p.startswith('lora_'))}"
+
+
 def main(folder: Path) -> None:
     AdamW, _ = load_reference(folder)
     random = np.random.default_rng(0)
@@ -96,6 +132,8 @@ def main(folder: Path) -> None:
     p = network(start)
     optimizer = torch.optim.AdamW(p.values(), lr=0.02, weight_decay=0.01)
     tensors |= {f"adamw.{key}": value for key, value in run(p, optimizer, x, y, lambda step: {}).items()}
+    for kind in ("lora", "dora"):
+        tensors |= {f"{kind}.{key}": value for key, value in walk_adapters(kind, start, x, y).items()}
     path = Path(__file__).with_name("optim_trajectories.safetensors")
     save_file({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, path)
 

@@ -115,7 +115,8 @@ def test_sides_and_their_rates_by_hand() -> None:
     f1 = scores.f1(counts)
     assert f1["value"] == pytest.approx(4 / 7)
     assert f1["low"] < 4 / 7 < f1["high"]
-    assert f1 == scores.f1(counts)
+    low, high = wilson(2, 5)
+    assert (f1["low"], f1["high"]) == pytest.approx((2 * low / (1 + low), 2 * high / (1 + high)))
 
 
 def test_rates_without_items_are_absent() -> None:
@@ -132,18 +133,36 @@ def test_macro_f1_by_hand() -> None:
     assert scores.macro_f1(data, "kind", [*LABELS, "unused"])["value"] == pytest.approx((0.5 + 2 / 3 + 0) / 3)
 
 
-def test_bootstrap_interval_of_f1_equals_resampling_the_rows() -> None:
+def test_interval_of_macro_f1_equals_resampling_the_rows() -> None:
     rng = np.random.default_rng(1)
     truth, said = rng.integers(0, 2, 80), rng.integers(0, 2, 80)
     said = np.where(rng.random(80) < 0.7, truth, said)
     data = rows(*[("pn"[t], "pn"[s]) for t, s in zip(truth, said, strict=True)])
-    quick = scores.f1(scores.count_sides(data, "kind", ["p"]))
+    quick = scores.macro_f1(data, "kind", ["p", "n"])
+    assert quick == scores.macro_f1(data, "kind", ["p", "n"])
     plain = []
     for _ in range(4_000):
         index = rng.integers(0, 80, 80)
-        t, s = truth[index] == 0, said[index] == 0
-        plain.append(2 * np.sum(t & s) / (np.sum(t) + np.sum(s)))
+        sides = [(truth[index] == side, said[index] == side) for side in (0, 1)]
+        plain.append(np.mean([2 * np.sum(t & s) / (np.sum(t) + np.sum(s)) for t, s in sides]))
     assert (quick["low"], quick["high"]) == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), abs=0.015)
+
+
+def test_f1_is_not_certain_when_all_is_right_or_wrong() -> None:
+    for said, value in (("a", 1.0), ("b", 0.0)):
+        data = rows(*[("a", said)] * 20)
+        for found in (scores.macro_f1(data, "kind", LABELS), scores.f1(scores.count_sides(data, "kind", ["a"]))):
+            assert found["value"] == value
+            assert found["high"] - found["low"] > 0.05
+
+
+def test_interval_of_f1_covers_at_its_level() -> None:
+    rng, inside = np.random.default_rng(5), []
+    for _ in range(1_500):
+        tp, fp, fn, tn = (int(x) for x in rng.multinomial(100, [0.3, 0.08, 0.06, 0.56]))
+        found = scores.f1(scores.Counts(tp, fp, tn, fn))
+        inside.append(found["low"] <= 0.6 / 0.74 <= found["high"])
+    assert 0.93 <= np.mean(inside) <= 0.97
 
 
 def test_confusion_rows_are_truth_and_the_last_column_is_invalid() -> None:

@@ -82,3 +82,26 @@ def test_stock_mlx_lm_loads_what_we_convert(name: str, golden: Any, logits: Any,
     model, _ = stock_load(tmp_path / "out")
     prompt, wanted = logits(name)
     assert error(cast(model, "float32")(prompt), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_expected_shapes_are_those_of_the_models(name: str, golden: Any) -> None:
+    """The twin: mlx-lm's own classes, which conversion does not need to import."""
+    from mlx.utils import tree_flatten
+
+    from mlx_distill.models.load import load_config
+    from mlx_distill.models.registry import build_model, expected_shapes
+
+    config = load_config(golden(name))
+    for change in ({}, {"num_hidden_layers": 4, "layer_types": None}, {"mlp_only_layers": [1], "decoder_sparse_step": 1}):
+        changed = {**config, **change}
+        wanted = {path: value.shape for path, value in tree_flatten(build_model(changed).parameters())}
+        assert expected_shapes(changed) == wanted
+
+
+def test_conversion_does_not_import_mlx_lm(golden: Any, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    code = "import sys; from mlx_distill import convert; convert(sys.argv[1], sys.argv[2]); assert 'mlx_lm' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code, str(golden("gpt_oss_mxfp4")), str(tmp_path / "out")], check=True)

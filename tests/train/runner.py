@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from train.tiny import make_batches, make_model, make_rows, settings
 
-from mlx_distill.errors import Interrupted
+from mlx_distill.errors import DistillError, Interrupted
 from mlx_distill.optim import make_optimizer
 from mlx_distill.train import ListBatches, make_trainable, sft, train
 from mlx_distill.train.ranks import current_ranks
@@ -38,11 +38,26 @@ def main(folder: Path, script: str) -> int:
         for method in ("full", "galore"):
             train_once(folder / method, method, lambda row: None)
         print("finished", flush=True)
-        return 0
+        return lose_a_rank(folder / "lost")
     try:
         train_once(folder, "galore", hook)
     except Interrupted as error:
         return error.exit_code
+    return 0
+
+
+def lose_a_rank(folder: Path) -> int:
+    ranks = current_ranks()
+
+    def die(row: dict) -> None:
+        if ranks.rank == 1 and row["step"] == 5:
+            os._exit(7)
+
+    if ranks.size > 1:
+        try:
+            train_once(folder, "full", die)
+        except DistillError as error:
+            print(f"told: {error}", flush=True)
     return 0
 
 

@@ -17,7 +17,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 from train.tiny import TinyModel, collate, make_batches, make_model, make_rows, settings
 
-from mlx_distill.errors import ConfigError, DataError, Interrupted, ModelError
+from mlx_distill.errors import ConfigError, DataError, FileError, Interrupted, ModelError
 from mlx_distill.optim import make_optimizer
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
@@ -26,6 +26,7 @@ from mlx_distill.train import ListBatches, Objective, TrainResult, load_weights,
 from mlx_distill.train.gradients import clip_scale, evaluate, global_norm, window_gradients
 from mlx_distill.train.randomness import random_key, set_random_key
 from mlx_distill.train.recompute import recomputed_layers
+from mlx_distill.train.stopwatch import PARTS
 
 ROWS = make_rows(24)
 
@@ -182,6 +183,8 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     config = settings(learning_rate=0.0, steps=20, evaluate_every=1)
     _, result = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8), patience=3)
     assert result.stopped_early and result.steps == 4 and result.best_step == 1
+    _, again = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8), patience=3)
+    assert again.stopped_early and again.steps == 4
 
 
 @pytest.mark.parametrize(("epochs", "accumulate", "expected"), [(1.0, 4, 2), (2.0, 4, 3), (0.5, 1, 3), (1.0, 100, 1)])
@@ -251,6 +254,25 @@ def test_a_damaged_checkpoint_is_an_error_with_a_cure(tmp_path: Path) -> None:
     assert "delete" in str(caught.value)
 
 
+def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole, _ = run(tmp_path / "whole", settings())
+    real, saves = mx.save_safetensors, []
+
+    def full(path: str, arrays: dict, **more: Any) -> None:
+        saves.append(path)
+        if len(saves) == 4:  # the optimizer's file of the second checkpoint
+            Path(path).write_bytes(b"half")
+            raise RuntimeError("[write] Unable to write 400 bytes to file.")
+        real(path, arrays, **more)
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(FileError, match="cannot be written") as caught:
+        run(tmp_path / "cut", settings())
+    assert "free some space" in str(caught.value)
+    assert [p.name for p in (tmp_path / "cut" / "checkpoints").iterdir()] == ["step-00000002"]
+    assert weights(run(tmp_path / "cut", settings())[0]) == weights(whole)
+
+
 def test_a_model_without_trainable_weights_is_refused(tmp_path: Path) -> None:
     model = make_model()
     model.freeze()
@@ -264,6 +286,7 @@ def test_hooks_get_what_a_watcher_needs(tmp_path: Path) -> None:
     assert [row["step"] for row in told] == [1, 2, 3]
     wanted = {"step", "steps", "loss", "terms", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds", "eta_s"}
     assert wanted | {"peak_memory_bytes"} <= set(told[0])
+    assert set(told[0]["timing"]) == set(PARTS) and told[0]["timing"]["forward"] > 0
     assert told[-1]["eta_s"] == 0.0 and told[0]["peak_memory_bytes"] > 0
 
 
@@ -292,12 +315,14 @@ def test_a_killed_process_goes_on_bitwise(tmp_path: Path, script: str) -> None:
     assert all(mx.array_equal(a[key], b[key]).item() for key in b)
 
 
-def test_two_ranks_equal_one(tmp_path: Path) -> None:
+def test_two_ranks_equal_one_and_a_lost_rank_ends_the_run_with_a_good_checkpoint(tmp_path: Path) -> None:
     launcher = Path(sys.executable).with_name("mlx.launch")
     runner = Path(__file__).with_name("runner.py")
     command = [launcher, "-n", "2", "--backend", "ring", "--", sys.executable, runner, tmp_path / "two", "ranks"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.stdout.count("finished") == 2, done.stdout + done.stderr  # the launcher's own exit code says nothing
+    assert "told: rank 0: another rank was lost" in done.stdout and "goes on from the last checkpoint" in done.stdout
+    assert (tmp_path / "two" / "lost" / "checkpoints" / "step-00000004" / "state.json").is_file()
     one = subprocess.run([sys.executable, runner, tmp_path / "one", "ranks"], capture_output=True, text=True, timeout=60)
     assert one.returncode == 0, one.stderr
     for method in ("full", "galore"):

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSONL, stage folders with a manifest, locks.
+"""Folders that are whole or absent: a stage works beside its folder, and a manifest says what came of it.
 
 A stage works in ``.<name>.partial`` beside its folder and renames it when everything is on the disk. A kill leaves either the
 old folder or a partial one that the next run goes on with, if its key is still the same.
@@ -6,133 +6,19 @@ old folder or a partial one that the next run goes on with, if its key is still 
 
 from __future__ import annotations
 
-import errno
-import hashlib
-import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.errors import DataError, FileError, from_os_error
+from mlx_distill.errors import FileError
+from mlx_distill.files.plain import digest, fsync_folder, os_errors, read_json, remove_leftovers, sha256, write_json, write_text
 
 MANIFEST = "manifest.json"
-
-
-@contextmanager
-def os_errors() -> Iterator[None]:
-    """Turn the operating system's refusals inside the block into a :class:`FileError` with a cure."""
-    try:
-        yield
-    except OSError as error:
-        raise from_os_error(error) from error
-
-
-def fsync_folder(path: Path) -> None:
-    """Make a rename inside ``path`` survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:  # some network file systems cannot; the rename stands all the same
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
-            raise
-    finally:
-        os.close(handle)
-
-
-@contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is synced and renamed over it, on failure removed."""
-    path = Path(path)
-    with os_errors():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # The ending stays: some writers (safetensors in MLX) choose the format by it.
-        temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
-        try:
-            yield temporary
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            fsync_folder(path.parent)
-        finally:
-            temporary.unlink(missing_ok=True)
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
-    with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
-
-
-def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON, indented, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
-
-
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a damaged one is a :class:`FileError` that names it."""
-    with os_errors():
-        raw = Path(path).read_bytes()
-    try:
-        return json.loads(raw)
-    except ValueError as error:
-        raise FileError(f"{path}: not valid JSON: {error}", fix="delete the file and run the same command again") from error
-
-
-def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object a line, whole or not at all; return how many."""
-    count = 0
-    with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
-            count += 1
-    return count
-
-
-def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield ``(line number, object)``; blank lines are passed over.
-
-    Raises:
-        DataError: a line is not UTF-8, not JSON, or not an object: with file and line.
-        FileError: the file cannot be opened.
-    """
-    with os_errors():
-        file = open(path, "rb")
-    with file:
-        for number, raw in enumerate(file, 1):
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: not UTF-8 (byte {error.start} of the line)",
-                    fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
-                ) from error
-            except ValueError as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}", fix="one JSON object a line is needed") from error
-            if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: a {type(row).__name__}, not an object", fix="one JSON object a line is needed")
-            yield number, row
-
-
-def sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes, read in slabs of 1 MiB."""
-    digest = hashlib.sha256()
-    with os_errors(), open(path, "rb") as file:
-        while slab := file.read(1 << 20):
-            digest.update(slab)
-    return digest.hexdigest()
-
-
-def digest(value: Any) -> str:
-    """Hex digest of a JSON value, independent of the order of keys."""
-    text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -217,6 +103,7 @@ def open_partial(folder: str | Path, key: str) -> Path:
     with os_errors():
         note = partial / "key"
         if partial.exists() and not (note.is_file() and note.read_text() == key):
+            note.unlink(missing_ok=True)  # first: what is half removed must never be gone on with
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
         if not note.is_file():
@@ -233,27 +120,38 @@ def scratch(partial: Path) -> Path:
 
 
 def publish(
-    folder: str | Path, stage: str, format: int, config: Mapping[str, Any], parents: Mapping[str, str], recorded: Mapping[str, Any]
+    folder: str | Path,
+    stage: str,
+    format: int,
+    config: Mapping[str, Any],
+    parents: Mapping[str, str],
+    recorded: Mapping[str, Any],
+    hashes: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Hash the partial folder's files, write the manifest, sync, and rename it into place."""
+    """Hash the partial folder's files (those in ``hashes`` are known), write the manifest, sync, and rename it into place."""
     folder, partial = Path(folder), partial_folder(folder)
+    remove_leftovers(partial, below=True)
     with os_errors():
-        shutil.rmtree(partial / "scratch", ignore_errors=True)
-        (partial / "key").unlink(missing_ok=True)
         files = {}
         for path in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST):
+            name = path.relative_to(partial).as_posix()
+            if name == "key" or name.startswith("scratch/"):
+                continue
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
             stat = path.stat()
-            files[path.relative_to(partial).as_posix()] = FileEntry(stat.st_size, sha256(path), stat.st_mtime_ns)
+            files[name] = FileEntry(stat.st_size, (hashes or {}).get(name) or sha256(path), stat.st_mtime_ns)
         key = stage_key(stage, format, config, parents)
         manifest = Manifest(stage, format, key, config, parents, files, {**recorded, "finished": time.time()})
+        # From here on the folder is whole, and a kill is finished by recover(); before, its scratch is still needed.
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)
     return manifest
 
 
 def _swap(partial: Path, folder: Path) -> None:
+    shutil.rmtree(partial / "scratch", ignore_errors=True)
+    (partial / "key").unlink(missing_ok=True)
     old = folder.with_name(f".{folder.name}.old")
     if old.exists():
         shutil.rmtree(old)
@@ -265,15 +163,13 @@ def _swap(partial: Path, folder: Path) -> None:
 
 
 def recover(folder: str | Path) -> None:
-    """Finish or undo a rename that a kill cut in two."""
+    """Finish a change of folders that a kill cut in two: a partial folder with a manifest is whole, and takes its place."""
     folder = Path(folder)
     partial, old = partial_folder(folder), folder.with_name(f".{folder.name}.old")
     with os_errors():
-        if folder.exists() or not folder.parent.exists():
-            if folder.exists() and old.exists():
-                shutil.rmtree(old, ignore_errors=True)
-        elif (partial / MANIFEST).is_file():
-            os.replace(partial, folder)
+        if (partial / MANIFEST).is_file():
+            _swap(partial, folder)
+        elif folder.exists():
             shutil.rmtree(old, ignore_errors=True)
         elif old.exists():
             os.replace(old, folder)

@@ -1,0 +1,130 @@
+"""The stages: each reads its parents' folders, does one thing, and leaves its result in the folder that it is given.
+
+A stage knows nothing of keys, skipping or renaming: :mod:`mlx_distill.pipeline` hands it a partial folder, empty or as a killed run left
+it, and publishes that folder when the stage returns. What a stage returns is recorded in its manifest, for people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from mlx_distill.config import to_mapping
+from mlx_distill.files import read_jsonl, scratch, write_jsonl
+from mlx_distill.runtime import peak_memory, reset_peak_memory
+from mlx_distill.stages.context import Context as Context
+from mlx_distill.stages.context import Facts, held_out_rows, load_model, read_rows, stop_here, vocabulary_hash
+from mlx_distill.stages.pairing import aligned_pairs
+from mlx_distill.stages.scoring import score_shard
+from mlx_distill.stages.training import fine_tune, train_rows
+
+
+def prepare(context: Context, folder: Path) -> Facts:
+    """Rows from everywhere to train, valid and test chats."""
+    from mlx_distill.data import splits
+
+    statistics = splits.prepare(context.recipe.data, context.task, context.recipe.base, folder, context.progress)
+    return {"rows": statistics["rows"]} if "rows" in statistics else {}
+
+
+def convert(context: Context, folder: Path, source: str) -> Facts:
+    """A checkpoint of the Hub's layout to one of ours, numerically the same."""
+    from mlx_distill.models.convert import convert_into
+
+    settings = context.recipe.convert
+    report = convert_into(
+        source, folder, quantize=settings.quantize, dtype=settings.dtype, revision=settings.revision, progress=context.progress
+    )
+    return {"source": source, **report.facts()}
+
+
+def teach(context: Context, folder: Path) -> Facts:
+    """Fine-tune the teacher on the labelled rows."""
+    model, tokenizer = load_model(context, "teacher_base")
+    return fine_tune(context, folder, "teach", model, tokenizer, "teacher_base", context.recipe.teach)
+
+
+def targets(context: Context, folder: Path) -> Facts:
+    """What the teacher says of the training and validation rows, written once."""
+    from mlx_distill.targets import TargetWriter
+
+    settings = context.recipe.targets
+    model, tokenizer = load_model(context, "teacher")
+    rows = read_rows(context, "train")[: settings.max_rows or None] + read_rows(context, "valid")
+    writer = TargetWriter(folder)
+    shard = max(settings.batch_size * 8, 64)
+    invalid = 0
+    with context.progress.task("targets", total=len(rows), unit="row", start=writer.done) as bar:
+        for first in range(writer.done, len(rows), shard):
+            stop_here(context)
+            written, bad = score_shard(context, model, tokenizer, rows[first : first + shard])
+            writer.write(written)
+            invalid += bad
+            bar.update(writer.done)
+    if invalid:
+        context.progress.note(f"targets: {invalid} answers of the teacher do not fit the task; these rows keep the data's own")
+    writer.finish(labels=list(context.task.labels), teacher_tokenizer=vocabulary_hash(tokenizer), text=settings.text, top_k=settings.top_k)
+    return {"rows": writer.done, "bytes": sum(p.stat().st_size for p in folder.glob("[rt]*-0*"))}
+
+
+def distill(context: Context, folder: Path, control: str | None = None) -> Facts:
+    """Train the student on the teacher's targets; ``control`` trains on one thing alone: ``labels`` or ``text``."""
+    from mlx_distill.data.templates import pad_id
+    from mlx_distill.train.kd import kd
+    from mlx_distill.train.pairs import collate_pairs
+
+    settings = context.recipe.distill
+    model, tokenizer = load_model(context, "student_base")
+    if control == "labels":
+        return fine_tune(context, folder, "distill (labels alone)", model, tokenizer, "student_base", settings)
+    if control == "text":
+        settings = replace(settings, label_weight=0.0, token_weight=0.0, text_weight=1.0)
+    train_pairs, valid_pairs, tokenizers = aligned_pairs(context, tokenizer, settings)
+    pad, classes = pad_id(tokenizer), len(context.task.labels)
+    return train_rows(
+        context, folder, "distill" if control is None else "distill (text alone)", model, tokenizer, "student_base", settings,
+        kd(settings, **tokenizers), train_pairs, valid_pairs, lambda pairs, rows: collate_pairs(pairs, rows, pad, classes),
+    )  # fmt: skip
+
+
+def quantize(context: Context, folder: Path) -> Facts:
+    """Bring what is not MXFP4 already to few bits."""
+    from mlx_distill.models.quantize import quantize_into
+
+    settings = context.recipe.quantize
+    return quantize_into(
+        context.run / "student", folder, settings.mode, group_size=settings.group_size, adapter=settings.adapter, keep=settings.keep,
+        progress=context.progress,
+    ).facts()  # fmt: skip
+
+
+def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Facts:
+    """Held-out rows through one model, a chunk at a time, so that a killed evaluation goes on behind its last whole chunk."""
+    from mlx_distill.infer.predict import predict
+    from mlx_distill.infer.store import write_predictions
+    from mlx_distill.records import Prediction
+
+    settings = context.recipe.evaluate
+    rows = held_out_rows(context)
+    model, tokenizer = load_model(context, model_folder)
+    reset_peak_memory()
+    chunk = settings.batch_size * 4
+    found: list[Prediction] = []
+    with context.progress.task(f"evaluate {name}", total=len(rows), unit="row") as bar:
+        for first in range(0, len(rows), chunk):
+            path = scratch(folder) / f"predictions-{first:08d}.jsonl"
+            if not path.is_file():
+                stop_here(context)
+                some = rows[first : first + chunk]
+                tell = _from(bar.update, first)
+                done = predict(model, tokenizer, context.task, some, batch_size=settings.batch_size, on_done=tell)
+                write_jsonl(path, (asdict(prediction) for prediction in done))
+            found += [Prediction(**row) for _, row in read_jsonl(path)]
+            bar.update(len(found))
+    write_predictions(folder / "predictions.jsonl", name, context.task, rows, found, settings=to_mapping(settings))
+    return {"rows": len(rows), "peak_memory_bytes": peak_memory()}
+
+
+def _from(update: Callable[[int], None], first: int) -> Callable[[int], None]:
+    return lambda count: update(first + count)

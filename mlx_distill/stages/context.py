@@ -1,0 +1,74 @@
+"""What every stage of a run shares, and how it reads its parents."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.errors import DataError, Interrupted
+from mlx_distill.files import read_jsonl
+from mlx_distill.progress import Progress
+from mlx_distill.recipe import Recipe
+from mlx_distill.runtime import StopFlag
+from mlx_distill.task import Task
+
+Facts = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Context:
+    """What every stage of a run shares: the recipe, its task, the run's folder, where progress is told, and the wish to stop."""
+
+    recipe: Recipe
+    task: Task
+    run: Path
+    progress: Progress
+    stop: StopFlag
+
+
+def load_model(context: Context, name: str) -> tuple[Any, Any]:
+    """A model of the run and its tokenizer, computing in the recipe's type."""
+    from mlx_distill.models.load import load
+
+    return load(context.run / name, dtype=context.recipe.compute_dtype)
+
+
+def read_rows(context: Context, split: str) -> list[dict[str, Any]]:
+    """The prepared rows of ``train``, ``valid`` or ``test``."""
+    path = context.run / "data" / f"{split}.jsonl"
+    return [row for _, row in read_jsonl(path)] if path.stat().st_size else []
+
+
+def held_out_rows(context: Context) -> list[dict[str, Any]]:
+    """The test rows that are measured: of each set the first ``evaluate.max_rows``.
+
+    Raises:
+        DataError: there are none.
+    """
+    rows = read_rows(context, "test")
+    if not rows:
+        raise DataError("no held-out rows", fix="raise data.test_fraction, or give a source with split: test")
+    limit = context.recipe.evaluate.max_rows
+    if not limit:
+        return rows
+    counts: dict[str, int] = {}
+    kept = []
+    for row in rows:
+        counts[row["set"]] = counts.get(row["set"], 0) + 1
+        if counts[row["set"]] <= limit:
+            kept.append(row)
+    return kept
+
+
+def stop_here(context: Context) -> None:
+    """Where a stage can be left: raise :class:`Interrupted` if that is wished."""
+    if context.stop:
+        raise Interrupted("stopped", fix="run the same command again: it goes on from here")
+
+
+def vocabulary_hash(tokenizer: Any) -> str:
+    """A hash of a tokenizer's vocabulary: targets of one teacher are of no use with the ids of another."""
+    from mlx_distill.files import digest
+
+    return digest(dict(tokenizer.get_vocab()))

@@ -1,0 +1,188 @@
+"""One optimizer step after the other: take a window, differentiate, clip, update, look, save."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+
+from mlx_distill.errors import DataError, Interrupted
+from mlx_distill.progress import Estimate
+from mlx_distill.recipe import TrainConfig
+from mlx_distill.records import Batch
+from mlx_distill.runtime import StopFlag, peak_memory
+from mlx_distill.train import checkpoint
+from mlx_distill.train.gradients import Compress, apply_update, clip_scale, evaluate, global_norm, window_gradients
+from mlx_distill.train.guard import stop_on_nan
+from mlx_distill.train.length import epoch_batches
+from mlx_distill.train.metrics import MetricsLog
+from mlx_distill.train.objectives import Objective, trained_tokens
+from mlx_distill.train.randomness import random_key
+from mlx_distill.train.ranks import Ranks
+from mlx_distill.train.source import BatchSource
+from mlx_distill.train.stopwatch import Stopwatch
+
+Hook = Callable[[dict[str, Any]], None]
+
+
+@dataclass
+class Run:
+    """Where a run stands; all of it is in each checkpoint."""
+
+    step: int = 0
+    micro: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    waiting: int = 0
+    last: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What does not change over a run."""
+
+    model: nn.Module
+    batches: BatchSource
+    objective: Objective
+    optimizer: optim.Optimizer
+    settings: TrainConfig
+    folder: Path
+    valid: Sequence[Batch]
+    steps: int
+    ranks: Ranks
+    log: MetricsLog
+    checked: Mapping[str, Any]
+    watch: Stopwatch = field(default_factory=Stopwatch)
+
+
+def go(setup: Setup, run: Run, flag: StopFlag, hooks: Sequence[Hook], patience: int) -> bool:
+    """Step until the end; True where patience ended it first."""
+    if 0 < patience <= run.waiting:
+        return True
+    estimate, every = Estimate(setup.steps, run.step), setup.settings.checkpoint_every
+    while run.step < setup.steps:
+        row = _step(setup, run)
+        with setup.watch.part("validate"):
+            tired = _look(setup, run, row, patience)
+        run.last = row
+        setup.log.write(row)
+        told = {"steps": setup.steps, "terms": {k: row[k] for k in setup.objective.coefficients}, "eta_s": estimate.left(run.step)}
+        told["timing"] = setup.watch.take()
+        for hook in hooks:
+            hook({**row, **told})
+        stopping = bool(setup.ranks.largest(float(bool(flag))))
+        if stopping or tired or run.step == setup.steps or run.step % every == 0:
+            with setup.watch.part("save"):
+                _save(setup, run)
+        if tired:
+            return True
+        if stopping and run.step < setup.steps:
+            raise Interrupted(f"stopped after step {run.step} of {setup.steps}", fix="run the same command again: it goes on from there")
+    return False
+
+
+def _step(setup: Setup, run: Run) -> dict[str, Any]:
+    """One optimizer step; its row of metrics."""
+    began = time.perf_counter()
+    with setup.watch.part("data"):
+        window = _window(setup, run)
+    result = window_gradients(setup.model, window, setup.objective, setup.ranks, _compress(setup), setup.watch)
+    norm = 0.0
+    if result.gradients:
+        norm = global_norm(result.gradients)
+        if not (math.isfinite(norm) and math.isfinite(result.loss)):
+            stop_on_nan(setup.folder, run.step + 1, window, result, norm, setup.ranks.rank)
+        with setup.watch.part("update"):
+            norm = _update(setup, result.gradients, norm)
+    run.step += 1
+    tokens = round(setup.ranks.sum([sum(trained_tokens(batch) for batch in window)])[0])
+    seconds = time.perf_counter() - began
+    run.tokens += tokens
+    run.seconds += seconds
+    return {
+        "step": run.step,
+        "loss": result.loss,
+        **result.terms,
+        "learning_rate": float(setup.optimizer.learning_rate),
+        "grad_norm": norm,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": run.seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _compress(setup: Setup) -> Compress | None:
+    """How the optimizer takes gradients in before they are added up: at once where there is nothing to add."""
+    alone = setup.settings.accumulate == 1 and setup.ranks.size == 1
+    return getattr(setup.optimizer, "enter" if alone else "compress", None)
+
+
+def _update(setup: Setup, gradients: dict[str, mx.array], norm: float) -> float:
+    """Clip and apply. What an optimizer keeps in a subspace is measured there: the norm is that of what moves the weights."""
+    if hasattr(setup.optimizer, "enter"):
+        for path in list(gradients):
+            gradients[path] = setup.optimizer.enter(path, gradients[path])
+            mx.eval(gradients[path])
+        norm = global_norm(gradients)
+    apply_update(setup.model, setup.optimizer, gradients, clip_scale(norm, setup.settings.clip_norm))
+    return norm
+
+
+def _window(setup: Setup, run: Run) -> list[Batch]:
+    """This step's micro-batches; the last window of a run by epochs is what is left."""
+    count = setup.settings.accumulate
+    if not setup.settings.steps:
+        count = min(count, epoch_batches(setup.settings, len(setup.batches)) - run.micro)
+    window = []
+    for _ in range(count):
+        try:
+            window.append(next(setup.batches))
+        except StopIteration:
+            break
+    if not setup.ranks.largest(len(window)):
+        raise DataError(f"the batches ran out at step {run.step + 1}", fix="a source of batches goes on epoch after epoch")
+    run.micro += len(window)
+    return window
+
+
+def _look(setup: Setup, run: Run, row: dict[str, Any], patience: int) -> bool:
+    """Validation where it is due; True where ``patience`` is out."""
+    every = setup.settings.evaluate_every
+    if not setup.valid or not every or (run.step % every and run.step != setup.steps):
+        return False
+    found = evaluate(setup.model, setup.valid, setup.objective, setup.ranks)
+    row |= {f"valid_{name}": value for name, value in found.items()}
+    if run.best_loss is None or found["loss"] < run.best_loss:
+        run.best_step, run.best_loss, run.waiting = run.step, found["loss"], 0
+        if setup.ranks.rank == 0:
+            checkpoint.save_best(setup.folder / "checkpoints", {"step": run.step, "valid_loss": found["loss"]}, setup.model)
+    else:
+        run.waiting += 1
+    return 0 < patience <= run.waiting
+
+
+def _save(setup: Setup, run: Run) -> None:
+    """Write a checkpoint; every rank takes part, rank 0 writes."""
+    keys = setup.ranks.gather(random_key())
+    if setup.ranks.rank == 0:
+        state = {
+            "step": run.step,
+            "steps": setup.steps,
+            "run": vars(run),
+            "random": keys,
+            "data": setup.batches.state(),
+            "settings": setup.checked,
+            "metrics_bytes": setup.log.bytes(),
+        }
+        checkpoint.save(setup.folder / "checkpoints", state, setup.model, setup.optimizer)
+    setup.ranks.barrier()

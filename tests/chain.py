@@ -1,0 +1,65 @@
+"""The whole graph at its smallest: two packaged tiny models, a few steps of each training, and every stage with more than one part to lose."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from small_run import rows, write_recipe
+
+from mlx_distill.files import Manifest, check_folder, read_manifest
+
+STAGES = ("data", "teacher_base", "student_base", "teacher", "targets", "student", "quantized", "evaluations/teacher", "evaluations/student")
+_TRAINING = {"steps": 5, "accumulate": 1, "batch_size": 4, "lora_rank": 4, "lora_dropout": 0.1, "evaluate_every": 3, "checkpoint_every": 2}
+
+
+def write_chain(folder: Path, **blocks: Any) -> Path:
+    """``recipe.yaml`` and what it needs: enough rows for two shards of targets and two chunks of an evaluation."""
+    settings = {
+        "student": "asset:models/tiny-gpt-oss",
+        "teach": _TRAINING,
+        "distill": _TRAINING,
+        "targets": {"top_k": 8, "batch_size": 8},
+        "evaluate": {"models": ["student"], "batch_size": 4},
+        **blocks,
+    }
+    recipe = write_recipe(folder, **settings)
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows(110)), encoding="utf-8")
+    return recipe
+
+
+@functools.cache
+def finished() -> Path:
+    """A folder with ``recipe.yaml`` and ``out``, run once a session without interruption; for reading or copying."""
+    from mlx_distill.pipeline import run
+
+    folder = Path(tempfile.mkdtemp(prefix="chain-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    run(write_chain(folder), folder / "out")
+    return folder
+
+
+def manifests(out: Path) -> dict[str, Manifest]:
+    """The manifests of all stages that are there."""
+    found = {name: read_manifest(out / name) for name in STAGES}
+    return {name: manifest for name, manifest in found.items() if manifest is not None}
+
+
+def whole_stages(out: Path) -> list[str]:
+    """The stages that can be seen; each must be whole, byte by byte, and nothing else may be seen beside the report."""
+    visible = [p for p in out.iterdir() if not p.name.startswith(".")]
+    folders = [p for p in visible if p.is_dir() and p.name != "evaluations"]
+    folders += [p for p in (out / "evaluations").glob("*") if not p.name.startswith(".")]
+    for path in folders:
+        manifest = read_manifest(path)
+        assert manifest is not None, f"{path} is visible without a manifest"
+        assert check_folder(path, manifest, verify=True) is None
+        written = {p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()}
+        assert written == {*manifest.files, "manifest.json"}
+    assert {p.name for p in visible if p.is_file()} <= {"report.json", "report.html"}
+    return sorted(p.relative_to(out).as_posix() for p in folders)

@@ -1,0 +1,41 @@
+"""A run in a process of its own that kills itself: killed_run.py RECIPE OUT [PATTERN].
+
+Where a file or folder whose path matches the pattern is about to be renamed into place, what was written for it is cut in half, as if
+the kill had come in the middle of writing, and the process gets SIGKILL.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.runtime import load_blas
+
+load_blas()
+
+
+def kill_at(pattern: str) -> None:
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        if event == "os.rename" and re.search(pattern, os.fsdecode(arguments[1])):
+            written = Path(os.fsdecode(arguments[0]))
+            if written.is_file():
+                os.truncate(written, written.stat().st_size // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+def main(recipe: str, out: str, pattern: str = "") -> None:
+    if pattern:
+        kill_at(pattern)
+    from mlx_distill.pipeline import run
+
+    run(recipe, out)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

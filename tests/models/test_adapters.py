@@ -1,0 +1,177 @@
+"""Adapters: on, off, saved, loaded, merged."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from mlx_distill.errors import ModelError
+from mlx_distill.models.adapters import LoraSettings, add_lora, has_adapter, load_adapter, merge, save_adapter
+from mlx_distill.models.load import cast, load_model
+
+ATTENTION = ("q_proj", "o_proj")
+CASES = [
+    ("qwen2", ("q_proj", "down_proj"), "lora"),
+    ("qwen3", ("q_proj", "down_proj"), "dora"),
+    ("qwen3_moe", ("q_proj", "gate_proj"), "lora"),
+    ("gpt_oss", (*ATTENTION, "up_proj"), "lora"),
+    ("gpt_oss_mxfp4", ATTENTION, "lora"),
+    ("gpt_oss_mxfp4", ("down_proj",), "lora"),
+]
+
+
+def trained(model: Any, settings: LoraSettings, seed: int = 1) -> list[str]:
+    """Put an adapter on and give it values, as training would."""
+    paths = add_lora(model, settings, seed)
+    key = mx.random.key(seed + 1)
+    for path, module in sorted(model.named_modules()):
+        if path in paths:
+            key, now = mx.random.split(key)
+            module.lora_b = 0.2 * mx.random.normal(module.lora_b.shape, key=now)
+    return paths
+
+
+@pytest.mark.parametrize(("name", "targets", "kind"), CASES)
+def test_an_adapter_survives_the_disk_and_merging_changes_no_logit(
+    name: str, targets: tuple[str, ...], kind: str, golden: Any, logits: Any, tmp_path: Path
+) -> None:
+    model, _ = load_model(golden(name), dtype="float32")
+    prompt, plain = logits(name)
+    settings = LoraSettings(4, 8.0, 0.1, targets, kind)
+    paths = add_lora(model, settings, seed=3)
+    model.eval()
+    scale = mx.abs(plain).max().item()
+    assert mx.abs(model(prompt) - plain).max().item() < 2e-5 * scale, "a fresh adapter changes nothing"
+    trained_paths = trained(load_model(golden(name))[0], settings)
+    assert paths == trained_paths
+
+    model, _ = load_model(golden(name), dtype="float32")
+    trained(model, settings)
+    model.eval()
+    adapted = model(prompt)
+    assert mx.abs(adapted - plain).max().item() > 0.1
+    save_adapter(model, tmp_path / "adapter", settings, golden(name))
+    again, _ = load_model(tmp_path / "adapter", dtype="float32")
+    assert mx.array_equal(again(prompt), adapted)
+    rows = merge(again)
+    assert not has_adapter(again)
+    assert [row.path for row in rows] == paths
+    assert {row.how for row in rows} == ({"dequantized"} if targets == ("down_proj",) else {"added"})
+    assert all(row.error == 0.0 and row.update > 0 for row in rows)
+    assert mx.abs(again(prompt) - adapted).max().item() < 2e-5 * scale
+
+
+def test_only_the_adapter_is_trained_and_its_start_depends_on_the_seed_alone(golden: Any) -> None:
+    def start(seed: int) -> dict[str, mx.array]:
+        model, _ = load_model(golden("gpt_oss_mxfp4"))
+        mx.random.uniform()  # the global state must not matter
+        add_lora(model, LoraSettings(2, 4.0, 0.0, ("q_proj",)), seed)
+        return dict(tree_flatten(model.trainable_parameters()))
+
+    one, same, other = start(5), start(5), start(6)
+    assert set(one) == {f"model.layers.{i}.self_attn.q_proj.lora_{m}" for i in (0, 1) for m in "ab"}
+    assert all(mx.array_equal(one[n], same[n]) for n in one)
+    assert not mx.array_equal(one["model.layers.0.self_attn.q_proj.lora_a"], other["model.layers.0.self_attn.q_proj.lora_a"])
+    a = one["model.layers.0.self_attn.q_proj.lora_a"]
+    assert mx.abs(a).max().item() <= 32**-0.5
+    assert a.dtype == mx.float32
+
+
+def test_merging_rounds_once_and_says_how_much(golden: Any) -> None:
+    model, _ = load_model(golden("qwen3"))
+    trained(model, LoraSettings(4, 8.0, 0.0, ("q_proj",)))
+    layer = model.model.layers[0].self_attn.q_proj
+    exact = np.array(layer.linear.weight.astype(mx.float32)) + 2.0 * (np.array(layer.lora_a) @ np.array(layer.lora_b)).T
+    row = merge(model)[0]
+    merged = np.array(model.model.layers[0].self_attn.q_proj.weight.astype(mx.float32))
+    assert model.model.layers[0].self_attn.q_proj.weight.dtype == mx.bfloat16
+    assert np.abs(merged - exact).max() <= np.abs(exact).max() * 2.0**-8
+    assert 0 < row.error < 0.01
+
+
+def test_the_adapter_keeps_its_type_when_the_model_is_cast(golden: Any) -> None:
+    model, _ = load_model(golden("qwen3"))
+    add_lora(model, LoraSettings(2, 4.0, 0.0, ("q_proj",)))
+    cast(model, "bfloat16")
+    assert model.model.layers[0].self_attn.q_proj.lora_a.dtype == mx.float32
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        (LoraSettings(4, 8.0, 0.0, ("q_proj", "qq_proj")), "qq_proj"),
+        (LoraSettings(33, 8.0, 0.0, ("q_proj",)), "rank 33"),
+        (LoraSettings(4, 8.0, 0.0, ()), "no target"),
+        (LoraSettings(4, 8.0, 0.0, ("gate_proj",), "dora"), "DoRA"),
+        (LoraSettings(4, 8.0, 0.0, ("q_proj",), "vera"), "vera"),
+    ],
+)
+def test_settings_that_fit_nothing_are_refused(settings: LoraSettings, named: str, golden: Any) -> None:
+    model, _ = load_model(golden("gpt_oss"))
+    with pytest.raises(ModelError, match=named) as caught:
+        add_lora(model, settings)
+    assert caught.value.fix
+    assert not has_adapter(model)
+
+
+def test_a_moved_run_still_finds_its_base(golden: Any, logits: Any, tmp_path: Path) -> None:
+    shutil.copytree(golden("qwen3"), tmp_path / "run" / "teacher_base")
+    model, _ = load_model(tmp_path / "run" / "teacher_base")
+    settings = LoraSettings(2, 4.0, 0.0, ("q_proj",))
+    trained(model, settings)
+    save_adapter(model, tmp_path / "run" / ".teacher.partial", settings, tmp_path / "run" / "teacher_base")
+    (tmp_path / "run" / ".teacher.partial").rename(tmp_path / "run" / "teacher")
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    moved, _ = load_model(tmp_path / "elsewhere" / "teacher")
+    assert mx.array_equal(moved(logits("qwen3")[0]), model(logits("qwen3")[0]))
+    shutil.rmtree(tmp_path / "elsewhere" / "teacher_base")
+    with pytest.raises(ModelError, match="is gone"):
+        load_model(tmp_path / "elsewhere" / "teacher")
+
+
+def test_an_adapter_on_the_wrong_base_is_refused(golden: Any, tmp_path: Path) -> None:
+    model, _ = load_model(golden("qwen3"))
+    settings = LoraSettings(2, 4.0, 0.0, ("q_proj",))
+    trained(model, settings)
+    save_adapter(model, tmp_path / "adapter", settings, golden("qwen3"))
+    other, _ = load_model(golden("qwen2"))
+    with pytest.raises(ModelError, match=r"adapters\.safetensors"):
+        load_adapter(other, tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    del config["base"]
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="no base"):
+        load_model(tmp_path / "adapter")
+
+
+def test_stock_mlx_lm_reads_the_adapter(golden: Any, logits: Any, tmp_path: Path) -> None:
+    from mlx_lm.utils import load_adapters
+    from mlx_lm.utils import load_model as stock_load
+
+    model, _ = load_model(golden("qwen3"), dtype="float32")
+    settings = LoraSettings(4, 8.0, 0.0, ("q_proj", "down_proj"))
+    trained(model, settings)
+    save_adapter(model, tmp_path, settings, golden("qwen3"))
+    stock, _ = stock_load(golden("qwen3"))
+    load_adapters(stock, str(tmp_path))
+    prompt, _ = logits("qwen3")
+    assert mx.allclose(cast(stock, "float32")(prompt), model(prompt), atol=1e-4)
+
+
+def test_gradients_reach_the_adapter_through_packed_experts(golden: Any, logits: Any) -> None:
+    import mlx.nn as nn
+
+    model, _ = load_model(golden("gpt_oss_mxfp4"), dtype="float32")
+    trained(model, LoraSettings(2, 4.0, 0.0, ("q_proj", "gate_proj")))
+    prompt, _ = logits("gpt_oss_mxfp4")
+    _, gradients = nn.value_and_grad(model, lambda m: mx.mean(mx.square(m(prompt))))(model)
+    values = [g for _, g in tree_flatten(gradients)]
+    assert len(values) == 8
+    assert all(mx.all(mx.isfinite(g)).item() and mx.abs(g).max().item() > 0 for g in values)

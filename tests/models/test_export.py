@@ -1,0 +1,151 @@
+"""Round trips byte for byte, PEFT there and back, cards."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_distill.errors import ModelError
+from mlx_distill.models.adapters import LoraSettings, add_lora, load_adapter, save_adapter
+from mlx_distill.models.convert import convert
+from mlx_distill.models.export import from_peft, to_hf, to_peft
+from mlx_distill.models.load import load_model
+
+NAMES = ("qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4")
+
+
+def adapter(folder: Path, base: Path, targets: tuple[str, ...] = ("q_proj", "o_proj"), kind: str = "lora") -> Any:
+    model, _ = load_model(base, dtype="float32")
+    settings = LoraSettings(4, 8.0, 0.0, targets, kind)
+    add_lora(model, settings)
+    for path, module in sorted(model.named_modules()):
+        if "lora_b" in module:
+            module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape, key=mx.random.key(len(path)))
+    save_adapter(model, folder, settings, base)
+    return model
+
+
+@pytest.mark.parametrize("memory", [1, 1 << 20])
+@pytest.mark.parametrize("name", NAMES)
+def test_there_and_back_is_byte_identical(name: str, memory: int, golden: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden(name), tmp_path / "ours", max_shard_bytes=20_000)
+    report = to_hf(tmp_path / "ours", tmp_path / "theirs", max_shard_bytes=25_000, memory_bytes=memory)
+    assert tools.all(tmp_path / "theirs") == tools.all(golden(name))
+    assert report.changed == ()
+    wanted = json.loads((golden(name) / "config.json").read_text())
+    assert json.loads((tmp_path / "theirs" / "config.json").read_text()) == wanted
+    index = json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"]) == set(tools.all(golden(name)))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss_mxfp4"])
+def test_an_adapter_is_merged_on_the_way_out(name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden(name), tmp_path / "base", dtype="float32")
+    model = adapter(tmp_path / "student", tmp_path / "base")
+    report = to_hf(tmp_path / "student", tmp_path / "out")
+    prompt, _ = logits(name)
+    merged, _ = load_model(tmp_path / "out")
+    assert mx.abs(merged(prompt) - model(prompt)).max().item() < 1e-4
+    assert len(report.changed) == 4
+    assert all(row.note == "adapter merged" and row.error < 1e-6 for row in report.changed)
+    before, after = tools.all(golden(name)), tools.all(tmp_path / "out")
+    experts = [n for n in before if n.endswith(("_blocks", "_scales"))]
+    assert len(experts) == (8 if name == "gpt_oss_mxfp4" else 0)
+    assert all(before[n] == after[n] for n in experts)
+
+
+def test_an_adapter_on_packed_experts_is_packed_again(golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "base")
+    adapter(tmp_path / "student", tmp_path / "base", ("down_proj",))
+    report = to_hf(tmp_path / "student", tmp_path / "out")
+    before, after = tools.all(golden("gpt_oss_mxfp4")), tools.all(tmp_path / "out")
+    assert {n for n in before if before[n] != after[n]} == {n for n in before if "down_proj_" in n and "bias" not in n}
+    assert {n: before[n][:2] for n in before} == {n: after[n][:2] for n in after}
+    assert {row.note for row in report.changed} == {"packed again; adapter merged"}
+    from mlx_distill.models.quantize import quantize_folder
+
+    quantize_folder(tmp_path / "student", tmp_path / "ours", "affine8", keep=("proj", "embed", "head", "router"))
+    assert load_model(tmp_path / "ours")[0](logits("gpt_oss_mxfp4")[0]).shape == (2, 48, 64)
+    packed = load_model(tmp_path / "out")[0].model.layers[0].mlp.experts.down_proj
+    same = load_model(tmp_path / "ours")[0].model.layers[0].mlp.experts.down_proj
+    assert mx.array_equal(packed.weight, same.weight)
+    assert mx.array_equal(packed.scales, same.scales)
+
+
+@pytest.mark.parametrize("mode", ["affine4", "mxfp4"])
+def test_what_the_layout_cannot_hold_is_unpacked_and_said(mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "packed", mode)
+    report = to_hf(tmp_path / "packed", tmp_path / "out")
+    before, after = tools.all(golden("gpt_oss_mxfp4")), tools.all(tmp_path / "out")
+    assert {n: v[:2] for n, v in after.items()} == {n: v[:2] for n, v in before.items()}
+    assert all(before[n] == after[n] for n in before if n.endswith(("_blocks", "_scales")))
+    assert {row.note for row in report.changed} == {f"unpacked from {'affine' if mode == 'affine4' else 'mxfp4'}"}
+    prompt, _ = logits("gpt_oss_mxfp4")
+    ours, theirs = (load_model(tmp_path / name, dtype="float32")[0](prompt) for name in ("packed", "out"))
+    assert mx.abs(ours - theirs).mean().item() < 0.2
+    if mode == "mxfp4":  # bfloat16 holds every MXFP4 value
+        assert all(row.error == 0.0 for row in report.changed)
+        assert mx.abs(ours - theirs).max().item() < 1e-4
+
+
+def test_experts_that_were_packed_here_leave_as_mxfp4(golden: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden("gpt_oss"), tmp_path / "packed", "mxfp4")
+    to_hf(tmp_path / "packed", tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
+    assert "model.layers.0.mlp.experts.gate_up_proj_blocks" in tools.all(tmp_path / "out")
+    first, second = (load_model(tmp_path / name)[0].model.layers[1].mlp.experts for name in ("packed", "out"))
+    assert mx.array_equal(first.gate_proj.weight, second.gate_proj.weight)
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_peft_there_and_back_is_the_same_adapter(kind: str, golden: Any, logits: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "base")
+    model = adapter(tmp_path / "student", tmp_path / "base", kind=kind)
+    paths = to_peft(tmp_path / "student", tmp_path / "peft")
+    weights = mx.load(str(tmp_path / "peft" / "adapter_model.safetensors"))
+    assert weights[f"base_model.model.{paths[0]}.lora_A.weight"].shape[0] == 4
+    from_peft(tmp_path / "peft", tmp_path / "again", tmp_path / "base")
+    back, _ = load_model(tmp_path / "base", dtype="float32")
+    load_adapter(back, tmp_path / "again")
+    prompt, _ = logits("qwen3")
+    assert mx.array_equal(back(prompt), model(prompt))
+
+
+def test_rank_stabilized_scales_are_understood(golden: Any, tmp_path: Path) -> None:
+    adapter(tmp_path / "student", golden("qwen3"))
+    to_peft(tmp_path / "student", tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
+    from_peft(tmp_path / "peft", tmp_path / "again", golden("qwen3"))
+    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_parameters"]["scale"] == 4.0
+
+
+def test_what_peft_cannot_hold_and_what_we_cannot_compute_is_refused(golden: Any, tmp_path: Path) -> None:
+    adapter(tmp_path / "experts", golden("gpt_oss"), ("gate_proj",))
+    with pytest.raises(ModelError, match="experts"):
+        to_peft(tmp_path / "experts", tmp_path / "peft")
+    with pytest.raises(ModelError, match="no adapter"):
+        to_peft(golden("qwen3"), tmp_path / "peft")
+    adapter(tmp_path / "student", golden("qwen3"))
+    to_peft(tmp_path / "student", tmp_path / "peft")
+    path = tmp_path / "peft" / "adapter_config.json"
+    for change in ({"peft_type": "IA3"}, {"modules_to_save": ["lm_head"]}, {"bias": "all"}, {"r": None}):
+        good = json.loads(path.read_text())
+        path.write_text(json.dumps({**good, **change}))
+        with pytest.raises(ModelError, match=next(iter(change))):
+            from_peft(tmp_path / "peft", tmp_path / "again", golden("qwen3"))
+        path.write_text(json.dumps(good))
+
+
+def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: Path) -> None:
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
+    figures = {"metrics": {"student": {"accuracy": {"value": 0.875, "low": 0.8, "high": 0.9, "n": 40}, "json_valid": {"value": 1.0}}}}
+    to_hf(tmp_path / "ours", tmp_path / "out", report=figures)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "| student | 0.875 | 1.000 |" in card
+    assert "stage `convert`" in card
+    assert "truncate: false" in card

@@ -1,0 +1,72 @@
+"""What a person is told about a folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from mlx_distill.errors import ModelError
+from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
+from mlx_distill.models.convert import convert
+from mlx_distill.models.inspect import inspect
+from mlx_distill.models.load import load_model
+
+
+def test_a_checkpoint_of_either_layout_counts_the_same_parameters(golden: Any, tmp_path: Path) -> None:
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
+    theirs, ours = inspect(golden("gpt_oss_mxfp4")), inspect(tmp_path / "ours", verify=True)
+    assert theirs.facts["parameters"] == ours.facts["parameters"]
+    assert (theirs.facts["layout"], ours.facts["layout"]) == ("Hugging Face", "MLX")
+    assert ours.facts["layers"] == 2
+    assert "truncate False" in ours.facts["rope"]
+    assert "stage" in ours.facts
+    assert ours.problems == ()
+    experts = next(r for r in ours.rows if r.name == "model.layers.*.mlp.experts.up_proj.weight")
+    assert (experts.count, experts.shape, experts.stored, experts.bits) == (2, (4, 32, 32), "mxfp4 4/32", 4.25)
+    assert sum(r.parameters for r in ours.rows) == int(str(ours.facts["parameters"]).replace(",", ""))
+    assert any(line.startswith("verified") for line in ours.lines())
+
+
+def test_verifying_finds_a_flipped_bit_and_a_weight_that_is_no_number(golden: Any, copy: Any, tools: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "ours")
+    path = next((tmp_path / "ours").glob("*.safetensors"))
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    assert any("has changed" in problem for problem in inspect(tmp_path / "ours", verify=True).problems)
+    folder, name = copy("qwen3"), "model.layers.0.self_attn.k_proj.weight"
+    tools.edit(folder, name, lambda t: (t[0], t[1], tools.bf16(np.array([np.nan])) + t[2][2:]))
+    assert inspect(folder).problems == ()
+    problems = inspect(folder, verify=True).problems
+    assert len(problems) == 1
+    assert name in problems[0]
+
+
+def test_an_adapter_tells_its_settings_and_base(golden: Any, tmp_path: Path) -> None:
+    model, _ = load_model(golden("qwen3"))
+    settings = LoraSettings(4, 8.0, 0.1, ("q_proj",))
+    add_lora(model, settings)
+    save_adapter(model, tmp_path / "adapter", settings, golden("qwen3"))
+    report = inspect(tmp_path / "adapter")
+    assert report.kind == "adapter"
+    assert (report.facts["rank"], report.facts["alpha"], report.facts["targets"]) == (4, 8.0, "q_proj")
+    assert sum(r.parameters for r in report.rows) == 2 * 4 * (32 + 64)
+    assert report.to_dict()["rows"][0]["count"] == 2
+
+
+def test_a_run_lists_its_stages_and_a_stage_its_files(golden: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "teacher_base")
+    report = inspect(tmp_path)
+    assert report.kind == "run"
+    assert report.facts["teacher_base"].startswith("convert, key ")
+    assert report.problems == ()
+    next((tmp_path / "teacher_base").glob("*.safetensors")).unlink()
+    assert "is missing" in inspect(tmp_path).problems[0]
+
+
+def test_an_unknown_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="neither"):
+        inspect(tmp_path)

@@ -1,0 +1,135 @@
+"""transformers and PEFT side by side with us, on random models: seeds and shapes that the golden values do not have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
+from mlx_distill.models.convert import convert
+from mlx_distill.models.export import from_peft, to_hf, to_peft
+from mlx_distill.models.load import load_model
+
+# The references warn of their own futures.
+pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
+PROMPT = np.random.default_rng(0).integers(0, 90, (1, 70))
+YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 32}
+
+
+def build(kind: str, seed: int) -> Any:
+    """A random transformers model; widths, heads and layers change with the seed."""
+    import torch
+    import transformers as tf
+
+    heads, layers, hidden = (2, 4, 6)[seed], (4, 2, 3)[seed], (32, 64, 96)[seed]
+    shape = {
+        "hidden_size": hidden,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": heads // 2,
+        "vocab_size": 90,
+    }
+    dense = {**shape, "intermediate_size": (48, 96, 64)[seed], "max_position_embeddings": 128, "tie_word_embeddings": seed == 1}
+    yarn = (
+        {"rope_parameters": {**YARN, "rope_theta": (1e4, 1e6, 5e4)[seed]}}
+        if seed
+        else {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    )
+    moe = {"num_experts": 3 + seed, "num_experts_per_tok": 1 + seed, "moe_intermediate_size": 32, "norm_topk_prob": seed != 1}
+    gpt = {
+        **shape,
+        "head_dim": 16,
+        "intermediate_size": 32,
+        "num_local_experts": 3 + seed,
+        "num_experts_per_tok": 1 + seed,
+        "sliding_window": 5 + seed,
+    }
+    config = {
+        "qwen2": lambda: tf.Qwen2Config(**dense, **yarn),
+        "qwen3": lambda: tf.Qwen3Config(**dense, head_dim=(16, 24, 32)[seed], **yarn),
+        "qwen3_moe": lambda: tf.Qwen3MoeConfig(**{**dense, "tie_word_embeddings": False}, **moe, head_dim=16, **yarn),
+        "gpt_oss": lambda: tf.GptOssConfig(**gpt, rope_parameters={**YARN, "truncate": seed == 2, "rope_theta": 150000.0}),
+    }[kind]()
+    config._attn_implementation = "eager"
+    torch.manual_seed(seed)
+    model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            noise = torch.randn_like(p)
+            p.copy_(1 + 0.2 * noise if "norm" in name else noise * (0.3 if p.dim() == 1 or "bias" in name else 1.5 * p.shape[-1] ** -0.5))
+    return model
+
+
+def logits_of(model: Any) -> np.ndarray:
+    import torch
+
+    with torch.no_grad():
+        return np.asarray(model(torch.tensor(PROMPT)).logits.float())
+
+
+def apart(found: mx.array, wanted: np.ndarray) -> float:
+    return float(np.abs(np.array(found) - wanted).max() / np.abs(wanted).max())
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3_moe", "gpt_oss"])
+def test_in_and_out_again(kind: str, seed: int, tmp_path: Path) -> None:
+    import transformers as tf
+
+    model = build(kind, seed)
+    wanted = logits_of(model)
+    model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    ours, _ = load_model(tmp_path / "ours")
+    assert apart(ours(mx.array(PROMPT)), wanted) < 2e-5
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    back, notes = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True, attn_implementation="eager")
+    assert not notes["missing_keys"]
+    assert not notes["unexpected_keys"]
+    assert np.array_equal(logits_of(back.eval()), wanted)
+
+
+def test_mxfp4_experts_load_in_transformers(golden: Any, logits: Any, tmp_path: Path) -> None:
+    import torch
+    import transformers as tf
+
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    back = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").float().eval()
+    prompt, wanted = logits("gpt_oss_mxfp4")
+    with torch.no_grad():
+        found = back(torch.tensor(np.array(prompt)).long()).logits.numpy()
+    assert apart(mx.array(found), np.array(wanted)) < 2e-5
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss"])
+def test_peft_computes_what_we_compute(name: str, kind: str, tmp_path: Path) -> None:
+    import peft
+    import transformers as tf
+
+    build(name, 1).save_pretrained(tmp_path / "base")
+    model, _ = load_model(tmp_path / "base")
+    settings = LoraSettings(4, 8.0, 0.0, ("q_proj", "v_proj", "o_proj"), kind)
+    add_lora(model, settings)
+    for path, module in sorted(model.named_modules()):
+        if "lora_b" in module:
+            module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape, key=mx.random.key(len(path)))
+    model.eval()
+    save_adapter(model, tmp_path / "adapter", settings, tmp_path / "base")
+    to_peft(tmp_path / "adapter", tmp_path / "peft")
+    base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    wrapped = peft.PeftModel.from_pretrained(base, tmp_path / "peft").eval()
+    theirs = logits_of(wrapped)
+    assert float(np.abs(np.array(model(mx.array(PROMPT))) - theirs).max()) < 1e-4 * np.abs(theirs).max()
+    wrapped.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "adapter_config.json").read_text())
+    assert config["peft_type"] == "LORA"
+    from_peft(tmp_path / "saved", tmp_path / "again", tmp_path / "base")
+    again, _ = load_model(tmp_path / "again")
+    assert mx.array_equal(again(mx.array(PROMPT)), model(mx.array(PROMPT)))

@@ -1,0 +1,52 @@
+"""The examples run as they stand, on fewer rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+QUICKSTART = Path(__file__).parent.parent / "examples" / "01_quickstart" / "quickstart.ipynb"
+FEW = [
+    "data.sources=[{generator: music, part: train, count: 64, seed: 7}, {generator: music, part: test, count: 16, seed: 8, split: test}]",
+    "teach.steps=2",
+    "distill.steps=2",
+]
+
+
+@pytest.fixture(scope="module")
+def executed(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    import nbformat
+    from nbclient import NotebookClient
+
+    folder = tmp_path_factory.mktemp("notebook")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("QUICKSTART_OVERRIDES", json.dumps(FEW))
+        patch.setenv("QUICKSTART_OUT", str(folder / "run"))
+        notebook = nbformat.read(QUICKSTART, as_version=4)
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    return json.loads(nbformat.writes(notebook))
+
+
+def _printed(notebook: dict, text: str) -> str:
+    cells = [c for c in notebook["cells"] if c["cell_type"] == "code" and text in "".join(c["source"])]
+    return "".join("".join(o.get("text", "")) for o in cells[0]["outputs"] if o.get("name") == "stdout")
+
+
+def test_notebook_runs_and_shows_the_report(executed: dict) -> None:
+    outputs = [o for c in executed["cells"] for o in c.get("outputs", [])]
+    assert not [o for o in outputs if o["output_type"] == "error"]
+    tables = ["".join(o["data"]["text/html"]) for o in outputs if "text/html" in o.get("data", {})]
+    assert any("Student" in table and "valid JSON" in table for table in tables)
+
+
+def test_notebook_asks_the_quantized_student(executed: dict) -> None:
+    lines = _printed(executed, "md.analyze").strip().splitlines()
+    assert [line.split()[0] for line in lines] == ["a", "b"]
+
+
+def test_notebook_aligns_the_whole_text(executed: dict) -> None:
+    lines = _printed(executed, "align_bytes").strip().splitlines()
+    assert len(lines) > 10
+    assert any(not line.endswith(" 1 student tokens, 1 of the teacher") for line in lines)
