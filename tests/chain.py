@@ -14,7 +14,17 @@ from small_run import rows, write_recipe
 
 from mlx_distill.files import Manifest, check_folder, read_manifest
 
-STAGES = ("data", "teacher_base", "student_base", "teacher", "targets", "student", "quantized", "evaluations/teacher", "evaluations/student")
+STAGES = (
+    "data",
+    "teacher_base",
+    "student_base",
+    "teacher",
+    "targets",
+    "student",
+    "quantized",
+    "evaluations/teacher",
+    "evaluations/student",
+)
 _TRAINING = {"steps": 5, "accumulate": 1, "batch_size": 4, "lora_rank": 4, "lora_dropout": 0.1, "evaluate_every": 3, "checkpoint_every": 2}
 
 

@@ -91,8 +91,8 @@ class Architecture:
     """What is known of one ``model_type``.
 
     ``classes`` imports mlx-lm's (Model, ModelArgs); ``arguments`` turns a config of either spelling into what ModelArgs needs and refuses
-    what cannot be computed rightly; ``mend`` corrects a built model; ``shapes`` says which tensors those arguments ask for; ``rules`` is the
-    table; ``routers`` are module endings; ``stock_differs`` says where stock mlx-lm computes something else.
+    what cannot be computed rightly; ``mend`` corrects a built model; ``shapes`` says which tensors those arguments ask for; ``rules`` is
+    the table; ``routers`` are module endings; ``stock_differs`` says where stock mlx-lm computes something else.
     """
 
     model_type: str

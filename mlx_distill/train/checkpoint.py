@@ -7,6 +7,7 @@ weights with the lowest validation loss alone.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_distill.errors import FileError, ModelError
-from mlx_distill.files import digest, fsync_folder, os_errors, read_json, write_json
+from mlx_distill.files import digest, fsync_folder, os_errors, read_json
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
@@ -144,7 +145,8 @@ def _write_folder(path: Path, arrays: Mapping[str, dict[str, mx.array]], state: 
             temporary.mkdir()
             for name, flat in arrays.items():
                 _save_arrays(temporary / name, flat)
-            write_json(temporary / STATE, state)
+            # Plain: the folder's rename makes all of it appear at once, and one fsync a file is enough.
+            (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
             _sync(temporary.iterdir())
             fsync_folder(temporary)
         except BaseException:

@@ -29,7 +29,7 @@ def adapter(folder: Path, base: Path, targets: tuple[str, ...] = ("q_proj", "o_p
     return model
 
 
-@pytest.mark.parametrize("memory", [1, 1 << 20])
+@pytest.mark.parametrize("memory", [4096, 1 << 20])
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_byte_identical(name: str, memory: int, golden: Any, tmp_path: Path, tools: Any) -> None:
     convert(golden(name), tmp_path / "ours", max_shard_bytes=20_000)

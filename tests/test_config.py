@@ -1,0 +1,165 @@
+"""From YAML to dataclasses: what is wrong is said with its place and a cure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mlx_distill.config import from_mapping, keyed, option, override, packaged, read_yaml, resolve_asset, to_mapping
+from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.recipe import TrainConfig
+
+
+@dataclass(frozen=True)
+class Inner:
+    rate: float = option(0.1, "the rate", low=0.0, high=1.0)
+    quiet: bool = option(False, "say less", keyed=False)
+
+
+@dataclass(frozen=True)
+class Outer:
+    name: str = option(help="what it is called")
+    mode: str | None = option(None, "how", choices=["fast", "slow"])
+    count: int = option(3, "how many", low=1)
+    inner: Inner = option(Inner, "more")
+    names: list[str] = option([], "several")
+    pair: tuple[float, float] = option((0.0, 1.0), "two ends")
+    many: tuple[str, ...] = option((), "any number")
+    columns: Mapping[str, str] = option({}, "a to b")
+    inners: list[Inner] = option([], "several of them")
+    anything: Any = field(default=None)
+
+
+def build(**raw: Any) -> Outer:
+    return from_mapping(Outer, {"name": "x", **raw}, "file.yaml")
+
+
+def test_defaults_are_the_fields_and_new_for_each() -> None:
+    one, two = build(), build()
+    assert one == Outer(name="x") and one.inner == Inner()
+    assert one.names is not two.names and one.columns is not two.columns
+
+
+def test_values_become_what_the_field_says() -> None:
+    made = build(
+        mode="fast",
+        inner={"rate": "1e-3"},
+        names=["a"],
+        pair=[1, 2],
+        many=["a", "b"],
+        columns={"a": "b"},
+        inners=[{"rate": 1}],
+        anything={"k": [1]},
+    )
+    assert made.inner.rate == 1e-3  # YAML reads 1e-3 as text
+    assert made.pair == (1.0, 2.0) and made.many == ("a", "b") and made.inners == [Inner(1.0)] and isinstance(made.inners[0].rate, float)
+    assert made.anything == {"k": [1]}
+    assert build(mode=None).mode is None
+
+
+@pytest.mark.parametrize(
+    ("raw", "place", "fix"),
+    [
+        ({"cuont": 1}, "file.yaml: unknown key 'cuont'", "did you mean 'count'?"),
+        ({"zzzzzzz": 1}, "file.yaml: unknown key 'zzzzzzz'", "known keys: name, mode"),
+        ({"inner": {"rote": 1}}, "file.yaml: inner: unknown key 'rote'", "did you mean 'rate'?"),
+        ({"inners": [{}, {"rote": 1}]}, "file.yaml: inners[1]: unknown key 'rote'", "did you mean 'rate'?"),
+        ({"count": 1.5}, "count: a whole number is needed, not 1.5", "change"),
+        ({"count": True}, "count: a whole number is needed, not True", "change"),
+        ({"count": "3"}, "count: a whole number is needed, not '3'", "change"),
+        ({"count": 0}, "count: 0 is below 1", "how many"),
+        ({"inner": {"rate": 2}}, "inner: rate: 2.0 is above 1.0", "the rate"),
+        ({"inner": {"rate": "fast"}}, "rate: a number is needed, not 'fast'", "change"),
+        ({"inner": {"rate": True}}, "rate: a number is needed, not True", "change"),
+        ({"inner": {"quiet": 1}}, "quiet: true or false is needed, not 1", "change"),
+        ({"inner": 3}, "inner: a mapping is needed, not 3", "key: value"),
+        ({"mode": "medium"}, "mode: 'medium' is not one of fast, slow", "choose"),
+        ({"names": "a"}, "names: a list is needed, not 'a'", "[a, b]"),
+        ({"names": [1]}, "names[0]: text is needed, not 1", "change"),
+        ({"pair": [1, 2, 3]}, "pair: 2 values are needed, not 3", "[low, high]"),
+        ({"columns": ["a"]}, "columns: a mapping is needed", "key: value"),
+    ],
+)
+def test_what_does_not_fit_is_named_with_place_and_cure(raw: dict[str, Any], place: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        build(**raw)
+    assert place in caught.value.message and fix in (caught.value.fix or "")
+    assert caught.value.exit_code == 2
+
+
+def test_what_is_missing_is_named() -> None:
+    with pytest.raises(ConfigError, match="name is missing"):
+        from_mapping(Outer, {}, "file.yaml")
+    with pytest.raises(ConfigError, match="a mapping is needed, not \\['name'\\]"):
+        from_mapping(Outer, ["name"], "file.yaml")
+
+
+def test_unkeyed_fields_are_in_the_mapping_and_not_in_the_key() -> None:
+    made = build(inner={"quiet": True}, pair=[1, 2], inners=[{"quiet": True}])
+    assert to_mapping(made)["inner"] == {"rate": 0.1, "quiet": True} and to_mapping(made)["pair"] == [1.0, 2.0]
+    assert keyed(made)["inner"] == {"rate": 0.1} and keyed(made)["inners"] == [{"rate": 0.1}]
+    assert build(**to_mapping(made)) == made
+
+
+def test_every_option_of_training_has_help_with_its_meaning() -> None:
+    assert all(f.metadata["help"] for f in fields(TrainConfig))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("distill.epochs=2", {"distill": {"epochs": 2, "rate": 1.0}, "task": "a"}),
+        ("distill.new.deep=[1, 2]", {"distill": {"epochs": 1, "rate": 1.0, "new": {"deep": [1, 2]}}, "task": "a"}),
+        ("task.system=hello = world", {"distill": {"epochs": 1, "rate": 1.0}, "task": {"name": "a", "system": "hello = world"}}),
+        (" distill . epochs = 3", {"distill": {"epochs": 3, "rate": 1.0}, "task": "a"}),
+        ("distill.rate=null", {"distill": {"epochs": 1, "rate": None}, "task": "a"}),
+        ("other=", {"distill": {"epochs": 1, "rate": 1.0}, "task": "a", "other": None}),
+    ],
+)
+def test_overrides_reach_into_the_mapping(text: str, expected: dict[str, Any]) -> None:
+    raw = {"distill": {"epochs": 1, "rate": 1.0}, "task": "a"}
+    assert override(raw, [text]) == expected
+    assert raw == {"distill": {"epochs": 1, "rate": 1.0}, "task": "a"}  # untouched
+
+
+def test_later_overrides_win() -> None:
+    assert override({}, ["a.b=1", "a.c=2", "a.b=3"]) == {"a": {"b": 3, "c": 2}}
+
+
+@pytest.mark.parametrize("text", ["novalue", "=1", "a..b=1", "a=[1", ".a=1"])
+def test_an_override_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="--set"):
+        override({}, [text])
+
+
+def test_yaml_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    with pytest.raises(ConfigError, match="no such file"):
+        read_yaml(path)
+    path.write_text("a: 1\nb: [1\nc: 2\n")
+    with pytest.raises(ConfigError, match=r"recipe\.yaml:\d+: not valid YAML"):
+        read_yaml(path)
+    path.write_text("- a\n- b\n")
+    with pytest.raises(ConfigError, match="no mapping at the top"):
+        read_yaml(path)
+    path.write_bytes(b"a: \xff\n")
+    with pytest.raises(FileError, match=r"recipe\.yaml"):
+        read_yaml(path)
+
+
+def test_packaged_files_are_found_by_name_and_never_outside() -> None:
+    assert (packaged("recipes/tiny.yaml") or Path()).is_file()
+    assert packaged("recipes/nope.yaml") is packaged("") is packaged("../__init__.py") is None
+    with pytest.raises(ConfigError, match="no packaged file 'asset:nope'"):
+        resolve_asset("asset:nope")
+
+
+def test_a_path_is_looked_for_beside_the_recipe_first(tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("")
+    assert resolve_asset("rows.jsonl", tmp_path) == str(tmp_path / "rows.jsonl")
+    assert resolve_asset("org/name", tmp_path) == "org/name"
+    assert resolve_asset(str(tmp_path / "rows.jsonl"), tmp_path / "else") == str(tmp_path / "rows.jsonl")

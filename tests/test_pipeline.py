@@ -1,0 +1,284 @@
+"""What of a run is current: exactly what no changed setting, input or file can have touched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chain import STAGES, finished, manifests, whole_stages, write_chain
+
+from mlx_distill import pipeline
+from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.files import lock_folder, read_manifest
+from mlx_distill.pipeline import Plan, fingerprint, graph
+from mlx_distill.recipe import load_recipe
+
+TEACHER, STUDENT = "evaluations/teacher", "evaluations/student"
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """A finished run that may be spoilt."""
+    shutil.copytree(finished(), tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The stages that a run makes, without their work: each is given back as it was, so that what follows depends on keys alone."""
+    made: list[str] = []
+
+    def make(runner: Any, stage: pipeline.Stage, context: Any) -> None:
+        made.append(stage.name)
+        runner.made.append(stage.name)
+        runner.manifests[stage.name] = read_manifest(runner.out / stage.name)
+
+    monkeypatch.setattr(pipeline._Runner, "make", make)
+    return made
+
+
+def states(folder: Path, *overrides: str, **options: Any) -> dict[str, str]:
+    plan = pipeline.run(folder / "recipe.yaml", folder / "out", dry_run=True, overrides=overrides, **options)
+    assert isinstance(plan, Plan)
+    out = folder / "out"
+    return {Path(row["writes"]).relative_to(out).as_posix(): row["state"] for row in plan.stages if row["command"] != "report"}
+
+
+def to_do(folder: Path, *overrides: str, **options: Any) -> set[str]:
+    return {name for name, state in states(folder, *overrides, **options).items() if state != "current"}
+
+
+def after(*names: str) -> set[str]:
+    """These stages and all that read them, said by hand."""
+    children = {
+        "data": {"teacher", "targets", "student", TEACHER, STUDENT},
+        "teacher_base": {"teacher", TEACHER},
+        "student_base": {"student", "quantized", STUDENT},
+        "teacher": {"targets", TEACHER},
+        "targets": {"student"},
+        "student": {"quantized", STUDENT},
+    }
+    found = set(names)
+    for name in names:
+        found |= after(*children.get(name, ()))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("override", "remade"),
+    [
+        ("data.valid_fraction=0.06", after("data")),
+        ("data.seed=1", after("data")),
+        ("convert.dtype=float32", after("teacher_base", "student_base")),
+        ("teach.learning_rate=1e-4", after("teacher")),
+        ("teach.seed=1", after("teacher")),
+        ("targets.top_k=4", after("targets")),
+        ("distill.label_weight=0.5", after("student")),
+        ("distill.epochs=2", after("student")),
+        ("quantize.mode=affine8", after("quantized")),
+        ("evaluate.max_rows=3", {TEACHER, STUDENT}),
+        ("teacher=asset:models/tiny-gpt-oss", after("teacher_base")),
+        ("student=asset:models/tiny-qwen3", after("student_base")),
+        ("compute_dtype=bfloat16", {"teacher", "targets", "student", "quantized", TEACHER, STUDENT}),
+    ],
+)
+def test_a_changed_setting_remakes_what_follows_from_it_and_no_more(override: str, remade: set[str]) -> None:
+    assert to_do(finished(), override) == remade
+    assert all(state.startswith("to do: ") for name, state in states(finished(), override).items() if name in remade)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["name=other", "description=else", "teach.grad_checkpoint=true", "teach.checkpoint_every=7", "distill.checkpoint_every=9",
+     "targets.batch_size=3", "evaluate.confidence=0.9", "task.description=words"],
+)  # fmt: skip
+def test_what_cannot_change_a_result_remakes_nothing(override: str) -> None:
+    if override.startswith("task."):
+        override = "task={name: task.yaml, description: words}"
+    assert to_do(finished(), override) == set()
+
+
+def test_the_task_is_in_every_stage_that_shows_it_to_a_model() -> None:
+    changed = "task={name: task.yaml, system: Look for a colour.}"
+    assert to_do(finished(), changed) == set(STAGES) - {"teacher_base", "student_base"}
+
+
+def test_a_new_model_to_measure_or_a_control_adds_stages_and_leaves_the_others() -> None:
+    assert to_do(finished(), "evaluate.models=[student, quantized]") == {"evaluations/quantized"}
+    assert to_do(finished(), "controls.text=true") == {"student_text", "evaluations/student_text"}
+    recipe = load_recipe(finished() / "recipe.yaml", ["controls.labels=true"])
+    control = next(stage for stage in graph(recipe, recipe.load_task()) if stage.name == "student_labels")
+    assert "targets" not in control.parents  # it never hears of the teacher
+    with pytest.raises(ConfigError, match=r"evaluate\.models: 'teecher'") as caught:
+        to_do(finished(), "evaluate.models=[teecher]")
+    assert "teacher_before" in caught.value.message
+
+
+def test_an_edited_input_is_noticed_and_a_touched_one_is_not(copied: Path) -> None:
+    rows = copied / "rows.jsonl"
+    os.utime(rows, ns=(1, 1))
+    assert to_do(copied) == set()
+    rows.write_text(rows.read_text(encoding="utf-8").replace("heron", "stork", 1), encoding="utf-8")
+    assert to_do(copied) == after("data")
+    assert states(copied)["data"] == "to do: its settings or its inputs have changed"
+
+
+def test_a_run_that_was_moved_with_or_without_its_times_is_current(copied: Path, tmp_path: Path, counted: list[str]) -> None:
+    moved = tmp_path / "elsewhere" / "run"
+    shutil.copytree(copied, moved, copy_function=shutil.copyfile)
+    assert to_do(moved) == set()
+    pipeline.run(moved / "recipe.yaml", moved / "out")
+    assert counted == []
+
+
+@pytest.mark.parametrize(("stage", "file"), [("data", "train.jsonl"), ("targets", "rows-00000.jsonl"), ("student", "adapters.safetensors")])
+def test_a_damaged_file_is_noticed(copied: Path, stage: str, file: str) -> None:
+    path = copied / "out" / stage / file
+    raw = path.read_bytes()
+    path.write_bytes(raw[:100] + b"?" + raw[101:])
+    assert states(copied)[stage] == f"to do: {path} has changed since it was written"
+    path.unlink()
+    assert states(copied)[stage] == f"to do: {path} is missing"
+
+
+def test_a_damaged_stage_is_made_again_and_what_follows_is_not_where_it_comes_out_the_same(copied: Path) -> None:
+    before = manifests(copied / "out")
+    (copied / "out" / "data" / "test.jsonl").unlink()
+    (copied / "out" / "student_base" / "config.json").write_text("{}")
+    pipeline.run(copied / "recipe.yaml", copied / "out")
+    found = manifests(copied / "out")
+    assert {name for name in STAGES if found[name].recorded["finished"] != before[name].recorded["finished"]} == {"data", "student_base"}
+    assert all(found[name].content == before[name].content for name in ("data", "student_base"))
+    assert whole_stages(copied / "out") == sorted(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("stage", "made"),
+    [
+        ("prepare", [name for name in STAGES if not name.endswith("_base")]),
+        ("distill", ["student", "quantized", STUDENT]),
+        ("quantize", ["quantized"]),
+        ("evaluate", [TEACHER, STUDENT]),
+    ],
+)
+def test_from_makes_the_stage_and_all_that_follow(copied: Path, counted: list[str], stage: str, made: list[str]) -> None:
+    assert to_do(copied, from_stage=stage) == set(made)
+    pipeline.run(copied / "recipe.yaml", copied / "out", from_stage=stage)
+    assert counted == made
+
+
+def test_one_stage_alone(copied: Path, counted: list[str]) -> None:
+    run: Callable[..., Any] = pipeline.run
+    arguments = (copied / "recipe.yaml", copied / "out")
+    assert isinstance(run(*arguments, only="targets"), Plan)
+    assert counted == []
+    run(*arguments, only="targets", overrides=["targets.top_k=4"])
+    assert counted == ["targets"]
+    run(*arguments, False, only="quantize")
+    assert counted == ["targets", "quantized"]
+    run(*arguments, only="distill", from_stage="distill")
+    assert counted[2:] == ["student"]
+    assert run(*arguments, only="evaluate").to_dict()["metrics"].keys() == {"teacher", "student"}
+    assert counted[3:] == []
+
+
+def test_one_stage_alone_without_its_parents_says_what_to_run(tmp_path: Path) -> None:
+    recipe = write_chain(tmp_path)
+    with pytest.raises(FileError, match="teacher is not there yet") as caught:
+        pipeline.run(recipe, tmp_path / "out", only="targets")
+    assert "mlx-distill run colours" in (caught.value.fix or "")
+
+
+def test_without_resume_everything_is_made_again(copied: Path, counted: list[str]) -> None:
+    assert to_do(copied, resume=False) == set(STAGES)
+    pipeline.run(copied / "recipe.yaml", copied / "out", resume=False)
+    assert counted == list(STAGES)
+
+
+def test_a_dry_run_writes_nothing(copied: Path, tmp_path: Path) -> None:
+    before = {p: p.stat().st_mtime_ns for p in copied.rglob("*")}
+    plan = pipeline.run(copied / "recipe.yaml", copied / "out", dry_run=True, overrides=["teach.steps=9"])
+    assert isinstance(plan, Plan)
+    assert {p: p.stat().st_mtime_ns for p in copied.rglob("*")} == before
+    pipeline.run(copied / "recipe.yaml", tmp_path / "nothing", dry_run=True)
+    assert not (tmp_path / "nothing").exists()
+    text = "\n".join(plan.lines)
+    assert "teach " in text and "steps=9" in text and str(copied / "rows.jsonl") in text
+    json.dumps(plan.to_dict())
+
+
+def test_a_stage_that_fails_leaves_the_old_one(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = manifests(copied / "out")
+
+    def fail(*arguments: Any) -> Any:
+        (copied / "out" / ".quantized.partial" / "half.bin").write_bytes(b"half")
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr("mlx_distill.stages.quantize", fail)
+        with pytest.raises(MemoryError):
+            pipeline.run(copied / "recipe.yaml", copied / "out", overrides=["quantize.mode=affine8"])
+    assert whole_stages(copied / "out") == sorted(STAGES)
+    assert manifests(copied / "out") == before
+
+
+def test_two_runs_at_once(copied: Path, counted: list[str]) -> None:
+    code = "import sys; from mlx_distill.pipeline import run; run(sys.argv[1], sys.argv[2])"
+    with lock_folder(copied / "out"):
+        done = subprocess.run(
+            [sys.executable, "-c", code, copied / "recipe.yaml", copied / "out"], capture_output=True, text=True, timeout=300
+        )
+        assert done.returncode == 1 and f"another run is using this folder (process {os.getpid()})" in done.stderr
+        assert to_do(copied) == set()  # a look is allowed
+    pipeline.run(copied / "recipe.yaml", copied / "out")
+    assert counted == []
+
+
+def test_temporary_files_of_a_killed_report_are_swept(copied: Path, counted: list[str]) -> None:
+    (copied / "out" / ".report.123.tmp.html").write_text("half")
+    pipeline.run(copied / "recipe.yaml", copied / "out")
+    assert [p.name for p in (copied / "out").rglob(".*")] == [".lock"]
+
+
+@pytest.mark.parametrize("options", [{"from_stage": "destill"}, {"only": "report"}])
+def test_a_stage_that_there_is_not(tmp_path: Path, options: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="no stage") as caught:
+        pipeline.run(write_chain(tmp_path), tmp_path / "out", **options)  # type: ignore[arg-type]
+    assert "prepare, convert, teach" in (caught.value.fix or "")
+
+
+# --- fingerprints ---------------------------------------------------------------------------------------------------------------
+
+
+def test_a_fingerprint_is_of_content_and_not_of_place(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name / "sub").mkdir(parents=True)
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "sub" / "a.bin").write_bytes(b"abc")
+    one, two = (str(tmp_path / name) for name in ("one", "two"))
+    assert fingerprint(one) == fingerprint(two)
+    assert fingerprint(f"{one}/config.json") == fingerprint(f"{two}/config.json") != fingerprint(one)
+    (tmp_path / "two" / ".cache").write_text("hidden files do not count")
+    assert fingerprint(one) == fingerprint(two)
+    (tmp_path / "two" / "sub" / "a.bin").rename(tmp_path / "two" / "sub" / "b.bin")
+    assert fingerprint(one) != fingerprint(two)
+    assert fingerprint("org/name@main") != fingerprint("org/name@v1")
+
+
+def test_a_large_file_is_known_by_size_and_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_SMALL", 2 << 20)
+    path = tmp_path / "model" / "shard.safetensors"
+    path.parent.mkdir()
+    raw = bytes(3 << 20)
+    found = []
+    for content in (raw, raw[:-1] + b"x", b"x" + raw[1:], raw + b"x"):
+        path.write_bytes(content)
+        found.append(fingerprint(str(path.parent)))
+    assert found[0] == found[1] and len(set(found)) == 3
