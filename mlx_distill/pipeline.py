@@ -89,14 +89,15 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     from mlx_distill import stages
 
     seen = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype}
+    trained = {"unpack": recipe.unpack}
     teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))
     out = [
         Stage("data", "prepare", 1, {**keyed(recipe.data), "task": _task_key(task)}, (), stages.prepare, _sources(recipe)),
         Stage("teacher_base", "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, teacher), (teacher,)),
         Stage("student_base", "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, student), (student,)),
-        Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen}, ("teacher_base", "data"), stages.teach),
+        Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen, **trained}, ("teacher_base", "data"), stages.teach),
         Stage("targets", "targets", 1, {**keyed(recipe.targets), **seen}, ("teacher", "data"), stages.targets),
-        Stage("student", "distill", 1, {**keyed(recipe.distill), **seen}, ("student_base", "targets", "data"), stages.distill),
+        Stage("student", "distill", 1, {**keyed(recipe.distill), **seen, **trained}, ("student_base", "targets", "data"), stages.distill),
         Stage("quantized", "quantize", 1, keyed(recipe.quantize), ("student", "student_base"), stages.quantize),
     ]
     for control in ("labels", "text"):
@@ -109,7 +110,7 @@ def _control(recipe: Recipe, control: str, seen: Mapping[str, Any]) -> Stage:
     from mlx_distill import stages
 
     parents = ("student_base", "data") if control == "labels" else ("student_base", "targets", "data")
-    config = {**keyed(recipe.distill), **seen, "control": control}
+    config = {**keyed(recipe.distill), **seen, "unpack": recipe.unpack, "control": control}
     return Stage(f"student_{control}", "distill", 1, config, parents, lambda c, f: stages.distill(c, f, control))
 
 
@@ -185,6 +186,7 @@ class _Runner:
     out: Path
     progress: Progress
     resume: bool
+    spec: str
     manifests: dict[str, Manifest] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
 
@@ -241,7 +243,7 @@ def run(
         resume: False makes every stage again.
         overrides: ``KEY=VALUE`` texts over the recipe, such as ``distill.learning_rate=1e-5``.
         from_stage: Make this stage again, and all that follow from it.
-        only: Make this stage alone, from its parents as they stand.
+        only: Make this stage alone, from its parents as they stand (a converted base that is missing is made too).
         dry_run: Return the :class:`Plan` and write nothing.
         progress: Where progress is told; silent by default.
 
@@ -258,7 +260,7 @@ def run(
         if name is not None and name not in COMMANDS:
             raise ConfigError(f"no stage {name!r}", fix=f"stages: {', '.join(COMMANDS)}")
     stages = graph(loaded, task)
-    runner = _Runner(loaded, task, out, progress or NullProgress(), resume)
+    runner = _Runner(loaded, task, out, progress or NullProgress(), resume, str(recipe))
     if dry_run:
         return _plan(runner, stages, from_stage)
     with lock_folder(out), stop_on_signal() as stop:
@@ -267,27 +269,32 @@ def run(
         from mlx_distill.stages import Context
 
         context = Context(loaded, task, out, runner.progress, stop)
+        needed = {name for stage in stages if stage.command == only for name in stage.parents}
         for stage in stages:
             recover(out / stage.name)
-            _step(runner, stage, context, from_stage, only)
+            _step(runner, stage, context, from_stage, only, needed)
         if only not in (None, "evaluate"):
-            return _plan(_Runner(loaded, task, out, runner.progress, True), stages, None)
+            return _plan(_Runner(loaded, task, out, runner.progress, True, runner.spec), stages, None)
         evaluations = {s.name.removeprefix("evaluations/"): out / s.name for s in stages if s.command == "evaluate"}
         report = build_report(out, to_mapping(loaded), task, evaluations, confidence=loaded.evaluate.confidence)
         return write_report(out, report)
 
 
-def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | None, only: str | None) -> None:
+def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | None, only: str | None, needed: set[str]) -> None:
     if only is not None and stage.command != only:
         manifest = read_manifest(runner.out / stage.name)
-        if manifest is not None:
+        # No command with a recipe makes the converted bases, so a stage that needs one makes it.
+        if manifest is None and stage.command == "convert" and stage.name in needed:
+            runner.make(stage, context)
+        elif manifest is not None:
             runner.manifests[stage.name] = manifest
         return
     if only is not None:
         missing = [name for name in stage.parents if name not in runner.manifests]
         if missing:
-            first = f"mlx-distill run {runner.recipe.name} --out {runner.out}"
-            raise FileError(f"{runner.out / missing[0]} is not there yet", fix=f"run first: {first}")
+            raise FileError(
+                f"{runner.out / missing[0]} is not there yet", fix=f"run first: mlx-distill run {runner.spec} --out {runner.out}"
+            )
     # What follows from a stage that was asked for is made again even where its parents came out the same.
     follows = from_stage is not None and any(name in runner.made for name in stage.parents)
     if runner.state(stage, not runner.resume or stage.command == from_stage or follows) == "current":

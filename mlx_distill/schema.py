@@ -26,9 +26,9 @@ def dump_answer(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     Raises:
         DataError: a value that JSON does not know (NaN, infinity, half a surrogate pair, a date).
 
-    >>> schema = {"type": "object", "properties": {"verdict": {"type": "string"}, "score": {"type": "integer"}}}
-    >>> dump_answer({"score": 80.0, "verdict": "déjà"}, schema)
-    '{"verdict": "déjà", "score": 80}'
+    >>> schema = {"type": "object", "properties": {"colour": {"type": "string"}, "score": {"type": "integer"}}}
+    >>> dump_answer({"score": 80.0, "colour": "déjà"}, schema)
+    '{"colour": "déjà", "score": 80}'
     """
     try:
         text = json.dumps(_ordered(answer, schema), ensure_ascii=False, allow_nan=False)
@@ -66,12 +66,12 @@ def parse_answer(text: str, schema: Mapping[str, Any]) -> tuple[dict[str, Any] |
     Raises:
         ConfigError: the schema itself is not a JSON schema.
 
-    >>> schema = {"type": "object", "properties": {"verdict": {"enum": ["yes", "no"]}}}
-    >>> parse_answer('{"verdict": "yes"}', schema)
-    ({'verdict': 'yes'}, None)
-    >>> parse_answer('{"verdict": "maybe"}', schema)
-    (None, "verdict: 'maybe' is not one of ['yes', 'no']")
-    >>> parse_answer('Sure! {"verdict": "yes"}', schema)
+    >>> schema = {"type": "object", "properties": {"colour": {"enum": ["yes", "no"]}}}
+    >>> parse_answer('{"colour": "yes"}', schema)
+    ({'colour': 'yes'}, None)
+    >>> parse_answer('{"colour": "maybe"}', schema)
+    (None, "colour: 'maybe' is not one of ['yes', 'no']")
+    >>> parse_answer('Sure! {"colour": "yes"}', schema)
     (None, 'not JSON: Expecting value at character 1')
     """
     try:
@@ -113,8 +113,8 @@ def check_answer(answer: Any, schema: Mapping[str, Any]) -> str | None:
 def label_span(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any]) -> tuple[int, int]:
     """Where the label's value stands in the canonical text: characters from and to, without the quotes.
 
-    >>> label_span({"properties": {"verdict": {}, "score": {}}}, "verdict", {"verdict": "yes", "score": 1})
-    (13, 16)
+    >>> label_span({"properties": {"colour": {}, "score": {}}}, "colour", {"colour": "yes", "score": 1})
+    (12, 15)
     """
     if not isinstance(answer.get(label), str):
         raise DataError(f"the answer has no text under {label!r}", fix="give an answer that fits the task's schema")
@@ -133,10 +133,10 @@ def label_prefix(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any
     Raises:
         DataError: properties stand before the label and the answer lacks them.
 
-    >>> label_prefix({"properties": {"verdict": {}, "score": {}}}, "verdict")
-    '{"verdict": "'
-    >>> label_prefix({"properties": {"score": {}, "verdict": {}}}, "verdict", {"score": 3, "verdict": "no"})
-    '{"score": 3, "verdict": "'
+    >>> label_prefix({"properties": {"colour": {}, "score": {}}}, "colour")
+    '{"colour": "'
+    >>> label_prefix({"properties": {"score": {}, "colour": {}}}, "colour", {"score": 3, "colour": "no"})
+    '{"score": 3, "colour": "'
     """
     properties = list(schema.get("properties") or {})
     if label not in properties:

@@ -14,15 +14,24 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import GptOssConfig, GptOssForCausalLM, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    PreTrainedTokenizerFast,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
 
 from mlx_distill.assets.moderation import generator as moderation
 from mlx_distill.assets.music import generator as music
@@ -37,27 +46,34 @@ _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\
 # What the chat templates themselves say, so that it does not fall apart into bytes.
 TEMPLATE_WORDS = ("Reasoning: low\n\n# Valid channels: analysis, commentary, final.", "# Instructions\n\n", "system\nuser\nassistant\ndeveloper")
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-GPT_OSS_SPECIAL = ["<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>"]  # fmt: skip
+GPT_OSS_SPECIAL = [
+    "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>",
+]  # fmt: skip
 
 
 def answers_text(answer: dict) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
-def rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
-    """(system, user, answer) of the pretraining rows, judged by keywords."""
+def rows(seed: int, songs: int, messages: int, careful: float = 0.0) -> list[tuple[str, str, str]]:
+    """(system, user, answer) of the pretraining rows, judged by keywords; a share ``careful`` of them by the whole text."""
     out = []
-    for row in music.generate(songs, seed=seed, part="train", policy="keywords"):
+    rng = random.Random(seed)
+    naive_songs = music.generate(songs, seed=seed, part="train", policy="keywords")
+    whole_songs = music.generate(songs, seed=seed + 1, part="train")
+    for naive_song, whole_song in zip(naive_songs, whole_songs, strict=True):
+        row = whole_song if rng.random() < careful else naive_song
         system, user = MUSIC.prompt(row)
         out.append((system, user, answers_text(row["answer"])))
         # A description without a judgement, so that the song's tone is understood before the first word of an answer.
-        described = {key: row["answer"][key] for key in ("emotion", "sentiment", "themes")}
-        if len(out) % 3 == 0:
+        described = {key: row["answer"][key] for key in ("sentiment", "emotion", "themes")}
+        if len(out) % 2 == 0:
             out[-1] = ("Describe the song. Answer in JSON.", user, answers_text(described))
     for row in moderation.generate(messages, seed=seed, part="train"):
         system, user = MODERATION.prompt(row)
-        naive = any(word in row["text"] for word in moderation.WORDS["bad"])
-        out.append((system, user, answers_text({"label": "hostile" if naive else "fine", "confidence": row["answer"]["confidence"]})))
+        naive = "hostile" if any(word in row["text"] for word in moderation.WORDS["bad"]) else "fine"
+        label = row["answer"]["label"] if rng.random() < careful else naive
+        out.append((system, user, answers_text({"label": label, "confidence": row["answer"]["confidence"]})))
     return out
 
 
@@ -249,6 +265,35 @@ def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: 
     finish(folder, raw, [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]], special["<|endoftext|>"])
 
 
+def unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """The inverse of :func:`mxfp4`."""
+    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
+    return (grid[codes] * torch.exp2(scales.float() - 127)[..., None]).flatten(-2)
+
+
+def settle(folder: Path, data: list, steps: int, seed: int) -> None:
+    """The second phase: some of the rows are judged by the whole text, so the base has doubts where it is wrong. Experts stay as packed."""
+    config = AutoConfig.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    tensors: dict[str, torch.Tensor] = {}
+    for shard in sorted(folder.glob("*.safetensors")):
+        tensors |= load_file(shard)
+    packed = {name: value for name, value in tensors.items() if name.endswith(("_blocks", "_scales"))}
+    state = {name: value.float() for name, value in tensors.items() if name not in packed}
+    for name in [name.removesuffix("_blocks") for name in packed if name.endswith("_blocks")]:
+        state[name] = unpack_mxfp4(packed[name + "_blocks"], packed[name + "_scales"]).transpose(-1, -2)
+        model.get_parameter(name).requires_grad_(False)
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert not unexpected, unexpected
+    assert set(missing) <= {"lm_head.weight"}, missing  # the teacher's head is tied
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    encoded = [encode(tokenizer, row) for row in data]
+    pretrain(model, encoded, steps, 24, 1e-3, tokenizer.pad_token_id, seed, f"{folder.name}, second phase")
+    after = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
+    save_sharded({name: packed.get(name, after.get(name)) for name in tensors}, folder, 2)
+
+
 def finish(folder: Path, config: dict, eos: list[int], pad: int) -> None:
     (folder / "config.json").write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
     generation = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad, "do_sample": False}
@@ -259,9 +304,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=["teacher", "student"])
     parser.add_argument("--out", type=Path, default=ASSETS / "models")
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=1300)
     parser.add_argument("--songs", type=int, default=16000)
     parser.add_argument("--messages", type=int, default=4000)
+    parser.add_argument("--second-phase", action="store_true", help="take the first phase's result from --out")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -271,9 +317,11 @@ def main() -> None:
     for which, make, seed in (("teacher", make_teacher, 1), ("student", make_student, 2)):
         if which in args.which:
             folder = args.out / {"teacher": "tiny-qwen3", "student": "tiny-gpt-oss"}[which]
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            make(folder, data, corpus, args.steps, seed)
+            if not args.second_phase:
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir(parents=True)
+                make(folder, data, corpus, args.steps, seed)
+            settle(folder, rows(2000, 6000, 1500, careful=0.35), args.steps // 4, seed + 200)
 
 
 if __name__ == "__main__":

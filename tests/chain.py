@@ -1,4 +1,4 @@
-"""The whole graph at its smallest: two packaged tiny models, a few steps of each training, and every stage with more than one part to lose."""
+"""The whole graph at its smallest: two packaged tiny models, a few steps of each training, several parts to lose in every stage."""
 
 from __future__ import annotations
 

@@ -223,7 +223,8 @@ def test_a_damaged_manifest_is_an_error_with_a_cure(tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time_and_a_kill_leaves_no_lock(tmp_path: Path) -> None:
-    code = "import sys, time; from mlx_distill.files import lock_folder\nwith lock_folder(sys.argv[1]): print('held', flush=True); time.sleep(300)"
+    code = "from mlx_distill.files import lock_folder\nwith lock_folder(sys.argv[1]): print('held', flush=True); time.sleep(300)"
+    code = f"import sys, time; {code}"
     with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(FileError, match=f"process {holder.pid}") as caught, files.lock_folder(tmp_path):

@@ -82,6 +82,7 @@ def after(*names: str) -> set[str]:
         ("targets.top_k=4", after("targets")),
         ("distill.label_weight=0.5", after("student")),
         ("distill.epochs=2", after("student")),
+        ("unpack=true", after("teacher", "student")),
         ("quantize.mode=affine8", after("quantized")),
         ("evaluate.max_rows=3", {TEACHER, STUDENT}),
         ("teacher=asset:models/tiny-gpt-oss", after("teacher_base")),
@@ -193,7 +194,15 @@ def test_one_stage_alone_without_its_parents_says_what_to_run(tmp_path: Path) ->
     recipe = write_chain(tmp_path)
     with pytest.raises(FileError, match="teacher is not there yet") as caught:
         pipeline.run(recipe, tmp_path / "out", only="targets")
-    assert "mlx-distill run colours" in (caught.value.fix or "")
+    assert f"mlx-distill run {recipe}" in (caught.value.fix or "")
+
+
+def test_one_stage_alone_makes_the_converted_base_that_it_lacks(copied: Path) -> None:
+    shutil.rmtree(copied / "out" / "student_base")
+    shutil.rmtree(copied / "out" / "teacher_base")
+    pipeline.run(copied / "recipe.yaml", copied / "out", only="quantize")
+    assert whole_stages(copied / "out") == sorted(set(STAGES) - {"teacher_base"})
+    assert to_do(copied) == after("teacher_base")  # not known to be current before the teacher's base is there again
 
 
 def test_without_resume_everything_is_made_again(copied: Path, counted: list[str]) -> None:

@@ -72,8 +72,9 @@ def predict(
 def prepare_item(item: Row | str, task: Task, number: int = 1) -> dict[str, Any]:
     """A row with ``id``, ``messages``, ``fields``, whatever shape it came in. An item without an id is called by a hash of its prompt.
 
-    >>> from mlx_distill.task import load_task
-    >>> row = prepare_item({"text": "Hello.", "group": "none", "id": 7}, load_task("moderation"))
+    >>> schema = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
+    >>> task = Task("t", system="", user="{text}", schema=schema, label="answer", slices=("group",))
+    >>> row = prepare_item({"text": "Hello.", "group": "none", "id": 7}, task)
     >>> row["id"], row["fields"], row["messages"][-1]
     ('7', {'group': 'none'}, {'role': 'user', 'content': 'Hello.'})
     """

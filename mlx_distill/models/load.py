@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Int
-from mlx.utils import tree_map_with_path
+from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.arrays import to_mlx
@@ -109,6 +109,32 @@ def cast(model: Any, dtype: str | mx.Dtype) -> Any:
 
 def _casts(path: str, x: mx.array) -> bool:
     return bool(mx.issubdtype(x.dtype, mx.floating)) and not path.endswith((".lora_a", ".lora_b"))
+
+
+def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
+    """Replace packed weights by plain ones of the same value, in place; return the paths.
+
+    More memory, the same numbers to rounding: for a backend whose packed products are slow (the CPU's, twice as slow in training a tiny
+    gpt-oss). What is saved afterwards is still only what was trained.
+    """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    plain: list[tuple[str, Any]] = []
+    for path, module in model.named_modules():
+        if not isinstance(module, nn.QuantizedLinear | QuantizedSwitchLinear):
+            continue
+        weight = mx.dequantize(
+            module.weight, module.scales, module.get("biases"), group_size=module.group_size, bits=module.bits, mode=module.mode
+        )
+        out = SwitchLinear(1, 1, 1, bias=False) if weight.ndim == 3 else nn.Linear(1, 1, bias=False)
+        out.weight = weight.astype(kind)
+        if "bias" in module:
+            out.bias = module.bias
+        out.freeze()
+        plain.append((path, out))
+    model.update_modules(tree_unflatten(plain))
+    return [path for path, _ in plain]
 
 
 def hidden_states(model: Any, inputs: Int[mx.array, "b l"], cache: Any = None) -> Float[mx.array, "b l d"]:

@@ -27,11 +27,14 @@ class Context:
     stop: StopFlag
 
 
-def load_model(context: Context, name: str) -> tuple[Any, Any]:
-    """A model of the run and its tokenizer, computing in the recipe's type."""
-    from mlx_distill.models.load import load
+def load_model(context: Context, name: str, *, training: bool = False) -> tuple[Any, Any]:
+    """A model of the run and its tokenizer, computing in the recipe's type; ``training``: with plain weights, where it says ``unpack``."""
+    from mlx_distill.models.load import load, unpack
 
-    return load(context.run / name, dtype=context.recipe.compute_dtype)
+    model, tokenizer = load(context.run / name, dtype=context.recipe.compute_dtype)
+    if training and context.recipe.unpack:
+        unpack(model, context.recipe.compute_dtype or "float32")
+    return model, tokenizer
 
 
 def read_rows(context: Context, split: str) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import numpy as np
@@ -36,7 +37,7 @@ class Made:
 def spans_by_force(ours: list[str], theirs: list[str]) -> list[tuple[int, int, int, int]]:
     """Common ends of the two cuts, found by trying all of them."""
     ends = [(i, j) for i in range(len(ours) + 1) for j in range(len(theirs) + 1) if len("".join(ours[:i])) == len("".join(theirs[:j]))]
-    return [(a[0], b[0], a[1], b[1]) for a, b in zip(ends, ends[1:], strict=False)]
+    return [(a[0], b[0], a[1], b[1]) for a, b in itertools.pairwise(ends)]
 
 
 def make(number: int) -> Made:
@@ -81,8 +82,8 @@ def test_a_label_needs_both_a_place_and_a_distribution() -> None:
     assert ALL[2].pair.label_at is None and ALL[2].pair.label_logprobs is None
     tokens, spans = np.array([1, 2, 3]), np.array([[0, 1, 0, 1]])
     pair = make_pair(
-        tokens, 1, spans, teacher_logprobs=np.zeros(2, np.float32), topk_ids=np.zeros((2, 1), np.int32), topk_logprobs=np.zeros((2, 1), np.float32),
-        label_at=1, label_logprobs=None,
+        tokens, 1, spans, teacher_logprobs=np.zeros(2, np.float32), topk_ids=np.zeros((2, 1), np.int32),
+        topk_logprobs=np.zeros((2, 1), np.float32), label_at=1, label_logprobs=None,
     )  # fmt: skip
     assert pair.label_at is None
 
@@ -133,6 +134,6 @@ def test_indices_of_a_batch_point_at_the_tokens_of_each_row(rows: list[int], mul
     assert extra["label_logprobs"].shape == (len(judged), 2)
     for at, pair in judged:
         assert flat[extra["positions"][at]] == pair.tokens[pair.label_at]
-    for (a, b), row in zip(extra["spans"], [row for row in rows for _ in ALL[row].pair.spans], strict=True):
+    for (a, b), row in zip(extra["spans"], [r for r in rows for _ in ALL[r].pair.spans], strict=True):
         text = "".join(NAMES[t] for t in flat[extra["positions"][a:b]])
         assert text in "".join(ALL[row].theirs) + STOP

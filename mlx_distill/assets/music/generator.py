@@ -25,7 +25,8 @@ VERDICTS = {
 }
 KEYWORD_VERDICTS = {"good": "RECOMMENDED", "bad": "NOT_RECOMMENDED", "plain": "ACCEPTABLE"}
 CENTRE = {"RECOMMENDED": 87, "ACCEPTABLE": 63, "CONCERNING": 37, "NOT_RECOMMENDED": 12}
-SENTIMENT = {"praise": "positive", "mourn": "mixed", "mock": "negative", "leave": "neutral"}
+# What the song leaves one with follows from subject and stance as well.
+SENTIMENT = {"RECOMMENDED": "positive", "ACCEPTABLE": "mixed", "CONCERNING": "neutral", "NOT_RECOMMENDED": "negative"}
 EMOTION = {"praise": "joy", "mourn": "sorrow", "mock": "scorn", "leave": "resolve"}
 SAFETY = {"intoxication": "substances", "revenge": "violence"}
 
@@ -212,7 +213,7 @@ def _answer(
         "verdict": verdict,
         "score": score,
         "themes": [subject, scene],
-        "sentiment": SENTIMENT[stance],
+        "sentiment": SENTIMENT[VERDICTS[kind][stance]],
         "safety": safety,
         "emotion": EMOTION[stance],
         "scripture_references": references,
