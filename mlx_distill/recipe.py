@@ -167,7 +167,9 @@ class Recipe:
     compute_dtype: str | None = option(
         None, "type in which weights that are not quantized compute; none keeps the checkpoint's", choices=FLOATS
     )
-    unpack: bool = option(False, "train with packed frozen weights unpacked: the same numbers and more memory, for a CPU without fast packed products")
+    unpack: bool = option(
+        False, "train with packed frozen weights unpacked: the same numbers and more memory, for a CPU without fast packed products"
+    )
     data: DataConfig = option(DataConfig, "prepare")
     convert: ConvertConfig = option(ConvertConfig, "convert")
     teach: TeachConfig = option(TeachConfig, "teach")

@@ -96,4 +96,3 @@ def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:
             raise ConfigError(f"no task {spec!r}", fix=f"packaged tasks: {names}; or give the path of a YAML file")
         path = candidate
     return parse_task({**read_yaml(path), **overrides}, str(path))
-

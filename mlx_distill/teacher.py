@@ -111,5 +111,3 @@ def label_position(tokens: Sequence[int], start: int, prefix: Sequence[int]) -> 
     """
     end = start + len(prefix)
     return end if list(tokens[start:end]) == list(prefix) and end < len(tokens) else None
-
-

@@ -44,7 +44,11 @@ MODERATION = load_task({"name": "moderation", "system": "Judge the message. Answ
 # The genuine pre-tokenizers: one splits digits singly, the other keeps up to three together.
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # What the chat templates themselves say, so that it does not fall apart into bytes.
-TEMPLATE_WORDS = ("Reasoning: low\n\n# Valid channels: analysis, commentary, final.", "# Instructions\n\n", "system\nuser\nassistant\ndeveloper")
+TEMPLATE_WORDS = (
+    "Reasoning: low\n\n# Valid channels: analysis, commentary, final.",
+    "# Instructions\n\n",
+    "system\nuser\nassistant\ndeveloper",
+)
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 GPT_OSS_SPECIAL = [
     "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>",

@@ -16,8 +16,8 @@ from chain import STAGES, finished, manifests, whole_stages, write_chain
 
 from mlx_distill import pipeline
 from mlx_distill.errors import ConfigError, FileError
-from mlx_distill.files import lock_folder, read_manifest
-from mlx_distill.pipeline import Plan, fingerprint, graph
+from mlx_distill.files import fingerprint, lock_folder, plain, read_manifest
+from mlx_distill.pipeline import Plan, graph
 from mlx_distill.recipe import load_recipe
 
 TEACHER, STUDENT = "evaluations/teacher", "evaluations/student"
@@ -282,7 +282,7 @@ def test_a_fingerprint_is_of_content_and_not_of_place(tmp_path: Path) -> None:
 
 
 def test_a_large_file_is_known_by_size_and_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_SMALL", 2 << 20)
+    monkeypatch.setattr(plain, "_SMALL", 2 << 20)
     path = tmp_path / "model" / "shard.safetensors"
     path.parent.mkdir()
     raw = bytes(3 << 20)

@@ -19,6 +19,7 @@ from mlx_distill.files.folders import (
 from mlx_distill.files.plain import (
     atomic_path,
     digest,
+    fingerprint,
     fsync_folder,
     os_errors,
     read_json,
@@ -37,6 +38,7 @@ __all__ = [
     "atomic_path",
     "check_folder",
     "digest",
+    "fingerprint",
     "fsync_folder",
     "lock_folder",
     "open_partial",

@@ -140,3 +140,25 @@ def remove_leftovers(folder: str | Path, *, below: bool = False) -> None:
 
 # What atomic_path and the shard writer call a file until it is whole.
 _TEMPORARY = re.compile(r"\..+\.tmp(\.[^.]*)?$")
+
+
+_SMALL = 64 << 20
+
+
+def fingerprint(source: str) -> str:
+    """What an input from outside is, without its path: of a file its bytes; of a folder its files' names, sizes and the bytes of small ones
+    (large ones give their first MiB, where a checkpoint's shards have their table); of a Hub id its name."""
+    path = Path(source)
+    if path.is_file():
+        return sha256(path)
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
+        return digest([[p.relative_to(path).as_posix(), p.stat().st_size, _content(p)] for p in files])
+    return digest(source)
+
+
+def _content(path: Path) -> str:
+    if path.stat().st_size <= _SMALL:
+        return sha256(path)
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(1 << 20)).hexdigest()
