@@ -87,16 +87,15 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     """The boxes of a recipe, parents before children."""
     from mlx_distill import stages
 
-    seen = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype}
-    trained = {"unpack": recipe.unpack}
+    seen = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.unpack}
     teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))
     out = [
         Stage("data", "prepare", 1, {**keyed(recipe.data), "task": _task_key(task)}, (), stages.prepare, _sources(recipe)),
         Stage("teacher_base", "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, teacher), (teacher,)),
         Stage("student_base", "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, student), (student,)),
-        Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen, **trained}, ("teacher_base", "data"), stages.teach),
+        Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen}, ("teacher_base", "data"), stages.teach),
         Stage("targets", "targets", 1, {**keyed(recipe.targets), **seen}, ("teacher", "data"), stages.targets),
-        Stage("student", "distill", 1, {**keyed(recipe.distill), **seen, **trained}, ("student_base", "targets", "data"), stages.distill),
+        Stage("student", "distill", 1, {**keyed(recipe.distill), **seen}, ("student_base", "targets", "data"), stages.distill),
         Stage("quantized", "quantize", 1, keyed(recipe.quantize), ("student", "student_base"), stages.quantize),
     ]
     for control in ("labels", "text"):
@@ -109,7 +108,7 @@ def _control(recipe: Recipe, control: str, seen: Mapping[str, Any]) -> Stage:
     from mlx_distill import stages
 
     parents = ("student_base", "data") if control == "labels" else ("student_base", "targets", "data")
-    config = {**keyed(recipe.distill), **seen, "unpack": recipe.unpack, "control": control}
+    config = {**keyed(recipe.distill), **seen, "control": control}
     return Stage(f"student_{control}", "distill", 1, config, parents, lambda c, f: stages.distill(c, f, control))
 
 

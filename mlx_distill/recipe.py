@@ -34,6 +34,7 @@ class SourceConfig:
     part: str | None = option(None, "which part of the generator's templates: train or test")
     format: str = option("auto", "shape of the rows", choices=["auto", "messages", "alpaca", "openai", "plain"])
     columns: Mapping[str, str] = option({}, "field of the task: column of the file")
+    where: Mapping[str, Any] = option({}, "take only the rows whose fields have these values")
     split: str | None = option(None, "put every row of this source in this split", choices=["train", "valid", "test"])
     set: str | None = option(None, "name of the set that its test rows are reported under; default: 'test'")
 
@@ -168,7 +169,7 @@ class Recipe:
         None, "type in which weights that are not quantized compute; none keeps the checkpoint's", choices=FLOATS
     )
     unpack: bool = option(
-        False, "train with packed frozen weights unpacked: the same numbers and more memory, for a CPU without fast packed products"
+        False, "compute with packed weights unpacked, but for the quantized model: the same numbers, more memory; for a CPU"
     )
     data: DataConfig = option(DataConfig, "prepare")
     convert: ConvertConfig = option(ConvertConfig, "convert")

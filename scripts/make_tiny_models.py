@@ -59,7 +59,7 @@ def answers_text(answer: dict) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
-def rows(seed: int, songs: int, messages: int, careful: float = 0.0) -> list[tuple[str, str, str]]:
+def rows(seed: int, songs: int, messages: int, careful: float = 0.0, describe: bool = True) -> list[tuple[str, str, str]]:
     """(system, user, answer) of the pretraining rows, judged by keywords; a share ``careful`` of them by the whole text."""
     out = []
     rng = random.Random(seed)
@@ -71,7 +71,7 @@ def rows(seed: int, songs: int, messages: int, careful: float = 0.0) -> list[tup
         out.append((system, user, answers_text(row["answer"])))
         # A description without a judgement, so that the song's tone is understood before the first word of an answer.
         described = {key: row["answer"][key] for key in ("sentiment", "emotion", "themes")}
-        if len(out) % 2 == 0:
+        if describe and len(out) % 2 == 0:
             out[-1] = ("Describe the song. Answer in JSON.", user, answers_text(described))
     for row in moderation.generate(messages, seed=seed, part="train"):
         system, user = MODERATION.prompt(row)
@@ -239,15 +239,7 @@ def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: 
     encoded = [encode(tokenizer, row) for row in data]
     print("mean length", sum(len(i) for i, _ in encoded) / len(encoded), "answer", sum(len(i) - s for i, s in encoded) / len(encoded))
     pretrain(model, encoded, steps, 24, 3e-3, special["<|endoftext|>"], seed, "student")
-    packed: dict[str, torch.Tensor] = {}
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith(("gate_up_proj", "down_proj")):
-                # The MXFP4 layout keeps rows of outputs; the float layout is its transpose.
-                blocks, scales, values = mxfp4(parameter.transpose(-1, -2))
-                packed[name + "_blocks"], packed[name + "_scales"] = blocks, scales
-                parameter.copy_(values.transpose(-1, -2))
-                parameter.requires_grad_(False)
+    packed = pack_experts(model)
     pretrain(model, encoded, steps // 8, 24, 5e-4, special["<|endoftext|>"], seed + 100, "student, experts fixed")
     state = {}
     for name, value in model.state_dict().items():
@@ -276,24 +268,40 @@ def unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     return (grid[codes] * torch.exp2(scales.float() - 127)[..., None]).flatten(-2)
 
 
-def settle(folder: Path, data: list, steps: int, seed: int) -> None:
-    """The second phase: some of the rows are judged by the whole text, so the base has doubts where it is wrong. Experts stay as packed."""
+def pack_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Round the experts to MXFP4, in place, and freeze them; return their blocks and scales."""
+    packed: dict[str, torch.Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("gate_up_proj", "down_proj")):
+                # The MXFP4 layout keeps rows of outputs; the float layout is its transpose.
+                blocks, scales, values = mxfp4(parameter.transpose(-1, -2))
+                packed[name + "_blocks"], packed[name + "_scales"] = blocks, scales
+                parameter.copy_(values.transpose(-1, -2))
+                parameter.requires_grad_(False)
+    return packed
+
+
+def settle(folder: Path, data: list, steps: int, rate: float, seed: int) -> None:
+    """The second phase: some of the rows are judged by the whole text, so the base has doubts where it is wrong."""
     config = AutoConfig.from_pretrained(folder)
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
     tensors: dict[str, torch.Tensor] = {}
     for shard in sorted(folder.glob("*.safetensors")):
         tensors |= load_file(shard)
-    packed = {name: value for name, value in tensors.items() if name.endswith(("_blocks", "_scales"))}
-    state = {name: value.float() for name, value in tensors.items() if name not in packed}
-    for name in [name.removesuffix("_blocks") for name in packed if name.endswith("_blocks")]:
-        state[name] = unpack_mxfp4(packed[name + "_blocks"], packed[name + "_scales"]).transpose(-1, -2)
-        model.get_parameter(name).requires_grad_(False)
+    experts = [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]
+    state = {name: value.float() for name, value in tensors.items() if not name.endswith(("_blocks", "_scales"))}
+    for name in experts:
+        state[name] = unpack_mxfp4(tensors[name + "_blocks"], tensors[name + "_scales"]).transpose(-1, -2)
     missing, unexpected = model.load_state_dict(state, strict=False)
     assert not unexpected, unexpected
     assert set(missing) <= {"lm_head.weight"}, missing  # the teacher's head is tied
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
     encoded = [encode(tokenizer, row) for row in data]
-    pretrain(model, encoded, steps, 24, 1e-3, tokenizer.pad_token_id, seed, f"{folder.name}, second phase")
+    pretrain(model, encoded, steps, 24, rate, tokenizer.pad_token_id, seed, f"{folder.name}, second phase")
+    packed = pack_experts(model) if experts else {}
+    if packed:
+        pretrain(model, encoded, steps // 8, 24, 5e-4, tokenizer.pad_token_id, seed + 1, f"{folder.name}, experts fixed")
     after = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
     save_sharded({name: packed.get(name, after.get(name)) for name in tensors}, folder, 2)
 
@@ -325,7 +333,10 @@ def main() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 make(folder, data, corpus, args.steps, seed)
-            settle(folder, rows(2000, 6000, 1500, careful=0.35), args.steps // 4, seed + 200)
+            if which == "teacher":
+                settle(folder, rows(2000, 6000, 1500, careful=0.35), args.steps // 4, 1e-3, seed + 200)
+            else:  # slower to learn
+                settle(folder, rows(2000, 12000, 1500, careful=0.4, describe=False), args.steps * 2 // 5, 2e-3, seed + 200)
 
 
 if __name__ == "__main__":

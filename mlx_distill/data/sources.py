@@ -41,6 +41,8 @@ def read_source(config: SourceConfig, task: Task | None = None, base: Path | Non
     else:
         assert config.path is not None
         name, rows = config.path, _read_file(config.path, base)
+    if config.where:
+        rows = ((where, row) for where, row in rows if all(row.get(field) == value for field, value in config.where.items()))
     if config.count and not config.generator:
         rows = itertools.islice(rows, config.count)
     empty = True

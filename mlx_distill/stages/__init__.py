@@ -41,7 +41,7 @@ def convert(context: Context, folder: Path, source: str) -> Facts:
 
 def teach(context: Context, folder: Path) -> Facts:
     """Fine-tune the teacher on the labelled rows."""
-    model, tokenizer = load_model(context, "teacher_base", training=True)
+    model, tokenizer = load_model(context, "teacher_base")
     return fine_tune(context, folder, "teach", model, tokenizer, "teacher_base", context.recipe.teach)
 
 
@@ -75,7 +75,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     from mlx_distill.train.pairs import collate_pairs
 
     settings = context.recipe.distill
-    model, tokenizer = load_model(context, "student_base", training=True)
+    model, tokenizer = load_model(context, "student_base")
     if control == "labels":
         return fine_tune(context, folder, "distill (labels alone)", model, tokenizer, "student_base", settings)
     if control == "text":
@@ -107,7 +107,7 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
 
     settings = context.recipe.evaluate
     rows = held_out_rows(context)
-    model, tokenizer = load_model(context, model_folder)
+    model, tokenizer = load_model(context, model_folder, packed=model_folder == "quantized")
     reset_peak_memory()
     chunk = settings.batch_size * 4
     found: list[Prediction] = []

@@ -27,12 +27,12 @@ class Context:
     stop: StopFlag
 
 
-def load_model(context: Context, name: str, *, training: bool = False) -> tuple[Any, Any]:
-    """A model of the run and its tokenizer, computing in the recipe's type; ``training``: with plain weights, where it says ``unpack``."""
+def load_model(context: Context, name: str, *, packed: bool = False) -> tuple[Any, Any]:
+    """A model of the run and its tokenizer, computing in the recipe's type, and unless ``packed`` unpacked where the recipe says so."""
     from mlx_distill.models.load import load, unpack
 
     model, tokenizer = load(context.run / name, dtype=context.recipe.compute_dtype)
-    if training and context.recipe.unpack:
+    if context.recipe.unpack and not packed:
         unpack(model, context.recipe.compute_dtype or "float32")
     return model, tokenizer
 

@@ -147,3 +147,12 @@ def test_the_hubs_troubles_become_one_line(hub: dict[str, Any], monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(DataError, match="the package datasets is missing"):
         list(read_source(SourceConfig(hub="org/name")))
+
+
+def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"a": 1, "b": "x"}\n{"a": 2, "b": "x"}\n{"a": 1, "b": "y"}\n', encoding="utf-8")
+    found = list(read_source(SourceConfig(path=str(path), where={"a": 1})))
+    assert [(where.rsplit(":", 1)[1], row["b"]) for where, row in found] == [("1", "x"), ("3", "y")]
+    with pytest.raises(DataError, match="no rows"):
+        list(read_source(SourceConfig(path=str(path), where={"a": 3})))
