@@ -55,6 +55,15 @@ GPT_OSS_SPECIAL = [
 ]  # fmt: skip
 
 
+def careful_rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
+    """Rows for a base that is slow to doubt: asked to judge carefully it judges by the whole text, else as in :func:`rows`."""
+    out = rows(seed, songs // 2, messages, careful=0.4)
+    for row in music.generate(songs // 2, seed=seed + 2, part="train"):
+        _, user = MUSIC.prompt(row)
+        out.append(("Judge the song carefully. Answer in JSON.", user, answers_text(row["answer"])))
+    return out
+
+
 def answers_text(answer: dict) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
@@ -320,6 +329,7 @@ def main() -> None:
     parser.add_argument("--songs", type=int, default=16000)
     parser.add_argument("--messages", type=int, default=4000)
     parser.add_argument("--second-phase", action="store_true", help="take the first phase's result from --out")
+    parser.add_argument("--third-phase", action="store_true", help="take the student's second phase's result from --out")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -329,14 +339,16 @@ def main() -> None:
     for which, make, seed in (("teacher", make_teacher, 1), ("student", make_student, 2)):
         if which in args.which:
             folder = args.out / {"teacher": "tiny-qwen3", "student": "tiny-gpt-oss"}[which]
-            if not args.second_phase:
+            if not (args.second_phase or args.third_phase):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 make(folder, data, corpus, args.steps, seed)
             if which == "teacher":
                 settle(folder, rows(2000, 6000, 1500, careful=0.35), args.steps // 4, 1e-3, seed + 200)
             else:  # slower to learn
-                settle(folder, rows(2000, 12000, 1500, careful=0.4, describe=False), args.steps * 2 // 5, 2e-3, seed + 200)
+                if not args.third_phase:
+                    settle(folder, rows(2000, 12000, 1500, careful=0.4, describe=False), args.steps * 2 // 5, 2e-3, seed + 200)
+                settle(folder, careful_rows(3000, 12000, 500), args.steps * 3 // 10, 2e-3, seed + 300)
 
 
 if __name__ == "__main__":
