@@ -330,6 +330,7 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=4000)
     parser.add_argument("--second-phase", action="store_true", help="take the first phase's result from --out")
     parser.add_argument("--third-phase", action="store_true", help="take the student's second phase's result from --out")
+    parser.add_argument("--fourth-phase", action="store_true", help="take the student's third phase's result from --out")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -339,16 +340,19 @@ def main() -> None:
     for which, make, seed in (("teacher", make_teacher, 1), ("student", make_student, 2)):
         if which in args.which:
             folder = args.out / {"teacher": "tiny-qwen3", "student": "tiny-gpt-oss"}[which]
-            if not (args.second_phase or args.third_phase):
+            if not (args.second_phase or args.third_phase or args.fourth_phase):
                 shutil.rmtree(folder, ignore_errors=True)
                 folder.mkdir(parents=True)
                 make(folder, data, corpus, args.steps, seed)
             if which == "teacher":
                 settle(folder, rows(2000, 6000, 1500, careful=0.35), args.steps // 4, 1e-3, seed + 200)
             else:  # slower to learn
-                if not args.third_phase:
+                if not (args.third_phase or args.fourth_phase):
                     settle(folder, rows(2000, 12000, 1500, careful=0.4, describe=False), args.steps * 2 // 5, 2e-3, seed + 200)
-                settle(folder, careful_rows(3000, 12000, 500), args.steps * 3 // 10, 2e-3, seed + 300)
+                if not args.fourth_phase:
+                    settle(folder, careful_rows(3000, 12000, 500), args.steps * 3 // 10, 2e-3, seed + 300)
+                # Unasked, it goes by keywords again, with doubts where they are wrong.
+                settle(folder, rows(4000, 4000, 800, careful=0.25), args.steps // 10, 1e-3, seed + 400)
 
 
 if __name__ == "__main__":
