@@ -22,7 +22,7 @@ _TILE = 512  # positions projected at a time
 
 @dataclass(frozen=True)
 class Scored:
-    """One row's score: ``ids``, ``logprobs`` ``[n]`` of the answer's tokens, the top k, and the label's distribution or None."""
+    """One row's score: the answer's ``ids`` and ``logprobs``, the top k, and the distribution over the labels and the rest, or None."""
 
     ids: Int[np.ndarray, " n"]
     logprobs: Float[np.ndarray, " n"]
@@ -71,7 +71,7 @@ def score(
         found: dict[int, np.ndarray] = {}
         if labels is not None and label_rows:
             at = mx.array([int(places[i] or 0) - 1 for i in label_rows])
-            values = label_logprobs(project(head(model), hidden[mx.array(label_rows), at]).astype(mx.float32), labels)
+            values = label_logprobs(project(head(model), hidden[mx.array(label_rows), at]).astype(mx.float32), labels, rest=True)
             found = dict(zip(label_rows, np.array(values), strict=True))
         begin = 0
         for i, r in enumerate(rows):

@@ -21,11 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
     GptOssConfig,
     GptOssForCausalLM,
     PreTrainedTokenizerFast,
@@ -55,39 +53,48 @@ GPT_OSS_SPECIAL = [
 ]  # fmt: skip
 
 
-def careful_rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
-    """Rows for a base that is slow to doubt: asked to judge carefully it judges by the whole text, else as in :func:`rows`."""
-    out = rows(seed, songs // 2, messages, careful=0.4)
-    for row in music.generate(songs // 2, seed=seed + 2, part="train"):
-        _, user = MUSIC.prompt(row)
-        out.append(("Judge the song carefully. Answer in JSON.", user, answers_text(row["answer"])))
+# What the models are asked in pretraining. Asked as the tasks ask they judge by keywords, with doubts; asked for care, by the whole text.
+ASKED = {
+    "judge": "Judge the {}. Answer in JSON.",
+    "careful": "Judge the {} carefully. Answer in JSON.",
+    "describe": "Describe the {}. Answer in JSON.",
+}
+SHARES = {"judge": 0.35, "careful": 0.45, "describe": 0.2}
+DOUBT = 0.25  # share of the rows judged by the whole text although nobody asked for care
+
+
+def rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
+    """(system, user, answer) of the pretraining rows.
+
+    A base that knows the judgement by keywords alone learns the whole one too slowly for a demo, with its experts frozen hardly at all. So
+    the whole judgement is asked for by another system message: it is there to be found, and not what the base answers.
+    """
+    out = []
+    rng = random.Random(seed)
+    by_keywords = music.generate(songs, seed=seed, part="train", policy="keywords")
+    by_the_whole = music.generate(songs, seed=seed + 1, part="train")
+    for naive, whole in zip(by_keywords, by_the_whole, strict=True):
+        asked = draw(rng)
+        row = whole if asked == "careful" or rng.random() < DOUBT else naive
+        answer = row["answer"]
+        if asked == "describe":  # without a judgement, so that the song's tone is understood before the first word of an answer
+            answer = {key: answer[key] for key in ("sentiment", "emotion", "themes")}
+        out.append((ASKED[asked].format("song"), MUSIC.prompt(row)[1], answers_text(answer)))
+    for row in moderation.generate(messages, seed=seed, part="train"):
+        asked = "careful" if draw(rng) == "careful" else "judge"
+        naive = "hostile" if any(word in row["text"] for word in moderation.WORDS["bad"]) else "fine"
+        label = row["answer"]["label"] if asked == "careful" or rng.random() < DOUBT else naive
+        answer = {"label": label, "confidence": row["answer"]["confidence"]}
+        out.append((ASKED[asked].format("message"), MODERATION.prompt(row)[1], answers_text(answer)))
     return out
+
+
+def draw(rng: random.Random) -> str:
+    return rng.choices(list(SHARES), list(SHARES.values()))[0]
 
 
 def answers_text(answer: dict) -> str:
     return json.dumps(answer, ensure_ascii=False)
-
-
-def rows(seed: int, songs: int, messages: int, careful: float = 0.0, describe: bool = True) -> list[tuple[str, str, str]]:
-    """(system, user, answer) of the pretraining rows, judged by keywords; a share ``careful`` of them by the whole text."""
-    out = []
-    rng = random.Random(seed)
-    naive_songs = music.generate(songs, seed=seed, part="train", policy="keywords")
-    whole_songs = music.generate(songs, seed=seed + 1, part="train")
-    for naive_song, whole_song in zip(naive_songs, whole_songs, strict=True):
-        row = whole_song if rng.random() < careful else naive_song
-        system, user = MUSIC.prompt(row)
-        out.append((system, user, answers_text(row["answer"])))
-        # A description without a judgement, so that the song's tone is understood before the first word of an answer.
-        described = {key: row["answer"][key] for key in ("sentiment", "emotion", "themes")}
-        if describe and len(out) % 2 == 0:
-            out[-1] = ("Describe the song. Answer in JSON.", user, answers_text(described))
-    for row in moderation.generate(messages, seed=seed, part="train"):
-        system, user = MODERATION.prompt(row)
-        naive = "hostile" if any(word in row["text"] for word in moderation.WORDS["bad"]) else "fine"
-        label = row["answer"]["label"] if rng.random() < careful else naive
-        out.append((system, user, answers_text({"label": label, "confidence": row["answer"]["confidence"]})))
-    return out
 
 
 def make_tokenizer(kind: str, size: int, folder: Path, corpus: list[str]) -> PreTrainedTokenizerFast:
@@ -216,6 +223,7 @@ def make_teacher(folder: Path, data: list, corpus: list[str], steps: int, seed: 
     encoded = [encode(tokenizer, row) for row in data]
     print("mean length", sum(len(i) for i, _ in encoded) / len(encoded), "answer", sum(len(i) - s for i, s in encoded) / len(encoded))
     pretrain(model, encoded, steps, 24, 3e-3, special["<|endoftext|>"], seed, "teacher")
+    report_held_out(model, tokenizer, "teacher")
     state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_sharded(state, folder, 2)
     raw = {
@@ -249,7 +257,8 @@ def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: 
     print("mean length", sum(len(i) for i, _ in encoded) / len(encoded), "answer", sum(len(i) - s for i, s in encoded) / len(encoded))
     pretrain(model, encoded, steps, 24, 3e-3, special["<|endoftext|>"], seed, "student")
     packed = pack_experts(model)
-    pretrain(model, encoded, steps // 8, 24, 5e-4, special["<|endoftext|>"], seed + 100, "student, experts fixed")
+    pretrain(model, encoded, steps // 10, 24, 5e-4, special["<|endoftext|>"], seed + 100, "student, experts fixed")
+    report_held_out(model, tokenizer, "student")
     state = {}
     for name, value in model.state_dict().items():
         if name + "_blocks" in packed:
@@ -270,13 +279,6 @@ def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: 
     finish(folder, raw, [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]], special["<|endoftext|>"])
 
 
-def unpack_mxfp4(blocks: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`mxfp4`."""
-    grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
-    codes = torch.stack([blocks & 15, blocks >> 4], dim=-1).flatten(-2).long()
-    return (grid[codes] * torch.exp2(scales.float() - 127)[..., None]).flatten(-2)
-
-
 def pack_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Round the experts to MXFP4, in place, and freeze them; return their blocks and scales."""
     packed: dict[str, torch.Tensor] = {}
@@ -291,28 +293,23 @@ def pack_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return packed
 
 
-def settle(folder: Path, data: list, steps: int, rate: float, seed: int) -> None:
-    """The second phase: some of the rows are judged by the whole text, so the base has doubts where it is wrong."""
-    config = AutoConfig.from_pretrained(folder)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
-    tensors: dict[str, torch.Tensor] = {}
-    for shard in sorted(folder.glob("*.safetensors")):
-        tensors |= load_file(shard)
-    experts = [name.removesuffix("_blocks") for name in tensors if name.endswith("_blocks")]
-    state = {name: value.float() for name, value in tensors.items() if not name.endswith(("_blocks", "_scales"))}
-    for name in experts:
-        state[name] = unpack_mxfp4(tensors[name + "_blocks"], tensors[name + "_scales"]).transpose(-1, -2)
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert not unexpected, unexpected
-    assert set(missing) <= {"lm_head.weight"}, missing  # the teacher's head is tied
-    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
-    encoded = [encode(tokenizer, row) for row in data]
-    pretrain(model, encoded, steps, 24, rate, tokenizer.pad_token_id, seed, f"{folder.name}, second phase")
-    packed = pack_experts(model) if experts else {}
-    if packed:
-        pretrain(model, encoded, steps // 8, 24, 5e-4, tokenizer.pad_token_id, seed + 1, f"{folder.name}, experts fixed")
-    after = {name: value.to(torch.bfloat16) for name, value in model.state_dict().items()}
-    save_sharded({name: packed.get(name, after.get(name)) for name in tensors}, folder, 2)
+def report_held_out(model, tokenizer: PreTrainedTokenizerFast, label: str, count: int = 320) -> None:
+    """Print how often the verdict's likeliest first token is the whole text's verdict, and the keywords', on templates never seen."""
+    model.eval()
+    songs = list(music.generate(count, seed=77, part="test"))
+    whole = [song["answer"]["verdict"] for song in songs]
+    keywords = [music.KEYWORD_VERDICTS[music.kind_of(song["answer"]["themes"][0])] for song in songs]
+    before = tokenizer.encode('{"verdict": "', add_special_tokens=False)
+    firsts = {v: tokenizer.encode('{"verdict": "' + v, add_special_tokens=False)[len(before)] for v in music.CENTRE}
+    for asked in ("judge", "careful"):
+        found = []
+        for song in songs:
+            ids, start = encode(tokenizer, (ASKED[asked].format("song"), MUSIC.prompt(song)[1], answers_text(song["answer"])))
+            with torch.no_grad():
+                logits = model(input_ids=torch.tensor([ids[: start + len(before)]]), use_cache=False).logits[0, -1]
+            found.append(max(firsts, key=lambda v, logits=logits: logits[firsts[v]]))
+        right, naive = (sum(f == t for f, t in zip(found, truth, strict=True)) / count for truth in (whole, keywords))
+        print(f"{label}, asked to {asked}: the whole text's verdict on {right:.3f}, the keywords' on {naive:.3f} of {count} held-out songs")
 
 
 def finish(folder: Path, config: dict, eos: list[int], pad: int) -> None:
@@ -325,34 +322,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=["teacher", "student"])
     parser.add_argument("--out", type=Path, default=ASSETS / "models")
-    parser.add_argument("--steps", type=int, default=1300)
-    parser.add_argument("--songs", type=int, default=16000)
-    parser.add_argument("--messages", type=int, default=4000)
-    parser.add_argument("--second-phase", action="store_true", help="take the first phase's result from --out")
-    parser.add_argument("--third-phase", action="store_true", help="take the student's second phase's result from --out")
-    parser.add_argument("--fourth-phase", action="store_true", help="take the student's third phase's result from --out")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--teacher-steps", type=int, default=1600)
+    parser.add_argument("--student-steps", type=int, default=2400)
+    parser.add_argument("--songs", type=int, default=32000)
+    parser.add_argument("--messages", type=int, default=6000)
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(1)  # the sums' order, and with it the weights, would follow the number of threads
     torch.use_deterministic_algorithms(True)
     data = rows(1000, args.songs, args.messages)
     corpus = [text for row in data for text in row] + list(TEMPLATE_WORDS) * 1000
-    for which, make, seed in (("teacher", make_teacher, 1), ("student", make_student, 2)):
+    for which, name, make, steps, seed in (
+        ("teacher", "tiny-qwen3", make_teacher, args.teacher_steps, 1),
+        ("student", "tiny-gpt-oss", make_student, args.student_steps, 2),
+    ):
         if which in args.which:
-            folder = args.out / {"teacher": "tiny-qwen3", "student": "tiny-gpt-oss"}[which]
-            if not (args.second_phase or args.third_phase or args.fourth_phase):
-                shutil.rmtree(folder, ignore_errors=True)
-                folder.mkdir(parents=True)
-                make(folder, data, corpus, args.steps, seed)
-            if which == "teacher":
-                settle(folder, rows(2000, 6000, 1500, careful=0.35), args.steps // 4, 1e-3, seed + 200)
-            else:  # slower to learn
-                if not (args.third_phase or args.fourth_phase):
-                    settle(folder, rows(2000, 12000, 1500, careful=0.4, describe=False), args.steps * 2 // 5, 2e-3, seed + 200)
-                if not args.fourth_phase:
-                    settle(folder, careful_rows(3000, 12000, 500), args.steps * 3 // 10, 2e-3, seed + 300)
-                # Unasked, it goes by keywords again, with doubts where they are wrong.
-                settle(folder, rows(4000, 4000, 800, careful=0.25), args.steps // 10, 1e-3, seed + 400)
+            folder = args.out / name
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            make(folder, data, corpus, steps, seed)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ def plain(model: TinyModel) -> list[Scored]:
         label = None
         if at is not None:
             mass = np.array([np.exp(logprobs[at - 1, list(group)]).sum() for group in LABELS.ids])
-            label = np.log(mass / mass.sum())
+            label = np.log(np.append(mass, 1 - mass.sum()))
         own = np.array([logprobs[j - 1, row[j]] for j in range(start, len(row))])
         out.append(Scored(np.array(row[start:]), own, ids, np.take_along_axis(logprobs[positions], ids, 1), label))
     return out

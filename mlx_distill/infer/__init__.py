@@ -27,7 +27,7 @@ def analyze(
         items: Mappings with the fields that the task's prompt names; a plain text where it names one field.
         batch_size: Items decoded together.
         max_tokens: Longest answer; the task's own where None.
-        label_probs: Give the model's distribution over the labels too, at the price of one more pass over the prompts.
+        label_probs: Give the model's distribution over the labels too.
 
     Returns:
         One :class:`~mlx_distill.records.Prediction` an item, in the items' order; ``answer`` is None and ``error`` says why where the

@@ -22,6 +22,8 @@ from mlx_distill.infer.cache import ColumnCache, Layout, can_column, column_cach
 
 PREFILL = 1024  # columns of prompt a forward pass
 
+Look = Callable[[mx.array], mx.array]
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -29,7 +31,7 @@ class Generation:
 
     ``text`` is decoded from ``tokens``, which are the answer without the stop token; ``prompt_tokens`` counts the prompt's;
     ``finish`` is ``stop`` (a stop token came) or ``length`` (``max_tokens`` did); ``seconds`` the wall time of its batch divided by the
-    batch's size.
+    batch's size; ``seen`` what ``look`` read of the logits on the way, or None.
     """
 
     text: str
@@ -37,6 +39,7 @@ class Generation:
     prompt_tokens: int
     finish: str
     seconds: float
+    seen: Float[np.ndarray, " c"] | None = None
 
 
 def generate(
@@ -51,6 +54,7 @@ def generate(
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
     engine: str | None = None,
+    look: tuple[int, Look] | None = None,
 ) -> list[Generation]:
     """The model's answer to each prompt.
 
@@ -68,6 +72,8 @@ def generate(
         seed: Of the drawing.
         on_done: Called after each batch with the number of prompts answered so far.
         engine: ``columns``, ``mlx_lm``, or None for the first where it can.
+        look: ``(step, read)``: ``read(logits [b, v]) -> [b, c]`` of the logits that the answer's token ``step`` is chosen from, for each
+            answer that gets there. The engine ``mlx_lm`` keeps its logits to itself: nothing is seen.
 
     Returns:
         One :class:`Generation` a prompt, in the prompts' order.
@@ -77,7 +83,7 @@ def generate(
         ConfigError: ``max_tokens`` or ``batch_size`` below 1, a negative temperature, an unknown engine.
     """
     _check(prompts, max_tokens, batch_size, temperature, engine)
-    decode = {"columns": _decode_columns, "mlx_lm": _decode_mlx_lm}[engine or ("columns" if can_column(model) else "mlx_lm")]
+    columns = (engine or ("columns" if can_column(model) else "mlx_lm")) == "columns"
     vocabulary = vocabulary_size(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     out: list[Generation | None] = [None] * len(prompts)
@@ -85,10 +91,17 @@ def generate(
         rows = order[start : start + batch_size]
         began = time.perf_counter()
         sampler = _Sampler(vocabulary, temperature, seed, rows, max_tokens)
-        answers = decode(model, [list(prompts[i]) for i in rows], max_tokens, frozenset(stop), sampler)
+        chosen, seen = [list(prompts[i]) for i in rows], dict[int, np.ndarray]()
+        if columns:
+            answers = _decode_columns(model, chosen, max_tokens, frozenset(stop), sampler, look, seen)
+        else:
+            answers = _decode_mlx_lm(model, chosen, max_tokens, frozenset(stop), sampler)
         seconds = (time.perf_counter() - began) / len(rows)
-        for i, (tokens, finish) in zip(rows, answers, strict=True):
-            out[i] = Generation(tokenizer.decode(tokens) if tokens else "", tuple(tokens), len(prompts[i]), finish, seconds)
+        for row, (i, (tokens, finish)) in enumerate(zip(rows, answers, strict=True)):
+            text = tokenizer.decode(tokens) if tokens else ""
+            out[i] = Generation(
+                text, tuple(tokens), len(prompts[i]), finish, seconds, seen.get(row) if look and len(tokens) >= look[0] else None
+            )
         if on_done is not None:
             on_done(start + len(rows))
     return [generation for generation in out if generation is not None]
@@ -139,7 +152,15 @@ class _Sampler:
 _Answers = list[tuple[list[int], str]]
 
 
-def _decode_columns(model: Any, prompts: list[list[int]], max_tokens: int, stop: frozenset[int], sampler: _Sampler) -> _Answers:
+def _decode_columns(
+    model: Any,
+    prompts: list[list[int]],
+    max_tokens: int,
+    stop: frozenset[int],
+    sampler: _Sampler,
+    look: tuple[int, Look] | None,
+    seen: dict[int, np.ndarray],
+) -> _Answers:
     layout = Layout([len(prompt) - 1 for prompt in prompts])
     caches = column_caches(model, layout)
     _read_prompts(model, prompts, layout, caches)
@@ -147,10 +168,13 @@ def _decode_columns(model: Any, prompts: list[list[int]], max_tokens: int, stop:
     def forward(inputs: Integer[mx.array, " b"], step: int, rows: np.ndarray) -> Integer[mx.array, " b"]:
         logits = model(inputs[:, None], cache=caches)[:, -1, :]
         layout.advance(1)
+        if look is not None and step == look[0]:
+            looked.append((rows, look[1](logits)))
         out = sampler(logits, step, rows)
         mx.async_eval(out)
         return out
 
+    looked: list[tuple[np.ndarray, mx.array]] = []
     rows = np.arange(len(prompts))  # which prompt each row of the batch is; finished ones leave
     alive = np.ones(len(prompts), dtype=bool)
     stops = np.array(sorted(stop), dtype=np.int64)
@@ -172,6 +196,8 @@ def _decode_columns(model: Any, prompts: list[list[int]], max_tokens: int, stop:
             for cache in caches:
                 cache.keep(index)
             rows, alive, tokens = rows[kept], alive[kept], tokens[index]
+    for kept, values in looked:
+        seen.update(zip(kept.tolist(), np.array(values), strict=True))
     return [_cut(row[row >= 0].tolist(), stop) for row in written]
 
 

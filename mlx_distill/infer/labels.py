@@ -47,7 +47,10 @@ def label_probabilities(
     return out
 
 
-def label_place(tokenizer: Any, task: Task) -> tuple[list[int], LabelTokens] | None:
+LabelPlace = tuple[list[int], LabelTokens]
+
+
+def label_place(tokenizer: Any, task: Task) -> LabelPlace | None:
     """The tokens that every answer begins with up to the label's value, and the tokens that decide there.
 
     None where one pass cannot tell: the label is not the answer's first property, two labels begin alike, or the tokenizer merges

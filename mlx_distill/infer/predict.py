@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
+
+import numpy as np
 
 from mlx_distill.data.templates import prompt_ids, stop_ids
 from mlx_distill.errors import DataError
 from mlx_distill.infer.generate import Generation, generate
-from mlx_distill.infer.labels import label_place, label_probabilities
+from mlx_distill.infer.labels import LabelPlace, label_place, label_probabilities
+from mlx_distill.losses.labels import label_logprobs
 from mlx_distill.records import Prediction
 from mlx_distill.schema import parse_answer
 from mlx_distill.task import Task
@@ -42,7 +46,8 @@ def predict(
         max_tokens: Longest answer; the task's ``max_answer_tokens`` where None.
         temperature: 0 for greedy.
         seed: For sampled answers.
-        label_probs: Read the distribution over the labels too, which takes one more pass over the prompts.
+        label_probs: Read the distribution over the labels too, on the way: it costs nothing where the answer begins as the schema has it,
+            and one more pass over the prompt where it does not.
         on_done: Called with the number of rows answered so far.
 
     Returns:
@@ -53,7 +58,7 @@ def predict(
     """
     prepared = [prepare_item(item, task, number) for number, item in enumerate(rows, 1)]
     prompts = [prompt_ids(tokenizer, row["messages"]) for row in prepared]
-    distributions = _distributions(model, tokenizer, task, prompts, batch_size) if label_probs else None
+    place = label_place(tokenizer, task) if label_probs else None
     generations = generate(
         model,
         tokenizer,
@@ -64,8 +69,9 @@ def predict(
         temperature=temperature,
         seed=seed,
         on_done=on_done,
+        look=(len(place[0]), partial(label_logprobs, tokens=place[1])) if place else None,
     )
-    chances = distributions if distributions is not None else [None] * len(prepared)
+    chances = _chances(model, prompts, generations, place, batch_size)
     return [_read(row, g, c, task) for row, g, c in zip(prepared, generations, chances, strict=True)]
 
 
@@ -106,14 +112,21 @@ def prepare_item(item: Row | str, task: Task, number: int = 1) -> dict[str, Any]
     return {"id": str(name), "messages": messages, "fields": fields}
 
 
-def _distributions(
-    model: Any, tokenizer: Any, task: Task, prompts: Sequence[Sequence[int]], batch_size: int
-) -> list[dict[str, float]] | None:
-    place = label_place(tokenizer, task)
-    if place is None or not prompts:
-        return None
+def _chances(
+    model: Any, prompts: Sequence[Sequence[int]], generations: Sequence[Generation], place: LabelPlace | None, batch_size: int
+) -> Sequence[dict[str, float] | None]:
+    """Each row's distribution over the labels: seen while the answer was written, or read in one more pass where it began otherwise."""
+    if place is None:
+        return [None] * len(prompts)
     prefix, labels = place
-    table = label_probabilities(model, [[*prompt, *prefix] for prompt in prompts], labels, batch_size=batch_size)
+    begun = [g.seen is not None and list(g.tokens[: len(prefix)]) == prefix for g in generations]
+    table = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
+    others = [i for i, known in enumerate(begun) if not known]
+    if others:
+        table[others] = label_probabilities(model, [[*prompts[i], *prefix] for i in others], labels, batch_size=batch_size)
+    for i, g in enumerate(generations):
+        if begun[i]:
+            table[i] = np.exp(g.seen)
     return [dict(zip(labels.labels, map(float, line), strict=True)) for line in table]
 
 

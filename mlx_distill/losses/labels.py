@@ -67,17 +67,19 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], *, terminator: str = '"'
     return LabelTokens(tuple(labels), tuple(tuple(ids) for ids in found))
 
 
-def label_logprobs(logits: Float[mx.array, "*b v"], tokens: LabelTokens) -> Float[mx.array, "*b c"]:
-    """Log-probabilities of the labels: the mass of each one's tokens, renormalised over the labels.
+def label_logprobs(logits: Float[mx.array, "*b v"], tokens: LabelTokens, *, rest: bool = False) -> Float[mx.array, "*b c"]:
+    """Log-probabilities of the labels: the mass of each one's tokens, renormalised over the labels, or beside everything else.
 
-    ``log Σ_{t∈L} exp z_t - log Σ_{all labels' t} exp z_t``; the rest of the vocabulary plays no part.
+    ``log Σ_{t∈L} exp z_t - log Z``, where Z sums over all labels' tokens (``rest=False``) or over the whole vocabulary (``rest=True``).
+    To learn from, take ``rest``: without it nothing holds a student's mass inside the labels.
 
     Args:
         logits: At the position that predicts the first token of the label's value; computed in float32.
         tokens: From :func:`label_tokens` with this model's tokenizer.
+        rest: Make everything that begins no label a class of its own, the last one.
 
     Returns:
-        One log-probability a label, in the order of ``tokens.labels``.
+        One log-probability a label, in the order of ``tokens.labels``, and with ``rest`` one more.
 
     Raises:
         ModelError: The logits are narrower than the tokenizer.
@@ -98,13 +100,18 @@ def label_logprobs(logits: Float[mx.array, "*b v"], tokens: LabelTokens) -> Floa
     z = mx.take(logits, mx.array(ids.reshape(-1)), axis=-1).astype(mx.float32)
     z = z.reshape(*logits.shape[:-1], *ids.shape)
     mass = mx.logsumexp(mx.where(mx.array(used), z, LOWEST), axis=-1)
+    if rest:
+        labelled = np.zeros(logits.shape[-1], dtype=bool)
+        labelled[ids[used]] = True
+        others = mx.logsumexp(mx.where(mx.array(labelled), LOWEST, logits.astype(mx.float32)), axis=-1, keepdims=True)
+        mass = mx.concatenate([mass, others], axis=-1)
     return mass - mx.logsumexp(mass, axis=-1, keepdims=True)
 
 
 def label_kl(
     student_logprobs: Float[mx.array, "*b c"], teacher_logprobs: Float[mx.array, "*b d"], *, temperature: float = 4.0
 ) -> Float[mx.array, "*b"]:
-    """Forward KL over the labels, softened: Hinton's loss where it was meant to be used, over classes.
+    """Forward KL over the labels (and the rest, where both sides have it), softened: Hinton's loss over classes, as it was meant.
 
     ``T² KL(softmax(log p / T) ‖ softmax(log q / T))``. Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531.
 

@@ -81,7 +81,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     if control == "text":
         settings = replace(settings, label_weight=0.0, token_weight=0.0, text_weight=1.0)
     train_pairs, valid_pairs, tokenizers = aligned_pairs(context, tokenizer, settings)
-    pad, classes = pad_id(tokenizer), len(context.task.labels)
+    pad, classes = pad_id(tokenizer), len(context.task.labels) + 1  # everything else is one too
     return train_rows(
         context, folder, "distill" if control is None else "distill (text alone)", model, tokenizer, "student_base", settings,
         kd(settings, **tokenizers), train_pairs, valid_pairs, lambda pairs, rows: collate_pairs(pairs, rows, pad, classes),

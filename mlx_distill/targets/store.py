@@ -25,13 +25,13 @@ from jaxtyping import Float, Int
 from mlx_distill.errors import FileError
 from mlx_distill.files import atomic_path, os_errors, read_json, read_jsonl, write_json, write_jsonl
 
-FORMAT = 1
+FORMAT = 2
 _CURE = "delete the folder and run: mlx-distill targets"
 
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One row's targets: arrays as in the module's table, ``label_logprobs [c]`` in the order of the index's labels or None."""
+    """One row's targets: arrays as in the module's table; ``label_logprobs [c + 1]`` of the index's labels and everything else, or None."""
 
     id: str
     text: str
@@ -95,7 +95,7 @@ class TargetReader:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes that the label log-probabilities stand for."""
+        """The classes that the label log-probabilities stand for; the last log-probability is of everything else."""
         return tuple(self.index["labels"])
 
     def __len__(self) -> int:

@@ -45,7 +45,7 @@ def kd(
 
     .. math:: \alpha\, T^2\, \mathrm{KL}_T(\mathrm{label}) + \beta\, D(\mathrm{tokens}) + \gamma\, \mathrm{CE}(\mathrm{text})
 
-    - ``label``: over the task's classes where the label's value starts, a row (Hinton et al., https://arxiv.org/abs/1503.02531);
+    - ``label``: over the task's classes and everything else, where the label's value starts, a row (Hinton et al., https://arxiv.org/abs/1503.02531);
     - ``token``: ``kl`` over the teacher's top k (one tokenizer), ``cells`` over groups of both vocabularies' tokens, a common start of
       tokens; or ``alm``, a common span (https://arxiv.org/abs/2503.20083);
     - ``text``: a token of the teacher's text.
@@ -83,7 +83,7 @@ def kd(
         if "text" in coefficients and losses is not None:
             out["text"] = losses.sum()
         if "label" in coefficients and labels is not None and len(extra["label_index"]):
-            mine = label_logprobs(reader.logits(extra["label_index"]), labels)
+            mine = label_logprobs(reader.logits(extra["label_index"]), labels, rest=True)
             out["label"] = label_kl(mine, extra["label_logprobs"], temperature=settings.label_temperature).sum()
         if "token" in coefficients and len(extra[_EVENTS[kind]]):
             out["token"] = _token_loss(kind, reader, losses, extra, cells, settings.temperature).sum()

@@ -199,3 +199,17 @@ def test_the_mask_shows_what_positions_say(lengths: list[int], window: int | Non
         if layout.mask(1, window, first, as_array=False) is None:
             assert np.array(mask).all()
         layout.advance(1)
+
+
+@pytest.mark.parametrize("step", [0, 2, 5])
+def test_a_look_on_the_way_sees_the_logits_of_its_step(model: Any, prompts: list[list[int]], step: int) -> None:
+    plain = generate(model, Numbers(), prompts, max_tokens=6, batch_size=4, stop=set())
+    stop = {plain[3].tokens[3], plain[5].tokens[0]}  # some answers end before they get there
+    seen = generate(model, Numbers(), prompts, max_tokens=6, batch_size=4, stop=stop, look=(step, lambda logits: logits[:, :7]))
+    for prompt, answer in zip(prompts, seen, strict=True):
+        assert (answer.seen is None) == (len(answer.tokens) < step)
+        if answer.seen is not None:
+            logits = model(mx.array([[*prompt, *answer.tokens[:step]]]))[0, -1, :7]
+            np.testing.assert_allclose(answer.seen, np.array(logits), atol=2e-5)
+    assert step == 0 or any(answer.seen is None for answer in seen)
+    assert generate(model, Numbers(), prompts[:1], max_tokens=2, stop=set(), engine="mlx_lm", look=(0, lambda z: z))[0].seen is None

@@ -4,6 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 import mlx_distill as md
@@ -79,6 +81,40 @@ def test_every_row_has_its_distribution_and_batches_do_not_matter(model: Any, to
         assert a.label_probs is not None and b.label_probs is not None and list(a.label_probs) == list(task.labels)
         assert sum(a.label_probs.values()) == pytest.approx(1, abs=1e-5)
         assert a.label_probs["fine"] == pytest.approx(b.label_probs["fine"], abs=2e-5)
+
+
+def test_what_is_seen_on_the_way_is_what_one_more_pass_reads(
+    model: Any, tokenizer: Any, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that begins its answer as the schema has it for every other item, and otherwise for the rest."""
+    from mlx_distill.infer.labels import label_place, label_probabilities
+    from mlx_distill.infer.predict import prepare_item
+
+    place = label_place(tokenizer, task)
+    assert place is not None
+    asked: list[int] = []
+
+    def count(model: Any, prompts: Any, *args: Any, **more: Any) -> Any:
+        asked.append(len(prompts))
+        return label_probabilities(model, prompts, *args, **more)
+
+    monkeypatch.setattr("mlx_distill.infer.predict.label_probabilities", count)
+    prompts = [prompt_ids(tokenizer, prepare_item(item, task)["messages"]) for item in ITEMS]
+    expected = label_probabilities(model, [[*p, *place[0]] for p in prompts], place[1])
+
+    def answers(model: Any, tokenizer: Any, prompts: Any, look: Any, **more: Any) -> list[Generation]:
+        out = []
+        for number, prompt in enumerate(prompts):
+            begun = [*place[0], 5] if number % 2 else [5, 6, 7, *place[0]]
+            logits = model(mx.array([[*prompt, *begun[: look[0]]]]))[:, -1]
+            out.append(Generation("", tuple(begun), len(prompt), "length", 0.0, np.array(look[1](logits))[0]))
+        return out
+
+    monkeypatch.setattr("mlx_distill.infer.predict.generate", answers)
+    for prediction, line in zip(predict(model, tokenizer, task, ITEMS, max_tokens=9), expected, strict=True):
+        assert prediction.label_probs is not None
+        np.testing.assert_allclose(list(prediction.label_probs.values()), line, atol=1e-5)
+    assert asked == [(len(ITEMS) + 1) // 2]
 
 
 def test_analyze_takes_what_load_returns(model: Any, tokenizer: Any) -> None:

@@ -57,6 +57,32 @@ def test_logprobs_are_the_renormalised_mass_of_each_labels_tokens() -> None:
     np.testing.assert_allclose(np.exp(got), mass / mass.sum(-1, keepdims=True), rtol=1e-5)
 
 
+def test_everything_else_is_one_more_class_on_request() -> None:
+    tokens = LabelTokens(("a", "b", "c"), ((0, 3, 5), (1,), (2, 7)))
+    logits = 3 * mx.random.normal((2, 4, 9))
+    p = np.exp(np.array(logits, np.float64))
+    p /= p.sum(-1, keepdims=True)
+    want = np.stack([p[..., list(ids)].sum(-1) for ids in (*tokens.ids, (4, 6, 8))], axis=-1)
+    np.testing.assert_allclose(np.exp(np.array(label_logprobs(logits, tokens, rest=True))), want, rtol=1e-5)
+    # Where a label is all there is, the rest is impossible, not undefined.
+    tokens = LabelTokens(("a", "b"), ((0, 2), (1,)))
+    alone = label_logprobs(mx.array([[1.0, 2.0, 3.0], [1.0, 2.0, -float("inf")]]), tokens, rest=True)
+    assert mx.isfinite(alone).all().item() and mx.exp(alone[:, 2]).tolist() == [0, 0]
+
+
+def test_a_student_outside_the_labels_learns_to_come_in() -> None:
+    """Both sides agree among the labels; only the class of everything else tells them apart."""
+    tokens = LabelTokens(("a", "b"), ((0,), (1,)))
+    teacher, student = mx.array([[3.0, 1.0, -9.0]]), mx.array([[3.0, 1.0, 5.0]])
+
+    def loss(z: mx.array, rest: bool) -> mx.array:
+        return label_kl(label_logprobs(z, tokens, rest=rest), label_logprobs(teacher, tokens, rest=rest)).sum()
+
+    assert mx.abs(mx.grad(loss)(student, False)).max().item() == pytest.approx(0, abs=1e-6)
+    pull = mx.grad(loss)(student, True)[0].tolist()
+    assert pull[2] > 0.5 > 0 > pull[0] and pull[1] < 0
+
+
 def test_gradient_of_logprobs() -> None:
     tokens = LabelTokens(("a", "b"), ((0, 3), (1,)))
     logits = mx.random.normal((3, 6))

@@ -104,7 +104,7 @@ def test_a_damaged_shard_is_named_with_its_cure(tmp_path: Path, damage: str) -> 
 def test_another_format_is_refused(tmp_path: Path) -> None:
     index = write(tmp_path / "targets") / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "format": 99}))
-    with pytest.raises(FileError, match="format 99, not 1") as caught:
+    with pytest.raises(FileError, match="format 99, not 2") as caught:
         TargetReader(tmp_path / "targets")
     assert "mlx-distill targets" in (caught.value.fix or "")
     index.unlink()

@@ -47,7 +47,7 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
             make_pair(
                 np.array(tokens), start, spans, teacher_logprobs=logprobs[:, 0].astype(np.float32), topk_ids=order.astype(np.int32),
                 topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
-                label_at=start + 1 if len(pairs) % 3 else None, label_logprobs=np.log(random.dirichlet([1, 1, 1])).tolist(),
+                label_at=start + 1 if len(pairs) % 3 else None, label_logprobs=np.log(random.dirichlet([1, 1, 1, 1])).tolist(),
             )
         )  # fmt: skip
     return pairs
@@ -57,7 +57,7 @@ PAIRS = make_pairs(6)
 
 
 def batches(size: int) -> list[Batch]:
-    return [collate_pairs(PAIRS, list(range(i, min(i + size, len(PAIRS)))), 0, 3, multiple=4) for i in range(0, len(PAIRS), size)]
+    return [collate_pairs(PAIRS, list(range(i, min(i + size, len(PAIRS)))), 0, 4, multiple=4) for i in range(0, len(PAIRS), size)]
 
 
 def settings(**changes: Any) -> DistillConfig:
@@ -82,7 +82,8 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
         text += [-logprobs[j - 1, pair.tokens[j]] for j in range(pair.start, len(pair.tokens))]
         if pair.label_at is not None and pair.label_logprobs is not None:
             q = np.array([np.exp(logprobs[pair.label_at - 1, list(ids)]).sum() for ids in LABELS.ids])
-            p, q = softmax(pair.label_logprobs.astype(np.float64), 4.0), softmax(np.log(q / q.sum()), 4.0)
+            q = np.append(q, 1 - q.sum())
+            p, q = softmax(pair.label_logprobs.astype(np.float64), 4.0), softmax(np.log(q), 4.0)
             label.append(16 * (p * np.log(p / q)).sum())
         if kind == "alm":
             for (a, b), theirs in zip(pair.spans, pair.span_logprobs, strict=True):
@@ -180,6 +181,6 @@ def test_what_cannot_be_trained_is_refused_with_a_cure(changes: dict, given: dic
 
 def test_rows_without_a_label_still_train_the_rest() -> None:
     pairs = [replace(pair, label_at=None, label_logprobs=None) for pair in PAIRS]
-    batch = collate_pairs(pairs, [0, 1], 0, 3)
+    batch = collate_pairs(pairs, [0, 1], 0, 4)
     result = window_gradients(make_model(), [batch], objective("cells"))
     assert result.weights["label"] == 0.0 and result.terms["label"] == 0.0 and np.isfinite(result.loss) and result.terms["token"] > 0
