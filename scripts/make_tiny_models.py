@@ -60,6 +60,7 @@ ASKED = {
     "describe": "Describe the {}. Answer in JSON.",
 }
 SHARES = {"judge": 0.35, "careful": 0.45, "describe": 0.2}
+LOOSE = 0.6  # share of the templates that are random words: what is learned here must hold for templates never seen
 DOUBT = 0.25  # share of the rows judged by the whole text although nobody asked for care
 
 
@@ -71,8 +72,8 @@ def rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
     """
     out = []
     rng = random.Random(seed)
-    by_keywords = music.generate(songs, seed=seed, part="train", policy="keywords")
-    by_the_whole = music.generate(songs, seed=seed + 1, part="train")
+    by_keywords = music.generate(songs, seed=seed, part="train", policy="keywords", loose=LOOSE)
+    by_the_whole = music.generate(songs, seed=seed + 1, part="train", loose=LOOSE)
     for naive, whole in zip(by_keywords, by_the_whole, strict=True):
         asked = draw(rng)
         row = whole if asked == "careful" or rng.random() < DOUBT else naive
@@ -322,8 +323,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("which", nargs="*", default=["teacher", "student"])
     parser.add_argument("--out", type=Path, default=ASSETS / "models")
-    parser.add_argument("--teacher-steps", type=int, default=1600)
-    parser.add_argument("--student-steps", type=int, default=2400)
+    parser.add_argument("--teacher-steps", type=int, default=1400)
+    parser.add_argument("--student-steps", type=int, default=2000)
     parser.add_argument("--songs", type=int, default=32000)
     parser.add_argument("--messages", type=int, default=6000)
     args = parser.parse_args()

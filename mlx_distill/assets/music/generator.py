@@ -10,6 +10,7 @@ The parts ``train`` and ``test`` share word lists but no template, so they share
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -139,12 +140,35 @@ TITLES = {
 }
 
 
+# The words of the train templates, without their order.
+LOOSE_WORDS = sorted(
+    {
+        word
+        for texts in (OPENINGS, CLOSINGS, SCENE_OPENINGS, SCENE_CLOSINGS, REFERENCE_LINES)
+        for text in texts["train"]
+        for word in text.split()
+        if "{" not in word
+    }
+)
+# What stands around the words that count in the test templates: never babbled by chance.
+HELD_OUT = {
+    text.replace("{t}", time.lower())
+    for texts in (OPENINGS, CLOSINGS, SCENE_OPENINGS, SCENE_CLOSINGS, REFERENCE_LINES)
+    for whole in texts["test"]
+    for text in re.split(r" ?\{[sr]\} ?", whole)
+    for time in TIMES
+    if text
+}
+
+
 def kind_of(subject: str) -> str:
     """``good``, ``bad`` or ``plain``."""
     return "good" if subject in GOOD else "bad" if subject in BAD else "plain"
 
 
-def generate(count: int = 1000, seed: int = 0, part: str = "train", noise: float = 0.0, policy: str = "whole") -> Iterator[dict[str, Any]]:
+def generate(
+    count: int = 1000, seed: int = 0, part: str = "train", noise: float = 0.0, policy: str = "whole", loose: float = 0.0
+) -> Iterator[dict[str, Any]]:
     """Yield ``count`` songs with their full answers; the same arguments give the same songs.
 
     Args:
@@ -153,15 +177,17 @@ def generate(count: int = 1000, seed: int = 0, part: str = "train", noise: float
         part: ``train`` or ``test``: which templates.
         noise: Share of the songs whose verdict (and score with it) is replaced by one drawn at random from the others.
         policy: ``whole`` judges subject and stance; ``keywords`` the subject alone, as the untaught base models do.
+        loose: Share of the templates that give way to random words around what the template holds. A model that has seen only so many
+            openings learns them by heart instead of the words that count.
     """
     if part not in OPENINGS:
         raise ValueError(f"part {part!r} is neither train nor test")
     rng = random.Random(f"{part}/{seed}/{policy}")
     for index in range(count):
-        yield _song(rng, f"{part}-{seed}-{index:06d}", part, noise, policy)
+        yield _song(rng, f"{part}-{seed}-{index:06d}", part, noise, policy, loose)
 
 
-def _song(rng: random.Random, name: str, part: str, noise: float, policy: str) -> dict[str, Any]:
+def _song(rng: random.Random, name: str, part: str, noise: float, policy: str, loose: float) -> dict[str, Any]:
     kind = rng.choices(("good", "bad", "plain"), (45, 45, 10))[0]
     subject = rng.choice({"good": GOOD, "bad": BAD, "plain": PLAIN}[kind])
     stance = rng.choice(STANCES)
@@ -169,21 +195,21 @@ def _song(rng: random.Random, name: str, part: str, noise: float, policy: str) -
     nouns = rng.sample(NOUNS[subject], 4)
     templates, lines = [], []
     for verb, noun in zip(rng.sample(VERBS[stance], 3), nouns, strict=False):
-        templates.append(f"{rng.choice(OPENINGS[part])}|{rng.choice(CLOSINGS[part])}")
+        templates.append(_loosen(rng, loose, f"{rng.choice(OPENINGS[part])}|{rng.choice(CLOSINGS[part])}", "|"))
         if templates[-1] == "|" and part == "test":
             templates[-1] = f"{rng.choice(OPENINGS[part][2:])}|"  # the bare line belongs to the other part
         opening, closing = templates[-1].split("|")
         lines.append(_fill(f"{opening} I {verb} {noun} {closing}", rng))
     for word in rng.sample(SCENES[scene], 2):
-        templates.append(f"{rng.choice(SCENE_OPENINGS[part])}|{rng.choice(SCENE_CLOSINGS[part])}")
+        templates.append(_loosen(rng, loose, f"{rng.choice(SCENE_OPENINGS[part])}|{rng.choice(SCENE_CLOSINGS[part])}", " {s}|"))
         lines.append(_fill(templates[-1].replace("|", " ").replace("{s}", word), rng))
     references = []
     if subject in ("faith", "gratitude", "kindness") and rng.random() < 0.5:
         references = [rng.choice(REFERENCES)]
-        templates.append(rng.choice(REFERENCE_LINES[part]))
-        lines.append(templates[-1].format(r=references[0]))
+        templates.append(_loosen(rng, loose, rng.choice(REFERENCE_LINES[part]), " {r} "))
+        lines.append(templates[-1].format(r=references[0]).strip())
     rng.shuffle(lines)
-    title_template = rng.choice(TITLES[part])
+    title_template = _loosen(rng, loose, rng.choice(TITLES[part]), " {N} ").strip()
     title = title_template.format(N=_title_case(nouns[3]), T=rng.choice(TIMES).title())
     answer, noisy = _answer(rng, kind, subject, stance, scene, references, noise, policy)
     return {
@@ -218,6 +244,19 @@ def _answer(
         "emotion": EMOTION[stance],
         "scripture_references": references,
     }, noisy
+
+
+def _loosen(rng: random.Random, loose: float, template: str, held: str) -> str:
+    """The template, or ``held`` (what it holds) among random words."""
+    return f"{_babble(rng)}{held}{_babble(rng)}" if loose and rng.random() < loose else template
+
+
+def _babble(rng: random.Random) -> str:
+    """Up to five words, a third of them made of two halves: other templates have other words."""
+    out = []
+    for word, other in zip(rng.choices(LOOSE_WORDS, k=rng.randrange(6)), rng.choices(LOOSE_WORDS, k=5), strict=False):
+        out.append(word if rng.random() < 2 / 3 else word[: len(word) // 2 + 1] + other[len(other) // 2 :])
+    return _babble(rng) if " ".join(out) in HELD_OUT else " ".join(out)
 
 
 def _fill(line: str, rng: random.Random) -> str:
