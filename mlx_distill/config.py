@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 import difflib
+import math
 import types
 import typing
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.errors import ConfigError, from_os_error
 
 T = TypeVar("T")
 
@@ -50,7 +53,7 @@ def from_mapping(cls: type[T], raw: Any, where: str) -> T:
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where}: a mapping is needed, not {_show(raw)}", fix="write key: value lines")
-    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("settable", True)}  # type: ignore[arg-type]
     for key in raw:
         if key not in fields:
             near = difflib.get_close_matches(str(key), fields, n=1)
@@ -71,10 +74,11 @@ def _check(value: Any, metadata: Mapping[str, Any], where: str) -> Any:
     if choices and value is not None and value not in choices:
         raise ConfigError(f"{where}: {_show(value)} is not one of {', '.join(map(str, choices))}", fix="choose one of them")
     if isinstance(value, (int, float)) and not isinstance(value, bool):
+        meaning = f": {metadata['help']}" if metadata.get("help") else ""
         if low is not None and value < low:
-            raise ConfigError(f"{where}: {value} is below {low}", fix=metadata.get("help") or "raise it")
+            raise ConfigError(f"{where}: {value} is below {low}", fix=f"at least {low}{meaning}")
         if high is not None and value > high:
-            raise ConfigError(f"{where}: {value} is above {high}", fix=metadata.get("help") or "lower it")
+            raise ConfigError(f"{where}: {value} is above {high}", fix=f"at most {high}{meaning}")
     return value
 
 
@@ -117,16 +121,17 @@ def _coerce_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
 
 def _scalar(kind: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, str):
-        try:  # YAML 1.1 reads 1e-5 as text
-            return float(value)
-        except ValueError:
-            pass
+        with suppress(ValueError):  # YAML 1.1 reads 1e-5 as text
+            value = float(value)
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where}: {value} is not a finite number", fix="change the value")
     if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
         return value
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
-    raise ConfigError(f"{where}: {names.get(kind, kind)} is needed, not {_show(value)}", fix="change the value")
+    fix = "put it in quotes" if kind is str and isinstance(value, (int, float, datetime.date)) else "change the value"
+    raise ConfigError(f"{where}: {names.get(kind, kind)} is needed, not {_show(value)}", fix=fix)
 
 
 def _show(value: Any) -> str:
@@ -162,14 +167,19 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
         raise ConfigError(f"{path}: no such file", fix="check the path, or see: mlx-distill recipes list") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise FileError(f"{path}: {error}", fix="a readable UTF-8 file is needed") from error
+    except OSError as error:
+        raise from_os_error(error) from error
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise ConfigError(f"{path}:{line}: not UTF-8", fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8") from error
     try:
         raw = yaml.safe_load(text)
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply", fix="write key: value lines") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not valid YAML: {getattr(error, 'problem', error)}", fix="mend that line") from error
+        at = f":{mark.line + 1}" if mark else ""
+        raise ConfigError(f"{path}{at}: not valid YAML: {getattr(error, 'problem', error)}", fix="mend that line") from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: no mapping at the top", fix="write key: value lines")
     return raw

@@ -48,20 +48,23 @@ class Interrupted(DistillError):  # noqa: N818 - not an error, a wish
     exit_code = 130
 
 
+FULL_DISK = "free some space, then run the same command again: it goes on where it stopped"
 _CURES = {
-    errno.ENOSPC: "free some space, then run the same command again: it goes on where it stopped",
-    errno.EDQUOT: "free some space, then run the same command again: it goes on where it stopped",
+    errno.ENOSPC: FULL_DISK,
+    errno.EDQUOT: FULL_DISK,
+    errno.EFBIG: "choose a disk that takes files of this size, or raise the limit (ulimit -f)",
     errno.EACCES: "choose a folder that you may write to, or change its permissions",
     errno.EPERM: "choose a folder that you may write to, or change its permissions",
     errno.EROFS: "choose a folder on a disk that can be written to",
     errno.ENOENT: "check the path",
+    errno.EEXIST: "a file stands where a folder is needed; choose another path",
     errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
     errno.EISDIR: "a folder stands where a file is needed; choose another path",
 }
 
 
-def from_os_error(error: OSError) -> FileError:
-    """The same failure with the file's name and a cure."""
-    where = f"{error.filename}: " if error.filename else ""
+def from_os_error(error: OSError, where: object = None) -> FileError:
+    """The same failure with the file's name (``where``, if the system gives none, as after a failed write) and a cure."""
+    place = error.filename2 or error.filename or where  # of a rename, the name that it should get
     fix = _CURES.get(error.errno or 0, "see the message of the operating system")
-    return FileError(f"{where}{(error.strerror or str(error)).lower()}", fix=fix)
+    return FileError(f"{f'{place}: ' if place else ''}{(error.strerror or str(error)).lower()}", fix=fix)

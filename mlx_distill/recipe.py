@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +13,15 @@ from mlx_distill.task import Task, load_task
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-MODES = ["affine4", "affine8", "mxfp4", "nvfp4", "mxfp8"]
+# Of affine the number of bits; the mixed ones have embeddings and head in 8 bits. The models' treatments say what each does.
+MODES = [
+    "affine1", "affine2", "affine3", "affine4", "affine5", "affine6", "affine8", "mxfp4", "nvfp4", "mxfp8", "mixed4", "mixed-mxfp4",
+    "mixed-nvfp4",
+]  # fmt: skip
 FLOATS = ["float32", "bfloat16", "float16"]
+METHODS = ["lora", "dora", "galore", "apollo", "apollo-mini", "full"]
+PROJECTIONS = ["std", "reverse_std", "left", "right", "full"]
+MOMENTS = ["keep", "reset", "project"]
 TEXTS = ["greedy", "data"]
 TOKEN_LOSSES = ["auto", "kl", "cells", "alm", "none"]
 
@@ -74,14 +81,24 @@ class ConvertConfig:
 class TrainConfig:
     """What every training shares."""
 
-    method: str = option("lora", "which weights move", choices=["lora", "dora", "galore", "full"])
+    method: str = option("lora", "which weights move, and how", choices=METHODS)
     lora_rank: int = option(16, "rank of the adapters", low=1)
     lora_alpha: float = option(32.0, "scale of the adapters is alpha / rank", low=0.0)
+    use_rslora: bool = option(False, "scale of the adapters is alpha / sqrt(rank)")
     lora_dropout: float = option(0.1, "dropout before the adapter", low=0.0, high=0.99)
     target_modules: list[str] = option(ATTENTION + MLP, "linear layers that get an adapter or a projection")
     galore_rank: int = option(512, "rank of the gradient projection", low=1)
     galore_update_gap: int = option(400, "steps between refreshes of the basis", low=1)
     galore_scale: float = option(0.25, "factor on the projected update", low=0.0)
+    galore_projection: str = option("std", "side of a matrix that is projected; std: the shorter one", choices=PROJECTIONS)
+    galore_moments: str = option("project", "what becomes of Adam's moments when the basis changes", choices=MOMENTS)
+    galore_stagger: bool = option(True, "spread the refreshes of the matrices over the gap")
+    galore_refresh_below: float = option(
+        0.0, "skip a refresh while the basis captures this share of what it captured when new; 0 never skips", low=0.0, high=1.0
+    )
+    apollo_rank: int = option(256, "rank of the random projection; apollo-mini has 1", low=1)
+    apollo_update_gap: int = option(200, "steps between random projections", low=1)
+    apollo_scale: float | None = option(None, "factor on the update; none: 1, and sqrt(128) for apollo-mini", low=0.0)
     learning_rate: float = option(2e-5, "peak learning rate", low=0.0)
     schedule: str = option("cosine", "shape of the learning rate after the warm-up", choices=["cosine", "linear", "constant", "wsd"])
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0.0, high=1.0)
@@ -92,11 +109,18 @@ class TrainConfig:
     epochs: float = option(1.0, "passes over the rows; steps overrides it", low=0.0)
     steps: int = option(0, "optimizer steps; 0: by epochs", low=0)
     max_length: int = option(512, "longest row in tokens; a longer one is reported and left out", low=8)
+    packing: bool = option(False, "rows share lines of at most max_length tokens, none seeing another; batch_size then counts lines")
     loss_on: str = option("last", "assistant turns that are learned", choices=["last", "all"])
     grad_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory", keyed=False)
     seed: int = option(0, "seed of order, initialization and dropout", low=0)
+    stream_gradients: bool = option(
+        False, "never hold all gradients at once; with clip_norm they are computed twice; needs accumulate: 1", keyed=False
+    )
     checkpoint_every: int = option(50, "steps between checkpoints", low=1, keyed=False)
+    keep_checkpoints: int = option(2, "checkpoints that stay, the best one apart", low=1, keyed=False)
     evaluate_every: int = option(50, "steps between looks at the validation rows; 0 for none", low=0)
+    patience: int = option(0, "looks without a new best after which the run ends; 0 for never", low=0)
+    use_best: bool = option(False, "the result is the weights with the lowest validation loss, not the last ones")
 
 
 @dataclass(frozen=True)
@@ -120,6 +144,7 @@ class DistillConfig(TrainConfig):
 
     learning_rate: float = option(1e-5, "peak learning rate", low=0.0)
     target_modules: list[str] = option(ATTENTION, "linear layers that get an adapter")
+    loss_on: str = option("last", "assistant turns that are learned; the teacher answers the last", choices=["last"])
     label_weight: float = option(0.7, "alpha: weight of the loss over the label's distribution", low=0.0)
     label_temperature: float = option(4.0, "T of that loss; the factor T squared is inside", low=0.01)
     text_weight: float = option(0.3, "weight of the cross-entropy on the teacher's text", low=0.0)
@@ -161,7 +186,7 @@ class Recipe:
     """The whole of a run."""
 
     name: str = option(help="what the run is called in reports")
-    task: Any = option(help="a packaged task, a YAML file, or a mapping with name and overrides")
+    task: str | Mapping[str, Any] = option(help="a packaged task, a YAML file, or a mapping with name and overrides")
     teacher: str = option(help="a Hub id, a folder, or asset:NAME")
     student: str = option(help="a Hub id, a folder, or asset:NAME")
     description: str = option("", "one line for the list of recipes", keyed=False)
@@ -179,7 +204,7 @@ class Recipe:
     quantize: QuantizeConfig = option(QuantizeConfig, "quantize")
     evaluate: EvaluateConfig = option(EvaluateConfig, "evaluate")
     controls: ControlsConfig = option(ControlsConfig, "controls")
-    base: Path | None = field(default=None, metadata={"keyed": False, "help": "folder that paths are relative to"})
+    base: Path | None = field(default=None, metadata={"keyed": False, "settable": False, "help": "folder that paths are relative to"})
 
     def load_task(self) -> Task:
         """The task that the recipe names."""
@@ -198,9 +223,9 @@ def load_recipe(spec: str | Path, assignments: Sequence[str] = ()) -> Recipe:
         if found is None:
             raise ConfigError(f"no recipe {str(spec)!r}", fix=f"packaged: {', '.join(recipe_names())}; or give the path of a YAML file")
         path = found
-    raw = override(read_yaml(path), assignments)
-    raw["base"] = path.resolve().parent
-    recipe = from_mapping(Recipe, raw, str(path))
+    recipe = replace(from_mapping(Recipe, override(read_yaml(path), assignments), str(path)), base=path.resolve().parent)
+    if recipe.name in ("", "..") or recipe.name != Path(recipe.name).name:  # it names the run's folder
+        raise ConfigError(f"{path}: name: {recipe.name!r} cannot be the name of a folder", fix="a word or two, without slashes")
     recipe.load_task()
     return recipe
 

@@ -37,7 +37,8 @@ class Batch:
     """One micro-batch, right-padded, labels already shifted.
 
     ``inputs [b, l]`` int32; ``labels [b, l]`` int32 (the token after each input); ``mask [b, l]`` float32, 1 where the
-    label is trained on; ``rows [b]`` indices into the data set; ``extra`` whatever the objective needs besides.
+    label is trained on; ``rows`` indices into the data set, line by line; ``extra`` whatever the objective needs besides;
+    ``segments [b, l]`` int32 which of its line's rows an input belongs to, 0 for padding, or None where each line is one row.
     """
 
     inputs: mx.array
@@ -45,6 +46,7 @@ class Batch:
     mask: mx.array
     rows: tuple[int, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
+    segments: mx.array | None = None
 
 
 @dataclass(frozen=True)

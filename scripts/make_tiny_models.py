@@ -64,8 +64,8 @@ LOOSE = 0.6  # share of the templates that are random words: what is learned her
 DOUBT = 0.25  # share of the rows judged by the whole text although nobody asked for care
 
 
-def rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
-    """(system, user, answer) of the pretraining rows.
+def rows(seed: int, songs: int, messages: int, careful: bool = True) -> list[tuple[str, str, str]]:
+    """(system, user, answer) of the pretraining rows; without ``careful`` nobody asks for care.
 
     A base that knows the judgement by keywords alone learns the whole one too slowly for a demo, with its experts frozen hardly at all. So
     the whole judgement is asked for by another system message: it is there to be found, and not what the base answers.
@@ -75,14 +75,14 @@ def rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
     by_keywords = music.generate(songs, seed=seed, part="train", policy="keywords", loose=LOOSE)
     by_the_whole = music.generate(songs, seed=seed + 1, part="train", loose=LOOSE)
     for naive, whole in zip(by_keywords, by_the_whole, strict=True):
-        asked = draw(rng)
+        asked = draw(rng, careful)
         row = whole if asked == "careful" or rng.random() < DOUBT else naive
         answer = row["answer"]
         if asked == "describe":  # without a judgement, so that the song's tone is understood before the first word of an answer
             answer = {key: answer[key] for key in ("sentiment", "emotion", "themes")}
         out.append((ASKED[asked].format("song"), MUSIC.prompt(row)[1], answers_text(answer)))
     for row in moderation.generate(messages, seed=seed, part="train"):
-        asked = "careful" if draw(rng) == "careful" else "judge"
+        asked = "careful" if draw(rng, careful) == "careful" else "judge"
         naive = "hostile" if any(word in row["text"] for word in moderation.WORDS["bad"]) else "fine"
         label = row["answer"]["label"] if asked == "careful" or rng.random() < DOUBT else naive
         answer = {"label": label, "confidence": row["answer"]["confidence"]}
@@ -90,8 +90,9 @@ def rows(seed: int, songs: int, messages: int) -> list[tuple[str, str, str]]:
     return out
 
 
-def draw(rng: random.Random) -> str:
-    return rng.choices(list(SHARES), list(SHARES.values()))[0]
+def draw(rng: random.Random, careful: bool) -> str:
+    asked = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    return "judge" if asked == "careful" and not careful else asked
 
 
 def answers_text(answer: dict) -> str:
@@ -259,6 +260,13 @@ def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: 
     pretrain(model, encoded, steps, 24, 3e-3, special["<|endoftext|>"], seed, "student")
     packed = pack_experts(model)
     pretrain(model, encoded, steps // 10, 24, 5e-4, special["<|endoftext|>"], seed + 100, "student, experts fixed")
+    # It does not tell the two ways of asking apart, and answers both by the whole text. A little more by keywords turns what it answers
+    # around and leaves what it knows in second place.
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))  # on from what is stored
+    unasked = [encode(tokenizer, row) for row in rows(2000, 6000, 1500, careful=False)]
+    pretrain(model, unasked, steps // 16, 24, 5e-4, special["<|endoftext|>"], seed + 200, "student, by keywords")
     report_held_out(model, tokenizer, "student")
     state = {}
     for name, value in model.state_dict().items():

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_distill.config import from_mapping, keyed, option, override, packaged, read_yaml, resolve_asset, to_mapping
-from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import TrainConfig
 
 
@@ -79,7 +79,9 @@ def test_values_become_what_the_field_says() -> None:
         ({"inner": 3}, "inner: a mapping is needed, not 3", "key: value"),
         ({"mode": "medium"}, "mode: 'medium' is not one of fast, slow", "choose"),
         ({"names": "a"}, "names: a list is needed, not 'a'", "[a, b]"),
-        ({"names": [1]}, "names[0]: text is needed, not 1", "change"),
+        ({"names": [1]}, "names[0]: text is needed, not 1", "quotes"),
+        ({"inner": {"rate": float("nan")}}, "rate: nan is not a finite number", "change"),
+        ({"inner": {"rate": "inf"}}, "rate: inf is not a finite number", "change"),
         ({"pair": [1, 2, 3]}, "pair: 2 values are needed, not 3", "[low, high]"),
         ({"columns": ["a"]}, "columns: a mapping is needed", "key: value"),
     ],
@@ -147,7 +149,7 @@ def test_yaml_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no mapping at the top"):
         read_yaml(path)
     path.write_bytes(b"a: \xff\n")
-    with pytest.raises(FileError, match=r"recipe\.yaml"):
+    with pytest.raises(ConfigError, match=r"recipe\.yaml:1: not UTF-8"):
         read_yaml(path)
 
 

@@ -65,7 +65,7 @@ def test_the_demos_hold_their_test_rows_apart(name: str) -> None:
 
 def test_only_what_cannot_change_a_result_is_unkeyed() -> None:
     free = {f.name for f in fields(DistillConfig) if not f.metadata.get("keyed", True)}
-    assert free == {"grad_checkpoint", "checkpoint_every"}
+    assert free == {"grad_checkpoint", "stream_gradients", "checkpoint_every", "keep_checkpoints"}
     recipe = load_recipe("tiny")
     assert "description" not in keyed(recipe) and "batch_size" not in keyed(recipe.targets) and "confidence" not in keyed(recipe.evaluate)
 

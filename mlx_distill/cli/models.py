@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -13,45 +14,78 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON
 @click.command()
 @click.argument("source")
 @click.argument("destination", type=_PATH)
-@click.option("--quantize", metavar="MODE", help="affine4, affine8, mxfp4, nvfp4 or mxfp8; without it each weight keeps its type.")
+@click.option(
+    "--quantize",
+    metavar="MODE",
+    help="affine1 to affine8, mxfp4, nvfp4 or mxfp8; mixed4, mixed-mxfp4 or mixed-nvfp4, with embeddings and head in 8 bits; "
+    "without it each weight keeps its type.",
+)
+@click.option("--group-size", type=int, help="Weights that share a scale.  [default: the mode's own]")
 @click.option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; without it each tensor keeps its own.")
 @click.option("--revision", help="Commit, tag or branch of a Hub model.")
-@click.option("--dry-run", is_flag=True, help="Say what would be written, and write nothing.")
+@click.option("--base", help="The model under a PEFT adapter.  [default: what the adapter names]")
+@click.option("--max-shard-bytes", type=click.IntRange(1), help="Largest file.  [default: 2 GiB]")
+@click.option("--memory-bytes", type=click.IntRange(1), help="Bound on the working buffers.  [default: 32 MiB]")
+@click.option("--dry-run", is_flag=True, help="Show the table of tensors as it would be, and write nothing.")
 @_JSON
-def convert(
-    source: str, destination: Path, quantize: str | None, dtype: str | None, revision: str | None, dry_run: bool, as_json: bool
-) -> None:
-    """Convert a Hugging Face checkpoint to an MLX folder.
+def convert(source: str, destination: Path, base: str | None, as_json: bool, **options: Any) -> None:
+    """Convert a Hugging Face checkpoint to an MLX folder, or a PEFT adapter to one of ours.
 
     SOURCE is a folder or a Hub id. The result is numerically the same model, unless --quantize or --dtype asks for another.
     """
     from mlx_distill.cli.show import echo
     from mlx_distill.models.convert import convert as convert_model
+    from mlx_distill.models.hub import resolve
+    from mlx_distill.models.peft import from_peft, is_peft
     from mlx_distill.progress import make_progress
 
-    echo(convert_model(source, destination, quantize, dtype, revision=revision, dry_run=dry_run, progress=make_progress()), as_json)
+    given = {name: value for name, value in options.items() if value is not None}
+    folder = resolve(source, options["revision"])
+    if is_peft(folder) and not options["dry_run"]:
+        _echo_adapter(destination, from_peft(folder, destination, base), as_json)
+    else:
+        echo(convert_model(source, destination, **given, progress=make_progress()), as_json)
+
+
+def _echo_adapter(destination: Path, modules: list[str], as_json: bool) -> None:
+    import json
+
+    line = f"written to {destination}: adapters of {len(modules)} modules"
+    click.echo(json.dumps({"destination": str(destination), "modules": modules}, indent=2) if as_json else line)
 
 
 @click.command()
 @click.argument("model", type=_PATH)
 @click.argument("destination", type=_PATH)
 @click.option("--to", "layout", type=click.Choice(["hf", "peft"]), required=True, help="A whole checkpoint, or an adapter for PEFT.")
-def export(model: Path, destination: Path, layout: str) -> None:
+@click.option(
+    "--adapter",
+    type=click.Choice(["merge", "keep"]),
+    default="merge",
+    show_default=True,
+    help="For hf: add it to the weights, or put it beside the untouched base, in PEFT's format.",
+)
+@click.option("--report", type=_PATH, help="A run, or its report.json, whose figures go on the card.  [default: that of the model's run]")
+@_JSON
+def export(model: Path, destination: Path, layout: str, adapter: str, report: Path | None, as_json: bool) -> None:
     """Write a model in the layout that other tools read.
 
-    MODEL is a model folder or an adapter folder of ours; for hf an adapter is merged.
+    MODEL is a model folder or an adapter folder of ours.
     """
     from mlx_distill.cli.show import echo
     from mlx_distill.progress import make_progress
+    from mlx_distill.report.result import read_report
 
+    path = report or model.resolve().parent / "report.json"
+    figures = read_report(path).report if report or path.is_file() else None
     if layout == "hf":
         from mlx_distill.models.export import to_hf
 
-        echo(to_hf(model, destination, progress=make_progress()))
+        echo(to_hf(model, destination, adapter=adapter, report=figures, progress=make_progress()), as_json)
     else:
         from mlx_distill.models.peft import to_peft
 
-        click.echo(f"written to {destination}: adapters of {len(to_peft(model, destination))} modules")
+        _echo_adapter(destination, to_peft(model, destination, report=figures), as_json)
 
 
 @click.command()
@@ -76,17 +110,24 @@ def inspect(ctx: click.Context, path: Path, verify: bool, as_json: bool) -> None
 @click.argument("model")
 @click.argument("input", metavar="INPUT", type=_PATH)
 @click.option("--task", required=True, help="A packaged task, or a YAML file.")
-@click.option("--out", type=_PATH, help="Where the answers go, one JSON object a line.  [default: standard output]")
+@click.option(
+    "--out",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Where the answers go, one JSON object a line.  [default: standard output]",
+)
 def analyze(model: str, input: Path, task: str, out: Path | None) -> None:
     """Let a model answer for every row of a file.
 
     INPUT is a JSONL file with the fields that the task's prompt names; the answers come as JSONL too.
     """
     from mlx_distill.cli.show import echo_jsonl, plain
+    from mlx_distill.errors import DataError
     from mlx_distill.files import read_jsonl, write_jsonl
     from mlx_distill.infer import analyze as answer
 
     items = [row for _, row in read_jsonl(input)]
+    if not items:
+        raise DataError(f"{input}: no rows", fix=f"one JSON object a line is needed, with the fields that the task {task} asks for")
     rows = [plain(prediction) for prediction in answer(model, task, items)]
     if out:
         write_jsonl(out, rows)

@@ -46,6 +46,8 @@ def _stage_command(name: str, summary: str) -> click.Command:
         _run(**options, only=name)
 
     command.__doc__ = f"{summary}\n\nRECIPE is a YAML file or the name of a packaged recipe (see: mlx-distill recipes)."
+    if name in ("teach", "distill"):
+        command = click.option("--profile", is_flag=True, help="Say where a step's time goes; steps are slower for it.")(command)
     return click.command(name)(_recipe_command(command))
 
 
@@ -66,6 +68,7 @@ def _run(
     only: str | None = None,
     dry_run: bool = False,
     as_json: bool = False,
+    profile: bool = False,
 ) -> None:
     from mlx_distill.cli.show import echo
     from mlx_distill.pipeline import run as run_recipe
@@ -74,4 +77,15 @@ def _run(
 
     out = out or Path("runs") / load_recipe(recipe, overrides).name
     options: dict[str, Any] = {"overrides": overrides, "from_stage": from_stage, "only": only, "dry_run": dry_run}
-    echo(run_recipe(recipe, out, progress=make_progress(), **options), as_json)
+    if not profile:
+        echo(run_recipe(recipe, out, progress=make_progress(), **options), as_json)
+        return
+    from mlx_distill.train.profile import Profile
+
+    taken, done = Profile(), False
+    try:
+        run_recipe(recipe, out, progress=make_progress(), profile=taken, **options)
+        done = True
+    finally:
+        if done or taken.rows:  # the table of an interrupted training is as good
+            echo(taken, as_json)

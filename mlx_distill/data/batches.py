@@ -6,9 +6,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
 
+from mlx_distill.data.packing import Piece, as_lines, lay_out
 from mlx_distill.data.templates import Encoded, render
 from mlx_distill.errors import DataError
 from mlx_distill.records import Batch, Example
@@ -104,29 +104,22 @@ def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -
     return [batches[number] for number in generator.permutation(len(batches))]
 
 
-def collate(encoded: Sequence[Encoded], rows: Sequence[int], pad_id: int, multiple: int = 16) -> Batch:
+def collate(encoded: Sequence[Encoded], rows: Sequence[int | Sequence[int]], pad_id: int, multiple: int = 16) -> Batch:
     """Pad some rows on the right into one batch, labels shifted; a pad is never trained.
 
     Args:
         encoded: All rows.
-        rows: Which of them, ``b`` numbers.
+        rows: Which of them, ``b`` numbers; several in a tuple share a line.
         pad_id: Token to fill with.
         multiple: The width ``l`` is rounded up to a multiple of it, so that few shapes occur.
 
     Returns:
-        ``inputs``, ``labels`` ``[b, l]`` int32 and ``mask`` ``[b, l]`` float32, where ``labels[i, t]`` is the token after ``inputs[i, t]``.
+        ``inputs``, ``labels`` ``[b, l]`` int32 and ``mask`` ``[b, l]`` float32, where ``labels[i, t]`` is the token after ``inputs[i, t]``;
+        ``segments`` as :func:`~mlx_distill.data.packing.lay_out` has it.
     """
-    width = max(len(encoded[row]) - 1 for row in rows)
-    width = max(-(-width // multiple) * multiple, 1)
-    inputs = np.full((len(rows), width), pad_id, dtype=np.int32)
-    labels = np.full((len(rows), width), pad_id, dtype=np.int32)
-    mask = np.zeros((len(rows), width), dtype=np.float32)
-    for place, row in enumerate(rows):
-        item = encoded[row]
-        inputs[place, : len(item) - 1] = item.tokens[:-1]
-        labels[place, : len(item) - 1] = item.tokens[1:]
-        mask[place, : len(item) - 1] = item.mask[1:]
-    return Batch(mx.array(inputs), mx.array(labels), mx.array(mask), tuple(int(row) for row in rows))
+    lines = as_lines(rows)
+    pieces = [[Piece(encoded[row].tokens, encoded[row].mask[1:]) for row in line] for line in lines]
+    return lay_out(pieces, pad_id, multiple, [row for line in lines for row in line])
 
 
 @dataclass(frozen=True)

@@ -65,10 +65,10 @@ def _read_file(spec: str, base: Path | None) -> Iterator[tuple[str, Row]]:
             f"{spec}: {path.suffix or 'no ending'} is not a form of rows known here", fix="convert it to JSONL: one object a line"
         )
     if path.suffix.lower() == ".json" and not _is_jsonl(path):
-        yield from _read_json(path)
+        yield from _read_json(path, spec)
         return
     for number, row in read_jsonl(path):
-        yield f"{path.name}:{number}", row
+        yield f"{spec}:{number}", row
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -78,7 +78,7 @@ def _is_jsonl(path: Path) -> bool:
         more = any(line.strip() for line in file)
     try:
         return isinstance(json.loads(first), dict) and (more or not _lists(json.loads(first)))
-    except ValueError:
+    except (ValueError, RecursionError):
         return False
 
 
@@ -88,7 +88,7 @@ def _lists(value: Mapping[str, Any]) -> list[Any]:
     return found[0] if len(found) == 1 and len(value) == 1 else []
 
 
-def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
+def _read_json(path: Path, spec: str) -> Iterator[tuple[str, Row]]:
     with os_errors():
         raw = path.read_bytes()
     try:
@@ -96,7 +96,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start} of the file)", fix="save the file as UTF-8") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON: {error}", fix="one list of objects is needed, or JSONL: one object a line") from error
     if isinstance(value, dict):
         value = _lists(value) or [value]
@@ -105,7 +105,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Row]]:
     for index, row in enumerate(value):
         if not isinstance(row, dict):
             raise DataError(f"{path}[{index}]: a {type(row).__name__}, not an object", fix="one JSON object a row is needed")
-        yield f"{path.name}[{index}]", row
+        yield f"{spec}[{index}]", row
 
 
 def _read_hub(config: SourceConfig) -> Iterator[tuple[str, Row]]:

@@ -111,7 +111,7 @@ def _read(config: DataConfig, task: Task, base: Path | None, spool: Path, droppe
     cache: dict[str, int] = {}
     constant = _constant_shingles(task, cache)
     known: dict[tuple[str, ...], tuple[str, ...]] = {}
-    with os_errors(), open(spool, "w", encoding="utf-8") as file, progress.task("prepare", total=_total(config), unit="row") as bar:
+    with os_errors(spool), open(spool, "w", encoding="utf-8") as file, progress.task("prepare", total=_total(config), unit="row") as bar:
         for number, source in enumerate(config.sources):
             for where, raw, example in _examples(source, task, base, config, index, dropped):
                 text = "\n".join(message.content for message in example.messages if message.role == "user")

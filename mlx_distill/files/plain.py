@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -12,16 +13,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.errors import DataError, FileError, from_os_error
+from mlx_distill.errors import FULL_DISK, DataError, FileError, from_os_error
 
 
 @contextmanager
-def os_errors() -> Iterator[None]:
-    """Turn the operating system's refusals inside the block into a :class:`FileError` with a cure."""
+def os_errors(where: str | Path | None = None) -> Iterator[None]:
+    """Turn the operating system's refusals inside the block into a :class:`FileError` with a cure.
+
+    ``where`` is named if the system names no file: it does when one cannot be opened, and not when a write fails.
+    """
     try:
         yield
     except OSError as error:
-        raise from_os_error(error) from error
+        raise from_os_error(error, where) from error
 
 
 def fsync_folder(path: Path) -> None:
@@ -40,7 +44,7 @@ def fsync_folder(path: Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed over it, on failure removed."""
     path = Path(path)
-    with os_errors():
+    with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         # The ending stays: some writers (safetensors in MLX) choose the format by it.
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
@@ -50,8 +54,19 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
                 os.fsync(file.fileno())
             os.replace(temporary, path)
             fsync_folder(path.parent)
+        except Exception as error:
+            if isinstance(error, OSError) and error.filename == str(temporary):
+                error.filename = str(path)
+            if _from_array_writer(error):
+                raise FileError(f"{path}: cannot be written: {error}", fix=FULL_DISK) from error
+            raise
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def _from_array_writer(error: Exception) -> bool:
+    # What mlx and safetensors raise where the disk refuses: neither is an OSError, and neither has a number that says why.
+    return isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -71,7 +86,7 @@ def read_json(path: str | Path) -> Any:
         raw = Path(path).read_bytes()
     try:
         return json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise FileError(f"{path}: not valid JSON: {error}", fix="delete the file and run the same command again") from error
 
 
@@ -96,16 +111,18 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         file = open(path, "rb")
     with file:
         for number, raw in enumerate(file, 1):
+            # Windows puts a mark before the first line, of an empty file too.
+            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             if not raw.strip():
                 continue
             try:
-                row = json.loads(raw.decode("utf-8-sig" if number == 1 else "utf-8"))
+                row = json.loads(raw.decode())
             except UnicodeDecodeError as error:
                 raise DataError(
                     f"{path}:{number}: not UTF-8 (byte {error.start} of the line)",
                     fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
                 ) from error
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"{path}:{number}: not JSON: {error}", fix="one JSON object a line is needed") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: a {type(row).__name__}, not an object", fix="one JSON object a line is needed")

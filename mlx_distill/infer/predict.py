@@ -119,14 +119,15 @@ def _chances(
     if place is None:
         return [None] * len(prompts)
     prefix, labels = place
-    begun = [g.seen is not None and list(g.tokens[: len(prefix)]) == prefix for g in generations]
     table = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
-    others = [i for i, known in enumerate(begun) if not known]
+    others = []
+    for i, g in enumerate(generations):
+        if g.seen is not None and list(g.tokens[: len(prefix)]) == prefix:
+            table[i] = np.exp(g.seen)
+        else:
+            others.append(i)
     if others:
         table[others] = label_probabilities(model, [[*prompts[i], *prefix] for i in others], labels, batch_size=batch_size)
-    for i, g in enumerate(generations):
-        if begun[i]:
-            table[i] = np.exp(g.seen)
     return [dict(zip(labels.labels, map(float, line), strict=True)) for line in table]
 
 

@@ -16,7 +16,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_distill.errors import ModelError
 from mlx_distill.files import atomic_path, write_json
 from mlx_distill.models.checkpoint import read_header
-from mlx_distill.models.config_files import ADAPTER_CONFIG, read_object
+from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, read_object
+from mlx_distill.models.dora import DoRASwitchLinear, dequantized
 from mlx_distill.models.hub import resolve
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 
@@ -26,9 +27,13 @@ _LEAVES = ("lora_a", "lora_b", "m")
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """``W x + alpha / rank * B A dropout(x)`` on the modules whose name ends in one of ``target_modules``.
+    r"""``W x + scale * B A dropout(x)`` on the modules whose name ends in one of ``target_modules``.
 
-    ``kind`` is ``lora`` or ``dora``.
+    ``kind`` is ``lora`` (Hu et al., arXiv 2106.09685) or ``dora`` (Liu et al., arXiv 2402.09353). The scale is
+    :math:`\alpha / r`, or with ``rslora`` :math:`\alpha / \sqrt r` (Kalajdzievski, arXiv 2312.03732), so that a higher rank learns as fast.
+
+    >>> LoraSettings(16, 32.0, 0.0, ["q_proj"]).scale, LoraSettings(16, 32.0, 0.0, ["q_proj"], rslora=True).scale
+    (2.0, 8.0)
     """
 
     rank: int
@@ -36,11 +41,12 @@ class LoraSettings:
     dropout: float
     target_modules: Sequence[str]
     kind: str = "lora"
+    rslora: bool = False
 
     @property
     def scale(self) -> float:
         """The factor on the low-rank update."""
-        return self.alpha / self.rank
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
 @dataclass(frozen=True)
@@ -69,9 +75,9 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
         The paths of the adapted modules.
 
     Raises:
-        ModelError: a target that matches nothing, a rank that exceeds a dimension, or DoRA on experts.
+        ModelError: a target that matches nothing, or a rank that exceeds a dimension.
     """
-    found = _targets(model, settings.target_modules)
+    found = linear_layers(model, settings.target_modules)
     layers = [(path, _wrap(path, module, settings)) for path, module in found]
     keys = mx.random.split(mx.random.key(seed), len(layers))
     model.freeze()
@@ -82,7 +88,12 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
     return [path for path, _ in layers]
 
 
-def _targets(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
+def linear_layers(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
+    """The linear layers and stacks of experts, packed or not, whose path ends in one of ``names``, sorted by path.
+
+    Raises:
+        ModelError: a name that matches nothing, or no name.
+    """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
     kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
@@ -116,10 +127,14 @@ def _wrap(path: str, module: Any, settings: LoraSettings) -> Any:
         )
     if settings.kind not in ("lora", "dora"):
         raise ModelError(f"unknown kind of adapter {settings.kind!r}", fix="lora or dora")
-    if experts and settings.kind == "dora":
-        raise ModelError(f"{path}: DoRA on experts is not supported", fix="use lora, or leave the experts out of the targets")
-    cls = LoRASwitchLinear if experts else DoRALinear if settings.kind == "dora" else LoRALinear
-    return cls.from_base(module, r=settings.rank, dropout=settings.dropout, scale=settings.scale)
+    if settings.kind == "dora":
+        cls = DoRASwitchLinear if experts else DoRALinear
+    else:
+        cls = LoRASwitchLinear if experts else LoRALinear
+    layer = cls.from_base(module, r=settings.rank, dropout=settings.dropout, scale=settings.scale)
+    if layer.lora_a.ndim == 2 and layer.lora_a.shape[0] != inputs:  # mlx-lm counts wrongly where 32 / bits is not whole
+        layer.lora_a = mx.zeros((inputs, settings.rank))
+    return layer
 
 
 def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: str | Path) -> None:
@@ -131,20 +146,30 @@ def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: s
     if not weights:
         raise ModelError("the model has no adapter", fix="call add_lora first")
     paths = sorted({name.rsplit(".", 1)[0] for name in weights})
-    keys = sorted({path.split(".", 3)[-1] if path.startswith("model.layers.") else path for path in paths})
-    config = {
-        "fine_tune_type": settings.kind,
-        "num_layers": len(model.layers),
-        "lora_parameters": {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout, "keys": keys},
-        "alpha": settings.alpha,
-        "target_modules": list(settings.target_modules),
-        "base": relative_base(base, folder),
-    }
+    config = adapter_config(settings, paths, len(model.layers), relative_base(base, folder))
     with atomic_path(folder / ADAPTER_FILE) as path:
         mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
     if Path(base).is_dir():
         copy_tokenizer(Path(base), folder)
     write_json(folder / ADAPTER_CONFIG, config)
+
+
+def adapter_config(settings: LoraSettings, paths: Sequence[str], layers: int, base: str) -> dict[str, Any]:
+    """What ``adapter_config.json`` holds: mlx-lm's keys, by which it goes, and ours beside them.
+
+    >>> adapter_config(LoraSettings(4, 8.0, 0.0, ["q_proj"]), ["model.layers.0.self_attn.q_proj"], 1, "../base")["lora_parameters"]
+    {'rank': 4, 'scale': 2.0, 'dropout': 0.0, 'keys': ['self_attn.q_proj']}
+    """
+    keys = sorted({path.split(".", 3)[-1] if path.startswith("model.layers.") else path for path in paths})
+    return {
+        "fine_tune_type": settings.kind,
+        "num_layers": layers,
+        "lora_parameters": {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout, "keys": keys},
+        "alpha": settings.alpha,
+        "use_rslora": settings.rslora,
+        "target_modules": list(settings.target_modules) or keys,
+        "base": base,
+    }
 
 
 def _is_adapter(name: str, model: Any) -> bool:
@@ -167,11 +192,16 @@ def adapter_base(folder: str | Path) -> Path:
         ModelError: the config names none, or it is gone.
     """
     folder = Path(folder)
-    base = read_object(folder / ADAPTER_CONFIG).get("base")
+    config = read_object(folder / ADAPTER_CONFIG)
+    if "peft_type" in config:
+        raise ModelError(f"{folder} holds an adapter in PEFT's format", fix=f"make it one of ours: mlx-distill convert {folder} FOLDER")
+    base = config.get("base")
     if not isinstance(base, str) or not base:
         raise ModelError(
             f"{folder / ADAPTER_CONFIG}: no base model", fix='add "base": the path of the model that the adapter was trained on'
         )
+    if is_adapter(folder / base):
+        raise ModelError(f"{folder}: its base {base!r} is an adapter, not a model", fix=f"correct base in {ADAPTER_CONFIG}")
     if (folder / base).is_dir():
         return folder / base
     if base.startswith(".") or base.count("/") != 1:
@@ -189,7 +219,10 @@ def adapter_settings(folder: str | Path) -> LoraSettings:
         lora = config["lora_parameters"]
         rank, scale = int(lora["rank"]), float(lora["scale"])
         keys = config.get("target_modules") or lora.get("keys") or []
-        return LoraSettings(rank, scale * rank, float(lora.get("dropout", 0.0)), tuple(keys), config.get("fine_tune_type", "lora"))
+        rslora = bool(config.get("use_rslora"))
+        alpha = scale * (math.sqrt(rank) if rslora else rank)  # the scale is what mlx-lm goes by
+        dropout, kind = float(lora.get("dropout", 0.0)), config.get("fine_tune_type", "lora")
+        return LoraSettings(rank, alpha, dropout, tuple(keys), kind, rslora)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error} is missing or wrong", fix="write the adapter again") from error
 
@@ -259,22 +292,11 @@ def _merged(path: str, layer: Any, model_dtype: mx.Dtype) -> tuple[Any, MergeRow
 
     base = layer.linear
     packed = hasattr(base, "bits")
-    weight = base.weight
-    if packed:
-        weight = mx.dequantize(
-            weight,
-            base.scales,
-            base.get("biases"),
-            group_size=base.group_size,
-            bits=base.bits,
-            mode=base.mode,
-            global_scale=base.get("global_scale"),
-            dtype=mx.float32,
-        )
+    weight = dequantized(base) if packed else base.weight
     dtype = model_dtype if packed else weight.dtype
     exact = weight.astype(mx.float32) + lora_delta(layer)
     if "m" in layer:  # DoRA: the rows' norms are learned apart
-        exact = exact * (layer.m / mx.sqrt(mx.sum(mx.square(exact), axis=1)))[:, None]
+        exact = exact * (layer.m / mx.sqrt(mx.sum(mx.square(exact), axis=-1)))[..., None]
     rounded = exact.astype(dtype)
     out = SwitchLinear(1, 1, 1, bias=False) if weight.ndim == 3 else nn.Linear(1, 1, bias=False)
     out.weight = rounded

@@ -9,16 +9,16 @@ from mlx_distill.errors import ModelError
 from mlx_distill.models.checkpoint import FLOATS
 from mlx_distill.models.rules import Planned
 
-_MLX = {
+MLX_TYPES = {
     "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
     "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
 }  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _MLX.items()}
+_NAMES = {dtype: name for name, dtype in MLX_TYPES.items()}
 
 
 def to_mlx(plan: Planned) -> mx.array:
     """A planned tensor as an array, bit for bit."""
-    if plan.dtype not in _MLX:
+    if plan.dtype not in MLX_TYPES:
         raise ModelError(
             f"{plan.where} has the type {plan.dtype}, which MLX lacks", fix="convert it with a tool that knows this type first"
         )
@@ -27,7 +27,7 @@ def to_mlx(plan: Planned) -> mx.array:
 
 def from_raw(block: np.ndarray, dtype: str) -> mx.array:
     """Raw bits ``[n, c]`` of a safetensors type as an MLX array of that type."""
-    return mx.array(block).view(_MLX[dtype])
+    return mx.array(block).view(MLX_TYPES[dtype])
 
 
 def to_raw(value: mx.array) -> np.ndarray:

@@ -138,7 +138,7 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
         header = json.loads(raw)
         metadata = {str(k): str(v) for k, v in header.pop("__metadata__", {}).items()}
         tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: damaged header: {error}", fix=_DOWNLOAD) from error
     _check_layout(path, tensors, 8 + length, size)
     return tensors, metadata
@@ -173,6 +173,11 @@ class Checkpoint:
     folder: Path
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
+
+    @property
+    def listing(self) -> Path:
+        """The file that says which tensors there are: the index, or the only shard."""
+        return self.folder / INDEX if (self.folder / INDEX).is_file() or len(self.files) != 1 else self.files[0]
 
     @property
     def nbytes(self) -> int:
@@ -212,7 +217,7 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards = sorted(set(weight_map.values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index}: not an index of shards: {error}", fix=_DOWNLOAD) from error
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:

@@ -46,7 +46,7 @@ def read_object(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     try:
         value = json.loads(raw)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not valid JSON: {error}", fix="download or copy the checkpoint again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object", fix="download or copy the checkpoint again")

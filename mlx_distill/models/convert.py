@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import digest, lock_folder, open_partial, partial_folder, recover, stage_key
+from mlx_distill.files import recover, stage_key
 from mlx_distill.models.checkpoint import open_checkpoint
 from mlx_distill.models.config_files import is_adapter, read_object
-from mlx_distill.models.folder import FORMAT, check_destination, is_current, publish, source_key
+from mlx_distill.models.folder import FORMAT, is_current, making, source_key
 from mlx_distill.models.hub import commit_of, resolve
 from mlx_distill.models.jobs import Job, TensorRow
-from mlx_distill.models.output import TABLE, finish_folder, shard_rows, stream, tensor_table
+from mlx_distill.models.output import TABLE, finish_folder, shard_hashes, shard_rows, stream, tensor_table
 from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.treatments import decider
 from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult
@@ -93,6 +93,7 @@ def convert(
     quantize: str | None = None,
     dtype: str | None = None,
     *,
+    group_size: int = 0,
     revision: str | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     memory_bytes: int = MEMORY_BYTES,
@@ -104,11 +105,12 @@ def convert(
     Args:
         source: A Hub id or a folder.
         destination: The folder to make. A killed conversion goes on where it stopped when the same command runs again.
-        quantize: ``affine2`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe such as ``mixed4``; None keeps the weights.
+        quantize: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe such as ``mixed4``; None keeps the weights.
         dtype: ``float32``, ``bfloat16`` or ``float16`` for floating-point tensors; None keeps each tensor's own.
+        group_size: Weights that share a scale; 0 is the mode's own.
         revision: Commit, tag or branch of a Hub model.
-        max_shard_bytes: Largest file.
-        memory_bytes: Bound on the working buffers.
+        max_shard_bytes: Largest file, except that a tensor is never cut.
+        memory_bytes: Bound on the working buffers; it changes no bit of the result.
         dry_run: Make the table and write nothing.
         progress: Where to say how far it is.
 
@@ -117,22 +119,18 @@ def convert(
         FileError: the disk refused, or the destination holds something else.
     """
     folder, destination = resolve(source, revision), Path(destination)
-    ready, jobs = _plan(folder, quantize, dtype)
+    ready, jobs = _plan(folder, quantize, dtype, group_size)
     if dry_run:
         return _report(str(source), destination, ready, jobs, [], 0.0, dry_run=True)
-    settings = {"quantize": quantize, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    settings = {"quantize": quantize, "group_size": group_size, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
     parents = {"source": source_key(folder)}
-    key = stage_key("convert", FORMAT, settings, parents)
     recover(destination)
-    check_destination(destination, folder)
-    if is_current(destination, key):
+    if is_current(destination, stage_key("convert", FORMAT, settings, parents)):
         return _as_written(str(source), destination, ready)
-    with lock_folder(open_partial(destination, digest([key, str(folder.resolve())])) / "scratch"):
-        partial = partial_folder(destination)
-        report = _write(str(source), destination, partial, ready, jobs, max_shard_bytes, memory_bytes, progress)
-        hashes = {row["name"]: row["sha256"] for row in read_object(partial / TABLE)["shards"]}
-        recorded = {"source": str(source), "commit": revision or commit_of(folder), **report.facts(), "seconds": report.seconds}
-        publish(destination, "convert", settings, parents, recorded, hashes)
+    with making(destination, folder, "convert", settings, parents) as work:
+        report = _write(str(source), destination, work.folder, ready, jobs, max_shard_bytes, memory_bytes, progress)
+        work.hashes.update(shard_hashes(work.folder))
+        work.recorded.update(source=str(source), commit=commit_of(folder) or revision, **report.facts(), seconds=report.seconds)
     return report
 
 
@@ -159,14 +157,17 @@ def convert_into(
     """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on a second run."""
     folder = Path(folder)
     ready, jobs = _plan(resolve(source, revision), quantize, dtype)
-    return _write(str(source), folder, folder, ready, jobs, max_shard_bytes, memory_bytes, progress)
+    report = _write(str(source), folder, folder, ready, jobs, max_shard_bytes, memory_bytes, progress)
+    if report.note and progress:
+        progress.note(report.note)
+    return report
 
 
-def _plan(folder: Path, quantize: str | None, dtype: str | None) -> tuple[Prepared, list[Job]]:
+def _plan(folder: Path, quantize: str | None, dtype: str | None, group_size: int = 0) -> tuple[Prepared, list[Job]]:
     if is_adapter(folder):
         raise ModelError(f"{folder} holds an adapter, not a model", fix="use mlx-distill quantize or export, which merge it")
     ready = prepare(folder)
-    decide = decider(ready.architecture, ready.quantizable, quantize, dtype=dtype)
+    decide = decider(ready.architecture, ready.quantizable, quantize, dtype=dtype, group_size=group_size)
     return ready, [Job(p, decide(p)) for p in ready.planned]
 
 

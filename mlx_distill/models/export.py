@@ -10,20 +10,20 @@ from typing import Any
 
 import numpy as np
 
-from mlx_distill.files import digest, lock_folder, open_partial, partial_folder, recover, stage_key, write_json, write_text
+from mlx_distill.errors import ConfigError
+from mlx_distill.files import write_json, write_text
 from mlx_distill.models.adapters import adapter_base
 from mlx_distill.models.card import card_text
 from mlx_distill.models.checkpoint import DTYPE_BYTES, Source
 from mlx_distill.models.config_files import is_adapter, read_object
-from mlx_distill.models.folder import FORMAT, check_destination, publish
+from mlx_distill.models.folder import making, source_key
 from mlx_distill.models.hub import resolve
-from mlx_distill.models.jobs import Errors, Job, TensorRow, run_slab
-from mlx_distill.models.output import stream
-from mlx_distill.models.peft import from_peft as from_peft
-from mlx_distill.models.peft import to_peft as to_peft
+from mlx_distill.models.jobs import Errors, Job, TensorRow, run_slab, table_row
+from mlx_distill.models.output import stream, update_lost
+from mlx_distill.models.peft import from_peft, peft_weights, to_peft, write_peft
 from mlx_distill.models.prepare import Prepared, prepare
-from mlx_distill.models.quantize import _source_key, adapter_deltas, plan_jobs, reopen
-from mlx_distill.models.rules import backward_plan
+from mlx_distill.models.quantize import adapter_deltas, plan_jobs, reopen
+from mlx_distill.models.rules import backward_plan, folded
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 from mlx_distill.models.treatments import Treatment
 from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES
@@ -34,7 +34,10 @@ _NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "mode
 
 @dataclass(frozen=True)
 class Derived:
-    """A tensor of ours that is computed while it is read: merged, unpacked, or packed again. Stands in for a :class:`TensorInfo`."""
+    """A tensor of ours that is made while it is read: merged, unpacked, packed again, or of another layout.
+
+    Stands in for a :class:`TensorInfo`.
+    """
 
     name: str
     dtype: str
@@ -71,7 +74,11 @@ class Derived:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written. ``changed`` has a line for each tensor whose values are not bit for bit those of the folder."""
+    """What was written.
+
+    ``changed`` has a line for each tensor whose values are not bit for bit those of the folder; ``kept`` counts the modules of the adapter
+    that stands beside.
+    """
 
     source: str
     destination: str
@@ -79,6 +86,7 @@ class ExportReport:
     tensors: int
     stored_bytes: int
     changed: tuple[TensorRow, ...]
+    kept: int
     seconds: float
 
     def facts(self) -> dict[str, Any]:
@@ -94,16 +102,29 @@ class ExportReport:
         """For JSON."""
         return {**asdict(self), "changed": [row.to_dict() for row in self.changed]}
 
+    def notes(self) -> list[str]:
+        """What changed, layers folded together, and what else is to know where the folder lies by then."""
+        groups: dict[tuple[str, str], list[float]] = {}
+        for row in self.changed:
+            groups.setdefault((folded(row.name), row.note), []).append(row.error)
+        out = [f"{name}: {len(e)} tensors, {note}, relative error at most {max(e):.1e}" for (name, note), e in groups.items()]
+        if not self.changed:
+            out.append("every tensor bit for bit")
+        if self.kept:
+            out.append(f"the adapter of {self.kept} modules beside it, in adapter/, for PEFT")
+        return [*out, *update_lost(self.changed)]
+
     def lines(self) -> list[str]:
-        """What changed, then the sum."""
-        out = [f"{row.name}: {row.note}, relative error {row.error:.1e}" for row in self.changed]
-        return [*out, f"{self.model_type}: {self.tensors} tensors, {self.stored_bytes / 1e6:,.1f} MB written to {self.destination}"]
+        """The notes, then the sum."""
+        total = f"{self.model_type}: {self.tensors} tensors, {self.stored_bytes / 1e6:,.1f} MB written to {self.destination}"
+        return [*self.notes(), total]
 
 
 def to_hf(
     model: str | Path,
     destination: str | Path,
     *,
+    adapter: str = "merge",
     report: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     memory_bytes: int = MEMORY_BYTES,
@@ -111,58 +132,61 @@ def to_hf(
 ) -> ExportReport:
     """Write a folder of ours in the Hugging Face layout: what transformers loads, with the same logits.
 
-    Unquantized tensors and MXFP4 experts come out byte for byte as they once came in. An adapter is merged. Weights packed in a way that
-    the layout has no room for are unpacked to the type of their scales (bfloat16 where these are bytes), which rounds each value once.
+    Unquantized tensors and MXFP4 experts come out byte for byte as they once came in. Weights packed in a way that the layout has no room
+    for are unpacked to the type of their scales (bfloat16 where these are bytes), which rounds each value once.
 
     Args:
-        model: A model folder of ours, or an adapter folder.
+        model: A model folder, or an adapter folder of ours.
         destination: The folder to make.
+        adapter: ``merge`` adds it to the weights (MXFP4 experts that it changes are packed again, with the error stated); ``keep`` leaves
+            the base untouched and puts the adapter beside it, in PEFT's format in ``destination/adapter``.
         report: A run's ``report.json``, whose figures go on the card.
         max_shard_bytes: Largest file.
         memory_bytes: Bound on the working buffers.
         progress: Where to say how far it is.
 
     Raises:
-        ModelError: a damaged folder.
+        ConfigError: another way with the adapter.
+        ModelError: a damaged folder, or an adapter to keep that PEFT has no place for.
         FileError: the disk refused, or the destination holds something else.
     """
     began = time.perf_counter()
+    if adapter not in ("merge", "keep"):
+        raise ConfigError(f"adapter: {adapter!r} is not merge or keep", fix="choose one of them")
     folder, destination = resolve(model), Path(destination)
-    settings: dict[str, Any] = {"layout": "hf", "max_shard_bytes": max_shard_bytes}
-    parents = {"source": _source_key(folder)}
-    recover(destination)
-    check_destination(destination, folder)
     adapted = is_adapter(folder)
+    beside = peft_weights(folder) if adapted and adapter == "keep" else {}
     ready = prepare(adapter_base(folder) if adapted else folder)
-    sources, changed = _sources(ready, adapter_deltas(folder) if adapted else {})
+    sources, changed = _sources(ready, adapter_deltas(folder) if adapted and not beside else {})
     jobs = [Job(p) for p in backward_plan(ready.architecture, sources)]
-    key = digest([stage_key("export", FORMAT, settings, parents), str(folder.resolve())])
-    with lock_folder(open_partial(destination, key) / "scratch"):
-        partial = partial_folder(destination)
+    settings: dict[str, Any] = {"layout": "hf", "adapter": adapter, "max_shard_bytes": max_shard_bytes}
+    key = source_key(folder)
+    with making(destination, folder, "export", settings, {"source": key}) as work:
         shards = stream(
-            jobs, partial, "export", max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, metadata={"format": "pt"},
-            salt=parents["source"], progress=progress,
+            jobs, work.folder, "export", max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, metadata={"format": "pt"},
+            salt=key, progress=progress,
         )  # fmt: skip
-        copy_tokenizer(ready.folder, partial, others=True)
+        copy_tokenizer(ready.folder, work.folder, others=True)
         if adapted:
-            copy_tokenizer(folder, partial)
-        write_json(partial / "config.json", hf_config(ready, {job.planned.name for job in jobs}))
-        rows = tuple(_changed_row(job, info) for info, job in changed)
-        stored = sum(job.planned.nbytes for job in jobs)
+            copy_tokenizer(folder, work.folder)
+        write_json(work.folder / "config.json", hf_config(ready, {job.planned.name for job in jobs}))
+        kept = write_peft(folder, work.folder / "adapter", beside, destination.name) if beside else []
         out = ExportReport(
-            str(model), str(destination), ready.architecture.model_type, len(jobs), stored, rows, time.perf_counter() - began
-        )
-        write_text(partial / "README.md", card_text(folder, ready, out.lines(), report))
-        publish(destination, "export", settings, parents, {"source": str(model), **out.facts()}, {s.name: s.sha256 for s in shards})
+            str(model), str(destination), ready.architecture.model_type, len(jobs), sum(job.planned.nbytes for job in jobs),
+            tuple(table_row(job, errors, job.outputs) for job, errors in changed), len(kept), time.perf_counter() - began,
+        )  # fmt: skip
+        write_text(work.folder / "README.md", card_text(destination.name, folder, ready, out.notes(), report))
+        work.hashes.update({s.name: s.sha256 for s in shards})
+        work.recorded.update(source=str(model), **out.facts())
     return out
 
 
-def _sources(ready: Prepared, deltas: Mapping[str, Any]) -> tuple[dict[str, Source], list[tuple[Derived, Job]]]:
+def _sources(ready: Prepared, deltas: Mapping[str, Any]) -> tuple[dict[str, Source], list[tuple[Job, Errors]]]:
     """Our tensors by name; those that change are computed while they are read."""
     planned = {p.name: p for p in ready.planned}
     foreign = {path for path, packing in ready.packings.items() if not _native(ready, path, packing)}
     sources: dict[str, Source] = {}
-    changed = []
+    changed: list[tuple[Job, Errors]] = []
     for job in plan_jobs(ready, dict(deltas), None):
         path, _, leaf = job.planned.name.rpartition(".")
         if path in foreign and leaf in ("scales", "biases"):
@@ -171,31 +195,20 @@ def _sources(ready: Prepared, deltas: Mapping[str, Any]) -> tuple[dict[str, Sour
             packing, kept = ready.packings[path], planned[f"{path}.scales"].dtype
             plain, _ = reopen(planned[job.planned.name], planned, packing)
             job = Job(plain, Treatment("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {packing.mode}"), job.delta)
-        if job.treatment.kind == "keep":
+        if job.treatment.kind == "keep" and job.planned.rule == "same":
             sources[job.planned.name] = job.planned.sources[0]
             continue
         errors = Errors()
         for i, output in enumerate(job.outputs):
-            derived = Derived(output.name, output.dtype, output.shape, job.planned.sources[0].file, job, i, errors)
-            sources[output.name] = derived
-            if i == 0:
-                changed.append((derived, job))
+            sources[output.name] = Derived(output.name, output.dtype, output.shape, job.planned.sources[0].file, job, i, errors)
+        if job.treatment.kind != "keep":
+            changed.append((job, errors))
     return sources, changed
 
 
 def _native(ready: Prepared, path: str, packing: Treatment) -> bool:
     """Whether the Hugging Face layout of this architecture has room for the packed module as it is."""
     return ready.architecture.model_type == "gpt_oss" and ".experts." in path and packing.mode == "mxfp4"
-
-
-def _changed_row(job: Job, derived: Derived) -> TensorRow:
-    p, e = job.planned, derived.errors
-    note = "; ".join(part for part in (job.treatment.why, "adapter merged" if job.delta is not None else "") if part)
-    count = int(np.prod(p.shape))
-    stored = job.treatment.label
-    return TensorRow(
-        p.name, p.sources[0].name, p.sources[0].file.name, p.rule, p.shape, p.dtype, stored, count, 0.0, e.relative, e.largest, note
-    )
 
 
 def hf_config(ready: Prepared, names: set[str]) -> dict[str, Any]:

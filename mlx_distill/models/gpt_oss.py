@@ -11,8 +11,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.rope import build_rope, rope_settings
-from mlx_distill.models.rules import Architecture, Rule
+from mlx_distill.models.rope import RopeSettings, build_rope, rope_settings, stock_difference
+from mlx_distill.models.rules import Architecture, Rule, check_activation
 from mlx_distill.models.transforms import Packed, Same, SplitColumns, SplitRows, Transpose
 
 _EXPERTS = "model.layers.{l}.mlp.experts."
@@ -50,6 +50,7 @@ def layer_types(config: Mapping[str, Any]) -> list[str]:
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    check_activation(config)
     kinds = layer_types(config)
     if len(kinds) != config["num_hidden_layers"] or set(kinds) != {"sliding_attention", "full_attention"}:
         raise ModelError(
@@ -58,29 +59,33 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         )
     if config.get("tie_word_embeddings"):
         raise ModelError("config.json: tie_word_embeddings with gpt-oss", fix="save the checkpoint with its head written out (untied)")
-    rope = rope_settings(config, 150_000.0, _DEFAULT_ROPE)
+    rope = _rope(config)
     # mlx-lm's own rope is replaced; the plain one is asked of it so that nothing can fail there.
     return {**config, "layer_types": kinds, "rope_theta": rope.theta, "rope_scaling": None}
 
 
+def _rope(config: Mapping[str, Any]) -> RopeSettings:
+    return rope_settings(config, 150_000.0, _DEFAULT_ROPE)
+
+
 def _mend(model: Any, config: Mapping[str, Any]) -> None:
-    rope = build_rope(
-        int(config.get("head_dim") or 64),
-        rope_settings(config, 150_000.0, _DEFAULT_ROPE),
-        int(config.get("max_position_embeddings") or 131_072),
-    )
+    rope = build_rope(int(config.get("head_dim") or 64), _rope(config), int(config.get("max_position_embeddings") or 131_072))
     for layer in model.layers:
         layer.self_attn.rope = rope
         activation = layer.mlp.experts.activation
-        activation._alpha = float(config.get("swiglu_alpha") or 1.702)
-        activation._limit = float(config.get("swiglu_limit") or 7.0)
+        activation._alpha, activation._limit = _activation(config)
+
+
+def _activation(config: Mapping[str, Any]) -> tuple[float, float]:
+    return float(config.get("swiglu_alpha") or 1.702), float(config.get("swiglu_limit") or 7.0)
 
 
 def _stock_differs(config: Mapping[str, Any]) -> str | None:
-    rope = rope_settings(config, 150_000.0, _DEFAULT_ROPE)
-    if rope.kind == "yarn" and not rope.scaling.get("truncate", True):
-        return "stock mlx-lm rounds YaRN's correction range although the config says truncate: false, and computes other logits"
-    return None
+    if not (config.get("rope_parameters") or config.get("rope_scaling")):
+        return "stock mlx-lm computes gpt-oss without YaRN where the config names no rope, and computes other logits"
+    if _activation(config) != (1.702, 7.0):
+        return "stock mlx-lm does not read swiglu_alpha and swiglu_limit, and computes other logits"
+    return stock_difference(int(config.get("head_dim") or 64), _rope(config), int(config.get("max_position_embeddings") or 131_072))
 
 
 def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,15 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     Raises:
         ModelError: no such folder, and not a Hub model that can be had.
     """
+    return find_local(path_or_repo) or _download(str(path_or_repo), revision)
+
+
+def find_local(path_or_repo: str | Path) -> Path | None:
+    """The folder of a path, or None for what can only be the name of a Hub model.
+
+    Raises:
+        ModelError: a file, or neither a folder nor such a name.
+    """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
@@ -25,7 +34,7 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
         raise ModelError(f"{path}: a file where a model folder is needed", fix="give the folder that holds config.json")
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise ModelError(f"{name}: no such folder", fix="check the path; a Hub model is written org/name")
-    return _download(name, revision)
+    return None
 
 
 def _download(repo: str, revision: str | None) -> Path:
@@ -53,7 +62,8 @@ def _download(repo: str, revision: str | None) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
-            f"{repo}: no such folder, and it cannot be downloaded: {reason}", fix="check the path or the connection"
+            f"{repo}: no such folder, and it cannot be downloaded: {reason}",
+            fix="check the path or the connection; the same command goes on where the download stopped",
         ) from error
 
 

@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DistillError, ModelError
-from mlx_distill.files import Manifest, check_folder, read_manifest
+from mlx_distill.files import Manifest, check_folder, read_manifest, sha256
 from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings
-from mlx_distill.models.checkpoint import FLOATS, TensorInfo, read_header
-from mlx_distill.models.config_files import ADAPTER_CONFIG
+from mlx_distill.models.checkpoint import TensorInfo, read_header
+from mlx_distill.models.config_files import ADAPTER_CONFIG, read_object
 from mlx_distill.models.hub import resolve
 from mlx_distill.models.jobs import check_finite
+from mlx_distill.models.peft import PEFT_FILE, is_peft, peft_settings
 from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.rope import rope_settings
-from mlx_distill.models.rules import Planned
+from mlx_distill.models.rules import Planned, folded
 
 _SLAB = 1 << 22
 
@@ -40,7 +43,8 @@ class InspectRow:
 class InspectReport:
     """What lies at a path.
 
-    ``kind`` is ``model``, ``adapter``, ``stage`` or ``run``; ``facts`` are named values; ``problems`` is empty when all is well.
+    ``kind`` is ``model``, ``adapter``, ``stage`` or ``run``; ``facts`` are named values; ``problems`` is empty when all is well;
+    ``hashed`` counts the files whose hash was compared with the one that they were written with.
     """
 
     path: str
@@ -49,6 +53,7 @@ class InspectReport:
     rows: tuple[InspectRow, ...] = ()
     problems: tuple[str, ...] = ()
     verified: bool = False
+    hashed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -77,29 +82,44 @@ class InspectReport:
             out += ["", *("  " + "  ".join(row[i].ljust(widths[i]) for i in range(7)).rstrip() for row in cells)]
         out += [f"problem: {problem}" for problem in self.problems]
         if self.verified and not self.problems:
-            out.append("verified: every file has the hash it was written with, and no weight is NaN or infinite")
+            hashes = f"{self.hashed} files have the hash they were written with" if self.hashed else "no hashes stand beside these files"
+            out.append(f"verified: {hashes}" + ("; no weight is NaN or infinite" if self.kind == "model" else ""))
         return out
 
 
 def inspect(path: str | Path, verify: bool = False) -> InspectReport:
-    """Say what lies at ``path``; with ``verify`` hash every file of a manifest and look at every weight.
+    """Say what lies at ``path``; with ``verify`` hash every file of a manifest (or of a snapshot of the Hub) and look at every weight.
 
     Raises:
         ModelError: nothing that this package knows, or a damaged checkpoint: with file and tensor.
     """
     folder = resolve(path)
     manifest = read_manifest(folder)
-    problems = []
-    if manifest and (wrong := check_folder(folder, manifest, verify=verify)):
-        problems.append(wrong)
-    if (folder / "config.json").is_file():
-        return _model(folder, manifest, problems, verify)
-    if (folder / ADAPTER_CONFIG).is_file():
-        return _adapter(folder, manifest, problems, verify)
+    problems, hashed = [], 0
     if manifest:
+        hashed = len(manifest.files) if verify else 0
+        if wrong := check_folder(folder, manifest, verify=verify):
+            problems.append(wrong)
+    elif verify:
+        hashed = _snapshot_hashes(folder, problems)
+    if (folder / "config.json").is_file():
+        report = _model(folder, manifest, problems, verify)
+    elif (folder / ADAPTER_CONFIG).is_file():
+        report = _adapter(folder, manifest, problems, verify)
+    elif manifest:
         facts = {**_provenance(manifest), "files": len(manifest.files), "bytes": f"{sum(f.size for f in manifest.files.values()):,}"}
-        return InspectReport(str(path), "stage", facts, problems=tuple(problems), verified=verify)
-    return _run(folder, str(path), verify)
+        report = InspectReport(str(path), "stage", facts, problems=tuple(problems), verified=verify)
+    else:
+        return _run(folder, str(path), verify)
+    return replace(report, hashed=hashed)
+
+
+def _snapshot_hashes(folder: Path, problems: list[str]) -> int:
+    """Compare the weights of a downloaded snapshot with the hashes that the Hub's cache names them by; how many there were."""
+    found = {p: p.resolve().name for p in sorted(folder.glob("*.safetensors")) if p.is_symlink()}
+    found = {p: name for p, name in found.items() if re.fullmatch("[0-9a-f]{64}", name)}
+    problems += [f"{p} is not what the Hub sent" for p, name in found.items() if sha256(p) != name]
+    return len(found)
 
 
 def _run(folder: Path, path: str, verify: bool) -> InspectReport:
@@ -109,28 +129,25 @@ def _run(folder: Path, path: str, verify: bool) -> InspectReport:
     }
     if not stages:
         raise ModelError(f"{folder}: neither a model, an adapter, a stage nor a run", fix="give a folder with config.json or manifest.json")
-    facts, problems = {}, []
+    facts, problems, hashed = {}, [], 0
     for name, stage in stages.items():
         try:
             manifest = read_manifest(stage)
             wrong = check_folder(stage, manifest, verify=verify) if manifest else None
         except DistillError as error:
             manifest, wrong = None, str(error)
+        hashed += len(manifest.files) if manifest and verify else 0
         facts[name] = f"{manifest.stage}, key {manifest.key[:12]}" if manifest else "damaged"
         if wrong:
             problems.append(wrong)
-    return InspectReport(path, "run", facts, problems=tuple(problems), verified=verify)
+    return InspectReport(path, "run", facts, problems=tuple(problems), verified=verify, hashed=hashed)
 
 
 def _provenance(manifest: Manifest | None) -> dict[str, Any]:
     if manifest is None:
         return {}
     out: dict[str, Any] = {"stage": f"{manifest.stage}, key {manifest.key[:12]}"}
-    recorded = manifest.recorded.get("facts") or manifest.recorded
-    for key in ("source", "commit"):
-        if recorded.get(key):
-            out[key] = recorded[key]
-    return out
+    return out | {key: manifest.recorded[key] for key in ("source", "commit") if manifest.recorded.get(key)}
 
 
 def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify: bool) -> InspectReport:
@@ -164,8 +181,6 @@ def _neutral(ready: Prepared) -> bool:
 
 
 def _vocabulary(folder: Path, config: Mapping[str, Any]) -> str:
-    import json
-
     path = folder / "tokenizer.json"
     if not path.is_file():
         return f"{config['vocab_size']} columns, no tokenizer"
@@ -187,8 +202,6 @@ def _template(folder: Path) -> str:
     if path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")
     else:
-        from mlx_distill.models.config_files import read_object
-
         config = folder / "tokenizer_config.json"
         text = str((read_object(config) if config.is_file() else {}).get("chat_template") or "")
     kind = "harmony" if "<|channel|>" in text else "ChatML" if "<|im_start|>" in text else "another" if text else "none"
@@ -207,7 +220,7 @@ def _rows(ready: Prepared) -> list[InspectRow]:
             shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
             stored, size = f"{packing.mode} {packing.bits}/{packing.group_size}", ready.packed_bytes(path)
         count = ready.parameters(p)
-        groups[_folded(p.name), shape, stored].append((count, size))
+        groups[folded(p.name), shape, stored].append((count, size))
     rows = []
     for (name, shape, stored), members in groups.items():
         count, size = sum(c for c, _ in members), sum(s for _, s in members)
@@ -215,16 +228,9 @@ def _rows(ready: Prepared) -> list[InspectRow]:
     return rows
 
 
-def _folded(name: str) -> str:
-    parts = name.split(".")
-    return ".".join("*" if part.isdigit() else part for part in parts)
-
-
 def _not_finite(planned: list[Planned]) -> list[str]:
     out = []
     for p in planned:
-        if p.dtype not in FLOATS:
-            continue
         step = max(_SLAB // max(p.columns * 4, 1), 1)
         try:
             for start in range(0, p.rows, step):
@@ -235,25 +241,27 @@ def _not_finite(planned: list[Planned]) -> list[str]:
 
 
 def _adapter(folder: Path, manifest: Manifest | None, problems: list[str], verify: bool) -> InspectReport:
-    settings = adapter_settings(folder)
-    infos: dict[str, TensorInfo] = read_header(folder / ADAPTER_FILE)[0] if (folder / ADAPTER_FILE).is_file() else {}
+    config, theirs = read_object(folder / ADAPTER_CONFIG), is_peft(folder)
+    settings = peft_settings(folder / ADAPTER_CONFIG, config) if theirs else adapter_settings(folder)
+    file = folder / (PEFT_FILE if theirs else ADAPTER_FILE)
+    infos: dict[str, TensorInfo] = read_header(file)[0] if file.is_file() else {}
     if not infos:
-        problems.append(f"{folder / ADAPTER_FILE} is missing")
+        problems.append(f"{file} is missing")
     groups: dict[tuple[str, tuple[int, ...], str], int] = defaultdict(int)
     for name, info in infos.items():
-        groups[_folded(name), info.shape, info.dtype] += 1
+        groups[folded(name), info.shape, info.dtype] += 1
     rows = tuple(
         InspectRow(name, n, shape, dtype, n * prod(shape), 8.0 * i.nbytes / max(prod(shape), 1), n * i.nbytes)
         for (name, shape, dtype), n in groups.items()
-        for i in [next(i for full, i in infos.items() if _folded(full) == name and i.shape == shape and i.dtype == dtype)]
+        for i in [next(i for full, i in infos.items() if folded(full) == name and i.shape == shape and i.dtype == dtype)]
     )
     try:
-        base = str(adapter_base(folder))
+        base = str(config.get("base_model_name_or_path") if theirs else adapter_base(folder))
     except ModelError as error:
         base = "missing"
         problems.append(error.message)
     facts = {
-        "kind": settings.kind,
+        "kind": settings.kind + (" in PEFT's format" if theirs else ""),
         "rank": settings.rank,
         "alpha": settings.alpha,
         "dropout": settings.dropout,

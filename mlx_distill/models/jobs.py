@@ -11,13 +11,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.arrays import from_raw, to_raw
+from mlx_distill.models.arrays import MLX_TYPES, from_raw, to_raw
 from mlx_distill.models.checkpoint import DTYPE_BYTES, FLOATS
+from mlx_distill.models.mxfp4 import NAN_SCALE, pack
 from mlx_distill.models.rules import Planned
 from mlx_distill.models.treatments import Treatment
 
 _EXPONENT = {"F32": np.uint32(0x7F800000), "BF16": np.uint16(0x7F80), "F16": np.uint16(0x7C00)}
-_TYPES = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Output:
 class Delta:
     """A low-rank update ``scale * B A`` of a weight: ``a [r, in]`` and ``b [out, r]``, or with a leading axis of experts; float32.
 
-    ``magnitude [out]`` is DoRA's: each row of the updated weight is scaled to that norm.
+    ``magnitude [out]`` (or ``[experts, out]``) is DoRA's: each row of the updated weight is scaled to that norm.
     """
 
     a: mx.array
@@ -52,7 +52,7 @@ class Delta:
         if self.magnitude is None:
             return updated
         norms = mx.sqrt(mx.sum(mx.square(updated), axis=-1, keepdims=True))
-        return updated * (self.magnitude[start:stop, None].astype(mx.float32) / norms)
+        return updated * (self.magnitude.reshape(-1)[start:stop, None].astype(mx.float32) / norms)
 
     def rows(self, start: int, stop: int) -> mx.array:
         """Rows of the update, the experts' one after the other."""
@@ -94,7 +94,8 @@ class TensorRow:
     """One line of a conversion's table.
 
     ``error`` is the root of the mean squared difference from the source over the root of the mean squared source, ``largest`` the greatest
-    difference; both 0 where the bits are the same. ``bits`` are those stored for each of ``parameters`` weights, scales included.
+    difference; both 0 where the bits are the same. ``update`` is how large an adapter's update was, on the scale of ``error``. ``bits`` are
+    those stored for each of ``parameters`` weights, scales included.
     """
 
     name: str
@@ -108,6 +109,7 @@ class TensorRow:
     bits: float
     error: float = 0.0
     largest: float = 0.0
+    update: float = 0.0
     note: str = ""
 
     def to_dict(self) -> dict[str, Any]:
@@ -122,6 +124,7 @@ class Errors:
     squares: float = 0.0
     difference: float = 0.0
     largest: float = 0.0
+    update: float = 0.0
 
     def add(self, before: mx.array, after: mx.array) -> None:
         """Compare one slab, in float32; the sums are kept in float64."""
@@ -132,10 +135,20 @@ class Errors:
         self.difference += float(np.array(sums[1]).sum(dtype=np.float64))
         self.largest = max(self.largest, float(sums[2].item()))
 
+    def add_update(self, before: mx.array, after: mx.array) -> None:
+        """Measure what an adapter changes in one slab."""
+        squares = mx.sum(mx.square(after.astype(mx.float32) - before.astype(mx.float32)), axis=-1)
+        self.update += float(np.array(squares).sum(dtype=np.float64))
+
     @property
     def relative(self) -> float:
         """Root mean squared difference over root mean square."""
         return sqrt(self.difference / self.squares) if self.squares else 0.0
+
+    @property
+    def update_size(self) -> float:
+        """Root mean squared update over root mean square."""
+        return sqrt(self.update / self.squares) if self.squares else 0.0
 
 
 def slabs(job: Job, slab_bytes: int) -> Iterator[tuple[int, int]]:
@@ -151,31 +164,45 @@ def run_slab(job: Job, start: int, stop: int, errors: Errors) -> list[np.ndarray
     """The raw bits of rows ``start`` to ``stop`` of each output.
 
     Raises:
-        ModelError: NaN or infinity in the source: with file and tensor.
+        ModelError: NaN or infinity in the source, or where the type to be is too narrow: with file and tensor.
     """
     p, t = job.planned, job.treatment
     raw = p.read(start, stop)
-    if p.dtype in FLOATS:
-        check_finite(raw, p)
+    check_finite(raw, p)
     if t.kind == "keep" and job.delta is None:
         return [raw]
     source = from_raw(raw, p.dtype)
     if job.delta is not None:
-        source = job.delta.add(source, start, stop)
-    kept_type = _TYPES[t.dtype or p.dtype]
+        before, source = source, job.delta.add(source, start, stop)
+        errors.add_update(before, source)
+    kept_type = MLX_TYPES[t.dtype or p.dtype]
     value = source.astype(kept_type)
     if t.kind != "quantize":
+        _check_fits(value, job)
         errors.add(source, value)
         return [to_raw(value)]
-    parts = mx.quantize(value, t.group_size, t.bits, mode=t.mode)
+    parts: tuple[mx.array, ...] = pack(source) if t.again and t.mode == "mxfp4" else mx.quantize(value, t.group_size, t.bits, mode=t.mode)
     back = mx.dequantize(parts[0], parts[1], parts[2] if len(parts) > 2 else None, t.group_size, t.bits, t.mode)
+    _check_fits(back, job)
     errors.add(source, back)
     return [to_raw(part) for part in parts]
 
 
+def _check_fits(value: mx.array, job: Job) -> None:
+    if not mx.all(mx.isfinite(value)).item():
+        what = " with the adapter added" if job.delta is not None else ""
+        raise ModelError(
+            f"{job.planned.where}{what} gives NaN or infinity as {job.treatment.label}",
+            fix="train the adapter again" if what else "choose a type with a wider range, such as bfloat16",
+        )
+
+
 def check_finite(raw: np.ndarray, planned: Planned) -> None:
-    """Refuse NaN and infinity, by the exponent's bits, in pieces that fit the processor's cache."""
-    mask = _EXPONENT[planned.dtype]
+    """Refuse NaN and infinity, by the bits (255 is NaN among bytes of scales), in pieces that fit the processor's cache."""
+    scales = planned.dtype == "U8" and planned.name.endswith(".scales")
+    if planned.dtype not in FLOATS and not scales:
+        return
+    mask = np.uint8(NAN_SCALE) if scales else _EXPONENT[planned.dtype]
     flat = raw.reshape(-1)
     for i in range(0, flat.size, 1 << 17):
         piece = flat[i : i + (1 << 17)] & mask
@@ -203,5 +230,6 @@ def table_row(job: Job, errors: Errors, outputs: list[Output]) -> TensorRow:
         round(bits, 4),
         errors.relative,
         errors.largest,
+        errors.update_size,
         note,
     )

@@ -86,10 +86,23 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
         ) from error
 
 
-def _load_weights(ready: Prepared) -> Any:
+def skeleton(folder: str | Path) -> Any:
+    """The model of a folder without its weights: modules, names, shapes and packings, from config.json and the shards' headers.
+
+    Its arrays are random and never computed, so it costs no memory; what can be asked of a model's form can be asked of it.
+    """
+    return _build(prepare(Path(folder)))
+
+
+def _build(ready: Prepared) -> Any:
     model = build_model(ready.config, str(ready.folder / "config.json"))
     if ready.packings:
         nn.quantize(model, class_predicate=lambda path, module: ready.packings[path].config if path in ready.packings else False)
+    return model
+
+
+def _load_weights(ready: Prepared) -> Any:
+    model = _build(ready)
     model.load_weights([(p.name, to_mlx(p)) for p in ready.planned])
     return model
 
@@ -108,7 +121,7 @@ def cast(model: Any, dtype: str | mx.Dtype) -> Any:
 
 
 def _casts(path: str, x: mx.array) -> bool:
-    return bool(mx.issubdtype(x.dtype, mx.floating)) and not path.endswith((".lora_a", ".lora_b"))
+    return bool(mx.issubdtype(x.dtype, mx.floating)) and not path.endswith((".lora_a", ".lora_b", ".m"))
 
 
 def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:

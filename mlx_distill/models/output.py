@@ -14,6 +14,7 @@ from mlx_distill.models.folder import FORMAT
 from mlx_distill.models.jobs import Errors, Job, TensorRow, table_row
 from mlx_distill.models.prepare import Prepared
 from mlx_distill.models.tokenizer_files import copy_tokenizer
+from mlx_distill.models.treatments import SAFETENSORS
 from mlx_distill.models.writer import ShardResult, write_shards
 from mlx_distill.progress import Progress
 
@@ -29,6 +30,14 @@ def tensor_table(rows: Sequence[TensorRow]) -> list[str]:
     cells.insert(0, ("tensor", "shape", "from", "to", "bits", ""))
     widths = [max(len(row[i]) for row in cells) for i in range(5)]
     return ["  ".join([*(row[i].ljust(widths[i]) for i in range(5)), row[5]]).rstrip() for row in cells]
+
+
+def update_lost(rows: Sequence[TensorRow]) -> list[str]:
+    """A line where rounding ate a tenth or more of an adapter's update: the user may want to keep it beside instead."""
+    shares = [row.error / row.update for row in rows if row.update]
+    if max(shares, default=0.0) < 0.1:
+        return []
+    return [f"rounding costs as much as {max(shares):.0%} of the adapter's update; kept beside its base (adapter: keep) it loses nothing"]
 
 
 def stream(jobs: Sequence[Job], into: Path, name: str, *, progress: Progress | None = None, **options: Any) -> list[ShardResult]:
@@ -73,6 +82,11 @@ def finish_folder(into: Path, ready: Prepared, jobs: Sequence[Job], shards: Sequ
     write_json(into / TABLE, table)
 
 
+def shard_hashes(folder: Path) -> dict[str, str]:
+    """The hashes that :func:`finish_folder` left in the folder's table, by the shards' names."""
+    return {row["name"]: row["sha256"] for row in read_object(folder / TABLE)["shards"]}
+
+
 def our_config(ready: Prepared, jobs: Sequence[Job]) -> dict[str, Any]:
     """HF's keys, what stock mlx-lm needs besides, and ``quantization`` as mlx-lm writes it."""
     config = dict(read_object(ready.folder / "config.json"))
@@ -84,21 +98,28 @@ def our_config(ready: Prepared, jobs: Sequence[Job]) -> dict[str, Any]:
         config["num_experts"] = arguments["num_experts"]
     types = {job.treatment.dtype for job in jobs if job.treatment.dtype}
     if len(types) == 1:
-        name = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}[types.pop()]
+        name = next(name for name, stored in SAFETENSORS.items() if stored in types)
         config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
     packed = {job.planned.name.removesuffix(".weight"): job.treatment.config for job in jobs if job.treatment.kind == "quantize"}
     packed |= {path: packing.config for path, packing in ready.packings.items() if path not in packed}
-    if packed:
-        config["quantization"] = _quantization(packed)
-        config.setdefault("quantization_config", config["quantization"])
-        if "quant_method" not in config["quantization_config"]:
-            config["quantization_config"] = config["quantization"]
-    return config
+    return with_quantization(config, packed)
 
 
-def _quantization(packed: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The commonest settings on top, and every module that differs by its path."""
+def with_quantization(config: Mapping[str, Any], packed: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The config with ``quantization`` as mlx-lm reads it: the commonest settings on top, and every module that differs by its path.
+
+    Args:
+        config: Of the model or of what it came from.
+        packed: ``group_size``, ``bits`` and ``mode`` by the paths of the packed modules; empty where none is.
+    """
+    out = {key: value for key, value in config.items() if key != "quantization"}
+    method = (out.get("quantization_config") or {}).get("quant_method")
+    if all(settings["mode"] != method for settings in packed.values()):  # ours, or of weights that are packed no more
+        out.pop("quantization_config", None)
+    if not packed:
+        return out
     kinds = [tuple(settings.values()) for settings in packed.values()]
     common = max(sorted(set(kinds)), key=kinds.count)
     top = dict(zip(("group_size", "bits", "mode"), common, strict=True))
-    return {**top, **{path: settings for path, settings in packed.items() if settings != top}}
+    out["quantization"] = {**top, **{path: settings for path, settings in packed.items() if settings != top}}
+    return {"quantization_config": out["quantization"], **out}

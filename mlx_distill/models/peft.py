@@ -1,18 +1,24 @@
-"""LoRA adapters in PEFT's format: out and in. The matrices are the same ones, transposed; the scale is alpha over rank on both sides."""
+"""LoRA adapters in PEFT's format: out and in. The matrices are the same ones, transposed; the scale is made of alpha and rank alike."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import atomic_path, write_json
-from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings, relative_base
+from mlx_distill.files import atomic_path, digest, sha256, write_json, write_text
+from mlx_distill.models.adapters import ADAPTER_FILE, LoraSettings, adapter_base, adapter_config, adapter_settings, relative_base
+from mlx_distill.models.card import card_text
 from mlx_distill.models.checkpoint import read_header
-from mlx_distill.models.config_files import ADAPTER_CONFIG, load_config, read_object
+from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, load_config, read_object
+from mlx_distill.models.folder import making, source_key
+from mlx_distill.models.hub import commit_of, resolve
+from mlx_distill.models.prepare import prepare
+from mlx_distill.models.registry import architecture_of
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 
 PEFT_FILE = "adapter_model.safetensors"
@@ -21,64 +27,100 @@ _OUT = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitu
 _IN = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m", "lora_magnitude_vector.weight": "m"}
 
 
-def to_peft(model: str | Path, destination: str | Path, *, base_model: str | None = None) -> list[str]:
-    """Write an adapter folder of ours as PEFT reads it; return the adapted paths.
+def to_peft(
+    model: str | Path, destination: str | Path, *, base_model: str | None = None, report: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Write an adapter folder of ours as PEFT reads it, whole or not at all; return the adapted paths.
 
     Args:
         model: An adapter folder of ours.
         destination: The folder to make.
         base_model: What PEFT will call the base (a Hub id or a folder in the Hugging Face layout); the base's own path if not given.
+        report: A run's ``report.json``, whose figures go on the card.
 
     Raises:
-        ModelError: not an adapter, or an adapter on experts, which PEFT has no place for.
+        ModelError: not an adapter, or an adapter on experts or routers, which PEFT has no place for.
+        FileError: the disk refused, or the destination holds something else.
     """
-    folder, destination = Path(model), Path(destination)
+    folder, destination = resolve(model), Path(destination)
+    weights = peft_weights(folder)
+    ready = prepare(adapter_base(folder))
+    with making(destination, folder, "export", {"layout": "peft", "base_model": base_model}, {"source": source_key(folder)}) as work:
+        paths = write_peft(folder, work.folder, weights, base_model or str(adapter_base(folder)))
+        notes = [f"the adapter alone, of {len(paths)} modules, in PEFT's format"]
+        write_text(work.folder / "README.md", card_text(destination.name, folder, ready, notes, report, library="peft"))
+        work.recorded.update(source=str(model), modules=len(paths))
+    return paths
+
+
+def peft_weights(folder: Path) -> dict[str, mx.array]:
+    """The matrices of an adapter folder of ours under PEFT's names.
+
+    Raises:
+        ModelError: not an adapter, or one on modules that are no linear layers in transformers.
+    """
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{folder} holds no adapter", fix="export the whole model with --to hf")
-    settings = adapter_settings(folder)
-    weights = mx.load(str(folder / ADAPTER_FILE))
+    routers = tuple(f".{name}" for name in architecture_of(load_config(folder), str(folder)).routers)
+    infos, _ = read_header(folder / ADAPTER_FILE)  # says which tensor of a damaged file is cut
     out = {}
-    for name, value in weights.items():
-        path, leaf = name.rsplit(".", 1)
-        if value.ndim == 3:
-            raise ModelError(f"{path}: PEFT's format has no place for adapters on experts", fix="merge it instead: export with --to hf")
+    for name, value in mx.load(str(folder / ADAPTER_FILE)).items():
+        path, _, leaf = name.rpartition(".")
+        if leaf not in _OUT:
+            raise ModelError(f"{infos[name].where} is no matrix of an adapter", fix="train the adapter again")
+        if value.ndim == 3 or path.endswith(routers):
+            what = "experts" if value.ndim == 3 else "routers"
+            raise ModelError(f"{path}: PEFT's format has no place for adapters on {what}", fix="merge it instead: export with --to hf")
         out[f"{_PREFIX}{path}.{_OUT[leaf]}"] = mx.contiguous(value.T) if value.ndim == 2 else value
-    paths = sorted({name.rsplit(".", 1)[0] for name in weights})
+    return out
+
+
+def write_peft(folder: Path, into: Path, weights: dict[str, mx.array], base_model: str) -> list[str]:
+    """Write what :func:`peft_weights` gave, with PEFT's config and the tokenizer, into a folder that somebody else publishes."""
+    settings = adapter_settings(folder)
+    endings = tuple(f".{ending}" for ending in _OUT.values())
+    paths = sorted({name.removeprefix(_PREFIX).removesuffix(ending) for name in weights for ending in endings if name.endswith(ending)})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model or str(adapter_base(folder)),
+        "base_model_name_or_path": base_model,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "target_modules": paths,
         "bias": "none",
         "fan_in_fan_out": False,
-        "use_rslora": False,
+        "use_rslora": settings.rslora,
         "use_dora": settings.kind == "dora",
         "inference_mode": True,
     }
-    with atomic_path(destination / PEFT_FILE) as temporary:
-        mx.save_safetensors(str(temporary), out, metadata={"format": "pt"})
-    copy_tokenizer(folder, destination)
-    write_json(destination / ADAPTER_CONFIG, config)
+    with atomic_path(into / PEFT_FILE) as temporary:
+        mx.save_safetensors(str(temporary), weights, metadata={"format": "pt"})
+    copy_tokenizer(folder, into)
+    write_json(into / ADAPTER_CONFIG, config)
     return paths
 
 
-def from_peft(source: str | Path, destination: str | Path, base: str | Path) -> list[str]:
-    """Read a PEFT LoRA adapter into an adapter folder of ours; return the adapted paths.
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's format."""
+    return is_adapter(folder) and "peft_type" in read_object(folder / ADAPTER_CONFIG)
+
+
+def from_peft(source: str | Path, destination: str | Path, base: str | Path | None = None) -> list[str]:
+    """Read a PEFT LoRA adapter into an adapter folder of ours, whole or not at all; return the adapted paths.
 
     Args:
-        source: A folder with PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``.
+        source: A folder, or the Hub id of one, with PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``.
         destination: The adapter folder to make.
-        base: The base model: a folder of ours or of the Hugging Face layout.
+        base: The base model: a folder of ours or of the Hugging Face layout, or a Hub id; what PEFT's config calls so if not given.
 
     Raises:
         ModelError: not LoRA, or one of PEFT's options that mlx-lm's layers cannot compute.
+        FileError: the disk refused, or the destination holds something else.
     """
-    source, destination = Path(source), Path(destination)
+    source, destination = resolve(source), Path(destination)
     config = read_object(source / ADAPTER_CONFIG)
-    _refuse_options(source / ADAPTER_CONFIG, config)
+    settings = replace(peft_settings(source / ADAPTER_CONFIG, config), target_modules=())  # ours are named by what is there
     if not (source / PEFT_FILE).is_file():
         raise ModelError(f"{source / PEFT_FILE} is missing", fix="save the adapter as safetensors")
     infos, _ = read_header(source / PEFT_FILE)
@@ -93,28 +135,26 @@ def from_peft(source: str | Path, destination: str | Path, base: str | Path) -> 
         value = weights[name]
         path = name.removeprefix(_PREFIX).removesuffix("." + ending)
         out[f"{path}.{_IN[ending]}"] = mx.contiguous(value.T) if value.ndim == 2 else value
-    rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    scale = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     paths = sorted({name.rsplit(".", 1)[0] for name in out})
-    keys = sorted({path.split(".", 3)[-1] if path.startswith("model.layers.") else path for path in paths})
-    layers = int(load_config(base)["num_hidden_layers"]) if Path(base).is_dir() else 1000
-    ours = {
-        "fine_tune_type": "dora" if config.get("use_dora") else "lora",
-        "num_layers": layers,
-        "lora_parameters": {"rank": rank, "scale": scale, "dropout": float(config.get("lora_dropout") or 0.0), "keys": keys},
-        "alpha": scale * rank,
-        "target_modules": keys,
-        "base": relative_base(base, destination),
-    }
-    with atomic_path(destination / ADAPTER_FILE) as temporary:
-        mx.save_safetensors(str(temporary), out, metadata={"format": "mlx"})
-    if Path(base).is_dir():
-        copy_tokenizer(Path(base), destination)
-    write_json(destination / ADAPTER_CONFIG, ours)
+    base = base or str(config.get("base_model_name_or_path") or "")
+    layers = int(load_config(resolve(base))["num_hidden_layers"])
+    ours = adapter_config(settings, paths, layers, relative_base(base, destination))
+    parents = {"source": digest([sha256(source / PEFT_FILE), sha256(source / ADAPTER_CONFIG)])}
+    with making(destination, source, "import", {"layout": "peft", "base": ours["base"]}, parents) as work:
+        with atomic_path(work.folder / ADAPTER_FILE) as temporary:
+            mx.save_safetensors(str(temporary), out, metadata={"format": "mlx"})
+        copy_tokenizer(resolve(base), work.folder)
+        write_json(work.folder / ADAPTER_CONFIG, ours)
+        work.recorded.update(source=str(source), commit=commit_of(source))
     return paths
 
 
-def _refuse_options(where: Path, config: dict[str, Any]) -> None:
+def peft_settings(where: Path, config: Mapping[str, Any]) -> LoraSettings:
+    """The settings in PEFT's ``adapter_config.json``.
+
+    Raises:
+        ModelError: not LoRA, or one of PEFT's options that mlx-lm's layers cannot compute.
+    """
     if config.get("peft_type") != "LORA":
         raise ModelError(f"{where}: peft_type {config.get('peft_type')!r}", fix="only LORA adapters can be read")
     for key in (
@@ -135,3 +175,7 @@ def _refuse_options(where: Path, config: dict[str, Any]) -> None:
     for key in ("r", "lora_alpha"):
         if not isinstance(config.get(key), (int, float)):
             raise ModelError(f"{where}: {key} is missing", fix="save the adapter with PEFT again")
+    kind, dropout = "dora" if config.get("use_dora") else "lora", float(config.get("lora_dropout") or 0.0)
+    targets = config.get("target_modules") or ()
+    names = (targets,) if isinstance(targets, str) else tuple(targets)  # a pattern, or names
+    return LoraSettings(int(config["r"]), float(config["lora_alpha"]), dropout, names, kind, bool(config.get("use_rslora")))

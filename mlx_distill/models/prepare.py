@@ -74,7 +74,7 @@ def _check(
         if name not in found:
             missing = source_name(architecture, name, checkpoint.tensors)
             raise ModelError(
-                f"{checkpoint.folder}: tensor {missing!r} is missing", fix="download the checkpoint again, or correct config.json"
+                f"{checkpoint.listing}: tensor {missing!r} is missing", fix="download the checkpoint again, or correct config.json"
             )
         plan, path = found[name], name.removesuffix(".weight")
         if plan.dtype == "U32" and name.endswith(".weight"):
@@ -95,7 +95,7 @@ def _packing(checkpoint: Checkpoint, found: Mapping[str, Planned], path: str, sh
     weight, columns = found[f"{path}.weight"], shape[-1]
     for leaf in ("scales", "biases") if f"{path}.scales" in found and found[f"{path}.scales"].dtype != "U8" else ("scales",):
         if f"{path}.{leaf}" not in found:
-            raise ModelError(f"{checkpoint.folder}: tensor '{path}.{leaf}' is missing", fix="convert the checkpoint again")
+            raise ModelError(f"{weight.where} lacks its '{path}.{leaf}'", fix="convert the checkpoint again")
     scales = found[f"{path}.scales"]
     bits, group = weight.columns * 32 // columns, columns // max(scales.columns, 1)
     mode = "affine" if scales.dtype != "U8" else _MODES.get((bits, group))
@@ -108,6 +108,6 @@ def _packing(checkpoint: Checkpoint, found: Mapping[str, Planned], path: str, sh
 
 def _shape_error(plan: Planned, name: str, shape: tuple[int, ...]) -> ModelError:
     return ModelError(
-        f"{plan.where} gives {name} the shape {list(plan.shape)}; config.json says {list(shape)}",
+        f"{plan.where} gives {name!r} the shape {list(plan.shape)}; config.json says {list(shape)}",
         fix="check that config and weights belong together",
     )

@@ -13,15 +13,15 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.files import atomic_path, digest, lock_folder, open_partial, partial_folder, recover, sha256, stage_key, write_json
+from mlx_distill.files import atomic_path, sha256, write_json
 from mlx_distill.models.adapters import ADAPTER_FILE, LoraSettings, adapter_base, adapter_settings
 from mlx_distill.models.arrays import from_raw, to_raw
 from mlx_distill.models.checkpoint import Source, read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, read_object
-from mlx_distill.models.folder import FORMAT, check_destination, publish, source_key
+from mlx_distill.models.folder import making, source_key
 from mlx_distill.models.hub import resolve
 from mlx_distill.models.jobs import Delta, Job, TensorRow
-from mlx_distill.models.output import TABLE, finish_folder, shard_rows, stream, tensor_table
+from mlx_distill.models.output import finish_folder, shard_hashes, shard_rows, stream, tensor_table, update_lost
 from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.rules import Planned
 from mlx_distill.models.tokenizer_files import copy_tokenizer
@@ -91,6 +91,7 @@ class QuantizeReport:
             *tensor_table(self.rows),
             f"{self.mode}: {total}{adapter[self.adapter]}",
             f"largest relative error of a tensor: {self.largest_error:.2e}",
+            *update_lost(self.rows),
         ]
 
 
@@ -111,7 +112,7 @@ def quantize_folder(
     Args:
         source: A folder of ours, a Hugging Face folder, a Hub id, or an adapter folder.
         destination: The folder to make. :func:`mlx_distill.models.load.load` reads it either way.
-        mode: ``affine2`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe. Weights that are packed already stay so.
+        mode: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe. Weights that are packed already stay so.
         group_size: Weights that share a scale; 0 is the mode's own. Where it does not divide a row, a smaller one is taken, or the
             weight stays.
         adapter: ``merge`` adds it to the weights before they are packed (packed weights that it changes are unpacked and packed again
@@ -129,24 +130,15 @@ def quantize_folder(
     """
     folder, destination = resolve(source), Path(destination)
     settings = {"mode": mode, "group_size": group_size, "adapter": adapter, "keep": list(keep), "max_shard_bytes": max_shard_bytes}
-    parents = {"source": _source_key(folder)}
-    key = stage_key("quantize", FORMAT, settings, parents)
-    recover(destination)
-    check_destination(destination, folder)
-    with lock_folder(open_partial(destination, digest([key, str(folder.resolve())])) / "scratch"):
-        partial = partial_folder(destination)
+    with making(destination, folder, "quantize", settings, {"source": source_key(folder)}) as work:
         report = quantize_into(
-            folder, partial, mode, group_size, adapter, keep, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, progress=progress
-        )
+            folder, work.folder, mode, group_size, adapter, keep, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes,
+            progress=progress,
+        )  # fmt: skip
         report = replace(report, source=str(source), destination=str(destination))
-        publish(
-            destination,
-            "quantize",
-            settings,
-            parents,
-            {"source": str(source), **report.facts(), "seconds": report.seconds},
-            _hashes(partial),
-        )
+        base = "base/" if report.adapter == "kept" else ""
+        work.hashes.update({base + name: hash for name, hash in shard_hashes(work.folder / base).items()})
+        work.recorded.update(source=str(source), **report.facts(), seconds=report.seconds)
     return report
 
 
@@ -202,19 +194,6 @@ def _copy_adapter(source: Path, folder: Path) -> None:
     with atomic_path(folder / ADAPTER_FILE) as path:
         shutil.copyfile(source / ADAPTER_FILE, path)
     write_json(folder / ADAPTER_CONFIG, {**read_object(source / ADAPTER_CONFIG), "base": "base"})
-
-
-def _source_key(folder: Path) -> str:
-    if is_adapter(folder):
-        return digest([source_key(adapter_base(folder)), sha256(folder / ADAPTER_FILE), sha256(folder / ADAPTER_CONFIG)])
-    return source_key(folder)
-
-
-def _hashes(partial: Path) -> dict[str, str]:
-    for prefix in ("", "base/"):
-        if (partial / f"{prefix}{TABLE}").is_file():
-            return {prefix + row["name"]: row["sha256"] for row in read_object(partial / f"{prefix}{TABLE}")["shards"]}
-    return {}
 
 
 def adapter_deltas(folder: Path) -> dict[str, Delta]:
@@ -295,5 +274,5 @@ def reopen(p: Planned, planned: dict[str, Planned], packing: Treatment) -> tuple
         return to_raw(mx.dequantize(weight, rest[0], biases, packing.group_size, packing.bits, packing.mode, dtype=mx.float32))
 
     kept = parts[1].dtype if packing.mode == "affine" else "BF16"
-    treatment = replace(packing, dtype=kept, why="packed again")
+    treatment = replace(packing, dtype=kept, why="packed again", again=True)
     return Planned(p.name, "F32", shape, sources, "dequantize", read), treatment

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.rope import build_rope, rope_settings
-from mlx_distill.models.rules import Architecture, Rule
+from mlx_distill.models.rope import build_rope, rope_settings, stock_difference
+from mlx_distill.models.rules import Architecture, Rule, check_activation
 from mlx_distill.models.transforms import Same, SplitBlocks, Stack
 
 _MLP = "model.layers.{l}.mlp."
@@ -37,7 +37,12 @@ def _head_dim(config: Mapping[str, Any]) -> int:
     return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
 
 
+def _positions(config: Mapping[str, Any]) -> int:
+    return int(config.get("max_position_embeddings") or 32_768)
+
+
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    check_activation(config)
     if config.get("use_sliding_window") and config.get("sliding_window") and _slides(config):
         raise ModelError(
             "config.json: use_sliding_window is on, which the MLX class does not compute",
@@ -65,18 +70,16 @@ def _slides(config: Mapping[str, Any]) -> bool:
 
 
 def _mend(model: Any, config: Mapping[str, Any]) -> None:
-    rope = build_rope(_head_dim(config), rope_settings(config), int(config.get("max_position_embeddings") or 32_768))
+    rope = build_rope(_head_dim(config), rope_settings(config), _positions(config))
     for layer in model.layers:
         layer.self_attn.rope = rope
 
 
 def _stock_differs(config: Mapping[str, Any]) -> str | None:
     rope = rope_settings(config)
-    if rope.kind == "yarn" and config["model_type"] == "qwen3_moe":
-        return "stock mlx-lm computes Qwen3-MoE without YaRN"
-    if rope.kind == "yarn" and not rope.scaling.get("truncate", True):
-        return "stock mlx-lm rounds YaRN's correction range although the config says truncate: false, and computes other logits"
-    return None
+    if rope.kind != "default" and config["model_type"] == "qwen3_moe":
+        return f"stock mlx-lm computes Qwen3-MoE without its {rope.kind} rope, and computes other logits"
+    return stock_difference(_head_dim(config), rope, _positions(config))
 
 
 def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

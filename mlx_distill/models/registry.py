@@ -30,7 +30,7 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
                 fix="remote code is never run; use a checkpoint without it",
             )
     kind = config.get("model_type")
-    if kind not in ARCHITECTURES:
+    if not isinstance(kind, str) or kind not in ARCHITECTURES:
         raise ModelError(f"{where}: unknown model_type {kind!r}", fix=f"known: {', '.join(ARCHITECTURES)}")
     return ARCHITECTURES[kind]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -50,6 +50,8 @@ def rope_settings(
         raise ModelError(f"config.json: rope type {kind!r} is not supported", fix="default, linear and yarn are")
     if kind != "default" and "factor" not in scaling:
         raise ModelError(f"config.json: rope type {kind!r} without a factor", fix="take config.json from the original checkpoint")
+    if (config.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0) != 1.0:
+        raise ModelError("config.json: partial_rotary_factor is not supported", fix="only ropes over the whole head are")
     return RopeSettings(kind, float(theta), scaling)
 
 
@@ -87,15 +89,40 @@ def yarn_frequencies(dims: int, settings: RopeSettings, max_positions: int = 131
     return inverse.astype(np.float32), _attention_factor(scaling, factor)
 
 
-def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
-    def mscale(weight: float) -> float:
-        return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
+def _mscale(factor: float, weight: float) -> float:
+    return 0.1 * weight * math.log(factor) + 1.0 if factor > 1 else 1.0
 
+
+def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
     if scaling.get("attention_factor") is not None:
         return float(scaling["attention_factor"])
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return mscale(scaling["mscale"]) / mscale(scaling["mscale_all_dim"])
-    return mscale(1.0)
+        return _mscale(factor, scaling["mscale"]) / _mscale(factor, scaling["mscale_all_dim"])
+    return _mscale(factor, 1.0)
+
+
+def stock_difference(dims: int, settings: RopeSettings, max_positions: int = 131_072) -> str | None:
+    """What stock mlx-lm computes otherwise of a YaRN that it reads, by its numbers; None where they are the same.
+
+    >>> rope = rope_settings({"rope_scaling": {"rope_type": "yarn", "factor": 32, "truncate": False}, "rope_theta": 150000})
+    >>> stock_difference(64, rope)
+    "stock mlx-lm rounds YaRN's correction range although the config says truncate: false, and computes other logits"
+    """
+    if settings.kind != "yarn":
+        return None
+    scaling = dict(settings.scaling)
+    ours, scale = yarn_frequencies(dims, settings, max_positions)
+    untold = {"original_max_position_embeddings": 4096, "truncate": True}
+    theirs, _ = yarn_frequencies(dims, replace(settings, scaling={**untold, **scaling, "truncate": True}), max_positions)
+    if not np.allclose(ours, theirs, rtol=1e-5):
+        if not scaling.get("truncate", True):
+            return "stock mlx-lm rounds YaRN's correction range although the config says truncate: false, and computes other logits"
+        return "stock mlx-lm takes 4096 for YaRN's original length, which the config does not name, and computes other logits"
+    factor = float(scaling["factor"])
+    stock = _mscale(factor, scaling.get("mscale") or 1) / _mscale(factor, scaling.get("mscale_all_dim") or 0)
+    if not math.isclose(scale, stock, rel_tol=1e-5):
+        return f"stock mlx-lm scales queries and keys by {stock:.4g} where the config says {scale:.4g}, and computes other logits"
+    return None
 
 
 class YarnRope(nn.Module):

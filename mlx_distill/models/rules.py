@@ -113,6 +113,16 @@ class Architecture:
         return None
 
 
+def check_activation(config: Mapping[str, Any]) -> None:
+    """Refuse an activation that mlx-lm's classes do not compute: they know SiLU alone, and never look.
+
+    Raises:
+        ModelError: another ``hidden_act``.
+    """
+    if config.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise ModelError(f"config.json: hidden_act {config['hidden_act']!r} is not supported", fix="only silu is")
+
+
 def forward_plan(
     architecture: Architecture, tensors: Mapping[str, Source], config: Mapping[str, Any]
 ) -> tuple[list[Planned], list[tuple[Source, str]]]:
@@ -158,7 +168,7 @@ def _in_order(rule: Rule, layer: str, members: list[tuple[int, Source]], config:
         for e in range(count):
             if e not in numbers:
                 missing = rule.source.replace("{l}", layer).replace("{e}", str(e))
-                raise ModelError(f"{members[0][1].file.parent}: tensor {missing!r} is missing", fix="download the checkpoint again")
+                raise ModelError(f"{members[0][1].where}: its sibling {missing!r} is missing", fix="download the checkpoint again")
     return tuple(info for _, info in members)
 
 
@@ -166,6 +176,15 @@ def _order(plan: Planned) -> tuple[object, ...]:
     """Layers by number, so that a shard holds neighbours; what is outside the layers first."""
     found = re.search(r"\.layers\.(\d+)\.", plan.name)
     return (int(found.group(1)) if found else -1, plan.name)
+
+
+def folded(name: str) -> str:
+    """A tensor's name with its numbers left open, so that layers and experts fall together.
+
+    >>> folded("model.layers.3.mlp.experts.11.up_proj.weight")
+    'model.layers.*.mlp.experts.*.up_proj.weight'
+    """
+    return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def backward_plan(architecture: Architecture, tensors: Mapping[str, Source]) -> list[Planned]:

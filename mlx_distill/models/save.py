@@ -9,7 +9,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from mlx_distill.files import atomic_path, write_json
+from mlx_distill.models.checkpoint import INDEX
 from mlx_distill.models.config_files import read_object
+from mlx_distill.models.output import with_quantization
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 from mlx_distill.models.writer import MAX_SHARD_BYTES
 
@@ -39,7 +41,7 @@ def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_by
             mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
         where |= dict.fromkeys(shard, file)
     total = sum(value.nbytes for shard in shards for value in shard.values())
-    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
     config = read_object(base / "config.json")
     types = {
         str(value.dtype).removeprefix("mlx.core.")
@@ -49,5 +51,10 @@ def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_by
     }
     if len(types) == 1:
         config |= {key: next(iter(types)) for key in ("dtype", "torch_dtype") if key in config}
-    write_json(folder / "config.json", config)
+    packed = {
+        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        for path, module in model.named_modules()
+        if "scales" in module
+    }
+    write_json(folder / "config.json", with_quantization(config, packed))
     copy_tokenizer(base, folder, others=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +9,9 @@ from typing import Any
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.checkpoint import FLOATS
 from mlx_distill.models.rules import Architecture, Planned
+from mlx_distill.recipe import MODES
 
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (128, 64, 32)
+AFFINE_GROUPS = (128, 64, 32)
 _FIXED = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 # Body, and what the embeddings and the head get besides; the router is always kept.
 MIXED = {"mixed4": ("affine4", "affine8"), "mixed-mxfp4": ("mxfp4", "affine8"), "mixed-nvfp4": ("nvfp4", "affine8")}
@@ -20,7 +20,10 @@ SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 @dataclass(frozen=True)
 class Treatment:
-    """``kind`` is ``keep``, ``cast`` or ``quantize``; ``dtype`` the safetensors type cast to; ``why`` a reason worth showing."""
+    """``kind`` is ``keep``, ``cast`` or ``quantize``; ``dtype`` the safetensors type cast to; ``why`` a reason worth showing.
+
+    ``again``: the weights were packed so before, and lie near that grid.
+    """
 
     kind: str = "keep"
     dtype: str | None = None
@@ -28,6 +31,7 @@ class Treatment:
     bits: int = 0
     group_size: int = 0
     why: str = ""
+    again: bool = False
 
     @property
     def label(self) -> str:
@@ -46,7 +50,7 @@ Decide = Callable[[Planned], Treatment]
 
 
 def parse_mode(name: str, group_size: int = 0) -> Treatment:
-    """A mode by name: ``affine2`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``; ``group_size`` 0 is the mode's own.
+    """A mode by name: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``; ``group_size`` 0 is the mode's own.
 
     Raises:
         ConfigError: an unknown mode, or a group size that the mode does not have.
@@ -54,19 +58,17 @@ def parse_mode(name: str, group_size: int = 0) -> Treatment:
     >>> parse_mode("affine4").label
     'affine 4 bits, groups of 64'
     """
-    found = re.fullmatch(r"affine(\d)", name)
-    if found and int(found[1]) in AFFINE_BITS:
+    if name in MODES and name.startswith("affine"):
         size = group_size or 64
         if size not in AFFINE_GROUPS:
             raise ConfigError(f"groups of {size} with {name}", fix=f"one of {', '.join(map(str, sorted(AFFINE_GROUPS)))}")
-        return Treatment("quantize", mode="affine", bits=int(found[1]), group_size=size)
+        return Treatment("quantize", mode="affine", bits=int(name.removeprefix("affine")), group_size=size)
     if name in _FIXED:
         bits, size = _FIXED[name]
         if group_size not in (0, size):
             raise ConfigError(f"groups of {group_size} with {name}", fix=f"{name} has groups of {size}")
         return Treatment("quantize", mode=name, bits=bits, group_size=size)
-    known = ", ".join([*(f"affine{b}" for b in AFFINE_BITS), *_FIXED, *MIXED])
-    raise ConfigError(f"unknown quantization {name!r}", fix=f"one of {known}")
+    raise ConfigError(f"unknown quantization {name!r}", fix=f"one of {', '.join(MODES)}")
 
 
 def decider(

@@ -8,8 +8,10 @@ import os
 import struct
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import numpy as np
@@ -181,7 +183,7 @@ class _Sink:
 def _write_shard(path: Path, group: Sequence[Job], metadata: dict[str, str], slab_bytes: int, on_bytes: OnBytes | None) -> ShardResult:
     outputs = [output for job in group for output in job.outputs]
     temporary = path.with_name(f".{path.name}.tmp")
-    with os_errors():
+    with os_errors(path):
         sink = _Sink(temporary)
         try:
             sink.put(_header(outputs, metadata))
@@ -197,17 +199,20 @@ def _write_shard(path: Path, group: Sequence[Job], metadata: dict[str, str], sla
 
 def _write_job(job: Job, sink: _Sink, slab_bytes: int, on_bytes: OnBytes | None) -> TensorRow:
     errors, outputs = Errors(), job.outputs
-    later: list[list[np.ndarray]] = [[] for _ in outputs[1:]]  # scales and biases come after the whole weight in the file; they are small
-    for start, stop in slabs(job, slab_bytes):
-        weight, *rest = run_slab(job, start, stop, errors)
-        sink.put(weight)
-        for kept, block in zip(later, rest, strict=True):
-            kept.append(block)
-        if on_bytes:
-            on_bytes(job.planned.nbytes * (stop - start) // max(job.planned.rows, 1))
-    for kept in later:
-        for block in kept:
-            sink.put(block)
+    with ExitStack() as files:
+        # Scales and biases come after the whole weight in the file; until then they wait on the disk, since they grow with the tensor.
+        later = [files.enter_context(TemporaryFile(dir=sink.path.parent)) for _ in outputs[1:]]
+        for start, stop in slabs(job, slab_bytes):
+            weight, *rest = run_slab(job, start, stop, errors)
+            sink.put(weight)
+            for file, block in zip(later, rest, strict=True):
+                file.write(np.ascontiguousarray(block).data)
+            if on_bytes:
+                on_bytes(job.planned.nbytes * (stop - start) // max(job.planned.rows, 1))
+        for file in later:
+            file.seek(0)
+            while piece := file.read(_COMPARED):
+                sink.put(piece)
     return table_row(job, errors, outputs)
 
 

@@ -11,6 +11,7 @@ from mlx_distill.errors import ConfigError
 from mlx_distill.optim.named import Filter, NamedOptimizer
 from mlx_distill.optim.subspace import basis_shapes, project
 
+MINI_SCALE = math.sqrt(128.0)
 _GROWTH = 1.01
 _TINY = 1e-8
 
@@ -97,7 +98,7 @@ class APOLLO(NamedOptimizer):
 
 
 def APOLLOMini(  # noqa: N802 - made and named like its kin
-    learning_rate: float | Callable[[mx.array], mx.array], update_gap: int = 200, scale: float = math.sqrt(128.0), **options: object
+    learning_rate: float | Callable[[mx.array], mx.array], update_gap: int = 200, scale: float = MINI_SCALE, **options: object
 ) -> APOLLO:
     r"""APOLLO at rank 1 with one factor a matrix: next to no state. :math:`\alpha = \sqrt{128}` as in the paper.
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_distill.optim.adamw import AdamW
+from mlx_distill.optim.apollo import APOLLO, MINI_SCALE, APOLLOMini
 from mlx_distill.optim.galore import GaLoreAdamW
 from mlx_distill.optim.named import by_modules
 from mlx_distill.optim.schedules import make_schedule
@@ -16,11 +17,11 @@ from mlx_distill.runtime import rank_and_size
 def make_optimizer(config: TrainConfig, total_steps: int) -> optim.Optimizer:
     """The optimizer that the settings ask for, with its schedule inside.
 
-    ``method: galore`` is :class:`~mlx_distill.optim.galore.GaLoreAdamW` on the matrices of ``target_modules``, its moments turned with the
-    basis and the refreshes spread over the gap; every other method is :class:`~mlx_distill.optim.adamw.AdamW`.
+    ``method: galore`` is :class:`~mlx_distill.optim.galore.GaLoreAdamW` on the matrices of ``target_modules``, ``apollo`` and
+    ``apollo-mini`` are :class:`~mlx_distill.optim.apollo.APOLLO` on them; every other method is :class:`~mlx_distill.optim.adamw.AdamW`.
 
     Args:
-        config: Method, learning rate, schedule and decay.
+        config: Method with its own settings, learning rate, schedule and decay.
         total_steps: Optimizer steps of the run, which the schedule spans.
 
     Raises:
@@ -30,16 +31,26 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optim.Optimizer:
     'GaLoreAdamW'
     """
     rate = make_schedule(config.schedule, config.learning_rate, total_steps, warmup=config.warmup)
-    if config.method != "galore":
-        return AdamW(rate, weight_decay=config.weight_decay)
-    return GaLoreAdamW(
-        rate,
-        config.galore_rank,
-        config.galore_update_gap,
-        config.galore_scale,
-        weight_decay=config.weight_decay,
-        moments="project",
-        stagger=True,
-        filter=by_modules(config.target_modules),
-        group=mx.distributed.init() if rank_and_size()[1] > 1 else None,
-    )
+    decay, chosen = config.weight_decay, by_modules(config.target_modules)
+    if config.method == "galore":
+        return GaLoreAdamW(
+            rate,
+            config.galore_rank,
+            config.galore_update_gap,
+            config.galore_scale,
+            config.galore_projection,
+            weight_decay=decay,
+            moments=config.galore_moments,
+            stagger=config.galore_stagger,
+            refresh_below=config.galore_refresh_below,
+            filter=chosen,
+            group=mx.distributed.init() if rank_and_size()[1] > 1 else None,
+        )
+    scale, seed = config.apollo_scale, config.seed
+    if config.method == "apollo":
+        gap, scale = config.apollo_update_gap, 1.0 if scale is None else scale
+        return APOLLO(rate, config.apollo_rank, gap, scale, weight_decay=decay, seed=seed, filter=chosen)
+    if config.method == "apollo-mini":
+        scale = MINI_SCALE if scale is None else scale
+        return APOLLOMini(rate, config.apollo_update_gap, scale, weight_decay=decay, seed=seed, filter=chosen)
+    return AdamW(rate, weight_decay=decay)

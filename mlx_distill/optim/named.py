@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_distill.optim.adamw import bias_corrections
 
@@ -32,7 +32,7 @@ def is_projected(path: str, parameter: mx.array) -> bool:
     return parameter.ndim == 2 or (parameter.ndim == 3 and any(word in part for word in _STACKED for part in parts))
 
 
-def by_modules(names: list[str] | tuple[str, ...]) -> Filter:
+def by_modules(names: Sequence[str]) -> Filter:
     """A filter for the weights of modules of these names (``q_proj``, or a tail such as ``mlp.up_proj``).
 
     >>> by_modules(["q_proj"])("layers.0.self_attn.q_proj.weight", mx.zeros((4, 4)))
@@ -138,12 +138,4 @@ def state_bytes(optimizer: optim.Optimizer, chosen: Filter | None = None) -> int
     >>> o = AdamW(0.1); o.init({"w": mx.zeros((4, 4))}); state_bytes(o, lambda path, _: path.startswith("w."))
     128
     """
-    total = 0
-
-    def add(path: str, array: mx.array) -> None:
-        nonlocal total
-        total += array.nbytes if chosen is None or chosen(path, array) else 0
-
-    for path, array in tree_flatten(tree_map(lambda a: a, optimizer.state)):
-        add(path, array)
-    return total
+    return sum(array.nbytes for path, array in tree_flatten(optimizer.state) if chosen is None or chosen(path, array))

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 
 import mlx.core as mx
+import mlx.optimizers as optim
 
 from mlx_distill.errors import ConfigError
 
@@ -39,18 +40,15 @@ def make_schedule(name: str, peak: float, steps: int, *, warmup: float = 0.0, fl
         A function of the step, a number or a scalar array; past the end it stays at the last value.
 
     Raises:
-        ConfigError: an unknown name, or a warm-up longer than the run.
+        ConfigError: an unknown name, or a schedule that is longer than the run.
 
     >>> rate = make_schedule("linear", 1.0, 10, warmup=0.2)
     >>> [round(rate(t).item(), 3) for t in (0, 1, 2, 6, 10)]
     [0.333, 0.667, 1.0, 0.5, 0.0]
     """
-    if name not in SCHEDULES:
-        raise ConfigError(f"no schedule {name!r}", fix=f"one of {', '.join(SCHEDULES)}")
+    check_schedule(name, warmup)
     if steps < 1:
         raise ConfigError(f"a schedule over {steps} steps", fix="train for at least one step")
-    if not 0 <= warmup <= 1:
-        raise ConfigError(f"a warm-up over {warmup:g} of the run", fix="warmup is a share of the steps, 0 to 1")
     rise = math.ceil(warmup * steps)
     fall = max(steps - rise, 1)
 
@@ -68,4 +66,31 @@ def make_schedule(name: str, peak: float, steps: int, *, warmup: float = 0.0, fl
         shape = floor + (1.0 - floor) * shape
         return peak * mx.where(t < rise, (t + 1.0) / (rise + 1.0), shape)
 
+    schedule.steps = steps  # type: ignore[attr-defined]
     return schedule
+
+
+def check_schedule(name: str, warmup: float) -> None:
+    """Refuse a schedule whose parts are longer than the run, which shows without knowing how long that is.
+
+    Raises:
+        ConfigError: an unknown name, or a warm-up that leaves no room for what follows it.
+
+    >>> check_schedule("wsd", 0.1)
+    """
+    if name not in SCHEDULES:
+        raise ConfigError(f"no schedule {name!r}", fix=f"one of {', '.join(SCHEDULES)}")
+    if not 0 <= warmup <= 1:
+        raise ConfigError(f"a warm-up over {warmup:g} of the run", fix="warmup is a share of the steps, 0 to 1")
+    if warmup + (_WSD_DECAY if name == "wsd" else 0) > 1 or (warmup == 1 and name != "constant"):
+        most = "at most 0.8" if name == "wsd" else "below 1"
+        raise ConfigError(f"a {name} schedule with a warm-up over {warmup:g} of the steps is longer than the run", fix=f"warmup: {most}")
+
+
+def scheduled_steps(optimizer: optim.Optimizer) -> int | None:
+    """The steps over which an optimizer's learning rate was laid out by :func:`make_schedule`; None where it was not.
+
+    >>> scheduled_steps(optim.SGD(make_schedule("cosine", 0.1, 30))), scheduled_steps(optim.SGD(0.1))
+    (30, None)
+    """
+    return getattr(getattr(optimizer, "_schedulers", {}).get("learning_rate"), "steps", None)

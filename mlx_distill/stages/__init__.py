@@ -17,6 +17,7 @@ from mlx_distill.stages.context import Context as Context
 from mlx_distill.stages.context import Facts, held_out_rows, load_model, read_rows, stop_here, vocabulary_hash
 from mlx_distill.stages.pairing import aligned_pairs
 from mlx_distill.stages.scoring import score_shard
+from mlx_distill.stages.training import check_training as check_training
 from mlx_distill.stages.training import fine_tune, train_rows
 
 
@@ -41,6 +42,7 @@ def convert(context: Context, folder: Path, source: str) -> Facts:
 
 def teach(context: Context, folder: Path) -> Facts:
     """Fine-tune the teacher on the labelled rows."""
+    check_training(context, {"teach"})
     model, tokenizer = load_model(context, "teacher_base")
     return fine_tune(context, folder, "teach", model, tokenizer, "teacher_base", context.recipe.teach)
 
@@ -75,6 +77,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     from mlx_distill.train.pairs import collate_pairs
 
     settings = context.recipe.distill
+    check_training(context, {"distill"})
     model, tokenizer = load_model(context, "student_base")
     if control == "labels":
         return fine_tune(context, folder, "distill (labels alone)", model, tokenizer, "student_base", settings)
@@ -84,7 +87,8 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     pad, classes = pad_id(tokenizer), len(context.task.labels) + 1  # everything else is one too
     return train_rows(
         context, folder, "distill" if control is None else "distill (text alone)", model, tokenizer, "student_base", settings,
-        kd(settings, **tokenizers), train_pairs, valid_pairs, lambda pairs, rows: collate_pairs(pairs, rows, pad, classes),
+        kd(settings, **tokenizers), train_pairs, valid_pairs,
+        lambda pairs, rows, multiple: collate_pairs(pairs, rows, pad, classes, multiple),
     )  # fmt: skip
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import DataError, Interrupted
 from mlx_distill.files import read_jsonl
@@ -13,18 +14,26 @@ from mlx_distill.recipe import Recipe
 from mlx_distill.runtime import StopFlag
 from mlx_distill.task import Task
 
+if TYPE_CHECKING:
+    from mlx_distill.train.profile import Profile
+
 Facts = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage of a run shares: the recipe, its task, the run's folder, where progress is told, and the wish to stop."""
+    """What every stage of a run shares: the recipe, its task, the run's folder, where progress is told, and the wish to stop.
+
+    ``hooks`` watch every training (:mod:`mlx_distill.train.hooks`), and ``profile`` takes the time of its parts.
+    """
 
     recipe: Recipe
     task: Task
     run: Path
     progress: Progress
     stop: StopFlag
+    hooks: Sequence[Callable[[dict[str, Any]], None]] = ()
+    profile: Profile | None = None
 
 
 def load_model(context: Context, name: str, *, packed: bool = False) -> tuple[Any, Any]:

@@ -31,6 +31,8 @@ def aligned_pairs(context: Context, tokenizer: Any, settings: DistillConfig) -> 
     too_long = 0
     with context.progress.task("align", total=len(reader), unit="row") as bar:
         for number, target in enumerate(reader, 1):
+            if target.id not in prompts:
+                raise DataError(f"{reader.folder}: row {target.id!r} is not in {context.run / 'data'}", fix="run: mlx-distill targets")
             messages, split = prompts[target.id]
             chat = render(tokenizer, [*messages, {"role": "assistant", "content": target.text}])
             if len(chat) > settings.max_length:

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.config import resolve_asset
 from mlx_distill.files import scratch
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.runtime import rank_and_size
 from mlx_distill.stages.context import Context, Facts, read_rows
+
+# Rows, the numbers of those in each line of a batch, and what the width is rounded up to.
+Collate = Callable[[Sequence[Any], Sequence[Sequence[int]], int], Any]
 
 
 def fine_tune(context: Context, folder: Path, name: str, model: Any, tokenizer: Any, base: str, settings: TrainConfig) -> Facts:
@@ -33,42 +37,43 @@ def fine_tune(context: Context, folder: Path, name: str, model: Any, tokenizer: 
     pad = pad_id(tokenizer)
     return train_rows(
         context, folder, name, model, tokenizer, base, settings, sft(), encoded["train"], encoded["valid"],
-        lambda rows, chosen: collate(rows, chosen, pad),
+        lambda rows, chosen, multiple: collate(rows, chosen, pad, multiple),
     )  # fmt: skip
 
 
 def train_rows(
     context: Context, folder: Path, name: str, model: Any, tokenizer: Any, base: str, settings: TrainConfig, objective: Any,
-    rows: Sequence[Any], valid: Sequence[Any], collate: Callable[[Sequence[Any], Sequence[int]], Any],
+    rows: Sequence[Any], valid: Sequence[Any], collate: Collate,
 ) -> Facts:  # fmt: skip
     """The loop over prepared rows; leaves an adapter folder, or a whole model where all its weights moved."""
-    from mlx_distill.models.adapters import LoraSettings, save_adapter
+    from mlx_distill.models.adapters import save_adapter
     from mlx_distill.models.save import save_model
     from mlx_distill.optim import make_optimizer
     from mlx_distill.train.loop import total_steps, train
-    from mlx_distill.train.methods import make_trainable
-    from mlx_distill.train.rows import RowBatches
+    from mlx_distill.train.methods import adapter_of, make_trainable
 
     make_trainable(model, settings)
-    rank, size = rank_and_size()
-    source = RowBatches(
-        [len(row.tokens) for row in rows], lambda chosen: collate(rows, chosen), settings.batch_size, settings.seed, rank=rank, size=size
-    )
+    source, look = _batches(context, name, settings, rows, valid, collate)
     steps = total_steps(settings, len(source))
-    look = [collate(valid, range(i, min(i + settings.batch_size, len(valid)))) for i in range(0, len(valid), settings.batch_size)]
+    profile = context.profile
     with context.progress.task(name, total=steps, unit="step") as bar:
 
         def show(row: dict[str, Any]) -> None:
             bar.update(row["step"], loss=row["loss"], tokens_per_second=round(row["tokens_per_second"]))
 
-        result = train(
-            model, source, objective, make_optimizer(settings, steps), settings, folder=scratch(folder), valid=look, hooks=[show],
-            stop=context.stop,
-        )  # fmt: skip
+        watchers = [show, *([profile.add] if profile else []), *context.hooks]
+        try:
+            result = train(
+                model, source, objective, make_optimizer(settings, steps), settings, folder=scratch(folder), valid=look,
+                hooks=[_named(name, hook) for hook in watchers], stop=context.stop, watch=profile.watch if profile else None,
+            )  # fmt: skip
+        finally:
+            if profile:
+                profile.finish()
     shutil.copyfile(scratch(folder) / "metrics.jsonl", folder / "metrics.jsonl")
-    if settings.method in ("lora", "dora"):
-        lora = LoraSettings(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.target_modules, settings.method)
-        save_adapter(model, folder, lora, context.run / base)
+    adapter = adapter_of(settings)
+    if adapter is not None:
+        save_adapter(model, folder, adapter, context.run / base)
     else:
         save_model(model, context.run / base, folder)
     return {
@@ -76,6 +81,54 @@ def train_rows(
         "best_step": result.best_step, "best_loss": result.best_loss, "trainable": trainable_share(model),
         "peak_memory_bytes": result.metrics.get("peak_memory_bytes"),
     }  # fmt: skip
+
+
+def _named(stage: str, hook: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    return lambda row: hook({"stage": stage, **row})
+
+
+def check_training(context: Context, commands: Collection[str]) -> None:
+    """Refuse what the trainings among ``commands`` could not be done with, as far as it shows without loading a weight.
+
+    A base that is on this machine is asked for its shapes; one that has to be downloaded first is asked when it is here.
+
+    Raises:
+        ConfigError, ModelError: settings that contradict each other, an unknown target, a rank above a dimension.
+    """
+    from mlx_distill.train.checks import check_model, check_settings
+
+    recipe = context.recipe
+    for command, settings, base, source in (
+        ("teach", recipe.teach, "teacher_base", recipe.teacher), ("distill", recipe.distill, "student_base", recipe.student),
+    ):  # fmt: skip
+        if command not in commands:
+            continue
+        check_settings(settings, rank_and_size()[1])
+        folders = [context.run / base, Path(resolve_asset(source, recipe.base))]
+        here = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+        if here is not None:
+            check_model(here, settings, unpack=recipe.unpack)
+
+
+def _batches(
+    context: Context, name: str, settings: TrainConfig, rows: Sequence[Any], valid: Sequence[Any], collate: Collate
+) -> tuple[Any, list[Any]]:
+    """The stream of training batches and the fixed list of validation batches: each row in a line of its own, or packed."""
+    from mlx_distill.data.packing import make_lines
+    from mlx_distill.train.rows import RowBatches
+
+    lines, look = (
+        make_lines([len(row.tokens) for row in some], settings.max_length, settings.seed, settings.packing) for some in (rows, valid)
+    )
+    if settings.packing:
+        share = lines.fill(settings.max_length)
+        context.progress.note(f"{name}: {len(rows)} rows in {len(lines.rows)} lines of {settings.max_length} tokens, {share:.1%} full")
+    rank, size = rank_and_size()
+    batch_size = settings.batch_size
+    source = RowBatches(
+        lines.sizes, lambda chosen: collate(rows, lines.batch(chosen), lines.multiple), batch_size, settings.seed, rank=rank, size=size
+    )
+    return source, [collate(valid, look.rows[i : i + batch_size], look.multiple) for i in range(0, len(look.rows), batch_size)]
 
 
 def trainable_share(model: Any) -> dict[str, float]:

@@ -87,11 +87,11 @@ class TargetReader:
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        self.index: Mapping[str, Any] = read_json(self.folder / "index.json")
-        if self.index.get("format") != FORMAT:
-            raise FileError(
-                f"{self.folder}: soft targets of format {self.index.get('format')}, not {FORMAT}", fix="make them anew: mlx-distill targets"
-            )
+        index = read_json(self.folder / "index.json")
+        found = index.get("format") if isinstance(index, dict) else None
+        if found != FORMAT:
+            raise FileError(f"{self.folder}: soft targets of format {found}, not {FORMAT}", fix="make them anew: mlx-distill targets")
+        self.index: Mapping[str, Any] = index
 
     @property
     def labels(self) -> tuple[str, ...]:

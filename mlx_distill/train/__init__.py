@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlx_distill.train.checkpoint import load_weights as load_weights
+from mlx_distill.train.hooks import Hook as Hook
 from mlx_distill.train.kd import kd as kd
 from mlx_distill.train.loop import TrainResult as TrainResult
 from mlx_distill.train.loop import total_steps as total_steps
@@ -10,6 +11,7 @@ from mlx_distill.train.loop import train as train
 from mlx_distill.train.methods import make_trainable as make_trainable
 from mlx_distill.train.objectives import Objective as Objective
 from mlx_distill.train.objectives import sft as sft
+from mlx_distill.train.profile import Profile as Profile
 from mlx_distill.train.rows import RowBatches as RowBatches
 from mlx_distill.train.source import BatchSource as BatchSource
 from mlx_distill.train.source import ListBatches as ListBatches

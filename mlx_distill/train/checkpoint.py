@@ -19,7 +19,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_distill.errors import FileError, ModelError
+from mlx_distill.errors import FULL_DISK, FileError, ModelError
 from mlx_distill.files import digest, fsync_folder, os_errors, read_json
 
 FORMAT = 1
@@ -137,7 +137,7 @@ def _read_arrays(path: Path) -> dict[str, mx.array]:
 
 def _write_folder(path: Path, arrays: Mapping[str, dict[str, mx.array]], state: Mapping[str, Any]) -> Path:
     temporary, old = path.with_name(f".{path.name}.tmp"), path.with_name(f".{path.name}.old")
-    with os_errors():
+    with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         for stale in (temporary, old):
             shutil.rmtree(stale, ignore_errors=True)
@@ -164,7 +164,7 @@ def _save_arrays(path: Path, flat: dict[str, mx.array]) -> None:
     try:
         mx.save_safetensors(str(path), flat)
     except RuntimeError as error:
-        raise FileError(f"{path}: cannot be written: {error}", fix="free some space, then run the same command again") from error
+        raise FileError(f"{path}: cannot be written: {error}", fix=FULL_DISK) from error
 
 
 def _sync(files: Iterable[Path]) -> None:

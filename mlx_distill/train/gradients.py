@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -79,7 +80,11 @@ def window_gradients(
         if not active:
             losses.append(0.0)
             continue
-        parts = _backward(model, batch, objective, {name: scales[name] for name in active}, total, compress, watch)
+        with watch.part("forward"):
+            flat, found = differentiate(model, batch, objective, {name: scales[name] for name in active})
+        with watch.part("backward"):
+            _add(flat, total, compress, watch)
+        parts = {name: part.item() for name, part in found.items()}
         for name in active:
             sums[name] += parts[name]
         losses.append(sum(scales[name] * parts[name] for name in active))
@@ -95,16 +100,17 @@ def window_gradients(
     return Window(total, sum(objective.coefficients[name] * terms[name] for name in names), terms, weights, losses)
 
 
-def _backward(
-    model: nn.Module,
-    batch: Batch,
-    objective: Objective,
-    scales: Mapping[str, float],
-    total: dict[str, mx.array],
-    compress: Compress | None,
-    watch: Stopwatch,
-) -> dict[str, float]:
-    """Add one micro-batch's gradient to ``total``; return the terms' sums."""
+def differentiate(
+    model: nn.Module, batch: Batch, objective: Objective, scales: Mapping[str, float]
+) -> tuple[list[tuple[str, mx.array]], dict[str, mx.array]]:
+    """One micro-batch's gradient by path, not evaluated yet, and the terms' sums, evaluated.
+
+    Args:
+        model: Its trainable parameters are differentiated, and stay as they are.
+        batch: The micro-batch.
+        objective: Terms of the loss.
+        scales: The factor on each term that counts.
+    """
     parameters = model.trainable_parameters()
 
     # Only the trainable parameters are arguments: every array argument is traced whole, and kept.
@@ -114,20 +120,15 @@ def _backward(
         parts = {name: sums[name].astype(mx.float32) for name in scales}
         return sum((scales[name] * part for name, part in parts.items()), mx.array(0.0)), parts
 
-    with watch.part("forward"):
-        try:
-            (_, parts), gradients = mx.value_and_grad(loss)(parameters)
-        finally:
-            model.update(parameters)
-        flat = tree_flatten(gradients)
-        del gradients
-        mx.eval(parts)
-    with watch.part("backward"):
-        _add(flat, total, compress)
-    return {name: part.item() for name, part in parts.items()}
+    try:
+        (_, parts), gradients = mx.value_and_grad(loss)(parameters)
+    finally:
+        model.update(parameters)
+    mx.eval(parts)
+    return tree_flatten(gradients), parts
 
 
-def _add(flat: list[tuple[str, mx.array]], total: dict[str, mx.array], compress: Compress | None) -> None:
+def _add(flat: list[tuple[str, mx.array]], total: dict[str, mx.array], compress: Compress | None, watch: Stopwatch) -> None:
     """Empty ``flat`` from its end into ``total``, evaluating group by group: the last layers' gradients are the first to be known."""
     group, size = [], 0
     while flat:
@@ -135,7 +136,10 @@ def _add(flat: list[tuple[str, mx.array]], total: dict[str, mx.array], compress:
         size += gradient.nbytes
         gradient = gradient.astype(mx.float32)
         if compress is not None:
-            gradient = compress(path, gradient)
+            watch.settle(gradient)
+            with watch.part("project"):
+                gradient = compress(path, gradient)
+                watch.settle(gradient)
         total[path] = total[path] + gradient if path in total else gradient
         del gradient
         group.append(total[path])
@@ -144,11 +148,17 @@ def _add(flat: list[tuple[str, mx.array]], total: dict[str, mx.array], compress:
             group, size = [], 0
 
 
-def apply_update(model: nn.Module, optimizer: optim.Optimizer, gradients: dict[str, mx.array], scale: float = 1.0) -> None:
+def apply_update(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    gradients: dict[str, mx.array],
+    scale: float = 1.0,
+    beside: Mapping[str, mx.array] | None = None,
+) -> None:
     """``optimizer.update`` with ``scale`` times the gradients, which are emptied.
 
-    Evaluated group by group from the end, and each gradient is dropped when its weight has moved, so that the temporaries of all
-    layers are never alive together.
+    Evaluated group by group from the end, and each gradient is dropped when its weight has moved: the temporaries of all layers are
+    never alive together, nor are the gradients where they come in unevaluated. ``beside`` holds what to evaluate with each weight.
     """
 
     def pick(path: str, _: mx.array) -> mx.array:
@@ -157,8 +167,8 @@ def apply_update(model: nn.Module, optimizer: optim.Optimizer, gradients: dict[s
 
     model.update(optimizer.apply_gradients(tree_map_with_path(pick, model.trainable_parameters()), model))
     group, size = [], 0
-    for _, weight in reversed(tree_flatten(model.trainable_parameters())):
-        group.append(weight)
+    for path, weight in reversed(tree_flatten(model.trainable_parameters())):
+        group += [weight] if beside is None else [weight, beside[path]]
         size += weight.nbytes
         if size >= _GROUP_BYTES:
             mx.eval(group)
@@ -199,15 +209,24 @@ def global_norm(gradients: Any) -> float:
     >>> global_norm({"a": mx.array([3.0]), "b": mx.array([[4.0]])})
     5.0
     """
-    total, flat = 0.0, [g for _, g in tree_flatten(gradients)]
-    while flat:
+    return drain_norm([gradient for _, gradient in tree_flatten(gradients)])
+
+
+def drain_norm(gradients: list[mx.array]) -> float:
+    """As :func:`global_norm`, of a list that is emptied from its end, so that what is not evaluated yet never lives together.
+
+    >>> drain_norm([mx.array([3.0]), mx.array([4.0])])
+    5.0
+    """
+    squares: list[float] = []
+    while gradients:
         group, size = [], 0
-        while flat and size < _GROUP_BYTES:
-            size += flat[-1].nbytes
-            group.append(mx.square(flat.pop().astype(mx.float32)).sum())
+        while gradients and size < _GROUP_BYTES:
+            size += gradients[-1].nbytes
+            group.append(mx.square(gradients.pop().astype(mx.float32)).sum())
         mx.eval(group)
-        total += sum(square.item() for square in group)
-    return float(total**0.5)
+        squares += [square.item() for square in group]
+    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
 
 
 def clip_scale(norm: float, limit: float) -> float:

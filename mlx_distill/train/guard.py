@@ -14,19 +14,27 @@ from mlx_distill.files import atomic_path, write_json
 from mlx_distill.records import Batch
 from mlx_distill.train.gradients import Window
 
+_UNTOUCHED = "the weights are those of the step before"
+_SAVED = ("inputs", "labels", "mask", "segments")
 
-def stop_on_nan(folder: Path, step: int, window: Sequence[Batch], result: Window, norm: float, rank: int = 0) -> NoReturn:
+
+def stop_on_nan(
+    folder: Path, step: int, window: Sequence[Batch], result: Window, norm: float, rank: int = 0, *, moved: bool = False
+) -> NoReturn:
     """Save the window's micro-batches and end the run.
 
-    ``folder/nan.safetensors`` holds ``N.inputs``, ``N.labels`` and ``N.mask`` of micro-batch N, ``folder/nan.json`` the step, the rows
-    and the losses; each rank writes its own (``nan-1.json``, ...).
+    ``folder/nan.safetensors`` holds ``N.inputs``, ``N.labels``, ``N.mask`` and, where rows share lines, ``N.segments`` of micro-batch N,
+    ``folder/nan.json`` the step, the rows and the losses; each rank writes its own (``nan-1.json``, ...).
+
+    ``moved`` says that weights were updated before it showed.
 
     Raises:
         DataError: always, naming the rows of the micro-batches whose loss is not finite, or of all where only the gradient is.
     """
     bad = [i for i, loss in enumerate(result.losses) if not math.isfinite(loss)] or list(range(len(window)))
     rows = sorted({row for i in bad for row in window[i].rows})
-    arrays = {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(window) for name in ("inputs", "labels", "mask")}
+    arrays = {f"{i}.{name}": getattr(batch, name) for i, batch in enumerate(window) for name in _SAVED}
+    arrays = {name: array for name, array in arrays.items() if array is not None}
     name = f"nan-{rank}" if rank else "nan"
     if arrays:
         with atomic_path(folder / f"{name}.safetensors") as path:
@@ -43,5 +51,5 @@ def stop_on_nan(folder: Path, step: int, window: Sequence[Batch], result: Window
     shown = ", ".join(map(str, rows[:16])) + (", ..." if len(rows) > 16 else "")
     raise DataError(
         f"step {step}: the {what} is not a number (rows {shown or 'unknown'}); the batch is in {folder / name}.safetensors",
-        fix="look at those rows, or lower the learning rate; the weights are those of the step before",
+        fix=f"look at those rows, or lower the learning rate; {'the last checkpoint stands' if moved else _UNTOUCHED}",
     )

@@ -76,7 +76,7 @@ def kd(
 
     def sums(model: nn.Module, batch: Batch) -> dict[str, mx.array]:
         extra, out = batch.extra, {}
-        reader = Reader(model, batch.inputs, extra["positions"], dense_limit)
+        reader = Reader(model, batch, extra["positions"], dense_limit)
         losses = None
         if "text" in coefficients or kind == "alm":
             losses = reader.cross_entropy(batch.labels.reshape(-1)[extra["positions"]])

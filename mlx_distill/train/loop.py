@@ -15,10 +15,13 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.config import keyed
 from mlx_distill.errors import ConfigError
+from mlx_distill.optim.schedules import scheduled_steps
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag, reset_peak_memory, stop_on_signal
 from mlx_distill.train import checkpoint
+from mlx_distill.train.checks import check_settings
+from mlx_distill.train.hooks import Hook as Hook
 from mlx_distill.train.length import total_steps as total_steps
 from mlx_distill.train.metrics import MetricsLog
 from mlx_distill.train.objectives import Objective
@@ -26,7 +29,8 @@ from mlx_distill.train.randomness import set_random_key
 from mlx_distill.train.ranks import Ranks, current_ranks
 from mlx_distill.train.recompute import recomputed_layers
 from mlx_distill.train.source import BatchSource
-from mlx_distill.train.steps import Hook, Run, Setup, go
+from mlx_distill.train.steps import Run, Setup, go
+from mlx_distill.train.stopwatch import Stopwatch
 
 
 @dataclass(frozen=True)
@@ -60,8 +64,7 @@ def train(
     valid: Sequence[Batch] = (),
     hooks: Sequence[Hook] = (),
     stop: StopFlag | None = None,
-    keep: str = "last",
-    patience: int = 0,
+    watch: Stopwatch | None = None,
     identity: str = "",
 ) -> TrainResult:
     r"""Train ``model``'s trainable parameters in place; go on from ``folder/checkpoints`` where there are some.
@@ -71,18 +74,16 @@ def train(
     was killed anywhere goes on bitwise as if it had not been.
 
     Args:
-        model: Only what is not frozen moves. On return it holds the last weights, or the best ones with ``keep="best"``.
+        model: Only what is not frozen moves. On return it holds the last weights, or with ``settings.use_best`` the best ones.
         batches: An endless stream with a position; ``len`` is the micro-batches of an epoch.
         objective: Terms of the loss.
         optimizer: An ``mlx.optimizers.Optimizer``; its schedule lives in it.
-        settings: Accumulation, clipping, length, intervals and seed.
+        settings: Accumulation, clipping, length, intervals, patience and seed.
         folder: Gets ``checkpoints/`` and ``metrics.jsonl``.
         valid: A fixed set of batches, looked at every ``evaluate_every`` steps and at the end.
-        hooks: Called after each step with its row, and ``steps``, ``terms``, ``eta_s`` and ``timing`` besides
-            (seconds by part of the step; what was saved after a step counts in the next).
+        hooks: Called after each step with its row: see :mod:`~mlx_distill.train.hooks`.
         stop: Looked at after each step; by default the first SIGINT or SIGTERM.
-        keep: ``last`` or ``best``: which weights the model is left with.
-        patience: Looks at the validation rows without a new best after which the run ends; 0 for never.
+        watch: Takes the time of each part; see :class:`~mlx_distill.train.profile.Profile`.
         identity: Of model and data; a checkpoint of another identity is refused.
 
     Raises:
@@ -93,8 +94,7 @@ def train(
     """
     ranks = current_ranks()
     steps = total_steps(settings, int(ranks.largest(len(batches))))
-    if not tree_flatten(model.trainable_parameters()):
-        raise ConfigError("no weight of the model is trainable", fix="check target_modules")
+    _check(model, optimizer, settings, steps, ranks, bool(valid))
     checked = {**keyed(settings), "identity": identity}
     with ExitStack() as stack:
         flag = stop if stop is not None else stack.enter_context(stop_on_signal())
@@ -104,21 +104,34 @@ def train(
             stack.enter_context(recomputed_layers(model))
         log = MetricsLog(folder / "metrics.jsonl" if ranks.rank == 0 else None, position)
         stack.callback(log.close)
-        setup = Setup(model, batches, objective, optimizer, settings, folder, valid, steps, ranks, log, checked)
+        setup = Setup(model, batches, objective, optimizer, settings, folder, valid, steps, ranks, log, checked, watch or Stopwatch())
         resumed = run.step
         try:
-            stopped_early = go(setup, run, flag, hooks, patience)
+            stopped_early = go(setup, run, flag, hooks)
         except RuntimeError as error:
             if lost := ranks.lost(error):
                 raise lost from error
             raise
     best = folder / "checkpoints" / "best"
-    if keep == "best" and run.best_step is not None:
+    if settings.use_best and run.best_step is not None:
         checkpoint.load_weights(best, model)
     return TrainResult(
         run.step, run.last, best if run.best_step is not None else None, run.best_step, run.best_loss,
         run.seconds, run.tokens, resumed, stopped_early,
     )  # fmt: skip
+
+
+def _check(model: nn.Module, optimizer: optim.Optimizer, settings: TrainConfig, steps: int, ranks: Ranks, looks: bool) -> None:
+    """Refuse what cannot come to anything."""
+    if not tree_flatten(model.trainable_parameters()):
+        raise ConfigError("no weight of the model is trainable", fix="check target_modules")
+    laid_out = scheduled_steps(optimizer)
+    if laid_out not in (None, steps):
+        raise ConfigError(f"a schedule over {laid_out} steps for a run of {steps}", fix=f"make_optimizer(settings, {steps})")
+    if (settings.patience or settings.use_best) and not looks:
+        name = "patience" if settings.patience else "use_best"
+        raise ConfigError(f"{name} without a validation row to look at", fix="raise data.valid_fraction, or leave it out")
+    check_settings(settings, ranks.size)
 
 
 @contextmanager

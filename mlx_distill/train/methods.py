@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.models.adapters import LoraSettings, add_lora
+from mlx_distill.models.adapters import LoraSettings, add_lora, linear_layers
 from mlx_distill.recipe import TrainConfig
 
 
@@ -15,7 +15,7 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
     """Freeze and unfreeze a model, in place, for ``settings.method``.
 
     - ``lora``, ``dora``: adapters on ``target_modules``, all else frozen;
-    - ``galore``: the weights of ``target_modules`` themselves, which the optimizer projects; all else frozen;
+    - ``galore``, ``apollo``, ``apollo-mini``: the weights of ``target_modules`` themselves, which the optimizer projects; all else frozen;
     - ``full``: every plain weight; packed ones cannot move.
 
     Args:
@@ -29,8 +29,8 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
         ModelError: a target that matches nothing or has packed weights.
         ConfigError: a rank above a dimension.
     """
-    if settings.method in ("lora", "dora"):
-        lora = LoraSettings(settings.lora_rank, settings.lora_alpha, settings.lora_dropout, settings.target_modules, settings.method)
+    lora = adapter_of(settings)
+    if lora is not None:
         return add_lora(model, lora, settings.seed)
     if settings.method == "full":
         model.unfreeze()
@@ -38,25 +38,35 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
             if "scales" in module:
                 module.freeze(keys=[key for key in ("weight", "scales", "biases") if key in module], recurse=False)
         return []
-    found = [(path, module) for path, module in model.named_modules() if any(_ends(path, name) for name in settings.target_modules)]
+    found = linear_layers(model, settings.target_modules)
     model.freeze()
-    for name in settings.target_modules:
-        if not any(_ends(path, name) for path, _ in found):
-            raise ModelError(f"target module {name!r} matches nothing in this model", fix="see the names with: mlx-distill inspect MODEL")
     for path, module in found:
-        _unfreeze(path, module, settings.galore_rank)
+        _unfreeze(path, module, settings)
     return [path for path, _ in found]
 
 
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+def adapter_of(settings: TrainConfig) -> LoraSettings | None:
+    """What ``settings`` say of the adapters; None where weights of the model itself move.
+
+    >>> adapter_of(TrainConfig(method="lora", lora_rank=4, lora_alpha=8.0)).scale, adapter_of(TrainConfig(method="full"))
+    (2.0, None)
+    """
+    if settings.method not in ("lora", "dora"):
+        return None
+    rank, alpha, dropout = settings.lora_rank, settings.lora_alpha, settings.lora_dropout
+    return LoraSettings(rank, alpha, dropout, settings.target_modules, settings.method, settings.use_rslora)
 
 
-def _unfreeze(path: str, module: nn.Module, rank: int) -> None:
+def _unfreeze(path: str, module: nn.Module, settings: TrainConfig) -> None:
     weight = module.get("weight")
     if weight is None or "scales" in module:
-        raise ModelError(f"{path}: GaLore moves plain weights, and these are packed", fix="convert without quantize, or use method: lora")
+        raise ModelError(
+            f"{path}: {settings.method} moves plain weights, and these are packed",
+            fix="convert without quantize, or use method: lora, or set unpack: true",
+        )
+    rank = {"galore": settings.galore_rank, "apollo": settings.apollo_rank}.get(settings.method, 1)
     smaller = min(weight.shape[-2:])
     if rank > smaller:
-        raise ConfigError(f"{path}: galore_rank {rank} for a matrix of {weight.shape[-2]} x {weight.shape[-1]}", fix=f"at most {smaller}")
+        shape = f"{weight.shape[-2]} x {weight.shape[-1]}"
+        raise ConfigError(f"{path}: {settings.method}_rank {rank} for a matrix of {shape}", fix=f"at most {smaller}")
     module.unfreeze(keys=["weight"], recurse=False)

@@ -21,9 +21,10 @@ class MetricsLog:
 
     def __init__(self, path: Path | None, start: int = 0) -> None:
         self.file: BinaryIO | None = None
+        self.path = path
         if path is None:
             return
-        with os_errors():
+        with os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab+")
             self.file.truncate(start)
@@ -32,7 +33,7 @@ class MetricsLog:
         """One line, handed to the system at once so that a watcher sees it."""
         if self.file is None:
             return
-        with os_errors():
+        with os_errors(self.path):
             self.file.write((json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n").encode())
             self.file.flush()
 
@@ -40,7 +41,7 @@ class MetricsLog:
         """The length of the file, with everything up to it on the disk."""
         if self.file is None:
             return 0
-        with os_errors():
+        with os_errors(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
             return os.fstat(self.file.fileno()).st_size
@@ -48,4 +49,5 @@ class MetricsLog:
     def close(self) -> None:
         """Give the file back."""
         if self.file is not None:
-            self.file.close()
+            with os_errors(self.path):  # what a full disk did not take is tried once more
+                self.file.close()

@@ -46,7 +46,7 @@ def sft(*, dense_limit: int = DENSE_LIMIT) -> Objective:
     def sums(model: nn.Module, batch: Batch) -> dict[str, mx.array]:
         # On the host, because a shape depends on it.
         where = mx.array(np.flatnonzero(np.array(batch.mask)).astype(np.int32))
-        reader = Reader(model, batch.inputs, where, dense_limit)
+        reader = Reader(model, batch, where, dense_limit)
         return {"text": (reader.cross_entropy(batch.labels.reshape(-1)[where]) * batch.mask.reshape(-1)[where]).sum()}
 
     return Objective(weights=lambda batch: {"text": trained_tokens(batch)}, sums=sums, coefficients={"text": 1.0})

@@ -6,12 +6,13 @@ Nothing of a row depends on the batch it comes in, so the alignment is done once
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int
 
+from mlx_distill.data.packing import Piece, as_lines, lay_out
 from mlx_distill.records import Batch
 
 
@@ -73,27 +74,22 @@ def make_pair(
     )
 
 
-def collate_pairs(pairs: Sequence[Pair], rows: Sequence[int], pad: int, classes: int, multiple: int = 16) -> Batch:
-    """One micro-batch of pairs, right-padded; token ``j`` of a row is predicted at input ``j - 1``.
+def collate_pairs(pairs: Sequence[Pair], rows: Sequence[int | Sequence[int]], pad: int, classes: int, multiple: int = 16) -> Batch:
+    """One micro-batch of pairs, right-padded, rows in a tuple sharing a line; token ``j`` of a row is predicted at its input ``j - 1``.
 
     ``extra``: ``positions [a]`` of the trained labels in the flattened ``[b * l]`` inputs, row by row; and, as indices into those ``a``:
     ``label_index [r]`` with ``label_logprobs [r, c]``; ``start_index [n]`` with ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans
     [m, 2]`` (from, to) with ``span_logprobs [m]``.
     """
-    chosen = [pairs[r] for r in rows]
-    length = -(-max(len(p.tokens) - 1 for p in chosen) // multiple) * multiple
-    inputs = np.full((len(chosen), length), pad, dtype=np.int32)
-    labels = np.full((len(chosen), length), pad, dtype=np.int32)
-    mask = np.zeros((len(chosen), length), dtype=np.float32)
-    for i, pair in enumerate(chosen):
-        n = len(pair.tokens) - 1
-        inputs[i, :n], labels[i, :n] = pair.tokens[:-1], pair.tokens[1:]
-        mask[i, pair.start - 1 : n] = 1
+    lines = as_lines(rows)
+    numbers = [row for line in lines for row in line]
+    chosen = [pairs[row] for row in numbers]
+    batch = lay_out([[_piece(pairs[row]) for row in line] for line in lines], pad, multiple, numbers)
     # Where each row's answer begins among the trained positions, as an offset to its token numbers.
     begins = np.cumsum([0, *(len(p.tokens) - p.start for p in chosen)])[:-1] - np.array([p.start for p in chosen])
     judged = [(begin, p) for begin, p in zip(begins, chosen, strict=True) if p.label_at is not None and p.label_logprobs is not None]
     extra = {
-        "positions": np.flatnonzero(mask).astype(np.int32),
+        "positions": np.flatnonzero(np.array(batch.mask)).astype(np.int32),
         "label_index": np.array([begin + (p.label_at or 0) for begin, p in judged], dtype=np.int32),
         "label_logprobs": np.array([p.label_logprobs for _, p in judged], dtype=np.float32).reshape(len(judged), classes),
         "start_index": np.concatenate([p.starts + begin for begin, p in zip(begins, chosen, strict=True)]).astype(np.int32),
@@ -102,5 +98,8 @@ def collate_pairs(pairs: Sequence[Pair], rows: Sequence[int], pad: int, classes:
         "spans": np.concatenate([p.spans + begin for begin, p in zip(begins, chosen, strict=True)]).astype(np.int32),
         "span_logprobs": np.concatenate([p.span_logprobs for p in chosen]),
     }
-    arrays = {name: mx.array(value) for name, value in extra.items()}
-    return Batch(mx.array(inputs), mx.array(labels), mx.array(mask), tuple(rows), arrays)
+    return replace(batch, extra={name: mx.array(value) for name, value in extra.items()})
+
+
+def _piece(pair: Pair) -> Piece:
+    return Piece(pair.tokens, np.arange(1, len(pair.tokens)) >= pair.start)

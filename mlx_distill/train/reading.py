@@ -12,7 +12,8 @@ from mlx_distill.losses.linear import linear_cross_entropy, linear_rows, sparse_
 from mlx_distill.losses.numerics import row_logsumexp
 from mlx_distill.losses.sparse import sparse_forward_kl
 from mlx_distill.models.load import head, hidden_states, project
-from mlx_distill.records import TopK
+from mlx_distill.models.packed import segment_caches
+from mlx_distill.records import Batch, TopK
 
 # Logits of at most so many numbers are made at once (64 MiB in float32); of more, no two tiles exist together.
 DENSE_LIMIT = 1 << 24
@@ -26,15 +27,14 @@ class Reader:
 
     Args:
         model: Of mlx-lm's cut: ``model.model`` the trunk, ``lm_head`` or the tied embedding the head.
-        inputs: ``[b, l]``.
+        batch: Its inputs, and its segments where rows share lines.
         positions: ``[a]`` places in the flattened inputs.
         dense_limit: Numbers in the logits up to which they are made at once.
     """
 
-    def __init__(
-        self, model: nn.Module, inputs: Int[mx.array, "b l"], positions: Int[mx.array, " a"], dense_limit: int = DENSE_LIMIT
-    ) -> None:
-        hidden = hidden_states(model, inputs)
+    def __init__(self, model: nn.Module, batch: Batch, positions: Int[mx.array, " a"], dense_limit: int = DENSE_LIMIT) -> None:
+        caches = None if batch.segments is None else segment_caches(model, batch.segments)
+        hidden = hidden_states(model, batch.inputs, caches)
         self.hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
         self.head = head(model)
         self.plain = isinstance(self.head, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding)

@@ -15,9 +15,9 @@ class RowBatches:
     """A :class:`~mlx_distill.train.source.BatchSource` over rows of known lengths.
 
     Args:
-        lengths: Tokens of each row.
-        collate: Some row numbers to a batch.
-        batch_size: Rows a micro-batch.
+        lengths: Tokens of each row, or of each line of packed rows.
+        collate: Some numbers of them to a batch.
+        batch_size: How many make a micro-batch.
         seed: Of the order; each epoch has its own.
         identity: A hash of the rows; a checkpoint of other rows is refused.
         rank, size: This rank takes batches ``rank, rank + size, ...`` of each epoch's plan.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Protocol, runtime_checkable
 
 from mlx_distill.errors import DataError
@@ -68,7 +69,7 @@ class ListBatches:
         if place < len(order):
             return self.batches[order[place]]
         spare = self.batches[order[0]]
-        return Batch(spare.inputs, spare.labels, spare.mask * 0, (), spare.extra)
+        return replace(spare, mask=spare.mask * 0, rows=())
 
     def state(self) -> dict[str, Any]:
         """The position, and what it is a position in."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,9 @@ from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag, peak_memory
 from mlx_distill.train import checkpoint
-from mlx_distill.train.gradients import Compress, apply_update, clip_scale, evaluate, global_norm, window_gradients
+from mlx_distill.train.gradients import Compress, Window, apply_update, clip_scale, evaluate, global_norm, window_gradients
 from mlx_distill.train.guard import stop_on_nan
+from mlx_distill.train.hooks import Hook
 from mlx_distill.train.length import epoch_batches
 from mlx_distill.train.metrics import MetricsLog
 from mlx_distill.train.objectives import Objective, trained_tokens
@@ -28,8 +29,7 @@ from mlx_distill.train.randomness import random_key
 from mlx_distill.train.ranks import Ranks
 from mlx_distill.train.source import BatchSource
 from mlx_distill.train.stopwatch import Stopwatch
-
-Hook = Callable[[dict[str, Any]], None]
+from mlx_distill.train.streaming import streamed_step
 
 
 @dataclass
@@ -64,21 +64,24 @@ class Setup:
     watch: Stopwatch = field(default_factory=Stopwatch)
 
 
-def go(setup: Setup, run: Run, flag: StopFlag, hooks: Sequence[Hook], patience: int) -> bool:
+def go(setup: Setup, run: Run, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
     """Step until the end; True where patience ended it first."""
+    patience = setup.settings.patience
     if 0 < patience <= run.waiting:
         return True
     estimate, every = Estimate(setup.steps, run.step), setup.settings.checkpoint_every
+    setup.watch.take()
     while run.step < setup.steps:
         row = _step(setup, run)
         with setup.watch.part("validate"):
-            tired = _look(setup, run, row, patience)
+            tired = _look(setup, run, row)
         run.last = row
         setup.log.write(row)
         told = {"steps": setup.steps, "terms": {k: row[k] for k in setup.objective.coefficients}, "eta_s": estimate.left(run.step)}
         told["timing"] = setup.watch.take()
-        for hook in hooks:
-            hook({**row, **told})
+        with setup.watch.part("hooks"):
+            for hook in hooks:
+                hook({**row, **told})
         stopping = bool(setup.ranks.largest(float(bool(flag))))
         if stopping or tired or run.step == setup.steps or run.step % every == 0:
             with setup.watch.part("save"):
@@ -95,14 +98,8 @@ def _step(setup: Setup, run: Run) -> dict[str, Any]:
     began = time.perf_counter()
     with setup.watch.part("data"):
         window = _window(setup, run)
-    result = window_gradients(setup.model, window, setup.objective, setup.ranks, _compress(setup), setup.watch)
-    norm = 0.0
-    if result.gradients:
-        norm = global_norm(result.gradients)
-        if not (math.isfinite(norm) and math.isfinite(result.loss)):
-            stop_on_nan(setup.folder, run.step + 1, window, result, norm, setup.ranks.rank)
-        with setup.watch.part("update"):
-            norm = _update(setup, result.gradients, norm)
+        setup.watch.settle([vars(batch) for batch in window])
+    result, norm = _move(setup, run, window)
     run.step += 1
     tokens = round(setup.ranks.sum([sum(trained_tokens(batch) for batch in window)])[0])
     seconds = time.perf_counter() - began
@@ -121,21 +118,36 @@ def _step(setup: Setup, run: Run) -> dict[str, Any]:
     }
 
 
-def _compress(setup: Setup) -> Compress | None:
-    """How the optimizer takes gradients in before they are added up: at once where there is nothing to add."""
+def _move(setup: Setup, run: Run, window: Sequence[Batch]) -> tuple[Window, float]:
+    """Differentiate, clip, update; what the window gave and the gradient's norm."""
+
+    def guard(result: Window, norm: float, moved: bool = False) -> None:
+        if not (math.isfinite(norm) and math.isfinite(result.loss)):
+            stop_on_nan(setup.folder, run.step + 1, window, result, norm, setup.ranks.rank, moved=moved)
+
+    model, objective, optimizer, watch, limit = setup.model, setup.objective, setup.optimizer, setup.watch, setup.settings.clip_norm
+    low = hasattr(optimizer, "enter")  # it takes gradients into a subspace, and those are small
+    if setup.settings.stream_gradients and not low:
+        return streamed_step(model, window[0], objective, optimizer, limit, guard, watch)
+    # At once into the subspace where there is nothing to add up.
     alone = setup.settings.accumulate == 1 and setup.ranks.size == 1
-    return getattr(setup.optimizer, "enter" if alone else "compress", None)
-
-
-def _update(setup: Setup, gradients: dict[str, mx.array], norm: float) -> float:
-    """Clip and apply. What an optimizer keeps in a subspace is measured there: the norm is that of what moves the weights."""
-    if hasattr(setup.optimizer, "enter"):
-        for path in list(gradients):
-            gradients[path] = setup.optimizer.enter(path, gradients[path])
-            mx.eval(gradients[path])
-        norm = global_norm(gradients)
-    apply_update(setup.model, setup.optimizer, gradients, clip_scale(norm, setup.settings.clip_norm))
-    return norm
+    compress: Compress | None = getattr(optimizer, "enter" if alone else "compress", None)
+    result = window_gradients(model, window, objective, setup.ranks, compress, watch)
+    if not result.gradients:
+        return result, 0.0
+    with watch.part("clip"):
+        norm = global_norm(result.gradients)
+    guard(result, norm)
+    if low:
+        with watch.part("project"):
+            for path in list(result.gradients):
+                result.gradients[path] = optimizer.enter(path, result.gradients[path])
+                mx.eval(result.gradients[path])
+        with watch.part("clip"):
+            norm = global_norm(result.gradients)  # of what moves the weights
+    with watch.part("update"):
+        apply_update(model, optimizer, result.gradients, clip_scale(norm, limit))
+    return result, norm
 
 
 def _window(setup: Setup, run: Run) -> list[Batch]:
@@ -155,7 +167,7 @@ def _window(setup: Setup, run: Run) -> list[Batch]:
     return window
 
 
-def _look(setup: Setup, run: Run, row: dict[str, Any], patience: int) -> bool:
+def _look(setup: Setup, run: Run, row: dict[str, Any]) -> bool:
     """Validation where it is due; True where ``patience`` is out."""
     every = setup.settings.evaluate_every
     if not setup.valid or not every or (run.step % every and run.step != setup.steps):
@@ -168,7 +180,7 @@ def _look(setup: Setup, run: Run, row: dict[str, Any], patience: int) -> bool:
             checkpoint.save_best(setup.folder / "checkpoints", {"step": run.step, "valid_loss": found["loss"]}, setup.model)
     else:
         run.waiting += 1
-    return 0 < patience <= run.waiting
+    return 0 < setup.settings.patience <= run.waiting
 
 
 def _save(setup: Setup, run: Run) -> None:
@@ -184,5 +196,5 @@ def _save(setup: Setup, run: Run) -> None:
             "settings": setup.checked,
             "metrics_bytes": setup.log.bytes(),
         }
-        checkpoint.save(setup.folder / "checkpoints", state, setup.model, setup.optimizer)
+        checkpoint.save(setup.folder / "checkpoints", state, setup.model, setup.optimizer, keep=setup.settings.keep_checkpoints)
     setup.ranks.barrier()

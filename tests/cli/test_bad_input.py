@@ -65,13 +65,18 @@ def test_good_rows_are_prepared(prepare: Callable[..., Any], tmp_path: Path) -> 
         (b'{"text": "a red heron", "colour": "yes"}\n{"text": \n', ("rows.jsonl:2", "not JSON")),
         (b'{"text": "a red heron", "colour": "maybe"}\n', ("rows.jsonl:1", "maybe")),
         (b'[1, 2]\n', ("rows.jsonl:1",)),
+        (b"\xef\xbb\xbf\r\n", ("rows.jsonl: no rows",)),
+        (b"[" * 100_000, ("rows.jsonl:1: not JSON",)),
     ],
-    ids=["empty", "no-assistant", "not-utf-8", "not-json", "unknown-label", "not-an-object"],
+    ids=["empty", "no-assistant", "not-utf-8", "not-json", "unknown-label", "not-an-object", "a-mark-alone", "nested-without-end"],
 )  # fmt: skip
 def test_bad_rows(prepare: Callable[..., Any], tmp_path: Path, content: bytes, parts: tuple[str, ...]) -> None:
+    good = (tmp_path / "rows.jsonl").read_bytes()
     (tmp_path / "rows.jsonl").write_bytes(content)
     refuses(prepare(), 1, *parts)
     assert visible(tmp_path / "out") == []
+    (tmp_path / "rows.jsonl").write_bytes(good)
+    assert prepare().exit_code == 0
 
 
 def test_missing_rows(prepare: Callable[..., Any], tmp_path: Path) -> None:
@@ -89,7 +94,13 @@ def test_missing_rows(prepare: Callable[..., Any], tmp_path: Path) -> None:
         (["--set", "distill.label_temperature=-1"], ("label_temperature", "below")),
         (["--set", "quantize.mode=int3"], ("quantize: mode", "'int3'")),
         (["--set", "novalue"], ("--set novalue",)),
+        (["--set", "distill.epochs=.nan"], ("distill: epochs", "not a finite number")),
+        (["--set", "distill.steps=1.5"], ("distill: steps", "a whole number is needed")),
+        (["--set", "base=elsewhere"], ("unknown key 'base'",)),
+        (["--set", "name=../elsewhere"], ("name", "'../elsewhere'")),
+        (["--set", "name="], ("name", "text is needed")),
         (["--set", "task=nope"], ("no task 'nope'",)),
+        (["--set", "task=[nope]"], ("task: text is needed", "['nope']")),
         (["--from", "destill"], ("no stage 'destill'",)),
     ],
 )
@@ -100,11 +111,38 @@ def test_bad_options(prepare: Callable[..., Any], tmp_path: Path, options: list[
 
 @pytest.mark.parametrize(
     ("text", "parts"),
-    [("name: [", ("recipe.yaml", "not valid YAML")), ("", ("recipe.yaml", "no mapping")), ("name: x\n", ("task is missing",))],
+    [
+        ("name: [", ("recipe.yaml", "not valid YAML")),
+        ("", ("recipe.yaml", "no mapping")),
+        ("just words", ("recipe.yaml", "no mapping")),
+        ("name: x\n", ("task is missing",)),
+        ("name: 2024\n", ("name: text is needed, not 2024",)),
+        ("name: x\ndescription: caf\xe9\n", ("recipe.yaml:2: not UTF-8",)),
+        ("name: !!python/object/apply:os.getcwd []\n", ("recipe.yaml:1: not valid YAML",)),
+        ("[" * 5000, ("recipe.yaml: nested too deeply",)),
+    ],
 )
-def test_bad_recipe_files(prepare: Callable[..., Any], recipe: Path, text: str, parts: tuple[str, ...]) -> None:
-    recipe.write_text(text, encoding="utf-8")
+def test_bad_recipe_files(prepare: Callable[..., Any], recipe: Path, tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+    recipe.write_text(text, encoding="latin-1")
     refuses(prepare(), 2, *parts)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_that_is_not_there_is_said_before_anything_is_made(runner: Any, recipe: Path, tmp_path: Path) -> None:
+    for key in ("teacher", "student"):
+        result = runner.invoke(cli, ["run", str(recipe), "--out", str(tmp_path / "out"), "--set", f"{key}=./nope"])
+        refuses(result, 1, "./nope: no such folder")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_manifest_that_cannot_be_read_is_mended_as_the_error_says(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    assert prepare().exit_code == 0
+    manifest = tmp_path / "out" / "data" / "manifest.json"
+    for content in (b"{", b"\xff\x00", b""):
+        manifest.write_bytes(content)
+        refuses(prepare(), 1, "manifest.json: not valid JSON")
+        manifest.unlink()
+        assert prepare().exit_code == 0
 
 
 def test_missing_recipe(runner: Any, tmp_path: Path) -> None:

@@ -12,6 +12,9 @@ import pytest
 
 from mlx_distill.cli import cli
 from mlx_distill.config import ASSETS
+from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
+from mlx_distill.models.load import load_model
+from mlx_distill.recipe import load_recipe
 
 SOURCE = ASSETS / "models" / "tiny-qwen3"
 
@@ -66,6 +69,49 @@ def test_export_gives_the_source_back(runner: Any, converted: Path, tmp_path: Pa
 
 def _tensors(folder: Path) -> dict[str, mx.array]:
     return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in mx.load(str(file)).items()}
+
+
+def test_the_card_takes_the_figures_of_the_models_run_or_of_a_named_one(runner: Any, tmp_path: Path) -> None:
+    run, rate = tmp_path / "run", {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+    assert runner.invoke(cli, ["convert", str(SOURCE), str(run / "student_base")]).exit_code == 0
+    for folder, model in ((run, "student_base"), (tmp_path, "another")):
+        report = {"format": 1, "name": folder.name, "metrics": {model: {"accuracy": rate}}}
+        (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    for options, model in (([], "student_base"), (["--report", str(tmp_path / "report.json")], "another")):
+        result = runner.invoke(cli, ["export", str(run / "student_base"), str(tmp_path / "out"), "--to", "hf", *options])
+        assert result.exit_code == 0, result.output
+        assert f"| {model} | 0.500 [0.250, 0.750] |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    bad = runner.invoke(cli, ["export", str(run / "student_base"), str(tmp_path / "new"), "--to", "hf", "--report", str(tmp_path / "none")])
+    assert bad.exit_code == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_an_adapter_goes_out_to_peft_and_comes_back(runner: Any, converted: Path, tmp_path: Path) -> None:
+    model, _ = load_model(converted)
+    settings = LoraSettings(2, 4.0, 0.0, ("q_proj",))
+    paths = add_lora(model, settings)
+    save_adapter(model, tmp_path / "student", settings, converted)
+    kept = runner.invoke(cli, ["export", str(tmp_path / "student"), str(tmp_path / "hf"), "--to", "hf", "--adapter", "keep"])
+    assert kept.exit_code == 0, kept.output
+    assert (tmp_path / "hf" / "adapter" / "adapter_model.safetensors").is_file()
+    out = runner.invoke(cli, ["export", str(tmp_path / "student"), str(tmp_path / "peft"), "--to", "peft", "--json"])
+    assert json.loads(out.stdout)["modules"] == paths
+    back = runner.invoke(cli, ["convert", str(tmp_path / "peft"), str(tmp_path / "again"), "--base", str(converted)])
+    assert back.exit_code == 0, back.output
+    assert f"adapters of {len(paths)} modules" in back.stdout
+    first, second = (mx.load(str(tmp_path / name / "adapters.safetensors")) for name in ("student", "again"))
+    assert first.keys() == second.keys()
+    assert all(mx.array_equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("mode", ["affine1", "mixed-mxfp4"])
+def test_settings_of_a_conversion_reach_it(runner: Any, tmp_path: Path, mode: str) -> None:
+    sizes = ["--group-size", "0", "--max-shard-bytes", "50000", "--memory-bytes", "100000", "--dtype", "bfloat16"]
+    result = runner.invoke(cli, ["convert", str(SOURCE), str(tmp_path / "out"), "--quantize", mode, *sizes, "--json"])
+    assert result.exit_code == 0, result.output
+    assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
+    assert {row["stored"] for row in json.loads(result.stdout)["rows"]} >= {"BF16"}
+    assert load_recipe("tiny", [f"convert.quantize={mode}", f"quantize.mode={mode}"]).convert.quantize == mode
 
 
 def test_export_to_peft_needs_an_adapter(runner: Any, converted: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
 
 
 def read(path: Path, **settings: Any) -> list[tuple[str, dict[str, Any]]]:
-    return list(read_source(SourceConfig(path=str(path), **settings)))
+    return list(read_source(SourceConfig(path=path.name, **settings), base=path.parent))
 
 
 def write(folder: Path, name: str, text: str | bytes) -> Path:

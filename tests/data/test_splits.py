@@ -161,11 +161,11 @@ def test_filters_count_what_they_drop(tmp_path: Path, task: Task) -> None:
     )
     assert set(kept) == {f"s{number}" for number in range(5, 30)}
     assert {reason: entry["examples"] for reason, entry in statistics["dropped"].items()} == {
-        "rating below 3": ["rows.jsonl:1"],
-        "no number in the field 'rating'": ["rows.jsonl:2"],
-        "of another domain": ["rows.jsonl:3"],
-        "shorter than 20 characters": ["rows.jsonl:4"],
-        "longer than 2000 characters": ["rows.jsonl:5"],
+        "rating below 3": [f"{tmp_path}/rows.jsonl:1"],
+        "no number in the field 'rating'": [f"{tmp_path}/rows.jsonl:2"],
+        "of another domain": [f"{tmp_path}/rows.jsonl:3"],
+        "shorter than 20 characters": [f"{tmp_path}/rows.jsonl:4"],
+        "longer than 2000 characters": [f"{tmp_path}/rows.jsonl:5"],
     }
 
 
@@ -185,7 +185,7 @@ def test_a_row_that_does_not_fit_stops_or_is_counted(tmp_path: Path, task: Task)
     assert not list((tmp_path / "data").glob("*.jsonl")) and not list((tmp_path / "data").rglob("rows.jsonl"))
     statistics, kept = run(tmp_path, task, rows, drop_invalid=True)
     entry = statistics["dropped"]["does not fit the task"]
-    assert len(kept) == 18 and entry["count"] == 2 and entry["examples"][0] == "rows.jsonl:5: no assistant turn"
+    assert len(kept) == 18 and entry["count"] == 2 and entry["examples"][0] == f"{tmp_path}/rows.jsonl:5: no assistant turn"
 
 
 def test_nothing_left_is_an_error_with_the_commonest_reason(tmp_path: Path, task: Task) -> None:

@@ -13,7 +13,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.adapters import LoraSettings, add_lora, has_adapter, load_adapter, merge, save_adapter
+from mlx_distill.models.adapters import LoraSettings, adapter_settings, add_lora, has_adapter, load_adapter, merge, save_adapter
+from mlx_distill.models.dora import DoRASwitchLinear, dequantized
 from mlx_distill.models.load import cast, load_model
 
 ATTENTION = ("q_proj", "o_proj")
@@ -24,6 +25,9 @@ CASES = [
     ("gpt_oss", (*ATTENTION, "up_proj"), "lora"),
     ("gpt_oss_mxfp4", ATTENTION, "lora"),
     ("gpt_oss_mxfp4", ("down_proj",), "lora"),
+    ("qwen3_moe", ("v_proj", "down_proj"), "dora"),
+    ("gpt_oss", ("k_proj", "gate_proj"), "dora"),
+    ("gpt_oss_mxfp4", ("down_proj",), "dora"),
 ]
 
 
@@ -44,7 +48,7 @@ def test_an_adapter_survives_the_disk_and_merging_changes_no_logit(
 ) -> None:
     model, _ = load_model(golden(name), dtype="float32")
     prompt, plain = logits(name)
-    settings = LoraSettings(4, 8.0, 0.1, targets, kind)
+    settings = LoraSettings(4, 8.0, 0.1, targets, kind, rslora=name == "gpt_oss")
     paths = add_lora(model, settings, seed=3)
     model.eval()
     scale = mx.abs(plain).max().item()
@@ -96,11 +100,99 @@ def test_merging_rounds_once_and_says_how_much(golden: Any) -> None:
     assert 0 < row.error < 0.01
 
 
-def test_the_adapter_keeps_its_type_when_the_model_is_cast(golden: Any) -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_the_adapter_keeps_its_type_when_the_model_is_cast(kind: str, golden: Any) -> None:
     model, _ = load_model(golden("qwen3"))
-    add_lora(model, LoraSettings(2, 4.0, 0.0, ("q_proj",)))
+    add_lora(model, LoraSettings(2, 4.0, 0.0, ("q_proj",), kind))
     cast(model, "bfloat16")
-    assert model.model.layers[0].self_attn.q_proj.lora_a.dtype == mx.float32
+    assert {array.dtype for array in dict(tree_flatten(model.trainable_parameters())).values()} == {mx.float32}
+
+
+def test_rank_stabilized_adapters_are_plain_ones_of_a_larger_alpha(golden: Any, logits: Any, tmp_path: Path) -> None:
+    prompt, _ = logits("qwen3")
+    out = []
+    for settings in (LoraSettings(4, 8.0, 0.0, ("q_proj",), rslora=True), LoraSettings(4, 16.0, 0.0, ("q_proj",))):
+        model, _ = load_model(golden("qwen3"), dtype="float32")
+        trained(model, settings)
+        out.append(model(prompt))
+        save_adapter(model, tmp_path / str(settings.rslora), settings, golden("qwen3"))
+        assert adapter_settings(tmp_path / str(settings.rslora)) == settings
+    assert mx.array_equal(*out)
+
+
+def packed_linear(mode: str, experts: int) -> tuple[Any, list[Any]]:
+    """A stack of experts with biases, packed or not, and the same experts one by one as linear layers."""
+    import mlx.nn as nn
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    mx.random.seed(3)
+    stack = SwitchLinear(64, 32, experts)
+    stack.bias = mx.random.normal((experts, 32))
+    singles = []
+    for expert in range(experts):
+        single = nn.Linear(64, 32)
+        single.weight, single.bias = stack.weight[expert], stack.bias[expert]
+        singles.append(single if mode == "plain" else nn.QuantizedLinear.from_linear(single, 32, 4, mode=mode))
+    return (stack if mode == "plain" else stack.to_quantized(32, 4, mode)), singles
+
+
+@pytest.mark.parametrize("mode", ["plain", "affine", "mxfp4"])
+def test_dora_on_experts_is_dora_on_each_of_them(mode: str) -> None:
+    """Outputs and gradients are those of mlx-lm's layer, expert by expert."""
+    import mlx.nn as nn
+    from mlx_lm.tuner.dora import DoRALinear
+
+    stack, singles = packed_linear(mode, 3)
+    ours = DoRASwitchLinear.from_base(stack, r=4, scale=0.5)
+    theirs = [DoRALinear.from_base(single, r=4, scale=0.5) for single in singles]
+    ours.lora_b = 0.3 * mx.random.normal(ours.lora_b.shape)
+    ours.m = ours.m * mx.random.uniform(0.5, 1.5, ours.m.shape)
+    for expert, layer in enumerate(theirs):
+        layer.lora_a, layer.lora_b, layer.m = ours.lora_a[expert].T, ours.lora_b[expert].T, ours.m[expert]
+    x, experts = mx.random.normal((5, 1, 1, 64)), mx.array([[0, 1], [2, 0], [1, 1], [2, 2], [0, 2]])
+    for layer in (ours, *theirs):
+        layer.freeze()
+        layer.unfreeze(keys=["lora_a", "lora_b", "m"], recurse=False)
+
+    def run(layer: Any) -> mx.array:
+        return layer(x, experts)
+
+    wanted = mx.stack([mx.stack([theirs[e](x[i, 0]) for e in row]) for i, row in enumerate(experts.tolist())])
+    assert mx.allclose(run(ours), wanted, atol=1e-4)
+    _, gradients = nn.value_and_grad(ours, lambda layer: mx.square(run(layer)).sum())(ours)
+    for expert, layer in enumerate(theirs):
+        seen = mx.concatenate([x[i, 0] for i, row in enumerate(experts.tolist()) for e in row if e == expert])
+        _, single = nn.value_and_grad(layer, lambda layer, seen=seen: mx.square(layer(seen)).sum())(layer)
+        assert mx.allclose(gradients["lora_a"][expert], single["lora_a"].T, rtol=1e-3, atol=1e-3)
+        assert mx.allclose(gradients["lora_b"][expert], single["lora_b"].T, rtol=1e-3, atol=1e-3)
+        assert mx.allclose(gradients["m"][expert], single["m"], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("mode", ["affine", "mxfp4", "affine3"])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_over_packed_linear_layers_are_those_over_the_unpacked_ones(kind: str, mode: str) -> None:
+    """Attention and MLP alike: output, then merged."""
+    import mlx.nn as nn
+
+    class Holder(nn.Module):
+        def __init__(self, linear: Any) -> None:
+            super().__init__()
+            self.q_proj, self.model = linear, nn.Module()
+            self.model.norm = nn.RMSNorm(4)
+
+    if mode == "affine3":
+        packed = Holder(nn.QuantizedLinear.from_linear(packed_linear("plain", 1)[1][0], 32, 3))
+    else:
+        packed = Holder(packed_linear(mode, 1)[1][0])
+    plain = Holder(nn.Linear(64, 32))
+    plain.q_proj.weight, plain.q_proj.bias = dequantized(packed.q_proj), packed.q_proj.bias
+    settings, x = LoraSettings(4, 8.0, 0.0, ("q_proj",), kind), mx.random.normal((7, 64))
+    for holder in (packed, plain):
+        trained(holder, settings)
+    adapted = packed.q_proj(x)
+    assert mx.allclose(adapted, plain.q_proj(x), atol=1e-4)
+    assert [row.how for row in merge(packed)] == ["dequantized"]
+    assert mx.allclose(packed.q_proj(x), adapted, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +201,6 @@ def test_the_adapter_keeps_its_type_when_the_model_is_cast(golden: Any) -> None:
         (LoraSettings(4, 8.0, 0.0, ("q_proj", "qq_proj")), "qq_proj"),
         (LoraSettings(33, 8.0, 0.0, ("q_proj",)), "rank 33"),
         (LoraSettings(4, 8.0, 0.0, ()), "no target"),
-        (LoraSettings(4, 8.0, 0.0, ("gate_proj",), "dora"), "DoRA"),
         (LoraSettings(4, 8.0, 0.0, ("q_proj",), "vera"), "vera"),
     ],
 )
@@ -165,13 +256,14 @@ def test_stock_mlx_lm_reads_the_adapter(golden: Any, logits: Any, tmp_path: Path
     assert mx.allclose(cast(stock, "float32")(prompt), model(prompt), atol=1e-4)
 
 
-def test_gradients_reach_the_adapter_through_packed_experts(golden: Any, logits: Any) -> None:
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_gradients_reach_the_adapter_through_packed_experts(kind: str, golden: Any, logits: Any) -> None:
     import mlx.nn as nn
 
     model, _ = load_model(golden("gpt_oss_mxfp4"), dtype="float32")
-    trained(model, LoraSettings(2, 4.0, 0.0, ("q_proj", "gate_proj")))
+    trained(model, LoraSettings(2, 4.0, 0.0, ("q_proj", "gate_proj"), kind))
     prompt, _ = logits("gpt_oss_mxfp4")
     _, gradients = nn.value_and_grad(model, lambda m: mx.mean(mx.square(m(prompt))))(model)
     values = [g for _, g in tree_flatten(gradients)]
-    assert len(values) == 8
+    assert len(values) == (8 if kind == "lora" else 12)
     assert all(mx.all(mx.isfinite(g)).item() and mx.abs(g).max().item() > 0 for g in values)

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_distill.errors import ModelError
+from mlx_distill.errors import ConfigError, FileError, ModelError
 from mlx_distill.models.adapters import LoraSettings, add_lora, load_adapter, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft
@@ -40,6 +40,20 @@ def test_there_and_back_is_byte_identical(name: str, memory: int, golden: Any, t
     assert json.loads((tmp_path / "theirs" / "config.json").read_text()) == wanted
     index = json.loads((tmp_path / "theirs" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"]) == set(tools.all(golden(name)))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_folder_in_their_layout_comes_out_as_it_is(name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+    """And an adapter that stands on one is merged all the same."""
+    assert to_hf(golden(name), tmp_path / "theirs", memory_bytes=4096).changed == ()
+    assert tools.all(tmp_path / "theirs") == tools.all(golden(name))
+    model = adapter(tmp_path / "student", golden(name))
+    to_hf(tmp_path / "student", tmp_path / "out", memory_bytes=4096)
+    prompt, _ = logits(name)
+    found, wanted = load_model(tmp_path / "out", dtype="float32")[0](prompt), model(prompt)
+    assert mx.sqrt(mx.mean(mx.square(found - wanted))).item() < 0.1 * mx.sqrt(mx.mean(mx.square(wanted))).item()
+    before, after = tools.all(golden(name)), tools.all(tmp_path / "out")
+    assert {n for n in before if before[n] != after[n]} == {n for n in before if n.endswith(("q_proj.weight", "o_proj.weight"))}
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss_mxfp4"])
@@ -122,12 +136,21 @@ def test_rank_stabilized_scales_are_understood(golden: Any, tmp_path: Path) -> N
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
     from_peft(tmp_path / "peft", tmp_path / "again", golden("qwen3"))
     assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_parameters"]["scale"] == 4.0
+    to_peft(tmp_path / "again", tmp_path / "back")
+    back = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
+    assert (back["r"], back["lora_alpha"], back["use_rslora"]) == (4, 8.0, True)
 
 
 def test_what_peft_cannot_hold_and_what_we_cannot_compute_is_refused(golden: Any, tmp_path: Path) -> None:
     adapter(tmp_path / "experts", golden("gpt_oss"), ("gate_proj",))
     with pytest.raises(ModelError, match="experts"):
         to_peft(tmp_path / "experts", tmp_path / "peft")
+    with pytest.raises(ModelError, match="experts"):
+        to_hf(tmp_path / "experts", tmp_path / "peft", adapter="keep")
+    adapter(tmp_path / "router", golden("gpt_oss"), ("router",))
+    with pytest.raises(ModelError, match="routers"):
+        to_peft(tmp_path / "router", tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
     with pytest.raises(ModelError, match="no adapter"):
         to_peft(golden("qwen3"), tmp_path / "peft")
     adapter(tmp_path / "student", golden("qwen3"))
@@ -143,9 +166,83 @@ def test_what_peft_cannot_hold_and_what_we_cannot_compute_is_refused(golden: Any
 
 def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: Path) -> None:
     convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
-    figures = {"metrics": {"student": {"accuracy": {"value": 0.875, "low": 0.8, "high": 0.9, "n": 40}, "json_valid": {"value": 1.0}}}}
+    rate = {"value": 0.875, "low": 0.8, "high": 0.9, "n": 40}
+    figures = {
+        "name": "first", "confidence": 0.95, "main_set": "test", "sets": {"test": 40},
+        "metrics": {"ours": {"accuracy": rate, "json_valid": {"value": 1.0}, "score_mae": None}, "other": {"accuracy": None}},
+    }  # fmt: skip
     to_hf(tmp_path / "ours", tmp_path / "out", report=figures)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| student | 0.875 | 1.000 |" in card
+    assert "| model | accuracy | valid JSON |" in card
+    assert "| ours | 0.875 [0.800, 0.900] | 1.000 |" in card
+    assert "Of the run `first`, on 40 held-out rows, in brackets 95% intervals, this is its `ours`." in card
     assert "stage `convert`" in card
     assert "truncate: false" in card
+    assert str(tmp_path) not in card, "no machine's paths"
+
+
+def test_the_card_of_a_runs_model_goes_back_to_what_it_was_made_from(golden: Any, tmp_path: Path) -> None:
+    """The chain of manifests beside the folder: the base's source, though the student's own manifest does not name it."""
+    from mlx_distill.files import open_partial, publish, read_manifest, stage_key
+
+    convert(golden("qwen3"), tmp_path / "run" / "base")
+    manifest = tmp_path / "run" / "base" / "manifest.json"
+    raw = json.loads(manifest.read_text())
+    raw["recorded"] |= {"source": "org/name", "commit": "0123abc"}
+    manifest.write_text(json.dumps(raw))
+    parents = {"base": read_manifest(manifest.parent).content, "data": "f" * 64}
+    partial = open_partial(tmp_path / "run" / "student", stage_key("student", 1, {}, parents))
+    adapter(partial, tmp_path / "run" / "base")
+    publish(tmp_path / "run" / "student", "student", 1, {}, parents, {})
+    to_hf(tmp_path / "run" / "student", tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model: org/name\n" in card
+    assert "from org/name, at commit `0123abc`" in card
+    assert card.index("`student`: made by") < card.index("`base`: made by")
+    assert "model.layers.*.self_attn.q_proj.weight: 2 tensors, adapter merged, relative error at most" in card
+
+
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss_mxfp4"])
+def test_an_adapter_is_kept_beside_an_untouched_base(name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+    convert(golden(name), tmp_path / "base")
+    model = adapter(tmp_path / "student", tmp_path / "base")
+    report = to_hf(tmp_path / "student", tmp_path / "out", adapter="keep")
+    assert report.changed == ()
+    assert report.kept == 4
+    assert tools.all(tmp_path / "out") == tools.all(golden(name))
+    assert from_peft(tmp_path / "out" / "adapter", tmp_path / "again", tmp_path / "out") == sorted(
+        f"model.layers.{i}.self_attn.{p}" for i in (0, 1) for p in ("o_proj", "q_proj")
+    )
+    prompt, _ = logits(name)
+    again, _ = load_model(tmp_path / "again", dtype="float32")
+    assert mx.array_equal(again(prompt), model(prompt))
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    assert "adapter/adapter_model.safetensors" in manifest["files"]
+    with pytest.raises(ConfigError, match="merge or keep"):
+        to_hf(tmp_path / "student", tmp_path / "other", adapter="drop")
+
+
+def test_what_stands_at_the_destination_is_not_mixed_with_an_adapter(golden: Any, tmp_path: Path, tools: Any) -> None:
+    adapter(tmp_path / "student", golden("qwen3"))
+    before = tools.bits(tmp_path / "student")
+    for destination in ("student", "mine"):
+        (tmp_path / "mine").mkdir(exist_ok=True)
+        (tmp_path / "mine" / "diary.txt").write_text("keep")
+        with pytest.raises(FileError):
+            to_peft(tmp_path / "student", tmp_path / destination)
+    assert tools.bits(tmp_path / "student") == before
+    assert [p.name for p in (tmp_path / "mine").iterdir()] == ["diary.txt"]
+    to_peft(tmp_path / "student", tmp_path / "peft")
+    assert "library_name: peft" in (tmp_path / "peft" / "README.md").read_text()
+    with pytest.raises(FileError):
+        from_peft(tmp_path / "peft", tmp_path / "mine", golden("qwen3"))
+    with pytest.raises(ModelError, match="PEFT's format"):
+        load_model(tmp_path / "peft")
+
+
+def test_the_base_that_peft_names_is_taken_where_none_is_given(golden: Any, logits: Any, tmp_path: Path) -> None:
+    model = adapter(tmp_path / "student", golden("qwen3"))
+    to_peft(tmp_path / "student", tmp_path / "peft", base_model=str(golden("qwen3")))
+    from_peft(tmp_path / "peft", tmp_path / "again")
+    prompt, _ = logits("qwen3")
+    assert mx.array_equal(load_model(tmp_path / "again", dtype="float32")[0](prompt), model(prompt))

@@ -9,10 +9,12 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import ModelError
+from mlx_distill.files import sha256
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.inspect import inspect
 from mlx_distill.models.load import load_model
+from mlx_distill.models.peft import to_peft
 
 
 def test_a_checkpoint_of_either_layout_counts_the_same_parameters(golden: Any, tmp_path: Path) -> None:
@@ -65,6 +67,36 @@ def test_a_run_lists_its_stages_and_a_stage_its_files(golden: Any, tmp_path: Pat
     assert report.problems == ()
     next((tmp_path / "teacher_base").glob("*.safetensors")).unlink()
     assert "is missing" in inspect(tmp_path).problems[0]
+
+
+def test_verifying_says_what_it_compared(golden: Any, copy: Any, tools: Any, tmp_path: Path) -> None:
+    """A manifest's hashes, those that the Hub's cache names its files by, or none."""
+    convert(golden("qwen3"), tmp_path / "ours")
+    files = len(list((tmp_path / "ours").iterdir())) - 1
+    assert f"verified: {files} files have the hash" in inspect(tmp_path / "ours", verify=True).lines()[-1]
+    assert "no hashes stand beside" in inspect(golden("qwen3"), verify=True).lines()[-1]
+    assert not any(line.startswith("verified") for line in inspect(golden("qwen3")).lines())
+    snapshot, blobs = copy("qwen3"), tmp_path / "blobs"
+    blobs.mkdir()
+    for path in sorted(snapshot.glob("*.safetensors")):
+        blob = blobs / sha256(path)
+        path.rename(blob)
+        path.symlink_to(blob)
+    assert "verified: 2 files have the hash" in inspect(snapshot, verify=True).lines()[-1]
+    blob.write_bytes(blob.read_bytes()[:-1] + b"!")
+    assert inspect(snapshot, verify=True).problems == (f"{path} is not what the Hub sent",)
+
+
+def test_an_adapter_of_pefts_is_shown_too(golden: Any, tmp_path: Path) -> None:
+    model, _ = load_model(golden("qwen3"))
+    settings = LoraSettings(4, 8.0, 0.1, ("q_proj",))
+    add_lora(model, settings)
+    save_adapter(model, tmp_path / "adapter", settings, golden("qwen3"))
+    to_peft(tmp_path / "adapter", tmp_path / "peft", base_model="org/name")
+    report = inspect(tmp_path / "peft", verify=True)
+    assert (report.facts["kind"], report.facts["rank"], report.facts["base"]) == ("lora in PEFT's format", 4, "org/name")
+    assert report.problems == ()
+    assert sum(r.parameters for r in report.rows) == 2 * 4 * (32 + 64)
 
 
 def test_an_unknown_folder_is_refused(tmp_path: Path) -> None:

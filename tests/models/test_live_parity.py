@@ -14,6 +14,7 @@ from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft
 from mlx_distill.models.load import load_model
+from mlx_distill.models.mxfp4 import pack
 
 # The references warn of their own futures.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -52,7 +53,7 @@ def build(kind: str, seed: int) -> Any:
     config = {
         "qwen2": lambda: tf.Qwen2Config(**dense, **yarn),
         "qwen3": lambda: tf.Qwen3Config(**dense, head_dim=(16, 24, 32)[seed], **yarn),
-        "qwen3_moe": lambda: tf.Qwen3MoeConfig(**{**dense, "tie_word_embeddings": False}, **moe, head_dim=16, **yarn),
+        "qwen3_moe": lambda: tf.Qwen3MoeConfig(**dense, **moe, head_dim=16, **yarn),
         "gpt_oss": lambda: tf.GptOssConfig(**gpt, rope_parameters={**YARN, "truncate": seed == 2, "rope_theta": 150000.0}),
     }[kind]()
     config._attn_implementation = "eager"
@@ -76,6 +77,14 @@ def apart(found: mx.array, wanted: np.ndarray) -> float:
     return float(np.abs(np.array(found) - wanted).max() / np.abs(wanted).max())
 
 
+def step_by_step(model: Any) -> mx.array:
+    """The logits of the prompt one token at a time, with a cache."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache = make_prompt_cache(model)
+    return mx.concatenate([model(mx.array(PROMPT[:, i : i + 1]), cache=cache) for i in range(PROMPT.shape[1])], axis=1)
+
+
 @pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "qwen3_moe", "gpt_oss"])
 def test_in_and_out_again(kind: str, seed: int, tmp_path: Path) -> None:
@@ -85,8 +94,10 @@ def test_in_and_out_again(kind: str, seed: int, tmp_path: Path) -> None:
     wanted = logits_of(model)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="60KB")
     convert(tmp_path / "theirs", tmp_path / "ours")
-    ours, _ = load_model(tmp_path / "ours")
-    assert apart(ours(mx.array(PROMPT)), wanted) < 2e-5
+    for folder in ("theirs", "ours"):
+        loaded, _ = load_model(tmp_path / folder)
+        assert apart(loaded(mx.array(PROMPT)), wanted) < 2e-5
+        assert apart(step_by_step(loaded), wanted) < 2e-5
     to_hf(tmp_path / "ours", tmp_path / "back")
     back, notes = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "back", output_loading_info=True, attn_implementation="eager")
     assert not notes["missing_keys"]
@@ -94,17 +105,67 @@ def test_in_and_out_again(kind: str, seed: int, tmp_path: Path) -> None:
     assert np.array_equal(logits_of(back.eval()), wanted)
 
 
-def test_mxfp4_experts_load_in_transformers(golden: Any, logits: Any, tmp_path: Path) -> None:
-    import torch
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_mxfp4_experts_in_and_out_again(seed: int, tmp_path: Path, tools: Any) -> None:
+    """As the published checkpoints are: bfloat16, the experts in blocks and scales; transformers unpacks what we pass through."""
     import transformers as tf
 
-    convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
+    save_mxfp4(build("gpt_oss", seed), tmp_path / "theirs", tools)
+    wanted = logits_of(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "theirs", attn_implementation="eager").float().eval())
+    convert(tmp_path / "theirs", tmp_path / "ours")
+    for folder in ("theirs", "ours"):
+        loaded, _ = load_model(tmp_path / folder, dtype="float32")
+        assert apart(loaded(mx.array(PROMPT)), wanted) < 2e-5
+        assert apart(step_by_step(loaded), wanted) < 2e-5
     to_hf(tmp_path / "ours", tmp_path / "back")
+    assert tools.all(tmp_path / "back") == tools.all(tmp_path / "theirs")
     back = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "back", attn_implementation="eager").float().eval()
-    prompt, wanted = logits("gpt_oss_mxfp4")
-    with torch.no_grad():
-        found = back(torch.tensor(np.array(prompt)).long()).logits.numpy()
-    assert apart(mx.array(found), np.array(wanted)) < 2e-5
+    assert np.array_equal(logits_of(back), wanted)
+
+
+def save_mxfp4(model: Any, folder: Path, tools: Any) -> None:
+    """The model's checkpoint with its experts in MXFP4."""
+    model.bfloat16().save_pretrained(folder)
+    tensors = tools.read(folder / "model.safetensors")
+    for name in [n for n in tensors if n.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
+        _, (experts, inputs, outputs), data = tensors.pop(name)
+        weight = mx.array(np.frombuffer(data, np.uint16)).view(mx.bfloat16).reshape(experts, inputs, outputs).swapaxes(1, 2)
+        words, scales = (np.array(part) for part in pack(weight))
+        tensors[f"{name}_blocks"] = ("U8", [experts, outputs, inputs // 32, 16], words.tobytes())
+        tensors[f"{name}_scales"] = ("U8", [experts, outputs, inputs // 32], scales.tobytes())
+    tools.write(folder / "model.safetensors", tensors)
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"quant_method": "mxfp4"}}))
+
+
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize(
+    ("name", "targets"), [("qwen3", ("q_proj", "down_proj")), ("qwen3_moe", ("o_proj", "up_proj")), ("gpt_oss", ("v_proj",))]
+)
+def test_a_student_trained_here_gives_the_same_logits_in_transformers(
+    name: str, targets: tuple[str, ...], kind: str, tmp_path: Path
+) -> None:
+    """Its adapter merged on the way out."""
+    import transformers as tf
+
+    build(name, 1).save_pretrained(tmp_path / "base")
+    model, settings = adapted(tmp_path / "base", targets, kind)
+    save_adapter(model, tmp_path / "student", settings, tmp_path / "base")
+    to_hf(tmp_path / "student", tmp_path / "out")
+    theirs = logits_of(tf.AutoModelForCausalLM.from_pretrained(tmp_path / "out", attn_implementation="eager").eval())
+    assert apart(model(mx.array(PROMPT)), theirs) < 2e-5
+
+
+def adapted(base: Path, targets: tuple[str, ...], kind: str, *, rslora: bool = False) -> tuple[Any, LoraSettings]:
+    """A model with an adapter that has learned something."""
+    model, _ = load_model(base)
+    settings = LoraSettings(4, 8.0, 0.0, targets, kind, rslora)
+    add_lora(model, settings)
+    for path, module in sorted(model.named_modules()):
+        if "lora_b" in module:
+            module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape, key=mx.random.key(len(path)))
+    model.eval()
+    return model, settings
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
@@ -114,13 +175,7 @@ def test_peft_computes_what_we_compute(name: str, kind: str, tmp_path: Path) -> 
     import transformers as tf
 
     build(name, 1).save_pretrained(tmp_path / "base")
-    model, _ = load_model(tmp_path / "base")
-    settings = LoraSettings(4, 8.0, 0.0, ("q_proj", "v_proj", "o_proj"), kind)
-    add_lora(model, settings)
-    for path, module in sorted(model.named_modules()):
-        if "lora_b" in module:
-            module.lora_b = 0.1 * mx.random.normal(module.lora_b.shape, key=mx.random.key(len(path)))
-    model.eval()
+    model, settings = adapted(tmp_path / "base", ("q_proj", "v_proj", "o_proj"), kind, rslora=name == "gpt_oss")
     save_adapter(model, tmp_path / "adapter", settings, tmp_path / "base")
     to_peft(tmp_path / "adapter", tmp_path / "peft")
     base = tf.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")

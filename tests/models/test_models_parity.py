@@ -64,24 +64,111 @@ def test_stock_mlx_lm_still_rounds_the_correction_range(golden: Any, logits: Any
 
     from mlx_distill.models.convert import convert
 
-    report = convert(golden("gpt_oss_mxfp4"), tmp_path / "out")
-    model, _ = stock_load(tmp_path / "out")
-    prompt, wanted = logits("gpt_oss_mxfp4")
-    assert error(cast(model, "float32")(prompt), wanted) > 0.1
-    assert report.note is not None
-    assert "truncate" in report.note
+    for name, said in (("gpt_oss_mxfp4", "truncate"), ("gpt_oss", "truncate"), ("qwen3_moe", "yarn")):
+        report = convert(golden(name), tmp_path / name)
+        model, _ = stock_load(tmp_path / name)
+        prompt, wanted = logits(name)
+        assert error(cast(model, "float32")(prompt), wanted) > 0.1
+        assert report.note is not None
+        assert said in report.note
+        assert report.lines()[-1] == report.note
 
 
-@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_yarn"])
-def test_stock_mlx_lm_loads_what_we_convert(name: str, golden: Any, logits: Any, tmp_path: Path) -> None:
+PACKED = [("qwen2", "affine3"), ("qwen3", "mixed4"), ("qwen3_moe", "mixed-nvfp4"), ("gpt_oss", "mxfp8"), ("gpt_oss_mxfp4", "mixed4")]
+
+
+@pytest.mark.parametrize(("name", "quantize"), [*((name, None) for name in NAMES), *PACKED])
+def test_stock_mlx_lm_computes_the_same_where_nothing_is_said(
+    name: str, quantize: str | None, copy: Any, logits: Any, tools: Any, tmp_path: Path
+) -> None:
+    """With a rope that it knows: plain, packed, mixed with what came in packed."""
     from mlx_lm.utils import load_model as stock_load
 
     from mlx_distill.models.convert import convert
 
-    assert convert(golden(name), tmp_path / "out").note is None
-    model, _ = stock_load(tmp_path / "out")
+    folder = copy(name)
+    if name == "qwen3_moe":
+        tools.config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
+    elif name.startswith("gpt_oss"):
+        tools.config(folder, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, rope_scaling=None, rope_theta=None)
+    assert convert(folder, tmp_path / "out", quantize).note is None
+    stock, _ = stock_load(tmp_path / "out")
+    ours, _ = load_model(tmp_path / "out", dtype="float32")
     prompt, wanted = logits(name)
-    assert error(cast(model, "float32")(prompt), wanted) < TOLERANCE
+    found = cast(stock, "float32")(prompt)
+    assert error(found, ours(prompt)) < 1e-6
+    if quantize is None and name in ("qwen2", "qwen3", "qwen3_yarn"):
+        assert error(found, wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_both_spellings_of_the_rope_give_the_same_logits(name: str, copy: Any, logits: Any, tools: Any, tmp_path: Path) -> None:
+    """As transformers 5 writes it and as before, loaded and converted; the spelling comes back on export."""
+    import json
+
+    from mlx_distill.models.convert import convert
+    from mlx_distill.models.export import to_hf
+
+    folder = copy(name)
+    config = json.loads((folder / "config.json").read_text())
+    if new := config.get("rope_parameters"):
+        other = {"rope_theta": new["rope_theta"], "rope_scaling": {k: v for k, v in new.items() if k != "rope_theta"}}
+        tools.config(folder, rope_parameters=None, **(other if new["rope_type"] != "default" else {**other, "rope_scaling": None}))
+    else:
+        other = {"rope_parameters": {**config["rope_scaling"], "rope_theta": config["rope_theta"]}}
+        tools.config(folder, rope_scaling=None, rope_theta=None, **other)
+    prompt, wanted = logits(name)
+    convert(folder, tmp_path / "ours")
+    for path in (folder, tmp_path / "ours"):
+        assert error(load_model(path, dtype="float32")[0](prompt), wanted) < TOLERANCE
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    spelled = [json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "back")]
+    assert spelled[0] == spelled[1]
+
+
+def test_experts_as_transformers_holds_them_in_memory_are_the_same_ones(copy: Any, logits: Any, tools: Any) -> None:
+    """Qwen3-MoE with gate and up of all experts in one tensor, as transformers 5 may write it."""
+    import json
+
+    folder = copy("qwen3_moe")
+    tensors = tools.all(folder)
+    for layer in (0, 1):
+        prefix = f"model.layers.{layer}.mlp.experts."
+        taken = {key: [tensors.pop(f"{prefix}{e}.{key}.weight") for e in range(4)] for key in ("gate_proj", "up_proj", "down_proj")}
+        _, (rows, columns), _ = taken["gate_proj"][0]
+        both = b"".join(gate[2] + up[2] for gate, up in zip(taken["gate_proj"], taken["up_proj"], strict=True))
+        tensors[f"{prefix}gate_up_proj"] = ("BF16", [4, 2 * rows, columns], both)
+        tensors[f"{prefix}down_proj"] = ("BF16", [4, columns, rows], b"".join(down[2] for down in taken["down_proj"]))
+    for path in folder.glob("model*"):
+        path.unlink()
+    tools.write(folder / "model.safetensors", tensors)
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "qwen3_moe"
+    prompt, wanted = logits("qwen3_moe")
+    assert error(load_model(folder, dtype="float32")[0](prompt), wanted) < TOLERANCE
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
+def test_a_head_of_its_own_and_a_tied_one(name: str, copy: Any, logits: Any, tools: Any) -> None:
+    """The same checkpoint told the other way: a tied one with its head written out, an untied one with the embedding as its head."""
+    folder = copy(name)
+    tensors = tools.all(folder)
+    tied = "lm_head.weight" not in tensors
+    if tied:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    else:
+        tensors["model.embed_tokens.weight"] = tensors["lm_head.weight"]
+    for path in folder.glob("model*"):
+        path.unlink()
+    tools.write(folder / "model.safetensors", tensors)
+    prompt, wanted = logits(name)
+    found = []
+    for change in (True, False):
+        tools.config(folder, tie_word_embeddings=change)
+        found.append(load_model(folder, dtype="float32")[0](prompt))
+        assert ("lm_head" in load_model(folder)[0]) is not change
+    assert error(found[0], found[1]) < 1e-6
+    if tied:
+        assert error(found[0], wanted) < TOLERANCE
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -97,6 +184,45 @@ def test_the_expected_shapes_are_those_of_the_models(name: str, golden: Any) -> 
         changed = {**config, **change}
         wanted = {path: value.shape for path, value in tree_flatten(build_model(changed).parameters())}
         assert expected_shapes(changed) == wanted
+
+
+_GPT_OSS = {"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8}
+_QWEN = {"vocab_size": 151_936, "num_attention_heads": 32, "head_dim": 128, "tie_word_embeddings": False}
+PUBLISHED = {  # the numbers of config.json, and the parameters: 20.9, 116.8, 8.2, 30.5 and 7.6 billion, as their makers say
+    "gpt-oss-20b": ({**_GPT_OSS, "vocab_size": 201_088, "num_hidden_layers": 24, "num_local_experts": 32}, 20_914_757_184),
+    "gpt-oss-120b": ({**_GPT_OSS, "vocab_size": 201_088, "num_hidden_layers": 36, "num_local_experts": 128}, 116_829_156_672),
+    "Qwen3-8B": (
+        {
+            **_QWEN, "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
+            "num_key_value_heads": 8,
+        },
+        8_190_735_360,
+    ),
+    "Qwen3-30B-A3B": (
+        {
+            **_QWEN, "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
+            "num_hidden_layers": 48, "num_key_value_heads": 4, "num_experts": 128,
+        },
+        30_532_122_624,
+    ),
+    "Qwen2.5-7B": (
+        {
+            "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
+            "num_key_value_heads": 4, "vocab_size": 152_064,
+        },
+        7_615_616_512,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_the_published_models_have_as_many_parameters_as_we_expect(name: str) -> None:
+    from math import prod
+
+    from mlx_distill.models.registry import expected_shapes
+
+    config, parameters = PUBLISHED[name]
+    assert sum(map(prod, expected_shapes(config).values())) == parameters
 
 
 def test_conversion_does_not_import_mlx_lm(golden: Any, tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.adapters import LoraSettings, add_lora, merge, save_adapter
 from mlx_distill.models.convert import convert
+from mlx_distill.models.export import to_hf
 from mlx_distill.models.load import load_model
 from mlx_distill.models.quantize import quantize_folder, quantize_into
 
@@ -66,6 +68,22 @@ def test_merged_before_packing_equals_packing_the_merged_weight(golden: Any, tmp
     assert mx.array_equal(packed.biases, want[2])
 
 
+@pytest.mark.parametrize(("name", "targets"), [("gpt_oss", ("down_proj", "q_proj")), ("qwen3_moe", ("gate_proj",))])
+@pytest.mark.parametrize("kind", ["lora", "dora"])
+def test_adapters_on_experts_merged_in_slabs_are_those_merged_in_memory(
+    name: str, targets: tuple[str, ...], kind: str, golden: Any, logits: Any, tmp_path: Path
+) -> None:
+    model = student(name, golden, tmp_path, targets, kind)
+    to_hf(tmp_path / "student", tmp_path / "merged", memory_bytes=4096)
+    merge(model)
+    prompt, _ = logits(name)
+    found, _ = load_model(tmp_path / "merged", dtype="float32")
+    wanted = model.update(tree_map(lambda x: x.astype(mx.bfloat16).astype(mx.float32), model.parameters()))(prompt)
+    assert distance(found(prompt), wanted) < 0.05
+    parts = [dict(tree_flatten(m.parameters())) for m in (found, model)]
+    assert all(mx.abs(value - parts[1][key]).max().item() <= 2.0**-7 * mx.abs(value).max().item() for key, value in parts[0].items())
+
+
 @pytest.mark.parametrize("adapter", ["merge", "keep"])
 @pytest.mark.parametrize("mode", ["affine4", "mxfp4"])
 def test_experts_and_router_are_untouched_bit_for_bit(mode: str, adapter: str, golden: Any, tmp_path: Path, tools: Any) -> None:
@@ -89,11 +107,13 @@ def test_an_update_of_packed_experts_packs_them_again_and_states_the_error(golde
     assert row.note == "packed again; adapter merged"
     assert 0.02 < row.error < 0.3
     assert any("packed again" in line for line in report.lines())
+    assert f"{max(r.error / r.update for r in report.rows if r.update):.0%} of the adapter's update" in report.lines()[-1]
     packed = load_model(tmp_path / "quantized")[0].model.layers[0].mlp.experts.down_proj
     assert (packed.mode, packed.bits, packed.group_size) == ("mxfp4", 4, 32)
     base = mx.dequantize(layer.linear.weight, layer.linear.scales, None, 32, 4, "mxfp4", dtype=mx.float32)
     exact = np.array(base + 2.0 * (layer.lora_b @ layer.lora_a))
     back = np.array(mx.dequantize(packed.weight, packed.scales, None, 32, 4, "mxfp4", dtype=mx.float32))
+    assert row.update == pytest.approx(np.sqrt(np.square(exact - np.array(base)).sum() / np.square(exact).sum()), rel=1e-3)
     assert row.error == pytest.approx(np.sqrt(np.square(back - exact).sum() / np.square(exact).sum()), rel=1e-3)
 
 

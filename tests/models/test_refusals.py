@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_distill.errors import DistillError, FileError, ModelError
+from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
+from mlx_distill.models.export import to_hf
 from mlx_distill.models.load import load, load_model, load_tokenizer
+from mlx_distill.models.quantize import quantize_folder
 
 Damage = Callable[[Path, Any], Any]
 Q, GATE = "model.layers.1.self_attn.q_proj.weight", "model.layers.0.mlp.experts.2.gate_proj.weight"
@@ -120,6 +125,16 @@ def config_with_a_key_missing(folder: Path, tools: Any) -> str:
     return "hidden_size"
 
 
+def another_activation(folder: Path, tools: Any) -> str:
+    tools.config(folder, hidden_act="gelu")
+    return "hidden_act"
+
+
+def half_a_rope(folder: Path, tools: Any) -> str:
+    tools.config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5})
+    return "partial_rotary_factor"
+
+
 def sliding_qwen(folder: Path, tools: Any) -> str:
     tools.config(folder, use_sliding_window=True, sliding_window=16, max_window_layers=0, layer_types=None)
     return "use_sliding_window"
@@ -128,36 +143,59 @@ def sliding_qwen(folder: Path, tools: Any) -> str:
 DAMAGES: list[Damage] = [
     truncated, cut_in_the_header, not_safetensors, missing_shard, removed_tensor, wrong_index, index_without_a_tensor,
     index_that_leaves_the_folder, extra_tensor, wrong_shape, config_that_disagrees, unknown_type, unknown_model_type, without_model_type,
-    remote_code, config_not_json, config_with_a_key_missing, sliding_qwen,
+    remote_code, config_not_json, config_with_a_key_missing, sliding_qwen, another_activation, half_a_rope,
 ]  # fmt: skip
+
+
+OF_A_TENSOR = (
+    truncated, removed_tensor, wrong_index, index_without_a_tensor, extra_tensor, wrong_shape, config_that_disagrees, unknown_type,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 def test_a_damaged_checkpoint_is_named_and_nothing_is_written(damage: Damage, copy: Any, tools: Any, tmp_path: Path) -> None:
     folder = copy("qwen3")
+    convert(folder, tmp_path / "runs" / "before")
+    before = tools.bits(tmp_path / "runs")
+    shard = tools.file_of(folder, Q).name
     named = damage(folder, tools)
-    (tmp_path / "runs").mkdir()
-    for action in (lambda: load_model(folder), lambda: convert(folder, tmp_path / "runs" / "out")):
+    actions = [lambda: load_model(folder), *(lambda out=out: convert(folder, tmp_path / "runs" / out) for out in ("new", "before"))]
+    for action in actions:
         with pytest.raises(ModelError) as caught:
             action()
         assert named in caught.value.message
         assert caught.value.fix
         assert "\n" not in caught.value.message
-    assert not list((tmp_path / "runs").iterdir())
+        if damage in OF_A_TENSOR:  # tensor and file
+            assert "tensor 'model." in caught.value.message
+            assert any(file in caught.value.message for file in (shard, "model.safetensors.index.json"))
+    assert tools.bits(tmp_path / "runs") == before
+    assert [p.name for p in (tmp_path / "runs").iterdir()] == ["before"]
 
 
 def test_a_missing_expert_is_named(copy: Any, tools: Any) -> None:
     folder = copy("qwen3_moe")
     tools.edit(folder, GATE, lambda _: None)
-    with pytest.raises(ModelError, match=GATE):
+    with pytest.raises(ModelError, match=rf"\.safetensors.*{GATE}"):
         load_model(folder)
 
 
 def test_a_missing_mxfp4_block_is_named_as_in_the_source(copy: Any, tools: Any) -> None:
     folder = copy("gpt_oss_mxfp4")
     tools.edit(folder, BLOCKS, lambda _: None)
-    with pytest.raises(ModelError, match=BLOCKS):
+    with pytest.raises(ModelError, match=rf"index\.json.*{BLOCKS}"):
         load_model(folder)
+
+
+def test_a_scale_that_is_no_number_stops_the_conversion(copy: Any, tools: Any, tmp_path: Path) -> None:
+    """255 is NaN in E8M0; MLX would read it as infinity."""
+    folder, name = copy("gpt_oss_mxfp4"), BLOCKS.replace("blocks", "scales")
+    shard = tools.edit(folder, name, lambda t: (t[0], t[1], t[2][:9] + b"\xff" + t[2][10:]))
+    with pytest.raises(ModelError, match="NaN") as caught:
+        convert(folder, tmp_path / "out")
+    assert name in caught.value.message
+    assert shard.name in caught.value.message
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -170,6 +208,31 @@ def test_a_weight_that_is_no_number_stops_the_conversion(bad: float, copy: Any, 
     assert Q in caught.value.message
     assert shard.name in caught.value.message
     assert not list((tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float16"}, {"dtype": "float16", "quantize": "affine4"}])
+def test_a_weight_that_overflows_its_new_type_is_refused(options: dict[str, str], copy: Any, tools: Any, tmp_path: Path) -> None:
+    folder = copy("qwen3")
+    shard = tools.edit(folder, Q, lambda t: (t[0], t[1], t[2][:100] + tools.bf16(np.array([1e6])) + t[2][102:]))
+    convert(folder, tmp_path / "wide")
+    with pytest.raises(ModelError, match="NaN or infinity as") as caught:
+        convert(folder, tmp_path / "out", **options)
+    assert Q in caught.value.message
+    assert shard.name in caught.value.message
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_that_is_no_number_is_not_merged(golden: Any, tmp_path: Path) -> None:
+    model, _ = load_model(golden("qwen3"))
+    settings = LoraSettings(2, 4.0, 0.0, ("q_proj",))
+    add_lora(model, settings)
+    model.model.layers[1].self_attn.q_proj.lora_b *= mx.nan
+    save_adapter(model, tmp_path / "student", settings, golden("qwen3"))
+    for write in (to_hf, partial(quantize_folder, mode="affine4")):
+        with pytest.raises(ModelError, match="with the adapter added") as caught:
+            write(tmp_path / "student", tmp_path / "out")
+        assert Q in caught.value.message
+        assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_conversion_survives_a_source_that_got_damaged(copy: Any, tools: Any, tmp_path: Path) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.rope import rope_settings, yarn_frequencies
+from mlx_distill.models.rope import build_rope, rope_settings, stock_difference, yarn_frequencies
 
 GPT_OSS = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096,
@@ -56,6 +57,28 @@ def test_explicit_attention_factors_count() -> None:
 
     assert factor(attention_factor=1.25) == 1.25
     assert factor(mscale=0.7, mscale_all_dim=0.7) == 1.0
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [
+        {}, {"truncate": True}, {"truncate": True, "attention_factor": 1.25}, {"truncate": True, "mscale": 0.7, "mscale_all_dim": 0.7},
+        {"truncate": True, "mscale": 0.7}, {"truncate": True, "original_max_position_embeddings": None}, {"rope_type": "linear"},
+        {"rope_type": "default"}, {"original_max_position_embeddings": 32, "factor": 1.0},
+    ],
+)  # fmt: skip
+def test_what_is_said_of_stock_mlx_lm_is_so(scaling: dict[str, Any]) -> None:
+    """Its own rope beside ours: said to differ where it does, and only there."""
+    import mlx.core as mx
+    from mlx_lm.models.rope_utils import initialize_rope
+
+    scaling = {key: value for key, value in {**GPT_OSS, **scaling}.items() if value is not None}
+    settings = rope_settings({"rope_theta": 150_000.0, "rope_scaling": scaling})
+    x = mx.random.normal((1, 1, 200, 64), key=mx.random.key(0))
+    stock = initialize_rope(64, 150_000.0, False, scaling, 131_072)(x)
+    ours = build_rope(64, settings, 131_072)(x)
+    said = stock_difference(64, settings, 131_072)
+    assert (said is None) == (mx.abs(stock - ours).max().item() < 1e-3), said
 
 
 def test_other_ropes_are_refused() -> None:

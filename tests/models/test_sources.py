@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import mlx.core as mx
 import pytest
 
+from mlx_distill.errors import ModelError
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
+from mlx_distill.models.export import to_hf
 from mlx_distill.models.hub import commit_of, resolve
+from mlx_distill.models.inspect import inspect
 from mlx_distill.models.load import load, load_tokenizer
 
 
@@ -73,16 +79,80 @@ def test_a_hub_id_is_fetched_at_its_revision_without_code_or_pickles(copy: Any, 
     assert commit_of(snapshot) == "0123abc"
 
 
-def test_the_commit_of_a_snapshot_is_recorded(copy: Any, tmp_path: Path) -> None:
+def test_the_commit_of_a_snapshot_is_recorded(copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
     from mlx_distill.files import read_manifest
 
     snapshot = tmp_path / "hub" / "snapshots" / "0123abc"
     snapshot.parent.mkdir(parents=True)
     copy("qwen3").rename(snapshot)
-    convert(snapshot, tmp_path / "out")
-    manifest = read_manifest(tmp_path / "out")
-    assert manifest is not None
-    assert manifest.recorded["commit"] == "0123abc"
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(snapshot))
+    for source, revision in ((snapshot, None), ("org/name", "main")):
+        convert(source, tmp_path / "out", revision=revision)
+        manifest = read_manifest(tmp_path / "out")
+        assert manifest is not None
+        assert manifest.recorded["commit"] == "0123abc", "a branch moves, the commit does not"
+
+
+def test_a_download_that_broke_off_goes_on_and_a_wrong_revision_is_named(
+    copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's client keeps what has come; what is ours is to leave it, and to say so."""
+    import huggingface_hub
+    from huggingface_hub.errors import RevisionNotFoundError
+
+    snapshot, files = tmp_path / "hub" / "snapshots" / "0123abc", sorted(with_tokenizer(copy("qwen3")).iterdir())
+    snapshot.mkdir(parents=True)
+    fetched: list[str] = []
+
+    def download(repo: str, **options: Any) -> str:
+        if options["revision"] == "v9":
+            raise RevisionNotFoundError("404", response=Mock())
+        for number, file in enumerate(f for f in files if not (snapshot / f.name).exists()):
+            if number == 3:
+                raise ConnectionError("the line is dead")
+            shutil.copyfile(file, snapshot / file.name)
+            fetched.append(file.name)
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    attempts = 0
+    while len(fetched) < len(files):
+        attempts += 1
+        with pytest.raises(ModelError, match="the line is dead") if len(files) - len(fetched) > 3 else nullcontext() as caught:
+            load("org/name")
+        if caught:
+            assert "goes on where the download stopped" in (caught.value.fix or "")
+    assert attempts > 1
+    assert sorted(fetched) == sorted(set(fetched)), "no file twice"
+    with pytest.raises(ModelError, match="v9"):
+        load("org/name", "v9")
+
+
+def test_a_hub_model_with_pickles_alone_is_refused(copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    folder = copy("qwen3")
+    for path in folder.glob("model*"):
+        path.unlink()
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda repo, **options: str(folder))
+    with pytest.raises(ModelError, match="safetensors"):
+        load("org/name")
+
+
+def test_a_vocabulary_padded_beyond_the_tokenizer_keeps_its_columns(copy: Any, tmp_path: Path, tools: Any) -> None:
+    """28 tokens, 64 columns: in, packed and out again."""
+    source = with_tokenizer(copy("qwen3_yarn"))
+    convert(source, tmp_path / "ours")
+    convert(source, tmp_path / "packed", "mixed4")
+    to_hf(tmp_path / "ours", tmp_path / "back")
+    for folder in (source, tmp_path / "ours", tmp_path / "packed", tmp_path / "back"):
+        model, tokenizer = load(folder)
+        assert len(tokenizer.get_vocab()) == 28
+        assert model(mx.array([tokenizer.encode("hello")])).shape[-1] == 64
+        assert inspect(folder).facts["vocabulary"] == "64 columns, 28 tokens"
+    assert tools.all(tmp_path / "back") == tools.all(source)
 
 
 def test_folders_are_taken_as_they_are(golden: Any) -> None:

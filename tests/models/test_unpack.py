@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import mlx.core as mx
 import pytest
 
@@ -12,7 +15,7 @@ from mlx_distill.models.load import load, unpack
 
 
 @pytest.mark.parametrize("quantize", [None, "affine4"])
-def test_unpacked_weights_give_the_same_logits_and_gradients(tmp_path, quantize):
+def test_unpacked_weights_give_the_same_logits_and_gradients(tmp_path: Path, quantize: str | None) -> None:
     convert(ASSETS / "models" / "tiny-gpt-oss", tmp_path / "model", quantize=quantize)
     tokens = mx.array([[5, 17, 200, 33, 8, 91, 400, 12]])
     results = []
@@ -24,7 +27,7 @@ def test_unpacked_weights_give_the_same_logits_and_gradients(tmp_path, quantize)
             assert any("q_proj" in path for path in paths) == (quantize is not None)
         add_lora(model, LoraSettings(4, 8.0, 0.0, ["q_proj"]))
 
-        def loss(trainable, model=model):
+        def loss(trainable: Any, model: Any = model) -> mx.array:
             model.update(trainable)
             return mx.square(model(tokens)).mean()
 

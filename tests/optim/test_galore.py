@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import fields
 from typing import Any
 
 import mlx.core as mx
@@ -12,8 +13,11 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from mlx_distill import recipe
 from mlx_distill.errors import ConfigError
-from mlx_distill.optim import APOLLO, AdamW, APOLLOMini, GaLoreAdamW, by_modules, make_optimizer, make_schedule, state_bytes
+from mlx_distill.optim import APOLLO, SCHEDULES, AdamW, APOLLOMini, GaLoreAdamW, by_modules, make_optimizer, make_schedule, state_bytes
+from mlx_distill.optim.galore import MOMENTS
+from mlx_distill.optim.subspace import PROJECTIONS
 from mlx_distill.recipe import TrainConfig
 
 ALL: dict[str, Callable[..., optim.Optimizer]] = {
@@ -263,6 +267,8 @@ def test_bad_settings_are_refused_with_a_cure() -> None:
         lambda: make_schedule("steps", 0.1, 10),
         lambda: make_schedule("cosine", 0.1, 0),
         lambda: make_schedule("cosine", 0.1, 10, warmup=1.5),
+        lambda: make_schedule("cosine", 0.1, 10, warmup=1.0),
+        lambda: make_schedule("wsd", 0.1, 10, warmup=0.81),
     ):
         with pytest.raises(ConfigError) as caught:
             make()
@@ -295,4 +301,22 @@ def test_the_recipe_chooses_the_optimizer() -> None:
     assert isinstance(galore, GaLoreAdamW) and (galore.rank, galore.update_gap, galore.scale) == (7, 9, 0.5)
     assert galore.filter("model.layers.0.self_attn.q_proj.weight", mx.zeros((4, 4)))
     assert not galore.filter("model.embed_tokens.weight", mx.zeros((4, 4)))
+    assert (galore.projection, galore.moments, galore.stagger, galore.refresh_below) == ("std", "project", True, 0.0)
+    own = {"galore_projection": "full", "galore_moments": "reset", "galore_stagger": False, "galore_refresh_below": 0.9}
+    galore = make_optimizer(TrainConfig(method="galore", **own), 10)
+    assert isinstance(galore, GaLoreAdamW)
+    assert (galore.projection, galore.moments, galore.stagger, galore.refresh_below) == ("full", "reset", False, 0.9)
     assert isinstance(make_optimizer(TrainConfig(), 10), AdamW)
+    apollo = make_optimizer(TrainConfig(method="apollo", apollo_rank=7, apollo_update_gap=9, seed=3), 10)
+    mini = make_optimizer(TrainConfig(method="apollo-mini"), 10)
+    assert isinstance(apollo, APOLLO) and isinstance(mini, APOLLO)
+    assert (apollo.rank, apollo.update_gap, apollo.scale, apollo.channels, apollo.seed) == (7, 9, 1.0, True, 3)
+    assert (mini.rank, mini.scale, mini.channels) == (1, 128**0.5, False)
+    scaled = make_optimizer(TrainConfig(method="apollo-mini", apollo_scale=2.0), 10)
+    assert isinstance(scaled, APOLLO) and scaled.scale == 2.0
+
+
+def test_what_a_recipe_may_choose_is_what_there_is() -> None:
+    assert set(MOMENTS) == set(recipe.MOMENTS) and set(PROJECTIONS) == set(recipe.PROJECTIONS)
+    schedules = next(f for f in fields(TrainConfig) if f.name == "schedule").metadata["choices"]
+    assert set(SCHEDULES) == set(schedules)

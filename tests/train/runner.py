@@ -1,8 +1,12 @@
-"""A training in a process of its own, which the tests kill: runner.py FOLDER none | kill-N | interrupt-N | ranks."""
+"""Trainings in a process of its own, which the tests kill: runner.py FOLDER ranks | kill SEED N METHOD... | interrupt SEED N METHOD...
+
+``kill`` trains by one method after the other and hits the N-th of them where the seed says: in any part of any step.
+"""
 
 from __future__ import annotations
 
 import os
+import random
 import signal
 import sys
 from pathlib import Path
@@ -22,28 +26,38 @@ from mlx_distill.errors import DistillError, Interrupted
 from mlx_distill.optim import make_optimizer
 from mlx_distill.train import ListBatches, make_trainable, sft, train
 from mlx_distill.train.ranks import current_ranks
+from mlx_distill.train.stopwatch import Stopwatch
 
 
-def main(folder: Path, script: str) -> int:
-    how, _, number = script.partition("-")
-    # At which steps each attempt is hit.
-    hits = {"kill": [3, 6], "interrupt": [4]}.get(how, [])
-    at = hits[int(number)] if int(number or 0) < len(hits) else -1
-
-    def hook(row: dict) -> None:
-        if row["step"] == at:
-            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGINT)
-
+def main(folder: Path, how: str, seed: str = "", number: str = "0", *methods: str) -> int:
     if how == "ranks":
         for method in ("full", "galore"):
             train_once(folder / method, method, lambda row: None)
         print("finished", flush=True)
         return lose_a_rank(folder / "lost")
-    try:
-        train_once(folder, "galore", hook)
-    except Interrupted as error:
-        return error.exit_code
+    for place, method in enumerate(methods):
+        if place == int(number):
+            # A run has 116 parts or more, of which the last step's are left out: after it there is nothing to go on with.
+            hit_after(random.Random(f"{seed}/{place}").randrange(1, 100), signal.SIGKILL if how == "kill" else signal.SIGINT)
+        try:
+            train_once(folder / method, method, lambda row: None)
+        except Interrupted as error:
+            return error.exit_code
     return 0
+
+
+def hit_after(parts: int, number: int) -> None:
+    """Send this process a signal when it has begun so many parts of steps."""
+    plain = Stopwatch.part
+
+    def part(self: Stopwatch, name: str) -> Any:
+        nonlocal parts
+        parts -= 1
+        if parts == 0:
+            os.kill(os.getpid(), number)
+        return plain(self, name)
+
+    Stopwatch.part = part  # type: ignore[method-assign]
 
 
 def lose_a_rank(folder: Path) -> int:
@@ -74,4 +88,4 @@ def train_once(folder: Path, method: str, hook: Any) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), sys.argv[2]))
+    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,6 +16,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
+from train.runner import train_once
 from train.tiny import TinyModel, collate, make_batches, make_model, make_rows, settings
 
 from mlx_distill.errors import ConfigError, DataError, FileError, Interrupted, ModelError
@@ -120,7 +122,7 @@ def test_two_seeded_runs_are_equal_bitwise(tmp_path: Path) -> None:
     assert weights(run(tmp_path / "c", settings(seed=1))[0]) != weights(first[0])
 
 
-@pytest.mark.parametrize("method", ["full", "galore", "lora", "dora"])
+@pytest.mark.parametrize("method", ["full", "galore", "lora", "dora", "apollo", "apollo-mini"])
 def test_a_stopped_run_goes_on_bitwise(tmp_path: Path, method: str) -> None:
     """With dropout, accumulation, a schedule and, for GaLore, a refresh after the cut."""
     schedule = "wsd" if method == "full" else "cosine"
@@ -148,10 +150,11 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert weights(again) == weights(first) and result.steps == 6 and result.metrics["step"] == 6
 
 
-def test_the_last_two_checkpoints_and_the_best_are_kept(tmp_path: Path) -> None:
-    run(tmp_path, settings(steps=9, evaluate_every=3), valid=make_batches(ROWS, 8))
+@pytest.mark.parametrize("keep", [1, 2, 4])
+def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path, keep: int) -> None:
+    run(tmp_path, settings(steps=9, evaluate_every=3, keep_checkpoints=keep), valid=make_batches(ROWS, 8))
     names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
-    assert names == ["best", "step-00000008", "step-00000009"]
+    assert names == ["best", *[f"step-0000000{step}" for step in (4, 6, 8, 9)][-keep:]]
 
 
 def test_validation_disturbs_neither_order_nor_dropout(tmp_path: Path) -> None:
@@ -169,9 +172,9 @@ def test_evaluate_is_the_mean_over_all_trained_tokens() -> None:
 
 
 def test_the_best_weights_can_be_what_is_left(tmp_path: Path) -> None:
-    config = settings(learning_rate=3.0, schedule="constant", steps=8, evaluate_every=1, clip_norm=0.0)
+    config = settings(learning_rate=3.0, schedule="constant", steps=8, evaluate_every=1, clip_norm=0.0, use_best=True)
     valid = make_batches(ROWS, 8)
-    model, result = run(tmp_path, config, valid=valid, keep="best")
+    model, result = run(tmp_path, config, valid=valid)
     assert result.best_step is not None and result.best_step < 8 and result.best is not None
     assert evaluate(model, valid, sft())["loss"] == pytest.approx(result.best_loss, rel=1e-6)
     other = make_model(seed=5)
@@ -180,10 +183,10 @@ def test_the_best_weights_can_be_what_is_left(tmp_path: Path) -> None:
 
 
 def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
-    config = settings(learning_rate=0.0, steps=20, evaluate_every=1)
-    _, result = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8), patience=3)
+    config = settings(learning_rate=0.0, steps=20, evaluate_every=1, patience=3)
+    _, result = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8))
     assert result.stopped_early and result.steps == 4 and result.best_step == 1
-    _, again = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8), patience=3)
+    _, again = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8))
     assert again.stopped_early and again.steps == 4
 
 
@@ -288,6 +291,19 @@ def test_hooks_get_what_a_watcher_needs(tmp_path: Path) -> None:
     assert wanted | {"peak_memory_bytes"} <= set(told[0])
     assert set(told[0]["timing"]) == set(PARTS) and told[0]["timing"]["forward"] > 0
     assert told[-1]["eta_s"] == 0.0 and told[0]["peak_memory_bytes"] > 0
+    json.dumps(told, allow_nan=False)
+
+
+def test_what_a_hook_raises_ends_the_run_and_leaves_its_checkpoint(tmp_path: Path) -> None:
+    def full(row: dict) -> None:
+        if row["step"] == 5:
+            raise OSError("the sink is full")
+
+    with pytest.raises(OSError, match="sink is full"):
+        run(tmp_path / "cut", settings(), hooks=[full])
+    resumed, result = run(tmp_path / "cut", settings())
+    whole, _ = run(tmp_path / "whole", settings())
+    assert result.resumed == 4 and weights(resumed) == weights(whole)
 
 
 def test_the_random_state_comes_back() -> None:
@@ -297,22 +313,22 @@ def test_the_random_state_comes_back() -> None:
     assert mx.random.normal((4,)).tolist() == first
 
 
-@pytest.mark.parametrize("script", ["kill", "interrupt"])
-def test_a_killed_process_goes_on_bitwise(tmp_path: Path, script: str) -> None:
-    """kill -9 (or Ctrl-C) of a real process, again and again, until the run is through."""
-    runner = Path(__file__).with_name("runner.py")
-    whole = subprocess.run([sys.executable, runner, tmp_path / "whole", "none"], capture_output=True, text=True, timeout=300)
-    assert whole.returncode == 0, whole.stderr
-    codes = []
-    while not codes or codes[-1] != 0:
-        command = [sys.executable, runner, tmp_path / "cut", f"{script}-{len(codes)}"]
+RUNNER = Path(__file__).with_name("runner.py")
+
+
+@pytest.mark.parametrize(("how", "code", "methods"), [("kill", -9, ["lora", "galore", "full"]), ("interrupt", 130, ["galore"])])
+def test_a_process_that_is_hit_anywhere_goes_on_bitwise(tmp_path: Path, how: str, code: int, methods: list[str]) -> None:
+    """kill -9 (or Ctrl-C) of a real process, at a random place of each method's run, with dropout, accumulation and a schedule."""
+    seed = str(random.randrange(10**6))
+    for attempt in range(len(methods) + 1):
+        command = [sys.executable, RUNNER, tmp_path / "cut", how, seed, str(attempt), *methods]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        codes.append(done.returncode)
-        assert len(codes) < 6, done.stderr
-    assert codes[:-1] == ([-9, -9] if script == "kill" else [130]), codes
-    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
-    a, b = (mx.load(str(tmp_path / name / "final.safetensors")) for name in ("cut", "whole"))
-    assert all(mx.array_equal(a[key], b[key]).item() for key in b)
+        assert done.returncode == (code if attempt < len(methods) else 0), f"seed {seed}, attempt {attempt}: {done.stderr}"
+    for method in methods:
+        train_once(tmp_path / "whole" / method, method, lambda row: None)
+        assert rows_of(tmp_path / "cut" / method) == rows_of(tmp_path / "whole" / method), f"seed {seed}, {method}"
+        a, b = (mx.load(str(tmp_path / name / method / "final.safetensors")) for name in ("cut", "whole"))
+        assert all(mx.array_equal(a[key], b[key]).item() for key in b), f"seed {seed}, {method}"
 
 
 def test_two_ranks_equal_one_and_a_lost_rank_ends_the_run_with_a_good_checkpoint(tmp_path: Path) -> None:

@@ -54,12 +54,20 @@ def test_adapters_walk_as_those_of_peft(kind: str) -> None:
         ("lora", {"model.up_proj.lora_a", "model.up_proj.lora_b"}),
         ("dora", {"model.up_proj.lora_a", "model.up_proj.lora_b", "model.up_proj.m"}),
         ("galore", {"model.up_proj.weight"}),
+        ("apollo-mini", {"model.up_proj.weight"}),
     ],
 )
 def test_a_method_moves_its_own_weights_and_no_others(method: str, expected: set[str]) -> None:
     model = make_model()
     assert make_trainable(model, settings(method=method, target_modules=["up_proj"])) == ["model.up_proj"]
     assert {path for path, _ in tree_flatten(model.trainable_parameters())} == expected
+
+
+def test_rank_stabilized_adapters_start_with_a_larger_scale() -> None:
+    plain, stabilized = make_model(), make_model()
+    make_trainable(plain, settings(method="dora", lora_alpha=8.0))
+    make_trainable(stabilized, settings(method="dora", lora_alpha=8.0, use_rslora=True))
+    assert (plain.model.up_proj.scale, stabilized.model.up_proj.scale) == (2.0, 4.0)
 
 
 def test_full_moves_what_is_not_packed() -> None:
@@ -75,6 +83,7 @@ def test_full_moves_what_is_not_packed() -> None:
     ("changes", "error", "message"),
     [
         ({"galore_rank": 17}, ConfigError, "galore_rank 17 for a matrix of 16 x 32"),
+        ({"method": "apollo", "apollo_rank": 17}, ConfigError, "apollo_rank 17 for a matrix of 16 x 32"),
         ({"target_modules": ["gate"]}, ModelError, "'gate' matches nothing"),
         ({"method": "lora", "target_modules": ["gate"]}, ModelError, "'gate' matches nothing"),
         ({"method": "lora", "lora_rank": 17}, ModelError, "rank 17"),

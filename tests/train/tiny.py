@@ -80,4 +80,5 @@ def make_batches(rows: list[tuple[list[int], list[float]]], size: int, **kwargs:
 def settings(**changes: Any) -> TrainConfig:
     plain = {"method": "full", "learning_rate": 1e-2, "accumulate": 2, "steps": 6, "checkpoint_every": 2, "evaluate_every": 0}
     small = {"warmup": 0.2, "target_modules": ["up_proj", "down_proj"], "lora_rank": 4, "galore_rank": 4, "galore_update_gap": 6}
+    small |= {"apollo_rank": 4, "apollo_update_gap": 4}
     return TrainConfig(**{**plain, **small, **changes})

@@ -1,0 +1,78 @@
+"""What can be refused before any weight is loaded: settings that contradict each other, and those that a model does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_distill.config import keyed
+from mlx_distill.errors import ConfigError
+from mlx_distill.files import read_json
+from mlx_distill.optim.schedules import check_schedule
+from mlx_distill.recipe import TrainConfig
+from mlx_distill.train import checkpoint
+from mlx_distill.train.methods import make_trainable
+from mlx_distill.train.streaming import check_streaming
+
+
+def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigError: a schedule longer than the run, gradients streamed and added up at once, patience with nothing to look at.
+
+    >>> check_settings(TrainConfig())
+    """
+    check_schedule(settings.schedule, settings.warmup)
+    check_streaming(settings, ranks)
+    for name in ("patience", "use_best"):
+        if getattr(settings, name) and not settings.evaluate_every:
+            raise ConfigError(f"{name} with evaluate_every: 0", fix="say how often the validation rows are looked at")
+
+
+def check_model(folder: str | Path, settings: TrainConfig, *, unpack: bool = False) -> list[str]:
+    """Refuse settings that a checkpoint does not fit, from its config and its headers alone; the paths of the modules that would move.
+
+    Args:
+        folder: In the Hugging Face layout or ours.
+        settings: Method, targets and ranks.
+        unpack: Packed weights will be unpacked.
+
+    Raises:
+        ModelError: an unknown target, one with packed weights, or a damaged checkpoint.
+        ConfigError: a rank above a dimension.
+    """
+    from mlx_distill.models.load import skeleton
+    from mlx_distill.models.load import unpack as unpack_weights
+
+    model = skeleton(folder)
+    if unpack:
+        unpack_weights(model)
+    return make_trainable(model, settings)
+
+
+def check_leftover(checkpoints: Path, settings: TrainConfig, command: str) -> None:
+    """Refuse to begin anew over the checkpoints of an unfinished training of other settings, data or another model.
+
+    Args:
+        checkpoints: What a killed or interrupted stage left.
+        settings: Those wanted now.
+        command: The stage, for the cure.
+
+    Raises:
+        ConfigError: there are some, with what was different.
+    """
+    path = checkpoint.latest(checkpoints)
+    if path is None:
+        return
+    state = read_json(path / checkpoint.STATE)
+    old = state.get("settings", {})
+    new = keyed(settings)
+    changed = [f"{name}: {old[name]}" for name, value in new.items() if name in old and old[name] != value]
+    if changed:
+        what = f"other settings ({', '.join(changed)})"
+    else:
+        what = "other data or another model" if set(new) <= set(old) else "another version of this package"
+    raise ConfigError(
+        f"{path}: {state.get('step')} steps of an unfinished {command} with {what}",
+        fix=f"restore them to go on from there, or give it up: --from {command}",
+    )

@@ -1,0 +1,100 @@
+"""Trainings through the door: profiles, hooks, and what is refused before anything is made or thrown away."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from small_run import write_recipe
+
+from mlx_distill.cli import cli
+from mlx_distill.errors import ConfigError
+from mlx_distill.pipeline import run
+
+
+class Enough(Exception):  # noqa: N818 - not an error
+    """Ends a training from a hook."""
+
+
+@pytest.fixture(scope="module")
+def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose teacher was left after three steps, with a checkpoint of the second."""
+    folder = tmp_path_factory.mktemp("cut")
+    recipe = write_recipe(folder)
+
+    def stop(row: dict[str, Any]) -> None:
+        assert row["stage"] == "teach" and row["steps"] > 3
+        if row["step"] == 3:
+            raise Enough
+
+    run(recipe, folder / "out", only="prepare")
+    with pytest.raises(Enough):
+        run(recipe, folder / "out", only="teach", hooks=[stop])
+    assert (folder / "out" / ".teacher.partial" / "scratch" / "checkpoints" / "step-00000002").is_dir()
+    return folder
+
+
+@pytest.fixture
+def copied(cut: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(cut, tmp_path / "copy"))
+
+
+def teach(folder: Path, *more: str) -> Any:
+    return CliRunner().invoke(cli, ["teach", str(folder / "recipe.yaml"), "--out", str(folder / "out"), *more])
+
+
+def test_a_profile_says_where_the_time_goes_and_the_work_is_kept(copied: Path) -> None:
+    result = teach(copied, "--profile")
+    assert result.exit_code == 0, result.output
+    head, columns, *parts = result.stdout.splitlines()
+    assert head.startswith("teach: ") and "tokens a second" in head and columns.split() == ["part", "ms", "a", "step", "share"]
+    assert {"data", "forward", "backward", "clip", "update", "save"} <= {line.split()[0] for line in parts}
+    assert (copied / "out" / "teacher" / "adapters.safetensors").is_file()
+    again = teach(copied, "--profile", "--json")
+    assert again.exit_code == 0 and json.loads(again.stdout) == {"stages": []}
+
+
+def test_a_changed_setting_does_not_throw_unfinished_work_away(copied: Path) -> None:
+    changed = ["--set", "teach.learning_rate=1e-3"]
+    result = teach(copied, *changed)
+    assert result.exit_code == 2, result.output
+    assert "2 steps of an unfinished teach with other settings (learning_rate: 2e-05)" in result.stderr and "--from teach" in result.stderr
+    assert (copied / "out" / ".teacher.partial" / "scratch" / "checkpoints" / "step-00000002").is_dir()
+    assert teach(copied, *changed, "--from", "teach").exit_code == 0
+    rows = [json.loads(line)["step"] for line in (copied / "out" / "teacher" / "metrics.jsonl").read_text().splitlines()]
+    assert rows == list(range(1, len(rows) + 1))
+
+
+def test_a_changed_data_set_does_not_throw_unfinished_work_away(copied: Path) -> None:
+    run(copied / "recipe.yaml", copied / "out", only="prepare", overrides=["data.test_fraction=0.3"])
+    result = teach(copied, "--set", "data.test_fraction=0.3")
+    assert result.exit_code == 2 and "with other data or another model" in result.stderr and "fix:" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("teach.target_modules=[qq_proj]", "'qq_proj' matches nothing"),
+        ("distill.lora_rank=5000", "rank 5000"),
+        ("distill.schedule=wsd distill.warmup=0.95", "longer than the run"),
+        ("teach.patience=3 teach.evaluate_every=0", "patience with evaluate_every: 0"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_made(tmp_path: Path, override: str, message: str) -> None:
+    recipe = write_recipe(tmp_path)
+    more = [part for text in override.split(" ") for part in ("--set", text)]
+    result = CliRunner().invoke(cli, ["run", str(recipe), "--out", str(tmp_path / "out"), *more])
+    assert result.exit_code in (1, 2) and message in result.stderr and "fix:" in result.stderr, result.output
+    assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
+
+
+def test_a_recipe_may_name_any_optimizer(copied: Path) -> None:
+    with pytest.raises(ConfigError, match="method"):
+        run(copied / "recipe.yaml", copied / "out", only="teach", overrides=["teach.method=lion"])
+    overrides = ["teach.method=apollo-mini", "teach.stream_gradients=true", "teach.steps=2", "teach.target_modules=[q_proj]"]
+    run(copied / "recipe.yaml", copied / "out", only="teach", from_stage="teach", overrides=overrides)
+    assert (copied / "out" / "teacher" / "model.safetensors.index.json").is_file()

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import itertools
+import random
+
+import numpy as np
+import pytest
+
+from mlx_distill.data.batches import plan_epoch
+from mlx_distill.data.packing import Piece, lay_out, make_lines, pack_rows
+from mlx_distill.errors import DataError
+
+
+def log_normal(rows: int, longest: int = 1024, seed: int = 0) -> list[int]:
+    """Lengths of chats: median 180 tokens, 95th percentile 700."""
+    lengths = np.exp(np.random.default_rng(seed).normal(np.log(180), np.log(700 / 180) / 1.645, rows))
+    return np.clip(lengths, 8, longest).astype(int).tolist()
+
+
+@pytest.mark.parametrize(("rows", "capacity"), [(1, 64), (7, 64), (64, 300), (1500, 64), (3000, 512)])
+def test_every_row_stands_in_exactly_one_line_and_no_line_is_too_long(rows: int, capacity: int) -> None:
+    sizes = np.random.default_rng(rows).integers(1, capacity + 1, rows).tolist()
+    lines = pack_rows(sizes, capacity, seed=1)
+    assert sorted(itertools.chain(*lines)) == list(range(rows))
+    assert all(line and sum(sizes[row] for row in line) <= capacity for line in lines)
+
+
+def test_first_fit_decreasing_as_it_is_written() -> None:
+    random_ = np.random.default_rng(3)
+    for _ in range(20):
+        sizes = random_.integers(1, 30, 60).tolist()
+        plain: list[int] = []
+        for size in sorted(sizes, reverse=True):
+            place = next((i for i, used in enumerate(plain) if used + size <= 40), None)
+            if place is None:
+                plain.append(size)
+            else:
+                plain[place] += size
+        assert sorted(sum(sizes[row] for row in line) for line in pack_rows(sizes, 40, seed=5)) == sorted(plain)
+
+
+def test_lines_depend_on_the_seed_and_on_nothing_else() -> None:
+    sizes = log_normal(300)
+    lines = pack_rows(sizes, 1024, seed=1)
+    np.random.seed(99)
+    random.seed(99)
+    assert pack_rows(sizes, 1024, seed=1) == lines != pack_rows(sizes, 1024, seed=2)
+
+
+def test_lines_are_full_and_which_rows_share_one_is_chance() -> None:
+    lengths = log_normal(8000)
+    lines = make_lines(lengths, 1024, 0, True)
+    assert lines.fill(1024) > 0.97
+    assert sum(lines.sizes) == sum(lengths) - len(lengths)
+    other = {row: line for line in make_lines(lengths, 1024, 1, True).rows for row in line}
+    shared = [len({*line} & {*other[row]}) > 1 for line in lines.rows for row in line]
+    assert np.mean(shared) < 0.25
+    # Places in the data that share a line are no neighbours there.
+    assert np.corrcoef(*np.array([line[:2] for line in lines.rows if len(line) > 1]).T)[0, 1] < 0.1
+
+
+def test_few_widths_and_little_padding() -> None:
+    lengths = log_normal(3000, longest=1000)
+    widths, places = set(), 0
+    lines = make_lines(lengths, 1000, 0, True)
+    pieces = [Piece(np.zeros(n, np.int32), np.ones(n - 1, bool)) for n in lengths]
+    for chosen in plan_epoch(lines.sizes, 4, seed=0, epoch=0):
+        batch = lay_out([[pieces[row] for row in line] for line in lines.batch(chosen)], 0, lines.multiple)
+        widths.add(batch.inputs.shape[1])
+        places += batch.inputs.size
+    assert len(widths) <= 8 and max(widths) <= 1024
+    assert places < 1.05 * sum(lines.sizes)
+
+
+def test_without_packing_each_row_has_its_line() -> None:
+    lines = make_lines([5, 9, 2], 100, 0, False)
+    assert lines.rows == [(0,), (1,), (2,)] and lines.sizes == [4, 8, 1] and lines.multiple == 16
+    assert lines.batch([2, 0]) == [(2,), (0,)]
+
+
+def test_a_row_longer_than_a_line_is_an_error() -> None:
+    with pytest.raises(DataError, match="a row of 12 places") as caught:
+        pack_rows([3, 12], 10, seed=0)
+    assert caught.value.fix
+    assert pack_rows([], 10, seed=0) == []
+
+
+def test_pieces_lie_side_by_side_with_labels_of_their_own() -> None:
+    pieces = [Piece(np.arange(10 * i, 10 * i + n, dtype=np.int32), np.arange(n - 1) % 2 == 1) for i, n in enumerate([4, 2, 6])]
+    batch = lay_out([[pieces[2], pieces[0]], [pieces[1]]], pad_id=99, multiple=4, rows=[2, 0, 1])
+    inputs, labels, mask, segments = (np.array(a) for a in (batch.inputs, batch.labels, batch.mask, batch.segments))
+    assert batch.rows == (2, 0, 1)
+    assert inputs.tolist() == [[20, 21, 22, 23, 24, 0, 1, 2], [10] + [99] * 7]
+    assert labels.tolist() == [[21, 22, 23, 24, 25, 1, 2, 3], [11] + [99] * 7]
+    assert mask.tolist() == [[0, 1, 0, 1, 0, 0, 1, 0], [0] * 8]
+    assert segments.tolist() == [[1, 1, 1, 1, 1, 2, 2, 2], [1] + [0] * 7]
+    assert lay_out([[pieces[2]], [pieces[1]]], 99).segments is None  # the plain mask does

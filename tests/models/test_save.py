@@ -1,0 +1,53 @@
+"""A whole model from memory to a folder: what is loaded again is what was saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from mlx_distill.models.convert import convert
+from mlx_distill.models.export import to_hf
+from mlx_distill.models.load import load_model, unpack
+from mlx_distill.models.save import save_model
+
+
+def saved(folder: Path, name: str, quantize: str | None, golden: Any, *, plain: bool = False) -> Any:
+    """Convert, load, change a norm as training would, save; returns the model in memory."""
+    convert(golden(name), folder / "base", quantize)
+    model, _ = load_model(folder / "base", dtype="float32")
+    if plain:
+        unpack(model)
+    model.model.norm.weight = model.model.norm.weight * 1.5
+    save_model(model, folder / "base", folder / "out", max_shard_bytes=20_000)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "quantize"), [("qwen2", None), ("qwen3", "mixed4"), ("gpt_oss_mxfp4", None), ("gpt_oss_mxfp4", "affine8")]
+)
+def test_what_is_loaded_again_is_what_was_saved(name: str, quantize: str | None, golden: Any, logits: Any, tmp_path: Path) -> None:
+    from mlx_lm.utils import load_model as stock_load
+
+    model = saved(tmp_path, name, quantize, golden)
+    again, config = load_model(tmp_path / "out")
+    prompt, _ = logits(name)
+    assert mx.array_equal(again(prompt), model(prompt))
+    assert config["dtype"] == "float32"
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    stock, _ = stock_load(tmp_path / "out")
+    assert type(stock.layers[0].self_attn.q_proj) is type(again.layers[0].self_attn.q_proj)
+
+
+def test_a_model_that_was_unpacked_is_saved_as_a_plain_one(golden: Any, logits: Any, tmp_path: Path) -> None:
+    model = saved(tmp_path, "gpt_oss_mxfp4", None, golden, plain=True)
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization" not in config
+    assert "quantization_config" not in config
+    prompt, _ = logits("gpt_oss_mxfp4")
+    to_hf(tmp_path / "out", tmp_path / "theirs")
+    for name in ("out", "theirs"):
+        assert mx.array_equal(load_model(tmp_path / name)[0](prompt), model(prompt))

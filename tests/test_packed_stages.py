@@ -1,0 +1,62 @@
+"""``packing: true`` in a recipe: the stages that train see the same rows, with the same loss, in fewer lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from chain import finished
+
+from mlx_distill import stages
+from mlx_distill.errors import ConfigError
+from mlx_distill.progress import NullProgress
+from mlx_distill.recipe import load_recipe
+from mlx_distill.runtime import StopFlag
+from mlx_distill.stages import Context, training
+
+
+class Notes(NullProgress):
+    """Remembers what it is told."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+def one_step(folder: Path, stage: str, packing: bool) -> tuple[dict[str, Any], list[str]]:
+    """The metrics of one step over all training rows, and what was noted."""
+    values = {"packing": packing, "steps": 0, "epochs": 1, "accumulate": 1000, "lora_dropout": 0, "evaluate_every": 1, "max_length": 512}
+    recipe = load_recipe(finished() / "recipe.yaml", [f"{stage}.{key}={json.dumps(value)}" for key, value in values.items()])
+    notes = Notes()
+    folder.mkdir()
+    getattr(stages, stage)(Context(recipe, recipe.load_task(), finished() / "out", notes, StopFlag()), folder)
+    (row,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return row, notes.notes
+
+
+@pytest.fixture
+def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first rows alone: a step over all of them takes a while."""
+    whole = training._batches
+    monkeypatch.setattr(training, "_batches", lambda *args: whole(*args[:3], args[3][:20], args[4][:4], *args[5:]))
+
+
+@pytest.mark.usefixtures("_few_rows")
+@pytest.mark.parametrize("stage", ["teach", "distill"])
+def test_packing_changes_lines_and_not_the_loss(tmp_path: Path, stage: str) -> None:
+    plain, quiet = one_step(tmp_path / "plain", stage, packing=False)
+    packed, notes = one_step(tmp_path / "packed", stage, packing=True)
+    assert not quiet and any("20 rows in " in note and "lines of 512 tokens" in note for note in notes)
+    assert packed["tokens"] == plain["tokens"]
+    for name in {"loss", "label", "token", "text", "grad_norm", "valid_loss"} & set(plain):
+        assert packed[name] == pytest.approx(plain[name], rel=1e-4), name
+
+
+def test_distillation_learns_the_teachers_turn_and_says_so_when_asked_for_all() -> None:
+    with pytest.raises(ConfigError, match="loss_on"):
+        load_recipe("tiny", ["distill.loss_on=all"])
+    assert load_recipe("tiny", ["teach.loss_on=all"]).teach.loss_on == "all"
