@@ -10,12 +10,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_distill.records import Batch
-from mlx_distill.train.objectives import Objective
+from mlx_distill.train.objectives import Cut, Objective
 from mlx_distill.train.randomness import random_key, set_random_key
 from mlx_distill.train.ranks import Ranks
+from mlx_distill.train.reading import Reader, is_tiled, trunk
 from mlx_distill.train.stopwatch import Stopwatch
 
 
@@ -111,6 +113,9 @@ def differentiate(
         objective: Terms of the loss.
         scales: The factor on each term that counts.
     """
+    cut = objective.cut
+    if cut is not None and is_tiled(model, (positions := cut.positions(batch)).size, cut.dense_limit):
+        return _differentiate_cut(model, batch, cut, positions, scales)
     parameters = model.trainable_parameters()
 
     # Only the trainable parameters are arguments: every array argument is traced whole, and kept.
@@ -125,6 +130,44 @@ def differentiate(
     finally:
         model.update(parameters)
     mx.eval(parts)
+    return tree_flatten(gradients), parts
+
+
+def _differentiate_cut(
+    model: nn.Module, batch: Batch, cut: Cut, positions: mx.array, scales: Mapping[str, float]
+) -> tuple[list[tuple[str, mx.array]], dict[str, mx.array]]:
+    """:func:`differentiate` with the head apart from the trunk.
+
+    The tiled head evaluates the hidden states, and an evaluation inside a differentiated function keeps every array that it makes, also
+    what the backward pass does not need, also inside a recomputed layer (measured: 2.8 GB where 0.3 are needed). So the trunk's gradient
+    is laid out first, lazily, from a cotangent that is still empty; then the hidden states are evaluated, the head gives value and
+    cotangent, and the cotangent is filled in. The trunk runs forward once.
+    """
+    parameters = model.trainable_parameters()
+    cotangent = mx.zeros((0,))
+
+    def lower(current: Any) -> tuple[mx.array, mx.array]:
+        nonlocal cotangent
+        model.update(current)
+        hidden = trunk(model, batch, positions)
+        cotangent = mx.array(np.zeros(hidden.shape, np.float32))
+        return (hidden.astype(mx.float32) * cotangent).sum(), hidden
+
+    def upper(hidden: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
+        sums = cut.read(Reader(model, hidden, cut.dense_limit), batch)
+        parts = {name: sums[name].astype(mx.float32) for name in scales}
+        return sum((scales[name] * part for name, part in parts.items()), mx.array(0.0)), parts
+
+    try:
+        (_, hidden), gradients = mx.value_and_grad(lower)(parameters)
+    finally:
+        model.update(parameters)
+    mx.eval(hidden)
+    (_, parts), by_hidden = mx.value_and_grad(upper)(hidden)
+    by_hidden = by_hidden.astype(mx.float32)
+    mx.eval(parts, by_hidden)
+    # numpy's view of an array shares its memory, for writing too; the graph holds the same array.
+    np.array(cotangent, copy=False)[...] = np.array(by_hidden)
     return tree_flatten(gradients), parts
 
 

@@ -14,7 +14,7 @@ from mlx_distill.losses.cross_tokenizer import CellMap, alm, span_sums
 from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch, TopK
-from mlx_distill.train.objectives import Objective, trained_tokens
+from mlx_distill.train.objectives import Objective, read_objective, trained_tokens
 from mlx_distill.train.reading import DENSE_LIMIT, Reader
 
 # Which batch.extra array counts a term's events.
@@ -74,9 +74,8 @@ def kd(
         # A batch that only fills a rank's place has a mask of zeros, and counts for nothing.
         return {name: counts[name] if tokens else 0.0 for name in coefficients}
 
-    def sums(model: nn.Module, batch: Batch) -> dict[str, mx.array]:
+    def read(reader: Reader, batch: Batch) -> dict[str, mx.array]:
         extra, out = batch.extra, {}
-        reader = Reader(model, batch, extra["positions"], dense_limit)
         losses = None
         if "text" in coefficients or kind == "alm":
             losses = reader.cross_entropy(batch.labels.reshape(-1)[extra["positions"]])
@@ -89,7 +88,7 @@ def kd(
             out["token"] = _token_loss(kind, reader, losses, extra, cells, settings.temperature).sum()
         return out
 
-    return Objective(weights=weights, sums=sums, coefficients=coefficients)
+    return read_objective(weights, lambda batch: batch.extra["positions"], read, coefficients, dense_limit)
 
 
 def _token_loss(

@@ -19,27 +19,41 @@ from mlx_distill.records import Batch, TopK
 DENSE_LIMIT = 1 << 24
 
 
+def trunk(model: nn.Module, batch: Batch, positions: Int[mx.array, " a"]) -> Float[mx.array, "a d"]:
+    """The hidden states after the final norm at some places of the flattened inputs, none of a line's rows seeing another."""
+    caches = None if batch.segments is None else segment_caches(model, batch.segments)
+    hidden = hidden_states(model, batch.inputs, caches)
+    return hidden.reshape(-1, hidden.shape[-1])[positions]
+
+
+def is_tiled(model: nn.Module, count: int, dense_limit: int = DENSE_LIMIT) -> bool:
+    """Whether the losses at ``count`` positions are read tile by tile, from a head that stays as it is."""
+    plain, learns, small = _form(head(model), count, dense_limit)
+    return plain and not learns and not small
+
+
+def _form(layer: nn.Module, count: int, dense_limit: int) -> tuple[bool, bool, bool]:
+    plain = isinstance(layer, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding)
+    learns = bool(tree_flatten(layer.trainable_parameters()))
+    return plain, learns, plain and count * layer.weight.shape[0] <= dense_limit
+
+
 class Reader:
-    """The hidden states of a batch at ``a`` flat positions, computed once, and the losses there.
+    """The hidden states of a batch at the ``a`` positions that count, and the losses there.
 
     Dense and tiled agree in value and gradient to rounding. A head that learns needs a gradient of its own, which of the tiled losses only
     the cross-entropy gives, to a plain weight without a bias: the others read it densely.
 
     Args:
-        model: Of mlx-lm's cut: ``model.model`` the trunk, ``lm_head`` or the tied embedding the head.
-        batch: Its inputs, and its segments where rows share lines.
-        positions: ``[a]`` places in the flattened inputs.
+        model: Of mlx-lm's cut: ``lm_head`` or the tied embedding is the head.
+        hidden: From :func:`trunk`.
         dense_limit: Numbers in the logits up to which they are made at once.
     """
 
-    def __init__(self, model: nn.Module, batch: Batch, positions: Int[mx.array, " a"], dense_limit: int = DENSE_LIMIT) -> None:
-        caches = None if batch.segments is None else segment_caches(model, batch.segments)
-        hidden = hidden_states(model, batch.inputs, caches)
-        self.hidden = hidden.reshape(-1, hidden.shape[-1])[positions]
+    def __init__(self, model: nn.Module, hidden: Float[mx.array, "a d"], dense_limit: int = DENSE_LIMIT) -> None:
+        self.hidden = hidden
         self.head = head(model)
-        self.plain = isinstance(self.head, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding)
-        self.learns = bool(tree_flatten(self.head.trainable_parameters()))
-        self.small = self.plain and positions.size * self.head.weight.shape[0] <= dense_limit
+        self.plain, self.learns, self.small = _form(self.head, hidden.shape[0], dense_limit)
         self._logits: mx.array | None = None
 
     def logits(self, index: Int[mx.array, " n"] | None = None) -> Float[mx.array, "n v"]:
