@@ -52,7 +52,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         Stage("teacher_base", "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, teacher), (teacher,)),
         Stage("student_base", "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, student), (student,)),
         Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen}, ("teacher_base", "data"), stages.teach),
-        Stage("targets", "targets", 1, {**keyed(recipe.targets), **seen}, ("teacher", "data"), stages.targets),
+        Stage("targets", "targets", 2, {**keyed(recipe.targets), **seen}, ("teacher", "data"), stages.targets),
         Stage("student", "distill", 1, {**keyed(recipe.distill), **seen}, ("student_base", "targets", "data"), stages.distill),
         Stage("quantized", "quantize", 1, keyed(recipe.quantize), ("student", "student_base"), stages.quantize),
     ]

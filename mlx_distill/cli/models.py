@@ -31,7 +31,8 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON
 def convert(source: str, destination: Path, base: str | None, as_json: bool, **options: Any) -> None:
     """Convert a Hugging Face checkpoint to an MLX folder.
 
-    SOURCE is a folder or a Hub id, or a PEFT adapter, which becomes one of ours. The result is numerically the same model, unless --quantize or --dtype asks for another.
+    SOURCE is a folder or a Hub id, or a PEFT adapter, which becomes one of ours. The result is numerically the same model, unless
+    --quantize or --dtype asks for another.
     """
     from mlx_distill.cli.show import echo
     from mlx_distill.models.convert import convert as convert_model
