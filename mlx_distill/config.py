@@ -18,6 +18,8 @@ from mlx_distill.errors import ConfigError, from_os_error
 T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
+_TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
+_NEEDED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
 def option(
@@ -43,6 +45,68 @@ def option(
         factory = default if isinstance(default, type) else (lambda: type(default)(default))
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """A key of a config, as people are told of it; ``default`` is in its plain YAML form, and ``needed`` says that there is none."""
+
+    name: str
+    type: str
+    help: str
+    default: Any = None
+    needed: bool = False
+    choices: Sequence[str] | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    """The keys of a config that are values, under its dotted name; those that are configs themselves are sections of their own."""
+
+    name: str
+    help: str
+    keys: Sequence[Key]
+
+
+def sections(cls: type, name: str) -> list[Section]:
+    """Every key of a config and of the configs inside it.
+
+    >>> from mlx_distill.recipe import EvaluateConfig
+    >>> [(section.name, [key.name for key in section.keys]) for section in sections(EvaluateConfig, "evaluate")]
+    [('evaluate', ['models', 'batch_size', 'max_rows', 'confidence'])]
+    """
+    hints, keys, inside = typing.get_type_hints(cls), [], []
+    for f in dataclasses.fields(cls):
+        if not f.metadata.get("settable", True):
+            continue
+        kind = next((k for k in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(k)), None)
+        part = f"{name}.{f.name}".removeprefix("recipe.")
+        if kind is not None:
+            inside.append((part, kind))
+        if kind is hints[f.name]:
+            continue
+        factory = f.default_factory
+        default = f.default if factory is dataclasses.MISSING else factory()
+        needed = default is dataclasses.MISSING
+        limits = {limit: f.metadata.get(limit) for limit in ("choices", "low", "high")}
+        text = f"list, see {part}" if kind is not None else _type_text(hints[f.name])
+        plain = None if needed else to_mapping(default)
+        keys.append(Key(f.name, text, f.metadata.get("help", ""), plain, needed, **limits))
+    out = [Section(name, (cls.__doc__ or "").strip().split("\n")[0], keys)]
+    for part, kind in inside:
+        out += sections(kind, part)  # type: ignore[arg-type]
+    return out
+
+
+def _type_text(kind: Any) -> str:
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_type_text(k) for k in args if k is not type(None))
+    if origin in (list, tuple):
+        return "list"
+    return "mapping" if isinstance(origin, type) and issubclass(origin, Mapping) else _TYPES[kind]
 
 
 def from_mapping(cls: type[T], raw: Any, where: str) -> T:
@@ -129,9 +193,8 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {value} is not a finite number", fix="change the value")
     if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
         return value
-    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     fix = "put it in quotes" if kind is str and isinstance(value, (int, float, datetime.date)) else "change the value"
-    raise ConfigError(f"{where}: {names.get(kind, kind)} is needed, not {_show(value)}", fix=fix)
+    raise ConfigError(f"{where}: {_NEEDED.get(kind, kind)} is needed, not {_show(value)}", fix=fix)
 
 
 def _show(value: Any) -> str:

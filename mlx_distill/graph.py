@@ -10,13 +10,15 @@ Each box is a folder of the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import ASSETS, keyed, resolve_asset, to_mapping
 from mlx_distill.errors import ConfigError
+from mlx_distill.models.hub import is_hub_id
+from mlx_distill.progress import counted, duration, size
 from mlx_distill.recipe import Recipe
 from mlx_distill.task import Task
 
@@ -29,7 +31,8 @@ class Stage:
     """One box of the graph.
 
     ``name`` its folder under the run; ``command`` the stage that makes it; ``format`` raised when what it writes changes; ``config`` the
-    keyed settings; ``parents`` the boxes that it reads; ``inputs`` what it reads from outside the run; ``work`` what it does.
+    keyed settings; ``parents`` the boxes that it reads; ``inputs`` what it reads from outside the run, ``local`` those of them that can
+    lie on this machine alone; ``work`` what it does.
     """
 
     name: str
@@ -39,6 +42,12 @@ class Stage:
     parents: tuple[str, ...]
     work: Callable[[Context, Path], dict[str, Any]]
     inputs: tuple[str, ...] = ()
+    local: tuple[str, ...] = ()
+
+    @property
+    def absent(self) -> list[str]:
+        """The local inputs that are not there."""
+        return [name for name in self.local if not Path(name).expanduser().exists()]
 
 
 def graph(recipe: Recipe, task: Task) -> list[Stage]:
@@ -48,9 +57,9 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     seen = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.unpack}
     teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))
     out = [
-        Stage("data", "prepare", 1, {**keyed(recipe.data), "task": _task_key(task)}, (), stages.prepare, _sources(recipe)),
-        Stage("teacher_base", "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, teacher), (teacher,)),
-        Stage("student_base", "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, student), (student,)),
+        Stage("data", "prepare", 1, {**keyed(recipe.data), "task": _task_key(task)}, (), stages.prepare, *_sources(recipe)),
+        _conversion(recipe, "teacher_base", teacher),
+        _conversion(recipe, "student_base", student),
         Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen}, ("teacher_base", "data"), stages.teach),
         Stage("targets", "targets", 2, {**keyed(recipe.targets), **seen}, ("teacher", "data"), stages.targets),
         Stage("student", "distill", 1, {**keyed(recipe.distill), **seen}, ("student_base", "targets", "data"), stages.distill),
@@ -60,6 +69,13 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         if getattr(recipe.controls, control):
             out.append(_control(recipe, control, seen))
     return out + [_evaluation(recipe, name, seen) for name in _measured(recipe)]
+
+
+def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
+    from mlx_distill import stages
+
+    local = () if is_hub_id(source) and not Path(source).exists() else (source,)
+    return Stage(name, "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, source, name), (source,), local)
 
 
 def _control(recipe: Recipe, control: str, seen: Mapping[str, Any]) -> Stage:
@@ -86,8 +102,9 @@ def _evaluation(recipe: Recipe, name: str, seen: Mapping[str, Any]) -> Stage:
     # An adapter folder is not a model without its base.
     base = {"teacher": ("teacher_base",)} | dict.fromkeys(("student", "student_labels", "student_text"), ("student_base",))
     settings = {k: v for k, v in keyed(recipe.evaluate).items() if k != "models"}
+    config = {**settings, **seen, "unpack": recipe.unpacks(folder), "model": name}
     return Stage(
-        f"evaluations/{name}", "evaluate", 1, {**settings, **seen, "model": name}, (folder, *base.get(folder, ()), "data"),
+        f"evaluations/{name}", "evaluate", 1, config, (folder, *base.get(folder, ()), "data"),
         lambda c, f: stages.evaluate(c, f, folder, name),
     )  # fmt: skip
 
@@ -97,13 +114,96 @@ def _task_key(task: Task) -> dict[str, Any]:
     return {key: value for key, value in raw.items() if key != "description"}
 
 
-def _sources(recipe: Recipe) -> tuple[str, ...]:
-    out = []
+def _sources(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What the rows are read from, and what of it can lie on this machine alone."""
+    out, hub = [], []
     for source in recipe.data.sources:
         if source.path:
             out.append(resolve_asset(source.path, recipe.base))
         elif source.generator:
             out.append(str(ASSETS / source.generator / "generator.py"))
         elif source.hub:
-            out.append(f"{source.hub}@{source.revision or 'main'}")
-    return tuple(out)
+            hub.append(f"{source.hub}@{source.revision or 'main'}")
+            out.append(hub[-1])
+    return tuple(out), tuple(name for name in out if name not in hub)
+
+
+# --- for people ----------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; ``--dry-run`` prints it."""
+
+    recipe: str
+    out: str
+    stages: Sequence[Mapping[str, Any]]
+
+    @property
+    def lines(self) -> list[str]:
+        """One paragraph a stage, for people."""
+        lines = [f"{self.recipe} -> {self.out}"]
+        for stage in self.stages:
+            lines.append(f"{stage['command']:<9} {stage['writes']}  [{stage['state']}]")
+            lines += [f"          reads  {name}{'  (not there yet)' if name in stage['absent'] else ''}" for name in stage["reads"]]
+            lines.append(f"          with   {', '.join(f'{k}={v}' for k, v in stage['settings'].items())}" if stage["settings"] else "")
+        return [line for line in lines if line]
+
+    @property
+    def next(self) -> str:
+        """The first command that has something to do; what is converted is converted by the stage that needs it."""
+        return next(row["command"] for row in self.stages if row["state"] != "current" and row["command"] != "convert")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {"recipe": self.recipe, "out": self.out, "stages": list(self.stages)}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a stage that was asked for alone: each folder of it with ``state`` (made or current) and facts; ``next`` a command."""
+
+    recipe: str
+    out: str
+    stages: Sequence[Mapping[str, Any]]
+    next: str | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """A line a folder, and what comes next."""
+        lines = []
+        for row in self.stages:
+            seconds = f"{row['seconds']:.1f} s" if row["seconds"] < 10 else duration(row["seconds"])
+            state = f"made in {seconds}" if row["state"] == "made" else "current, nothing was to do"
+            lines.append(f"{row['command']}: {row['writes']}: {state}; {', '.join(outcome_facts(row['recorded'], row['bytes']))}")
+        return [*lines, f"next: {self.next} (or run, for all that is left)" if self.next else "next: nothing, every stage is current"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The same as plain values."""
+        return {"recipe": self.recipe, "out": self.out, "stages": list(self.stages), "next": self.next}
+
+
+def outcome_facts(recorded: Mapping[str, Any], count: int) -> list[str]:
+    """The few facts of a stage that a person wants at once.
+
+    Args:
+        recorded: What the stage left in its manifest.
+        count: Bytes of its files.
+
+    >>> outcome_facts({"steps": 32, "resumed": 25, "rows": 200, "best_loss": 0.51234, "best_step": 20}, 1_200_000)
+    ['200 rows', '32 steps, 25 of them before', 'best validation loss 0.5123 at step 20', '1.2 MB']
+    >>> outcome_facts({"rows": {"train": 80, "valid": 10, "test": 10}}, 900)
+    ['80 train, 10 valid, 10 test rows', '900 bytes']
+    """
+    rows, out = recorded.get("rows"), []
+    if isinstance(rows, Mapping):
+        out.append(", ".join(f"{number:,} {split}" for split, number in rows.items()) + " rows")
+    elif rows is not None:
+        out.append(counted(rows, "row"))
+    if (steps := recorded.get("steps")) is not None:
+        out.append(counted(steps, "step") + (f", {recorded['resumed']} of them before" if recorded.get("resumed") else ""))
+    if recorded.get("best_loss") is not None:
+        out.append(f"best validation loss {recorded['best_loss']:.4g} at step {recorded['best_step']}")
+    if recorded.get("bits_per_weight") is not None:
+        out.append(f"{recorded['parameters']:,} parameters, {recorded['bits_per_weight']:.2f} bits per weight")
+    return [*out, size(count)]

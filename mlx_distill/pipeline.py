@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,7 +28,7 @@ from mlx_distill.files import (
     remove_leftovers,
     stage_key,
 )
-from mlx_distill.graph import Stage, graph
+from mlx_distill.graph import Outcome, Plan, Stage, graph
 from mlx_distill.progress import NullProgress, Progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.runtime import machine, stop_on_signal, versions
@@ -40,29 +40,6 @@ if TYPE_CHECKING:
     from mlx_distill.train.profile import Profile
 
 COMMANDS = ("prepare", "convert", "teach", "targets", "distill", "quantize", "evaluate")
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would do; ``--dry-run`` prints it."""
-
-    recipe: str
-    out: str
-    stages: Sequence[Mapping[str, Any]]
-
-    @property
-    def lines(self) -> list[str]:
-        """One paragraph a stage, for people."""
-        lines = [f"{self.recipe} -> {self.out}"]
-        for stage in self.stages:
-            lines.append(f"{stage['command']:<9} {stage['writes']}  [{stage['state']}]")
-            lines += [f"          reads  {name}" for name in stage["reads"]]
-            lines.append(f"          with   {', '.join(f'{k}={v}' for k, v in stage['settings'].items())}" if stage["settings"] else "")
-        return [line for line in lines if line]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return {"recipe": self.recipe, "out": self.out, "stages": list(self.stages)}
 
 
 # --- what is current ------------------------------------------------------------------------------------------------------------
@@ -151,7 +128,7 @@ def run(
     progress: Progress | None = None,
     hooks: Sequence[Callable[[dict[str, Any]], None]] = (),
     profile: Profile | None = None,
-) -> RunReport | Plan:
+) -> RunReport | Outcome | Plan:
     """Run every stage of a recipe that is not current, and report.
 
     Args:
@@ -167,7 +144,7 @@ def run(
         profile: Takes the time of every training's parts.
 
     Returns:
-        The report of the run; after ``only`` a stage before ``evaluate``, or with ``dry_run``, the plan as it stands.
+        The report of the run; after ``only`` a stage before ``evaluate`` what came of it; with ``dry_run`` the plan.
 
     Raises:
         ConfigError: the recipe, an override or a stage's name is wrong, or does not fit what an unfinished training left.
@@ -197,7 +174,7 @@ def run(
             recover(out / stage.name)
             _step(runner, stage, context, from_stage, only, needed)
         if only not in (None, "evaluate"):
-            return _plan(replace(runner, resume=True, manifests={}, made=[]), stages, None)
+            return _outcome(runner, stages, only)
         evaluations = {s.name.removeprefix("evaluations/"): out / s.name for s in stages if s.command == "evaluate"}
         report = build_report(out, to_mapping(loaded), task, evaluations, confidence=loaded.evaluate.confidence)
         return write_report(out, report)
@@ -251,6 +228,24 @@ def _stand_as_parent(runner: _Runner, stage: Stage, context: Context, needed: bo
     runner.manifests[stage.name] = manifest
 
 
+def _outcome(runner: _Runner, stages: Sequence[Stage], only: str | None) -> Outcome:
+    """What came of the stage ``only``, and of the bases that were converted for it."""
+    rows = []
+    for stage in stages:
+        manifest = runner.manifests.get(stage.name)
+        if manifest is not None and (stage.command == only or stage.name in runner.made):
+            recorded = {key: value for key, value in manifest.recorded.items() if key not in ("versions", "machine", "recipe", "inputs")}
+            rows.append({
+                "command": stage.command, "writes": str(runner.out / stage.name),
+                "state": "made" if stage.name in runner.made else "current", "seconds": manifest.recorded["seconds"],
+                "bytes": sum(entry.size for entry in manifest.files.values()), "recorded": recorded,
+            })  # fmt: skip
+    plan = _plan(replace(runner, resume=True, manifests={}, made=[]), stages, None)
+    follows = "evaluate" if plan.next == "report" else plan.next  # which writes the report too
+    done = plan.next == "report" and (runner.out / "report.html").is_file()
+    return Outcome(plan.recipe, plan.out, rows, None if done else runner.command(follows))
+
+
 def _plan(runner: _Runner, stages: Sequence[Stage], from_stage: str | None) -> Plan:
     rows = []
     for stage in stages:
@@ -261,9 +256,11 @@ def _plan(runner: _Runner, stages: Sequence[Stage], from_stage: str | None) -> P
         reads = [str(runner.out / name) for name in stage.parents] + list(stage.inputs)
         settings = {k: v for k, v in stage.config.items() if k not in ("task", "sources") and v not in (None, [], {}, "")}
         writes = str(runner.out / stage.name)
-        rows.append({"command": stage.command, "writes": writes, "reads": reads, "state": state, "settings": settings})
+        rows.append({
+            "command": stage.command, "writes": writes, "reads": reads, "absent": stage.absent, "state": state, "settings": settings,
+        })  # fmt: skip
     rows.append({
-        "command": "report", "writes": str(runner.out / "report.html"), "state": "to do", "settings": {},
+        "command": "report", "writes": str(runner.out / "report.html"), "state": "to do", "settings": {}, "absent": [],
         "reads": [str(runner.out / s.name) for s in stages if s.command == "evaluate"],
     })  # fmt: skip
     return Plan(runner.recipe.name, str(runner.out), rows)

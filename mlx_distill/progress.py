@@ -103,6 +103,21 @@ def duration(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000.
+
+    >>> size(1), size(999), size(12_345), size(3.2e6), size(16e9)
+    ('1 byte', '999 bytes', '12.3 kB', '3.2 MB', '16.0 GB')
+    """
+    if count < 1000:
+        return counted(count, "byte")
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
+
+
 def show_info(info: dict[str, Any]) -> str:
     """``loss 0.1235, rows 12``: four digits of a float are enough to watch.
 
@@ -144,23 +159,23 @@ class PlainProgress:
 
     @contextmanager
     def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Bar]:
-        self.note(f"{name}: {_count(total, unit)}" + (f", going on at {start:g}" if start else "") if total else name)
-        bar = _PlainBar(self, name, Estimate(total, start, self.clock), unit)
+        self.note(f"{name}: {counted(total, unit)}" + (f", going on after {unit} {start:g}" if start else "") if total else name)
+        bar = _PlainBar(self, name, Estimate(total, start, self.clock), unit, start)
         try:
             yield bar
         except BaseException:
             self.note(f"{name}: stopped after {duration(bar.estimate.elapsed())}" + (f" at {bar.done:g}/{total:g}" if total else ""))
             raise
-        self.note(f"{name}: done, {_count(bar.done, unit)} in {duration(bar.estimate.elapsed())}" + (f", {bar.info}" if bar.info else ""))
+        self.note(_done(name, bar, unit, start))
 
     def note(self, text: str) -> None:
         print(text, file=self.stream or sys.stderr, flush=True)
 
 
 class _PlainBar:
-    def __init__(self, progress: PlainProgress, name: str, estimate: Estimate, unit: str) -> None:
+    def __init__(self, progress: PlainProgress, name: str, estimate: Estimate, unit: str, done: float) -> None:
         self.progress, self.name, self.estimate, self.unit = progress, name, estimate, unit
-        self.done, self.info, self.last = 0.0, "", estimate.began
+        self.done, self.info, self.last = done, "", estimate.began
 
     def update(self, done: float, **info: Any) -> None:
         self.done, self.info = done, show_info(info)
@@ -169,12 +184,24 @@ class _PlainBar:
             return
         self.last = now
         total = self.estimate.total
-        where = f"{done:g}/{total:g} ({done / total:.0%})" if total else _count(done, self.unit)
+        where = f"{done:g}/{total:g} ({done / total:.0%})" if total else counted(done, self.unit)
         parts = [where, *([f"{duration(left)} left"] if left is not None else []), *([self.info] if self.info else [])]
         self.progress.note(f"{self.name}: {', '.join(parts)}")
 
 
-def _count(number: float | None, unit: str) -> str:
+def _done(name: str, bar: _PlainBar | _RichBar, unit: str, start: float) -> str:
+    """How a task ended; the seconds are those of this run, so what an earlier one did is told apart."""
+    before = f" ({start:g} of them before)" if start else ""
+    text = f"{name}: done, {counted(bar.done, unit)}{before} in {duration(bar.estimate.elapsed())}"
+    return f"{text}, {bar.info}" if bar.info else text
+
+
+def counted(number: float | None, unit: str) -> str:
+    """A number of things for people.
+
+    >>> counted(1, "file"), counted(1200, "row"), counted(3, "MB")
+    ('1 file', '1,200 rows', '3 MB')
+    """
     if number is None:
         return ""
     if not unit:
@@ -208,19 +235,18 @@ class RichProgress:
             TextColumn("{task.fields[info]}", markup=False),
         )
         with Live(*columns, console=self.console, transient=True) as live:
-            bar = _RichBar(live, live.add_task(name, total=total, completed=int(start), left="", info=""), Estimate(total, start))
+            bar = _RichBar(live, live.add_task(name, total=total, completed=int(start), left="", info=""), Estimate(total, start), start)
             yield bar
-        text = f"{name}: done, {_count(bar.done, unit)} in {duration(bar.estimate.elapsed())}" + (f", {bar.info}" if bar.info else "")
-        self.console.print(text, markup=False)
+        self.console.print(_done(name, bar, unit, start), markup=False)
 
     def note(self, text: str) -> None:
         self.console.print(text, markup=False)
 
 
 class _RichBar:
-    def __init__(self, live: Any, task_id: Any, estimate: Estimate) -> None:
+    def __init__(self, live: Any, task_id: Any, estimate: Estimate, done: float) -> None:
         self.live, self.task_id, self.estimate = live, task_id, estimate
-        self.done, self.info = 0.0, ""
+        self.done, self.info = done, ""
 
     def update(self, done: float, **info: Any) -> None:
         self.done, self.info = done, show_info(info)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.config import ASSETS, from_mapping, option, override, packaged, read_yaml
+from mlx_distill.config import ASSETS, Section, from_mapping, option, override, packaged, read_yaml, sections
 from mlx_distill.errors import ConfigError
 from mlx_distill.task import Task, load_task
 
@@ -206,6 +206,10 @@ class Recipe:
     controls: ControlsConfig = option(ControlsConfig, "controls")
     base: Path | None = field(default=None, metadata={"keyed": False, "settable": False, "help": "folder that paths are relative to"})
 
+    def unpacks(self, model: str) -> bool:
+        """Whether this model of the run computes with its weights unpacked: the quantized one never does, as it is the product itself."""
+        return self.unpack and model != "quantized"
+
     def load_task(self) -> Task:
         """The task that the recipe names."""
         return load_task(self.task, self.base)
@@ -228,6 +232,11 @@ def load_recipe(spec: str | Path, assignments: Sequence[str] = ()) -> Recipe:
         raise ConfigError(f"{path}: name: {recipe.name!r} cannot be the name of a folder", fix="a word or two, without slashes")
     recipe.load_task()
     return recipe
+
+
+def recipe_sections() -> list[Section]:
+    """Every key of a recipe, with its help; what stands at the top is the section ``recipe``."""
+    return sections(Recipe, "recipe")
 
 
 def recipe_names() -> list[str]:

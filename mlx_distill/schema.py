@@ -95,6 +95,8 @@ def check_answer(answer: Any, schema: Mapping[str, Any]) -> str | None:
 
     >>> check_answer({"score": 101}, {"type": "object", "properties": {"score": {"maximum": 100}}})
     'score: 101 is greater than the maximum of 100'
+    >>> check_answer({"score": 1}, {"type": "object", "required": ["colour", "score"]})
+    "'colour' is a required property; needed are colour, score"
     """
     if not isinstance(answer, Mapping):
         return f"a JSON {_kind(answer)}, not an object"
@@ -107,7 +109,10 @@ def check_answer(answer: Any, schema: Mapping[str, Any]) -> str | None:
     place = ""
     for part in errors[0].absolute_path:
         place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
-    return _short(f"{place}: {errors[0].message}" if place else errors[0].message)
+    reason = errors[0].message
+    if errors[0].validator == "required":  # jsonschema names one of those that are missing
+        reason += f"; needed are {', '.join(errors[0].validator_value)}"
+    return _short(f"{place}: {reason}" if place else reason)
 
 
 def label_span(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any]) -> tuple[int, int]:

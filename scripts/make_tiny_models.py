@@ -6,7 +6,7 @@
 Both are pretrained here, from nothing, on the packaged generators' *train* part alone. They learn the language, the answer's form and
 every field of it; they answer naively, by keywords, so that there is something to teach. The layout is the genuine one of
 the Hugging Face Hub: config.json, sharded safetensors with an index, the architectures' own tensor names, and for gpt-oss MXFP4
-experts as ``_blocks`` and ``_scales``. Seeded; three quarters of an hour on two cores, ``teacher`` and ``student`` side by side.
+experts as ``_blocks`` and ``_scales``. Seeded; about an hour, less with ``teacher`` and ``student`` side by side.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from chain import STAGES, finished, manifests, whole_stages, write_chain
 from mlx_distill import pipeline
 from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.files import fingerprint, lock_folder, plain, read_manifest
-from mlx_distill.pipeline import Plan, graph
+from mlx_distill.pipeline import Outcome, Plan, graph
 from mlx_distill.recipe import load_recipe
 
 TEACHER, STUDENT = "evaluations/teacher", "evaluations/student"
@@ -178,9 +179,14 @@ def test_from_makes_the_stage_and_all_that_follow(copied: Path, counted: list[st
 def test_one_stage_alone(copied: Path, counted: list[str]) -> None:
     run: Callable[..., Any] = pipeline.run
     arguments = (copied / "recipe.yaml", copied / "out")
-    assert isinstance(run(*arguments, only="targets"), Plan)
+    outcome = run(*arguments, only="targets")
+    assert isinstance(outcome, Outcome)
+    first, last = outcome.lines
+    assert first.startswith(f"targets: {copied / 'out' / 'targets'}: current, nothing was to do; ")
+    assert last == "next: nothing, every stage is current"
     assert counted == []
-    run(*arguments, only="targets", overrides=["targets.top_k=4"])
+    outcome = run(*arguments, only="targets", overrides=["targets.top_k=4"])
+    assert outcome.lines[0].startswith(f"targets: {copied / 'out' / 'targets'}: made in ")
     assert counted == ["targets"]
     run(*arguments, False, only="quantize")
     assert counted == ["targets", "quantized"]
@@ -188,6 +194,42 @@ def test_one_stage_alone(copied: Path, counted: list[str]) -> None:
     assert counted[2:] == ["student"]
     assert run(*arguments, only="evaluate").to_dict()["metrics"].keys() == {"teacher", "student"}
     assert counted[3:] == []
+
+
+def test_a_stage_alone_says_what_was_done_and_what_comes_next(tmp_path: Path) -> None:
+    recipe, out = write_chain(tmp_path), tmp_path / "out"
+    outcome = pipeline.run(recipe, out, only="prepare", overrides=["data.seed=1"])
+    assert isinstance(outcome, Outcome)
+    (made, following), (row,) = outcome.lines, outcome.stages
+    counts = read_manifest(out / "data").recorded["rows"]  # type: ignore[union-attr]
+    assert sum(counts.values()) == 110
+    assert re.fullmatch(
+        re.escape(f"prepare: {out / 'data'}: made in ")
+        + r"\d+\.\d s; "
+        + ", ".join(f"{n} {name}" for name, n in counts.items())
+        + r" rows, .* kB",
+        made,
+    )
+    assert following == f"next: mlx-distill teach {recipe} --out {out} --set data.seed=1 (or run, for all that is left)"
+    assert (row["command"], row["writes"], row["state"], row["recorded"]["rows"]) == ("prepare", str(out / "data"), "made", counts)
+    json.dumps(outcome.to_dict())
+
+
+def test_a_dry_run_marks_what_is_read_and_is_not_there(tmp_path: Path) -> None:
+    recipe = write_chain(tmp_path, teacher="Org/model", student="models/of/mine")
+    sources = "data.sources=[{path: rows.jsonl}, {path: songs.jsonl}, {hub: org/rows}]"
+    plan = pipeline.run(recipe, tmp_path / "out", dry_run=True, overrides=[sources])
+    assert isinstance(plan, Plan)
+    marked = {line.split()[1]: line.endswith("  (not there yet)") for line in plan.lines if line.startswith("          reads")}
+    assert [name for name, there in marked.items() if there] == ["songs.jsonl", "models/of/mine"]
+    assert {"org/rows@main", "Org/model", str(tmp_path / "rows.jsonl")} < set(marked)
+
+
+def test_the_quantized_model_is_planned_as_it_is_measured() -> None:
+    recipe = load_recipe(finished() / "recipe.yaml", ["unpack=true", "evaluate.models=[student, quantized]"])
+    found = {stage.name: stage.config.get("unpack") for stage in graph(recipe, recipe.load_task())}
+    assert found["evaluations/quantized"] is recipe.unpacks("quantized") is False
+    assert all(found[name] is True for name in ("teacher", "targets", "student", "evaluations/teacher", "evaluations/student"))
 
 
 def test_one_stage_alone_without_its_parents_says_what_to_run(tmp_path: Path) -> None:

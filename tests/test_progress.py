@@ -80,6 +80,19 @@ def test_a_task_that_fails_says_where_and_lets_the_error_pass(clock: _Clock) -> 
     assert stream.getvalue().splitlines()[-1] == "convert: stopped after 0 s at 3/8"
 
 
+def test_a_resumed_task_says_where_it_goes_on_and_counts_what_was_done(clock: _Clock) -> None:
+    stream = io.StringIO()
+    progress = PlainProgress(stream, clock=clock)
+    with progress.task("teach", total=32, unit="step", start=25) as bar:
+        bar.update(32, loss=0.5)
+    with progress.task("teach", total=32, unit="step", start=32):
+        pass  # killed behind the last step
+    assert stream.getvalue().splitlines() == [
+        "teach: 32 steps, going on after step 25", "teach: done, 32 steps (25 of them before) in 0 s, loss 0.5",
+        "teach: 32 steps, going on after step 32", "teach: done, 32 steps (32 of them before) in 0 s",
+    ]  # fmt: skip
+
+
 def test_off_a_terminal_lines_are_plain_and_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     progress = make_progress()
     assert isinstance(progress, PlainProgress)
@@ -99,7 +112,7 @@ def test_the_live_bar_ends_in_the_same_line(capsys: pytest.CaptureFixture[str]) 
     progress.note("rows [left] out")
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "teach: done, 3 steps in 0 s, loss 0.25" in captured.err
+    assert "teach: done, 3 steps (1 of them before) in 0 s, loss 0.25" in captured.err
     assert "rows [left] out" in captured.err
 
 

@@ -22,6 +22,7 @@ from mlx_distill.task import Task, parse_task
 
 MODELS = ("teacher", "student_before", "student", "quantized", "student_labels", "student_text")
 SKILL = {"teacher": 0.93, "student_before": 0.35, "student": 0.95, "quantized": 0.92, "student_labels": 0.7, "student_text": 0.85}
+SHOWN = ("teacher", "student", "quantized")
 MACHINE = {
     "system": "Linux 6",
     "processor": "A processor",
@@ -116,17 +117,24 @@ def make_predictions(task: Task, model: str, sets: Mapping[str, int], seed: int 
 
 
 def make_run(
-    folder: Path, task: Task, *, models: tuple[str, ...] = MODELS[:4], sets: Mapping[str, int] | None = None, seed: int = 0
+    folder: Path,
+    task: Task,
+    *,
+    models: tuple[str, ...] = MODELS[:4],
+    sets: Mapping[str, int] | None = None,
+    seed: int = 0,
+    packed: tuple[str, ...] = (),
 ) -> dict[str, Path]:
     """A finished run's folder: predictions, weights of some size, training logs, manifests."""
     paths = {}
     for model in models:
         parts = folder / "evaluations" / model
-        key = stage_key("evaluate", 1, {"model": model}, {})
+        config = {"model": model, "compute_dtype": "float32", "unpack": model not in packed}
+        key = stage_key("evaluate", 1, config, {})
         partial = open_partial(parts, key)
         write_jsonl(partial / "predictions.jsonl", make_predictions(task, model, sets or {"test": 60, "written": 15}, seed))
         recorded = {"seconds": 12.5, "peak_memory_bytes": 310_000_000, "machine": MACHINE, "versions": VERSIONS}
-        publish(parts, "evaluate", 1, {"model": model}, {}, recorded)
+        publish(parts, "evaluate", 1, config, {}, recorded)
         paths[model] = parts / "predictions.jsonl"
     for name, size in (("teacher_base", 640_000), ("student_base", 410_000), ("quantized", 150_000)):
         (folder / name).mkdir(parents=True, exist_ok=True)
@@ -164,6 +172,13 @@ RECIPE = {
 def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("run")
     return folder, build_report(folder, RECIPE, make_task(), make_run(folder, make_task(), models=MODELS))
+
+
+@pytest.fixture(scope="module")
+def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run whose quantized model computed packed, the others unpacked."""
+    folder = tmp_path_factory.mktemp("apart")
+    return build_report(folder, RECIPE, make_task(), make_run(folder, make_task(), packed=("quantized",)))
 
 
 VOID = {"br", "col", "hr", "img", "meta", "!doctype"}
@@ -387,6 +402,90 @@ def test_page_says_in_one_sentence_what_the_run_has_shown(run: tuple[Path, dict[
     text = Page(render_html(report)).text.replace("\u202f", " ")
     assert f"The quantized student gives the teacher’s tone on {share} of 60 held-out rows [" in text
     assert "Nothing on this page was measured on Metal." in text
+
+
+def page_text(report: Mapping[str, Any]) -> str:
+    return Page(render_html(report)).text.replace("\u202f", " ")
+
+
+def test_only_models_that_computed_alike_are_compared_in_pace_and_memory(run: tuple[Path, dict[str, Any]], apart: dict[str, Any]) -> None:
+    alike = page_text(run[1])
+    assert re.search(r"It answers [\d,.]+ rows a minute, [\d.]+ times the teacher’s pace\.", alike)
+    assert "do not compare" not in alike
+    assert "computed unpacked" not in alike
+    assert {name: entry["unpack"] for name, entry in apart["provenance"]["evaluations"].items()} == {
+        "teacher": True,
+        "student_before": True,
+        "student": True,
+        "quantized": False,
+    }
+    text = page_text(apart)
+    assert re.search(r"It answers [\d,.]+ rows a minute\.", text)
+    assert "times the teacher’s pace" not in text
+    assert "The quantized student computed with packed weights, all others with unpacked ones: times, paces" in text
+    assert (text.count("computed unpacked"), text.count("computed packed")) == (3, 1)
+
+
+def test_settings_that_hold_for_all_models_are_listed_once(apart: dict[str, Any]) -> None:
+    listed = page_text(apart).split("Settings of the evaluations")[1].split("Recipe")[0]
+    assert listed.startswith("All modelsbatch size16compute dtypefloat32Teacherpacked weightsunpacked")
+    assert listed.count("batch size") == 1
+    assert listed.endswith("Quantizedpacked weightsas on disk")
+
+
+def test_the_teachers_size_says_what_it_counts(run: tuple[Path, dict[str, Any]]) -> None:
+    assert "Its weights take 150 kB on disk, 22 % of the teacher’s 670 kB (base and adapter)." in page_text(run[1])
+
+
+def test_a_difference_that_the_shown_rates_would_not_give_is_explained(tmp_path: Path) -> None:
+    """308 and 319 of 320 are shown as 96.2 and 99.7, and differ by 3.4."""
+    task = make_task()
+    for wrong, explained in (({"teacher": 12, "quantized": 1}, True), ({"teacher": 32, "quantized": 16}, False)):
+        paths = {}
+        for name, count in wrong.items():
+            header, *rows = make_predictions(task, "teacher", {"test": 320})
+            labels = ["light" if row["truth"]["tone"] != "light" else "mild" for row in rows]
+            for i, row in enumerate(rows):
+                row["label"] = labels[i] if i < count else row["truth"]["tone"]
+                row |= {"answer": {**row["truth"], "tone": row["label"]}}
+            paths[name] = tmp_path / f"{name}.jsonl"
+            write_jsonl(paths[name], [header, *rows])
+        report = build_report(tmp_path, RECIPE, task, paths)
+        text = page_text(report)
+        assert ("+3.4 points" in text) == explained
+        assert ("(rounded from the exact rates)" in text) == explained
+
+
+@pytest.mark.parametrize(("n", "said"), [(60, "Too few rows in every group to"), (130, "Too few rows in all groups but north to")])
+def test_groups_of_few_rows_are_said_rightly_and_drawn_whole(tmp_path: Path, n: int, said: str) -> None:
+    report = build_report(tmp_path, RECIPE, make_task(), make_run(tmp_path, make_task(), sets={"test": n}))
+    html = render_html(report)
+    assert said in Page(html).text
+    part = html.split('id="groups"')[1].split("</section>")[0].split("False negatives")[0]
+    assert part.count("Too few rows") == 1
+    ends = [float(x) for x in re.findall(r'x2="([\d.]+)%" y1="\d+" y2="\d+" class="range"', part)]
+    found = [g["false_positive_rate"] for m in SHOWN for g in report["metrics"][m]["by_group"]["groups"].values()]
+    top = max(rate["high"] for rate in found if rate["n"])
+    assert max(ends) == pytest.approx(100 * top / min(1.0, nice_ticks(0.0, top)[-1]), abs=0.01)
+
+
+def test_disagreements_are_counted_by_set(run: tuple[Path, dict[str, Any]]) -> None:
+    _, report = run
+    main, other = (report["by_set"][name]["quantized"]["disagreements"] for name in ("test", "written"))
+    said = f"Quantized: {main} of 60 held-out rows ({100 * main / 60:.1f} %); {other} of 15 rows of the set “written” ("
+    assert said.replace("(0.0 %)", "(0 %)") in page_text(report)
+
+
+def test_rows_without_a_title_are_called_by_their_beginning(tmp_path: Path) -> None:
+    paths = make_run(tmp_path, make_task())
+    for name, path in paths.items():
+        header, *rows = make_predictions(make_task(), name, {"test": 60})
+        write_jsonl(path, [header, *({**row, "title": None} for row in rows)])
+    report = build_report(tmp_path, RECIPE, make_task(), paths)
+    row = report["disagreements"]["quantized"]["rows"][0]
+    text = page_text(report)
+    assert f"The answers to {' '.join(row['input'].split())}, field by field" in text
+    assert f"The answers to {row['id']}" not in text
 
 
 def test_page_of_report_json_is_the_page_of_the_report(run: tuple[Path, dict[str, Any]]) -> None:

@@ -70,7 +70,7 @@ def test_what_json_does_not_know_is_not_written(bad: Any) -> None:
         ('{"verdict": "MAYBE", "score": 1}', "verdict: 'MAYBE' is not one of ['yes', 'no']"),
         ('{"verdict": "yes", "score": "1"}', "score: '1' is not of type 'integer'"),
         ('{"verdict": "yes", "score": true}', "score: True is not of type 'integer'"),
-        ('{"verdict": "yes"}', "'score' is a required property"),
+        ('{"verdict": "yes"}', "'score' is a required property; needed are verdict, score"),
         ('{"verdict": "yes", "score": 1, "x": 1}', "'x' was unexpected"),
         ('{"verdict": "yes", "score": 1, "themes": [{}, {"b": "q"}]}', "themes[1].b: 'q' is not of type 'integer'"),
         ("[]", "a JSON list, not an object"),

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    from mlx_distill.config import Key
 
 
 @click.group(invoke_without_command=True)
 @click.pass_context
 def recipes(ctx: click.Context) -> None:
-    """List the packaged recipes, show one, or copy one out to edit."""
+    """List, show, copy out the packaged recipes; explain the keys."""
     if ctx.invoked_subcommand is None:
         ctx.invoke(list_recipes)
 
@@ -47,6 +51,50 @@ def copy(name: str, file: Path) -> None:
         raise FileError(f"{file}: exists already", fix="choose another name, or remove it first")
     write_text(file, text)
     click.echo(f"written: {file}; edit it, then: mlx-distill run {file}")
+
+
+@recipes.command()
+@click.argument("section", required=False)
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+def keys(section: str | None, as_json: bool) -> None:
+    """Explain every key of a recipe, or those of SECTION.
+
+    Each with its default, by section: recipe (the top), data, data.sources, convert, teach, targets, distill, quantize, evaluate, controls.
+    """
+    import json
+
+    from mlx_distill.cli.show import plain
+    from mlx_distill.errors import ConfigError
+    from mlx_distill.recipe import recipe_sections
+
+    known = recipe_sections()
+    found = [part for part in known if section in (None, part.name)]
+    if not found:
+        raise ConfigError(f"no section {section!r} in a recipe", fix=f"sections: {', '.join(part.name for part in known)}")
+    if as_json:
+        click.echo(json.dumps(plain({"sections": found}), ensure_ascii=False, indent=2))
+        return
+    width = max(len(key.name) for part in known for key in part.keys)
+    for number, part in enumerate(found):
+        click.echo(("\n" if number else "") + f"{part.name}: {part.help.removeprefix(f'{part.name.capitalize()}: ')}")
+        for key in part.keys:
+            click.echo(_explain(key, width))
+
+
+def _explain(key: Key, width: int) -> str:
+    """A key, its help and its values, wrapped beside it."""
+    import textwrap
+
+    import yaml
+
+    default = yaml.safe_dump(key.default, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    low, high = (None if end is None else f"{end:g}" for end in (key.low, key.high))
+    limits = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else ""
+    values = ", ".join(key.choices) if key.choices else key.type
+    parts = [values, *([limits] if limits else []), "needed" if key.needed else f"default: {default}"]
+    indent = " " * (width + 4)
+    text = textwrap.fill(f"{key.help} [{'; '.join(parts)}]", 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return f"  {key.name:<{width}}  {text.lstrip()}"
 
 
 def _read(name: str) -> str:

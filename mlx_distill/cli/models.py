@@ -43,16 +43,9 @@ def convert(source: str, destination: Path, base: str | None, as_json: bool, **o
     given = {name: value for name, value in options.items() if value is not None}
     folder = resolve(source, options["revision"])
     if is_peft(folder) and not options["dry_run"]:
-        _echo_adapter(destination, from_peft(folder, destination, base), as_json)
+        echo(from_peft(folder, destination, base), as_json)
     else:
         echo(convert_model(source, destination, **given, progress=make_progress()), as_json)
-
-
-def _echo_adapter(destination: Path, modules: list[str], as_json: bool) -> None:
-    import json
-
-    line = f"written to {destination}: adapters of {len(modules)} modules"
-    click.echo(json.dumps({"destination": str(destination), "modules": modules}, indent=2) if as_json else line)
 
 
 @click.command()
@@ -86,7 +79,7 @@ def export(model: Path, destination: Path, layout: str, adapter: str, report: Pa
     else:
         from mlx_distill.models.peft import to_peft
 
-        _echo_adapter(destination, to_peft(model, destination, report=figures), as_json)
+        echo(to_peft(model, destination, report=figures), as_json)
 
 
 @click.command()

@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.config import packaged, resolve_asset
+from mlx_distill.config import ASSETS, packaged, resolve_asset
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.files import os_errors, read_jsonl
 from mlx_distill.recipe import SourceConfig
@@ -57,7 +57,12 @@ def read_source(config: SourceConfig, task: Task | None = None, base: Path | Non
 def _read_file(spec: str, base: Path | None) -> Iterator[tuple[str, Row]]:
     path = Path(resolve_asset(spec, base))
     if not path.exists():
-        raise DataError(f"{spec}: no such file", fix="check data.sources: a path starts at the recipe's folder, or at this one")
+        if path.is_absolute():
+            raise DataError(f"{spec}: no such file", fix="put it there, or correct its path under data.sources")
+        # A packaged recipe's folder is no place for anybody's rows.
+        folders = [base, Path()] if base is not None and not base.is_relative_to(ASSETS) else [Path()]
+        places = dict.fromkeys(str(folder.resolve()) for folder in folders)
+        raise DataError(f"{spec}: no such file in {' or '.join(places)}", fix="put it there, or write its whole path under data.sources")
     if path.is_dir():
         raise DataError(f"{spec}: a folder, not a file", fix="name the JSONL file inside it")
     if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):

@@ -186,7 +186,7 @@ def relative_base(base: str | Path, folder: Path) -> str:
 
 
 def adapter_base(folder: str | Path) -> Path:
-    """The base folder of an adapter folder.
+    """The base folder of an adapter folder, without ``..`` in its path.
 
     Raises:
         ModelError: the config names none, or it is gone.
@@ -203,7 +203,7 @@ def adapter_base(folder: str | Path) -> Path:
     if is_adapter(folder / base):
         raise ModelError(f"{folder}: its base {base!r} is an adapter, not a model", fix=f"correct base in {ADAPTER_CONFIG}")
     if (folder / base).is_dir():
-        return folder / base
+        return (folder / base).resolve()
     if base.startswith(".") or base.count("/") != 1:
         raise ModelError(
             f"{folder}: its base model {(folder / base).resolve()} is gone", fix=f"bring it back, or correct base in {ADAPTER_CONFIG}"

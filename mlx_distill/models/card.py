@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.files import Manifest, read_manifest
+from mlx_distill.metrics.wording import gigabytes, interval, metric_heads, packing_note, percent, seconds, significant
 from mlx_distill.models.prepare import Prepared
 
-# Of a report's figures, those that say how good and how fast a model is: key -> head of the column.
-_FIGURES = {
-    "accuracy": "accuracy",
-    "macro_f1": "macro F1",
-    "verdict_agreement": "same label as the teacher",
-    "agreement": "same label and near score",
-    "score_mae": "mean error of the score",
-    "false_positive_rate": "false positives",
-    "false_negative_rate": "false negatives",
-    "json_valid": "valid JSON",
-    "latency_s": "seconds an answer",
-    "items_per_minute": "items a minute",
-    "peak_memory_gb": "peak memory, GB",
+_RATES = ("accuracy", "macro_f1", "verdict_agreement", "agreement", "false_positive_rate", "false_negative_rate", "json_valid")
+# Of a report's figures, those that say how good and how fast a model is, and how each is written.
+_FIGURES: Mapping[str, Callable[[Any], str]] = {
+    **dict.fromkeys(_RATES, lambda rate: _between(percent(rate.get("value")), interval(rate))),
+    "score_gap": lambda gap: f"{gap['value']:.1f} [{gap['low']:.1f}–{gap['high']:.1f}]",
+    "latency_s": seconds,
+    "items_per_minute": lambda pace: significant(pace, 3),
+    "peak_memory_gb": gigabytes,
 }
 
 
@@ -95,23 +91,33 @@ def _is_hub_id(source: str) -> bool:
 
 def _figures(name: str, report: Mapping[str, Any]) -> list[str]:
     metrics: Mapping[str, Mapping[str, Any]] = report.get("metrics") or {}
-    keys = [key for key in _FIGURES if any(_cell(m.get(key)) for m in metrics.values())]
+    heads = metric_heads(report.get("task_details") or {})
+    keys = [key for key in _FIGURES if any(_cell(m, key) for m in metrics.values())]
     if not keys:
         return ["No figures."]
-    out = ["| model | " + " | ".join(_FIGURES[key] for key in keys) + " |", "|---" * (len(keys) + 1) + "|"]
-    out += ["| " + " | ".join([model, *(_cell(values.get(key)) for key in keys)]) + " |" for model, values in metrics.items()]
+    out = ["| model | " + " | ".join(_escaped(heads[key]) for key in keys) + " |", "|---" * (len(keys) + 1) + "|"]
+    out += ["| " + " | ".join([_escaped(model), *(_cell(values, key) for key in keys)]) + " |" for model, values in metrics.items()]
     rows = (report.get("sets") or {}).get(report.get("main_set"))
     said = [f"Of the run `{report['name']}`"] if report.get("name") else []
     said += [f"on {rows:,} held-out rows"] if isinstance(rows, int) else []
-    said += [f"in brackets {report['confidence']:.0%} intervals"] if report.get("confidence") else []
+    said += [f"in brackets {percent(report['confidence'], 0)} intervals"] if report.get("confidence") else []
     said += [f"this is its `{name}`"] if name in metrics else []
-    return [*out, "", ", ".join(said) + "."] if said else out
+    settings = (report.get("provenance") or {}).get("evaluations") or {}
+    note = packing_note({model: settings[model] for model in metrics if model in settings})
+    tail = " ".join([*([", ".join(said) + "."] if said else []), *([note] if note else [])])
+    return [*out, "", tail] if tail else out
 
 
-def _cell(entry: Any) -> str:
-    """A figure, with its interval where it has one; nothing where there is none."""
-    if isinstance(entry, Mapping):
-        value, low, high = (entry.get(key) for key in ("value", "low", "high"))
-        between = "" if low is None or high is None else f" [{low:.3f}, {high:.3f}]"
-        return "" if value is None else f"{value:.3f}{between}"
-    return f"{entry:.3f}" if isinstance(entry, (int, float)) else ""
+def _cell(figures: Mapping[str, Any], key: str) -> str:
+    """A figure as the run's page writes it, with its interval where it has one; nothing where there is none."""
+    entry = figures.get(key)
+    measured = entry.get("value") if isinstance(entry, Mapping) else entry
+    return "" if measured is None else _FIGURES[key](entry)
+
+
+def _between(value: str, ends: str) -> str:
+    return f"{value} [{ends}]" if ends else value
+
+
+def _escaped(text: str) -> str:
+    return text.replace("|", "\\|")

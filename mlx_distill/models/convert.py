@@ -23,7 +23,7 @@ from mlx_distill.models.output import TABLE, finish_folder, shard_hashes, shard_
 from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.treatments import decider
 from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult
-from mlx_distill.progress import Progress
+from mlx_distill.progress import Progress, size
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class ConversionReport:
         verb = "would be" if self.dry_run else "written to"
         out.append(
             f"{self.model_type}: {self.parameters:,} parameters, {self.bits_per_weight:.2f} bits per weight, "
-            f"{self.stored_bytes / 1e6:,.1f} MB {verb} {self.destination}"
+            f"{size(self.stored_bytes)} {verb} {self.destination}"
             + ("" if self.dry_run else f" in {self.seconds:.1f} s, read back and compared")
         )
         if self.largest_error:
@@ -153,13 +153,17 @@ def convert_into(
     max_shard_bytes: int = MAX_SHARD_BYTES,
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
+    name: str = "convert",
 ) -> ConversionReport:
-    """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on a second run."""
+    """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on a second run.
+
+    ``name`` stands before what ``progress`` is told.
+    """
     folder = Path(folder)
     ready, jobs = _plan(resolve(source, revision), quantize, dtype)
-    report = _write(str(source), folder, folder, ready, jobs, max_shard_bytes, memory_bytes, progress)
+    report = _write(str(source), folder, folder, ready, jobs, max_shard_bytes, memory_bytes, progress, name)
     if report.note and progress:
-        progress.note(report.note)
+        progress.note(f"{name}: {report.note}")
     return report
 
 
@@ -173,10 +177,10 @@ def _plan(folder: Path, quantize: str | None, dtype: str | None, group_size: int
 
 def _write(
     source: str, destination: Path, into: Path, ready: Prepared, jobs: Sequence[Job], max_shard_bytes: int,
-    memory_bytes: int, progress: Progress | None,
+    memory_bytes: int, progress: Progress | None, name: str = "convert",
 ) -> ConversionReport:  # fmt: skip
     began = time.perf_counter()
-    shards = stream(jobs, into, "convert", max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, progress=progress)
+    shards = stream(jobs, into, name, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, progress=progress)
     finish_folder(into, ready, jobs, shards)
     return _report(source, destination, ready, jobs, shards, time.perf_counter() - began)
 

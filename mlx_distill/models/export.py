@@ -27,7 +27,7 @@ from mlx_distill.models.rules import backward_plan, folded
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 from mlx_distill.models.treatments import Treatment
 from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES
-from mlx_distill.progress import Progress
+from mlx_distill.progress import Progress, counted, size
 
 _NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
@@ -107,16 +107,16 @@ class ExportReport:
         groups: dict[tuple[str, str], list[float]] = {}
         for row in self.changed:
             groups.setdefault((folded(row.name), row.note), []).append(row.error)
-        out = [f"{name}: {len(e)} tensors, {note}, relative error at most {max(e):.1e}" for (name, note), e in groups.items()]
+        out = [f"{name}: {counted(len(e), 'tensor')}, {note}, relative error at most {max(e):.1e}" for (name, note), e in groups.items()]
         if not self.changed:
             out.append("every tensor bit for bit")
         if self.kept:
-            out.append(f"the adapter of {self.kept} modules beside it, in adapter/, for PEFT")
+            out.append(f"the adapter of {counted(self.kept, 'module')} beside it, in adapter/, for PEFT")
         return [*out, *update_lost(self.changed)]
 
     def lines(self) -> list[str]:
         """The notes, then the sum."""
-        total = f"{self.model_type}: {self.tensors} tensors, {self.stored_bytes / 1e6:,.1f} MB written to {self.destination}"
+        total = f"{self.model_type}: {counted(self.tensors, 'tensor')}, {size(self.stored_bytes)} written to {self.destination}"
         return [*self.notes(), total]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.rope import RopeSettings, build_rope, rope_settings, stock_difference
+from mlx_distill.models.rope import RopeSettings, build_rope, other_logits, rope_settings, stock_difference
 from mlx_distill.models.rules import Architecture, Rule, check_activation
 from mlx_distill.models.transforms import Packed, Same, SplitColumns, SplitRows, Transpose
 
@@ -82,9 +82,9 @@ def _activation(config: Mapping[str, Any]) -> tuple[float, float]:
 
 def _stock_differs(config: Mapping[str, Any]) -> str | None:
     if not (config.get("rope_parameters") or config.get("rope_scaling")):
-        return "stock mlx-lm computes gpt-oss without YaRN where the config names no rope, and computes other logits"
+        return other_logits("it leaves out YaRN where a gpt-oss config names no rope")
     if _activation(config) != (1.702, 7.0):
-        return "stock mlx-lm does not read swiglu_alpha and swiglu_limit, and computes other logits"
+        return other_logits("it does not read swiglu_alpha and swiglu_limit")
     return stock_difference(int(config.get("head_dim") or 64), _rope(config), int(config.get("max_position_embeddings") or 131_072))
 
 

@@ -32,9 +32,18 @@ def find_local(path_or_repo: str | Path) -> Path | None:
     name = str(path_or_repo)
     if path.exists():
         raise ModelError(f"{path}: a file where a model folder is needed", fix="give the folder that holds config.json")
-    if name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    if not is_hub_id(name):
         raise ModelError(f"{name}: no such folder", fix="check the path; a Hub model is written org/name")
     return None
+
+
+def is_hub_id(name: str) -> bool:
+    """Whether a name that is no folder here can be that of a Hub model.
+
+    >>> is_hub_id("org/name"), is_hub_id("./name"), is_hub_id("a/folder/here")
+    (True, False, False)
+    """
+    return not name.startswith(("/", ".", "~")) and name.count("/") == 1
 
 
 def _download(repo: str, revision: str | None) -> Path:

@@ -22,6 +22,7 @@ from mlx_distill.models.peft import PEFT_FILE, is_peft, peft_settings
 from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.rope import rope_settings
 from mlx_distill.models.rules import Planned, folded
+from mlx_distill.progress import counted, size
 
 _SLAB = 1 << 22
 
@@ -65,7 +66,7 @@ class InspectReport:
         out = [f"{self.path}: {self.kind}"]
         out += [f"  {name.ljust(width)}  {value}" for name, value in self.facts.items() if value not in (None, "")]
         if self.rows:
-            cells = [("tensor", "count", "shape", "stored", "parameters", "bits", "MB")]
+            cells = [("tensor", "count", "shape", "stored", "parameters", "bits", "size")]
             cells += [
                 (
                     r.name,
@@ -74,7 +75,7 @@ class InspectReport:
                     r.stored,
                     f"{r.parameters:,}",
                     f"{r.bits:.2f}",
-                    f"{r.bytes / 1e6:.2f}",
+                    size(r.bytes),
                 )
                 for r in self.rows
             ]
@@ -82,7 +83,8 @@ class InspectReport:
             out += ["", *("  " + "  ".join(row[i].ljust(widths[i]) for i in range(7)).rstrip() for row in cells)]
         out += [f"problem: {problem}" for problem in self.problems]
         if self.verified and not self.problems:
-            hashes = f"{self.hashed} files have the hash they were written with" if self.hashed else "no hashes stand beside these files"
+            had = "has the hash it was" if self.hashed == 1 else "have the hash they were"
+            hashes = f"{counted(self.hashed, 'file')} {had} written with" if self.hashed else "no hashes stand beside these files"
             out.append(f"verified: {hashes}" + ("; no weight is NaN or infinite" if self.kind == "model" else ""))
         return out
 
@@ -107,7 +109,7 @@ def inspect(path: str | Path, verify: bool = False) -> InspectReport:
     elif (folder / ADAPTER_CONFIG).is_file():
         report = _adapter(folder, manifest, problems, verify)
     elif manifest:
-        facts = {**_provenance(manifest), "files": len(manifest.files), "bytes": f"{sum(f.size for f in manifest.files.values()):,}"}
+        facts = {**_provenance(manifest), "files": len(manifest.files), "size": size(_bytes(manifest))}
         report = InspectReport(str(path), "stage", facts, problems=tuple(problems), verified=verify)
     else:
         return _run(folder, str(path), verify)
@@ -137,10 +139,20 @@ def _run(folder: Path, path: str, verify: bool) -> InspectReport:
         except DistillError as error:
             manifest, wrong = None, str(error)
         hashed += len(manifest.files) if manifest and verify else 0
-        facts[name] = f"{manifest.stage}, key {manifest.key[:12]}" if manifest else "damaged"
+        facts[name] = _summary(name, manifest) if manifest else "damaged"
         if wrong:
             problems.append(wrong)
     return InspectReport(path, "run", facts, problems=tuple(problems), verified=verify, hashed=hashed)
+
+
+def _summary(name: str, manifest: Manifest) -> str:
+    """A folder of a run in a line; which stage made it is said where its name does not."""
+    stage = [manifest.stage] if manifest.stage != name else []
+    return ", ".join([*stage, f"key {manifest.key[:12]}", counted(len(manifest.files), "file"), size(_bytes(manifest))])
+
+
+def _bytes(manifest: Manifest) -> int:
+    return sum(entry.size for entry in manifest.files.values())
 
 
 def _provenance(manifest: Manifest | None) -> dict[str, Any]:
@@ -165,7 +177,7 @@ def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify:
         "vocabulary": _vocabulary(folder, config),
         "parameters": f"{parameters:,}",
         "bits per weight": round(8 * stored / max(parameters, 1), 3),
-        "bytes": f"{stored:,} in {len(ready.checkpoint.files)} files",
+        "size": f"{size(stored)} in {counted(len(ready.checkpoint.files), 'file')}",
         "layout": "Hugging Face" if any(p.rule != "same" for p in ready.planned) else "the same in both" if _neutral(ready) else "MLX",
         "rope": _rope_text(rope.kind, rope.theta, rope.scaling),
         "head": "tied to the embedding" if config.get("tie_word_embeddings") else "its own",
@@ -215,16 +227,16 @@ def _rows(ready: Prepared) -> list[InspectRow]:
         packing = ready.packings.get(path)
         if packing and leaf in ("scales", "biases"):
             continue
-        shape, stored, size = p.shape, p.dtype, p.nbytes
+        shape, stored, nbytes = p.shape, p.dtype, p.nbytes
         if packing and leaf == "weight":
             shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
-            stored, size = f"{packing.mode} {packing.bits}/{packing.group_size}", ready.packed_bytes(path)
+            stored, nbytes = f"{packing.mode} {packing.bits}/{packing.group_size}", ready.packed_bytes(path)
         count = ready.parameters(p)
-        groups[folded(p.name), shape, stored].append((count, size))
+        groups[folded(p.name), shape, stored].append((count, nbytes))
     rows = []
     for (name, shape, stored), members in groups.items():
-        count, size = sum(c for c, _ in members), sum(s for _, s in members)
-        rows.append(InspectRow(name, len(members), shape, stored, count, round(8 * size / max(count, 1), 4), size))
+        count, nbytes = sum(c for c, _ in members), sum(s for _, s in members)
+        rows.append(InspectRow(name, len(members), shape, stored, count, round(8 * nbytes / max(count, 1), 4), nbytes))
     return rows
 
 
@@ -268,7 +280,7 @@ def _adapter(folder: Path, manifest: Manifest | None, problems: list[str], verif
         "targets": ", ".join(settings.target_modules),
         "base": base,
         "parameters": f"{sum(r.parameters for r in rows):,}",
-        "bytes": f"{sum(r.bytes for r in rows):,}",
+        "size": size(sum(r.bytes for r in rows)),
         "template": _template(folder),
         **_provenance(manifest),
     }

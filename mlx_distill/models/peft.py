@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import atomic_path, digest, sha256, write_json, write_text
+from mlx_distill.files import atomic_path, digest, read_manifest, sha256, write_json, write_text
 from mlx_distill.models.adapters import ADAPTER_FILE, LoraSettings, adapter_base, adapter_config, adapter_settings, relative_base
 from mlx_distill.models.card import card_text
 from mlx_distill.models.checkpoint import read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, load_config, read_object
 from mlx_distill.models.folder import making, source_key
-from mlx_distill.models.hub import commit_of, resolve
+from mlx_distill.models.hub import commit_of, is_hub_id, resolve
 from mlx_distill.models.prepare import prepare
 from mlx_distill.models.registry import architecture_of
 from mlx_distill.models.tokenizer_files import copy_tokenizer
+from mlx_distill.progress import counted
 
 PEFT_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -27,15 +28,47 @@ _OUT = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitu
 _IN = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m", "lora_magnitude_vector.weight": "m"}
 
 
+@dataclass(frozen=True)
+class AdapterReport:
+    """An adapter that was written in another format: the paths of its modules, the ``base`` it names, and what is to say of that."""
+
+    destination: str
+    base: str
+    modules: tuple[str, ...]
+    note: str | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """For people."""
+        lines = [f"written to {self.destination}: adapters of {counted(len(self.modules), 'module')}", f"the base it expects: {self.base}"]
+        return [*lines, self.note] if self.note else lines
+
+
+def unconverted(base: Path) -> str:
+    """What other tools find a model of ours under: the Hub id or the Hugging Face folder that it was converted from.
+
+    Where that is not known any more, the folder's own whole path.
+    """
+    path, seen = base.resolve(), set[Path]()
+    while path not in seen and (manifest := read_manifest(path)) and (source := str(manifest.recorded.get("source") or "")):
+        seen.add(path)
+        if (Path(source).expanduser() / "config.json").is_file():
+            path = Path(source).expanduser().resolve()
+        elif is_hub_id(source):
+            return source
+    return str(path)
+
+
 def to_peft(
     model: str | Path, destination: str | Path, *, base_model: str | None = None, report: Mapping[str, Any] | None = None
-) -> list[str]:
-    """Write an adapter folder of ours as PEFT reads it, whole or not at all; return the adapted paths.
+) -> AdapterReport:
+    """Write an adapter folder of ours as PEFT reads it, whole or not at all.
 
     Args:
         model: An adapter folder of ours.
         destination: The folder to make.
-        base_model: What PEFT will call the base (a Hub id or a folder in the Hugging Face layout); the base's own path if not given.
+        base_model: What PEFT will call the base (a Hub id or a folder in the Hugging Face layout); if not given, what our base was
+            converted from: see :func:`unconverted`.
         report: A run's ``report.json``, whose figures go on the card.
 
     Raises:
@@ -45,12 +78,21 @@ def to_peft(
     folder, destination = resolve(model), Path(destination)
     weights = peft_weights(folder)
     ready = prepare(adapter_base(folder))
-    with making(destination, folder, "export", {"layout": "peft", "base_model": base_model}, {"source": source_key(folder)}) as work:
-        paths = write_peft(folder, work.folder, weights, base_model or str(adapter_base(folder)))
-        notes = [f"the adapter alone, of {len(paths)} modules, in PEFT's format"]
+    base = base_model or unconverted(ready.folder)
+    with making(destination, folder, "export", {"layout": "peft", "base_model": base}, {"source": source_key(folder)}) as work:
+        paths = write_peft(folder, work.folder, weights, base)
+        notes = [f"the adapter alone, of {counted(len(paths), 'module')}, in PEFT's format"]
         write_text(work.folder / "README.md", card_text(destination.name, folder, ready, notes, report, library="peft"))
         work.recorded.update(source=str(model), modules=len(paths))
-    return paths
+    ours = is_ours(Path(base))
+    note = f"that folder is in the MLX layout, which PEFT cannot load: mlx-distill export {base} FOLDER --to hf" if ours else None
+    return AdapterReport(str(destination), base, tuple(paths), note)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether a folder is one that this package made, other than an export."""
+    manifest = read_manifest(folder)
+    return manifest is not None and manifest.stage != "export"
 
 
 def peft_weights(folder: Path) -> dict[str, mx.array]:
@@ -106,8 +148,8 @@ def is_peft(folder: Path) -> bool:
     return is_adapter(folder) and "peft_type" in read_object(folder / ADAPTER_CONFIG)
 
 
-def from_peft(source: str | Path, destination: str | Path, base: str | Path | None = None) -> list[str]:
-    """Read a PEFT LoRA adapter into an adapter folder of ours, whole or not at all; return the adapted paths.
+def from_peft(source: str | Path, destination: str | Path, base: str | Path | None = None) -> AdapterReport:
+    """Read a PEFT LoRA adapter into an adapter folder of ours, whole or not at all.
 
     Args:
         source: A folder, or the Hub id of one, with PEFT's ``adapter_config.json`` and ``adapter_model.safetensors``.
@@ -146,7 +188,7 @@ def from_peft(source: str | Path, destination: str | Path, base: str | Path | No
         copy_tokenizer(resolve(base), work.folder)
         write_json(work.folder / ADAPTER_CONFIG, ours)
         work.recorded.update(source=str(source), commit=commit_of(source))
-    return paths
+    return AdapterReport(str(destination), str(base), tuple(paths))
 
 
 def peft_settings(where: Path, config: Mapping[str, Any]) -> LoraSettings:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.rope import build_rope, rope_settings, stock_difference
+from mlx_distill.models.rope import build_rope, other_logits, rope_settings, stock_difference
 from mlx_distill.models.rules import Architecture, Rule, check_activation
 from mlx_distill.models.transforms import Same, SplitBlocks, Stack
 
@@ -78,7 +78,7 @@ def _mend(model: Any, config: Mapping[str, Any]) -> None:
 def _stock_differs(config: Mapping[str, Any]) -> str | None:
     rope = rope_settings(config)
     if rope.kind != "default" and config["model_type"] == "qwen3_moe":
-        return f"stock mlx-lm computes Qwen3-MoE without its {rope.kind} rope, and computes other logits"
+        return other_logits(f"it leaves out Qwen3-MoE's {rope.kind} rope")
     return stock_difference(_head_dim(config), rope, _positions(config))
 
 

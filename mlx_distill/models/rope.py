@@ -101,12 +101,17 @@ def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
     return _mscale(factor, 1.0)
 
 
+def other_logits(reason: str) -> str:
+    """The remark on a model that stock mlx-lm computes otherwise than transformers and this package."""
+    return f"computed as transformers does; stock mlx-lm 0.32 would give other logits ({reason})"
+
+
 def stock_difference(dims: int, settings: RopeSettings, max_positions: int = 131_072) -> str | None:
     """What stock mlx-lm computes otherwise of a YaRN that it reads, by its numbers; None where they are the same.
 
     >>> rope = rope_settings({"rope_scaling": {"rope_type": "yarn", "factor": 32, "truncate": False}, "rope_theta": 150000})
     >>> stock_difference(64, rope)
-    "stock mlx-lm rounds YaRN's correction range although the config says truncate: false, and computes other logits"
+    "computed as transformers does; stock mlx-lm 0.32 would give other logits (it rounds YaRN's correction range)"
     """
     if settings.kind != "yarn":
         return None
@@ -116,12 +121,12 @@ def stock_difference(dims: int, settings: RopeSettings, max_positions: int = 131
     theirs, _ = yarn_frequencies(dims, replace(settings, scaling={**untold, **scaling, "truncate": True}), max_positions)
     if not np.allclose(ours, theirs, rtol=1e-5):
         if not scaling.get("truncate", True):
-            return "stock mlx-lm rounds YaRN's correction range although the config says truncate: false, and computes other logits"
-        return "stock mlx-lm takes 4096 for YaRN's original length, which the config does not name, and computes other logits"
+            return other_logits("it rounds YaRN's correction range")
+        return other_logits("it takes 4096 for YaRN's original length, which the config does not name")
     factor = float(scaling["factor"])
     stock = _mscale(factor, scaling.get("mscale") or 1) / _mscale(factor, scaling.get("mscale_all_dim") or 0)
     if not math.isclose(scale, stock, rel_tol=1e-5):
-        return f"stock mlx-lm scales queries and keys by {stock:.4g} where the config says {scale:.4g}, and computes other logits"
+        return other_logits(f"it scales queries and keys by {stock:.4g} where the config says {scale:.4g}")
     return None
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_distill.metrics.wording import NONE, count, metric_heads, model_name, percent, plural, signed_points, significant, words
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.svg import axis, nice_ticks, stacked, strip
 from mlx_distill.report.tables import Line, legend, model_head, number_cell, rate_cell, scroll, table
-from mlx_distill.report.wording import NONE, count, model_class, model_name, percent, plural, signed_points, significant, words
+from mlx_distill.report.wording import model_class
 
 Report = Mapping[str, Any]
 _KINDS = (
-    ("false_positive_rate", "False positives", "false_positives", "negatives"),
-    ("false_negative_rate", "False negatives", "false_negatives", "positives"),
+    ("false_positive_rate", "false_positives", "negatives"),
+    ("false_negative_rate", "false_negatives", "positives"),
 )
 
 
@@ -22,7 +23,8 @@ def sides(report: Report) -> Html | None:
     task, metrics = report["task_details"], report["metrics"]
     if not task["positive"]:
         return None
-    heads = [("precision", "Precision"), ("recall", "Recall"), ("f1", "F1"), *[(key, head) for key, head, _, _ in _KINDS]]
+    named = metric_heads(task)
+    heads = [(key, named[key]) for key in ("precision", "recall", "f1", *[key for key, _, _ in _KINDS])]
     rows: list[Line] = []
     for model, figures in metrics.items():
         cells: list[Any] = [rate_cell(figures.get(key), f"{model_name(model)}, {head}") for key, head in heads]
@@ -43,21 +45,21 @@ def groups(report: Report) -> Html | None:
     first = metrics[shown[0]]
     note = (
         f"The error rates must not differ between values of “{words(first['field'])}”. Rates over fewer than {first['few_below']} rows are "
-        "marked “few” and compared with nothing; their intervals may run off the axis."
+        "marked “few” and compared with nothing."
     )
     parts: list[Any] = [el("p", note, class_="note"), legend([(model_class(name), model_name(name)) for name in shown])]
-    parts += [_group_table(metrics, shown, *kind) for kind in _KINDS]
+    parts += [_group_table(metrics, shown, metric_heads(report["task_details"])[kind[0]], *kind) for kind in _KINDS]
     return el("div", parts)
 
 
-def _group_table(metrics: Mapping[str, Any], shown: list[str], kind: str, title: str, hits: str, items: str) -> Html:
+def _group_table(metrics: Mapping[str, Any], shown: list[str], title: str, kind: str, hits: str, items: str) -> Html:
     rows: list[Line] = []
     found = [g for name in shown for g in metrics[name]["groups"].values() if g[kind]["n"]]
-    # A rate over few rows would stretch the axis by its interval, which says nothing.
-    ticks = nice_ticks(0.0, max([0.1, *(g[kind]["value" if kind in g["few"] else "high"] for g in found)]))
+    ticks = nice_ticks(0.0, max([0.1, *(g[kind]["high"] for g in found)]))
     reach = min(1.0, ticks[-1])
     ticks = [x for x in ticks if x <= reach]
-    for value in metrics[shown[0]]["groups"]:
+    first = metrics[shown[0]]
+    for value in first["groups"]:
         entries = [(name, metrics[name]["groups"].get(value)) for name in shown]
         drawn = strip([(model_class(name), model_name(name), e[kind] if e else None) for name, e in entries], 0.0, reach, ticks=ticks)
         cells: list[Any] = [drawn]
@@ -68,14 +70,19 @@ def _group_table(metrics: Mapping[str, Any], shown: list[str], kind: str, title:
             cells.append(el("span", number_cell(shown_rate, text), el("em", "few", class_="few") if few else None))
         rows.append((value, cells, None))
     rows.append(("", [axis(0.0, reach, ticks), *[""] * len(shown)], "axis-row"))
-    heads = [words(metrics[shown[0]]["field"]).capitalize(), f"{title}, %", *[model_name(name) for name in shown]]
-    gaps = [_gap(name, metrics[name]["gaps"][kind]) for name in shown]
+    heads = [words(first["field"]).capitalize(), f"{title}, %", *[model_name(name) for name in shown]]
+    gaps = [_gap(name, metrics[name]["gaps"][kind]) for name in shown if metrics[name]["gaps"][kind]] or [_no_gap(first, kind)]
     return el("div", table(title, heads, rows, class_="dots groups"), el("ul", gaps, class_="plain"))
 
 
-def _gap(name: str, gap: Mapping[str, Any] | None) -> Html:
-    if not gap:
-        return el("li", f"{model_name(name)}: too few rows in all groups but one to speak of a gap.")
+def _no_gap(figures: Mapping[str, Any], kind: str) -> Html:
+    """How many rows a group has follows from the truth, so this holds for all models."""
+    enough = [value for value, group in figures["groups"].items() if kind not in group["few"]]
+    where = f"all groups but {', '.join(enough)}" if enough else "every group"
+    return el("li", f"Too few rows in {where} to speak of a gap." if len(figures["groups"]) > 1 else "A single group has no gap.")
+
+
+def _gap(name: str, gap: Mapping[str, Any]) -> Html:
     ends = f"{signed_points(gap['low'])} to {signed_points(gap['high'])}"
     return el(
         "li",
@@ -125,8 +132,11 @@ def _matrix(confusion: Mapping[str, Any], name: str, reference: str) -> Html:
         [el("th", el("span", text), scope="col") for text in heads],
         el("th", el("span", "all"), scope="col"),
     )
-    caption = el("caption", title, el("small", f"{share} of {confusion['n']:,} on the diagonal{left_out}"))
-    return el("figure", scroll(el("table", caption, el("thead", head), el("tbody", rows), class_="matrix"), title), class_="matrix-box")
+    # A caption is no wider than its table, which is narrow where the classes are few.
+    shown = el("figcaption", title, el("small", f"{share} of {confusion['n']:,} on the diagonal{left_out}"))
+    caption = el("caption", title, class_="hidden")
+    body = el("table", caption, el("thead", head), el("tbody", rows), class_="matrix")
+    return el("figure", shown, scroll(body, title), class_="matrix-box")
 
 
 def _cell(number: int, total: int, diagonal: bool, said: str, truth: str, reference: str) -> Html:

@@ -133,9 +133,18 @@ def provenance(
         "versions": dict(versions or _first(recorded, "versions") or runtime.versions()),
         "seeds": dict(_seeds(plain)),
         "stages": _stages(run),
-        "evaluations": {name: _plain(header.get("settings") or {}) for name, header in headers.items()},
+        "evaluations": {
+            name: _plain({**(header.get("settings") or {}), **_computed(folder)})
+            for (name, header), folder in zip(headers.items(), folders, strict=True)
+        },
         "recipe": plain,
     }
+
+
+def _computed(folder: Path) -> dict[str, Any]:
+    """In what an evaluation computed: ``compute_dtype``, and under ``unpack`` whether packed weights were unpacked first."""
+    manifest = _manifest(folder)
+    return {key: manifest.config[key] for key in ("compute_dtype", "unpack") if key in manifest.config} if manifest else {}
 
 
 def _first(recorded: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:

@@ -7,21 +7,11 @@ from string import Template
 from typing import Any
 
 from mlx_distill.config import ASSETS
+from mlx_distill.metrics.wording import interval, model_name, p_value, percent, plural, signed_points, significant, size, the_model, words
 from mlx_distill.report import errors_section, origin_section, results_section, rows_section, training_section
 from mlx_distill.report.markup import Html, el, join
 from mlx_distill.report.svg import bar
-from mlx_distill.report.wording import (
-    interval,
-    model_class,
-    model_name,
-    p_value,
-    percent,
-    plural,
-    signed_points,
-    significant,
-    the_model,
-    words,
-)
+from mlx_distill.report.wording import model_class
 
 Report = Mapping[str, Any]
 
@@ -137,13 +127,36 @@ def _context(report: Report, name: str) -> list[Any]:
         gap = versus["difference"]
         out.append(
             f"Against the truth the teacher is right on {percent(teacher['value'])} and {the_model(name)} on {percent(own['value'])}: "
-            f"a difference of {signed_points(gap['value'])} points [{signed_points(gap['low'])} to {signed_points(gap['high'])}], "
-            f"{p_value(versus['p_value'])}. "
+            f"a difference of {signed_points(gap['value'])} points [{signed_points(gap['low'])} to {signed_points(gap['high'])}]"
+            f"{_rounding(own['value'], teacher['value'], gap['value'])}, {p_value(versus['p_value'])}. "
         )
     if name in sizes and "teacher" in sizes and name != "teacher":
-        share = sizes[name]["total_bytes"] / sizes["teacher"]["total_bytes"]
-        out.append(f"Its weights take {percent(share, 0)} of the teacher’s space on disk. ")
-    pace, reference = metrics[name].get("items_per_minute"), (metrics.get("teacher") or {}).get("items_per_minute")
-    if pace and reference and name != "teacher":
-        out.append(f"It answers {significant(pace, 3)} rows a minute, {significant(pace / reference, 2)} times the teacher’s pace.")
+        own_size, whole = sizes[name], sizes["teacher"]
+        share = percent(own_size["total_bytes"] / whole["total_bytes"], 0)
+        out.append(f"Its weights{_with_adapter(own_size)} take {size(own_size['total_bytes'])} on disk, ")
+        out.append(f"{share} of the teacher’s {size(whole['total_bytes'])}{_with_adapter(whole)}. ")
+    if name != "teacher":
+        out.append(_pace(report, name))
     return out
+
+
+def _rounding(first: float, second: float, difference: float) -> str:
+    """Said where the shown rates seem to give another difference than the shown one."""
+    return (
+        "" if round(round(100 * first, 1) - round(100 * second, 1), 1) == round(100 * difference, 1) else " (rounded from the exact rates)"
+    )
+
+
+def _with_adapter(entry: Mapping[str, Any]) -> str:
+    return " (base and adapter)" if entry["base_bytes"] else ""
+
+
+def _pace(report: Report, name: str) -> str | None:
+    """The model's pace, against the teacher's where both computed alike."""
+    metrics, settings = report["metrics"], report["provenance"]["evaluations"]
+    pace, reference = metrics[name].get("items_per_minute"), (metrics.get("teacher") or {}).get("items_per_minute")
+    if not pace:
+        return None
+    alike = reference and settings[name].get("unpack") == settings["teacher"].get("unpack")
+    against = f", {significant(pace / reference, 2)} times the teacher’s pace" if alike else ""
+    return f"It answers {significant(pace, 3)} rows a minute{against}."

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from mlx_distill.metrics.wording import NONE, model_name, seconds, size, words
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import Line, table
-from mlx_distill.report.wording import NONE, model_name, seconds, size, text_of, words
+from mlx_distill.report.wording import text_of
 
 Report = Mapping[str, Any]
 
@@ -73,11 +74,23 @@ def _stages(stages: list[Mapping[str, Any]]) -> Html | None:
 
 
 def _settings(evaluations: Mapping[str, Mapping[str, Any]]) -> Html | None:
-    items = {model_name(name): settings for name, settings in evaluations.items() if settings}
-    if not items:
+    """What holds for all models once, then each model's own."""
+    shown = {model_name(name): _shown(settings) for name, settings in evaluations.items()}
+    first = next(iter(shown.values()), {})
+    common = {key: value for key, value in first.items() if all(s.get(key, NONE) == value for s in shown.values())}
+    own = {name: {key: value for key, value in settings.items() if key not in common} for name, settings in shown.items()}
+    lists = [found for name, settings in {"All models": common, **own}.items() if (found := _list(name, settings))]
+    if not lists:
         return None
-    lists = [_list(name, {words(key): value for key, value in settings.items()}) for name, settings in items.items()]
     return el("details", el("summary", "Settings of the evaluations"), el("div", lists, class_="lists"))
+
+
+def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
+    weights = {True: "unpacked", False: "as on disk"}
+    return {
+        "packed weights" if key == "unpack" else words(key): weights.get(value, value) if key == "unpack" else value
+        for key, value in settings.items()
+    }
 
 
 def _yaml(value: Any, indent: int = 0) -> list[str]:

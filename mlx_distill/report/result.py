@@ -9,9 +9,9 @@ from typing import Any
 
 from mlx_distill.errors import FileError
 from mlx_distill.files import read_json, write_json, write_text
+from mlx_distill.metrics.wording import NONE, interval, model_name, percent, significant, words
 from mlx_distill.report.html import render_html
 from mlx_distill.report.markup import el
-from mlx_distill.report.wording import NONE, interval, model_name, percent, significant, words
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_distill.report.markup import Html, el
-from mlx_distill.report.svg import axis, strip
-from mlx_distill.report.tables import Line, legend, model_head, number_cell, rate_cell, table
-from mlx_distill.report.wording import (
+from mlx_distill.metrics.wording import (
     NONE,
     control_note,
     gigabytes,
     interval,
-    model_class,
+    metric_heads,
     model_name,
     p_value,
     percent,
@@ -24,6 +21,10 @@ from mlx_distill.report.wording import (
     the_model,
     words,
 )
+from mlx_distill.report.markup import Html, el
+from mlx_distill.report.svg import axis, strip
+from mlx_distill.report.tables import Line, legend, model_head, number_cell, rate_cell, table
+from mlx_distill.report.wording import model_class
 
 Report = Mapping[str, Any]
 _AGREEMENT = "verdict_agreement"
@@ -39,13 +40,10 @@ def results(report: Report) -> Html:
 def columns(report: Report) -> list[tuple[str, str, bool]]:
     """(metric, head, whether it is a rate) of the tables of models."""
     task = report["task_details"]
-    out = [("accuracy", "Right", True), (_AGREEMENT, f"Same {words(task['label'])} as teacher", True)]
-    if task["score"]:
-        out.append(("agreement", f"…and {words(task['score'])} within {task['score_tolerance']:g}", True))
-    out += [("json_valid", "Valid JSON", True), ("macro_f1", "Macro F1", True)]
-    if task["score"]:
-        out.append(("score_gap", f"{words(task['score']).capitalize()} apart from teacher", False))
-    return out
+    scored = ("agreement", "score_gap")
+    shown = ("accuracy", _AGREEMENT, "agreement", "json_valid", "macro_f1", "score_gap")
+    named = metric_heads(task)
+    return [(key, named[key], key != "score_gap") for key in shown if task["score"] or key not in scored]
 
 
 def headline(report: Report, metrics: Mapping[str, Any], name: str) -> Html:
@@ -115,7 +113,7 @@ def _comparisons(report: Report) -> Html | None:
         el(
             "p",
             "Two models on the same rows: difference of the rates in percentage points (Bonett–Price interval) and the probability of so "
-            "uneven a split if there were no difference (McNemar, mid-p).",
+            "uneven a split if there were no difference (McNemar, mid-p). Differences are rounded from the exact rates.",
             class_="note",
         )
     )

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_distill.metrics.wording import NONE, model_name, percent, the_model, words
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.wording import NONE, model_class, model_name, percent, text_of, the_model, words
+from mlx_distill.report.wording import beginning, model_class, text_of
 
 Report = Mapping[str, Any]
 _OPEN = 10
@@ -24,8 +25,7 @@ def disagreements(report: Report) -> Html | None:
 
 
 def _model(report: Report, name: str, entry: Mapping[str, Any], opened: bool) -> Html:
-    share = percent(entry["count"] / entry["of"]) if entry["of"] else NONE
-    head = f"{model_name(name)}: {entry['count']:,} of {entry['of']:,} rows ({share})"
+    head = f"{model_name(name)}: {'; '.join(_counts(report, name))}"
     cut = f"The first {len(entry['rows'])} are shown." if len(entry["rows"]) < entry["count"] else None
     cases = [_case(report, name, row) for row in entry["rows"]]
     rest = (
@@ -37,12 +37,28 @@ def _model(report: Report, name: str, entry: Mapping[str, Any], opened: bool) ->
     return el("details", el("summary", head), body, el("p", cut, class_="note") if cut else None, open=opened, class_="cases")
 
 
+def _counts(report: Report, name: str) -> list[str]:
+    """How many rows of each set, for a rate over mixed sets is a rate of nothing."""
+    out = []
+    for set_name, models in report["by_set"].items():
+        figures = models.get(name)
+        if figures and figures["disagreements"] is not None:
+            missed, n = figures["disagreements"], figures["verdict_agreement"]["n"]
+            rows = "held-out rows" if set_name == report["main_set"] else f"rows of the set “{set_name}”"
+            out.append(f"{missed:,} of {n:,} {rows} ({percent(missed / n) if n else NONE})")
+    return out
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    return row["title"] or beginning(row.get("input") or "") or row["id"]
+
+
 def _case(report: Report, name: str, row: Mapping[str, Any]) -> Html:
     task = report["task_details"]
     truth = (row["truth"] or {}).get(task["label"])
     slices = [str(row["fields"][field]) for field in task["slices"] if (row.get("fields") or {}).get(field) is not None]
     where = [*slices, *([f"set {row['set']}"] if row["set"] != report["main_set"] else [])]
-    name_of = el("span", row["title"] or row["id"], class_="title")
+    name_of = el("span", _title(row), class_="title")
     summary = el(
         "summary",
         el("span", name_of, el("span", " · ".join(where), class_="where") if where else None),
@@ -88,7 +104,7 @@ def _fields(report: Report, name: str, row: Mapping[str, Any]) -> Html:
     heads = ["Field", *(["Truth"] if truth else []), "Teacher", model_name(name)]
     notes = [_broken(the_model(who), side) for who, side in (("teacher", row["teacher"]), (name, row["model"])) if side["answer"] is None]
     head = el("thead", el("tr", [el("th", text, scope="col") for text in heads]))
-    caption = el("caption", f"The answers to {row['title'] or row['id']}, field by field", class_="hidden")
+    caption = el("caption", f"The answers to {_title(row)}, field by field", class_="hidden")
     return el("div", el("table", caption, head, el("tbody", rows), class_="fields"), notes)
 
 

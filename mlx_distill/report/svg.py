@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlx_distill.metrics.wording import interval, percent
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.wording import interval, percent
 
 _WIDTH, _HEIGHT = 460, 232
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 30

@@ -5,21 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_distill.metrics.wording import NONE, count, gigabytes, metric_heads, model_name, packing_note, plural, seconds, significant, size
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.svg import line_chart
 from mlx_distill.report.tables import Line, legend, model_head, number_cell, table
-from mlx_distill.report.wording import (
-    NONE,
-    count,
-    gigabytes,
-    model_class,
-    model_name,
-    plural,
-    seconds,
-    series_name,
-    significant,
-    size,
-)
+from mlx_distill.report.wording import model_class, series_name
 
 Report = Mapping[str, Any]
 
@@ -59,8 +49,11 @@ def _summary(training: Mapping[str, Any]) -> str:
 
 def cost(report: Report) -> Html:
     """Bytes on disk, seconds a row, rows a minute, peak memory."""
-    heads = ["Model", "Weights on disk", "Median a row", "95th percentile", "Rows a minute", "Tokens a second", "Peak memory"]
+    named, settings = metric_heads(report["task_details"]), report["provenance"]["evaluations"]
+    keys = ("latency_s", "latency_p95_s", "items_per_minute", "tokens_per_second", "peak_memory_gb")
+    heads = ["Model", "Weights on disk", *[named[key] for key in keys]]
     rows: list[Line] = []
+    note = packing_note({name: settings[name] for name in report["metrics"]})
     for name, figures in report["metrics"].items():
         entry = report["sizes"].get(name)
         both = f"adapter {size(entry['weights_bytes'])} + base {size(entry['base_bytes'])}" if entry and entry["base_bytes"] else ""
@@ -73,6 +66,7 @@ def cost(report: Report) -> Html:
             number_cell(count(figures.get("tokens_per_second"))),
             number_cell(gigabytes(figures.get("peak_memory_gb"))),
         ]
-        rows.append((model_head(name), cells, model_class(name)))
+        computed = {True: "computed unpacked", False: "computed packed"}.get(settings[name].get("unpack"), "") if note else ""
+        rows.append((model_head(name, computed), cells, model_class(name)))
     caption = "Time of a row: the wall time of its batch by the batch’s size. Memory: peak of MLX’s allocator during the evaluation."
-    return table(caption, heads, rows, class_="cost")
+    return el("div", el("p", note, class_="note") if note else None, table(caption, heads, rows, class_="cost"))

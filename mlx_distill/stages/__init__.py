@@ -29,14 +29,15 @@ def prepare(context: Context, folder: Path) -> Facts:
     return {"rows": statistics["rows"]} if "rows" in statistics else {}
 
 
-def convert(context: Context, folder: Path, source: str) -> Facts:
-    """A checkpoint of the Hub's layout to one of ours, numerically the same."""
+def convert(context: Context, folder: Path, source: str, name: str) -> Facts:
+    """A checkpoint of the Hub's layout to the run's model ``name``, numerically the same."""
     from mlx_distill.models.convert import convert_into
 
     settings = context.recipe.convert
     report = convert_into(
-        source, folder, quantize=settings.quantize, dtype=settings.dtype, revision=settings.revision, progress=context.progress
-    )
+        source, folder, quantize=settings.quantize, dtype=settings.dtype, revision=settings.revision, progress=context.progress,
+        name=f"convert {name}",
+    )  # fmt: skip
     return {"source": source, **report.facts()}
 
 
@@ -111,7 +112,7 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
 
     settings = context.recipe.evaluate
     rows = held_out_rows(context)
-    model, tokenizer = load_model(context, model_folder, packed=model_folder == "quantized")
+    model, tokenizer = load_model(context, model_folder)
     reset_peak_memory()
     chunk = settings.batch_size * 4
     found: list[Prediction] = []

@@ -36,12 +36,12 @@ class Context:
     profile: Profile | None = None
 
 
-def load_model(context: Context, name: str, *, packed: bool = False) -> tuple[Any, Any]:
-    """A model of the run and its tokenizer, computing in the recipe's type, and unless ``packed`` unpacked where the recipe says so."""
+def load_model(context: Context, name: str) -> tuple[Any, Any]:
+    """A model of the run and its tokenizer, computing in the recipe's type, and unpacked where the recipe says so."""
     from mlx_distill.models.load import load, unpack
 
     model, tokenizer = load(context.run / name, dtype=context.recipe.compute_dtype)
-    if context.recipe.unpack and not packed:
+    if context.recipe.unpacks(name):
         unpack(model, context.recipe.compute_dtype or "float32")
     return model, tokenizer
 

@@ -56,7 +56,7 @@ def train_rows(
     source, look = _batches(context, name, settings, rows, valid, collate)
     steps = total_steps(settings, len(source))
     profile = context.profile
-    with context.progress.task(name, total=steps, unit="step") as bar:
+    with context.progress.task(name, total=steps, unit="step", start=_steps_done(folder)) as bar:
 
         def show(row: dict[str, Any]) -> None:
             bar.update(row["step"], loss=row["loss"], tokens_per_second=round(row["tokens_per_second"]))
@@ -81,6 +81,14 @@ def train_rows(
         "best_step": result.best_step, "best_loss": result.best_loss, "trainable": trainable_share(model),
         "peak_memory_bytes": result.metrics.get("peak_memory_bytes"),
     }  # fmt: skip
+
+
+def _steps_done(folder: Path) -> int:
+    """The step that an interrupted training of this folder goes on from; 0 for a fresh start."""
+    from mlx_distill.train.checkpoint import latest, read_state
+
+    path = latest(scratch(folder) / "checkpoints")
+    return int(read_state(path)["step"]) if path else 0
 
 
 def _named(stage: str, hook: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:

@@ -38,7 +38,7 @@ class Window:
 
 
 # Gradients are evaluated in groups of about so many bytes, so that they need not all live at once.
-_GROUP_BYTES = 1 << 26
+_GROUP_BYTES = 1 << 24
 
 Compress = Callable[[str, mx.array], mx.array]
 

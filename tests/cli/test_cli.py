@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -148,3 +149,35 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     code = f"set -o pipefail; '{sys.executable}' -m mlx_distill doctor --json | true"
     result = subprocess.run(["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert result.stderr == ""
+
+
+def test_every_key_of_a_recipe_is_explained_with_its_default(runner: Any) -> None:
+    from mlx_distill.recipe import Recipe, load_recipe
+
+    result = runner.invoke(cli, ["recipes", "keys"])
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 100
+    raw = json.loads(runner.invoke(cli, ["recipes", "keys", "--json"]).stdout)
+    sections = {part["name"]: {key["name"]: key for key in part["keys"]} for part in raw["sections"]}
+    assert list(sections) == [
+        "recipe", "data", "data.sources", "convert", "teach", "targets", "distill", "quantize", "evaluate", "controls"
+    ]  # fmt: skip
+    for name, keys in sections.items():
+        assert all(key["help"] for key in keys.values()), name
+        assert all(f"\n  {key} " in result.stdout for key in keys), name
+    known = {f.name for f in dataclasses.fields(Recipe)} - {"base"}
+    assert {*sections["recipe"], *(name for name in sections if "." not in name and name != "recipe")} == known
+    # What is said to be the default is what a recipe that leaves the key out gets.
+    recipe = load_recipe("tiny", ["distill={}"])
+    assert {name: key["default"] for name, key in sections["distill"].items()} == dataclasses.asdict(recipe.distill)
+
+
+def test_the_keys_of_one_section_and_of_one_that_there_is_not(runner: Any) -> None:
+    result = runner.invoke(cli, ["recipes", "keys", "distill"])
+    head, *lines = result.stdout.splitlines()
+    assert head.startswith("distill: ")
+    assert "  learning_rate         peak learning rate [number; at least 0; default: 1.0e-05]" in lines
+    assert not any(line.startswith("teach") for line in lines)
+    bad = runner.invoke(cli, ["recipes", "keys", "destill"])
+    assert bad.exit_code != 0 and bad.stdout == ""
+    assert "sections: recipe, data, data.sources" in bad.stderr

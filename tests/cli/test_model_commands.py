@@ -80,7 +80,7 @@ def test_the_card_takes_the_figures_of_the_models_run_or_of_a_named_one(runner: 
     for options, model in (([], "student_base"), (["--report", str(tmp_path / "report.json")], "another")):
         result = runner.invoke(cli, ["export", str(run / "student_base"), str(tmp_path / "out"), "--to", "hf", *options])
         assert result.exit_code == 0, result.output
-        assert f"| {model} | 0.500 [0.250, 0.750] |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+        assert f"| {model} | 50.0\u202f% [25.0–75.0] |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
     bad = runner.invoke(cli, ["export", str(run / "student_base"), str(tmp_path / "new"), "--to", "hf", "--report", str(tmp_path / "none")])
     assert bad.exit_code == 1
     assert not (tmp_path / "new").exists()
@@ -99,6 +99,7 @@ def test_an_adapter_goes_out_to_peft_and_comes_back(runner: Any, converted: Path
     back = runner.invoke(cli, ["convert", str(tmp_path / "peft"), str(tmp_path / "again"), "--base", str(converted)])
     assert back.exit_code == 0, back.output
     assert f"adapters of {len(paths)} modules" in back.stdout
+    assert back.stdout.splitlines()[-1] == f"the base it expects: {converted}"
     first, second = (mx.load(str(tmp_path / name / "adapters.safetensors")) for name in ("student", "again"))
     assert first.keys() == second.keys()
     assert all(mx.array_equal(first[name], second[name]) for name in first)

@@ -47,6 +47,16 @@ def teach(folder: Path, *more: str) -> Any:
     return CliRunner().invoke(cli, ["teach", str(folder / "recipe.yaml"), "--out", str(folder / "out"), *more])
 
 
+def test_a_training_that_goes_on_says_where(copied: Path) -> None:
+    result = teach(copied)
+    assert result.exit_code == 0, result.output
+    head, *_, done = [line for line in result.stderr.splitlines() if line.startswith("teach: ")]
+    assert head.endswith(" steps, going on after step 2")
+    assert " steps (2 of them before) in " in done
+    assert " steps, 2 of them before, " in result.stdout.splitlines()[0]
+    assert result.stdout.splitlines()[-1].startswith("next: mlx-distill targets ")
+
+
 def test_a_profile_says_where_the_time_goes_and_the_work_is_kept(copied: Path) -> None:
     result = teach(copied, "--profile")
     assert result.exit_code == 0, result.output

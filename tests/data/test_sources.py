@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from mlx_distill.config import ASSETS
 from mlx_distill.data.sources import read_source
 from mlx_distill.errors import ConfigError, DataError, DistillError
 from mlx_distill.recipe import SourceConfig
@@ -87,6 +88,13 @@ def test_missing_files_folders_and_assets(tmp_path: Path) -> None:
         read(tmp_path / "none.jsonl")
     with pytest.raises(DataError, match="a folder, not a file"):
         read(tmp_path)
+    with pytest.raises(DataError) as caught:
+        list(read_source(SourceConfig(path="none.jsonl"), base=tmp_path))
+    assert caught.value.message == f"none.jsonl: no such file in {tmp_path} or {Path.cwd()}"
+    assert caught.value.fix == "put it there, or write its whole path under data.sources"
+    with pytest.raises(DataError) as caught:
+        list(read_source(SourceConfig(path="none.jsonl"), base=ASSETS / "recipes"))
+    assert caught.value.message == f"none.jsonl: no such file in {Path.cwd()}"  # never in the package
     with pytest.raises(ConfigError, match="no packaged file"):
         read(Path("asset:nothing.jsonl"))
 

@@ -189,7 +189,11 @@ def test_progress_counts_every_megabyte(golden: Any, tmp_path: Path) -> None:
     convert(golden("qwen3"), tmp_path / "out", progress=PlainProgress(seen))
     assert "convert" in seen.getvalue()
     convert_into(golden("gpt_oss"), tmp_path / "stage", progress=PlainProgress(seen))
-    assert "stock mlx-lm rounds YaRN's correction range" in seen.getvalue()
+    assert "convert: computed as transformers does; stock mlx-lm" in seen.getvalue()
+    convert_into(golden("gpt_oss"), tmp_path / "named", progress=PlainProgress(seen), name="convert student_base")
+    lines = seen.getvalue().splitlines()[-3:]
+    assert all(line.startswith("convert student_base: ") for line in lines)
+    assert lines[-1].endswith("would give other logits (it rounds YaRN's correction range)")
 
 
 def test_killed_at_ten_moments_it_goes_on_and_ends_the_same(golden: Any, tmp_path: Path) -> None:

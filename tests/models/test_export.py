@@ -13,6 +13,7 @@ from mlx_distill.errors import ConfigError, FileError, ModelError
 from mlx_distill.models.adapters import LoraSettings, add_lora, load_adapter, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft
+from mlx_distill.models.inspect import inspect
 from mlx_distill.models.load import load_model
 
 NAMES = ("qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4")
@@ -119,7 +120,7 @@ def test_experts_that_were_packed_here_leave_as_mxfp4(golden: Any, tmp_path: Pat
 def test_peft_there_and_back_is_the_same_adapter(kind: str, golden: Any, logits: Any, tmp_path: Path) -> None:
     convert(golden("qwen3"), tmp_path / "base")
     model = adapter(tmp_path / "student", tmp_path / "base", kind=kind)
-    paths = to_peft(tmp_path / "student", tmp_path / "peft")
+    paths = to_peft(tmp_path / "student", tmp_path / "peft").modules
     weights = mx.load(str(tmp_path / "peft" / "adapter_model.safetensors"))
     assert weights[f"base_model.model.{paths[0]}.lora_A.weight"].shape[0] == 4
     from_peft(tmp_path / "peft", tmp_path / "again", tmp_path / "base")
@@ -169,16 +170,35 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
     rate = {"value": 0.875, "low": 0.8, "high": 0.9, "n": 40}
     figures = {
         "name": "first", "confidence": 0.95, "main_set": "test", "sets": {"test": 40},
-        "metrics": {"ours": {"accuracy": rate, "json_valid": {"value": 1.0}, "score_mae": None}, "other": {"accuracy": None}},
+        "metrics": {
+            "ours": {"accuracy": rate, "verdict_agreement": {"value": 308 / 320, "low": 0.9358, "high": 0.9786, "n": 320},
+                "json_valid": {"value": 1.0}, "score_gap": None,
+                "items_per_minute": 1934.564, "latency_s": 0.0341, "peak_memory_gb": 0.0623},
+            "other": {"accuracy": None},
+        },
+        "task_details": {"label": "first|tone"},
     }  # fmt: skip
     to_hf(tmp_path / "ours", tmp_path / "out", report=figures)
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "| model | accuracy | valid JSON |" in card
-    assert "| ours | 0.875 [0.800, 0.900] | 1.000 |" in card
-    assert "Of the run `first`, on 40 held-out rows, in brackets 95% intervals, this is its `ours`." in card
+    plain = card.replace("\u202f", " ")
+    assert "| model | Right | Same first\\|tone as teacher | Valid JSON | Median a row | Rows a minute | Peak memory |" in card
+    assert "| ours | 87.5 % [80.0–90.0] | 96.2 % [93.6–97.9] | 100 % | 34 ms | 1,935 | 62.3 MB |" in plain
+    assert "Of the run `first`, on 40 held-out rows, in brackets 95 % intervals, this is its `ours`." in plain
+    assert "do not compare" not in card
     assert "stage `convert`" in card
-    assert "truncate: false" in card
+    assert "rounds YaRN's correction range" in card
     assert str(tmp_path) not in card, "no machine's paths"
+
+
+def test_the_card_says_that_packed_and_unpacked_paces_do_not_compare(golden: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "quantized")
+    figures = {
+        "metrics": {"teacher": {"items_per_minute": 900.0}, "quantized": {"items_per_minute": 200.0}},
+        "provenance": {"evaluations": {"teacher": {"unpack": True}, "quantized": {"unpack": False}}},
+    }
+    to_hf(tmp_path / "quantized", tmp_path / "out", report=figures)
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "The quantized student computed with packed weights, the teacher with unpacked ones" in card
 
 
 def test_the_card_of_a_runs_model_goes_back_to_what_it_was_made_from(golden: Any, tmp_path: Path) -> None:
@@ -210,7 +230,7 @@ def test_an_adapter_is_kept_beside_an_untouched_base(name: str, golden: Any, log
     assert report.changed == ()
     assert report.kept == 4
     assert tools.all(tmp_path / "out") == tools.all(golden(name))
-    assert from_peft(tmp_path / "out" / "adapter", tmp_path / "again", tmp_path / "out") == sorted(
+    assert list(from_peft(tmp_path / "out" / "adapter", tmp_path / "again", tmp_path / "out").modules) == sorted(
         f"model.layers.{i}.self_attn.{p}" for i in (0, 1) for p in ("o_proj", "q_proj")
     )
     prompt, _ = logits(name)
@@ -246,3 +266,31 @@ def test_the_base_that_peft_names_is_taken_where_none_is_given(golden: Any, logi
     from_peft(tmp_path / "peft", tmp_path / "again")
     prompt, _ = logits("qwen3")
     assert mx.array_equal(load_model(tmp_path / "again", dtype="float32")[0](prompt), model(prompt))
+
+
+def test_peft_is_told_what_the_base_was_converted_from(golden: Any, tmp_path: Path) -> None:
+    """A Hub id, or the folder in the layout that PEFT reads; and back without being told the base again."""
+    base = tmp_path / "run" / "student_base"
+    convert(golden("qwen3"), base)
+    adapter(tmp_path / "run" / "student", base)
+    report = to_peft(tmp_path / "run" / "student", tmp_path / "peft")
+    named = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == report.base == str(golden("qwen3").resolve())
+    assert report.lines[-1] == f"the base it expects: {named}"
+    from_peft(tmp_path / "peft", tmp_path / "again")
+    assert inspect(tmp_path / "again").facts["base"] == named
+
+    recorded = json.loads((base / "manifest.json").read_text())
+    for source, expected in (("org/name", "org/name"), (str(tmp_path / "gone"), str(base)), ("", str(base))):
+        recorded["recorded"]["source"] = source
+        (base / "manifest.json").write_text(json.dumps(recorded))
+        report = to_peft(tmp_path / "run" / "student", tmp_path / "peft")
+        assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == report.base == expected
+        assert (report.note is None) == (expected == "org/name")
+    assert report.lines[-1].endswith(f"mlx-distill export {base} FOLDER --to hf")
+
+
+def test_no_path_is_shown_with_dots_in_it(golden: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "base")
+    adapter(tmp_path / "student", tmp_path / "base")
+    assert inspect(tmp_path / "student").facts["base"] == str((tmp_path / "base").resolve())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,10 @@ def test_a_run_lists_its_stages_and_a_stage_its_files(golden: Any, tmp_path: Pat
     convert(golden("qwen3"), tmp_path / "teacher_base")
     report = inspect(tmp_path)
     assert report.kind == "run"
-    assert report.facts["teacher_base"].startswith("convert, key ")
+    assert re.fullmatch(r"convert, key [0-9a-f]{12}, \d files, \d+\.\d kB", report.facts["teacher_base"])
+    raw = json.loads((tmp_path / "teacher_base" / "manifest.json").read_text())
+    (tmp_path / "teacher_base" / "manifest.json").write_text(json.dumps({**raw, "stage": "teacher_base"}))
+    assert inspect(tmp_path).facts["teacher_base"].startswith("key ")  # its name is not said twice
     assert report.problems == ()
     next((tmp_path / "teacher_base").glob("*.safetensors")).unlink()
     assert "is missing" in inspect(tmp_path).problems[0]
@@ -97,6 +102,14 @@ def test_an_adapter_of_pefts_is_shown_too(golden: Any, tmp_path: Path) -> None:
     assert (report.facts["kind"], report.facts["rank"], report.facts["base"]) == ("lora in PEFT's format", 4, "org/name")
     assert report.problems == ()
     assert sum(r.parameters for r in report.rows) == 2 * 4 * (32 + 64)
+
+
+def test_small_things_have_a_size_and_one_is_not_many(golden: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "ours")
+    report = inspect(tmp_path / "ours")
+    assert re.fullmatch(r"\d+\.\d kB in 1 file", report.facts["size"])
+    norm = next(line for line in report.lines() if line.lstrip().startswith("model.norm.weight"))
+    assert re.search(r" \d+ bytes$", norm)
 
 
 def test_an_unknown_folder_is_refused(tmp_path: Path) -> None:

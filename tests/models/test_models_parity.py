@@ -64,7 +64,7 @@ def test_stock_mlx_lm_still_rounds_the_correction_range(golden: Any, logits: Any
 
     from mlx_distill.models.convert import convert
 
-    for name, said in (("gpt_oss_mxfp4", "truncate"), ("gpt_oss", "truncate"), ("qwen3_moe", "yarn")):
+    for name, said in (("gpt_oss_mxfp4", "correction range"), ("gpt_oss", "correction range"), ("qwen3_moe", "yarn")):
         report = convert(golden(name), tmp_path / name)
         model, _ = stock_load(tmp_path / name)
         prompt, wanted = logits(name)
