@@ -176,6 +176,8 @@ def main() -> None:
     if options.generate:
         generate(options.generate, options.size)
         return
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=options.work))
     try:
         # In a process of its own: a child's peak counts what its parent held when it was forked.
