@@ -121,9 +121,7 @@ def differentiate(
     # Only the trainable parameters are arguments: every array argument is traced whole, and kept.
     def loss(current: Any) -> tuple[mx.array, dict[str, mx.array]]:
         model.update(current)
-        sums = objective.sums(model, batch)
-        parts = {name: sums[name].astype(mx.float32) for name in scales}
-        return sum((scales[name] * part for name, part in parts.items()), mx.array(0.0)), parts
+        return _scaled(objective.sums(model, batch), scales)
 
     try:
         (_, parts), gradients = mx.value_and_grad(loss)(parameters)
@@ -131,6 +129,12 @@ def differentiate(
         model.update(parameters)
     mx.eval(parts)
     return tree_flatten(gradients), parts
+
+
+def _scaled(sums: Mapping[str, mx.array], scales: Mapping[str, float]) -> tuple[mx.array, dict[str, mx.array]]:
+    """The loss, and the terms' sums that it is made of, in float32."""
+    parts = {name: sums[name].astype(mx.float32) for name in scales}
+    return sum((scales[name] * part for name, part in parts.items()), mx.array(0.0)), parts
 
 
 def _differentiate_cut(
@@ -154,9 +158,7 @@ def _differentiate_cut(
         return (hidden.astype(mx.float32) * cotangent).sum(), hidden
 
     def upper(hidden: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        sums = cut.read(Reader(model, hidden, cut.dense_limit), batch)
-        parts = {name: sums[name].astype(mx.float32) for name in scales}
-        return sum((scales[name] * part for name, part in parts.items()), mx.array(0.0)), parts
+        return _scaled(cut.read(Reader(model, hidden, cut.dense_limit), batch), scales)
 
     try:
         (_, hidden), gradients = mx.value_and_grad(lower)(parameters)
