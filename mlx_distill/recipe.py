@@ -112,6 +112,7 @@ class TrainConfig:
     packing: bool = option(False, "rows share lines of at most max_length tokens, none seeing another; batch_size then counts lines")
     loss_on: str = option("last", "assistant turns that are learned", choices=["last", "all"])
     grad_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory", keyed=False)
+    compile: bool = option(False, "fuse the layers' elementwise work with mx.compile, traced once a shape of batch", keyed=False)
     seed: int = option(0, "seed of order, initialization and dropout", low=0)
     stream_gradients: bool = option(
         False, "never hold all gradients at once; with clip_norm they are computed twice; needs accumulate: 1", keyed=False

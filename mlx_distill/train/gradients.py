@@ -10,14 +10,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import numpy as np
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_distill.records import Batch
-from mlx_distill.train.objectives import Cut, Objective
+from mlx_distill.train.cut import Flat, Trunk, differentiate_cut, scaled
+from mlx_distill.train.objectives import Objective
 from mlx_distill.train.randomness import random_key, set_random_key
 from mlx_distill.train.ranks import Ranks
-from mlx_distill.train.reading import Reader, is_tiled, trunk
+from mlx_distill.train.reading import is_small
 from mlx_distill.train.stopwatch import Stopwatch
 
 
@@ -50,6 +50,7 @@ def window_gradients(
     ranks: Ranks | None = None,
     compress: Compress | None = None,
     watch: Stopwatch | None = None,
+    trunk: Trunk | None = None,
 ) -> Window:
     r"""Loss and gradient over a window.
 
@@ -67,6 +68,7 @@ def window_gradients(
         compress: A linear map of each gradient, by its path, to something smaller (GaLore's projection), applied before adding.
             Gradients are evaluated from the last layer to the first and dropped, so that only their images are alive together.
         watch: Where the time is added.
+        trunk: As for :func:`differentiate`.
     """
     ranks, watch = ranks or Ranks(), watch or Stopwatch()
     names = list(objective.coefficients)
@@ -83,7 +85,7 @@ def window_gradients(
             losses.append(0.0)
             continue
         with watch.part("forward"):
-            flat, found = differentiate(model, batch, objective, {name: scales[name] for name in active})
+            flat, found = differentiate(model, batch, objective, {name: scales[name] for name in active}, trunk)
         with watch.part("backward"):
             _add(flat, total, compress, watch)
         parts = {name: part.item() for name, part in found.items()}
@@ -103,8 +105,8 @@ def window_gradients(
 
 
 def differentiate(
-    model: nn.Module, batch: Batch, objective: Objective, scales: Mapping[str, float]
-) -> tuple[list[tuple[str, mx.array]], dict[str, mx.array]]:
+    model: nn.Module, batch: Batch, objective: Objective, scales: Mapping[str, float], trunk: Trunk | None = None
+) -> tuple[Flat, dict[str, mx.array]]:
     """One micro-batch's gradient by path, not evaluated yet, and the terms' sums, evaluated.
 
     Args:
@@ -112,16 +114,17 @@ def differentiate(
         batch: The micro-batch.
         objective: Terms of the loss.
         scales: The factor on each term that counts.
+        trunk: A compiled one, where the objective can be cut; by default all is in one piece where the logits are small.
     """
     cut = objective.cut
-    if cut is not None and is_tiled(model, (positions := cut.positions(batch)).size, cut.dense_limit):
-        return _differentiate_cut(model, batch, cut, positions, scales)
+    if cut is not None and (trunk is not None or not is_small(model, cut.positions(batch).size, cut.dense_limit)):
+        return differentiate_cut(model, batch, cut, scales, trunk)
     parameters = model.trainable_parameters()
 
     # Only the trainable parameters are arguments: every array argument is traced whole, and kept.
     def loss(current: Any) -> tuple[mx.array, dict[str, mx.array]]:
         model.update(current)
-        return _scaled(objective.sums(model, batch), scales)
+        return scaled(objective.sums(model, batch), scales)
 
     try:
         (_, parts), gradients = mx.value_and_grad(loss)(parameters)
@@ -131,49 +134,7 @@ def differentiate(
     return tree_flatten(gradients), parts
 
 
-def _scaled(sums: Mapping[str, mx.array], scales: Mapping[str, float]) -> tuple[mx.array, dict[str, mx.array]]:
-    """The loss, and the terms' sums that it is made of, in float32."""
-    parts = {name: sums[name].astype(mx.float32) for name in scales}
-    return sum((scales[name] * part for name, part in parts.items()), mx.array(0.0)), parts
-
-
-def _differentiate_cut(
-    model: nn.Module, batch: Batch, cut: Cut, positions: mx.array, scales: Mapping[str, float]
-) -> tuple[list[tuple[str, mx.array]], dict[str, mx.array]]:
-    """:func:`differentiate` with the head apart from the trunk.
-
-    The tiled head evaluates the hidden states, and an evaluation inside a differentiated function keeps every array that it makes, also
-    what the backward pass does not need, also inside a recomputed layer (measured: 2.8 GB where 0.3 are needed). So the trunk's gradient
-    is laid out first, lazily, from a cotangent that is still empty; then the hidden states are evaluated, the head gives value and
-    cotangent, and the cotangent is filled in. The trunk runs forward once.
-    """
-    parameters = model.trainable_parameters()
-    cotangent = mx.zeros((0,))
-
-    def lower(current: Any) -> tuple[mx.array, mx.array]:
-        nonlocal cotangent
-        model.update(current)
-        hidden = trunk(model, batch, positions)
-        cotangent = mx.array(np.zeros(hidden.shape, np.float32))
-        return (hidden.astype(mx.float32) * cotangent).sum(), hidden
-
-    def upper(hidden: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
-        return _scaled(cut.read(Reader(model, hidden, cut.dense_limit), batch), scales)
-
-    try:
-        (_, hidden), gradients = mx.value_and_grad(lower)(parameters)
-    finally:
-        model.update(parameters)
-    mx.eval(hidden)
-    (_, parts), by_hidden = mx.value_and_grad(upper)(hidden)
-    by_hidden = by_hidden.astype(mx.float32)
-    mx.eval(parts, by_hidden)
-    # numpy's view of an array shares its memory, for writing too; the graph holds the same array.
-    np.array(cotangent, copy=False)[...] = np.array(by_hidden)
-    return tree_flatten(gradients), parts
-
-
-def _add(flat: list[tuple[str, mx.array]], total: dict[str, mx.array], compress: Compress | None, watch: Stopwatch) -> None:
+def _add(flat: Flat, total: dict[str, mx.array], compress: Compress | None, watch: Stopwatch) -> None:
     """Empty ``flat`` from its end into ``total``, evaluating group by group: the last layers' gradients are the first to be known."""
     group, size = [], 0
     while flat:

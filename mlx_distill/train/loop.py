@@ -21,6 +21,7 @@ from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag, reset_peak_memory, stop_on_signal
 from mlx_distill.train import checkpoint
 from mlx_distill.train.checks import check_settings
+from mlx_distill.train.cut import make_trunk
 from mlx_distill.train.hooks import Hook as Hook
 from mlx_distill.train.length import total_steps as total_steps
 from mlx_distill.train.metrics import MetricsLog
@@ -95,6 +96,8 @@ def train(
     ranks = current_ranks()
     steps = total_steps(settings, int(ranks.largest(len(batches))))
     _check(model, optimizer, settings, steps, ranks, bool(valid))
+    if settings.compile and objective.cut is None:
+        raise ConfigError("compile: true for an objective in one piece", fix="make it with read_objective, or leave compile out")
     checked = {**keyed(settings), "identity": identity}
     with ExitStack() as stack:
         flag = stop if stop is not None else stack.enter_context(stop_on_signal())
@@ -104,7 +107,9 @@ def train(
             stack.enter_context(recomputed_layers(model))
         log = MetricsLog(folder / "metrics.jsonl" if ranks.rank == 0 else None, position)
         stack.callback(log.close)
-        setup = Setup(model, batches, objective, optimizer, settings, folder, valid, steps, ranks, log, checked, watch or Stopwatch())
+        trunk = make_trunk(model, compiled=True) if settings.compile else None
+        watch = watch or Stopwatch()
+        setup = Setup(model, batches, objective, optimizer, settings, folder, valid, steps, ranks, log, checked, watch, trunk)
         resumed = run.step
         try:
             stopped_early = go(setup, run, flag, hooks)

@@ -26,10 +26,10 @@ def trunk(model: nn.Module, batch: Batch, positions: Int[mx.array, " a"]) -> Flo
     return hidden.reshape(-1, hidden.shape[-1])[positions]
 
 
-def is_tiled(model: nn.Module, count: int, dense_limit: int = DENSE_LIMIT) -> bool:
-    """Whether the losses at ``count`` positions are read tile by tile, from a head that stays as it is."""
-    plain, learns, small = _form(head(model), count, dense_limit)
-    return plain and not learns and not small
+def is_small(model: nn.Module, count: int, dense_limit: int = DENSE_LIMIT) -> bool:
+    """Whether the logits at ``count`` positions are made at once, by a plain head or by one that is made of parts."""
+    plain, _, small = _form(head(model), count, dense_limit)
+    return small or not plain
 
 
 def _form(layer: nn.Module, count: int, dense_limit: int) -> tuple[bool, bool, bool]:

@@ -19,6 +19,7 @@ from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag, peak_memory
 from mlx_distill.train import checkpoint
+from mlx_distill.train.cut import Trunk
 from mlx_distill.train.gradients import Compress, Window, apply_update, clip_scale, evaluate, global_norm, window_gradients
 from mlx_distill.train.guard import stop_on_nan
 from mlx_distill.train.hooks import Hook
@@ -62,6 +63,7 @@ class Setup:
     log: MetricsLog
     checked: Mapping[str, Any]
     watch: Stopwatch = field(default_factory=Stopwatch)
+    trunk: Trunk | None = None
 
 
 def go(setup: Setup, run: Run, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
@@ -128,11 +130,11 @@ def _move(setup: Setup, run: Run, window: Sequence[Batch]) -> tuple[Window, floa
     model, objective, optimizer, watch, limit = setup.model, setup.objective, setup.optimizer, setup.watch, setup.settings.clip_norm
     low = hasattr(optimizer, "enter")  # it takes gradients into a subspace, and those are small
     if setup.settings.stream_gradients and not low:
-        return streamed_step(model, window[0], objective, optimizer, limit, guard, watch)
+        return streamed_step(model, window[0], objective, optimizer, limit, guard, watch, setup.trunk)
     # At once into the subspace where there is nothing to add up.
     alone = setup.settings.accumulate == 1 and setup.ranks.size == 1
     compress: Compress | None = getattr(optimizer, "enter" if alone else "compress", None)
-    result = window_gradients(model, window, objective, setup.ranks, compress, watch)
+    result = window_gradients(model, window, objective, setup.ranks, compress, watch, setup.trunk)
     if not result.gradients:
         return result, 0.0
     with watch.part("clip"):

@@ -13,6 +13,7 @@ import mlx.optimizers as optim
 from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
+from mlx_distill.train.cut import Trunk
 from mlx_distill.train.gradients import Window, apply_update, clip_scale, differentiate, drain_norm
 from mlx_distill.train.objectives import Objective
 from mlx_distill.train.randomness import random_key, set_random_key
@@ -45,6 +46,7 @@ def streamed_step(
     clip_norm: float,
     guard: Guard,
     watch: Stopwatch | None = None,
+    trunk: Trunk | None = None,
 ) -> tuple[Window, float]:
     """Loss, gradient and update of one micro-batch, evaluated from the last layer to the first; the window and the gradient's norm.
 
@@ -59,6 +61,7 @@ def streamed_step(
         clip_norm: Largest norm; 0 makes one pass.
         guard: Given the window, the norm, and whether weights have moved already; raises where a number is not finite.
         watch: Where the time is added; the first of two passes counts as ``clip``.
+        trunk: As for :func:`~mlx_distill.train.gradients.differentiate`.
     """
     watch = watch or Stopwatch()
     weights = objective.weights(batch)
@@ -70,10 +73,10 @@ def streamed_step(
     if clip_norm > 0:
         with watch.part("clip"):
             key = random_key()
-            norm = drain_norm([gradient for _, gradient in differentiate(model, batch, objective, scales)[0]])
+            norm = drain_norm([gradient for _, gradient in differentiate(model, batch, objective, scales, trunk)[0]])
             set_random_key(key)
     with watch.part("forward"):
-        flat, parts = differentiate(model, batch, objective, scales)
+        flat, parts = differentiate(model, batch, objective, scales, trunk)
     sums = {name: part.item() for name, part in parts.items()}
     terms = {name: sums.get(name, 0.0) / weights[name] if weights.get(name, 0.0) > 0 else 0.0 for name in objective.coefficients}
     loss = sum(objective.coefficients[name] * term for name, term in terms.items())

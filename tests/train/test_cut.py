@@ -11,6 +11,7 @@ import mlx.nn as nn
 import pytest
 from train.tiny import TinyModel, collate, make_model, make_rows
 
+from mlx_distill.train import cut
 from mlx_distill.train.gradients import differentiate
 from mlx_distill.train.objectives import sft
 from mlx_distill.train.randomness import random_key
@@ -48,6 +49,27 @@ def test_cut_equals_whole(dropout: float, dtype: mx.Dtype) -> None:
         assert gradient.dtype == other[path].dtype == dtype
         assert mx.allclose(gradient, other[path], **close), path
     assert mx.abs(one["model.up_proj.weight"]).max().item() > 1e-3
+
+
+def test_a_backend_whose_views_are_copies_gets_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for fills in (True, False):
+        if not fills:
+            monkeypatch.setattr(cut, "_fill", lambda array, values: False)
+        model = frozen_head(0.3)
+        mx.random.seed(3)
+        gradients, _ = differentiate(model, BATCH, CUT, {"text": 0.25})
+        mx.eval(gradients)
+        found.append((dict(gradients), random_key()))
+    (one, key), (other, their_key) = found
+    assert key == their_key and all(mx.array_equal(gradient, other[path]) for path, gradient in one.items())
+
+
+def test_a_filled_array_is_read_again_by_the_graph_that_holds_it() -> None:
+    held = mx.array([0.0, 0.0])
+    waiting = held + 1
+    assert cut._fill(held, mx.array([1.0, float("nan")]))
+    assert waiting.tolist()[0] == 2.0
 
 
 class Layer(nn.Module):

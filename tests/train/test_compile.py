@@ -1,0 +1,132 @@
+"""The compiled trunk: the numbers of the plain one, the same random draws, one trace a shape of batch."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten, tree_map_with_path
+from train.tiny import collate, make_batches, make_model, make_rows, settings
+
+from mlx_distill.data.packing import Piece, lay_out
+from mlx_distill.errors import ConfigError, Interrupted
+from mlx_distill.models.adapters import LoraSettings, add_lora
+from mlx_distill.models.load import load_model
+from mlx_distill.optim import make_optimizer
+from mlx_distill.recipe import ATTENTION
+from mlx_distill.records import Batch
+from mlx_distill.runtime import StopFlag
+from mlx_distill.train import ListBatches, make_trainable, sft, train
+from mlx_distill.train.cut import make_trunk
+from mlx_distill.train.gradients import differentiate
+from mlx_distill.train.randomness import random_key
+from mlx_distill.train.recompute import recomputed_layers
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+ROWS = make_rows(12)
+
+
+def make(kind: str, moves: str) -> Any:
+    """Adapters with dropout that are no longer zero, or every weight, the head included."""
+    model, _ = load_model(GOLDEN / f"models_{kind}", dtype="float32")
+    mx.random.seed(1)
+    if moves == "adapters":
+        add_lora(model, LoraSettings(2, 4.0, 0.3, ATTENTION))
+        model.update(tree_map_with_path(lambda _, x: x + 0.1 * mx.random.normal(x.shape), model.trainable_parameters()))
+    else:
+        model.unfreeze()
+    mx.eval(model.parameters())
+    return model.train()
+
+
+def batch_of(columns: int, lines: list[list[int]], seed: int) -> Batch:
+    random = np.random.default_rng(seed)
+    pieces = [[Piece(random.integers(0, columns, n).astype(np.int32), random.random(n - 1) < 0.5) for n in line] for line in lines]
+    return lay_out(pieces, 0)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("moves", ["adapters", "everything"])
+@pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gpt_oss"])
+def test_compiled_equals_the_whole_in_one_piece(kind: str, moves: str, recompute: bool) -> None:
+    """Values, gradients and the place in the random stream, alone and packed, before and after an update of the weights."""
+    model = make(kind, moves)
+    columns = model.model.embed_tokens.weight.shape[0]
+    with recomputed_layers(model) if recompute else nullcontext():
+        trunk = make_trunk(model, compiled=True)
+        for number, lines in enumerate(([[12], [9]], [[6, 7], [14]], [[13], [11]])):
+            batch = batch_of(columns, lines, number)
+            found = []
+            for objective, by in ((replace(sft(), cut=None), None), (sft(), trunk), (sft(dense_limit=0), trunk)):
+                mx.random.seed(number)
+                gradients, parts = differentiate(model, batch, objective, {"text": 0.5}, by)
+                found.append((dict(gradients), parts["text"].item(), random_key()))
+            (plain, value, key), *others = found
+            scale = max(mx.abs(gradient).max().item() for gradient in plain.values())
+            for gradients, other, their_key in others:
+                assert other == pytest.approx(value, rel=1e-5) and their_key == key and gradients.keys() == plain.keys()
+                for path, gradient in plain.items():
+                    assert mx.abs(gradients[path] - gradient).max().item() < 1e-5 * scale, path
+            assert scale > 1e-3
+            model.update(tree_map_with_path(lambda path, x, plain=plain: x - 0.1 * plain[path], model.trainable_parameters()))
+
+
+def test_one_trace_a_shape_and_the_weights_stay_arrays() -> None:
+    traces = 0
+
+    model = make_model()
+    plain = type(model.model).__call__
+
+    class Trunk(type(model.model)):  # type: ignore[misc]
+        def __call__(self, *args: Any) -> mx.array:
+            nonlocal traces
+            traces += 1
+            return plain(self, *args)
+
+    object.__setattr__(model.model, "__class__", Trunk)
+    trunk = make_trunk(model, compiled=True)
+    for batch in [collate(ROWS, [0, 1], extra) for extra in (0, 3, 0, 3, 0)]:
+        differentiate(model, batch, sft(), {"text": 1.0}, trunk)
+        mx.eval(model.parameters())  # tracers could not be
+    assert traces == 2
+
+
+@pytest.mark.parametrize("method", ["lora", "galore", "full"])
+def test_a_stopped_run_goes_on_bitwise(tmp_path: Path, method: str) -> None:
+    """With dropout, accumulation, a schedule, a refresh after the cut, and recomputed layers where there are layers."""
+
+    def run(folder: Path, compiled: bool = True, **more: Any) -> dict[str, mx.array]:
+        config = settings(method=method, steps=7, compile=compiled, grad_checkpoint=True)
+        model = make_model(dropout=0.2)
+        make_trainable(model, config)
+        before = dict(tree_flatten(model.trainable_parameters()))
+        train(model, ListBatches(make_batches(ROWS, 2)), sft(), make_optimizer(config, 7), config, folder=folder, **more)
+        after = dict(tree_flatten(model.trainable_parameters()))
+        assert not any(mx.array_equal(after[path], weight) for path, weight in before.items())
+        return after
+
+    flag = StopFlag()
+
+    def stop_at_five(row: dict) -> None:
+        flag.set = row["step"] == 5
+
+    whole, again, plain = run(tmp_path / "whole"), run(tmp_path / "again"), run(tmp_path / "plain", compiled=False)
+    with pytest.raises(Interrupted):
+        run(tmp_path / "cut", stop=flag, hooks=[stop_at_five])
+    gone_on = run(tmp_path / "cut")
+    for path, weight in whole.items():
+        assert mx.array_equal(again[path], weight) and mx.array_equal(gone_on[path], weight), path
+        assert mx.allclose(plain[path], weight, rtol=1e-5, atol=1e-5), path
+
+
+def test_an_objective_in_one_piece_cannot_be_compiled(tmp_path: Path) -> None:
+    config = settings(compile=True)
+    with pytest.raises(ConfigError, match="compile: true for an objective in one piece"):
+        train(
+            make_model(), ListBatches(make_batches(ROWS, 2)), replace(sft(), cut=None), make_optimizer(config, 6), config, folder=tmp_path
+        )
