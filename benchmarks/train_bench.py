@@ -2,15 +2,17 @@
 
     python benchmarks/train_bench.py                  # both parts
     python benchmarks/train_bench.py --part peer      # LoRA, against mlx_lm.tuner.trainer.train
-    python benchmarks/train_bench.py --part galore    # GaLore against AdamW, both in our loop
+    python benchmarks/train_bench.py --part galore    # GaLore against AdamW, both in our loop, every weight moving
+    python benchmarks/train_bench.py --part rates     # the learning rates of that part, on chats of their own
 
 Models are small, random and made here: Qwen3's trunk. The data are generated chats whose lengths are log-normal (median 180 tokens, 95th
 percentile 700, cut at 1,024), the assistant's part trained only. Each way runs in a process of its own, whose peak resident memory the
 kernel tells. Results go to benchmarks/results/train_peer.json and train_galore.json.
 
 Against the peer: the same model, adapters, optimizer and chats. It takes 8 chats a step; ours packs them into lines of 1,024 tokens and
-takes two, which hold as many on average ("packed"), or takes 8 of about one length ("buckets"). Speed and memory are measured with 100,352
-columns, a few steps; the loss with 2,048 columns, more steps and several seeds, because the peer's steps are slow.
+takes two, which hold as many on average ("packed"), or takes 8, on average, of about one length: at once ("buckets") or as four
+micro-batches of two ("buckets of 2"). Speed and memory are measured with 100,352 columns, a few steps; the loss with 2,048 columns, more
+steps and several seeds, because the peer's steps are slow.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist, mean, median
@@ -32,15 +35,18 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LONGEST = 1024
 BATCH = 8
-# Lines of LONGEST tokens that hold as much as BATCH chats.
-LINES = 2
+# What our ways take as a micro-batch, and how many of these a step: two lines of LONGEST tokens hold as much as BATCH chats.
+WAYS = {"packed": (2, 1), "buckets": (BATCH, 1), "buckets of 2": (2, BATCH // 2)}
 LORA = {"rank": 8, "alpha": 16.0}
 SPEED = {"columns": 100_352, "dim": 128, "layers": 4, "chats": 24, "epochs": 1, "held_out": 24, "rate": 3e-3, "seed": 0}
 LOSS = {"columns": 2048, "dim": 64, "layers": 2, "chats": 64, "epochs": 4, "held_out": 64, "rate": 3e-3}
-# GaLore's rank is a quarter of the width. Rates are the best of the searches that docs/log.md tells of.
-MEMORY = {"columns": 1024, "dim": 768, "layers": 24, "chats": 8, "longest": 64, "steps": 3, "gap": 200}
-LEARN = {"columns": 1024, "dim": 128, "layers": 2, "chats": 2400, "held_out": 64, "steps": 300, "gap": 50}
-RATES = {"everything": {"adamw": 4.5e-3, "galore": 8e-3}, "projected": {"adamw": 3e-3, "galore": 5e-3}}
+# GaLore's rank is a quarter of the width, its scale the published one, and all that it does not project moves by plain AdamW.
+WHOLE = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"]
+MEMORY = {"columns": 1024, "dim": 768, "layers": 24, "chats": 8, "longest": 64, "steps": 2, "gap": 200, "seed": 0}
+LEARN = {"columns": 1024, "dim": 128, "layers": 2, "chats": 2400, "steps": 300, "gap": 50, "held_out": 512, "of": 1000}
+# The best of equally many, by --part rates: on a seed and on chats that nothing else is reported of.
+RATES = {"adamw": 4e-3, "galore": 1e-2}
+TRIED = {"adamw": (3e-3, 4e-3, 4.5e-3, 5.2e-3, 6e-3), "galore": (6e-3, 8e-3, 1e-2, 1.2e-2, 1.5e-2)}
 
 
 # ---- what is trained, and on what
@@ -145,8 +151,9 @@ def train_ours(way: str, model: Any, chats: Sequence[dict[str, Any]], optimizer:
         some = lines.batch(chosen)
         return lay_out([[rows[i] for i in line] for line in some], 0, lines.multiple, [i for line in some for i in line])
 
-    source = RowBatches(lines.sizes, collate, LINES if way == "packed" else BATCH, seed)
-    config = TrainConfig(**{"accumulate": 1, "clip_norm": 0.0, "evaluate_every": 0, "checkpoint_every": 10**9, **settings})
+    size, accumulate = WAYS[way]
+    source = RowBatches(lines.sizes, collate, size, seed)
+    config = TrainConfig(**{"accumulate": accumulate, "clip_norm": 0.0, "evaluate_every": 0, "checkpoint_every": 10**9, **settings})
     seen: list[dict] = []
     train(model, source, sft(), optimizer, config, folder=folder, hooks=[seen.append])
     return seen
@@ -211,59 +218,67 @@ def child_memory(way: str, options: dict[str, Any]) -> dict[str, Any]:
     """A few steps of a wider model on short chats: what lies above the weights. Activations are recomputed in all ways."""
     import mlx.core as mx
 
-    model, optimizer, watch = full_model(way, options, "projected", 0)
-    mx.eval(model.parameters())
+    from mlx_distill.optim import state_bytes
+
+    settings = {**training(way, options), "clip_norm": 0.0, "grad_checkpoint": True, "stream_gradients": way == "adamw streamed"}
+    model, optimizer, watch = made(settings, options)
     base = mx.get_active_memory()
     with tempfile.TemporaryDirectory() as folder:
         chats = shorter(make_chats(options["chats"], options["columns"], 0), options["longest"])
-        stream = way == "adamw streamed"
-        seen = train_ours(
-            "buckets", model, chats, optimizer, Path(folder), steps=options["steps"], grad_checkpoint=True, stream_gradients=stream
-        )
+        seen = train_ours("buckets", model, chats, optimizer, Path(folder), **settings)
     times = [b["seconds"] - a["seconds"] for a, b in pairwise(seen)]
-    found = {"weights": weight_bytes(model), "state": projected_state(optimizer), "peak_above_weights": mx.get_peak_memory() - base}
+    found = {"weights": weight_bytes(model), "state": state_bytes(optimizer), "peak_above_weights": mx.get_peak_memory() - base}
+    found["state_of_projected"] = state_bytes(optimizer, lambda path, _: "_proj." in path)
     return {**found, "step_seconds": median(times), "refresh_seconds": watch["seconds"], "refreshes": watch["count"]}
 
 
 def child_learn(way: str, options: dict[str, Any]) -> dict[str, Any]:
     """300 steps on chats of up to 256 tokens; the loss on chats that no one has seen."""
-    columns, seed = options["columns"], options["seed"]
-    model, optimizer, watch = full_model(way, options, options["moving"], seed)
-    chats, held = (shorter(make_chats(options[name], columns, at), 256) for name, at in (("chats", 0), ("held_out", 1000)))
+    settings = {**training(way, options), "clip_norm": 1.0}
+    model, optimizer, watch = made(settings, options)
+    columns = options["columns"]
+    chats = shorter(make_chats(options["chats"], columns, options["seed"]), 256)
+    held = shorter(make_chats(options["held_out"], columns, options["of"]), 256)
     with tempfile.TemporaryDirectory() as folder:
-        seen = train_ours("buckets", model, chats, optimizer, Path(folder), steps=options["steps"], clip_norm=1.0, seed=seed)
+        seen = train_ours("buckets", model, chats, optimizer, Path(folder), **settings)
     seconds = seen[-1]["seconds"]
     return {"loss": held_out_loss(model, held), "seconds": seconds, "refresh_share": watch["seconds"] / seconds}
 
 
-def full_model(way: str, options: dict[str, Any], moving: str, seed: int) -> tuple[Any, Any, dict[str, float]]:
-    """A model whose projected matrices or all of whose weights move, its optimizer, and the time that refreshing takes."""
+def training(way: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a training in which every weight moves."""
+    name = way.split()[0]
+    shared = {"learning_rate": options.get("rate", RATES[name]), "warmup": 0.05, "steps": options["steps"], "seed": options["seed"]}
+    if name == "adamw":
+        return {**shared, "method": "full"}
+    rank, gap = options["dim"] // 4, options["gap"]
+    return {**shared, "method": "galore", "galore_rank": rank, "galore_update_gap": gap, "modules_to_save": WHOLE}
+
+
+def made(settings: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
+    """A fresh model, what trains it, and the time that refreshing its bases takes."""
     import mlx.core as mx
 
-    from mlx_distill.optim import AdamW, GaLoreAdamW, by_modules, make_schedule
-    from mlx_distill.recipe import ATTENTION, MLP, TrainConfig
+    from mlx_distill.optim import make_optimizer
+    from mlx_distill.recipe import TrainConfig
     from mlx_distill.train import make_trainable
 
-    watch = {"seconds": 0.0, "count": 0.0}
+    config = TrainConfig(**settings)
+    model = make_model(options["columns"], options["dim"], options["layers"], options["seed"])
+    make_trainable(model, config)
+    optimizer, watch = make_optimizer(config, options["steps"]), {"seconds": 0.0, "count": 0.0}
+    refresh = getattr(optimizer, "_refresh", None)
 
-    class Timed(GaLoreAdamW):
-        def _refresh(self, path: str, gradient: Any, state: dict) -> None:
-            mx.eval(gradient, state)
-            began = time.perf_counter()
-            super()._refresh(path, gradient, state)
-            mx.eval(state)
-            watch["seconds"] += time.perf_counter() - began
-            watch["count"] += 1
+    def timed(path: str, gradient: Any, state: dict) -> None:
+        mx.eval(gradient, state)
+        began = time.perf_counter()
+        refresh(path, gradient, state)
+        mx.eval(state)
+        watch["seconds"] += time.perf_counter() - began
+        watch["count"] += 1
 
-    model = make_model(options["columns"], options["dim"], options["layers"], seed)
-    make_trainable(model, TrainConfig(method="galore", galore_rank=options["dim"] // 4))
-    if moving == "everything":
-        model.unfreeze()
-    rate = make_schedule("cosine", RATES[moving][way.split()[0]], options["steps"], warmup=0.05)
-    if way != "galore":
-        return model, AdamW(rate), watch
-    chosen = by_modules(ATTENTION + MLP)
-    optimizer = Timed(rate, options["dim"] // 4, options["gap"], 1.0, moments="project", stagger=True, filter=chosen)
+    if refresh is not None:
+        optimizer._refresh = timed
     return model, optimizer, watch
 
 
@@ -284,22 +299,17 @@ def weight_bytes(model: Any) -> int:
     return sum(array.nbytes for _, array in tree_flatten(model.parameters()))
 
 
-def projected_state(optimizer: Any) -> int:
-    from mlx_distill.optim import state_bytes
-
-    return state_bytes(optimizer, lambda path, _: "_proj." in path)
-
-
 CHILDREN = {"peer": child_peer, "memory": child_memory, "learn": child_learn}
 
 
 # ---- measuring
 
 
-def measure(child: str, way: str, options: dict[str, Any]) -> dict[str, Any]:
-    """What one process found, with its peak resident bytes."""
+def measure(child: str, way: str, options: dict[str, Any], threads: int = 0) -> dict[str, Any]:
+    """What one process found, with its peak resident bytes; with ``threads``, of so many of BLAS."""
     command = [sys.executable, __file__, "--child", child, "--way", way, "--options", json.dumps(options)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True)
+    environment = {**os.environ, **({"OPENBLAS_NUM_THREADS": str(threads)} if threads else {})}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True, env=environment)
     assert process.stdout is not None
     assert process.stderr is not None
     out, errors = process.stdout.read(), process.stderr.read()
@@ -318,39 +328,54 @@ def shown(name: str, run: dict[str, Any]) -> dict[str, Any]:
     return run
 
 
+def in_pairs(child: str, runs: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Losses of several trainings, two at a time with one thread of BLAS each: there the losses count, and not the time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda run: shown(f"loss {run[0]} {run[1]['seed']}", measure(child, *run, threads=1)), runs))
+
+
 def part_peer(options: argparse.Namespace) -> dict[str, Any]:
-    ways = ("packed", "buckets", "mlx_lm")
+    ways = (*WAYS, "mlx_lm")
     speed = {way: shown(f"speed {way}", measure("peer", way, SPEED)) for way in ways}
-    seeds = range(options.seeds)
-    loss = {way: [shown(f"loss {way} {seed}", measure("peer", way, {**LOSS, "seed": seed})) for seed in seeds] for way in ways}
+    # The slow ones first.
+    runs = [(way, {**LOSS, "seed": seed}) for way in reversed(ways) for seed in range(options.seeds)]
+    loss: dict[str, list[dict[str, Any]]] = {way: [] for way in ways}
+    for (way, _), run in zip(runs, in_pairs("peer", runs), strict=True):
+        loss[way].append(run)
     ratios: dict[str, Any] = {}
-    for way in ways[:2]:
+    for way in WAYS:
         for key in ("trained_tokens_per_second", "peak_mlx", "peak_rss"):
             ratios[f"{key} {way}"] = speed[way][key] / speed["mlx_lm"][key]
-        ratios[f"loss {way}"] = mean(run["loss"] for run in loss[way]) / mean(run["loss"] for run in loss["mlx_lm"])
-    return {"settings": {"speed": SPEED, "loss": LOSS, "lora": LORA}, "speed": speed, "loss": loss, "of_mlx_lm": ratios}
+        each = [ours["loss"] / theirs["loss"] for ours, theirs in zip(loss[way], loss["mlx_lm"], strict=True)]
+        ratios |= {f"loss {way}": mean(each), f"loss {way}, least": min(each), f"loss {way}, most": max(each)}
+    return {"settings": {"speed": SPEED, "loss": LOSS, "lora": LORA, "ways": WAYS}, "speed": speed, "loss": loss, "of_mlx_lm": ratios}
 
 
 def part_galore(options: argparse.Namespace) -> dict[str, Any]:
     memory = {way: shown(f"memory {way}", measure("memory", way, MEMORY)) for way in ("adamw", "adamw streamed", "galore")}
-    learn: dict[str, Any] = {}
-    ratios = {key: memory["galore"][key] / memory["adamw"][key] for key in ("state", "peak_above_weights")}
+    ratios = {key: memory["galore"][key] / memory["adamw"][key] for key in ("state", "state_of_projected", "peak_above_weights")}
     ratios["peak_above_weights of streamed"] = memory["galore"]["peak_above_weights"] / memory["adamw streamed"]["peak_above_weights"]
-    for moving in RATES:
-        for way in ("adamw", "galore"):
-            learn[f"{moving} {way}"] = [
-                shown(f"learn {moving} {way} {seed}", measure("learn", way, {**LEARN, "moving": moving, "seed": seed}))
-                for seed in range(options.seeds if moving == "everything" else 1)
-            ]
-        ratios[f"loss {moving}"] = mean(r["loss"] for r in learn[f"{moving} galore"]) / mean(r["loss"] for r in learn[f"{moving} adamw"])
+    seeds = range(options.seeds)
+    runs = in_pairs("learn", [(way, {**LEARN, "seed": seed}) for seed in seeds for way in ("adamw", "galore")])
+    learn = {"adamw": runs[::2], "galore": runs[1::2]}
+    for seed in seeds:
+        ratios[f"loss, seed {seed}"] = learn["galore"][seed]["loss"] / learn["adamw"][seed]["loss"]
+    ratios["loss"] = mean(run["loss"] for run in learn["galore"]) / mean(run["loss"] for run in learn["adamw"])
     # Each matrix once a gap; the first step of the run made every basis once.
     run = memory["galore"]
     ratios["refresh share, width 768"] = run["refresh_seconds"] / (MEMORY["gap"] * run["step_seconds"])
-    ratios["refresh share, width 128"] = mean(r["refresh_share"] for r in learn["everything galore"])
+    ratios["refresh share, width 128"] = mean(r["refresh_share"] for r in learn["galore"])
     return {"settings": {"memory": MEMORY, "learn": LEARN, "rates": RATES}, "memory": memory, "learn": learn, "of_adamw": ratios}
 
 
-PARTS = {"peer": part_peer, "galore": part_galore}
+def part_rates(options: argparse.Namespace) -> dict[str, Any]:
+    """The losses by rate from which RATES were taken."""
+    runs = [(way, {**LEARN, "seed": 10, "of": 2000, "rate": rate}) for way, rates in TRIED.items() for rate in rates]
+    losses = {f"loss {way} {run['rate']:g}": found["loss"] for (way, run), found in zip(runs, in_pairs("learn", runs), strict=True)}
+    return {"settings": LEARN, "of_adamw": losses}
+
+
+PARTS = {"peer": part_peer, "galore": part_galore, "rates": part_rates}
 
 
 def main() -> None:
@@ -358,8 +383,8 @@ def main() -> None:
 
     load_blas()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--part", choices=list(PARTS), help="default: both")
-    parser.add_argument("--seeds", type=int, default=2, help="trainings of each kind where losses are compared")
+    parser.add_argument("--part", choices=list(PARTS), help="default: peer and galore")
+    parser.add_argument("--seeds", type=int, default=4, help="trainings of each kind where losses are compared")
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
@@ -367,7 +392,7 @@ def main() -> None:
     if options.child:
         print("\n" + json.dumps(CHILDREN[options.child](options.way, options.options)))
         return
-    for name in [options.part] if options.part else list(PARTS):
+    for name in [options.part] if options.part else ["peer", "galore"]:
         began = time.perf_counter()
         out = PARTS[name](options)
         commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import to_mapping
@@ -31,7 +32,7 @@ from mlx_distill.files import (
 from mlx_distill.graph import Outcome, Plan, Stage, graph
 from mlx_distill.progress import NullProgress, Progress
 from mlx_distill.recipe import Recipe, load_recipe
-from mlx_distill.runtime import machine, stop_on_signal, versions
+from mlx_distill.runtime import machine, rank_and_size, stop_on_signal, versions
 from mlx_distill.task import Task
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mlx_distill.stages import Context
     from mlx_distill.train.profile import Profile
 
+TRAININGS = ("teach", "distill")
 COMMANDS = ("prepare", "convert", "teach", "targets", "distill", "quantize", "evaluate")
 
 
@@ -76,11 +78,22 @@ class _Runner:
         damage = check_folder(folder, manifest)
         return f"to do: {damage}" if damage else "current"
 
+    def key_here(self, stage: Stage) -> str:
+        """The key of a stage whose parents are read as they stand in ``out``."""
+        found = {name: read_manifest(self.out / name) for name in stage.parents}
+        self.manifests |= {name: manifest for name, manifest in found.items() if manifest is not None}
+        return stage_key(stage.name, stage.format, stage.config, self.parents(stage))
+
     def make(self, stage: Stage, context: Context) -> None:
         folder = self.out / stage.name
         self.check_owner(folder)
         parents = self.parents(stage)
-        partial = open_partial(folder, stage_key(stage.name, stage.format, stage.config, parents))
+        key = stage_key(stage.name, stage.format, stage.config, parents)
+        partial = open_partial(folder, key)
+        if stage.command in TRAININGS:
+            from mlx_distill.stages.together import meet
+
+            meet(self.out, key)
         began = time.time()
         facts = stage.work(context, partial)
         recorded = {
@@ -103,7 +116,7 @@ class _Runner:
     def check_leftover(self, stage: Stage) -> None:
         """Refuse to throw away the checkpoints of an unfinished training because a setting, its data or its model changed."""
         partial = partial_folder(self.out / stage.name)
-        if stage.command not in ("teach", "distill"):
+        if stage.command not in TRAININGS:
             return
         key = stage_key(stage.name, stage.format, stage.config, self.parents(stage))
         if (partial / "key").is_file() and (partial / "key").read_text(encoding="utf-8") != key:
@@ -160,6 +173,13 @@ def run(
     runner = _Runner(loaded, task, out, progress or NullProgress(), resume, shlex.join([str(recipe), "--out", str(out), *settings]))
     if dry_run:
         return _plan(runner, stages, from_stage)
+    rank, size = rank_and_size()
+    if size > 1 and only not in TRAININGS:
+        raise ConfigError(
+            f"{only or 'a whole run'} on {size} ranks", fix=f"one machine does it; launch the trainings alone: {' or '.join(TRAININGS)}"
+        )
+    if rank:
+        return _follow(runner, [stage for stage in stages if stage.command == only], hooks, profile)
     if only is None:
         _find_models(stages)
     with lock_folder(out), stop_on_signal() as stop:
@@ -178,6 +198,20 @@ def run(
         evaluations = {s.name.removeprefix("evaluations/"): out / s.name for s in stages if s.command == "evaluate"}
         report = build_report(out, to_mapping(loaded), task, evaluations, confidence=loaded.evaluate.confidence)
         return write_report(out, report)
+
+
+def _follow(runner: _Runner, stages: Sequence[Stage], hooks: Sequence[Any], profile: Profile | None) -> Outcome:
+    """Another rank's part: it trains along on what stands in its own ``out``, in a folder that vanishes; rank 0 writes and tells."""
+    from mlx_distill.stages import Context
+    from mlx_distill.stages.together import meet
+
+    with stop_on_signal() as stop:
+        context = Context(runner.recipe, runner.task, runner.out, NullProgress(), stop, hooks, profile)
+        for stage in stages:
+            if meet(runner.out, "", lambda stage=stage: runner.key_here(stage)):  # type: ignore[misc]
+                with TemporaryDirectory(prefix="mlx-distill-") as folder:
+                    stage.work(context, Path(folder))
+    return Outcome(runner.recipe.name, str(runner.out), [])
 
 
 def _find_models(stages: Sequence[Stage]) -> None:
@@ -201,6 +235,10 @@ def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | Non
     follows = from_stage is not None and any(name in runner.made for name in stage.parents)
     anew = not runner.resume or stage.command == from_stage or follows
     if runner.state(stage, anew) == "current":
+        if stage.command in TRAININGS:
+            from mlx_distill.stages.together import meet
+
+            meet(runner.out, "")
         runner.progress.note(f"{stage.name}: current")
         runner.manifests[stage.name] = read_manifest(runner.out / stage.name)  # type: ignore[assignment]
         return

@@ -87,6 +87,9 @@ class TrainConfig:
     use_rslora: bool = option(False, "scale of the adapters is alpha / sqrt(rank)")
     lora_dropout: float = option(0.1, "dropout before the adapter", low=0.0, high=0.99)
     target_modules: list[str] = option(ATTENTION + MLP, "linear layers that get an adapter or a projection")
+    modules_to_save: list[str] = option(
+        [], "modules that train whole beside, such as embed_tokens, norm, lm_head; AdamW's state is 8 bytes a weight"
+    )
     galore_rank: int = option(512, "rank of the gradient projection", low=1)
     galore_update_gap: int = option(400, "steps between refreshes of the basis", low=1)
     galore_scale: float = option(0.25, "factor on the projected update", low=0.0)
@@ -104,7 +107,7 @@ class TrainConfig:
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0.0, high=1.0)
     weight_decay: float = option(0.0, "decoupled weight decay", low=0.0)
     clip_norm: float = option(1.0, "largest global gradient norm; 0 turns clipping off", low=0.0)
-    batch_size: int = option(1, "rows a micro-batch", low=1)
+    batch_size: int = option(1, "rows a micro-batch on average: fewer where they are long, more where they are short", low=1)
     accumulate: int = option(8, "micro-batches an optimizer step", low=1)
     epochs: float = option(1.0, "passes over the rows; steps overrides it", low=0.0)
     steps: int = option(0, "optimizer steps; 0: by epochs", low=0)
@@ -112,7 +115,7 @@ class TrainConfig:
     packing: bool = option(False, "rows share lines of at most max_length tokens, none seeing another; batch_size then counts lines")
     loss_on: str = option("last", "assistant turns that are learned", choices=["last", "all"])
     grad_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory", keyed=False)
-    compile: bool = option(False, "fuse the layers' elementwise work with mx.compile, traced once a shape of batch", keyed=False)
+    compile: bool = option(False, "fuse the layers' elementwise work with mx.compile, traced once a shape of batch")
     seed: int = option(0, "seed of order, initialization and dropout", low=0)
     stream_gradients: bool = option(
         False, "never hold all gradients at once; with clip_norm they are computed twice; needs accumulate: 1", keyed=False

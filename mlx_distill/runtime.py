@@ -98,10 +98,10 @@ def reset_peak_memory() -> None:
 
 def rank_and_size() -> tuple[int, int]:
     """This process's rank and the number of ranks under ``mlx.launch``; (0, 1) alone."""
-    import mlx.core as mx
-
     if not os.environ.get("MLX_RANK"):
         return 0, 1
+    import mlx.core as mx
+
     group = mx.distributed.init()
     return group.rank(), group.size()
 

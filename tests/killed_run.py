@@ -1,4 +1,4 @@
-"""A run in a process of its own that kills itself: killed_run.py RECIPE OUT [PATTERN].
+"""A run in a process of its own that kills itself: killed_run.py RECIPE OUT [PATTERN [STAGE]].
 
 Where a file or folder whose path matches the pattern is about to be renamed into place, what was written for it is cut in half, as if
 the kill had come in the middle of writing, and the process gets SIGKILL.
@@ -29,12 +29,12 @@ def kill_at(pattern: str) -> None:
     sys.addaudithook(hook)
 
 
-def main(recipe: str, out: str, pattern: str = "") -> None:
+def main(recipe: str, out: str, pattern: str = "", only: str | None = None) -> None:
     if pattern:
         kill_at(pattern)
     from mlx_distill.pipeline import run
 
-    run(recipe, out)
+    run(recipe, out, only=only)
 
 
 if __name__ == "__main__":

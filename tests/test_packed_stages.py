@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 from chain import finished
 
 from mlx_distill import stages
+from mlx_distill.data.store import Store
 from mlx_distill.errors import ConfigError
 from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import load_recipe
@@ -42,7 +44,13 @@ def one_step(folder: Path, stage: str, packing: bool) -> tuple[dict[str, Any], l
 def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The first rows alone: a step over all of them takes a while."""
     whole = training._batches
-    monkeypatch.setattr(training, "_batches", lambda *args: whole(*args[:3], args[3][:20], args[4][:4], *args[5:]))
+
+    def first(rows: Store[Any], count: int) -> Store[Any]:
+        some = copy.copy(rows)
+        some._counts = rows._counts[:count]
+        return some
+
+    monkeypatch.setattr(training, "_batches", lambda *args: whole(*args[:3], first(args[3], 20), first(args[4], 4), *args[5:]))
 
 
 @pytest.mark.usefixtures("_few_rows")

@@ -16,6 +16,7 @@ from chain import STAGES, finished, whole_stages
 
 from mlx_distill.cli import cli
 from mlx_distill.cli.main import COMMANDS
+from mlx_distill.data.store import StoreWriter
 from mlx_distill.files import read_jsonl, read_manifest, write_jsonl
 
 _SHORT = ("distill.steps=2", "distill.evaluate_every=0")
@@ -67,6 +68,9 @@ def small_disk(limit: int) -> Iterator[None]:
 # Where the disk is full, in bytes of one file, and the file that is cut there: each kind of writer has its turn.
 _FULL = [
     ("prepare", 4_000, "rows.jsonl: file too large"),
+    ("prepare", 4_001, "signatures.bin: file too large"),
+    ("teach", 1_000, "scratch/rows/train: file too large"),
+    ("distill", 20_000, "scratch/pairs/train: file too large"),
     ("teach", 300, "metrics.jsonl: file too large"),
     ("teach", 9_000, "trainable.safetensors: cannot be written"),
     ("targets", 9_000, "tokens-00000.safetensors: cannot be written"),
@@ -77,11 +81,27 @@ _FULL = [
 ]
 
 
+class _Roomy(StoreWriter):
+    """A writer that has the disk to itself."""
+
+    def __enter__(self) -> Any:
+        self.limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.limits[1], self.limits[1]))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
+
+
 @pytest.mark.parametrize(("stage", "limit", "words"), _FULL, ids=[f"{stage}-{limit}" for stage, limit, _ in _FULL])
 def test_a_disk_that_is_full_in_the_middle_of_a_stage(
-    copied: Path, command: Callable[..., Any], stage: str, limit: int, words: str
+    copied: Path, command: Callable[..., Any], stage: str, limit: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if stage in ("teach", "distill") and "scratch/" not in words:
+        monkeypatch.setattr("mlx_distill.data.store.StoreWriter", _Roomy)
     settings = ("teach.steps=2", "teach.evaluate_every=0", *_SHORT, "targets.max_rows=20", "targets.text=data", "evaluate.max_rows=6")
+    settings += ("data.near_duplicates=0",) if words.startswith("rows.jsonl") else ()
     with small_disk(limit):
         error, _ = refusal(command(stage, *settings, more=("--from", stage)))
     assert "out/" in error and words in error

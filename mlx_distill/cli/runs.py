@@ -74,11 +74,15 @@ def _run(
     from mlx_distill.pipeline import run as run_recipe
     from mlx_distill.progress import make_progress
     from mlx_distill.recipe import load_recipe
+    from mlx_distill.runtime import rank_and_size
 
     out = out or Path("runs") / load_recipe(recipe, overrides).name
     options: dict[str, Any] = {"overrides": overrides, "from_stage": from_stage, "only": only, "dry_run": dry_run}
+    speaks = rank_and_size()[0] == 0  # of the ranks of mlx.launch
     if not profile:
-        echo(run_recipe(recipe, out, progress=make_progress(), **options), as_json)
+        result = run_recipe(recipe, out, progress=make_progress(), **options)
+        if speaks:
+            echo(result, as_json)
         return
     from mlx_distill.train.profile import Profile
 
@@ -87,5 +91,5 @@ def _run(
         run_recipe(recipe, out, progress=make_progress(), profile=taken, **options)
         done = True
     finally:
-        if done or taken.rows:  # the table of an interrupted training is as good
+        if speaks and (done or taken.rows):  # the table of an interrupted training is as good
             echo(taken, as_json)

@@ -2,113 +2,131 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice, pairwise
+from typing import Any, overload
 
 import numpy as np
 
+from mlx_distill.data.even import cut_evenly, spread
 from mlx_distill.data.packing import Piece, as_lines, lay_out
-from mlx_distill.data.templates import Encoded, render
+from mlx_distill.data.templates import Encoded, render_many
 from mlx_distill.errors import DataError
 from mlx_distill.records import Batch, Example
 
-_WINDOW = 64  # batches whose rows are sorted by length together
+_WINDOW = 64  # batches whose rows are sorted by length together, at most
+_CHUNK = 256  # rows that are rendered together
 
 
-@dataclass(frozen=True)
+@dataclass
 class EncodeReport:
-    """What became of the rows.
+    """What became of the rows, counted while they are encoded.
 
-    ``kept``: the number in the input of each encoded row; ``too_long`` and ``nothing_to_train``: ids of the rows left out, because they
-    have more tokens than allowed, or because nothing of them is trained; ``longest``: tokens of the longest row, left out or not.
+    ``kept``: rows that are left; ``too_long`` and ``nothing_to_train``: rows left out, because they have more tokens than allowed, or
+    because nothing of them is trained; ``longest``: tokens of the longest row, left out or not.
     """
 
-    kept: tuple[int, ...]
-    too_long: tuple[str, ...]
-    nothing_to_train: tuple[str, ...]
-    longest: int
+    kept: int = 0
+    too_long: int = 0
+    nothing_to_train: int = 0
+    longest: int = 0
+
+    @property
+    def left_out(self) -> int:
+        """Rows that are not trained on."""
+        return self.too_long + self.nothing_to_train
 
     def __str__(self) -> str:
-        parts = [f"{len(self.kept)} rows"]
+        parts = [f"{self.kept} rows"]
         if self.too_long:
-            parts.append(f"{len(self.too_long)} too long and left out (the longest has {self.longest} tokens)")
+            parts.append(f"{self.too_long} too long and left out (the longest has {self.longest} tokens)")
         if self.nothing_to_train:
-            parts.append(f"{len(self.nothing_to_train)} with nothing to train and left out")
+            parts.append(f"{self.nothing_to_train} with nothing to train and left out")
         return ", ".join(parts)
 
 
 def encode_rows(
-    rows: Iterable[Example], tokenizer: Any, max_length: int, loss_on: str = "last", *, where: str = "the rows"
-) -> tuple[list[Encoded], EncodeReport]:
+    rows: Iterable[Example], tokenizer: Any, max_length: int, loss_on: str, report: EncodeReport, *, where: str = "the rows"
+) -> Iterator[Encoded]:
     """Render each row for a tokenizer; a row that is too long is left out whole, never cut: a cut answer teaches to stop in the middle.
 
     Args:
-        rows: Prepared rows.
+        rows: Prepared rows; 256 of them are in memory at a time.
         tokenizer: With a chat template.
         max_length: Most tokens of a row.
         loss_on: ``last`` or ``all`` assistant turns.
+        report: Is filled in.
         where: What the rows are, for the message of the error.
 
     Raises:
-        DataError: no row is left.
+        DataError: at the end, where no row was left.
     """
-    encoded: list[Encoded] = []
-    kept: list[int] = []
-    too_long: list[str] = []
-    nothing: list[str] = []
-    longest = 0
-    for number, row in enumerate(rows):
-        item = render(tokenizer, row.messages, loss_on=loss_on, id=row.id)
-        longest = max(longest, len(item))
-        if len(item) > max_length:
-            too_long.append(row.id)
-        elif all(item.spans[turn][0] == item.spans[turn][1] for turn in item.trained):
-            nothing.append(row.id)
-        else:
-            encoded.append(item)
-            kept.append(number)
-    if not encoded:
+    rows = iter(rows)
+    while some := list(islice(rows, _CHUNK)):
+        chats, ids = [row.messages for row in some], [row.id for row in some]
+        for item in render_many(tokenizer, chats, loss_on=loss_on, ids=ids):
+            report.longest = max(report.longest, len(item))
+            if len(item) > max_length:
+                report.too_long += 1
+            elif all(item.spans[turn][0] == item.spans[turn][1] for turn in item.trained):
+                report.nothing_to_train += 1
+            else:
+                report.kept += 1
+                yield item
+    if not report.kept:
         raise DataError(
-            f"{where}: none of {len(too_long) + len(nothing)} rows has an answer and at most {max_length} tokens (the longest: {longest})",
-            fix=f"raise max_length, to {longest} for all of them",
+            f"{where}: none of {report.left_out} rows has an answer and at most {max_length} tokens (the longest: {report.longest})",
+            fix=f"raise max_length, to {report.longest} for all of them",
         )
-    return encoded, EncodeReport(tuple(kept), tuple(too_long), tuple(nothing), longest)
 
 
 def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
     """The batches of one epoch: every row exactly once, the tail included.
 
-    Rows are shuffled, sorted by length inside windows of 64 batches (so that little is padded, and neighbours change each epoch), cut
-    into batches, and the batches are shuffled. The same (seed, epoch) gives the same plan; no global random state is read or changed.
+    Rows are shuffled, sorted by length inside windows of up to 64 batches (so that little is padded, and neighbours change each epoch),
+    cut into batches (:func:`~mlx_distill.data.even.cut_evenly`), and these put in an order (:func:`~mlx_distill.data.even.spread`). There
+    are as many as if each had ``batch_size`` rows, but one of short rows has more of them and one of long rows fewer: a step of few tokens
+    moves the weights as far as one of many, and batches of equal counts cost 6 % of held-out loss early in training, and four times
+    the activations' memory. What becomes uneven is rows a batch: batches of 8 chats of 24 to 1,024 tokens vary by 0.9 (standard deviation
+    over mean), windows of 8 such batches by 0.12. A loss of one number a row, the label's, feels that; packed lines are even in both.
+    The same (seed, epoch) gives the same plan; no global random state is read or changed.
 
     Args:
         lengths: Tokens of each row.
-        batch_size: Rows of a batch; the last one may have fewer.
+        batch_size: Rows of a batch on average, at most.
         seed: Of the run.
         epoch: Counted from 0.
 
-    >>> sorted(row for batch in plan_epoch([5, 9, 5, 9, 5], 2, seed=0, epoch=0) for row in batch)
-    [0, 1, 2, 3, 4]
+    >>> plan = plan_epoch([5, 9, 5, 9, 5, 20], 2, seed=0, epoch=0)
+    >>> sorted(row for batch in plan for row in batch), sorted(map(len, plan))
+    ([0, 1, 2, 3, 4, 5], [1, 2, 3])
     """
     if batch_size < 1:
         raise DataError(f"batch_size: {batch_size} is below 1", fix="use 1 or more")
+    if not len(lengths):
+        return []
     generator = np.random.default_rng([seed, epoch])
-    order = generator.permutation(len(lengths))
-    window = batch_size * _WINDOW
-    # A stable sort keeps the shuffle among rows of one length.
-    ordered: list[int] = []
-    for start in range(0, len(order), window):
-        ordered += sorted(order[start : start + window].tolist(), key=lengths.__getitem__)
-    batches = [tuple(ordered[start : start + batch_size]) for start in range(0, len(ordered), batch_size)]
-    return [batches[number] for number in generator.permutation(len(batches))]
+    order = generator.permutation(len(lengths)).tolist()
+    count = batches_per_epoch(len(order), batch_size)
+    batches: list[tuple[int, ...]] = []
+    # Windows of as many batches and rows as each other, so that none is a small rest.
+    windows = batches_per_epoch(count, _WINDOW)
+    for first, end in pairwise(count * window // windows for window in range(windows + 1)):
+        rows = order[len(order) * first // count : len(order) * end // count]
+        # A stable sort keeps the shuffle among rows of one length.
+        rows.sort(key=lambda row: -lengths[row])
+        left = iter(rows)
+        batches += [tuple(islice(left, size)) for size in cut_evenly([lengths[row] for row in rows], end - first)]
+    batches.sort(key=lambda rows: -lengths[rows[0]])
+    return [batches[number] for number in spread(len(batches), generator)]
 
 
-def collate(encoded: Sequence[Encoded], rows: Sequence[int | Sequence[int]], pad_id: int, multiple: int = 16) -> Batch:
+def collate(pieces: Sequence[Piece], rows: Sequence[int | Sequence[int]], pad_id: int, multiple: int = 16) -> Batch:
     """Pad some rows on the right into one batch, labels shifted; a pad is never trained.
 
     Args:
-        encoded: All rows.
+        pieces: All rows, in a list or in a :class:`~mlx_distill.data.store.Store`.
         rows: Which of them, ``b`` numbers; several in a tuple share a line.
         pad_id: Token to fill with.
         multiple: The width ``l`` is rounded up to a multiple of it, so that few shapes occur.
@@ -118,8 +136,7 @@ def collate(encoded: Sequence[Encoded], rows: Sequence[int | Sequence[int]], pad
         ``segments`` as :func:`~mlx_distill.data.packing.lay_out` has it.
     """
     lines = as_lines(rows)
-    pieces = [[Piece(encoded[row].tokens, encoded[row].mask[1:]) for row in line] for line in lines]
-    return lay_out(pieces, pad_id, multiple, [row for line in lines for row in line])
+    return lay_out([[pieces[row] for row in line] for line in lines], pad_id, multiple, [row for line in lines for row in line])
 
 
 @dataclass(frozen=True)
@@ -152,11 +169,11 @@ def walk(
 
 
 def batches(
-    encoded: Sequence[Encoded], batch_size: int, seed: int, pad_id: int, position: Position | None = None, multiple: int = 16
+    pieces: Sequence[Piece], batch_size: int, seed: int, pad_id: int, position: Position | None = None, multiple: int = 16
 ) -> Iterator[tuple[Batch, Position]]:
     """Yield ``(batch, position after it)`` forever: :func:`walk`, collated."""
-    for rows, after in walk([len(item) for item in encoded], batch_size, seed, position):
-        yield collate(encoded, rows, pad_id, multiple), after
+    for rows, after in walk([len(piece.tokens) for piece in pieces], batch_size, seed, position):
+        yield collate(pieces, rows, pad_id, multiple), after
 
 
 def batches_per_epoch(rows: int, batch_size: int) -> int:
@@ -166,3 +183,28 @@ def batches_per_epoch(rows: int, batch_size: int) -> int:
     3
     """
     return -(-rows // batch_size)
+
+
+class BatchList(Sequence[Batch]):
+    """Batches that are collated each time they are asked for: a fixed set of them takes no memory.
+
+    Args:
+        batches: The lines of each batch.
+        collate: Makes a batch of such lines.
+    """
+
+    def __init__(self, batches: Sequence[Sequence[Sequence[int]]], collate: Callable[[Sequence[Sequence[int]]], Batch]) -> None:
+        self.batches, self.collate = batches, collate
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @overload
+    def __getitem__(self, number: int) -> Batch: ...
+    @overload
+    def __getitem__(self, number: slice) -> BatchList: ...
+    def __getitem__(self, number: int | slice) -> Batch | BatchList:
+        """One batch, or some without making them."""
+        if isinstance(number, slice):
+            return BatchList(self.batches[number], self.collate)
+        return self.collate(self.batches[number])

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,11 +22,11 @@ class Dropped:
         self.count: Counter[str] = Counter()
         self.examples: defaultdict[str, list[str]] = defaultdict(list)
 
-    def add(self, reason: str, where: str) -> None:
-        """One row more."""
+    def add(self, reason: str, where: str | Callable[[], str]) -> None:
+        """One row more; where it stands, or what finds it out while examples are wanted."""
         self.count[reason] += 1
         if len(self.examples[reason]) < _EXAMPLES:
-            self.examples[reason].append(where)
+            self.examples[reason].append(where if isinstance(where, str) else where())
 
     def summary(self) -> dict[str, Any]:
         """``{reason: {"count", "examples"}}``, the commonest first."""
@@ -41,7 +42,7 @@ class Counts:
         self.sets: Counter[str] = Counter()
         self.labels: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self.slices: defaultdict[str, defaultdict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-        self.lengths: defaultdict[str, dict[str, list[int]]] = defaultdict(lambda: {"prompt": [], "answer": []})
+        self.lengths: defaultdict[str, dict[str, array[int]]] = defaultdict(lambda: {"prompt": array("I"), "answer": array("I")})
 
     def add(self, split: str, set_name: str, example: Example) -> None:
         """One row more in ``split``; a held-out one also counts under its set."""
@@ -72,7 +73,7 @@ def _common(counter: Counter[str]) -> Mapping[str, int]:
     return {**listed, "(others)": rest} if rest else listed
 
 
-def _quantiles(values: list[int]) -> dict[str, float]:
+def _quantiles(values: array[int]) -> dict[str, float]:
     if not values:
         return {}
     data = np.array(values)

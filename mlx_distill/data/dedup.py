@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from array import array
 from collections.abc import Sequence
 from hashlib import blake2b
+from typing import Any
 
 import numpy as np
 from jaxtyping import Int64, UInt32, UInt64
 
 PERMUTATIONS = 128
 _SHINGLE = 3  # words
+# Signatures [n, 128]: an array, or what is read like one with [row] and [:, a:b].
+Table = Any
 _REPRESENTATIVES = 16  # rows of a bucket that a new one is compared with
+_CACHED = 50_000  # words, about 8 MB
 
 # Scripts without spaces between words are taken character by character.
 _WORDS = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
@@ -53,10 +58,10 @@ def shingles(tokens: Sequence[str], cache: dict[str, int] | None = None) -> UInt
 
     Args:
         tokens: Words.
-        cache: Hashes of words seen before; grows, and is emptied at a million words.
+        cache: Hashes of words seen before; grows, and is emptied at 50,000 words.
     """
     cache = {} if cache is None else cache
-    if len(cache) > 1_000_000:
+    if len(cache) > _CACHED:
         cache.clear()
     numbers = []
     for token in tokens:
@@ -117,7 +122,7 @@ class Clusters:
     """Union-find over row numbers; the root of a cluster is its smallest member."""
 
     def __init__(self, count: int) -> None:
-        self.parent = list(range(count))
+        self.parent = array("q", range(count))
 
     def find(self, row: int) -> int:
         """The cluster's root."""
@@ -137,41 +142,53 @@ class Clusters:
         return np.array([self.find(row) for row in range(len(self.parent))], dtype=np.int64)
 
 
-def near_duplicates(signatures: UInt32[np.ndarray, "n p"], threshold: float) -> Clusters:
+def near_duplicates(signatures: Table, threshold: float, rows: Int64[np.ndarray, " m"] | None = None) -> Clusters:
     """Clusters of rows whose signatures agree in at least ``threshold`` of their entries, found by locality-sensitive hashing.
 
     Rows that are equal in a whole band meet in a bucket and are compared there, each with the bucket's first 16 distinct members: time
-    and memory grow with the number of rows, even where a thousand of them are alike.
+    and memory grow with the number of rows, even where a thousand of them are alike. A band is looked at at a time.
 
     Args:
-        signatures: One a row, ``[n, 128]``.
+        signatures: One a row, ``[n, 128]``, in memory or in a :class:`~mlx_distill.data.spool.SignatureFile`.
         threshold: Estimated Jaccard similarity from which two rows are the same, over 0.
+        rows: The numbers of the rows that are looked at; all of them by default. The clusters count these.
     """
-    clusters = Clusters(len(signatures))
+    rows = np.arange(len(signatures)) if rows is None else rows
+    clusters = Clusters(len(rows))
     width = band_width(threshold)
     needed = int(np.ceil(threshold * PERMUTATIONS - 1e-9))
     for start in range(0, PERMUTATIONS, width):
-        band = np.ascontiguousarray(signatures[:, start : start + width])
-        keys = band.view(np.dtype((np.void, band.dtype.itemsize * width))).ravel()
-        _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)
-        order = np.argsort(inverse, kind="stable")
-        ends = np.cumsum(counts)
-        for bucket in np.flatnonzero(counts > 1):
-            _join(clusters, signatures, order[ends[bucket] - counts[bucket] : ends[bucket]], needed)
+        keys = _keys(signatures[:, start : start + width])[rows]
+        order = np.argsort(keys, kind="stable")
+        keys = keys[order]
+        ends = np.append(np.flatnonzero(keys[1:] != keys[:-1]) + 1, len(keys))
+        sizes = np.diff(ends, prepend=0)
+        for end, size in zip(ends[sizes > 1], sizes[sizes > 1], strict=True):
+            _join(clusters, signatures, rows, order[end - size : end], needed)
     return clusters
 
 
-def _join(clusters: Clusters, signatures: UInt32[np.ndarray, "n p"], members: Int64[np.ndarray, " m"], needed: int) -> None:
+def _keys(band: UInt32[np.ndarray, "n w"]) -> UInt64[np.ndarray, " n"]:
+    """A hash of each row's band; where two bands share one by chance their rows are compared in vain."""
+    keys = np.zeros(len(band), dtype=np.uint64)
+    for column in band.T:
+        keys = _mix(keys * _FACTORS[0] + column)
+    return keys
+
+
+def _join(clusters: Clusters, signatures: Table, rows: Int64[np.ndarray, " m"], members: Int64[np.ndarray, " k"], needed: int) -> None:
     seen: list[int] = []
+    table = np.empty((_REPRESENTATIVES, PERMUTATIONS), dtype=np.uint32)
     for row in map(int, members):
         root = clusters.find(row)
         if any(clusters.find(other) == root for other in seen):
             continue
-        if seen:
-            same = (signatures[seen] == signatures[row]).sum(axis=1)
-            for other in np.flatnonzero(same >= needed):
-                clusters.union(row, seen[int(other)])
-            if (same >= needed).any():
-                continue
+        own = signatures[int(rows[row])]
+        same = (table[: len(seen)] == own).sum(axis=1)
+        for other in np.flatnonzero(same >= needed):
+            clusters.union(row, seen[int(other)])
+        if (same >= needed).any():
+            continue
         if len(seen) < _REPRESENTATIVES:
+            table[len(seen)] = own
             seen.append(row)

@@ -77,7 +77,7 @@ class Lines:
         return sum(self.sizes) / (capacity * max(len(self.sizes), 1))
 
 
-def make_lines(lengths: Sequence[int], capacity: int, seed: int, packing: bool) -> Lines:
+def make_lines(lengths: Sequence[int], capacity: int, seed: int, packing: bool, *, few_widths: bool = False) -> Lines:
     """Lines of packed rows, or of one row each.
 
     Args:
@@ -85,10 +85,11 @@ def make_lines(lengths: Sequence[int], capacity: int, seed: int, packing: bool) 
         capacity: Places of a line, where rows are packed.
         seed: Of the packing.
         packing: Whether rows share lines; the widths are few then.
+        few_widths: Whether they are few also where each row has a line of its own, because each costs a trace.
     """
     sizes = [length - 1 for length in lengths]
     rows = pack_rows(sizes, capacity, seed) if packing else [(row,) for row in range(len(lengths))]
-    multiple = -(-capacity // (16 * _WIDTHS)) * 16 if packing else 16
+    multiple = -(-capacity // (16 * _WIDTHS)) * 16 if packing or few_widths else 16
     return Lines(rows, [sum(sizes[row] for row in line) for line in rows], multiple)
 
 

@@ -1,15 +1,14 @@
-"""Prepare: read, check, filter, find duplicates, split, write. Rows wait in a file; in memory is a light index of them.
+"""Prepare: read, check, filter, find duplicates, split, write. Rows wait in a file; in memory are some numbers of each.
 
-sources -> checked chats -> filters -> spool file + index -> duplicates -> sides -> train, valid, test.jsonl, statistics.json
+sources -> checked chats -> filters -> spool -> duplicates -> sides -> train, valid, test.jsonl, statistics.json
 """
 
 from __future__ import annotations
 
 import json
-from array import array
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +16,14 @@ import numpy as np
 from jaxtyping import Int64
 
 from mlx_distill.data.counts import Counts, Dropped
-from mlx_distill.data.dedup import PERMUTATIONS, Clusters, hash64, minhash, near_duplicates, shingles, words
-from mlx_distill.data.rows import content_digest, from_row, read_source, to_example, to_row
+from mlx_distill.data.dedup import Clusters, minhash, near_duplicates, shingles, words
+from mlx_distill.data.rows import from_row, read_source, to_example, to_row
+from mlx_distill.data.spool import Spool
 from mlx_distill.data.stratify import DROPPED, FREE, SPLITS, TEST, TRAIN, VALID, draw, settle_forced
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.files import atomic_path, os_errors, scratch, write_json
 from mlx_distill.progress import NullProgress, Progress
-from mlx_distill.recipe import DataConfig, SourceConfig
-from mlx_distill.records import Example
+from mlx_distill.recipe import DataConfig
 from mlx_distill.task import Task
 
 FORMAT = 1
@@ -62,19 +61,15 @@ def prepare(config: DataConfig, task: Task, base: Path | None, folder: Path, pro
     progress = progress or NullProgress()
     for left in folder.glob(".*.tmp.json*"):  # by a run that was killed
         left.unlink(missing_ok=True)
-    spool = scratch(folder) / "rows.jsonl"
-    try:
-        dropped = Dropped()
-        index = _read(config, task, base, spool, dropped, progress)
-        _check_index(index, config, dropped)
-        roots = _clusters(index, config, dropped)
-        sides = _sides(index, roots, config, dropped)
-        counts, renamed = _write(index, sides, task, config, spool, folder)
-    finally:
-        spool.unlink(missing_ok=True)
+    dropped = Dropped()
+    with Spool(scratch(folder)) as spool:
+        read = _read(config, task, base, spool, dropped, progress)
+        roots = _clusters(spool, config, dropped)
+        sides = _sides(spool, roots, config, dropped)
+        counts, renamed = _write(spool, sides, task, config, folder)
     statistics = {
         "format": FORMAT,
-        "read": index.read,
+        "read": read,
         **counts.summary(SPLITS),
         "dropped": dropped.summary(),
         "near_duplicates": _cluster_figures(roots, sides),
@@ -87,71 +82,42 @@ def prepare(config: DataConfig, task: Task, base: Path | None, folder: Path, pro
     return statistics
 
 
-@dataclass
-class _Index:
-    """What is known of each row of the spool, by its number: about 700 bytes a row, signature included."""
-
-    read: int = 0
-    where: list[str] = field(default_factory=list)
-    text: array[int] = field(default_factory=lambda: array("Q"))  # hash of the normalised user text
-    answer: array[int] = field(default_factory=lambda: array("Q"))
-    order: array[int] = field(default_factory=lambda: array("Q"))  # hash of the whole chat
-    forced: array[int] = field(default_factory=lambda: array("b"))
-    source: array[int] = field(default_factory=lambda: array("H"))
-    strata: list[tuple[str, ...]] = field(default_factory=list)
-    signatures: bytearray = field(default_factory=bytearray)
-    fields_seen: set[str] = field(default_factory=set)
-
-    def __len__(self) -> int:
-        return len(self.where)
-
-
-def _read(config: DataConfig, task: Task, base: Path | None, spool: Path, dropped: Dropped, progress: Progress) -> _Index:
-    index = _Index()
+def _read(config: DataConfig, task: Task, base: Path | None, spool: Spool, dropped: Dropped, progress: Progress) -> int:
+    """Fill the spool with the rows that pass the filters; how many were read."""
     cache: dict[str, int] = {}
     constant = _constant_shingles(task, cache)
-    known: dict[tuple[str, ...], tuple[str, ...]] = {}
-    with os_errors(spool), open(spool, "w", encoding="utf-8") as file, progress.task("prepare", total=_total(config), unit="row") as bar:
+    fields_seen: set[str] = set()
+    read = 0
+    with progress.task("prepare", total=_total(config), unit="row") as bar:
         for number, source in enumerate(config.sources):
-            for where, raw, example in _examples(source, task, base, config, index, dropped):
+            for where, raw in read_source(source, task, base):
+                read += 1
+                if read % 200 == 0:
+                    bar.update(read)
+                try:
+                    example = to_example(raw, task, where, source.columns, source.format)
+                except DataError as error:
+                    if not config.drop_invalid:
+                        raise
+                    dropped.add("does not fit the task", error.message)
+                    continue
                 text = "\n".join(message.content for message in example.messages if message.role == "user")
                 values = {**raw, **example.fields}
                 reason = _filter(text, values, config)
                 if reason:
                     dropped.add(reason, where)
                     continue
-                wish = source.split or values.get(config.split_field)
-                index.where.append(where)
-                index.text.append(hash64(" ".join(words(text, punctuation=True))))
-                index.answer.append(hash64(example.messages[-1].content))
-                index.order.append(int(content_digest(example.messages)[:16], 16))
-                index.forced.append(_forced(wish, config.split_field, where))
-                index.source.append(number)
+                forced = _forced(source.split or values.get(config.split_field), config.split_field, where)
                 stratum = tuple(str(value) for value in ((example.answer or {}).get(task.label), *map(values.get, config.stratify)))
-                index.strata.append(known.setdefault(stratum, stratum))
-                index.fields_seen.update(name for name in config.stratify if name in values)
+                fields_seen.update(name for name in config.stratify if name in values)
+                spool.append(where, " ".join(words(text, punctuation=True)), example, forced, number, stratum)
                 if config.near_duplicates:
                     hashes = shingles(words(text), cache)
                     own = hashes[~np.isin(hashes, constant)] if len(constant) else hashes
-                    index.signatures += minhash(own if len(own) else hashes).tobytes()
-                file.write(json.dumps(to_row(example, ""), ensure_ascii=False) + "\n")
-                if index.read % 200 == 0:
-                    bar.update(index.read)
-        bar.update(index.read)
-    return index
-
-
-def _examples(
-    source: SourceConfig, task: Task, base: Path | None, config: DataConfig, index: _Index, dropped: Dropped
-) -> Iterator[tuple[str, Mapping[str, Any], Example]]:
-    for where, raw in read_source(source, task, base):
-        index.read += 1
-        try:
-            yield where, raw, to_example(raw, task, where, source.columns, source.format)
-        except DataError as error:
-            if not config.drop_invalid:
-                raise
-            dropped.add("does not fit the task", error.message)
+                    spool.signatures.append(minhash(own if len(own) else hashes))
+        bar.update(read)
+    _check_rows(spool, read, fields_seen, config, dropped)
+    return read
 
 
 def _constant_shingles(task: Task, cache: dict[str, int]) -> Any:
@@ -197,85 +163,86 @@ def _forced(wish: Any, name: str, where: str) -> int:
     return side
 
 
-def _check_index(index: _Index, config: DataConfig, dropped: Dropped) -> None:
-    if not len(index):
+def _check_rows(spool: Spool, read: int, fields_seen: set[str], config: DataConfig, dropped: Dropped) -> None:
+    if not len(spool):
         reason = next(iter(dropped.summary()), "nothing was read")
-        raise DataError(f"no rows are left of {index.read}: {reason}", fix="loosen the filters under data")
-    unknown = [name for name in config.stratify if name not in index.fields_seen]
+        raise DataError(f"no rows are left of {read}: {reason}", fix="loosen the filters under data")
+    unknown = [name for name in config.stratify if name not in fields_seen]
     if unknown:
         raise ConfigError(f"data.stratify: no row has the field {unknown[0]!r}", fix="name a field of the rows, or leave it out")
 
 
-def _clusters(index: _Index, config: DataConfig, dropped: Dropped) -> Int64[np.ndarray, " n"]:
+def _clusters(spool: Spool, config: DataConfig, dropped: Dropped) -> Int64[np.ndarray, " n"]:
     """The cluster of each row, -1 for rows dropped as exact duplicates."""
-    kept: dict[int, int] = {}
-    for row in range(len(index)):
-        best = kept.setdefault(index.text[row], row)
-        if (-index.forced[row], index.order[row]) < (-index.forced[best], index.order[best]):
-            kept[index.text[row]] = row
-    for row in range(len(index)):
-        best = kept[index.text[row]]
-        if row != best:
-            held_out = index.forced[best] > max(index.forced[row], TRAIN)
-            reason = "duplicate of a held-out row" if held_out else "duplicate"
-            other = "" if index.answer[row] == index.answer[best] else ", with another answer"
-            dropped.add(reason + other, f"{index.where[row]} (of {index.where[best]})")
-    rows = np.array(sorted(kept.values()), dtype=np.int64)
-    if config.near_duplicates:
-        signatures = np.frombuffer(index.signatures, dtype=np.uint32).reshape(-1, PERMUTATIONS)
-        clusters = near_duplicates(signatures[rows], config.near_duplicates)
-    else:
-        clusters = Clusters(len(rows))
-    roots = np.full(len(index), -1, dtype=np.int64)
+    text, forced = np.array(spool.text, dtype=np.uint64), np.array(spool.forced, dtype=np.int8)
+    # Of the rows with one text the one that wishes for the highest side, then the first in hash order.
+    by = np.lexsort((np.array(spool.order, dtype=np.uint64), -forced, text))
+    starts = np.flatnonzero(np.concatenate([[True], text[by[1:]] != text[by[:-1]]]))
+    best = np.empty(len(spool), dtype=np.int64)
+    best[by] = np.repeat(by[starts], np.diff(starts, append=len(by)))
+    for row in np.flatnonzero(best != np.arange(len(best))).tolist():
+        _drop_copy(spool, row, int(best[row]), dropped)
+    rows = np.unique(best)
+    clusters = near_duplicates(spool.signatures, config.near_duplicates, rows) if config.near_duplicates else Clusters(len(rows))
+    roots = np.full(len(spool), -1, dtype=np.int64)
     roots[rows] = rows[clusters.roots()]
     return roots
 
 
-def _sides(index: _Index, roots: Int64[np.ndarray, " n"], config: DataConfig, dropped: Dropped) -> Any:
+def _drop_copy(spool: Spool, row: int, best: int, dropped: Dropped) -> None:
+    held_out = spool.forced[best] > max(spool.forced[row], TRAIN)
+    reason = "duplicate of a held-out row" if held_out else "duplicate"
+    other = "" if spool.answer[row] == spool.answer[best] else ", with another answer"
+    dropped.add(reason + other, lambda: f"{spool.where(row)} (of {spool.where(best)})")
+
+
+def _sides(spool: Spool, roots: Int64[np.ndarray, " n"], config: DataConfig, dropped: Dropped) -> Any:
     rows = np.flatnonzero(roots >= 0)
-    forced = np.array(index.forced, dtype=np.int8)[rows]
+    forced = np.array(spool.forced, dtype=np.int8)[rows]
     local = np.searchsorted(rows, roots[rows])
     settled = settle_forced(local, forced)
-    for row in rows[settled == DROPPED]:
-        dropped.add("near duplicate of a held-out row", index.where[row])
-    order = np.array(index.order, dtype=np.uint64)[rows]
+    for row in rows[settled == DROPPED].tolist():
+        dropped.add("near duplicate of a held-out row", partial(spool.where, row))
     drawn = draw(
         local,
         settled,
-        order,
-        [index.strata[row] for row in rows],
+        np.array(spool.order, dtype=np.uint64)[rows],
+        [spool.strata[row] for row in rows],
         valid_fraction=config.valid_fraction,
         test_fraction=config.test_fraction,
         seed=config.seed,
     )
-    sides = np.full(len(index), DROPPED, dtype=np.int8)
+    sides = np.full(len(spool), DROPPED, dtype=np.int8)
     sides[rows] = drawn
     if not (sides == TRAIN).any():
         raise DataError("no rows are left to train on", fix="lower data.test_fraction and data.valid_fraction, or add rows")
     return sides
 
 
-def _write(index: _Index, sides: Any, task: Task, config: DataConfig, spool: Path, folder: Path) -> tuple[Counts, int]:
+def _write(spool: Spool, sides: Any, task: Task, config: DataConfig, folder: Path) -> tuple[Counts, int]:
     counts = Counts(task.label, [*task.slices, *([task.group] if task.group else []), *config.stratify])
+    names, often = np.unique(np.array(spool.names, dtype=np.uint64), return_counts=True)
+    shared = frozenset(names[often > 1].tolist())
     used: set[str] = set()
     renamed = 0
     with os_errors(), ExitStack() as stack:
-        source = stack.enter_context(open(spool, encoding="utf-8"))
         # Leaving the stack closes each file before its temporary name becomes the real one.
         paths = [stack.enter_context(atomic_path(folder / f"{split}.jsonl")) for split in SPLITS]
         files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in paths]
-        for row, line in enumerate(source):
+        for row, raw in enumerate(spool.rows()):
             if sides[row] == DROPPED:
                 continue
-            example = from_row(json.loads(line))
+            example = from_row(raw)
             name, number = example.id, 1
-            while name in used:
-                number += 1
-                name = f"{example.id}~{number}"
-            used.add(name)
+            # Only an id that stands twice, or that looks like the new name of one, can be taken.
+            if spool.names[row] in shared or "~" in name:
+                while name in used:
+                    number += 1
+                    name = f"{example.id}~{number}"
+                used.add(name)
             renamed += number > 1
             split = SPLITS[sides[row]]
-            set_name = (config.sources[index.source[row]].set or "test") if split == "test" else split
+            set_name = (config.sources[spool.source[row]].set or "test") if split == "test" else split
             out = {**to_row(example, set_name), "id": name}
             files[sides[row]].write(json.dumps(out, ensure_ascii=False, allow_nan=False) + "\n")
             counts.add(split, set_name, example)

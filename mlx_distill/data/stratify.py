@@ -60,22 +60,26 @@ def draw(
         valid_fraction, test_fraction: Shares of the free rows.
         seed: Of the draw.
     """
-    members: dict[int, list[int]] = {}
-    for row in np.flatnonzero(side == FREE):
-        members.setdefault(int(roots[row]), []).append(int(row))
-    queues: dict[tuple[str, ...], list[tuple[int, list[int]]]] = {}
-    for rows in members.values():
-        first = min(rows, key=lambda row: int(order[row]))
-        queues.setdefault(strata[first], []).append((hash64(f"{seed}:{int(order[first])}"), rows))
-    out = side.copy()
+    free = np.flatnonzero(side == FREE)
+    _, member = np.unique(roots[free], return_inverse=True)
+    sizes = np.bincount(member)
+    # The first row of each cluster in hash order stands for it.
+    by = np.lexsort((order[free], member))
+    first = free[by[np.flatnonzero(np.diff(member[by], prepend=-1))]]
+    drawn = np.fromiter((hash64(f"{seed}:{int(order[row])}") for row in first), dtype=np.uint64, count=len(first))
+    queues: dict[tuple[str, ...], list[int]] = {}
+    for cluster in np.argsort(drawn, kind="stable").tolist():
+        queues.setdefault(strata[first[cluster]], []).append(cluster)
+    chosen = np.full(len(first), FREE, dtype=np.int8)
     for target, fraction in ((TEST, test_fraction), (VALID, valid_fraction)):
         wanted, taken = 0.0, 0
         for stratum in sorted(queues):
-            queue = sorted(queues[stratum], key=lambda entry: entry[0])
-            wanted += fraction * sum(len(rows) for _, rows in queue)
-            for _, rows in queue:
-                if out[rows[0]] == FREE and wanted - taken >= len(rows) / 2:
-                    out[rows] = target
-                    taken += len(rows)
-    out[out == FREE] = TRAIN
+            wanted += fraction * int(sizes[queues[stratum]].sum())
+            for cluster in queues[stratum]:
+                if chosen[cluster] == FREE and wanted - taken >= sizes[cluster] / 2:
+                    chosen[cluster] = target
+                    taken += int(sizes[cluster])
+    chosen[chosen == FREE] = TRAIN
+    out = side.copy()
+    out[free] = chosen[member]
     return out

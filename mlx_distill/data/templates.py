@@ -10,30 +10,16 @@ can become a special token, and what stands before the assistant's content is th
 
 from __future__ import annotations
 
-import re
-import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Int32
 
-from mlx_distill.errors import DataError, ModelError
+from mlx_distill.data.vocabulary import Answer, Turns, Vocabulary, vocabulary_of
+from mlx_distill.errors import DataError
 from mlx_distill.records import Message
-
-# Templates ignore what they do not know.
-_SETTINGS: dict[str, Any] = {"enable_thinking": False, "reasoning_effort": "low"}
-
-# Templates that print the date must print the same one every day, or no two runs agree. transformers lets no function into a
-# template, so a macro of the same name takes the place of its clock.
-_DATE = {"%Y": "2025", "%y": "25", "%m": "01", "%d": "01", "%B": "January", "%b": "Jan", "%A": "Wednesday", "%a": "Wed", "%j": "001"}
-_TIME = {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM"}
-_PIN = (
-    "{%- macro strftime_now(format) -%}{{- format"
-    + "".join(f".replace('{code}', '{value}')" for code, value in {**_DATE, **_TIME}.items())
-    + " -}}{%- endmacro -%}"
-)
 
 Chat = Sequence[Message | Mapping[str, Any]]
 
@@ -85,35 +71,59 @@ def render(tokenizer: Any, messages: Chat, *, loss_on: str = "last", id: str = "
         DataError: the last turn is not the assistant's, or the template refuses the sequence of roles.
         ModelError: no chat template, or one that drops a turn.
     """
+    vocabulary = vocabulary_of(tokenizer)
+    return _render(vocabulary, _turns(messages, loss_on), vocabulary.encode, loss_on, id)
+
+
+def render_many(tokenizer: Any, chats: Sequence[Chat], *, loss_on: str = "last", ids: Sequence[str] = ()) -> list[Encoded]:
+    """:func:`render` of each chat; the tokenizer is called once, and for a text that stands in several of them once.
+
+    Args:
+        tokenizer: As in :func:`render`.
+        chats: As many as their tokens may stand in memory.
+        loss_on: As in :func:`render`.
+        ids: Of the chats, or none.
+
+    Raises:
+        DataError, ModelError: as :func:`render`.
+    """
+    vocabulary = vocabulary_of(tokenizer)
+    rows = [_turns(messages, loss_on) for messages in chats]
+    texts = (part for turns in rows for part in vocabulary.parts(turns) if isinstance(part, str))
+    known = vocabulary.encode_many(dict.fromkeys(piece for text in texts for piece in vocabulary.cut(text)))
+
+    def encode(text: str) -> list[int]:
+        return [token for piece in vocabulary.cut(text) for token in known[piece]]
+
+    return [_render(vocabulary, turns, encode, loss_on, id) for turns, id in zip(rows, ids or [""] * len(rows), strict=True)]
+
+
+def _turns(messages: Chat, loss_on: str) -> list[tuple[str, str]]:
     turns = [(str(_get(m, "role")), str(_get(m, "content"))) for m in messages]
     if not turns or turns[-1][0] != "assistant":
         raise DataError("the last turn is not the assistant's", fix="end the chat with the assistant's answer")
     if loss_on not in ("last", "all"):
         raise DataError(f"loss_on: {loss_on!r} is not one of last, all", fix="choose one of them")
-    vocabulary = _vocabulary(tokenizer)
+    return turns
+
+
+def _render(vocabulary: Vocabulary, turns: Turns, encode: Callable[[str], list[int]], loss_on: str, id: str) -> Encoded:
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
     ends: list[int] = []
-    text = ""
     closing = False  # between an answer and the token that ends it
-    for part in vocabulary.skeleton(tuple(role for role, _ in turns)):
-        if isinstance(part, str):
-            text += part
-        elif part.special is not None:
-            ids += vocabulary.encode(text)
-            ids.append(part.special)
-            text = ""
+    for part in vocabulary.parts(turns):
+        start = len(ids)
+        if isinstance(part, int):
+            ids.append(part)
             if closing:
                 ends.append(len(ids))
                 closing = False
-        elif turns[part.turn][0] != "assistant":
-            text += turns[part.turn][1]
         else:
-            ids += vocabulary.encode(text)
-            content = vocabulary.encode(turns[part.turn][1])
-            spans.append((len(ids), len(ids) + len(content)))
-            ids += content
-            text, closing = "", True
+            ids += encode(part)
+            if isinstance(part, Answer):
+                spans.append((start, len(ids)))
+                closing = True
     return _encoded(ids[: ends[-1]], spans, ends, loss_on, id)
 
 
@@ -140,7 +150,7 @@ def prompt_ids(tokenizer: Any, messages: Chat) -> list[int]:
 
 def answer_ids(tokenizer: Any, text: str) -> list[int]:
     """The tokens of an assistant's content, encoded as :func:`render` does: without special tokens, whatever it says."""
-    return _vocabulary(tokenizer).encode(text)
+    return vocabulary_of(tokenizer).encode(text)
 
 
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:
@@ -165,106 +175,6 @@ def pad_id(tokenizer: Any) -> int:
         if token is not None:
             return int(token)
     return 0
-
-
-@dataclass(frozen=True)
-class _Part:
-    """A special token of the template, or the place of a turn's content."""
-
-    special: int | None = None
-    turn: int = -1
-
-
-class _Vocabulary:
-    """What rendering needs of one tokenizer: its added tokens, and its template's skeletons."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = weakref.proxy(tokenizer)
-        added = {token.content: (int(number), token) for number, token in tokenizer.added_tokens_decoder.items()}
-        self.ids = {content: number for content, (number, _) in added.items()}
-        longest_first = sorted(added, key=len, reverse=True)
-        # A token that swallows white space beside it does so here too.
-        patterns = [
-            (r"\s*" if added[c][1].lstrip else "") + f"({re.escape(c)})" + (r"\s*" if added[c][1].rstrip else "") for c in longest_first
-        ]
-        self.special = re.compile("|".join(patterns) or r"(?!)")
-        # Runs of spaces are text, even where a tokenizer adds them as tokens; everything else added speaks to the model.
-        controls = [c for c in longest_first if len(c) > 1 and not c.isspace()]
-        self.control = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
-        self.skeletons: dict[tuple[str, ...], tuple[str | _Part, ...]] = {}
-
-    def encode(self, text: str) -> list[int]:
-        """Plain text to tokens. The spelling of a special token is cut behind its first character, and so stays text."""
-        ids: list[int] = []
-        while match := self.control.search(text):
-            cut = match.start() + 1
-            ids += self._encode(text[:cut])
-            text = text[cut:]
-        return ids + self._encode(text)
-
-    def _encode(self, text: str) -> list[int]:
-        return list(self.tokenizer.encode(text, add_special_tokens=False, verbose=False)) if text else []
-
-    def skeleton(self, roles: tuple[str, ...]) -> tuple[str | _Part, ...]:
-        """The template's text, special tokens and places for contents, for one sequence of roles."""
-        if roles not in self.skeletons:
-            self.skeletons[roles] = tuple(self._skeleton(roles))
-        return self.skeletons[roles]
-
-    def _skeleton(self, roles: tuple[str, ...]) -> Iterator[str | _Part]:
-        marks = [f"xMARKx{turn}x" for turn in range(len(roles))]
-        pieces = re.split(r"xMARKx(\d+)x", self._apply(roles, marks))
-        order = [int(piece) for piece in pieces[1::2]]
-        if order != list(range(len(roles))):
-            lost = [roles[turn] for turn in range(len(roles)) if order.count(turn) != 1]
-            what = f"does not show the {lost[0]} turn once" if lost else "changes the order of the turns"
-            raise ModelError(f"the chat template {what}", fix="give the tokenizer a template that shows each turn as it is")
-        for turn, piece in enumerate(pieces[::2]):
-            if turn:
-                yield _Part(turn=turn - 1)
-            position = 0
-            for match in self.special.finditer(piece):
-                if match.start() > position:
-                    yield piece[position : match.start()]
-                content = next(group for group in match.groups() if group is not None)
-                yield _Part(special=self.ids[content])
-                position = match.end()
-            if position < len(piece):
-                yield piece[position:]
-        if not self.special.search(pieces[-1]):
-            yield self._end_of_text()
-
-    def _apply(self, roles: tuple[str, ...], marks: Sequence[str]) -> str:
-        messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
-        template = getattr(self.tokenizer, "chat_template", None)
-        if not template and not getattr(self.tokenizer, "has_chat_template", False):
-            raise ModelError("the tokenizer has no chat template", fix="add chat_template.jinja to the model's folder")
-        settings = dict(_SETTINGS)
-        if "strftime_now" in str(template):
-            settings["chat_template"] = _PIN + self.tokenizer.get_chat_template()
-        try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, **settings))
-        except Exception as error:  # a template is somebody else's program and may raise anything
-            reason = " ".join(str(error).split()) or type(error).__name__
-            raise DataError(
-                f"the chat template refuses the turns {', '.join(roles)}: {reason}", fix="change the rows' turns, or use another template"
-            ) from error
-
-    def _end_of_text(self) -> _Part:
-        if self.tokenizer.eos_token_id is None:
-            raise ModelError("neither the chat template nor the tokenizer ends an answer", fix="set eos_token in tokenizer_config.json")
-        return _Part(special=int(self.tokenizer.eos_token_id))
-
-
-_vocabularies: weakref.WeakKeyDictionary[Any, tuple[object, _Vocabulary]] = weakref.WeakKeyDictionary()
-
-
-def _vocabulary(tokenizer: Any) -> _Vocabulary:
-    template = getattr(tokenizer, "chat_template", None)
-    known = _vocabularies.get(tokenizer)
-    if known is None or known[0] != template:
-        known = _vocabularies[tokenizer] = (template, _Vocabulary(tokenizer))
-    return known[1]
 
 
 def _get(message: Message | Mapping[str, Any], name: str) -> Any:

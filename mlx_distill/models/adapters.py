@@ -1,4 +1,7 @@
-"""LoRA and DoRA adapters: put on, saved, loaded and merged. The layers are mlx-lm's, so stock mlx-lm reads the files."""
+"""LoRA and DoRA adapters: put on, saved, loaded and merged.
+
+The layers are mlx-lm's, so stock mlx-lm reads the files. Those with modules that trained whole it refuses: they have to be merged for it.
+"""
 
 from __future__ import annotations
 
@@ -10,25 +13,28 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.errors import ModelError
 from mlx_distill.files import atomic_path, write_json
 from mlx_distill.models.checkpoint import read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, read_object
-from mlx_distill.models.dora import DoRASwitchLinear, dequantized
+from mlx_distill.models.dora import DoRASwitchLinear
 from mlx_distill.models.hub import resolve
+from mlx_distill.models.plain import dequantized, plain_like
+from mlx_distill.models.select import linear_layers, train_whole, whole_modules
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 
 ADAPTER_FILE = "adapters.safetensors"
 _LEAVES = ("lora_a", "lora_b", "m")
+_WHOLE = ("weight", "bias")
 
 
 @dataclass(frozen=True)
 class LoraSettings:
     r"""``W x + scale * B A dropout(x)`` on the modules whose name ends in one of ``target_modules``.
 
+    Those of ``modules_to_save`` train whole beside; the names are PEFT's.
     ``kind`` is ``lora`` (Hu et al., arXiv 2106.09685) or ``dora`` (Liu et al., arXiv 2402.09353). The scale is
     :math:`\alpha / r`, or with ``rslora`` :math:`\alpha / \sqrt r` (Kalajdzievski, arXiv 2312.03732), so that a higher rank learns as fast.
 
@@ -42,6 +48,7 @@ class LoraSettings:
     target_modules: Sequence[str]
     kind: str = "lora"
     rslora: bool = False
+    modules_to_save: Sequence[str] = ()
 
     @property
     def scale(self) -> float:
@@ -68,16 +75,19 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
 
     Args:
         model: mlx-lm's model; dense, quantized or mixed.
-        settings: Rank, alpha, dropout and the targets: a target ``q_proj`` or ``self_attn.q_proj`` means every module whose path ends so.
+        settings: Rank, alpha, dropout and the targets: a target ``q_proj`` or ``self_attn.q_proj`` means every module whose path ends so,
+            and likewise those that train whole: see :func:`~mlx_distill.models.select.whole_modules`.
         seed: Seed of the ``A`` matrices, which are uniform in ``± 1 / sqrt(inputs)``; ``B`` is zero.
 
     Returns:
-        The paths of the adapted modules.
+        The paths of the adapted modules, then of those that train whole.
 
     Raises:
-        ModelError: a target that matches nothing, or a rank that exceeds a dimension.
+        ModelError: a target that matches nothing, a rank that exceeds a dimension, or packed weights that should train whole.
+        ConfigError: a module that is to be adapted and to train whole.
     """
     found = linear_layers(model, settings.target_modules)
+    whole = whole_modules(model, settings.modules_to_save, [path for path, _ in found])
     layers = [(path, _wrap(path, module, settings)) for path, module in found]
     keys = mx.random.split(mx.random.key(seed), len(layers))
     model.freeze()
@@ -85,31 +95,7 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
         bound = 1 / math.sqrt(layer.lora_a.shape[-1] if layer.lora_a.ndim == 3 else layer.lora_a.shape[0])
         layer.lora_a = mx.random.uniform(-bound, bound, layer.lora_a.shape, key=key)
     model.update_modules(tree_unflatten(layers))
-    return [path for path, _ in layers]
-
-
-def linear_layers(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
-    """The linear layers and stacks of experts, packed or not, whose path ends in one of ``names``, sorted by path.
-
-    Raises:
-        ModelError: a name that matches nothing, or no name.
-    """
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
-
-    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
-    linear = sorted((path, m) for path, m in model.named_modules() if isinstance(m, kinds))
-    for name in names:
-        if not any(_ends(path, name) for path, _ in linear):
-            leaves = sorted({path.rsplit(".", 1)[-1] for path, _ in linear})
-            raise ModelError(f"target module {name!r} matches nothing in this model", fix=f"it has {', '.join(leaves)}")
-    found = [(path, m) for path, m in linear if any(_ends(path, name) for name in names)]
-    if not found:
-        raise ModelError("no target modules", fix="name at least one, such as q_proj")
-    return found
-
-
-def _ends(path: str, name: str) -> bool:
-    return path == name or path.endswith("." + name)
+    return [path for path, _ in layers] + train_whole(whole)
 
 
 def _wrap(path: str, module: Any, settings: LoraSettings) -> Any:
@@ -146,6 +132,8 @@ def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: s
     if not weights:
         raise ModelError("the model has no adapter", fix="call add_lora first")
     paths = sorted({name.rsplit(".", 1)[0] for name in weights})
+    for name, module in whole_modules(model, settings.modules_to_save):
+        weights |= {f"{name}.{leaf}": module[leaf] for leaf in _WHOLE if leaf in module}
     config = adapter_config(settings, paths, len(model.layers), relative_base(base, folder))
     with atomic_path(folder / ADAPTER_FILE) as path:
         mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
@@ -168,6 +156,7 @@ def adapter_config(settings: LoraSettings, paths: Sequence[str], layers: int, ba
         "alpha": settings.alpha,
         "use_rslora": settings.rslora,
         "target_modules": list(settings.target_modules) or keys,
+        "modules_to_save": list(settings.modules_to_save),
         "base": base,
     }
 
@@ -222,13 +211,15 @@ def adapter_settings(folder: str | Path) -> LoraSettings:
         rslora = bool(config.get("use_rslora"))
         alpha = scale * (math.sqrt(rank) if rslora else rank)  # the scale is what mlx-lm goes by
         dropout, kind = float(lora.get("dropout", 0.0)), config.get("fine_tune_type", "lora")
-        return LoraSettings(rank, alpha, dropout, tuple(keys), kind, rslora)
+        return LoraSettings(rank, alpha, dropout, tuple(keys), kind, rslora, tuple(config.get("modules_to_save") or ()))
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error} is missing or wrong", fix="write the adapter again") from error
 
 
 def load_adapter(model: Any, folder: str | Path) -> list[str]:
     """Put a saved adapter on its base model, in place, and freeze the rest; return the adapted paths.
+
+    Modules that were trained whole take the place of the base's, in the type of its weights.
 
     Raises:
         ModelError: a tensor that fits no module of the model, or in another shape: with file and tensor.
@@ -239,23 +230,33 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
         raise ModelError(f"{folder / ADAPTER_FILE} is missing", fix="train the adapter again")
     infos, _ = read_header(folder / ADAPTER_FILE)
     modules = dict(model.named_modules())
-    paths = sorted({name.rsplit(".", 1)[0] for name in infos})
+    places = {name: tuple(name.rsplit(".", 1)) for name in infos if "." in name}
     for name, info in infos.items():
-        if name.rsplit(".", 1)[0] not in modules or name.rsplit(".", 1)[-1] not in _LEAVES:
+        path, leaf = places.get(name, ("", ""))
+        whole = leaf in _WHOLE and f"{path}.lora_a" not in infos
+        if path not in modules or not (leaf in _LEAVES or (whole and leaf in modules[path])):
             raise ModelError(f"{info.where} fits no module of the base model", fix="check base in adapter_config.json")
+    paths = sorted({path for path, leaf in places.values() if leaf in _LEAVES})
     layers = [(path, _wrap(path, modules[path], settings)) for path in paths]
+    layers += [(path, _plain(modules[path])) for path in sorted({path for path, leaf in places.values() if leaf in _WHOLE})]
     weights = mx.load(str(folder / ADAPTER_FILE))
     for path, layer in layers:
-        for leaf in _LEAVES:
-            if leaf in layer and (f"{path}.{leaf}" not in weights or weights[f"{path}.{leaf}"].shape != layer[leaf].shape):
+        for leaf in (*_LEAVES, *_WHOLE):
+            name = f"{path}.{leaf}"
+            if leaf in layer and (name not in weights or weights[name].shape != layer[leaf].shape):
                 raise ModelError(
-                    f"{folder / ADAPTER_FILE}: tensor '{path}.{leaf}' does not fit the base model", fix="check base in adapter_config.json"
+                    f"{folder / ADAPTER_FILE}: tensor '{name}' does not fit the base model", fix="check base in adapter_config.json"
                 )
             if leaf in layer:
-                layer[leaf] = weights[f"{path}.{leaf}"]
+                layer[leaf] = weights[name].astype(layer[leaf].dtype) if leaf in _WHOLE else weights[name]
     model.freeze()
     model.update_modules(tree_unflatten(layers))
     return paths
+
+
+def _plain(module: Any) -> Any:
+    # A packed base is no hindrance: what was trained whole takes its place.
+    return plain_like(module, dequantized(module)) if "scales" in module else module
 
 
 def has_adapter(model: Any) -> bool:
@@ -288,8 +289,6 @@ def merge(model: Any) -> list[MergeRow]:
 
 
 def _merged(path: str, layer: Any, model_dtype: mx.Dtype) -> tuple[Any, MergeRow]:
-    from mlx_lm.models.switch_layers import SwitchLinear
-
     base = layer.linear
     packed = hasattr(base, "bits")
     weight = dequantized(base) if packed else base.weight
@@ -298,11 +297,7 @@ def _merged(path: str, layer: Any, model_dtype: mx.Dtype) -> tuple[Any, MergeRow
     if "m" in layer:  # DoRA: the rows' norms are learned apart
         exact = exact * (layer.m / mx.sqrt(mx.sum(mx.square(exact), axis=-1)))[..., None]
     rounded = exact.astype(dtype)
-    out = SwitchLinear(1, 1, 1, bias=False) if weight.ndim == 3 else nn.Linear(1, 1, bias=False)
-    out.weight = rounded
-    if "bias" in base:
-        out.bias = base.bias
+    out = plain_like(base, rounded)
     update = mx.sqrt(mx.sum(mx.square(exact - weight.astype(mx.float32)))).item()
     error = mx.sqrt(mx.sum(mx.square(exact - rounded.astype(mx.float32)))).item() / max(update, 1e-30)
-    out.freeze()
     return out, MergeRow(path, "dequantized" if packed else "added", float(update), float(error))

@@ -9,21 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Integer
 
-
-def dequantized(module: Any, expert: int | None = None) -> Float[mx.array, "*e o i"]:
-    """The weight of a linear layer or of a stack of experts (or of one of them) in float32, unpacked where it is packed.
-
-    >>> dequantized(nn.Linear(3, 2)).shape
-    (2, 3)
-    """
-    parts = {name: module.get(name) for name in ("weight", "scales", "biases", "global_scale")}
-    parts = {name: part if part is None or expert is None else part[expert] for name, part in parts.items()}
-    if parts["scales"] is None:
-        return parts["weight"].astype(mx.float32)
-    return mx.dequantize(
-        parts["weight"], parts["scales"], parts["biases"], group_size=module.group_size, bits=module.bits, mode=module.mode,
-        global_scale=parts["global_scale"], dtype=mx.float32,
-    )  # fmt: skip
+from mlx_distill.models.plain import dequantized
 
 
 class DoRASwitchLinear(nn.Module):

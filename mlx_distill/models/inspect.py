@@ -278,6 +278,7 @@ def _adapter(folder: Path, manifest: Manifest | None, problems: list[str], verif
         "alpha": settings.alpha,
         "dropout": settings.dropout,
         "targets": ", ".join(settings.target_modules),
+        **({"whole": ", ".join(settings.modules_to_save)} if settings.modules_to_save else {}),
         "base": base,
         "parameters": f"{sum(r.parameters for r in rows):,}",
         "size": size(sum(r.bytes for r in rows)),

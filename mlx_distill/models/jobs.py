@@ -46,6 +46,11 @@ class Delta:
     scale: float
     magnitude: mx.array | None = None
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the weight that it fits."""
+        return (*self.b.shape[:-1], self.a.shape[-1])
+
     def add(self, weight: mx.array, start: int, stop: int) -> mx.array:
         """Rows ``start`` to ``stop`` of the updated weight, in float32."""
         updated = weight.astype(mx.float32) + self.rows(start, stop)
@@ -66,12 +71,28 @@ class Delta:
 
 
 @dataclass(frozen=True)
+class Whole:
+    """A tensor that was trained whole beside an adapter, and takes the place of the base's."""
+
+    value: mx.array
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the tensor that it fits."""
+        return tuple(self.value.shape)
+
+    def add(self, weight: mx.array, start: int, stop: int) -> mx.array:
+        """Rows ``start`` to ``stop``, in float32."""
+        return self.value.reshape(-1, self.value.shape[-1])[start:stop].astype(mx.float32)
+
+
+@dataclass(frozen=True)
 class Job:
     """A planned tensor, what to do with it, and an update to add first."""
 
     planned: Planned
     treatment: Treatment = field(default_factory=Treatment)
-    delta: Delta | None = None
+    delta: Delta | Whole | None = None
 
     @property
     def outputs(self) -> list[Output]:

@@ -15,6 +15,7 @@ from mlx_distill.errors import ModelError
 from mlx_distill.models.arrays import to_mlx
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, load_config, read_object
 from mlx_distill.models.hub import resolve
+from mlx_distill.models.plain import dequantized, plain_like
 from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.registry import build_model
 
@@ -47,7 +48,7 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, di
     if is_adapter(folder):
         from mlx_distill.models.adapters import adapter_base, load_adapter
 
-        model, config = load_model(adapter_base(folder))
+        model, config = load_model(adapter_base(folder), dtype=dtype)
         load_adapter(model, folder)
     else:
         ready = prepare(folder)
@@ -130,22 +131,14 @@ def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
     More memory, the same numbers to rounding: for a backend whose packed products are slow (the CPU's, twice as slow in training a tiny
     gpt-oss). What is saved afterwards is still only what was trained.
     """
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    plain: list[tuple[str, Any]] = []
-    for path, module in model.named_modules():
-        if not isinstance(module, nn.QuantizedLinear | QuantizedSwitchLinear):
-            continue
-        weight = mx.dequantize(
-            module.weight, module.scales, module.get("biases"), group_size=module.group_size, bits=module.bits, mode=module.mode
-        )
-        out = SwitchLinear(1, 1, 1, bias=False) if weight.ndim == 3 else nn.Linear(1, 1, bias=False)
-        out.weight = weight.astype(kind)
-        if "bias" in module:
-            out.bias = module.bias
-        out.freeze()
-        plain.append((path, out))
+    plain = [
+        (path, plain_like(module, dequantized(module).astype(kind)))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.QuantizedLinear | QuantizedSwitchLinear)
+    ]
     model.update_modules(tree_unflatten(plain))
     return [path for path, _ in plain]
 

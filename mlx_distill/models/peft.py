@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from mlx_distill.progress import counted
 
 PEFT_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+_WHOLE = ("weight", "bias")
 _OUT = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
 _IN = {"lora_A.weight": "lora_a", "lora_B.weight": "lora_b", "lora_magnitude_vector": "m", "lora_magnitude_vector.weight": "m"}
 
@@ -108,20 +110,28 @@ def peft_weights(folder: Path) -> dict[str, mx.array]:
     out = {}
     for name, value in mx.load(str(folder / ADAPTER_FILE)).items():
         path, _, leaf = name.rpartition(".")
-        if leaf not in _OUT:
+        if leaf not in (*_OUT, *_WHOLE):
             raise ModelError(f"{infos[name].where} is no matrix of an adapter", fix="train the adapter again")
         if value.ndim == 3 or path.endswith(routers):
             what = "experts" if value.ndim == 3 else "routers"
             raise ModelError(f"{path}: PEFT's format has no place for adapters on {what}", fix="merge it instead: export with --to hf")
-        out[f"{_PREFIX}{path}.{_OUT[leaf]}"] = mx.contiguous(value.T) if value.ndim == 2 else value
+        turned = value.ndim == 2 and leaf in _OUT
+        out[f"{_PREFIX}{path}.{_OUT.get(leaf, leaf)}"] = mx.contiguous(value.T) if turned else value
+    embedding = out.get(f"{_PREFIX}{_EMBEDDING}.weight")
+    if embedding is not None and _tied(folder):  # PEFT takes the head apart from the embedding, and wants both
+        out[f"{_PREFIX}{_HEAD}.weight"] = embedding
     return out
 
 
 def write_peft(folder: Path, into: Path, weights: dict[str, mx.array], base_model: str) -> list[str]:
-    """Write what :func:`peft_weights` gave, with PEFT's config and the tokenizer, into a folder that somebody else publishes."""
+    """Write what :func:`peft_weights` gave, with PEFT's config and the tokenizer, into a folder that somebody else publishes.
+
+    Whole modules are named by their paths. A head that is tied to one of them PEFT keeps so only when asked to.
+    """
     settings = adapter_settings(folder)
     endings = tuple(f".{ending}" for ending in _OUT.values())
     paths = sorted({name.removeprefix(_PREFIX).removesuffix(ending) for name in weights for ending in endings if name.endswith(ending)})
+    whole = sorted({name.removeprefix(_PREFIX).rpartition(".")[0] for name in weights if not name.endswith(endings)})
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -130,6 +140,8 @@ def write_peft(folder: Path, into: Path, weights: dict[str, mx.array], base_mode
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
         "target_modules": paths,
+        "modules_to_save": whole or None,
+        "ensure_weight_tying": _EMBEDDING in whole and _tied(folder),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": settings.rslora,
@@ -141,6 +153,10 @@ def write_peft(folder: Path, into: Path, weights: dict[str, mx.array], base_mode
     copy_tokenizer(folder, into)
     write_json(into / ADAPTER_CONFIG, config)
     return paths
+
+
+def _tied(folder: Path) -> bool:
+    return bool(load_config(folder).get("tie_word_embeddings"))
 
 
 def is_peft(folder: Path) -> bool:
@@ -165,20 +181,12 @@ def from_peft(source: str | Path, destination: str | Path, base: str | Path | No
     settings = replace(peft_settings(source / ADAPTER_CONFIG, config), target_modules=())  # ours are named by what is there
     if not (source / PEFT_FILE).is_file():
         raise ModelError(f"{source / PEFT_FILE} is missing", fix="save the adapter as safetensors")
-    infos, _ = read_header(source / PEFT_FILE)
-    weights = mx.load(str(source / PEFT_FILE))
-    out = {}
-    for name, info in infos.items():
-        ending = next((ending for ending in _IN if name.endswith("." + ending)), None)
-        if ending is None or not name.startswith(_PREFIX):
-            raise ModelError(
-                f"{info.where} is not a LoRA matrix of a linear layer", fix="save a plain LoRA adapter, without modules_to_save"
-            )
-        value = weights[name]
-        path = name.removeprefix(_PREFIX).removesuffix("." + ending)
-        out[f"{path}.{_IN[ending]}"] = mx.contiguous(value.T) if value.ndim == 2 else value
-    paths = sorted({name.rsplit(".", 1)[0] for name in out})
+    out = _renamed(source / PEFT_FILE, settings.modules_to_save, bool(config.get("ensure_weight_tying")))
     base = base or str(config.get("base_model_name_or_path") or "")
+    if _tied(resolve(base)):
+        _tie(source / PEFT_FILE, out, bool(config.get("ensure_weight_tying")))
+    paths = sorted({name.rsplit(".", 1)[0] for name in out if not name.endswith(tuple(f".{leaf}" for leaf in _WHOLE))})
+    settings = replace(settings, modules_to_save=tuple(sorted({name.rsplit(".", 1)[0] for name in out} - set(paths))))
     layers = int(load_config(resolve(base))["num_hidden_layers"])
     ours = adapter_config(settings, paths, layers, relative_base(base, destination))
     parents = {"source": digest([sha256(source / PEFT_FILE), sha256(source / ADAPTER_CONFIG)])}
@@ -189,6 +197,35 @@ def from_peft(source: str | Path, destination: str | Path, base: str | Path | No
         write_json(work.folder / ADAPTER_CONFIG, ours)
         work.recorded.update(source=str(source), commit=commit_of(source))
     return AdapterReport(str(destination), str(base), tuple(paths))
+
+
+def _renamed(file: Path, whole: Sequence[str], tied: bool) -> dict[str, mx.array]:
+    """The tensors of a PEFT file under our names; of whole modules those that the config names, and the head that is ``tied`` to them."""
+    infos, _ = read_header(file)
+    weights = mx.load(str(file))
+    names = (*whole, _HEAD) if whole and tied else tuple(whole)
+    out = {}
+    for name, info in infos.items():
+        ending = next((ending for ending in (*_IN, *_WHOLE) if name.endswith("." + ending)), "")
+        path = name.removeprefix(_PREFIX).removesuffix("." + ending)
+        if not name.startswith(_PREFIX) or not (ending in _IN or (ending in _WHOLE and path.endswith(names))):
+            raise ModelError(f"{info.where} is not a LoRA matrix of a linear layer", fix="save a plain LoRA adapter")
+        turned = weights[name].ndim == 2 and ending in _IN
+        out[f"{path}.{_IN.get(ending, ending)}"] = mx.contiguous(weights[name].T) if turned else weights[name]
+    for name in whole:
+        if not any(path.endswith((f"{name}.weight", f"{name}.bias")) for path in out):
+            raise ModelError(f"{file} has no tensor of {name!r}, which modules_to_save names", fix="save the adapter with PEFT again")
+    return out
+
+
+def _tie(where: Path, out: dict[str, mx.array], tied: bool) -> None:
+    """Where the base's head is its embedding: leave out the head's copy. PEFT keeps the two together only when asked to."""
+    one, two = (out.get(f"{path}.weight") for path in (_EMBEDDING, _HEAD))
+    if one is None and two is None:
+        return
+    if one is None or not (tied if two is None else mx.array_equal(one, two).item()):
+        raise ModelError(f"{where}: embedding and head differ there, and are one in the base", fix="train with ensure_weight_tying: true")
+    out.pop(f"{_HEAD}.weight", None)
 
 
 def peft_settings(where: Path, config: Mapping[str, Any]) -> LoraSettings:
@@ -202,7 +239,6 @@ def peft_settings(where: Path, config: Mapping[str, Any]) -> LoraSettings:
     for key in (
         "rank_pattern",
         "alpha_pattern",
-        "modules_to_save",
         "layer_replication",
         "target_parameters",
         "fan_in_fan_out",
@@ -220,4 +256,5 @@ def peft_settings(where: Path, config: Mapping[str, Any]) -> LoraSettings:
     kind, dropout = "dora" if config.get("use_dora") else "lora", float(config.get("lora_dropout") or 0.0)
     targets = config.get("target_modules") or ()
     names = (targets,) if isinstance(targets, str) else tuple(targets)  # a pattern, or names
-    return LoraSettings(int(config["r"]), float(config["lora_alpha"]), dropout, names, kind, bool(config.get("use_rslora")))
+    whole = tuple(config.get("modules_to_save") or ())
+    return LoraSettings(int(config["r"]), float(config["lora_alpha"]), dropout, names, kind, bool(config.get("use_rslora")), whole)

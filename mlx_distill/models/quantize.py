@@ -20,7 +20,7 @@ from mlx_distill.models.checkpoint import Source, read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, read_object
 from mlx_distill.models.folder import making, source_key
 from mlx_distill.models.hub import resolve
-from mlx_distill.models.jobs import Delta, Job, TensorRow
+from mlx_distill.models.jobs import Delta, Job, TensorRow, Whole
 from mlx_distill.models.output import finish_folder, shard_hashes, shard_rows, stream, tensor_table, update_lost
 from mlx_distill.models.prepare import Prepared, prepare
 from mlx_distill.models.rules import Planned
@@ -196,8 +196,8 @@ def _copy_adapter(source: Path, folder: Path) -> None:
     write_json(folder / ADAPTER_CONFIG, {**read_object(source / ADAPTER_CONFIG), "base": "base"})
 
 
-def adapter_deltas(folder: Path) -> dict[str, Delta]:
-    """The updates of an adapter folder, by the path of the packing.
+def adapter_deltas(folder: Path) -> dict[str, Delta | Whole]:
+    """The updates of an adapter folder, by the name of the tensor that they change.
 
     Raises:
         ModelError: a matrix without its counterpart: with file and tensor.
@@ -205,9 +205,11 @@ def adapter_deltas(folder: Path) -> dict[str, Delta]:
     settings: LoraSettings = adapter_settings(folder)
     infos, _ = read_header(folder / ADAPTER_FILE)
     weights = mx.load(str(folder / ADAPTER_FILE))
-    deltas = {}
+    deltas: dict[str, Delta | Whole] = {}
     for name, info in infos.items():
         path, leaf = name.rsplit(".", 1)
+        if leaf in ("weight", "bias"):
+            deltas[name] = Whole(weights[name])
         if leaf != "lora_a":
             continue
         if f"{path}.lora_b" not in weights:
@@ -215,12 +217,12 @@ def adapter_deltas(folder: Path) -> dict[str, Delta]:
         a, b = weights[name].astype(mx.float32), weights[f"{path}.lora_b"].astype(mx.float32)
         if a.ndim == 2:  # mlx-lm keeps the matrices of linear layers as [in, r] and [r, out]
             a, b = a.T, b.T
-        deltas[path] = Delta(a, b, settings.scale, weights.get(f"{path}.m"))
+        deltas[f"{path}.weight"] = Delta(a, b, settings.scale, weights.get(f"{path}.m"))
     return deltas
 
 
 def plan_jobs(
-    ready: Prepared, deltas: dict[str, Delta], mode: str | None, group_size: int = 0, keep: Sequence[str] = ("router",)
+    ready: Prepared, deltas: dict[str, Delta | Whole], mode: str | None, group_size: int = 0, keep: Sequence[str] = ("router",)
 ) -> list[Job]:
     """What happens to each tensor: packed weights stay, unless an update changes them: then they are packed again the same way.
 
@@ -231,15 +233,16 @@ def plan_jobs(
     decide = decider(ready.architecture, ready.quantizable, mode, group_size=group_size, keep=keep)
     jobs: list[Job] = []
     reopened: set[str] = set()
-    for path in deltas:
-        if f"{path}.weight" not in planned:
+    for name in deltas:
+        path = name.removesuffix(".weight")
+        if name not in planned:
             raise ModelError(f"the adapter changes {path}, which the base model does not have", fix="check base in adapter_config.json")
-        if planned[f"{path}.weight"].dtype == "U32":
+        if planned[name].dtype == "U32":
             reopened |= {f"{path}.scales", f"{path}.biases"}
     for p in ready.planned:
         if p.name in reopened:
             continue
-        delta = deltas.get(p.name.removesuffix(".weight")) if p.name.endswith(".weight") else None
+        delta = deltas.get(p.name)
         if delta is not None and p.dtype == "U32":
             plain, treatment = reopen(p, planned, ready.packings[p.name.removesuffix(".weight")])
             jobs.append(_fitting(Job(plain, treatment, delta)))
@@ -250,10 +253,9 @@ def plan_jobs(
 
 def _fitting(job: Job) -> Job:
     if job.delta is not None:
-        shape = (*job.delta.b.shape[:-1], job.delta.a.shape[-1])
-        if shape != job.planned.shape:
+        if job.delta.shape != job.planned.shape:
             raise ModelError(
-                f"{job.planned.where}: the adapter's update has the shape {list(shape)}", fix="check base in adapter_config.json"
+                f"{job.planned.where}: the adapter's update has the shape {list(job.delta.shape)}", fix="check base in adapter_config.json"
             )
         if job.treatment.kind == "keep":
             return replace(job, treatment=Treatment("cast", job.planned.dtype, why=job.treatment.why))

@@ -6,15 +6,17 @@ it, and publishes that folder when the stage returns. What a stage returns is re
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
+from itertools import chain, islice
 from pathlib import Path
 
 from mlx_distill.config import to_mapping
 from mlx_distill.files import read_jsonl, scratch, write_jsonl
 from mlx_distill.runtime import peak_memory, reset_peak_memory
 from mlx_distill.stages.context import Context as Context
-from mlx_distill.stages.context import Facts, held_out_rows, load_model, read_rows, stop_here, vocabulary_hash
+from mlx_distill.stages.context import Facts, count_rows, held_out_rows, load_model, read_rows, stop_here, vocabulary_hash
 from mlx_distill.stages.pairing import aligned_pairs
 from mlx_distill.stages.scoring import score_shard
 from mlx_distill.stages.training import check_training as check_training
@@ -54,14 +56,15 @@ def targets(context: Context, folder: Path) -> Facts:
 
     settings = context.recipe.targets
     model, tokenizer = load_model(context, "teacher")
-    rows = read_rows(context, "train")[: settings.max_rows or None] + read_rows(context, "valid")
+    taken = min(count_rows(context, "train"), settings.max_rows or sys.maxsize)
     writer = TargetWriter(folder)
+    rows = islice(chain(islice(read_rows(context, "train"), taken), read_rows(context, "valid")), writer.done, None)
     shard = max(settings.batch_size * 8, 64)
     invalid = 0
-    with context.progress.task("targets", total=len(rows), unit="row", start=writer.done) as bar:
-        for first in range(writer.done, len(rows), shard):
+    with context.progress.task("targets", total=taken + count_rows(context, "valid"), unit="row", start=writer.done) as bar:
+        while some := list(islice(rows, shard)):
             stop_here(context)
-            written, bad = score_shard(context, model, tokenizer, rows[first : first + shard])
+            written, bad = score_shard(context, model, tokenizer, some)
             writer.write(written)
             invalid += bad
             bar.update(writer.done)
@@ -84,7 +87,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         return fine_tune(context, folder, "distill (labels alone)", model, tokenizer, "student_base", settings)
     if control == "text":
         settings = replace(settings, label_weight=0.0, token_weight=0.0, text_weight=1.0)
-    train_pairs, valid_pairs, tokenizers = aligned_pairs(context, tokenizer, settings)
+    train_pairs, valid_pairs, tokenizers = aligned_pairs(context, folder, tokenizer, settings)
     pad, classes = pad_id(tokenizer), len(context.task.labels) + 1  # everything else is one too
     return train_rows(
         context, folder, "distill" if control is None else "distill (text alone)", model, tokenizer, "student_base", settings,

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import DataError, Interrupted
-from mlx_distill.files import read_jsonl
+from mlx_distill.files import fingerprint, os_errors, read_jsonl, read_manifest
 from mlx_distill.progress import Progress
 from mlx_distill.recipe import Recipe
 from mlx_distill.runtime import StopFlag
@@ -46,10 +46,26 @@ def load_model(context: Context, name: str) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def read_rows(context: Context, split: str) -> list[dict[str, Any]]:
-    """The prepared rows of ``train``, ``valid`` or ``test``."""
-    path = context.run / "data" / f"{split}.jsonl"
-    return [row for _, row in read_jsonl(path)] if path.stat().st_size else []
+def rows_file(context: Context, split: str) -> Path:
+    """Where the prepared rows of ``train``, ``valid`` or ``test`` stand."""
+    return context.run / "data" / f"{split}.jsonl"
+
+
+def read_rows(context: Context, split: str) -> Iterator[dict[str, Any]]:
+    """The prepared rows of a split, one at a time."""
+    return (row for _, row in read_jsonl(rows_file(context, split)))
+
+
+def count_rows(context: Context, split: str) -> int:
+    """How many prepared rows a split has: its lines, of which none is parsed."""
+    with os_errors(), open(rows_file(context, split), "rb") as file:
+        return sum(1 for line in file if line.strip())
+
+
+def content_of(folder: Path) -> str:
+    """A hash of what a folder of the run holds: by its manifest, without one by its files."""
+    manifest = read_manifest(folder)
+    return manifest.content if manifest else fingerprint(str(folder))
 
 
 def held_out_rows(context: Context) -> list[dict[str, Any]]:
@@ -58,7 +74,7 @@ def held_out_rows(context: Context) -> list[dict[str, Any]]:
     Raises:
         DataError: there are none.
     """
-    rows = read_rows(context, "test")
+    rows = list(read_rows(context, "test"))
     if not rows:
         raise DataError("no held-out rows", fix="raise data.test_fraction, or give a source with split: test")
     limit = context.recipe.evaluate.max_rows

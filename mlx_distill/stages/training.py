@@ -5,13 +5,18 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import resolve_asset
-from mlx_distill.files import scratch
+from mlx_distill.files import digest, scratch
+from mlx_distill.progress import size
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.runtime import rank_and_size
-from mlx_distill.stages.context import Context, Facts, read_rows
+from mlx_distill.stages.context import Context, Facts, content_of
+from mlx_distill.stages.encoding import encoded_rows
+
+if TYPE_CHECKING:
+    from mlx_distill.data.store import Store
 
 # Rows, the numbers of those in each line of a batch, and what the width is rounded up to.
 Collate = Callable[[Sequence[Any], Sequence[Sequence[int]], int], Any]
@@ -19,33 +24,23 @@ Collate = Callable[[Sequence[Any], Sequence[Sequence[int]], int], Any]
 
 def fine_tune(context: Context, folder: Path, name: str, model: Any, tokenizer: Any, base: str, settings: TrainConfig) -> Facts:
     """Supervised fine-tuning on the rows' own answers."""
-    from mlx_distill.data.batches import collate, encode_rows
-    from mlx_distill.data.rows import from_row
+    from mlx_distill.data.batches import collate
     from mlx_distill.data.templates import pad_id
     from mlx_distill.train.objectives import sft
 
-    encoded: dict[str, Any] = {}
-    for split in ("train", "valid"):
-        rows = read_rows(context, split)
-        encoded[split] = []
-        if rows:
-            where = str(context.run / "data" / f"{split}.jsonl")
-            examples = (from_row(row) for row in rows)
-            encoded[split], report = encode_rows(examples, tokenizer, settings.max_length, settings.loss_on, where=where)
-            if report.too_long or report.nothing_to_train:
-                context.progress.note(f"{name}: {split}: {report}")
+    rows, valid = (encoded_rows(context, folder, name, split, tokenizer, base, settings) for split in ("train", "valid"))
     pad = pad_id(tokenizer)
     return train_rows(
-        context, folder, name, model, tokenizer, base, settings, sft(), encoded["train"], encoded["valid"],
-        lambda rows, chosen, multiple: collate(rows, chosen, pad, multiple),
+        context, folder, name, model, tokenizer, base, settings, sft(), rows, valid,
+        lambda pieces, chosen, multiple: collate(pieces, chosen, pad, multiple),
     )  # fmt: skip
 
 
 def train_rows(
     context: Context, folder: Path, name: str, model: Any, tokenizer: Any, base: str, settings: TrainConfig, objective: Any,
-    rows: Sequence[Any], valid: Sequence[Any], collate: Collate,
+    rows: Store[Any], valid: Store[Any], collate: Collate,
 ) -> Facts:  # fmt: skip
-    """The loop over prepared rows; leaves an adapter folder, or a whole model where all its weights moved."""
+    """The loop over stored rows; leaves an adapter folder, or a whole model where all its weights moved."""
     from mlx_distill.models.adapters import save_adapter
     from mlx_distill.models.save import save_model
     from mlx_distill.optim import make_optimizer
@@ -55,21 +50,27 @@ def train_rows(
     make_trainable(model, settings)
     source, look = _batches(context, name, settings, rows, valid, collate)
     steps = total_steps(settings, len(source))
+    identity = digest({"train": rows.content, "valid": valid.content, "model": content_of(context.run / base)})
     profile = context.profile
     with context.progress.task(name, total=steps, unit="step", start=_steps_done(folder)) as bar:
 
         def show(row: dict[str, Any]) -> None:
-            bar.update(row["step"], loss=row["loss"], tokens_per_second=round(row["tokens_per_second"]))
+            bar.update(
+                row["step"], loss=row["loss"], tokens_per_second=round(row["tokens_per_second"]), memory=size(row["peak_memory_bytes"])
+            )
 
         watchers = [show, *([profile.add] if profile else []), *context.hooks]
         try:
             result = train(
                 model, source, objective, make_optimizer(settings, steps), settings, folder=scratch(folder), valid=look,
                 hooks=[_named(name, hook) for hook in watchers], stop=context.stop, watch=profile.watch if profile else None,
+                identity=identity,
             )  # fmt: skip
         finally:
             if profile:
                 profile.finish()
+    if rank_and_size()[0]:
+        return {}
     shutil.copyfile(scratch(folder) / "metrics.jsonl", folder / "metrics.jsonl")
     adapter = adapter_of(settings)
     if adapter is not None:
@@ -119,24 +120,28 @@ def check_training(context: Context, commands: Collection[str]) -> None:
 
 
 def _batches(
-    context: Context, name: str, settings: TrainConfig, rows: Sequence[Any], valid: Sequence[Any], collate: Collate
-) -> tuple[Any, list[Any]]:
+    context: Context, name: str, settings: TrainConfig, rows: Store[Any], valid: Store[Any], collate: Collate
+) -> tuple[Any, Sequence[Any]]:
     """The stream of training batches and the fixed list of validation batches: each row in a line of its own, or packed."""
+    from mlx_distill.data.batches import BatchList
     from mlx_distill.data.packing import make_lines
     from mlx_distill.train.rows import RowBatches
 
     lines, look = (
-        make_lines([len(row.tokens) for row in some], settings.max_length, settings.seed, settings.packing) for some in (rows, valid)
+        make_lines(some.lengths.tolist(), settings.max_length, settings.seed, settings.packing, few_widths=settings.compile)
+        for some in (rows, valid)
     )
     if settings.packing:
         share = lines.fill(settings.max_length)
         context.progress.note(f"{name}: {len(rows)} rows in {len(lines.rows)} lines of {settings.max_length} tokens, {share:.1%} full")
-    rank, size = rank_and_size()
+    rank, ranks = rank_and_size()
     batch_size = settings.batch_size
     source = RowBatches(
-        lines.sizes, lambda chosen: collate(rows, lines.batch(chosen), lines.multiple), batch_size, settings.seed, rank=rank, size=size
-    )
-    return source, [collate(valid, look.rows[i : i + batch_size], look.multiple) for i in range(0, len(look.rows), batch_size)]
+        lines.sizes, lambda chosen: collate(rows, lines.batch(chosen), lines.multiple), batch_size, settings.seed,
+        identity=rows.content, rank=rank, size=ranks,
+    )  # fmt: skip
+    fixed = [look.rows[i : i + batch_size] for i in range(0, len(look.rows), batch_size)]
+    return source, BatchList(fixed, lambda chosen: collate(valid, chosen, look.multiple))
 
 
 def trainable_share(model: Any) -> dict[str, float]:

@@ -18,12 +18,15 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
     """Refuse settings that contradict each other.
 
     Raises:
-        ConfigError: a schedule longer than the run, gradients streamed and added up at once, patience with nothing to look at.
+        ConfigError: a schedule longer than the run, gradients streamed and added up at once, patience with nothing to look at, modules to
+            train whole where everything does.
 
     >>> check_settings(TrainConfig())
     """
     check_schedule(settings.schedule, settings.warmup)
     check_streaming(settings, ranks)
+    if settings.method == "full" and settings.modules_to_save:
+        raise ConfigError("modules_to_save with method: full, which trains everything", fix="leave it out")
     for name in ("patience", "use_best"):
         if getattr(settings, name) and not settings.evaluate_every:
             raise ConfigError(f"{name} with evaluate_every: 0", fix="say how often the validation rows are looked at")

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import mlx.core as mx
@@ -38,7 +40,8 @@ class Window:
 
 
 # Gradients are evaluated in groups of about so many bytes, so that they need not all live at once.
-_GROUP_BYTES = 1 << 24
+_GROUP_BYTES = 1 << 23
+_LAYER = re.compile(r"(.*\.\d+\.)?")  # of a path, up to the number of its layer
 
 Compress = Callable[[str, mx.array], mx.array]
 
@@ -134,8 +137,22 @@ def differentiate(
     return tree_flatten(gradients), parts
 
 
+def in_order(flat: Flat) -> Flat:
+    """Gradients in an order in which they are known from the end on: the last layer's first, and of each layer the vectors last.
+
+    The gradient of a layer's first norm is known only when all of the layer has been gone through: asked for before the matrices', it
+    keeps alive what theirs are made of (24 layers of width 768, 512 tokens, GaLore: 746 MB above the weights, and 727 in this order).
+
+    >>> [path for path, _ in in_order([(f"layers.0.{name}", mx.zeros(shape)) for name, shape in (("a", (2, 2)), ("norm", (2,)))])]
+    ['layers.0.norm', 'layers.0.a']
+    """
+    layers = groupby(flat, key=lambda item: _LAYER.match(item[0])[0])  # type: ignore[index]
+    return [item for _, layer in layers for item in sorted(layer, key=lambda item: item[1].ndim > 1)]
+
+
 def _add(flat: Flat, total: dict[str, mx.array], compress: Compress | None, watch: Stopwatch) -> None:
-    """Empty ``flat`` from its end into ``total``, evaluating group by group: the last layers' gradients are the first to be known."""
+    """Empty ``flat`` from its end into ``total``, evaluating group by group."""
+    flat[:] = in_order(flat)
     group, size = [], 0
     while flat:
         path, gradient = flat.pop()
@@ -173,7 +190,7 @@ def apply_update(
 
     model.update(optimizer.apply_gradients(tree_map_with_path(pick, model.trainable_parameters()), model))
     group, size = [], 0
-    for path, weight in reversed(tree_flatten(model.trainable_parameters())):
+    for path, weight in reversed(in_order(tree_flatten(model.trainable_parameters()))):
         group += [weight] if beside is None else [weight, beside[path]]
         size += weight.nbytes
         if size >= _GROUP_BYTES:

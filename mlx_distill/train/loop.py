@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.config import keyed
 from mlx_distill.errors import ConfigError
@@ -119,7 +120,9 @@ def train(
             raise
     best = folder / "checkpoints" / "best"
     if settings.use_best and run.best_step is not None:
-        checkpoint.load_weights(best, model)
+        if ranks.rank == 0:
+            checkpoint.load_weights(best, model)
+        _share(ranks, model)
     return TrainResult(
         run.step, run.last, best if run.best_step is not None else None, run.best_step, run.best_loss,
         run.seconds, run.tokens, resumed, stopped_early,
@@ -152,25 +155,45 @@ def _training(model: nn.Module) -> Iterator[None]:
 def _start(
     folder: Path, model: nn.Module, optimizer: optim.Optimizer, batches: BatchSource, settings: Mapping[str, Any], seed: int, ranks: Ranks
 ) -> tuple[Run, int]:
-    """Restore the newest checkpoint, or begin; return the run and the length of metrics.jsonl that belongs to it."""
+    """Restore the newest checkpoint, or begin; return the run and the length of metrics.jsonl that belongs to it.
+
+    Rank 0's disk alone is read: the other ranks may be other machines, and get what it holds.
+    """
     optimizer.init(model.trainable_parameters())
-    path = checkpoint.latest(folder / "checkpoints")
+    path = checkpoint.latest(folder / "checkpoints") if ranks.rank == 0 else None
+    state = json.loads(ranks.tell(json.dumps(checkpoint.read_state(path) if path else None)))
     reset_peak_memory()
-    if path is None:
+    if state is None:
         # Ranks drop different units; rank 0 draws what a run of one rank draws.
         mx.random.seed(seed + 1_000_003 * ranks.rank)
         return Run(), 0
-    state = checkpoint.read_state(path)
-    old = state["settings"]
+    where, old = folder / "checkpoints", state["settings"]
     changed = sorted(k for k in {*old, *settings} if old.get(k) != settings.get(k))
+    if changed == ["identity"]:
+        raise ConfigError(
+            f"{where}: checkpoints of other rows or of another base model (their identity differs)",
+            fix=f"restore them, or delete {where} and start again",
+        )
     if changed:
         raise ConfigError(
-            f"{path}: a checkpoint of other settings ({', '.join(changed)})", fix=f"restore them, or delete {path.parent} and start again"
+            f"{where}: checkpoints of other settings ({', '.join(changed)})", fix=f"restore them, or delete {where} and start again"
         )
     if len(state["random"]) != ranks.size:
-        raise ConfigError(f"{path}: a checkpoint of {len(state['random'])} ranks, not {ranks.size}", fix="launch as many as before")
-    checkpoint.load_weights(path, model)
-    checkpoint.load_optimizer(path, model, optimizer)
+        raise ConfigError(f"{where}: checkpoints of {len(state['random'])} ranks, not {ranks.size}", fix="launch as many as before")
+    if path is not None:
+        checkpoint.load_weights(path, model)
+        checkpoint.load_optimizer(path, model, optimizer)
+    _share(ranks, model, optimizer)
     batches.restore(state["data"])
     set_random_key(state["random"][ranks.rank])
     return Run(**state["run"]), int(state["metrics_bytes"])
+
+
+def _share(ranks: Ranks, model: nn.Module, optimizer: optim.Optimizer | None = None) -> None:
+    """Give every rank the weights of rank 0, and the state of its optimizer."""
+    if ranks.size == 1:
+        return
+    model.update(tree_unflatten(list(ranks.spread(dict(tree_flatten(model.trainable_parameters()))).items())))
+    if optimizer is not None:
+        optimizer.state = tree_unflatten(list(ranks.spread(dict(tree_flatten(optimizer.state))).items()))
+        optimizer.init(model.trainable_parameters())

@@ -7,7 +7,8 @@ from typing import Any
 import mlx.nn as nn
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.models.adapters import LoraSettings, add_lora, linear_layers
+from mlx_distill.models.adapters import LoraSettings, add_lora
+from mlx_distill.models.select import linear_layers, train_whole, whole_modules
 from mlx_distill.recipe import TrainConfig
 
 
@@ -18,16 +19,18 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
     - ``galore``, ``apollo``, ``apollo-mini``: the weights of ``target_modules`` themselves, which the optimizer projects; all else frozen;
     - ``full``: every plain weight; packed ones cannot move.
 
+    With the first five, ``modules_to_save`` (embeddings, norms, head) move whole beside, by AdamW.
+
     Args:
         model: As loaded.
         settings: Method, targets, ranks and seed.
 
     Returns:
-        The paths of the modules that move; empty for ``full``.
+        The paths of the modules that move, those that move whole at the end; empty for ``full``.
 
     Raises:
-        ModelError: a target that matches nothing or has packed weights.
-        ConfigError: a rank above a dimension.
+        ModelError: a name that matches nothing, or packed weights.
+        ConfigError: a rank above a dimension, or a module named twice.
     """
     lora = adapter_of(settings)
     if lora is not None:
@@ -39,10 +42,12 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
                 module.freeze(keys=[key for key in ("weight", "scales", "biases") if key in module], recurse=False)
         return []
     found = linear_layers(model, settings.target_modules)
+    paths = [path for path, _ in found]
+    whole = whole_modules(model, settings.modules_to_save, paths)
     model.freeze()
     for path, module in found:
         _unfreeze(path, module, settings)
-    return [path for path, _ in found]
+    return paths + train_whole(whole)
 
 
 def adapter_of(settings: TrainConfig) -> LoraSettings | None:
@@ -54,7 +59,8 @@ def adapter_of(settings: TrainConfig) -> LoraSettings | None:
     if settings.method not in ("lora", "dora"):
         return None
     rank, alpha, dropout = settings.lora_rank, settings.lora_alpha, settings.lora_dropout
-    return LoraSettings(rank, alpha, dropout, settings.target_modules, settings.method, settings.use_rslora)
+    targets, whole = settings.target_modules, settings.modules_to_save
+    return LoraSettings(rank, alpha, dropout, targets, settings.method, settings.use_rslora, whole)
 
 
 def _unfreeze(path: str, module: nn.Module, settings: TrainConfig) -> None:

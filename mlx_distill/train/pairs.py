@@ -74,6 +74,23 @@ def make_pair(
     )
 
 
+def pair_arrays(pair: Pair) -> dict[str, np.ndarray]:
+    """A pair as named arrays, each with one dimension that differs from pair to pair; :func:`pair_of` is the inverse."""
+    return {
+        "tokens": pair.tokens,
+        "start": np.array([pair.start], dtype=np.int32),
+        "label_at": np.array([] if pair.label_at is None else [pair.label_at], dtype=np.int32),
+        "label_logprobs": np.zeros(0, dtype=np.float32) if pair.label_logprobs is None else pair.label_logprobs,
+        **{name: getattr(pair, name) for name in ("starts", "topk_ids", "topk_logprobs", "spans", "span_logprobs")},
+    }
+
+
+def pair_of(*, start: np.ndarray, label_at: np.ndarray, label_logprobs: np.ndarray, **arrays: np.ndarray) -> Pair:
+    """The pair of some arrays of :func:`pair_arrays`."""
+    place = int(label_at[0]) if len(label_at) else None
+    return Pair(start=int(start[0]), label_at=place, label_logprobs=label_logprobs if len(label_logprobs) else None, **arrays)
+
+
 def collate_pairs(pairs: Sequence[Pair], rows: Sequence[int | Sequence[int]], pad: int, classes: int, multiple: int = 16) -> Batch:
     """One micro-batch of pairs, right-padded, rows in a tuple sharing a line; token ``j`` of a row is predicted at its input ``j - 1``.
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import wraps
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
@@ -11,15 +13,34 @@ from mlx_distill.errors import DistillError
 from mlx_distill.runtime import rank_and_size
 
 _CHUNK = 1 << 24
+_BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes
+
+_Talk = TypeVar("_Talk", bound=Callable[..., Any])
+
+
+def _told(talk: _Talk) -> _Talk:
+    """A method whose error says so where it means that another rank is gone."""
+
+    @wraps(talk)
+    def telling(ranks: Ranks, *arguments: Any) -> Any:
+        try:
+            return talk(ranks, *arguments)
+        except RuntimeError as error:
+            if lost := ranks.lost(error):
+                raise lost from error
+            raise
+
+    return telling  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process among its peers."""
+    """This process among its peers. Whatever they do together, a DistillError tells that one of them is gone."""
 
     rank: int = 0
     size: int = 1
 
+    @_told
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each number added over the ranks."""
         if self.size == 1 or not values:
@@ -31,20 +52,27 @@ class Ranks:
         rows = total.tolist()
         return [sum(row[0][i] for row in rows) + sum(row[1][i] for row in rows) for i in range(len(values))]
 
+    @_told
     def largest(self, value: float) -> float:
         """The largest over the ranks."""
         if self.size == 1:
             return float(value)
         return float(mx.distributed.all_max(mx.array([float(value)])).item())
 
+    @_told
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's whole numbers (below 2**32), by rank."""
         if self.size == 1:
             return [[int(v) for v in values]]
         return [[int(v) for v in row] for row in mx.distributed.all_gather(mx.array([list(values)], mx.uint32)).tolist()]
 
+    @_told
     def sum_arrays(self, arrays: dict[str, mx.array]) -> None:
-        """Each array added over the ranks, in place, joined into few messages."""
+        """Each array added over the ranks, in place, joined into few messages.
+
+        The dictionary has one order on all ranks then: who sends something for each array in turn (GaLore its bases) must not do it in
+        another order than the others, and a rank without rows of its own made its arrays in another.
+        """
         if self.size == 1:
             return
         group: list[str] = []
@@ -56,6 +84,30 @@ class Ranks:
         if group:
             _sum_group(arrays, group)
 
+    def tell(self, text: str) -> str:
+        """Rank 0's text, on every rank; the others' is not looked at."""
+        if self.size == 1:
+            return text
+        raw = text.encode() if self.rank == 0 else b""
+        count = int(self.largest(len(raw)))
+        told = self.spread({"text": mx.array(list(raw.ljust(count, b" ")) or [0], mx.uint8)})["text"]
+        return bytes(told.tolist())[:count].decode()
+
+    @_told
+    def spread(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+        """Rank 0's arrays, bit for bit, on every rank; the others give arrays of the same names, shapes and types."""
+        if self.size == 1:
+            return arrays
+        out = {}
+        for path in sorted(arrays):
+            array = arrays[path]
+            # As whole numbers: a sum with zeros would lose the sign of a float's zero.
+            bits = mx.view(array.reshape(-1), _BITS[array.itemsize])
+            total = mx.distributed.all_sum(bits if self.rank == 0 else mx.zeros_like(bits))
+            out[path] = mx.view(total, array.dtype).reshape(array.shape)
+            mx.eval(out[path])
+        return out
+
     def lost(self, error: RuntimeError) -> DistillError | None:
         """What to tell where an error means that another rank is gone; None where it means something else."""
         if self.size == 1 or not any(word in str(error) for word in ("[ring]", "[mpi]", "[jaccl]", "[nccl]")):
@@ -63,6 +115,7 @@ class Ranks:
         cure = "launch the same command again: it goes on from the last checkpoint"
         return DistillError(f"rank {self.rank}: another rank was lost ({error})", fix=cure)
 
+    @_told
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -73,7 +126,7 @@ def _sum_group(arrays: dict[str, mx.array], group: list[str]) -> None:
     joined = mx.distributed.all_sum(mx.concatenate([arrays[path].reshape(-1) for path in group]))
     start = 0
     for path in group:
-        size, shape = arrays[path].size, arrays[path].shape
+        size, shape = arrays[path].size, arrays.pop(path).shape
         arrays[path] = joined[start : start + size].reshape(shape)
         start += size
     mx.eval([arrays[path] for path in group])

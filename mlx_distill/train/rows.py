@@ -17,7 +17,7 @@ class RowBatches:
     Args:
         lengths: Tokens of each row, or of each line of packed rows.
         collate: Some numbers of them to a batch.
-        batch_size: How many make a micro-batch.
+        batch_size: How many make a micro-batch on average: fewer long ones, more short ones.
         seed: Of the order; each epoch has its own.
         identity: A hash of the rows; a checkpoint of other rows is refused.
         rank, size: This rank takes batches ``rank, rank + size, ...`` of each epoch's plan.

@@ -14,7 +14,7 @@ from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.train.cut import Trunk
-from mlx_distill.train.gradients import Window, apply_update, clip_scale, differentiate, drain_norm
+from mlx_distill.train.gradients import Window, apply_update, clip_scale, differentiate, drain_norm, in_order
 from mlx_distill.train.objectives import Objective
 from mlx_distill.train.randomness import random_key, set_random_key
 from mlx_distill.train.stopwatch import Stopwatch
@@ -73,7 +73,7 @@ def streamed_step(
     if clip_norm > 0:
         with watch.part("clip"):
             key = random_key()
-            norm = drain_norm([gradient for _, gradient in differentiate(model, batch, objective, scales, trunk)[0]])
+            norm = drain_norm([gradient for _, gradient in in_order(differentiate(model, batch, objective, scales, trunk)[0])])
             set_random_key(key)
     with watch.part("forward"):
         flat, parts = differentiate(model, batch, objective, scales, trunk)

@@ -7,12 +7,14 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 from small_run import write_recipe
 
 from mlx_distill.cli import cli
 from mlx_distill.errors import ConfigError
+from mlx_distill.models.load import load_model
 from mlx_distill.pipeline import run
 
 
@@ -89,6 +91,8 @@ def test_a_changed_data_set_does_not_throw_unfinished_work_away(copied: Path) ->
     ("override", "message"),
     [
         ("teach.target_modules=[qq_proj]", "'qq_proj' matches nothing"),
+        ("teach.modules_to_save=[norms]", "'norms' matches nothing"),
+        ("distill.method=full distill.modules_to_save=[norm]", "modules_to_save with method: full"),
         ("distill.lora_rank=5000", "rank 5000"),
         ("distill.schedule=wsd distill.warmup=0.95", "longer than the run"),
         ("teach.patience=3 teach.evaluate_every=0", "patience with evaluate_every: 0"),
@@ -108,3 +112,14 @@ def test_a_recipe_may_name_any_optimizer(copied: Path) -> None:
     overrides = ["teach.method=apollo-mini", "teach.stream_gradients=true", "teach.steps=2", "teach.target_modules=[q_proj]"]
     run(copied / "recipe.yaml", copied / "out", only="teach", from_stage="teach", overrides=overrides)
     assert (copied / "out" / "teacher" / "model.safetensors.index.json").is_file()
+
+
+@pytest.mark.parametrize("method", ["galore", "lora"])
+def test_embeddings_and_norms_may_train_whole_beside(copied: Path, method: str) -> None:
+    overrides = [f"teach.method={method}", "teach.steps=2", "teach.galore_rank=4", "teach.learning_rate=1e-2"]
+    overrides += ["teach.target_modules=[q_proj]", "teach.modules_to_save=[embed_tokens,norm]"]
+    run(copied / "recipe.yaml", copied / "out", only="teach", from_stage="teach", overrides=overrides)
+    before, after = (load_model(copied / "out" / name, dtype="float32")[0].model for name in ("teacher_base", "teacher"))
+    for layer in ("embed_tokens", "norm"):
+        assert mx.abs(before[layer].weight - after[layer].weight).max().item() > 1e-3
+    assert mx.array_equal(before.layers[0].input_layernorm.weight, after.layers[0].input_layernorm.weight)

@@ -2,34 +2,106 @@ from __future__ import annotations
 
 import itertools
 import random
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, strategies
 
-from mlx_distill.data.batches import Position, batches, batches_per_epoch, collate, encode_rows, plan_epoch, walk
-from mlx_distill.data.templates import Encoded
+from mlx_distill.data.batches import BatchList, EncodeReport, Position, batches, batches_per_epoch, collate, encode_rows, plan_epoch, walk
+from mlx_distill.data.even import cut_evenly, spread
+from mlx_distill.data.packing import Piece
 from mlx_distill.errors import DataError
-from mlx_distill.records import Example, Message
+from mlx_distill.records import Batch, Example, Message
 
 
 def example(name: str, user: str, answer: str = '{"verdict": "yes"}') -> Example:
     return Example(name, (Message("user", user), Message("assistant", answer)))
 
 
-def fake(length: int, trained: int, start: int = 0) -> Encoded:
-    mask = np.zeros(length, dtype=bool)
-    mask[length - trained :] = True
-    return Encoded(np.arange(start, start + length, dtype=np.int32), mask, ((length - trained, length - 1),), (0,), f"r{length}")
+def fake(length: int, trained: int, start: int = 0) -> Piece:
+    return Piece(np.arange(start, start + length, dtype=np.int32), np.arange(1, length) >= length - trained)
 
 
-@pytest.mark.parametrize(("rows", "size"), [(1, 1), (1, 8), (7, 2), (64, 8), (1000, 3), (999, 16)])
-def test_every_row_comes_exactly_once_an_epoch(rows: int, size: int) -> None:
-    lengths = np.random.default_rng(rows).integers(1, 400, rows).tolist()
-    plan = plan_epoch(lengths, size, seed=1, epoch=2)
-    assert sorted(itertools.chain(*plan)) == list(range(rows))
-    assert len(plan) == batches_per_epoch(rows, size)
-    assert sorted(map(len, plan))[1:] == [size] * (len(plan) - 1)
+CHATS = {rows: np.clip(np.random.default_rng(rows).lognormal(5.2, 0.83, rows), 8, 1024).astype(int).tolist() for rows in (65, 2000)}
+ALIKE = [*range(97, 101)] * 16
+
+
+@given(
+    lengths=strategies.lists(strategies.integers(0, 1024), max_size=200),
+    size=strategies.integers(1, 40),
+    seed=strategies.integers(0, 9),
+    window=strategies.sampled_from([1, 3, 64]),
+)
+def test_every_row_comes_exactly_once_an_epoch(lengths: list[int], size: int, seed: int, window: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_distill.data.batches._WINDOW", window)
+        plan = plan_epoch(lengths, size, seed, epoch=2)
+        assert plan == plan_epoch(lengths, size, seed, epoch=2)
+    assert sorted(itertools.chain(*plan)) == list(range(len(lengths)))
+    assert len(plan) == batches_per_epoch(len(lengths), size) and all(plan)
+    # What a batch takes with its pads is no more than ``size`` of the longest rows would.
+    assert all(padded(lengths, rows) <= size * max(lengths) for rows in plan)
+
+
+def padded(lengths: list[int], rows: tuple[int, ...]) -> int:
+    return len(rows) * max(lengths[row] for row in rows)
+
+
+@given(lengths=strategies.lists(strategies.integers(1, 60), min_size=1, max_size=12), share=strategies.floats(0, 1))
+def test_no_cut_of_the_sorted_rows_has_a_smaller_largest_batch(lengths: list[int], share: float) -> None:
+    lengths.sort(reverse=True)
+    count = 1 + int(share * (len(lengths) - 1))
+    sizes = cut_evenly(lengths, count)
+    assert len(sizes) == count and min(sizes) > 0 and sum(sizes) == len(lengths)
+
+    def places(ends: tuple[int, ...]) -> list[int]:
+        return [(end - start) * lengths[start] for start, end in itertools.pairwise((0, *ends, len(lengths)))]
+
+    found = places(tuple(itertools.accumulate(sizes[:-1])))
+    assert max(found) == min(max(places(ends)) for ends in itertools.combinations(range(1, len(lengths)), count - 1))
+    starts = [0, *itertools.accumulate(sizes)]
+    for i, taken in enumerate(found):  # room for less than one more row
+        assert taken + lengths[starts[i]] > max(found[i:])
+
+
+@pytest.mark.parametrize("rows", CHATS)
+def test_steps_hold_about_as_many_tokens_each(rows: int) -> None:
+    lengths = CHATS[rows]
+    tokens = [sum(lengths[row] for row in batch) for batch in plan_epoch(lengths, 8, seed=0, epoch=0)]
+    by_count = sorted(lengths)
+    uneven = [sum(by_count[i : i + 8]) for i in range(0, rows, 8)]
+    assert np.std(tokens) / np.mean(tokens) < 0.15 < 0.6 < np.std(uneven) / np.mean(uneven)
+    assert max(padded(lengths, batch) for batch in plan_epoch(lengths, 8, seed=0, epoch=0)) < 0.4 * 8 * max(lengths)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 37, 64, 100])
+def test_neighbours_come_from_different_parts(count: int) -> None:
+    orders = [spread(count, np.random.default_rng(seed)) for seed in range(3)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert count < 4 or len(set(map(tuple, orders))) == 3
+    for order, size in itertools.product(orders, (2, 4, 8)):
+        for start in range(0, count - size + 1, size):
+            some = sorted(order[start : start + size])
+            # One of each part; the parts differ by rounding.
+            assert all(abs(number - (i + 0.5) * count / size) <= 0.5 * count / size + 1 for i, number in enumerate(some))
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_step_of_several_batches_is_even_in_tokens_and_in_rows(size: int) -> None:
+    lengths = CHATS[2000]
+    plan = plan_epoch(lengths, size, seed=0, epoch=0)
+    steps = [list(itertools.chain(*plan[start : start + 8])) for start in range(0, len(plan) - 7, 8)]
+    tokens = [sum(lengths[row] for row in step) for step in steps]
+    assert np.std(tokens) / np.mean(tokens) < 0.15
+    assert np.std(list(map(len, steps))) / np.mean(list(map(len, steps))) < 0.2
+
+
+@pytest.mark.parametrize(("lengths", "size"), [([7] * 64, 8), ([7] * 1000, 4), ([7] * 10, 4), (CHATS[65], 1), (ALIKE, 8), ([9], 8)])
+def test_rows_of_one_length_and_batches_of_one_row_are_shared_out_by_count(lengths: list[int], size: int) -> None:
+    counts = [len(rows) for rows in plan_epoch(lengths, size, seed=3, epoch=1)]
+    assert max(counts) - min(counts) == (1 if len(lengths) % size and len(counts) > 1 else 0)
 
 
 def test_a_plan_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
@@ -46,40 +118,39 @@ def test_a_plan_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
 def test_neighbours_are_of_one_length_so_little_is_padded() -> None:
     lengths = np.random.default_rng(0).integers(10, 500, 2000).tolist()
 
-    def padded(plan: list[tuple[int, ...]]) -> float:
-        width = sum(max(lengths[r] for r in rows) * len(rows) for rows in plan)
-        return width / sum(lengths) - 1
+    def pads(plan: list[tuple[int, ...]]) -> float:
+        return sum(padded(lengths, rows) for rows in plan) / sum(lengths) - 1
 
     order = np.random.default_rng(0).permutation(2000)
     naive = [tuple(order[i : i + 8].tolist()) for i in range(0, 2000, 8)]
     plan = plan_epoch(lengths, 8, seed=0, epoch=0)
-    assert padded(plan) < 0.05 < 0.5 < padded(naive)
+    assert pads(plan) < 0.05 < 0.5 < pads(naive)
     firsts = [lengths[rows[0]] for rows in plan]
     assert np.corrcoef(firsts, np.arange(len(firsts)))[0, 1] < 0.2  # the batches themselves are in no order of length
 
 
 def test_collate_shifts_pads_and_never_trains_a_pad() -> None:
-    encoded = [fake(5, 2, start=10), fake(20, 3, start=100), fake(8, 8, start=50)]
-    batch = collate(encoded, (2, 0), pad_id=7, multiple=16)
+    pieces = [fake(5, 2, start=10), fake(20, 3, start=100), fake(8, 8, start=50)]
+    batch = collate(pieces, (2, 0), pad_id=7, multiple=16)
     inputs, labels, mask = (np.array(x) for x in (batch.inputs, batch.labels, batch.mask))
     assert inputs.shape == labels.shape == mask.shape == (2, 16) and batch.rows == (2, 0)
-    for place, item in enumerate((encoded[2], encoded[0])):
-        n = len(item) - 1
+    for place, item in enumerate((pieces[2], pieces[0])):
+        n = len(item.tokens) - 1
         assert inputs[place, :n].tolist() == item.tokens[:-1].tolist() and labels[place, :n].tolist() == item.tokens[1:].tolist()
-        assert mask[place, :n].tolist() == item.mask[1:].tolist()
+        assert mask[place, :n].tolist() == item.trained.tolist()
         assert (inputs[place, n:] == 7).all() and (labels[place, n:] == 7).all() and (mask[place, n:] == 0).all()
     assert labels[1][mask[1] > 0].tolist() == [13, 14]
-    assert collate(encoded, (1,), pad_id=0).inputs.shape == (1, 32)
-    assert collate(encoded, (1,), pad_id=0, multiple=1).inputs.shape == (1, 19)
+    assert collate(pieces, (1,), pad_id=0).inputs.shape == (1, 32)
+    assert collate(pieces, (1,), pad_id=0, multiple=1).inputs.shape == (1, 19)
 
 
 def test_padding_changes_no_trained_label() -> None:
     rng = np.random.default_rng(0)
-    encoded = [fake(int(n), int(rng.integers(1, n))) for n in rng.integers(2, 60, 40)]
-    for rows in plan_epoch([len(e) for e in encoded], 8, seed=0, epoch=0):
-        batch = collate(encoded, rows, pad_id=0)
+    pieces = [fake(int(n), int(rng.integers(1, n))) for n in rng.integers(2, 60, 40)]
+    for rows in plan_epoch([len(piece.tokens) for piece in pieces], 8, seed=0, epoch=0):
+        batch = collate(pieces, rows, pad_id=0)
         trained = np.array(batch.labels)[np.array(batch.mask) > 0].tolist()
-        assert trained == [token for row in rows for token in encoded[row].tokens[1:][encoded[row].mask[1:]].tolist()]
+        assert trained == [token for row in rows for token in pieces[row].tokens[1:][pieces[row].trained].tolist()]
 
 
 @pytest.mark.parametrize("stop", [0, 1, 3, 4, 5, 8, 11])
@@ -92,24 +163,53 @@ def test_a_walk_goes_on_exactly_where_it_stopped(stop: int) -> None:
 
 
 def test_batches_are_the_walk_collated() -> None:
-    encoded = [fake(n, 2) for n in (5, 9, 7)]
+    pieces = [fake(n, 2) for n in (5, 9, 7)]
     for (batch, after), (rows, expected) in itertools.islice(
-        zip(batches(encoded, 2, seed=3, pad_id=0), walk([5, 9, 7], 2, seed=3), strict=False), 5
+        zip(batches(pieces, 2, seed=3, pad_id=0), walk([5, 9, 7], 2, seed=3), strict=False), 5
     ):
         assert batch.rows == rows and after == expected
-        assert np.array_equal(np.array(batch.inputs), np.array(collate(encoded, rows, 0).inputs))
+        assert np.array_equal(np.array(batch.inputs), np.array(collate(pieces, rows, 0).inputs))
 
 
 def test_rows_that_are_too_long_are_reported_and_left_out(tokenizer: Any) -> None:
     rows = [example("a", "rain"), example("b", "rain " * 300), example("c", "river"), example("d", "x", answer="")]
-    encoded, report = encode_rows(rows, tokenizer, max_length=150)
-    assert [item.id for item in encoded] == ["a", "c"] and report.kept == (0, 2)
-    assert report.too_long == ("b",) and report.nothing_to_train == ("d",) and report.longest > 150
+    report = EncodeReport()
+    encoded = list(encode_rows(rows, tokenizer, 150, "last", report))
+    assert [item.id for item in encoded] == ["a", "c"]
+    assert (report.kept, report.too_long, report.nothing_to_train, report.left_out) == (2, 1, 1, 2) and report.longest > 150
     assert str(report).startswith("2 rows, 1 too long and left out")
     assert all(len(item) <= 150 and item.mask.any() for item in encoded)
     with pytest.raises(DataError, match="none of 1 rows") as caught:
-        encode_rows(rows[:1], tokenizer, max_length=5, where="train.jsonl")
+        list(encode_rows(rows[:1], tokenizer, 5, "last", EncodeReport(), where="train.jsonl"))
     assert "raise max_length" in (caught.value.fix or "")
+
+
+def test_encoding_reads_a_few_hundred_rows_ahead_and_no_more(tokenizer: Any) -> None:
+    read = 0
+
+    def rows() -> Iterator[Example]:
+        nonlocal read
+        for number in range(700):
+            read += 1
+            yield example(f"r{number}", f"rain {number}")
+
+    report = EncodeReport()
+    encoded = encode_rows(rows(), tokenizer, 150, "last", report)
+    assert next(encoded).id == "r0" and read == 256
+    assert [item.id for item in encoded] == [f"r{number}" for number in range(1, 700)] and report.kept == read == 700
+
+
+def test_a_list_of_batches_makes_each_when_it_is_asked_for() -> None:
+    pieces, made = [fake(n, 2) for n in (5, 9, 7, 6, 8)], []
+
+    def make(lines: Sequence[Sequence[int]]) -> Batch:
+        made.append(lines)
+        return collate(pieces, lines, 0)
+
+    found = BatchList([[(0,), (1,)], [(2, 3)], [(4,)]], make)
+    assert len(found) == 3 and len(found[1::2]) == 1 and not made
+    assert [batch.rows for batch in found] == [(0, 1), (2, 3), (4,)] and [batch.rows for batch in found[1::2]] == [(2, 3)]
+    assert found[-1].rows == (4,) and len(made) == 5
 
 
 def test_nothing_to_batch_is_an_error() -> None:

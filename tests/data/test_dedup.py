@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from mlx_distill.data.dedup import (
     shingles,
     words,
 )
+from mlx_distill.data.spool import SignatureFile
 
 VOCABULARY = [f"w{i}" for i in range(2000)]
 
@@ -87,6 +89,23 @@ def test_clusters_equal_those_of_comparing_all_pairs(threshold: float) -> None:
             if (table[i] == table[j]).mean() >= threshold:
                 plain.union(i, j)
     assert np.array_equal(near_duplicates(table, threshold).roots(), plain.roots())
+
+
+def test_signatures_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_distill.data.spool._SLAB", 7)
+    rng = random.Random(4)
+    texts = [text(rng) for _ in range(60)]
+    texts += [changed(rng, rng.choice(texts), rng.randrange(0, 6)) for _ in range(60)]
+    table, file = signatures(texts), SignatureFile(tmp_path / "signatures.bin")
+    for signature in table:
+        file.append(signature)
+    assert len(file) == 120 and np.array_equal(file[:, 8:12], table[:, 8:12]) and np.array_equal(file[119], table[119])
+    rows = np.array(sorted(rng.sample(range(120), 90)))
+    chosen = near_duplicates(table[rows], 0.85).roots()
+    assert np.array_equal(near_duplicates(file, 0.85, rows).roots(), chosen) and len(np.unique(chosen)) < 90
+    assert np.array_equal(near_duplicates(file, 0.85).roots(), near_duplicates(table, 0.85).roots())
+    file.remove()
+    assert not list(tmp_path.iterdir())
 
 
 def test_every_planted_duplicate_is_found() -> None:

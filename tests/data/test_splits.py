@@ -175,6 +175,16 @@ def test_ids_that_stand_twice_are_told_apart(tmp_path: Path, task: Task) -> None
     assert statistics["renamed_ids"] == 4 and set(kept) == {"one", "one~2", "one~3", "one~4", "one~5"}
 
 
+@pytest.mark.parametrize("ids", [["a", "a", "a~2"], ["a~2", "a", "a"], ["a", "a~2", "b", "a~2", "a", "a~3"], ["x~2", "x", "y"]])
+def test_a_new_id_is_never_one_that_stands_already(tmp_path: Path, task: Task, ids: list[str]) -> None:
+    wanted: list[str] = []
+    for name in ids:
+        tried = [name, *(f"{name}~{number}" for number in range(2, 9))]
+        wanted.append(next(each for each in tried if each not in wanted))
+    statistics, kept = run(tmp_path, task, [{**row, "id": name} for row, name in zip(songs(len(ids)), ids, strict=True)])
+    assert set(kept) == set(wanted) and statistics["renamed_ids"] == sum(a != b for a, b in zip(ids, wanted, strict=True))
+
+
 def test_a_row_that_does_not_fit_stops_or_is_counted(tmp_path: Path, task: Task) -> None:
     rows = songs(20)
     rows[4] = {"messages": [{"role": "user", "content": "A song"}]}

@@ -5,6 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from mlx_distill.data.dedup import hash64
 from mlx_distill.data.stratify import DROPPED, FREE, TEST, TRAIN, VALID, draw, settle_forced
 
 
@@ -77,3 +78,41 @@ def test_settled_rows_do_not_count_in_the_shares() -> None:
     order = np.random.default_rng(0).integers(0, 2**64, 100, dtype=np.uint64)
     out = draw(np.arange(100), side, order, [("a",)] * 100, valid_fraction=0.2, test_fraction=0.0, seed=0)
     assert (out[:50] == TEST).all() and (out[50:] == VALID).sum() == 10 and (out[50:] == TRAIN).sum() == 40
+
+
+def plain_draw(roots: np.ndarray, order: np.ndarray, strata: list[tuple[str, ...]], seed: int) -> np.ndarray:
+    """One cluster after the other, as it is said."""
+    queues: dict[tuple[str, ...], list[tuple[int, list[int]]]] = {}
+    for root in sorted(set(roots.tolist())):
+        rows = np.flatnonzero(roots == root).tolist()
+        first = min(rows, key=lambda row: int(order[row]))
+        queues.setdefault(strata[first], []).append((hash64(f"{seed}:{int(order[first])}"), rows))
+    out = free(len(roots))
+    for target, fraction in ((TEST, 0.2), (VALID, 0.1)):
+        wanted, taken = 0.0, 0
+        for stratum in sorted(queues):
+            wanted += fraction * sum(len(rows) for _, rows in queues[stratum])
+            for _, rows in sorted(queues[stratum], key=lambda entry: entry[0]):
+                if out[rows[0]] == FREE and wanted - taken >= len(rows) / 2:
+                    out[rows] = target
+                    taken += len(rows)
+    out[out == FREE] = TRAIN
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_draw_is_the_plain_one(seed: int) -> None:
+    roots, order, strata = random_rows(seed, clustered=0.5)
+    for row in range(1, len(roots)):  # a root is its cluster's first row
+        roots[row] = roots[roots[row]]
+    drawn = draw(roots, free(600), order, strata, valid_fraction=0.1, test_fraction=0.2, seed=seed)
+    assert np.array_equal(drawn, plain_draw(roots, order, strata, seed))
+    settled = free(600)
+    settled[roots == 0] = TEST
+    rest = roots != 0
+    found = draw(roots, settled, order, strata, valid_fraction=0.1, test_fraction=0.2, seed=seed)
+    assert (found[~rest] == TEST).all()
+    _, renumbered = np.unique(roots[rest], return_inverse=True)
+    first = np.array([np.flatnonzero(renumbered == number)[0] for number in range(renumbered.max() + 1)])
+    strata = [stratum for stratum, kept in zip(strata, rest, strict=True) if kept]
+    assert np.array_equal(found[rest], plain_draw(first[renumbered], order[rest], strata, seed))

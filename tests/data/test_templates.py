@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_distill.data.templates import answer_ids, pad_id, prompt_ids, render, stop_ids
+from mlx_distill.data.templates import Encoded, answer_ids, pad_id, prompt_ids, render, render_many, stop_ids
 from mlx_distill.errors import DataError, ModelError
 from mlx_distill.records import Message
 
@@ -163,3 +163,49 @@ def test_a_changed_template_is_rendered_anew(fresh: Any) -> None:
     before = render(fresh, CHAT).tokens.tolist()
     fresh.chat_template = fresh.chat_template.replace("<think>", "<think>\n\n")
     assert render(fresh, CHAT).tokens.tolist() != before
+
+
+# --- many at once -----------------------------------------------------------------------------------------------------------------
+
+ODD = [Message("user", "<|im_end|> <|return|> <think>"), Message("assistant", "<|im_end|>x")]
+SILENT = [Message("user", ""), Message("assistant", "")]
+
+
+def same(a: Encoded, b: Encoded) -> bool:
+    return bool(
+        a.tokens.tolist() == b.tokens.tolist()
+        and a.mask.tolist() == b.mask.tolist()
+        and (a.spans, a.trained, a.id) == (b.spans, b.trained, b.id)
+    )
+
+
+@pytest.mark.parametrize("loss_on", ["last", "all"])
+def test_many_chats_at_once_are_each_by_itself(tokenizer: Any, loss_on: str) -> None:
+    chats = [CHAT, ODD, LONG_CHAT, CHAT[1:], SILENT, CHAT]
+    ids = [f"r{number}" for number in range(len(chats))]
+    many = render_many(tokenizer, chats, loss_on=loss_on, ids=ids)
+    assert all(same(a, render(tokenizer, chat, loss_on=loss_on, id=id)) for a, chat, id in zip(many, chats, ids, strict=True))
+    assert render_many(tokenizer, []) == [] and render_many(tokenizer, [CHAT])[0].id == ""
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_many_chats_are_one_call_of_the_tokenizer(chatml: Any, wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    asked = TokenizerWrapper(chatml) if wrapped else chatml
+    calls = []
+    kind = type(chatml)
+    whole = kind._encode_plus
+    monkeypatch.setattr(kind, "_encode_plus", lambda self, text, **more: (calls.append(text), whole(self, text, **more))[1])
+    found = render_many(asked, [CHAT, LONG_CHAT, CHAT])
+    assert len(calls) == 1 and len(calls[0]) == len(set(calls[0])) > 3
+    assert same(found[1], render(chatml, LONG_CHAT)) and len(calls) > 2
+
+
+def test_a_tokenizer_with_an_encode_of_its_own_is_asked_text_by_text(chatml: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mlx-lm's tokenizer of lines changes the text in ``encode`` and nowhere else."""
+    kind = type(chatml)
+    monkeypatch.setattr(kind, "encode", lambda self, text, **more: super(kind, self).encode(text.replace("rain", "sun"), **more))
+    plain = [Message("user", "The rain came down."), Message("assistant", "rain")]
+    assert same(render_many(chatml, [plain])[0], render(chatml, plain))
+    assert "sun" in decode(chatml, render(chatml, plain).tokens)

@@ -65,7 +65,7 @@ def run(p: dict[str, torch.nn.Parameter], optimizer: Any, x: np.ndarray, y: np.n
 
 
 def walk_adapters(kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """LoRA or DoRA of PEFT on both matrices, with torch's AdamW."""
+    """LoRA or DoRA of PEFT on both matrices, or LoRA on one and the other ``whole``, with torch's AdamW."""
     from peft import LoraConfig, get_peft_model
 
     class Net(torch.nn.Module):
@@ -78,7 +78,8 @@ def walk_adapters(kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.
 
     net = Net()
     net.load_state_dict({name: torch.tensor(start[name]) for name in ("up.weight", "down.weight")})
-    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=["up", "down"], use_dora=kind == "dora")
+    targets, whole = (["up"], ["down"]) if kind == "whole" else (["up", "down"], None)
+    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=targets, modules_to_save=whole, use_dora=kind == "dora")
     model = get_peft_model(net, config)
     random = np.random.default_rng(1)
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -101,7 +102,7 @@ def walk_adapters(kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.
 
 def _short(name: str) -> str:
     parts = name.split(".")
-    return f"{'up' if 'up' in parts else 'down'}.{next(p for p in parts if p.startswith('lora_'))}"
+    return f"{'up' if 'up' in parts else 'down'}.{next((p for p in parts if p.startswith('lora_')), 'weight')}"
 
 
 def main(folder: Path) -> None:
@@ -132,7 +133,7 @@ def main(folder: Path) -> None:
     p = network(start)
     optimizer = torch.optim.AdamW(p.values(), lr=0.02, weight_decay=0.01)
     tensors |= {f"adamw.{key}": value for key, value in run(p, optimizer, x, y, lambda step: {}).items()}
-    for kind in ("lora", "dora"):
+    for kind in ("lora", "dora", "whole"):
         tensors |= {f"{kind}.{key}": value for key, value in walk_adapters(kind, start, x, y).items()}
     path = Path(__file__).with_name("optim_trajectories.safetensors")
     save_file({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, path)

@@ -14,8 +14,9 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.adapters import LoraSettings, adapter_settings, add_lora, has_adapter, load_adapter, merge, save_adapter
-from mlx_distill.models.dora import DoRASwitchLinear, dequantized
+from mlx_distill.models.dora import DoRASwitchLinear
 from mlx_distill.models.load import cast, load_model
+from mlx_distill.models.plain import dequantized
 
 ATTENTION = ("q_proj", "o_proj")
 CASES = [

@@ -45,7 +45,8 @@ def assert_equal(name: str, parameters: dict, losses: list[float]) -> None:
 
 @pytest.mark.parametrize("projection", ["std", "reverse_std", "left", "right", "full"])
 def test_galore_walks_as_galore_torch_across_two_refreshes(projection: str) -> None:
-    now = 0
+    """Of a tall matrix, a wide one and a vector; the bases are the reference's, made at the first step and twice again."""
+    now, refreshed = 0, []
 
     def note(step: int) -> None:
         nonlocal now
@@ -53,6 +54,7 @@ def test_galore_walks_as_galore_torch_across_two_refreshes(projection: str) -> N
 
     def reference_basis(gradient: mx.array, rank: int, kind: str, old: Any) -> dict[str, mx.array]:
         name = "up.weight" if gradient.shape == (12, 8) else "down.weight"
+        refreshed.append((now, name))
         found = [GOLDEN[f"{projection}.basis.{now}.{name}.{i}"] for i in range(2 if kind == "full" else 1)]
         if kind == "full":
             return {"left": mx.array(found[0]), "right": mx.array(found[1])}
@@ -60,6 +62,7 @@ def test_galore_walks_as_galore_torch_across_two_refreshes(projection: str) -> N
 
     optimizer = GaLoreAdamW(0.02, RANK, GAP, 0.25, projection, weight_decay=0.01, basis=reference_basis)
     assert_equal(projection, *walk(optimizer, note))
+    assert sorted(refreshed) == [(step, f"{name}.weight") for step in (0, 8, 16) for name in ("down", "up")]
 
 
 @pytest.mark.parametrize("method", ["eigh", "svd"])

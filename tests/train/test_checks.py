@@ -29,6 +29,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
         ({"stream_gradients": True}, "stream_gradients with accumulate: 8"),
         ({"patience": 2, "evaluate_every": 0}, "patience with evaluate_every: 0"),
         ({"use_best": True, "evaluate_every": 0}, "use_best with evaluate_every: 0"),
+        ({"method": "full", "modules_to_save": ["norm"]}, "modules_to_save with method: full, which trains everything"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -47,6 +48,8 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
         ("qwen3", {"target_modules": ["q_proj", "qq_proj"]}, "'qq_proj' matches nothing"),
         ("qwen3", {"method": "galore", "galore_rank": 2, "target_modules": ["gate"]}, "'gate' matches nothing"),
         ("gpt_oss_mxfp4", {"method": "apollo-mini", "target_modules": ["up_proj"]}, "these are packed"),
+        ("gpt_oss_mxfp4", {"target_modules": ["q_proj"], "lora_rank": 2, "modules_to_save": ["up_proj"]}, "these are packed"),
+        ("qwen3", {"lora_rank": 2, "modules_to_save": ["lm_head"]}, "module to save 'lm_head' matches nothing"),
     ],
 )
 def test_settings_that_a_model_does_not_fit_are_refused_without_its_weights(
@@ -74,8 +77,8 @@ def hollow(shard: bytes) -> bytes:
     ("model", "method"), [("qwen3", "lora"), ("gpt_oss", "galore"), ("gpt_oss_mxfp4", "dora"), ("qwen3_moe", "apollo")]
 )
 def test_settings_that_fit_name_what_will_move(model: str, method: str) -> None:
-    config = TrainConfig(method=method, lora_rank=4, galore_rank=4, apollo_rank=4, target_modules=["q_proj"])
-    assert check_model(GOLDEN / f"models_{model}", config) == [f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)]
+    config = TrainConfig(method=method, lora_rank=4, galore_rank=4, apollo_rank=4, target_modules=["q_proj"], modules_to_save=["norm"])
+    assert check_model(GOLDEN / f"models_{model}", config) == [*(f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)), "model.norm"]
 
 
 def test_packed_weights_can_move_when_they_will_be_unpacked() -> None:

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import random
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,14 +13,12 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
-from train.runner import train_once
 from train.tiny import TinyModel, collate, make_batches, make_model, make_rows, settings
 
-from mlx_distill.errors import ConfigError, DataError, FileError, Interrupted, ModelError
+from mlx_distill.errors import ConfigError, DataError, FileError, ModelError
 from mlx_distill.optim import make_optimizer
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
-from mlx_distill.runtime import StopFlag
 from mlx_distill.train import ListBatches, Objective, TrainResult, load_weights, make_trainable, sft, total_steps, train
 from mlx_distill.train.gradients import clip_scale, evaluate, global_norm, window_gradients
 from mlx_distill.train.randomness import random_key, set_random_key
@@ -113,35 +108,6 @@ def test_a_term_without_weight_never_makes_a_nan() -> None:
     )
     result = window_gradients(make_model(), make_batches(ROWS[:4], 2), objective)
     assert math.isfinite(result.loss) and math.isfinite(global_norm(result.gradients)) and result.terms["label"] == 0.0
-
-
-def test_two_seeded_runs_are_equal_bitwise(tmp_path: Path) -> None:
-    first, second = (run(tmp_path / name, settings()) for name in "ab")
-    assert weights(first[0]) == weights(second[0])
-    assert rows_of(tmp_path / "a") == rows_of(tmp_path / "b")
-    assert weights(run(tmp_path / "c", settings(seed=1))[0]) != weights(first[0])
-
-
-@pytest.mark.parametrize("method", ["full", "galore", "lora", "dora", "apollo", "apollo-mini"])
-def test_a_stopped_run_goes_on_bitwise(tmp_path: Path, method: str) -> None:
-    """With dropout, accumulation, a schedule and, for GaLore, a refresh after the cut."""
-    schedule = "wsd" if method == "full" else "cosine"
-    config = settings(method=method, schedule=schedule, steps=7, evaluate_every=3)
-    valid = make_batches(ROWS, 8)
-    whole, result = run(tmp_path / "whole", config, valid=valid)
-    flag = StopFlag()
-
-    def stop_at_five(row: dict) -> None:
-        flag.set = row["step"] == 5
-
-    with pytest.raises(Interrupted, match="step 5 of 7"):
-        run(tmp_path / "cut", config, valid=valid, stop=flag, hooks=[stop_at_five])
-    with open(tmp_path / "cut" / "metrics.jsonl", "a") as file:
-        file.write('{"step": 6, "lo')  # a kill in the middle of a line
-    resumed, after = run(tmp_path / "cut", config, valid=valid)
-    assert weights(resumed) == weights(whole)
-    assert rows_of(tmp_path / "cut") == rows_of(tmp_path / "whole")
-    assert after.resumed == 5 and after.best_loss == result.best_loss and after.tokens == result.tokens
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
@@ -311,43 +277,6 @@ def test_the_random_state_comes_back() -> None:
     first = mx.random.normal((4,)).tolist()
     set_random_key(key)
     assert mx.random.normal((4,)).tolist() == first
-
-
-RUNNER = Path(__file__).with_name("runner.py")
-
-
-@pytest.mark.parametrize(("how", "code", "methods"), [("kill", -9, ["lora", "galore", "full"]), ("interrupt", 130, ["galore"])])
-def test_a_process_that_is_hit_anywhere_goes_on_bitwise(tmp_path: Path, how: str, code: int, methods: list[str]) -> None:
-    """kill -9 (or Ctrl-C) of a real process, at a random place of each method's run, with dropout, accumulation and a schedule."""
-    seed = str(random.randrange(10**6))
-    for attempt in range(len(methods) + 1):
-        command = [sys.executable, RUNNER, tmp_path / "cut", how, seed, str(attempt), *methods]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == (code if attempt < len(methods) else 0), f"seed {seed}, attempt {attempt}: {done.stderr}"
-    for method in methods:
-        train_once(tmp_path / "whole" / method, method, lambda row: None)
-        assert rows_of(tmp_path / "cut" / method) == rows_of(tmp_path / "whole" / method), f"seed {seed}, {method}"
-        a, b = (mx.load(str(tmp_path / name / method / "final.safetensors")) for name in ("cut", "whole"))
-        assert all(mx.array_equal(a[key], b[key]).item() for key in b), f"seed {seed}, {method}"
-
-
-def test_two_ranks_equal_one_and_a_lost_rank_ends_the_run_with_a_good_checkpoint(tmp_path: Path) -> None:
-    launcher = Path(sys.executable).with_name("mlx.launch")
-    runner = Path(__file__).with_name("runner.py")
-    command = [launcher, "-n", "2", "--backend", "ring", "--", sys.executable, runner, tmp_path / "two", "ranks"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.stdout.count("finished") == 2, done.stdout + done.stderr  # the launcher's own exit code says nothing
-    assert "told: rank 0: another rank was lost" in done.stdout and "goes on from the last checkpoint" in done.stdout
-    assert (tmp_path / "two" / "lost" / "checkpoints" / "step-00000004" / "state.json").is_file()
-    one = subprocess.run([sys.executable, runner, tmp_path / "one", "ranks"], capture_output=True, text=True, timeout=300)
-    assert one.returncode == 0, one.stderr
-    for method in ("full", "galore"):
-        for a, b in zip(rows_of(tmp_path / "one" / method), rows_of(tmp_path / "two" / method), strict=True):
-            assert a["tokens"] == b["tokens"]
-            for key in {"loss", "grad_norm", "valid_loss"} & set(a):
-                assert a[key] == pytest.approx(b[key], rel=1e-5), (method, key)
-        first, second = (mx.load(str(tmp_path / "two" / method / f"final{tail}.safetensors")) for tail in ("", "-1"))
-        assert all(mx.array_equal(first[key], second[key]).item() for key in first)
 
 
 @pytest.mark.parametrize("size", [1, 8])

@@ -8,11 +8,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten
+from mlx.utils import tree_flatten, tree_unflatten
 from train.tiny import make_model, settings
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.optim import AdamW
+from mlx_distill.optim import AdamW, make_optimizer
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.train import make_trainable
 
@@ -28,12 +28,18 @@ class Net(nn.Module):
         return self.down(mx.tanh(self.up(x)))
 
 
-@pytest.mark.parametrize("kind", ["lora", "dora"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "whole"])
 def test_adapters_walk_as_those_of_peft(kind: str) -> None:
+    """``whole`` has an adapter on one matrix and trains the other whole."""
     model = Net()
     model.load_weights([(name, mx.array(GOLDEN[f"start.{name}"])) for name in ("up.weight", "down.weight")])
-    make_trainable(model, TrainConfig(method=kind, lora_rank=3, lora_alpha=6.0, lora_dropout=0.0, target_modules=["up", "down"]))
-    for name in ("up", "down"):
+    targets, whole = (["up"], ["down"]) if kind == "whole" else (["up", "down"], [])
+    config = TrainConfig(
+        method="dora" if kind == "dora" else "lora", lora_rank=3, lora_alpha=6.0, lora_dropout=0.0, target_modules=targets,
+        modules_to_save=whole,
+    )  # fmt: skip
+    assert make_trainable(model, config) == (["up", "down"] if whole else ["down", "up"])
+    for name in targets:
         model[name].lora_a = mx.array(GOLDEN[f"{kind}.{name}.lora_A.start"].T)
     optimizer, losses = AdamW(0.02, weight_decay=0.01), []
     step = nn.value_and_grad(model, lambda m, x, y: mx.square(m(x) - y).mean())
@@ -42,10 +48,14 @@ def test_adapters_walk_as_those_of_peft(kind: str) -> None:
         optimizer.update(model, gradients)
         mx.eval(model.parameters(), optimizer.state)
         losses.append(loss.item())
-    assert np.abs(np.array(losses) - GOLDEN[f"{kind}.losses"]).max() <= 1e-5
-    for name in ("up", "down"):
-        for ours, theirs in (("lora_a", "lora_A"), ("lora_b", "lora_B")):
-            assert np.abs(np.array(model[name][ours]).T - GOLDEN[f"{kind}.{name}.{theirs}"]).max() <= 1e-5, (name, ours)
+    assert len(losses) == 20 and np.abs(np.array(losses) - GOLDEN[f"{kind}.losses"]).max() <= 1e-5
+    names = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m", "weight": "weight"}
+    ends = {key: array for key, array in GOLDEN.items() if key.startswith(f"{kind}.") and key.rpartition(".")[2] in names}
+    assert len(ends) == {"lora": 4, "dora": 6, "whole": 3}[kind]
+    for key, theirs in ends.items():
+        _, name, leaf = key.split(".")
+        ours = np.array(model[name][names[leaf]])
+        assert np.abs((ours if leaf == "weight" else ours.T) - theirs).max() <= 1e-5, key
 
 
 @pytest.mark.parametrize(
@@ -61,6 +71,28 @@ def test_a_method_moves_its_own_weights_and_no_others(method: str, expected: set
     model = make_model()
     assert make_trainable(model, settings(method=method, target_modules=["up_proj"])) == ["model.up_proj"]
     assert {path for path, _ in tree_flatten(model.trainable_parameters())} == expected
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "galore", "apollo", "apollo-mini"])
+def test_modules_to_save_move_whole_beside_by_adamw(method: str) -> None:
+    """Step by step they are where an optimizer puts them that knows nothing of the rest."""
+    config = settings(method=method, target_modules=["up_proj"], modules_to_save=["embed_tokens", "norm"], schedule="constant", warmup=0.0)
+    model, rate = make_model(), config.learning_rate
+    assert make_trainable(model, config) == ["model.up_proj", "model.embed_tokens", "model.norm"]
+    moving = {path: a.shape for path, a in tree_flatten(model.trainable_parameters())}
+    assert "model.embed_tokens.weight" in moving and "model.norm.weight" in moving
+    assert not any("down_proj" in path or "lm_head" in path for path in moving)
+    optimizer, alone = make_optimizer(config, 3), AdamW(rate)
+    own = {name: model.model[name]["weight"] for name in ("embed_tokens", "norm")}
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        flat = {path: mx.array(random.normal(size=shape).astype(np.float32)) for path, shape in moving.items()}
+        optimizer.update(model, tree_unflatten(list(flat.items())))
+        own = alone.apply_gradients({name: flat[f"model.{name}.weight"] for name in own}, own)
+        for name, weight in own.items():
+            assert mx.allclose(model.model[name].weight, weight, atol=1e-4), name  # they differ in where epsilon stands
+    state = dict(tree_flatten(optimizer.state))
+    assert sum(state[f"model.embed_tokens.weight.{m}"].nbytes for m in "mv") == 8 * model.model.embed_tokens.weight.size
 
 
 def test_rank_stabilized_adapters_start_with_a_larger_scale() -> None:
@@ -87,6 +119,9 @@ def test_full_moves_what_is_not_packed() -> None:
         ({"target_modules": ["gate"]}, ModelError, "'gate' matches nothing"),
         ({"method": "lora", "target_modules": ["gate"]}, ModelError, "'gate' matches nothing"),
         ({"method": "lora", "lora_rank": 17}, ModelError, "rank 17"),
+        ({"modules_to_save": ["q_norm"]}, ModelError, "'q_norm' matches nothing"),
+        ({"method": "dora", "modules_to_save": ["norms"]}, ModelError, "'norms' matches nothing"),
+        ({"modules_to_save": ["model.up_proj"]}, ConfigError, "model.up_proj in target_modules and in modules_to_save"),
     ],
 )
 def test_targets_and_ranks_that_do_not_fit_are_refused_with_a_cure(changes: dict, error: type, message: str) -> None:
@@ -100,3 +135,5 @@ def test_galore_refuses_packed_weights() -> None:
     nn.quantize(model, 32, 4, class_predicate=lambda path, _: "up_proj" in path)
     with pytest.raises(ModelError, match="packed"):
         make_trainable(model, settings(method="galore"))
+    with pytest.raises(ModelError, match="up_proj: modules_to_save trains plain weights"):
+        make_trainable(model, settings(method="galore", target_modules=["down_proj"], modules_to_save=["up_proj"]))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from mlx_distill.train.pairs import Pair, collate_pairs, make_pair
+from mlx_distill.data.store import Store, StoreWriter
+from mlx_distill.train.pairs import Pair, collate_pairs, make_pair, pair_arrays, pair_of
 
 STOP, PAD = "<stop>", 0
 # The same answers, as the student and as the teacher cut them; the student's prompts have different lengths.
@@ -94,6 +96,27 @@ def test_an_answer_without_a_common_boundary_but_its_end() -> None:
         topk_logprobs=np.array([[-2.0]], np.float32), label_at=None, label_logprobs=None,
     )  # fmt: skip
     assert pair.spans.tolist() == [[1, 2]] and pair.starts.tolist() == [1] and pair.span_logprobs.tolist() == [-2.0]
+
+
+def test_pairs_from_a_store_make_the_same_batches(tmp_path: Path) -> None:
+    pairs = [made.pair for made in ALL]
+    with StoreWriter(tmp_path / "store") as writer:
+        for pair in pairs:
+            writer.append(**pair_arrays(pair))
+    store = Store(tmp_path / "store", pair_of)
+    assert store.lengths.tolist() == [len(pair.tokens) for pair in pairs]
+    assert [(pair.start, pair.label_at, pair.label_logprobs is None) for pair in store] == [
+        (pair.start, pair.label_at, pair.label_logprobs is None) for pair in pairs
+    ]
+    for rows in ([0, 2], [(3, 1), (4,)]):
+        ours, theirs = (collate_pairs(some, rows, PAD, 2) for some in (store, pairs))
+        assert ours.rows == theirs.rows and ours.extra.keys() == theirs.extra.keys()
+        for a, b in zip(
+            [ours.inputs, ours.labels, ours.mask, *ours.extra.values()],
+            [theirs.inputs, theirs.labels, theirs.mask, *theirs.extra.values()],
+            strict=True,
+        ):
+            assert a.dtype == b.dtype and np.array_equal(np.array(a), np.array(b))
 
 
 @pytest.mark.parametrize("rows", [[0], [2], [3, 0], [4, 1, 2, 0, 3], [2, 2]])

@@ -1,0 +1,75 @@
+"""Which modules a training is about: chosen by the end of their paths, before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import mlx.nn as nn
+
+from mlx_distill.errors import ConfigError, ModelError
+
+
+def linear_layers(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
+    """The linear layers and stacks of experts, packed or not, whose path ends in one of ``names``, sorted by path.
+
+    Raises:
+        ModelError: a name that matches nothing, or no name.
+    """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
+
+    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    found = _named(model, names, lambda module: isinstance(module, kinds), "target module")
+    if not found:
+        raise ModelError("no target modules", fix="name at least one, such as q_proj")
+    return found
+
+
+def whole_modules(model: Any, names: Sequence[str], adapted: Collection[str] = ()) -> list[tuple[str, Any]]:
+    """The modules with a plain weight of their own whose path ends in one of ``names``, sorted by path: PEFT's ``modules_to_save``.
+
+    A name is a path's last part or its last parts: ``norm`` is the last norm alone. (PEFT compares letters, so that its ``norm`` is
+    ``q_norm`` too; we write whole paths into its files.)
+
+    Args:
+        model: mlx-lm's model.
+        names: Such as ``embed_tokens``, ``norm``, ``lm_head``; none chooses nothing.
+        adapted: Paths of modules that get an adapter or a projection.
+
+    Raises:
+        ModelError: a name that matches nothing, or packed weights.
+        ConfigError: a module that is adapted too.
+
+    >>> model = nn.Sequential(nn.Linear(2, 2), nn.RMSNorm(2))
+    >>> [path for path, _ in whole_modules(model, ["layers.1"])]
+    ['layers.1']
+    """
+    found = _named(model, names, lambda module: "weight" in module, "module to save")
+    for path, module in found:
+        if "scales" in module:
+            raise ModelError(
+                f"{path}: modules_to_save trains plain weights, and these are packed", fix="convert without quantize, or leave it out"
+            )
+        if path in adapted:
+            raise ConfigError(f"{path} in target_modules and in modules_to_save", fix="name it in one of them")
+    return found
+
+
+def train_whole(modules: Sequence[tuple[str, Any]]) -> list[str]:
+    """Let the weights and biases of some modules move, in place; return the paths."""
+    for _, module in modules:
+        module.unfreeze(keys=[key for key in ("weight", "bias") if key in module], recurse=False)
+    return [path for path, _ in modules]
+
+
+def _named(model: Any, names: Sequence[str], fits: Any, what: str) -> list[tuple[str, Any]]:
+    there = sorted((path, module) for path, module in model.named_modules() if fits(module))
+    for name in names:
+        if not any(_ends(path, name) for path, _ in there):
+            leaves = sorted({path.rsplit(".", 1)[-1] for path, _ in there})
+            raise ModelError(f"{what} {name!r} matches nothing in this model", fix=f"it has {', '.join(leaves)}")
+    return [(path, module) for path, module in there if any(_ends(path, name) for name in names)]
+
+
+def _ends(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)

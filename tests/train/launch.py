@@ -1,0 +1,41 @@
+"""The runner on two ranks: by ``mlx.launch``, or as processes whose ends can be seen."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+RUNNER = Path(__file__).with_name("runner.py")
+ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # the threads of several processes spin in each other's way
+
+
+def launched(folder: Path, *arguments: str) -> str:
+    """What two ranks of ``mlx.launch`` said; its own exit code says nothing of theirs."""
+    launcher = Path(sys.executable).with_name("mlx.launch")
+    command = [launcher, "-n", "2", "--backend", "ring", "--", sys.executable, RUNNER, folder, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
+    return done.stdout + done.stderr
+
+
+def two_ranks(folder: Path, *arguments: str, seconds: float = 120.0) -> list[tuple[int, str]]:
+    """Exit code and stderr of each of two ranks, which have so many seconds."""
+    with ExitStack() as stack:
+        places = [stack.enter_context(socket.socket()) for _ in range(2)]
+        for place in places:
+            place.bind(("127.0.0.1", 0))
+        hosts = [[f"127.0.0.1:{place.getsockname()[1]}"] for place in places]
+    (folder / "hosts.json").write_text(json.dumps(hosts))
+    with ExitStack() as stack:
+        ranks = []
+        for rank in range(2):
+            environment = {**ENVIRONMENT, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")}
+            said = stack.enter_context(open(folder / f"stderr-{rank}.txt", "w+"))
+            ranks.append(subprocess.Popen([sys.executable, RUNNER, folder, *arguments], env=environment, stderr=said))
+            stack.callback(ranks[-1].kill)
+        codes = [rank.wait(seconds) for rank in ranks]
+    return [(code, (folder / f"stderr-{rank}.txt").read_text()) for rank, code in enumerate(codes)]
