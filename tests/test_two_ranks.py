@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import killed_run
 import pytest
 from chain import finished, whole_stages
-from train.launch import rank_environments
+from train.launch import ends_of
 
 from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.files import read_manifest
@@ -20,35 +19,27 @@ from mlx_distill.stages import together
 from mlx_distill.train.ranks import Ranks
 
 
-def machine(folder: Path) -> Path:
+def make_machine(folder: Path) -> None:
     """A folder with a recipe, its rows and the base model, as another machine would get them."""
-    for name in ("recipe.yaml", "rows.jsonl"):
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(finished() / name, folder / name)
+    folder.mkdir(parents=True)
+    for path in finished().iterdir():
+        if path.is_file():
+            shutil.copy2(path, folder)
     for name in ("data", "teacher_base"):
         shutil.copytree(finished() / "out" / name, folder / "out" / name)
-    return folder
 
 
 def launch(folder: Path, killed: str = "") -> list[tuple[int, str]]:
     """``teach`` on two ranks, each in a folder of its own; rank 0 is killed where it is about to put ``killed`` into place."""
-    ranks = []
-    for rank, environment in enumerate(rank_environments(folder)):
-        command = [sys.executable, killed_run.__file__, "recipe.yaml", "out", killed if rank == 0 else "", "teach"]
-        ranks.append(subprocess.Popen(command, cwd=folder / str(rank), env=environment, stderr=subprocess.PIPE, text=True))
-    try:
-        said = [rank.communicate(timeout=120)[1] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    return [(rank.returncode, text) for rank, text in zip(ranks, said, strict=True)]
+    runs = [[sys.executable, killed_run.__file__, "recipe.yaml", "out", at, "teach"] for at in (killed, "")]
+    return ends_of(folder, runs, [folder / "0", folder / "1"])
 
 
 def test_teach_on_two_machines_goes_on_bitwise_after_a_kill(tmp_path: Path) -> None:
     """The second machine has no checkpoint: it gets weights, optimizer and position from the first."""
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     for folder in (cut / "0", cut / "1", whole / "0", whole / "1"):
-        machine(folder)
+        make_machine(folder)
     (lost, _), (code, said) = launch(cut, r"checkpoints/step-0*4$")
     assert lost == -9 and code == 1 and "rank 1: another rank was lost" in said, said
     for folder in (cut, whole):

@@ -139,43 +139,6 @@ def collate(pieces: Sequence[Piece], rows: Sequence[int | Sequence[int]], pad_id
     return lay_out([[pieces[row] for row in line] for line in lines], pad_id, multiple, [row for line in lines for row in line])
 
 
-@dataclass(frozen=True)
-class Position:
-    """The next batch: number ``index`` of ``epoch``. All that is needed to go on in exactly the same order."""
-
-    epoch: int = 0
-    index: int = 0
-
-
-def walk(
-    lengths: Sequence[int], batch_size: int, seed: int, position: Position | None = None
-) -> Iterator[tuple[tuple[int, ...], Position]]:
-    """Yield ``(row numbers, position after them)`` forever, epoch after epoch, from a saved position on.
-
-    >>> steps = walk([3, 3, 3], 2, seed=1)
-    >>> taken = [next(steps) for _ in range(3)]
-    >>> next(walk([3, 3, 3], 2, seed=1, position=taken[1][1])) == taken[2]
-    True
-    """
-    if not lengths:
-        raise DataError("no rows to make batches of", fix="see the report of the rows left out")
-    epoch, index = (position.epoch, position.index) if position else (0, 0)
-    while True:
-        plan = plan_epoch(lengths, batch_size, seed, epoch)
-        for number in range(index, len(plan)):
-            last = number + 1 == len(plan)
-            yield plan[number], Position(epoch + 1, 0) if last else Position(epoch, number + 1)
-        epoch, index = epoch + 1, 0
-
-
-def batches(
-    pieces: Sequence[Piece], batch_size: int, seed: int, pad_id: int, position: Position | None = None, multiple: int = 16
-) -> Iterator[tuple[Batch, Position]]:
-    """Yield ``(batch, position after it)`` forever: :func:`walk`, collated."""
-    for rows, after in walk([len(piece.tokens) for piece in pieces], batch_size, seed, position):
-        yield collate(pieces, rows, pad_id, multiple), after
-
-
 def batches_per_epoch(rows: int, batch_size: int) -> int:
     """Batches of an epoch, the short last one included.
 

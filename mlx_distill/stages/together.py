@@ -23,14 +23,8 @@ def meet(out: Path, key: str, here: Callable[[], str] | None = None) -> bool:
     from mlx_distill.train.ranks import current_ranks
 
     ranks = current_ranks()
-    try:
-        told = ranks.tell(key)
-        differs = ranks.largest(float(bool(told) and here is not None and here() != told))
-    except RuntimeError as error:
-        if lost := ranks.lost(error):
-            raise lost from error
-        raise
-    if differs:
+    told = ranks.tell(key)
+    if ranks.largest(float(bool(told) and here is not None and here() != told)):
         cure = "share the folder, or copy rank 0's to the same place on the other machines, then launch again"
         raise FileError(f"{out}: not the same rows and base model for every rank", fix=cure)
     return bool(told)

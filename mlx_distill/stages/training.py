@@ -123,7 +123,7 @@ def _batches(
     context: Context, name: str, settings: TrainConfig, rows: Store[Any], valid: Store[Any], collate: Collate
 ) -> tuple[Any, Sequence[Any]]:
     """The stream of training batches and the fixed list of validation batches: each row in a line of its own, or packed."""
-    from mlx_distill.data.batches import BatchList
+    from mlx_distill.data.batches import BatchList, plan_epoch
     from mlx_distill.data.packing import make_lines
     from mlx_distill.train.rows import RowBatches
 
@@ -140,7 +140,7 @@ def _batches(
         lines.sizes, lambda chosen: collate(rows, lines.batch(chosen), lines.multiple), batch_size, settings.seed,
         identity=rows.content, rank=rank, size=ranks,
     )  # fmt: skip
-    fixed = [look.rows[i : i + batch_size] for i in range(0, len(look.rows), batch_size)]
+    fixed = [look.batch(chosen) for chosen in plan_epoch(look.sizes, batch_size, settings.seed, 0)]
     return source, BatchList(fixed, lambda chosen: collate(valid, chosen, look.multiple))
 
 

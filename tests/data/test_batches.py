@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
-from mlx_distill.data.batches import BatchList, EncodeReport, Position, batches, batches_per_epoch, collate, encode_rows, plan_epoch, walk
+from mlx_distill.data.batches import BatchList, EncodeReport, batches_per_epoch, collate, encode_rows, plan_epoch
 from mlx_distill.data.even import cut_evenly, spread
 from mlx_distill.data.packing import Piece
 from mlx_distill.errors import DataError
@@ -153,24 +153,6 @@ def test_padding_changes_no_trained_label() -> None:
         assert trained == [token for row in rows for token in pieces[row].tokens[1:][pieces[row].trained].tolist()]
 
 
-@pytest.mark.parametrize("stop", [0, 1, 3, 4, 5, 8, 11])
-def test_a_walk_goes_on_exactly_where_it_stopped(stop: int) -> None:
-    lengths = list(range(10, 27))
-    whole = list(itertools.islice(walk(lengths, 4, seed=5), 14))
-    position = whole[stop - 1][1] if stop else Position()
-    assert list(itertools.islice(walk(lengths, 4, seed=5, position=position), 14 - stop)) == whole[stop:]
-    assert [after.epoch for _, after in whole] == [0] * 4 + [1] * 5 + [2] * 5
-
-
-def test_batches_are_the_walk_collated() -> None:
-    pieces = [fake(n, 2) for n in (5, 9, 7)]
-    for (batch, after), (rows, expected) in itertools.islice(
-        zip(batches(pieces, 2, seed=3, pad_id=0), walk([5, 9, 7], 2, seed=3), strict=False), 5
-    ):
-        assert batch.rows == rows and after == expected
-        assert np.array_equal(np.array(batch.inputs), np.array(collate(pieces, rows, 0).inputs))
-
-
 def test_rows_that_are_too_long_are_reported_and_left_out(tokenizer: Any) -> None:
     rows = [example("a", "rain"), example("b", "rain " * 300), example("c", "river"), example("d", "x", answer="")]
     report = EncodeReport()
@@ -213,7 +195,6 @@ def test_a_list_of_batches_makes_each_when_it_is_asked_for() -> None:
 
 
 def test_nothing_to_batch_is_an_error() -> None:
-    with pytest.raises(DataError, match="no rows"):
-        next(walk([], 4, seed=0))
+    assert plan_epoch([], 4, seed=0, epoch=0) == []
     with pytest.raises(DataError, match="batch_size"):
         plan_epoch([1], 0, seed=0, epoch=0)

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -22,20 +23,25 @@ def launched(folder: Path, *arguments: str) -> str:
     return done.stdout + done.stderr
 
 
-def two_ranks(folder: Path, *arguments: str, seconds: float = 120.0) -> list[tuple[int, str]]:
-    """Exit code and stderr of each of two ranks, which have so many seconds."""
+def two_ranks(folder: Path, *arguments: str) -> list[tuple[int, str]]:
+    """Exit code and stderr of the runner on each of two ranks."""
+    return ends_of(folder, [[sys.executable, RUNNER, folder, *arguments]] * 2)
+
+
+def ends_of(folder: Path, commands: Sequence[Sequence[str | Path]], places: Sequence[Path | None] = (None, None)) -> list[tuple[int, str]]:
+    """Exit code and stderr of each rank's command, run in its place; they have two minutes."""
     with ExitStack() as stack:
-        places = [stack.enter_context(socket.socket()) for _ in range(2)]
-        for place in places:
-            place.bind(("127.0.0.1", 0))
-        hosts = [[f"127.0.0.1:{place.getsockname()[1]}"] for place in places]
+        doors = [stack.enter_context(socket.socket()) for _ in commands]
+        for door in doors:
+            door.bind(("127.0.0.1", 0))
+        hosts = [[f"127.0.0.1:{door.getsockname()[1]}"] for door in doors]
     (folder / "hosts.json").write_text(json.dumps(hosts))
     with ExitStack() as stack:
         ranks = []
-        for rank in range(2):
+        for rank, (command, place) in enumerate(zip(commands, places, strict=True)):
             environment = {**ENVIRONMENT, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")}
             said = stack.enter_context(open(folder / f"stderr-{rank}.txt", "w+"))
-            ranks.append(subprocess.Popen([sys.executable, RUNNER, folder, *arguments], env=environment, stderr=said))
+            ranks.append(subprocess.Popen(command, env=environment, stderr=said, cwd=place))
             stack.callback(ranks[-1].kill)
-        codes = [rank.wait(seconds) for rank in ranks]
+        codes = [rank.wait(120) for rank in ranks]
     return [(code, (folder / f"stderr-{rank}.txt").read_text()) for rank, code in enumerate(codes)]
