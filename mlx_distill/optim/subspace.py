@@ -22,6 +22,8 @@ METHODS = ("auto", "eigh", "svd", "subspace")
 # Up to this size of the smaller side the full symmetric eigenproblem is quick: 0.4 s at 2048 on two cores.
 _EIGH_LIMIT = 2048
 _OVERSAMPLING = 16
+# Beyond, LAPACK's symmetric solver states its workspace, 2n² + 6n + 1, in a float32 that cannot hold it (seen: OpenBLAS 0.3.21, n = 4096).
+_EIGH_LARGEST = 2894
 
 
 def sides_of(shape: tuple[int, ...], projection: str) -> tuple[str, ...]:
@@ -99,6 +101,9 @@ def find_basis(
 
     Returns:
         ``left [*e, m, r]``, ``right [*e, r, n]``, orthonormal, each vector's largest entry positive, evaluated.
+
+    Raises:
+        ConfigError: no such method, or ``eigh`` of a side that is too long for it.
     """
     if method not in METHODS:
         raise ConfigError(f"no method {method!r} for a basis", fix=f"one of {', '.join(METHODS)}")
@@ -136,6 +141,8 @@ def _leading(g: mx.array, r: int, method: str, start: mx.array | None) -> mx.arr
 
 def _top(gram: mx.array, r: int) -> mx.array:
     """Eigenvectors of the ``r`` largest eigenvalues, the largest first."""
+    if gram.shape[-1] > _EIGH_LARGEST:
+        raise ConfigError(f"eigenvectors of {gram.shape[-1]} x {gram.shape[-1]} numbers", fix="basis: auto or svd, and a rank below 2,800")
     mx.eval(gram)
     vectors = mx.linalg.eigh(gram, stream=mx.cpu)[1]
     mx.eval(vectors)

@@ -81,3 +81,9 @@ def test_unknown_names_are_refused_with_the_known_ones() -> None:
         sides_of((2, 2), "diagonal")
     with pytest.raises(ConfigError, match="eigh"):
         find_basis(mx.zeros((2, 2)), 1, "std", "magic")
+
+
+def test_eigh_of_more_than_lapack_can_lay_out_is_refused() -> None:
+    with pytest.raises(ConfigError, match="eigenvectors of 2895") as caught:
+        find_basis(mx.zeros((2895, 2895)), 1, "std", "eigh")
+    assert "basis: auto" in (caught.value.fix or "")
