@@ -46,9 +46,12 @@ CASES: list[dict[str, Any]] = [
     {"method": "full", "steps": 40, "evaluate_every": 1, "learning_rate": 0.5, "patience": 3, "use_best": True, "keep_checkpoints": 1},
     {"method": "lora", **PACKED, "grad_checkpoint": True},
     {"method": "galore", **PACKED, "galore_rank": 2, "grad_checkpoint": True, "stream_gradients": True, "accumulate": 1},
+    {"method": "full", "schedule": "wsd", "compile": True},
+    {"method": "galore", "compile": True},
+    {"method": "lora", **PACKED, "grad_checkpoint": True, "compile": True},
 ]
 # Those that a real process is killed in; the first imports least.
-KILLED = [CASES[2], CASES[1], CASES[11]]
+KILLED = CASES[-3:]
 
 
 def name_of(case: dict[str, Any]) -> str:

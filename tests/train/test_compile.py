@@ -10,18 +10,18 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_map_with_path
+from train.cases import run_case
 from train.tiny import collate, make_batches, make_model, make_rows, settings
 
 from mlx_distill.data.packing import Piece, lay_out
-from mlx_distill.errors import ConfigError, Interrupted
+from mlx_distill.errors import ConfigError
 from mlx_distill.models.adapters import LoraSettings, add_lora
 from mlx_distill.models.load import load_model
 from mlx_distill.optim import make_optimizer
 from mlx_distill.recipe import ATTENTION
 from mlx_distill.records import Batch
-from mlx_distill.runtime import StopFlag
-from mlx_distill.train import ListBatches, make_trainable, sft, train
+from mlx_distill.train import ListBatches, sft, train
 from mlx_distill.train.cut import make_trunk
 from mlx_distill.train.gradients import differentiate
 from mlx_distill.train.randomness import random_key
@@ -97,31 +97,11 @@ def test_one_trace_a_shape_and_the_weights_stay_arrays() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "galore", "full"])
-def test_a_stopped_run_goes_on_bitwise(tmp_path: Path, method: str) -> None:
-    """With dropout, accumulation, a schedule, a refresh after the cut, and recomputed layers where there are layers."""
-
-    def run(folder: Path, compiled: bool = True, **more: Any) -> dict[str, mx.array]:
-        config = settings(method=method, steps=7, compile=compiled, grad_checkpoint=True)
-        model = make_model(dropout=0.2)
-        make_trainable(model, config)
-        before = dict(tree_flatten(model.trainable_parameters()))
-        train(model, ListBatches(make_batches(ROWS, 2)), sft(), make_optimizer(config, 7), config, folder=folder, **more)
-        after = dict(tree_flatten(model.trainable_parameters()))
-        assert not any(mx.array_equal(after[path], weight) for path, weight in before.items())
-        return after
-
-    flag = StopFlag()
-
-    def stop_at_five(row: dict) -> None:
-        flag.set = row["step"] == 5
-
-    whole, again, plain = run(tmp_path / "whole"), run(tmp_path / "again"), run(tmp_path / "plain", compiled=False)
-    with pytest.raises(Interrupted):
-        run(tmp_path / "cut", stop=flag, hooks=[stop_at_five])
-    gone_on = run(tmp_path / "cut")
-    for path, weight in whole.items():
-        assert mx.array_equal(again[path], weight) and mx.array_equal(gone_on[path], weight), path
-        assert mx.allclose(plain[path], weight, rtol=1e-5, atol=1e-5), path
+def test_a_compiled_run_is_the_plain_one(tmp_path: Path, method: str) -> None:
+    """With dropout, accumulation, a schedule and a refresh of the bases."""
+    plain, compiled = (run_case(tmp_path / str(on), {"method": method, "compile": on})[0] for on in (False, True))
+    for path, weight in plain.items():
+        assert mx.allclose(compiled[path], weight, rtol=1e-5, atol=1e-5), path
 
 
 def test_an_objective_in_one_piece_cannot_be_compiled(tmp_path: Path) -> None:
