@@ -126,7 +126,7 @@ def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[s
     began = time.perf_counter()
     with StoreWriter(folder / "store") as writer:
         for item in _encoded(folder, tokenizer, report):
-            writer.append(tokens=item.tokens, trained=item.mask[1:])
+            writer.append(int(item.mask[1:].sum()), tokens=item.tokens, trained=item.mask[1:])
     seconds = time.perf_counter() - began
     lengths = Store(folder / "store", Piece).lengths
     return {
@@ -156,7 +156,8 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
     began = time.perf_counter()
     store = Store(folder / "store", Piece)
     lines = make_lines(store.lengths.tolist(), LONGEST, SEED, False)
-    source = RowBatches(lines.sizes, lambda chosen: collate(store, lines.batch(chosen), 0, lines.multiple), BATCH, SEED)
+    weights = lines.weigh(store.counted.tolist())
+    source = RowBatches(lines.sizes, lambda chosen: collate(store, lines.batch(chosen), 0, lines.multiple), BATCH, SEED, weights=weights)
     opened = time.perf_counter() - began
     seen = 0
     for _ in range(len(source)):

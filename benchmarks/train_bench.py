@@ -152,7 +152,7 @@ def train_ours(way: str, model: Any, chats: Sequence[dict[str, Any]], optimizer:
         return lay_out([[rows[i] for i in line] for line in some], 0, lines.multiple, [i for line in some for i in line])
 
     size, accumulate = WAYS[way]
-    source = RowBatches(lines.sizes, collate, size, seed)
+    source = RowBatches(lines.sizes, collate, size, seed, weights=lines.weigh([int(row.trained.sum()) for row in rows]))
     config = TrainConfig(**{"accumulate": accumulate, "clip_norm": 0.0, "evaluate_every": 0, "checkpoint_every": 10**9, **settings})
     seen: list[dict] = []
     train(model, source, sft(), optimizer, config, folder=folder, hooks=[seen.append])

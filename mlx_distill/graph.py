@@ -201,9 +201,12 @@ def outcome_facts(recorded: Mapping[str, Any], count: int) -> list[str]:
     elif rows is not None:
         out.append(counted(rows, "row"))
     if (steps := recorded.get("steps")) is not None:
-        out.append(counted(steps, "step") + (f", {recorded['resumed']} of them before" if recorded.get("resumed") else ""))
+        early = f" of {recorded['steps_wanted']}, patience was out" if steps < recorded.get("steps_wanted", steps) else ""
+        out.append(counted(steps, "step") + early + (f", {recorded['resumed']} of them before" if recorded.get("resumed") else ""))
     if recorded.get("best_loss") is not None:
-        out.append(f"best validation loss {recorded['best_loss']:.4g} at step {recorded['best_step']}")
+        kept = recorded.get("kept_step", recorded["best_step"])
+        aside = "" if kept == recorded["best_step"] else f" (kept: step {kept}, see use_best)"
+        out.append(f"best validation loss {recorded['best_loss']:.4g} at step {recorded['best_step']}{aside}")
     if recorded.get("bits_per_weight") is not None:
         out.append(f"{recorded['parameters']:,} parameters, {recorded['bits_per_weight']:.2f} bits per weight")
     return [*out, size(count)]

@@ -230,7 +230,9 @@ def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | Non
     if only is not None:
         missing = [name for name in stage.parents if name not in runner.manifests]
         if missing:
-            raise FileError(f"{runner.out / missing[0]} is not there yet", fix=f"run first: {runner.command('run')}")
+            makes = {"data": "prepare", "teacher": "teach", "targets": "targets", "student": "distill", "quantized": "quantize"}
+            cure = runner.command(next((made for name, made in makes.items() if not (runner.out / name).is_dir()), "run"))
+            raise FileError(f"{runner.out / missing[0]} is not there yet", fix=f"run first: {cure} (or run, for all at once)")
     # What follows from a stage that was asked for is made again even where its parents came out the same.
     follows = from_stage is not None and any(name in runner.made for name in stage.parents)
     anew = not runner.resume or stage.command == from_stage or follows

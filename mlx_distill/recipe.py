@@ -107,7 +107,7 @@ class TrainConfig:
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0.0, high=1.0)
     weight_decay: float = option(0.0, "decoupled weight decay", low=0.0)
     clip_norm: float = option(1.0, "largest global gradient norm; 0 turns clipping off", low=0.0)
-    batch_size: int = option(1, "rows a micro-batch on average: fewer where they are long, more where they are short", low=1)
+    batch_size: int = option(1, "rows a micro-batch on average: batches have about as many trained tokens each", low=1)
     accumulate: int = option(8, "micro-batches an optimizer step", low=1)
     epochs: float = option(1.0, "passes over the rows; steps overrides it", low=0.0)
     steps: int = option(0, "optimizer steps; 0: by epochs", low=0)

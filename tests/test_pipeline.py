@@ -236,7 +236,7 @@ def test_one_stage_alone_without_its_parents_says_what_to_run(tmp_path: Path) ->
     recipe = write_chain(tmp_path)
     with pytest.raises(FileError, match="teacher is not there yet") as caught:
         pipeline.run(recipe, tmp_path / "out", only="targets")
-    assert f"mlx-distill run {recipe}" in (caught.value.fix or "")
+    assert f"mlx-distill prepare {recipe}" in (caught.value.fix or "")
 
 
 def test_one_stage_alone_makes_the_converted_base_that_it_lacks(copied: Path) -> None:

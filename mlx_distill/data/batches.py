@@ -81,15 +81,17 @@ def encode_rows(
         )
 
 
-def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -> list[tuple[int, ...]]:
+def plan_epoch(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, weights: Sequence[float] | None = None
+) -> list[tuple[int, ...]]:
     """The batches of one epoch: every row exactly once, the tail included.
 
     Rows are shuffled, sorted by length inside windows of up to 64 batches (so that little is padded, and neighbours change each epoch),
-    cut into batches (:func:`~mlx_distill.data.even.cut_evenly`), and these put in an order (:func:`~mlx_distill.data.even.spread`). There
-    are as many as if each had ``batch_size`` rows, but one of short rows has more of them and one of long rows fewer: a step of few tokens
-    moves the weights as far as one of many, and batches of equal counts cost 6 % of held-out loss early in training, and four times
-    the activations' memory. What becomes uneven is rows a batch: batches of 8 chats of 24 to 1,024 tokens vary by 0.9 (standard deviation
-    over mean), windows of 8 such batches by 0.12. A loss of one number a row, the label's, feels that; packed lines are even in both.
+    cut into batches of about one weight (:func:`~mlx_distill.data.even.cut_evenly`), and these put in an order
+    (:func:`~mlx_distill.data.even.spread`). There are as many as if each had ``batch_size`` rows. The weight that counts is that of the
+    tokens that are trained: a step of few of them moves the weights as far as one of many, so batches of equal counts cost loss where
+    answers are as long as their chats, and batches of equal tokens where they are all of one length. A row weighs at least what its
+    length is of ``len(lengths)`` longest rows, so that a batch of long prompts with short answers stays within a few times ``batch_size``.
     The same (seed, epoch) gives the same plan; no global random state is read or changed.
 
     Args:
@@ -97,6 +99,7 @@ def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -
         batch_size: Rows of a batch on average, at most.
         seed: Of the run.
         epoch: Counted from 0.
+        weights: Trained tokens of each row; by default its length.
 
     >>> plan = plan_epoch([5, 9, 5, 9, 5, 20], 2, seed=0, epoch=0)
     >>> sorted(row for batch in plan for row in batch), sorted(map(len, plan))
@@ -110,6 +113,7 @@ def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -
     order = generator.permutation(len(lengths)).tolist()
     count = batches_per_epoch(len(order), batch_size)
     batches: list[tuple[int, ...]] = []
+    heavy = _weigh(lengths, lengths if weights is None else weights)
     # Windows of as many batches and rows as each other, so that none is a small rest.
     windows = batches_per_epoch(count, _WINDOW)
     for first, end in pairwise(count * window // windows for window in range(windows + 1)):
@@ -117,9 +121,16 @@ def plan_epoch(lengths: Sequence[int], batch_size: int, seed: int, epoch: int) -
         # A stable sort keeps the shuffle among rows of one length.
         rows.sort(key=lambda row: -lengths[row])
         left = iter(rows)
-        batches += [tuple(islice(left, size)) for size in cut_evenly([lengths[row] for row in rows], end - first)]
+        batches += [tuple(islice(left, size)) for size in cut_evenly([heavy[row] for row in rows], end - first)]
     batches.sort(key=lambda rows: -lengths[rows[0]])
     return [batches[number] for number in spread(len(batches), generator)]
+
+
+def _weigh(lengths: Sequence[int], weights: Sequence[float]) -> list[float]:
+    """What each row counts for in a batch: its share of what is trained, or of as many of the longest rows."""
+    trained, tokens = np.asarray(weights, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+    shares = trained / max(trained.sum(), 1.0), tokens / max(tokens.max() * len(tokens), 1.0)
+    return [float(share) for share in np.maximum(*shares)]
 
 
 def collate(pieces: Sequence[Piece], rows: Sequence[int | Sequence[int]], pad_id: int, multiple: int = 16) -> Batch:

@@ -1,48 +1,31 @@
-"""Evenness: rows cut into batches of about one size, and batches in an order in which each few in a row are alike."""
+"""Evenness: rows cut into batches of about one weight, and batches in an order in which each few in a row are alike."""
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
-from functools import partial
-from itertools import accumulate, chain
+from itertools import chain, pairwise
 
 import numpy as np
 
 
-def cut_evenly(lengths: Sequence[int], batches: int) -> list[int]:
-    """How many rows each batch takes, the longest first, so that batches are about equally large, pads included.
-
-    A batch takes as many rows as fit the least capacity with which the rows left fill no more than the batches left. So the largest batch
-    is as small as any cut of the sorted rows makes it, and each has room for less than one more of its rows, measured by the largest
-    of those after it.
+def cut_evenly(weights: Sequence[float], batches: int) -> list[int]:
+    """How many rows in a row each batch takes, so that all weigh about as much: a row goes where its middle falls.
 
     Args:
-        lengths: Tokens of each row, falling.
+        weights: Of the rows, none negative.
         batches: How many to make; at least one row each.
 
-    >>> cut_evenly([900, 500, 400, 300, 300, 200, 200, 100, 100, 100], 4)
-    [1, 2, 3, 4]
+    >>> cut_evenly([9, 5, 4, 3, 3, 2, 2, 1, 1], 4), cut_evenly([1, 1, 1, 1], 2), cut_evenly([0, 0, 0], 2)
+    ([1, 1, 2, 5], [2, 2], [1, 2])
     """
-    widths = [max(length, 1) for length in lengths]
-    rest = [0, *accumulate(reversed(widths))][::-1]
-    sizes: list[int] = []
-    start, capacity = 0, len(widths) * max(widths, default=1)
-    for left in range(batches, 0, -1):
-        least = max(widths[start], -(-rest[start] // left))
-        fits = partial(_fit, widths, start, left)
-        capacity = least + bisect_left(range(least, capacity), True, key=fits)
-        sizes.append(min(capacity // widths[start], len(widths) - start))
-        start += sizes[-1]
-    return sizes
-
-
-def _fit(widths: Sequence[int], start: int, batches: int, capacity: int) -> bool:
-    """Whether the rows from ``start`` on fill no more than so many batches of that capacity."""
-    while start < len(widths) and batches:
-        start += capacity // widths[start]
-        batches -= 1
-    return start >= len(widths)
+    heavy = np.maximum(np.asarray(weights, dtype=np.float64), 1e-9)  # what weighs nothing is spread too
+    middles = np.cumsum(heavy) - heavy / 2
+    shares = heavy.sum() * np.arange(1, batches) / batches
+    ends = [*np.searchsorted(middles, shares).tolist(), len(heavy)]
+    for number, end in enumerate(ends[:-1]):
+        before = ends[number - 1] if number else 0
+        ends[number] = min(max(end, before + 1), len(heavy) - batches + number + 1)
+    return [end - start for start, end in pairwise([0, *ends])]
 
 
 def spread(count: int, generator: np.random.Generator) -> list[int]:

@@ -72,6 +72,10 @@ class Lines:
         """The rows of some lines, line by line."""
         return [self.rows[line] for line in lines]
 
+    def weigh(self, weights: Sequence[int]) -> list[int]:
+        """What each line weighs, of what its rows do."""
+        return [sum(weights[row] for row in line) for line in self.rows]
+
     def fill(self, capacity: int) -> float:
         """Which share of all lines' places is taken."""
         return sum(self.sizes) / (capacity * max(len(self.sizes), 1))

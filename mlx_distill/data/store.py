@@ -3,10 +3,10 @@
 A folder holds
 
     rows.bin     the rows one behind the other, in each its arrays one behind the other, filled up to 8 bytes
-    counts.bin   [n, c] int32, how long each array of each row is
+    counts.bin   [n, c + 1] int32, how long each array of each row is, and a number of the row's own
     index.json   the arrays (name, type, further dimensions), the number of rows, the key, the hash of the content, facts
 
-What is open costs 4c + 8 bytes a row. A row is read when it is asked for, into memory of its own: mapped pages would stay with the
+What is open costs 4c + 12 bytes a row. A row is read when it is asked for, into memory of its own: mapped pages would stay with the
 process, and what training takes would grow with its rows.
 """
 
@@ -98,8 +98,10 @@ class StoreWriter:
             self._files = [self._open.enter_context(open(path, "wb", buffering=_BUFFER)) for path in paths]
         return self
 
-    def append(self, **arrays: np.ndarray) -> None:
+    def append(self, counted: int = 0, /, **arrays: np.ndarray) -> None:
         """Write one row. All rows have the same arrays, of the same types; the first array is the one that a row's length is counted by.
+
+        ``counted`` is kept beside, to be known without reading the row: how many tokens of it are trained.
 
         Raises:
             ValueError: an array that the first row did not have, or not so.
@@ -111,7 +113,7 @@ class StoreWriter:
         elif columns != self._columns:
             raise ValueError(f"row {self.rows}: {columns}, not {self._columns}")
         row = b"".join(array.tobytes() + bytes(_filled(array.nbytes) - array.nbytes) for array in arrays.values())
-        counts = np.array([len(array) for array in arrays.values()], dtype=np.int32).tobytes()
+        counts = np.array([*(len(array) for array in arrays.values()), counted], dtype=np.int32).tobytes()
         with os_errors(self.folder):
             for file, part in zip(self._files, (row, counts), strict=True):
                 file.write(part)
@@ -183,7 +185,7 @@ class Store(Sequence[Row], Generic[Row]):
         self._file = _File(folder / ROWS)
         with os_errors():
             counts = np.fromfile(folder / COUNTS, dtype=np.int32)
-        self._counts = counts.reshape(int(index["rows"]), len(self._columns))
+        self._counts = counts.reshape(int(index["rows"]), len(self._columns) + 1)
         self._ends = np.zeros(len(self._counts) + 1, dtype=np.int64)
         for number, column in enumerate(self._columns):
             self._ends[1:] += _filled(self._counts[:, number].astype(np.int64) * column.width)
@@ -195,7 +197,12 @@ class Store(Sequence[Row], Generic[Row]):
     @property
     def lengths(self) -> Int64[np.ndarray, " n"]:
         """The length of each row's first array; no row is read."""
-        return self._counts[:, 0].astype(np.int64) if self._columns else np.zeros(0, dtype=np.int64)
+        return self._counts[:, 0].astype(np.int64)
+
+    @property
+    def counted(self) -> Int64[np.ndarray, " n"]:
+        """The number that was kept beside each row: its trained tokens; no row is read."""
+        return self._counts[:, -1].astype(np.int64)
 
     @overload
     def __getitem__(self, row: int) -> Row: ...
@@ -208,7 +215,7 @@ class Store(Sequence[Row], Generic[Row]):
         row = range(len(self))[row]
         start, arrays = 0, {}
         raw = self._file.read(int(self._ends[row]), int(self._ends[row + 1]))
-        for column, count in zip(self._columns, self._counts[row].tolist(), strict=True):
+        for column, count in zip(self._columns, self._counts[row, :-1].tolist(), strict=True):
             arrays[column.name] = np.ndarray((count, *column.shape), column.dtype, raw, start)
             start += _filled(count * column.width)
         return self._make(**arrays)

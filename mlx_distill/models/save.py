@@ -19,6 +19,8 @@ from mlx_distill.models.writer import MAX_SHARD_BYTES
 def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
     """Write every weight in the type that it has in memory, with the config and tokenizer of ``base``.
 
+    What ``base`` has packed, and was unpacked to compute with but did not train, is written as it stands there, bit for bit.
+
     Args:
         model: mlx-lm's model, as loaded from ``base``.
         base: The folder of ours that it was loaded from.
@@ -28,7 +30,11 @@ def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_by
     base, folder = Path(base), Path(folder)
     shards: list[dict[str, mx.array]] = [{}]
     size = 0
-    for name, value in tree_flatten(model.parameters()):
+    config = read_object(base / "config.json")
+    modules = dict(model.named_modules()) | (kept := _untouched(model, base) if "quantization" in config else {})
+    flat = [(name, value) for name, value in tree_flatten(model.parameters()) if name.rpartition(".")[0] not in kept]
+    flat += [(f"{path}.{name}", value) for path, module in kept.items() for name, value in tree_flatten(module.parameters())]
+    for name, value in flat:
         if size and size + value.nbytes > max_shard_bytes:
             shards.append({})
             size = 0
@@ -42,7 +48,6 @@ def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_by
         where |= dict.fromkeys(shard, file)
     total = sum(value.nbytes for shard in shards for value in shard.values())
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
-    config = read_object(base / "config.json")
     types = {
         str(value.dtype).removeprefix("mlx.core.")
         for shard in shards
@@ -53,8 +58,20 @@ def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_by
         config |= {key: next(iter(types)) for key in ("dtype", "torch_dtype") if key in config}
     packed = {
         path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
-        for path, module in model.named_modules()
+        for path, module in modules.items()
         if "scales" in module
     }
     write_json(folder / "config.json", with_quantization(config, packed))
     copy_tokenizer(base, folder, others=True)
+
+
+def _untouched(model: Any, base: Path) -> dict[str, Any]:
+    """The modules of ``base`` that are packed there and plain here, and of which nothing trains."""
+    from mlx_distill.models.load import load_model
+
+    here = dict(model.named_modules())
+    return {
+        path: module
+        for path, module in load_model(base)[0].named_modules()
+        if "scales" in module and "scales" not in here[path] and not tree_flatten(here[path].trainable_parameters())
+    }

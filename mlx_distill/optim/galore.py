@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from mlx_distill.errors import ConfigError
 from mlx_distill.optim.named import Filter, NamedOptimizer
-from mlx_distill.optim.subspace import Basis, basis_shapes, captured, carry_moments, find_basis, project, project_back, sides_of
+from mlx_distill.optim.subspace import METHODS, Basis, basis_shapes, captured, carry_moments, find_basis, project, project_back, sides_of
 
 BasisFinder = Callable[..., dict[str, mx.array]]
 
@@ -33,7 +33,8 @@ class GaLoreAdamW(NamedOptimizer):
     freezes the rest.
 
     Formulas, defaults and order of operations are galore-torch's (Zhao et al., arXiv 2403.03507), with which trajectories agree to 1e-5
-    where the bases are the same. Beyond it: ``moments``, fast bases, ``stagger``, ``refresh_below``.
+    where the bases are the same. Beyond it: ``moments``, fast bases, ``stagger``, ``refresh_below``. A basis is found on the host,
+    so an update cannot stand inside ``mx.compile``; the model's part of a step can.
 
     Args:
         learning_rate: :math:`\eta`, a number or a function of the step.
@@ -50,8 +51,9 @@ class GaLoreAdamW(NamedOptimizer):
             array}``.
         stagger: Spread the refreshes over the gap, matrix by matrix, where otherwise one step pays for all.
         refresh_below: Skip a refresh while the old basis captures at least this share of what it captured when it was new; 0 never skips.
-        filter: ``(path, array) -> bool``: which matrices are projected. By default those of linear layers and experts, without embeddings,
-            norms, head, router and adapters. The path is the parameter's dotted name in the tree that the optimizer is given.
+        filter: ``(path, array) -> bool``: which matrices are projected. An optimizer sees names and no modules, so the default,
+            :func:`~mlx_distill.optim.named.is_projected`, goes by the names that mlx-lm gives embeddings, norms, head, router and adapters;
+            for others say it yourself, or by :func:`~mlx_distill.optim.named.by_modules`. The path is the dotted name in the tree given.
         group: Ranks that share the work: each matrix's basis is computed by one of them and sent to all.
 
     >>> optimizer = GaLoreAdamW(0.1, rank=1)
@@ -79,8 +81,12 @@ class GaLoreAdamW(NamedOptimizer):
         group: Any = None,
     ) -> None:
         super().__init__(learning_rate, betas, eps, weight_decay, filter)
-        if rank < 1 or update_gap < 1:
-            raise ConfigError(f"GaLore with rank {rank} and gap {update_gap}", fix="both are at least 1")
+        if not all(isinstance(number, int) and number >= 1 for number in (rank, update_gap)):
+            raise ConfigError(f"GaLore with rank {rank!r} and gap {update_gap!r}", fix="both are whole numbers, at least 1")
+        if scale < 0 or not 0 <= refresh_below <= 1:
+            raise ConfigError(f"GaLore with scale {scale} and refresh_below {refresh_below}", fix="at least 0, and between 0 and 1")
+        if isinstance(basis, str) and basis not in METHODS:
+            raise ConfigError(f"no method {basis!r} for a basis", fix=f"one of {', '.join(METHODS)}")
         if moments not in MOMENTS:
             raise ConfigError(f"no way {moments!r} to treat the moments", fix=f"one of {', '.join(MOMENTS)}")
         sides_of((1, 1), projection)

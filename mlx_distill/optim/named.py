@@ -20,7 +20,9 @@ _STACKED = ("experts", "switch")
 
 
 def is_projected(path: str, parameter: mx.array) -> bool:
-    """The default choice: matrices of linear layers, and stacks of experts; not embeddings, norms, head, router or adapters.
+    """The default choice, by names alone: matrices and stacks of experts whose path has none of ``FULL_SPACE`` in it.
+
+    So not embeddings, norms, head, router or adapters as they are called in mlx-lm. A module of your own with other names wants a filter.
 
     >>> w = mx.zeros((4, 4))
     >>> is_projected("layers.0.self_attn.q_proj.weight", w), is_projected("embed_tokens.weight", w)

@@ -50,7 +50,7 @@ def encoded_rows(
         with StoreWriter(place, key) as writer, context.progress.task(f"{name}: tokenize {split}", total=total, unit="row") as bar:
             examples = _told(context, split, bar)
             for item in encode_rows(examples, tokenizer, settings.max_length, settings.loss_on, report, where=str(path)) if total else ():
-                writer.append(tokens=item.tokens, trained=item.mask[1:])
+                writer.append(int(item.mask[1:].sum()), tokens=item.tokens, trained=item.mask[1:])
             writer.facts = asdict(report)
     store = Store(place, Piece)
     report = EncodeReport(**store.facts)

@@ -95,7 +95,7 @@ def _align(
                     too_long += 1
                     continue
                 pair = _pair(context.task, chat, target, tokenizer, teacher_tokenizer, encode)
-                (train if split == "train" else valid).append(**pair_arrays(pair))
+                (train if split == "train" else valid).append(len(pair.tokens) - pair.start, **pair_arrays(pair))
             done += len(some)
             bar.update(done)
         train.facts = {"too_long": too_long}

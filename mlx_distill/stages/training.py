@@ -79,7 +79,8 @@ def train_rows(
         save_model(model, context.run / base, folder)
     return {
         "steps": result.steps, "rows": len(rows), "tokens": result.tokens, "seconds": result.seconds, "resumed": result.resumed,
-        "best_step": result.best_step, "best_loss": result.best_loss, "trainable": trainable_share(model),
+        "best_step": result.best_step, "best_loss": result.best_loss, "steps_wanted": steps,
+        "kept_step": result.best_step if settings.use_best and result.best_step else result.steps, "trainable": trainable_share(model),
         "peak_memory_bytes": result.metrics.get("peak_memory_bytes"),
     }  # fmt: skip
 
@@ -136,11 +137,12 @@ def _batches(
         context.progress.note(f"{name}: {len(rows)} rows in {len(lines.rows)} lines of {settings.max_length} tokens, {share:.1%} full")
     rank, ranks = rank_and_size()
     batch_size = settings.batch_size
+    weights, looked = (of.weigh(some.counted.tolist()) for of, some in ((lines, rows), (look, valid)))
     source = RowBatches(
-        lines.sizes, lambda chosen: collate(rows, lines.batch(chosen), lines.multiple), batch_size, settings.seed,
+        lines.sizes, lambda chosen: collate(rows, lines.batch(chosen), lines.multiple), batch_size, settings.seed, weights=weights,
         identity=rows.content, rank=rank, size=ranks,
     )  # fmt: skip
-    fixed = [look.batch(chosen) for chosen in plan_epoch(look.sizes, batch_size, settings.seed, 0)]
+    fixed = [look.batch(chosen) for chosen in plan_epoch(look.sizes, batch_size, settings.seed, 0, looked)]
     return source, BatchList(fixed, lambda chosen: collate(valid, chosen, look.multiple))
 
 

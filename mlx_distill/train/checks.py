@@ -18,8 +18,8 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
     """Refuse settings that contradict each other.
 
     Raises:
-        ConfigError: a schedule longer than the run, gradients streamed and added up at once, patience with nothing to look at, modules to
-            train whole where everything does.
+        ConfigError: no length, a schedule longer than that, gradients streamed and added up at once, patience with nothing to
+            look at, modules to train whole where everything does.
 
     >>> check_settings(TrainConfig())
     """
@@ -27,6 +27,8 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
     check_streaming(settings, ranks)
     if settings.method == "full" and settings.modules_to_save:
         raise ConfigError("modules_to_save with method: full, which trains everything", fix="leave it out")
+    if not settings.steps and not settings.epochs:
+        raise ConfigError("steps: 0 and epochs: 0", fix="say how long the run is, in one of them")
     for name in ("patience", "use_best"):
         if getattr(settings, name) and not settings.evaluate_every:
             raise ConfigError(f"{name} with evaluate_every: 0", fix="say how often the validation rows are looked at")
@@ -70,7 +72,7 @@ def check_leftover(checkpoints: Path, settings: TrainConfig, command: str) -> No
     state = read_json(path / checkpoint.STATE)
     old = state.get("settings", {})
     new = keyed(settings)
-    changed = [f"{name}: {old[name]}" for name, value in new.items() if name in old and old[name] != value]
+    changed = [f"{name} was {old[name]}, is {value}" for name, value in new.items() if name in old and old[name] != value]
     if changed:
         what = f"other settings ({', '.join(changed)})"
     else:

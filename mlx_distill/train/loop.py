@@ -179,7 +179,10 @@ def _start(
             f"{where}: checkpoints of other settings ({', '.join(changed)})", fix=f"restore them, or delete {where} and start again"
         )
     if len(state["random"]) != ranks.size:
-        raise ConfigError(f"{where}: checkpoints of {len(state['random'])} ranks, not {ranks.size}", fix="launch as many as before")
+        raise ConfigError(
+            f"{where}: checkpoints of {len(state['random'])} ranks, not {ranks.size}",
+            fix=f"launch as many as before, or delete {where} and start again",
+        )
     if path is not None:
         checkpoint.load_weights(path, model)
         checkpoint.load_optimizer(path, model, optimizer)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.nn as nn
@@ -44,9 +45,10 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
     found = linear_layers(model, settings.target_modules)
     paths = [path for path, _ in found]
     whole = whole_modules(model, settings.modules_to_save, paths)
+    _check_plain(found, settings)
     model.freeze()
-    for path, module in found:
-        _unfreeze(path, module, settings)
+    for _, module in found:
+        module.unfreeze(keys=["weight"], recurse=False)
     return paths + train_whole(whole)
 
 
@@ -63,16 +65,14 @@ def adapter_of(settings: TrainConfig) -> LoraSettings | None:
     return LoraSettings(rank, alpha, dropout, targets, settings.method, settings.use_rslora, whole)
 
 
-def _unfreeze(path: str, module: nn.Module, settings: TrainConfig) -> None:
-    weight = module.get("weight")
-    if weight is None or "scales" in module:
-        raise ModelError(
-            f"{path}: {settings.method} moves plain weights, and these are packed",
-            fix="convert without quantize, or use method: lora, or set unpack: true",
-        )
+def _check_plain(found: Sequence[tuple[str, nn.Module]], settings: TrainConfig) -> None:
+    for path, module in found:
+        if module.get("weight") is None or "scales" in module:
+            raise ModelError(
+                f"{path}: {settings.method} moves plain weights, and these are packed",
+                fix="convert without quantize, or use method: lora, or set unpack: true",
+            )
     rank = {"galore": settings.galore_rank, "apollo": settings.apollo_rank}.get(settings.method, 1)
-    smaller = min(weight.shape[-2:])
-    if rank > smaller:
-        shape = f"{weight.shape[-2]} x {weight.shape[-1]}"
-        raise ConfigError(f"{path}: {settings.method}_rank {rank} for a matrix of {shape}", fix=f"at most {smaller}")
-    module.unfreeze(keys=["weight"], recurse=False)
+    path, shape = min(((path, module.weight.shape[-2:]) for path, module in found), key=lambda item: min(item[1]))
+    if rank > min(shape):
+        raise ConfigError(f"{path}: {settings.method}_rank {rank} for a matrix of {shape[0]} x {shape[1]}", fix=f"at most {min(shape)}")

@@ -17,20 +17,21 @@ class RowBatches:
     Args:
         lengths: Tokens of each row, or of each line of packed rows.
         collate: Some numbers of them to a batch.
-        batch_size: How many make a micro-batch on average: fewer long ones, more short ones.
+        batch_size: How many make a micro-batch on average.
         seed: Of the order; each epoch has its own.
         identity: A hash of the rows; a checkpoint of other rows is refused.
+        weights: Trained tokens of each, of which all batches get about as many; by default the lengths.
         rank, size: This rank takes batches ``rank, rank + size, ...`` of each epoch's plan.
     """
 
     def __init__(
         self, lengths: Sequence[int], collate: Callable[[Sequence[int]], Batch], batch_size: int, seed: int, *, identity: str = "",
-        rank: int = 0, size: int = 1,
+        weights: Sequence[int] | None = None, rank: int = 0, size: int = 1,
     ) -> None:  # fmt: skip
         if not lengths:
             raise DataError("no rows to train on", fix="check max_length and the filters of prepare")
         self.lengths, self.collate, self.batch_size, self.seed = list(lengths), collate, batch_size, seed
-        self.identity, self.rank, self.size = identity, rank, size
+        self.identity, self.weights, self.rank, self.size = identity, weights, rank, size
         self.epoch = self.index = 0
         self._plan: tuple[int, list[tuple[int, ...]]] | None = None
 
@@ -42,7 +43,7 @@ class RowBatches:
 
     def __next__(self) -> Batch:
         if self._plan is None or self._plan[0] != self.epoch:
-            self._plan = (self.epoch, plan_epoch(self.lengths, self.batch_size, self.seed, self.epoch))
+            self._plan = (self.epoch, plan_epoch(self.lengths, self.batch_size, self.seed, self.epoch, self.weights))
         plan = self._plan[1]
         place = self.index * self.size + self.rank
         self.index += 1

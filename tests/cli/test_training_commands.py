@@ -74,7 +74,10 @@ def test_a_changed_setting_does_not_throw_unfinished_work_away(copied: Path) -> 
     changed = ["--set", "teach.learning_rate=1e-3"]
     result = teach(copied, *changed)
     assert result.exit_code == 2, result.output
-    assert "2 steps of an unfinished teach with other settings (learning_rate: 2e-05)" in result.stderr and "--from teach" in result.stderr
+    assert (
+        "2 steps of an unfinished teach with other settings (learning_rate was 2e-05, is" in result.stderr
+        and "--from teach" in result.stderr
+    )
     assert (copied / "out" / ".teacher.partial" / "scratch" / "checkpoints" / "step-00000002").is_dir()
     assert teach(copied, *changed, "--from", "teach").exit_code == 0
     rows = [json.loads(line)["step"] for line in (copied / "out" / "teacher" / "metrics.jsonl").read_text().splitlines()]

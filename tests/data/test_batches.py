@@ -41,29 +41,34 @@ def test_every_row_comes_exactly_once_an_epoch(lengths: list[int], size: int, se
         assert plan == plan_epoch(lengths, size, seed, epoch=2)
     assert sorted(itertools.chain(*plan)) == list(range(len(lengths)))
     assert len(plan) == batches_per_epoch(len(lengths), size) and all(plan)
-    # What a batch takes with its pads is no more than ``size`` of the longest rows would.
-    assert all(padded(lengths, rows) <= size * max(lengths) for rows in plan)
+    # What a batch takes with its pads is no more than a few times ``size`` of the longest rows would.
+    assert all(padded(lengths, rows) <= 3 * size * max(lengths) for rows in plan)
 
 
 def padded(lengths: list[int], rows: tuple[int, ...]) -> int:
     return len(rows) * max(lengths[row] for row in rows)
 
 
-@given(lengths=strategies.lists(strategies.integers(1, 60), min_size=1, max_size=12), share=strategies.floats(0, 1))
-def test_no_cut_of_the_sorted_rows_has_a_smaller_largest_batch(lengths: list[int], share: float) -> None:
-    lengths.sort(reverse=True)
-    count = 1 + int(share * (len(lengths) - 1))
-    sizes = cut_evenly(lengths, count)
-    assert len(sizes) == count and min(sizes) > 0 and sum(sizes) == len(lengths)
-
-    def places(ends: tuple[int, ...]) -> list[int]:
-        return [(end - start) * lengths[start] for start, end in itertools.pairwise((0, *ends, len(lengths)))]
-
-    found = places(tuple(itertools.accumulate(sizes[:-1])))
-    assert max(found) == min(max(places(ends)) for ends in itertools.combinations(range(1, len(lengths)), count - 1))
+@given(weights=strategies.lists(strategies.integers(0, 60), min_size=1, max_size=40), share=strategies.floats(0, 1))
+def test_a_cut_keeps_all_rows_and_is_as_even_as_its_rows_let_it(weights: list[int], share: float) -> None:
+    count = 1 + int(share * (len(weights) - 1))
+    sizes = cut_evenly(weights, count)
+    assert len(sizes) == count and min(sizes) > 0 and sum(sizes) == len(weights)
     starts = [0, *itertools.accumulate(sizes)]
-    for i, taken in enumerate(found):  # room for less than one more row
-        assert taken + lengths[starts[i]] > max(found[i:])
+    for start, end in itertools.pairwise(starts):
+        # No batch is heavier than its share and one row, unless it has only one.
+        assert end - start == 1 or sum(weights[start:end]) <= sum(weights) / count + max(weights) + 1e-6 or count == len(weights)
+
+
+def test_batches_are_even_in_what_is_trained() -> None:
+    """Answers of one length make batches of equal counts, whatever the prompts; answers as long as their chats equal tokens."""
+    lengths = CHATS[2000]
+    assert {len(rows) for rows in plan_epoch(lengths, 8, 0, 0, [30] * 2000)} == {8}
+    few = [1] * 1990 + [1000] * 10  # nearly all that is trained is in ten rows
+    assert max(padded(lengths, rows) for rows in plan_epoch(lengths, 8, 0, 0, few)) < 3 * 8 * max(lengths)
+    trained = [length // 3 for length in lengths]
+    sums = [sum(trained[row] for row in rows) for rows in plan_epoch(lengths, 8, 0, 0, trained)]
+    assert np.std(sums) / np.mean(sums) < 0.15
 
 
 @pytest.mark.parametrize("rows", CHATS)
@@ -73,7 +78,7 @@ def test_steps_hold_about_as_many_tokens_each(rows: int) -> None:
     by_count = sorted(lengths)
     uneven = [sum(by_count[i : i + 8]) for i in range(0, rows, 8)]
     assert np.std(tokens) / np.mean(tokens) < 0.15 < 0.6 < np.std(uneven) / np.mean(uneven)
-    assert max(padded(lengths, batch) for batch in plan_epoch(lengths, 8, seed=0, epoch=0)) < 0.4 * 8 * max(lengths)
+    assert max(padded(lengths, batch) for batch in plan_epoch(lengths, 8, seed=0, epoch=0)) < 0.5 * 8 * max(lengths)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 37, 64, 100])

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import to_hf
@@ -15,12 +16,14 @@ from mlx_distill.models.load import load_model, unpack
 from mlx_distill.models.save import save_model
 
 
-def saved(folder: Path, name: str, quantize: str | None, golden: Any, *, plain: bool = False) -> Any:
+def saved(folder: Path, name: str, quantize: str | None, golden: Any, *, plain: bool = False, trains: bool = True) -> Any:
     """Convert, load, change a norm as training would, save; returns the model in memory."""
     convert(golden(name), folder / "base", quantize)
     model, _ = load_model(folder / "base", dtype="float32")
     if plain:
         unpack(model)
+    if plain and trains:
+        model.unfreeze()
     model.model.norm.weight = model.model.norm.weight * 1.5
     save_model(model, folder / "base", folder / "out", max_shard_bytes=20_000)
     return model
@@ -51,3 +54,13 @@ def test_a_model_that_was_unpacked_is_saved_as_a_plain_one(golden: Any, logits: 
     to_hf(tmp_path / "out", tmp_path / "theirs")
     for name in ("out", "theirs"):
         assert mx.array_equal(load_model(tmp_path / name)[0](prompt), model(prompt))
+
+
+def test_what_was_unpacked_and_did_not_train_is_saved_packed_bit_for_bit(golden: Any, tmp_path: Path) -> None:
+    saved(tmp_path, "gpt_oss_mxfp4", None, golden, plain=True, trains=False)
+    base, out = (dict(tree_flatten(load_model(tmp_path / name)[0].parameters())) for name in ("base", "out"))
+    assert base.keys() == out.keys()
+    packed = [name for name in base if name.endswith(".scales")]
+    for name in packed:
+        assert mx.array_equal(base[name], out[name]) and mx.array_equal(*(x[name.replace("scales", "weight")] for x in (base, out)))
+    assert packed and not mx.array_equal(base["model.norm.weight"], out["model.norm.weight"])

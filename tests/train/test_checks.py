@@ -107,7 +107,7 @@ def test_waiting_for_the_best_needs_something_to_look_at(tmp_path: Path, changes
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 3e-3}, r"6 steps of an unfinished teach with other settings \(learning_rate: 0.01\)"),
+        ({"learning_rate": 3e-3}, r"6 steps of an unfinished teach with other settings \(learning_rate was 0.01, is 0.003\)"),
         ({}, "with other data or another model"),
         (None, "another version"),
     ],
