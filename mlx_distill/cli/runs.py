@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,9 @@ def _run(
 
     out = out or Path("runs") / load_recipe(recipe, overrides).name
     options: dict[str, Any] = {"overrides": overrides, "from_stage": from_stage, "only": only, "dry_run": dry_run}
-    speaks = rank_and_size()[0] == 0  # of the ranks of mlx.launch
+    if os.environ.get("MLX_RANK") == "0":  # for ever and without a word, where one does not come
+        click.echo("waiting for the other ranks of mlx.launch", err=True)
+    speaks = rank_and_size()[0] == 0
     if not profile:
         result = run_recipe(recipe, out, progress=make_progress(), **options)
         if speaks:
@@ -86,10 +89,13 @@ def _run(
         return
     from mlx_distill.train.profile import Profile
 
-    taken, done = Profile(), False
+    taken = Profile()
+    result: Any = None
     try:
-        run_recipe(recipe, out, progress=make_progress(), profile=taken, **options)
-        done = True
+        result = run_recipe(recipe, out, progress=make_progress(), profile=taken, **options)
     finally:
-        if speaks and (done or taken.rows):  # the table of an interrupted training is as good
+        if speaks and (result is not None or taken.rows):  # the table of an interrupted training is as good
             echo(taken, as_json)
+    if speaks and not as_json:
+        click.echo()
+        echo(result, as_json)

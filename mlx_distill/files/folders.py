@@ -96,6 +96,15 @@ def partial_folder(folder: str | Path) -> Path:
     return folder.with_name(f".{folder.name}.partial")
 
 
+def finished_name(partial: Path) -> str:
+    """The name that a partial folder's stage will have.
+
+    >>> finished_name(partial_folder("run/teacher"))
+    'teacher'
+    """
+    return partial.name.removeprefix(".").removesuffix(".partial")
+
+
 def open_partial(folder: str | Path, key: str) -> Path:
     """The partial folder for ``folder``, empty or as a killed run with the same key left it."""
     recover(folder)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DistillError, ModelError
-from mlx_distill.files import Manifest, check_folder, read_manifest, sha256
+from mlx_distill.files import Manifest, check_folder, finished_name, read_manifest, sha256
 from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings
 from mlx_distill.models.checkpoint import TensorInfo, read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, read_object
@@ -129,7 +129,11 @@ def _run(folder: Path, path: str, verify: bool) -> InspectReport:
         p.parent.relative_to(folder).as_posix(): p.parent
         for p in sorted(folder.glob("*/manifest.json")) + sorted(folder.glob("*/*/manifest.json"))
     }
-    if not stages:
+    unfinished = {
+        p.relative_to(folder).with_name(finished_name(p)).as_posix(): _how_far(p)
+        for p in sorted(folder.glob(".*.partial")) + sorted(folder.glob("*/.*.partial"))
+    }
+    if not stages and not unfinished:
         raise ModelError(f"{folder}: neither a model, an adapter, a stage nor a run", fix="give a folder with config.json or manifest.json")
     facts, problems, hashed = {}, [], 0
     for name, stage in stages.items():
@@ -142,7 +146,18 @@ def _run(folder: Path, path: str, verify: bool) -> InspectReport:
         facts[name] = _summary(name, manifest) if manifest else "damaged"
         if wrong:
             problems.append(wrong)
+    for name, far in unfinished.items():
+        facts[name] = f"{facts[name]}; begun anew, {far}" if name in facts else far
     return InspectReport(path, "run", facts, problems=tuple(problems), verified=verify, hashed=hashed)
+
+
+def _how_far(partial: Path) -> str:
+    """What a killed or interrupted stage left, in a word or two."""
+    saved = sorted(partial.glob("scratch/checkpoints/step-*/state.json"))
+    if not saved:
+        return "not finished"
+    state = read_object(saved[-1])
+    return f"not finished: step {state.get('step')} of {state.get('steps')} saved"
 
 
 def _summary(name: str, manifest: Manifest) -> str:

@@ -114,7 +114,8 @@ def peft_weights(folder: Path) -> dict[str, mx.array]:
             raise ModelError(f"{infos[name].where} is no matrix of an adapter", fix="train the adapter again")
         if value.ndim == 3 or path.endswith(routers):
             what = "experts" if value.ndim == 3 else "routers"
-            raise ModelError(f"{path}: PEFT's format has no place for adapters on {what}", fix="merge it instead: export with --to hf")
+            kind = "adapters on" if leaf in _OUT else "whole"
+            raise ModelError(f"{path}: PEFT's format has no place for {kind} {what}", fix="merge it instead: export with --to hf")
         turned = value.ndim == 2 and leaf in _OUT
         out[f"{_PREFIX}{path}.{_OUT.get(leaf, leaf)}"] = mx.contiguous(value.T) if turned else value
     embedding = out.get(f"{_PREFIX}{_EMBEDDING}.weight")

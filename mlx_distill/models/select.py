@@ -48,7 +48,8 @@ def whole_modules(model: Any, names: Sequence[str], adapted: Collection[str] = (
     for path, module in found:
         if "scales" in module:
             raise ModelError(
-                f"{path}: modules_to_save trains plain weights, and these are packed", fix="convert without quantize, or leave it out"
+                f"{path}: modules_to_save trains plain weights, and these are packed",
+                fix="convert without quantize, or leave it out, or set unpack: true",
             )
         if path in adapted:
             raise ConfigError(f"{path} in target_modules and in modules_to_save", fix="name it in one of them")

@@ -92,7 +92,7 @@ def held_out_rows(context: Context) -> list[dict[str, Any]]:
 def stop_here(context: Context) -> None:
     """Where a stage can be left: raise :class:`Interrupted` if that is wished."""
     if context.stop:
-        raise Interrupted("stopped", fix="run the same command again: it goes on from here")
+        raise Interrupted("stopped", fix="run the same command again: finished parts are not done again")
 
 
 def vocabulary_hash(tokenizer: Any) -> str:

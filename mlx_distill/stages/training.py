@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import resolve_asset
-from mlx_distill.files import digest, scratch
+from mlx_distill.files import digest, read_jsonl, scratch
 from mlx_distill.progress import size
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.runtime import rank_and_size
@@ -44,6 +44,7 @@ def train_rows(
     from mlx_distill.models.adapters import save_adapter
     from mlx_distill.models.save import save_model
     from mlx_distill.optim import make_optimizer
+    from mlx_distill.train.hindsight import doubts
     from mlx_distill.train.loop import total_steps, train
     from mlx_distill.train.methods import adapter_of, make_trainable
 
@@ -72,6 +73,8 @@ def train_rows(
     if rank_and_size()[0]:
         return {}
     shutil.copyfile(scratch(folder) / "metrics.jsonl", folder / "metrics.jsonl")
+    for doubt in doubts((row for _, row in read_jsonl(folder / "metrics.jsonl")), use_best=settings.use_best):
+        context.progress.note(f"{name}: {doubt}")
     adapter = adapter_of(settings)
     if adapter is not None:
         save_adapter(model, folder, adapter, context.run / base)

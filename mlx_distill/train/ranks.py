@@ -112,7 +112,7 @@ class Ranks:
         """What to tell where an error means that another rank is gone; None where it means something else."""
         if self.size == 1 or not any(word in str(error) for word in ("[ring]", "[mpi]", "[jaccl]", "[nccl]")):
             return None
-        cure = "launch the same command again: it goes on from the last checkpoint"
+        cure = "see what the other ranks said; launched again, the same command goes on from the last checkpoint"
         return DistillError(f"rank {self.rank}: another rank was lost ({error})", fix=cure)
 
     @_told

@@ -62,12 +62,27 @@ def test_a_training_that_goes_on_says_where(copied: Path) -> None:
 def test_a_profile_says_where_the_time_goes_and_the_work_is_kept(copied: Path) -> None:
     result = teach(copied, "--profile")
     assert result.exit_code == 0, result.output
-    head, columns, *parts = result.stdout.splitlines()
+    table, _, told = result.stdout.partition("\n\n")
+    head, columns, *parts = table.splitlines()
+    assert told.splitlines()[-1].startswith("next: mlx-distill targets ")
     assert head.startswith("teach: ") and "tokens a second" in head and columns.split() == ["part", "ms", "a", "step", "share"]
     assert {"data", "forward", "backward", "clip", "update", "save"} <= {line.split()[0] for line in parts}
     assert (copied / "out" / "teacher" / "adapters.safetensors").is_file()
     again = teach(copied, "--profile", "--json")
     assert again.exit_code == 0 and json.loads(again.stdout) == {"stages": []}
+
+
+def test_unfinished_work_is_seen(copied: Path) -> None:
+    result = CliRunner().invoke(cli, ["inspect", str(copied / "out")])
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stdout.splitlines() if "not finished" in line]
+    assert line.split()[0] == "teacher" and "step 2 of " in line
+
+
+def test_a_loss_that_ended_above_where_it_began_is_told(copied: Path) -> None:
+    result = teach(copied, "--from", "teach", "--set", "teach.method=full", "--set", "teach.learning_rate=10")
+    assert result.exit_code == 0, result.output
+    assert "teach: the loss ended at " in result.stderr and "lower the learning rate" in result.stderr
 
 
 def test_a_changed_setting_does_not_throw_unfinished_work_away(copied: Path) -> None:
