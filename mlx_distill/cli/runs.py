@@ -82,20 +82,16 @@ def _run(
     if os.environ.get("MLX_RANK") == "0":  # for ever and without a word, where one does not come
         click.echo("waiting for the other ranks of mlx.launch", err=True)
     speaks = rank_and_size()[0] == 0
-    if not profile:
-        result = run_recipe(recipe, out, progress=make_progress(), **options)
-        if speaks:
-            echo(result, as_json)
-        return
-    from mlx_distill.train.profile import Profile
+    if profile:
+        from mlx_distill.train.profile import Profile
 
-    taken = Profile()
-    result: Any = None
+        options["profile"] = Profile()
+    taken, result = options.get("profile"), None
     try:
-        result = run_recipe(recipe, out, progress=make_progress(), profile=taken, **options)
+        result = run_recipe(recipe, out, progress=make_progress(), **options)
     finally:
-        if speaks and (result is not None or taken.rows):  # the table of an interrupted training is as good
+        if speaks and taken and (result is not None or taken.rows):  # the table of an interrupted training is as good
             echo(taken, as_json)
-    if speaks and not as_json:
-        click.echo()
+            click.echo(nl=not as_json)
+    if speaks and not (taken and as_json):
         echo(result, as_json)
