@@ -7,12 +7,18 @@ import functools
 import json
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from small_run import rows, write_recipe
 
 from mlx_distill.files import Manifest, check_folder, read_manifest
+from mlx_distill.progress import NullProgress
+from mlx_distill.recipe import load_recipe
+from mlx_distill.runtime import StopFlag
+from mlx_distill.stages import Context
 
 STAGES = (
     "data",
@@ -52,6 +58,29 @@ def finished() -> Path:
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     run(write_chain(folder), folder / "out")
     return folder
+
+
+class Told(NullProgress):
+    """Remembers the notes, the tasks, and how far each came."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+        self.tasks: list[tuple[str, float | None, list[float]]] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+    @contextmanager
+    def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Any]:
+        seen: list[float] = []
+        self.tasks.append((name, total, seen))
+        yield type("Bar", (), {"update": lambda self, done, **info: seen.append(done)})()
+
+
+def make_context(*overrides: str, run: Path | None = None, **more: Any) -> Context:
+    """What a stage of the finished run, or of a copy of its folder, is given; ``progress`` is :class:`Told`."""
+    recipe = load_recipe(finished() / "recipe.yaml", overrides)
+    return Context(recipe, recipe.load_task(), run or finished() / "out", Told(), StopFlag(), **more)
 
 
 def manifests(out: Path) -> dict[str, Manifest]:

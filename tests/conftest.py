@@ -5,9 +5,11 @@ from __future__ import annotations
 import ipaddress
 import os
 import random
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import hypothesis
@@ -81,6 +83,21 @@ def _linear_algebra_on_the_cpu() -> Iterator[None]:
         for name in (n for n in dir(mx.linalg) if not n.startswith("_") and n not in _ON_THE_GPU_TOO):
             patch.setattr(mx.linalg, name, guard(name, getattr(mx.linalg, name)))
         yield
+
+
+@pytest.fixture
+def run_copy(tmp_path: Path) -> Path:
+    """A copy of a finished run's folder."""
+    from chain import finished
+
+    return Path(shutil.copytree(finished() / "out", tmp_path / "out"))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Where a stage works."""
+    (tmp_path / "partial").mkdir()
+    return tmp_path / "partial"
 
 
 @pytest.fixture

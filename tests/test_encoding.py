@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chain import finished
+from chain import finished, make_context
 
 from mlx_distill import stages
 from mlx_distill.data import templates
@@ -23,8 +21,6 @@ from mlx_distill.data.store import Store
 from mlx_distill.errors import ConfigError, DataError, Interrupted
 from mlx_distill.files import digest, read_jsonl, write_jsonl
 from mlx_distill.models.load import load_tokenizer
-from mlx_distill.progress import NullProgress
-from mlx_distill.recipe import load_recipe
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages import Context
 from mlx_distill.stages.context import read_rows
@@ -33,33 +29,6 @@ from mlx_distill.stages.pairing import _joined, _pair, aligned_pairs
 from mlx_distill.targets import TargetReader
 from mlx_distill.train.checkpoint import latest, read_state
 from mlx_distill.train.pairs import pair_arrays
-
-
-class Told(NullProgress):
-    """Remembers the tasks and how far each came."""
-
-    def __init__(self) -> None:
-        self.tasks: list[tuple[str, float | None, list[float]]] = []
-
-    @contextmanager
-    def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Any]:
-        seen: list[float] = []
-        self.tasks.append((name, total, seen))
-        yield type("Bar", (), {"update": lambda self, done, **info: seen.append(done)})()
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A copy of a finished run's folder."""
-    shutil.copytree(finished() / "out", tmp_path / "out")
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where a stage works."""
-    (tmp_path / "partial").mkdir()
-    return tmp_path / "partial"
 
 
 @pytest.fixture
@@ -77,11 +46,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def make_context(run: Path, *overrides: str, **more: Any) -> Context:
-    recipe = load_recipe(finished() / "recipe.yaml", overrides)
-    return Context(recipe, recipe.load_task(), run, Told(), StopFlag(), **more)
-
-
 def encode(context: Context, folder: Path, split: str = "train", **settings: Any) -> Store[Any]:
     tokenizer = load_tokenizer(context.run / "teacher_base")
     return encoded_rows(context, folder, "teach", split, tokenizer, "teacher_base", replace(context.recipe.teach, **settings))
@@ -91,10 +55,10 @@ def pairs(context: Context, folder: Path) -> tuple[Store[Any], Store[Any]]:
     return aligned_pairs(context, folder, load_tokenizer(context.run / "student_base"), context.recipe.distill)[:2]
 
 
-def change_rows(run: Path, split: str = "train") -> None:
-    rows = [row for _, row in read_jsonl(run / "data" / f"{split}.jsonl")]
+def change_rows(run_copy: Path, split: str = "train") -> None:
+    rows = [row for _, row in read_jsonl(run_copy / "data" / f"{split}.jsonl")]
     rows[0]["messages"][-2]["content"] += " again"
-    write_jsonl(run / "data" / f"{split}.jsonl", rows)
+    write_jsonl(run_copy / "data" / f"{split}.jsonl", rows)
 
 
 def change_manifest(folder: Path) -> None:
@@ -108,7 +72,7 @@ def change_manifest(folder: Path) -> None:
 
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_stored_rows_are_those_of_a_list(folder: Path, split: str) -> None:
-    context = make_context(finished() / "out")
+    context = make_context()
     store, report = encode(context, folder, split), EncodeReport()
     rows = [from_row(row) for row in read_rows(context, split)]
     plain = list(encode_rows(rows, load_tokenizer(context.run / "teacher_base"), 512, "last", report))
@@ -121,7 +85,7 @@ def test_stored_rows_are_those_of_a_list(folder: Path, split: str) -> None:
 
 
 def test_stored_pairs_are_those_of_a_list(folder: Path) -> None:
-    context, out = make_context(finished() / "out"), finished() / "out"
+    context, out = make_context(), finished() / "out"
     student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
     plain: dict[str, list[Any]] = {"train": [], "valid": []}
     for split, row, target in _joined(context, TargetReader(out / "targets")):
@@ -136,54 +100,54 @@ def test_stored_pairs_are_those_of_a_list(folder: Path) -> None:
             )
 
 
-def test_an_empty_split_is_an_empty_store(run: Path, folder: Path) -> None:
-    (run / "data" / "valid.jsonl").write_text("")
-    assert len(encode(make_context(run), folder, "valid")) == 0
+def test_an_empty_split_is_an_empty_store(run_copy: Path, folder: Path) -> None:
+    (run_copy / "data" / "valid.jsonl").write_text("")
+    assert len(encode(make_context(run=run_copy), folder, "valid")) == 0
 
 
-def test_targets_in_another_order_than_the_rows_are_refused(run: Path, folder: Path) -> None:
-    rows = [row for _, row in read_jsonl(run / "data" / "train.jsonl")]
-    write_jsonl(run / "data" / "train.jsonl", rows[::-1])
+def test_targets_in_another_order_than_the_rows_are_refused(run_copy: Path, folder: Path) -> None:
+    rows = [row for _, row in read_jsonl(run_copy / "data" / "train.jsonl")]
+    write_jsonl(run_copy / "data" / "train.jsonl", rows[::-1])
     with pytest.raises(DataError, match=r"is not in .*, or not in its order") as caught:
-        pairs(make_context(run), folder)
+        pairs(make_context(run=run_copy), folder)
     assert "mlx-distill targets" in (caught.value.fix or "") and not list((folder / "scratch" / "pairs").iterdir())
 
 
 # --- made once ----------------------------------------------------------------------------------------------------------------------
 
 
-def test_rows_are_tokenized_once_until_something_changes(run: Path, folder: Path, calls: list[int]) -> None:
-    context = make_context(run)
+def test_rows_are_tokenized_once_until_something_changes(run_copy: Path, folder: Path, calls: list[int]) -> None:
+    context = make_context(run=run_copy)
     first = encode(context, folder).content
     made = len(calls)
     assert made > 0 and encode(context, folder).content == first and len(calls) == made
     assert encode(context, folder, max_length=300).content == first and len(calls) == 2 * made  # another key, the same rows
     assert encode(context, folder, max_length=300, loss_on="all").content == first and len(calls) == 3 * made
-    change_rows(run)
+    change_rows(run_copy)
     assert encode(context, folder, max_length=300, loss_on="all").content != first and len(calls) == 4 * made
-    change_manifest(run / "teacher_base")
+    change_manifest(run_copy / "teacher_base")
     encode(context, folder, max_length=300, loss_on="all")
     assert len(calls) == 5 * made
 
 
-def test_pairs_are_aligned_once_until_something_changes(run: Path, folder: Path, calls: list[int]) -> None:
-    context = make_context(run)
+def test_pairs_are_aligned_once_until_something_changes(run_copy: Path, folder: Path, calls: list[int]) -> None:
+    context = make_context(run=run_copy)
     first = [store.content for store in pairs(context, folder)]
     made = len(calls)
     assert made > 0 and [store.content for store in pairs(context, folder)] == first and len(calls) == made
     shutil.rmtree(folder / "scratch" / "pairs" / "valid")  # a kill between the two
     assert [store.content for store in pairs(context, folder)] == first and len(calls) == 2 * made
-    change_rows(run, "valid")
+    change_rows(run_copy, "valid")
     assert pairs(context, folder)[0].content == first[0] and len(calls) == 3 * made
     assert pairs(context, folder)[1].content != first[1] and len(calls) == 3 * made
-    change_manifest(run / "student_base")
+    change_manifest(run_copy / "student_base")
     pairs(context, folder)
     assert len(calls) == 4 * made
 
 
 @pytest.mark.parametrize("work", [encode, pairs])
 def test_stopping_leaves_nothing_half_written(folder: Path, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    context = make_context(finished() / "out")
+    context = make_context()
     context.stop.set = True
     monkeypatch.setattr("mlx_distill.stages.encoding._SHOWN", 7)
     with pytest.raises(Interrupted):
@@ -196,14 +160,14 @@ def test_stopping_leaves_nothing_half_written(folder: Path, work: Any, monkeypat
 # --- a checkpoint knows its rows -------------------------------------------------------------------------------------------------------
 
 
-def start(run: Path, folder: Path, stage: str) -> dict[str, Any]:
+def start(run_copy: Path, folder: Path, stage: str) -> dict[str, Any]:
     """Two steps of a training that is then interrupted; its checkpoint."""
     stop = StopFlag()
 
     def hook(row: dict[str, Any]) -> None:
         stop.set = stop.set or row["step"] == 2
 
-    context = replace(make_context(run, hooks=[hook]), stop=stop)
+    context = replace(make_context(run=run_copy, hooks=[hook]), stop=stop)
     with pytest.raises(Interrupted):
         getattr(stages, stage)(context, folder)
     path = latest(folder / "scratch" / "checkpoints")
@@ -212,22 +176,22 @@ def start(run: Path, folder: Path, stage: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", ["teach", "distill"])
-def test_a_checkpoint_of_other_rows_or_another_base_is_refused(run: Path, folder: Path, stage: str) -> None:
+def test_a_checkpoint_of_other_rows_or_another_base_is_refused(run_copy: Path, folder: Path, stage: str) -> None:
     base, name = {"teach": ("teacher_base", "rows"), "distill": ("student_base", "pairs")}[stage]
-    state = start(run, folder, stage)
+    state = start(run_copy, folder, stage)
     train, valid = (Store(folder / "scratch" / name / split, dict).content for split in ("train", "valid"))
-    content = stages.context.content_of(run / base)
+    content = stages.context.content_of(run_copy / base)
     assert state["data"]["identity"] == train and state["settings"]["identity"] == digest(
         {"train": train, "valid": valid, "model": content}
     )
-    text = (run / "data" / "train.jsonl").read_bytes()
-    change_rows(run)
+    text = (run_copy / "data" / "train.jsonl").read_bytes()
+    change_rows(run_copy)
     with pytest.raises(ConfigError, match="identity"):
-        getattr(stages, stage)(make_context(run), folder)
-    (run / "data" / "train.jsonl").write_bytes(text)
-    assert getattr(stages, stage)(make_context(run), folder)["resumed"] == 2
+        getattr(stages, stage)(make_context(run=run_copy), folder)
+    (run_copy / "data" / "train.jsonl").write_bytes(text)
+    assert getattr(stages, stage)(make_context(run=run_copy), folder)["resumed"] == 2
     shutil.rmtree(folder / "scratch")
-    start(run, folder, stage)
-    change_manifest(run / base)
+    start(run_copy, folder, stage)
+    change_manifest(run_copy / base)
     with pytest.raises(ConfigError, match="identity"):
-        getattr(stages, stage)(make_context(run), folder)
+        getattr(stages, stage)(make_context(run=run_copy), folder)

@@ -8,36 +8,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chain import finished
+from chain import make_context
 
 from mlx_distill import stages
 from mlx_distill.data.store import Store
 from mlx_distill.errors import ConfigError
-from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import load_recipe
-from mlx_distill.runtime import StopFlag
-from mlx_distill.stages import Context, training
-
-
-class Notes(NullProgress):
-    """Remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
+from mlx_distill.stages import training
 
 
 def one_step(folder: Path, stage: str, packing: bool) -> tuple[dict[str, Any], list[str]]:
     """The metrics of one step over all training rows, and what was noted."""
     values = {"packing": packing, "steps": 0, "epochs": 1, "accumulate": 1000, "lora_dropout": 0, "evaluate_every": 1, "max_length": 512}
-    recipe = load_recipe(finished() / "recipe.yaml", [f"{stage}.{key}={json.dumps(value)}" for key, value in values.items()])
-    notes = Notes()
+    context = make_context(*(f"{stage}.{key}={json.dumps(value)}" for key, value in values.items()))
     folder.mkdir()
-    getattr(stages, stage)(Context(recipe, recipe.load_task(), finished() / "out", notes, StopFlag()), folder)
+    getattr(stages, stage)(context, folder)
     (row,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
-    return row, notes.notes
+    return row, context.progress.notes  # type: ignore[attr-defined]
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,66 +10,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from chain import finished, manifests
+from chain import finished, make_context, manifests
 
 from mlx_distill import stages
 from mlx_distill.errors import DataError, Interrupted
 from mlx_distill.files import read_jsonl, write_jsonl
 from mlx_distill.losses.alignment import token_bytes
 from mlx_distill.models.load import load, load_tokenizer
-from mlx_distill.progress import NullProgress
-from mlx_distill.recipe import load_recipe
-from mlx_distill.runtime import StopFlag
 from mlx_distill.stages import Context
 from mlx_distill.stages.context import held_out_rows, read_rows
 from mlx_distill.stages.pairing import aligned_pairs
 from mlx_distill.targets import TargetReader
 
-
-class Notes(NullProgress):
-    """Remembers what it is told."""
-
-    def __init__(self) -> None:
-        self.notes: list[str] = []
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-
-
-def make_context(*overrides: str, run: Path | None = None) -> Context:
-    recipe = load_recipe(finished() / "recipe.yaml", overrides)
-    return Context(recipe, recipe.load_task(), run or finished() / "out", Notes(), StopFlag())
-
-
-@pytest.fixture
-def spoilt(tmp_path: Path) -> Path:
-    """A copy of a finished run's folder."""
-    shutil.copytree(finished() / "out", tmp_path / "out")
-    return tmp_path / "out"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Where a stage works."""
-    (tmp_path / "partial").mkdir()
-    return tmp_path / "partial"
-
-
 # --- evaluate -------------------------------------------------------------------------------------------------------------------
 
 
-def test_the_limit_on_held_out_rows_is_for_each_set(spoilt: Path) -> None:
+def test_the_limit_on_held_out_rows_is_for_each_set(run_copy: Path) -> None:
     rows = [{"id": f"r{i}", "set": "test" if i % 3 else "other"} for i in range(12)]
-    write_jsonl(spoilt / "data" / "test.jsonl", rows)
-    found = held_out_rows(make_context("evaluate.max_rows=2", run=spoilt))
+    write_jsonl(run_copy / "data" / "test.jsonl", rows)
+    found = held_out_rows(make_context("evaluate.max_rows=2", run=run_copy))
     assert [row["id"] for row in found] == ["r0", "r1", "r2", "r3"]
-    assert held_out_rows(make_context(run=spoilt)) == rows
+    assert held_out_rows(make_context(run=run_copy)) == rows
 
 
-def test_without_held_out_rows_there_is_nothing_to_measure(spoilt: Path, folder: Path) -> None:
-    (spoilt / "data" / "test.jsonl").write_text("")
+def test_without_held_out_rows_there_is_nothing_to_measure(run_copy: Path, folder: Path) -> None:
+    (run_copy / "data" / "test.jsonl").write_text("")
     with pytest.raises(DataError, match="no held-out rows") as caught:
-        stages.evaluate(make_context(run=spoilt), folder, "student", "student")
+        stages.evaluate(make_context(run=run_copy), folder, "student", "student")
     assert "test_fraction" in (caught.value.fix or "")
 
 
@@ -172,11 +138,11 @@ def test_rows_that_are_too_long_for_the_student_are_told_and_left_out(folder: Pa
         assert any(f"longer than {middle} tokens" in note for note in context.progress.notes)  # type: ignore[attr-defined]
 
 
-def test_targets_of_another_tokenizer_are_refused(spoilt: Path, folder: Path) -> None:
-    index = spoilt / "targets" / "index.json"
+def test_targets_of_another_tokenizer_are_refused(run_copy: Path, folder: Path) -> None:
+    index = run_copy / "targets" / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "teacher_tokenizer": "other"}))
     with pytest.raises(DataError, match="targets of another tokenizer") as caught:
-        stages.distill(make_context(run=spoilt), folder)
+        stages.distill(make_context(run=run_copy), folder)
     assert "mlx-distill targets" in (caught.value.fix or "")
 
 
