@@ -222,6 +222,21 @@ def keyed(value: Any) -> Any:
     return to_mapping(value)
 
 
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Which settings are others than before, in words; long ones are named alone.
+
+    >>> changes({"steps": 200, "seed": 0}, {"steps": 40, "seed": 0, "betas": [0.9]})
+    ['steps was 200, is 40', 'betas has changed']
+    """
+    out = []
+    for name in [*new, *(name for name in old if name not in new)]:
+        before, after = old.get(name), new.get(name)
+        if before != after:
+            short = not any(isinstance(value, Mapping | list) for value in (before, after))
+            out.append(f"{name} was {_show(before)}, is {_show(after)}" if short else f"{name} has changed")
+    return out
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """A YAML mapping from a file; an unreadable one is a :class:`ConfigError` with the line."""
     import yaml

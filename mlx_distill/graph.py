@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.config import ASSETS, keyed, resolve_asset, to_mapping
+from mlx_distill.config import ASSETS, changes, keyed, resolve_asset, to_mapping
 from mlx_distill.errors import ConfigError
+from mlx_distill.files import Manifest
 from mlx_distill.models.hub import is_hub_id
 from mlx_distill.progress import counted, duration, size
 from mlx_distill.recipe import Recipe
@@ -24,6 +25,9 @@ from mlx_distill.task import Task
 
 if TYPE_CHECKING:
     from mlx_distill.stages import Context
+
+
+_NAMED = 4  # changes of a stage that are named one by one
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,19 @@ class Stage:
     def absent(self) -> list[str]:
         """The local inputs that are not there."""
         return [name for name in self.local if not Path(name).expanduser().exists()]
+
+
+def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) -> str:
+    """Why what a folder holds is not what a stage would make now; ``parents`` are the contents of what it would read."""
+    what = changes(manifest.config, stage.config)
+    if manifest.format != stage.format:
+        what.insert(0, "another version of this package made it")
+    for name in [name for name in {**manifest.parents, **parents} if manifest.parents.get(name) != parents.get(name)]:
+        number = name.removeprefix("input ")
+        path = stage.inputs[int(number)] if number.isdigit() and int(number) < len(stage.inputs) else name
+        what.append(f"{path} has changed")
+    more = [f"{len(what) - _NAMED} more"] if len(what) > _NAMED else []
+    return ", ".join(what[:_NAMED] + more)
 
 
 def graph(recipe: Recipe, task: Task) -> list[Stage]:

@@ -15,7 +15,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import to_mapping
-from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.errors import ConfigError, DistillError, FileError
 from mlx_distill.files import (
     Manifest,
     check_folder,
@@ -29,7 +29,7 @@ from mlx_distill.files import (
     remove_leftovers,
     stage_key,
 )
-from mlx_distill.graph import Outcome, Plan, Stage, graph
+from mlx_distill.graph import Outcome, Plan, Stage, differences, graph
 from mlx_distill.progress import NullProgress, Progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.runtime import machine, rank_and_size, stop_on_signal, versions
@@ -73,8 +73,9 @@ class _Runner:
             return "to do"
         if forced:
             return "to do: asked for"
-        if manifest.key != stage_key(stage.name, stage.format, stage.config, self.parents(stage)):
-            return "to do: its settings or its inputs have changed"
+        parents = self.parents(stage)
+        if manifest.key != stage_key(stage.name, stage.format, stage.config, parents):
+            return f"to do: {differences(stage, manifest, parents)}"
         damage = check_folder(folder, manifest)
         return f"to do: {damage}" if damage else "current"
 
@@ -113,16 +114,21 @@ class _Runner:
                 fix=f"choose another --out, or remove {self.out} first",
             )
 
-    def check_leftover(self, stage: Stage) -> None:
-        """Refuse to throw away the checkpoints of an unfinished training because a setting, its data or its model changed."""
-        partial = partial_folder(self.out / stage.name)
-        if stage.command not in TRAININGS:
+    def check_leftover(self, stage: Stage, anew: bool) -> None:
+        """Refuse what an unfinished training of this stage does not fit, or, where it is to be done ``anew``, give that up."""
+        note = partial_folder(self.out / stage.name) / "key"
+        if stage.command not in TRAININGS or not note.is_file():
             return
-        key = stage_key(stage.name, stage.format, stage.config, self.parents(stage))
-        if (partial / "key").is_file() and (partial / "key").read_text(encoding="utf-8") != key:
-            from mlx_distill.train.checks import check_leftover
+        from mlx_distill.train.checks import check_leftover
 
-            check_leftover(partial / "scratch" / "checkpoints", getattr(self.recipe, stage.command), stage.command)
+        key = stage_key(stage.name, stage.format, stage.config, self.parents(stage))
+        fits = note.read_text(encoding="utf-8") == key
+        try:
+            check_leftover(note.parent / "scratch" / "checkpoints", getattr(self.recipe, stage.command), stage.command, fits)
+        except DistillError:
+            if not anew:
+                raise
+            note.unlink()  # no stage goes on without it
 
     def command(self, name: str) -> str:
         """The command line that makes a stage of this run."""
@@ -236,7 +242,8 @@ def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | Non
     # What follows from a stage that was asked for is made again even where its parents came out the same.
     follows = from_stage is not None and any(name in runner.made for name in stage.parents)
     anew = not runner.resume or stage.command == from_stage or follows
-    if runner.state(stage, anew) == "current":
+    state = runner.state(stage, anew)
+    if state == "current":
         if stage.command in TRAININGS:
             from mlx_distill.stages.together import meet
 
@@ -244,8 +251,9 @@ def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | Non
         runner.progress.note(f"{stage.name}: current")
         runner.manifests[stage.name] = read_manifest(runner.out / stage.name)  # type: ignore[assignment]
         return
-    if not anew:
-        runner.check_leftover(stage)
+    if state not in ("to do", "to do: asked for"):
+        runner.progress.note(f"{stage.name}: made again, {state.removeprefix('to do: ')}")
+    runner.check_leftover(stage, anew)
     runner.make(stage, context)
 
 
@@ -264,7 +272,8 @@ def _stand_as_parent(runner: _Runner, stage: Stage, context: Context, needed: bo
         raise FileError(damage, fix=f"make it again: {runner.command(stage.command)}")
     if needed and (state := runner.state(stage, False)) != "current":
         runner.check_owner(folder)
-        runner.progress.note(f"{stage.name}: read as it stands; {state.removeprefix('to do: ')}")
+        anew = runner.command(stage.command) if stage.command != "convert" else "run, or the stages that read it,"
+        runner.progress.note(f"{stage.name}: read as it stands; {state.removeprefix('to do: ')} ({anew} makes it again)")
     runner.manifests[stage.name] = manifest
 
 

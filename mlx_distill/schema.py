@@ -79,7 +79,7 @@ def parse_answer(text: str, schema: Mapping[str, Any]) -> tuple[dict[str, Any] |
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
-        return None, f"not JSON: {error.msg} at character {error.pos + 1}"
+        return None, f"not JSON: {error.msg.removesuffix(' at')} at character {error.pos + 1}"
     except UnicodeEncodeError:
         return None, "not JSON: half a surrogate pair"
     except RecursionError:

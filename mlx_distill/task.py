@@ -10,35 +10,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.config import ASSETS, from_mapping, option, packaged, read_yaml
 from mlx_distill.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True)
 class Task:
-    """Prompt, answer schema and measured fields.
+    """Prompt, answer schema and measured fields."""
 
-    ``system`` and ``user`` are the prompt, with ``{field}`` for the row's fields; ``schema`` is the JSON schema of the answer, whose
-    ``properties`` stand in the order in which they are written; ``label`` is the field with the classes (its enum in the schema),
-    ``positive`` the classes that count as positive for precision and recall, empty where there is no such side; ``score`` the
-    numeric field or None, ``score_tolerance`` how far two scores may lie apart and still agree, ``score_scale`` its ends;
-    ``slices`` the row fields by which results are split, ``group`` the one by which error rates must not differ.
-    """
-
-    name: str
-    system: str
-    user: str
-    schema: Mapping[str, Any]
-    label: str
-    positive: tuple[str, ...] = ()
-    score: str | None = None
-    score_tolerance: float = 5.0
-    score_scale: tuple[float, float] = (0.0, 100.0)
-    slices: tuple[str, ...] = ()
-    group: str | None = None
-    id: str = "id"
-    title: str | None = None
-    max_answer_tokens: int = 256
-    description: str = ""
+    name: str = option(help="what it is called")
+    system: str = option(help="the system prompt, with {field} for a row's field; empty for none")
+    user: str = option(help="the user's turn, with {field} for a row's field")
+    schema: Mapping[str, Any] = option(help="JSON schema of the answer; the order of its properties is that of the answer")
+    label: str = option(help="the answer's field with the classes, which are its enum in the schema")
+    positive: tuple[str, ...] = option((), "classes that count as positive for precision and recall")
+    score: str | None = option(None, "the answer's field with a number")
+    score_tolerance: float = option(5.0, "how far two scores may lie apart and still agree")
+    score_scale: tuple[float, float] = option((0.0, 100.0), "lowest and highest score")
+    slices: tuple[str, ...] = option((), "fields of a row by which results are split")
+    group: str | None = option(None, "the field of a row between whose values error rates must not differ")
+    id: str = option("id", "the field of a row with its name")
+    title: str | None = option(None, "the field of a row that the report shows it by")
+    max_answer_tokens: int = option(256, "most tokens of an answer")
+    description: str = option("", "one line for the list of tasks")
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -63,8 +57,6 @@ class Task:
 
 def parse_task(raw: Mapping[str, Any], where: str) -> Task:
     """A task from a YAML mapping. An unknown or missing key, a label without an enum, or a bad positive class is an error."""
-    from mlx_distill.config import from_mapping
-
     task = from_mapping(Task, raw, where)
     properties = task.schema.get("properties") if isinstance(task.schema, Mapping) else None
     if not isinstance(properties, Mapping) or task.schema.get("type") != "object":
@@ -82,8 +74,6 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
 
 def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:
     """A packaged task by name, a YAML file by path, or a mapping whose ``name`` is either and whose other keys override it."""
-    from mlx_distill.config import ASSETS, packaged, read_yaml
-
     overrides: Mapping[str, Any] = {}
     if isinstance(spec, Mapping):
         overrides = {key: value for key, value in spec.items() if key != "name"}
@@ -92,7 +82,11 @@ def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:
     if path is None:
         candidate = (base / spec) if base else Path(spec)
         if not candidate.is_file():
-            names = ", ".join(sorted(p.parent.name for p in ASSETS.glob("*/task.yaml")))
-            raise ConfigError(f"no task {spec!r}", fix=f"packaged tasks: {names}; or give the path of a YAML file")
+            raise ConfigError(f"no task {spec!r}", fix=f"packaged tasks: {', '.join(task_names())}; or give the path of a YAML file")
         path = candidate
     return parse_task({**read_yaml(path), **overrides}, str(path))
+
+
+def task_names() -> list[str]:
+    """The packaged tasks."""
+    return sorted(p.parent.name for p in ASSETS.glob("*/task.yaml"))

@@ -22,7 +22,7 @@ from mlx_distill.errors import ConfigError, DataError, Interrupted
 from mlx_distill.files import digest, read_jsonl, write_jsonl
 from mlx_distill.models.load import load_tokenizer
 from mlx_distill.runtime import StopFlag
-from mlx_distill.stages import Context
+from mlx_distill.stages import Context, training
 from mlx_distill.stages.context import read_rows
 from mlx_distill.stages.encoding import encoded_rows
 from mlx_distill.stages.pairing import _joined, _pair, aligned_pairs
@@ -82,6 +82,27 @@ def test_stored_rows_are_those_of_a_list(folder: Path, split: str) -> None:
         assert (piece.tokens.dtype, piece.trained.dtype) == (item.tokens.dtype, item.mask.dtype)
     name, total, seen = context.progress.tasks[0]  # type: ignore[attr-defined]
     assert (name, total, seen[-1]) == (f"teach: tokenize {split}", len(rows), len(rows))
+
+
+def test_rows_that_are_too_long_are_told_with_the_limit(folder: Path) -> None:
+    context = make_context()
+    longest = int(encode(context, folder).lengths.max())
+    assert not context.progress.notes  # type: ignore[attr-defined]
+    encode(context, folder, max_length=longest - 1)
+    (note,) = context.progress.notes  # type: ignore[attr-defined]
+    assert f"(the longest has {longest} tokens); max_length is {longest - 1}" in note
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_of_several_ranks_says_how_many_rows_a_step_has(folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    context = make_context("teach.batch_size=4", "teach.accumulate=2")
+    rows, valid = (encode(context, folder, split) for split in ("train", "valid"))
+    for size, packing in ((1, False), (2, False), (2, True)):
+        monkeypatch.setattr(training, "rank_and_size", lambda size=size: (rank, size))
+        training._batches(context, "teach", replace(context.recipe.teach, packing=packing), rows, valid, lambda *_: None)
+    notes = [note for note in context.progress.notes if "rank" in note]  # type: ignore[attr-defined]
+    whole = "teach: 2 ranks: batch_size 4 x accumulate 2 x 2 = 16"
+    assert notes == ([] if rank else [f"{whole} rows a step", f"{whole} lines a step"])
 
 
 def test_stored_pairs_are_those_of_a_list(folder: Path) -> None:

@@ -88,7 +88,8 @@ def test_leftovers_of_the_dead_go_and_nothing_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "part"),
     [
-        (b'{"a": 1}\n\n{"a": \n', "rows.jsonl:3: not JSON"),
+        (b'{"a": 1}\n\n{"a": \n', "rows.jsonl:3: not JSON: Expecting value at column "),
+        (b'{"a": "\n', "rows.jsonl:1: not JSON: Invalid control character at column 8"),
         (b'\n\xff{"a": 1}\n', "rows.jsonl:2: not UTF-8 (byte 0"),
         (b"7\n", "rows.jsonl:1: a int"),
     ],

@@ -129,7 +129,7 @@ def test_an_edited_input_is_noticed_and_a_touched_one_is_not(copied: Path) -> No
     assert to_do(copied) == set()
     rows.write_text(rows.read_text(encoding="utf-8").replace("heron", "stork", 1), encoding="utf-8")
     assert to_do(copied) == after("data")
-    assert states(copied)["data"] == "to do: its settings or its inputs have changed"
+    assert states(copied)["data"] == f"to do: {rows} has changed"
 
 
 def test_a_run_that_was_moved_with_or_without_its_times_is_current(copied: Path, tmp_path: Path, counted: list[str]) -> None:

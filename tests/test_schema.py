@@ -58,6 +58,7 @@ def test_what_json_does_not_know_is_not_written(bad: Any) -> None:
     [
         ("", "not JSON"),
         ('{"verdict": "yes", "score": 1', "not JSON"),
+        ('{"verdict', "not JSON: Unterminated string starting at character 2"),
         ('{"verdict": "yes", "score": 1} ok', "not JSON"),
         ('```json\n{"verdict": "yes", "score": 1}\n```', "not JSON"),
         ('{"verdict": "yes", "verdict": "no", "score": 1}', "'verdict' stands twice"),

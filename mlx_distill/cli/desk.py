@@ -14,60 +14,69 @@ if TYPE_CHECKING:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def recipes(ctx: click.Context) -> None:
-    """List, show, copy out the packaged recipes; explain the keys."""
+    """List, show, copy packaged recipes and tasks; explain the keys."""
     if ctx.invoked_subcommand is None:
         ctx.invoke(list_recipes)
 
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """The packaged recipes, a line each."""
+    """The packaged recipes and tasks, a line each."""
     from mlx_distill.recipe import load_recipe, recipe_names
+    from mlx_distill.task import load_task, task_names
 
-    names = recipe_names()
-    width = max(map(len, names), default=0)
-    for name in names:
-        click.echo(f"{name:<{width}}  {load_recipe(name).description}".rstrip())
+    found = {name: load_recipe(name).description for name in recipe_names()}
+    tasks = {name: load_task(name).description for name in task_names()}
+    width = max(map(len, [*found, *tasks]), default=0)
+    for name, description in found.items():
+        click.echo(f"{name:<{width}}  {description}".rstrip())
+    click.echo("\ntasks (a recipe's key task; shown and copied as the recipes are):")
+    for name, description in tasks.items():
+        click.echo(f"{name:<{width}}  {description}".rstrip())
 
 
 @recipes.command()
 @click.argument("name")
 def show(name: str) -> None:
-    """Print the recipe NAME."""
-    click.echo(_read(name), nl=False)
+    """Print the recipe or the task NAME."""
+    click.echo(_packaged(name).read_text(encoding="utf-8"), nl=False)
 
 
 @recipes.command()
 @click.argument("name")
 @click.argument("file", type=click.Path(path_type=Path))
 def copy(name: str, file: Path) -> None:
-    """Copy the recipe NAME to FILE."""
+    """Copy the recipe or the task NAME to FILE."""
     from mlx_distill.errors import FileError
     from mlx_distill.files import write_text
 
-    text = _read(name)
+    source = _packaged(name)
     file = file / f"{name}.yaml" if file.is_dir() else file
     if file.exists():
         raise FileError(f"{file}: exists already", fix="choose another name, or remove it first")
-    write_text(file, text)
-    click.echo(f"written: {file}; edit it, then: mlx-distill run {file}")
+    write_text(file, source.read_text(encoding="utf-8"))
+    use = f"; a recipe beside it says task: {file.name}" if source.stem == "task" else f", then: mlx-distill run {file}"
+    click.echo(f"written: {file}; edit it{use}")
 
 
 @recipes.command()
 @click.argument("section", required=False)
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def keys(section: str | None, as_json: bool) -> None:
-    """Explain every key of a recipe, or those of SECTION.
+    """Explain every key of a recipe and of a task, or those of SECTION.
 
-    Each with its default, by section: recipe (the top), data, data.sources, convert, teach, targets, distill, quantize, evaluate, controls.
+    Each with its default, by section: recipe (the top), data, data.sources, convert, teach, targets, distill, quantize, evaluate,
+    controls; task (a file of its own).
     """
     import json
 
     from mlx_distill.cli.show import plain
+    from mlx_distill.config import sections
     from mlx_distill.errors import ConfigError
     from mlx_distill.recipe import recipe_sections
+    from mlx_distill.task import Task
 
-    known = recipe_sections()
+    known = [*recipe_sections(), *sections(Task, "task")]
     found = [part for part in known if section in (None, part.name)]
     if not found:
         raise ConfigError(f"no section {section!r} in a recipe", fix=f"sections: {', '.join(part.name for part in known)}")
@@ -97,15 +106,19 @@ def _explain(key: Key, width: int) -> str:
     return f"  {key.name:<{width}}  {text.lstrip()}"
 
 
-def _read(name: str) -> str:
-    from mlx_distill.config import packaged
+def _packaged(name: str) -> Path:
+    """The file of a packaged recipe or task."""
+    from mlx_distill.config import ASSETS
     from mlx_distill.errors import ConfigError
     from mlx_distill.recipe import recipe_names
+    from mlx_distill.task import task_names
 
-    path = packaged(f"recipes/{name}.yaml") if name in recipe_names() else None
-    if path is None:
-        raise ConfigError(f"no packaged recipe {name!r}", fix=f"packaged: {', '.join(recipe_names())}")
-    return path.read_text(encoding="utf-8")
+    if name in recipe_names():
+        return ASSETS / "recipes" / f"{name}.yaml"
+    if name in task_names():
+        return ASSETS / name / "task.yaml"
+    known = f"recipes: {', '.join(recipe_names())}; tasks: {', '.join(task_names())}"
+    raise ConfigError(f"no packaged recipe or task {name!r}", fix=known)
 
 
 @click.command()

@@ -13,7 +13,12 @@ _OPTIONS = [
     click.argument("recipe"),
     click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"),
     click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe, such as distill.epochs=2."),
-    click.option("--from", "from_stage", metavar="STAGE", help="Do this stage again, and all that follow from it."),
+    click.option(
+        "--from",
+        "from_stage",
+        metavar="STAGE",
+        help="Do this stage again, and all that follow from it; what an interrupted attempt with the same settings left is gone on with.",
+    ),
     click.option("--dry-run", is_flag=True, help="Say what each stage would read and write, and do nothing."),
     click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output."),
 ]

@@ -9,7 +9,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from mlx_distill.data.even import cut_evenly, spread
+from mlx_distill.data.even import bound_places, cut_evenly, spread
 from mlx_distill.data.packing import Piece, as_lines, lay_out
 from mlx_distill.data.templates import Encoded, render_many
 from mlx_distill.errors import DataError
@@ -91,8 +91,9 @@ def plan_epoch(
     (:func:`~mlx_distill.data.even.spread`). There are as many as if each had ``batch_size`` rows. The weight that counts is that of the
     tokens that are trained: a step of few of them moves the weights as far as one of many, so batches of equal counts cost loss where
     answers are as long as their chats, and batches of equal tokens where they are all of one length. A row weighs at least what its
-    length is of ``len(lengths)`` longest rows, so that a batch of long prompts with short answers stays within a few times ``batch_size``.
-    The same (seed, epoch) gives the same plan; no global random state is read or changed.
+    length is of ``len(lengths)`` longest rows, so that few batches hold many long prompts with short answers. No batch takes more places,
+    rows times the length of its longest, than twice what ``batch_size`` longest rows do (:func:`~mlx_distill.data.even.bound_places`):
+    the memory of a step goes with them. The same (seed, epoch) gives the same plan; no global random state is read or changed.
 
     Args:
         lengths: Tokens of each row.
@@ -114,14 +115,15 @@ def plan_epoch(
     count = batches_per_epoch(len(order), batch_size)
     batches: list[tuple[int, ...]] = []
     heavy = _weigh(lengths, lengths if weights is None else weights)
+    most = 2 * batch_size * max(max(lengths), 1)
     # Windows of as many batches and rows as each other, so that none is a small rest.
     windows = batches_per_epoch(count, _WINDOW)
     for first, end in pairwise(count * window // windows for window in range(windows + 1)):
         rows = order[len(order) * first // count : len(order) * end // count]
         # A stable sort keeps the shuffle among rows of one length.
         rows.sort(key=lambda row: -lengths[row])
-        left = iter(rows)
-        batches += [tuple(islice(left, size)) for size in cut_evenly([heavy[row] for row in rows], end - first)]
+        left, even = iter(rows), cut_evenly([heavy[row] for row in rows], end - first)
+        batches += [tuple(islice(left, size)) for size in bound_places(even, [lengths[row] for row in rows], most)]
     batches.sort(key=lambda rows: -lengths[rows[0]])
     return [batches[number] for number in spread(len(batches), generator)]
 

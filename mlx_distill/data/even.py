@@ -1,4 +1,4 @@
-"""Evenness: rows cut into batches of about one weight, and batches in an order in which each few in a row are alike."""
+"""Evenness: rows cut into batches of about one weight and bounded width, in an order in which each few in a row are alike."""
 
 from __future__ import annotations
 
@@ -25,6 +25,31 @@ def cut_evenly(weights: Sequence[float], batches: int) -> list[int]:
     for number, end in enumerate(ends[:-1]):
         before = ends[number - 1] if number else 0
         ends[number] = min(max(end, before + 1), len(heavy) - batches + number + 1)
+    return [end - start for start, end in pairwise([0, *ends])]
+
+
+def bound_places(sizes: Sequence[int], lengths: Sequence[int], most: int) -> list[int]:
+    """How many rows in a row each batch takes, so that none takes more than ``most`` places: its rows times the length of its longest.
+
+    Where lengths have a gap, a batch that reaches across it holds a few long rows and many short ones, all padded to the long. Its longest
+    rows go to the batch before, as few as will do; where that makes the first one too large, its shortest go to those after it. A cut
+    that is within the bound is not changed. The bound holds wherever it can with so many batches, and it can where ``most`` is at least
+    ``ceil(rows / batches)`` times the longest length.
+
+    Args:
+        sizes: Rows of each batch, in the order of ``lengths``; at least one each.
+        lengths: Of the rows in tokens, the longest first.
+        most: Places of a batch, at least the longest length, and 1.
+
+    >>> bound_places([2, 2, 8], [9, 9, 9, 9, 9, 1, 1, 1, 1, 1, 1, 1], 36), bound_places([3, 1], [9, 1, 1, 1], 18)
+    ([2, 3, 7], [2, 2])
+    """
+    reach = np.arange(len(lengths)) + most // np.maximum(np.asarray(lengths), 1)  # where a batch from each row on ends at the latest
+    ends = np.cumsum(sizes).tolist()
+    for number in range(len(ends) - 1, 0, -1):  # from the last to the first: each begins where it is within the bound
+        ends[number - 1] = max(ends[number - 1], int(np.searchsorted(reach, ends[number])))
+    for number, end in enumerate(ends[:-1]):  # and, for the first, ends there
+        ends[number] = min(end, int(reach[ends[number - 1] if number else 0]))
     return [end - start for start, end in pairwise([0, *ends])]
 
 

@@ -72,8 +72,11 @@ def _read_file(spec: str, base: Path | None) -> Iterator[tuple[str, Row]]:
     if path.suffix.lower() == ".json" and not _is_jsonl(path):
         yield from _read_json(path, spec)
         return
-    for number, row in read_jsonl(path):
-        yield f"{spec}:{number}", row
+    try:
+        for number, row in read_jsonl(path):
+            yield f"{spec}:{number}", row
+    except DataError as error:
+        raise DataError(error.message, fix=f"{error.fix}; data.drop_invalid does not cover such a line") from error
 
 
 def _is_jsonl(path: Path) -> bool:

@@ -77,7 +77,7 @@ def prepare(config: DataConfig, task: Task, base: Path | None, folder: Path, pro
     }
     statistics["warnings"] = _warnings(statistics, task, config)
     write_json(folder / "statistics.json", statistics)
-    for text in statistics["warnings"]:
+    for text in [*_left_out(statistics), *statistics["warnings"]]:
         progress.note(f"prepare: {text}")
     return statistics
 
@@ -263,7 +263,15 @@ def _warnings(statistics: Mapping[str, Any], task: Task, config: DataConfig) -> 
     missing = [label for label in task.labels if not statistics["labels"]["train"].get(label)]
     if missing:
         out.append(f"no training row is labelled {', '.join(missing)}")
-    lost = sum(entry["count"] for entry in statistics["dropped"].values())
-    if lost * 2 > statistics["read"]:
-        out.append(f"{lost} of {statistics['read']} rows were left out")
     return out
+
+
+def _left_out(statistics: Mapping[str, Any]) -> list[str]:
+    """How many rows were left out and why, in a line with the first of them; none where none was."""
+    dropped = statistics["dropped"]
+    if not dropped:
+        return []
+    lost = sum(entry["count"] for entry in dropped.values())
+    why = "; ".join(f"{reason}: {entry['count']}" for reason, entry in dropped.items())
+    first = next(iter(dropped.values()))["examples"][0]
+    return [f"{lost} of {statistics['read']} rows left out ({why}), such as {first}; statistics.json has more"]

@@ -123,7 +123,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
                 ) from error
             except (ValueError, RecursionError) as error:
-                raise DataError(f"{path}:{number}: not JSON: {error}", fix="one JSON object a line is needed") from error
+                reason = f"{error.msg.removesuffix(' at')} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+                raise DataError(f"{path}:{number}: not JSON: {reason}", fix="one JSON object a line is needed") from error
             if not isinstance(row, dict):
                 raise DataError(f"{path}:{number}: a {type(row).__name__}, not an object", fix="one JSON object a line is needed")
             yield number, row

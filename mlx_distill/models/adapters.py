@@ -22,7 +22,7 @@ from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, read_obj
 from mlx_distill.models.dora import DoRASwitchLinear
 from mlx_distill.models.hub import resolve
 from mlx_distill.models.plain import dequantized, plain_like
-from mlx_distill.models.select import linear_layers, train_whole, whole_modules
+from mlx_distill.models.select import check_rank, linear_layers, matrix_shape, train_whole, whole_modules
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 
 ADAPTER_FILE = "adapters.safetensors"
@@ -83,12 +83,13 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
         The paths of the adapted modules, then of those that train whole.
 
     Raises:
-        ModelError: a target that matches nothing, a rank that exceeds a dimension, or packed weights that should train whole.
+        ModelError: a target that matches nothing, a rank above a dimension of any of them, or packed weights that should train whole.
         ConfigError: a module that is to be adapted and to train whole.
     """
     found = linear_layers(model, settings.target_modules)
     whole = whole_modules(model, settings.modules_to_save, [path for path, _ in found])
-    layers = [(path, _wrap(path, module, settings)) for path, module in found]
+    check_rank(found, settings.rank)
+    layers = [(path, _wrap(module, settings)) for path, module in found]
     keys = mx.random.split(mx.random.key(seed), len(layers))
     model.freeze()
     for key, (_, layer) in zip(keys, layers, strict=True):
@@ -98,19 +99,13 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
     return [path for path, _ in layers] + train_whole(whole)
 
 
-def _wrap(path: str, module: Any, settings: LoraSettings) -> Any:
+def _wrap(module: Any, settings: LoraSettings) -> Any:
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear, LoRASwitchLinear
 
     experts = isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
-    outputs, inputs = module.weight.shape[-2], module.weight.shape[-1]
-    if hasattr(module, "bits"):
-        inputs = inputs * 32 // module.bits
-    if not 1 <= settings.rank <= min(outputs, inputs):
-        raise ModelError(
-            f"{path}: rank {settings.rank} does not fit a matrix of {outputs} x {inputs}", fix=f"at most {min(outputs, inputs)}"
-        )
+    inputs = matrix_shape(module)[1]
     if settings.kind not in ("lora", "dora"):
         raise ModelError(f"unknown kind of adapter {settings.kind!r}", fix="lora or dora")
     if settings.kind == "dora":
@@ -219,7 +214,7 @@ def adapter_settings(folder: str | Path) -> LoraSettings:
 def load_adapter(model: Any, folder: str | Path) -> list[str]:
     """Put a saved adapter on its base model, in place, and freeze the rest; return the adapted paths.
 
-    Modules that were trained whole take the place of the base's, in the type of its weights.
+    Modules that were trained whole take the place of the base's, in the type of its weights; of packed ones, in that of its norms.
 
     Raises:
         ModelError: a tensor that fits no module of the model, or in another shape: with file and tensor.
@@ -237,8 +232,12 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
         if path not in modules or not (leaf in _LEAVES or (whole and leaf in modules[path])):
             raise ModelError(f"{info.where} fits no module of the base model", fix="check base in adapter_config.json")
     paths = sorted({path for path, leaf in places.values() if leaf in _LEAVES})
-    layers = [(path, _wrap(path, modules[path], settings)) for path in paths]
-    layers += [(path, _plain(modules[path])) for path in sorted({path for path, leaf in places.values() if leaf in _WHOLE})]
+    check_rank([(path, modules[path]) for path in paths], settings.rank)
+    layers: list[tuple[str, Any]] = [(path, _wrap(modules[path], settings)) for path in paths]
+    layers += [
+        (path, _plain(modules[path], model.model.norm.weight.dtype))
+        for path in sorted({path for path, leaf in places.values() if leaf in _WHOLE})
+    ]
     weights = mx.load(str(folder / ADAPTER_FILE))
     for path, layer in layers:
         for leaf in (*_LEAVES, *_WHOLE):
@@ -254,9 +253,9 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
     return paths
 
 
-def _plain(module: Any) -> Any:
-    # A packed base is no hindrance: what was trained whole takes its place.
-    return plain_like(module, dequantized(module)) if "scales" in module else module
+def _plain(module: Any, dtype: mx.Dtype) -> Any:
+    # A packed base is no hindrance: what was trained whole takes its place, in the type in which the model computes.
+    return plain_like(module, dequantized(module).astype(dtype)) if "scales" in module else module
 
 
 def has_adapter(model: Any) -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DistillError, ModelError
-from mlx_distill.files import Manifest, check_folder, finished_name, read_manifest, sha256
+from mlx_distill.files import Manifest, check_folder, finished_name, partial_folder, read_manifest, sha256
 from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings
 from mlx_distill.models.checkpoint import TensorInfo, read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, read_object
@@ -95,6 +95,12 @@ def inspect(path: str | Path, verify: bool = False) -> InspectReport:
     Raises:
         ModelError: nothing that this package knows, or a damaged checkpoint: with file and tensor.
     """
+    here = Path(path).expanduser()
+    if here.is_file():
+        fix = "give the folder of a model, an adapter, a stage or a run; a recipe is shown by: mlx-distill run RECIPE --dry-run"
+        raise ModelError(f"{path}: a file, not a folder", fix=fix)
+    if not here.exists() and (partial := partial_folder(here)).is_dir():
+        return InspectReport(str(path), "stage", {"state": _how_far(partial)})
     folder = resolve(path)
     manifest = read_manifest(folder)
     problems, hashed = [], 0
@@ -154,10 +160,9 @@ def _run(folder: Path, path: str, verify: bool) -> InspectReport:
 def _how_far(partial: Path) -> str:
     """What a killed or interrupted stage left, in a word or two."""
     saved = sorted(partial.glob("scratch/checkpoints/step-*/state.json"))
-    if not saved:
-        return "not finished"
-    state = read_object(saved[-1])
-    return f"not finished: step {state.get('step')} of {state.get('steps')} saved"
+    state = read_object(saved[-1]) if saved else {}
+    far = f": step {state.get('step')} of {state.get('steps')} saved" if saved else ""
+    return f"not finished{far}; the same command goes on from there"
 
 
 def _summary(name: str, manifest: Manifest) -> str:

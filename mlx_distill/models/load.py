@@ -126,10 +126,10 @@ def _casts(path: str, x: mx.array) -> bool:
 
 
 def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
-    """Replace packed weights by plain ones of the same value, in place; return the paths.
+    """Replace packed weights (linear layers, embeddings, stacks of experts) by plain ones of the same value, in place; return the paths.
 
     More memory, the same numbers to rounding: for a backend whose packed products are slow (the CPU's, twice as slow in training a tiny
-    gpt-oss). What is saved afterwards is still only what was trained.
+    gpt-oss), and for weights that are to move. What is saved afterwards is still only what was trained.
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
@@ -137,7 +137,7 @@ def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
     plain = [
         (path, plain_like(module, dequantized(module).astype(kind)))
         for path, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | QuantizedSwitchLinear)
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear)
     ]
     model.update_modules(tree_unflatten(plain))
     return [path for path, _ in plain]

@@ -56,6 +56,30 @@ def whole_modules(model: Any, names: Sequence[str], adapted: Collection[str] = (
     return found
 
 
+def matrix_shape(module: Any) -> tuple[int, int]:
+    """Outputs and inputs of a linear layer, or of each of a stack of experts, packed or not.
+
+    >>> matrix_shape(nn.Linear(64, 2).to_quantized(32, 4))
+    (2, 64)
+    """
+    outputs, inputs = module.weight.shape[-2:]
+    return outputs, inputs * 32 // module.bits if hasattr(module, "bits") else inputs
+
+
+def check_rank(found: Sequence[tuple[str, Any]], rank: int) -> None:
+    """Refuse a rank that does not fit the smallest of some matrices.
+
+    Raises:
+        ModelError: with the setting, and the most that fits all of them.
+    """
+    if not found:
+        return
+    path, shape = min(((path, matrix_shape(module)) for path, module in found), key=lambda item: min(item[1]))
+    if not 1 <= rank <= min(shape):
+        fix = f"at most {min(shape)}" if rank > 0 else "at least 1"
+        raise ModelError(f"{path}: lora_rank {rank} for a matrix of {shape[0]} x {shape[1]}", fix=fix)
+
+
 def train_whole(modules: Sequence[tuple[str, Any]]) -> list[str]:
     """Let the weights and biases of some modules move, in place; return the paths."""
     for _, module in modules:

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable
 
 import mlx.core as mx
-import mlx.optimizers as optim
+
+from mlx_distill.optim.rounding import RoundingOptimizer
 
 
 def bias_corrections(step: mx.array, betas: tuple[float, float]) -> tuple[mx.array, mx.array]:
@@ -26,7 +27,7 @@ def bias_corrections(step: mx.array, betas: tuple[float, float]) -> tuple[mx.arr
     return first, second
 
 
-class AdamW(optim.Optimizer):
+class AdamW(RoundingOptimizer):
     r"""Adam with decoupled weight decay and bias correction (Loshchilov and Hutter, arXiv 1711.05101), as in PyTorch.
 
     .. math::
@@ -34,13 +35,15 @@ class AdamW(optim.Optimizer):
         w &= (1 - \eta\lambda) w - \eta \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon}
 
     ``mlx.optimizers.AdamW`` keeps the moments in the type of the weights, and in bfloat16 :math:`v` never decays; here they and
-    the arithmetic are float32, and the weight gets its own type back.
+    the arithmetic are float32, and a weight of 16 bits is rounded stochastically
+    (:func:`~mlx_distill.optim.rounding.round_stochastically`), so that small steps are not lost.
 
     Args:
         learning_rate: :math:`\eta`, a number or a function of the step.
         betas: :math:`(\beta_1, \beta_2)`.
         eps: :math:`\epsilon`.
         weight_decay: :math:`\lambda`.
+        seed: Of the rounding.
 
     >>> optimizer = AdamW(0.1)
     >>> round(optimizer.apply_gradients({"w": mx.array([2.0])}, {"w": mx.array([1.0])})["w"].item(), 5)
@@ -53,8 +56,10 @@ class AdamW(optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        *,
+        seed: int = 0,
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         self._maybe_schedule("learning_rate", learning_rate)
         self.betas, self.eps, self.weight_decay = (betas[0], betas[1]), eps, weight_decay
 
@@ -71,4 +76,4 @@ class AdamW(optim.Optimizer):
         v = state["v"] = b2 * state["v"] + (1 - b2) * mx.square(g)
         c1, c2 = bias_corrections(self.step, self.betas)
         w = w * (1 - rate * self.weight_decay)
-        return (w - (rate / c1) * m / (mx.sqrt(v) * mx.rsqrt(c2) + self.eps)).astype(parameter.dtype)
+        return self.rounded(w - (rate / c1) * m / (mx.sqrt(v) * mx.rsqrt(c2) + self.eps), parameter.dtype)

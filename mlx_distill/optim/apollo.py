@@ -23,7 +23,7 @@ def random_basis(shape: tuple[int, ...], rank: int, seed: int, place: int, perio
     (2, 4)
     """
     (side, form), *_ = basis_shapes(shape, rank, "std").items()
-    key = mx.random.key((seed * 1_000_003 + place) * 1_000_033 + period)
+    key = mx.random.key(((seed * 1_000_003 + place) * 1_000_033 + period) % 2**64)
     return {side: mx.random.normal(form, key=key) / math.sqrt(min(rank, *shape[-2:]))}
 
 
@@ -48,7 +48,7 @@ class APOLLO(NamedOptimizer):
         betas: :math:`(\beta_1, \beta_2)`.
         eps: :math:`\epsilon`.
         weight_decay: :math:`\lambda`, after the update.
-        seed: Of the projections; all that need be kept of them.
+        seed: Of the projections, of which nothing else need be kept, and of the rounding.
         filter: Which matrices are scaled so; the others move by AdamW. See :class:`~mlx_distill.optim.galore.GaLoreAdamW`.
 
     >>> optimizer = APOLLO(0.1, rank=1)
@@ -70,10 +70,10 @@ class APOLLO(NamedOptimizer):
         seed: int = 0,
         filter: Filter | None = None,
     ) -> None:
-        super().__init__(learning_rate, betas, eps, weight_decay, filter)
+        super().__init__(learning_rate, betas, eps, weight_decay, filter, seed)
         if rank < 1 or update_gap < 1:
             raise ConfigError(f"APOLLO with rank {rank} and gap {update_gap}", fix="both are at least 1")
-        self.rank, self.update_gap, self.scale, self.channels, self.seed = rank, update_gap, scale, channels, seed
+        self.rank, self.update_gap, self.scale, self.channels = rank, update_gap, scale, channels
 
     def init_named(self, path: str, parameter: mx.array, state: dict) -> None:
         """Moments in the subspace, and the norm of the last direction (0: there was none)."""

@@ -32,7 +32,7 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optim.Optimizer:
     'GaLoreAdamW'
     """
     rate = make_schedule(config.schedule, config.learning_rate, total_steps, warmup=config.warmup)
-    decay, chosen = config.weight_decay, by_modules(config.target_modules)
+    decay, seed, chosen = config.weight_decay, config.seed, by_modules(config.target_modules)
     if config.method == "galore":
         return GaLoreAdamW(
             rate,
@@ -46,12 +46,13 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optim.Optimizer:
             refresh_below=config.galore_refresh_below,
             filter=chosen,
             group=mx.distributed.init() if rank_and_size()[1] > 1 else None,
+            seed=seed,
         )
-    scale, seed = config.apollo_scale, config.seed
+    scale = config.apollo_scale
     if config.method == "apollo":
         gap, scale = config.apollo_update_gap, 1.0 if scale is None else scale
         return APOLLO(rate, config.apollo_rank, gap, scale, weight_decay=decay, seed=seed, filter=chosen)
     if config.method == "apollo-mini":
         scale = MINI_SCALE if scale is None else scale
         return APOLLOMini(rate, config.apollo_update_gap, scale, weight_decay=decay, seed=seed, filter=chosen)
-    return AdamW(rate, weight_decay=decay)
+    return AdamW(rate, weight_decay=decay, seed=seed)

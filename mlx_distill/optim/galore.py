@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import mlx.core as mx
@@ -55,6 +55,7 @@ class GaLoreAdamW(NamedOptimizer):
             :func:`~mlx_distill.optim.named.is_projected`, goes by the names that mlx-lm gives embeddings, norms, head, router and adapters;
             for others say it yourself, or by :func:`~mlx_distill.optim.named.by_modules`. The path is the dotted name in the tree given.
         group: Ranks that share the work: each matrix's basis is computed by one of them and sent to all.
+        seed: Of the rounding of weights of 16 bits, which is stochastic.
 
     >>> optimizer = GaLoreAdamW(0.1, rank=1)
     >>> new = optimizer.apply_gradients({"w": mx.array([[3.0, 0.0], [0.0, 1.0]])}, {"w": mx.ones((2, 2))})
@@ -79,8 +80,9 @@ class GaLoreAdamW(NamedOptimizer):
         refresh_below: float = 0.0,
         filter: Filter | None = None,
         group: Any = None,
+        seed: int = 0,
     ) -> None:
-        super().__init__(learning_rate, betas, eps, weight_decay, filter)
+        super().__init__(learning_rate, betas, eps, weight_decay, filter, seed)
         if not all(isinstance(number, int) and number >= 1 for number in (rank, update_gap)):
             raise ConfigError(f"GaLore with rank {rank!r} and gap {update_gap!r}", fix="both are whole numbers, at least 1")
         if scale < 0 or not 0 <= refresh_below <= 1:
@@ -92,6 +94,12 @@ class GaLoreAdamW(NamedOptimizer):
         sides_of((1, 1), projection)
         self.rank, self.update_gap, self.scale, self.projection = rank, update_gap, scale, projection
         self.moments, self.basis, self.stagger, self.refresh_below, self.group = moments, basis, stagger, refresh_below, group
+        self._refreshed: dict[str, int] = {}  # the update before which a basis was looked at last
+
+    def init(self, parameters: dict) -> None:
+        """Make the state of each parameter that has none yet."""
+        self._refreshed.clear()
+        super().init(parameters)
 
     def init_named(self, path: str, parameter: mx.array, state: dict) -> None:
         """Zero bases (the first step fills them) and zero moments; ``age`` counts the updates that the moments have seen."""
@@ -114,16 +122,23 @@ class GaLoreAdamW(NamedOptimizer):
         return self.corrected_rate(state["age"]) * self.scale * project_back(self.adam(low, state), basis_of(state))
 
     def due(self, path: str) -> bool:
-        """Whether the next update of that matrix begins with a refresh of its basis."""
+        """Whether the next update of that matrix begins with a refresh of its basis that is still to be done."""
+        if self._refreshed.get(path) == self.count:
+            return False
         if self.count == 0:
             return True
         phase = self.chosen[path] * self.update_gap // max(len(self.chosen), 1) if self.stagger else 0
         return (self.count - phase) % self.update_gap == 0
 
+    def due_whole(self, parameters: Mapping[str, mx.array]) -> list[str]:
+        """The matrices whose gradient the next update needs whole, to find a basis in it."""
+        self.count = int(self.step.item())
+        return [path for path, p in parameters.items() if path in self.chosen and self.due(path) and self._shrinks(path, p)]
+
     def compress(self, path: str, gradient: mx.array) -> mx.array:
         """A gradient in its subspace, to be added up over micro-batches and ranks: exact, because projecting is linear.
 
-        What has no basis, or gets a new one at the next update, stays whole. Give the sum to :meth:`enter`, then to ``update``.
+        What has no basis yet, or is to get a new one, stays whole. Give the sum to :meth:`enter`, then to ``update``.
         """
         self.count = int(self.step.item())
         if path not in self.chosen or self.due(path) or not self._shrinks(path, gradient):
@@ -153,11 +168,16 @@ class GaLoreAdamW(NamedOptimizer):
         return project(gradient, basis_of(state))
 
     def _refresh(self, path: str, gradient: mx.array, state: dict) -> None:
+        self._refreshed[path] = self.count
         old = basis_of(state) if self.count else None
         fresh = state["fresh"].item() if self.refresh_below > 0 else 0.0
         if old is not None and fresh > 0 and captured(gradient, old) >= self.refresh_below * fresh:
             return
         new = self._find(path, gradient, old)
+        if old is not None and gradient.ndim == 3:
+            # An expert that saw no token has no gradient to find a basis in, and would keep whatever came out for a whole gap.
+            seen = mx.abs(gradient).max(axis=(-2, -1), keepdims=True) > 0
+            new = {side: mx.where(seen, array, old[side]) for side, array in new.items()}
         if old is not None and self.moments == "reset":
             state["m"], state["v"], state["age"] = mx.zeros_like(state["m"]), mx.zeros_like(state["v"]), mx.array(0, mx.uint32)
         elif old is not None and self.moments == "project":
@@ -177,8 +197,9 @@ class GaLoreAdamW(NamedOptimizer):
             new = find_basis(gradient, self.rank, self.projection, self.basis, old)
         if size > 1:
             new = {side: mx.distributed.all_sum(array, group=self.group) for side, array in new.items()}
-        # Laid out as a checkpoint gives them back: BLAS rounds a transposed view otherwise.
-        new = {side: mx.contiguous(array) for side, array in new.items()}
+        # Laid out as a checkpoint gives them back: BLAS rounds a transposed view otherwise. (mx.contiguous would leave the strides of one
+        # with a side of 1 as they are.)
+        new = {side: array.reshape(-1).reshape(array.shape) for side, array in new.items()}
         mx.eval(new)
         return new
 

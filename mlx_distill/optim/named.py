@@ -10,6 +10,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_distill.optim.adamw import bias_corrections
+from mlx_distill.optim.rounding import RoundingOptimizer
 
 Filter = Callable[[str, mx.array], bool]
 
@@ -17,6 +18,7 @@ Filter = Callable[[str, mx.array], bool]
 # adapters are of low rank already.
 FULL_SPACE = ("embed", "wte", "wpe", "lm_head", "norm", "router", "lora_", "sinks", "bias")
 _STACKED = ("experts", "switch")
+_ROUTER = "gate"  # mlx-lm's name for it in most models of experts, and no part of a longer one such as gate_proj
 
 
 def is_projected(path: str, parameter: mx.array) -> bool:
@@ -29,7 +31,7 @@ def is_projected(path: str, parameter: mx.array) -> bool:
     (True, False)
     """
     parts = path.lower().split(".")
-    if any(word in part for word in FULL_SPACE for part in parts):
+    if _ROUTER in parts or any(word in part for word in FULL_SPACE for part in parts):
         return False
     return parameter.ndim == 2 or (parameter.ndim == 3 and any(word in part for word in _STACKED for part in parts))
 
@@ -48,11 +50,11 @@ def by_modules(names: Sequence[str]) -> Filter:
     return chosen
 
 
-class NamedOptimizer(optim.Optimizer):
+class NamedOptimizer(RoundingOptimizer):
     """An MLX optimizer whose rule knows the path of each parameter and whether ``filter`` chose it.
 
     What the filter does not choose moves by AdamW as the reference of GaLore has it: epsilon before the correction of the bias, decay after
-    the update. State and arithmetic are float32, and the weight gets its own type back.
+    the update. State and arithmetic are float32; a weight of 16 bits is rounded stochastically.
     """
 
     def __init__(
@@ -62,8 +64,9 @@ class NamedOptimizer(optim.Optimizer):
         eps: float,
         weight_decay: float,
         filter: Filter | None,
+        seed: int,
     ) -> None:
-        super().__init__()
+        super().__init__(seed)
         self._maybe_schedule("learning_rate", learning_rate)
         self.betas, self.eps, self.weight_decay = (betas[0], betas[1]), eps, weight_decay
         self.filter = filter or is_projected
@@ -98,7 +101,7 @@ class NamedOptimizer(optim.Optimizer):
             self.init(gradients)
         for name, schedule in self._schedulers.items():
             self.state[name] = schedule(self.step)
-        self.count = int(self.step.item())
+        self.count, self._place = int(self.step.item()), 0
         self.state["step"] = self.step + 1
         return tree_map_with_path(self._apply_named, gradients, parameters, self.state)
 
@@ -110,7 +113,7 @@ class NamedOptimizer(optim.Optimizer):
             w = w - self.corrected_rate() * self.adam(g, state)
         if self.weight_decay > 0:
             w = w * (1 - self.learning_rate * self.weight_decay)
-        return w.astype(parameter.dtype)
+        return self.rounded(w, parameter.dtype)
 
     def adam(self, g: mx.array, state: dict) -> mx.array:
         r"""Move both moments; :math:`M / (\sqrt V + \epsilon)`, the bias not corrected yet."""

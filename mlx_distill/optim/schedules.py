@@ -83,8 +83,8 @@ def check_schedule(name: str, warmup: float) -> None:
     if not 0 <= warmup <= 1:
         raise ConfigError(f"a warm-up over {warmup:g} of the run", fix="warmup is a share of the steps, 0 to 1")
     if warmup + (_WSD_DECAY if name == "wsd" else 0) > 1 or (warmup == 1 and name != "constant"):
-        most = "at most 0.8" if name == "wsd" else "below 1"
-        raise ConfigError(f"a {name} schedule with a warm-up over {warmup:g} of the steps is longer than the run", fix=f"warmup: {most}")
+        most = "at most 0.8, as wsd falls over the last fifth" if name == "wsd" else "below 1"
+        raise ConfigError(f"schedule: {name} with warmup: {warmup:g} is longer than the run", fix=f"warmup is a share of the steps: {most}")
 
 
 def scheduled_steps(optimizer: optim.Optimizer) -> int | None:

@@ -55,7 +55,8 @@ def encoded_rows(
     store = Store(place, Piece)
     report = EncodeReport(**store.facts)
     if report.left_out:
-        context.progress.note(f"{name}: {split}: {report}")
+        limit = f"; max_length is {settings.max_length}" if report.too_long else ""
+        context.progress.note(f"{name}: {split}: {report}{limit}")
     return store
 
 

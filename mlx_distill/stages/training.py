@@ -135,11 +135,14 @@ def _batches(
         make_lines(some.lengths.tolist(), settings.max_length, settings.seed, settings.packing, few_widths=settings.compile)
         for some in (rows, valid)
     )
-    if settings.packing:
-        share = lines.fill(settings.max_length)
-        context.progress.note(f"{name}: {len(rows)} rows in {len(lines.rows)} lines of {settings.max_length} tokens, {share:.1%} full")
-    rank, ranks = rank_and_size()
     batch_size = settings.batch_size
+    if settings.packing:
+        full = f"{settings.max_length} tokens, {lines.fill(settings.max_length):.1%} full"
+        context.progress.note(f"{name}: {len(rows)} rows in {len(lines.rows)} lines of {full}; batch_size {batch_size} counts lines")
+    rank, ranks = rank_and_size()
+    if ranks > 1 and rank == 0:
+        some = f"{batch_size * settings.accumulate * ranks} {'lines' if settings.packing else 'rows'} a step"
+        context.progress.note(f"{name}: {ranks} ranks: batch_size {batch_size} x accumulate {settings.accumulate} x {ranks} = {some}")
     weights, looked = (of.weigh(some.counted.tolist()) for of, some in ((lines, rows), (look, valid)))
     source = RowBatches(
         lines.sizes, lambda chosen: collate(rows, lines.batch(chosen), lines.multiple), batch_size, settings.seed, weights=weights,

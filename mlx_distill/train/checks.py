@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_distill.config import keyed
+from mlx_distill.config import changes, keyed
 from mlx_distill.errors import ConfigError
 from mlx_distill.files import read_json
 from mlx_distill.optim.schedules import check_schedule
+from mlx_distill.progress import counted
 from mlx_distill.recipe import TrainConfig
+from mlx_distill.runtime import rank_and_size
 from mlx_distill.train import checkpoint
 from mlx_distill.train.methods import make_trainable
 from mlx_distill.train.streaming import check_streaming
@@ -55,13 +57,14 @@ def check_model(folder: str | Path, settings: TrainConfig, *, unpack: bool = Fal
     return make_trainable(model, settings)
 
 
-def check_leftover(checkpoints: Path, settings: TrainConfig, command: str) -> None:
-    """Refuse to begin anew over the checkpoints of an unfinished training of other settings, data or another model.
+def check_leftover(checkpoints: Path, settings: TrainConfig, command: str, fits: bool) -> None:
+    """Refuse to begin anew over the checkpoints of an unfinished training of other settings, data or another model, or on other ranks.
 
     Args:
         checkpoints: What a killed or interrupted stage left.
         settings: Those wanted now.
         command: The stage, for the cure.
+        fits: Whether that stage had the key of the one wanted now.
 
     Raises:
         ConfigError: there are some, with what was different.
@@ -70,14 +73,18 @@ def check_leftover(checkpoints: Path, settings: TrainConfig, command: str) -> No
     if path is None:
         return
     state = read_json(path / checkpoint.STATE)
-    old = state.get("settings", {})
-    new = keyed(settings)
-    changed = [f"{name} was {old[name]}, is {value}" for name, value in new.items() if name in old and old[name] != value]
-    if changed:
+    left = f"{path}: {state.get('step')} steps of an unfinished {command}"
+    ranks = len(state.get("random", []))
+    if fits and ranks != rank_and_size()[1]:
+        raise ConfigError(
+            f"{left} on {counted(ranks, 'rank')}, not {rank_and_size()[1]}",
+            fix=f"launch as many as before, or give it up: --from {command}",
+        )
+    if fits:
+        return
+    old, new = state.get("settings", {}), keyed(settings)
+    if changed := changes({name: old[name] for name in new if name in old}, {name: new[name] for name in new if name in old}):
         what = f"other settings ({', '.join(changed)})"
     else:
         what = "other data or another model" if set(new) <= set(old) else "another version of this package"
-    raise ConfigError(
-        f"{path}: {state.get('step')} steps of an unfinished {command} with {what}",
-        fix=f"restore them to go on from there, or give it up: --from {command}",
-    )
+    raise ConfigError(f"{left} with {what}", fix=f"restore them to go on from there, or give it up: --from {command}")

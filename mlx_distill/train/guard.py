@@ -1,4 +1,4 @@
-"""The guard against NaN: stop before the weights are touched, name the rows, keep the batch."""
+"""The guard against NaN: stop before the weights are touched, name the rows, keep the batch; and never keep weights that are no numbers."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import NoReturn
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from mlx_distill.errors import DataError
 from mlx_distill.files import atomic_path, write_json
 from mlx_distill.records import Batch
+from mlx_distill.train import checkpoint
 from mlx_distill.train.gradients import Window
 
 _UNTOUCHED = "the weights are those of the step before"
@@ -53,3 +56,25 @@ def stop_on_nan(
         f"step {step}: the {what} is not a number (rows {shown or 'unknown'}); the batch is in {folder / name}.safetensors",
         fix=f"look at those rows, or lower the learning rate; {'the last checkpoint stands' if moved else _UNTOUCHED}",
     )
+
+
+def check_weights(model: nn.Module, folder: Path, step: int) -> None:
+    """Refuse to keep trained weights of which one is NaN or infinite: a finite gradient can still throw them out of a small type's range.
+
+    Raises:
+        DataError: naming the first such weight.
+    """
+    for path, weight in tree_flatten(model.trainable_parameters()):
+        if not mx.isfinite(weight).all().item():
+            stop_on_weights(folder, step, f"{path} holds numbers that are not finite")
+
+
+def stop_on_weights(folder: Path, step: int, what: str) -> NoReturn:
+    """End a run whose weights are spoilt already.
+
+    Raises:
+        DataError: always, saying which checkpoint stands.
+    """
+    last = checkpoint.latest(folder / "checkpoints")
+    stands = f"the checkpoint {last} stands" if last else "there is no checkpoint yet"
+    raise DataError(f"after step {step} {what}", fix=f"lower the learning rate and start again; {stands}")

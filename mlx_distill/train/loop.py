@@ -17,6 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_distill.config import keyed
 from mlx_distill.errors import ConfigError
 from mlx_distill.optim.schedules import scheduled_steps
+from mlx_distill.progress import counted
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag, reset_peak_memory, stop_on_signal
@@ -73,7 +74,8 @@ def train(
 
     One step takes ``accumulate`` micro-batches a rank: see :func:`~mlx_distill.train.gradients.window_gradients`. The gradient is
     clipped by its global norm, a loss or norm that is not finite ends the run before the weights are touched, and a run that
-    was killed anywhere goes on bitwise as if it had not been.
+    was killed anywhere goes on bitwise as if it had not been. A step whose batches have nothing to train on counts and moves nothing, and the
+    schedule waits for the next.
 
     Args:
         model: Only what is not frozen moves. On return it holds the last weights, or with ``settings.use_best`` the best ones.
@@ -180,7 +182,7 @@ def _start(
         )
     if len(state["random"]) != ranks.size:
         raise ConfigError(
-            f"{where}: checkpoints of {len(state['random'])} ranks, not {ranks.size}",
+            f"{where}: checkpoints of {counted(len(state['random']), 'rank')}, not {ranks.size}",
             fix=f"launch as many as before, or delete {where} and start again",
         )
     if path is not None:

@@ -27,7 +27,7 @@ class MetricsLog:
         with os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab+")
-            self.file.truncate(start)
+            self.file.truncate(min(start, os.fstat(self.file.fileno()).st_size))  # longer than it is would fill it with zeros
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One line, handed to the system at once so that a watcher sees it."""

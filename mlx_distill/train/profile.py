@@ -22,6 +22,8 @@ _MEANING = {
     "other": "the loop itself",
 }
 
+_NO_STEP = "no step was taken: nothing to measure (--from teach, or --from distill, takes them again)"
+
 
 @dataclass
 class Profile:
@@ -58,7 +60,7 @@ class Profile:
     @property
     def lines(self) -> list[str]:
         """The table, for people."""
-        return [line for stage in self.to_dict()["stages"] for line in _table(stage)] or ["no step was taken: nothing to measure"]
+        return [line for stage in self.to_dict()["stages"] for line in _table(stage)] or [_NO_STEP]
 
     def to_dict(self) -> dict[str, Any]:
         """By stage: steps, seconds a step, tokens a second, the first step's seconds, and seconds a step by part."""
@@ -72,7 +74,7 @@ def _summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     return {
         "stage": name,
         "steps": len(later),
-        "seconds": seconds,
+        "seconds_per_step": seconds,
         "tokens_per_second": sum(row["tokens"] for row in later) / max(seconds * len(later), 1e-9),
         "first_step_seconds": sum(first["timing"].values()),
         "first_step_apart": len(rows) > 1,
@@ -81,7 +83,7 @@ def _summary(name: str, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _table(stage: Mapping[str, Any]) -> list[str]:
-    count, whole, first = stage["steps"], stage["seconds"], stage["first_step_seconds"]
+    count, whole, first = stage["steps"], stage["seconds_per_step"], stage["first_step_seconds"]
     steps = f"{count} step{'s' if count > 1 else ''} of {1e3 * whole:.1f} ms"
     head = f"{stage['stage']}: {steps}, {stage['tokens_per_second']:.0f} tokens a second"
     apart = f" (first step: {1e3 * first:.1f} ms, not counted)" if stage["first_step_apart"] else ""

@@ -21,13 +21,14 @@ from mlx_distill.runtime import StopFlag, peak_memory
 from mlx_distill.train import checkpoint
 from mlx_distill.train.cut import Trunk
 from mlx_distill.train.gradients import Compress, Window, apply_update, clip_scale, evaluate, global_norm, window_gradients
-from mlx_distill.train.guard import stop_on_nan
+from mlx_distill.train.guard import check_weights, stop_on_nan, stop_on_weights
 from mlx_distill.train.hooks import Hook
 from mlx_distill.train.length import epoch_batches
 from mlx_distill.train.metrics import MetricsLog
 from mlx_distill.train.objectives import Objective, trained_tokens
 from mlx_distill.train.randomness import random_key
 from mlx_distill.train.ranks import Ranks
+from mlx_distill.train.refresh import entered_in_groups, frozen
 from mlx_distill.train.source import BatchSource
 from mlx_distill.train.stopwatch import Stopwatch
 from mlx_distill.train.streaming import streamed_step
@@ -134,9 +135,15 @@ def _move(setup: Setup, run: Run, window: Sequence[Batch]) -> tuple[Window, floa
     # At once into the subspace where there is nothing to add up.
     alone = setup.settings.accumulate == 1 and setup.ranks.size == 1
     compress: Compress | None = getattr(optimizer, "enter" if alone else "compress", None)
-    result = window_gradients(model, window, objective, setup.ranks, compress, watch, setup.trunk)
+    entered: dict[str, mx.array] = {}
+    if low and not alone:
+        entered = entered_in_groups(model, optimizer, lambda: window_gradients(model, window, objective, setup.ranks, compress, watch))
+    with frozen(model, entered):
+        # A compiled trunk holds what does not move as constants, so it serves only where all of them move that did.
+        result = window_gradients(model, window, objective, setup.ranks, compress, watch, None if entered else setup.trunk)
     if not result.gradients:
         return result, 0.0
+    result.gradients.update(entered)
     with watch.part("clip"):
         norm = global_norm(result.gradients)
     guard(result, norm)
@@ -175,6 +182,8 @@ def _look(setup: Setup, run: Run, row: dict[str, Any]) -> bool:
     if not setup.valid or not every or (run.step % every and run.step != setup.steps):
         return False
     found = evaluate(setup.model, setup.valid, setup.objective, setup.ranks)
+    if not all(map(math.isfinite, found.values())):
+        stop_on_weights(setup.folder, run.step, "the validation loss is not a number")
     row |= {f"valid_{name}": value for name, value in found.items()}
     if run.best_loss is None or found["loss"] < run.best_loss:
         run.best_step, run.best_loss, run.waiting = run.step, found["loss"], 0
@@ -186,7 +195,8 @@ def _look(setup: Setup, run: Run, row: dict[str, Any]) -> bool:
 
 
 def _save(setup: Setup, run: Run) -> None:
-    """Write a checkpoint; every rank takes part, rank 0 writes."""
+    """Write a checkpoint of weights that are numbers; every rank takes part, rank 0 writes."""
+    check_weights(setup.model, setup.folder, run.step)
     keys = setup.ranks.gather(random_key())
     if setup.ranks.rank == 0:
         state = {

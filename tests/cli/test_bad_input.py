@@ -79,6 +79,24 @@ def test_bad_rows(prepare: Callable[..., Any], tmp_path: Path, content: bytes, p
     assert prepare().exit_code == 0
 
 
+def test_a_line_that_is_no_json_is_named_once_with_its_column(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a red heron", "colour": "yes"}\n{"text": "a \x07 heron", "colour": "no"}\n')
+    result = prepare("--set", "data.drop_invalid=true")
+    refuses(result, 1, "rows.jsonl:2: not JSON: Invalid control character at column 13")
+    assert "line 1" not in result.stderr and "at at" not in result.stderr
+    assert "drop_invalid does not cover such a line" in result.stderr
+
+
+def test_rows_that_were_left_out_are_told(prepare: Callable[..., Any], tmp_path: Path) -> None:
+    assert "left out" not in prepare().stderr
+    with open(tmp_path / "rows.jsonl", "a", encoding="utf-8") as file:
+        file.write('{"text": "a red heron"}\n')
+    result = prepare("--set", "data.drop_invalid=true")
+    assert result.exit_code == 0, result.output
+    (line,) = [line for line in result.stderr.splitlines() if "left out" in line]
+    assert line.startswith("prepare: 1 of 41 rows left out (does not fit the task: 1), such as rows.jsonl:41: no assistant turn")
+
+
 def test_missing_rows(prepare: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").unlink()
     refuses(prepare(), 1, "rows.jsonl")

@@ -16,7 +16,8 @@ from mlx_distill import __version__
 from mlx_distill.cli import cli
 from mlx_distill.cli.main import COMMANDS, Commands, explain
 from mlx_distill.errors import ConfigError, DataError, Interrupted
-from mlx_distill.recipe import recipe_names
+from mlx_distill.recipe import load_recipe, recipe_names
+from mlx_distill.task import Task, task_names
 
 PUBLIC = "demo run prepare convert teach targets distill quantize evaluate analyze export inspect doctor recipes".split()
 
@@ -121,9 +122,13 @@ def test_doctor_reports_and_succeeds(runner: Any) -> None:
 def test_recipes_are_listed_shown_and_copied(runner: Any, tmp_path: Path) -> None:
     listed = runner.invoke(cli, ["recipes"])
     assert listed.exit_code == 0
-    assert [line.split()[0] for line in listed.stdout.splitlines()] == recipe_names()
+    recipes, _, rest = listed.stdout.partition("\n\n")
+    heading, *tasks = rest.splitlines()
+    assert [line.split()[0] for line in recipes.splitlines()] == recipe_names()
+    assert heading.startswith("tasks ") and [line.split()[0] for line in tasks] == task_names()
+    assert all(line.endswith(".") for line in [*recipes.splitlines(), *tasks])
     assert runner.invoke(cli, ["recipes", "list"]).stdout == listed.stdout
-    for name in recipe_names():
+    for name in [*recipe_names(), *task_names()]:
         shown = runner.invoke(cli, ["recipes", "show", name])
         copied = runner.invoke(cli, ["recipes", "copy", name, str(tmp_path)])
         assert copied.exit_code == 0, copied.output
@@ -133,11 +138,21 @@ def test_recipes_are_listed_shown_and_copied(runner: Any, tmp_path: Path) -> Non
         assert "exists already" in again.stderr
 
 
+def test_a_copied_task_is_what_a_recipe_beside_it_may_name(runner: Any, tmp_path: Path) -> None:
+    for name in ("tiny", "music"):
+        said = runner.invoke(cli, ["recipes", "copy", name, str(tmp_path / f"my_{name}.yaml")]).stdout
+    assert said.endswith("my_music.yaml; edit it; a recipe beside it says task: my_music.yaml\n")
+    task = tmp_path / "my_music.yaml"
+    task.write_text(task.read_text(encoding="utf-8").replace("You are an adviser", "You are a critic"), encoding="utf-8")
+    assert load_recipe(tmp_path / "my_tiny.yaml", ["task=my_music.yaml"]).load_task().system.startswith("You are a critic")
+
+
 def test_unknown_recipe_names_the_packaged_ones(runner: Any) -> None:
     for arguments in (["recipes", "show", "nope"], ["recipes", "show", "../music/task"], ["recipes", "copy", "nope", "x.yaml"]):
         result = runner.invoke(cli, arguments)
         assert result.exit_code == 2
-        assert result.stderr.startswith("error: no packaged recipe")
+        assert result.stderr.startswith("error: no packaged recipe or task")
+        assert "tiny" in result.stderr and "tasks: moderation, music" in result.stderr
 
 
 def _mlx_distill(*arguments: str, cwd: Path, **options: Any) -> subprocess.CompletedProcess[str]:
@@ -152,7 +167,7 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
 
 
 def test_every_key_of_a_recipe_is_explained_with_its_default(runner: Any) -> None:
-    from mlx_distill.recipe import Recipe, load_recipe
+    from mlx_distill.recipe import Recipe
 
     result = runner.invoke(cli, ["recipes", "keys"])
     assert result.exit_code == 0, result.output
@@ -160,7 +175,7 @@ def test_every_key_of_a_recipe_is_explained_with_its_default(runner: Any) -> Non
     raw = json.loads(runner.invoke(cli, ["recipes", "keys", "--json"]).stdout)
     sections = {part["name"]: {key["name"]: key for key in part["keys"]} for part in raw["sections"]}
     assert list(sections) == [
-        "recipe", "data", "data.sources", "convert", "teach", "targets", "distill", "quantize", "evaluate", "controls"
+        "recipe", "data", "data.sources", "convert", "teach", "targets", "distill", "quantize", "evaluate", "controls", "task"
     ]  # fmt: skip
     for name, keys in sections.items():
         assert all(key["help"] for key in keys.values()), name
@@ -181,3 +196,15 @@ def test_the_keys_of_one_section_and_of_one_that_there_is_not(runner: Any) -> No
     bad = runner.invoke(cli, ["recipes", "keys", "destill"])
     assert bad.exit_code != 0 and bad.stdout == ""
     assert "sections: recipe, data, data.sources" in bad.stderr
+
+
+def test_the_keys_of_a_task_are_explained(runner: Any) -> None:
+    result = runner.invoke(cli, ["recipes", "keys", "task"])
+    head, *lines = result.stdout.splitlines()
+    assert head.startswith("task: ")
+    assert {f.name for f in dataclasses.fields(Task)} <= {line.split()[0] for line in lines}
+    assert any("most tokens of an answer [whole number; default: 256]" in line for line in lines)
+
+
+def test_help_of_from_says_what_is_gone_on_with(runner: Any) -> None:
+    assert "with the same settings left is gone on with" in " ".join(runner.invoke(cli, ["teach", "--help"]).stdout.split())

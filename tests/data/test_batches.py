@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, strategies
 
 from mlx_distill.data.batches import BatchList, EncodeReport, batches_per_epoch, collate, encode_rows, plan_epoch
-from mlx_distill.data.even import cut_evenly, spread
+from mlx_distill.data.even import bound_places, cut_evenly, spread
 from mlx_distill.data.packing import Piece
 from mlx_distill.errors import DataError
 from mlx_distill.records import Batch, Example, Message
@@ -41,8 +41,8 @@ def test_every_row_comes_exactly_once_an_epoch(lengths: list[int], size: int, se
         assert plan == plan_epoch(lengths, size, seed, epoch=2)
     assert sorted(itertools.chain(*plan)) == list(range(len(lengths)))
     assert len(plan) == batches_per_epoch(len(lengths), size) and all(plan)
-    # What a batch takes with its pads is no more than a few times ``size`` of the longest rows would.
-    assert all(padded(lengths, rows) <= 3 * size * max(lengths) for rows in plan)
+    # What a batch takes with its pads is no more than twice what ``size`` of the longest rows would.
+    assert all(padded(lengths, rows) <= 2 * size * max(lengths) for rows in plan)
 
 
 def padded(lengths: list[int], rows: tuple[int, ...]) -> int:
@@ -65,10 +65,78 @@ def test_batches_are_even_in_what_is_trained() -> None:
     lengths = CHATS[2000]
     assert {len(rows) for rows in plan_epoch(lengths, 8, 0, 0, [30] * 2000)} == {8}
     few = [1] * 1990 + [1000] * 10  # nearly all that is trained is in ten rows
-    assert max(padded(lengths, rows) for rows in plan_epoch(lengths, 8, 0, 0, few)) < 3 * 8 * max(lengths)
+    assert max(padded(lengths, rows) for rows in plan_epoch(lengths, 8, 0, 0, few)) <= 2 * 8 * max(lengths)
     trained = [length // 3 for length in lengths]
     sums = [sum(trained[row] for row in rows) for rows in plan_epoch(lengths, 8, 0, 0, trained)]
     assert np.std(sums) / np.mean(sums) < 0.15
+
+
+def unbounded(lengths: list[int], size: int, seed: int, weights: Sequence[float] | None = None) -> list[tuple[int, ...]]:
+    """The plan as it is if nothing bounds the places of a batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_distill.data.batches.bound_places", lambda sizes, lengths, most: sizes)
+        return plan_epoch(lengths, size, seed, 0, weights)
+
+
+@given(
+    kinds=strategies.lists(strategies.tuples(strategies.integers(1, 1024), strategies.integers(1, 150)), min_size=1, max_size=4),
+    size=strategies.integers(1, 16),
+    seed=strategies.integers(0, 9),
+    trained=strategies.sampled_from([lambda n: n, lambda n: n // 3 + 1, lambda n: 2000 // n, lambda n: 1 + (n % 7 == 0) * 500]),
+)
+def test_gaps_between_lengths_make_no_batch_large(
+    kinds: list[tuple[int, int]], size: int, seed: int, trained: Callable[[int], int]
+) -> None:
+    """A mixture of a few kinds of rows, each of about one length, whatever of them is trained."""
+    lengths = [length + row % 5 for length, count in kinds for row in range(count)]
+    weights = [trained(length) for length in lengths]
+    plan, free = plan_epoch(lengths, size, seed, 0, weights), unbounded(lengths, size, seed, weights)
+    assert sorted(itertools.chain(*plan)) == list(range(len(lengths)))
+    assert len(plan) == len(free) == batches_per_epoch(len(lengths), size) and all(plan)
+    most = 2 * size * max(lengths)
+    assert all(padded(lengths, rows) <= most for rows in plan)
+    assert plan == free or max(padded(lengths, rows) for rows in free) > most
+
+
+@given(
+    lengths=strategies.lists(strategies.sampled_from([0, 1, 2, 3, 20, 21, 300, 500]), min_size=1, max_size=60),
+    share=strategies.floats(0, 1),
+    spare=strategies.integers(0, 1000),
+    cuts=strategies.randoms(use_true_random=False),
+)
+def test_a_bound_holds_for_any_cut_and_changes_none_within_it(lengths: list[int], share: float, spare: int, cuts: random.Random) -> None:
+    lengths, count = sorted(lengths, reverse=True), 1 + int(share * (len(lengths) - 1))
+    ends = [0, *sorted(cuts.sample(range(1, len(lengths)), count - 1)), len(lengths)]
+    sizes = [end - start for start, end in itertools.pairwise(ends)]
+    most = batches_per_epoch(len(lengths), count) * max(lengths[0], 1) + spare
+
+    def places(sizes: list[int]) -> list[int]:
+        return [rows * lengths[start] for rows, start in zip(sizes, [0, *itertools.accumulate(sizes)], strict=False)]
+
+    found = bound_places(sizes, lengths, most)
+    assert len(found) == count and min(found) > 0 and sum(found) == len(lengths)
+    assert max(places(found)) <= most
+    assert found == sizes or max(places(sizes)) > most
+
+
+@pytest.mark.parametrize("share", [1, 0.3])
+def test_long_rows_and_short_ones_with_nothing_between_share_no_large_batch(share: float) -> None:
+    """Half 500 tokens, half 20: eight long rows take 4,000 places, one batch took 25,000 and more, and the epoch 15 % pads."""
+    lengths = [500, 20] * 500
+    weights = [length * share for length in lengths]
+    plan, free = plan_epoch(lengths, 8, 0, 0, weights), unbounded(lengths, 8, 0, weights)
+    largest, was = (max(padded(lengths, rows) for rows in some) for some in (plan, free))
+    assert largest <= 4000 < 6 * 4000 < was
+    tokens, took = (sum(padded(lengths, rows) for rows in some) / sum(lengths) for some in (plan, free))
+    assert tokens < 1.01 < 1.1 < took
+    sums = [sum(weights[row] for row in rows) for rows in plan]
+    assert np.std(sums) / np.mean(sums) < 0.2
+
+
+@pytest.mark.parametrize("lengths", [*CHATS.values(), ALIKE, np.random.default_rng(1).normal(300, 60, 999).astype(int).tolist()])
+def test_lengths_without_gaps_are_planned_as_if_there_were_no_bound(lengths: list[int]) -> None:
+    for size, weights in itertools.product((1, 2, 8), (lengths, [30] * len(lengths), [length // 3 for length in lengths])):
+        assert plan_epoch(lengths, size, 0, 0, weights) == unbounded(lengths, size, 0, weights)
 
 
 @pytest.mark.parametrize("rows", CHATS)

@@ -69,7 +69,8 @@ def test_a_path_starts_at_the_recipes_folder(tmp_path: Path) -> None:
         ("none.json", "[]", r"none.json: no rows"),
         ("latin.jsonl", LINES.encode() + b'{"a": "caf\xe9"}\n', r"latin.jsonl:4: not UTF-8"),
         ("latin.json", b'[{"a": 1},\n{"a": "caf\xe9"}]', r"latin.json:2: not UTF-8"),
-        ("cut.jsonl", LINES + '{"a": ', r"cut.jsonl:4: not JSON"),
+        ("cut.jsonl", LINES + '{"a": ', r"cut.jsonl:4: not JSON: Expecting value at column 7"),
+        ("open.jsonl", LINES + '{"a": "x', r"open.jsonl:4: not JSON: Unterminated string starting at column 7"),
         ("cut.json", '[{"a": 1}, {"a"', r"cut.json: not JSON"),
         ("list.jsonl", "[1]\n", r"list.jsonl:1: a list, not an object"),
         ("list.json", "[1]", r"list.json\[0\]: a int, not an object"),
@@ -97,6 +98,12 @@ def test_missing_files_folders_and_assets(tmp_path: Path) -> None:
     assert caught.value.message == f"none.jsonl: no such file in {Path.cwd()}"  # never in the package
     with pytest.raises(ConfigError, match="no packaged file"):
         read(Path("asset:nothing.jsonl"))
+
+
+def test_a_line_that_is_no_json_is_not_covered_by_drop_invalid_and_says_so(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        read(write(tmp_path, "cut.jsonl", '{"a": '))
+    assert "data.drop_invalid does not cover" in (caught.value.fix or "")
 
 
 @pytest.mark.parametrize("settings", [{}, {"path": "a.jsonl", "hub": "b/c"}, {"generator": "music", "path": "a"}])

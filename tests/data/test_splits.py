@@ -12,6 +12,7 @@ import pytest
 from mlx_distill.data.rows import read_prepared
 from mlx_distill.data.splits import prepare
 from mlx_distill.errors import ConfigError, DataError, FileError
+from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import DataConfig, SourceConfig
 from mlx_distill.task import Task
 
@@ -210,6 +211,25 @@ def test_nothing_left_is_an_error_with_the_commonest_reason(tmp_path: Path, task
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(DataError, match=r"empty\.jsonl: no rows"):
         prepare(DataConfig(sources=[SourceConfig(path=str(tmp_path / "empty.jsonl"))]), task, None, tmp_path)
+
+
+def test_what_was_left_out_is_told_in_one_line_and_nothing_else_is(tmp_path: Path, task: Task) -> None:
+    class Notes(NullProgress):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    for rows, wanted in (
+        (songs(30), []),
+        (
+            [*songs(30), *songs(2), {**songs(1)[0], "text": "x"}],
+            [f"prepare: 3 of 33 rows left out (duplicate: 2; shorter than 20 characters: 1), such as {tmp_path}/rows.jsonl:"],
+        ),
+    ):
+        said: list[str] = []
+        config = DataConfig(sources=[write(tmp_path / "rows.jsonl", rows)], min_chars=20)
+        prepare(config, task, None, tmp_path, Notes())
+        assert [line.partition("rows.jsonl:")[0] + "rows.jsonl:" for line in said] == wanted
+        assert all(line.endswith("; statistics.json has more") for line in said)
 
 
 def test_warnings_say_what_will_be_missed(tmp_path: Path, task: Task) -> None:

@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.adapters import LoraSettings, adapter_settings, add_lora, has_adapter, load_adapter, merge, save_adapter
+from mlx_distill.models.convert import convert
 from mlx_distill.models.dora import DoRASwitchLinear
 from mlx_distill.models.load import cast, load_model
 from mlx_distill.models.plain import dequantized
@@ -200,7 +201,8 @@ def test_adapters_over_packed_linear_layers_are_those_over_the_unpacked_ones(kin
     ("settings", "named"),
     [
         (LoraSettings(4, 8.0, 0.0, ("q_proj", "qq_proj")), "qq_proj"),
-        (LoraSettings(33, 8.0, 0.0, ("q_proj",)), "rank 33"),
+        (LoraSettings(33, 8.0, 0.0, ("q_proj",)), "lora_rank 33"),
+        (LoraSettings(0, 8.0, 0.0, ("q_proj",)), "lora_rank 0"),
         (LoraSettings(4, 8.0, 0.0, ()), "no target"),
         (LoraSettings(4, 8.0, 0.0, ("q_proj",), "vera"), "vera"),
     ],
@@ -211,6 +213,20 @@ def test_settings_that_fit_nothing_are_refused(settings: LoraSettings, named: st
         add_lora(model, settings)
     assert caught.value.fix
     assert not has_adapter(model)
+
+
+@pytest.mark.parametrize("quantize", [None, "affine4"])
+def test_the_cure_of_a_rank_fits_every_matrix(quantize: str | None, golden: Any, tmp_path: Path) -> None:
+    """Not the first matrix's most, which the next one refuses again."""
+    convert(golden("qwen3"), tmp_path / "base", quantize=quantize)
+    model, _ = load_model(tmp_path / "base")
+    targets = ("down_proj", "q_proj", "v_proj")
+    with pytest.raises(ModelError, match="lora_rank 500 for a matrix of") as caught:
+        add_lora(model, LoraSettings(500, 8.0, 0.0, targets))
+    least = int(str(caught.value.fix).removeprefix("at most "))
+    with pytest.raises(ModelError, match=f"lora_rank {least + 1} "):
+        add_lora(model, LoraSettings(least + 1, 8.0, 0.0, targets))
+    assert add_lora(model, LoraSettings(least, 8.0, 0.0, targets))
 
 
 def test_a_moved_run_still_finds_its_base(golden: Any, logits: Any, tmp_path: Path) -> None:

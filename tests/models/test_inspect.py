@@ -112,6 +112,24 @@ def test_small_things_have_a_size_and_one_is_not_many(golden: Any, tmp_path: Pat
     assert re.search(r" \d+ bytes$", norm)
 
 
+def test_an_unfinished_stage_tells_how_far_it_came(tmp_path: Path) -> None:
+    (tmp_path / ".teacher.partial").mkdir()
+    report = inspect(tmp_path / "teacher")
+    assert (report.kind, report.facts["state"]) == ("stage", "not finished; the same command goes on from there")
+    state = tmp_path / ".teacher.partial" / "scratch" / "checkpoints" / "step-00000117" / "state.json"
+    state.parent.mkdir(parents=True)
+    state.write_text('{"step": 117, "steps": 400}')
+    for path, name in ((tmp_path / "teacher", "state"), (tmp_path, "teacher")):
+        assert inspect(path).facts[name] == "not finished: step 117 of 400 saved; the same command goes on from there"
+
+
+def test_a_file_is_refused_with_what_is_wanted(tmp_path: Path) -> None:
+    (tmp_path / "my.yaml").write_text("name: my\n")
+    with pytest.raises(ModelError, match=r"my\.yaml: a file, not a folder") as caught:
+        inspect(tmp_path / "my.yaml")
+    assert "a stage or a run" in (caught.value.fix or "") and "--dry-run" in (caught.value.fix or "")
+
+
 def test_an_unknown_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="neither"):
         inspect(tmp_path)

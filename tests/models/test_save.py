@@ -56,11 +56,32 @@ def test_a_model_that_was_unpacked_is_saved_as_a_plain_one(golden: Any, logits: 
         assert mx.array_equal(load_model(tmp_path / name)[0](prompt), model(prompt))
 
 
-def test_what_was_unpacked_and_did_not_train_is_saved_packed_bit_for_bit(golden: Any, tmp_path: Path) -> None:
-    saved(tmp_path, "gpt_oss_mxfp4", None, golden, plain=True, trains=False)
-    base, out = (dict(tree_flatten(load_model(tmp_path / name)[0].parameters())) for name in ("base", "out"))
+@pytest.mark.parametrize(
+    ("name", "quantize"), [("gpt_oss_mxfp4", None), ("qwen3", "affine4"), ("qwen3", "mxfp4"), ("qwen3_yarn", "affine8")]
+)
+def test_what_was_unpacked_and_did_not_train_is_saved_packed_bit_for_bit(
+    name: str, quantize: str | None, golden: Any, tmp_path: Path
+) -> None:
+    saved(tmp_path, name, quantize, golden, plain=True, trains=False)
+    base, out = (dict(tree_flatten(load_model(tmp_path / folder)[0].parameters())) for folder in ("base", "out"))
     assert base.keys() == out.keys()
+    assert ("model.embed_tokens.scales" in base) == (quantize is not None)
     packed = [name for name in base if name.endswith(".scales")]
     for name in packed:
         assert mx.array_equal(base[name], out[name]) and mx.array_equal(*(x[name.replace("scales", "weight")] for x in (base, out)))
     assert packed and not mx.array_equal(base["model.norm.weight"], out["model.norm.weight"])
+
+
+def test_an_embedding_that_trained_is_saved_plain_beside_what_did_not(golden: Any, logits: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "base", "affine8")
+    model, _ = load_model(tmp_path / "base", dtype="float32")
+    unpack(model)
+    model.model.embed_tokens.unfreeze()
+    model.model.embed_tokens.weight = model.model.embed_tokens.weight * 1.5
+    save_model(model, tmp_path / "base", tmp_path / "out")
+    again, _ = load_model(tmp_path / "out", dtype="float32")
+    assert mx.array_equal(again.model.embed_tokens.weight, model.model.embed_tokens.weight)
+    assert "scales" in again.layers[0].self_attn.q_proj
+    prompt, _ = logits("qwen3")
+    wanted = model(prompt)
+    assert mx.abs(again(prompt) - wanted).max().item() <= 2e-5 * mx.abs(wanted).max().item()

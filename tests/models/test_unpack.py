@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import pytest
 
 from mlx_distill.config import ASSETS
 from mlx_distill.models.adapters import LoraSettings, add_lora
 from mlx_distill.models.convert import convert
-from mlx_distill.models.load import load, unpack
+from mlx_distill.models.load import load, load_model, unpack
+from mlx_distill.recipe import TrainConfig
+from mlx_distill.train import make_trainable
+from mlx_distill.train.checks import check_model
 
 
 @pytest.mark.parametrize("quantize", [None, "affine4"])
@@ -36,3 +40,40 @@ def test_unpacked_weights_give_the_same_logits_and_gradients(tmp_path: Path, qua
     for packed, plain in zip(*results, strict=True):
         assert mx.abs(packed - plain).max().item() <= 2e-5 * max(mx.abs(plain).max().item(), 1e-3)
     assert mx.abs(results[1][2]).max().item() > 0
+
+
+@pytest.mark.parametrize("quantize", ["affine4", "affine8", "mxfp4"])
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_yarn"])  # a tied head, and one of its own
+def test_an_embedding_is_unpacked_and_computes_the_same(name: str, quantize: str, golden: Any, logits: Any, tmp_path: Path) -> None:
+    convert(golden(name), tmp_path / "model", quantize=quantize)
+    packed, plain = (load_model(tmp_path / "model", dtype="float32")[0] for _ in range(2))
+    assert isinstance(packed.model.embed_tokens, nn.QuantizedEmbedding)
+    assert "model.embed_tokens" in unpack(plain)
+    assert isinstance(plain.model.embed_tokens, nn.Embedding) and not any("scales" in module for module in plain.modules())
+    prompt, _ = logits(name)
+    wanted, found = packed(prompt), plain(prompt)
+    assert found.dtype == wanted.dtype == mx.float32
+    assert mx.abs(found - wanted).max().item() <= 2e-5 * mx.abs(wanted).max().item()
+
+
+def test_weights_are_unpacked_in_the_type_that_is_asked_for(golden: Any, logits: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "model", "affine8", dtype="bfloat16")
+    packed, plain = (load_model(tmp_path / "model")[0] for _ in range(2))
+    unpack(plain, "bfloat16")
+    prompt, _ = logits("qwen3")
+    wanted, found = packed(prompt), plain(prompt)
+    assert found.dtype == wanted.dtype == plain.model.embed_tokens.weight.dtype == mx.bfloat16
+    assert mx.abs(found - wanted).mean().item() < 0.05 * mx.abs(wanted).mean().item()
+
+
+@pytest.mark.parametrize("method", ["full", "lora", "galore"])
+def test_an_unpacked_embedding_can_be_trained(method: str, golden: Any, tmp_path: Path) -> None:
+    """What the refusal of packed weights says is a cure."""
+    convert(golden("qwen3"), tmp_path / "model", quantize="affine8")
+    whole = [] if method == "full" else ["embed_tokens"]
+    settings = TrainConfig(method=method, lora_rank=2, galore_rank=2, target_modules=["q_proj"], modules_to_save=whole)
+    check_model(tmp_path / "model", settings, unpack=True)
+    model, _ = load_model(tmp_path / "model", dtype="float32")
+    unpack(model)
+    make_trainable(model, settings)
+    assert "weight" in model.model.embed_tokens.trainable_parameters()

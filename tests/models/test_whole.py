@@ -109,6 +109,18 @@ def test_what_trained_whole_takes_the_place_of_a_packed_module(golden: Any, logi
         add_lora(twin, LoraSettings(4, 8.0, 0.0, ("q_proj",), modules_to_save=("embed_tokens",)))
 
 
+def test_on_a_packed_base_the_model_still_computes_in_its_own_type(golden: Any, logits: Any, tmp_path: Path) -> None:
+    convert(golden("qwen3"), tmp_path / "base", dtype="bfloat16")
+    student(tmp_path / "student", tmp_path / "base", ("embed_tokens", "norm"))
+    quantize_folder(tmp_path / "student", tmp_path / "small", "affine8", adapter="keep")
+    plain, packed = (load_model(tmp_path / name)[0] for name in ("student", "small"))
+    prompt, _ = logits("qwen3")
+    assert isinstance(packed.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    assert plain(prompt).dtype == packed(prompt).dtype == plain.model(prompt).dtype == packed.model(prompt).dtype == mx.bfloat16
+    assert packed.model.embed_tokens.weight.dtype == mx.bfloat16
+    assert mx.array_equal(packed.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+
+
 @pytest.mark.parametrize(
     ("whole", "error", "message"),
     [

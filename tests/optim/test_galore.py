@@ -130,6 +130,17 @@ def test_embeddings_norms_head_and_biases_stay_out_of_projection() -> None:
     assert set(chosen.chosen) == {"layers.1.weight", "lm_head.weight"}
 
 
+def test_an_expert_without_a_token_keeps_its_basis() -> None:
+    optimizer = GaLoreAdamW(0.1, 2, update_gap=1, moments="project")
+    random = np.random.default_rng(0)
+    seen = []
+    for step in range(2):
+        gradient = mx.array(random.normal(size=(3, 8, 6)).astype(np.float32)) * mx.array([1.0, 1.0, 1.0 - step]).reshape(3, 1, 1)
+        optimizer.apply_gradients({"experts": {"up_proj": {"weight": gradient}}}, {"experts": {"up_proj": {"weight": mx.zeros((3, 8, 6))}}})
+        seen.append(optimizer.state["experts"]["up_proj"]["weight"]["right"])
+    assert [mx.array_equal(seen[0][i], seen[1][i]).item() for i in range(3)] == [False, False, True]
+
+
 def test_a_stack_of_experts_gets_a_basis_each() -> None:
     random = np.random.default_rng(0)
     stack = {"experts": {"up_proj": {"weight": mx.array(random.normal(size=(3, 8, 6)).astype(np.float32))}}}

@@ -20,6 +20,7 @@ from train.tiny import VOCABULARY, make_batches, make_model, make_rows, settings
 from mlx_distill.data.packing import Piece, lay_out, make_lines
 from mlx_distill.models.load import load_model
 from mlx_distill.optim import galore, make_optimizer
+from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.train import BatchSource, ListBatches, RowBatches, TrainResult, make_trainable, sft, total_steps, train
 from mlx_distill.train.ranks import current_ranks
@@ -46,6 +47,8 @@ CASES: list[dict[str, Any]] = [
     {"method": "full", "steps": 40, "evaluate_every": 1, "learning_rate": 0.5, "patience": 3, "use_best": True, "keep_checkpoints": 1},
     {"method": "lora", **PACKED, "grad_checkpoint": True},
     {"method": "galore", **PACKED, "galore_rank": 2, "grad_checkpoint": True, "stream_gradients": True, "accumulate": 1},
+    {"method": "galore", **PACKED, "galore_rank": 1, "galore_projection": "full", "galore_moments": "keep"},
+    {"method": "galore", **PACKED, "galore_rank": 1, "galore_projection": "full", "galore_moments": "project", "galore_update_gap": 2},
     {"method": "full", "schedule": "wsd", "compile": True},
     {"method": "galore", "compile": True},
     {"method": "lora", **PACKED, "grad_checkpoint": True, "compile": True},
@@ -80,19 +83,24 @@ def packed_source(batch_size: int = 2, seed: int = 0, **more: Any) -> RowBatches
     return RowBatches(LINES.sizes, lambda chosen: lines_of_pieces(LINES.batch(chosen)), batch_size, seed, **more)
 
 
+def start_of(case: dict[str, Any], dropout: float = 0.2) -> tuple[Any, TrainConfig]:
+    """The model before the first step, what moves in it unfrozen, and its settings."""
+    config = settings(**{"steps": 7, "evaluate_every": 3, "lora_dropout": dropout, **case})
+    model = load_model(GOLDEN / "models_gpt_oss", dtype="float32")[0] if config.packing else make_model(dropout=dropout)
+    make_trainable(model, config)
+    return model, config
+
+
 def run_case(folder: Path, case: dict[str, Any], dropout: float = 0.2, **more: Any) -> tuple[dict[str, mx.array], TrainResult]:
     """Train, or go on; the weights and what it came to."""
-    config = settings(**{"steps": 7, "evaluate_every": 3, "lora_dropout": dropout, **case})
+    model, config = start_of(case, dropout)
     ranks, rows = current_ranks(), make_rows(24)
     valid = make_batches(rows, 8) if config.evaluate_every else []
     source: BatchSource
     if config.packing:
-        model, _ = load_model(GOLDEN / "models_gpt_oss", dtype="float32")
         source = packed_source(1, config.seed, rank=ranks.rank, size=ranks.size)
     else:
-        model = make_model(dropout=dropout)
         source = ListBatches(make_batches(rows, 2), config.seed, rank=ranks.rank, size=ranks.size)
-    make_trainable(model, config)
     optimizer = make_optimizer(config, total_steps(config, len(source)))
     result = train(model, source, sft(), optimizer, config, folder=folder, valid=valid, **more)
     return dict(tree_flatten(model.trainable_parameters())), result

@@ -24,7 +24,7 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schedule": "wsd", "warmup": 0.9}, "wsd schedule with a warm-up over 0.9 of the steps is longer than the run"),
+        ({"schedule": "wsd", "warmup": 0.9}, "schedule: wsd with warmup: 0.9 is longer than the run"),
         ({"schedule": "cosine", "warmup": 1.0}, "longer than the run"),
         ({"stream_gradients": True}, "stream_gradients with accumulate: 8"),
         ({"patience": 2, "evaluate_every": 0}, "patience with evaluate_every: 0"),
@@ -123,6 +123,20 @@ def test_unfinished_work_is_not_thrown_away_unasked(tmp_path: Path, change: dict
         del state["settings"]["packing"]
         path.write_text(json.dumps(state))
     with pytest.raises(ConfigError, match=message) as caught:
-        check_leftover(tmp_path / "checkpoints", settings(**(change or {})), "teach")
+        check_leftover(tmp_path / "checkpoints", settings(**(change or {})), "teach", False)
     assert "--from teach" in (caught.value.fix or "")
-    check_leftover(tmp_path / "nothing", config, "teach")
+    check_leftover(tmp_path / "nothing", config, "teach", False)
+
+
+def test_unfinished_work_of_more_ranks_is_not_gone_on_with(tmp_path: Path) -> None:
+    config = settings()
+    model = make_model()
+    make_trainable(model, config)
+    train(model, ListBatches(make_batches(make_rows(8), 4)), sft(), make_optimizer(config, 6), config, folder=tmp_path)
+    check_leftover(tmp_path / "checkpoints", config, "teach", True)
+    path = tmp_path / "checkpoints" / "step-00000006" / "state.json"
+    state = json.loads(path.read_text())
+    path.write_text(json.dumps({**state, "random": state["random"] * 2}))
+    with pytest.raises(ConfigError, match="6 steps of an unfinished teach on 2 ranks, not 1") as caught:
+        check_leftover(tmp_path / "checkpoints", config, "teach", True)
+    assert "--from teach" in (caught.value.fix or "")

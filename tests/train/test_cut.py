@@ -9,12 +9,15 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from train.tiny import TinyModel, collate, make_model, make_rows
+from mlx.utils import tree_flatten
+from train.tiny import TinyModel, collate, make_model, make_rows, settings
 
-from mlx_distill.train import cut
+from mlx_distill.losses.numerics import row_logsumexp
+from mlx_distill.train import cut, make_trainable
 from mlx_distill.train.gradients import differentiate
 from mlx_distill.train.objectives import sft
 from mlx_distill.train.randomness import random_key
+from mlx_distill.train.reading import in_slices
 from mlx_distill.train.recompute import recomputed_layers
 
 BATCH = collate(make_rows(6), list(range(6)))
@@ -131,3 +134,80 @@ def test_only_what_the_backward_pass_needs_is_kept(recompute: bool) -> None:
     """In one piece the evaluation of the head keeps each array of each layer, recomputed or not."""
     cut, whole = peak(CUT, recompute), peak(WHOLE, recompute)
     assert whole > 80 and cut < whole / 3, (cut, whole)
+
+
+def nats(z: mx.array, at: slice) -> mx.array:
+    return row_logsumexp(z) - z[:, 0]
+
+
+@pytest.mark.parametrize("method", ["lora", "dora", "full"])
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+def test_slices_give_what_the_whole_gives(method: str, dtype: mx.Dtype) -> None:
+    """The gradient of the hidden states, and of the head's own parameters."""
+    model = make_model()
+    model.set_dtype(dtype)
+    make_trainable(model, settings(method=method, target_modules=["lm_head"], lora_dropout=0.0))
+    head, hidden = model.lm_head, mx.random.normal((11, 16)).astype(dtype)
+    own, found = head.trainable_parameters(), []
+    for rows in (0, 4, 64):
+
+        def loss(weights: Any, hidden: mx.array, rows: int = rows) -> mx.array:
+            head.update(weights)
+            each = in_slices(nats, hidden, head, rows) if rows else nats(head(hidden).astype(mx.float32), slice(None))
+            return (each * mx.arange(11)).sum()
+
+        value, (by_head, by_hidden) = mx.value_and_grad(loss, argnums=(0, 1))(own, hidden)
+        head.update(own)
+        found.append([value, by_hidden, *(gradient for _, gradient in tree_flatten(by_head))])
+    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == mx.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    for sliced in found[1:]:
+        for one, other in zip(sliced, found[0], strict=True):
+            assert one.dtype == other.dtype and mx.allclose(one, other, **close)
+    assert in_slices(nats, hidden[:0], head).shape == (0,)
+
+
+def test_a_slice_that_is_computed_again_drops_the_same() -> None:
+    """The derivative by a scale on the adapter's output, against the difference of values from the same key."""
+    model = make_model()
+    make_trainable(model, settings(method="lora", target_modules=["lm_head"], lora_dropout=0.5))
+    head, hidden = model.lm_head, mx.random.normal((11, 16))
+    head.lora_b = mx.random.normal(head.lora_b.shape)
+    model.train()
+    start, weight = random_key(), head.lora_b
+
+    def loss(scale: mx.array) -> mx.array:
+        head.lora_b = weight * scale
+        return in_slices(nats, hidden, head, 4).sum()
+
+    def at(scale: float) -> float:
+        mx.random.seed((start[0] << 32) | start[1])
+        return float(loss(mx.array(scale)).item())
+
+    value = at(1.0)
+    after = random_key()
+    mx.random.seed((start[0] << 32) | start[1])
+    found, slope = mx.value_and_grad(loss)(mx.array(1.0))
+    assert found.item() == value and random_key() == after != start
+    assert slope.item() == pytest.approx((at(1.01) - at(0.99)) / 0.02, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_logits_of_a_head_that_learns_are_never_there_together(method: str) -> None:
+    width, columns, positions = 8, 4096, 1024
+    base = nn.Linear(width, columns, bias=False)
+    model = make_model()
+    model.lm_head = base
+    make_trainable(model, settings(method=method, target_modules=["lm_head"], lora_dropout=0.0))
+    hidden, head = mx.random.normal((positions, width)), model.lm_head
+    own = head.trainable_parameters()
+
+    def loss(weights: Any, hidden: mx.array) -> mx.array:
+        head.update(weights)
+        return in_slices(nats, hidden, head, 16).sum()
+
+    mx.eval(hidden, model.parameters())
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    mx.eval(mx.value_and_grad(loss, argnums=(0, 1))(own, hidden))
+    head.update(own)
+    assert mx.get_peak_memory() - before < positions * columns * 4 / 3  # a third of one copy; the plain form holds several

@@ -16,7 +16,7 @@ from mlx_distill.losses.cross_tokenizer import CellMap, cell_kl
 from mlx_distill.losses.labels import LabelTokens
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch, TopK
-from mlx_distill.train import make_trainable
+from mlx_distill.train import make_trainable, reading
 from mlx_distill.train.gradients import global_norm, window_gradients
 from mlx_distill.train.kd import kd
 from mlx_distill.train.objectives import Objective, sft
@@ -139,6 +139,19 @@ def test_a_head_that_learns_gets_the_same_gradient_from_tiles(tied: bool) -> Non
     assert mx.abs(dense.gradients[name]).max().item() > 1e-3
     for path, gradient in dense.gradients.items():
         assert mx.allclose(tiled.gradients[path], gradient, rtol=1e-3, atol=1e-6), path
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
+def test_every_term_of_a_head_that_learns_is_the_same_in_slices(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "ROWS", 5)
+    model = make_model()
+    make_trainable(model, training(method=method, target_modules=["up_proj", "lm_head"], lora_dropout=0.0))
+    dense, sliced = (window_gradients(model, [batches(6)[0]], objective(kind, dense_limit=limit)) for limit in (1 << 24, 0))
+    assert sliced.terms == pytest.approx(dense.terms, rel=1e-5)
+    assert sliced.gradients.keys() == dense.gradients.keys() and any("lm_head" in path for path in dense.gradients)
+    for path, gradient in dense.gradients.items():
+        assert mx.allclose(sliced.gradients[path], gradient, rtol=1e-3, atol=1e-6), path
 
 
 def test_a_head_with_an_adapter_is_read_through_it() -> None:

@@ -1,0 +1,119 @@
+"""What a refresh does: the projections that APOLLO draws; of GaLore the moments, what is skipped, warm starts, the choice of a method."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_distill.optim import APOLLO, GaLoreAdamW, subspace
+from mlx_distill.optim.apollo import random_basis
+from mlx_distill.optim.galore import basis_of
+from mlx_distill.optim.subspace import captured, find_basis, project
+
+
+@pytest.mark.parametrize(("shape", "rank", "kept"), [((2000, 400), 64, 64), ((400, 2000), 64, 64), ((3000, 48), 96, 48)])
+def test_a_random_projection_keeps_norms_in_the_mean(shape: tuple[int, int], rank: int, kept: int) -> None:
+    """Gaussian entries of mean 0 and variance 1/r, r cut to the shorter side: within five standard errors of each."""
+    (drawn,) = random_basis(shape, rank, seed=1, place=2, period=3).values()
+    entries = np.array(drawn).ravel() * kept**0.5
+    assert entries.size == kept * min(shape)
+    for power, expected, variance in ((1, 0, 1), (2, 1, 2), (4, 3, 96)):
+        assert abs((entries**power).mean() - expected) < 5 * (variance / entries.size) ** 0.5, power
+
+
+def test_each_seed_matrix_and_period_has_a_projection_of_its_own() -> None:
+    """The same again for the same numbers, and no two of a grid of others have anything in common."""
+    places = [(seed, place, period) for seed in range(2) for place in range(3) for period in range(3)]
+    drawn = [np.array(random_basis((256, 64), 16, *place)["right"]).ravel() for place in places]
+    assert np.array_equal(drawn[-1], np.array(random_basis((256, 64), 16, *places[-1])["right"]).ravel())
+    alike = np.corrcoef(drawn) - np.eye(len(drawn))
+    assert np.abs(alike).max() < 5 / drawn[0].size ** 0.5
+
+
+def test_apollo_draws_anew_at_each_gap_and_for_each_matrix() -> None:
+    """Of the identity, first moments without memory are the projection itself."""
+    gap, eyes = 3, {name: mx.eye(8) for name in ("a", "b")}
+    optimizer, seen = APOLLO(0.1, 4, gap, betas=(0.0, 0.999)), []
+    for _ in range(2 * gap + 1):
+        optimizer.apply_gradients(eyes, eyes)
+        seen.append([np.array(optimizer.state[name]["m"]) for name in eyes])
+    for step, (a, b) in enumerate(seen):
+        assert not np.array_equal(a, b)
+        for one, before in zip((a, b), seen[step - 1], strict=True):
+            assert step == 0 or np.array_equal(one, before) == (step % gap > 0), step
+
+
+def flat(*shape: int, seed: int = 0) -> mx.array:
+    """A matrix all of whose directions are nearly alike: none is found by chance, and r of n hold little."""
+    return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
+
+
+def walk(optimizer: Any, gradients: list[mx.array]) -> list[mx.array]:
+    weights = [{"w": mx.zeros(gradients[0].shape)}]
+    for gradient in gradients:
+        weights.append(optimizer.apply_gradients({"w": gradient}, weights[-1]))
+        mx.eval(weights[-1], optimizer.state)
+    return [w["w"] for w in weights]
+
+
+def test_after_a_reset_it_is_as_at_the_beginning() -> None:
+    """Moments and correction of their bias: the first step after is that of a new optimizer, not a tenth or ten times of it."""
+    *before, last = [flat(12, 8, seed=i) for i in range(6)]
+    *_, a, b = walk(GaLoreAdamW(0.1, 3, 5, moments="reset"), [*before, last])
+    assert mx.allclose(b - a, walk(GaLoreAdamW(0.1, 3, 5), [last])[1], atol=1e-6)
+
+
+def test_carried_moments_of_one_gradient_are_those_that_the_new_basis_would_have_seen() -> None:
+    """Seven times one gradient, the seventh in a basis that is turned: without its bias each moment is the projection, or its square."""
+    gradient, turn = flat(12, 8), mx.array(np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0].astype(np.float32))
+
+    def basis(gradient: mx.array, rank: int, kind: str, old: Any) -> dict[str, mx.array]:
+        return find_basis(gradient, rank, kind) if old is None else {"right": turn @ old["right"]}
+
+    optimizer = GaLoreAdamW(0.1, 3, 6, moments="project", basis=basis)
+    walk(optimizer, [gradient] * 7)
+    state = optimizer.state["w"]
+    low = project(gradient, basis_of(state))
+    assert mx.allclose(state["m"] / (1 - 0.9**7), low, atol=1e-4)
+    assert mx.allclose(state["v"] / (1 - 0.999**7), mx.square(low), atol=1e-3)
+
+
+def test_what_a_basis_captures_is_measured_by_what_it_captured_when_new() -> None:
+    """Shares of the gradient on the one axis that every basis is: below half of what the last refresh saw, and only there, is the next."""
+    shares, refreshed = [0.4, 0.39, 0.21, 0.19, 0.1, 0.09, 0.9, 0.05, 0.04], []
+
+    def basis(gradient: mx.array, rank: int, kind: str, old: Any) -> dict[str, mx.array]:
+        refreshed.append(round(gradient[0, 0].item() ** 2, 2))
+        return {"right": mx.array([[1.0, 0.0]])}
+
+    gradients = [mx.array([[share**0.5, 0.0], [0.0, (1 - share) ** 0.5]]) for share in shares]
+    walk(GaLoreAdamW(0.1, 1, 1, basis=basis, refresh_below=0.5), gradients)
+    assert refreshed == [0.4, 0.19, 0.09, 0.04]
+
+
+@pytest.mark.parametrize("projection", ["std", "full"])
+@pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
+def test_refreshes_by_power_iteration_start_from_the_basis_before(shape: tuple[int, int], projection: str) -> None:
+    """Each refresh on one gradient goes on where the last one ended, on either side, until it has what the svd has."""
+    gradient = flat(*shape)
+    optimizer, found = GaLoreAdamW(0.1, 4, 1, projection=projection, basis="subspace"), []
+    for _ in range(12):
+        walk(optimizer, [gradient])
+        found.append([captured(gradient, {side: basis}) for side, basis in basis_of(optimizer.state["w"]).items()])
+    for side, (first, *_, last) in zip(basis_of(optimizer.state["w"]), zip(*found, strict=True), strict=True):
+        best = captured(gradient, {side: find_basis(gradient, 4, side, "svd")[side]})
+        assert last == pytest.approx(best, rel=1e-4) and first < 0.997 * best, side
+
+
+@pytest.mark.parametrize("shape", [(48, 40), (40, 48)])
+def test_auto_leaves_eigenvectors_to_short_sides(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    gradient = flat(*shape)
+    old = find_basis(flat(*shape, seed=1), 4, "full")
+    for limit, method, other in ((40, "eigh", "subspace"), (39, "subspace", "eigh")):
+        monkeypatch.setattr(subspace, "_EIGH_LIMIT", limit)
+        found = {name: find_basis(gradient, 4, "full", name, old) for name in ("auto", method, other)}
+        for side, basis in found["auto"].items():
+            assert mx.array_equal(basis, found[method][side]) and not mx.allclose(basis, found[other][side], atol=1e-3), (limit, side)
