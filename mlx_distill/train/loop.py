@@ -74,8 +74,8 @@ def train(
 
     One step takes ``accumulate`` micro-batches a rank: see :func:`~mlx_distill.train.gradients.window_gradients`. The gradient is
     clipped by its global norm, a loss or norm that is not finite ends the run before the weights are touched, and a run that
-    was killed anywhere goes on bitwise as if it had not been. A step whose batches have nothing to train on counts and moves nothing, and the
-    schedule waits for the next.
+    was killed anywhere goes on bitwise as if it had not been. A step whose batches have nothing to train on counts and moves nothing, and
+    the schedule waits for the next.
 
     Args:
         model: Only what is not frozen moves. On return it holds the last weights, or with ``settings.use_best`` the best ones.
