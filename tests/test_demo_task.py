@@ -8,7 +8,7 @@ import pytest
 
 from mlx_distill.pipeline import run
 
-# As many matrices' worth of freedom as the recipe's adapters have, and the rate that suits the weights themselves.
+# The projections that docs/log.md tells of, and the rate that suits the weights themselves.
 GALORE = ("method=galore", "galore_rank=32", "galore_update_gap=20", "galore_scale=1.0", "learning_rate=1e-3")
 
 

@@ -83,8 +83,8 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
         The paths of the adapted modules, then of those that train whole.
 
     Raises:
-        ModelError: a target that matches nothing, a rank above a dimension of any of them, or packed weights that should train whole.
-        ConfigError: a module that is to be adapted and to train whole.
+        ModelError: a target that matches nothing, or packed weights that should train whole.
+        ConfigError: a rank above a dimension of any target, or a module that is to be adapted and to train whole.
     """
     found = linear_layers(model, settings.target_modules)
     whole = whole_modules(model, settings.modules_to_save, [path for path, _ in found])

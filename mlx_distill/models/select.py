@@ -66,18 +66,18 @@ def matrix_shape(module: Any) -> tuple[int, int]:
     return outputs, inputs * 32 // module.bits if hasattr(module, "bits") else inputs
 
 
-def check_rank(found: Sequence[tuple[str, Any]], rank: int) -> None:
-    """Refuse a rank that does not fit the smallest of some matrices.
+def check_rank(found: Sequence[tuple[str, Any]], rank: int, name: str = "lora_rank") -> None:
+    """Refuse a rank, the setting ``name``, that does not fit the smallest of some matrices.
 
     Raises:
-        ModelError: with the setting, and the most that fits all of them.
+        ConfigError: with the setting, and the most that fits all of them.
     """
     if not found:
         return
     path, shape = min(((path, matrix_shape(module)) for path, module in found), key=lambda item: min(item[1]))
     if not 1 <= rank <= min(shape):
         fix = f"at most {min(shape)}" if rank > 0 else "at least 1"
-        raise ModelError(f"{path}: lora_rank {rank} for a matrix of {shape[0]} x {shape[1]}", fix=fix)
+        raise ConfigError(f"{path}: {name} {rank} for a matrix of {shape[0]} x {shape[1]}", fix=fix)
 
 
 def train_whole(modules: Sequence[tuple[str, Any]]) -> list[str]:

@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.nn as nn
 
-from mlx_distill.errors import ConfigError, ModelError
+from mlx_distill.errors import ModelError
 from mlx_distill.models.adapters import LoraSettings, add_lora
-from mlx_distill.models.select import linear_layers, train_whole, whole_modules
+from mlx_distill.models.select import check_rank, linear_layers, train_whole, whole_modules
 from mlx_distill.recipe import TrainConfig
 
 
@@ -73,6 +73,4 @@ def _check_plain(found: Sequence[tuple[str, nn.Module]], settings: TrainConfig) 
                 fix="convert without quantize, or use method: lora, or set unpack: true",
             )
     rank = {"galore": settings.galore_rank, "apollo": settings.apollo_rank}.get(settings.method, 1)
-    path, shape = min(((path, module.weight.shape[-2:]) for path, module in found), key=lambda item: min(item[1]))
-    if rank > min(shape):
-        raise ConfigError(f"{path}: {settings.method}_rank {rank} for a matrix of {shape[0]} x {shape[1]}", fix=f"at most {min(shape)}")
+    check_rank(found, rank, f"{settings.method}_rank")

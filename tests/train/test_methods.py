@@ -118,7 +118,7 @@ def test_full_moves_what_is_not_packed() -> None:
         ({"method": "apollo", "apollo_rank": 17}, ConfigError, "apollo_rank 17 for a matrix of 16 x 32"),
         ({"target_modules": ["gate"]}, ModelError, "'gate' matches nothing"),
         ({"method": "lora", "target_modules": ["gate"]}, ModelError, "'gate' matches nothing"),
-        ({"method": "lora", "lora_rank": 17}, ModelError, "rank 17"),
+        ({"method": "lora", "lora_rank": 17}, ConfigError, "rank 17"),
         ({"modules_to_save": ["q_norm"]}, ModelError, "'q_norm' matches nothing"),
         ({"method": "dora", "modules_to_save": ["norms"]}, ModelError, "'norms' matches nothing"),
         ({"modules_to_save": ["model.up_proj"]}, ConfigError, "model.up_proj in target_modules and in modules_to_save"),
