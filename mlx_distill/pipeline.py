@@ -251,9 +251,9 @@ def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | Non
         runner.progress.note(f"{stage.name}: current")
         runner.manifests[stage.name] = read_manifest(runner.out / stage.name)  # type: ignore[assignment]
         return
+    runner.check_leftover(stage, anew)
     if state not in ("to do", "to do: asked for"):
         runner.progress.note(f"{stage.name}: made again, {state.removeprefix('to do: ')}")
-    runner.check_leftover(stage, anew)
     runner.make(stage, context)
 
 
