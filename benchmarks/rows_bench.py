@@ -82,10 +82,10 @@ def part_make(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
 
 
 def part_prepare(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
-    from mlx_distill.data import splits
+    from mlx_distill.data import prepare as splits
     from mlx_distill.recipe import DataConfig, SourceConfig
-    from mlx_distill.schema import check_answer
-    from mlx_distill.task import Task
+    from mlx_distill.tasks.answer import check_answer
+    from mlx_distill.tasks.task import Task
 
     task = Task(**TASK)
     check_answer({"kind": "a"}, task.schema)
@@ -97,7 +97,7 @@ def part_prepare(folder: Path, count: int, ready: Callable[[], None]) -> dict[st
 
 
 def _tokenizer() -> Any:
-    from mlx_distill.data.templates import render
+    from mlx_distill.data.chat import render
     from mlx_distill.models.load import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
@@ -106,9 +106,9 @@ def _tokenizer() -> Any:
 
 
 def _encoded(folder: Path, tokenizer: Any, report: Any) -> Iterator[Any]:
-    from mlx_distill.data.batches import encode_rows
+    from mlx_distill.data.batching import encode_rows
     from mlx_distill.data.rows import from_row
-    from mlx_distill.files import read_jsonl
+    from mlx_distill.storage import read_jsonl
 
     rows = (from_row(row) for _, row in read_jsonl(folder / "data" / "train.jsonl"))
     return encode_rows(rows, tokenizer, LONGEST, "last", report)
@@ -117,9 +117,9 @@ def _encoded(folder: Path, tokenizer: Any, report: Any) -> Iterator[Any]:
 def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
     import numpy as np
 
-    from mlx_distill.data.batches import EncodeReport
+    from mlx_distill.data.batching import EncodeReport
     from mlx_distill.data.packing import Piece
-    from mlx_distill.data.store import ROWS, Store, StoreWriter
+    from mlx_distill.storage.array_store import ROWS, Store, StoreWriter
 
     tokenizer, report = _tokenizer(), EncodeReport()
     ready()
@@ -139,10 +139,10 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
     """Two epochs; what is read of the rows' file while the second one's order is planned, and while its batches are made."""
     import mlx.core as mx
 
-    from mlx_distill.data.batches import collate, plan_epoch
+    from mlx_distill.data.batching import collate, plan_epoch
     from mlx_distill.data.packing import Piece, make_lines
-    from mlx_distill.data.store import Store
-    from mlx_distill.train.rows import RowBatches
+    from mlx_distill.storage.array_store import Store
+    from mlx_distill.train.batches import RowBatches
 
     read, whole = [0], os.pread
 
@@ -174,7 +174,7 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
 
 
 def part_list(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
-    from mlx_distill.data.batches import EncodeReport
+    from mlx_distill.data.batching import EncodeReport
 
     tokenizer, report = _tokenizer(), EncodeReport()
     ready()
@@ -183,8 +183,8 @@ def part_list(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
 
 
 def part_by_itself(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
-    from mlx_distill.data.templates import render
-    from mlx_distill.files import read_jsonl
+    from mlx_distill.data.chat import render
+    from mlx_distill.storage import read_jsonl
 
     tokenizer = _tokenizer()
     ready()

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from mlx_distill.records import Message as Message
     from mlx_distill.records import Prediction as Prediction
     from mlx_distill.records import TopK as TopK
-    from mlx_distill.task import Task as Task
-    from mlx_distill.task import load_task as load_task
+    from mlx_distill.tasks.task import Task as Task
+    from mlx_distill.tasks.task import load_task as load_task
 
 __version__ = "0.1.0"
 
@@ -51,7 +51,7 @@ _NAMES = {
     "analyze": "infer:analyze",
     "load_recipe": "recipe:load_recipe",
     "recipe_names": "recipe:recipe_names",
-    "load_task": "task:load_task",
+    "load_task": "tasks.task:load_task",
     # rooms
     "losses": "losses",
     "optim": "optim",
@@ -59,7 +59,7 @@ _NAMES = {
     "doctor": "doctor",
     # nouns
     "Recipe": "recipe:Recipe",
-    "Task": "task:Task",
+    "Task": "tasks.task:Task",
     "Message": "records:Message",
     "Example": "records:Example",
     "Batch": "records:Batch",

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import ASSETS, changes, keyed, resolve_asset, to_mapping
 from mlx_distill.errors import ConfigError
-from mlx_distill.files import Manifest
 from mlx_distill.models.hub import is_hub_id
 from mlx_distill.progress import counted, duration, size
 from mlx_distill.recipe import Recipe
-from mlx_distill.task import Task
+from mlx_distill.storage import Manifest
+from mlx_distill.tasks.task import Task
 
 if TYPE_CHECKING:
     from mlx_distill.stages import Context

@@ -16,7 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import to_mapping
 from mlx_distill.errors import ConfigError, DistillError, FileError
-from mlx_distill.files import (
+from mlx_distill.graph import Outcome, Plan, Stage, differences, graph
+from mlx_distill.progress import NullProgress, Progress
+from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.runtime import machine, rank_and_size, stop_on_signal, versions
+from mlx_distill.storage import (
     Manifest,
     check_folder,
     fingerprint,
@@ -29,16 +33,12 @@ from mlx_distill.files import (
     remove_leftovers,
     stage_key,
 )
-from mlx_distill.graph import Outcome, Plan, Stage, differences, graph
-from mlx_distill.progress import NullProgress, Progress
-from mlx_distill.recipe import Recipe, load_recipe
-from mlx_distill.runtime import machine, rank_and_size, stop_on_signal, versions
-from mlx_distill.task import Task
+from mlx_distill.tasks.task import Task
 
 if TYPE_CHECKING:
     from mlx_distill.report import RunReport
     from mlx_distill.stages import Context
-    from mlx_distill.train.profile import Profile
+    from mlx_distill.train.profiling import Profile
 
 TRAININGS = ("teach", "distill")
 COMMANDS = ("prepare", "convert", "teach", "targets", "distill", "quantize", "evaluate")
@@ -119,7 +119,7 @@ class _Runner:
         note = partial_folder(self.out / stage.name) / "key"
         if stage.command not in TRAININGS or not note.is_file():
             return
-        from mlx_distill.train.checks import check_leftover
+        from mlx_distill.train.preflight import check_leftover
 
         key = stage_key(stage.name, stage.format, stage.config, self.parents(stage))
         fits = note.read_text(encoding="utf-8") == key

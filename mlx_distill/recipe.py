@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_distill.config import ASSETS, Section, from_mapping, option, override, packaged, read_yaml, sections
 from mlx_distill.errors import ConfigError
-from mlx_distill.task import Task, load_task
+from mlx_distill.tasks.task import Task, load_task
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]

@@ -34,7 +34,7 @@ from transformers import (
 from mlx_distill.assets.moderation import generator as moderation
 from mlx_distill.assets.music import generator as music
 from mlx_distill.config import ASSETS
-from mlx_distill.task import load_task
+from mlx_distill.tasks.task import load_task
 
 MUSIC = load_task({"name": "music", "system": "Judge the song. Answer in JSON."})
 MODERATION = load_task({"name": "moderation", "system": "Judge the message. Answer in JSON."})

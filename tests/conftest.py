@@ -88,7 +88,7 @@ def _linear_algebra_on_the_cpu() -> Iterator[None]:
 @pytest.fixture
 def run_copy(tmp_path: Path) -> Path:
     """A copy of a finished run's folder."""
-    from chain import finished
+    from helpers.small_chain import finished
 
     return Path(shutil.copytree(finished() / "out", tmp_path / "out"))
 

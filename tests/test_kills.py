@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import killed_run
 import pytest
-from chain import STAGES, finished, manifests, whole_stages, write_chain
+from helpers import killed_run
+from helpers.small_chain import STAGES, finished, manifests, whole_stages, write_chain
 
 # In the order of the run: the stage that is hit, and what is about to be put into place when it is.
 KILLS = {

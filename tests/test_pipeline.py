@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chain import STAGES, finished, manifests, whole_stages, write_chain
+from helpers.small_chain import STAGES, finished, manifests, whole_stages, write_chain
 
 from mlx_distill import pipeline
 from mlx_distill.errors import ConfigError, FileError
-from mlx_distill.files import fingerprint, lock_folder, plain, read_manifest
 from mlx_distill.pipeline import Outcome, Plan, graph
 from mlx_distill.recipe import load_recipe
+from mlx_distill.storage import atomic as plain
+from mlx_distill.storage import fingerprint, lock_folder, read_manifest
 
 TEACHER, STUDENT = "evaluations/teacher", "evaluations/student"
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chain import STAGES, finished, whole_stages
+from helpers.small_chain import STAGES, finished, whole_stages
 
 from mlx_distill.cli import cli
 from mlx_distill.cli.main import COMMANDS
-from mlx_distill.data.store import StoreWriter
-from mlx_distill.files import read_jsonl, read_manifest, write_jsonl
+from mlx_distill.storage import read_jsonl, read_manifest, write_jsonl
+from mlx_distill.storage.array_store import StoreWriter
 
 _SHORT = ("distill.steps=2", "distill.evaluate_every=0")
 
@@ -99,7 +99,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_stage(
     copied: Path, command: Callable[..., Any], stage: str, limit: int, words: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if stage in ("teach", "distill") and "scratch/" not in words:
-        monkeypatch.setattr("mlx_distill.data.store.StoreWriter", _Roomy)
+        monkeypatch.setattr("mlx_distill.storage.array_store.StoreWriter", _Roomy)
     settings = ("teach.steps=2", "teach.evaluate_every=0", *_SHORT, "targets.max_rows=20", "targets.text=data", "evaluate.max_rows=6")
     settings += ("data.near_duplicates=0",) if words.startswith("rows.jsonl") else ()
     with small_disk(limit):

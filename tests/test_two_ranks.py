@@ -7,16 +7,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import killed_run
 import pytest
-from chain import finished, whole_stages
-from train.launch import ends_of
+from helpers import killed_run
+from helpers.launch import ends_of
+from helpers.small_chain import finished, whole_stages
 
 from mlx_distill.errors import ConfigError, FileError
-from mlx_distill.files import read_manifest
 from mlx_distill.pipeline import run
 from mlx_distill.stages import together
-from mlx_distill.train.ranks import Ranks
+from mlx_distill.storage import read_manifest
+from mlx_distill.train.distributed import Ranks
 
 
 def make_machine(folder: Path) -> None:
@@ -69,7 +69,7 @@ def test_ranks_begin_together_on_the_same_rows_and_model(
 ) -> None:
     ranks = Told(1, 2)
     monkeypatch.setattr(Told, "word", word)
-    monkeypatch.setattr("mlx_distill.train.ranks.current_ranks", lambda: ranks)
+    monkeypatch.setattr("mlx_distill.train.distributed.current_ranks", lambda: ranks)
     key: Callable[[], str] = lambda: here  # noqa: E731
     if begins is None:
         with pytest.raises(FileError, match="not the same rows and base model") as caught:

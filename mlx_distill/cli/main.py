@@ -25,8 +25,8 @@ COMMANDS = {
     "export": "models:export",
     "inspect": "models:inspect",
     "analyze": "models:analyze",
-    "recipes": "desk:recipes",
-    "doctor": "desk:doctor",
+    "recipes": "recipes:recipes",
+    "doctor": "recipes:doctor",
 }
 
 

@@ -34,7 +34,7 @@ def convert(source: str, destination: Path, base: str | None, as_json: bool, **o
     SOURCE is a folder or a Hub id, or a PEFT adapter, which becomes one of ours. The result is numerically the same model, unless
     --quantize or --dtype asks for another.
     """
-    from mlx_distill.cli.show import echo
+    from mlx_distill.cli.output import echo
     from mlx_distill.models.convert import convert as convert_model
     from mlx_distill.models.hub import resolve
     from mlx_distill.models.peft import from_peft, is_peft
@@ -66,9 +66,9 @@ def export(model: Path, destination: Path, layout: str, adapter: str, report: Pa
 
     MODEL is a model folder or an adapter folder of ours.
     """
-    from mlx_distill.cli.show import echo
+    from mlx_distill.cli.output import echo
     from mlx_distill.progress import make_progress
-    from mlx_distill.report.result import read_report
+    from mlx_distill.report.summary import read_report
 
     path = report or model.resolve().parent / "report.json"
     figures = read_report(path).report if report or path.is_file() else None
@@ -92,8 +92,8 @@ def inspect(ctx: click.Context, path: Path, verify: bool, as_json: bool) -> None
 
     PATH is a model, an adapter, the folder of a stage, or that of a run. Exit code 1 where something is wrong with it.
     """
-    from mlx_distill.cli.show import echo
-    from mlx_distill.models.inspect import inspect as look
+    from mlx_distill.cli.output import echo
+    from mlx_distill.inspect import inspect as look
 
     report = look(path, verify=verify)
     echo(report, as_json)
@@ -114,10 +114,10 @@ def analyze(model: str, input: Path, task: str, out: Path | None) -> None:
 
     INPUT is a JSONL file with the fields that the task's prompt names; the answers come as JSONL too.
     """
-    from mlx_distill.cli.show import echo_jsonl, plain
+    from mlx_distill.cli.output import echo_jsonl, plain
     from mlx_distill.errors import DataError
-    from mlx_distill.files import read_jsonl, write_jsonl
     from mlx_distill.infer import analyze as answer
+    from mlx_distill.storage import read_jsonl, write_jsonl
 
     items = [row for _, row in read_jsonl(input)]
     if not items:

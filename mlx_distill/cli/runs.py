@@ -76,7 +76,7 @@ def _run(
     as_json: bool = False,
     profile: bool = False,
 ) -> None:
-    from mlx_distill.cli.show import echo
+    from mlx_distill.cli.output import echo
     from mlx_distill.pipeline import run as run_recipe
     from mlx_distill.progress import make_progress
     from mlx_distill.recipe import load_recipe
@@ -88,7 +88,7 @@ def _run(
         click.echo("waiting for the other ranks of mlx.launch", err=True)
     speaks = rank_and_size()[0] == 0
     if profile:
-        from mlx_distill.train.profile import Profile
+        from mlx_distill.train.profiling import Profile
 
         options["profile"] = Profile()
     taken, result = options.get("profile"), None

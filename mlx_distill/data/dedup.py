@@ -149,7 +149,7 @@ def near_duplicates(signatures: Table, threshold: float, rows: Int64[np.ndarray,
     and memory grow with the number of rows, even where a thousand of them are alike. A band is looked at at a time.
 
     Args:
-        signatures: One a row, ``[n, 128]``, in memory or in a :class:`~mlx_distill.data.spool.SignatureFile`.
+        signatures: One a row, ``[n, 128]``, in memory or in a :class:`~mlx_distill.data.row_buffer.SignatureFile`.
         threshold: Estimated Jaccard similarity from which two rows are the same, over 0.
         rows: The numbers of the rows that are looked at; all of them by default. The clusters count these.
     """

@@ -11,10 +11,10 @@ from typing import Any
 
 from mlx_distill.data.sources import read_source as read_source
 from mlx_distill.errors import DataError
-from mlx_distill.files import read_jsonl
 from mlx_distill.records import Example, Message
-from mlx_distill.schema import check_answer, dump_answer, parse_answer
-from mlx_distill.task import Task
+from mlx_distill.storage import read_jsonl
+from mlx_distill.tasks.answer import check_answer, dump_answer, parse_answer
+from mlx_distill.tasks.task import Task
 
 Row = Mapping[str, Any]
 

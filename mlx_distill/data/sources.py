@@ -11,9 +11,9 @@ from typing import Any
 
 from mlx_distill.config import ASSETS, packaged, resolve_asset
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.files import os_errors, read_jsonl
 from mlx_distill.recipe import SourceConfig
-from mlx_distill.task import Task
+from mlx_distill.storage import os_errors, read_jsonl
+from mlx_distill.tasks.task import Task
 
 Row = dict[str, Any]
 

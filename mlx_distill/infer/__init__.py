@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.records import Prediction
-from mlx_distill.task import Task, load_task
+from mlx_distill.tasks.task import Task, load_task
 
 
 def analyze(
@@ -23,7 +23,7 @@ def analyze(
 
     Args:
         model: A folder or Hub id for ``md.load``, or what that returned: ``(model, tokenizer)``.
-        task: A packaged task's name, the path of a YAML file, or a :class:`~mlx_distill.task.Task`.
+        task: A packaged task's name, the path of a YAML file, or a :class:`~mlx_distill.tasks.task.Task`.
         items: Mappings with the fields that the task's prompt names; a plain text where it names one field.
         batch_size: Items decoded together.
         max_tokens: Longest answer; the task's own where None.
@@ -39,7 +39,7 @@ def analyze(
         ModelError: no such model.
     """
     from mlx_distill.errors import DataError
-    from mlx_distill.infer.predict import predict, prepare_item
+    from mlx_distill.infer.analyze import predict, prepare_item
 
     if isinstance(items, (str, Mapping)):
         raise DataError("items: one item alone", fix="give a list: [item]")

@@ -6,12 +6,12 @@ Another tokenizer: ``cell_kl``, ``alm``, ``label_kl`` over spans and cells that 
 
 from __future__ import annotations
 
-from mlx_distill.losses.alignment import align_bytes, align_lengths, token_bytes
+from mlx_distill.losses.byte_alignment import align_bytes, align_lengths, token_bytes
 from mlx_distill.losses.cross_tokenizer import CellMap, alm, cell_kl, cell_map, span_sums
 from mlx_distill.losses.divergences import forward_kl, js_divergence, reverse_kl, skew_kl, total_variation
 from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs, label_tokens
-from mlx_distill.losses.linear import DIVERGENCES, linear_cross_entropy, linear_divergence, linear_rows, sparse_linear_kl
-from mlx_distill.losses.sparse import sparse_forward_kl
+from mlx_distill.losses.tiled import DIVERGENCES, linear_cross_entropy, linear_divergence, linear_rows, sparse_linear_kl
+from mlx_distill.losses.topk import sparse_forward_kl
 
 __all__ = [
     "DIVERGENCES",

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Bool, Float, Int
 
 from mlx_distill.errors import ConfigError, DataError, ModelError
-from mlx_distill.losses.cells import CellMap, cell_map
 from mlx_distill.losses.numerics import LOWEST, RESOLUTION, TINY, check_temperature, row_sum
-from mlx_distill.losses.sparse import bucket_kl
+from mlx_distill.losses.token_groups import CellMap, cell_map
+from mlx_distill.losses.topk import bucket_kl
 from mlx_distill.records import TopK
 
 __all__ = ["CellMap", "alm", "cell_kl", "cell_map", "merged_targets", "span_sums"]
@@ -27,7 +27,7 @@ def cell_kl(student_logits: Float[mx.array, "n v"], targets: TopK, cells: CellMa
     the teacher's remaining mass belongs to cells that it reaches (those with unlisted members). It is placed where it makes the
     divergence smallest: such cells in which the student has no more than the remaining mass explains are counted with the bucket. So at
     T = 1 the loss is a lower bound of the KL over all cells, and zero at equality at any k. T softens the distribution within the
-    reached cells, as in :func:`~mlx_distill.losses.sparse.sparse_forward_kl` (merging comes first: a temperature does not commute with
+    reached cells, as in :func:`~mlx_distill.losses.topk.sparse_forward_kl` (merging comes first: a temperature does not commute with
     adding up). How a cell's mass is spread *within* the cell is not trained: keep a cross-entropy term beside it.
 
     Args:
@@ -170,7 +170,7 @@ def span_sums(logprobs: Float[mx.array, " l"], spans: Int[np.ndarray, "n 2"]) ->
 
     Args:
         logprobs: Of each token given what stands before it, nats.
-        spans: From and to (exclusive) of each span: two columns of what :func:`~mlx_distill.losses.alignment.align_bytes` returns.
+        spans: From and to (exclusive) of each span: two columns of what :func:`~mlx_distill.losses.byte_alignment.align_bytes` returns.
 
     Returns:
         The log-likelihood of each span.

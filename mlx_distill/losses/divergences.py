@@ -2,7 +2,7 @@
 
 ``p`` is the teacher's distribution, ``q`` the student's, both ``softmax(logits / T)``. Every divergence is multiplied by T², so
 that its gradient keeps its size when T changes (Hinton et al. 2015, https://arxiv.org/abs/1503.02531), is zero where the two are
-equal, and gives no gradient to the teacher. These are the plain forms; :mod:`mlx_distill.losses.linear` gives the same
+equal, and gives no gradient to the teacher. These are the plain forms; :mod:`mlx_distill.losses.tiled` gives the same
 values without ever holding the logits.
 """
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.losses.alignment import vocabulary
+from mlx_distill.losses.byte_alignment import vocabulary
 from mlx_distill.losses.divergences import forward_kl
 from mlx_distill.losses.numerics import LOWEST
 

@@ -1,4 +1,4 @@
-"""The kernels under :mod:`mlx_distill.losses.linear`: one look at every vocabulary tile, values and gradients at once.
+"""The kernels under :mod:`mlx_distill.losses.tiled`: one look at every vocabulary tile, values and gradients at once.
 
 All of them take *detached* float32 hidden states ``[n, d]``, already divided by the temperature, and never build more than
 ``ROWS x TILE`` logits. Every tile is evaluated before the next one is built: a lazy graph would keep them all alive, and so would
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 from jaxtyping import Float, Int
 
-from mlx_distill.losses.heads import HeadWeight
 from mlx_distill.losses.numerics import LOWEST, TILE
+from mlx_distill.losses.output_head import HeadWeight
 
 ROWS = 512
 # How many numbers of gathered weight rows may be held at once.

@@ -16,14 +16,14 @@ import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import atomic_path, write_json
-from mlx_distill.models.checkpoint import read_header
+from mlx_distill.models.checkpoint.safetensors import read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, read_object
 from mlx_distill.models.dora import DoRASwitchLinear
 from mlx_distill.models.hub import resolve
+from mlx_distill.models.modules import check_rank, linear_layers, matrix_shape, train_whole, whole_modules
 from mlx_distill.models.plain import dequantized, plain_like
-from mlx_distill.models.select import check_rank, linear_layers, matrix_shape, train_whole, whole_modules
 from mlx_distill.models.tokenizer_files import copy_tokenizer
+from mlx_distill.storage import atomic_path, write_json
 
 ADAPTER_FILE = "adapters.safetensors"
 _LEAVES = ("lora_a", "lora_b", "m")
@@ -76,7 +76,7 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
     Args:
         model: mlx-lm's model; dense, quantized or mixed.
         settings: Rank, alpha, dropout and the targets: a target ``q_proj`` or ``self_attn.q_proj`` means every module whose path ends so,
-            and likewise those that train whole: see :func:`~mlx_distill.models.select.whole_modules`.
+            and likewise those that train whole: see :func:`~mlx_distill.models.modules.whole_modules`.
         seed: Seed of the ``A`` matrices, which are uniform in ``± 1 / sqrt(inputs)``; ``B`` is zero.
 
     Returns:

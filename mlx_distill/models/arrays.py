@@ -6,8 +6,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.checkpoint import FLOATS
-from mlx_distill.models.rules import Planned
+from mlx_distill.models.checkpoint.layout import Planned
+from mlx_distill.models.checkpoint.safetensors import FLOATS
 
 MLX_TYPES = {
     "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,

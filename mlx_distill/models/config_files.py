@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import os_errors
-from mlx_distill.models.registry import architecture_of
+from mlx_distill.models.architectures.registry import architecture_of
+from mlx_distill.storage import os_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
 

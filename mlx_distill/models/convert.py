@@ -13,17 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import recover, stage_key
-from mlx_distill.models.checkpoint import open_checkpoint
+from mlx_distill.models.checkpoint.plan import Prepared, prepare
+from mlx_distill.models.checkpoint.safetensors import open_checkpoint
+from mlx_distill.models.checkpoint.tensor_job import Job, TensorRow
+from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult
 from mlx_distill.models.config_files import is_adapter, read_object
 from mlx_distill.models.folder import FORMAT, is_current, making, source_key
 from mlx_distill.models.hub import commit_of, resolve
-from mlx_distill.models.jobs import Job, TensorRow
 from mlx_distill.models.output import TABLE, finish_folder, shard_hashes, shard_rows, stream, tensor_table
-from mlx_distill.models.prepare import Prepared, prepare
-from mlx_distill.models.treatments import decider
-from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult
+from mlx_distill.models.quantization import decider
 from mlx_distill.progress import Progress, size
+from mlx_distill.storage import recover, stage_key
 
 
 @dataclass(frozen=True)

@@ -11,23 +11,23 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.files import write_json, write_text
 from mlx_distill.models.adapters import adapter_base
-from mlx_distill.models.card import card_text
-from mlx_distill.models.checkpoint import DTYPE_BYTES, Source
+from mlx_distill.models.checkpoint.layout import backward_plan, folded
+from mlx_distill.models.checkpoint.plan import Prepared, prepare
+from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, Source
+from mlx_distill.models.checkpoint.tensor_job import Errors, Job, TensorRow, run_slab, table_row
+from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
 from mlx_distill.models.config_files import is_adapter, read_object
 from mlx_distill.models.folder import making, source_key
 from mlx_distill.models.hub import resolve
-from mlx_distill.models.jobs import Errors, Job, TensorRow, run_slab, table_row
 from mlx_distill.models.output import stream, update_lost
 from mlx_distill.models.peft import from_peft, peft_weights, to_peft, write_peft
-from mlx_distill.models.prepare import Prepared, prepare
+from mlx_distill.models.quantization import Treatment
 from mlx_distill.models.quantize import adapter_deltas, plan_jobs, reopen
-from mlx_distill.models.rules import backward_plan, folded
 from mlx_distill.models.tokenizer_files import copy_tokenizer
-from mlx_distill.models.treatments import Treatment
-from mlx_distill.models.writer import MAX_SHARD_BYTES, MEMORY_BYTES
 from mlx_distill.progress import Progress, counted, size
+from mlx_distill.report.model_card import card_text
+from mlx_distill.storage import write_json, write_text
 
 _NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import FileError
-from mlx_distill.files import (
+from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base
+from mlx_distill.models.checkpoint.safetensors import open_checkpoint
+from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter
+from mlx_distill.storage import (
     MANIFEST,
     check_folder,
     digest,
@@ -22,9 +25,6 @@ from mlx_distill.files import (
     sha256,
     stage_key,
 )
-from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base
-from mlx_distill.models.checkpoint import open_checkpoint
-from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter
 
 FORMAT = 1
 

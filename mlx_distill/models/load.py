@@ -12,12 +12,12 @@ from jaxtyping import Float, Int
 from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_distill.errors import ModelError
+from mlx_distill.models.architectures.registry import build_model
 from mlx_distill.models.arrays import to_mlx
+from mlx_distill.models.checkpoint.plan import Prepared, prepare
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, load_config, read_object
 from mlx_distill.models.hub import resolve
 from mlx_distill.models.plain import dequantized, plain_like
-from mlx_distill.models.prepare import Prepared, prepare
-from mlx_distill.models.registry import build_model
 
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 

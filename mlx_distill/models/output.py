@@ -8,15 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.files import write_json
+from mlx_distill.models.checkpoint.plan import Prepared
+from mlx_distill.models.checkpoint.tensor_job import Errors, Job, TensorRow, table_row
+from mlx_distill.models.checkpoint.writer import ShardResult, write_shards
 from mlx_distill.models.config_files import read_object
 from mlx_distill.models.folder import FORMAT
-from mlx_distill.models.jobs import Errors, Job, TensorRow, table_row
-from mlx_distill.models.prepare import Prepared
+from mlx_distill.models.quantization import SAFETENSORS
 from mlx_distill.models.tokenizer_files import copy_tokenizer
-from mlx_distill.models.treatments import SAFETENSORS
-from mlx_distill.models.writer import ShardResult, write_shards
 from mlx_distill.progress import Progress
+from mlx_distill.storage import write_json
 
 TABLE = "tensors.json"
 

@@ -10,17 +10,17 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.errors import ModelError
-from mlx_distill.files import atomic_path, digest, read_manifest, sha256, write_json, write_text
 from mlx_distill.models.adapters import ADAPTER_FILE, LoraSettings, adapter_base, adapter_config, adapter_settings, relative_base
-from mlx_distill.models.card import card_text
-from mlx_distill.models.checkpoint import read_header
+from mlx_distill.models.architectures.registry import architecture_of
+from mlx_distill.models.checkpoint.plan import prepare
+from mlx_distill.models.checkpoint.safetensors import read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, load_config, read_object
 from mlx_distill.models.folder import making, source_key
 from mlx_distill.models.hub import commit_of, is_hub_id, resolve
-from mlx_distill.models.prepare import prepare
-from mlx_distill.models.registry import architecture_of
 from mlx_distill.models.tokenizer_files import copy_tokenizer
 from mlx_distill.progress import counted
+from mlx_distill.report.model_card import card_text
+from mlx_distill.storage import atomic_path, digest, read_manifest, sha256, write_json, write_text
 
 PEFT_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."

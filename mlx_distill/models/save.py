@@ -8,12 +8,12 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from mlx_distill.files import atomic_path, write_json
-from mlx_distill.models.checkpoint import INDEX
+from mlx_distill.models.checkpoint.safetensors import INDEX
+from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES
 from mlx_distill.models.config_files import read_object
 from mlx_distill.models.output import with_quantization
 from mlx_distill.models.tokenizer_files import copy_tokenizer
-from mlx_distill.models.writer import MAX_SHARD_BYTES
+from mlx_distill.storage import atomic_path, write_json
 
 
 def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:

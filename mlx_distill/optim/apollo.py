@@ -8,7 +8,7 @@ from collections.abc import Callable
 import mlx.core as mx
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.optim.named import Filter, NamedOptimizer
+from mlx_distill.optim.base import Filter, NamedOptimizer
 from mlx_distill.optim.subspace import basis_shapes, project
 
 MINI_SCALE = math.sqrt(128.0)

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.optim.named import Filter, NamedOptimizer
+from mlx_distill.optim.base import Filter, NamedOptimizer
 from mlx_distill.optim.subspace import METHODS, Basis, basis_shapes, captured, carry_moments, find_basis, project, project_back, sides_of
 
 BasisFinder = Callable[..., dict[str, mx.array]]
@@ -52,8 +52,8 @@ class GaLoreAdamW(NamedOptimizer):
         stagger: Spread the refreshes over the gap, matrix by matrix, where otherwise one step pays for all.
         refresh_below: Skip a refresh while the old basis captures at least this share of what it captured when it was new; 0 never skips.
         filter: ``(path, array) -> bool``: which matrices are projected. An optimizer sees names and no modules, so the default,
-            :func:`~mlx_distill.optim.named.is_projected`, goes by the names that mlx-lm gives embeddings, norms, head, router and adapters;
-            for others say it yourself, or by :func:`~mlx_distill.optim.named.by_modules`. The path is the dotted name in the tree given.
+            :func:`~mlx_distill.optim.base.is_projected`, goes by the names that mlx-lm gives embeddings, norms, head, router and adapters;
+            for others say it yourself, or by :func:`~mlx_distill.optim.base.by_modules`. The path is the dotted name in the tree given.
         group: Ranks that share the work: each matrix's basis is computed by one of them and sent to all.
         seed: Of the rounding of weights of 16 bits, which is stochastic.
 

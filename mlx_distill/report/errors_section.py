@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.metrics.wording import NONE, count, metric_heads, model_name, percent, plural, signed_points, significant, words
+from mlx_distill.report.charts import axis, nice_ticks, stacked, strip
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.svg import axis, nice_ticks, stacked, strip
 from mlx_distill.report.tables import Line, legend, model_head, number_cell, rate_cell, scroll, table
 from mlx_distill.report.wording import model_class
+from mlx_distill.text import NONE, count, metric_heads, model_name, percent, plural, signed_points, significant, words
 
 Report = Mapping[str, Any]
 _KINDS = (

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DistillError
-from mlx_distill.files import Manifest, os_errors, read_json, read_jsonl, read_manifest
+from mlx_distill.storage import Manifest, os_errors, read_json, read_jsonl, read_manifest
 
 # Where the pipeline leaves each model.
 _FOLDERS = {"teacher": "teacher", "teacher_before": "teacher_base", "student_before": "student_base"}

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
-from mlx_distill.metrics.wording import NONE, model_name, seconds, size, words
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import Line, table
 from mlx_distill.report.wording import text_of
+from mlx_distill.text import NONE, model_name, seconds, size, words
 
 Report = Mapping[str, Any]
 

@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_distill.metrics.wording import (
+from mlx_distill.report.charts import axis, strip
+from mlx_distill.report.markup import Html, el
+from mlx_distill.report.tables import Line, legend, model_head, number_cell, rate_cell, table
+from mlx_distill.report.wording import model_class
+from mlx_distill.text import (
     NONE,
     control_note,
     gigabytes,
@@ -21,10 +25,6 @@ from mlx_distill.metrics.wording import (
     the_model,
     words,
 )
-from mlx_distill.report.markup import Html, el
-from mlx_distill.report.svg import axis, strip
-from mlx_distill.report.tables import Line, legend, model_head, number_cell, rate_cell, table
-from mlx_distill.report.wording import model_class
 
 Report = Mapping[str, Any]
 _AGREEMENT = "verdict_agreement"

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.metrics.wording import NONE, model_name, percent, the_model, words
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.wording import beginning, model_class, text_of
+from mlx_distill.text import NONE, model_name, percent, the_model, words
 
 Report = Mapping[str, Any]
 _OPEN = 10

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_distill.metrics.wording import NONE, interval, model_name, percent
+from mlx_distill.report.charts import bar
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.svg import bar
 from mlx_distill.report.wording import model_class
+from mlx_distill.text import NONE, interval, model_name, percent
 
 Line = tuple[Any, Sequence[Any], str | None]
 """One row of a table: its head, its cells, its CSS class."""

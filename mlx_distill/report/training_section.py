@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.metrics.wording import NONE, count, gigabytes, metric_heads, model_name, packing_note, plural, seconds, significant, size
+from mlx_distill.report.charts import line_chart
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.svg import line_chart
 from mlx_distill.report.tables import Line, legend, model_head, number_cell, table
 from mlx_distill.report.wording import model_class, series_name
+from mlx_distill.text import NONE, count, gigabytes, metric_heads, model_name, packing_note, plural, seconds, significant, size
 
 Report = Mapping[str, Any]
 

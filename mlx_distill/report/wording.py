@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.metrics.wording import MODELS, NONE, words
+from mlx_distill.text import MODELS, NONE, words
 
 _SERIES = {"loss": "loss", "valid_loss": "validation"}
 

@@ -13,7 +13,6 @@ from itertools import chain, islice
 from pathlib import Path
 
 from mlx_distill.config import to_mapping
-from mlx_distill.files import read_jsonl, scratch, write_jsonl
 from mlx_distill.runtime import peak_memory, reset_peak_memory
 from mlx_distill.stages.context import Context as Context
 from mlx_distill.stages.context import Facts, count_rows, held_out_rows, load_model, read_rows, stop_here, vocabulary_hash
@@ -21,11 +20,12 @@ from mlx_distill.stages.pairing import aligned_pairs
 from mlx_distill.stages.scoring import score_shard
 from mlx_distill.stages.training import check_training as check_training
 from mlx_distill.stages.training import fine_tune, train_rows
+from mlx_distill.storage import read_jsonl, scratch, write_jsonl
 
 
 def prepare(context: Context, folder: Path) -> Facts:
     """Rows from everywhere to train, valid and test chats."""
-    from mlx_distill.data import splits
+    from mlx_distill.data import prepare as splits
 
     statistics = splits.prepare(context.recipe.data, context.task, context.recipe.base, folder, context.progress)
     return {"rows": statistics["rows"]} if "rows" in statistics else {}
@@ -52,7 +52,7 @@ def teach(context: Context, folder: Path) -> Facts:
 
 def targets(context: Context, folder: Path) -> Facts:
     """What the teacher says of the training and validation rows, written once."""
-    from mlx_distill.targets import TargetWriter
+    from mlx_distill.distill.teacher_cache import TargetWriter
 
     settings = context.recipe.targets
     model, tokenizer = load_model(context, "teacher")
@@ -76,9 +76,9 @@ def targets(context: Context, folder: Path) -> Facts:
 
 def distill(context: Context, folder: Path, control: str | None = None) -> Facts:
     """Train the student on the teacher's targets; ``control`` trains on one thing alone: ``labels`` or ``text``."""
-    from mlx_distill.data.templates import pad_id
-    from mlx_distill.train.kd import kd
-    from mlx_distill.train.pairs import collate_pairs
+    from mlx_distill.data.chat import pad_id
+    from mlx_distill.distill.align import collate_pairs
+    from mlx_distill.distill.objective import kd
 
     settings = context.recipe.distill
     check_training(context, {"distill"})
@@ -109,8 +109,8 @@ def quantize(context: Context, folder: Path) -> Facts:
 
 def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Facts:
     """Held-out rows through one model, a chunk at a time, so that a killed evaluation goes on behind its last whole chunk."""
-    from mlx_distill.infer.predict import predict
-    from mlx_distill.infer.store import write_predictions
+    from mlx_distill.data.predictions import write_predictions
+    from mlx_distill.infer.analyze import predict
     from mlx_distill.records import Prediction
 
     settings = context.recipe.evaluate

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import DataError, Interrupted
-from mlx_distill.files import fingerprint, os_errors, read_jsonl, read_manifest
 from mlx_distill.progress import Progress
 from mlx_distill.recipe import Recipe
 from mlx_distill.runtime import StopFlag
-from mlx_distill.task import Task
+from mlx_distill.storage import fingerprint, os_errors, read_jsonl, read_manifest
+from mlx_distill.tasks.task import Task
 
 if TYPE_CHECKING:
-    from mlx_distill.train.profile import Profile
+    from mlx_distill.train.profiling import Profile
 
 Facts = dict[str, Any]
 
@@ -97,6 +97,6 @@ def stop_here(context: Context) -> None:
 
 def vocabulary_hash(tokenizer: Any) -> str:
     """A hash of a tokenizer's vocabulary: targets of one teacher are of no use with the ids of another."""
-    from mlx_distill.files import digest
+    from mlx_distill.storage import digest
 
     return digest(dict(tokenizer.get_vocab()))

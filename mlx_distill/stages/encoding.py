@@ -7,14 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.files import digest, scratch, sha256
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Example
 from mlx_distill.stages.context import Context, content_of, count_rows, read_rows, rows_file, stop_here
+from mlx_distill.storage import digest, scratch, sha256
 
 if TYPE_CHECKING:
     from mlx_distill.data.packing import Piece
-    from mlx_distill.data.store import Store
+    from mlx_distill.storage.array_store import Store
 
 _SHOWN = 200  # rows between two looks at the clock and at the wish to stop
 
@@ -37,9 +37,9 @@ def encoded_rows(
         DataError: there are rows, and none of them can be trained on.
         Interrupted: stopped on request.
     """
-    from mlx_distill.data.batches import EncodeReport, encode_rows
+    from mlx_distill.data.batching import EncodeReport, encode_rows
     from mlx_distill.data.packing import Piece
-    from mlx_distill.data.store import Store, StoreWriter, is_stored
+    from mlx_distill.storage.array_store import Store, StoreWriter, is_stored
 
     path, place = rows_file(context, split), scratch(folder) / "rows" / split
     key = digest({

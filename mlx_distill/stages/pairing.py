@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import DataError
-from mlx_distill.files import digest, scratch, sha256
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.stages.context import Context, content_of, read_rows, rows_file, stop_here, vocabulary_hash
-from mlx_distill.task import Task
+from mlx_distill.storage import digest, scratch, sha256
+from mlx_distill.tasks.task import Task
 
 if TYPE_CHECKING:
-    from mlx_distill.data.store import Store
-    from mlx_distill.targets import TargetReader, TargetRow
-    from mlx_distill.train.pairs import Pair
+    from mlx_distill.distill.align import Pair
+    from mlx_distill.distill.teacher_cache import TargetReader, TargetRow
+    from mlx_distill.storage.array_store import Store
 
 _CHUNK = 64  # rows that are rendered together
 Joined = tuple[str, Mapping[str, Any], "TargetRow"]  # split, prepared row, what the teacher says of it
@@ -38,13 +38,13 @@ def aligned_pairs(
         DataError: the targets are of another tokenizer, or of other rows.
         Interrupted: stopped on request.
     """
-    from mlx_distill.data.store import Store, is_stored
-    from mlx_distill.data.templates import stop_ids
+    from mlx_distill.data.chat import stop_ids
+    from mlx_distill.distill.align import pair_of
+    from mlx_distill.distill.teacher_cache import TargetReader
     from mlx_distill.losses.cross_tokenizer import cell_map
     from mlx_distill.losses.labels import label_tokens
     from mlx_distill.models.load import load_tokenizer
-    from mlx_distill.targets import TargetReader
-    from mlx_distill.train.pairs import pair_of
+    from mlx_distill.storage.array_store import Store, is_stored
 
     reader = TargetReader(context.run / "targets")
     teacher_tokenizer = load_tokenizer(context.run / "teacher")
@@ -73,9 +73,9 @@ def aligned_pairs(
 def _align(
     context: Context, places: Sequence[Path], key: str, reader: TargetReader, tokenizer: Any, teacher_tokenizer: Any, max_length: int
 ) -> None:
-    from mlx_distill.data.store import StoreWriter
-    from mlx_distill.data.templates import answer_ids, render_many
-    from mlx_distill.train.pairs import pair_arrays
+    from mlx_distill.data.chat import answer_ids, render_many
+    from mlx_distill.distill.align import pair_arrays
+    from mlx_distill.storage.array_store import StoreWriter
 
     # What stands before the label is often the same in every answer.
     encode = lru_cache(maxsize=256)(partial(answer_ids, tokenizer))
@@ -114,10 +114,10 @@ def _joined(context: Context, reader: TargetReader) -> Iterator[Joined]:
 
 
 def _pair(task: Task, chat: Any, target: TargetRow, tokenizer: Any, teacher_tokenizer: Any, encode: Callable[[str], list[int]]) -> Pair:
-    from mlx_distill.losses.alignment import align_bytes
-    from mlx_distill.schema import label_prefix, parse_answer
-    from mlx_distill.teacher import label_position
-    from mlx_distill.train.pairs import make_pair
+    from mlx_distill.distill.align import make_pair
+    from mlx_distill.distill.teacher import label_position
+    from mlx_distill.losses.byte_alignment import align_bytes
+    from mlx_distill.tasks.answer import label_prefix, parse_answer
 
     start, end = chat.spans[-1]
     answer, _ = parse_answer(target.text, task.schema)

@@ -10,11 +10,11 @@ from mlx_distill.stages.context import Context
 
 def score_shard(context: Context, model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> tuple[list[Any], int]:
     """Targets of some rows; a row whose answer is not valid keeps the data's own text."""
-    from mlx_distill.data.templates import answer_ids, render
+    from mlx_distill.data.chat import answer_ids, render
+    from mlx_distill.distill.teacher import label_position, score
+    from mlx_distill.distill.teacher_cache import TargetRow
     from mlx_distill.losses.labels import label_tokens
-    from mlx_distill.schema import label_prefix, parse_answer
-    from mlx_distill.targets import TargetRow
-    from mlx_distill.teacher import label_position, score
+    from mlx_distill.tasks.answer import label_prefix, parse_answer
 
     task, settings = context.task, context.recipe.targets
     texts = [row["messages"][-1]["content"] for row in rows]
@@ -47,8 +47,8 @@ def score_shard(context: Context, model: Any, tokenizer: Any, rows: Sequence[Map
 
 
 def _answers(context: Context, model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    from mlx_distill.data.templates import prompt_ids, stop_ids
-    from mlx_distill.infer.generate import generate
+    from mlx_distill.data.chat import prompt_ids, stop_ids
+    from mlx_distill.infer.engine import generate
 
     prompts = [prompt_ids(tokenizer, row["messages"][:-1]) for row in rows]
     done = generate(

@@ -20,7 +20,7 @@ def meet(out: Path, key: str, here: Callable[[], str] | None = None) -> bool:
         FileError: a rank has other rows or another base model.
         DistillError: another rank was lost.
     """
-    from mlx_distill.train.ranks import current_ranks
+    from mlx_distill.train.distributed import current_ranks
 
     ranks = current_ranks()
     told = ranks.tell(key)

@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import resolve_asset
-from mlx_distill.files import digest, read_jsonl, scratch
 from mlx_distill.progress import size
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.runtime import rank_and_size
 from mlx_distill.stages.context import Context, Facts, content_of
 from mlx_distill.stages.encoding import encoded_rows
+from mlx_distill.storage import digest, read_jsonl, scratch
 
 if TYPE_CHECKING:
-    from mlx_distill.data.store import Store
+    from mlx_distill.storage.array_store import Store
 
 # Rows, the numbers of those in each line of a batch, and what the width is rounded up to.
 Collate = Callable[[Sequence[Any], Sequence[Sequence[int]], int], Any]
@@ -24,9 +24,9 @@ Collate = Callable[[Sequence[Any], Sequence[Sequence[int]], int], Any]
 
 def fine_tune(context: Context, folder: Path, name: str, model: Any, tokenizer: Any, base: str, settings: TrainConfig) -> Facts:
     """Supervised fine-tuning on the rows' own answers."""
-    from mlx_distill.data.batches import collate
-    from mlx_distill.data.templates import pad_id
-    from mlx_distill.train.objectives import sft
+    from mlx_distill.data.batching import collate
+    from mlx_distill.data.chat import pad_id
+    from mlx_distill.train.objective import sft
 
     rows, valid = (encoded_rows(context, folder, name, split, tokenizer, base, settings) for split in ("train", "valid"))
     pad = pad_id(tokenizer)
@@ -46,7 +46,7 @@ def train_rows(
     from mlx_distill.optim import make_optimizer
     from mlx_distill.train.hindsight import doubts
     from mlx_distill.train.loop import total_steps, train
-    from mlx_distill.train.methods import adapter_of, make_trainable
+    from mlx_distill.train.trainable import adapter_of, make_trainable
 
     make_trainable(model, settings)
     source, look = _batches(context, name, settings, rows, valid, collate)
@@ -108,7 +108,7 @@ def check_training(context: Context, commands: Collection[str]) -> None:
     Raises:
         ConfigError, ModelError: settings that contradict each other, an unknown target, a rank above a dimension.
     """
-    from mlx_distill.train.checks import check_model, check_settings
+    from mlx_distill.train.preflight import check_model, check_settings
 
     recipe = context.recipe
     for command, settings, base, source in (
@@ -127,9 +127,9 @@ def _batches(
     context: Context, name: str, settings: TrainConfig, rows: Store[Any], valid: Store[Any], collate: Collate
 ) -> tuple[Any, Sequence[Any]]:
     """The stream of training batches and the fixed list of validation batches: each row in a line of its own, or packed."""
-    from mlx_distill.data.batches import BatchList, plan_epoch
+    from mlx_distill.data.batching import BatchList, plan_epoch
     from mlx_distill.data.packing import make_lines
-    from mlx_distill.train.rows import RowBatches
+    from mlx_distill.train.batches import RowBatches
 
     lines, look = (
         make_lines(some.lengths.tolist(), settings.max_length, settings.seed, settings.packing, few_widths=settings.compile)

@@ -20,7 +20,7 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_distill.errors import FULL_DISK, FileError, ModelError
-from mlx_distill.files import digest, fsync_folder, os_errors, read_json
+from mlx_distill.storage import digest, fsync_folder, os_errors, read_json
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"

@@ -22,18 +22,18 @@ from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag, reset_peak_memory, stop_on_signal
 from mlx_distill.train import checkpoint
-from mlx_distill.train.checks import check_settings
-from mlx_distill.train.cut import make_trunk
+from mlx_distill.train.distributed import Ranks, current_ranks
+from mlx_distill.train.events import MetricsLog
+from mlx_distill.train.grad_checkpoint import recomputed_layers
 from mlx_distill.train.hooks import Hook as Hook
 from mlx_distill.train.length import total_steps as total_steps
-from mlx_distill.train.metrics import MetricsLog
-from mlx_distill.train.objectives import Objective
+from mlx_distill.train.objective import Objective
+from mlx_distill.train.preflight import check_settings
 from mlx_distill.train.randomness import set_random_key
-from mlx_distill.train.ranks import Ranks, current_ranks
-from mlx_distill.train.recompute import recomputed_layers
 from mlx_distill.train.source import BatchSource
 from mlx_distill.train.steps import Run, Setup, go
 from mlx_distill.train.stopwatch import Stopwatch
+from mlx_distill.train.trunk_head import make_trunk
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def train(
 ) -> TrainResult:
     r"""Train ``model``'s trainable parameters in place; go on from ``folder/checkpoints`` where there are some.
 
-    One step takes ``accumulate`` micro-batches a rank: see :func:`~mlx_distill.train.gradients.window_gradients`. The gradient is
+    One step takes ``accumulate`` micro-batches a rank: see :func:`~mlx_distill.train.updates.window_gradients`. The gradient is
     clipped by its global norm, a loss or norm that is not finite ends the run before the weights are touched, and a run that
     was killed anywhere goes on bitwise as if it had not been. A step whose batches have nothing to train on counts and moves nothing, and
     the schedule waits for the next.
@@ -87,7 +87,7 @@ def train(
         valid: A fixed set of batches, looked at every ``evaluate_every`` steps and at the end.
         hooks: Called after each step with its row: see :mod:`~mlx_distill.train.hooks`.
         stop: Looked at after each step; by default the first SIGINT or SIGTERM.
-        watch: Takes the time of each part; see :class:`~mlx_distill.train.profile.Profile`.
+        watch: Takes the time of each part; see :class:`~mlx_distill.train.profiling.Profile`.
         identity: Of model and data; a checkpoint of another identity is refused.
 
     Raises:

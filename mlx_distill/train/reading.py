@@ -12,11 +12,11 @@ from jaxtyping import Float, Int
 from mlx.utils import tree_flatten
 
 from mlx_distill.losses.cross_tokenizer import CellMap, cell_kl
-from mlx_distill.losses.linear import linear_cross_entropy, linear_rows, sparse_linear_kl
 from mlx_distill.losses.numerics import row_logsumexp
-from mlx_distill.losses.sparse import sparse_forward_kl
+from mlx_distill.losses.tiled import linear_cross_entropy, linear_rows, sparse_linear_kl
+from mlx_distill.losses.topk import sparse_forward_kl
+from mlx_distill.models.forward import segment_caches
 from mlx_distill.models.load import head, hidden_states, project
-from mlx_distill.models.packed import segment_caches
 from mlx_distill.records import Batch, TopK
 from mlx_distill.train.randomness import random_key, set_random_key
 
@@ -89,7 +89,7 @@ class Reader:
         return self._whole(nats, None)
 
     def sparse_kl(self, index: Int[mx.array, " n"], targets: TopK, temperature: float) -> Float[mx.array, " n"]:
-        """:func:`~mlx_distill.losses.sparse.sparse_forward_kl` at ``index``."""
+        """:func:`~mlx_distill.losses.topk.sparse_forward_kl` at ``index``."""
         if not self.small and self.tiled:
             return sparse_linear_kl(self.hidden[index], self.head, targets, temperature=temperature)
         return self._whole(lambda z, at: sparse_forward_kl(z, _some(targets, at), temperature=temperature), index)
@@ -115,7 +115,7 @@ def in_slices(loss: RowLoss, hidden: Float[mx.array, "n d"], layer: nn.Module, r
 
     Value and gradient, that of the head's own parameters included, equal the dense form. The logits of a slice are dropped after its value
     is known, and computed again in the backward pass, where the head draws the same random numbers. *Eager*, as all that is in
-    :mod:`mlx_distill.losses.linear`: keep it outside ``mx.compile`` and ``mx.checkpoint``.
+    :mod:`mlx_distill.losses.tiled`: keep it outside ``mx.compile`` and ``mx.checkpoint``.
 
     Args:
         loss: From logits ``[r, v]`` (float32) and the slice of the positions that they belong to, to one number a row; a row's loss may

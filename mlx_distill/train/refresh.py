@@ -10,8 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_distill.train.gradients import Window
 from mlx_distill.train.randomness import random_key, set_random_key
+from mlx_distill.train.updates import Window
 
 # What may be whole at once: an eighth of all, and what nobody minds.
 _SHARE, _LEAST_BYTES = 8, 1 << 26

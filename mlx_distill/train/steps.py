@@ -19,19 +19,19 @@ from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag, peak_memory
 from mlx_distill.train import checkpoint
-from mlx_distill.train.cut import Trunk
-from mlx_distill.train.gradients import Compress, Window, apply_update, clip_scale, evaluate, global_norm, window_gradients
-from mlx_distill.train.guard import check_weights, stop_on_nan, stop_on_weights
+from mlx_distill.train.diagnostics import check_weights, stop_on_nan, stop_on_weights
+from mlx_distill.train.distributed import Ranks
+from mlx_distill.train.events import MetricsLog
 from mlx_distill.train.hooks import Hook
 from mlx_distill.train.length import epoch_batches
-from mlx_distill.train.metrics import MetricsLog
-from mlx_distill.train.objectives import Objective, trained_tokens
+from mlx_distill.train.objective import Objective, trained_tokens
 from mlx_distill.train.randomness import random_key
-from mlx_distill.train.ranks import Ranks
 from mlx_distill.train.refresh import entered_in_groups, frozen
 from mlx_distill.train.source import BatchSource
 from mlx_distill.train.stopwatch import Stopwatch
 from mlx_distill.train.streaming import streamed_step
+from mlx_distill.train.trunk_head import Trunk
+from mlx_distill.train.updates import Compress, Window, apply_update, clip_scale, evaluate, global_norm, window_gradients
 
 
 @dataclass

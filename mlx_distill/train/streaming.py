@@ -13,11 +13,11 @@ import mlx.optimizers as optim
 from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
-from mlx_distill.train.cut import Trunk
-from mlx_distill.train.gradients import Window, apply_update, clip_scale, differentiate, drain_norm, in_order
-from mlx_distill.train.objectives import Objective
+from mlx_distill.train.objective import Objective
 from mlx_distill.train.randomness import random_key, set_random_key
 from mlx_distill.train.stopwatch import Stopwatch
+from mlx_distill.train.trunk_head import Trunk
+from mlx_distill.train.updates import Window, apply_update, clip_scale, differentiate, drain_norm, in_order
 
 Guard = Callable[[Window, float, bool], None]
 
@@ -61,7 +61,7 @@ def streamed_step(
         clip_norm: Largest norm; 0 makes one pass.
         guard: Given the window, the norm, and whether weights have moved already; raises where a number is not finite.
         watch: Where the time is added; the first of two passes counts as ``clip``.
-        trunk: As for :func:`~mlx_distill.train.gradients.differentiate`.
+        trunk: As for :func:`~mlx_distill.train.updates.differentiate`.
     """
     watch = watch or Stopwatch()
     weights = objective.weights(batch)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import write_recipe
+from helpers.small_run import write_recipe
 
 from mlx_distill.cli import cli
-from mlx_distill.files import lock_folder
 from mlx_distill.recipe import recipe_names
+from mlx_distill.storage import lock_folder
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from mlx_distill.cli import cli
 from mlx_distill.cli.main import COMMANDS, Commands, explain
 from mlx_distill.errors import ConfigError, DataError, Interrupted
 from mlx_distill.recipe import load_recipe, recipe_names
-from mlx_distill.task import Task, task_names
+from mlx_distill.tasks.task import Task, task_names
 
 PUBLIC = "demo run prepare convert teach targets distill quantize evaluate analyze export inspect doctor recipes".split()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_run import write_recipe
+from helpers.small_run import write_recipe
 
 from mlx_distill.cli import cli
 

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
-from small_run import write_recipe
+from helpers.small_run import write_recipe
 
 from mlx_distill.cli import cli
 from mlx_distill.errors import ConfigError

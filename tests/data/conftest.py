@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import mlx_distill
-from mlx_distill.task import Task, parse_task
+from mlx_distill.tasks.task import Task, parse_task
 
 TEMPLATES = Path(mlx_distill.__file__).parent / "assets" / "templates"
 TEXT = [

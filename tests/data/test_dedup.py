@@ -16,7 +16,7 @@ from mlx_distill.data.dedup import (
     shingles,
     words,
 )
-from mlx_distill.data.spool import SignatureFile
+from mlx_distill.data.row_buffer import SignatureFile
 
 VOCABULARY = [f"w{i}" for i in range(2000)]
 
@@ -92,7 +92,7 @@ def test_clusters_equal_those_of_comparing_all_pairs(threshold: float) -> None:
 
 
 def test_signatures_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_distill.data.spool._SLAB", 7)
+    monkeypatch.setattr("mlx_distill.data.row_buffer._SLAB", 7)
     rng = random.Random(4)
     texts = [text(rng) for _ in range(60)]
     texts += [changed(rng, rng.choice(texts), rng.randrange(0, 6)) for _ in range(60)]

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 
-from mlx_distill.data.batches import plan_epoch
+from mlx_distill.data.batching import plan_epoch
 from mlx_distill.data.packing import Piece, lay_out, make_lines, pack_rows
 from mlx_distill.errors import DataError
 

@@ -9,7 +9,7 @@ import pytest
 from mlx_distill.data.rows import from_row, read_prepared, to_example, to_row
 from mlx_distill.errors import DataError
 from mlx_distill.records import Message
-from mlx_distill.task import Task, load_task
+from mlx_distill.tasks.task import Task, load_task
 
 ANSWER = {"verdict": "yes", "score": 10}
 TEXT = '{"verdict": "yes", "score": 10}'

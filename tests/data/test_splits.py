@@ -1,259 +1,118 @@
 from __future__ import annotations
 
-import errno
-import json
-import random
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
+from collections import Counter
 
+import numpy as np
 import pytest
 
-from mlx_distill.data.rows import read_prepared
-from mlx_distill.data.splits import prepare
-from mlx_distill.errors import ConfigError, DataError, FileError
-from mlx_distill.progress import NullProgress
-from mlx_distill.recipe import DataConfig, SourceConfig
-from mlx_distill.task import Task
-
-WORDS = [f"word{i}" for i in range(500)]
+from mlx_distill.data.dedup import hash64
+from mlx_distill.data.splits import DROPPED, FREE, TEST, TRAIN, VALID, draw, settle_forced
 
 
-def song(rng: random.Random, number: int, **extra: Any) -> dict[str, Any]:
-    answer = {"verdict": rng.choice(["yes", "no"]), "score": rng.randrange(101)}
-    text = " ".join(rng.choices(WORDS, k=60))
-    return {"id": f"s{number}", "title": f"Song {number}", "text": text, "genre": rng.choice(["folk", "pop"]), "answer": answer, **extra}
+def random_rows(seed: int, count: int = 600, clustered: float = 0.2) -> tuple[np.ndarray, np.ndarray, list[tuple[str, ...]]]:
+    rng = np.random.default_rng(seed)
+    roots = np.arange(count)
+    for row in range(1, count):
+        if rng.random() < clustered:
+            roots[row] = roots[rng.integers(0, row)]
+    order = rng.integers(0, 2**64, count, dtype=np.uint64)
+    strata = [(str(rng.choice(["yes", "no", "rare"], p=[0.6, 0.35, 0.05])), str(rng.choice(["folk", "pop", "jazz"]))) for _ in range(count)]
+    return roots, order, strata
 
 
-def songs(count: int, seed: int = 0, **extra: Any) -> list[dict[str, Any]]:
-    rng = random.Random(seed)
-    return [song(rng, number, **extra) for number in range(count)]
+def free(count: int) -> np.ndarray:
+    return np.full(count, FREE, dtype=np.int8)
 
 
-def write(path: Path, rows: list[dict[str, Any]]) -> SourceConfig:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return SourceConfig(path=str(path))
+@pytest.mark.parametrize("seed", range(5))
+def test_clusters_stay_together_and_the_shares_are_met(seed: int) -> None:
+    roots, order, strata = random_rows(seed)
+    side = draw(roots, free(600), order, strata, valid_fraction=0.1, test_fraction=0.2, seed=seed)
+    assert (side == side[roots]).all()
+    largest = np.bincount(roots).max()
+    assert abs((side == TEST).sum() - 120) <= largest and abs((side == VALID).sum() - 60) <= largest
 
 
-def run(folder: Path, task: Task, rows: list[dict[str, Any]], **settings: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Statistics, and the prepared rows by id with their split."""
-    folder.mkdir(exist_ok=True)
-    source = write(folder / "rows.jsonl", rows)
-    return prepare_and_read(DataConfig(sources=[source], **settings), task, folder / "data")
+def test_each_stratum_gives_its_share() -> None:
+    roots, order, strata = random_rows(0, clustered=0)
+    side = draw(roots, free(600), order, strata, valid_fraction=0.1, test_fraction=0.2, seed=0)
+    total, test, valid = (Counter(s for s, x in zip(strata, side, strict=True) if x in which) for which in ([0, 1, 2], [TEST], [VALID]))
+    for stratum, count in total.items():
+        assert abs(test[stratum] - 0.2 * count) <= 1 and abs(valid[stratum] - 0.1 * count) <= 1
+    assert sum(test.values()) == 120 and sum(valid.values()) == 60
 
 
-def prepare_and_read(config: DataConfig, task: Task, out: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    out.mkdir(exist_ok=True)
-    statistics = prepare(config, task, None, out)
-    found = {}
-    for split in ("train", "valid", "test"):
-        for line in (out / f"{split}.jsonl").read_text().splitlines():
-            row = json.loads(line)
-            found[row["id"]] = {**row, "split": split}
-    return statistics, found
+def test_strata_too_small_for_a_row_of_their_own_still_give_the_total() -> None:
+    strata = [(f"label{i % 2}", f"genre{i}") for i in range(100)]
+    order = np.random.default_rng(0).integers(0, 2**64, 100, dtype=np.uint64)
+    side = draw(np.arange(100), free(100), order, strata, valid_fraction=0.05, test_fraction=0.2, seed=0)
+    assert (side == TEST).sum() == 20 and (side == VALID).sum() == 5
+    assert sum(side[i] == TEST for i in range(0, 100, 2)) == 10
 
 
-def test_every_row_goes_to_one_side_and_is_counted(tmp_path: Path, task: Task) -> None:
-    statistics, rows = run(tmp_path, task, songs(200), stratify=["genre"], test_fraction=0.2, valid_fraction=0.1)
-    assert len(rows) == 200 and statistics["read"] == 200 and statistics["dropped"] == {}
-    assert statistics["rows"] == {"train": 140, "valid": 20, "test": 40} and statistics["sets"] == {"test": 40}
-    for split, count in statistics["rows"].items():
-        inside = [row for row in rows.values() if row["split"] == split]
-        assert len(inside) == count == sum(statistics["labels"][split].values()) == sum(statistics["slices"][split]["genre"].values())
-        assert statistics["labels"][split]["yes"] == sum(row["answer"]["verdict"] == "yes" for row in inside)
-        assert statistics["slices"][split]["genre"]["pop"] == sum(row["fields"]["genre"] == "pop" for row in inside)
-        assert {row["set"] for row in inside} == {split}
-    assert json.loads((tmp_path / "data" / "statistics.json").read_text()) == statistics
-    assert {example.id for _, example in read_prepared(tmp_path / "data" / "test.jsonl")} <= set(rows)
-    assert sorted(p.name for p in (tmp_path / "data").glob("*.json*")) == ["statistics.json", "test.jsonl", "train.jsonl", "valid.jsonl"]
-    assert not list((tmp_path / "data").rglob("rows.jsonl"))
+def test_the_draw_does_not_depend_on_the_order_of_the_rows() -> None:
+    roots, order, strata = random_rows(3)
+    settings = {"valid_fraction": 0.1, "test_fraction": 0.2, "seed": 7}
+    side = draw(roots, free(600), order, strata, **settings)
+    shuffle = np.random.default_rng(0).permutation(600)
+    place = np.argsort(shuffle)
+    moved = place[roots[shuffle]]
+    again = draw(moved, free(600), order[shuffle], [strata[i] for i in shuffle], **settings)
+    assert np.array_equal(again, side[shuffle])
+    other = draw(roots, free(600), order, strata, **{**settings, "seed": 8})
+    assert not np.array_equal(other, side)
 
 
-def test_the_split_is_the_same_every_time_and_in_any_order(tmp_path: Path, task: Task) -> None:
-    rows = songs(120)
-    rows += [{**row, "id": f"copy{row['id']}", "text": row["text"] + " end"} for row in rows[:30]]
-    settings = {"stratify": ["genre"], "test_fraction": 0.3, "valid_fraction": 0.1}
-    first, again = (run(tmp_path / name, task, rows, **settings) for name in "ab")
-    assert first == again
-    random.Random(1).shuffle(rows)
-    _, shuffled = run(tmp_path / "c", task, rows, **settings)
-    assert {name: row["split"] for name, row in shuffled.items()} == {name: row["split"] for name, row in first[1].items()}
-    _, other = run(tmp_path / "d", task, rows, **settings, seed=1)
-    assert {name: row["split"] for name, row in other.items()} != {name: row["split"] for name, row in first[1].items()}
+def test_held_out_wins_and_the_free_follow_their_cluster() -> None:
+    roots = np.array([0, 0, 0, 3, 3, 3, 6, 6, 8])
+    forced = np.array([TRAIN, TEST, FREE, VALID, TRAIN, FREE, TRAIN, FREE, FREE], dtype=np.int8)
+    assert settle_forced(roots, forced).tolist() == [DROPPED, TEST, TEST, VALID, DROPPED, VALID, TRAIN, TRAIN, FREE]
 
 
-def test_a_text_that_stands_twice_is_kept_once(tmp_path: Path, task: Task) -> None:
-    rows = songs(40)
-    rows.append({**rows[3], "id": "same", "text": rows[3]["text"].upper().replace(" ", "\n ")})
-    rows.append({**rows[4], "id": "contradicts", "answer": {"verdict": "yes", "score": 0}})
-    rows[4]["answer"] = {"verdict": "no", "score": 99}
-    statistics, kept = run(tmp_path, task, rows)
-    assert len(kept) == 40
-    assert {reason: entry["count"] for reason, entry in statistics["dropped"].items()} == {
-        "duplicate": 1,
-        "duplicate, with another answer": 1,
-    }
-    assert "rows.jsonl:" in statistics["dropped"]["duplicate"]["examples"][0]
+def test_a_validation_row_gives_way_to_a_test_row() -> None:
+    assert settle_forced(np.array([0, 0]), np.array([VALID, TEST], dtype=np.int8)).tolist() == [DROPPED, TEST]
 
 
-def test_near_duplicates_stay_on_one_side(tmp_path: Path, task: Task) -> None:
-    rows = songs(60)
-    rng = random.Random(0)
-    for row in list(rows):
-        for copy in range(2):
-            text = row["text"].split()
-            text[rng.randrange(60)] = "changed"
-            rows.append({**row, "id": f"{row['id']}-{copy}", "text": " ".join(text)})
-    statistics, kept = run(tmp_path, task, rows, test_fraction=0.3, valid_fraction=0.1, near_duplicates=0.75)
-    assert len(kept) == 180 and statistics["near_duplicates"] == {"clusters": 60, "rows": 180, "largest": 3}
-    for number in range(60):
-        assert len({kept[name]["split"] for name in (f"s{number}", f"s{number}-0", f"s{number}-1")}) == 1
-    assert abs(statistics["rows"]["test"] - 54) <= 3
-    _, apart = run(tmp_path / "off", task, rows, test_fraction=0.3, near_duplicates=0.0)
-    assert any(len({apart[n]["split"] for n in (f"s{i}", f"s{i}-0", f"s{i}-1")}) > 1 for i in range(60))
+def test_settled_rows_do_not_count_in_the_shares() -> None:
+    side = np.array([TEST] * 50 + [FREE] * 50, dtype=np.int8)
+    order = np.random.default_rng(0).integers(0, 2**64, 100, dtype=np.uint64)
+    out = draw(np.arange(100), side, order, [("a",)] * 100, valid_fraction=0.2, test_fraction=0.0, seed=0)
+    assert (out[:50] == TEST).all() and (out[50:] == VALID).sum() == 10 and (out[50:] == TRAIN).sum() == 40
 
 
-def test_a_held_out_row_wins_over_its_copies_in_the_training_rows(tmp_path: Path, task: Task) -> None:
-    train, test = songs(50), songs(10, seed=1)
-    test[0]["text"] = train[0]["text"]
-    test[0]["title"] = train[0]["title"]
-    test[1]["text"] = train[1]["text"] + " tail"
-    test[1]["title"] = train[1]["title"]
-    for row in test:
-        row["id"] = "t" + row["id"]
-    sources = [write(tmp_path / "train.jsonl", train), write(tmp_path / "test.jsonl", test)]
-    forced = [
-        SourceConfig(path=s.path, split=split, set=name) for s, split, name in zip(sources, ("train", "test"), (None, "hand"), strict=True)
-    ]
-    statistics, kept = prepare_and_read(DataConfig(sources=forced, near_duplicates=0.8), task, tmp_path / "data")
-    assert "s0" not in kept and "s1" not in kept and len(kept) == 58
-    assert all(kept["t" + row["id"].removeprefix("t")]["split"] == "test" for row in test)
-    assert statistics["sets"] == {"hand": 10} and {kept[row["id"]]["set"] for row in test} == {"hand"}
-    held_out = [count["count"] for reason, count in statistics["dropped"].items() if "held-out" in reason]
-    assert sum(held_out) == 2 and statistics["rows"]["valid"] == 0
+def plain_draw(roots: np.ndarray, order: np.ndarray, strata: list[tuple[str, ...]], seed: int) -> np.ndarray:
+    """One cluster after the other, as it is said."""
+    queues: dict[tuple[str, ...], list[tuple[int, list[int]]]] = {}
+    for root in sorted(set(roots.tolist())):
+        rows = np.flatnonzero(roots == root).tolist()
+        first = min(rows, key=lambda row: int(order[row]))
+        queues.setdefault(strata[first], []).append((hash64(f"{seed}:{int(order[first])}"), rows))
+    out = free(len(roots))
+    for target, fraction in ((TEST, 0.2), (VALID, 0.1)):
+        wanted, taken = 0.0, 0
+        for stratum in sorted(queues):
+            wanted += fraction * sum(len(rows) for _, rows in queues[stratum])
+            for _, rows in sorted(queues[stratum], key=lambda entry: entry[0]):
+                if out[rows[0]] == FREE and wanted - taken >= len(rows) / 2:
+                    out[rows] = target
+                    taken += len(rows)
+    out[out == FREE] = TRAIN
+    return out
 
 
-def test_the_prompts_own_words_do_not_make_rows_alike(tmp_path: Path, task: Task) -> None:
-    wordy = replace(task, user="Read the following song with care and weigh each line against the rest of it: {title} {text}.")
-    rows = [{**row, "title": "x", "text": " ".join(row["text"].split()[:4])} for row in songs(40)]
-    statistics, _ = run(tmp_path, wordy, rows, near_duplicates=0.6)
-    assert statistics["near_duplicates"]["clusters"] == 0
-    assert statistics["rows"]["train"] + statistics["rows"]["valid"] + statistics["rows"]["test"] == 40
-
-
-@pytest.mark.parametrize(("wish", "split"), [("train", "train"), ("validation", "valid"), ("dev", "valid"), ("TEST", "test")])
-def test_a_row_may_name_its_own_split(tmp_path: Path, task: Task, wish: str, split: str) -> None:
-    rows = songs(20)
-    rows[7]["split"] = wish
-    _, kept = run(tmp_path, task, rows)
-    assert kept["s7"]["split"] == split
-    rows[7]["split"] = "somewhere"
-    with pytest.raises(DataError, match=r"rows.jsonl:8: split: 'somewhere' is not a split"):
-        run(tmp_path, task, rows)
-
-
-def test_filters_count_what_they_drop(tmp_path: Path, task: Task) -> None:
-    rows = songs(30, rating=5, domain="songs")
-    rows[0]["rating"], rows[1]["rating"] = 2, None
-    rows[2]["domain"] = "news"
-    rows[3]["text"], rows[4]["text"] = "x", "long " * 500
-    statistics, kept = run(
-        tmp_path, task, rows, min_rating=3.0, domains=["songs"], min_chars=20, max_chars=2000, test_fraction=0.0, valid_fraction=0.0
-    )
-    assert set(kept) == {f"s{number}" for number in range(5, 30)}
-    assert {reason: entry["examples"] for reason, entry in statistics["dropped"].items()} == {
-        "rating below 3": [f"{tmp_path}/rows.jsonl:1"],
-        "no number in the field 'rating'": [f"{tmp_path}/rows.jsonl:2"],
-        "of another domain": [f"{tmp_path}/rows.jsonl:3"],
-        "shorter than 20 characters": [f"{tmp_path}/rows.jsonl:4"],
-        "longer than 2000 characters": [f"{tmp_path}/rows.jsonl:5"],
-    }
-
-
-def test_ids_that_stand_twice_are_told_apart(tmp_path: Path, task: Task) -> None:
-    rows = [{**row, "id": "one"} for row in songs(5)]
-    statistics, kept = run(tmp_path, task, rows)
-    assert statistics["renamed_ids"] == 4 and set(kept) == {"one", "one~2", "one~3", "one~4", "one~5"}
-
-
-@pytest.mark.parametrize("ids", [["a", "a", "a~2"], ["a~2", "a", "a"], ["a", "a~2", "b", "a~2", "a", "a~3"], ["x~2", "x", "y"]])
-def test_a_new_id_is_never_one_that_stands_already(tmp_path: Path, task: Task, ids: list[str]) -> None:
-    wanted: list[str] = []
-    for name in ids:
-        tried = [name, *(f"{name}~{number}" for number in range(2, 9))]
-        wanted.append(next(each for each in tried if each not in wanted))
-    statistics, kept = run(tmp_path, task, [{**row, "id": name} for row, name in zip(songs(len(ids)), ids, strict=True)])
-    assert set(kept) == set(wanted) and statistics["renamed_ids"] == sum(a != b for a, b in zip(ids, wanted, strict=True))
-
-
-def test_a_row_that_does_not_fit_stops_or_is_counted(tmp_path: Path, task: Task) -> None:
-    rows = songs(20)
-    rows[4] = {"messages": [{"role": "user", "content": "A song"}]}
-    rows[6]["answer"]["verdict"] = "maybe"
-    with pytest.raises(DataError, match=r"rows\.jsonl:5: no assistant turn") as caught:
-        run(tmp_path, task, rows)
-    assert "drop_invalid" in (caught.value.fix or "")
-    assert not list((tmp_path / "data").glob("*.jsonl")) and not list((tmp_path / "data").rglob("rows.jsonl"))
-    statistics, kept = run(tmp_path, task, rows, drop_invalid=True)
-    entry = statistics["dropped"]["does not fit the task"]
-    assert len(kept) == 18 and entry["count"] == 2 and entry["examples"][0] == f"{tmp_path}/rows.jsonl:5: no assistant turn"
-
-
-def test_nothing_left_is_an_error_with_the_commonest_reason(tmp_path: Path, task: Task) -> None:
-    with pytest.raises(DataError, match="no rows are left of 5: longer than 10 characters"):
-        run(tmp_path, task, songs(5), max_chars=10)
-    with pytest.raises(DataError, match="no rows are left to train on"):
-        run(tmp_path, task, songs(5, split="test"))
-    with pytest.raises(ConfigError, match="no sources"):
-        prepare(DataConfig(), task, None, tmp_path)
-    with pytest.raises(ConfigError, match="no row has the field 'gender'"):
-        run(tmp_path, task, songs(5), stratify=["gender"])
-    (tmp_path / "empty.jsonl").write_text("")
-    with pytest.raises(DataError, match=r"empty\.jsonl: no rows"):
-        prepare(DataConfig(sources=[SourceConfig(path=str(tmp_path / "empty.jsonl"))]), task, None, tmp_path)
-
-
-def test_what_was_left_out_is_told_in_one_line_and_nothing_else_is(tmp_path: Path, task: Task) -> None:
-    class Notes(NullProgress):
-        def note(self, text: str) -> None:
-            said.append(text)
-
-    for rows, wanted in (
-        (songs(30), []),
-        (
-            [*songs(30), *songs(2), {**songs(1)[0], "text": "x"}],
-            [f"prepare: 3 of 33 rows left out (duplicate: 2; shorter than 20 characters: 1), such as {tmp_path}/rows.jsonl:"],
-        ),
-    ):
-        said: list[str] = []
-        config = DataConfig(sources=[write(tmp_path / "rows.jsonl", rows)], min_chars=20)
-        prepare(config, task, None, tmp_path, Notes())
-        assert [line.partition("rows.jsonl:")[0] + "rows.jsonl:" for line in said] == wanted
-        assert all(line.endswith("; statistics.json has more") for line in said)
-
-
-def test_warnings_say_what_will_be_missed(tmp_path: Path, task: Task) -> None:
-    rows = [{**row, "answer": {"verdict": "yes", "score": 1}} for row in songs(3)]
-    statistics, _ = run(tmp_path, task, rows, valid_fraction=0.05, test_fraction=0.0)
-    assert statistics["warnings"] == ["no rows in valid: too few without a split of their own", "no training row is labelled no"]
-
-
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(handle: int) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch, pytest.raises(FileError, match="no space left") as caught:
-        patch.setattr("os.fsync", full)
-        run(tmp_path, task, songs(20))
-    assert "free some space" in (caught.value.fix or "")
-    assert not [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
-    assert len(run(tmp_path, task, songs(20))[1]) == 20
-
-
-def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path, task: Task) -> None:
-    left = tmp_path / "data" / ".train.4242.tmp.jsonl"
-    (tmp_path / "data" / "scratch").mkdir(parents=True)
-    (tmp_path / "data" / "scratch" / "rows.jsonl").write_text("half a li")
-    left.write_text("half a li")
-    _, kept = run(tmp_path, task, songs(20))
-    assert len(kept) == 20 and not left.exists() and not list((tmp_path / "data").rglob("rows.jsonl"))
+@pytest.mark.parametrize("seed", range(4))
+def test_the_draw_is_the_plain_one(seed: int) -> None:
+    roots, order, strata = random_rows(seed, clustered=0.5)
+    for row in range(1, len(roots)):  # a root is its cluster's first row
+        roots[row] = roots[roots[row]]
+    drawn = draw(roots, free(600), order, strata, valid_fraction=0.1, test_fraction=0.2, seed=seed)
+    assert np.array_equal(drawn, plain_draw(roots, order, strata, seed))
+    settled = free(600)
+    settled[roots == 0] = TEST
+    rest = roots != 0
+    found = draw(roots, settled, order, strata, valid_fraction=0.1, test_fraction=0.2, seed=seed)
+    assert (found[~rest] == TEST).all()
+    _, renumbered = np.unique(roots[rest], return_inverse=True)
+    first = np.array([np.flatnonzero(renumbered == number)[0] for number in range(renumbered.max() + 1)])
+    strata = [stratum for stratum, kept in zip(strata, rest, strict=True) if kept]
+    assert np.array_equal(found[rest], plain_draw(first[renumbered], order[rest], strata, seed))

@@ -15,12 +15,13 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import FileError
-from mlx_distill.files import check_folder, read_manifest
-from mlx_distill.models import checkpoint, writer
+from mlx_distill.models.checkpoint import safetensors as checkpoint
+from mlx_distill.models.checkpoint import writer
 from mlx_distill.models.convert import convert, convert_into
 from mlx_distill.models.load import load_model
-from mlx_distill.models.treatments import MIXED, parse_mode
+from mlx_distill.models.quantization import MIXED, parse_mode
 from mlx_distill.recipe import MODES
+from mlx_distill.storage import check_folder, read_manifest
 
 NAMES = ("qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4")
 
@@ -201,7 +202,7 @@ def test_killed_at_ten_moments_it_goes_on_and_ends_the_same(golden: Any, tmp_pat
     """Thirty kills at moments drawn by seeds, ten in each conversion, and one at each of the last moments of another."""
     command = [
         sys.executable,
-        str(Path(__file__).with_name("killed_conversion.py")),
+        str(Path(__file__).parents[1] / "helpers" / "killed_conversion.py"),
         str(golden("gpt_oss_mxfp4")),
         str(tmp_path),
         "0",

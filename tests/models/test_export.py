@@ -10,10 +10,10 @@ import mlx.core as mx
 import pytest
 
 from mlx_distill.errors import ConfigError, FileError, ModelError
+from mlx_distill.inspect import inspect
 from mlx_distill.models.adapters import LoraSettings, add_lora, load_adapter, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft
-from mlx_distill.models.inspect import inspect
 from mlx_distill.models.load import load_model
 
 NAMES = ("qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4")
@@ -203,7 +203,7 @@ def test_the_card_says_that_packed_and_unpacked_paces_do_not_compare(golden: Any
 
 def test_the_card_of_a_runs_model_goes_back_to_what_it_was_made_from(golden: Any, tmp_path: Path) -> None:
     """The chain of manifests beside the folder: the base's source, though the student's own manifest does not name it."""
-    from mlx_distill.files import open_partial, publish, read_manifest, stage_key
+    from mlx_distill.storage import open_partial, publish, read_manifest, stage_key
 
     convert(golden("qwen3"), tmp_path / "run" / "base")
     manifest = tmp_path / "run" / "base" / "manifest.json"

@@ -176,8 +176,8 @@ def test_the_expected_shapes_are_those_of_the_models(name: str, golden: Any) -> 
     """The twin: mlx-lm's own classes, which conversion does not need to import."""
     from mlx.utils import tree_flatten
 
+    from mlx_distill.models.architectures.registry import build_model, expected_shapes
     from mlx_distill.models.load import load_config
-    from mlx_distill.models.registry import build_model, expected_shapes
 
     config = load_config(golden(name))
     for change in ({}, {"num_hidden_layers": 4, "layer_types": None}, {"mlp_only_layers": [1], "decoder_sparse_step": 1}):
@@ -219,7 +219,7 @@ PUBLISHED = {  # the numbers of config.json, and the parameters: 20.9, 116.8, 8.
 def test_the_published_models_have_as_many_parameters_as_we_expect(name: str) -> None:
     from math import prod
 
-    from mlx_distill.models.registry import expected_shapes
+    from mlx_distill.models.architectures.registry import expected_shapes
 
     config, parameters = PUBLISHED[name]
     assert sum(map(prod, expected_shapes(config).values())) == parameters

@@ -303,7 +303,7 @@ def test_what_the_package_did_not_make_is_not_replaced(golden: Any, tmp_path: Pa
 def test_a_full_disk_is_a_file_error_and_the_next_run_goes_on(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import errno
 
-    from mlx_distill.models import writer
+    from mlx_distill.models.checkpoint import writer
 
     real, written = writer._Sink._write, 0
 

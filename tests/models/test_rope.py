@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.rope import build_rope, rope_settings, stock_difference, yarn_frequencies
+from mlx_distill.models.architectures.rope import build_rope, rope_settings, stock_difference, yarn_frequencies
 
 GPT_OSS = {
     "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 4096,

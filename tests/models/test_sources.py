@@ -13,11 +13,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_distill.errors import ModelError
+from mlx_distill.inspect import inspect
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import to_hf
 from mlx_distill.models.hub import commit_of, resolve
-from mlx_distill.models.inspect import inspect
 from mlx_distill.models.load import load, load_tokenizer
 
 
@@ -82,7 +82,7 @@ def test_a_hub_id_is_fetched_at_its_revision_without_code_or_pickles(copy: Any, 
 def test_the_commit_of_a_snapshot_is_recorded(copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
 
-    from mlx_distill.files import read_manifest
+    from mlx_distill.storage import read_manifest
 
     snapshot = tmp_path / "hub" / "snapshots" / "0123abc"
     snapshot.parent.mkdir(parents=True)

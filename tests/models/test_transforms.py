@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_distill.models.checkpoint import TensorInfo, read_header
-from mlx_distill.models.transforms import Packed, Same, SplitBlocks, SplitColumns, SplitRows, Stack, Transpose
+from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
+from mlx_distill.models.checkpoint.transforms import Packed, Same, SplitBlocks, SplitColumns, SplitRows, Stack, Transpose
 
 RNG = np.random.default_rng(0)
 WIDE = RNG.integers(0, 1 << 16, (3, 8, 10), np.uint16)

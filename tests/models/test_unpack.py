@@ -15,7 +15,7 @@ from mlx_distill.models.convert import convert
 from mlx_distill.models.load import load, load_model, unpack
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.train import make_trainable
-from mlx_distill.train.checks import check_model
+from mlx_distill.train.preflight import check_model
 
 
 @pytest.mark.parametrize("quantize", [None, "affine4"])

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.tiny_model import collate, make_batches, make_model, make_rows, settings
+from helpers.training_cases import run_case
 from mlx.utils import tree_map_with_path
-from train.cases import run_case
-from train.tiny import collate, make_batches, make_model, make_rows, settings
 
 from mlx_distill.data.packing import Piece, lay_out
 from mlx_distill.errors import ConfigError
@@ -22,10 +22,10 @@ from mlx_distill.optim import make_optimizer
 from mlx_distill.recipe import ATTENTION
 from mlx_distill.records import Batch
 from mlx_distill.train import ListBatches, sft, train
-from mlx_distill.train.cut import make_trunk
-from mlx_distill.train.gradients import differentiate
+from mlx_distill.train.grad_checkpoint import recomputed_layers
 from mlx_distill.train.randomness import random_key
-from mlx_distill.train.recompute import recomputed_layers
+from mlx_distill.train.trunk_head import make_trunk
+from mlx_distill.train.updates import differentiate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROWS = make_rows(12)

@@ -8,12 +8,12 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from helpers.launch import launched
+from helpers.real_models import KINDS, OBJECTIVES, make_model, windows
+from helpers.training_cases import LINES, PACKED, counted_bases, run_case, same, start_of, steps_of
 from mlx.utils import tree_flatten
-from train.cases import LINES, PACKED, counted_bases, run_case, same, start_of, steps_of
-from train.cuts import KINDS, OBJECTIVES, make_model, windows
-from train.launch import launched
 
-from mlx_distill.train.gradients import Window, global_norm, window_gradients
+from mlx_distill.train.updates import Window, global_norm, window_gradients
 
 # Two ranks take what one takes in windows of twice as many. Packed: one pass over five lines, so that a rank has none at the end.
 ONCE: dict[str, Any] = {**PACKED, "accumulate": 1, "steps": 0, "epochs": 1.0}

@@ -9,12 +9,12 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from train.cases import CASES, KILLED, same, steps_of
-from train.launch import two_ranks
+from helpers.launch import two_ranks
+from helpers.training_cases import CASES, KILLED, same, steps_of
 
 from mlx_distill.errors import DistillError
 from mlx_distill.train import checkpoint
-from mlx_distill.train.ranks import Ranks
+from mlx_distill.train.distributed import Ranks
 
 # LoRA over packed lines, recomputed, with an uneven tail every epoch; GaLore. Both with dropout, of which each rank draws its own.
 PLACES = [str(CASES.index(case)) for case in KILLED[:0:-1]]

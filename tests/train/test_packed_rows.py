@@ -11,15 +11,15 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from train.cases import LENGTHS, PIECES, packed_source
-from train.cuts import KINDS, batch_of, make_model, windows
-from train.tiny import settings
+from helpers.real_models import KINDS, batch_of, make_model, windows
+from helpers.tiny_model import settings
+from helpers.training_cases import LENGTHS, PIECES, packed_source
 
 from mlx_distill.data.packing import lay_out
 from mlx_distill.errors import DataError
 from mlx_distill.train import ListBatches, sft, train
-from mlx_distill.train.gradients import evaluate, global_norm, window_gradients
-from mlx_distill.train.recompute import recomputed_layers
+from mlx_distill.train.grad_checkpoint import recomputed_layers
+from mlx_distill.train.updates import evaluate, global_norm, window_gradients
 
 
 @pytest.mark.parametrize("kind", KINDS)

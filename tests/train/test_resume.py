@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from train.cases import CASES, KILLED, hit_after, name_of, run_case, same, steps_of
+from helpers.training_cases import CASES, KILLED, hit_after, name_of, run_case, same, steps_of
 
 from mlx_distill.errors import Interrupted
 from mlx_distill.runtime import StopFlag
 from mlx_distill.train import TrainResult
 
-RUNNER = Path(__file__).with_name("runner.py")
+RUNNER = Path(__file__).parents[1] / "helpers" / "training_process.py"
 
 
 class Killed(BaseException):

@@ -1,0 +1,137 @@
+"""Commands about the installation: recipes and doctor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from mlx_distill.config import Key
+
+
+@click.group(invoke_without_command=True)
+@click.pass_context
+def recipes(ctx: click.Context) -> None:
+    """List, show, copy packaged recipes and tasks; explain the keys."""
+    if ctx.invoked_subcommand is None:
+        ctx.invoke(list_recipes)
+
+
+@recipes.command("list")
+def list_recipes() -> None:
+    """The packaged recipes and tasks, a line each."""
+    from mlx_distill.recipe import load_recipe, recipe_names
+    from mlx_distill.tasks.task import load_task, task_names
+
+    found = {name: load_recipe(name).description for name in recipe_names()}
+    tasks = {name: load_task(name).description for name in task_names()}
+    width = max(map(len, [*found, *tasks]), default=0)
+    for name, description in found.items():
+        click.echo(f"{name:<{width}}  {description}".rstrip())
+    click.echo("\ntasks (a recipe's key task; shown and copied as the recipes are):")
+    for name, description in tasks.items():
+        click.echo(f"{name:<{width}}  {description}".rstrip())
+
+
+@recipes.command()
+@click.argument("name")
+def show(name: str) -> None:
+    """Print the recipe or the task NAME."""
+    click.echo(_packaged(name).read_text(encoding="utf-8"), nl=False)
+
+
+@recipes.command()
+@click.argument("name")
+@click.argument("file", type=click.Path(path_type=Path))
+def copy(name: str, file: Path) -> None:
+    """Copy the recipe or the task NAME to FILE."""
+    from mlx_distill.errors import FileError
+    from mlx_distill.storage import write_text
+
+    source = _packaged(name)
+    file = file / f"{name}.yaml" if file.is_dir() else file
+    if file.exists():
+        raise FileError(f"{file}: exists already", fix="choose another name, or remove it first")
+    write_text(file, source.read_text(encoding="utf-8"))
+    use = f"; a recipe beside it says task: {file.name}" if source.stem == "task" else f", then: mlx-distill run {file}"
+    click.echo(f"written: {file}; edit it{use}")
+
+
+@recipes.command()
+@click.argument("section", required=False)
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+def keys(section: str | None, as_json: bool) -> None:
+    """Explain every key of a recipe and of a task, or those of SECTION.
+
+    Each with its default, by section: recipe (the top), data, data.sources, convert, teach, targets, distill, quantize, evaluate,
+    controls; task (a file of its own).
+    """
+    import json
+
+    from mlx_distill.cli.output import plain
+    from mlx_distill.config import sections
+    from mlx_distill.errors import ConfigError
+    from mlx_distill.recipe import recipe_sections
+    from mlx_distill.tasks.task import Task
+
+    known = [*recipe_sections(), *sections(Task, "task")]
+    found = [part for part in known if section in (None, part.name)]
+    if not found:
+        raise ConfigError(f"no section {section!r} in a recipe", fix=f"sections: {', '.join(part.name for part in known)}")
+    if as_json:
+        click.echo(json.dumps(plain({"sections": found}), ensure_ascii=False, indent=2))
+        return
+    width = max(len(key.name) for part in known for key in part.keys)
+    for number, part in enumerate(found):
+        click.echo(("\n" if number else "") + f"{part.name}: {part.help.removeprefix(f'{part.name.capitalize()}: ')}")
+        for key in part.keys:
+            click.echo(_explain(key, width))
+
+
+def _explain(key: Key, width: int) -> str:
+    """A key, its help and its values, wrapped beside it."""
+    import textwrap
+
+    import yaml
+
+    default = yaml.safe_dump(key.default, default_flow_style=True, width=1000).removesuffix("...\n").strip()
+    low, high = (None if end is None else f"{end:g}" for end in (key.low, key.high))
+    limits = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else ""
+    values = ", ".join(key.choices) if key.choices else key.type
+    parts = [values, *([limits] if limits else []), "needed" if key.needed else f"default: {default}"]
+    indent = " " * (width + 4)
+    text = textwrap.fill(f"{key.help} [{'; '.join(parts)}]", 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    return f"  {key.name:<{width}}  {text.lstrip()}"
+
+
+def _packaged(name: str) -> Path:
+    """The file of a packaged recipe or task."""
+    from mlx_distill.config import ASSETS
+    from mlx_distill.errors import ConfigError
+    from mlx_distill.recipe import recipe_names
+    from mlx_distill.tasks.task import task_names
+
+    if name in recipe_names():
+        return ASSETS / "recipes" / f"{name}.yaml"
+    if name in task_names():
+        return ASSETS / name / "task.yaml"
+    known = f"recipes: {', '.join(recipe_names())}; tasks: {', '.join(task_names())}"
+    raise ConfigError(f"no packaged recipe or task {name!r}", fix=known)
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+@click.pass_context
+def doctor(ctx: click.Context, as_json: bool) -> None:
+    """Say what the machine offers and what is missing.
+
+    Device, memory, versions, BLAS, disk, optional packages; each lack with its cure. Exit code 1 where a command could not run.
+    """
+    from mlx_distill import doctor as physician
+    from mlx_distill.cli.output import echo
+
+    diagnosis = physician.diagnose()
+    echo(diagnosis, as_json)
+    ctx.exit(0 if diagnosis.healthy else 1)

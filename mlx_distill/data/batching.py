@@ -1,0 +1,186 @@
+"""Encoded rows to batches: every row once an epoch, neighbours of one length together, an order that can be taken up anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from typing import Any, overload
+
+import numpy as np
+
+from mlx_distill.data.chat import Encoded, render_many
+from mlx_distill.data.even import bound_places, cut_evenly, spread
+from mlx_distill.data.packing import Piece, as_lines, lay_out
+from mlx_distill.errors import DataError
+from mlx_distill.records import Batch, Example
+
+_WINDOW = 64  # batches whose rows are sorted by length together, at most
+_CHUNK = 256  # rows that are rendered together
+
+
+@dataclass
+class EncodeReport:
+    """What became of the rows, counted while they are encoded.
+
+    ``kept``: rows that are left; ``too_long`` and ``nothing_to_train``: rows left out, because they have more tokens than allowed, or
+    because nothing of them is trained; ``longest``: tokens of the longest row, left out or not.
+    """
+
+    kept: int = 0
+    too_long: int = 0
+    nothing_to_train: int = 0
+    longest: int = 0
+
+    @property
+    def left_out(self) -> int:
+        """Rows that are not trained on."""
+        return self.too_long + self.nothing_to_train
+
+    def __str__(self) -> str:
+        parts = [f"{self.kept} rows"]
+        if self.too_long:
+            parts.append(f"{self.too_long} too long and left out (the longest has {self.longest} tokens)")
+        if self.nothing_to_train:
+            parts.append(f"{self.nothing_to_train} with nothing to train and left out")
+        return ", ".join(parts)
+
+
+def encode_rows(
+    rows: Iterable[Example], tokenizer: Any, max_length: int, loss_on: str, report: EncodeReport, *, where: str = "the rows"
+) -> Iterator[Encoded]:
+    """Render each row for a tokenizer; a row that is too long is left out whole, never cut: a cut answer teaches to stop in the middle.
+
+    Args:
+        rows: Prepared rows; 256 of them are in memory at a time.
+        tokenizer: With a chat template.
+        max_length: Most tokens of a row.
+        loss_on: ``last`` or ``all`` assistant turns.
+        report: Is filled in.
+        where: What the rows are, for the message of the error.
+
+    Raises:
+        DataError: at the end, where no row was left.
+    """
+    rows = iter(rows)
+    while some := list(islice(rows, _CHUNK)):
+        chats, ids = [row.messages for row in some], [row.id for row in some]
+        for item in render_many(tokenizer, chats, loss_on=loss_on, ids=ids):
+            report.longest = max(report.longest, len(item))
+            if len(item) > max_length:
+                report.too_long += 1
+            elif all(item.spans[turn][0] == item.spans[turn][1] for turn in item.trained):
+                report.nothing_to_train += 1
+            else:
+                report.kept += 1
+                yield item
+    if not report.kept:
+        raise DataError(
+            f"{where}: none of {report.left_out} rows has an answer and at most {max_length} tokens (the longest: {report.longest})",
+            fix=f"raise max_length, to {report.longest} for all of them",
+        )
+
+
+def plan_epoch(
+    lengths: Sequence[int], batch_size: int, seed: int, epoch: int, weights: Sequence[float] | None = None
+) -> list[tuple[int, ...]]:
+    """The batches of one epoch: every row exactly once, the tail included.
+
+    Rows are shuffled, sorted by length inside windows of up to 64 batches (so that little is padded, and neighbours change each epoch),
+    cut into batches of about one weight (:func:`~mlx_distill.data.even.cut_evenly`), and these put in an order
+    (:func:`~mlx_distill.data.even.spread`). There are as many as if each had ``batch_size`` rows. The weight that counts is that of the
+    tokens that are trained: a step of few of them moves the weights as far as one of many, so batches of equal counts cost loss where
+    answers are as long as their chats, and batches of equal tokens where they are all of one length. A row weighs at least what its
+    length is of ``len(lengths)`` longest rows, so that few batches hold many long prompts with short answers. No batch takes more places,
+    rows times the length of its longest, than twice what ``batch_size`` longest rows do (:func:`~mlx_distill.data.even.bound_places`):
+    the memory of a step goes with them. The same (seed, epoch) gives the same plan; no global random state is read or changed.
+
+    Args:
+        lengths: Tokens of each row.
+        batch_size: Rows of a batch on average, at most.
+        seed: Of the run.
+        epoch: Counted from 0.
+        weights: Trained tokens of each row; by default its length.
+
+    >>> plan = plan_epoch([5, 9, 5, 9, 5, 20], 2, seed=0, epoch=0)
+    >>> sorted(row for batch in plan for row in batch), sorted(map(len, plan))
+    ([0, 1, 2, 3, 4, 5], [1, 2, 3])
+    """
+    if batch_size < 1:
+        raise DataError(f"batch_size: {batch_size} is below 1", fix="use 1 or more")
+    if not len(lengths):
+        return []
+    generator = np.random.default_rng([seed, epoch])
+    order = generator.permutation(len(lengths)).tolist()
+    count = batches_per_epoch(len(order), batch_size)
+    batches: list[tuple[int, ...]] = []
+    heavy = _weigh(lengths, lengths if weights is None else weights)
+    most = 2 * batch_size * max(max(lengths), 1)
+    # Windows of as many batches and rows as each other, so that none is a small rest.
+    windows = batches_per_epoch(count, _WINDOW)
+    for first, end in pairwise(count * window // windows for window in range(windows + 1)):
+        rows = order[len(order) * first // count : len(order) * end // count]
+        # A stable sort keeps the shuffle among rows of one length.
+        rows.sort(key=lambda row: -lengths[row])
+        left, even = iter(rows), cut_evenly([heavy[row] for row in rows], end - first)
+        batches += [tuple(islice(left, size)) for size in bound_places(even, [lengths[row] for row in rows], most)]
+    batches.sort(key=lambda rows: -lengths[rows[0]])
+    return [batches[number] for number in spread(len(batches), generator)]
+
+
+def _weigh(lengths: Sequence[int], weights: Sequence[float]) -> list[float]:
+    """What each row counts for in a batch: its share of what is trained, or of as many of the longest rows."""
+    trained, tokens = np.asarray(weights, dtype=np.float64), np.asarray(lengths, dtype=np.float64)
+    shares = trained / max(trained.sum(), 1.0), tokens / max(tokens.max() * len(tokens), 1.0)
+    return [float(share) for share in np.maximum(*shares)]
+
+
+def collate(pieces: Sequence[Piece], rows: Sequence[int | Sequence[int]], pad_id: int, multiple: int = 16) -> Batch:
+    """Pad some rows on the right into one batch, labels shifted; a pad is never trained.
+
+    Args:
+        pieces: All rows, in a list or in a :class:`~mlx_distill.storage.array_store.Store`.
+        rows: Which of them, ``b`` numbers; several in a tuple share a line.
+        pad_id: Token to fill with.
+        multiple: The width ``l`` is rounded up to a multiple of it, so that few shapes occur.
+
+    Returns:
+        ``inputs``, ``labels`` ``[b, l]`` int32 and ``mask`` ``[b, l]`` float32, where ``labels[i, t]`` is the token after ``inputs[i, t]``;
+        ``segments`` as :func:`~mlx_distill.data.packing.lay_out` has it.
+    """
+    lines = as_lines(rows)
+    return lay_out([[pieces[row] for row in line] for line in lines], pad_id, multiple, [row for line in lines for row in line])
+
+
+def batches_per_epoch(rows: int, batch_size: int) -> int:
+    """Batches of an epoch, the short last one included.
+
+    >>> batches_per_epoch(10, 4)
+    3
+    """
+    return -(-rows // batch_size)
+
+
+class BatchList(Sequence[Batch]):
+    """Batches that are collated each time they are asked for: a fixed set of them takes no memory.
+
+    Args:
+        batches: The lines of each batch.
+        collate: Makes a batch of such lines.
+    """
+
+    def __init__(self, batches: Sequence[Sequence[Sequence[int]]], collate: Callable[[Sequence[Sequence[int]]], Batch]) -> None:
+        self.batches, self.collate = batches, collate
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    @overload
+    def __getitem__(self, number: int) -> Batch: ...
+    @overload
+    def __getitem__(self, number: slice) -> BatchList: ...
+    def __getitem__(self, number: int | slice) -> Batch | BatchList:
+        """One batch, or some without making them."""
+        if isinstance(number, slice):
+            return BatchList(self.batches[number], self.collate)
+        return self.collate(self.batches[number])

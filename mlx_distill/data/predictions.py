@@ -1,0 +1,112 @@
+"""``predictions.jsonl``: a header line, then one line an item. Every figure of a report is computed from such files."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.errors import DataError
+from mlx_distill.infer.analyze import prepare_item
+from mlx_distill.records import Prediction
+from mlx_distill.storage import read_jsonl, write_jsonl
+from mlx_distill.tasks.task import Task
+
+FORMAT = 1
+
+_FIELDS = (
+    "id", "set", "fields", "title", "input", "truth", "text", "answer", "error", "label", "score", "label_probs", "latency_s",
+    "prompt_tokens", "tokens",
+)  # fmt: skip
+
+
+def write_predictions(
+    path: str | Path,
+    model: str,
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Prediction],
+    *,
+    settings: Mapping[str, Any] | None = None,
+) -> int:
+    """Write what a model answered beside what was asked and what is true, whole or not at all; return the number of items.
+
+    Args:
+        path: The file.
+        model: What the model is called in tables: ``teacher``, ``student``, ``quantized``.
+        task: The task that was asked.
+        rows: The prepared rows, with ``set`` and ``answer`` (the truth, or None).
+        predictions: One a row, in the same order.
+        settings: How the answers were made; recorded in the header.
+
+    Raises:
+        DataError: rows and predictions do not belong together.
+    """
+    if len(rows) != len(predictions):
+        raise DataError(f"{len(predictions)} predictions for {len(rows)} rows", fix="give one prediction a row")
+    counts = Counter(str(row.get("set", "test")) for row in rows)
+    header = {
+        "format": FORMAT,
+        "model": model,
+        "task": task.name,
+        "labels": list(task.labels),
+        "set_counts": dict(counts),
+        "settings": dict(settings or {}),
+    }
+    return write_jsonl(path, _lines(header, task, rows, predictions)) - 1
+
+
+def _lines(
+    header: Mapping[str, Any], task: Task, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Prediction]
+) -> Iterator[Mapping[str, Any]]:
+    yield header
+    for number, (row, prediction) in enumerate(zip(rows, predictions, strict=True), 1):
+        prepared = prepare_item(row, task, number)
+        if prepared["id"] != prediction.id:
+            raise DataError(f"row {number} is {prepared['id']!r}, its prediction {prediction.id!r}", fix="keep the rows' order")
+        asked = [turn["content"] for turn in prepared["messages"] if turn["role"] == "user"]
+        title = prepared["fields"].get(task.title) if task.title else None
+        yield {
+            "id": prediction.id,
+            "set": row.get("set", "test"),
+            "fields": prediction.fields,
+            "title": None if title is None else str(title),
+            "input": asked[-1] if asked else "",
+            "truth": row.get("answer"),
+            "text": prediction.text,
+            "answer": prediction.answer,
+            "error": prediction.error,
+            "label": prediction.label,
+            "score": prediction.score,
+            "label_probs": prediction.label_probs,
+            "latency_s": prediction.latency_s,
+            "prompt_tokens": prediction.prompt_tokens,
+            "tokens": prediction.tokens,
+        }
+
+
+def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Header and rows of a file that :func:`write_predictions` wrote.
+
+    Raises:
+        DataError: empty, without a header, of another format number, cut short, or a row that lacks a field: with file and line.
+    """
+    lines = read_jsonl(path)
+    number, header = next(lines, (0, {}))
+    if not number:
+        raise DataError(f"{path}: empty", fix="run the evaluate stage again")
+    found = header.get("format")
+    if found != FORMAT:
+        what = f"format {found}" if "format" in header else "no header with a format number"
+        raise DataError(f"{path}:{number}: {what}, and this version reads format {FORMAT}", fix="run the evaluate stage again")
+    rows = []
+    for number, row in lines:
+        missing = [name for name in _FIELDS if name not in row]
+        if missing:
+            raise DataError(f"{path}:{number}: no field {missing[0]!r}", fix="run the evaluate stage again")
+        rows.append(row)
+    said = sum(header.get("set_counts", {}).values())
+    if said != len(rows):
+        raise DataError(f"{path}: {len(rows)} rows, and the header says {said}", fix="run the evaluate stage again")
+    return header, rows

@@ -1,0 +1,152 @@
+"""From rows to answers that are read strictly: prompt, generate, parse."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from mlx_distill.data.chat import prompt_ids, stop_ids
+from mlx_distill.errors import DataError
+from mlx_distill.infer.engine import Generation, generate
+from mlx_distill.infer.label_scoring import LabelPlace, label_place, label_probabilities
+from mlx_distill.losses.labels import label_logprobs
+from mlx_distill.records import Prediction
+from mlx_distill.tasks.answer import parse_answer
+from mlx_distill.tasks.task import Task
+
+Row = Mapping[str, Any]
+
+
+def predict(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Row | str],
+    *,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    label_probs: bool = True,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Let a model answer for each row; nothing is repaired, so an answer that does not fit the schema is an error of the model.
+
+    Args:
+        model: An mlx-lm model.
+        tokenizer: Its tokenizer, with a chat template.
+        task: Prompt, schema, label and score.
+        rows: Prepared rows (with ``messages``, whose last assistant turn is not shown to the model), items with the fields that the task's
+            prompt names, or plain texts where it names one.
+        batch_size: Rows decoded together.
+        max_tokens: Longest answer; the task's ``max_answer_tokens`` where None.
+        temperature: 0 for greedy.
+        seed: For sampled answers.
+        label_probs: Read the distribution over the labels too, on the way: it costs nothing where the answer begins as the schema has it,
+            and one more pass over the prompt where it does not.
+        on_done: Called with the number of rows answered so far.
+
+    Returns:
+        One prediction a row, in the rows' order.
+
+    Raises:
+        DataError: an item that lacks a field of the prompt, or is neither a mapping nor text; it is named by its number.
+    """
+    prepared = [prepare_item(item, task, number) for number, item in enumerate(rows, 1)]
+    prompts = [prompt_ids(tokenizer, row["messages"]) for row in prepared]
+    place = label_place(tokenizer, task) if label_probs else None
+    generations = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=max_tokens or task.max_answer_tokens,
+        batch_size=batch_size,
+        stop=set(stop_ids(tokenizer)),
+        temperature=temperature,
+        seed=seed,
+        on_done=on_done,
+        look=(len(place[0]), partial(label_logprobs, tokens=place[1])) if place else None,
+    )
+    chances = _chances(model, prompts, generations, place, batch_size)
+    return [_read(row, g, c, task) for row, g, c in zip(prepared, generations, chances, strict=True)]
+
+
+def prepare_item(item: Row | str, task: Task, number: int = 1) -> dict[str, Any]:
+    """A row with ``id``, ``messages``, ``fields``, whatever shape it came in. An item without an id is called by a hash of its prompt.
+
+    >>> schema = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
+    >>> task = Task("t", system="", user="{text}", schema=schema, label="answer", slices=("group",))
+    >>> row = prepare_item({"text": "Hello.", "group": "none", "id": 7}, task)
+    >>> row["id"], row["fields"], row["messages"][-1]
+    ('7', {'group': 'none'}, {'role': 'user', 'content': 'Hello.'})
+    """
+    if isinstance(item, str):
+        if len(task.input_fields) != 1:
+            raise DataError(
+                f"item {number}: a text alone, and the task {task.name!r} needs {', '.join(task.input_fields)}",
+                fix="give a mapping with these fields",
+            )
+        item = {task.input_fields[0]: item}
+    if not isinstance(item, Mapping):
+        raise DataError(f"item {number}: a {type(item).__name__}, neither a mapping nor a text", fix="give one mapping an item")
+    if "messages" in item:
+        fields = dict(item.get("fields") or {})
+        messages = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in item["messages"]]
+    else:
+        try:
+            system, user = task.prompt(item)
+        except DataError as error:
+            raise DataError(f"item {number}: {error.message}", fix=error.fix) from error
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": user})
+        shown = {task.title, task.group, *task.slices}
+        hidden = {"id", "answer", task.id, *task.input_fields, *task.schema["properties"]}
+        fields = {key: value for key, value in item.items() if key in shown or key not in hidden}
+    name = item.get("id", item.get(task.id))
+    if name is None or name == "":
+        name = hashlib.sha256(repr(messages).encode("utf-8", "replace")).hexdigest()[:16]
+    return {"id": str(name), "messages": messages, "fields": fields}
+
+
+def _chances(
+    model: Any, prompts: Sequence[Sequence[int]], generations: Sequence[Generation], place: LabelPlace | None, batch_size: int
+) -> Sequence[dict[str, float] | None]:
+    """Each row's distribution over the labels: seen while the answer was written, or read in one more pass where it began otherwise."""
+    if place is None:
+        return [None] * len(prompts)
+    prefix, labels = place
+    table = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
+    others = []
+    for i, g in enumerate(generations):
+        if g.seen is not None and list(g.tokens[: len(prefix)]) == prefix:
+            table[i] = np.exp(g.seen)
+        else:
+            others.append(i)
+    if others:
+        table[others] = label_probabilities(model, [[*prompts[i], *prefix] for i in others], labels, batch_size=batch_size)
+    return [dict(zip(labels.labels, map(float, line), strict=True)) for line in table]
+
+
+def _read(row: Row, generation: Generation, label_probs: Mapping[str, float] | None, task: Task) -> Prediction:
+    answer, error = parse_answer(generation.text, task.schema)
+    if error and generation.finish == "length":
+        error = f"cut after {len(generation.tokens)} tokens: {error}"
+    label = answer.get(task.label) if answer else None
+    score = answer.get(task.score) if answer and task.score else None
+    return Prediction(
+        id=row["id"],
+        text=generation.text,
+        answer=answer,
+        label=label if isinstance(label, str) else None,
+        score=float(score) if isinstance(score, (int, float)) and not isinstance(score, bool) else None,
+        label_probs=label_probs,
+        error=error,
+        latency_s=generation.seconds,
+        prompt_tokens=generation.prompt_tokens,
+        tokens=len(generation.tokens),
+        fields=row["fields"],
+    )

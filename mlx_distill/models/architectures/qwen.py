@@ -1,0 +1,120 @@
+"""Qwen2 and Qwen2.5, Qwen3, Qwen3-MoE: mlx-lm's classes with YaRN mended and the experts' layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from mlx_distill.errors import ModelError
+from mlx_distill.models.architectures.rope import build_rope, other_logits, rope_settings, stock_difference
+from mlx_distill.models.checkpoint.layout import Architecture, Rule, check_activation
+from mlx_distill.models.checkpoint.transforms import Same, SplitBlocks, Stack
+
+_MLP = "model.layers.{l}.mlp."
+
+MOE_RULES = (
+    *(
+        Rule(_MLP + f"experts.{{e}}.{name}.weight", (_MLP + f"switch_mlp.{name}.weight",), Stack())
+        for name in ("gate_proj", "up_proj", "down_proj")
+    ),
+    # As transformers 5 holds them in memory, and writes them when asked for its own layout.
+    Rule(_MLP + "experts.gate_up_proj", (_MLP + "switch_mlp.gate_proj.weight", _MLP + "switch_mlp.up_proj.weight"), SplitBlocks()),
+    Rule(_MLP + "experts.down_proj", (_MLP + "switch_mlp.down_proj.weight",), Same()),
+)
+
+
+def _classes(name: str) -> Callable[[], tuple[Any, Any]]:
+    def load() -> tuple[Any, Any]:
+        from importlib import import_module
+
+        module = import_module(f"mlx_lm.models.{name}")
+        return module.Model, module.ModelArgs
+
+    return load
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    return int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+
+
+def _positions(config: Mapping[str, Any]) -> int:
+    return int(config.get("max_position_embeddings") or 32_768)
+
+
+def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    check_activation(config)
+    if config.get("use_sliding_window") and config.get("sliding_window") and _slides(config):
+        raise ModelError(
+            "config.json: use_sliding_window is on, which the MLX class does not compute",
+            fix="set use_sliding_window to false if the texts are shorter than the window",
+        )
+    if config["model_type"] == "qwen2" and _head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
+        raise ModelError("config.json: head_dim times num_attention_heads is not hidden_size", fix="such a Qwen2 is not supported")
+    rope = rope_settings(config)
+    defaults = {"num_key_value_heads": config["num_attention_heads"], "tie_word_embeddings": False, "max_position_embeddings": 32_768}
+    # transformers 5 writes num_experts as num_local_experts.
+    moe: dict[str, Any] = {
+        "num_experts": config.get("num_local_experts"),
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": [],
+        "norm_topk_prob": False,
+    }
+    given = {key: value for key, value in config.items() if value is not None and key != "rope_parameters"}
+    return {**defaults, **moe, **given, "head_dim": _head_dim(config), "rope_theta": rope.theta, "rope_scaling": None}
+
+
+def _slides(config: Mapping[str, Any]) -> bool:
+    if config.get("layer_types"):
+        return "sliding_attention" in config["layer_types"]
+    return config["model_type"] == "qwen3_moe" or int(config.get("max_window_layers", 28)) < config["num_hidden_layers"]
+
+
+def _mend(model: Any, config: Mapping[str, Any]) -> None:
+    rope = build_rope(_head_dim(config), rope_settings(config), _positions(config))
+    for layer in model.layers:
+        layer.self_attn.rope = rope
+
+
+def _stock_differs(config: Mapping[str, Any]) -> str | None:
+    rope = rope_settings(config)
+    if rope.kind != "default" and config["model_type"] == "qwen3_moe":
+        return other_logits(f"it leaves out Qwen3-MoE's {rope.kind} rope")
+    return stock_difference(_head_dim(config), rope, _positions(config))
+
+
+def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    h, d, kind = a["hidden_size"], a["head_dim"], a["model_type"]
+    q, kv = a["num_attention_heads"] * d, a["num_key_value_heads"] * d
+    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a["vocab_size"], h), "model.norm.weight": (h,)}
+    if not a["tie_word_embeddings"]:
+        out["lm_head.weight"] = (a["vocab_size"], h)
+    for n in range(a["num_hidden_layers"]):
+        p = f"model.layers.{n}."
+        out |= {f"{p}input_layernorm.weight": (h,), f"{p}post_attention_layernorm.weight": (h,)}
+        for name, rows, columns in (("q_proj", q, h), ("k_proj", kv, h), ("v_proj", kv, h), ("o_proj", h, q)):
+            out[f"{p}self_attn.{name}.weight"] = (rows, columns)
+            if kind == "qwen2" and name != "o_proj":
+                out[f"{p}self_attn.{name}.bias"] = (rows,)
+        if kind != "qwen2":
+            out |= {f"{p}self_attn.q_norm.weight": (d,), f"{p}self_attn.k_norm.weight": (d,)}
+        out |= _mlp_shapes(a, n, f"{p}mlp.")
+    return out
+
+
+def _mlp_shapes(a: Mapping[str, Any], layer: int, prefix: str) -> dict[str, tuple[int, ...]]:
+    h, i = a["hidden_size"], a["intermediate_size"]
+    sparse = a["model_type"] == "qwen3_moe" and layer not in a["mlp_only_layers"] and (layer + 1) % a["decoder_sparse_step"] == 0
+    if not sparse:
+        return {f"{prefix}{name}.weight": shape for name, shape in (("gate_proj", (i, h)), ("up_proj", (i, h)), ("down_proj", (h, i)))}
+    e, m = a["num_experts"], a["moe_intermediate_size"]
+    out: dict[str, tuple[int, ...]] = {f"{prefix}gate.weight": (e, h)}
+    for name, shape in (("gate_proj", (e, m, h)), ("up_proj", (e, m, h)), ("down_proj", (e, h, m))):
+        out[f"{prefix}switch_mlp.{name}.weight"] = shape
+    return out
+
+
+QWEN2 = Architecture("qwen2", _classes("qwen2"), _arguments, _mend, _shapes, stock_differs=_stock_differs)
+QWEN3 = Architecture("qwen3", _classes("qwen3"), _arguments, _mend, _shapes, stock_differs=_stock_differs)
+QWEN3_MOE = Architecture(
+    "qwen3_moe", _classes("qwen3_moe"), _arguments, _mend, _shapes, MOE_RULES, routers=("mlp.gate",), stock_differs=_stock_differs
+)

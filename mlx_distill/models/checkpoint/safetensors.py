@@ -1,0 +1,238 @@
+"""Safetensors read by hand: headers, shards and rows of tensors, without ever holding a whole file.
+
+The format (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header, then the tensors' bytes
+without gaps. Reading it here and not through a library allows rows of a tensor to be read, which bounds the memory of a conversion, and
+lets every refusal name the file and the tensor.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+
+from mlx_distill.errors import ModelError
+from mlx_distill.storage import os_errors
+
+INDEX = "model.safetensors.index.json"
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
+}  # fmt: skip
+FLOATS = ("F32", "F16", "BF16")
+_RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
+_MAX_HEADER = 100_000_000  # the format's own limit
+_DOWNLOAD = "download or copy the checkpoint again"
+
+
+@runtime_checkable
+class Source(Protocol):
+    """A tensor whose rows can be read: one in a file, or one that is computed while it is read."""
+
+    @property
+    def name(self) -> str:
+        """Its name."""
+
+    @property
+    def dtype(self) -> str:
+        """Its safetensors type."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Its shape."""
+
+    @property
+    def file(self) -> Path:
+        """The file that it comes from."""
+
+    @property
+    def where(self) -> str:
+        """``file: tensor 'name'``, for messages."""
+
+    def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
+        """Rows of the tensor seen as a matrix with ``columns`` columns (the last dimension if not given), as raw unsigned integers."""
+
+    def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """A block of the tensor seen as a matrix over its last dimension."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where one tensor lies: ``offset`` bytes into ``file``, row-major, little-endian."""
+
+    name: str
+    file: Path
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+    @property
+    def where(self) -> str:
+        """``file: tensor 'name'``, for messages."""
+        return f"{self.file}: tensor {self.name!r}"
+
+    def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
+        """Rows ``start`` to ``stop`` of the tensor seen as a matrix with ``columns`` columns, as raw unsigned integers ``[n, columns]``.
+
+        ``columns`` defaults to the last dimension. A float's bits are not interpreted, so nothing can change on the way.
+        """
+        raw = np.dtype(_RAW[DTYPE_BYTES[self.dtype]])
+        columns = columns or (self.shape[-1] if self.shape else 1)
+        stop = prod(self.shape) // columns if stop is None else stop
+        out = np.empty((stop - start, columns), raw)
+        with os_errors(), open(self.file, "rb", buffering=0) as file:
+            _fill(file.fileno(), out, self.offset + start * columns * raw.itemsize, self)
+        return out
+
+    def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """The block ``rows x columns`` of the tensor seen as a matrix over its last dimension: only these bytes are read."""
+        raw = np.dtype(_RAW[DTYPE_BYTES[self.dtype]])
+        width = self.shape[-1]
+        if columns == (0, width):
+            return self.read(*rows)
+        out = np.empty((rows[1] - rows[0], columns[1] - columns[0]), raw)
+        with os_errors(), open(self.file, "rb", buffering=0) as file:
+            for i in range(out.shape[0]):
+                _fill(file.fileno(), out[i], self.offset + ((rows[0] + i) * width + columns[0]) * raw.itemsize, self)
+        return out
+
+
+def _fill(handle: int, out: np.ndarray, offset: int, info: TensorInfo) -> None:
+    view = memoryview(out).cast("B") if out.size else memoryview(b"")
+    done = 0
+    while done < len(view):
+        count = os.preadv(handle, [view[done : done + (1 << 30)]], offset + done)
+        if count == 0:
+            raise ModelError(f"{info.where}: the file ends in the middle of it", fix=_DOWNLOAD)
+        done += count
+
+
+def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
+    """The tensors of one safetensors file and its metadata, checked against the file's size.
+
+    Raises:
+        ModelError: truncated, not safetensors, overlapping or oversized tensors, an unknown type: with file and tensor.
+    """
+    path = Path(path)
+    with os_errors():
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            head = file.read(8)
+            length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
+            if length < 0 or length > min(size - 8, _MAX_HEADER):
+                raise ModelError(f"{path}: truncated, or not a safetensors file ({size} bytes)", fix=_DOWNLOAD)
+            raw = file.read(length)
+    try:
+        header = json.loads(raw)
+        metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX writes null
+        tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{path}: damaged header: {error}", fix=_DOWNLOAD) from error
+    _check_layout(path, tensors, 8 + length, size)
+    return tensors, metadata
+
+
+def _tensor(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
+    dtype, shape, (begin, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+    if dtype not in DTYPE_BYTES:
+        raise ModelError(f"{path}: tensor {name!r} has the unknown type {dtype}", fix="convert it with a tool that knows this type first")
+    info = TensorInfo(name, path, dtype, shape, base + int(begin))
+    if end - begin != info.nbytes or any(n < 0 for n in shape):
+        raise ModelError(f"{info.where}: {end - begin} bytes do not hold {dtype} {list(shape)}", fix=_DOWNLOAD)
+    return info
+
+
+def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], base: int, size: int) -> None:
+    position = base
+    for info in sorted(tensors.values(), key=lambda t: (t.offset, t.nbytes)):
+        if info.offset != position:
+            raise ModelError(f"{info.where}: a gap or an overlap before it", fix=_DOWNLOAD)
+        position += info.nbytes
+        if position > size:
+            raise ModelError(f"{info.where}: the file is truncated ({size} bytes, {position} or more needed)", fix=_DOWNLOAD)
+    if position != size:
+        raise ModelError(f"{path}: {size - position} bytes after the last tensor", fix=_DOWNLOAD)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Every tensor of a model folder by name, over all its shards."""
+
+    folder: Path
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[Path, ...]
+
+    @property
+    def listing(self) -> Path:
+        """The file that says which tensors there are: the index, or the only shard."""
+        return self.folder / INDEX if (self.folder / INDEX).is_file() or len(self.files) != 1 else self.files[0]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read the index and every shard's header; nothing else.
+
+    Raises:
+        ModelError: no safetensors, a missing shard, an index that disagrees with the shards: with file, tensor and cure.
+    """
+    folder = Path(folder)
+    index = folder / INDEX
+    if index.is_file():
+        return _open_indexed(folder, index)
+    files = sorted(folder.glob("model*.safetensors"))
+    if not files:
+        pickled = sorted(p.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(ending))
+        if pickled:
+            raise ModelError(
+                f"{folder / pickled[0]}: pickled weights are never opened, since they can run code",
+                fix="use a safetensors version of the checkpoint",
+            )
+        raise ModelError(f"{folder}: no model*.safetensors", fix="check the path, or download the weights")
+    tensors: dict[str, TensorInfo] = {}
+    for file in files:
+        for name, info in read_header(file)[0].items():
+            if name in tensors:
+                raise ModelError(f"{info.where} stands in {tensors[name].file.name} too", fix="remove the stale shard")
+            tensors[name] = info
+    return Checkpoint(folder, tensors, tuple(files))
+
+
+def _open_indexed(folder: Path, index: Path) -> Checkpoint:
+    try:
+        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        shards = sorted(set(weight_map.values()))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ModelError(f"{index}: not an index of shards: {error}", fix=_DOWNLOAD) from error
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
+        if Path(shard).name != shard or not shard.endswith(".safetensors"):
+            raise ModelError(f"{index}: {shard!r} is not the name of a safetensors file in the same folder", fix=_DOWNLOAD)
+        if not (folder / shard).is_file():
+            first = next(name for name, file in weight_map.items() if file == shard)
+            raise ModelError(f"{folder / shard} is missing (it holds {first!r})", fix="download that shard")
+        for name, info in read_header(folder / shard)[0].items():
+            if weight_map.get(name) != shard:
+                raise ModelError(
+                    f"{info.where} is not in {INDEX} under this file", fix="the index and the shards do not belong together; " + _DOWNLOAD
+                )
+            tensors[name] = info
+    for name, shard in weight_map.items():
+        if name not in tensors:
+            raise ModelError(f"{folder / shard}: tensor {name!r} is in {INDEX} but not in the file", fix=_DOWNLOAD)
+    return Checkpoint(folder, tensors, tuple(folder / shard for shard in shards))

@@ -1,0 +1,122 @@
+"""What happens to each weight on its way: kept, cast, quantized. One decision a tensor, made before anything is written, and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_distill.errors import ConfigError
+from mlx_distill.models.checkpoint.layout import Architecture, Planned
+from mlx_distill.models.checkpoint.safetensors import FLOATS
+from mlx_distill.recipe import MODES
+
+AFFINE_GROUPS = (128, 64, 32)
+_FIXED = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
+# Body, and what the embeddings and the head get besides; the router is always kept.
+MIXED = {"mixed4": ("affine4", "affine8"), "mixed-mxfp4": ("mxfp4", "affine8"), "mixed-nvfp4": ("nvfp4", "affine8")}
+SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Treatment:
+    """``kind`` is ``keep``, ``cast`` or ``quantize``; ``dtype`` the safetensors type cast to; ``why`` a reason worth showing.
+
+    ``again``: the weights were packed so before, and lie near that grid.
+    """
+
+    kind: str = "keep"
+    dtype: str | None = None
+    mode: str = ""
+    bits: int = 0
+    group_size: int = 0
+    why: str = ""
+    again: bool = False
+
+    @property
+    def label(self) -> str:
+        """For tables: ``affine 4 bits, groups of 64``."""
+        if self.kind == "quantize":
+            return f"{self.mode} {self.bits} bits, groups of {self.group_size}"
+        return self.dtype or "kept"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """As mlx-lm writes it into config.json."""
+        return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
+
+
+Decide = Callable[[Planned], Treatment]
+
+
+def parse_mode(name: str, group_size: int = 0) -> Treatment:
+    """A mode by name: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``; ``group_size`` 0 is the mode's own.
+
+    Raises:
+        ConfigError: an unknown mode, or a group size that the mode does not have.
+
+    >>> parse_mode("affine4").label
+    'affine 4 bits, groups of 64'
+    """
+    if name in MODES and name.startswith("affine"):
+        size = group_size or 64
+        if size not in AFFINE_GROUPS:
+            raise ConfigError(f"groups of {size} with {name}", fix=f"one of {', '.join(map(str, sorted(AFFINE_GROUPS)))}")
+        return Treatment("quantize", mode="affine", bits=int(name.removeprefix("affine")), group_size=size)
+    if name in _FIXED:
+        bits, size = _FIXED[name]
+        if group_size not in (0, size):
+            raise ConfigError(f"groups of {group_size} with {name}", fix=f"{name} has groups of {size}")
+        return Treatment("quantize", mode=name, bits=bits, group_size=size)
+    raise ConfigError(f"unknown quantization {name!r}", fix=f"one of {', '.join(MODES)}")
+
+
+def decider(
+    architecture: Architecture,
+    quantizable: Set[str],
+    quantize: str | None = None,
+    *,
+    dtype: str | None = None,
+    group_size: int = 0,
+    keep: Sequence[str] = ("router",),
+) -> Decide:
+    """The predicate of a conversion.
+
+    Args:
+        architecture: Knows which modules are routers.
+        quantizable: Module paths that can be packed.
+        quantize: A mode or a mixed recipe (``mixed4`` has embeddings and head in 8 bits); None keeps.
+        dtype: Type of floating-point tensors that are not packed; None keeps each.
+        group_size: Weights that share a scale, 0 for the mode's own.
+        keep: Parts of module names that are not packed; ``router`` also means what the architecture calls so.
+    """
+    if dtype is not None and dtype not in SAFETENSORS:
+        raise ConfigError(f"unknown type {dtype!r}", fix=f"one of {', '.join(SAFETENSORS)}")
+    body, outer = MIXED.get(quantize or "", (quantize, quantize))
+    modes = {name: parse_mode(name, group_size if name == body else 0) for name in (body, outer) if name}
+    routers = tuple(f".{name}" for name in architecture.routers) if "router" in keep else ()
+    to = SAFETENSORS[dtype] if dtype else None
+
+    def decide(planned: Planned) -> Treatment:
+        if planned.dtype not in FLOATS:
+            return Treatment(why="packed already" if planned.dtype in ("U32", "U8") else "not floating point")
+        plain = Treatment("cast", dtype=to) if to and to != planned.dtype else Treatment()
+        path = planned.name.removesuffix(".weight")
+        if not body or not planned.name.endswith(".weight") or path not in quantizable:
+            return plain
+        part = "router" if path.endswith(routers) and routers else next((part for part in keep if part in path), None)
+        if part:
+            return Treatment(plain.kind, plain.dtype, why=f"kept by {part!r}")
+        name = outer if path in ("lm_head", "model.embed_tokens") else body
+        return _fit(modes[name or body], planned, plain)
+
+    return decide
+
+
+def _fit(wish: Treatment, planned: Planned, plain: Treatment) -> Treatment:
+    sizes = [size for size in AFFINE_GROUPS if size <= wish.group_size] if wish.mode == "affine" else [wish.group_size]
+    for size in sizes:
+        if planned.columns % size == 0:
+            why = "" if size == wish.group_size else f"{planned.columns} columns are no multiple of {wish.group_size}"
+            return Treatment("quantize", plain.dtype, wish.mode, wish.bits, size, why)
+    return Treatment(plain.kind, plain.dtype, why=f"{planned.columns} columns are no multiple of {sizes[-1]}")

@@ -1,0 +1,208 @@
+"""Folders that are whole or absent: a stage works beside its folder, and a manifest says what came of it.
+
+A stage works in ``.<name>.partial`` beside its folder and renames it when everything is on the disk. A kill leaves either the
+old folder or a partial one that the next run goes on with, if its key is still the same.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_distill.errors import FileError
+from mlx_distill.storage.atomic import digest, fsync_folder, os_errors, read_json, remove_leftovers, sha256, write_json, write_text
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size in bytes, SHA-256 and modification time (ns) of one file of a stage."""
+
+    size: int
+    sha256: str
+    mtime_ns: int = 0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a stage's folder is: made from what, by which settings, and the sums of its files.
+
+    ``key`` decides whether the folder is current; everything under ``recorded`` (times, machine, versions) never does.
+    """
+
+    stage: str
+    format: int
+    key: str
+    config: Mapping[str, Any]
+    parents: Mapping[str, str]
+    files: Mapping[str, FileEntry]
+    recorded: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def content(self) -> str:
+        """Hash of names and contents: what children are keyed by."""
+        return digest({name: entry.sha256 for name, entry in self.files.items() if name not in _UNKEYED})
+
+
+# Written for people, never read by a later stage.
+_UNKEYED = frozenset({"metrics.jsonl", "log.txt", "statistics.json", "timing.json", "README.md"})
+
+
+def stage_key(stage: str, format: int, config: Mapping[str, Any], parents: Mapping[str, str]) -> str:
+    """The stage's key: a hash of what can change its result, and nothing else."""
+    return digest({"stage": stage, "format": format, "config": config, "parents": parents})
+
+
+def read_manifest(folder: str | Path) -> Manifest | None:
+    """The manifest of a finished stage, or None where there is none."""
+    path = Path(folder) / MANIFEST
+    if not path.is_file():
+        return None
+    raw = read_json(path)
+    try:
+        files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
+        return Manifest(files=files, **raw)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise FileError(f"{path}: not a manifest of this version: {error}", fix="delete the folder and run the command again") from error
+
+
+def check_folder(folder: str | Path, manifest: Manifest, *, verify: bool = False) -> str | None:
+    """None when the files stand as the manifest says, else what is wrong.
+
+    Sizes and times decide; a changed time or ``verify`` brings the hash in.
+    """
+    for name, entry in manifest.files.items():
+        path = Path(folder) / name
+        if not path.is_file():
+            return f"{path} is missing"
+        stat = path.stat()
+        if stat.st_size != entry.size:
+            return f"{path} has {stat.st_size} bytes, not {entry.size}"
+        if (verify or stat.st_mtime_ns != entry.mtime_ns) and sha256(path) != entry.sha256:
+            return f"{path} has changed since it was written"
+    return None
+
+
+def partial_folder(folder: str | Path) -> Path:
+    """Where the stage that makes ``folder`` works until it is done."""
+    folder = Path(folder)
+    return folder.with_name(f".{folder.name}.partial")
+
+
+def finished_name(partial: Path) -> str:
+    """The name that a partial folder's stage will have.
+
+    >>> finished_name(partial_folder("run/teacher"))
+    'teacher'
+    """
+    return partial.name.removeprefix(".").removesuffix(".partial")
+
+
+def open_partial(folder: str | Path, key: str) -> Path:
+    """The partial folder for ``folder``, empty or as a killed run with the same key left it."""
+    recover(folder)
+    partial = partial_folder(folder)
+    with os_errors():
+        note = partial / "key"
+        if partial.exists() and not (note.is_file() and note.read_text() == key):
+            note.unlink(missing_ok=True)  # first: what is half removed must never be gone on with
+            shutil.rmtree(partial)
+        partial.mkdir(parents=True, exist_ok=True)
+        if not note.is_file():
+            write_text(note, key)
+    return partial
+
+
+def scratch(partial: Path) -> Path:
+    """A folder for checkpoints inside a partial stage; it is not part of the result."""
+    path = partial / "scratch"
+    with os_errors():
+        path.mkdir(exist_ok=True)
+    return path
+
+
+def publish(
+    folder: str | Path,
+    stage: str,
+    format: int,
+    config: Mapping[str, Any],
+    parents: Mapping[str, str],
+    recorded: Mapping[str, Any],
+    hashes: Mapping[str, str] | None = None,
+) -> Manifest:
+    """Hash the partial folder's files (those in ``hashes`` are known), write the manifest, sync, and rename it into place."""
+    folder, partial = Path(folder), partial_folder(folder)
+    remove_leftovers(partial, below=True)
+    with os_errors():
+        files = {}
+        for path in sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST):
+            name = path.relative_to(partial).as_posix()
+            if name == "key" or name.startswith("scratch/"):
+                continue
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+            stat = path.stat()
+            files[name] = FileEntry(stat.st_size, (hashes or {}).get(name) or sha256(path), stat.st_mtime_ns)
+        key = stage_key(stage, format, config, parents)
+        manifest = Manifest(stage, format, key, config, parents, files, {**recorded, "finished": time.time()})
+        # From here on the folder is whole, and a kill is finished by recover(); before, its scratch is still needed.
+        write_json(partial / MANIFEST, asdict(manifest))
+        _swap(partial, folder)
+    return manifest
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    shutil.rmtree(partial / "scratch", ignore_errors=True)
+    (partial / "key").unlink(missing_ok=True)
+    old = folder.with_name(f".{folder.name}.old")
+    if old.exists():
+        shutil.rmtree(old)
+    if folder.exists():
+        os.replace(folder, old)
+    os.replace(partial, folder)
+    fsync_folder(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(folder: str | Path) -> None:
+    """Finish a change of folders that a kill cut in two: a partial folder with a manifest is whole, and takes its place."""
+    folder = Path(folder)
+    partial, old = partial_folder(folder), folder.with_name(f".{folder.name}.old")
+    with os_errors():
+        if (partial / MANIFEST).is_file():
+            _swap(partial, folder)
+        elif folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        elif old.exists():
+            os.replace(old, folder)
+
+
+@contextmanager
+def lock_folder(folder: str | Path) -> Iterator[None]:
+    """One run on a folder at a time; the lock goes with the process, so a kill leaves none behind."""
+    import fcntl
+
+    folder = Path(folder)
+    with os_errors():
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "a+", encoding="utf-8")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            raise FileError(
+                f"{folder}: another run is using this folder (process {owner})", fix="wait for it, or choose another --out"
+            ) from error
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield

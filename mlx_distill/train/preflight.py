@@ -1,0 +1,90 @@
+"""What can be refused before any weight is loaded: settings that contradict each other, and those that a model does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_distill.config import changes, keyed
+from mlx_distill.errors import ConfigError
+from mlx_distill.optim.schedules import check_schedule
+from mlx_distill.progress import counted
+from mlx_distill.recipe import TrainConfig
+from mlx_distill.runtime import rank_and_size
+from mlx_distill.storage import read_json
+from mlx_distill.train import checkpoint
+from mlx_distill.train.streaming import check_streaming
+from mlx_distill.train.trainable import make_trainable
+
+
+def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
+    """Refuse settings that contradict each other.
+
+    Raises:
+        ConfigError: no length, a schedule longer than that, gradients streamed and added up at once, patience with nothing to
+            look at, modules to train whole where everything does.
+
+    >>> check_settings(TrainConfig())
+    """
+    check_schedule(settings.schedule, settings.warmup)
+    check_streaming(settings, ranks)
+    if settings.method == "full" and settings.modules_to_save:
+        raise ConfigError("modules_to_save with method: full, which trains everything", fix="leave it out")
+    if not settings.steps and not settings.epochs:
+        raise ConfigError("steps: 0 and epochs: 0", fix="say how long the run is, in one of them")
+    for name in ("patience", "use_best"):
+        if getattr(settings, name) and not settings.evaluate_every:
+            raise ConfigError(f"{name} with evaluate_every: 0", fix="say how often the validation rows are looked at")
+
+
+def check_model(folder: str | Path, settings: TrainConfig, *, unpack: bool = False) -> list[str]:
+    """Refuse settings that a checkpoint does not fit, from its config and its headers alone; the paths of the modules that would move.
+
+    Args:
+        folder: In the Hugging Face layout or ours.
+        settings: Method, targets and ranks.
+        unpack: Packed weights will be unpacked.
+
+    Raises:
+        ModelError: an unknown target, one with packed weights, or a damaged checkpoint.
+        ConfigError: a rank above a dimension.
+    """
+    from mlx_distill.models.load import skeleton
+    from mlx_distill.models.load import unpack as unpack_weights
+
+    model = skeleton(folder)
+    if unpack:
+        unpack_weights(model)
+    return make_trainable(model, settings)
+
+
+def check_leftover(checkpoints: Path, settings: TrainConfig, command: str, fits: bool) -> None:
+    """Refuse to begin anew over the checkpoints of an unfinished training of other settings, data or another model, or on other ranks.
+
+    Args:
+        checkpoints: What a killed or interrupted stage left.
+        settings: Those wanted now.
+        command: The stage, for the cure.
+        fits: Whether that stage had the key of the one wanted now.
+
+    Raises:
+        ConfigError: there are some, with what was different.
+    """
+    path = checkpoint.latest(checkpoints)
+    if path is None:
+        return
+    state = read_json(path / checkpoint.STATE)
+    left = f"{path}: {state.get('step')} steps of an unfinished {command}"
+    ranks = len(state.get("random", []))
+    if fits and ranks != rank_and_size()[1]:
+        raise ConfigError(
+            f"{left} on {counted(ranks, 'rank')}, not {rank_and_size()[1]}",
+            fix=f"launch as many as before, or give it up: --from {command}",
+        )
+    if fits:
+        return
+    old, new = state.get("settings", {}), keyed(settings)
+    if changed := changes({name: old[name] for name in new if name in old}, {name: new[name] for name in new if name in old}):
+        what = f"other settings ({', '.join(changed)})"
+    else:
+        what = "other data or another model" if set(new) <= set(old) else "another version of this package"
+    raise ConfigError(f"{left} with {what}", fix=f"restore them to go on from there, or give it up: --from {command}")

@@ -1,0 +1,273 @@
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, strategies
+
+from mlx_distill.data.batching import BatchList, EncodeReport, batches_per_epoch, collate, encode_rows, plan_epoch
+from mlx_distill.data.even import bound_places, cut_evenly, spread
+from mlx_distill.data.packing import Piece
+from mlx_distill.errors import DataError
+from mlx_distill.records import Batch, Example, Message
+
+
+def example(name: str, user: str, answer: str = '{"verdict": "yes"}') -> Example:
+    return Example(name, (Message("user", user), Message("assistant", answer)))
+
+
+def fake(length: int, trained: int, start: int = 0) -> Piece:
+    return Piece(np.arange(start, start + length, dtype=np.int32), np.arange(1, length) >= length - trained)
+
+
+CHATS = {rows: np.clip(np.random.default_rng(rows).lognormal(5.2, 0.83, rows), 8, 1024).astype(int).tolist() for rows in (65, 2000)}
+ALIKE = [*range(97, 101)] * 16
+
+
+@given(
+    lengths=strategies.lists(strategies.integers(0, 1024), max_size=200),
+    size=strategies.integers(1, 40),
+    seed=strategies.integers(0, 9),
+    window=strategies.sampled_from([1, 3, 64]),
+)
+def test_every_row_comes_exactly_once_an_epoch(lengths: list[int], size: int, seed: int, window: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_distill.data.batching._WINDOW", window)
+        plan = plan_epoch(lengths, size, seed, epoch=2)
+        assert plan == plan_epoch(lengths, size, seed, epoch=2)
+    assert sorted(itertools.chain(*plan)) == list(range(len(lengths)))
+    assert len(plan) == batches_per_epoch(len(lengths), size) and all(plan)
+    # What a batch takes with its pads is no more than twice what ``size`` of the longest rows would.
+    assert all(padded(lengths, rows) <= 2 * size * max(lengths) for rows in plan)
+
+
+def padded(lengths: list[int], rows: tuple[int, ...]) -> int:
+    return len(rows) * max(lengths[row] for row in rows)
+
+
+@given(weights=strategies.lists(strategies.integers(0, 60), min_size=1, max_size=40), share=strategies.floats(0, 1))
+def test_a_cut_keeps_all_rows_and_is_as_even_as_its_rows_let_it(weights: list[int], share: float) -> None:
+    count = 1 + int(share * (len(weights) - 1))
+    sizes = cut_evenly(weights, count)
+    assert len(sizes) == count and min(sizes) > 0 and sum(sizes) == len(weights)
+    starts = [0, *itertools.accumulate(sizes)]
+    for start, end in itertools.pairwise(starts):
+        # No batch is heavier than its share and one row, unless it has only one.
+        assert end - start == 1 or sum(weights[start:end]) <= sum(weights) / count + max(weights) + 1e-6 or count == len(weights)
+
+
+def test_batches_are_even_in_what_is_trained() -> None:
+    """Answers of one length make batches of equal counts, whatever the prompts; answers as long as their chats equal tokens."""
+    lengths = CHATS[2000]
+    assert {len(rows) for rows in plan_epoch(lengths, 8, 0, 0, [30] * 2000)} == {8}
+    few = [1] * 1990 + [1000] * 10  # nearly all that is trained is in ten rows
+    assert max(padded(lengths, rows) for rows in plan_epoch(lengths, 8, 0, 0, few)) <= 2 * 8 * max(lengths)
+    trained = [length // 3 for length in lengths]
+    sums = [sum(trained[row] for row in rows) for rows in plan_epoch(lengths, 8, 0, 0, trained)]
+    assert np.std(sums) / np.mean(sums) < 0.15
+
+
+def unbounded(lengths: list[int], size: int, seed: int, weights: Sequence[float] | None = None) -> list[tuple[int, ...]]:
+    """The plan as it is if nothing bounds the places of a batch."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mlx_distill.data.batching.bound_places", lambda sizes, lengths, most: sizes)
+        return plan_epoch(lengths, size, seed, 0, weights)
+
+
+@given(
+    kinds=strategies.lists(strategies.tuples(strategies.integers(1, 1024), strategies.integers(1, 150)), min_size=1, max_size=4),
+    size=strategies.integers(1, 16),
+    seed=strategies.integers(0, 9),
+    trained=strategies.sampled_from([lambda n: n, lambda n: n // 3 + 1, lambda n: 2000 // n, lambda n: 1 + (n % 7 == 0) * 500]),
+)
+def test_gaps_between_lengths_make_no_batch_large(
+    kinds: list[tuple[int, int]], size: int, seed: int, trained: Callable[[int], int]
+) -> None:
+    """A mixture of a few kinds of rows, each of about one length, whatever of them is trained."""
+    lengths = [length + row % 5 for length, count in kinds for row in range(count)]
+    weights = [trained(length) for length in lengths]
+    plan, free = plan_epoch(lengths, size, seed, 0, weights), unbounded(lengths, size, seed, weights)
+    assert sorted(itertools.chain(*plan)) == list(range(len(lengths)))
+    assert len(plan) == len(free) == batches_per_epoch(len(lengths), size) and all(plan)
+    most = 2 * size * max(lengths)
+    assert all(padded(lengths, rows) <= most for rows in plan)
+    assert plan == free or max(padded(lengths, rows) for rows in free) > most
+
+
+@given(
+    lengths=strategies.lists(strategies.sampled_from([0, 1, 2, 3, 20, 21, 300, 500]), min_size=1, max_size=60),
+    share=strategies.floats(0, 1),
+    spare=strategies.integers(0, 1000),
+    cuts=strategies.randoms(use_true_random=False),
+)
+def test_a_bound_holds_for_any_cut_and_changes_none_within_it(lengths: list[int], share: float, spare: int, cuts: random.Random) -> None:
+    lengths, count = sorted(lengths, reverse=True), 1 + int(share * (len(lengths) - 1))
+    ends = [0, *sorted(cuts.sample(range(1, len(lengths)), count - 1)), len(lengths)]
+    sizes = [end - start for start, end in itertools.pairwise(ends)]
+    most = batches_per_epoch(len(lengths), count) * max(lengths[0], 1) + spare
+
+    def places(sizes: list[int]) -> list[int]:
+        return [rows * lengths[start] for rows, start in zip(sizes, [0, *itertools.accumulate(sizes)], strict=False)]
+
+    found = bound_places(sizes, lengths, most)
+    assert len(found) == count and min(found) > 0 and sum(found) == len(lengths)
+    assert max(places(found)) <= most
+    assert found == sizes or max(places(sizes)) > most
+
+
+@pytest.mark.parametrize("share", [1, 0.3])
+def test_long_rows_and_short_ones_with_nothing_between_share_no_large_batch(share: float) -> None:
+    """Half 500 tokens, half 20: eight long rows take 4,000 places, one batch took 25,000 and more, and the epoch 15 % pads."""
+    lengths = [500, 20] * 500
+    weights = [length * share for length in lengths]
+    plan, free = plan_epoch(lengths, 8, 0, 0, weights), unbounded(lengths, 8, 0, weights)
+    largest, was = (max(padded(lengths, rows) for rows in some) for some in (plan, free))
+    assert largest <= 4000 < 6 * 4000 < was
+    tokens, took = (sum(padded(lengths, rows) for rows in some) / sum(lengths) for some in (plan, free))
+    assert tokens < 1.01 < 1.1 < took
+    sums = [sum(weights[row] for row in rows) for rows in plan]
+    assert np.std(sums) / np.mean(sums) < 0.2
+
+
+@pytest.mark.parametrize("lengths", [*CHATS.values(), ALIKE, np.random.default_rng(1).normal(300, 60, 999).astype(int).tolist()])
+def test_lengths_without_gaps_are_planned_as_if_there_were_no_bound(lengths: list[int]) -> None:
+    for size, weights in itertools.product((1, 2, 8), (lengths, [30] * len(lengths), [length // 3 for length in lengths])):
+        assert plan_epoch(lengths, size, 0, 0, weights) == unbounded(lengths, size, 0, weights)
+
+
+@pytest.mark.parametrize("rows", CHATS)
+def test_steps_hold_about_as_many_tokens_each(rows: int) -> None:
+    lengths = CHATS[rows]
+    tokens = [sum(lengths[row] for row in batch) for batch in plan_epoch(lengths, 8, seed=0, epoch=0)]
+    by_count = sorted(lengths)
+    uneven = [sum(by_count[i : i + 8]) for i in range(0, rows, 8)]
+    assert np.std(tokens) / np.mean(tokens) < 0.15 < 0.6 < np.std(uneven) / np.mean(uneven)
+    assert max(padded(lengths, batch) for batch in plan_epoch(lengths, 8, seed=0, epoch=0)) < 0.5 * 8 * max(lengths)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 37, 64, 100])
+def test_neighbours_come_from_different_parts(count: int) -> None:
+    orders = [spread(count, np.random.default_rng(seed)) for seed in range(3)]
+    assert all(sorted(order) == list(range(count)) for order in orders)
+    assert count < 4 or len(set(map(tuple, orders))) == 3
+    for order, size in itertools.product(orders, (2, 4, 8)):
+        for start in range(0, count - size + 1, size):
+            some = sorted(order[start : start + size])
+            # One of each part; the parts differ by rounding.
+            assert all(abs(number - (i + 0.5) * count / size) <= 0.5 * count / size + 1 for i, number in enumerate(some))
+
+
+@pytest.mark.parametrize("size", [1, 8])
+def test_a_step_of_several_batches_is_even_in_tokens_and_in_rows(size: int) -> None:
+    lengths = CHATS[2000]
+    plan = plan_epoch(lengths, size, seed=0, epoch=0)
+    steps = [list(itertools.chain(*plan[start : start + 8])) for start in range(0, len(plan) - 7, 8)]
+    tokens = [sum(lengths[row] for row in step) for step in steps]
+    assert np.std(tokens) / np.mean(tokens) < 0.15
+    assert np.std(list(map(len, steps))) / np.mean(list(map(len, steps))) < 0.2
+
+
+@pytest.mark.parametrize(("lengths", "size"), [([7] * 64, 8), ([7] * 1000, 4), ([7] * 10, 4), (CHATS[65], 1), (ALIKE, 8), ([9], 8)])
+def test_rows_of_one_length_and_batches_of_one_row_are_shared_out_by_count(lengths: list[int], size: int) -> None:
+    counts = [len(rows) for rows in plan_epoch(lengths, size, seed=3, epoch=1)]
+    assert max(counts) - min(counts) == (1 if len(lengths) % size and len(counts) > 1 else 0)
+
+
+def test_a_plan_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
+    lengths = list(range(50))
+    plan = plan_epoch(lengths, 4, seed=1, epoch=0)
+    np.random.seed(99)
+    random.seed(99)
+    state = np.random.get_state()[1].copy()  # type: ignore[index,union-attr]
+    assert plan_epoch(lengths, 4, seed=1, epoch=0) == plan
+    assert np.array_equal(np.random.get_state()[1], state)  # type: ignore[index]
+    assert plan_epoch(lengths, 4, seed=1, epoch=1) != plan != plan_epoch(lengths, 4, seed=2, epoch=0)
+
+
+def test_neighbours_are_of_one_length_so_little_is_padded() -> None:
+    lengths = np.random.default_rng(0).integers(10, 500, 2000).tolist()
+
+    def pads(plan: list[tuple[int, ...]]) -> float:
+        return sum(padded(lengths, rows) for rows in plan) / sum(lengths) - 1
+
+    order = np.random.default_rng(0).permutation(2000)
+    naive = [tuple(order[i : i + 8].tolist()) for i in range(0, 2000, 8)]
+    plan = plan_epoch(lengths, 8, seed=0, epoch=0)
+    assert pads(plan) < 0.05 < 0.5 < pads(naive)
+    firsts = [lengths[rows[0]] for rows in plan]
+    assert np.corrcoef(firsts, np.arange(len(firsts)))[0, 1] < 0.2  # the batches themselves are in no order of length
+
+
+def test_collate_shifts_pads_and_never_trains_a_pad() -> None:
+    pieces = [fake(5, 2, start=10), fake(20, 3, start=100), fake(8, 8, start=50)]
+    batch = collate(pieces, (2, 0), pad_id=7, multiple=16)
+    inputs, labels, mask = (np.array(x) for x in (batch.inputs, batch.labels, batch.mask))
+    assert inputs.shape == labels.shape == mask.shape == (2, 16) and batch.rows == (2, 0)
+    for place, item in enumerate((pieces[2], pieces[0])):
+        n = len(item.tokens) - 1
+        assert inputs[place, :n].tolist() == item.tokens[:-1].tolist() and labels[place, :n].tolist() == item.tokens[1:].tolist()
+        assert mask[place, :n].tolist() == item.trained.tolist()
+        assert (inputs[place, n:] == 7).all() and (labels[place, n:] == 7).all() and (mask[place, n:] == 0).all()
+    assert labels[1][mask[1] > 0].tolist() == [13, 14]
+    assert collate(pieces, (1,), pad_id=0).inputs.shape == (1, 32)
+    assert collate(pieces, (1,), pad_id=0, multiple=1).inputs.shape == (1, 19)
+
+
+def test_padding_changes_no_trained_label() -> None:
+    rng = np.random.default_rng(0)
+    pieces = [fake(int(n), int(rng.integers(1, n))) for n in rng.integers(2, 60, 40)]
+    for rows in plan_epoch([len(piece.tokens) for piece in pieces], 8, seed=0, epoch=0):
+        batch = collate(pieces, rows, pad_id=0)
+        trained = np.array(batch.labels)[np.array(batch.mask) > 0].tolist()
+        assert trained == [token for row in rows for token in pieces[row].tokens[1:][pieces[row].trained].tolist()]
+
+
+def test_rows_that_are_too_long_are_reported_and_left_out(tokenizer: Any) -> None:
+    rows = [example("a", "rain"), example("b", "rain " * 300), example("c", "river"), example("d", "x", answer="")]
+    report = EncodeReport()
+    encoded = list(encode_rows(rows, tokenizer, 150, "last", report))
+    assert [item.id for item in encoded] == ["a", "c"]
+    assert (report.kept, report.too_long, report.nothing_to_train, report.left_out) == (2, 1, 1, 2) and report.longest > 150
+    assert str(report).startswith("2 rows, 1 too long and left out")
+    assert all(len(item) <= 150 and item.mask.any() for item in encoded)
+    with pytest.raises(DataError, match="none of 1 rows") as caught:
+        list(encode_rows(rows[:1], tokenizer, 5, "last", EncodeReport(), where="train.jsonl"))
+    assert "raise max_length" in (caught.value.fix or "")
+
+
+def test_encoding_reads_a_few_hundred_rows_ahead_and_no_more(tokenizer: Any) -> None:
+    read = 0
+
+    def rows() -> Iterator[Example]:
+        nonlocal read
+        for number in range(700):
+            read += 1
+            yield example(f"r{number}", f"rain {number}")
+
+    report = EncodeReport()
+    encoded = encode_rows(rows(), tokenizer, 150, "last", report)
+    assert next(encoded).id == "r0" and read == 256
+    assert [item.id for item in encoded] == [f"r{number}" for number in range(1, 700)] and report.kept == read == 700
+
+
+def test_a_list_of_batches_makes_each_when_it_is_asked_for() -> None:
+    pieces, made = [fake(n, 2) for n in (5, 9, 7, 6, 8)], []
+
+    def make(lines: Sequence[Sequence[int]]) -> Batch:
+        made.append(lines)
+        return collate(pieces, lines, 0)
+
+    found = BatchList([[(0,), (1,)], [(2, 3)], [(4,)]], make)
+    assert len(found) == 3 and len(found[1::2]) == 1 and not made
+    assert [batch.rows for batch in found] == [(0, 1), (2, 3), (4,)] and [batch.rows for batch in found[1::2]] == [(2, 3)]
+    assert found[-1].rows == (4,) and len(made) == 5
+
+
+def test_nothing_to_batch_is_an_error() -> None:
+    assert plan_epoch([], 4, seed=0, epoch=0) == []
+    with pytest.raises(DataError, match="batch_size"):
+        plan_epoch([1], 0, seed=0, epoch=0)

@@ -1,0 +1,112 @@
+"""Scoring against a plain statement in float64: one row at a time, the whole vocabulary, no padding."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny_model import VOCABULARY, TinyModel, make_model
+
+from mlx_distill.config import resolve_asset
+from mlx_distill.distill import teacher
+from mlx_distill.distill.teacher import Scored, label_position, score
+from mlx_distill.losses.labels import LabelTokens
+from mlx_distill.models.load import load
+
+LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
+TOP = 6
+
+
+def make_rows(count: int = 9) -> tuple[list[list[int]], list[int], list[int | None]]:
+    random = np.random.default_rng(0)
+    tokens = [random.integers(0, VOCABULARY, size=int(random.integers(5, 30))).tolist() for _ in range(count)]
+    starts = [int(random.integers(1, len(row) - 1)) for row in tokens]
+    label_at = [start + 1 if i % 3 else None for i, start in enumerate(starts)]
+    return tokens, starts, label_at
+
+
+TOKENS, STARTS, LABEL_AT = make_rows()
+
+
+def plain(model: TinyModel) -> list[Scored]:
+    out = []
+    for row, start, at in zip(TOKENS, STARTS, LABEL_AT, strict=True):
+        logits = np.array(model(mx.array([row])))[0].astype(np.float64)
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        positions = list(range(start - 1, len(row) - 1))
+        ids = np.argsort(-logprobs[positions], axis=1)[:, :TOP]
+        label = None
+        if at is not None:
+            mass = np.array([np.exp(logprobs[at - 1, list(group)]).sum() for group in LABELS.ids])
+            label = np.log(np.append(mass, 1 - mass.sum()))
+        own = np.array([logprobs[j - 1, row[j]] for j in range(start, len(row))])
+        out.append(Scored(np.array(row[start:]), own, ids, np.take_along_axis(logprobs[positions], ids, 1), label))
+    return out
+
+
+def scored(model: TinyModel, **changes: int) -> list[Scored]:
+    return list(score(model, TOKENS, STARTS, top_k=TOP, labels=LABELS, label_at=LABEL_AT, **changes))
+
+
+@pytest.mark.parametrize("changes", [{}, {"batch_size": 1}, {"batch_size": 4}, {"batch_size": 3, "multiple": 1}, {"multiple": 64}])
+def test_scores_are_the_plain_ones_whatever_the_batch(changes: dict[str, int]) -> None:
+    model = make_model()
+    found = scored(model, **changes)
+    assert len(found) == len(TOKENS)
+    for row, expected in zip(found, plain(model), strict=True):
+        assert row.ids.tolist() == expected.ids.tolist()
+        assert row.topk_ids.tolist() == expected.topk_ids.tolist()
+        np.testing.assert_allclose(row.logprobs, expected.logprobs, atol=1e-5)
+        np.testing.assert_allclose(row.topk_logprobs, expected.topk_logprobs, atol=1e-5)
+        assert (row.label_logprobs is None) == (expected.label_logprobs is None)
+        if expected.label_logprobs is not None:
+            np.testing.assert_allclose(row.label_logprobs, expected.label_logprobs, atol=1e-5)
+            assert np.exp(row.label_logprobs).sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_tiles_of_positions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = scored(make_model())
+    monkeypatch.setattr(teacher, "_TILE", 7)
+    for one, other in zip(whole, scored(make_model()), strict=True):
+        assert one.topk_ids.tolist() == other.topk_ids.tolist()
+        np.testing.assert_allclose(one.topk_logprobs, other.topk_logprobs, atol=1e-6)
+
+
+def test_the_whole_vocabulary_is_all_there_is() -> None:
+    for row in score(make_model(), TOKENS, STARTS, top_k=1000):
+        assert row.topk_ids.shape == (len(row.ids), VOCABULARY)
+        assert sorted(row.topk_ids[0].tolist()) == list(range(VOCABULARY))
+        np.testing.assert_allclose(np.exp(row.topk_logprobs.astype(np.float64)).sum(1), 1, atol=1e-5)
+        assert (np.diff(row.topk_logprobs, axis=1) <= 0).all()
+        assert row.label_logprobs is None
+
+
+def test_dropout_is_off() -> None:
+    model = make_model(dropout=0.5)
+    model.train()
+    one, two = scored(model), scored(model)
+    assert all((a.logprobs == b.logprobs).all() for a, b in zip(one, two, strict=True))
+
+
+def test_a_packaged_model_scores_the_same_in_any_batch() -> None:
+    """Attention too must not see the padding, nor the rows beside it."""
+    model, _ = load(resolve_asset("asset:models/tiny-gpt-oss"), dtype="float32")
+    tokens = [[(7 * i + j) % 300 for j in range(5 + 40 * i)] for i in range(4)]
+    one = list(score(model, tokens, [2] * 4, top_k=4, batch_size=1, multiple=1))
+    for alone, beside in zip(one, score(model, tokens, [2] * 4, top_k=4, batch_size=4), strict=True):
+        np.testing.assert_allclose(beside.logprobs, alone.logprobs, atol=2e-4)
+        np.testing.assert_allclose(beside.topk_logprobs, alone.topk_logprobs, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "prefix", "expected"),
+    [
+        ([9, 1, 2, 7, 8], 1, [1, 2], 3),
+        ([9, 1, 2, 7], 1, [], 1),
+        ([9, 1, 3, 7], 1, [1, 2], None),
+        ([9, 1, 2], 1, [1, 2], None),
+        ([1], 1, [1], None),
+    ],
+)
+def test_where_the_label_stands(tokens: list[int], start: int, prefix: list[int], expected: int | None) -> None:
+    assert label_position(tokens, start, prefix) == expected

@@ -1,0 +1,38 @@
+"""Stage keys of the packaged recipes, without their inputs: ``stage_keys.json``.
+
+A key decides whether a user's finished work is made again, so a change of code must not change one by accident. Run this only where
+the change is meant, and say in CHANGELOG.md which stages have to be made again.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from mlx_distill.graph import graph
+from mlx_distill.recipe import load_recipe, recipe_names
+from mlx_distill.storage import stage_key
+
+# Settings that are off in the packaged recipes and add stages, or change how a key is spelled.
+VARIANTS = {
+    "": [],
+    "controls": ["controls.labels=true", "controls.text=true"],
+    "unpack": ["unpack=true"],
+    "cells": ["distill.token_loss=cells"],
+}
+
+
+def stage_keys() -> dict[str, dict[str, str]]:
+    """For each packaged recipe and variant, the key of every stage with empty parents."""
+    keys: dict[str, dict[str, str]] = {}
+    for name in recipe_names():
+        for variant, overrides in VARIANTS.items():
+            recipe = load_recipe(name, overrides)
+            stages = graph(recipe, recipe.load_task())
+            keys[f"{name} {variant}".strip()] = {s.name: stage_key(s.name, s.format, s.config, {}) for s in stages}
+    return keys
+
+
+if __name__ == "__main__":
+    path = Path(__file__).with_name("stage_keys.json")
+    path.write_text(json.dumps(stage_keys(), indent=1, sort_keys=True) + "\n", encoding="utf-8")

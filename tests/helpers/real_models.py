@@ -1,0 +1,108 @@
+"""The same rows cut into micro-batches in every way, alone and among ranks, for real attention with windows, sinks and experts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from helpers.tiny_model import VOCABULARY
+from helpers.training_cases import ATTENTION, GOLDEN, LENGTHS, LINES, lines_of_pieces
+from mlx_distill.distill import objective as kd
+from mlx_distill.distill.align import Pair, collate_pairs, make_pair
+from mlx_distill.losses.cross_tokenizer import CellMap
+from mlx_distill.losses.labels import LabelTokens
+from mlx_distill.models.load import load_model
+from mlx_distill.recipe import DistillConfig, TrainConfig
+from mlx_distill.records import Batch
+from mlx_distill.train import Objective, RowBatches, make_trainable, sft
+from mlx_distill.train.distributed import Ranks
+from mlx_distill.train.updates import window_gradients
+
+KINDS = ["qwen3", "gpt_oss"]
+CELLS = CellMap(*2 * (np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),), cells=14, shared=12)
+OBJECTIVES: dict[str, Objective] = {
+    "sft": sft(),
+    "sft tiled": sft(dense_limit=0),
+    **{
+        name: kd(DistillConfig(token_loss=name), LabelTokens(("a", "b"), ((0, 3), (1,))), CELLS, same_tokenizer=name == "kl")
+        for name in ("kl", "cells", "alm")
+    },
+}
+
+
+def make_model(kind: str) -> Any:
+    """A golden model whose attention trains."""
+    model, _ = load_model(GOLDEN / f"models_{kind}", dtype="float32")
+    make_trainable(model, TrainConfig(method="galore", galore_rank=1, target_modules=ATTENTION))
+    return model
+
+
+def make_pairs() -> list[Pair]:
+    """Rows with a teacher's targets; one in three has no label."""
+    random, pairs = np.random.default_rng(1), []
+    for number, length in enumerate(LENGTHS):
+        start, answer = length // 2, length - length // 2 - 1
+        spans = np.array([[i, i + 1, i, i + 1] for i in range(answer)])
+        logits = random.normal(size=(answer + 1, VOCABULARY))
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        order = np.argsort(-logprobs, axis=1)[:, :4]
+        pairs.append(
+            make_pair(
+                random.integers(0, VOCABULARY, length), start, spans, teacher_logprobs=logprobs[:, 0].astype(np.float32),
+                topk_ids=order.astype(np.int32), topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
+                label_at=start + 1 if number % 3 else None, label_logprobs=np.log(random.dirichlet([1, 1, 1])).tolist(),
+            )
+        )  # fmt: skip
+    return pairs
+
+
+PAIRS = make_pairs()
+
+
+def batch_of(lines: Sequence[Sequence[int]], name: str) -> Batch:
+    """Some lines as a batch of what an objective takes."""
+    if name.startswith("sft"):
+        return lines_of_pieces(lines)
+    return collate_pairs(PAIRS, lines, 0, 3)
+
+
+def windows(name: str) -> dict[str, list[Batch]]:
+    """The same rows, cut in every way."""
+    single, packed = [(row,) for row in range(len(LENGTHS))], LINES.rows
+    return {
+        "1x8": [batch_of(single, name)],
+        "8x1": [batch_of([row], name) for row in single],
+        "one line each": [batch_of([line], name) for line in packed],
+        "all lines": [batch_of(packed, name)],
+        "one line": [batch_of([tuple(range(len(LENGTHS)))], name)],
+    }
+
+
+def shares(name: str, ranks: Ranks) -> dict[str, list[Batch]]:
+    """This rank's part of the same rows."""
+    cuts = windows(name)
+    lonely = RowBatches(LINES.sizes, lambda some: batch_of(LINES.batch(some), name), 8, 0, rank=ranks.rank, size=ranks.size)
+    return {
+        "two ranks": cuts["8x1"][ranks.rank :: ranks.size],
+        "two ranks, packed": cuts["one line each"][ranks.rank :: ranks.size],
+        "two ranks, one without rows": [next(lonely)],
+    }
+
+
+def write_shares(folder: Path, ranks: Ranks) -> None:
+    """What the ranks find together for every model, objective and cut."""
+    for kind in KINDS:
+        model = make_model(kind)
+        for name, objective in OBJECTIVES.items():
+            for cut, batches in shares(name, ranks).items():
+                found = window_gradients(model, batches, objective, ranks)
+                if ranks.rank == 0:
+                    here = folder / kind / name / cut
+                    here.mkdir(parents=True)
+                    mx.save_safetensors(str(here / "gradients.safetensors"), found.gradients)
+                    (here / "window.json").write_text(json.dumps([found.loss, dict(found.terms), dict(found.weights)]))

@@ -1,0 +1,185 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+import mlx_distill as md
+from mlx_distill.data.chat import prompt_ids
+from mlx_distill.data.predictions import FORMAT, read_predictions, write_predictions
+from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.infer import analyze
+from mlx_distill.infer import analyze as module
+from mlx_distill.infer.analyze import predict
+from mlx_distill.infer.engine import Generation
+from mlx_distill.records import Prediction
+from mlx_distill.tasks.task import Task, load_task
+
+ITEMS = [{"id": i, "text": f"Gardeners are kind {i}.", "group": "gardeners"} for i in range(5)]
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task("moderation")
+
+
+@pytest.fixture
+def canned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Answers that take the place of a model's."""
+    answers: list[str] = []
+
+    def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **_: Any) -> list[Generation]:
+        return [
+            Generation(text, (1, 2), len(p), "length" if text.endswith("9") else "stop", 0.5)
+            for text, p in zip(answers, prompts, strict=True)
+        ]
+
+    monkeypatch.setattr(module, "generate", generate)
+    return answers
+
+
+def prepared(task: Task, item: dict[str, Any], **more: Any) -> dict[str, Any]:
+    """The row that the prepare stage writes."""
+    system, user = task.prompt(item)
+    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}, {"role": "assistant", "content": "{}"}]
+    return {"id": str(item["id"]), "messages": turns, "fields": {"group": item["group"]}, "answer": None, "set": "test", **more}
+
+
+def test_answers_are_read_strictly(chatml: Any, task: Task, canned: list[str]) -> None:
+    canned += [
+        '{"label": "fine", "confidence": 90}',
+        '{"label": "nice", "confidence": 90}',
+        'Sure: {"label": "fine", "confidence": 90}',
+        '{"label": "fine", "confidence": 9',
+    ]
+    good, unknown, chatty, short = predict(None, chatml, task, ITEMS[:4], label_probs=False)
+    assert (good.label, good.score, good.error, good.answer) == ("fine", 90.0, None, {"label": "fine", "confidence": 90})
+    assert (good.latency_s, good.tokens, good.label_probs, good.fields) == (0.5, 2, None, {"group": "gardeners"})
+    assert [p.answer for p in (unknown, chatty, short)] == [None] * 3 and [p.label for p in (unknown, chatty, short)] == [None] * 3
+    assert "'nice'" in str(unknown.error) and "not JSON" in str(chatty.error) and "cut after 2 tokens" in str(short.error)
+    assert chatty.text == canned[2]
+
+
+def test_a_prepared_row_a_mapping_and_a_text_ask_the_same(model: Any, tokenizer: Any, task: Task) -> None:
+    answers = [predict(model, tokenizer, task, [row], max_tokens=4)[0] for row in (prepared(task, ITEMS[1]), ITEMS[1], ITEMS[1]["text"])]
+    assert len({(p.text, p.prompt_tokens, p.label_probs["fine"] if p.label_probs else None) for p in answers}) == 1
+    messages = prepared(task, ITEMS[1])["messages"]
+    assert answers[0].prompt_tokens == len(prompt_ids(tokenizer, messages))
+    assert answers[0].id == answers[1].id == "1" and len(answers[2].id) == 16
+
+
+def test_every_row_has_its_distribution_and_batches_do_not_matter(model: Any, tokenizer: Any, task: Task) -> None:
+    done: list[int] = []
+    one = predict(model, tokenizer, task, ITEMS, max_tokens=3, batch_size=1)
+    all_at_once = predict(model, tokenizer, task, ITEMS, max_tokens=3, batch_size=8, on_done=done.append)
+    assert [p.text for p in one] == [p.text for p in all_at_once] and done == [5]
+    for a, b in zip(one, all_at_once, strict=True):
+        assert a.label_probs is not None and b.label_probs is not None and list(a.label_probs) == list(task.labels)
+        assert sum(a.label_probs.values()) == pytest.approx(1, abs=1e-5)
+        assert a.label_probs["fine"] == pytest.approx(b.label_probs["fine"], abs=2e-5)
+
+
+def test_what_is_seen_on_the_way_is_what_one_more_pass_reads(
+    model: Any, tokenizer: Any, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model that begins its answer as the schema has it for every other item, and otherwise for the rest."""
+    from mlx_distill.infer.analyze import prepare_item
+    from mlx_distill.infer.label_scoring import label_place, label_probabilities
+
+    place = label_place(tokenizer, task)
+    assert place is not None
+    asked: list[int] = []
+
+    def count(model: Any, prompts: Any, *args: Any, **more: Any) -> Any:
+        asked.append(len(prompts))
+        return label_probabilities(model, prompts, *args, **more)
+
+    monkeypatch.setattr("mlx_distill.infer.analyze.label_probabilities", count)
+    prompts = [prompt_ids(tokenizer, prepare_item(item, task)["messages"]) for item in ITEMS]
+    expected = label_probabilities(model, [[*p, *place[0]] for p in prompts], place[1])
+
+    def answers(model: Any, tokenizer: Any, prompts: Any, look: Any, **more: Any) -> list[Generation]:
+        out = []
+        for number, prompt in enumerate(prompts):
+            begun = [*place[0], 5] if number % 2 else [5, 6, 7, *place[0]]
+            logits = model(mx.array([[*prompt, *begun[: look[0]]]]))[:, -1]
+            out.append(Generation("", tuple(begun), len(prompt), "length", 0.0, np.array(look[1](logits))[0]))
+        return out
+
+    monkeypatch.setattr("mlx_distill.infer.analyze.generate", answers)
+    for prediction, line in zip(predict(model, tokenizer, task, ITEMS, max_tokens=9), expected, strict=True):
+        assert prediction.label_probs is not None
+        np.testing.assert_allclose(list(prediction.label_probs.values()), line, atol=1e-5)
+    assert asked == [(len(ITEMS) + 1) // 2]
+
+
+def test_analyze_takes_what_load_returns(model: Any, tokenizer: Any) -> None:
+    first, second = md.analyze((model, tokenizer), "moderation", [ITEMS[0], "The soup is cold."], max_tokens=5)
+    assert isinstance(first, Prediction) and first.id == "0" and second.tokens <= 5
+    assert md.analyze((model, tokenizer), "moderation", []) == []
+
+
+def test_bad_items_are_found_before_a_model_is_loaded() -> None:
+    with pytest.raises(DataError, match="item 2: no field 'text'"):
+        analyze("/no/such/model", "moderation", [ITEMS[0], {"txt": "typo"}])
+    with pytest.raises(DataError, match="item 1: a text alone"):
+        analyze("/no/such/model", "music", ["la la la"])
+    with pytest.raises(DataError, match="one item alone"):
+        analyze("/no/such/model", "moderation", "The soup is cold.")
+    with pytest.raises(ConfigError, match="no task"):
+        analyze("/no/such/model", "astrology", [])
+
+
+def test_predictions_come_back_as_they_were_written(tmp_path: Path, model: Any, tokenizer: Any, task: Task) -> None:
+    truth = {"label": "fine", "confidence": 95}
+    rows = [prepared(task, item, answer=truth, set="test" if item["id"] < 3 else "hand") for item in ITEMS]
+    predictions = predict(model, tokenizer, task, rows, max_tokens=3)
+    path = tmp_path / "predictions.jsonl"
+    assert write_predictions(path, "student", task, rows, predictions, settings={"batch_size": 16}) == 5
+    header, lines = read_predictions(path)
+    assert header == {
+        "format": FORMAT, "model": "student", "task": "moderation", "labels": ["hostile", "fine"], "set_counts": {"test": 3, "hand": 2},
+        "settings": {"batch_size": 16},
+    }  # fmt: skip
+    for line, row, prediction in zip(lines, rows, predictions, strict=True):
+        assert (line["id"], line["set"], line["truth"], line["input"]) == (row["id"], row["set"], truth, row["messages"][1]["content"])
+        assert (line["text"], line["label_probs"], line["error"]) == (prediction.text, prediction.label_probs, prediction.error)
+        assert line["fields"] == {"group": "gardeners"} and line["title"] is None
+
+
+def test_a_title_is_taken_from_the_fields(tmp_path: Path) -> None:
+    task = load_task("music")
+    row = {"id": "1", "messages": [{"role": "user", "content": "Rain\n\nla"}], "fields": {"title": "Rain"}, "set": "test", "answer": None}
+    write_predictions(tmp_path / "p.jsonl", "m", task, [row], [Prediction("1", "", None, None, None)])
+    line = read_predictions(tmp_path / "p.jsonl")[1][0]
+    assert (line["title"], line["input"], line["truth"]) == ("Rain", "Rain\n\nla", None)
+
+
+def test_predictions_of_other_rows_are_not_written(tmp_path: Path, task: Task) -> None:
+    rows = [prepared(task, item) for item in ITEMS[:2]]
+    right = [Prediction(row["id"], "", None, None, None) for row in rows]
+    for wrong in (right[:1], right[::-1]):
+        with pytest.raises(DataError):
+            write_predictions(tmp_path / "p.jsonl", "m", task, rows, wrong)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_of_another_format_or_a_damaged_one_is_refused(tmp_path: Path, task: Task) -> None:
+    rows = [prepared(task, item) for item in ITEMS[:2]]
+    path = tmp_path / "p.jsonl"
+    write_predictions(path, "m", task, rows, [Prediction(row["id"], "", None, None, None) for row in rows])
+    whole = path.read_text().splitlines()
+    for lines, message in (
+        ([], "empty"),
+        (whole[1:], "no header"),
+        ([whole[0].replace('"format": 1', '"format": 2'), *whole[1:]], "format 2"),
+        (whole[:2], "1 rows, and the header says 2"),
+        ([whole[0], whole[1].replace('"score"', '"scare"'), whole[2]], ":2: no field 'score'"),
+    ):
+        path.write_text("\n".join(lines))
+        with pytest.raises(DataError, match=message):
+            read_predictions(path)

@@ -1,0 +1,215 @@
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.infer import engine as module
+from mlx_distill.infer import kv_cache as cache_module
+from mlx_distill.infer.engine import Generation, generate
+from mlx_distill.infer.kv_cache import Layout, can_column
+
+VOCABULARY = 400
+LONGEST = 14
+
+
+class Numbers:
+    """Spells a token as its number."""
+
+    def decode(self, tokens: list[int]) -> str:
+        assert tokens
+        return " ".join(map(str, tokens))
+
+
+class FewNumbers(Numbers):
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(50)}
+
+
+def make_prompts() -> list[list[int]]:
+    """Lengths from 1 to several times the sliding window, two of them alike, in no order."""
+    random = np.random.default_rng(5)
+    return [random.integers(0, VOCABULARY, length).tolist() for length in (9, 1, 30, 2, 5, 6, 7, 21, 9, 3, 17)]
+
+
+def one_by_one(model: Any, prompt: list[int], count: int) -> list[int]:
+    """The plain twin: the model's own cache, one prompt, no batch."""
+    from mlx_lm.models.cache import make_prompt_cache
+
+    cache, inputs, out = make_prompt_cache(model), mx.array([prompt]), []
+    for _ in range(count):
+        token = mx.argmax(model(inputs, cache=cache)[:, -1], axis=-1)
+        out.append(int(token.item()))
+        inputs = token[:, None]
+    return out
+
+
+def without_cache(model: Any, prompt: list[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(mx.argmax(model(mx.array([tokens]))[0, -1]).item()))
+    return tokens[len(prompt) :]
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    return make_prompts()
+
+
+@pytest.fixture(scope="module")
+def plain(model: Any, prompts: list[list[int]]) -> list[list[int]]:
+    return [one_by_one(model, prompt, LONGEST) for prompt in prompts]
+
+
+def cut(tokens: list[int], stop: set[int]) -> tuple[list[int], str]:
+    ends = [i for i, token in enumerate(tokens) if token in stop]
+    return (tokens[: ends[0]], "stop") if ends else (tokens, "length")
+
+
+def run(model: Any, prompts: list[list[int]], **options: Any) -> list[Generation]:
+    return generate(model, Numbers(), prompts, **{"max_tokens": LONGEST, "stop": set(), **options})
+
+
+def tokens_of(generations: list[Generation]) -> list[list[int]]:
+    return [list(g.tokens) for g in generations]
+
+
+@pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
+@pytest.mark.parametrize("batch_size", [1, 4, 16])
+def test_a_batch_says_what_each_prompt_alone_would(
+    model: Any, prompts: list[list[int]], plain: list[list[int]], engine: str, batch_size: int
+) -> None:
+    assert len({token for tokens in plain for token in tokens}) > 20  # the model does not repeat itself
+    assert tokens_of(run(model, prompts, batch_size=batch_size, engine=engine)) == plain
+
+
+def test_the_twin_is_right_too(model: Any, prompts: list[list[int]], plain: list[list[int]]) -> None:
+    assert [without_cache(model, prompt, LONGEST) for prompt in prompts[:4]] == plain[:4]
+
+
+@pytest.mark.parametrize("width", [1, 3, 7])
+def test_prompts_may_be_read_in_pieces(
+    model: Any, prompts: list[list[int]], plain: list[list[int]], width: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PREFILL", width)
+    assert tokens_of(run(model, prompts)) == plain
+
+
+def test_a_cache_that_has_to_grow_keeps_what_it_had(
+    model: Any, prompts: list[list[int]], plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cache_module, "GROWTH", 2)
+    assert tokens_of(run(model, prompts)) == plain
+
+
+@pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
+@pytest.mark.parametrize("batch_size", [3, 11])
+def test_rows_that_stop_leave_the_batch_and_change_no_other(
+    model: Any, prompts: list[list[int]], plain: list[list[int]], engine: str, batch_size: int
+) -> None:
+    stop = {tokens[place] for tokens, place in zip(plain, (0, 3, 6, 9, 2, 13), strict=False)}
+    wanted = [cut(tokens, stop) for tokens in plain]
+    assert {finish for _, finish in wanted} == {"stop", "length"} and len({len(tokens) for tokens, _ in wanted}) > 3
+    got = run(model, prompts, engine=engine, batch_size=batch_size, stop=stop)
+    assert [(list(g.tokens), g.finish) for g in got] == wanted
+    assert [g.text for g in got] == [" ".join(map(str, tokens)) for tokens, _ in wanted]
+
+
+def test_answers_come_in_the_order_of_the_prompts(model: Any, prompts: list[list[int]]) -> None:
+    got = run(model, prompts, max_tokens=2, batch_size=2)
+    assert [g.prompt_tokens for g in got] == [len(prompt) for prompt in prompts]
+    assert all(g.seconds > 0 for g in got)
+
+
+def test_done_counts_up_to_all(model: Any, prompts: list[list[int]]) -> None:
+    seen: list[int] = []
+    run(model, prompts, max_tokens=1, batch_size=4, on_done=seen.append)
+    assert seen == [4, 8, 11]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 3.0])
+def test_columns_that_the_tokenizer_cannot_spell_are_never_chosen(model: Any, prompts: list[list[int]], temperature: float) -> None:
+    got = generate(model, FewNumbers(), prompts, max_tokens=LONGEST, stop=set(), temperature=temperature)
+    assert max(token for g in got for token in g.tokens) < 50
+
+
+@pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
+def test_a_drawn_answer_depends_on_the_seed_and_not_on_the_batch(model: Any, prompts: list[list[int]], engine: str) -> None:
+    first = tokens_of(run(model, prompts, temperature=1.0, seed=4))
+    assert tokens_of(run(model, prompts, temperature=1.0, seed=4, batch_size=3, engine=engine)) == first
+    assert tokens_of(run(model, prompts, temperature=1.0, seed=5)) != first
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+    logits = mx.array([[0.0, 1.0, -1.0, 2.0, -40.0]])
+    count = 4000
+    sampler = module._Sampler(None, 2.0, 0, range(count), 1)
+    drawn = np.array(sampler(mx.broadcast_to(logits, (count, 5)), 0, np.arange(count)))
+    wanted = np.array(mx.softmax(logits[0] / 2.0))
+    assert np.abs(np.bincount(drawn, minlength=5) / count - wanted).max() < 0.03
+    assert not (drawn == 4).any()
+
+
+def test_no_prompts_no_answers(model: Any) -> None:
+    assert run(model, []) == []
+
+
+@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}, {"engine": "steam"}])
+def test_settings_that_make_no_sense_are_refused(model: Any, options: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        run(model, [[1]], **options)
+
+
+def test_an_empty_prompt_is_named(model: Any) -> None:
+    with pytest.raises(DataError, match="prompt 1 is empty"):
+        run(model, [[1], []])
+
+
+def test_a_model_with_caches_of_another_kind_goes_to_the_other_engine(model: Any) -> None:
+    from mlx_lm.models.cache import ArraysCache, KVCache
+
+    class Mixed:
+        layers = (1, 2)
+
+        def make_cache(self) -> list[Any]:
+            return [KVCache(), ArraysCache(2)]
+
+    assert can_column(model) and not can_column(Mixed())
+
+
+@pytest.mark.parametrize("window", [None, 2, 4, 20])
+@pytest.mark.parametrize("lengths", [[5, 5], [5, 3, 1, 0], [0, 0]])
+def test_the_mask_shows_what_positions_say(lengths: list[int], window: int | None) -> None:
+    layout = Layout(lengths)
+    if layout.width:
+        layout.advance(layout.width)
+    for _ in range(6):
+        first = layout.first(window)
+        mask = layout.mask(1, window, first, as_array=True)
+        columns = layout.filled + 1
+        for row, length in enumerate(lengths):
+            position = {c: c for c in range(length)} | {c: length + c - layout.width for c in range(layout.width, columns)}
+            now = position[columns - 1]
+            seen = {c for c, p in position.items() if window is None or now - p < window}
+            assert min(seen) >= first
+            assert seen == {first + int(c) for c in np.flatnonzero(np.array(mask)[row, 0, 0])}
+        if layout.mask(1, window, first, as_array=False) is None:
+            assert np.array(mask).all()
+        layout.advance(1)
+
+
+@pytest.mark.parametrize("step", [0, 2, 5])
+def test_a_look_on_the_way_sees_the_logits_of_its_step(model: Any, prompts: list[list[int]], step: int) -> None:
+    plain = generate(model, Numbers(), prompts, max_tokens=6, batch_size=4, stop=set())
+    stop = {plain[3].tokens[3], plain[5].tokens[0]}  # some answers end before they get there
+    seen = generate(model, Numbers(), prompts, max_tokens=6, batch_size=4, stop=stop, look=(step, lambda logits: logits[:, :7]))
+    for prompt, answer in zip(prompts, seen, strict=True):
+        assert (answer.seen is None) == (len(answer.tokens) < step)
+        if answer.seen is not None:
+            logits = model(mx.array([[*prompt, *answer.tokens[:step]]]))[0, -1, :7]
+            np.testing.assert_allclose(answer.seen, np.array(logits), atol=2e-5)
+    assert step == 0 or any(answer.seen is None for answer in seen)
+    assert generate(model, Numbers(), prompts[:1], max_tokens=2, stop=set(), engine="mlx_lm", look=(0, lambda z: z))[0].seen is None

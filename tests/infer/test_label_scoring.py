@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_distill.infer.label_scoring import label_place, label_probabilities
+from mlx_distill.losses.labels import label_tokens
+from mlx_distill.tasks.task import Task, load_task
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task("moderation")
+
+
+def test_it_is_the_softmax_over_the_labels_tokens_one_prompt_at_a_time(model: Any, tokenizer: Any, task: Task) -> None:
+    labels = label_tokens(tokenizer, task.labels)
+    random = np.random.default_rng(0)
+    prompts = [random.integers(0, 300, length).tolist() for length in (3, 19, 8, 1, 8)]
+    got = label_probabilities(model, prompts, labels, batch_size=2)
+    for prompt, line in zip(prompts, got, strict=True):
+        logits = np.array(model(mx.array([prompt]))[0, -1], dtype=np.float64)
+        mass = np.array([np.exp(logits[list(ids)]).sum() for ids in labels.ids])
+        np.testing.assert_allclose(line, mass / mass.sum(), atol=2e-5)
+    np.testing.assert_allclose(got.sum(axis=1), 1, atol=1e-5)
+    np.testing.assert_allclose(label_probabilities(model, prompts, labels, batch_size=5), got, atol=2e-5)
+    assert np.ptp(got[:, 0]) > 0.01
+
+
+def test_the_place_is_where_every_answer_puts_its_label(tokenizer: Any, task: Task) -> None:
+    place = label_place(tokenizer, task)
+    assert place is not None
+    prefix, labels = place
+    assert tokenizer.decode(prefix) == '{"label": "' and labels.labels == task.labels
+
+
+def test_no_distribution_where_one_pass_cannot_tell(chatml: Any, task: Task) -> None:
+    properties = task.schema["properties"]
+    later = {**task.schema, "properties": {"confidence": properties["confidence"], "label": properties["label"]}}
+    assert label_place(chatml, replace(task, schema=later)) is None
+    alike = {**task.schema, "properties": {**properties, "label": {"enum": ["harsh", "hostile"]}}}
+    assert label_place(chatml, replace(task, schema=alike)) is None
+    merged = {**task.schema, "properties": {**properties, "label": {"enum": ["!!", "fine"]}}}
+    joined = chatml.__class__(tokenizer_object=_joining(chatml), eos_token="<|im_end|>")
+    joined.chat_template = chatml.chat_template
+    assert label_place(joined, replace(task, schema=merged)) is None
+
+
+def _joining(tokenizer: Any) -> Any:
+    """The same tokens and a merge of the quote with a label's first character."""
+    import json
+
+    from tokenizers import Tokenizer
+
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state["model"]["vocab"]['"!'] = 999
+    state["model"]["merges"].insert(0, ['"', "!"])
+    return Tokenizer.from_str(json.dumps(state))

@@ -1,0 +1,218 @@
+"""Rows in tokens on the disk: what training reads is what a list would hold, made once, and a checkpoint knows it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.small_chain import finished, make_context
+
+from mlx_distill import stages
+from mlx_distill.data import chat as templates
+from mlx_distill.data.batching import EncodeReport, encode_rows
+from mlx_distill.data.rows import from_row
+from mlx_distill.distill.align import pair_arrays
+from mlx_distill.distill.teacher_cache import TargetReader
+from mlx_distill.errors import ConfigError, DataError, Interrupted
+from mlx_distill.models.load import load_tokenizer
+from mlx_distill.runtime import StopFlag
+from mlx_distill.stages import Context, training
+from mlx_distill.stages.context import read_rows
+from mlx_distill.stages.encoding import encoded_rows
+from mlx_distill.stages.pairing import _joined, _pair, aligned_pairs
+from mlx_distill.storage import digest, read_jsonl, write_jsonl
+from mlx_distill.storage.array_store import Store
+from mlx_distill.train.checkpoint import latest, read_state
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many chats were rendered at a time."""
+    seen: list[int] = []
+    whole = templates.render_many
+
+    def counted(tokenizer: Any, chats: Any, **more: Any) -> Any:
+        seen.append(len(chats))
+        return whole(tokenizer, chats, **more)
+
+    monkeypatch.setattr("mlx_distill.data.chat.render_many", counted)
+    monkeypatch.setattr("mlx_distill.data.batching.render_many", counted)
+    return seen
+
+
+def encode(context: Context, folder: Path, split: str = "train", **settings: Any) -> Store[Any]:
+    tokenizer = load_tokenizer(context.run / "teacher_base")
+    return encoded_rows(context, folder, "teach", split, tokenizer, "teacher_base", replace(context.recipe.teach, **settings))
+
+
+def pairs(context: Context, folder: Path) -> tuple[Store[Any], Store[Any]]:
+    return aligned_pairs(context, folder, load_tokenizer(context.run / "student_base"), context.recipe.distill)[:2]
+
+
+def change_rows(run_copy: Path, split: str = "train") -> None:
+    rows = [row for _, row in read_jsonl(run_copy / "data" / f"{split}.jsonl")]
+    rows[0]["messages"][-2]["content"] += " again"
+    write_jsonl(run_copy / "data" / f"{split}.jsonl", rows)
+
+
+def change_manifest(folder: Path) -> None:
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["files"]["config.json"]["sha256"] = "other"
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+# --- what is stored -----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_stored_rows_are_those_of_a_list(folder: Path, split: str) -> None:
+    context = make_context()
+    store, report = encode(context, folder, split), EncodeReport()
+    rows = [from_row(row) for row in read_rows(context, split)]
+    plain = list(encode_rows(rows, load_tokenizer(context.run / "teacher_base"), 512, "last", report))
+    assert len(store) == len(plain) == report.kept > 0 and store.facts == vars(report)
+    for piece, item in zip(store, plain, strict=True):
+        assert np.array_equal(piece.tokens, item.tokens) and np.array_equal(piece.trained, item.mask[1:])
+        assert (piece.tokens.dtype, piece.trained.dtype) == (item.tokens.dtype, item.mask.dtype)
+    name, total, seen = context.progress.tasks[0]  # type: ignore[attr-defined]
+    assert (name, total, seen[-1]) == (f"teach: tokenize {split}", len(rows), len(rows))
+
+
+def test_rows_that_are_too_long_are_told_with_the_limit(folder: Path) -> None:
+    context = make_context()
+    longest = int(encode(context, folder).lengths.max())
+    assert not context.progress.notes  # type: ignore[attr-defined]
+    encode(context, folder, max_length=longest - 1)
+    (note,) = context.progress.notes  # type: ignore[attr-defined]
+    assert f"(the longest has {longest} tokens); max_length is {longest - 1}" in note
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_of_several_ranks_says_how_many_rows_a_step_has(folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+    context = make_context("teach.batch_size=4", "teach.accumulate=2")
+    rows, valid = (encode(context, folder, split) for split in ("train", "valid"))
+    for size, packing in ((1, False), (2, False), (2, True)):
+        monkeypatch.setattr(training, "rank_and_size", lambda size=size: (rank, size))
+        training._batches(context, "teach", replace(context.recipe.teach, packing=packing), rows, valid, lambda *_: None)
+    notes = [note for note in context.progress.notes if "rank" in note]  # type: ignore[attr-defined]
+    whole = "teach: 2 ranks: batch_size 4 x accumulate 2 x 2 = 16"
+    assert notes == ([] if rank else [f"{whole} rows a step", f"{whole} lines a step"])
+
+
+def test_stored_pairs_are_those_of_a_list(folder: Path) -> None:
+    context, out = make_context(), finished() / "out"
+    student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
+    plain: dict[str, list[Any]] = {"train": [], "valid": []}
+    for split, row, target in _joined(context, TargetReader(out / "targets")):
+        chat = templates.render(student, [*row["messages"][:-1], {"role": "assistant", "content": target.text}])
+        plain[split].append(_pair(context.task, chat, target, student, teacher, partial(templates.answer_ids, student)))
+    for store, items in zip(pairs(context, folder), plain.values(), strict=True):
+        assert len(store) == len(items) > 0
+        for ours, theirs in zip(map(pair_arrays, store), map(pair_arrays, items), strict=True):
+            assert list(ours) == list(theirs)
+            assert all(
+                ours[n].dtype == a.dtype and ours[n].shape == a.shape and ours[n].tobytes() == a.tobytes() for n, a in theirs.items()
+            )
+
+
+def test_an_empty_split_is_an_empty_store(run_copy: Path, folder: Path) -> None:
+    (run_copy / "data" / "valid.jsonl").write_text("")
+    assert len(encode(make_context(run=run_copy), folder, "valid")) == 0
+
+
+def test_targets_in_another_order_than_the_rows_are_refused(run_copy: Path, folder: Path) -> None:
+    rows = [row for _, row in read_jsonl(run_copy / "data" / "train.jsonl")]
+    write_jsonl(run_copy / "data" / "train.jsonl", rows[::-1])
+    with pytest.raises(DataError, match=r"is not in .*, or not in its order") as caught:
+        pairs(make_context(run=run_copy), folder)
+    assert "mlx-distill targets" in (caught.value.fix or "") and not list((folder / "scratch" / "pairs").iterdir())
+
+
+# --- made once ----------------------------------------------------------------------------------------------------------------------
+
+
+def test_rows_are_tokenized_once_until_something_changes(run_copy: Path, folder: Path, calls: list[int]) -> None:
+    context = make_context(run=run_copy)
+    first = encode(context, folder).content
+    made = len(calls)
+    assert made > 0 and encode(context, folder).content == first and len(calls) == made
+    assert encode(context, folder, max_length=300).content == first and len(calls) == 2 * made  # another key, the same rows
+    assert encode(context, folder, max_length=300, loss_on="all").content == first and len(calls) == 3 * made
+    change_rows(run_copy)
+    assert encode(context, folder, max_length=300, loss_on="all").content != first and len(calls) == 4 * made
+    change_manifest(run_copy / "teacher_base")
+    encode(context, folder, max_length=300, loss_on="all")
+    assert len(calls) == 5 * made
+
+
+def test_pairs_are_aligned_once_until_something_changes(run_copy: Path, folder: Path, calls: list[int]) -> None:
+    context = make_context(run=run_copy)
+    first = [store.content for store in pairs(context, folder)]
+    made = len(calls)
+    assert made > 0 and [store.content for store in pairs(context, folder)] == first and len(calls) == made
+    shutil.rmtree(folder / "scratch" / "pairs" / "valid")  # a kill between the two
+    assert [store.content for store in pairs(context, folder)] == first and len(calls) == 2 * made
+    change_rows(run_copy, "valid")
+    assert pairs(context, folder)[0].content == first[0] and len(calls) == 3 * made
+    assert pairs(context, folder)[1].content != first[1] and len(calls) == 3 * made
+    change_manifest(run_copy / "student_base")
+    pairs(context, folder)
+    assert len(calls) == 4 * made
+
+
+@pytest.mark.parametrize("work", [encode, pairs])
+def test_stopping_leaves_nothing_half_written(folder: Path, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = make_context()
+    context.stop.set = True
+    monkeypatch.setattr("mlx_distill.stages.encoding._SHOWN", 7)
+    with pytest.raises(Interrupted):
+        work(context, folder)
+    assert not [path for path in (folder / "scratch").rglob("*") if path.is_file()]
+    context.stop.set = False
+    assert work(context, folder)
+
+
+# --- a checkpoint knows its rows -------------------------------------------------------------------------------------------------------
+
+
+def start(run_copy: Path, folder: Path, stage: str) -> dict[str, Any]:
+    """Two steps of a training that is then interrupted; its checkpoint."""
+    stop = StopFlag()
+
+    def hook(row: dict[str, Any]) -> None:
+        stop.set = stop.set or row["step"] == 2
+
+    context = replace(make_context(run=run_copy, hooks=[hook]), stop=stop)
+    with pytest.raises(Interrupted):
+        getattr(stages, stage)(context, folder)
+    path = latest(folder / "scratch" / "checkpoints")
+    assert path is not None
+    return read_state(path)
+
+
+@pytest.mark.parametrize("stage", ["teach", "distill"])
+def test_a_checkpoint_of_other_rows_or_another_base_is_refused(run_copy: Path, folder: Path, stage: str) -> None:
+    base, name = {"teach": ("teacher_base", "rows"), "distill": ("student_base", "pairs")}[stage]
+    state = start(run_copy, folder, stage)
+    train, valid = (Store(folder / "scratch" / name / split, dict).content for split in ("train", "valid"))
+    content = stages.context.content_of(run_copy / base)
+    assert state["data"]["identity"] == train and state["settings"]["identity"] == digest(
+        {"train": train, "valid": valid, "model": content}
+    )
+    text = (run_copy / "data" / "train.jsonl").read_bytes()
+    change_rows(run_copy)
+    with pytest.raises(ConfigError, match="identity"):
+        getattr(stages, stage)(make_context(run=run_copy), folder)
+    (run_copy / "data" / "train.jsonl").write_bytes(text)
+    assert getattr(stages, stage)(make_context(run=run_copy), folder)["resumed"] == 2
+    shutil.rmtree(folder / "scratch")
+    start(run_copy, folder, stage)
+    change_manifest(run_copy / base)
+    with pytest.raises(ConfigError, match="identity"):
+        getattr(stages, stage)(make_context(run=run_copy), folder)

@@ -1,0 +1,184 @@
+"""What a stage does beyond being killed: which rows it takes, what it refuses, what it leaves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers.small_chain import finished, make_context, manifests
+
+from mlx_distill import stages
+from mlx_distill.distill.teacher_cache import TargetReader
+from mlx_distill.errors import DataError, Interrupted
+from mlx_distill.losses.byte_alignment import token_bytes
+from mlx_distill.models.load import load, load_tokenizer
+from mlx_distill.stages import Context
+from mlx_distill.stages.context import held_out_rows, read_rows
+from mlx_distill.stages.pairing import aligned_pairs
+from mlx_distill.storage import read_jsonl, write_jsonl
+
+# --- evaluate -------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_limit_on_held_out_rows_is_for_each_set(run_copy: Path) -> None:
+    rows = [{"id": f"r{i}", "set": "test" if i % 3 else "other"} for i in range(12)]
+    write_jsonl(run_copy / "data" / "test.jsonl", rows)
+    found = held_out_rows(make_context("evaluate.max_rows=2", run=run_copy))
+    assert [row["id"] for row in found] == ["r0", "r1", "r2", "r3"]
+    assert held_out_rows(make_context(run=run_copy)) == rows
+
+
+def test_without_held_out_rows_there_is_nothing_to_measure(run_copy: Path, folder: Path) -> None:
+    (run_copy / "data" / "test.jsonl").write_text("")
+    with pytest.raises(DataError, match="no held-out rows") as caught:
+        stages.evaluate(make_context(run=run_copy), folder, "student", "student")
+    assert "test_fraction" in (caught.value.fix or "")
+
+
+def test_predictions_are_one_a_row_in_their_order_and_say_what_was_asked() -> None:
+    header, *found = [row for _, row in read_jsonl(finished() / "out" / "evaluations" / "student" / "predictions.jsonl")]
+    rows = list(read_rows(make_context(), "test"))
+    assert [row["id"] for row in found] == [row["id"] for row in rows] and len(rows) > 16
+    assert header["model"] == "student" and header["labels"] == ["yes", "no"] and header["set_counts"] == {"test": len(rows)}
+    for row, source in zip(found, rows, strict=True):
+        assert row["truth"] == source["answer"] and sum(row["label_probs"].values()) == pytest.approx(1, abs=1e-4)
+        assert (row["answer"] is None) == (row["error"] is not None)
+
+
+# --- targets --------------------------------------------------------------------------------------------------------------------
+
+
+def scored_ids(folder: Path) -> list[str]:
+    return [row.id for row in TargetReader(folder)]
+
+
+def test_targets_are_of_the_training_and_validation_rows_and_never_of_the_held_out_ones() -> None:
+    wanted = [row["id"] for split in ("train", "valid") for row in read_rows(make_context(), split)]
+    found = scored_ids(finished() / "out" / "targets")
+    assert found == wanted and not set(found) & {row["id"] for row in read_rows(make_context(), "test")}
+
+
+def test_the_limit_of_targets_is_on_training_rows(folder: Path) -> None:
+    context = make_context("targets.max_rows=5", "targets.text=data")
+    facts = stages.targets(context, folder)
+    valid = [row["id"] for row in read_rows(context, "valid")]
+    assert scored_ids(folder) == [row["id"] for row in read_rows(context, "train")][:5] + valid and valid
+    assert facts["rows"] == 5 + len(valid) and facts["bytes"] > 0
+
+
+def test_an_answer_that_does_not_fit_gives_way_to_the_datas_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = make_context("targets.max_rows=4")
+    answers = ['{"colour": "yes"}', "no JSON", '{"colour": "maybe"}', '{"colour": "no"}']
+    monkeypatch.setattr("mlx_distill.stages.scoring._answers", lambda context, model, tokenizer, rows: (answers * 40)[: len(rows)])
+    stages.targets(context, folder)
+    rows = {row["id"]: row["messages"][-1]["content"] for split in ("train", "valid") for row in read_rows(context, split)}
+    for row, answer in zip(TargetReader(folder), answers * 40, strict=False):
+        assert row.text == (answer if answer in (answers[0], answers[3]) else rows[row.id])
+        assert row.label_logprobs is not None and np.exp(row.label_logprobs).sum() == pytest.approx(1, abs=1e-4)
+    assert any("do not fit the task" in note for note in context.progress.notes)  # type: ignore[attr-defined]
+
+
+def test_targets_are_what_the_teacher_says_of_its_own_template(folder: Path) -> None:
+    """One row by hand: the chat through the tokenizer's own template, the whole model, the plain softmax."""
+    import mlx.core as mx
+
+    row = next(iter(TargetReader(finished() / "out" / "targets")))
+    source = next(r for r in read_rows(make_context(), "train") if r["id"] == row.id)
+    model, tokenizer = load(finished() / "out" / "teacher", dtype="float32")
+    prompt = tokenizer.apply_chat_template(source["messages"][:-1], add_generation_prompt=True, enable_thinking=False)
+    model.eval()
+    logits = np.array(model(mx.array([[*prompt, *row.ids.tolist()]])).astype(mx.float32))[0].astype(np.float64)
+    logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+    places = range(len(prompt) - 1, len(prompt) - 1 + len(row.ids))
+    assert tokenizer.decode(row.ids.tolist()[:-1]) == row.text
+    np.testing.assert_allclose(row.logprobs, [logprobs[p, t] for p, t in zip(places, row.ids, strict=True)], atol=1e-3)
+    for place, ids, theirs in zip(places, row.topk_ids, row.topk_logprobs, strict=True):
+        np.testing.assert_allclose(theirs, np.sort(logprobs[place])[::-1][:8], atol=2e-2)  # kept in half precision
+        np.testing.assert_allclose(theirs, logprobs[place, ids], atol=2e-2)
+
+
+# --- distill --------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_pair_joins_the_same_bytes_of_two_tokenizers(folder: Path) -> None:
+    context, out = make_context(), finished() / "out"
+    student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
+    ours, theirs = token_bytes(student), token_bytes(teacher)
+    train, valid, inputs = aligned_pairs(context, folder, student, context.recipe.distill)
+    assert (len(train), len(valid)) == tuple(len(list(read_rows(context, split))) for split in ("train", "valid"))
+    assert not inputs["same_tokenizer"] and inputs["labels"].labels == context.task.labels
+    for pair, target in zip([*train, *valid], TargetReader(out / "targets"), strict=True):
+        text = target.text.encode()
+        assert b"".join(ours[t] for t in pair.tokens[pair.start : -1]) == text == b"".join(theirs[t] for t in target.ids[:-1])
+        offsets = np.cumsum([0, *(len(theirs[t]) for t in target.ids[:-1])])
+        assert pair.span_logprobs.sum() == pytest.approx(target.logprobs.sum(), abs=1e-3)  # every token of the answer in one span
+        for (a, b), start, ids in zip(pair.spans[:-1], pair.starts, pair.topk_ids, strict=False):
+            begin = sum(len(ours[t]) for t in pair.tokens[pair.start : a])
+            assert a == start and b > a and begin in offsets
+            assert (ids == target.topk_ids[list(offsets).index(begin)]).all()
+        assert pair.label_at is not None and text[: sum(len(ours[t]) for t in pair.tokens[pair.start : pair.label_at])] == b'{"colour": "'
+
+
+def test_rows_that_are_too_long_for_the_student_are_told_and_left_out(folder: Path) -> None:
+    context, student = make_context(), load_tokenizer(finished() / "out" / "student_base")
+    lengths = sorted(aligned_pairs(context, folder, student, context.recipe.distill)[0].lengths.tolist())
+    middle = lengths[len(lengths) // 2]
+    settings = replace(context.recipe.distill, max_length=middle)
+    for _ in range(2):  # the second time from what was stored
+        context.progress.notes.clear()  # type: ignore[attr-defined]
+        train, _, _ = aligned_pairs(context, folder, student, settings)
+        assert train.lengths.tolist() == [len(pair.tokens) for pair in train] and sorted(train.lengths) == [
+            n for n in lengths if n <= middle
+        ]
+        assert any(f"longer than {middle} tokens" in note for note in context.progress.notes)  # type: ignore[attr-defined]
+
+
+def test_targets_of_another_tokenizer_are_refused(run_copy: Path, folder: Path) -> None:
+    index = run_copy / "targets" / "index.json"
+    index.write_text(json.dumps({**json.loads(index.read_text()), "teacher_tokenizer": "other"}))
+    with pytest.raises(DataError, match="targets of another tokenizer") as caught:
+        stages.distill(make_context(run=run_copy), folder)
+    assert "mlx-distill targets" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("control", ["labels", "text"])
+def test_a_control_learns_from_one_thing_alone(folder: Path, control: str) -> None:
+    facts = stages.distill(make_context("distill.steps=2"), folder, control)
+    assert facts["steps"] == 2 and 0 < facts["trainable"]["share"] < 0.2
+    row = next(read_jsonl(folder / "metrics.jsonl"))[1]
+    assert {"label", "token"}.isdisjoint(row)
+    assert {"adapters.safetensors", "adapter_config.json"} <= {p.name for p in folder.iterdir()}
+
+
+def test_the_distilled_student_is_an_adapter_and_the_quantized_one_a_model_of_its_own() -> None:
+    out = finished() / "out"
+    assert {"adapters.safetensors", "adapter_config.json", "tokenizer.json", "metrics.jsonl"} <= {
+        p.name for p in (out / "student").iterdir()
+    }
+    assert not list((out / "student").glob("model*.safetensors"))
+    assert list((out / "quantized").glob("model*.safetensors")) and not list((out / "quantized").glob("adapter*"))
+    facts = manifests(out)["student"].recorded
+    assert facts["steps"] == 5 and facts["tokens"] > 0 and 0 < facts["trainable"]["share"] < 0.2
+    steps = [row for _, row in read_jsonl(out / "student" / "metrics.jsonl")]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and {"label", "token", "text"} <= steps[0].keys() and "valid_loss" in steps[2]
+
+
+# --- stopping -------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "stage",
+    [stages.teach, stages.targets, stages.distill, lambda c, f: stages.evaluate(c, f, "student", "student")],
+    ids=["teach", "targets", "distill", "evaluate"],
+)
+def test_the_wish_to_stop_is_heard(folder: Path, stage: Callable[[Context, Path], Any]) -> None:
+    context = make_context()
+    context.stop.set = True
+    with pytest.raises(Interrupted) as caught:
+        stage(context, folder)
+    assert caught.value.exit_code == 130 and "same command" in (caught.value.fix or "")

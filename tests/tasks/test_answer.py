@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import json
+import random
+from typing import Any
+
+import pytest
+
+from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.tasks.answer import check_answer, dump_answer, label_prefix, label_span, parse_answer
+from mlx_distill.tasks.task import load_task
+
+SCHEMA = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["verdict", "score"],
+    "properties": {
+        "verdict": {"type": "string", "enum": ["yes", "no"]},
+        "score": {"type": "integer", "minimum": 0, "maximum": 100},
+        "themes": {"type": "array", "items": {"type": "object", "properties": {"a": {}, "b": {"type": "integer"}}}},
+    },
+}
+
+
+def random_answer(rng: random.Random) -> dict[str, Any]:
+    alphabet = 'aé漢"\\\n\t \u2028👩'
+    themes = [{"b": rng.randrange(9), "a": "".join(rng.choices(alphabet, k=4))} for _ in range(rng.randrange(3))]
+    answer = {"themes": themes, "score": rng.randrange(101), "verdict": rng.choice(["yes", "no"])}
+    keys = rng.sample(list(answer), 3)
+    return {key: answer[key] for key in keys}
+
+
+def test_one_answer_has_one_text_and_comes_back() -> None:
+    rng = random.Random(0)
+    for _ in range(100):
+        answer = random_answer(rng)
+        text = dump_answer(answer, SCHEMA)
+        assert list(json.loads(text)) == ["verdict", "score", "themes"]
+        assert parse_answer(text, SCHEMA) == (answer, None)
+        assert dump_answer(dict(reversed(answer.items())), SCHEMA) == text
+        start, end = label_span(SCHEMA, "verdict", answer)
+        assert text[:start] == label_prefix(SCHEMA, "verdict", answer) and text[start:end] == answer["verdict"] and text[end] == '"'
+
+
+def test_the_canonical_text_is_exact() -> None:
+    text = dump_answer({"themes": [{"b": 2.0, "a": "é"}], "score": 7.0, "verdict": "yes", "extra": None}, SCHEMA)
+    assert text == '{"verdict": "yes", "score": 7, "themes": [{"a": "é", "b": 2}], "extra": null}'
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), "\ud800", {1, 2}, b"x"])
+def test_what_json_does_not_know_is_not_written(bad: Any) -> None:
+    with pytest.raises(DataError, match="not JSON"):
+        dump_answer({"verdict": bad}, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("", "not JSON"),
+        ('{"verdict": "yes", "score": 1', "not JSON"),
+        ('{"verdict', "not JSON: Unterminated string starting at character 2"),
+        ('{"verdict": "yes", "score": 1} ok', "not JSON"),
+        ('```json\n{"verdict": "yes", "score": 1}\n```', "not JSON"),
+        ('{"verdict": "yes", "verdict": "no", "score": 1}', "'verdict' stands twice"),
+        ('{"verdict": "yes", "score": 1, "themes": [{"a": 1, "a": 2}]}', "'a' stands twice"),
+        ('{"verdict": "yes", "score": NaN}', "NaN"),
+        ('{"verdict": "yes", "score": -Infinity}', "-Infinity"),
+        ('{"verdict": "yes", "score": 1e999}', "too large"),
+        ('{"verdict": "\\ud800", "score": 1}', "surrogate"),
+        ('{"verdict": "yes", "score": 101}', "score: 101 is greater than the maximum of 100"),
+        ('{"verdict": "MAYBE", "score": 1}', "verdict: 'MAYBE' is not one of ['yes', 'no']"),
+        ('{"verdict": "yes", "score": "1"}', "score: '1' is not of type 'integer'"),
+        ('{"verdict": "yes", "score": true}', "score: True is not of type 'integer'"),
+        ('{"verdict": "yes"}', "'score' is a required property; needed are verdict, score"),
+        ('{"verdict": "yes", "score": 1, "x": 1}', "'x' was unexpected"),
+        ('{"verdict": "yes", "score": 1, "themes": [{}, {"b": "q"}]}', "themes[1].b: 'q' is not of type 'integer'"),
+        ("[]", "a JSON list, not an object"),
+        ("null", "a JSON null, not an object"),
+        ("[" * 200_000, "nested too deeply"),
+        ('{"verdict": "yes", "score": ' + "9" * 5000 + "}", "not JSON"),
+        ('{"verdict": "' + "x" * 5000 + '", "score": 1}', "verdict: 'xxx"),
+    ],
+)
+def test_a_bad_answer_is_refused_in_one_short_line(text: str, reason: str) -> None:
+    answer, error = parse_answer(text, SCHEMA)
+    assert answer is None and error is not None
+    assert reason in error and "\n" not in error and len(error) <= 200
+
+
+def test_space_at_the_ends_is_allowed() -> None:
+    assert parse_answer(' \n{"score": 1, "verdict": "no"}\n', SCHEMA) == ({"score": 1, "verdict": "no"}, None)
+
+
+def test_a_label_behind_other_properties_needs_them() -> None:
+    schema = {"properties": {"score": {}, "note": {}, "verdict": {}}, "required": ["score", "verdict"]}
+    assert label_prefix(schema, "verdict", {"score": 1}) == '{"score": 1, "verdict": "'
+    assert label_prefix(schema, "verdict", {"note": "n", "score": 1}) == '{"score": 1, "note": "n", "verdict": "'
+    with pytest.raises(DataError, match="'score'"):
+        label_prefix(schema, "verdict")
+    with pytest.raises(ConfigError, match="no property 'label'"):
+        label_prefix(schema, "label")
+    with pytest.raises(DataError, match="no text"):
+        label_span(schema, "verdict", {"score": 1})
+
+
+def test_a_schema_that_is_none_is_a_config_error() -> None:
+    with pytest.raises(ConfigError, match="not a JSON schema"):
+        check_answer({}, {"type": "objekt"})
+
+
+@pytest.mark.parametrize("name", ["music", "moderation"])
+def test_the_packaged_tasks_begin_with_their_label(name: str) -> None:
+    task = load_task(name)
+    assert label_prefix(task.schema, task.label) == '{"' + task.label + '": "'

@@ -1,0 +1,199 @@
+"""Objectives: each term against a plain statement of it, row by row; dense against tiled."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.tiny_model import VOCABULARY, TinyModel, collate, make_model, make_rows
+from helpers.tiny_model import settings as training
+
+from mlx_distill.distill.align import Pair, collate_pairs, make_pair
+from mlx_distill.distill.objective import kd
+from mlx_distill.errors import ConfigError
+from mlx_distill.losses.cross_tokenizer import CellMap, cell_kl
+from mlx_distill.losses.labels import LabelTokens
+from mlx_distill.recipe import DistillConfig
+from mlx_distill.records import Batch, TopK
+from mlx_distill.train import make_trainable, reading
+from mlx_distill.train.objective import Objective, sft
+from mlx_distill.train.updates import global_norm, window_gradients
+
+LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
+TEACHER = 19
+CELLS = CellMap(
+    student=np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),
+    teacher=np.minimum(np.arange(TEACHER), 12).astype(np.int32),
+    cells=14,
+    shared=12,
+)
+
+
+def make_pairs(count: int, seed: int = 0) -> list[Pair]:
+    random = np.random.default_rng(seed)
+    pairs = []
+    for tokens, _ in make_rows(count, seed, low=6, high=11):
+        start, answer = 3, len(tokens) - 4
+        theirs = answer - 1
+        # The student's last two tokens before the stop are one of the teacher's; all others are alike.
+        spans = np.array([[i, i + 1, i, i + 1] for i in range(theirs - 1)] + [[theirs - 1, answer, theirs - 1, theirs]]).reshape(-1, 4)
+        logits = random.normal(size=(theirs + 1, TEACHER))
+        logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        order = np.argsort(-logprobs, axis=1)[:, :4]
+        pairs.append(
+            make_pair(
+                np.array(tokens), start, spans, teacher_logprobs=logprobs[:, 0].astype(np.float32), topk_ids=order.astype(np.int32),
+                topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
+                label_at=start + 1 if len(pairs) % 3 else None, label_logprobs=np.log(random.dirichlet([1, 1, 1, 1])).tolist(),
+            )
+        )  # fmt: skip
+    return pairs
+
+
+PAIRS = make_pairs(6)
+
+
+def batches(size: int) -> list[Batch]:
+    return [collate_pairs(PAIRS, list(range(i, min(i + size, len(PAIRS)))), 0, 4, multiple=4) for i in range(0, len(PAIRS), size)]
+
+
+def settings(**changes: Any) -> DistillConfig:
+    return DistillConfig(**changes)
+
+
+def objective(kind: str, **more: Any) -> Objective:
+    return kd(settings(token_loss=kind), labels=LABELS, cells=CELLS, same_tokenizer=kind == "kl", **more)
+
+
+def softmax(z: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    e = np.exp(z / temperature - (z / temperature).max())
+    return e / e.sum()
+
+
+def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
+    """The three terms, said row by row in float64."""
+    label, token, text = [], [], []
+    for pair in PAIRS:
+        logits = np.array(model(mx.array(pair.tokens[None, :-1])))[0].astype(np.float64)
+        logprobs = np.log(np.array([softmax(z) for z in logits]))
+        text += [-logprobs[j - 1, pair.tokens[j]] for j in range(pair.start, len(pair.tokens))]
+        if pair.label_at is not None and pair.label_logprobs is not None:
+            q = np.array([np.exp(logprobs[pair.label_at - 1, list(ids)]).sum() for ids in LABELS.ids])
+            q = np.append(q, 1 - q.sum())
+            p, q = softmax(pair.label_logprobs.astype(np.float64), 4.0), softmax(np.log(q), 4.0)
+            label.append(16 * (p * np.log(p / q)).sum())
+        if kind == "alm":
+            for (a, b), theirs in zip(pair.spans, pair.span_logprobs, strict=True):
+                ours = sum(logprobs[j - 1, pair.tokens[j]] for j in range(a, b))
+                p, q = np.exp(theirs / 100 - 1e-6), np.exp(ours / 100 - 1e-6)
+                token.append(100 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))))
+            continue
+        for j, ids, theirs in zip(pair.starts, pair.topk_ids, pair.topk_logprobs, strict=True):
+            if kind == "cells":  # its own tests say what it is; here, that it is read at the right place
+                targets = TopK(mx.array(ids[None]), mx.array(theirs[None]))
+                token.append(cell_kl(mx.array(logits[j - 1][None].astype(np.float32)), targets, CELLS).item())
+                continue
+            p, q = np.exp(theirs.astype(np.float64)), np.exp(logprobs[j - 1])[ids]
+            rest_p, rest_q = 1 - p.sum(), 1 - q.sum()
+            token.append((p * np.log(p / q)).sum() + rest_p * np.log(rest_p / rest_q))
+    return {"label": float(np.mean(label)), "token": float(np.mean(token)), "text": float(np.mean(text))}
+
+
+@pytest.mark.parametrize("dense_limit", [0, 1 << 24])
+@pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
+def test_each_term_is_the_mean_of_its_plain_statement(kind: str, dense_limit: int) -> None:
+    model = make_model()
+    model.lm_head.freeze()
+    result = window_gradients(model, batches(2), objective(kind, dense_limit=dense_limit))
+    expected = plain_terms(model, kind)
+    for name, value in expected.items():
+        assert result.terms[name] == pytest.approx(value, rel=2e-4), name
+    assert result.loss == pytest.approx(0.7 * expected["label"] + 0.3 * expected["token"] + 0.3 * expected["text"], rel=2e-4)
+    assert result.weights["label"] == 4.0
+
+
+@pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
+def test_tiled_equals_dense_in_gradient_and_the_cut_does_not_matter(kind: str) -> None:
+    model = make_model()
+    model.lm_head.freeze()
+    plain = window_gradients(model, batches(6), objective(kind))
+    for size, limit in ((6, 0), (1, 1 << 24), (4, 0)):
+        other = window_gradients(model, batches(size), objective(kind, dense_limit=limit))
+        assert other.loss == pytest.approx(plain.loss, rel=1e-5)
+        assert global_norm(other.gradients) == pytest.approx(global_norm(plain.gradients), rel=1e-5)
+        for name, gradient in plain.gradients.items():
+            assert mx.allclose(other.gradients[name], gradient, rtol=1e-3, atol=1e-6), name
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_head_that_learns_gets_the_same_gradient_from_tiles(tied: bool) -> None:
+    model, batch = make_model(), collate(make_rows(4), [0, 1, 2, 3])
+    if tied:
+        del model["lm_head"]
+    name = "model.embed_tokens.weight" if tied else "lm_head.weight"
+    dense, tiled = (window_gradients(model, [batch], sft(dense_limit=limit)) for limit in (1 << 24, 0))
+    assert tiled.loss == pytest.approx(dense.loss, rel=1e-5)
+    assert mx.abs(dense.gradients[name]).max().item() > 1e-3
+    for path, gradient in dense.gradients.items():
+        assert mx.allclose(tiled.gradients[path], gradient, rtol=1e-3, atol=1e-6), path
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
+def test_every_term_of_a_head_that_learns_is_the_same_in_slices(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reading, "ROWS", 5)
+    model = make_model()
+    make_trainable(model, training(method=method, target_modules=["up_proj", "lm_head"], lora_dropout=0.0))
+    dense, sliced = (window_gradients(model, [batches(6)[0]], objective(kind, dense_limit=limit)) for limit in (1 << 24, 0))
+    assert sliced.terms == pytest.approx(dense.terms, rel=1e-5)
+    assert sliced.gradients.keys() == dense.gradients.keys() and any("lm_head" in path for path in dense.gradients)
+    for path, gradient in dense.gradients.items():
+        assert mx.allclose(sliced.gradients[path], gradient, rtol=1e-3, atol=1e-6), path
+
+
+def test_a_head_with_an_adapter_is_read_through_it() -> None:
+    model, batch = make_model(), collate(make_rows(4), [0, 1, 2, 3])
+    make_trainable(model, training(method="lora", target_modules=["lm_head"]))
+    result = window_gradients(model, [batch], sft(dense_limit=0))
+    assert set(result.gradients) == {"lm_head.lora_a", "lm_head.lora_b"}
+    assert mx.abs(result.gradients["lm_head.lora_b"]).max().item() > 1e-3
+
+
+def test_a_batch_without_a_trained_token_counts_in_no_term() -> None:
+    batch = batches(2)[0]
+    empty = replace(batch, mask=batch.mask * 0, rows=())
+    assert objective("cells").weights(empty) == {"label": 0.0, "token": 0.0, "text": 0.0}
+    model = make_model()
+    one, two = window_gradients(model, [batch], objective("cells")), window_gradients(model, [batch, empty], objective("cells"))
+    assert one.loss == two.loss
+
+
+def test_terms_without_a_coefficient_are_left_out() -> None:
+    text = kd(settings(label_weight=0.0, token_weight=0.0))
+    assert set(text.coefficients) == {"text"}
+    assert set(kd(settings(token_loss="none"), labels=LABELS).coefficients) == {"label", "text"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "given"),
+    [
+        ({"token_loss": "kl"}, {"labels": LABELS, "cells": CELLS}),
+        ({"token_loss": "cells"}, {"labels": LABELS}),
+        ({}, {"cells": CELLS}),
+        ({"label_weight": 0.0, "token_weight": 0.0, "text_weight": 0.0}, {}),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_with_a_cure(changes: dict, given: dict) -> None:
+    with pytest.raises(ConfigError) as caught:
+        kd(settings(**changes), **given)
+    assert caught.value.fix
+
+
+def test_rows_without_a_label_still_train_the_rest() -> None:
+    pairs = [replace(pair, label_at=None, label_logprobs=None) for pair in PAIRS]
+    batch = collate_pairs(pairs, [0, 1], 0, 4)
+    result = window_gradients(make_model(), [batch], objective("cells"))
+    assert result.weights["label"] == 0.0 and result.terms["label"] == 0.0 and np.isfinite(result.loss) and result.terms["token"] > 0

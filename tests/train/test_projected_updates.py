@@ -1,0 +1,116 @@
+"""GaLore in the loop: what is added up lies in the subspace; and the dropout of each rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import pytest
+from helpers.tiny_model import TinyModel, make_batches, make_model, make_rows, settings
+from mlx.utils import tree_flatten
+
+from mlx_distill.optim import AdamW, GaLoreAdamW, make_optimizer
+from mlx_distill.recipe import TrainConfig
+from mlx_distill.train import ListBatches, Objective, make_trainable, sft, train
+from mlx_distill.train.distributed import Ranks
+from mlx_distill.train.updates import apply_update, window_gradients
+
+GALORE: dict[str, Any] = {"method": "galore", "galore_rank": 4, "galore_update_gap": 3, "galore_stagger": False}
+WHOLE, LOW = {(32, 16), (16, 32)}, {(32, 4), (4, 32)}
+
+
+def prepared(config: TrainConfig, steps: int = 6) -> tuple[TinyModel, Any]:
+    model = make_model()
+    make_trainable(model, config)
+    return model, make_optimizer(config, steps)
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_the_loop_adds_up_what_lies_in_the_subspace(tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By step, and at every one but those that find bases; where there is nothing to add, at those too (the first has none before)."""
+    steps: list[set[tuple[int, ...]]] = [set()]
+
+    def sum_arrays(_: Ranks, arrays: dict[str, mx.array]) -> None:
+        steps[-1] |= {array.shape for array in arrays.values()}
+
+    monkeypatch.setattr(Ranks, "sum_arrays", sum_arrays)
+    config = settings(**GALORE, accumulate=accumulate)
+    model, optimizer = prepared(config)
+    batches, hooks = ListBatches(make_batches(make_rows(12), 2)), [lambda row: steps.append(set())]
+    train(model, batches, sft(), optimizer, config, folder=tmp_path, hooks=hooks)
+    assert [steps[i] for i in (1, 2, 4, 5)] == [LOW] * 4
+    assert steps[3] == LOW or accumulate > 1
+
+
+class Deep(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(256, 256, bias=False) for _ in range(16)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = x + mx.tanh(layer(x))
+        return x
+
+
+def peak_of_the_second_step(folder: Path, optimizer: Any, accumulate: int) -> float:
+    """Above weights and state, in weights."""
+    mx.random.seed(0)
+    model, seen, x = Deep(), [], mx.random.normal((4, 256))
+    objective = Objective(lambda _: {"text": 1.0}, lambda model, _: {"text": mx.square(model(x)).sum()}, {"text": 1.0})
+
+    def look(row: Any) -> None:
+        seen.append((mx.get_active_memory(), mx.get_peak_memory()))
+        mx.reset_peak_memory()
+
+    config = settings(accumulate=accumulate, steps=2)
+    train(model, ListBatches(make_batches(make_rows(4), 1)), objective, optimizer, config, folder=folder, hooks=[look])
+    (base, _), (_, peak) = seen
+    return (peak - base) / (16 * 256 * 256 * 4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_of_galore_never_live_together(tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_distill.train.updates._GROUP_BYTES", 1)
+    whole = peak_of_the_second_step(tmp_path / "whole", AdamW(1e-3), accumulate)
+    low = peak_of_the_second_step(tmp_path / "low", GaLoreAdamW(1e-3, 8), accumulate)
+    assert whole > 1.0 and low < 0.6, (whole, low)
+
+
+def test_a_rank_without_rows_adds_zeros_of_the_subspace() -> None:
+    """Joined into one message with the others', they have to be as many numbers."""
+    config, batches = settings(**GALORE), make_batches(make_rows(4), 2)
+    model, optimizer = prepared(config)
+    optimizer.init(model.trainable_parameters())
+
+    class Second(Ranks):
+        """Of two, the first of which trained on a token."""
+
+        def sum(self, values: Any) -> list[float]:
+            return [value + 1.0 for value in values]
+
+        def sum_arrays(self, arrays: dict[str, mx.array]) -> None: ...
+
+    for shapes in (WHOLE, LOW):
+        first = window_gradients(model, batches, sft(), None, optimizer.compress).gradients
+        second = window_gradients(model, [], sft(), Second(1, 2), optimizer.compress).gradients
+        assert {path: array.shape for path, array in second.items()} == {path: array.shape for path, array in first.items()}
+        assert {array.shape for array in second.values()} == shapes and not any(array.any().item() for array in second.values())
+        apply_update(model, optimizer, first)
+
+
+def test_each_rank_drops_units_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the same rows; the first rank those that a run alone drops."""
+    found = {}
+    for name, ranks in (("alone", None), ("first", Ranks(0, 1)), ("second", Ranks(1, 1)), ("second again", Ranks(1, 1))):
+        if ranks is not None:
+            monkeypatch.setattr("mlx_distill.train.loop.current_ranks", lambda ranks=ranks: ranks)
+        model, config = make_model(dropout=0.5), settings(steps=2)
+        train(model, ListBatches(make_batches(make_rows(8), 2)), sft(), make_optimizer(config, 2), config, folder=tmp_path / name)
+        found[name] = dict(tree_flatten(model.parameters()))
+    path = "model.up_proj.weight"
+    assert mx.array_equal(found["alone"][path], found["first"][path])
+    assert mx.array_equal(found["second"][path], found["second again"][path])
+    assert not mx.allclose(found["first"][path], found["second"][path], atol=1e-3)
