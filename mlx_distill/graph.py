@@ -18,13 +18,20 @@ from typing import TYPE_CHECKING, Any
 from mlx_distill.config import ASSETS, changes, keyed, resolve_asset, to_mapping
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.hub import is_hub_id
-from mlx_distill.progress import counted, duration, size
 from mlx_distill.recipe import Recipe
+from mlx_distill.stages.convert import convert
+from mlx_distill.stages.distill import distill
+from mlx_distill.stages.evaluate import evaluate
+from mlx_distill.stages.prepare import prepare
+from mlx_distill.stages.quantize import quantize
+from mlx_distill.stages.targets import targets
+from mlx_distill.stages.teach import teach
 from mlx_distill.storage import Manifest
 from mlx_distill.tasks.task import Task
+from mlx_distill.text import counted, duration, size
 
 if TYPE_CHECKING:
-    from mlx_distill.stages import Context
+    from mlx_distill.stages.context import Context
 
 
 _NAMED = 4  # changes of a stage that are named one by one
@@ -69,18 +76,17 @@ def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) ->
 
 def graph(recipe: Recipe, task: Task) -> list[Stage]:
     """The boxes of a recipe, parents before children."""
-    from mlx_distill import stages
 
     seen = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.unpack}
     teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))
     out = [
-        Stage("data", "prepare", 1, {**keyed(recipe.data), "task": _task_key(task)}, (), stages.prepare, *_sources(recipe)),
+        Stage("data", "prepare", 1, {**keyed(recipe.data), "task": _task_key(task)}, (), prepare, *_sources(recipe)),
         _conversion(recipe, "teacher_base", teacher),
         _conversion(recipe, "student_base", student),
-        Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen}, ("teacher_base", "data"), stages.teach),
-        Stage("targets", "targets", 2, {**keyed(recipe.targets), **seen}, ("teacher", "data"), stages.targets),
-        Stage("student", "distill", 1, {**keyed(recipe.distill), **seen}, ("student_base", "targets", "data"), stages.distill),
-        Stage("quantized", "quantize", 1, keyed(recipe.quantize), ("student", "student_base"), stages.quantize),
+        Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen}, ("teacher_base", "data"), teach),
+        Stage("targets", "targets", 2, {**keyed(recipe.targets), **seen}, ("teacher", "data"), targets),
+        Stage("student", "distill", 1, {**keyed(recipe.distill), **seen}, ("student_base", "targets", "data"), distill),
+        Stage("quantized", "quantize", 1, keyed(recipe.quantize), ("student", "student_base"), quantize),
     ]
     for control in ("labels", "text"):
         if getattr(recipe.controls, control):
@@ -89,18 +95,16 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
 
 
 def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
-    from mlx_distill import stages
 
     local = () if is_hub_id(source) and not Path(source).exists() else (source,)
-    return Stage(name, "convert", 1, keyed(recipe.convert), (), lambda c, f: stages.convert(c, f, source, name), (source,), local)
+    return Stage(name, "convert", 1, keyed(recipe.convert), (), lambda c, f: convert(c, f, source, name), (source,), local)
 
 
 def _control(recipe: Recipe, control: str, seen: Mapping[str, Any]) -> Stage:
-    from mlx_distill import stages
 
     parents = ("student_base", "data") if control == "labels" else ("student_base", "targets", "data")
     config = {**keyed(recipe.distill), **seen, "control": control}
-    return Stage(f"student_{control}", "distill", 1, config, parents, lambda c, f: stages.distill(c, f, control))
+    return Stage(f"student_{control}", "distill", 1, config, parents, lambda c, f: distill(c, f, control))
 
 
 def _measured(recipe: Recipe) -> list[str]:
@@ -113,7 +117,6 @@ def _measured(recipe: Recipe) -> list[str]:
 
 
 def _evaluation(recipe: Recipe, name: str, seen: Mapping[str, Any]) -> Stage:
-    from mlx_distill import stages
 
     folder = {"teacher_before": "teacher_base", "student_before": "student_base"}.get(name, name)
     # An adapter folder is not a model without its base.
@@ -122,7 +125,7 @@ def _evaluation(recipe: Recipe, name: str, seen: Mapping[str, Any]) -> Stage:
     config = {**settings, **seen, "unpack": recipe.unpacks(folder), "model": name}
     return Stage(
         f"evaluations/{name}", "evaluate", 1, config, (folder, *base.get(folder, ()), "data"),
-        lambda c, f: stages.evaluate(c, f, folder, name),
+        lambda c, f: evaluate(c, f, folder, name),
     )  # fmt: skip
 
 

@@ -12,17 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DistillError, ModelError
-from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base, adapter_settings
+from mlx_distill.models.adapters import adapter_settings
 from mlx_distill.models.architectures.rope import rope_settings
 from mlx_distill.models.checkpoint.layout import Planned, folded
 from mlx_distill.models.checkpoint.plan import Prepared, prepare
 from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
 from mlx_distill.models.checkpoint.tensor_job import check_finite
-from mlx_distill.models.config_files import ADAPTER_CONFIG, read_object
+from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, read_object
 from mlx_distill.models.hub import resolve
 from mlx_distill.models.peft import PEFT_FILE, is_peft, peft_settings
-from mlx_distill.progress import counted, size
 from mlx_distill.storage import Manifest, check_folder, finished_name, partial_folder, read_manifest, sha256
+from mlx_distill.text import counted, size
 
 _SLAB = 1 << 22
 

@@ -37,7 +37,7 @@ from mlx_distill.tasks.task import Task
 
 if TYPE_CHECKING:
     from mlx_distill.report import RunReport
-    from mlx_distill.stages import Context
+    from mlx_distill.stages.context import Context
     from mlx_distill.train.profiling import Profile
 
 TRAININGS = ("teach", "distill")
@@ -92,7 +92,7 @@ class _Runner:
         key = stage_key(stage.name, stage.format, stage.config, parents)
         partial = open_partial(folder, key)
         if stage.command in TRAININGS:
-            from mlx_distill.stages.together import meet
+            from mlx_distill.train.distributed import meet
 
             meet(self.out, key)
         began = time.time()
@@ -159,7 +159,7 @@ def run(
         only: Make this stage alone, from its parents as they stand (a converted base that is missing is made too).
         dry_run: Return the :class:`Plan` and write nothing.
         progress: Where progress is told; silent by default.
-        hooks: Called after every step of every training; see :mod:`mlx_distill.train.hooks`.
+        hooks: Called after every step of every training; see :mod:`mlx_distill.train.events`.
         profile: Takes the time of every training's parts.
 
     Returns:
@@ -191,7 +191,8 @@ def run(
     with lock_folder(out), stop_on_signal() as stop:
         remove_leftovers(out)
         from mlx_distill.report import build_report, write_report
-        from mlx_distill.stages import Context, check_training
+        from mlx_distill.stages.context import Context
+        from mlx_distill.stages.training import check_training
 
         context = Context(loaded, task, out, runner.progress, stop, hooks, profile)
         check_training(context, {s.command for s in stages if only in (None, s.command) and read_manifest(out / s.name) is None})
@@ -208,8 +209,8 @@ def run(
 
 def _follow(runner: _Runner, stages: Sequence[Stage], hooks: Sequence[Any], profile: Profile | None) -> Outcome:
     """Another rank's part: it trains along on what stands in its own ``out``, in a folder that vanishes; rank 0 writes and tells."""
-    from mlx_distill.stages import Context
-    from mlx_distill.stages.together import meet
+    from mlx_distill.stages.context import Context
+    from mlx_distill.train.distributed import meet
 
     with stop_on_signal() as stop:
         context = Context(runner.recipe, runner.task, runner.out, NullProgress(), stop, hooks, profile)
@@ -245,7 +246,7 @@ def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | Non
     state = runner.state(stage, anew)
     if state == "current":
         if stage.command in TRAININGS:
-            from mlx_distill.stages.together import meet
+            from mlx_distill.train.distributed import meet
 
             meet(runner.out, "")
         runner.progress.note(f"{stage.name}: current")

@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+from mlx_distill.text import _plural, counted, duration
+
 Clock = Callable[[], float]
 _WINDOW_S = 30.0
 
@@ -87,35 +89,6 @@ class Estimate:
     def elapsed(self) -> float:
         """Seconds since the task was opened."""
         return self.clock() - self.began
-
-
-def duration(seconds: float) -> str:
-    """A span of time for people.
-
-    >>> duration(7.4), duration(83), duration(3 * 3600 + 125)
-    ('7 s', '1 min 23 s', '3 h 02 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000.
-
-    >>> size(1), size(999), size(12_345), size(3.2e6), size(16e9)
-    ('1 byte', '999 bytes', '12.3 kB', '3.2 MB', '16.0 GB')
-    """
-    if count < 1000:
-        return counted(count, "byte")
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.95:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} TB"
 
 
 def show_info(info: dict[str, Any]) -> str:
@@ -194,23 +167,6 @@ def _done(name: str, bar: _PlainBar | _RichBar, unit: str, start: float) -> str:
     before = f" ({start:g} of them before)" if start else ""
     text = f"{name}: done, {counted(bar.done, unit)}{before} in {duration(bar.estimate.elapsed())}"
     return f"{text}, {bar.info}" if bar.info else text
-
-
-def counted(number: float | None, unit: str) -> str:
-    """A number of things for people.
-
-    >>> counted(1, "file"), counted(1200, "row"), counted(3, "MB")
-    ('1 file', '1,200 rows', '3 MB')
-    """
-    if number is None:
-        return ""
-    if not unit:
-        return f"{number:g}"
-    return f"{number:,.0f} {unit if number == 1 else _plural(unit)}"
-
-
-def _plural(unit: str) -> str:
-    return unit if not unit or unit.isupper() else f"{unit}s"
 
 
 class RichProgress:

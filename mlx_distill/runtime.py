@@ -12,7 +12,7 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
@@ -70,16 +70,23 @@ def _find_and_load() -> Blas:
     return Blas("missing")
 
 
-def seed_everything(seed: int) -> None:
-    """Seed mlx, numpy and random from one number."""
-    import random
+def random_key() -> list[int]:
+    """The two words of MLX's random state on this thread.
 
+    >>> import mlx.core as mx
+    >>> key = random_key(); a = mx.random.normal((2,)); set_random_key(key); mx.array_equal(a, mx.random.normal((2,))).item()
+    True
+    """
     import mlx.core as mx
-    import numpy as np
 
-    mx.random.seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)
+    return [int(word) for word in mx.random.state[0].tolist()]
+
+
+def set_random_key(key: Sequence[int]) -> None:
+    """Put MLX's random state back to what :func:`random_key` gave; the state itself cannot be assigned to."""
+    import mlx.core as mx
+
+    mx.random.seed((int(key[0]) << 32) | int(key[1]))
 
 
 def peak_memory() -> int:

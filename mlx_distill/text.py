@@ -9,15 +9,6 @@ NONE = "–"
 _THIN = "\u202f"  # narrow no-break space, between a number and its unit
 _MINUS = "\u2212"
 
-MODELS = {
-    "teacher": "Teacher",
-    "teacher_before": "Teacher before",
-    "student_before": "Student before",
-    "student": "Student",
-    "quantized": "Quantized",
-}
-_CONTROLS = {"labels": "trained on the rows’ own answers alone", "text": "trained on the teacher’s text alone"}
-
 
 def percent(value: float | None, digits: int = 1) -> str:
     """A share as a percentage.
@@ -85,10 +76,10 @@ def seconds(value: float | None) -> str:
     return f"{whole // 3600}{_THIN}h {whole % 3600 // 60}{_THIN}min"
 
 
-def size(value: float | None) -> str:
+def report_size(value: float | None) -> str:
     """Bytes in decimal units.
 
-    >>> size(2_140_000).replace("\u202f", " ")
+    >>> report_size(2_140_000).replace("\u202f", " ")
     '2.14 MB'
     """
     if value is None:
@@ -101,8 +92,8 @@ def size(value: float | None) -> str:
 
 
 def gigabytes(value: float | None) -> str:
-    """GB as :func:`size` writes bytes."""
-    return NONE if value is None else size(value * 1e9)
+    """GB as :func:`report_size` writes bytes."""
+    return NONE if value is None else report_size(value * 1e9)
 
 
 def significant(value: float, digits: int) -> str:
@@ -138,96 +129,6 @@ def words(name: str) -> str:
     return name.replace("_", " ")
 
 
-def model_name(name: str) -> str:
-    """A model's name in tables.
-
-    >>> model_name("quantized"), model_name("student_labels")
-    ('Quantized', 'Control: labels')
-    """
-    if name in MODELS:
-        return MODELS[name]
-    return f"Control: {_control(name)}"
-
-
-def the_model(name: str) -> str:
-    """A model in the middle of a sentence.
-
-    >>> the_model("student_before"), the_model("student_text")
-    ('the student before distillation', 'the control student (text)')
-    """
-    if name == "student_before":
-        return "the student before distillation"
-    if name == "quantized":
-        return "the quantized student"
-    if name == "teacher_before":
-        return "the teacher before tuning"
-    if name in MODELS:
-        return "the " + MODELS[name].lower()
-    return f"the control student ({_control(name)})"
-
-
-def _control(name: str) -> str:
-    return words(name.removeprefix("student_").removeprefix("control_"))
-
-
-def control_note(name: str) -> str:
-    """How a control was trained, where the name tells."""
-    return _CONTROLS.get(_control(name), "")
-
-
-def metric_heads(task: Mapping[str, Any]) -> dict[str, str]:
-    """What heads the column of each metric.
-
-    Args:
-        task: A report's ``task_details``; may be empty.
-
-    >>> metric_heads({"label": "tone"})["verdict_agreement"]
-    'Same tone as teacher'
-    """
-    label, score = words(task.get("label") or "label"), words(task.get("score") or "score")
-    tolerance = task.get("score_tolerance")
-    return {
-        "accuracy": "Right",
-        "verdict_agreement": f"Same {label} as teacher",
-        "agreement": f"…and {score} within {tolerance:g}" if tolerance is not None else f"…and near {score}",
-        "json_valid": "Valid JSON",
-        "macro_f1": "Macro F1",
-        "score_gap": f"{score.capitalize()} apart from teacher",
-        "precision": "Precision",
-        "recall": "Recall",
-        "f1": "F1",
-        "false_positive_rate": "False positives",
-        "false_negative_rate": "False negatives",
-        "latency_s": "Median a row",
-        "latency_p95_s": "95th percentile",
-        "items_per_minute": "Rows a minute",
-        "tokens_per_second": "Tokens a second",
-        "peak_memory_gb": "Peak memory",
-    }
-
-
-def packing_note(evaluations: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Why speeds and memory of a run's models do not compare; None where all computed alike.
-
-    Args:
-        evaluations: The settings of each model's evaluation; ``unpack`` says whether its packed weights were unpacked first.
-
-    >>> packing_note({"teacher": {"unpack": True}, "quantized": {"unpack": False}})
-    'The quantized student computed with packed weights, the teacher with unpacked ones: times, paces and peaks of the two do not compare.'
-    >>> packing_note({"teacher": {"unpack": True}, "student": {"unpack": True}})
-    """
-    packed, unpacked = ([the_model(name) for name, entry in evaluations.items() if entry.get("unpack") is kind] for kind in (False, True))
-    if not packed or not unpacked:
-        return None
-    first, rest = listed(packed), listed(unpacked)
-    if len(unpacked) > 1 and len(packed) + len(unpacked) == len(evaluations):
-        rest = "all others"
-    return (
-        f"{first[0].upper()}{first[1:]} computed with packed weights, {rest} with unpacked ones: "
-        "times, paces and peaks of the two do not compare."
-    )
-
-
 def listed(names: Sequence[str]) -> str:
     """Names in a sentence.
 
@@ -235,3 +136,87 @@ def listed(names: Sequence[str]) -> str:
     'a, b and c'
     """
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+_SERIES = {"loss": "loss", "valid_loss": "validation"}
+
+
+def series_name(name: str) -> str:
+    """A curve's name in a legend."""
+    return _SERIES.get(name, words(name))
+
+
+def text_of(value: Any) -> str:
+    """A field of an answer in a table cell.
+
+    >>> text_of(["a", "b"]), text_of(None), text_of(True), text_of([])
+    ('a, b', '–', 'true', 'none')
+    """
+    if value is None:
+        return NONE
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list | tuple):
+        return ", ".join(map(text_of, value)) or "none"
+    if isinstance(value, Mapping):
+        return "; ".join(f"{key}: {text_of(item)}" for key, item in value.items()) or "none"
+    return str(value)
+
+
+def beginning(text: str, most: int = 90) -> str:
+    """The first words of a text, on one line.
+
+    >>> beginning("One line,\\nand another one.", 20), beginning("short"), beginning("x" * 12, 10)
+    ('One line, and…', 'short', 'xxxxxxxxxx…')
+    """
+    line = " ".join(text.split())
+    if len(line) <= most:
+        return line
+    cut = line[: most + 1]
+    return (cut.rsplit(" ", 1)[0] if " " in cut else cut[:most]) + "…"
+
+
+def duration(seconds: float) -> str:
+    """A span of time for people.
+
+    >>> duration(7.4), duration(83), duration(3 * 3600 + 125)
+    ('7 s', '1 min 23 s', '3 h 02 min')
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def size(count: float) -> str:
+    """Bytes for people, in powers of 1000.
+
+    >>> size(1), size(999), size(12_345), size(3.2e6), size(16e9)
+    ('1 byte', '999 bytes', '12.3 kB', '3.2 MB', '16.0 GB')
+    """
+    if count < 1000:
+        return counted(count, "byte")
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.95:
+            return f"{count:.1f} {unit}"
+    return f"{count / 1000:.1f} TB"
+
+
+def counted(number: float | None, unit: str) -> str:
+    """A number of things for people.
+
+    >>> counted(1, "file"), counted(1200, "row"), counted(3, "MB")
+    ('1 file', '1,200 rows', '3 MB')
+    """
+    if number is None:
+        return ""
+    if not unit:
+        return f"{number:g}"
+    return f"{number:,.0f} {unit if number == 1 else _plural(unit)}"
+
+
+def _plural(unit: str) -> str:
+    return unit if not unit or unit.isupper() else f"{unit}s"

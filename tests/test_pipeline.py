@@ -274,7 +274,7 @@ def test_a_stage_that_fails_leaves_the_old_one(copied: Path, monkeypatch: pytest
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr("mlx_distill.stages.quantize", fail)
+        patch.setattr("mlx_distill.graph.quantize", fail)
         with pytest.raises(MemoryError):
             pipeline.run(copied / "recipe.yaml", copied / "out", overrides=["quantize.mode=affine8"])
     assert whole_stages(copied / "out") == sorted(STAGES)

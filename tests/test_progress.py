@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from mlx_distill.progress import Estimate, NullProgress, PlainProgress, RichProgress, duration, make_progress
+from mlx_distill.progress import Estimate, NullProgress, PlainProgress, RichProgress, make_progress
+from mlx_distill.text import duration
 
 
 class _Clock:

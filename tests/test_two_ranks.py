@@ -14,8 +14,8 @@ from helpers.small_chain import finished, whole_stages
 
 from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.pipeline import run
-from mlx_distill.stages import together
 from mlx_distill.storage import read_manifest
+from mlx_distill.train import distributed as together
 from mlx_distill.train.distributed import Ranks
 
 

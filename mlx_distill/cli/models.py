@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,7 @@ def export(model: Path, destination: Path, layout: str, adapter: str, report: Pa
     """
     from mlx_distill.cli.output import echo
     from mlx_distill.progress import make_progress
+    from mlx_distill.report.model_card import card_text
     from mlx_distill.report.summary import read_report
 
     path = report or model.resolve().parent / "report.json"
@@ -75,11 +77,11 @@ def export(model: Path, destination: Path, layout: str, adapter: str, report: Pa
     if layout == "hf":
         from mlx_distill.models.export import to_hf
 
-        echo(to_hf(model, destination, adapter=adapter, report=figures, progress=make_progress()), as_json)
+        echo(to_hf(model, destination, adapter=adapter, card=partial(card_text, report=figures), progress=make_progress()), as_json)
     else:
         from mlx_distill.models.peft import to_peft
 
-        echo(to_peft(model, destination, report=figures), as_json)
+        echo(to_peft(model, destination, card=partial(card_text, report=figures, library="peft")), as_json)
 
 
 @click.command()
@@ -116,7 +118,7 @@ def analyze(model: str, input: Path, task: str, out: Path | None) -> None:
     """
     from mlx_distill.cli.output import echo_jsonl, plain
     from mlx_distill.errors import DataError
-    from mlx_distill.infer import analyze as answer
+    from mlx_distill.infer.analyze import analyze as answer
     from mlx_distill.storage import read_jsonl, write_jsonl
 
     items = [row for _, row in read_jsonl(input)]

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.data.rows import prepare_item
 from mlx_distill.errors import DataError
-from mlx_distill.infer.analyze import prepare_item
 from mlx_distill.records import Prediction
 from mlx_distill.storage import read_jsonl, write_jsonl
 from mlx_distill.tasks.task import Task

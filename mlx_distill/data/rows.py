@@ -254,3 +254,40 @@ def read_prepared(path: str | Path) -> Iterator[tuple[str, Example]]:
             yield str(row.get("set", "test")), from_row(row)
         except (KeyError, TypeError) as error:
             raise DataError(f"{path}:{number}: not a prepared row: {error}", fix="delete the folder and run prepare again") from error
+
+
+def prepare_item(item: Row | str, task: Task, number: int = 1) -> dict[str, Any]:
+    """A row with ``id``, ``messages``, ``fields``, whatever shape it came in. An item without an id is called by a hash of its prompt.
+
+    >>> schema = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
+    >>> task = Task("t", system="", user="{text}", schema=schema, label="answer", slices=("group",))
+    >>> row = prepare_item({"text": "Hello.", "group": "none", "id": 7}, task)
+    >>> row["id"], row["fields"], row["messages"][-1]
+    ('7', {'group': 'none'}, {'role': 'user', 'content': 'Hello.'})
+    """
+    if isinstance(item, str):
+        if len(task.input_fields) != 1:
+            raise DataError(
+                f"item {number}: a text alone, and the task {task.name!r} needs {', '.join(task.input_fields)}",
+                fix="give a mapping with these fields",
+            )
+        item = {task.input_fields[0]: item}
+    if not isinstance(item, Mapping):
+        raise DataError(f"item {number}: a {type(item).__name__}, neither a mapping nor a text", fix="give one mapping an item")
+    if "messages" in item:
+        fields = dict(item.get("fields") or {})
+        messages = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in item["messages"]]
+    else:
+        try:
+            system, user = task.prompt(item)
+        except DataError as error:
+            raise DataError(f"item {number}: {error.message}", fix=error.fix) from error
+        messages = [{"role": "system", "content": system}] if system else []
+        messages.append({"role": "user", "content": user})
+        shown = {task.title, task.group, *task.slices}
+        hidden = {"id", "answer", task.id, *task.input_fields, *task.schema["properties"]}
+        fields = {key: value for key, value in item.items() if key in shown or key not in hidden}
+    name = item.get("id", item.get(task.id))
+    if name is None or name == "":
+        name = hashlib.sha256(repr(messages).encode("utf-8", "replace")).hexdigest()[:16]
+    return {"id": str(name), "messages": messages, "fields": fields}

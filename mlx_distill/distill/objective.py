@@ -13,8 +13,7 @@ from mlx_distill.losses.cross_tokenizer import CellMap, alm, span_sums
 from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch, TopK
-from mlx_distill.train.objective import Objective, read_objective, trained_tokens
-from mlx_distill.train.reading import DENSE_LIMIT, Reader
+from mlx_distill.train.objective import DENSE_LIMIT, Objective, Reader, read_objective, trained_tokens
 
 # Which batch.extra array counts a term's events.
 _EVENTS = {"cells": "start_index", "kl": "start_index", "alm": "spans"}

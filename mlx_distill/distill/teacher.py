@@ -15,7 +15,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mlx_distill.losses.labels import LabelTokens, label_logprobs
-from mlx_distill.models.load import head, hidden_states, project
+from mlx_distill.losses.output_head import project
+from mlx_distill.models.forward import head, hidden_states
 
 _TILE = 512  # positions projected at a time
 

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_distill.data.chat import prompt_ids, stop_ids
+from mlx_distill.data.rows import prepare_item
 from mlx_distill.errors import DataError
 from mlx_distill.infer.engine import Generation, generate
 from mlx_distill.infer.label_scoring import LabelPlace, label_place, label_probabilities
 from mlx_distill.losses.labels import label_logprobs
 from mlx_distill.records import Prediction
 from mlx_distill.tasks.answer import parse_answer
-from mlx_distill.tasks.task import Task
+from mlx_distill.tasks.task import Task, load_task
 
 Row = Mapping[str, Any]
 
@@ -75,43 +76,6 @@ def predict(
     return [_read(row, g, c, task) for row, g, c in zip(prepared, generations, chances, strict=True)]
 
 
-def prepare_item(item: Row | str, task: Task, number: int = 1) -> dict[str, Any]:
-    """A row with ``id``, ``messages``, ``fields``, whatever shape it came in. An item without an id is called by a hash of its prompt.
-
-    >>> schema = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
-    >>> task = Task("t", system="", user="{text}", schema=schema, label="answer", slices=("group",))
-    >>> row = prepare_item({"text": "Hello.", "group": "none", "id": 7}, task)
-    >>> row["id"], row["fields"], row["messages"][-1]
-    ('7', {'group': 'none'}, {'role': 'user', 'content': 'Hello.'})
-    """
-    if isinstance(item, str):
-        if len(task.input_fields) != 1:
-            raise DataError(
-                f"item {number}: a text alone, and the task {task.name!r} needs {', '.join(task.input_fields)}",
-                fix="give a mapping with these fields",
-            )
-        item = {task.input_fields[0]: item}
-    if not isinstance(item, Mapping):
-        raise DataError(f"item {number}: a {type(item).__name__}, neither a mapping nor a text", fix="give one mapping an item")
-    if "messages" in item:
-        fields = dict(item.get("fields") or {})
-        messages = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in item["messages"]]
-    else:
-        try:
-            system, user = task.prompt(item)
-        except DataError as error:
-            raise DataError(f"item {number}: {error.message}", fix=error.fix) from error
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": user})
-        shown = {task.title, task.group, *task.slices}
-        hidden = {"id", "answer", task.id, *task.input_fields, *task.schema["properties"]}
-        fields = {key: value for key, value in item.items() if key in shown or key not in hidden}
-    name = item.get("id", item.get(task.id))
-    if name is None or name == "":
-        name = hashlib.sha256(repr(messages).encode("utf-8", "replace")).hexdigest()[:16]
-    return {"id": str(name), "messages": messages, "fields": fields}
-
-
 def _chances(
     model: Any, prompts: Sequence[Sequence[int]], generations: Sequence[Generation], place: LabelPlace | None, batch_size: int
 ) -> Sequence[dict[str, float] | None]:
@@ -150,3 +114,44 @@ def _read(row: Row, generation: Generation, label_probs: Mapping[str, float] | N
         tokens=len(generation.tokens),
         fields=row["fields"],
     )
+
+
+def analyze(
+    model: str | Path | tuple[Any, Any],
+    task: str | Path | Task,
+    items: Sequence[Mapping[str, Any] | str],
+    *,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    label_probs: bool = True,
+) -> list[Prediction]:
+    """Let a model answer a task for each item, greedily.
+
+    Args:
+        model: A folder or Hub id for ``md.load``, or what that returned: ``(model, tokenizer)``.
+        task: A packaged task's name, the path of a YAML file, or a :class:`~mlx_distill.tasks.task.Task`.
+        items: Mappings with the fields that the task's prompt names; a plain text where it names one field.
+        batch_size: Items decoded together.
+        max_tokens: Longest answer; the task's own where None.
+        label_probs: Give the model's distribution over the labels too.
+
+    Returns:
+        One :class:`~mlx_distill.records.Prediction` an item, in the items' order; ``answer`` is None and ``error`` says why where the
+        text does not fit the task's schema.
+
+    Raises:
+        DataError: an item that lacks a field.
+        ConfigError: no such task.
+        ModelError: no such model.
+    """
+
+    if isinstance(items, (str, Mapping)):
+        raise DataError("items: one item alone", fix="give a list: [item]")
+    task = task if isinstance(task, Task) else load_task(str(task))
+    for number, item in enumerate(items, 1):  # before a model is loaded
+        prepare_item(item, task, number)
+    if not isinstance(model, tuple):
+        from mlx_distill.models.load import load
+
+        model = load(model)
+    return predict(*model, task, items, batch_size=batch_size, max_tokens=max_tokens, label_probs=label_probs)

@@ -12,7 +12,8 @@ from jaxtyping import Float
 from mlx_distill.data.chat import answer_ids
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.losses.labels import LabelTokens, label_logprobs, label_tokens
-from mlx_distill.models.load import head, hidden_states, project
+from mlx_distill.losses.output_head import project
+from mlx_distill.models.forward import head, hidden_states
 from mlx_distill.tasks.answer import label_prefix
 from mlx_distill.tasks.task import Task
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -92,3 +92,8 @@ def head_weight(head: Head) -> HeadWeight:
         f"a {type(head).__name__} cannot be read as an output projection",
         fix="give the [vocabulary, hidden] array, or an nn.Linear, nn.Embedding or their quantised form; fuse adapters on the head first",
     )
+
+
+def project(head: Any, hidden: Float[mx.array, "*b d"]) -> Float[mx.array, "*b v"]:
+    """Logits over the head's columns (which may be more than the tokenizer's tokens)."""
+    return head.as_linear(hidden) if hasattr(head, "as_linear") else head(hidden)

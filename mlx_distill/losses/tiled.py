@@ -9,17 +9,21 @@ it would be traced, and every tile of it kept.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeAlias
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from jaxtyping import Float, Int
+from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ConfigError, DataError, ModelError
 from mlx_distill.losses import tiles
 from mlx_distill.losses.numerics import check_fraction, check_temperature, check_widths
-from mlx_distill.losses.output_head import Head, HeadWeight, head_weight
+from mlx_distill.losses.output_head import Head, HeadWeight, head_weight, project
 from mlx_distill.losses.topk import bucket_kl, check_targets
 from mlx_distill.records import TopK
+from mlx_distill.runtime import random_key, set_random_key
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "js_divergence", "skew_kl", "total_variation")
 
@@ -301,3 +305,75 @@ def _attach_head(
     out = node(hidden, weight)
     assert isinstance(out, mx.array)
     return out
+
+
+# Of a head that has no tiles, at least so many positions are read together. In the backward pass some eight arrays as large as their
+# logits exist at once, so the logits of more positions are no more than an eighth of the limit, or of what learns in the head.
+ROWS = 32
+
+
+# From logits [r, v] and the slice of the positions that they belong to, to one number a row.
+RowLoss: TypeAlias = Callable[[mx.array, slice], mx.array]
+
+
+def in_slices(loss: RowLoss, hidden: Float[mx.array, "n d"], layer: nn.Module, rows: int = ROWS) -> Float[mx.array, " n"]:
+    """Any loss of whole logit rows through any head, one that learns or has an adapter too; memory is ``rows x v``.
+
+    Value and gradient, that of the head's own parameters included, equal the dense form. The logits of a slice are dropped after its value
+    is known, and computed again in the backward pass, where the head draws the same random numbers. *Eager*, as all that is in
+    :mod:`mlx_distill.losses.tiled`: keep it outside ``mx.compile`` and ``mx.checkpoint``.
+
+    Args:
+        loss: From logits ``[r, v]`` (float32) and the slice of the positions that they belong to, to one number a row; a row's loss may
+            depend on its own logits only.
+        hidden: Last hidden states, any float type.
+        layer: The head; its trainable parameters get a gradient, and stay as they are.
+        rows: Positions whose logits exist at the same time.
+    """
+    if hidden.shape[0] == 0:
+        return mx.zeros((0,))
+    own = tree_flatten(layer.trainable_parameters())
+    slices = [slice(i, min(i + rows, hidden.shape[0])) for i in range(0, hidden.shape[0], rows)]
+    keys: list[list[int]] = []
+
+    def logits(some: mx.array, *weights: mx.array) -> mx.array:
+        layer.load_weights([(name, weight) for (name, _), weight in zip(own, weights, strict=True)], strict=False)
+        return project(layer, some).astype(mx.float32)
+
+    @mx.custom_function
+    def node(arrays: list[mx.array]) -> mx.array:
+        some, *weights = map(_detached, arrays)
+        values = []
+        for at in slices:
+            keys.append(random_key())
+            z = _detached(logits(some[at], *weights))
+            values.append(_detached(loss(z, at)))
+        layer.load_weights(own, strict=False)
+        return mx.concatenate(values)
+
+    @node.vjp
+    def back(arrays: list[mx.array], cotangent: mx.array, _: mx.array) -> list[mx.array]:
+        (some, *weights), by_value, after = map(_detached, arrays), _detached(cotangent), random_key()
+        by_hidden, by_weights = [], [mx.zeros(weight.shape) for weight in weights]
+        for at, key in zip(slices, keys, strict=True):
+            set_random_key(key)
+            z = _detached(logits(some[at], *weights))
+            by_logit = _detached(mx.vjp(lambda z, at=at: loss(z, at), [z], [by_value[at]])[1][0])
+            del z
+            set_random_key(key)
+            found = mx.vjp(logits, [some[at], *weights], [by_logit])[1]
+            by_hidden.append(_detached(found[0]))
+            by_weights = [_detached(total + part) for total, part in zip(by_weights, found[1:], strict=True)]
+            del found
+        set_random_key(after)
+        layer.load_weights(own, strict=False)
+        return [mx.concatenate(by_hidden), *(total.astype(weight.dtype) for total, weight in zip(by_weights, weights, strict=True))]
+
+    out = node([hidden, *(weight for _, weight in own)])
+    assert isinstance(out, mx.array)
+    return out
+
+
+def _detached(x: mx.array) -> mx.array:
+    """The same numbers, evaluated, in no graph: what is computed inside a differentiated function keeps all that it was made of."""
+    return mx.array(np.array(x.astype(mx.float32), copy=False)).astype(x.dtype)

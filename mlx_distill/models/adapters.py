@@ -13,19 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+from jaxtyping import Float, Integer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.checkpoint.safetensors import read_header
-from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, read_object
-from mlx_distill.models.dora import DoRASwitchLinear
-from mlx_distill.models.hub import resolve
-from mlx_distill.models.modules import check_rank, linear_layers, matrix_shape, train_whole, whole_modules
-from mlx_distill.models.plain import dequantized, plain_like
-from mlx_distill.models.tokenizer_files import copy_tokenizer
+from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, read_object
+from mlx_distill.models.hub import copy_tokenizer
+from mlx_distill.models.modules import check_rank, dequantized, linear_layers, matrix_shape, plain_like, train_whole, whole_modules
 from mlx_distill.storage import atomic_path, write_json
 
-ADAPTER_FILE = "adapters.safetensors"
 _LEAVES = ("lora_a", "lora_b", "m")
 _WHOLE = ("weight", "bias")
 
@@ -169,32 +167,6 @@ def relative_base(base: str | Path, folder: Path) -> str:
     return Path(os.path.relpath(Path(base).resolve(), folder.resolve())).as_posix() if Path(base).is_dir() else str(base)
 
 
-def adapter_base(folder: str | Path) -> Path:
-    """The base folder of an adapter folder, without ``..`` in its path.
-
-    Raises:
-        ModelError: the config names none, or it is gone.
-    """
-    folder = Path(folder)
-    config = read_object(folder / ADAPTER_CONFIG)
-    if "peft_type" in config:
-        raise ModelError(f"{folder} holds an adapter in PEFT's format", fix=f"make it one of ours: mlx-distill convert {folder} FOLDER")
-    base = config.get("base")
-    if not isinstance(base, str) or not base:
-        raise ModelError(
-            f"{folder / ADAPTER_CONFIG}: no base model", fix='add "base": the path of the model that the adapter was trained on'
-        )
-    if is_adapter(folder / base):
-        raise ModelError(f"{folder}: its base {base!r} is an adapter, not a model", fix=f"correct base in {ADAPTER_CONFIG}")
-    if (folder / base).is_dir():
-        return (folder / base).resolve()
-    if base.startswith(".") or base.count("/") != 1:
-        raise ModelError(
-            f"{folder}: its base model {(folder / base).resolve()} is gone", fix=f"bring it back, or correct base in {ADAPTER_CONFIG}"
-        )
-    return resolve(base)
-
-
 def adapter_settings(folder: str | Path) -> LoraSettings:
     """The settings that an adapter folder was written with."""
     path = Path(folder) / ADAPTER_CONFIG
@@ -300,3 +272,64 @@ def _merged(path: str, layer: Any, model_dtype: mx.Dtype) -> tuple[Any, MergeRow
     update = mx.sqrt(mx.sum(mx.square(exact - weight.astype(mx.float32)))).item()
     error = mx.sqrt(mx.sum(mx.square(exact - rounded.astype(mx.float32)))).item() / max(update, 1e-30)
     return out, MergeRow(path, "dequantized" if packed else "added", float(update), float(error))
+
+
+class DoRASwitchLinear(nn.Module):
+    r"""Weight-decomposed low-rank adaptation (Liu et al., arXiv 2402.09353) of each expert :math:`e` of a stack.
+
+    .. math:: W'_e = m_e \frac{W_e + s B_e A_e}{\|W_e + s B_e A_e\|}
+
+    with the norm of each row, taken as a constant in the backward pass as in the paper (section 4.3). The norm is put together from
+    :math:`\|W\|^2`, computed once, and two products of rank r; the experts stay packed.
+
+    Args:
+        linear: mlx-lm's stack of experts, plain or packed.
+        r: Rank.
+        dropout: On the adapter's input.
+        scale: s.
+    """
+
+    def __init__(self, linear: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> None:
+        super().__init__()
+        experts, outputs, inputs = linear.num_experts, linear.output_dims, linear.input_dims
+        self.linear, self.dropout, self.scale, self.num_experts = linear, nn.Dropout(p=dropout), scale, experts
+        bound = 1 / math.sqrt(inputs)
+        self.lora_a = mx.random.uniform(-bound, bound, (experts, r, inputs))
+        self.lora_b = mx.zeros((experts, outputs, r))
+        # One expert at a time: packed ones are never all unpacked. No parameter, for it follows from the base.
+        self._squares = mx.stack([mx.square(dequantized(linear, expert)).sum(axis=-1) for expert in range(experts)])
+        self.m = mx.sqrt(self._squares)
+
+    @classmethod
+    def from_base(cls, linear: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> DoRASwitchLinear:
+        """As mlx-lm's adapters are made."""
+        return cls(linear, r, dropout, scale)
+
+    def norms(self) -> Float[mx.array, "e o"]:
+        """The norm of each row of ``W + s B A``."""
+        a, b = self.lora_a, self.lora_b
+        along = self.linear(a.astype(self._base_type()), mx.arange(self.num_experts)).astype(mx.float32)
+        if "bias" in self.linear:
+            along = along - self.linear.bias[:, None]
+        cross = (along.swapaxes(-1, -2) * b).sum(axis=-1)
+        own = ((b @ (a @ a.swapaxes(-1, -2))) * b).sum(axis=-1)
+        return mx.sqrt(mx.maximum(self._squares + 2 * self.scale * cross + self.scale**2 * own, 0.0))
+
+    def _base_type(self) -> mx.Dtype:
+        scales = self.linear.get("scales")
+        kind = self.linear.weight.dtype if scales is None else scales.dtype
+        return kind if mx.issubdtype(kind, mx.floating) else self.lora_a.dtype
+
+    def __call__(self, x: Float[mx.array, "*b i"], indices: Integer[mx.array, "*k"], sorted_indices: bool = False) -> mx.array:
+        """As ``SwitchLinear``: each ``x`` through the expert that its index names."""
+
+        def through(x: mx.array, weight: mx.array) -> mx.array:
+            return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
+
+        y = self.linear(x, indices, sorted_indices=sorted_indices)
+        y = y + (self.scale * through(through(self.dropout(x), self.lora_a), self.lora_b)).astype(y.dtype)
+        factor = mx.expand_dims((self.m / mx.stop_gradient(self.norms()))[indices], -2)
+        out = factor * y
+        if "bias" in self.linear:  # it was added by the base, and is not scaled
+            out = out + (1 - factor) * mx.expand_dims(self.linear.bias[indices], -2)
+        return out.astype(y.dtype)

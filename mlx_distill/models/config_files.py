@@ -8,9 +8,11 @@ from typing import Any
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import architecture_of
+from mlx_distill.models.hub import resolve
 from mlx_distill.storage import os_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_FILE = "adapters.safetensors"
 
 
 def is_adapter(folder: Path) -> bool:
@@ -26,8 +28,6 @@ def load_config(path: str | Path) -> dict[str, Any]:
     """
     folder = Path(path)
     if not (folder / "config.json").is_file() and (folder / ADAPTER_CONFIG).is_file():
-        from mlx_distill.models.adapters import adapter_base
-
         return load_config(adapter_base(folder))
     config = read_object(folder / "config.json")
     architecture_of(config, str(folder / "config.json"))
@@ -51,3 +51,29 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object", fix="download or copy the checkpoint again")
     return value
+
+
+def adapter_base(folder: str | Path) -> Path:
+    """The base folder of an adapter folder, without ``..`` in its path.
+
+    Raises:
+        ModelError: the config names none, or it is gone.
+    """
+    folder = Path(folder)
+    config = read_object(folder / ADAPTER_CONFIG)
+    if "peft_type" in config:
+        raise ModelError(f"{folder} holds an adapter in PEFT's format", fix=f"make it one of ours: mlx-distill convert {folder} FOLDER")
+    base = config.get("base")
+    if not isinstance(base, str) or not base:
+        raise ModelError(
+            f"{folder / ADAPTER_CONFIG}: no base model", fix='add "base": the path of the model that the adapter was trained on'
+        )
+    if is_adapter(folder / base):
+        raise ModelError(f"{folder}: its base {base!r} is an adapter, not a model", fix=f"correct base in {ADAPTER_CONFIG}")
+    if (folder / base).is_dir():
+        return (folder / base).resolve()
+    if base.startswith(".") or base.count("/") != 1:
+        raise ModelError(
+            f"{folder}: its base model {(folder / base).resolve()} is gone", fix=f"bring it back, or correct base in {ADAPTER_CONFIG}"
+        )
+    return resolve(base)

@@ -11,23 +11,21 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.models.adapters import adapter_base
 from mlx_distill.models.checkpoint.layout import backward_plan, folded
 from mlx_distill.models.checkpoint.plan import Prepared, prepare
 from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, Source
 from mlx_distill.models.checkpoint.tensor_job import Errors, Job, TensorRow, run_slab, table_row
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
-from mlx_distill.models.config_files import is_adapter, read_object
+from mlx_distill.models.config_files import adapter_base, is_adapter, read_object
+from mlx_distill.models.convert import stream, update_lost
 from mlx_distill.models.folder import making, source_key
-from mlx_distill.models.hub import resolve
-from mlx_distill.models.output import stream, update_lost
-from mlx_distill.models.peft import from_peft, peft_weights, to_peft, write_peft
+from mlx_distill.models.hub import copy_tokenizer, resolve
+from mlx_distill.models.peft import Card, from_peft, peft_weights, to_peft, write_peft
 from mlx_distill.models.quantization import Treatment
 from mlx_distill.models.quantize import adapter_deltas, plan_jobs, reopen
-from mlx_distill.models.tokenizer_files import copy_tokenizer
-from mlx_distill.progress import Progress, counted, size
-from mlx_distill.report.model_card import card_text
+from mlx_distill.progress import Progress
 from mlx_distill.storage import write_json, write_text
+from mlx_distill.text import counted, size
 
 _NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
 
@@ -125,7 +123,7 @@ def to_hf(
     destination: str | Path,
     *,
     adapter: str = "merge",
-    report: Mapping[str, Any] | None = None,
+    card: Card | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
@@ -140,7 +138,7 @@ def to_hf(
         destination: The folder to make.
         adapter: ``merge`` adds it to the weights (MXFP4 experts that it changes are packed again, with the error stated); ``keep`` leaves
             the base untouched and puts the adapter beside it, in PEFT's format in ``destination/adapter``.
-        report: A run's ``report.json``, whose figures go on the card.
+        card: Writes the model card (README.md); see :func:`~mlx_distill.report.model_card.card_text`.
         max_shard_bytes: Largest file.
         memory_bytes: Bound on the working buffers.
         progress: Where to say how far it is.
@@ -175,7 +173,8 @@ def to_hf(
             str(model), str(destination), ready.architecture.model_type, len(jobs), sum(job.planned.nbytes for job in jobs),
             tuple(table_row(job, errors, job.outputs) for job, errors in changed), len(kept), time.perf_counter() - began,
         )  # fmt: skip
-        write_text(work.folder / "README.md", card_text(destination.name, folder, ready, out.notes(), report))
+        if card is not None:
+            write_text(work.folder / "README.md", card(destination.name, folder, ready, out.notes()))
         work.hashes.update({s.name: s.sha256 for s in shards})
         work.recorded.update(source=str(model), **out.facts())
     return out

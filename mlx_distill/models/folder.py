@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import FileError
-from mlx_distill.models.adapters import ADAPTER_FILE, adapter_base
 from mlx_distill.models.checkpoint.safetensors import open_checkpoint
-from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter
+from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, is_adapter
 from mlx_distill.storage import (
     MANIFEST,
     check_folder,

@@ -73,7 +73,7 @@ class SegmentCache:
 
 
 def segment_caches(model: Any, ids: Int[mx.array, "b l"]) -> list[SegmentCache]:
-    """One cache a layer for :func:`~mlx_distill.models.load.hidden_states` over packed lines.
+    """One cache a layer for :func:`~mlx_distill.models.forward.hidden_states` over packed lines.
 
     Args:
         model: mlx-lm's.
@@ -90,3 +90,13 @@ def segment_caches(model: Any, ids: Int[mx.array, "b l"]) -> list[SegmentCache]:
             raise ModelError(f"a model with a {type(cache).__name__} cannot read several rows in one line", fix="packing: false")
     segments = Segments(ids)
     return [SegmentCache(segments, getattr(cache, "max_size", None)) for cache in caches]
+
+
+def hidden_states(model: Any, inputs: Int[mx.array, "b l"], cache: Any = None) -> Float[mx.array, "b l d"]:
+    """The trunk: embeddings to the final norm. ``project(head(model), hidden_states(model, x))`` are the logits."""
+    return model.model(inputs, cache)
+
+
+def head(model: Any) -> Any:
+    """The head: the linear layer, or the embedding that it is tied to."""
+    return model.lm_head if "lm_head" in model else model.model.embed_tokens

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from mlx_distill.errors import ModelError
+from mlx_distill.storage import atomic_path, os_errors
 
 # Neither code nor pickles are ever downloaded.
 ALLOWED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.md", "LICENSE*")
@@ -79,3 +81,25 @@ def _download(repo: str, revision: str | None) -> Path:
 def commit_of(folder: Path) -> str | None:
     """The commit that a downloaded snapshot stands at, from its path in the cache."""
     return folder.name if folder.parent.name == "snapshots" else None
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "tokenizer.model",
+)  # fmt: skip
+OTHER_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
+
+
+def copy_tokenizer(source: Path, destination: Path, *, others: bool = False) -> list[str]:
+    """Copy what is there, each whole or not at all; return the names. ``others``: generation settings and licence too."""
+    names = [name for name in (*TOKENIZER_FILES, *(OTHER_FILES if others else ())) if (source / name).is_file()]
+    folder = source / "additional_chat_templates"
+    if folder.is_dir():
+        names += [f"{folder.name}/{p.name}" for p in sorted(folder.glob("*.jinja"))]
+    for name in names:
+        with os_errors():
+            if (destination / name).is_file() and (destination / name).read_bytes() == (source / name).read_bytes():
+                continue
+        with atomic_path(destination / name) as path:
+            shutil.copyfile(source / name, path)
+    return names

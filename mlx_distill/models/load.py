@@ -8,18 +8,19 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from jaxtyping import Float, Int
-from mlx.utils import tree_map_with_path, tree_unflatten
+from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import build_model
-from mlx_distill.models.arrays import to_mlx
 from mlx_distill.models.checkpoint.plan import Prepared, prepare
+from mlx_distill.models.checkpoint.safetensors import INDEX
+from mlx_distill.models.checkpoint.tensor_job import to_mlx
+from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, load_config, read_object
-from mlx_distill.models.hub import resolve
-from mlx_distill.models.plain import dequantized, plain_like
-
-DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+from mlx_distill.models.hub import copy_tokenizer, resolve
+from mlx_distill.models.modules import cast
+from mlx_distill.models.quantization import with_quantization
+from mlx_distill.storage import atomic_path, write_json
 
 
 def load(path_or_repo: str | Path, revision: str | None = None, *, dtype: str | None = None) -> tuple[Any, Any]:
@@ -46,7 +47,8 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, di
     """The model alone, and the config of its base."""
     folder = resolve(folder)
     if is_adapter(folder):
-        from mlx_distill.models.adapters import adapter_base, load_adapter
+        from mlx_distill.models.adapters import load_adapter
+        from mlx_distill.models.config_files import adapter_base
 
         model, config = load_model(adapter_base(folder), dtype=dtype)
         load_adapter(model, folder)
@@ -108,51 +110,61 @@ def _load_weights(ready: Prepared) -> Any:
     return model
 
 
-def cast(model: Any, dtype: str | mx.Dtype) -> Any:
-    """Cast the floating-point parameters (scales and biases of affine weights among them), in place; packed weights and adapters stay.
+def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+    """Write every weight in the type that it has in memory, with the config and tokenizer of ``base``.
 
-    Returns the model. bfloat16 to float32 is exact. On the CPU backend bfloat16 is slow, and dense experts run in float32 only.
+    What ``base`` has packed, and was unpacked to compute with but did not train, is written as it stands there, bit for bit.
+
+    Args:
+        model: mlx-lm's model, as loaded from ``base``.
+        base: The folder of ours that it was loaded from.
+        folder: Where to write; ``load`` reads it.
+        max_shard_bytes: Largest file.
     """
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ModelError(f"unknown type {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
-    model.update(tree_map_with_path(lambda path, x: x.astype(dtype) if _casts(path, x) else x, model.parameters()))
-    return model
+    base, folder = Path(base), Path(folder)
+    shards: list[dict[str, mx.array]] = [{}]
+    size = 0
+    config = read_object(base / "config.json")
+    modules = dict(model.named_modules()) | (kept := _untouched(model, base) if "quantization" in config else {})
+    flat = [(name, value) for name, value in tree_flatten(model.parameters()) if name.rpartition(".")[0] not in kept]
+    flat += [(f"{path}.{name}", value) for path, module in kept.items() for name, value in tree_flatten(module.parameters())]
+    for name, value in flat:
+        if size and size + value.nbytes > max_shard_bytes:
+            shards.append({})
+            size = 0
+        shards[-1][name] = value
+        size += value.nbytes
+    where: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        with atomic_path(folder / file) as path:
+            mx.save_safetensors(str(path), shard, metadata={"format": "mlx"})
+        where |= dict.fromkeys(shard, file)
+    total = sum(value.nbytes for shard in shards for value in shard.values())
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))})
+    types = {
+        str(value.dtype).removeprefix("mlx.core.")
+        for shard in shards
+        for value in shard.values()
+        if mx.issubdtype(value.dtype, mx.floating)
+    }
+    if len(types) == 1:
+        config |= {key: next(iter(types)) for key in ("dtype", "torch_dtype") if key in config}
+    packed = {
+        path: {"group_size": module.group_size, "bits": module.bits, "mode": module.mode}
+        for path, module in modules.items()
+        if "scales" in module
+    }
+    write_json(folder / "config.json", with_quantization(config, packed))
+    copy_tokenizer(base, folder, others=True)
 
 
-def _casts(path: str, x: mx.array) -> bool:
-    return bool(mx.issubdtype(x.dtype, mx.floating)) and not path.endswith((".lora_a", ".lora_b", ".m"))
+def _untouched(model: Any, base: Path) -> dict[str, Any]:
+    """The modules of ``base`` that are packed there and plain here, and of which nothing trains."""
 
-
-def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
-    """Replace packed weights (linear layers, embeddings, stacks of experts) by plain ones of the same value, in place; return the paths.
-
-    More memory, the same numbers to rounding: for a backend whose packed products are slow (the CPU's, twice as slow in training a tiny
-    gpt-oss), and for weights that are to move. What is saved afterwards is still only what was trained.
-    """
-    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
-
-    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    plain = [
-        (path, plain_like(module, dequantized(module).astype(kind)))
-        for path, module in model.named_modules()
-        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear)
-    ]
-    model.update_modules(tree_unflatten(plain))
-    return [path for path, _ in plain]
-
-
-def hidden_states(model: Any, inputs: Int[mx.array, "b l"], cache: Any = None) -> Float[mx.array, "b l d"]:
-    """The trunk: embeddings to the final norm. ``project(head(model), hidden_states(model, x))`` are the logits."""
-    return model.model(inputs, cache)
-
-
-def head(model: Any) -> Any:
-    """The head: the linear layer, or the embedding that it is tied to."""
-    return model.lm_head if "lm_head" in model else model.model.embed_tokens
-
-
-def project(head: Any, hidden: Float[mx.array, "*b d"]) -> Float[mx.array, "*b v"]:
-    """Logits over the head's columns (which may be more than the tokenizer's tokens)."""
-    return head.as_linear(hidden) if hasattr(head, "as_linear") else head(hidden)
+    here = dict(model.named_modules())
+    return {
+        path: module
+        for path, module in load_model(base)[0].named_modules()
+        if "scales" in module and "scales" not in here[path] and not tree_flatten(here[path].trainable_parameters())
+    }

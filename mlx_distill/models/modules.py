@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
+from jaxtyping import Float
+from mlx.utils import tree_map_with_path, tree_unflatten
 
 from mlx_distill.errors import ConfigError, ModelError
 
@@ -98,3 +101,76 @@ def _named(model: Any, names: Sequence[str], fits: Any, what: str) -> list[tuple
 
 def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
+
+
+def dequantized(module: Any, expert: int | None = None) -> Float[mx.array, "*e o i"]:
+    """The weight of a linear layer or of a stack of experts (or of one of them) in float32, unpacked where it is packed.
+
+    >>> dequantized(nn.Linear(3, 2)).shape
+    (2, 3)
+    """
+    parts = {name: module.get(name) for name in ("weight", "scales", "biases", "global_scale")}
+    parts = {name: part if part is None or expert is None else part[expert] for name, part in parts.items()}
+    if parts["scales"] is None:
+        return parts["weight"].astype(mx.float32)
+    return mx.dequantize(
+        parts["weight"], parts["scales"], parts["biases"], group_size=module.group_size, bits=module.bits, mode=module.mode,
+        global_scale=parts["global_scale"], dtype=mx.float32,
+    )  # fmt: skip
+
+
+def plain_like(module: Any, weight: Float[mx.array, "*e o i"]) -> Any:
+    """A frozen plain layer of the same kind (linear, embedding or stack of experts) with that weight and the module's own bias.
+
+    >>> plain_like(nn.Linear(32, 2).to_quantized(32, 4), mx.ones((2, 32)))
+    Linear(input_dims=32, output_dims=2, bias=True)
+    """
+    from mlx_lm.models.switch_layers import SwitchLinear
+
+    if isinstance(module, nn.Embedding | nn.QuantizedEmbedding):
+        out: Any = nn.Embedding(1, 1)
+    else:
+        out = SwitchLinear(1, 1, 1, bias=False) if weight.ndim == 3 else nn.Linear(1, 1, bias=False)
+    out.weight = weight
+    if "bias" in module:
+        out.bias = module.bias
+    out.freeze()
+    return out
+
+
+DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
+
+
+def cast(model: Any, dtype: str | mx.Dtype) -> Any:
+    """Cast the floating-point parameters (scales and biases of affine weights among them), in place; packed weights and adapters stay.
+
+    Returns the model. bfloat16 to float32 is exact. On the CPU backend bfloat16 is slow, and dense experts run in float32 only.
+    """
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ModelError(f"unknown type {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+    model.update(tree_map_with_path(lambda path, x: x.astype(dtype) if _casts(path, x) else x, model.parameters()))
+    return model
+
+
+def _casts(path: str, x: mx.array) -> bool:
+    return bool(mx.issubdtype(x.dtype, mx.floating)) and not path.endswith((".lora_a", ".lora_b", ".m"))
+
+
+def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
+    """Replace packed weights (linear layers, embeddings, stacks of experts) by plain ones of the same value, in place; return the paths.
+
+    More memory, the same numbers to rounding: for a backend whose packed products are slow (the CPU's, twice as slow in training a tiny
+    gpt-oss), and for weights that are to move. What is saved afterwards is still only what was trained.
+    """
+    from mlx_lm.models.switch_layers import QuantizedSwitchLinear
+
+    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    plain = [
+        (path, plain_like(module, dequantized(module).astype(kind)))
+        for path, module in model.named_modules()
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear)
+    ]
+    model.update_modules(tree_unflatten(plain))
+    return [path for path, _ in plain]

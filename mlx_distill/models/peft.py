@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -10,17 +10,18 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.adapters import ADAPTER_FILE, LoraSettings, adapter_base, adapter_config, adapter_settings, relative_base
+from mlx_distill.models.adapters import LoraSettings, adapter_config, adapter_settings, relative_base
 from mlx_distill.models.architectures.registry import architecture_of
-from mlx_distill.models.checkpoint.plan import prepare
+from mlx_distill.models.checkpoint.plan import Prepared, prepare
 from mlx_distill.models.checkpoint.safetensors import read_header
-from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, load_config, read_object
+from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, is_adapter, load_config, read_object
 from mlx_distill.models.folder import making, source_key
-from mlx_distill.models.hub import commit_of, is_hub_id, resolve
-from mlx_distill.models.tokenizer_files import copy_tokenizer
-from mlx_distill.progress import counted
-from mlx_distill.report.model_card import card_text
+from mlx_distill.models.hub import commit_of, copy_tokenizer, is_hub_id, resolve
 from mlx_distill.storage import atomic_path, digest, read_manifest, sha256, write_json, write_text
+from mlx_distill.text import counted
+
+# (title, exported folder, its base, notes of the export) -> README.md
+Card = Callable[[str, Path, Prepared, Sequence[str]], str]
 
 PEFT_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -61,9 +62,7 @@ def unconverted(base: Path) -> str:
     return str(path)
 
 
-def to_peft(
-    model: str | Path, destination: str | Path, *, base_model: str | None = None, report: Mapping[str, Any] | None = None
-) -> AdapterReport:
+def to_peft(model: str | Path, destination: str | Path, *, base_model: str | None = None, card: Card | None = None) -> AdapterReport:
     """Write an adapter folder of ours as PEFT reads it, whole or not at all.
 
     Args:
@@ -71,7 +70,7 @@ def to_peft(
         destination: The folder to make.
         base_model: What PEFT will call the base (a Hub id or a folder in the Hugging Face layout); if not given, what our base was
             converted from: see :func:`unconverted`.
-        report: A run's ``report.json``, whose figures go on the card.
+        card: Writes the model card (README.md); see :func:`~mlx_distill.report.model_card.card_text`.
 
     Raises:
         ModelError: not an adapter, or an adapter on experts or routers, which PEFT has no place for.
@@ -84,7 +83,8 @@ def to_peft(
     with making(destination, folder, "export", {"layout": "peft", "base_model": base}, {"source": source_key(folder)}) as work:
         paths = write_peft(folder, work.folder, weights, base)
         notes = [f"the adapter alone, of {counted(len(paths), 'module')}, in PEFT's format"]
-        write_text(work.folder / "README.md", card_text(destination.name, folder, ready, notes, report, library="peft"))
+        if card is not None:
+            write_text(work.folder / "README.md", card(destination.name, folder, ready, notes))
         work.recorded.update(source=str(model), modules=len(paths))
     ours = is_ours(Path(base))
     note = f"that folder is in the MLX layout, which PEFT cannot load: mlx-distill export {base} FOLDER --to hf" if ours else None

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
+
+import mlx.core as mx
+from jaxtyping import Float, UInt8, UInt32
 
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.checkpoint.layout import Architecture, Planned
@@ -120,3 +124,64 @@ def _fit(wish: Treatment, planned: Planned, plain: Treatment) -> Treatment:
             why = "" if size == wish.group_size else f"{planned.columns} columns are no multiple of {wish.group_size}"
             return Treatment("quantize", plain.dtype, wish.mode, wish.bits, size, why)
     return Treatment(plain.kind, plain.dtype, why=f"{planned.columns} columns are no multiple of {sizes[-1]}")
+
+
+GROUP = 32
+LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # of E2M1; the fourth bit is the sign
+NAN_SCALE = 0xFF
+_BIAS = 127
+_LARGEST_EXPONENT = 2  # of E2M1: 6 = 1.5 * 2 ** 2
+
+
+def pack(values: Float[mx.array, "*b n"]) -> tuple[UInt32[mx.array, "*b w"], UInt8[mx.array, "*b g"]]:
+    r"""Words and scales as ``mx.dequantize(..., mode="mxfp4")`` reads them: of two scales a group, the one that loses less.
+
+    They are the specification's :math:`2^{\lfloor \log_2 \max |w| \rfloor - 2}`, where the largest weights may saturate at 6 scales, and
+    the next one up, where none does. Weights go to the nearest level, ties to the even code.
+
+    Args:
+        values: Finite weights; ``n`` a multiple of 32.
+
+    >>> words, scales = pack(mx.arange(32, dtype=mx.float32)[None])
+    >>> scales.tolist(), mx.dequantize(words, scales, None, 32, 4, "mxfp4", dtype=mx.float32)[0, :8].tolist()
+    ([[130]], [0.0, 0.0, 0.0, 4.0, 4.0, 4.0, 8.0, 8.0])
+    """
+    groups = values.astype(mx.float32).reshape(*values.shape[:-1], -1, GROUP)
+    sizes = mx.abs(groups)
+    # The exponent's bits are the floor of the logarithm, exactly.
+    largest = (mx.max(sizes, axis=-1).view(mx.uint32) >> 23).astype(mx.int32) - _BIAS
+    low = mx.maximum(largest - _LARGEST_EXPONENT, -_BIAS)
+    (codes, loss), (higher_codes, higher_loss) = (_nearest(sizes, low + step) for step in (0, 1))
+    higher = 4 * higher_loss < loss  # each is in squares of its own scale
+    codes = mx.where(higher[..., None], higher_codes, codes) | ((groups < 0).astype(mx.uint32) << 3)
+    words = mx.sum(codes.reshape(*codes.shape[:-1], -1, 8) << (4 * mx.arange(8, dtype=mx.uint32)), axis=-1)
+    return words.reshape(*values.shape[:-1], -1), (low + higher + _BIAS).astype(mx.uint8)
+
+
+def _nearest(sizes: mx.array, exponent: mx.array) -> tuple[mx.array, mx.array]:
+    """Codes of the levels nearest to ``sizes / 2 ** exponent``, and the sum of squares that is lost in each group."""
+    scaled = sizes * ((_BIAS - exponent).astype(mx.uint32) << 23).view(mx.float32)[..., None]
+    codes = mx.zeros(scaled.shape, mx.uint32)
+    for i, middle in enumerate((a + b) / 2 for a, b in pairwise(LEVELS)):
+        codes = codes + (scaled >= middle if i % 2 else scaled > middle)
+    return codes, mx.sum(mx.square(scaled - mx.array(LEVELS)[codes]), axis=-1)
+
+
+def with_quantization(config: Mapping[str, Any], packed: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """The config with ``quantization`` as mlx-lm reads it: the commonest settings on top, and every module that differs by its path.
+
+    Args:
+        config: Of the model or of what it came from.
+        packed: ``group_size``, ``bits`` and ``mode`` by the paths of the packed modules; empty where none is.
+    """
+    out = {key: value for key, value in config.items() if key != "quantization"}
+    method = (out.get("quantization_config") or {}).get("quant_method")
+    if all(settings["mode"] != method for settings in packed.values()):  # ours, or of weights that are packed no more
+        out.pop("quantization_config", None)
+    if not packed:
+        return out
+    kinds = [tuple(settings.values()) for settings in packed.values()]
+    common = max(sorted(set(kinds)), key=kinds.count)
+    top = dict(zip(("group_size", "bits", "mode"), common, strict=True))
+    out["quantization"] = {**top, **{path: settings for path, settings in packed.items() if settings != top}}
+    return {"quantization_config": out["quantization"], **out}

@@ -13,19 +13,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.models.adapters import ADAPTER_FILE, LoraSettings, adapter_base, adapter_settings
-from mlx_distill.models.arrays import from_raw, to_raw
+from mlx_distill.models.adapters import LoraSettings, adapter_settings
 from mlx_distill.models.checkpoint.layout import Planned
 from mlx_distill.models.checkpoint.plan import Prepared, prepare
 from mlx_distill.models.checkpoint.safetensors import Source, read_header
-from mlx_distill.models.checkpoint.tensor_job import Delta, Job, TensorRow, Whole
+from mlx_distill.models.checkpoint.tensor_job import Delta, Job, TensorRow, Whole, from_raw, to_raw
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
-from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, read_object
+from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, is_adapter, read_object
+from mlx_distill.models.convert import finish_folder, shard_hashes, shard_rows, stream, tensor_table, update_lost
 from mlx_distill.models.folder import making, source_key
-from mlx_distill.models.hub import resolve
-from mlx_distill.models.output import finish_folder, shard_hashes, shard_rows, stream, tensor_table, update_lost
+from mlx_distill.models.hub import copy_tokenizer, resolve
 from mlx_distill.models.quantization import Treatment, decider
-from mlx_distill.models.tokenizer_files import copy_tokenizer
 from mlx_distill.progress import Progress
 from mlx_distill.storage import atomic_path, sha256, write_json
 

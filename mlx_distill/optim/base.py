@@ -9,8 +9,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from mlx_distill.optim.adamw import bias_corrections
-from mlx_distill.optim.rounding import RoundingOptimizer
+from mlx_distill.optim.adamw import RoundingOptimizer, bias_corrections
 
 Filter = Callable[[str, mx.array], bool]
 

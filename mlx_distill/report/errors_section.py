@@ -7,9 +7,9 @@ from typing import Any
 
 from mlx_distill.report.charts import axis, nice_ticks, stacked, strip
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.tables import Line, legend, model_head, number_cell, rate_cell, scroll, table
-from mlx_distill.report.wording import model_class
-from mlx_distill.text import NONE, count, metric_heads, model_name, percent, plural, signed_points, significant, words
+from mlx_distill.report.tables import Line, legend, metric_heads, model_head, number_cell, rate_cell, scroll, table
+from mlx_distill.run_models import model_class, model_name
+from mlx_distill.text import NONE, count, percent, plural, signed_points, significant, words
 
 Report = Mapping[str, Any]
 _KINDS = (

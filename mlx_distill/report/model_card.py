@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.models.checkpoint.plan import Prepared
+from mlx_distill.report.tables import metric_heads
+from mlx_distill.run_models import packing_note
 from mlx_distill.storage import Manifest, read_manifest
-from mlx_distill.text import gigabytes, interval, metric_heads, packing_note, percent, seconds, significant
+from mlx_distill.text import gigabytes, interval, percent, seconds, significant
 
 _RATES = ("accuracy", "macro_f1", "verdict_agreement", "agreement", "false_positive_rate", "false_negative_rate", "json_valid")
 # Of a report's figures, those that say how good and how fast a model is, and how each is written.

@@ -8,8 +8,8 @@ from typing import Any
 
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import Line, table
-from mlx_distill.report.wording import text_of
-from mlx_distill.text import NONE, model_name, seconds, size, words
+from mlx_distill.run_models import model_name
+from mlx_distill.text import NONE, report_size, seconds, text_of, words
 
 Report = Mapping[str, Any]
 
@@ -36,7 +36,7 @@ def origin(report: Report) -> Html:
     """Everything that one needs to get the same figures again."""
     found = report["provenance"]
     machine = {
-        words(key.removesuffix("_bytes")).capitalize(): size(value) if key.endswith("_bytes") else value
+        words(key.removesuffix("_bytes")).capitalize(): report_size(value) if key.endswith("_bytes") else value
         for key, value in found["machine"].items()
         if value
     }
@@ -62,7 +62,7 @@ def _stages(stages: list[Mapping[str, Any]]) -> Html | None:
         finished = datetime.fromtimestamp(entry["finished"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if entry["finished"] else NONE
         cells = [
             seconds(entry["seconds"]),
-            size(entry["bytes"]),
+            report_size(entry["bytes"]),
             finished,
             el("code", entry["key"][:12], title=entry["key"]),
         ]

@@ -10,8 +10,8 @@ from mlx_distill.config import ASSETS
 from mlx_distill.report import errors_section, origin_section, results_section, rows_section, training_section
 from mlx_distill.report.charts import bar
 from mlx_distill.report.markup import Html, el, join
-from mlx_distill.report.wording import model_class
-from mlx_distill.text import interval, model_name, p_value, percent, plural, signed_points, significant, size, the_model, words
+from mlx_distill.run_models import model_class, model_name, the_model
+from mlx_distill.text import interval, p_value, percent, plural, report_size, signed_points, significant, words
 
 Report = Mapping[str, Any]
 
@@ -133,8 +133,8 @@ def _context(report: Report, name: str) -> list[Any]:
     if name in sizes and "teacher" in sizes and name != "teacher":
         own_size, whole = sizes[name], sizes["teacher"]
         share = percent(own_size["total_bytes"] / whole["total_bytes"], 0)
-        out.append(f"Its weights{_with_adapter(own_size)} take {size(own_size['total_bytes'])} on disk, ")
-        out.append(f"{share} of the teacher’s {size(whole['total_bytes'])}{_with_adapter(whole)}. ")
+        out.append(f"Its weights{_with_adapter(own_size)} take {report_size(own_size['total_bytes'])} on disk, ")
+        out.append(f"{share} of the teacher’s {report_size(whole['total_bytes'])}{_with_adapter(whole)}. ")
     if name != "teacher":
         out.append(_pace(report, name))
     return out

@@ -7,24 +7,9 @@ from typing import Any
 
 from mlx_distill.report.charts import axis, strip
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.tables import Line, legend, model_head, number_cell, rate_cell, table
-from mlx_distill.report.wording import model_class
-from mlx_distill.text import (
-    NONE,
-    control_note,
-    gigabytes,
-    interval,
-    metric_heads,
-    model_name,
-    p_value,
-    percent,
-    plural,
-    seconds,
-    signed_points,
-    significant,
-    the_model,
-    words,
-)
+from mlx_distill.report.tables import Line, legend, metric_heads, model_head, number_cell, rate_cell, table
+from mlx_distill.run_models import control_note, model_class, model_name, the_model
+from mlx_distill.text import NONE, gigabytes, interval, p_value, percent, plural, seconds, signed_points, significant, words
 
 Report = Mapping[str, Any]
 _AGREEMENT = "verdict_agreement"

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.wording import beginning, model_class, text_of
-from mlx_distill.text import NONE, model_name, percent, the_model, words
+from mlx_distill.run_models import model_class, model_name, the_model
+from mlx_distill.text import NONE, beginning, percent, text_of, words
 
 Report = Mapping[str, Any]
 _OPEN = 10

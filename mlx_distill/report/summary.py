@@ -10,8 +10,9 @@ from typing import Any
 from mlx_distill.errors import FileError
 from mlx_distill.report.markup import el
 from mlx_distill.report.page import render_html
+from mlx_distill.run_models import model_name
 from mlx_distill.storage import read_json, write_json, write_text
-from mlx_distill.text import NONE, interval, model_name, percent, significant, words
+from mlx_distill.text import NONE, interval, percent, significant, words
 
 
 @dataclass(frozen=True)

@@ -7,8 +7,8 @@ from typing import Any
 
 from mlx_distill.report.charts import bar
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.wording import model_class
-from mlx_distill.text import NONE, interval, model_name, percent
+from mlx_distill.run_models import model_class, model_name
+from mlx_distill.text import NONE, interval, percent, words
 
 Line = tuple[Any, Sequence[Any], str | None]
 """One row of a table: its head, its cells, its CSS class."""
@@ -77,3 +77,34 @@ def legend(names: Sequence[tuple[str, str]]) -> Html:
 def scroll(content: Html, label: str) -> Html:
     """Wide content that scrolls by itself, by keyboard too, instead of widening the page."""
     return el("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
+
+
+def metric_heads(task: Mapping[str, Any]) -> dict[str, str]:
+    """What heads the column of each metric.
+
+    Args:
+        task: A report's ``task_details``; may be empty.
+
+    >>> metric_heads({"label": "tone"})["verdict_agreement"]
+    'Same tone as teacher'
+    """
+    label, score = words(task.get("label") or "label"), words(task.get("score") or "score")
+    tolerance = task.get("score_tolerance")
+    return {
+        "accuracy": "Right",
+        "verdict_agreement": f"Same {label} as teacher",
+        "agreement": f"…and {score} within {tolerance:g}" if tolerance is not None else f"…and near {score}",
+        "json_valid": "Valid JSON",
+        "macro_f1": "Macro F1",
+        "score_gap": f"{score.capitalize()} apart from teacher",
+        "precision": "Precision",
+        "recall": "Recall",
+        "f1": "F1",
+        "false_positive_rate": "False positives",
+        "false_negative_rate": "False negatives",
+        "latency_s": "Median a row",
+        "latency_p95_s": "95th percentile",
+        "items_per_minute": "Rows a minute",
+        "tokens_per_second": "Tokens a second",
+        "peak_memory_gb": "Peak memory",
+    }

@@ -7,9 +7,9 @@ from typing import Any
 
 from mlx_distill.report.charts import line_chart
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.tables import Line, legend, model_head, number_cell, table
-from mlx_distill.report.wording import model_class, series_name
-from mlx_distill.text import NONE, count, gigabytes, metric_heads, model_name, packing_note, plural, seconds, significant, size
+from mlx_distill.report.tables import Line, legend, metric_heads, model_head, number_cell, table
+from mlx_distill.run_models import model_class, model_name, packing_note
+from mlx_distill.text import NONE, count, gigabytes, plural, report_size, seconds, series_name, significant
 
 Report = Mapping[str, Any]
 
@@ -56,10 +56,14 @@ def cost(report: Report) -> Html:
     note = packing_note({name: settings[name] for name in report["metrics"]})
     for name, figures in report["metrics"].items():
         entry = report["sizes"].get(name)
-        both = f"adapter {size(entry['weights_bytes'])} + base {size(entry['base_bytes'])}" if entry and entry["base_bytes"] else ""
+        both = (
+            f"adapter {report_size(entry['weights_bytes'])} + base {report_size(entry['base_bytes'])}"
+            if entry and entry["base_bytes"]
+            else ""
+        )
         pace = figures.get("items_per_minute")
         cells = [
-            number_cell(size(entry["total_bytes"]) if entry else NONE, both),
+            number_cell(report_size(entry["total_bytes"]) if entry else NONE, both),
             number_cell(seconds(figures.get("latency_s"))),
             number_cell(seconds(figures.get("latency_p95_s"))),
             number_cell(significant(pace, 3) if pace else NONE),

@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import resolve_asset
-from mlx_distill.progress import size
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.runtime import rank_and_size
 from mlx_distill.stages.context import Context, Facts, content_of
 from mlx_distill.stages.encoding import encoded_rows
 from mlx_distill.storage import digest, read_jsonl, scratch
+from mlx_distill.text import size
 
 if TYPE_CHECKING:
     from mlx_distill.storage.array_store import Store
@@ -42,9 +42,9 @@ def train_rows(
 ) -> Facts:  # fmt: skip
     """The loop over stored rows; leaves an adapter folder, or a whole model where all its weights moved."""
     from mlx_distill.models.adapters import save_adapter
-    from mlx_distill.models.save import save_model
+    from mlx_distill.models.load import save_model
     from mlx_distill.optim import make_optimizer
-    from mlx_distill.train.hindsight import doubts
+    from mlx_distill.train.diagnostics import doubts
     from mlx_distill.train.loop import total_steps, train
     from mlx_distill.train.trainable import adapter_of, make_trainable
 

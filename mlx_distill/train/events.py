@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -51,3 +51,6 @@ class MetricsLog:
         if self.file is not None:
             with os_errors(self.path):  # what a full disk did not take is tried once more
                 self.file.close()
+
+
+Hook = Callable[[dict[str, Any]], None]

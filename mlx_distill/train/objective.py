@@ -8,9 +8,99 @@ from dataclasses import dataclass, field
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from jaxtyping import Float, Int
+from mlx.utils import tree_flatten
 
-from mlx_distill.records import Batch
-from mlx_distill.train.reading import DENSE_LIMIT, Reader, trunk
+from mlx_distill.losses.cross_tokenizer import CellMap, cell_kl
+from mlx_distill.losses.numerics import row_logsumexp
+from mlx_distill.losses.output_head import project
+from mlx_distill.losses.tiled import ROWS, RowLoss, in_slices, linear_cross_entropy, linear_rows, sparse_linear_kl
+from mlx_distill.losses.topk import sparse_forward_kl
+from mlx_distill.models.forward import head, hidden_states, segment_caches
+from mlx_distill.records import Batch, TopK
+
+# Logits of at most so many numbers are made at once (64 MiB in float32); of more, no two tiles exist together.
+DENSE_LIMIT = 1 << 24
+
+
+def trunk(model: nn.Module, batch: Batch, positions: Int[mx.array, " a"]) -> Float[mx.array, "a d"]:
+    """The hidden states after the final norm at some places of the flattened inputs, none of a line's rows seeing another."""
+    caches = None if batch.segments is None else segment_caches(model, batch.segments)
+    hidden = hidden_states(model, batch.inputs, caches)
+    return hidden.reshape(-1, hidden.shape[-1])[positions]
+
+
+def is_small(model: nn.Module, count: int, dense_limit: int = DENSE_LIMIT) -> bool:
+    """Whether the logits at ``count`` positions are made at once."""
+    return count * _columns(head(model)) <= dense_limit
+
+
+def _columns(layer: nn.Module) -> int:
+    """Width of a head's logits; an adapter has that of what it stands on, and nothing is known of other kinds."""
+    base = layer.get("linear", layer.get("embedding", layer))
+    return int(base.weight.shape[0]) if "weight" in base else 0
+
+
+class Reader:
+    """The hidden states of a batch at the ``a`` positions that count, and the losses there.
+
+    Dense and tiled agree in value and gradient to rounding. A head that learns, or has an adapter, has no tiles and goes through
+    :func:`in_slices`.
+
+    Args:
+        model: Of mlx-lm's cut: ``lm_head`` or the tied embedding is the head.
+        hidden: From :func:`trunk`.
+        dense_limit: Numbers in the logits up to which they are made at once.
+    """
+
+    def __init__(self, model: nn.Module, hidden: Float[mx.array, "a d"], dense_limit: int = DENSE_LIMIT) -> None:
+        self.hidden = hidden
+        self.head = head(model)
+        self.small = is_small(model, hidden.shape[0], dense_limit)
+        learns = sum(weight.size for _, weight in tree_flatten(self.head.trainable_parameters()))
+        self.rows = max(ROWS, max(dense_limit, learns) // (8 * max(_columns(self.head), 1)))
+        plain = isinstance(self.head, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding)
+        self.tiled = plain and not learns
+        self._logits: mx.array | None = None
+
+    def logits(self, index: Int[mx.array, " n"] | None = None) -> Float[mx.array, "n v"]:
+        """Logits in float32 at all positions, or at ``index`` among them."""
+        if not self.small and index is not None:
+            return project(self.head, self.hidden[index]).astype(mx.float32)
+        if self._logits is None:
+            self._logits = project(self.head, self.hidden).astype(mx.float32)
+        return self._logits if index is None else self._logits[index]
+
+    def cross_entropy(self, labels: Int[mx.array, " a"]) -> Float[mx.array, " a"]:
+        """Nats of each label, at all positions."""
+        if not self.small and self.tiled:
+            return linear_cross_entropy(self.hidden, self.head, labels)
+
+        def nats(z: mx.array, at: slice) -> mx.array:
+            return row_logsumexp(z) - mx.take_along_axis(z, labels[at, None], axis=1)[:, 0]
+
+        return self._whole(nats, None)
+
+    def sparse_kl(self, index: Int[mx.array, " n"], targets: TopK, temperature: float) -> Float[mx.array, " n"]:
+        """:func:`~mlx_distill.losses.topk.sparse_forward_kl` at ``index``."""
+        if not self.small and self.tiled:
+            return sparse_linear_kl(self.hidden[index], self.head, targets, temperature=temperature)
+        return self._whole(lambda z, at: sparse_forward_kl(z, _some(targets, at), temperature=temperature), index)
+
+    def cell_kl(self, index: Int[mx.array, " n"], targets: TopK, cells: CellMap, temperature: float) -> Float[mx.array, " n"]:
+        """:func:`~mlx_distill.losses.cross_tokenizer.cell_kl` at ``index``."""
+        return self._whole(lambda z, at: cell_kl(z, _some(targets, at), cells, temperature=temperature), index)
+
+    def _whole(self, loss: RowLoss, index: mx.array | None) -> mx.array:
+        """A loss of whole rows of logits, at all positions or at some."""
+        if self.small:
+            return loss(self.logits(index), slice(None))
+        hidden = self.hidden if index is None else self.hidden[index]
+        return linear_rows(loss, hidden, self.head) if self.tiled else in_slices(loss, hidden, self.head, self.rows)
+
+
+def _some(targets: TopK, at: slice) -> TopK:
+    return TopK(targets.ids[at], targets.logprobs[at])
 
 
 @dataclass(frozen=True)

@@ -7,13 +7,13 @@ from pathlib import Path
 from mlx_distill.config import changes, keyed
 from mlx_distill.errors import ConfigError
 from mlx_distill.optim.schedules import check_schedule
-from mlx_distill.progress import counted
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.runtime import rank_and_size
 from mlx_distill.storage import read_json
+from mlx_distill.text import counted
 from mlx_distill.train import checkpoint
-from mlx_distill.train.streaming import check_streaming
 from mlx_distill.train.trainable import make_trainable
+from mlx_distill.train.updates import check_streaming
 
 
 def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
@@ -49,7 +49,7 @@ def check_model(folder: str | Path, settings: TrainConfig, *, unpack: bool = Fal
         ConfigError: a rank above a dimension.
     """
     from mlx_distill.models.load import skeleton
-    from mlx_distill.models.load import unpack as unpack_weights
+    from mlx_distill.models.modules import unpack as unpack_weights
 
     model = skeleton(folder)
     if unpack:

@@ -10,12 +10,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_distill.models.forward import segment_caches
-from mlx_distill.models.load import head, hidden_states
+from mlx_distill.models.forward import head, hidden_states, segment_caches
 from mlx_distill.records import Batch
-from mlx_distill.train.objective import Cut
-from mlx_distill.train.randomness import random_key, set_random_key
-from mlx_distill.train.reading import Reader
+from mlx_distill.runtime import random_key, set_random_key
+from mlx_distill.train.objective import Cut, Reader
 
 Flat = list[tuple[str, mx.array]]
 # (trainable parameters, cotangent [b, l, d], inputs [b, l], segments [b, l] where rows are packed) -> hidden states [b, l, d], gradients

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -14,12 +15,13 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
+from mlx_distill.errors import ConfigError
+from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
+from mlx_distill.runtime import random_key, set_random_key
 from mlx_distill.train.distributed import Ranks
-from mlx_distill.train.objective import Objective
-from mlx_distill.train.randomness import random_key, set_random_key
-from mlx_distill.train.reading import is_small
-from mlx_distill.train.stopwatch import Stopwatch
+from mlx_distill.train.objective import Objective, is_small
+from mlx_distill.train.profiling import Stopwatch
 from mlx_distill.train.trunk_head import Flat, Trunk, differentiate_cut, scaled
 
 
@@ -259,3 +261,131 @@ def clip_scale(norm: float, limit: float) -> float:
     (1.0, 1.0, 0.2)
     """
     return 1.0 if limit <= 0 or norm <= limit else limit / (norm + 1e-6)
+
+
+Guard = Callable[[Window, float, bool], None]
+
+
+def check_streaming(settings: TrainConfig, ranks: int = 1) -> None:
+    """Refuse to stream where gradients are added up over micro-batches or ranks: the sum needs them all.
+
+    Raises:
+        ConfigError: with the setting that would have to change.
+
+    >>> check_streaming(TrainConfig(stream_gradients=True, accumulate=1))
+    """
+    if settings.stream_gradients and settings.accumulate > 1:
+        raise ConfigError(
+            f"stream_gradients with accumulate: {settings.accumulate}", fix="accumulate: 1 and a larger batch_size with grad_checkpoint"
+        )
+    if settings.stream_gradients and ranks > 1:
+        raise ConfigError(f"stream_gradients on {ranks} ranks", fix="stream_gradients: false, or launch one rank")
+
+
+def streamed_step(
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    optimizer: optim.Optimizer,
+    clip_norm: float,
+    guard: Guard,
+    watch: Stopwatch | None = None,
+    trunk: Trunk | None = None,
+) -> tuple[Window, float]:
+    """Loss, gradient and update of one micro-batch, evaluated from the last layer to the first; the window and the gradient's norm.
+
+    The global norm is known only when every gradient has been made. So with ``clip_norm`` they are made twice, from the same random
+    state: once for their squares alone, once to move the weights by the scaled ones. The result is bitwise that of holding them all.
+
+    Args:
+        model: Its trainable parameters are moved.
+        batch: The micro-batch.
+        objective: Terms of the loss.
+        optimizer: One whose state takes whole gradients.
+        clip_norm: Largest norm; 0 makes one pass.
+        guard: Given the window, the norm, and whether weights have moved already; raises where a number is not finite.
+        watch: Where the time is added; the first of two passes counts as ``clip``.
+        trunk: As for :func:`~mlx_distill.train.updates.differentiate`.
+    """
+    watch = watch or Stopwatch()
+    weights = objective.weights(batch)
+    scales = {name: c / weights[name] for name, c in objective.coefficients.items() if weights.get(name, 0.0) > 0 and c != 0}
+    if not scales:
+        nothing = dict.fromkeys(objective.coefficients, 0.0)
+        return Window({}, 0.0, nothing, weights, [0.0]), 0.0
+    norm = 0.0
+    if clip_norm > 0:
+        with watch.part("clip"):
+            key = random_key()
+            norm = drain_norm([gradient for _, gradient in in_order(differentiate(model, batch, objective, scales, trunk)[0])])
+            set_random_key(key)
+    with watch.part("forward"):
+        flat, parts = differentiate(model, batch, objective, scales, trunk)
+    sums = {name: part.item() for name, part in parts.items()}
+    terms = {name: sums.get(name, 0.0) / weights[name] if weights.get(name, 0.0) > 0 else 0.0 for name in objective.coefficients}
+    loss = sum(objective.coefficients[name] * term for name, term in terms.items())
+    window = Window({}, loss, terms, weights, [loss])
+    guard(window, norm, False)
+    with watch.part("update"):
+        gradients: dict[str, Any] = {path: gradient.astype(mx.float32) for path, gradient in flat}
+        flat.clear()
+        squares = None if clip_norm > 0 else {path: mx.square(gradient).sum() for path, gradient in gradients.items()}
+        apply_update(model, optimizer, gradients, clip_scale(norm, clip_norm), squares)
+    if squares is not None:
+        norm = math.sqrt(math.fsum(square.item() for square in squares.values()))
+        guard(window, norm, True)
+    return window, norm
+
+
+# What may be whole at once: an eighth of all, and what nobody minds.
+_SHARE, _LEAST_BYTES = 8, 1 << 26
+
+
+def entered_in_groups(model: nn.Module, optimizer: Any, gradients: Callable[[], Window]) -> dict[str, mx.array]:
+    """The gradients of all but the last few matrices whose basis is due, in their new subspaces; empty where few are due.
+
+    A sum over micro-batches or ranks stays whole where a basis is to be found in it. At the first step that is every matrix, in float32:
+    28 GB of 7 billion weights. So the window is gone through again for each eighth of them, the others frozen meanwhile, from the same
+    random state: the same gradients in less memory, and a first step of up to eight times the length.
+
+    Args:
+        model: Its trainable parameters.
+        optimizer: A :class:`~mlx_distill.optim.galore.GaLoreAdamW`, whose bases are found.
+        gradients: Goes through the window; what is frozen gets no gradient.
+    """
+    parameters = dict(tree_flatten(model.trainable_parameters()))
+    groups = _groups({path: 4 * parameters[path].size for path in optimizer.due_whole(parameters)}, parameters)
+    entered, key = {}, random_key()
+    for group in groups[:-1]:  # the last goes with all that is not due
+        with frozen(model, parameters.keys() - group):
+            found = gradients().gradients
+        for path in list(found):
+            entered[path] = optimizer.enter(path, found.pop(path))
+            mx.eval(entered[path])
+        set_random_key(key)
+    return entered
+
+
+def _groups(sizes: dict[str, int], parameters: dict[str, mx.array]) -> list[list[str]]:
+    """Paths cut where their bytes reach what may be whole at once."""
+    limit = max(4 * sum(p.size for p in parameters.values()) // _SHARE, _LEAST_BYTES)
+    groups: list[list[str]] = [[]]
+    for path, size in sizes.items():
+        if groups[-1] and sum(sizes[other] for other in groups[-1]) + size > limit:
+            groups.append([])
+        groups[-1].append(path)
+    return groups
+
+
+@contextmanager
+def frozen(model: nn.Module, paths: Collection[str]) -> Iterator[None]:
+    """Inside, some trainable parameters are none."""
+    modules: dict[str, Any] = dict(model.named_modules())
+    leaves: Sequence[tuple[str, str, str]] = [path.rpartition(".") for path in paths]
+    for module, _, leaf in leaves:
+        modules[module].freeze(keys=[leaf], recurse=False)
+    try:
+        yield
+    finally:
+        for module, _, leaf in leaves:
+            modules[module].unfreeze(keys=[leaf], recurse=False)

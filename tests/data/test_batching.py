@@ -9,8 +9,17 @@ import numpy as np
 import pytest
 from hypothesis import given, strategies
 
-from mlx_distill.data.batching import BatchList, EncodeReport, batches_per_epoch, collate, encode_rows, plan_epoch
-from mlx_distill.data.even import bound_places, cut_evenly, spread
+from mlx_distill.data.batching import (
+    BatchList,
+    EncodeReport,
+    batches_per_epoch,
+    bound_places,
+    collate,
+    cut_evenly,
+    encode_rows,
+    plan_epoch,
+    spread,
+)
 from mlx_distill.data.packing import Piece
 from mlx_distill.errors import DataError
 from mlx_distill.records import Batch, Example, Message

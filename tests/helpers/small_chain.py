@@ -16,7 +16,7 @@ from helpers.small_run import rows, write_recipe
 from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import load_recipe
 from mlx_distill.runtime import StopFlag
-from mlx_distill.stages import Context
+from mlx_distill.stages.context import Context
 from mlx_distill.storage import Manifest, check_folder, read_manifest
 
 STAGES = (

@@ -24,7 +24,7 @@ from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.train import BatchSource, ListBatches, RowBatches, TrainResult, make_trainable, sft, total_steps, train
 from mlx_distill.train.distributed import current_ranks
-from mlx_distill.train.stopwatch import Stopwatch
+from mlx_distill.train.profiling import Stopwatch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LENGTHS = [21, 9, 34, 13, 40, 17, 12, 26]  # of tokens; the golden gpt-oss has a window of 8

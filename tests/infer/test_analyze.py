@@ -12,9 +12,8 @@ import mlx_distill as md
 from mlx_distill.data.chat import prompt_ids
 from mlx_distill.data.predictions import FORMAT, read_predictions, write_predictions
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.infer import analyze
-from mlx_distill.infer import analyze as module
-from mlx_distill.infer.analyze import predict
+from mlx_distill.infer.analyze import analyze, predict
+from mlx_distill.infer.analyze import analyze as module
 from mlx_distill.infer.engine import Generation
 from mlx_distill.records import Prediction
 from mlx_distill.tasks.task import Task, load_task
@@ -87,7 +86,7 @@ def test_what_is_seen_on_the_way_is_what_one_more_pass_reads(
     model: Any, tokenizer: Any, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that begins its answer as the schema has it for every other item, and otherwise for the rest."""
-    from mlx_distill.infer.analyze import prepare_item
+    from mlx_distill.data.rows import prepare_item
     from mlx_distill.infer.label_scoring import label_place, label_probabilities
 
     place = label_place(tokenizer, task)

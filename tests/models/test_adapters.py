@@ -13,11 +13,19 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.models.adapters import LoraSettings, adapter_settings, add_lora, has_adapter, load_adapter, merge, save_adapter
+from mlx_distill.models.adapters import (
+    DoRASwitchLinear,
+    LoraSettings,
+    adapter_settings,
+    add_lora,
+    has_adapter,
+    load_adapter,
+    merge,
+    save_adapter,
+)
 from mlx_distill.models.convert import convert
-from mlx_distill.models.dora import DoRASwitchLinear
-from mlx_distill.models.load import cast, load_model
-from mlx_distill.models.plain import dequantized
+from mlx_distill.models.load import load_model
+from mlx_distill.models.modules import cast, dequantized
 
 ATTENTION = ("q_proj", "o_proj")
 CASES = [

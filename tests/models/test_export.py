@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from mlx_distill.models.adapters import LoraSettings, add_lora, load_adapter, sa
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft
 from mlx_distill.models.load import load_model
+from mlx_distill.report.model_card import card_text
 
 NAMES = ("qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4")
 
@@ -132,7 +134,7 @@ def test_peft_there_and_back_is_the_same_adapter(kind: str, golden: Any, logits:
 
 def test_rank_stabilized_scales_are_understood(golden: Any, tmp_path: Path) -> None:
     adapter(tmp_path / "student", golden("qwen3"))
-    to_peft(tmp_path / "student", tmp_path / "peft")
+    to_peft(tmp_path / "student", tmp_path / "peft", card=partial(card_text, library="peft"))
     path = tmp_path / "peft" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
     from_peft(tmp_path / "peft", tmp_path / "again", golden("qwen3"))
@@ -155,7 +157,7 @@ def test_what_peft_cannot_hold_and_what_we_cannot_compute_is_refused(golden: Any
     with pytest.raises(ModelError, match="no adapter"):
         to_peft(golden("qwen3"), tmp_path / "peft")
     adapter(tmp_path / "student", golden("qwen3"))
-    to_peft(tmp_path / "student", tmp_path / "peft")
+    to_peft(tmp_path / "student", tmp_path / "peft", card=partial(card_text, library="peft"))
     path = tmp_path / "peft" / "adapter_config.json"
     for change in ({"peft_type": "IA3"}, {"modules_to_save": ["norm"]}, {"bias": "all"}, {"r": None}):
         good = json.loads(path.read_text())
@@ -178,7 +180,7 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
         },
         "task_details": {"label": "first|tone"},
     }  # fmt: skip
-    to_hf(tmp_path / "ours", tmp_path / "out", report=figures)
+    to_hf(tmp_path / "ours", tmp_path / "out", card=partial(card_text, report=figures))
     card = (tmp_path / "out" / "README.md").read_text()
     plain = card.replace("\u202f", " ")
     assert "| model | Right | Same first\\|tone as teacher | Valid JSON | Median a row | Rows a minute | Peak memory |" in card
@@ -196,7 +198,7 @@ def test_the_card_says_that_packed_and_unpacked_paces_do_not_compare(golden: Any
         "metrics": {"teacher": {"items_per_minute": 900.0}, "quantized": {"items_per_minute": 200.0}},
         "provenance": {"evaluations": {"teacher": {"unpack": True}, "quantized": {"unpack": False}}},
     }
-    to_hf(tmp_path / "quantized", tmp_path / "out", report=figures)
+    to_hf(tmp_path / "quantized", tmp_path / "out", card=partial(card_text, report=figures))
     card = (tmp_path / "out" / "README.md").read_text()
     assert "The quantized student computed with packed weights, the teacher with unpacked ones" in card
 
@@ -214,7 +216,7 @@ def test_the_card_of_a_runs_model_goes_back_to_what_it_was_made_from(golden: Any
     partial = open_partial(tmp_path / "run" / "student", stage_key("student", 1, {}, parents))
     adapter(partial, tmp_path / "run" / "base")
     publish(tmp_path / "run" / "student", "student", 1, {}, parents, {})
-    to_hf(tmp_path / "run" / "student", tmp_path / "out")
+    to_hf(tmp_path / "run" / "student", tmp_path / "out", card=card_text)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model: org/name\n" in card
     assert "from org/name, at commit `0123abc`" in card
@@ -252,7 +254,7 @@ def test_what_stands_at_the_destination_is_not_mixed_with_an_adapter(golden: Any
             to_peft(tmp_path / "student", tmp_path / destination)
     assert tools.bits(tmp_path / "student") == before
     assert [p.name for p in (tmp_path / "mine").iterdir()] == ["diary.txt"]
-    to_peft(tmp_path / "student", tmp_path / "peft")
+    to_peft(tmp_path / "student", tmp_path / "peft", card=partial(card_text, library="peft"))
     assert "library_name: peft" in (tmp_path / "peft" / "README.md").read_text()
     with pytest.raises(FileError):
         from_peft(tmp_path / "peft", tmp_path / "mine", golden("qwen3"))

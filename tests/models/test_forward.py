@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.forward import SegmentCache, Segments, segment_caches
-from mlx_distill.models.load import hidden_states, load_model
+from mlx_distill.models.forward import SegmentCache, Segments, hidden_states, segment_caches
+from mlx_distill.models.load import load_model
 
 WINDOW = 8  # of the golden gpt-oss
 KINDS = ["qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4"]

@@ -14,7 +14,7 @@ from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft
 from mlx_distill.models.load import load_model
-from mlx_distill.models.mxfp4 import pack
+from mlx_distill.models.quantization import pack
 
 # The references warn of their own futures.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]

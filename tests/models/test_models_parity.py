@@ -8,7 +8,10 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from mlx_distill.models.load import cast, head, hidden_states, load_model, project
+from mlx_distill.losses.output_head import project
+from mlx_distill.models.forward import head, hidden_states
+from mlx_distill.models.load import load_model
+from mlx_distill.models.modules import cast
 
 NAMES = ("qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4")
 TOLERANCE = 2e-5  # of the logits' scale

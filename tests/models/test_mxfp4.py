@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_distill.models.mxfp4 import LEVELS, pack
+from mlx_distill.models.quantization import LEVELS, pack
 
 
 def plain(weights: list[float], step: int) -> tuple[int, list[int], Fraction]:

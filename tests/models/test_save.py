@@ -12,8 +12,8 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import to_hf
-from mlx_distill.models.load import load_model, unpack
-from mlx_distill.models.save import save_model
+from mlx_distill.models.load import load_model, save_model
+from mlx_distill.models.modules import unpack
 
 
 def saved(folder: Path, name: str, quantize: str | None, golden: Any, *, plain: bool = False, trains: bool = True) -> Any:

@@ -12,7 +12,8 @@ import pytest
 from mlx_distill.config import ASSETS
 from mlx_distill.models.adapters import LoraSettings, add_lora
 from mlx_distill.models.convert import convert
-from mlx_distill.models.load import load, load_model, unpack
+from mlx_distill.models.load import load, load_model
+from mlx_distill.models.modules import unpack
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.train import make_trainable
 from mlx_distill.train.preflight import check_model

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from mlx_distill.optim import APOLLO, AdamW, APOLLOMini, GaLoreAdamW
-from mlx_distill.optim.rounding import round_stochastically
+from mlx_distill.optim.adamw import round_stochastically
 
 TYPES = [mx.bfloat16, mx.float16]
 MAKERS: dict[str, Callable[..., Any]] = {

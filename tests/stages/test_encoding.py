@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 from helpers.small_chain import finished, make_context
 
-from mlx_distill import stages
 from mlx_distill.data import chat as templates
 from mlx_distill.data.batching import EncodeReport, encode_rows
 from mlx_distill.data.rows import from_row
@@ -22,8 +21,8 @@ from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import ConfigError, DataError, Interrupted
 from mlx_distill.models.load import load_tokenizer
 from mlx_distill.runtime import StopFlag
-from mlx_distill.stages import Context, training
-from mlx_distill.stages.context import read_rows
+from mlx_distill.stages import training
+from mlx_distill.stages.context import Context, read_rows
 from mlx_distill.stages.encoding import encoded_rows
 from mlx_distill.stages.pairing import _joined, _pair, aligned_pairs
 from mlx_distill.storage import digest, read_jsonl, write_jsonl

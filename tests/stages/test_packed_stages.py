@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 from helpers.small_chain import make_context
 
-from mlx_distill import stages
 from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import load_recipe
 from mlx_distill.stages import training

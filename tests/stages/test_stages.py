@@ -12,14 +12,16 @@ import numpy as np
 import pytest
 from helpers.small_chain import finished, make_context, manifests
 
-from mlx_distill import stages
 from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import DataError, Interrupted
 from mlx_distill.losses.byte_alignment import token_bytes
 from mlx_distill.models.load import load, load_tokenizer
-from mlx_distill.stages import Context
-from mlx_distill.stages.context import held_out_rows, read_rows
+from mlx_distill.stages.context import Context, held_out_rows, read_rows
+from mlx_distill.stages.distill import distill as distill_stage
+from mlx_distill.stages.evaluate import evaluate as evaluate_stage
 from mlx_distill.stages.pairing import aligned_pairs
+from mlx_distill.stages.targets import targets as targets_stage
+from mlx_distill.stages.teach import teach as teach_stage
 from mlx_distill.storage import read_jsonl, write_jsonl
 
 # --- evaluate -------------------------------------------------------------------------------------------------------------------
@@ -36,7 +38,7 @@ def test_the_limit_on_held_out_rows_is_for_each_set(run_copy: Path) -> None:
 def test_without_held_out_rows_there_is_nothing_to_measure(run_copy: Path, folder: Path) -> None:
     (run_copy / "data" / "test.jsonl").write_text("")
     with pytest.raises(DataError, match="no held-out rows") as caught:
-        stages.evaluate(make_context(run=run_copy), folder, "student", "student")
+        evaluate_stage(make_context(run=run_copy), folder, "student", "student")
     assert "test_fraction" in (caught.value.fix or "")
 
 
@@ -65,7 +67,7 @@ def test_targets_are_of_the_training_and_validation_rows_and_never_of_the_held_o
 
 def test_the_limit_of_targets_is_on_training_rows(folder: Path) -> None:
     context = make_context("targets.max_rows=5", "targets.text=data")
-    facts = stages.targets(context, folder)
+    facts = targets_stage(context, folder)
     valid = [row["id"] for row in read_rows(context, "valid")]
     assert scored_ids(folder) == [row["id"] for row in read_rows(context, "train")][:5] + valid and valid
     assert facts["rows"] == 5 + len(valid) and facts["bytes"] > 0
@@ -75,7 +77,7 @@ def test_an_answer_that_does_not_fit_gives_way_to_the_datas_own(folder: Path, mo
     context = make_context("targets.max_rows=4")
     answers = ['{"colour": "yes"}', "no JSON", '{"colour": "maybe"}', '{"colour": "no"}']
     monkeypatch.setattr("mlx_distill.stages.scoring._answers", lambda context, model, tokenizer, rows: (answers * 40)[: len(rows)])
-    stages.targets(context, folder)
+    targets_stage(context, folder)
     rows = {row["id"]: row["messages"][-1]["content"] for split in ("train", "valid") for row in read_rows(context, split)}
     for row, answer in zip(TargetReader(folder), answers * 40, strict=False):
         assert row.text == (answer if answer in (answers[0], answers[3]) else rows[row.id])
@@ -142,13 +144,13 @@ def test_targets_of_another_tokenizer_are_refused(run_copy: Path, folder: Path) 
     index = run_copy / "targets" / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "teacher_tokenizer": "other"}))
     with pytest.raises(DataError, match="targets of another tokenizer") as caught:
-        stages.distill(make_context(run=run_copy), folder)
+        distill_stage(make_context(run=run_copy), folder)
     assert "mlx-distill targets" in (caught.value.fix or "")
 
 
 @pytest.mark.parametrize("control", ["labels", "text"])
 def test_a_control_learns_from_one_thing_alone(folder: Path, control: str) -> None:
-    facts = stages.distill(make_context("distill.steps=2"), folder, control)
+    facts = distill_stage(make_context("distill.steps=2"), folder, control)
     assert facts["steps"] == 2 and 0 < facts["trainable"]["share"] < 0.2
     row = next(read_jsonl(folder / "metrics.jsonl"))[1]
     assert {"label", "token"}.isdisjoint(row)
@@ -173,7 +175,7 @@ def test_the_distilled_student_is_an_adapter_and_the_quantized_one_a_model_of_it
 
 @pytest.mark.parametrize(
     "stage",
-    [stages.teach, stages.targets, stages.distill, lambda c, f: stages.evaluate(c, f, "student", "student")],
+    [teach_stage, targets_stage, distill_stage, lambda c, f: evaluate_stage(c, f, "student", "student")],
     ids=["teach", "targets", "distill", "evaluate"],
 )
 def test_the_wish_to_stop_is_heard(folder: Path, stage: Callable[[Context, Path], Any]) -> None:

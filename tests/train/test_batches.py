@@ -9,8 +9,7 @@ import pytest
 
 from mlx_distill.errors import DataError
 from mlx_distill.records import Batch
-from mlx_distill.train.batches import RowBatches
-from mlx_distill.train.source import BatchSource
+from mlx_distill.train.batches import BatchSource, RowBatches
 
 LENGTHS = [5 + (7 * i) % 23 for i in range(37)]
 

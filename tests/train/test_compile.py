@@ -21,9 +21,9 @@ from mlx_distill.models.load import load_model
 from mlx_distill.optim import make_optimizer
 from mlx_distill.recipe import ATTENTION
 from mlx_distill.records import Batch
+from mlx_distill.runtime import random_key
 from mlx_distill.train import ListBatches, sft, train
 from mlx_distill.train.grad_checkpoint import recomputed_layers
-from mlx_distill.train.randomness import random_key
 from mlx_distill.train.trunk_head import make_trunk
 from mlx_distill.train.updates import differentiate
 

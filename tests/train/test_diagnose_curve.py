@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from mlx_distill.train.hindsight import doubts
+from mlx_distill.train.diagnostics import doubts
 
 
 def curve(losses: list[float], looks: dict[int, float] | None = None, norms: list[float] | None = None) -> list[dict[str, Any]]:

@@ -19,10 +19,10 @@ from mlx_distill.errors import ConfigError, DataError, FileError, ModelError
 from mlx_distill.optim import make_optimizer
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
+from mlx_distill.runtime import random_key, set_random_key
 from mlx_distill.train import ListBatches, Objective, TrainResult, load_weights, make_trainable, sft, total_steps, train
 from mlx_distill.train.grad_checkpoint import recomputed_layers
-from mlx_distill.train.randomness import random_key, set_random_key
-from mlx_distill.train.stopwatch import PARTS
+from mlx_distill.train.profiling import PARTS
 from mlx_distill.train.updates import clip_scale, evaluate, global_norm, window_gradients
 
 ROWS = make_rows(24)

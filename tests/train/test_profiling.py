@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.optim import make_optimizer
 from mlx_distill.train import ListBatches, Profile, make_trainable, sft, train
-from mlx_distill.train.stopwatch import PARTS, Stopwatch
+from mlx_distill.train.profiling import PARTS, Stopwatch
 
 
 def test_a_part_inside_another_counts_once_and_the_rest_is_other() -> None:

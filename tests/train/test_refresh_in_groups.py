@@ -12,9 +12,9 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.optim import make_optimizer
 from mlx_distill.train import ListBatches, make_trainable, sft, train
-from mlx_distill.train import refresh as refresh_module
-from mlx_distill.train import steps as steps_module
-from mlx_distill.train.refresh import frozen
+from mlx_distill.train import loop as steps_module
+from mlx_distill.train import updates as refresh_module
+from mlx_distill.train.updates import frozen
 
 ROWS = make_rows(24)
 

@@ -16,8 +16,7 @@ from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.optim import AdamW, make_optimizer
 from mlx_distill.records import Batch
 from mlx_distill.train import ListBatches, Objective, make_trainable, sft, train
-from mlx_distill.train.streaming import streamed_step
-from mlx_distill.train.updates import apply_update, clip_scale, global_norm, window_gradients
+from mlx_distill.train.updates import apply_update, clip_scale, global_norm, streamed_step, window_gradients
 
 ROWS = make_rows(16)
 

@@ -13,12 +13,12 @@ from helpers.tiny_model import TinyModel, collate, make_model, make_rows, settin
 from mlx.utils import tree_flatten
 
 from mlx_distill.losses.numerics import row_logsumexp
+from mlx_distill.losses.tiled import in_slices
+from mlx_distill.runtime import random_key
 from mlx_distill.train import make_trainable
 from mlx_distill.train import trunk_head as cut
 from mlx_distill.train.grad_checkpoint import recomputed_layers
 from mlx_distill.train.objective import sft
-from mlx_distill.train.randomness import random_key
-from mlx_distill.train.reading import in_slices
 from mlx_distill.train.updates import differentiate
 
 BATCH = collate(make_rows(6), list(range(6)))

@@ -1,0 +1,21 @@
+"""The convert stage: a checkpoint of the Hub's layout to an MLX folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_distill.stages.context import Context as Context
+from mlx_distill.stages.context import Facts
+from mlx_distill.stages.training import check_training as check_training
+
+
+def convert(context: Context, folder: Path, source: str, name: str) -> Facts:
+    """A checkpoint of the Hub's layout to the run's model ``name``, numerically the same."""
+    from mlx_distill.models.convert import convert_into
+
+    settings = context.recipe.convert
+    report = convert_into(
+        source, folder, quantize=settings.quantize, dtype=settings.dtype, revision=settings.revision, progress=context.progress,
+        name=f"convert {name}",
+    )  # fmt: skip
+    return {"source": source, **report.facts()}
