@@ -14,6 +14,10 @@ from typing import Any
 
 import hypothesis
 import pytest
+from helpers.checkpoints import copy as copy
+from helpers.checkpoints import golden as golden
+from helpers.checkpoints import logits as logits
+from helpers.checkpoints import tools as tools
 
 from mlx_distill.runtime import load_blas
 

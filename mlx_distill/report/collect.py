@@ -11,7 +11,6 @@ from typing import Any
 from mlx_distill import metrics as m
 from mlx_distill.errors import ConfigError, DataError, DistillError
 from mlx_distill.metrics.classification import Row
-from mlx_distill.report import collect as facts
 from mlx_distill.storage import Manifest, os_errors, read_json, read_jsonl, read_manifest
 from mlx_distill.tasks.task import Task
 
@@ -69,8 +68,8 @@ def build_report(
     main = MAIN_SET if MAIN_SET in sets else next(iter(sets))
     by_set = {name: _set_metrics(rows, name, task, confidence) for name in sets}
     for model, figures in by_set[main].items():
-        figures["peak_memory_gb"] = facts.peak_memory_gb(headers[model], Path(evaluations[model]))
-    folders = facts.model_folders(run, list(evaluations), models or {})
+        figures["peak_memory_gb"] = peak_memory_gb(headers[model], Path(evaluations[model]))
+    folders = model_folders(run, list(evaluations), models or {})
     return {
         "format": FORMAT,
         "name": str(recipe.get("name") or run.resolve().name),
@@ -92,10 +91,10 @@ def build_report(
             for name, part in rows.items()
             if TEACHER in rows and name in ("student", "quantized")
         },
-        "sizes": facts.sizes(folders),
-        "curves": facts.curves(run),
-        "training": facts.training(run),
-        "provenance": facts.provenance(run, recipe, headers, [Path(p) for p in evaluations.values()], machine, versions),
+        "sizes": sizes(folders),
+        "curves": curves(run),
+        "training": training(run),
+        "provenance": provenance(run, recipe, headers, [Path(p) for p in evaluations.values()], machine, versions),
     }
 
 

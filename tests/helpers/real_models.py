@@ -12,8 +12,8 @@ import numpy as np
 
 from helpers.tiny_model import VOCABULARY
 from helpers.training_cases import ATTENTION, GOLDEN, LENGTHS, LINES, lines_of_pieces
-from mlx_distill.distill import objective as kd
 from mlx_distill.distill.align import Pair, collate_pairs, make_pair
+from mlx_distill.distill.objective import kd
 from mlx_distill.losses.cross_tokenizer import CellMap
 from mlx_distill.losses.labels import LabelTokens
 from mlx_distill.models.load import load_model

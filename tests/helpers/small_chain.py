@@ -17,8 +17,12 @@ from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import load_recipe
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages.context import Context
+from mlx_distill.stages.distill import distill
+from mlx_distill.stages.teach import teach
 from mlx_distill.storage import Manifest, check_folder, read_manifest
 
+# The functions behind the commands that train.
+TRAININGS = {"teach": teach, "distill": distill}
 STAGES = (
     "data",
     "teacher_base",

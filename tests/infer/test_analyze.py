@@ -12,8 +12,8 @@ import mlx_distill as md
 from mlx_distill.data.chat import prompt_ids
 from mlx_distill.data.predictions import FORMAT, read_predictions, write_predictions
 from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.infer import analyze as module
 from mlx_distill.infer.analyze import analyze, predict
-from mlx_distill.infer.analyze import analyze as module
 from mlx_distill.infer.engine import Generation
 from mlx_distill.records import Prediction
 from mlx_distill.tasks.task import Task, load_task

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlx_distill import metrics
 from mlx_distill.errors import DataError
-from mlx_distill.metrics import agreement as fidelity
 from mlx_distill.metrics import classification as scores
+from mlx_distill.metrics.agreement import divergence, pair
 from mlx_distill.metrics.intervals import wilson
 
 LABELS = ["a", "b", "c"]
@@ -51,7 +52,7 @@ def test_accuracy_counts_an_invalid_answer_as_wrong() -> None:
 def test_accuracy_never_trusts_the_label_of_an_invalid_answer() -> None:
     broken = {**row("x", "a", "a"), "answer": None}
     assert scores.accuracy([broken], "kind")["value"] == 0.0
-    assert fidelity.verdict_agreement([broken], [broken])["value"] == 0.0
+    assert metrics.verdict_agreement([broken], [broken])["value"] == 0.0
     assert scores.count_sides([broken], "kind", ["a"]).false_negative == 1
 
 
@@ -73,7 +74,7 @@ def test_json_valid() -> None:
 def test_verdict_agreement_pairs_by_id_and_an_invalid_answer_agrees_with_nothing() -> None:
     teacher = [row("1", "a", "a"), row("2", "a", "b"), row("3", "a", None), row("4", "a", "c"), row("5", "a", None)]
     model = [row("5", "a", None), row("4", "a", None), row("3", "a", "a"), row("2", "a", "b"), row("1", "a", "c"), row("9", "a", "a")]
-    result = fidelity.verdict_agreement(model, teacher)
+    result = metrics.verdict_agreement(model, teacher)
     assert (result["value"], result["n"]) == (0.2, 5)
 
 
@@ -86,19 +87,19 @@ def test_agreement_wants_the_label_and_a_near_score() -> None:
         row("3", "a", None),
         row("4", "a", "a", score=None),  # a valid answer without a score
     ]
-    assert fidelity.agreement(model, teacher, tolerance=5.0)["value"] == 0.2
-    assert fidelity.agreement(model, teacher, tolerance=6.0)["value"] == 0.4
-    assert fidelity.agreement(model, teacher, tolerance=None)["value"] == fidelity.verdict_agreement(model, teacher)["value"] == 0.6
+    assert metrics.agreement(model, teacher, tolerance=5.0)["value"] == 0.2
+    assert metrics.agreement(model, teacher, tolerance=6.0)["value"] == 0.4
+    assert metrics.agreement(model, teacher, tolerance=None)["value"] == metrics.verdict_agreement(model, teacher)["value"] == 0.6
 
 
 def test_agreement_of_fractional_scores_is_not_decided_by_rounding() -> None:
-    assert fidelity.agreement([row("0", "a", "a", score=0.3)], [row("0", "a", "a", score=0.2)], tolerance=0.1)["value"] == 1.0
+    assert metrics.agreement([row("0", "a", "a", score=0.3)], [row("0", "a", "a", score=0.2)], tolerance=0.1)["value"] == 1.0
 
 
 def test_score_mae_is_against_the_truth_and_score_gap_against_the_teacher() -> None:
     model = [row("0", "a", "a", true_score=50, score=40), row("1", "a", "b", true_score=50, score=52), row("2", "a", None)]
     teacher = [row("0", "a", "a", score=43), row("1", "a", "a", score=51), row("2", "a", "a", score=9)]
-    truth, gap = scores.score_mae(model, "points"), fidelity.score_gap(model, teacher)
+    truth, gap = scores.score_mae(model, "points"), metrics.score_gap(model, teacher)
     assert (truth["value"], truth["n"]) == (6.0, 2)
     assert (gap["value"], gap["n"]) == (2.0, 2)
     assert scores.score_mae(model, None)["value"] is None
@@ -178,7 +179,7 @@ def test_confusion_rows_are_truth_and_the_last_column_is_invalid() -> None:
 
 def test_teacher_confusion_has_the_teachers_labels_as_rows() -> None:
     model, teacher = rows(("c", "a"), ("c", "b"), ("c", "b")), rows(("c", "b"), ("c", "b"), ("c", None))
-    result = fidelity.teacher_confusion(model, teacher, "kind", LABELS)
+    result = metrics.teacher_confusion(model, teacher, "kind", LABELS)
     assert result["counts"] == [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert (result["n"], result["left_out"]) == (2, 1)
 
@@ -186,11 +187,11 @@ def test_teacher_confusion_has_the_teachers_labels_as_rows() -> None:
 def test_slices_split_by_the_rows_field() -> None:
     model = [row("0", "a", "a", fields={"genre": "x"}), row("1", "a", "b", fields={"genre": "x"}), row("2", "a", "a", fields={})]
     teacher = [row("0", "a", "a"), row("1", "a", "b"), row("2", "a", "b")]
-    result = fidelity.by_slice(model, teacher, "kind", ["genre"])["genre"]
+    result = metrics.by_slice(model, teacher, "kind", ["genre"])["genre"]
     assert list(result) == ["(none)", "x"]
     assert (result["x"]["n"], result["x"]["accuracy"]["value"], result["x"]["verdict_agreement"]["value"]) == (2, 0.5, 1.0)
     assert result["(none)"]["verdict_agreement"]["value"] == 0.0
-    assert fidelity.by_slice(model, None, "kind", ["genre"])["genre"]["x"]["verdict_agreement"] is None
+    assert metrics.by_slice(model, None, "kind", ["genre"])["genre"]["x"]["verdict_agreement"] is None
 
 
 def grouped(group: str, pairs: list[tuple[str, str | None]]) -> list[dict[str, Any]]:
@@ -217,17 +218,17 @@ def test_error_rates_by_group_with_counts_and_gap() -> None:
 
 def test_divergence_by_hand_and_its_properties() -> None:
     p, q = {"a": 0.7, "b": 0.2, "c": 0.1}, {"a": 0.2, "b": 0.5, "c": 0.3}
-    assert fidelity.divergence(p, q, LABELS) == pytest.approx(0.7 * math.log(3.5) + 0.2 * math.log(0.4) + 0.1 * math.log(1 / 3))
-    assert fidelity.divergence(p, p, LABELS) == 0.0
-    assert fidelity.divergence({"a": 7, "b": 2, "c": 1}, q, LABELS) == pytest.approx(fidelity.divergence(p, q, LABELS))
-    assert 10 < fidelity.divergence({"a": 1.0}, {"b": 1.0}, LABELS) < 30  # finite at a model's exact zero
+    assert divergence(p, q, LABELS) == pytest.approx(0.7 * math.log(3.5) + 0.2 * math.log(0.4) + 0.1 * math.log(1 / 3))
+    assert divergence(p, p, LABELS) == 0.0
+    assert divergence({"a": 7, "b": 2, "c": 1}, q, LABELS) == pytest.approx(divergence(p, q, LABELS))
+    assert 10 < divergence({"a": 1.0}, {"b": 1.0}, LABELS) < 30  # finite at a model's exact zero
 
 
 def test_label_kl_is_the_mean_over_pairs_that_have_distributions() -> None:
     p, q = {"a": 0.5, "b": 0.5}, {"a": 0.75, "b": 0.25}
     teacher = [row(str(i), "a", "a", label_probs=p) for i in range(3)]
     model = [row("0", "a", "a", label_probs=q), row("1", "a", "a", label_probs=p), row("2", "a", "a")]
-    result = fidelity.label_kl(model, teacher, ["a", "b"])
+    result = metrics.label_kl(model, teacher, ["a", "b"])
     assert result["n"] == 2
     assert result["value"] == pytest.approx((0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)) / 2)
 
@@ -241,7 +242,7 @@ def test_disagreements_are_side_by_side_and_farthest_first() -> None:
         row("2", "a", "b", score=20, label_probs=far),
         row("3", "a", None, label_probs=None),
     ]
-    result = fidelity.disagreements(model, teacher, ["a", "b"], ["kind", "points"])
+    result = metrics.disagreements(model, teacher, ["a", "b"], ["kind", "points"])
     assert [item["id"] for item in result] == ["2", "1", "3"]
     assert result[0]["differs"] == ["kind", "points"]
     assert result[1]["differs"] == ["kind"]
@@ -249,13 +250,13 @@ def test_disagreements_are_side_by_side_and_farthest_first() -> None:
     assert (result[1]["teacher"]["label"], result[1]["model"]["label"]) == ("a", "b")
     assert (result[2]["model"]["text"], result[2]["model"]["error"]) == ("{", "not JSON")
     assert "text" not in result[1]["model"]
-    assert len(fidelity.disagreements(model, teacher, ["a", "b"], ["kind"], limit=1)) == 1
+    assert len(metrics.disagreements(model, teacher, ["a", "b"], ["kind"], limit=1)) == 1
 
 
 def test_versus_tells_who_is_right_where() -> None:
     model = rows(("a", "a"), ("a", "a"), ("a", "b"), ("a", None), (None, "a"))
     teacher = rows(("a", "a"), ("a", "b"), ("a", "a"), ("a", "c"), (None, "a"))
-    result = fidelity.versus(model, teacher, "kind")
+    result = metrics.versus(model, teacher, "kind")
     assert result is not None
     assert (result["both"], result["first_only"], result["second_only"], result["neither"]) == (1, 1, 1, 1)
     assert result["difference"]["n"] == 4
@@ -264,7 +265,7 @@ def test_versus_tells_who_is_right_where() -> None:
 def test_agreement_gain_is_paired_over_three_models() -> None:
     teacher = rows(("a", "a"), ("a", "b"), ("a", "c"))
     before, after = rows(("a", "b"), ("a", "b"), ("a", "a")), rows(("a", "a"), ("a", "b"), ("a", "c"))
-    result = fidelity.agreement_gain(after, before, teacher)
+    result = metrics.agreement_gain(after, before, teacher)
     assert result is not None
     assert result["difference"]["value"] == pytest.approx(2 / 3)
     assert (result["both"], result["first_only"], result["second_only"]) == (1, 2, 0)
@@ -287,6 +288,6 @@ def test_latency_of_rows_that_were_not_timed_is_absent() -> None:
 def test_an_id_that_stands_twice_is_an_error() -> None:
     twice = rows(("a", "a")) * 2
     with pytest.raises(DataError, match="'0' stands twice"):
-        fidelity.pair(rows(("a", "a")), twice)
+        pair(rows(("a", "a")), twice)
     with pytest.raises(DataError, match="stands twice"):
-        fidelity.pair(twice, rows(("a", "a")))
+        pair(twice, rows(("a", "a")))

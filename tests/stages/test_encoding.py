@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers.small_chain import finished, make_context
+from helpers.small_chain import TRAININGS, finished, make_context
 
 from mlx_distill.data import chat as templates
 from mlx_distill.data.batching import EncodeReport, encode_rows
@@ -22,7 +22,7 @@ from mlx_distill.errors import ConfigError, DataError, Interrupted
 from mlx_distill.models.load import load_tokenizer
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages import training
-from mlx_distill.stages.context import Context, read_rows
+from mlx_distill.stages.context import Context, content_of, read_rows
 from mlx_distill.stages.encoding import encoded_rows
 from mlx_distill.stages.pairing import _joined, _pair, aligned_pairs
 from mlx_distill.storage import digest, read_jsonl, write_jsonl
@@ -189,7 +189,7 @@ def start(run_copy: Path, folder: Path, stage: str) -> dict[str, Any]:
 
     context = replace(make_context(run=run_copy, hooks=[hook]), stop=stop)
     with pytest.raises(Interrupted):
-        getattr(stages, stage)(context, folder)
+        TRAININGS[stage](context, folder)
     path = latest(folder / "scratch" / "checkpoints")
     assert path is not None
     return read_state(path)
@@ -200,18 +200,18 @@ def test_a_checkpoint_of_other_rows_or_another_base_is_refused(run_copy: Path, f
     base, name = {"teach": ("teacher_base", "rows"), "distill": ("student_base", "pairs")}[stage]
     state = start(run_copy, folder, stage)
     train, valid = (Store(folder / "scratch" / name / split, dict).content for split in ("train", "valid"))
-    content = stages.context.content_of(run_copy / base)
+    content = content_of(run_copy / base)
     assert state["data"]["identity"] == train and state["settings"]["identity"] == digest(
         {"train": train, "valid": valid, "model": content}
     )
     text = (run_copy / "data" / "train.jsonl").read_bytes()
     change_rows(run_copy)
     with pytest.raises(ConfigError, match="identity"):
-        getattr(stages, stage)(make_context(run=run_copy), folder)
+        TRAININGS[stage](make_context(run=run_copy), folder)
     (run_copy / "data" / "train.jsonl").write_bytes(text)
-    assert getattr(stages, stage)(make_context(run=run_copy), folder)["resumed"] == 2
+    assert TRAININGS[stage](make_context(run=run_copy), folder)["resumed"] == 2
     shutil.rmtree(folder / "scratch")
     start(run_copy, folder, stage)
     change_manifest(run_copy / base)
     with pytest.raises(ConfigError, match="identity"):
-        getattr(stages, stage)(make_context(run=run_copy), folder)
+        TRAININGS[stage](make_context(run=run_copy), folder)

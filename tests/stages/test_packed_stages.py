@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.small_chain import make_context
+from helpers.small_chain import TRAININGS, make_context
 
 from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import load_recipe
@@ -21,7 +21,7 @@ def one_step(folder: Path, stage: str, packing: bool) -> tuple[dict[str, Any], l
     values = {"packing": packing, "steps": 0, "epochs": 1, "accumulate": 1000, "lora_dropout": 0, "evaluate_every": 1, "max_length": 512}
     context = make_context(*(f"{stage}.{key}={json.dumps(value)}" for key, value in values.items()))
     folder.mkdir()
-    getattr(stages, stage)(context, folder)
+    TRAININGS[stage](context, folder)
     (row,) = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     return row, context.progress.notes  # type: ignore[attr-defined]
 

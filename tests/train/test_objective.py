@@ -18,7 +18,8 @@ from mlx_distill.losses.cross_tokenizer import CellMap, cell_kl
 from mlx_distill.losses.labels import LabelTokens
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch, TopK
-from mlx_distill.train import make_trainable, reading
+from mlx_distill.train import make_trainable
+from mlx_distill.train import objective as reading
 from mlx_distill.train.objective import Objective, sft
 from mlx_distill.train.updates import global_norm, window_gradients
 
