@@ -4,8 +4,8 @@
     python benchmarks/convert_bench.py --size full     # 13.8 GB: 24 layers, 32 experts, 201,088 tokens; ours alone
     python benchmarks/convert_bench.py --quantize affine4
 
-The weights are random; layout, names and shapes are those of the published MXFP4 checkpoint. Each way runs in a process of its own, whose
-peak resident memory the kernel tells. Results go to benchmarks/results/.
+The weights are random; layout, names and shapes are those of the published MXFP4 checkpoint. Each way runs in
+a process of its own, whose peak resident memory the kernel tells. Results go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -30,13 +30,21 @@ SIZES = {
     "small": {"num_hidden_layers": 5, "num_local_experts": 12, "vocab_size": 20_096},
     "full": {"num_hidden_layers": 24, "num_local_experts": 32, "vocab_size": 201_088},
 }
-OURS = (
-    "import sys; from mlx_distill import convert; r = convert(sys.argv[1], sys.argv[2], quantize=sys.argv[3] or None); print(r.lines()[-1])"
-)
+OURS = "import sys; from mlx_distill import convert; r = convert(sys.argv[1], sys.argv[2], quantize=sys.argv[3] or None); print(r.lines()[-1])"
 IMPORT = "import mlx.core, numpy, mlx_distill.models.convert"
 COPIES = {
     "ours": lambda a, b, q: [sys.executable, "-c", OURS, a, b, q],
-    "mlx_lm.convert": lambda a, b, q: [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", a, "--mlx-path", b, *(["-q"] if q else [])],
+    "mlx_lm.convert": lambda a, b, q: [
+        sys.executable,
+        "-m",
+        "mlx_lm",
+        "convert",
+        "--hf-path",
+        a,
+        "--mlx-path",
+        b,
+        *(["-q"] if q else []),
+    ],
     "cp": lambda a, b, q: ["cp", "-r", a, b],
     "import alone": lambda a, b, q: [sys.executable, "-c", IMPORT],
 }
@@ -111,7 +119,11 @@ def generate(folder: Path, size: str, shards: int = 9) -> int:
     total = sum(nbytes(dtype, shape) for _, dtype, shape in every)
     rng = np.random.default_rng(0)
     packed = rng.integers(0, 256, 32 << 20, np.uint8)
-    floats = ((0.02 * rng.standard_normal(16 << 20, np.float32)).view(np.uint32) >> 16).astype(np.uint16).view(np.uint8)
+    floats = (
+        ((0.02 * rng.standard_normal(16 << 20, np.float32)).view(np.uint32) >> 16)
+        .astype(np.uint16)
+        .view(np.uint8)
+    )
     scales = rng.integers(118, 124, 8 << 20, np.uint8)
     groups: list[list[tuple[str, str, list[int]]]] = [[]]
     filled = 0
@@ -125,18 +137,27 @@ def generate(folder: Path, size: str, shards: int = 9) -> int:
         file = f"model-{number:05d}-of-{len(groups) - 1:05d}.safetensors"
         header, offset = {}, 0
         for name, dtype, shape in group:
-            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + nbytes(dtype, shape)]}
+            header[name] = {
+                "dtype": dtype,
+                "shape": shape,
+                "data_offsets": [offset, offset + nbytes(dtype, shape)],
+            }
             offset += nbytes(dtype, shape)
             weight_map[name] = file
         text = json.dumps(header).encode()
         with open(folder / file, "wb") as out:
             out.write(struct.pack("<Q", len(text)) + text)
             for name, dtype, shape in group:
-                buffer, left = floats if dtype == "BF16" else scales if name.endswith("_scales") else packed, nbytes(dtype, shape)
+                buffer, left = (
+                    floats if dtype == "BF16" else scales if name.endswith("_scales") else packed,
+                    nbytes(dtype, shape),
+                )
                 while left:
                     left -= out.write(memoryview(buffer)[: min(left, len(buffer))])
     (folder / "config.json").write_text(json.dumps(c, indent=2))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
+    )
     make_tokenizer(folder)
     return total
 
@@ -160,13 +181,19 @@ def measure(command: list[str]) -> dict[str, float]:
     if status:
         raise SystemExit(f"{command[:4]} failed:\n{errors.decode()[-2000:]}")
     kilobyte = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": time.perf_counter() - began, "cpu_seconds": usage.ru_utime + usage.ru_stime, "peak_rss": usage.ru_maxrss * kilobyte}
+    return {
+        "seconds": time.perf_counter() - began,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+        "peak_rss": usage.ru_maxrss * kilobyte,
+    }
 
 
 def main() -> None:
     from mlx_distill.runtime import machine, versions
 
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--quantize", default="", choices=["", "affine4"])
     parser.add_argument("--repeat", type=int, default=2, help="runs of each way; the fastest counts")
@@ -181,10 +208,16 @@ def main() -> None:
     work = Path(tempfile.mkdtemp(dir=options.work))
     try:
         # In a process of its own: a child's peak counts what its parent held when it was forked.
-        subprocess.run([sys.executable, __file__, "--generate", str(work / "source"), "--size", options.size], check=True)
+        subprocess.run(
+            [sys.executable, __file__, "--generate", str(work / "source"), "--size", options.size], check=True
+        )
         total = sum(p.stat().st_size for p in (work / "source").glob("*.safetensors"))
         print(f"generated {total / 1e9:.2f} GB", flush=True)
-        ways = {name: way for name, way in COPIES.items() if options.size == "small" or name in ("ours", "import alone")}
+        ways = {
+            name: way
+            for name, way in COPIES.items()
+            if options.size == "small" or name in ("ours", "import alone")
+        }
         runs: dict[str, dict[str, float]] = {}
         for _ in range(options.repeat if options.size == "small" else 1):
             for name, way in ways.items():
@@ -192,10 +225,15 @@ def main() -> None:
                 run = measure(way(str(work / "source"), str(work / "out"), options.quantize))
                 if name not in runs or run["seconds"] < runs[name]["seconds"]:
                     runs[name] = run
-                print(f"{name:16} {run['seconds']:7.2f} s  {run['cpu_seconds']:7.2f} s CPU  {run['peak_rss'] / 1e9:6.3f} GB", flush=True)
+                print(
+                    f"{name:16} {run['seconds']:7.2f} s  {run['cpu_seconds']:7.2f} s CPU  {run['peak_rss'] / 1e9:6.3f} GB",
+                    flush=True,
+                )
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     out = {
         "bytes": total,
         "size": options.size,
@@ -209,7 +247,12 @@ def main() -> None:
         for key in ("seconds", "peak_rss"):
             out[f"{key}_of_mlx_lm"] = runs["ours"][key] / runs["mlx_lm.convert"][key]
             print(f"ours / mlx_lm, {key}: {out[f'{key}_of_mlx_lm']:.2f}")
-    path = ROOT / "benchmarks" / "results" / f"convert_{options.size}{'_' + options.quantize if options.quantize else ''}.json"
+    path = (
+        ROOT
+        / "benchmarks"
+        / "results"
+        / f"convert_{options.size}{'_' + options.quantize if options.quantize else ''}.json"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(out, indent=2) + "\n")
 

@@ -3,17 +3,19 @@
     python benchmarks/rows_bench.py                   # about 3 minutes on two cores
     python benchmarks/rows_bench.py --rows 1000 5000
 
-Rows are made here: words of the packaged generator's texts and some invented ones, drawn by Zipf's law, in chats of log-normal length
-(median about 180 tokens, 95th percentile about 700, at most 1,024 are kept); every twentieth is a near copy of the one before. The
-tokenizer is the packaged tiny teacher's. Each part runs in a process of its own; memory is the kernel's peak of resident pages above what
-lay there when the imports were done. What files have in the system's cache is nobody's memory, and is not counted.
+Rows are made here: words of the packaged generator's texts and some invented ones, drawn by Zipf's law, in
+chats of log-normal length (median about 180 tokens, 95th percentile about 700, at most 1,024 are kept); every
+twentieth is a near copy of the one before. The tokenizer is the packaged tiny teacher's. Each part runs in a
+process of its own; memory is the kernel's peak of resident pages above what lay there when the imports were
+done. What files have in the system's cache is nobody's memory, and is not counted.
 
     prepare    checks, near duplicates, split                      (data/splits.py)
     tokenize   chats to tokens on the disk                         (data/batches.py, data/store.py)
     walk       two epochs in batches of 8, each batch collated     (train/rows.py)
     list       the same tokens in a list of arrays
     by itself  the same tokens in a list, chat by chat, 10,000 rows at most
-    datasets   Dataset.map with the tokenizer's own template, batched; it makes no mask, so it has less to do, and it maps its files, whose
+    datasets   Dataset.map with the tokenizer's own template, batched; it makes no mask, so it has less to do,
+    and it maps its files, whose
                pages count as resident
 
 Results go to benchmarks/results/rows.json.
@@ -40,12 +42,18 @@ LONGEST, BATCH, SEED = 1024, 8, 0
 # Words of a text: with the prompt's own tokens and 1.75 tokens a word that is 180 tokens, and 700.
 MEDIAN, NEAR_THE_END, MOST = 70, 367, 1000
 TASK: dict[str, Any] = {
-    "name": "kinds", "system": "Say of which kind the text is. Answer in JSON.", "user": "{text}", "label": "kind", "slices": ("group",),
+    "name": "kinds",
+    "system": "Say of which kind the text is. Answer in JSON.",
+    "user": "{text}",
+    "label": "kind",
+    "slices": ("group",),
     "schema": {
-        "type": "object", "additionalProperties": False, "required": ["kind"],
+        "type": "object",
+        "additionalProperties": False,
+        "required": ["kind"],
         "properties": {"kind": {"type": "string", "enum": ["a", "b", "c"]}},
     },
-}  # fmt: skip
+}
 
 
 def make_rows(count: int) -> Iterator[dict[str, Any]]:
@@ -54,7 +62,13 @@ def make_rows(count: int) -> Iterator[dict[str, Any]]:
     from mlx_distill.assets.music.generator import generate
 
     random = np.random.default_rng(SEED)
-    known = sorted({word for row in generate(count=300, seed=0, noise=0.0, part="train") for word in row["lyrics"].split()})
+    known = sorted(
+        {
+            word
+            for row in generate(count=300, seed=0, noise=0.0, part="train")
+            for word in row["lyrics"].split()
+        }
+    )
     known = [known[i] for i in random.permutation(len(known))]
     text: list[str] = []
     for number in range(count):
@@ -62,13 +76,25 @@ def make_rows(count: int) -> Iterator[dict[str, Any]]:
             text = [*text]
             text[int(random.integers(len(text)))] = "changed"
         else:
-            words = int(min(max(math.exp(random.normal(math.log(MEDIAN), math.log(NEAR_THE_END / MEDIAN) / 1.645)), 3), MOST))
+            words = int(
+                min(
+                    max(
+                        math.exp(random.normal(math.log(MEDIAN), math.log(NEAR_THE_END / MEDIAN) / 1.645)), 3
+                    ),
+                    MOST,
+                )
+            )
             chosen = np.minimum(random.zipf(1.3, words), len(known)) - 1
             text = [
                 f"x{int(random.integers(200_000))}" if rare else known[i]
                 for i, rare in zip(chosen, random.random(words) < 0.02, strict=True)
             ]
-        yield {"id": f"row{number}", "text": " ".join(text), "kind": "abc"[number % 3], "group": "uvwxyz"[number % 6]}
+        yield {
+            "id": f"row{number}",
+            "text": " ".join(text),
+            "kind": "abc"[number % 3],
+            "group": "uvwxyz"[number % 6],
+        }
 
 
 # ---- the parts; each imports all that it needs, calls ``ready`` and then works in the folder of its rows
@@ -91,7 +117,9 @@ def part_prepare(folder: Path, count: int, ready: Callable[[], None]) -> dict[st
     check_answer({"kind": "a"}, task.schema)
     ready()
     (folder / "data").mkdir()
-    config = DataConfig(sources=[SourceConfig(path=str(folder / "rows.jsonl"))], stratify=["group"], test_fraction=0.0)
+    config = DataConfig(
+        sources=[SourceConfig(path=str(folder / "rows.jsonl"))], stratify=["group"], test_fraction=0.0
+    )
     statistics = splits.prepare(config, task, None, folder / "data")
     return {"rows": count, "kept": statistics["rows"], "near_duplicates": statistics["near_duplicates"]}
 
@@ -130,13 +158,20 @@ def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[s
     seconds = time.perf_counter() - began
     lengths = Store(folder / "store", Piece).lengths
     return {
-        "rows": report.kept + report.left_out, "seconds": seconds, "kept": report.kept, "tokens": int(lengths.sum()),
-        "median": float(np.median(lengths)), "p95": float(np.quantile(lengths, 0.95)), "bytes": (folder / "store" / ROWS).stat().st_size,
-    }  # fmt: skip
+        "rows": report.kept + report.left_out,
+        "seconds": seconds,
+        "kept": report.kept,
+        "tokens": int(lengths.sum()),
+        "median": float(np.median(lengths)),
+        "p95": float(np.quantile(lengths, 0.95)),
+        "bytes": (folder / "store" / ROWS).stat().st_size,
+    }
 
 
 def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
-    """Two epochs; what is read of the rows' file while the second one's order is planned, and while its batches are made."""
+    """Two epochs; what is read of the rows' file while the second one's order is planned, and while its
+    batches are made.
+    """
     import mlx.core as mx
 
     from mlx_distill.data.batching import collate, plan_epoch
@@ -157,7 +192,13 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
     store = Store(folder / "store", Piece)
     lines = make_lines(store.lengths.tolist(), LONGEST, SEED, False)
     weights = lines.weigh(store.counted.tolist())
-    source = RowBatches(lines.sizes, lambda chosen: collate(store, lines.batch(chosen), 0, lines.multiple), BATCH, SEED, weights=weights)
+    source = RowBatches(
+        lines.sizes,
+        lambda chosen: collate(store, lines.batch(chosen), 0, lines.multiple),
+        BATCH,
+        SEED,
+        weights=weights,
+    )
     opened = time.perf_counter() - began
     seen = 0
     for _ in range(len(source)):
@@ -168,9 +209,13 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
     for _ in range(len(source)):
         seen += len(next(source).rows)
     return {
-        "rows": seen, "seconds": time.perf_counter() - began, "open_seconds": opened, "plan_seconds": planned,
-        "bytes_read_by_the_second_plan": bytes_of_plan, "bytes_read_by_the_second_epoch": read[0] - before,
-    }  # fmt: skip
+        "rows": seen,
+        "seconds": time.perf_counter() - began,
+        "open_seconds": opened,
+        "plan_seconds": planned,
+        "bytes_read_by_the_second_plan": bytes_of_plan,
+        "bytes_read_by_the_second_epoch": read[0] - before,
+    }
 
 
 def part_list(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
@@ -193,14 +238,21 @@ def part_by_itself(folder: Path, count: int, ready: Callable[[], None]) -> dict[
 
 
 def part_datasets(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
-    os.environ |= {"HF_DATASETS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= {
+        "HF_DATASETS_CACHE": str(folder / "cache"),
+        "HF_HUB_OFFLINE": "1",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
     from datasets import load_dataset
 
     inner = _tokenizer()._tokenizer
     ready()
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
-        texts = [inner.apply_chat_template(chat, tokenize=False, enable_thinking=False) for chat in rows["messages"]]
+        texts = [
+            inner.apply_chat_template(chat, tokenize=False, enable_thinking=False)
+            for chat in rows["messages"]
+        ]
         return {"tokens": inner(texts, add_special_tokens=False, verbose=False)["input_ids"]}
 
     rows = load_dataset("json", data_files=str(folder / "data" / "train.jsonl"), split="train")
@@ -209,9 +261,14 @@ def part_datasets(folder: Path, count: int, ready: Callable[[], None]) -> dict[s
 
 
 PARTS = {
-    "make": part_make, "prepare": part_prepare, "tokenize": part_tokenize, "walk": part_walk, "list": part_list,
-    "by itself": part_by_itself, "datasets": part_datasets,
-}  # fmt: skip
+    "make": part_make,
+    "prepare": part_prepare,
+    "tokenize": part_tokenize,
+    "walk": part_walk,
+    "list": part_list,
+    "by itself": part_by_itself,
+    "datasets": part_datasets,
+}
 
 
 # ---- measuring
@@ -236,7 +293,13 @@ def child(name: str, folder: Path, count: int) -> dict[str, Any]:
 
     found = PARTS[name](folder, count, ready)
     seconds, cpu = time.perf_counter() - state["began"], time.process_time() - state["cpu"]
-    return {"seconds": seconds, "cpu_seconds": cpu, "floor": state["floor"], "peak": resident("VmHWM"), **found}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "floor": state["floor"],
+        "peak": resident("VmHWM"),
+        **found,
+    }
 
 
 def measure(name: str, folder: Path, count: int) -> dict[str, Any]:
@@ -245,7 +308,10 @@ def measure(name: str, folder: Path, count: int) -> dict[str, Any]:
     if process.returncode:
         raise SystemExit(f"{name} {count} failed ({process.returncode}):\n{process.stderr[-3000:]}")
     found = json.loads(process.stdout.splitlines()[-1])
-    found |= {"peak_above_floor": found["peak"] - found["floor"], "rows_per_second": found["rows"] / found["seconds"]}
+    found |= {
+        "peak_above_floor": found["peak"] - found["floor"],
+        "rows_per_second": found["rows"] / found["seconds"],
+    }
     found["rows_per_cpu_second"] = found["rows"] / found["cpu_seconds"]
     shown = f"{found['seconds']:7.1f} s {found['rows_per_second']:9.0f} rows/s {found['peak_above_floor'] / 1e6:8.1f} MB above"
     print(f"{name:10} {count:8,} {shown} {found['floor'] / 1e6:.0f} MB", flush=True)
@@ -265,14 +331,20 @@ def compare(runs: dict[str, dict[str, Any]], sizes: list[int]) -> dict[str, Any]
         for other, size in (("list", large), ("datasets", large), ("by itself", small))
         for key in ("peak_above_floor", "rows_per_second", "rows_per_cpu_second")
     }
-    ratios |= {f"tokenize: bytes a row of {other}": grown["tokenize"] / grown[other] for other in ("list", "datasets") if other in grown}
+    ratios |= {
+        f"tokenize: bytes a row of {other}": grown["tokenize"] / grown[other]
+        for other in ("list", "datasets")
+        if other in grown
+    }
     ratios["bytes read by the second plan"] = walk["bytes_read_by_the_second_plan"]
     ratios["second plan, share of an epoch's time"] = walk["plan_seconds"] / (walk["seconds"] / 2)
     return {"bytes_a_row": grown, "ratios": ratios}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
     parser.add_argument("--child", choices=list(PARTS), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -291,12 +363,23 @@ def main() -> None:
             for name in PARTS:
                 if name != "by itself" or count == sizes[0]:
                     runs[name][str(count)] = measure(name, folder, count)
-    out: dict[str, Any] = {"settings": {"longest": LONGEST, "batch": BATCH, "task": TASK}, "runs": runs, **compare(runs, sizes)}
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
+    out: dict[str, Any] = {
+        "settings": {"longest": LONGEST, "batch": BATCH, "task": TASK},
+        "runs": runs,
+        **compare(runs, sizes),
+    }
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
+    ).stdout.strip()
     from importlib.metadata import version
 
     packages = {**versions(), **{name: version(name) for name in ("datasets", "tokenizers")}}
-    out |= {"seconds": time.perf_counter() - began, "machine": machine(), "versions": packages, "commit": commit}
+    out |= {
+        "seconds": time.perf_counter() - began,
+        "machine": machine(),
+        "versions": packages,
+        "commit": commit,
+    }
     for title in ("bytes_a_row", "ratios"):
         for key, value in out[title].items():
             print(f"{title.replace('_', ' ')}: {key:50} {value:.4g}")

@@ -5,14 +5,16 @@
     python benchmarks/train_bench.py --part galore    # GaLore against AdamW, both in our loop, every weight moving
     python benchmarks/train_bench.py --part rates     # the learning rates of that part, on chats of their own
 
-Models are small, random and made here: Qwen3's trunk. The data are generated chats whose lengths are log-normal (median 180 tokens, 95th
-percentile 700, cut at 1,024), the assistant's part trained only. Each way runs in a process of its own, whose peak resident memory the
-kernel tells. Results go to benchmarks/results/train_peer.json and train_galore.json.
+Models are small, random and made here: Qwen3's trunk. The data are generated chats whose lengths are
+log-normal (median 180 tokens, 95th percentile 700, cut at 1,024), the assistant's part trained only. Each way
+runs in a process of its own, whose peak resident memory the kernel tells. Results go to
+benchmarks/results/train_peer.json and train_galore.json.
 
-Against the peer: the same model, adapters, optimizer and chats. It takes 8 chats a step; ours packs them into lines of 1,024 tokens and
-takes two, which hold as many on average ("packed"), or takes 8, on average, of about one length: at once ("buckets") or as four
-micro-batches of two ("buckets of 2"). Speed and memory are measured with 100,352 columns, a few steps; the loss with 2,048 columns, more
-steps and several seeds, because the peer's steps are slow.
+Against the peer: the same model, adapters, optimizer and chats. It takes 8 chats a step; ours packs them into
+lines of 1,024 tokens and takes two, which hold as many on average ("packed"), or takes 8, on average, of
+about one length: at once ("buckets") or as four micro-batches of two ("buckets of 2"). Speed and memory are
+measured with 100,352 columns, a few steps; the loss with 2,048 columns, more steps and several seeds, because
+the peer's steps are slow.
 """
 
 from __future__ import annotations
@@ -35,15 +37,44 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 LONGEST = 1024
 BATCH = 8
-# What our ways take as a micro-batch, and how many of these a step: two lines of LONGEST tokens hold as much as BATCH chats.
+# What our ways take as a micro-batch, and how many of these a step: two lines of LONGEST tokens hold as much
+# as BATCH chats.
 WAYS = {"packed": (2, 1), "buckets": (BATCH, 1), "buckets of 2": (2, BATCH // 2)}
 LORA = {"rank": 8, "alpha": 16.0}
-SPEED = {"columns": 100_352, "dim": 128, "layers": 4, "chats": 24, "epochs": 1, "held_out": 24, "rate": 3e-3, "seed": 0}
+SPEED = {
+    "columns": 100_352,
+    "dim": 128,
+    "layers": 4,
+    "chats": 24,
+    "epochs": 1,
+    "held_out": 24,
+    "rate": 3e-3,
+    "seed": 0,
+}
 LOSS = {"columns": 2048, "dim": 64, "layers": 2, "chats": 64, "epochs": 4, "held_out": 64, "rate": 3e-3}
-# GaLore's rank is a quarter of the width, its scale the published one, and all that it does not project moves by plain AdamW.
+# GaLore's rank is a quarter of the width, its scale the published one, and all that it does not project moves
+# by plain AdamW.
 WHOLE = ["embed_tokens", "norm", "input_layernorm", "post_attention_layernorm", "q_norm", "k_norm"]
-MEMORY = {"columns": 1024, "dim": 768, "layers": 24, "chats": 8, "longest": 64, "steps": 2, "gap": 200, "seed": 0}
-LEARN = {"columns": 1024, "dim": 128, "layers": 2, "chats": 2400, "steps": 300, "gap": 50, "held_out": 512, "of": 1000}
+MEMORY = {
+    "columns": 1024,
+    "dim": 768,
+    "layers": 24,
+    "chats": 8,
+    "longest": 64,
+    "steps": 2,
+    "gap": 200,
+    "seed": 0,
+}
+LEARN = {
+    "columns": 1024,
+    "dim": 128,
+    "layers": 2,
+    "chats": 2400,
+    "steps": 300,
+    "gap": 50,
+    "held_out": 512,
+    "of": 1000,
+}
 # The best of equally many, by --part rates: on a seed and on chats that nothing else is reported of.
 RATES = {"adamw": 4e-3, "galore": 1e-2}
 TRIED = {"adamw": (3e-3, 4e-3, 4.5e-3, 5.2e-3, 6e-3), "galore": (6e-3, 8e-3, 1e-2, 1.2e-2, 1.5e-2)}
@@ -61,17 +92,27 @@ def make_model(columns: int, dim: int, layers: int, seed: int = 0) -> Any:
     heads = max(dim // 32, 2)
     model = Model(
         ModelArgs(
-            model_type="qwen3", hidden_size=dim, num_hidden_layers=layers, intermediate_size=3 * dim, num_attention_heads=heads,
-            num_key_value_heads=max(heads // 2, 1), head_dim=32, rms_norm_eps=1e-6, vocab_size=columns, max_position_embeddings=4096,
-            rope_theta=1e6, tie_word_embeddings=True,
+            model_type="qwen3",
+            hidden_size=dim,
+            num_hidden_layers=layers,
+            intermediate_size=3 * dim,
+            num_attention_heads=heads,
+            num_key_value_heads=max(heads // 2, 1),
+            head_dim=32,
+            rms_norm_eps=1e-6,
+            vocab_size=columns,
+            max_position_embeddings=4096,
+            rope_theta=1e6,
+            tie_word_embeddings=True,
         )
-    )  # fmt: skip
+    )
     mx.eval(model.parameters())
     return model
 
 
 def make_chats(count: int, columns: int, seed: int) -> list[dict[str, Any]]:
-    """Chats whose text is numbers of tokens: a prompt of random words, an answer that follows a chain of 256 words.
+    """Chats whose text is numbers of tokens: a prompt of random words, an answer that follows a chain of 256
+    words.
 
     An answer takes a fifth to a half of its chat. Four tokens are the template's.
     """
@@ -98,7 +139,9 @@ def make_chats(count: int, columns: int, seed: int) -> list[dict[str, Any]]:
 class Words:
     """A tokenizer for such chats: as much of one as ``ChatDataset`` asks for."""
 
-    def apply_chat_template(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False, **_: Any) -> list[int]:
+    def apply_chat_template(
+        self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = False, **_: Any
+    ) -> list[int]:
         tokens = []
         for message in messages:
             start, end = (1, 2) if message["role"] == "user" else (3, 4)
@@ -138,7 +181,9 @@ def held_out_loss(model: Any, chats: Sequence[dict[str, Any]]) -> float:
 # ---- the ways to train
 
 
-def train_ours(way: str, model: Any, chats: Sequence[dict[str, Any]], optimizer: Any, folder: Path, **settings: Any) -> list[dict]:
+def train_ours(
+    way: str, model: Any, chats: Sequence[dict[str, Any]], optimizer: Any, folder: Path, **settings: Any
+) -> list[dict]:
     """Our loop over packed lines or length buckets; the rows of metrics."""
     from mlx_distill.data.packing import lay_out, make_lines
     from mlx_distill.recipe import TrainConfig
@@ -149,17 +194,31 @@ def train_ours(way: str, model: Any, chats: Sequence[dict[str, Any]], optimizer:
 
     def collate(chosen: Sequence[int]) -> Any:
         some = lines.batch(chosen)
-        return lay_out([[rows[i] for i in line] for line in some], 0, lines.multiple, [i for line in some for i in line])
+        return lay_out(
+            [[rows[i] for i in line] for line in some], 0, lines.multiple, [i for line in some for i in line]
+        )
 
     size, accumulate = WAYS[way]
-    source = RowBatches(lines.sizes, collate, size, seed, weights=lines.weigh([int(row.trained.sum()) for row in rows]))
-    config = TrainConfig(**{"accumulate": accumulate, "clip_norm": 0.0, "evaluate_every": 0, "checkpoint_every": 10**9, **settings})
+    source = RowBatches(
+        lines.sizes, collate, size, seed, weights=lines.weigh([int(row.trained.sum()) for row in rows])
+    )
+    config = TrainConfig(
+        **{
+            "accumulate": accumulate,
+            "clip_norm": 0.0,
+            "evaluate_every": 0,
+            "checkpoint_every": 10**9,
+            **settings,
+        }
+    )
     seen: list[dict] = []
     train(model, source, sft(), optimizer, config, folder=folder, hooks=[seen.append])
     return seen
 
 
-def train_theirs(model: Any, chats: Sequence[dict[str, Any]], optimizer: Any, steps: int, folder: Path, seed: int) -> list[dict]:
+def train_theirs(
+    model: Any, chats: Sequence[dict[str, Any]], optimizer: Any, steps: int, folder: Path, seed: int
+) -> list[dict]:
     """mlx_lm's trainer with its own data sets and batches; what it reports a step."""
     import numpy as np
     from mlx_lm.tuner.callbacks import TrainingCallback
@@ -175,9 +234,13 @@ def train_theirs(model: Any, chats: Sequence[dict[str, Any]], optimizer: Any, st
     np.random.seed(seed)
     data = CacheDataset(ChatDataset(list(chats), Words(), mask_prompt=True))
     args = TrainingArgs(
-        batch_size=BATCH, iters=steps, steps_per_report=1, steps_per_save=10**9, max_seq_length=LONGEST + 1,
+        batch_size=BATCH,
+        iters=steps,
+        steps_per_report=1,
+        steps_per_save=10**9,
+        max_seq_length=LONGEST + 1,
         adapter_file=str(folder / "adapters.safetensors"),
-    )  # fmt: skip
+    )
     train(model, optimizer, data, None, args, training_callback=Watch())
     return seen
 
@@ -201,35 +264,63 @@ def child_peer(way: str, options: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         if way == "mlx_lm":
-            seen = train_theirs(model, chats, optimizer, epochs * options["chats"] // BATCH, Path(folder), seed)
+            seen = train_theirs(
+                model, chats, optimizer, epochs * options["chats"] // BATCH, Path(folder), seed
+            )
         else:
             seen = train_ours(way, model, chats, optimizer, Path(folder), seed=seed, epochs=float(epochs))
         seconds = time.perf_counter() - began
     rows = pieces(chats)
-    trained, tokens = epochs * sum(int(row.trained.sum()) for row in rows), epochs * sum(len(row.tokens) for row in rows)
+    trained, tokens = (
+        epochs * sum(int(row.trained.sum()) for row in rows),
+        epochs * sum(len(row.tokens) for row in rows),
+    )
     return {
-        "seconds": seconds, "steps": len(seen), "trained_tokens": trained, "trained_tokens_per_second": trained / seconds,
-        "tokens_per_second": tokens / seconds, "own_tokens_per_second": median(row["tokens_per_second"] for row in seen),
-        "peak_mlx": mx.get_peak_memory(), "weights": weight_bytes(model), "loss_before": before, "loss": held_out_loss(model, held),
-    }  # fmt: skip
+        "seconds": seconds,
+        "steps": len(seen),
+        "trained_tokens": trained,
+        "trained_tokens_per_second": trained / seconds,
+        "tokens_per_second": tokens / seconds,
+        "own_tokens_per_second": median(row["tokens_per_second"] for row in seen),
+        "peak_mlx": mx.get_peak_memory(),
+        "weights": weight_bytes(model),
+        "loss_before": before,
+        "loss": held_out_loss(model, held),
+    }
 
 
 def child_memory(way: str, options: dict[str, Any]) -> dict[str, Any]:
-    """A few steps of a wider model on short chats: what lies above the weights. Activations are recomputed in all ways."""
+    """A few steps of a wider model on short chats: what lies above the weights. Activations are recomputed in
+    all ways.
+    """
     import mlx.core as mx
 
     from mlx_distill.optim import state_bytes
 
-    settings = {**training(way, options), "clip_norm": 0.0, "grad_checkpoint": True, "stream_gradients": way == "adamw streamed"}
+    settings = {
+        **training(way, options),
+        "clip_norm": 0.0,
+        "grad_checkpoint": True,
+        "stream_gradients": way == "adamw streamed",
+    }
     model, optimizer, watch = made(settings, options)
     base = mx.get_active_memory()
     with tempfile.TemporaryDirectory() as folder:
         chats = shorter(make_chats(options["chats"], options["columns"], 0), options["longest"])
         seen = train_ours("buckets", model, chats, optimizer, Path(folder), **settings)
     times = [b["seconds"] - a["seconds"] for a, b in pairwise(seen)]
-    found = {"weights": weight_bytes(model), "state": state_bytes(optimizer), "peak_above_weights": mx.get_peak_memory() - base}
+    found = {
+        "weights": weight_bytes(model),
+        "state": state_bytes(optimizer),
+        "peak_above_weights": mx.get_peak_memory() - base,
+    }
     found["state_of_projected"] = state_bytes(optimizer, lambda path, _: "_proj." in path)
-    return {**found, "step_seconds": median(times), "refresh_seconds": watch["seconds"], "refreshes": watch["count"]}
+    return {
+        **found,
+        "step_seconds": median(times),
+        "refresh_seconds": watch["seconds"],
+        "refreshes": watch["count"],
+    }
 
 
 def child_learn(way: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -242,17 +333,32 @@ def child_learn(way: str, options: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         seen = train_ours("buckets", model, chats, optimizer, Path(folder), **settings)
     seconds = seen[-1]["seconds"]
-    return {"loss": held_out_loss(model, held), "seconds": seconds, "refresh_share": watch["seconds"] / seconds}
+    return {
+        "loss": held_out_loss(model, held),
+        "seconds": seconds,
+        "refresh_share": watch["seconds"] / seconds,
+    }
 
 
 def training(way: str, options: dict[str, Any]) -> dict[str, Any]:
     """The settings of a training in which every weight moves."""
     name = way.split()[0]
-    shared = {"learning_rate": options.get("rate", RATES[name]), "warmup": 0.05, "steps": options["steps"], "seed": options["seed"]}
+    shared = {
+        "learning_rate": options.get("rate", RATES[name]),
+        "warmup": 0.05,
+        "steps": options["steps"],
+        "seed": options["seed"],
+    }
     if name == "adamw":
         return {**shared, "method": "full"}
     rank, gap = options["dim"] // 4, options["gap"]
-    return {**shared, "method": "galore", "galore_rank": rank, "galore_update_gap": gap, "modules_to_save": WHOLE}
+    return {
+        **shared,
+        "method": "galore",
+        "galore_rank": rank,
+        "galore_update_gap": gap,
+        "modules_to_save": WHOLE,
+    }
 
 
 def made(settings: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any, dict[str, float]]:
@@ -287,7 +393,10 @@ def shorter(chats: Sequence[dict[str, Any]], longest: int) -> list[dict[str, Any
     out = []
     for chat in chats:
         (_, prompt), (_, answer) = ((m["role"], m["content"].split()) for m in chat["messages"])
-        prompt, answer = prompt[: min(max(len(prompt) // 4, 4), longest // 3)], answer[: min(max(len(answer) // 2, 4), longest // 2)]
+        prompt, answer = (
+            prompt[: min(max(len(prompt) // 4, 4), longest // 3)],
+            answer[: min(max(len(answer) // 2, 4), longest // 2)],
+        )
         said = (("user", prompt), ("assistant", answer))
         out.append({"messages": [{"role": role, "content": " ".join(words)} for role, words in said]})
     return out
@@ -309,7 +418,9 @@ def measure(child: str, way: str, options: dict[str, Any], threads: int = 0) -> 
     """What one process found, with its peak resident bytes; with ``threads``, of so many of BLAS."""
     command = [sys.executable, __file__, "--child", child, "--way", way, "--options", json.dumps(options)]
     environment = {**os.environ, **({"OPENBLAS_NUM_THREADS": str(threads)} if threads else {})}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=ROOT, text=True, env=environment
+    )
     assert process.stdout is not None
     assert process.stderr is not None
     out, errors = process.stdout.read(), process.stderr.read()
@@ -317,21 +428,33 @@ def measure(child: str, way: str, options: dict[str, Any], threads: int = 0) -> 
     if status:
         raise SystemExit(f"{child} {way} failed ({status}):\n{errors[-3000:]}")
     kilobyte = 1 if sys.platform == "darwin" else 1024
-    return {**json.loads(out.splitlines()[-1]), "peak_rss": usage.ru_maxrss * kilobyte, "cpu_seconds": usage.ru_utime + usage.ru_stime}
+    return {
+        **json.loads(out.splitlines()[-1]),
+        "peak_rss": usage.ru_maxrss * kilobyte,
+        "cpu_seconds": usage.ru_utime + usage.ru_stime,
+    }
 
 
 def shown(name: str, run: dict[str, Any]) -> dict[str, Any]:
     kept = {
-        k: v for k, v in run.items() if k in ("loss", "trained_tokens_per_second", "peak_mlx", "peak_rss", "peak_above_weights", "seconds")
+        k: v
+        for k, v in run.items()
+        if k in ("loss", "trained_tokens_per_second", "peak_mlx", "peak_rss", "peak_above_weights", "seconds")
     }
     print(f"{name:28}", "  ".join(f"{k} {v:.4g}" for k, v in kept.items()), flush=True)
     return run
 
 
 def in_pairs(child: str, runs: Sequence[tuple[str, dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Losses of several trainings, two at a time with one thread of BLAS each: there the losses count, and not the time."""
+    """Losses of several trainings, two at a time with one thread of BLAS each: there the losses count, and
+    not the time.
+    """
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda run: shown(f"loss {run[0]} {run[1]['seed']}", measure(child, *run, threads=1)), runs))
+        return list(
+            pool.map(
+                lambda run: shown(f"loss {run[0]} {run[1]['seed']}", measure(child, *run, threads=1)), runs
+            )
+        )
 
 
 def part_peer(options: argparse.Namespace) -> dict[str, Any]:
@@ -348,30 +471,59 @@ def part_peer(options: argparse.Namespace) -> dict[str, Any]:
             ratios[f"{key} {way}"] = speed[way][key] / speed["mlx_lm"][key]
         each = [ours["loss"] / theirs["loss"] for ours, theirs in zip(loss[way], loss["mlx_lm"], strict=True)]
         ratios |= {f"loss {way}": mean(each), f"loss {way}, least": min(each), f"loss {way}, most": max(each)}
-    return {"settings": {"speed": SPEED, "loss": LOSS, "lora": LORA, "ways": WAYS}, "speed": speed, "loss": loss, "of_mlx_lm": ratios}
+    return {
+        "settings": {"speed": SPEED, "loss": LOSS, "lora": LORA, "ways": WAYS},
+        "speed": speed,
+        "loss": loss,
+        "of_mlx_lm": ratios,
+    }
 
 
 def part_galore(options: argparse.Namespace) -> dict[str, Any]:
-    memory = {way: shown(f"memory {way}", measure("memory", way, MEMORY)) for way in ("adamw", "adamw streamed", "galore")}
-    ratios = {key: memory["galore"][key] / memory["adamw"][key] for key in ("state", "state_of_projected", "peak_above_weights")}
-    ratios["peak_above_weights of streamed"] = memory["galore"]["peak_above_weights"] / memory["adamw streamed"]["peak_above_weights"]
+    memory = {
+        way: shown(f"memory {way}", measure("memory", way, MEMORY))
+        for way in ("adamw", "adamw streamed", "galore")
+    }
+    ratios = {
+        key: memory["galore"][key] / memory["adamw"][key]
+        for key in ("state", "state_of_projected", "peak_above_weights")
+    }
+    ratios["peak_above_weights of streamed"] = (
+        memory["galore"]["peak_above_weights"] / memory["adamw streamed"]["peak_above_weights"]
+    )
     seeds = range(options.seeds)
-    runs = in_pairs("learn", [(way, {**LEARN, "seed": seed}) for seed in seeds for way in ("adamw", "galore")])
+    runs = in_pairs(
+        "learn", [(way, {**LEARN, "seed": seed}) for seed in seeds for way in ("adamw", "galore")]
+    )
     learn = {"adamw": runs[::2], "galore": runs[1::2]}
     for seed in seeds:
         ratios[f"loss, seed {seed}"] = learn["galore"][seed]["loss"] / learn["adamw"][seed]["loss"]
-    ratios["loss"] = mean(run["loss"] for run in learn["galore"]) / mean(run["loss"] for run in learn["adamw"])
+    ratios["loss"] = mean(run["loss"] for run in learn["galore"]) / mean(
+        run["loss"] for run in learn["adamw"]
+    )
     # Each matrix once a gap; the first step of the run made every basis once.
     run = memory["galore"]
     ratios["refresh share, width 768"] = run["refresh_seconds"] / (MEMORY["gap"] * run["step_seconds"])
     ratios["refresh share, width 128"] = mean(r["refresh_share"] for r in learn["galore"])
-    return {"settings": {"memory": MEMORY, "learn": LEARN, "rates": RATES}, "memory": memory, "learn": learn, "of_adamw": ratios}
+    return {
+        "settings": {"memory": MEMORY, "learn": LEARN, "rates": RATES},
+        "memory": memory,
+        "learn": learn,
+        "of_adamw": ratios,
+    }
 
 
 def part_rates(options: argparse.Namespace) -> dict[str, Any]:
     """The losses by rate from which RATES were taken."""
-    runs = [(way, {**LEARN, "seed": 10, "of": 2000, "rate": rate}) for way, rates in TRIED.items() for rate in rates]
-    losses = {f"loss {way} {run['rate']:g}": found["loss"] for (way, run), found in zip(runs, in_pairs("learn", runs), strict=True)}
+    runs = [
+        (way, {**LEARN, "seed": 10, "of": 2000, "rate": rate})
+        for way, rates in TRIED.items()
+        for rate in rates
+    ]
+    losses = {
+        f"loss {way} {run['rate']:g}": found["loss"]
+        for (way, run), found in zip(runs, in_pairs("learn", runs), strict=True)
+    }
     return {"settings": LEARN, "of_adamw": losses}
 
 
@@ -382,9 +534,13 @@ def main() -> None:
     from mlx_distill.runtime import load_blas, machine, versions
 
     load_blas()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--part", choices=list(PARTS), help="default: peer and galore")
-    parser.add_argument("--seeds", type=int, default=4, help="trainings of each kind where losses are compared")
+    parser.add_argument(
+        "--seeds", type=int, default=4, help="trainings of each kind where losses are compared"
+    )
     parser.add_argument("--child", choices=list(CHILDREN), help=argparse.SUPPRESS)
     parser.add_argument("--way", help=argparse.SUPPRESS)
     parser.add_argument("--options", type=json.loads, help=argparse.SUPPRESS)
@@ -395,8 +551,15 @@ def main() -> None:
     for name in [options.part] if options.part else ["peer", "galore"]:
         began = time.perf_counter()
         out = PARTS[name](options)
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT).stdout.strip()
-        out |= {"seconds": time.perf_counter() - began, "machine": machine(), "versions": versions(), "commit": commit}
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=ROOT
+        ).stdout.strip()
+        out |= {
+            "seconds": time.perf_counter() - began,
+            "machine": machine(),
+            "versions": versions(),
+            "commit": commit,
+        }
         out["blas_threads"] = os.environ.get("OPENBLAS_NUM_THREADS", "all")
         for key, value in out["of_mlx_lm" if name == "peer" else "of_adamw"].items():
             print(f"{key:40} {value:.3f}")

@@ -1,6 +1,8 @@
-"""Fine-tune a teacher, distill it into a student with another tokenizer, quantize it, and prove that it is as good.
+"""Fine-tune a teacher, distill it into a student with another tokenizer, quantize it, and prove that it is as
+good.
 
-The table of contents. Names are imported when they are first used, so ``import mlx_distill`` costs next to nothing:
+The table of contents. Names are imported when they are first used, so ``import mlx_distill`` costs next to
+nothing:
 
 >>> import mlx_distill as md
 >>> md.Message("user", "hello").role
@@ -75,7 +77,8 @@ _NAMES = {
 
 __all__ = [*_NAMES, "__version__"]
 
-# On Linux mlx links the reference BLAS; one that is loaded before it is 30 times faster in float32. It costs 70 ms; on a Mac nothing.
+# On Linux mlx links the reference BLAS; one that is loaded before it is 30 times faster in float32. It costs
+# 70 ms; on a Mac nothing.
 load_blas()
 
 

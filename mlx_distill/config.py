@@ -49,7 +49,9 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of a config, as people are told of it; ``default`` is in its plain YAML form, and ``needed`` says that there is none."""
+    """A key of a config, as people are told of it; ``default`` is in its plain YAML form, and ``needed`` says
+    that there is none.
+    """
 
     name: str
     type: str
@@ -63,7 +65,9 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """The keys of a config that are values, under its dotted name; those that are configs themselves are sections of their own."""
+    """The keys of a config that are values, under its dotted name; those that are configs themselves are
+    sections of their own.
+    """
 
     name: str
     help: str
@@ -81,7 +85,9 @@ def sections(cls: type, name: str) -> list[Section]:
     for f in dataclasses.fields(cls):
         if not f.metadata.get("settable", True):
             continue
-        kind = next((k for k in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(k)), None)
+        kind = next(
+            (k for k in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(k)), None
+        )
         part = f"{name}.{f.name}".removeprefix("recipe.")
         if kind is not None:
             inside.append((part, kind))
@@ -113,7 +119,8 @@ def from_mapping(cls: type[T], raw: Any, where: str) -> T:
     """Build ``cls`` from a YAML mapping.
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type, a value out of range.
+        ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type, a value out of
+            range.
     """
     if not isinstance(raw, Mapping):
         raise ConfigError(f"{where}: a mapping is needed, not {_show(raw)}", fix="write key: value lines")
@@ -127,7 +134,9 @@ def from_mapping(cls: type[T], raw: Any, where: str) -> T:
     values: dict[str, Any] = {}
     for name, f in fields.items():
         if name in raw:
-            values[name] = _check(_coerce(hints[name], raw[name], f"{where}: {name}"), f.metadata, f"{where}: {name}")
+            values[name] = _check(
+                _coerce(hints[name], raw[name], f"{where}: {name}"), f.metadata, f"{where}: {name}"
+            )
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: {name} is missing", fix=f.metadata.get("help") or "add it")
     return cls(**values)
@@ -136,7 +145,9 @@ def from_mapping(cls: type[T], raw: Any, where: str) -> T:
 def _check(value: Any, metadata: Mapping[str, Any], where: str) -> Any:
     choices, low, high = metadata.get("choices"), metadata.get("low"), metadata.get("high")
     if choices and value is not None and value not in choices:
-        raise ConfigError(f"{where}: {_show(value)} is not one of {', '.join(map(str, choices))}", fix="choose one of them")
+        raise ConfigError(
+            f"{where}: {_show(value)} is not one of {', '.join(map(str, choices))}", fix="choose one of them"
+        )
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         meaning = f": {metadata['help']}" if metadata.get("help") else ""
         if low is not None and value < low:
@@ -158,12 +169,18 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ConfigError(f"{where}: a list is needed, not {_show(value)}", fix="write [a, b]")
         if origin is tuple and args and args[-1] is not Ellipsis and len(args) != len(value):
-            raise ConfigError(f"{where}: {len(args)} values are needed, not {len(value)}", fix="write [low, high]")
+            raise ConfigError(
+                f"{where}: {len(args)} values are needed, not {len(value)}", fix="write [low, high]"
+            )
         item = [args[0]] * len(value) if origin is list or args[-1] is Ellipsis else list(args)
-        return origin(_coerce(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(item, value, strict=True)))
+        return origin(
+            _coerce(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(item, value, strict=True))
+        )
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
-            raise ConfigError(f"{where}: a mapping is needed, not {_show(value)}", fix="write key: value lines")
+            raise ConfigError(
+                f"{where}: a mapping is needed, not {_show(value)}", fix="write key: value lines"
+            )
         return dict(value)
     return _scalar(kind, value, where)
 
@@ -193,7 +210,11 @@ def _scalar(kind: Any, value: Any, where: str) -> Any:
         raise ConfigError(f"{where}: {value} is not a finite number", fix="change the value")
     if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
         return value
-    fix = "put it in quotes" if kind is str and isinstance(value, (int, float, datetime.date)) else "change the value"
+    fix = (
+        "put it in quotes"
+        if kind is str and isinstance(value, (int, float, datetime.date))
+        else "change the value"
+    )
     raise ConfigError(f"{where}: {_NEEDED.get(kind, kind)} is needed, not {_show(value)}", fix=fix)
 
 
@@ -216,7 +237,11 @@ def to_mapping(value: Any) -> Any:
 def keyed(value: Any) -> Any:
     """Like :func:`to_mapping`, without the fields that cannot change a result."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: keyed(getattr(value, f.name)) for f in dataclasses.fields(value) if f.metadata.get("keyed", True)}
+        return {
+            f.name: keyed(getattr(value, f.name))
+            for f in dataclasses.fields(value)
+            if f.metadata.get("keyed", True)
+        }
     if isinstance(value, (list, tuple)):
         return [keyed(item) for item in value]
     return to_mapping(value)
@@ -244,12 +269,17 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file", fix="check the path, or see: mlx-distill recipes list") from error
+        raise ConfigError(
+            f"{path}: no such file", fix="check the path, or see: mlx-distill recipes list"
+        ) from error
     except OSError as error:
         raise from_os_error(error) from error
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
-        raise ConfigError(f"{path}:{line}: not UTF-8", fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8") from error
+        raise ConfigError(
+            f"{path}:{line}: not UTF-8",
+            fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
+        ) from error
     try:
         raw = yaml.safe_load(text)
     except RecursionError as error:
@@ -257,7 +287,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         at = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{at}: not valid YAML: {getattr(error, 'problem', error)}", fix="mend that line") from error
+        raise ConfigError(
+            f"{path}{at}: not valid YAML: {getattr(error, 'problem', error)}", fix="mend that line"
+        ) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: no mapping at the top", fix="write key: value lines")
     return raw
@@ -286,7 +318,11 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
         node = out
         for key in keys[:-1]:
             child = node.get(key)
-            node[key] = child = dict(child) if isinstance(child, Mapping) else ({"name": child} if isinstance(child, str) else {})
+            node[key] = child = (
+                dict(child)
+                if isinstance(child, Mapping)
+                else ({"name": child} if isinstance(child, str) else {})
+            )
             node = child
         node[keys[-1]] = parsed
     return out
@@ -299,7 +335,9 @@ def packaged(name: str) -> Path | None:
 
 
 def resolve_asset(spec: str, base: Path | None = None) -> str:
-    """``asset:NAME`` to the packaged path; a path relative to ``base`` (the recipe's folder) where it exists; else as it is."""
+    """``asset:NAME`` to the packaged path; a path relative to ``base`` (the recipe's folder) where it exists;
+    else as it is.
+    """
     if spec.startswith("asset:"):
         path = packaged(spec.removeprefix("asset:"))
         if path is None:

@@ -15,7 +15,19 @@ from typing import Any
 from mlx_distill.runtime import load_blas, processor, total_memory, versions
 
 _GB = 1e9
-_NEEDED = ("mlx", "mlx_lm", "numpy", "datasets", "huggingface_hub", "safetensors", "yaml", "jsonschema", "llguidance", "jaxtyping", "rich")
+_NEEDED = (
+    "mlx",
+    "mlx_lm",
+    "numpy",
+    "datasets",
+    "huggingface_hub",
+    "safetensors",
+    "yaml",
+    "jsonschema",
+    "llguidance",
+    "jaxtyping",
+    "rich",
+)
 _EXTRAS = {
     "stats": (("scipy",), "intervals and paired tests from a second source"),
     "track": (("trackio",), "a board of the runs' curves"),
@@ -26,7 +38,9 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the diagnosis. ``state`` is ``ok``, ``optional`` (missing, and nothing fails), ``slow`` or ``bad``."""
+    """One line of the diagnosis. ``state`` is ``ok``, ``optional`` (missing, and nothing fails), ``slow`` or
+    ``bad``.
+    """
 
     name: str
     state: str
@@ -83,7 +97,12 @@ def _system() -> Check:
 
     text = f"{platform.system()} {platform.release()}, {platform.machine()}, {processor()}, {os.cpu_count()} cores"
     if sys.platform == "darwin" and platform.machine() != "arm64":
-        return Check("system", "bad", text, "MLX needs Apple Silicon and an arm64 Python (this one may run under Rosetta)")
+        return Check(
+            "system",
+            "bad",
+            text,
+            "MLX needs Apple Silicon and an arm64 Python (this one may run under Rosetta)",
+        )
     return Check("system", "ok", text)
 
 
@@ -94,7 +113,9 @@ def _memory() -> Check:
 def _versions(missing: Sequence[str]) -> Check:
     text = ", ".join(f"{name} {version}" for name, version in versions().items())
     if missing:
-        return Check("versions", "bad", f"{text}; missing: {', '.join(missing)}", "pip install --upgrade mlx-distill")
+        return Check(
+            "versions", "bad", f"{text}; missing: {', '.join(missing)}", "pip install --upgrade mlx-distill"
+        )
     return Check("versions", "ok", text)
 
 
@@ -102,7 +123,9 @@ def _blas() -> Check:
     blas = load_blas()
     if blas.state == "missing":
         cure = "install OpenBLAS (Debian, Ubuntu: sudo apt install libopenblas0-pthread)"
-        return Check("blas", "slow", "no OpenBLAS found; float32 matrix products use the reference BLAS", cure)
+        return Check(
+            "blas", "slow", "no OpenBLAS found; float32 matrix products use the reference BLAS", cure
+        )
     if blas.state == "too late":
         cure = "import mlx_distill (or call mlx_distill.runtime.load_blas()) before mlx"
         return Check("blas", "slow", f"found {blas.path}, but mlx was imported first", cure)
@@ -116,8 +139,16 @@ def _device() -> Check:
 
     # Only Metal knows most of these keys, so each may be absent.
     info = mx.device_info()
-    known = (("device_name", 1, ""), ("architecture", 1, ""), ("max_recommended_working_set_size", _GB, " GB for the GPU"))
-    parts = [f"{float(info[key]) / scale:.1f}{unit}" if unit else str(info[key]) for key, scale, unit in known if info.get(key)]
+    known = (
+        ("device_name", 1, ""),
+        ("architecture", 1, ""),
+        ("max_recommended_working_set_size", _GB, " GB for the GPU"),
+    )
+    parts = [
+        f"{float(info[key]) / scale:.1f}{unit}" if unit else str(info[key])
+        for key, scale, unit in known
+        if info.get(key)
+    ]
     return Check("device", "ok", ", ".join([str(mx.default_device()), *dict.fromkeys(parts)]))
 
 
@@ -131,7 +162,11 @@ def _speed(size: int = 768) -> Check:
         start = time.perf_counter()
         mx.eval(a @ a)
         best = min(best, time.perf_counter() - start)
-    return Check("speed", "ok", f"{2 * size**3 / best / 1e9:.0f} GFLOP/s in float32 matrix products (measured now, {size} x {size})")
+    return Check(
+        "speed",
+        "ok",
+        f"{2 * size**3 / best / 1e9:.0f} GFLOP/s in float32 matrix products (measured now, {size} x {size})",
+    )
 
 
 def _disk(folder: Path) -> Check:

@@ -64,7 +64,9 @@ _CURES = {
 
 
 def from_os_error(error: OSError, where: object = None) -> FileError:
-    """The same failure with the file's name (``where``, if the system gives none, as after a failed write) and a cure."""
+    """The same failure with the file's name (``where``, if the system gives none, as after a failed write)
+    and a cure.
+    """
     place = error.filename2 or error.filename or where  # of a rename, the name that it should get
     fix = _CURES.get(error.errno or 0, "see the message of the operating system")
     return FileError(f"{f'{place}: ' if place else ''}{(error.strerror or str(error)).lower()}", fix=fix)

@@ -41,9 +41,10 @@ _NAMED = 4  # changes of a stage that are named one by one
 class Stage:
     """One box of the graph.
 
-    ``name`` its folder under the run; ``command`` the stage that makes it; ``format`` raised when what it writes changes; ``config`` the
-    keyed settings; ``parents`` the boxes that it reads; ``inputs`` what it reads from outside the run, ``local`` those of them that can
-    lie on this machine alone; ``work`` what it does.
+    ``name`` its folder under the run; ``command`` the stage that makes it; ``format`` raised when what it
+    writes changes; ``config`` the keyed settings; ``parents`` the boxes that it reads; ``inputs`` what it
+    reads from outside the run, ``local`` those of them that can lie on this machine alone; ``work`` what it
+    does.
     """
 
     name: str
@@ -62,11 +63,15 @@ class Stage:
 
 
 def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) -> str:
-    """Why what a folder holds is not what a stage would make now; ``parents`` are the contents of what it would read."""
+    """Why what a folder holds is not what a stage would make now; ``parents`` are the contents of what it
+    would read.
+    """
     what = changes(manifest.config, stage.config)
     if manifest.format != stage.format:
         what.insert(0, "another version of this package made it")
-    for name in [name for name in {**manifest.parents, **parents} if manifest.parents.get(name) != parents.get(name)]:
+    for name in [
+        name for name in {**manifest.parents, **parents} if manifest.parents.get(name) != parents.get(name)
+    ]:
         number = name.removeprefix("input ")
         path = stage.inputs[int(number)] if number.isdigit() and int(number) < len(stage.inputs) else name
         what.append(f"{path} has changed")
@@ -80,12 +85,27 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     seen = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.unpack}
     teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))
     out = [
-        Stage("data", "prepare", 1, {**keyed(recipe.data), "task": _task_key(task)}, (), prepare, *_sources(recipe)),
+        Stage(
+            "data",
+            "prepare",
+            1,
+            {**keyed(recipe.data), "task": _task_key(task)},
+            (),
+            prepare,
+            *_sources(recipe),
+        ),
         _conversion(recipe, "teacher_base", teacher),
         _conversion(recipe, "student_base", student),
         Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen}, ("teacher_base", "data"), teach),
         Stage("targets", "targets", 2, {**keyed(recipe.targets), **seen}, ("teacher", "data"), targets),
-        Stage("student", "distill", 1, {**keyed(recipe.distill), **seen}, ("student_base", "targets", "data"), distill),
+        Stage(
+            "student",
+            "distill",
+            1,
+            {**keyed(recipe.distill), **seen},
+            ("student_base", "targets", "data"),
+            distill,
+        ),
         Stage("quantized", "quantize", 1, keyed(recipe.quantize), ("student", "student_base"), quantize),
     ]
     for control in ("labels", "text"):
@@ -97,7 +117,16 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
 def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
 
     local = () if is_hub_id(source) and not Path(source).exists() else (source,)
-    return Stage(name, "convert", 1, keyed(recipe.convert), (), lambda c, f: convert(c, f, source, name), (source,), local)
+    return Stage(
+        name,
+        "convert",
+        1,
+        keyed(recipe.convert),
+        (),
+        lambda c, f: convert(c, f, source, name),
+        (source,),
+        local,
+    )
 
 
 def _control(recipe: Recipe, control: str, seen: Mapping[str, Any]) -> Stage:
@@ -112,7 +141,10 @@ def _measured(recipe: Recipe) -> list[str]:
     known = {"teacher_before", "teacher", "student_before", "student", "quantized"}
     for name in recipe.evaluate.models:
         if name not in known:
-            raise ConfigError(f"evaluate.models: {name!r} is not one of {', '.join(sorted(known))}", fix="name models of the run")
+            raise ConfigError(
+                f"evaluate.models: {name!r} is not one of {', '.join(sorted(known))}",
+                fix="name models of the run",
+            )
     return list(dict.fromkeys(["teacher", *recipe.evaluate.models, *controls]))
 
 
@@ -120,13 +152,19 @@ def _evaluation(recipe: Recipe, name: str, seen: Mapping[str, Any]) -> Stage:
 
     folder = {"teacher_before": "teacher_base", "student_before": "student_base"}.get(name, name)
     # An adapter folder is not a model without its base.
-    base = {"teacher": ("teacher_base",)} | dict.fromkeys(("student", "student_labels", "student_text"), ("student_base",))
+    base = {"teacher": ("teacher_base",)} | dict.fromkeys(
+        ("student", "student_labels", "student_text"), ("student_base",)
+    )
     settings = {k: v for k, v in keyed(recipe.evaluate).items() if k != "models"}
     config = {**settings, **seen, "unpack": recipe.unpacks(folder), "model": name}
     return Stage(
-        f"evaluations/{name}", "evaluate", 1, config, (folder, *base.get(folder, ()), "data"),
+        f"evaluations/{name}",
+        "evaluate",
+        1,
+        config,
+        (folder, *base.get(folder, ()), "data"),
         lambda c, f: evaluate(c, f, folder, name),
-    )  # fmt: skip
+    )
 
 
 def _task_key(task: Task) -> dict[str, Any]:
@@ -148,7 +186,7 @@ def _sources(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return tuple(out), tuple(name for name in out if name not in hub)
 
 
-# --- for people ----------------------------------------------------------------------------------------------------------------------
+# --- for people ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -165,14 +203,25 @@ class Plan:
         lines = [f"{self.recipe} -> {self.out}"]
         for stage in self.stages:
             lines.append(f"{stage['command']:<9} {stage['writes']}  [{stage['state']}]")
-            lines += [f"          reads  {name}{'  (not there yet)' if name in stage['absent'] else ''}" for name in stage["reads"]]
-            lines.append(f"          with   {', '.join(f'{k}={v}' for k, v in stage['settings'].items())}" if stage["settings"] else "")
+            lines += [
+                f"          reads  {name}{'  (not there yet)' if name in stage['absent'] else ''}"
+                for name in stage["reads"]
+            ]
+            lines.append(
+                f"          with   {', '.join(f'{k}={v}' for k, v in stage['settings'].items())}"
+                if stage["settings"]
+                else ""
+            )
         return [line for line in lines if line]
 
     @property
     def next(self) -> str:
-        """The first command that has something to do; what is converted is converted by the stage that needs it."""
-        return next(row["command"] for row in self.stages if row["state"] != "current" and row["command"] != "convert")
+        """The first command that has something to do; what is converted is converted by the stage that needs
+        it.
+        """
+        return next(
+            row["command"] for row in self.stages if row["state"] != "current" and row["command"] != "convert"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -181,7 +230,9 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a stage that was asked for alone: each folder of it with ``state`` (made or current) and facts; ``next`` a command."""
+    """What came of a stage that was asked for alone: each folder of it with ``state`` (made or current) and
+    facts; ``next`` a command.
+    """
 
     recipe: str
     out: str
@@ -195,8 +246,15 @@ class Outcome:
         for row in self.stages:
             seconds = f"{row['seconds']:.1f} s" if row["seconds"] < 10 else duration(row["seconds"])
             state = f"made in {seconds}" if row["state"] == "made" else "current, nothing was to do"
-            lines.append(f"{row['command']}: {row['writes']}: {state}; {', '.join(outcome_facts(row['recorded'], row['bytes']))}")
-        return [*lines, f"next: {self.next} (or run, for all that is left)" if self.next else "next: nothing, every stage is current"]
+            lines.append(
+                f"{row['command']}: {row['writes']}: {state}; {', '.join(outcome_facts(row['recorded'], row['bytes']))}"
+            )
+        return [
+            *lines,
+            f"next: {self.next} (or run, for all that is left)"
+            if self.next
+            else "next: nothing, every stage is current",
+        ]
 
     def to_dict(self) -> dict[str, Any]:
         """The same as plain values."""
@@ -221,12 +279,22 @@ def outcome_facts(recorded: Mapping[str, Any], count: int) -> list[str]:
     elif rows is not None:
         out.append(counted(rows, "row"))
     if (steps := recorded.get("steps")) is not None:
-        early = f" of {recorded['steps_wanted']}, patience was out" if steps < recorded.get("steps_wanted", steps) else ""
-        out.append(counted(steps, "step") + early + (f", {recorded['resumed']} of them before" if recorded.get("resumed") else ""))
+        early = (
+            f" of {recorded['steps_wanted']}, patience was out"
+            if steps < recorded.get("steps_wanted", steps)
+            else ""
+        )
+        out.append(
+            counted(steps, "step")
+            + early
+            + (f", {recorded['resumed']} of them before" if recorded.get("resumed") else "")
+        )
     if recorded.get("best_loss") is not None:
         kept = recorded.get("kept_step", recorded["best_step"])
         aside = "" if kept == recorded["best_step"] else f" (kept: step {kept}, see use_best)"
         out.append(f"best validation loss {recorded['best_loss']:.4g} at step {recorded['best_step']}{aside}")
     if recorded.get("bits_per_weight") is not None:
-        out.append(f"{recorded['parameters']:,} parameters, {recorded['bits_per_weight']:.2f} bits per weight")
+        out.append(
+            f"{recorded['parameters']:,} parameters, {recorded['bits_per_weight']:.2f} bits per weight"
+        )
     return [*out, size(count)]

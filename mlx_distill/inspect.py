@@ -44,8 +44,9 @@ class InspectRow:
 class InspectReport:
     """What lies at a path.
 
-    ``kind`` is ``model``, ``adapter``, ``stage`` or ``run``; ``facts`` are named values; ``problems`` is empty when all is well;
-    ``hashed`` counts the files whose hash was compared with the one that they were written with.
+    ``kind`` is ``model``, ``adapter``, ``stage`` or ``run``; ``facts`` are named values; ``problems`` is
+    empty when all is well; ``hashed`` counts the files whose hash was compared with the one that they were
+    written with.
     """
 
     path: str
@@ -64,7 +65,9 @@ class InspectReport:
         """Facts, table, problems."""
         width = max((len(name) for name in self.facts), default=0)
         out = [f"{self.path}: {self.kind}"]
-        out += [f"  {name.ljust(width)}  {value}" for name, value in self.facts.items() if value not in (None, "")]
+        out += [
+            f"  {name.ljust(width)}  {value}" for name, value in self.facts.items() if value not in (None, "")
+        ]
         if self.rows:
             cells = [("tensor", "count", "shape", "stored", "parameters", "bits", "size")]
             cells += [
@@ -80,17 +83,27 @@ class InspectReport:
                 for r in self.rows
             ]
             widths = [max(len(row[i]) for row in cells) for i in range(7)]
-            out += ["", *("  " + "  ".join(row[i].ljust(widths[i]) for i in range(7)).rstrip() for row in cells)]
+            out += [
+                "",
+                *("  " + "  ".join(row[i].ljust(widths[i]) for i in range(7)).rstrip() for row in cells),
+            ]
         out += [f"problem: {problem}" for problem in self.problems]
         if self.verified and not self.problems:
             had = "has the hash it was" if self.hashed == 1 else "have the hash they were"
-            hashes = f"{counted(self.hashed, 'file')} {had} written with" if self.hashed else "no hashes stand beside these files"
-            out.append(f"verified: {hashes}" + ("; no weight is NaN or infinite" if self.kind == "model" else ""))
+            hashes = (
+                f"{counted(self.hashed, 'file')} {had} written with"
+                if self.hashed
+                else "no hashes stand beside these files"
+            )
+            out.append(
+                f"verified: {hashes}" + ("; no weight is NaN or infinite" if self.kind == "model" else "")
+            )
         return out
 
 
 def inspect(path: str | Path, verify: bool = False) -> InspectReport:
-    """Say what lies at ``path``; with ``verify`` hash every file of a manifest (or of a snapshot of the Hub) and look at every weight.
+    """Say what lies at ``path``; with ``verify`` hash every file of a manifest (or of a snapshot of the Hub)
+    and look at every weight.
 
     Raises:
         ModelError: nothing that this package knows, or a damaged checkpoint: with file and tensor.
@@ -123,7 +136,9 @@ def inspect(path: str | Path, verify: bool = False) -> InspectReport:
 
 
 def _snapshot_hashes(folder: Path, problems: list[str]) -> int:
-    """Compare the weights of a downloaded snapshot with the hashes that the Hub's cache names them by; how many there were."""
+    """Compare the weights of a downloaded snapshot with the hashes that the Hub's cache names them by; how
+    many there were.
+    """
     found = {p: p.resolve().name for p in sorted(folder.glob("*.safetensors")) if p.is_symlink()}
     found = {p: name for p, name in found.items() if re.fullmatch("[0-9a-f]{64}", name)}
     problems += [f"{p} is not what the Hub sent" for p, name in found.items() if sha256(p) != name]
@@ -140,7 +155,10 @@ def _run(folder: Path, path: str, verify: bool) -> InspectReport:
         for p in sorted(folder.glob(".*.partial")) + sorted(folder.glob("*/.*.partial"))
     }
     if not stages and not unfinished:
-        raise ModelError(f"{folder}: neither a model, an adapter, a stage nor a run", fix="give a folder with config.json or manifest.json")
+        raise ModelError(
+            f"{folder}: neither a model, an adapter, a stage nor a run",
+            fix="give a folder with config.json or manifest.json",
+        )
     facts, problems, hashed = {}, [], 0
     for name, stage in stages.items():
         try:
@@ -168,7 +186,9 @@ def _how_far(partial: Path) -> str:
 def _summary(name: str, manifest: Manifest) -> str:
     """A folder of a run in a line; which stage made it is said where its name does not."""
     stage = [manifest.stage] if manifest.stage != name else []
-    return ", ".join([*stage, f"key {manifest.key[:12]}", counted(len(manifest.files), "file"), size(_bytes(manifest))])
+    return ", ".join(
+        [*stage, f"key {manifest.key[:12]}", counted(len(manifest.files), "file"), size(_bytes(manifest))]
+    )
 
 
 def _bytes(manifest: Manifest) -> int:
@@ -198,7 +218,11 @@ def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify:
         "parameters": f"{parameters:,}",
         "bits per weight": round(8 * stored / max(parameters, 1), 3),
         "size": f"{size(stored)} in {counted(len(ready.checkpoint.files), 'file')}",
-        "layout": "Hugging Face" if any(p.rule != "same" for p in ready.planned) else "the same in both" if _neutral(ready) else "MLX",
+        "layout": "Hugging Face"
+        if any(p.rule != "same" for p in ready.planned)
+        else "the same in both"
+        if _neutral(ready)
+        else "MLX",
         "rope": _rope_text(rope.kind, rope.theta, rope.scaling),
         "head": "tied to the embedding" if config.get("tie_word_embeddings") else "its own",
         "template": _template(folder),
@@ -236,7 +260,15 @@ def _template(folder: Path) -> str:
     else:
         config = folder / "tokenizer_config.json"
         text = str((read_object(config) if config.is_file() else {}).get("chat_template") or "")
-    kind = "harmony" if "<|channel|>" in text else "ChatML" if "<|im_start|>" in text else "another" if text else "none"
+    kind = (
+        "harmony"
+        if "<|channel|>" in text
+        else "ChatML"
+        if "<|im_start|>" in text
+        else "another"
+        if text
+        else "none"
+    )
     return f"{kind}, {len(text)} characters" if text else kind
 
 
@@ -256,7 +288,9 @@ def _rows(ready: Prepared) -> list[InspectRow]:
     rows = []
     for (name, shape, stored), members in groups.items():
         count, nbytes = sum(c for c, _ in members), sum(s for _, s in members)
-        rows.append(InspectRow(name, len(members), shape, stored, count, round(8 * nbytes / max(count, 1), 4), nbytes))
+        rows.append(
+            InspectRow(name, len(members), shape, stored, count, round(8 * nbytes / max(count, 1), 4), nbytes)
+        )
     return rows
 
 
@@ -285,7 +319,13 @@ def _adapter(folder: Path, manifest: Manifest | None, problems: list[str], verif
     rows = tuple(
         InspectRow(name, n, shape, dtype, n * prod(shape), 8.0 * i.nbytes / max(prod(shape), 1), n * i.nbytes)
         for (name, shape, dtype), n in groups.items()
-        for i in [next(i for full, i in infos.items() if folded(full) == name and i.shape == shape and i.dtype == dtype)]
+        for i in [
+            next(
+                i
+                for full, i in infos.items()
+                if folded(full) == name and i.shape == shape and i.dtype == dtype
+            )
+        ]
     )
     try:
         base = str(config.get("base_model_name_or_path") if theirs else adapter_base(folder))

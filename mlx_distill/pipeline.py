@@ -1,7 +1,8 @@
 """A recipe to a run: what of the graph of stages is current, what is made, and the report at its end.
 
-Each stage is a folder of the run with a ``manifest.json``. Its key is a hash of the stage, its format, the part of the recipe that can
-change its result, and the contents of its parents; a folder with the right key is current and is not made again.
+Each stage is a folder of the run with a ``manifest.json``. Its key is a hash of the stage, its format, the
+part of the recipe that can change its result, and the contents of its parents; a folder with the right key is
+current and is not made again.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ TRAININGS = ("teach", "distill")
 COMMANDS = ("prepare", "convert", "teach", "targets", "distill", "quantize", "evaluate")
 
 
-# --- what is current ------------------------------------------------------------------------------------------------------------
+# --- what is current ----------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -98,14 +99,23 @@ class _Runner:
         began = time.time()
         facts = stage.work(context, partial)
         recorded = {
-            **facts, "started": began, "seconds": time.time() - began, "versions": versions(), "machine": machine(),
-            "inputs": list(stage.inputs), "recipe": self.recipe.name,
-        }  # fmt: skip
-        self.manifests[stage.name] = publish(folder, stage.name, stage.format, stage.config, parents, recorded)
+            **facts,
+            "started": began,
+            "seconds": time.time() - began,
+            "versions": versions(),
+            "machine": machine(),
+            "inputs": list(stage.inputs),
+            "recipe": self.recipe.name,
+        }
+        self.manifests[stage.name] = publish(
+            folder, stage.name, stage.format, stage.config, parents, recorded
+        )
         self.made.append(stage.name)
 
     def check_owner(self, folder: Path) -> None:
-        """Refuse to replace, or to go on from, what a recipe of another name made with other settings: likely hours of training."""
+        """Refuse to replace, or to go on from, what a recipe of another name made with other settings: likely
+        hours of training.
+        """
         manifest = read_manifest(folder)
         owner = manifest.recorded.get("recipe", self.recipe.name) if manifest else self.recipe.name
         if owner != self.recipe.name:
@@ -115,7 +125,9 @@ class _Runner:
             )
 
     def check_leftover(self, stage: Stage, anew: bool) -> None:
-        """Refuse what an unfinished training of this stage does not fit, or, where it is to be done ``anew``, give that up."""
+        """Refuse what an unfinished training of this stage does not fit, or, where it is to be done ``anew``,
+        give that up.
+        """
         note = partial_folder(self.out / stage.name) / "key"
         if stage.command not in TRAININGS or not note.is_file():
             return
@@ -124,7 +136,12 @@ class _Runner:
         key = stage_key(stage.name, stage.format, stage.config, self.parents(stage))
         fits = note.read_text(encoding="utf-8") == key
         try:
-            check_leftover(note.parent / "scratch" / "checkpoints", getattr(self.recipe, stage.command), stage.command, fits)
+            check_leftover(
+                note.parent / "scratch" / "checkpoints",
+                getattr(self.recipe, stage.command),
+                stage.command,
+                fits,
+            )
         except DistillError:
             if not anew:
                 raise
@@ -156,17 +173,20 @@ def run(
         resume: False makes every stage again.
         overrides: ``KEY=VALUE`` texts over the recipe, such as ``distill.learning_rate=1e-5``.
         from_stage: Make this stage again, and all that follow from it.
-        only: Make this stage alone, from its parents as they stand (a converted base that is missing is made too).
+        only: Make this stage alone, from its parents as they stand (a converted base that is missing is made
+            too).
         dry_run: Return the :class:`Plan` and write nothing.
         progress: Where progress is told; silent by default.
         hooks: Called after every step of every training; see :mod:`mlx_distill.train.events`.
         profile: Takes the time of every training's parts.
 
     Returns:
-        The report of the run; after ``only`` a stage before ``evaluate`` what came of it; with ``dry_run`` the plan.
+        The report of the run; after ``only`` a stage before ``evaluate`` what came of it; with ``dry_run``
+        the plan.
 
     Raises:
-        ConfigError: the recipe, an override or a stage's name is wrong, or does not fit what an unfinished training left.
+        ConfigError: the recipe, an override or a stage's name is wrong, or does not fit what an unfinished
+            training left.
         FileError: the folder cannot be written, or another run holds it.
     """
     loaded = load_recipe(recipe, overrides)
@@ -176,13 +196,21 @@ def run(
             raise ConfigError(f"no stage {name!r}", fix=f"stages: {', '.join(COMMANDS)}")
     stages = graph(loaded, task)
     settings = [part for text in overrides for part in ("--set", text)]
-    runner = _Runner(loaded, task, out, progress or NullProgress(), resume, shlex.join([str(recipe), "--out", str(out), *settings]))
+    runner = _Runner(
+        loaded,
+        task,
+        out,
+        progress or NullProgress(),
+        resume,
+        shlex.join([str(recipe), "--out", str(out), *settings]),
+    )
     if dry_run:
         return _plan(runner, stages, from_stage)
     rank, size = rank_and_size()
     if size > 1 and only not in TRAININGS:
         raise ConfigError(
-            f"{only or 'a whole run'} on {size} ranks", fix=f"one machine does it; launch the trainings alone: {' or '.join(TRAININGS)}"
+            f"{only or 'a whole run'} on {size} ranks",
+            fix=f"one machine does it; launch the trainings alone: {' or '.join(TRAININGS)}",
         )
     if rank:
         return _follow(runner, [stage for stage in stages if stage.command == only], hooks, profile)
@@ -195,20 +223,31 @@ def run(
         from mlx_distill.stages.training import check_training
 
         context = Context(loaded, task, out, runner.progress, stop, hooks, profile)
-        check_training(context, {s.command for s in stages if only in (None, s.command) and read_manifest(out / s.name) is None})
+        check_training(
+            context,
+            {s.command for s in stages if only in (None, s.command) and read_manifest(out / s.name) is None},
+        )
         needed = {name for stage in stages if stage.command == only for name in stage.parents}
         for stage in stages:
             recover(out / stage.name)
             _step(runner, stage, context, from_stage, only, needed)
         if only not in (None, "evaluate"):
             return _outcome(runner, stages, only)
-        evaluations = {s.name.removeprefix("evaluations/"): out / s.name for s in stages if s.command == "evaluate"}
-        report = build_report(out, to_mapping(loaded), task, evaluations, confidence=loaded.evaluate.confidence)
+        evaluations = {
+            s.name.removeprefix("evaluations/"): out / s.name for s in stages if s.command == "evaluate"
+        }
+        report = build_report(
+            out, to_mapping(loaded), task, evaluations, confidence=loaded.evaluate.confidence
+        )
         return write_report(out, report)
 
 
-def _follow(runner: _Runner, stages: Sequence[Stage], hooks: Sequence[Any], profile: Profile | None) -> Outcome:
-    """Another rank's part: it trains along on what stands in its own ``out``, in a folder that vanishes; rank 0 writes and tells."""
+def _follow(
+    runner: _Runner, stages: Sequence[Stage], hooks: Sequence[Any], profile: Profile | None
+) -> Outcome:
+    """Another rank's part: it trains along on what stands in its own ``out``, in a folder that vanishes; rank
+    0 writes and tells.
+    """
     from mlx_distill.stages.context import Context
     from mlx_distill.train.distributed import meet
 
@@ -230,16 +269,34 @@ def _find_models(stages: Sequence[Stage]) -> None:
             find_local(stage.inputs[0])
 
 
-def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | None, only: str | None, needed: set[str]) -> None:
+def _step(
+    runner: _Runner,
+    stage: Stage,
+    context: Context,
+    from_stage: str | None,
+    only: str | None,
+    needed: set[str],
+) -> None:
     if only is not None and stage.command != only:
         _stand_as_parent(runner, stage, context, stage.name in needed)
         return
     if only is not None:
         missing = [name for name in stage.parents if name not in runner.manifests]
         if missing:
-            makes = {"data": "prepare", "teacher": "teach", "targets": "targets", "student": "distill", "quantized": "quantize"}
-            cure = runner.command(next((made for name, made in makes.items() if not (runner.out / name).is_dir()), "run"))
-            raise FileError(f"{runner.out / missing[0]} is not there yet", fix=f"run first: {cure} (or run, for all at once)")
+            makes = {
+                "data": "prepare",
+                "teacher": "teach",
+                "targets": "targets",
+                "student": "distill",
+                "quantized": "quantize",
+            }
+            cure = runner.command(
+                next((made for name, made in makes.items() if not (runner.out / name).is_dir()), "run")
+            )
+            raise FileError(
+                f"{runner.out / missing[0]} is not there yet",
+                fix=f"run first: {cure} (or run, for all at once)",
+            )
     # What follows from a stage that was asked for is made again even where its parents came out the same.
     follows = from_stage is not None and any(name in runner.made for name in stage.parents)
     anew = not runner.resume or stage.command == from_stage or follows
@@ -259,7 +316,9 @@ def _step(runner: _Runner, stage: Stage, context: Context, from_stage: str | Non
 
 
 def _stand_as_parent(runner: _Runner, stage: Stage, context: Context, needed: bool) -> None:
-    """A stage that was not asked for, beside one that was: it is read as it stands, old settings and all, but never damaged."""
+    """A stage that was not asked for, beside one that was: it is read as it stands, old settings and all, but
+    never damaged.
+    """
     folder = runner.out / stage.name
     manifest = read_manifest(folder)
     damage = check_folder(folder, manifest) if manifest is not None and needed else None
@@ -273,8 +332,14 @@ def _stand_as_parent(runner: _Runner, stage: Stage, context: Context, needed: bo
         raise FileError(damage, fix=f"make it again: {runner.command(stage.command)}")
     if needed and (state := runner.state(stage, False)) != "current":
         runner.check_owner(folder)
-        anew = runner.command(stage.command) if stage.command != "convert" else "run, or the stages that read it,"
-        runner.progress.note(f"{stage.name}: read as it stands; {state.removeprefix('to do: ')} ({anew} makes it again)")
+        anew = (
+            runner.command(stage.command)
+            if stage.command != "convert"
+            else "run, or the stages that read it,"
+        )
+        runner.progress.note(
+            f"{stage.name}: read as it stands; {state.removeprefix('to do: ')} ({anew} makes it again)"
+        )
     runner.manifests[stage.name] = manifest
 
 
@@ -284,12 +349,21 @@ def _outcome(runner: _Runner, stages: Sequence[Stage], only: str | None) -> Outc
     for stage in stages:
         manifest = runner.manifests.get(stage.name)
         if manifest is not None and (stage.command == only or stage.name in runner.made):
-            recorded = {key: value for key, value in manifest.recorded.items() if key not in ("versions", "machine", "recipe", "inputs")}
-            rows.append({
-                "command": stage.command, "writes": str(runner.out / stage.name),
-                "state": "made" if stage.name in runner.made else "current", "seconds": manifest.recorded["seconds"],
-                "bytes": sum(entry.size for entry in manifest.files.values()), "recorded": recorded,
-            })  # fmt: skip
+            recorded = {
+                key: value
+                for key, value in manifest.recorded.items()
+                if key not in ("versions", "machine", "recipe", "inputs")
+            }
+            rows.append(
+                {
+                    "command": stage.command,
+                    "writes": str(runner.out / stage.name),
+                    "state": "made" if stage.name in runner.made else "current",
+                    "seconds": manifest.recorded["seconds"],
+                    "bytes": sum(entry.size for entry in manifest.files.values()),
+                    "recorded": recorded,
+                }
+            )
     plan = _plan(replace(runner, resume=True, manifests={}, made=[]), stages, None)
     follows = "evaluate" if plan.next == "report" else plan.next  # which writes the report too
     done = plan.next == "report" and (runner.out / "report.html").is_file()
@@ -304,13 +378,30 @@ def _plan(runner: _Runner, stages: Sequence[Stage], from_stage: str | None) -> P
         if manifest is not None:
             runner.manifests[stage.name] = manifest
         reads = [str(runner.out / name) for name in stage.parents] + list(stage.inputs)
-        settings = {k: v for k, v in stage.config.items() if k not in ("task", "sources") and v not in (None, [], {}, "")}
+        settings = {
+            k: v
+            for k, v in stage.config.items()
+            if k not in ("task", "sources") and v not in (None, [], {}, "")
+        }
         writes = str(runner.out / stage.name)
-        rows.append({
-            "command": stage.command, "writes": writes, "reads": reads, "absent": stage.absent, "state": state, "settings": settings,
-        })  # fmt: skip
-    rows.append({
-        "command": "report", "writes": str(runner.out / "report.html"), "state": "to do", "settings": {}, "absent": [],
-        "reads": [str(runner.out / s.name) for s in stages if s.command == "evaluate"],
-    })  # fmt: skip
+        rows.append(
+            {
+                "command": stage.command,
+                "writes": writes,
+                "reads": reads,
+                "absent": stage.absent,
+                "state": state,
+                "settings": settings,
+            }
+        )
+    rows.append(
+        {
+            "command": "report",
+            "writes": str(runner.out / "report.html"),
+            "state": "to do",
+            "settings": {},
+            "absent": [],
+            "reads": [str(runner.out / s.name) for s in stages if s.command == "evaluate"],
+        }
+    )
     return Plan(runner.recipe.name, str(runner.out), rows)

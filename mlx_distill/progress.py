@@ -1,4 +1,5 @@
-"""Progress with an estimate: a live bar on a terminal, a line every few seconds elsewhere, nothing where nobody looks.
+"""Progress with an estimate: a live bar on a terminal, a line every few seconds elsewhere, nothing where
+nobody looks.
 
 Stages take a :class:`Progress` and use two things of it::
 
@@ -47,8 +48,12 @@ class Bar(Protocol):
 class Progress(Protocol):
     """Where a stage tells how far it is."""
 
-    def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> AbstractContextManager[Bar]:
-        """Open a task of ``total`` units, ``start`` of them done before (a resumed run); no total, no estimate."""
+    def task(
+        self, name: str, total: float | None = None, unit: str = "", start: float = 0
+    ) -> AbstractContextManager[Bar]:
+        """Open a task of ``total`` units, ``start`` of them done before (a resumed run); no total, no
+        estimate.
+        """
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -57,8 +62,9 @@ class Progress(Protocol):
 class Estimate:
     """Seconds left, from the rate of the last half minute.
 
-    The time until the first step (loading, compilation) counts only while there is nothing else to go by. What a resumed run
-    had done before is no speed, whether it was told as ``start`` or comes as a jump at the first step.
+    The time until the first step (loading, compilation) counts only while there is nothing else to go by.
+    What a resumed run had done before is no speed, whether it was told as ``start`` or comes as a jump at the
+    first step.
 
     >>> now = [0.0]
     >>> estimate = Estimate(total=10, start=0, clock=lambda: now[0])
@@ -97,7 +103,10 @@ def show_info(info: dict[str, Any]) -> str:
     >>> show_info({"loss": 0.123456, "rows": 12, "note": "greedy"})
     'loss 0.1235, rows 12, note greedy'
     """
-    shown = {key.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else value for key, value in info.items()}
+    shown = {
+        key.replace("_", " "): f"{value:.4g}" if isinstance(value, float) else value
+        for key, value in info.items()
+    }
     return ", ".join(f"{key} {value}" for key, value in shown.items())
 
 
@@ -127,17 +136,26 @@ class PlainProgress:
     teach: done, 2 steps in 0 s, loss 0.5
     """
 
-    def __init__(self, stream: Stream | None = None, every: float = 10.0, clock: Clock = time.monotonic) -> None:
+    def __init__(
+        self, stream: Stream | None = None, every: float = 10.0, clock: Clock = time.monotonic
+    ) -> None:
         self.stream, self.every, self.clock = stream, every, clock
 
     @contextmanager
     def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Bar]:
-        self.note(f"{name}: {counted(total, unit)}" + (f", going on after {unit} {start:g}" if start else "") if total else name)
+        self.note(
+            f"{name}: {counted(total, unit)}" + (f", going on after {unit} {start:g}" if start else "")
+            if total
+            else name
+        )
         bar = _PlainBar(self, name, Estimate(total, start, self.clock), unit, start)
         try:
             yield bar
         except BaseException:
-            self.note(f"{name}: stopped after {duration(bar.estimate.elapsed())}" + (f" at {bar.done:g}/{total:g}" if total else ""))
+            self.note(
+                f"{name}: stopped after {duration(bar.estimate.elapsed())}"
+                + (f" at {bar.done:g}/{total:g}" if total else "")
+            )
             raise
         self.note(_done(name, bar, unit, start))
 
@@ -146,7 +164,9 @@ class PlainProgress:
 
 
 class _PlainBar:
-    def __init__(self, progress: PlainProgress, name: str, estimate: Estimate, unit: str, done: float) -> None:
+    def __init__(
+        self, progress: PlainProgress, name: str, estimate: Estimate, unit: str, done: float
+    ) -> None:
         self.progress, self.name, self.estimate, self.unit = progress, name, estimate, unit
         self.done, self.info, self.last = done, "", estimate.began
 
@@ -158,7 +178,11 @@ class _PlainBar:
         self.last = now
         total = self.estimate.total
         where = f"{done:g}/{total:g} ({done / total:.0%})" if total else counted(done, self.unit)
-        parts = [where, *([f"{duration(left)} left"] if left is not None else []), *([self.info] if self.info else [])]
+        parts = [
+            where,
+            *([f"{duration(left)} left"] if left is not None else []),
+            *([self.info] if self.info else []),
+        ]
         self.progress.note(f"{self.name}: {', '.join(parts)}")
 
 
@@ -191,7 +215,12 @@ class RichProgress:
             TextColumn("{task.fields[info]}", markup=False),
         )
         with Live(*columns, console=self.console, transient=True) as live:
-            bar = _RichBar(live, live.add_task(name, total=total, completed=int(start), left="", info=""), Estimate(total, start), start)
+            bar = _RichBar(
+                live,
+                live.add_task(name, total=total, completed=int(start), left="", info=""),
+                Estimate(total, start),
+                start,
+            )
             yield bar
         self.console.print(_done(name, bar, unit, start), markup=False)
 

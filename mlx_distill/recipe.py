@@ -1,4 +1,6 @@
-"""A recipe: teacher, student, task, data, and one block of settings a stage. Each default stands here and nowhere else."""
+"""A recipe: teacher, student, task, data, and one block of settings a stage. Each default stands here and
+nowhere else.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,23 @@ from mlx_distill.tasks.task import Task, load_task
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-# Of affine the number of bits; the mixed ones have embeddings and head in 8 bits. The models' treatments say what each does.
+# Of affine the number of bits; the mixed ones have embeddings and head in 8 bits. The models' treatments say
+# what each does.
 MODES = [
-    "affine1", "affine2", "affine3", "affine4", "affine5", "affine6", "affine8", "mxfp4", "nvfp4", "mxfp8", "mixed4", "mixed-mxfp4",
+    "affine1",
+    "affine2",
+    "affine3",
+    "affine4",
+    "affine5",
+    "affine6",
+    "affine8",
+    "mxfp4",
+    "nvfp4",
+    "mxfp8",
+    "mixed4",
+    "mixed-mxfp4",
     "mixed-nvfp4",
-]  # fmt: skip
+]
 FLOATS = ["float32", "bfloat16", "float16"]
 METHODS = ["lora", "dora", "galore", "apollo", "apollo-mini", "full"]
 PROJECTIONS = ["std", "reverse_std", "left", "right", "full"]
@@ -31,18 +45,28 @@ class SourceConfig:
     """One source of rows: a file, a packaged generator, or a data set of the Hub."""
 
     path: str | None = option(None, "a JSONL or JSON file (asset:NAME for a packaged one)")
-    hub: str | None = option(None, "a data set of the Hugging Face Hub, such as org/name, or org/name:configuration")
+    hub: str | None = option(
+        None, "a data set of the Hugging Face Hub, such as org/name, or org/name:configuration"
+    )
     generator: str | None = option(None, "a packaged generator of rows")
     revision: str | None = option(None, "commit of the Hub data set")
     hub_split: str = option("train", "which split of the Hub data set")
-    count: int = option(0, "rows from a generator, 0 for its own default; the first rows of a file or data set", low=0)
+    count: int = option(
+        0, "rows from a generator, 0 for its own default; the first rows of a file or data set", low=0
+    )
     seed: int = option(0, "seed of the generator", low=0)
-    noise: float = option(0.0, "share of the generator's labels that are replaced at random", low=0.0, high=1.0)
+    noise: float = option(
+        0.0, "share of the generator's labels that are replaced at random", low=0.0, high=1.0
+    )
     part: str | None = option(None, "which part of the generator's templates: train or test")
-    format: str = option("auto", "shape of the rows", choices=["auto", "messages", "alpaca", "openai", "plain"])
+    format: str = option(
+        "auto", "shape of the rows", choices=["auto", "messages", "alpaca", "openai", "plain"]
+    )
     columns: Mapping[str, str] = option({}, "field of the task: column of the file")
     where: Mapping[str, Any] = option({}, "take only the rows whose fields have these values")
-    split: str | None = option(None, "put every row of this source in this split", choices=["train", "valid", "test"])
+    split: str | None = option(
+        None, "put every row of this source in this split", choices=["train", "valid", "test"]
+    )
     set: str | None = option(None, "name of the set that its test rows are reported under; default: 'test'")
 
 
@@ -51,8 +75,12 @@ class DataConfig:
     """Prepare: rows to validated chats, filtered, deduplicated and split."""
 
     sources: list[SourceConfig] = option([], "where the rows come from")
-    valid_fraction: float = option(0.05, "share of the rows without a split that goes to validation", low=0.0, high=0.5)
-    test_fraction: float = option(0.1, "share of the rows without a split that is held out", low=0.0, high=0.9)
+    valid_fraction: float = option(
+        0.05, "share of the rows without a split that goes to validation", low=0.0, high=0.5
+    )
+    test_fraction: float = option(
+        0.1, "share of the rows without a split that is held out", low=0.0, high=0.9
+    )
     stratify: list[str] = option([], "fields over which the split is balanced, besides the label")
     min_chars: int = option(1, "shortest text of a row, in characters", low=0)
     max_chars: int = option(100_000, "longest text of a row, in characters", low=1)
@@ -61,10 +89,15 @@ class DataConfig:
     domains: list[str] = option([], "keep rows whose domain field is one of these; empty keeps all")
     domain_field: str = option("domain", "the field that domains looks at")
     near_duplicates: float = option(
-        0.85, "Jaccard similarity of word shingles from which two rows are the same; 0 turns it off", low=0.0, high=1.0
+        0.85,
+        "Jaccard similarity of word shingles from which two rows are the same; 0 turns it off",
+        low=0.0,
+        high=1.0,
     )
     split_field: str = option("split", "the field in which a row names its own split")
-    drop_invalid: bool = option(False, "leave out rows that do not fit the task, and count them, where otherwise they are an error")
+    drop_invalid: bool = option(
+        False, "leave out rows that do not fit the task, and count them, where otherwise they are an error"
+    )
     seed: int = option(0, "seed of the split", low=0)
 
 
@@ -73,7 +106,9 @@ class ConvertConfig:
     """Convert: a Hugging Face checkpoint to an MLX folder, numerically the same."""
 
     quantize: str | None = option(None, "mode of the converted weights; none keeps them", choices=MODES)
-    dtype: str | None = option(None, "type of the floating-point weights; none keeps each tensor's own", choices=FLOATS)
+    dtype: str | None = option(
+        None, "type of the floating-point weights; none keeps each tensor's own", choices=FLOATS
+    )
     revision: str | None = option(None, "commit or tag of a Hub model")
 
 
@@ -88,43 +123,72 @@ class TrainConfig:
     lora_dropout: float = option(0.1, "dropout before the adapter", low=0.0, high=0.99)
     target_modules: list[str] = option(ATTENTION + MLP, "linear layers that get an adapter or a projection")
     modules_to_save: list[str] = option(
-        [], "modules that train whole beside, such as embed_tokens, norm, lm_head; AdamW's state is 8 bytes a weight"
+        [],
+        "modules that train whole beside, such as embed_tokens, norm, lm_head; AdamW's state is 8 bytes a weight",
     )
     galore_rank: int = option(512, "rank of the gradient projection", low=1)
     galore_update_gap: int = option(400, "steps between refreshes of the basis", low=1)
     galore_scale: float = option(0.25, "factor on the projected update", low=0.0)
-    galore_projection: str = option("std", "side of a matrix that is projected; std: the shorter one", choices=PROJECTIONS)
-    galore_moments: str = option("project", "what becomes of Adam's moments when the basis changes", choices=MOMENTS)
+    galore_projection: str = option(
+        "std", "side of a matrix that is projected; std: the shorter one", choices=PROJECTIONS
+    )
+    galore_moments: str = option(
+        "project", "what becomes of Adam's moments when the basis changes", choices=MOMENTS
+    )
     galore_stagger: bool = option(True, "spread the refreshes of the matrices over the gap")
     galore_refresh_below: float = option(
-        0.0, "skip a refresh while the basis captures this share of what it captured when new; 0 never skips", low=0.0, high=1.0
+        0.0,
+        "skip a refresh while the basis captures this share of what it captured when new; 0 never skips",
+        low=0.0,
+        high=1.0,
     )
     apollo_rank: int = option(256, "rank of the random projection; apollo-mini has 1", low=1)
     apollo_update_gap: int = option(200, "steps between random projections", low=1)
-    apollo_scale: float | None = option(None, "factor on the update; none: 1, and sqrt(128) for apollo-mini", low=0.0)
+    apollo_scale: float | None = option(
+        None, "factor on the update; none: 1, and sqrt(128) for apollo-mini", low=0.0
+    )
     learning_rate: float = option(2e-5, "peak learning rate", low=0.0)
-    schedule: str = option("cosine", "shape of the learning rate after the warm-up", choices=["cosine", "linear", "constant", "wsd"])
+    schedule: str = option(
+        "cosine",
+        "shape of the learning rate after the warm-up",
+        choices=["cosine", "linear", "constant", "wsd"],
+    )
     warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0.0, high=1.0)
     weight_decay: float = option(0.0, "decoupled weight decay", low=0.0)
     clip_norm: float = option(1.0, "largest global gradient norm; 0 turns clipping off", low=0.0)
-    batch_size: int = option(1, "rows a micro-batch on each rank, on average: batches have about as many trained tokens each", low=1)
+    batch_size: int = option(
+        1,
+        "rows a micro-batch on each rank, on average: batches have about as many trained tokens each",
+        low=1,
+    )
     accumulate: int = option(8, "micro-batches an optimizer step, on each rank", low=1)
     epochs: float = option(1.0, "passes over the rows; steps overrides it", low=0.0)
     steps: int = option(0, "optimizer steps; 0: by epochs", low=0)
     max_length: int = option(512, "longest row in tokens; a longer one is reported and left out", low=8)
-    packing: bool = option(False, "rows share lines of at most max_length tokens, none seeing another; batch_size then counts lines")
+    packing: bool = option(
+        False,
+        "rows share lines of at most max_length tokens, none seeing another; batch_size then counts lines",
+    )
     loss_on: str = option("last", "assistant turns that are learned", choices=["last", "all"])
-    grad_checkpoint: bool = option(False, "recompute activations in the backward pass to save memory", keyed=False)
-    compile: bool = option(False, "fuse the layers' elementwise work with mx.compile, traced once a shape of batch")
+    grad_checkpoint: bool = option(
+        False, "recompute activations in the backward pass to save memory", keyed=False
+    )
+    compile: bool = option(
+        False, "fuse the layers' elementwise work with mx.compile, traced once a shape of batch"
+    )
     seed: int = option(0, "seed of order, initialization and dropout", low=0)
     stream_gradients: bool = option(
-        False, "never hold all gradients at once; with clip_norm they are computed twice; needs accumulate: 1", keyed=False
+        False,
+        "never hold all gradients at once; with clip_norm they are computed twice; needs accumulate: 1",
+        keyed=False,
     )
     checkpoint_every: int = option(50, "steps between checkpoints", low=1, keyed=False)
     keep_checkpoints: int = option(2, "checkpoints that stay, the best one apart", low=1, keyed=False)
     evaluate_every: int = option(50, "steps between looks at the validation rows; 0 for none", low=0)
     patience: int = option(0, "looks without a new best after which the run ends; 0 for never", low=0)
-    use_best: bool = option(False, "the result is the weights with the lowest validation loss, not the last ones")
+    use_best: bool = option(
+        False, "the result is the weights with the lowest validation loss, not the last ones"
+    )
 
 
 @dataclass(frozen=True)
@@ -136,7 +200,11 @@ class TeachConfig(TrainConfig):
 class TargetsConfig:
     """Targets: what the teacher says of the training rows, written once."""
 
-    text: str = option("greedy", "the text that the student learns: the teacher's greedy answer, or the row's own", choices=TEXTS)
+    text: str = option(
+        "greedy",
+        "the text that the student learns: the teacher's greedy answer, or the row's own",
+        choices=TEXTS,
+    )
     top_k: int = option(32, "tokens kept of each distribution", low=1, high=1024)
     batch_size: int = option(16, "rows at a time", low=1, keyed=False)
     max_rows: int = option(0, "training rows scored; 0 for all", low=0)
@@ -148,12 +216,18 @@ class DistillConfig(TrainConfig):
 
     learning_rate: float = option(1e-5, "peak learning rate", low=0.0)
     target_modules: list[str] = option(ATTENTION, "linear layers that get an adapter")
-    loss_on: str = option("last", "assistant turns that are learned; the teacher answers the last", choices=["last"])
+    loss_on: str = option(
+        "last", "assistant turns that are learned; the teacher answers the last", choices=["last"]
+    )
     label_weight: float = option(0.7, "alpha: weight of the loss over the label's distribution", low=0.0)
     label_temperature: float = option(4.0, "T of that loss; the factor T squared is inside", low=0.01)
     text_weight: float = option(0.3, "weight of the cross-entropy on the teacher's text", low=0.0)
     token_weight: float = option(0.3, "weight of the token-level loss", low=0.0)
-    token_loss: str = option("auto", "the token-level loss; auto: KL where the vocabularies are equal, else cells", choices=TOKEN_LOSSES)
+    token_loss: str = option(
+        "auto",
+        "the token-level loss; auto: KL where the vocabularies are equal, else cells",
+        choices=TOKEN_LOSSES,
+    )
     temperature: float = option(1.0, "T of the token-level loss", low=0.01)
 
 
@@ -163,7 +237,9 @@ class QuantizeConfig:
 
     mode: str = option("affine4", "mode of the quantized weights", choices=MODES)
     group_size: int = option(0, "weights that share a scale; 0: the mode's own", low=0)
-    adapter: str = option("merge", "the adapter is merged before, or kept beside the quantized base", choices=["merge", "keep"])
+    adapter: str = option(
+        "merge", "the adapter is merged before, or kept beside the quantized base", choices=["merge", "keep"]
+    )
     keep: list[str] = option(["router"], "parts of module names that keep their type")
 
 
@@ -171,7 +247,9 @@ class QuantizeConfig:
 class EvaluateConfig:
     """Evaluate: held-out rows through each model."""
 
-    models: list[str] = option(["teacher", "student_before", "student", "quantized"], "which models are measured")
+    models: list[str] = option(
+        ["teacher", "student_before", "student", "quantized"], "which models are measured"
+    )
     batch_size: int = option(16, "rows at a time", low=1)
     max_rows: int = option(0, "held-out rows of each set; 0 for all", low=0)
     confidence: float = option(0.95, "level of the intervals", low=0.5, high=0.999, keyed=False)
@@ -190,15 +268,20 @@ class Recipe:
     """The whole of a run."""
 
     name: str = option(help="what the run is called in reports")
-    task: str | Mapping[str, Any] = option(help="a packaged task, a YAML file, or a mapping with name and overrides")
+    task: str | Mapping[str, Any] = option(
+        help="a packaged task, a YAML file, or a mapping with name and overrides"
+    )
     teacher: str = option(help="a Hub id, a folder, or asset:NAME")
     student: str = option(help="a Hub id, a folder, or asset:NAME")
     description: str = option("", "one line for the list of recipes", keyed=False)
     compute_dtype: str | None = option(
-        None, "type in which weights that are not quantized compute; none keeps the checkpoint's", choices=FLOATS
+        None,
+        "type in which weights that are not quantized compute; none keeps the checkpoint's",
+        choices=FLOATS,
     )
     unpack: bool = option(
-        False, "compute with packed weights unpacked, but for the quantized model: the same numbers, more memory; for a CPU"
+        False,
+        "compute with packed weights unpacked, but for the quantized model: the same numbers, more memory; for a CPU",
     )
     data: DataConfig = option(DataConfig, "prepare")
     convert: ConvertConfig = option(ConvertConfig, "convert")
@@ -208,10 +291,15 @@ class Recipe:
     quantize: QuantizeConfig = option(QuantizeConfig, "quantize")
     evaluate: EvaluateConfig = option(EvaluateConfig, "evaluate")
     controls: ControlsConfig = option(ControlsConfig, "controls")
-    base: Path | None = field(default=None, metadata={"keyed": False, "settable": False, "help": "folder that paths are relative to"})
+    base: Path | None = field(
+        default=None,
+        metadata={"keyed": False, "settable": False, "help": "folder that paths are relative to"},
+    )
 
     def unpacks(self, model: str) -> bool:
-        """Whether this model of the run computes with its weights unpacked: the quantized one never does, as it is the product itself."""
+        """Whether this model of the run computes with its weights unpacked: the quantized one never does, as
+        it is the product itself.
+        """
         return self.unpack and model != "quantized"
 
     def load_task(self) -> Task:
@@ -229,11 +317,19 @@ def load_recipe(spec: str | Path, assignments: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         found = packaged(f"recipes/{spec}.yaml")
         if found is None:
-            raise ConfigError(f"no recipe {str(spec)!r}", fix=f"packaged: {', '.join(recipe_names())}; or give the path of a YAML file")
+            raise ConfigError(
+                f"no recipe {str(spec)!r}",
+                fix=f"packaged: {', '.join(recipe_names())}; or give the path of a YAML file",
+            )
         path = found
-    recipe = replace(from_mapping(Recipe, override(read_yaml(path), assignments), str(path)), base=path.resolve().parent)
+    recipe = replace(
+        from_mapping(Recipe, override(read_yaml(path), assignments), str(path)), base=path.resolve().parent
+    )
     if recipe.name in ("", "..") or recipe.name != Path(recipe.name).name:  # it names the run's folder
-        raise ConfigError(f"{path}: name: {recipe.name!r} cannot be the name of a folder", fix="a word or two, without slashes")
+        raise ConfigError(
+            f"{path}: name: {recipe.name!r} cannot be the name of a folder",
+            fix="a word or two, without slashes",
+        )
     recipe.load_task()
     return recipe
 

@@ -22,8 +22,8 @@ class Message:
 class Example:
     """One row of prepared data: a chat whose last turn is the assistant's, and what is known about it.
 
-    ``fields`` holds the row's other columns (slices such as genre or group, the split); ``answer`` is the last assistant
-    turn parsed as JSON, where the task asks for JSON.
+    ``fields`` holds the row's other columns (slices such as genre or group, the split); ``answer`` is the
+    last assistant turn parsed as JSON, where the task asks for JSON.
     """
 
     id: str
@@ -36,9 +36,10 @@ class Example:
 class Batch:
     """One micro-batch, right-padded, labels already shifted.
 
-    ``inputs [b, l]`` int32; ``labels [b, l]`` int32 (the token after each input); ``mask [b, l]`` float32, 1 where the
-    label is trained on; ``rows`` indices into the data set, line by line; ``extra`` whatever the objective needs besides;
-    ``segments [b, l]`` int32 which of its line's rows an input belongs to, 0 for padding, or None where each line is one row.
+    ``inputs [b, l]`` int32; ``labels [b, l]`` int32 (the token after each input); ``mask [b, l]`` float32, 1
+    where the label is trained on; ``rows`` indices into the data set, line by line; ``extra`` whatever the
+    objective needs besides; ``segments [b, l]`` int32 which of its line's rows an input belongs to, 0 for
+    padding, or None where each line is one row.
     """
 
     inputs: mx.array
@@ -53,8 +54,8 @@ class Batch:
 class TopK:
     """The k most probable tokens of a distribution, for many positions.
 
-    ``ids [..., k]`` int32; ``logprobs [..., k]`` float32, natural logarithms at temperature 1 over the *whole* vocabulary,
-    so the mass outside is ``1 - sum(exp(logprobs))``; descending.
+    ``ids [..., k]`` int32; ``logprobs [..., k]`` float32, natural logarithms at temperature 1 over the
+    *whole* vocabulary, so the mass outside is ``1 - sum(exp(logprobs))``; descending.
     """
 
     ids: mx.array
@@ -65,9 +66,10 @@ class TopK:
 class Prediction:
     """What a model answered for one item.
 
-    ``text`` is the raw answer; ``answer`` the validated dict or None; ``error`` says why it is None; ``label`` the value of
-    the task's label field as it stands in the answer; ``label_probs`` the model's own distribution over the labels before
-    it writes; ``latency_s`` the wall time of its batch divided by the batch's size; ``tokens`` generated tokens.
+    ``text`` is the raw answer; ``answer`` the validated dict or None; ``error`` says why it is None;
+    ``label`` the value of the task's label field as it stands in the answer; ``label_probs`` the model's own
+    distribution over the labels before it writes; ``latency_s`` the wall time of its batch divided by the
+    batch's size; ``tokens`` generated tokens.
     """
 
     id: str

@@ -16,7 +16,10 @@ MODELS = {
 }
 
 
-_CONTROLS = {"labels": "trained on the rows’ own answers alone", "text": "trained on the teacher’s text alone"}
+_CONTROLS = {
+    "labels": "trained on the rows’ own answers alone",
+    "text": "trained on the teacher’s text alone",
+}
 
 
 def model_name(name: str) -> str:
@@ -65,13 +68,17 @@ def packing_note(evaluations: Mapping[str, Mapping[str, Any]]) -> str | None:
     """Why speeds and memory of a run's models do not compare; None where all computed alike.
 
     Args:
-        evaluations: The settings of each model's evaluation; ``unpack`` says whether its packed weights were unpacked first.
+        evaluations: The settings of each model's evaluation; ``unpack`` says whether its packed weights were
+            unpacked first.
 
     >>> packing_note({"teacher": {"unpack": True}, "quantized": {"unpack": False}})
     'The quantized student computed with packed weights, the teacher with unpacked ones: times, paces and peaks of the two do not compare.'
     >>> packing_note({"teacher": {"unpack": True}, "student": {"unpack": True}})
     """
-    packed, unpacked = ([the_model(name) for name, entry in evaluations.items() if entry.get("unpack") is kind] for kind in (False, True))
+    packed, unpacked = (
+        [the_model(name) for name, entry in evaluations.items() if entry.get("unpack") is kind]
+        for kind in (False, True)
+    )
     if not packed or not unpacked:
         return None
     first, rest = listed(packed), listed(unpacked)

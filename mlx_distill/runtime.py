@@ -1,7 +1,8 @@
 """The machine under the arrays: BLAS, device, seed, memory, versions, signals.
 
-Import this before ``mlx.core`` where you can: on Linux the ``mlx[cpu]`` wheel links the reference BLAS, and an OpenBLAS that
-is loaded first makes float32 matrix products about 30 times faster. On a Mac nothing of that happens.
+Import this before ``mlx.core`` where you can: on Linux the ``mlx[cpu]`` wheel links the reference BLAS, and
+an OpenBLAS that is loaded first makes float32 matrix products about 30 times faster. On a Mac nothing of that
+happens.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ _PATTERNS = (
 
 @dataclass(frozen=True)
 class Blas:
-    """State of the fast BLAS: ``loaded``, ``missing``, ``too late`` (mlx was imported first), ``disabled`` or ``not needed``."""
+    """State of the fast BLAS: ``loaded``, ``missing``, ``too late`` (mlx was imported first), ``disabled`` or
+    ``not needed``.
+    """
 
     state: str
     path: str | None = None
@@ -146,7 +149,9 @@ def processor() -> str:
         if sys.platform == "darwin":
             import subprocess
 
-            out = subprocess.run(["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5)
+            out = subprocess.run(
+                ["sysctl", "-n", "machdep.cpu.brand_string"], capture_output=True, text=True, timeout=5
+            )
             if out.returncode == 0 and out.stdout.strip():
                 return out.stdout.strip()
         else:
@@ -179,7 +184,9 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a flag that a long loop looks at; restore the handlers afterwards."""
+    """Turn the first SIGINT or SIGTERM into a flag that a long loop looks at; restore the handlers
+    afterwards.
+    """
     flag = StopFlag()
 
     def handle(number: int, frame: object) -> None:

@@ -1,12 +1,14 @@
-"""Make the two tiny base models that the package ships: a Qwen3 teacher and a gpt-oss student with another tokenizer.
+"""Make the two tiny base models that the package ships: a Qwen3 teacher and a gpt-oss student with another
+tokenizer.
 
     pip install -e '.[parity]'
     python scripts/make_tiny_models.py [teacher] [student] [--out mlx_distill/assets/models]
 
-Both are pretrained here, from nothing, on the packaged generators' *train* part alone. They learn the language, the answer's form and
-every field of it; they answer naively, by keywords, so that there is something to teach. The layout is the genuine one of
-the Hugging Face Hub: config.json, sharded safetensors with an index, the architectures' own tensor names, and for gpt-oss MXFP4
-experts as ``_blocks`` and ``_scales``. Seeded; about an hour, less with ``teacher`` and ``student`` side by side.
+Both are pretrained here, from nothing, on the packaged generators' *train* part alone. They learn the
+language, the answer's form and every field of it; they answer naively, by keywords, so that there is
+something to teach. The layout is the genuine one of the Hugging Face Hub: config.json, sharded safetensors
+with an index, the architectures' own tensor names, and for gpt-oss MXFP4 experts as ``_blocks`` and
+``_scales``. Seeded; about an hour, less with ``teacher`` and ``student`` side by side.
 """
 
 from __future__ import annotations
@@ -49,26 +51,38 @@ TEMPLATE_WORDS = (
 )
 QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
 GPT_OSS_SPECIAL = [
-    "<|startoftext|>", "<|endoftext|>", "<|return|>", "<|constrain|>", "<|channel|>", "<|start|>", "<|end|>", "<|message|>", "<|call|>",
-]  # fmt: skip
+    "<|startoftext|>",
+    "<|endoftext|>",
+    "<|return|>",
+    "<|constrain|>",
+    "<|channel|>",
+    "<|start|>",
+    "<|end|>",
+    "<|message|>",
+    "<|call|>",
+]
 
 
-# What the models are asked in pretraining. Asked as the tasks ask they judge by keywords, with doubts; asked for care, by the whole text.
+# What the models are asked in pretraining. Asked as the tasks ask they judge by keywords, with doubts; asked
+# for care, by the whole text.
 ASKED = {
     "judge": "Judge the {}. Answer in JSON.",
     "careful": "Judge the {} carefully. Answer in JSON.",
     "describe": "Describe the {}. Answer in JSON.",
 }
 SHARES = {"judge": 0.35, "careful": 0.45, "describe": 0.2}
-LOOSE = 0.6  # share of the templates that are random words: what is learned here must hold for templates never seen
+# share of the templates that are random words: what is learned here must hold for templates never seen
+LOOSE = 0.6
 DOUBT = 0.25  # share of the rows judged by the whole text although nobody asked for care
 
 
 def rows(seed: int, songs: int, messages: int, careful: bool = True) -> list[tuple[str, str, str]]:
     """(system, user, answer) of the pretraining rows; without ``careful`` nobody asks for care.
 
-    A base that knows the judgement by keywords alone learns the whole one too slowly for a demo, with its experts frozen hardly at all. So
-    the whole judgement is asked for by another system message: it is there to be found, and not what the base answers.
+    A base that knows the judgement by keywords alone learns the whole one too slowly for a demo, with its
+    experts frozen hardly at all. So
+    the whole judgement is asked for by another system message: it is there to be found, and not what the base
+    answers.
     """
     out = []
     rng = random.Random(seed)
@@ -78,7 +92,9 @@ def rows(seed: int, songs: int, messages: int, careful: bool = True) -> list[tup
         asked = draw(rng, careful)
         row = whole if asked == "careful" or rng.random() < DOUBT else naive
         answer = row["answer"]
-        if asked == "describe":  # without a judgement, so that the song's tone is understood before the first word of an answer
+        if (
+            asked == "describe"
+        ):  # without a judgement, so that the song's tone is understood before the first word of an answer
             answer = {key: answer[key] for key in ("sentiment", "emotion", "themes")}
         out.append((ASKED[asked].format("song"), MUSIC.prompt(row)[1], answers_text(answer)))
     for row in moderation.generate(messages, seed=seed, part="train"):
@@ -111,7 +127,11 @@ def make_tokenizer(kind: str, size: int, folder: Path, corpus: list[str]) -> Pre
     )
     tokenizer.decoder = decoders.ByteLevel()
     special = QWEN_SPECIAL if kind == "qwen3" else GPT_OSS_SPECIAL
-    trainer = trainers.BpeTrainer(vocab_size=size - len(special), initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=size - len(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(special)  # behind the vocabulary, as in the originals
     template = (ASSETS / "templates" / ("chatml.jinja" if kind == "qwen3" else "harmony.jinja")).read_text()
@@ -132,17 +152,26 @@ def encode(tokenizer: PreTrainedTokenizerFast, row: tuple[str, str, str]) -> tup
     """Token ids of the whole chat, and where the answer starts."""
     system, user, answer = row
     mark = "\u241eANSWER\u241e"
-    chat = [{"role": "system", "content": system}, {"role": "user", "content": user}, {"role": "assistant", "content": mark}]
+    chat = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": mark},
+    ]
     before, after = tokenizer.apply_chat_template(chat, tokenize=False).split(mark)
     stop = after[: after.index("|>") + 2]
     head = tokenizer.encode(before, add_special_tokens=False)
-    return head + tokenizer.encode(answer, add_special_tokens=False) + tokenizer.encode(stop, add_special_tokens=False), len(head)
+    return head + tokenizer.encode(answer, add_special_tokens=False) + tokenizer.encode(
+        stop, add_special_tokens=False
+    ), len(head)
 
 
 def batches(data: list[tuple[list[int], int]], size: int, seed: int, pad: int):
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data))
-    blocks = [sorted(order[i : i + size * 32], key=lambda k: len(data[k][0])) for i in range(0, len(order), size * 32)]
+    blocks = [
+        sorted(order[i : i + size * 32], key=lambda k: len(data[k][0]))
+        for i in range(0, len(order), size * 32)
+    ]
     groups = [block[i : i + size] for block in blocks for i in range(0, len(block), size)]
     for g in rng.permutation(len(groups)):
         chosen = [data[k] for k in groups[g]]
@@ -165,9 +194,17 @@ def pretrain(model, data, steps: int, size: int, rate: float, pad: int, seed: in
         for ids, weight in batches(data, size, seed + epoch, pad):
             share = step / steps
             for group in optimizer.param_groups:
-                group["lr"] = rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-            logits = model(input_ids=ids, attention_mask=(weight > 0).long(), use_cache=False).logits[:, :-1].float()
-            losses = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+                group["lr"] = (
+                    rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
+                )
+            logits = (
+                model(input_ids=ids, attention_mask=(weight > 0).long(), use_cache=False)
+                .logits[:, :-1]
+                .float()
+            )
+            losses = torch.nn.functional.cross_entropy(
+                logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            )
             weights = weight[:, 1:].flatten()
             loss = (losses * weights).sum() / weights.sum()
             optimizer.zero_grad()
@@ -176,7 +213,10 @@ def pretrain(model, data, steps: int, size: int, rate: float, pad: int, seed: in
             optimizer.step()
             if step % 100 == 0:
                 answer = (losses * (weights == 1)).sum() / (weights == 1).sum()
-                print(f"{label} {step}/{steps} loss {loss:.3f} answer {answer:.3f} {time.time() - begin:.0f} s", flush=True)
+                print(
+                    f"{label} {step}/{steps} loss {loss:.3f} answer {answer:.3f} {time.time() - begin:.0f} s",
+                    flush=True,
+                )
             step += 1
             if step == steps:
                 break
@@ -184,7 +224,9 @@ def pretrain(model, data, steps: int, size: int, rate: float, pad: int, seed: in
 
 
 def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``[..., rows, columns]`` to (blocks ``[..., rows, columns/32, 16]`` uint8, scales uint8, the values they stand for)."""
+    """``[..., rows, columns]`` to (blocks ``[..., rows, columns/32, 16]`` uint8, scales uint8, the values
+    they stand for).
+    """
     grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     groups = weight.float().unflatten(-1, (-1, 32))
     exponent = torch.floor(torch.log2(groups.abs().amax(-1).clamp(min=2.0**-120))) - 2
@@ -205,37 +247,79 @@ def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, shards: int) ->
         where[name] = f"model-{min(shards, int(size / cut) + 1):05d}-of-{shards:05d}.safetensors"
         size += tensors[name].numel() * tensors[name].element_size()
     for shard in sorted(set(where.values())):
-        save_file({n: tensors[n].contiguous() for n in names if where[n] == shard}, folder / shard, metadata={"format": "pt"})
+        save_file(
+            {n: tensors[n].contiguous() for n in names if where[n] == shard},
+            folder / shard,
+            metadata={"format": "pt"},
+        )
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-    print(folder, f"{total / 1e6:.2f} MB of weights, {sum(t.numel() for t in tensors.values()):,} stored elements")
+    print(
+        folder,
+        f"{total / 1e6:.2f} MB of weights, {sum(t.numel() for t in tensors.values()):,} stored elements",
+    )
 
 
 def make_teacher(folder: Path, data: list, corpus: list[str], steps: int, seed: int) -> None:
     tokenizer = make_tokenizer("qwen3", 1024, folder, corpus)
     special = {name: tokenizer.convert_tokens_to_ids(name) for name in QWEN_SPECIAL}
     config = Qwen3Config(
-        vocab_size=1088, hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-        head_dim=32, max_position_embeddings=40960, rope_theta=1_000_000, rms_norm_eps=1e-6, tie_word_embeddings=True,
-        bos_token_id=special["<|endoftext|>"], eos_token_id=special["<|im_end|>"], use_cache=True,
-    )  # fmt: skip
+        vocab_size=1088,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=40960,
+        rope_theta=1_000_000,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=True,
+        bos_token_id=special["<|endoftext|>"],
+        eos_token_id=special["<|im_end|>"],
+        use_cache=True,
+    )
     torch.manual_seed(seed)
     model = Qwen3ForCausalLM(config)
     print("teacher", f"{model.num_parameters():,} parameters")
     encoded = [encode(tokenizer, row) for row in data]
-    print("mean length", sum(len(i) for i, _ in encoded) / len(encoded), "answer", sum(len(i) - s for i, s in encoded) / len(encoded))
+    print(
+        "mean length",
+        sum(len(i) for i, _ in encoded) / len(encoded),
+        "answer",
+        sum(len(i) - s for i, s in encoded) / len(encoded),
+    )
     pretrain(model, encoded, steps, 24, 3e-3, special["<|endoftext|>"], seed, "teacher")
     report_held_out(model, tokenizer, "teacher")
     state = {k: v.to(torch.bfloat16) for k, v in model.state_dict().items() if k != "lm_head.weight"}
     save_sharded(state, folder, 2)
     raw = {
-        "architectures": ["Qwen3ForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": config.bos_token_id,
-        "eos_token_id": config.eos_token_id, "head_dim": 32, "hidden_act": "silu", "hidden_size": 128, "initializer_range": 0.02,
-        "intermediate_size": 256, "max_position_embeddings": 40960, "max_window_layers": 3, "model_type": "qwen3",
-        "num_attention_heads": 4, "num_hidden_layers": 3, "num_key_value_heads": 2, "rms_norm_eps": 1e-6, "rope_scaling": None,
-        "rope_theta": 1000000, "sliding_window": None, "tie_word_embeddings": True, "torch_dtype": "bfloat16", "use_cache": True,
-        "use_sliding_window": False, "vocab_size": 1088,
-    }  # fmt: skip
+        "architectures": ["Qwen3ForCausalLM"],
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "bos_token_id": config.bos_token_id,
+        "eos_token_id": config.eos_token_id,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "hidden_size": 128,
+        "initializer_range": 0.02,
+        "intermediate_size": 256,
+        "max_position_embeddings": 40960,
+        "max_window_layers": 3,
+        "model_type": "qwen3",
+        "num_attention_heads": 4,
+        "num_hidden_layers": 3,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "rope_scaling": None,
+        "rope_theta": 1000000,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16",
+        "use_cache": True,
+        "use_sliding_window": False,
+        "vocab_size": 1088,
+    }
     finish(folder, raw, [special["<|im_end|>"], special["<|endoftext|>"]], special["<|endoftext|>"])
 
 
@@ -243,49 +327,102 @@ def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: 
     tokenizer = make_tokenizer("gpt_oss", 896, folder, corpus)
     special = {name: tokenizer.convert_tokens_to_ids(name) for name in GPT_OSS_SPECIAL}
     layer_types = ["sliding_attention", "full_attention"] * 2
-    scaling = {"beta_fast": 32.0, "beta_slow": 1.0, "factor": 32.0, "original_max_position_embeddings": 4096, "rope_type": "yarn",
-               "truncate": False}  # fmt: skip
+    scaling = {
+        "beta_fast": 32.0,
+        "beta_slow": 1.0,
+        "factor": 32.0,
+        "original_max_position_embeddings": 4096,
+        "rope_type": "yarn",
+        "truncate": False,
+    }
     common = {
-        "vocab_size": 896, "hidden_size": 96, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "head_dim": 32, "num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 32,
-        "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "tie_word_embeddings": False, "layer_types": layer_types,
-        "eos_token_id": special["<|return|>"], "pad_token_id": special["<|endoftext|>"],
-    }  # fmt: skip
-    config = GptOssConfig(**common, rope_parameters={**scaling, "rope_theta": 150000.0}, attn_implementation="eager")
+        "vocab_size": 896,
+        "hidden_size": 96,
+        "intermediate_size": 96,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": 32,
+        "max_position_embeddings": 131072,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "layer_types": layer_types,
+        "eos_token_id": special["<|return|>"],
+        "pad_token_id": special["<|endoftext|>"],
+    }
+    config = GptOssConfig(
+        **common, rope_parameters={**scaling, "rope_theta": 150000.0}, attn_implementation="eager"
+    )
     torch.manual_seed(seed)
     model = GptOssForCausalLM(config)
     print("student", f"{model.num_parameters():,} parameters")
     encoded = [encode(tokenizer, row) for row in data]
-    print("mean length", sum(len(i) for i, _ in encoded) / len(encoded), "answer", sum(len(i) - s for i, s in encoded) / len(encoded))
+    print(
+        "mean length",
+        sum(len(i) for i, _ in encoded) / len(encoded),
+        "answer",
+        sum(len(i) - s for i, s in encoded) / len(encoded),
+    )
     pretrain(model, encoded, steps, 24, 3e-3, special["<|endoftext|>"], seed, "student")
     packed = pack_experts(model)
-    pretrain(model, encoded, steps // 10, 24, 5e-4, special["<|endoftext|>"], seed + 100, "student, experts fixed")
-    # It does not tell the two ways of asking apart, and answers both by the whole text. A little more by keywords turns what it answers
-    # around and leaves what it knows in second place.
+    pretrain(
+        model, encoded, steps // 10, 24, 5e-4, special["<|endoftext|>"], seed + 100, "student, experts fixed"
+    )
+    # It does not tell the two ways of asking apart, and answers both by the whole text. A little more by
+    # keywords turns what it answers around and leaves what it knows in second place.
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.to(torch.bfloat16))  # on from what is stored
     unasked = [encode(tokenizer, row) for row in rows(2000, 6000, 1500, careful=False)]
-    pretrain(model, unasked, steps // 16, 24, 5e-4, special["<|endoftext|>"], seed + 200, "student, by keywords")
+    pretrain(
+        model, unasked, steps // 16, 24, 5e-4, special["<|endoftext|>"], seed + 200, "student, by keywords"
+    )
     report_held_out(model, tokenizer, "student")
     state = {}
     for name, value in model.state_dict().items():
         if name + "_blocks" in packed:
-            state[name + "_blocks"], state[name + "_scales"] = packed[name + "_blocks"], packed[name + "_scales"]
+            state[name + "_blocks"], state[name + "_scales"] = (
+                packed[name + "_blocks"],
+                packed[name + "_scales"],
+            )
         else:
             state[name] = value.to(torch.bfloat16)
     save_sharded(state, folder, 2)
     raw = {
-        "architectures": ["GptOssForCausalLM"], "attention_bias": True, "attention_dropout": 0.0, "experts_per_token": 2,
-        "hidden_act": "silu", "initial_context_length": 4096, "initializer_range": 0.02, "model_type": "gpt_oss",
+        "architectures": ["GptOssForCausalLM"],
+        "attention_bias": True,
+        "attention_dropout": 0.0,
+        "experts_per_token": 2,
+        "hidden_act": "silu",
+        "initial_context_length": 4096,
+        "initializer_range": 0.02,
+        "model_type": "gpt_oss",
         "output_router_logits": False,
         "quantization_config": {
-            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
             "quant_method": "mxfp4",
         },
-        "rope_scaling": scaling, "rope_theta": 150000, "router_aux_loss_coef": 0.9, "swiglu_limit": 7.0, "use_cache": True, **common,
-    }  # fmt: skip
-    finish(folder, raw, [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]], special["<|endoftext|>"])
+        "rope_scaling": scaling,
+        "rope_theta": 150000,
+        "router_aux_loss_coef": 0.9,
+        "swiglu_limit": 7.0,
+        "use_cache": True,
+        **common,
+    }
+    finish(
+        folder,
+        raw,
+        [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]],
+        special["<|endoftext|>"],
+    )
 
 
 def pack_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -303,22 +440,34 @@ def pack_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def report_held_out(model, tokenizer: PreTrainedTokenizerFast, label: str, count: int = 320) -> None:
-    """Print how often the verdict's likeliest first token is the whole text's verdict, and the keywords', on templates never seen."""
+    """Print how often the verdict's likeliest first token is the whole text's verdict, and the keywords', on
+    templates never seen.
+    """
     model.eval()
     songs = list(music.generate(count, seed=77, part="test"))
     whole = [song["answer"]["verdict"] for song in songs]
     keywords = [music.KEYWORD_VERDICTS[music.kind_of(song["answer"]["themes"][0])] for song in songs]
     before = tokenizer.encode('{"verdict": "', add_special_tokens=False)
-    firsts = {v: tokenizer.encode('{"verdict": "' + v, add_special_tokens=False)[len(before)] for v in music.CENTRE}
+    firsts = {
+        v: tokenizer.encode('{"verdict": "' + v, add_special_tokens=False)[len(before)] for v in music.CENTRE
+    }
     for asked in ("judge", "careful"):
         found = []
         for song in songs:
-            ids, start = encode(tokenizer, (ASKED[asked].format("song"), MUSIC.prompt(song)[1], answers_text(song["answer"])))
+            ids, start = encode(
+                tokenizer, (ASKED[asked].format("song"), MUSIC.prompt(song)[1], answers_text(song["answer"]))
+            )
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([ids[: start + len(before)]]), use_cache=False).logits[0, -1]
+                logits = model(input_ids=torch.tensor([ids[: start + len(before)]]), use_cache=False).logits[
+                    0, -1
+                ]
             found.append(max(firsts, key=lambda v, logits=logits: logits[firsts[v]]))
-        right, naive = (sum(f == t for f, t in zip(found, truth, strict=True)) / count for truth in (whole, keywords))
-        print(f"{label}, asked to {asked}: the whole text's verdict on {right:.3f}, the keywords' on {naive:.3f} of {count} held-out songs")
+        right, naive = (
+            sum(f == t for f, t in zip(found, truth, strict=True)) / count for truth in (whole, keywords)
+        )
+        print(
+            f"{label}, asked to {asked}: the whole text's verdict on {right:.3f}, the keywords' on {naive:.3f} of {count} held-out songs"
+        )
 
 
 def finish(folder: Path, config: dict, eos: list[int], pad: int) -> None:
@@ -328,7 +477,9 @@ def finish(folder: Path, config: dict, eos: list[int], pad: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("which", nargs="*", default=["teacher", "student"])
     parser.add_argument("--out", type=Path, default=ASSETS / "models")
     parser.add_argument("--teacher-steps", type=int, default=1400)

@@ -23,7 +23,9 @@ from mlx_distill.runtime import load_blas
 
 # Both before anything imports mlx or a hub client.
 load_blas()
-os.environ.update(HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", HF_DATASETS_OFFLINE="1", HF_HUB_DISABLE_TELEMETRY="1", TOKENIZERS_PARALLELISM="false"
+)
 
 # The same examples on every machine, and nothing written into the tree.
 hypothesis.settings.register_profile("house", database=None, deadline=None, derandomize=True)
@@ -71,7 +73,9 @@ _ON_THE_GPU_TOO = {"norm", "cross"}
 
 @pytest.fixture(autouse=True, scope="session")
 def _linear_algebra_on_the_cpu() -> Iterator[None]:
-    """Every call of ``mx.linalg`` that the package makes in any test names the CPU stream, or would fail on Metal."""
+    """Every call of ``mx.linalg`` that the package makes in any test names the CPU stream, or would fail on
+    Metal.
+    """
     import mlx.core as mx
 
     def guard(name: str, original: Any) -> Any:
@@ -113,7 +117,9 @@ def runner() -> Any:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests marked parity run where the references are installed; elsewhere the closing line counts them as deselected."""
+    """Tests marked parity run where the references are installed; elsewhere the closing line counts them as
+    deselected.
+    """
     from importlib.util import find_spec
 
     if all(find_spec(name) for name in ("torch", "transformers", "peft")):

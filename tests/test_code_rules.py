@@ -1,4 +1,6 @@
-"""The rules of CONTRIBUTING.md that a machine can check: sizes, layers, docstrings, light imports, two rules of the GPU."""
+"""The rules of CONTRIBUTING.md that a machine can check: sizes, layers, docstrings, light imports, two rules
+of the GPU.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,12 @@ def test_functions_fit_on_a_screen() -> None:
             if isinstance(node, ast.FunctionDef):
                 documented = ast.get_docstring(node) is not None
                 first = node.body[0]
-                lines = (node.end_lineno or 0) - node.lineno + 1 - ((first.end_lineno or 0) - first.lineno + 1 if documented else 0)
+                lines = (
+                    (node.end_lineno or 0)
+                    - node.lineno
+                    + 1
+                    - ((first.end_lineno or 0) - first.lineno + 1 if documented else 0)
+                )
                 if lines > MAX_FUNCTION_LINES:
                     long[f"{_name(path)}: {node.name}"] = lines
     assert long == {}
@@ -95,7 +102,18 @@ def test_modules_do_not_import_each_other_in_a_circle() -> None:
 
 
 def test_import_is_light() -> None:
-    heavy = ("mlx.core", "mlx_lm", "transformers", "datasets", "numpy", "jsonschema", "yaml", "rich", "torch", "click")
+    heavy = (
+        "mlx.core",
+        "mlx_lm",
+        "transformers",
+        "datasets",
+        "numpy",
+        "jsonschema",
+        "yaml",
+        "rich",
+        "torch",
+        "click",
+    )
     code = f"import sys, mlx_distill; print([name for name in {heavy!r} if name in sys.modules])"
     assert _run(sys.executable, "-c", code).stdout.strip() == "[]"
 
@@ -164,7 +182,9 @@ def test_public_definitions_are_documented_and_typed() -> None:
 
 
 def test_linear_algebra_names_the_cpu_stream() -> None:
-    """On Metal, ``mx.linalg`` (but for ``norm``) runs on the CPU stream only; a call without it fails there and nowhere else."""
+    """On Metal, ``mx.linalg`` (but for ``norm``) runs on the CPU stream only; a call without it fails there
+    and nowhere else.
+    """
     offences = []
     for path in MODULES:
         for call in (node for node in ast.walk(_syntax(path)) if isinstance(node, ast.Call)):
@@ -179,7 +199,9 @@ def test_a_call_off_the_cpu_stream_is_caught_in_every_test() -> None:
     """The fixture behind every test really intercepts, and only the package's own calls."""
     ours: dict[str, Any] = {"__name__": "mlx_distill.imagined", "mx": mx}
     exec("def factor(**options): return mx.linalg.qr(mx.eye(2), **options)", ours)
-    with pytest.raises(AssertionError, match=r"mlx_distill\.imagined calls mx\.linalg\.qr without stream=mx\.cpu"):
+    with pytest.raises(
+        AssertionError, match=r"mlx_distill\.imagined calls mx\.linalg\.qr without stream=mx\.cpu"
+    ):
         ours["factor"]()
     assert ours["factor"](stream=mx.cpu)[0].shape == (2, 2)
     assert mx.linalg.norm(mx.ones(4)).item() == 2.0
@@ -187,7 +209,9 @@ def test_a_call_off_the_cpu_stream_is_caught_in_every_test() -> None:
 
 def test_linear_algebra_is_called_by_its_full_name() -> None:
     """An alias (``from mlx.core import linalg``) would hide a call from the test above."""
-    pattern = re.compile(r"from mlx\.core(\.linalg)? import|import mlx\.core\.linalg|= *mx\.linalg\s*$", re.MULTILINE)
+    pattern = re.compile(
+        r"from mlx\.core(\.linalg)? import|import mlx\.core\.linalg|= *mx\.linalg\s*$", re.MULTILINE
+    )
     assert [_name(path) for path in MODULES if pattern.search(path.read_text(encoding="utf-8"))] == []
 
 
@@ -202,8 +226,14 @@ def test_double_precision_stays_on_the_cpu() -> None:
 
 def test_no_machine_paths_or_registry_hosts_in_the_tree() -> None:
     suffixes = {".py", ".md", ".toml", ".yaml", ".yml", ".json", ".sh", ".ipynb", ".html", ".jinja"}
-    folders = [d for d in ("mlx_distill", "tests", "examples", "benchmarks", "scripts", "docs", ".ci") if (ROOT / d).is_dir()]
-    files = [p for d in folders for p in (ROOT / d).rglob("*") if p.suffix in suffixes or p.parent.name == ".ci"]
+    folders = [
+        d
+        for d in ("mlx_distill", "tests", "examples", "benchmarks", "scripts", "docs", ".ci")
+        if (ROOT / d).is_dir()
+    ]
+    files = [
+        p for d in folders for p in (ROOT / d).rglob("*") if p.suffix in suffixes or p.parent.name == ".ci"
+    ]
     files += [p for p in ROOT.iterdir() if p.is_file() and (p.suffix in suffixes or p.name == "Makefile")]
     pattern = re.compile(r"/wo" + r"rk/|/ro" + r"ot/|/ho" + r"me/[a-z]|/Us" + r"ers/[a-z]")
     for path in (p for p in files if p.is_file()):

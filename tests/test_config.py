@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from mlx_distill.config import from_mapping, keyed, option, override, packaged, read_yaml, resolve_asset, to_mapping
+from mlx_distill.config import (
+    from_mapping,
+    keyed,
+    option,
+    override,
+    packaged,
+    read_yaml,
+    resolve_asset,
+    to_mapping,
+)
 from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import TrainConfig
 
@@ -56,7 +65,12 @@ def test_values_become_what_the_field_says() -> None:
         anything={"k": [1]},
     )
     assert made.inner.rate == 1e-3  # YAML reads 1e-3 as text
-    assert made.pair == (1.0, 2.0) and made.many == ("a", "b") and made.inners == [Inner(1.0)] and isinstance(made.inners[0].rate, float)
+    assert (
+        made.pair == (1.0, 2.0)
+        and made.many == ("a", "b")
+        and made.inners == [Inner(1.0)]
+        and isinstance(made.inners[0].rate, float)
+    )
     assert made.anything == {"k": [1]}
     assert build(mode=None).mode is None
 
@@ -102,7 +116,10 @@ def test_what_is_missing_is_named() -> None:
 
 def test_unkeyed_fields_are_in_the_mapping_and_not_in_the_key() -> None:
     made = build(inner={"quiet": True}, pair=[1, 2], inners=[{"quiet": True}])
-    assert to_mapping(made)["inner"] == {"rate": 0.1, "quiet": True} and to_mapping(made)["pair"] == [1.0, 2.0]
+    assert to_mapping(made)["inner"] == {"rate": 0.1, "quiet": True} and to_mapping(made)["pair"] == [
+        1.0,
+        2.0,
+    ]
     assert keyed(made)["inner"] == {"rate": 0.1} and keyed(made)["inners"] == [{"rate": 0.1}]
     assert build(**to_mapping(made)) == made
 
@@ -115,8 +132,14 @@ def test_every_option_of_training_has_help_with_its_meaning() -> None:
     ("text", "expected"),
     [
         ("distill.epochs=2", {"distill": {"epochs": 2, "rate": 1.0}, "task": "a"}),
-        ("distill.new.deep=[1, 2]", {"distill": {"epochs": 1, "rate": 1.0, "new": {"deep": [1, 2]}}, "task": "a"}),
-        ("task.system=hello = world", {"distill": {"epochs": 1, "rate": 1.0}, "task": {"name": "a", "system": "hello = world"}}),
+        (
+            "distill.new.deep=[1, 2]",
+            {"distill": {"epochs": 1, "rate": 1.0, "new": {"deep": [1, 2]}}, "task": "a"},
+        ),
+        (
+            "task.system=hello = world",
+            {"distill": {"epochs": 1, "rate": 1.0}, "task": {"name": "a", "system": "hello = world"}},
+        ),
         (" distill . epochs = 3", {"distill": {"epochs": 3, "rate": 1.0}, "task": "a"}),
         ("distill.rate=null", {"distill": {"epochs": 1, "rate": None}, "task": "a"}),
         ("other=", {"distill": {"epochs": 1, "rate": 1.0}, "task": "a", "other": None}),

@@ -32,7 +32,9 @@ def test_each_state_of_the_blas_has_its_cure(
     diagnosis = doctor.diagnose()
     check = _check(diagnosis, "blas")
     assert check.state == expected
-    assert (cure is None and check.cure is None) or (cure is not None and check.cure is not None and cure in check.cure)
+    assert (cure is None and check.cure is None) or (
+        cure is not None and check.cure is not None and cure in check.cure
+    )
     assert diagnosis.healthy
 
 
@@ -41,23 +43,36 @@ def test_mlx_imported_first_is_noticed(tmp_path: Path) -> None:
     fake = tmp_path / "libopenblas.so.0"
     fake.touch()
     code = "import mlx.core; from mlx_distill.runtime import load_blas; print(load_blas().state)"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, env={"MLX_DISTILL_BLAS": str(fake)})
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={"MLX_DISTILL_BLAS": str(fake)},
+    )
     assert result.stdout.strip() == "too late", result.stderr
 
 
 def test_a_missing_core_package_is_bad_and_a_missing_extra_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     installed = doctor._installed
-    monkeypatch.setattr(doctor, "_installed", lambda name: name not in ("llguidance", "trackio") and installed(name))
+    monkeypatch.setattr(
+        doctor, "_installed", lambda name: name not in ("llguidance", "trackio") and installed(name)
+    )
     diagnosis = doctor.diagnose()
     assert not diagnosis.healthy
     assert _check(diagnosis, "versions").state == "bad"
     assert "missing: llguidance" in _check(diagnosis, "versions").detail
     assert _check(diagnosis, "track") == doctor.Check(
-        "track", "optional", "trackio not installed: a board of the runs' curves", "pip install 'mlx-distill[track]'"
+        "track",
+        "optional",
+        "trackio not installed: a board of the runs' curves",
+        "pip install 'mlx-distill[track]'",
     )
 
 
 def test_every_lack_has_a_cure() -> None:
     diagnosis = doctor.diagnose()
     assert all(check.cure for check in diagnosis.checks if check.state != "ok")
-    assert len(diagnosis.lines()) == len(diagnosis.checks) + sum(check.cure is not None for check in diagnosis.checks)
+    assert len(diagnosis.lines()) == len(diagnosis.checks) + sum(
+        check.cure is not None for check in diagnosis.checks
+    )

@@ -29,12 +29,19 @@ def test_a_checkpoint_of_either_layout_counts_the_same_parameters(golden: Any, t
     assert "stage" in ours.facts
     assert ours.problems == ()
     experts = next(r for r in ours.rows if r.name == "model.layers.*.mlp.experts.up_proj.weight")
-    assert (experts.count, experts.shape, experts.stored, experts.bits) == (2, (4, 32, 32), "mxfp4 4/32", 4.25)
+    assert (experts.count, experts.shape, experts.stored, experts.bits) == (
+        2,
+        (4, 32, 32),
+        "mxfp4 4/32",
+        4.25,
+    )
     assert sum(r.parameters for r in ours.rows) == int(str(ours.facts["parameters"]).replace(",", ""))
     assert any(line.startswith("verified") for line in ours.lines())
 
 
-def test_verifying_finds_a_flipped_bit_and_a_weight_that_is_no_number(golden: Any, copy: Any, tools: Any, tmp_path: Path) -> None:
+def test_verifying_finds_a_flipped_bit_and_a_weight_that_is_no_number(
+    golden: Any, copy: Any, tools: Any, tmp_path: Path
+) -> None:
     convert(golden("qwen3"), tmp_path / "ours")
     path = next((tmp_path / "ours").glob("*.safetensors"))
     raw = bytearray(path.read_bytes())
@@ -99,7 +106,11 @@ def test_an_adapter_of_pefts_is_shown_too(golden: Any, tmp_path: Path) -> None:
     save_adapter(model, tmp_path / "adapter", settings, golden("qwen3"))
     to_peft(tmp_path / "adapter", tmp_path / "peft", base_model="org/name")
     report = inspect(tmp_path / "peft", verify=True)
-    assert (report.facts["kind"], report.facts["rank"], report.facts["base"]) == ("lora in PEFT's format", 4, "org/name")
+    assert (report.facts["kind"], report.facts["rank"], report.facts["base"]) == (
+        "lora in PEFT's format",
+        4,
+        "org/name",
+    )
     assert report.problems == ()
     assert sum(r.parameters for r in report.rows) == 2 * 4 * (32 + 64)
 
@@ -115,12 +126,18 @@ def test_small_things_have_a_size_and_one_is_not_many(golden: Any, tmp_path: Pat
 def test_an_unfinished_stage_tells_how_far_it_came(tmp_path: Path) -> None:
     (tmp_path / ".teacher.partial").mkdir()
     report = inspect(tmp_path / "teacher")
-    assert (report.kind, report.facts["state"]) == ("stage", "not finished; the same command goes on from there")
+    assert (report.kind, report.facts["state"]) == (
+        "stage",
+        "not finished; the same command goes on from there",
+    )
     state = tmp_path / ".teacher.partial" / "scratch" / "checkpoints" / "step-00000117" / "state.json"
     state.parent.mkdir(parents=True)
     state.write_text('{"step": 117, "steps": 400}')
     for path, name in ((tmp_path / "teacher", "state"), (tmp_path, "teacher")):
-        assert inspect(path).facts[name] == "not finished: step 117 of 400 saved; the same command goes on from there"
+        assert (
+            inspect(path).facts[name]
+            == "not finished: step 117 of 400 saved; the same command goes on from there"
+        )
 
 
 def test_a_file_is_refused_with_what_is_wanted(tmp_path: Path) -> None:

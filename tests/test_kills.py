@@ -1,4 +1,6 @@
-"""kill -9 in the middle of every stage, the same command after each: the result is that of a run that nobody disturbed."""
+"""kill -9 in the middle of every stage, the same command after each: the result is that of a run that nobody
+disturbed.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
-    """A run that was killed once in every stage and then ended, and which stages could be seen after each kill."""
+    """A run that was killed once in every stage and then ended, and which stages could be seen after each
+    kill.
+    """
     folder = tmp_path_factory.mktemp("killed")
     recipe, out = write_chain(folder), folder / "out"
     seen, written = {}, {}
@@ -46,11 +50,15 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
 
 
 def predictions(folder: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    rows = [
+        json.loads(line) for line in (folder / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     return [{key: value for key, value in row.items() if key != "latency_s"} for row in rows]
 
 
-def test_the_stage_that_is_hit_is_not_seen_and_those_before_it_stand(killed: tuple[Path, dict[str, list[str]]]) -> None:
+def test_the_stage_that_is_hit_is_not_seen_and_those_before_it_stand(
+    killed: tuple[Path, dict[str, list[str]]],
+) -> None:
     _, seen = killed
     order = [*STAGES, "report", "end"]
     for name, visible in seen.items():
@@ -71,12 +79,17 @@ def test_the_result_is_that_of_an_undisturbed_run(killed: tuple[Path, dict[str, 
 def test_work_before_a_kill_was_not_done_twice(killed: tuple[Path, dict[str, list[str]]]) -> None:
     found = manifests(killed[0])
     assert [found[name].recorded["resumed"] for name in ("teacher", "student")] == [2, 2]
-    assert [manifests(finished() / "out")[name].recorded["resumed"] for name in ("teacher", "student")] == [0, 0]
+    assert [manifests(finished() / "out")[name].recorded["resumed"] for name in ("teacher", "student")] == [
+        0,
+        0,
+    ]
 
 
 def test_nothing_is_left_over(killed: tuple[Path, dict[str, list[str]]]) -> None:
     out, _ = killed
     assert [p.relative_to(out).as_posix() for p in out.rglob(".*")] == [".lock"]
     same = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}
-    assert same == {p.relative_to(finished() / "out").as_posix() for p in (finished() / "out").rglob("*") if p.is_file()}
+    assert same == {
+        p.relative_to(finished() / "out").as_posix() for p in (finished() / "out").rglob("*") if p.is_file()
+    }
     assert "</html>" in (out / "report.html").read_text(encoding="utf-8")

@@ -34,7 +34,9 @@ def copied(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The stages that a run makes, without their work: each is given back as it was, so that what follows depends on keys alone."""
+    """The stages that a run makes, without their work: each is given back as it was, so that what follows
+    depends on keys alone.
+    """
     made: list[str] = []
 
     def make(runner: Any, stage: pipeline.Stage, context: Any) -> None:
@@ -50,7 +52,11 @@ def states(folder: Path, *overrides: str, **options: Any) -> dict[str, str]:
     plan = pipeline.run(folder / "recipe.yaml", folder / "out", dry_run=True, overrides=overrides, **options)
     assert isinstance(plan, Plan)
     out = folder / "out"
-    return {Path(row["writes"]).relative_to(out).as_posix(): row["state"] for row in plan.stages if row["command"] != "report"}
+    return {
+        Path(row["writes"]).relative_to(out).as_posix(): row["state"]
+        for row in plan.stages
+        if row["command"] != "report"
+    }
 
 
 def to_do(folder: Path, *overrides: str, **options: Any) -> set[str]:
@@ -94,14 +100,24 @@ def after(*names: str) -> set[str]:
 )
 def test_a_changed_setting_remakes_what_follows_from_it_and_no_more(override: str, remade: set[str]) -> None:
     assert to_do(finished(), override) == remade
-    assert all(state.startswith("to do: ") for name, state in states(finished(), override).items() if name in remade)
+    assert all(
+        state.startswith("to do: ") for name, state in states(finished(), override).items() if name in remade
+    )
 
 
 @pytest.mark.parametrize(
     "override",
-    ["name=other", "description=else", "teach.grad_checkpoint=true", "teach.checkpoint_every=7", "distill.checkpoint_every=9",
-     "targets.batch_size=3", "evaluate.confidence=0.9", "task.description=words"],
-)  # fmt: skip
+    [
+        "name=other",
+        "description=else",
+        "teach.grad_checkpoint=true",
+        "teach.checkpoint_every=7",
+        "distill.checkpoint_every=9",
+        "targets.batch_size=3",
+        "evaluate.confidence=0.9",
+        "task.description=words",
+    ],
+)
 def test_what_cannot_change_a_result_remakes_nothing(override: str) -> None:
     if override.startswith("task."):
         override = "task={name: task.yaml, description: words}"
@@ -133,7 +149,9 @@ def test_an_edited_input_is_noticed_and_a_touched_one_is_not(copied: Path) -> No
     assert states(copied)["data"] == f"to do: {rows} has changed"
 
 
-def test_a_run_that_was_moved_with_or_without_its_times_is_current(copied: Path, tmp_path: Path, counted: list[str]) -> None:
+def test_a_run_that_was_moved_with_or_without_its_times_is_current(
+    copied: Path, tmp_path: Path, counted: list[str]
+) -> None:
     moved = tmp_path / "elsewhere" / "run"
     shutil.copytree(copied, moved, copy_function=shutil.copyfile)
     assert to_do(moved) == set()
@@ -141,7 +159,10 @@ def test_a_run_that_was_moved_with_or_without_its_times_is_current(copied: Path,
     assert counted == []
 
 
-@pytest.mark.parametrize(("stage", "file"), [("data", "train.jsonl"), ("targets", "rows-00000.jsonl"), ("student", "adapters.safetensors")])
+@pytest.mark.parametrize(
+    ("stage", "file"),
+    [("data", "train.jsonl"), ("targets", "rows-00000.jsonl"), ("student", "adapters.safetensors")],
+)
 def test_a_damaged_file_is_noticed(copied: Path, stage: str, file: str) -> None:
     path = copied / "out" / stage / file
     raw = path.read_bytes()
@@ -151,13 +172,17 @@ def test_a_damaged_file_is_noticed(copied: Path, stage: str, file: str) -> None:
     assert states(copied)[stage] == f"to do: {path} is missing"
 
 
-def test_a_damaged_stage_is_made_again_and_what_follows_is_not_where_it_comes_out_the_same(copied: Path) -> None:
+def test_a_damaged_stage_is_made_again_and_what_follows_is_not_where_it_comes_out_the_same(
+    copied: Path,
+) -> None:
     before = manifests(copied / "out")
     (copied / "out" / "data" / "test.jsonl").unlink()
     (copied / "out" / "student_base" / "config.json").write_text("{}")
     pipeline.run(copied / "recipe.yaml", copied / "out")
     found = manifests(copied / "out")
-    assert {name for name in STAGES if found[name].recorded["finished"] != before[name].recorded["finished"]} == {"data", "student_base"}
+    assert {
+        name for name in STAGES if found[name].recorded["finished"] != before[name].recorded["finished"]
+    } == {"data", "student_base"}
     assert all(found[name].content == before[name].content for name in ("data", "student_base"))
     assert whole_stages(copied / "out") == sorted(STAGES)
 
@@ -171,7 +196,9 @@ def test_a_damaged_stage_is_made_again_and_what_follows_is_not_where_it_comes_ou
         ("evaluate", [TEACHER, STUDENT]),
     ],
 )
-def test_from_makes_the_stage_and_all_that_follow(copied: Path, counted: list[str], stage: str, made: list[str]) -> None:
+def test_from_makes_the_stage_and_all_that_follow(
+    copied: Path, counted: list[str], stage: str, made: list[str]
+) -> None:
     assert to_do(copied, from_stage=stage) == set(made)
     pipeline.run(copied / "recipe.yaml", copied / "out", from_stage=stage)
     assert counted == made
@@ -211,8 +238,16 @@ def test_a_stage_alone_says_what_was_done_and_what_comes_next(tmp_path: Path) ->
         + r" rows, .* kB",
         made,
     )
-    assert following == f"next: mlx-distill teach {recipe} --out {out} --set data.seed=1 (or run, for all that is left)"
-    assert (row["command"], row["writes"], row["state"], row["recorded"]["rows"]) == ("prepare", str(out / "data"), "made", counts)
+    assert (
+        following
+        == f"next: mlx-distill teach {recipe} --out {out} --set data.seed=1 (or run, for all that is left)"
+    )
+    assert (row["command"], row["writes"], row["state"], row["recorded"]["rows"]) == (
+        "prepare",
+        str(out / "data"),
+        "made",
+        counts,
+    )
     json.dumps(outcome.to_dict())
 
 
@@ -221,7 +256,11 @@ def test_a_dry_run_marks_what_is_read_and_is_not_there(tmp_path: Path) -> None:
     sources = "data.sources=[{path: rows.jsonl}, {path: songs.jsonl}, {hub: org/rows}]"
     plan = pipeline.run(recipe, tmp_path / "out", dry_run=True, overrides=[sources])
     assert isinstance(plan, Plan)
-    marked = {line.split()[1]: line.endswith("  (not there yet)") for line in plan.lines if line.startswith("          reads")}
+    marked = {
+        line.split()[1]: line.endswith("  (not there yet)")
+        for line in plan.lines
+        if line.startswith("          reads")
+    }
     assert [name for name, there in marked.items() if there] == ["songs.jsonl", "models/of/mine"]
     assert {"org/rows@main", "Org/model", str(tmp_path / "rows.jsonl")} < set(marked)
 
@@ -230,7 +269,10 @@ def test_the_quantized_model_is_planned_as_it_is_measured() -> None:
     recipe = load_recipe(finished() / "recipe.yaml", ["unpack=true", "evaluate.models=[student, quantized]"])
     found = {stage.name: stage.config.get("unpack") for stage in graph(recipe, recipe.load_task())}
     assert found["evaluations/quantized"] is recipe.unpacks("quantized") is False
-    assert all(found[name] is True for name in ("teacher", "targets", "student", "evaluations/teacher", "evaluations/student"))
+    assert all(
+        found[name] is True
+        for name in ("teacher", "targets", "student", "evaluations/teacher", "evaluations/student")
+    )
 
 
 def test_one_stage_alone_without_its_parents_says_what_to_run(tmp_path: Path) -> None:
@@ -245,7 +287,9 @@ def test_one_stage_alone_makes_the_converted_base_that_it_lacks(copied: Path) ->
     shutil.rmtree(copied / "out" / "teacher_base")
     pipeline.run(copied / "recipe.yaml", copied / "out", only="quantize")
     assert whole_stages(copied / "out") == sorted(set(STAGES) - {"teacher_base"})
-    assert to_do(copied) == after("teacher_base")  # not known to be current before the teacher's base is there again
+    assert to_do(copied) == after(
+        "teacher_base"
+    )  # not known to be current before the teacher's base is there again
 
 
 def test_without_resume_everything_is_made_again(copied: Path, counted: list[str]) -> None:
@@ -285,9 +329,15 @@ def test_two_runs_at_once(copied: Path, counted: list[str]) -> None:
     code = "import sys; from mlx_distill.pipeline import run; run(sys.argv[1], sys.argv[2])"
     with lock_folder(copied / "out"):
         done = subprocess.run(
-            [sys.executable, "-c", code, copied / "recipe.yaml", copied / "out"], capture_output=True, text=True, timeout=300
+            [sys.executable, "-c", code, copied / "recipe.yaml", copied / "out"],
+            capture_output=True,
+            text=True,
+            timeout=300,
         )
-        assert done.returncode == 1 and f"another run is using this folder (process {os.getpid()})" in done.stderr
+        assert (
+            done.returncode == 1
+            and f"another run is using this folder (process {os.getpid()})" in done.stderr
+        )
         assert to_do(copied) == set()  # a look is allowed
     pipeline.run(copied / "recipe.yaml", copied / "out")
     assert counted == []
@@ -306,7 +356,7 @@ def test_a_stage_that_there_is_not(tmp_path: Path, options: dict[str, str]) -> N
     assert "prepare, convert, teach" in (caught.value.fix or "")
 
 
-# --- fingerprints ---------------------------------------------------------------------------------------------------------------
+# --- fingerprints -------------------------------------------------------------------------------------------
 
 
 def test_a_fingerprint_is_of_content_and_not_of_place(tmp_path: Path) -> None:

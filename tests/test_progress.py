@@ -89,9 +89,11 @@ def test_a_resumed_task_says_where_it_goes_on_and_counts_what_was_done(clock: _C
     with progress.task("teach", total=32, unit="step", start=32):
         pass  # killed behind the last step
     assert stream.getvalue().splitlines() == [
-        "teach: 32 steps, going on after step 25", "teach: done, 32 steps (25 of them before) in 0 s, loss 0.5",
-        "teach: 32 steps, going on after step 32", "teach: done, 32 steps (32 of them before) in 0 s",
-    ]  # fmt: skip
+        "teach: 32 steps, going on after step 25",
+        "teach: done, 32 steps (25 of them before) in 0 s, loss 0.5",
+        "teach: 32 steps, going on after step 32",
+        "teach: done, 32 steps (32 of them before) in 0 s",
+    ]
 
 
 def test_off_a_terminal_lines_are_plain_and_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -130,7 +132,10 @@ def test_measures_have_no_plural() -> None:
     for unit in ("MB", "row"):
         with PlainProgress(stream, clock=lambda: 0.0).task("convert", total=1200, unit=unit):
             pass
-    assert [line for line in stream.getvalue().splitlines() if "done" not in line] == ["convert: 1,200 MB", "convert: 1,200 rows"]
+    assert [line for line in stream.getvalue().splitlines() if "done" not in line] == [
+        "convert: 1,200 MB",
+        "convert: 1,200 rows",
+    ]
 
 
 def test_durations_round_to_what_a_person_reads() -> None:

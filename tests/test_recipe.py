@@ -13,7 +13,9 @@ from mlx_distill.recipe import ATTENTION, MLP, DistillConfig, Recipe, TeachConfi
 
 
 def test_the_packaged_recipes_are_these() -> None:
-    assert {"tiny", "tiny-moderation", "qwen3-8b-to-gpt-oss-20b", "qwen3-8b-to-qwen3-0.6b"} <= set(recipe_names())
+    assert {"tiny", "tiny-moderation", "qwen3-8b-to-gpt-oss-20b", "qwen3-8b-to-qwen3-0.6b"} <= set(
+        recipe_names()
+    )
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -22,19 +24,30 @@ def test_every_packaged_recipe_loads_and_says_what_it_is(name: str) -> None:
     assert recipe.name == name and recipe.description.endswith(".") and len(recipe.load_task().labels) >= 2
     assert recipe.base == (ASSETS / "recipes").resolve()
     plain = {key: value for key, value in to_mapping(recipe).items() if key != "base"}
-    assert from_mapping(Recipe, plain, name) == from_mapping(Recipe, read_yaml(ASSETS / "recipes" / f"{name}.yaml"), name)
+    assert from_mapping(Recipe, plain, name) == from_mapping(
+        Recipe, read_yaml(ASSETS / "recipes" / f"{name}.yaml"), name
+    )
 
 
 def test_the_flagship_has_the_numbers_of_its_user() -> None:
     recipe = load_recipe("qwen3-8b-to-gpt-oss-20b")
     assert (recipe.teacher, recipe.student, recipe.task) == ("Qwen/Qwen3-8B", "openai/gpt-oss-20b", "music")
     for training in (recipe.teach, recipe.distill):
-        assert (training.method, training.lora_rank, training.lora_alpha, training.lora_dropout) == ("lora", 16, 32.0, 0.1)
+        assert (training.method, training.lora_rank, training.lora_alpha, training.lora_dropout) == (
+            "lora",
+            16,
+            32.0,
+            0.1,
+        )
         assert (training.batch_size, training.accumulate) == (1, 8)
     assert recipe.teach.learning_rate == 2e-5 and recipe.distill.learning_rate == 1e-5
     assert recipe.teach.max_length == 512 and recipe.distill.max_length >= 512
     assert (recipe.teach.galore_rank, recipe.teach.galore_update_gap) == (512, 400)
-    assert (recipe.distill.label_temperature, recipe.distill.label_weight, recipe.distill.text_weight) == (4.0, 0.7, 0.3)
+    assert (recipe.distill.label_temperature, recipe.distill.label_weight, recipe.distill.text_weight) == (
+        4.0,
+        0.7,
+        0.3,
+    )
     assert recipe.distill.temperature == 1.0 and recipe.distill.token_loss == "auto"
     assert recipe.distill.target_modules == ATTENTION  # the packed experts pass through untouched
     assert recipe.convert.quantize is None and "router" in recipe.quantize.keep
@@ -43,8 +56,18 @@ def test_the_flagship_has_the_numbers_of_its_user() -> None:
 def test_the_defaults_are_the_users_numbers_too() -> None:
     assert (TeachConfig().learning_rate, DistillConfig().learning_rate) == (2e-5, 1e-5)
     assert TeachConfig().target_modules == ATTENTION + MLP and DistillConfig().target_modules == ATTENTION
-    assert (TeachConfig().lora_rank, TeachConfig().lora_alpha, TeachConfig().lora_dropout, TeachConfig().max_length) == (16, 32.0, 0.1, 512)
-    assert (TeachConfig().batch_size, TeachConfig().accumulate, TeachConfig().galore_rank, TeachConfig().galore_update_gap) == (
+    assert (
+        TeachConfig().lora_rank,
+        TeachConfig().lora_alpha,
+        TeachConfig().lora_dropout,
+        TeachConfig().max_length,
+    ) == (16, 32.0, 0.1, 512)
+    assert (
+        TeachConfig().batch_size,
+        TeachConfig().accumulate,
+        TeachConfig().galore_rank,
+        TeachConfig().galore_update_gap,
+    ) == (
         1,
         8,
         512,
@@ -60,14 +83,20 @@ def test_the_demos_hold_their_test_rows_apart(name: str) -> None:
     assert held_out and all(s.part == "test" for s in held_out if s.generator)
     assert all(s.part == "train" for s in sources if s.generator and s.split is None) and trained
     assert sum(s.count for s in held_out) >= 300
-    assert all(spec.startswith("asset:models/") for spec in (load_recipe(name).teacher, load_recipe(name).student))  # offline
+    assert all(
+        spec.startswith("asset:models/") for spec in (load_recipe(name).teacher, load_recipe(name).student)
+    )  # offline
 
 
 def test_only_what_cannot_change_a_result_is_unkeyed() -> None:
     free = {f.name for f in fields(DistillConfig) if not f.metadata.get("keyed", True)}
     assert free == {"grad_checkpoint", "stream_gradients", "checkpoint_every", "keep_checkpoints"}
     recipe = load_recipe("tiny")
-    assert "description" not in keyed(recipe) and "batch_size" not in keyed(recipe.targets) and "confidence" not in keyed(recipe.evaluate)
+    assert (
+        "description" not in keyed(recipe)
+        and "batch_size" not in keyed(recipe.targets)
+        and "confidence" not in keyed(recipe.evaluate)
+    )
 
 
 def test_overrides_are_part_of_the_recipe() -> None:

@@ -1,4 +1,6 @@
-"""A disk that refuses in any stage, and folders that somebody spoilt: one line, a cure that cures, and nothing half-written."""
+"""A disk that refuses in any stage, and folders that somebody spoilt: one line, a cure that cures, and
+nothing half-written.
+"""
 
 from __future__ import annotations
 
@@ -51,12 +53,14 @@ def refusal(result: Any) -> tuple[str, str]:
     return lines[0], lines[1]
 
 
-# --- the disk -------------------------------------------------------------------------------------------------------------------
+# --- the disk -----------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def small_disk(limit: int) -> Iterator[None]:
-    """A file stops growing at ``limit`` bytes, whoever writes it: like a full disk, also for what is not written in Python."""
+    """A file stops growing at ``limit`` bytes, whoever writes it: like a full disk, also for what is not
+    written in Python.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -65,7 +69,8 @@ def small_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# Where the disk is full, in bytes of one file, and the file that is cut there: each kind of writer has its turn.
+# Where the disk is full, in bytes of one file, and the file that is cut there: each kind of writer has its
+# turn.
 _FULL = [
     ("prepare", 4_000, "rows.jsonl: file too large"),
     ("prepare", 4_001, "signatures.bin: file too large"),
@@ -94,13 +99,27 @@ class _Roomy(StoreWriter):
         resource.setrlimit(resource.RLIMIT_FSIZE, self.limits)
 
 
-@pytest.mark.parametrize(("stage", "limit", "words"), _FULL, ids=[f"{stage}-{limit}" for stage, limit, _ in _FULL])
+@pytest.mark.parametrize(
+    ("stage", "limit", "words"), _FULL, ids=[f"{stage}-{limit}" for stage, limit, _ in _FULL]
+)
 def test_a_disk_that_is_full_in_the_middle_of_a_stage(
-    copied: Path, command: Callable[..., Any], stage: str, limit: int, words: str, monkeypatch: pytest.MonkeyPatch
+    copied: Path,
+    command: Callable[..., Any],
+    stage: str,
+    limit: int,
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     if stage in ("teach", "distill") and "scratch/" not in words:
         monkeypatch.setattr("mlx_distill.storage.array_store.StoreWriter", _Roomy)
-    settings = ("teach.steps=2", "teach.evaluate_every=0", *_SHORT, "targets.max_rows=20", "targets.text=data", "evaluate.max_rows=6")
+    settings = (
+        "teach.steps=2",
+        "teach.evaluate_every=0",
+        *_SHORT,
+        "targets.max_rows=20",
+        "targets.text=data",
+        "evaluate.max_rows=6",
+    )
     settings += ("data.near_duplicates=0",) if words.startswith("rows.jsonl") else ()
     with small_disk(limit):
         error, _ = refusal(command(stage, *settings, more=("--from", stage)))
@@ -122,7 +141,7 @@ def test_a_disk_that_is_full_while_a_model_is_converted(copied: Path, command: C
     assert again.exit_code == 0, again.output
 
 
-# --- parents --------------------------------------------------------------------------------------------------------------------
+# --- parents ------------------------------------------------------------------------------------------------
 
 
 def cut(path: Path) -> None:
@@ -138,8 +157,16 @@ def edit(path: Path, **changes: Any) -> None:
     [
         ("prepare", lambda out: cut(out / "data/train.jsonl"), "out/data/train.jsonl has"),
         ("prepare", lambda out: (out / "data/valid.jsonl").unlink(), "out/data/valid.jsonl is missing"),
-        ("targets", lambda out: cut(out / "targets/tokens-00000.safetensors"), "out/targets/tokens-00000.safetensors has"),
-        ("targets", lambda out: (out / "targets/rows-00001.jsonl").unlink(), "out/targets/rows-00001.jsonl is missing"),
+        (
+            "targets",
+            lambda out: cut(out / "targets/tokens-00000.safetensors"),
+            "out/targets/tokens-00000.safetensors has",
+        ),
+        (
+            "targets",
+            lambda out: (out / "targets/rows-00001.jsonl").unlink(),
+            "out/targets/rows-00001.jsonl is missing",
+        ),
         ("targets", lambda out: edit(out / "targets/index.json", rows=3), "out/targets/index.json has"),
     ],
 )
@@ -150,7 +177,10 @@ def test_one_stage_alone_does_not_read_a_damaged_parent(
     damage(copied / "out")
     error, fix = refusal(command("distill", *_SHORT))
     assert words in error
-    assert fix == f"fix: make it again: mlx-distill {stage} recipe.yaml --out out --set {_SHORT[0]} --set {_SHORT[1]}"
+    assert (
+        fix
+        == f"fix: make it again: mlx-distill {stage} recipe.yaml --out out --set {_SHORT[0]} --set {_SHORT[1]}"
+    )
     assert read_manifest(copied / "out" / "student") == before
     if stage == "prepare":  # the cheap one stands for both
         assert command(stage, *_SHORT).exit_code == 0
@@ -167,7 +197,9 @@ def test_one_stage_alone_does_not_read_a_damaged_parent(
     ],
     ids=["truncated", "missing shard", "wrong model_type", "tokenizer"],
 )
-def test_a_damaged_base_is_converted_again(copied: Path, command: Callable[..., Any], damage: Callable[[Path], Any]) -> None:
+def test_a_damaged_base_is_converted_again(
+    copied: Path, command: Callable[..., Any], damage: Callable[[Path], Any]
+) -> None:
     damage(copied / "out" / "student_base")
     result = command("quantize", "quantize.mode=affine8")
     assert result.exit_code == 0, result.output
@@ -185,7 +217,7 @@ def test_targets_of_rows_that_are_gone_are_named(copied: Path, command: Callable
     assert "targets: read as it stands; data has changed (mlx-distill targets " in result.stderr
 
 
-# --- damage that sizes and times do not show --------------------------------------------------------------------------------------
+# --- damage that sizes and times do not show ----------------------------------------------------------------
 
 
 def damage_quietly(path: Path, content: bytes) -> None:
@@ -196,29 +228,60 @@ def damage_quietly(path: Path, content: bytes) -> None:
     os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
-@pytest.mark.parametrize("file", ["targets/tokens-00000.safetensors", "targets/rows-00000.jsonl", "targets/index.json"])
-def test_quiet_damage_of_the_targets_is_refused_when_they_are_read(copied: Path, command: Callable[..., Any], file: str) -> None:
+@pytest.mark.parametrize(
+    "file", ["targets/tokens-00000.safetensors", "targets/rows-00000.jsonl", "targets/index.json"]
+)
+def test_quiet_damage_of_the_targets_is_refused_when_they_are_read(
+    copied: Path, command: Callable[..., Any], file: str
+) -> None:
     damage_quietly(copied / "out" / file, bytes(40))
     error, _ = refusal(command("distill", *_SHORT))
     assert f"out/{file}" in error
 
 
-# --- models of the run ----------------------------------------------------------------------------------------------------------
+# --- models of the run --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("arguments", "damage", "words"),
     [
-        (["export", "out/student", "x", "--to", "peft"], lambda out: cut(out / "student/adapters.safetensors"), "the file is truncated"),
-        (["export", "out/student", "x", "--to", "hf"], lambda out: cut(out / "student/adapters.safetensors"), "the file is truncated"),
-        (["export", "out/student", "x", "--to", "hf"], lambda out: shutil.rmtree(out / "student_base"), "out/student_base is gone"),
-        (["export", "out/student", "x", "--to", "hf"], lambda out: edit(out / "student/adapter_config.json", base="."), "is an adapter"),
-        (["inspect", "out/quantized"], lambda out: cut(next((out / "quantized").glob("*.safetensors"))), "the file is truncated"),
-        (["inspect", "out/quantized"], lambda out: edit(out / "quantized/config.json", model_type=["qwen3"]), "unknown model_type"),
-        (["analyze", "out/quantized", "rows.jsonl", "--task", "task.yaml", "--out", "x"],
-         lambda out: (out.parent / "rows.jsonl").write_bytes(b"\n"), "rows.jsonl: no rows"),
+        (
+            ["export", "out/student", "x", "--to", "peft"],
+            lambda out: cut(out / "student/adapters.safetensors"),
+            "the file is truncated",
+        ),
+        (
+            ["export", "out/student", "x", "--to", "hf"],
+            lambda out: cut(out / "student/adapters.safetensors"),
+            "the file is truncated",
+        ),
+        (
+            ["export", "out/student", "x", "--to", "hf"],
+            lambda out: shutil.rmtree(out / "student_base"),
+            "out/student_base is gone",
+        ),
+        (
+            ["export", "out/student", "x", "--to", "hf"],
+            lambda out: edit(out / "student/adapter_config.json", base="."),
+            "is an adapter",
+        ),
+        (
+            ["inspect", "out/quantized"],
+            lambda out: cut(next((out / "quantized").glob("*.safetensors"))),
+            "the file is truncated",
+        ),
+        (
+            ["inspect", "out/quantized"],
+            lambda out: edit(out / "quantized/config.json", model_type=["qwen3"]),
+            "unknown model_type",
+        ),
+        (
+            ["analyze", "out/quantized", "rows.jsonl", "--task", "task.yaml", "--out", "x"],
+            lambda out: (out.parent / "rows.jsonl").write_bytes(b"\n"),
+            "rows.jsonl: no rows",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_damaged_model_of_a_run_is_named(
     runner: Any, copied: Path, arguments: list[str], damage: Callable[[Path], Any], words: str
 ) -> None:
@@ -228,7 +291,7 @@ def test_a_damaged_model_of_a_run_is_named(
     assert not (copied / "x").exists()
 
 
-# --- checkpoints ----------------------------------------------------------------------------------------------------------------
+# --- checkpoints --------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors", "state.json"])
@@ -255,17 +318,21 @@ def _no_space(*arguments: Any, **options: Any) -> None:
     raise OSError(28, "No space left on device", "adapters.safetensors")
 
 
-# --- another recipe's folder ------------------------------------------------------------------------------------------------------
+# --- another recipe's folder --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["run", "distill", "evaluate"])
-def test_the_folder_of_another_recipe_is_not_replaced(copied: Path, command: Callable[..., Any], name: str) -> None:
+def test_the_folder_of_another_recipe_is_not_replaced(
+    copied: Path, command: Callable[..., Any], name: str
+) -> None:
     settings = ("name=others", "data.seed=5", *_SHORT)
     error, fix = refusal(command(name, *settings))
     assert "made by the recipe 'colours', not by 'others'" in error
     assert "--out" in fix
     assert whole_stages(copied / "out") == sorted(STAGES)
-    owners = {manifest.recorded["recipe"] for stage in STAGES if (manifest := read_manifest(copied / "out" / stage))}
+    owners = {
+        manifest.recorded["recipe"] for stage in STAGES if (manifest := read_manifest(copied / "out" / stage))
+    }
     assert owners == {"colours"}
 
 

@@ -1,4 +1,6 @@
-"""A change of the code must not make a user's finished stages stale: the keys of the packaged recipes are committed."""
+"""A change of the code must not make a user's finished stages stale: the keys of the packaged recipes are
+committed.
+"""
 
 from __future__ import annotations
 

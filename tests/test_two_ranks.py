@@ -1,4 +1,6 @@
-"""A training stage on two machines that share nothing but the wire: rank 0 writes, the other trains along on what was copied to it."""
+"""A training stage on two machines that share nothing but the wire: rank 0 writes, the other trains along on
+what was copied to it.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def make_machine(folder: Path) -> None:
 
 
 def launch(folder: Path, killed: str = "") -> list[tuple[int, str]]:
-    """``teach`` on two ranks, each in a folder of its own; rank 0 is killed where it is about to put ``killed`` into place."""
+    """``teach`` on two ranks, each in a folder of its own; rank 0 is killed where it is about to put
+    ``killed`` into place.
+    """
     runs = [[sys.executable, killed_run.__file__, "recipe.yaml", "out", at, "teach"] for at in (killed, "")]
     return ends_of(folder, runs, [folder / "0", folder / "1"])
 
@@ -63,7 +67,9 @@ class Told(Ranks):
         return value
 
 
-@pytest.mark.parametrize(("word", "here", "begins"), [("key", "key", True), ("", "key", False), ("key", "other", None)])
+@pytest.mark.parametrize(
+    ("word", "here", "begins"), [("key", "key", True), ("", "key", False), ("key", "other", None)]
+)
 def test_ranks_begin_together_on_the_same_rows_and_model(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, word: str, here: str, begins: bool | None
 ) -> None:
@@ -80,7 +86,9 @@ def test_ranks_begin_together_on_the_same_rows_and_model(
 
 
 @pytest.mark.parametrize("only", [None, "targets"])
-def test_what_is_no_training_is_for_one_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, only: str | None) -> None:
+def test_what_is_no_training_is_for_one_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, only: str | None
+) -> None:
     monkeypatch.setattr("mlx_distill.pipeline.rank_and_size", lambda: (1, 2))
     with pytest.raises(ConfigError, match="on 2 ranks") as caught:
         run("tiny", tmp_path / "out", only=only)

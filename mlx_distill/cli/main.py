@@ -68,7 +68,9 @@ def _with_debug(command: click.Command) -> click.Command:
             ctx.find_root().params["debug"] = True
 
     if all(parameter.name != "debug" for parameter in command.params):
-        command.params.append(click.Option(["--debug"], is_flag=True, expose_value=False, hidden=True, callback=remember))
+        command.params.append(
+            click.Option(["--debug"], is_flag=True, expose_value=False, hidden=True, callback=remember)
+        )
     for child in command.commands.values() if isinstance(command, click.Group) else ():
         _with_debug(child)
     return command
@@ -102,7 +104,8 @@ def _one_line(text: str) -> str:
 @click.option("--debug", is_flag=True, help="Show the whole traceback of an error.")
 @click.version_option(__version__, prog_name="mlx-distill")
 def cli(debug: bool) -> None:
-    """Fine-tune a teacher, distill it into a student with another tokenizer, quantize it, and prove that it is as good.
+    """Fine-tune a teacher, distill it into a student with another tokenizer, quantize it, and prove that it
+    is as good.
 
     Start with: mlx-distill demo
     """

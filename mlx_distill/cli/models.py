@@ -22,18 +22,22 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON
     "without it each weight keeps its type.",
 )
 @click.option("--group-size", type=int, help="Weights that share a scale.  [default: the mode's own]")
-@click.option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16; without it each tensor keeps its own.")
+@click.option(
+    "--dtype", metavar="TYPE", help="float32, bfloat16 or float16; without it each tensor keeps its own."
+)
 @click.option("--revision", help="Commit, tag or branch of a Hub model.")
 @click.option("--base", help="The model under a PEFT adapter.  [default: what the adapter names]")
 @click.option("--max-shard-bytes", type=click.IntRange(1), help="Largest file.  [default: 2 GiB]")
-@click.option("--memory-bytes", type=click.IntRange(1), help="Bound on the working buffers.  [default: 32 MiB]")
+@click.option(
+    "--memory-bytes", type=click.IntRange(1), help="Bound on the working buffers.  [default: 32 MiB]"
+)
 @click.option("--dry-run", is_flag=True, help="Show the table of tensors as it would be, and write nothing.")
 @_JSON
 def convert(source: str, destination: Path, base: str | None, as_json: bool, **options: Any) -> None:
     """Convert a Hugging Face checkpoint to an MLX folder.
 
-    SOURCE is a folder or a Hub id, or a PEFT adapter, which becomes one of ours. The result is numerically the same model, unless
-    --quantize or --dtype asks for another.
+    SOURCE is a folder or a Hub id, or a PEFT adapter, which becomes one of ours. The result is numerically
+    the same model, unless --quantize or --dtype asks for another.
     """
     from mlx_distill.cli.output import echo
     from mlx_distill.models.convert import convert as convert_model
@@ -52,7 +56,13 @@ def convert(source: str, destination: Path, base: str | None, as_json: bool, **o
 @click.command()
 @click.argument("model", type=_PATH)
 @click.argument("destination", type=_PATH)
-@click.option("--to", "layout", type=click.Choice(["hf", "peft"]), required=True, help="A whole checkpoint, or an adapter for PEFT.")
+@click.option(
+    "--to",
+    "layout",
+    type=click.Choice(["hf", "peft"]),
+    required=True,
+    help="A whole checkpoint, or an adapter for PEFT.",
+)
 @click.option(
     "--adapter",
     type=click.Choice(["merge", "keep"]),
@@ -60,9 +70,15 @@ def convert(source: str, destination: Path, base: str | None, as_json: bool, **o
     show_default=True,
     help="For hf: add it to the weights, or put it beside the untouched base, in PEFT's format.",
 )
-@click.option("--report", type=_PATH, help="A run, or its report.json, whose figures go on the card.  [default: that of the model's run]")
+@click.option(
+    "--report",
+    type=_PATH,
+    help="A run, or its report.json, whose figures go on the card.  [default: that of the model's run]",
+)
 @_JSON
-def export(model: Path, destination: Path, layout: str, adapter: str, report: Path | None, as_json: bool) -> None:
+def export(
+    model: Path, destination: Path, layout: str, adapter: str, report: Path | None, as_json: bool
+) -> None:
     """Write a model in the layout that other tools read.
 
     MODEL is a model folder or an adapter folder of ours.
@@ -77,7 +93,16 @@ def export(model: Path, destination: Path, layout: str, adapter: str, report: Pa
     if layout == "hf":
         from mlx_distill.models.export import to_hf
 
-        echo(to_hf(model, destination, adapter=adapter, card=partial(card_text, report=figures), progress=make_progress()), as_json)
+        echo(
+            to_hf(
+                model,
+                destination,
+                adapter=adapter,
+                card=partial(card_text, report=figures),
+                progress=make_progress(),
+            ),
+            as_json,
+        )
     else:
         from mlx_distill.models.peft import to_peft
 
@@ -86,13 +111,16 @@ def export(model: Path, destination: Path, layout: str, adapter: str, report: Pa
 
 @click.command()
 @click.argument("path", type=_PATH)
-@click.option("--verify", is_flag=True, help="Read and hash every file, where otherwise sizes and times decide.")
+@click.option(
+    "--verify", is_flag=True, help="Read and hash every file, where otherwise sizes and times decide."
+)
 @_JSON
 @click.pass_context
 def inspect(ctx: click.Context, path: Path, verify: bool, as_json: bool) -> None:
     """Say what lies at PATH.
 
-    PATH is a model, an adapter, the folder of a stage, or that of a run. Exit code 1 where something is wrong with it.
+    PATH is a model, an adapter, the folder of a stage, or that of a run. Exit code 1 where something is wrong
+    with it.
     """
     from mlx_distill.cli.output import echo
     from mlx_distill.inspect import inspect as look
@@ -123,7 +151,10 @@ def analyze(model: str, input: Path, task: str, out: Path | None) -> None:
 
     items = [row for _, row in read_jsonl(input)]
     if not items:
-        raise DataError(f"{input}: no rows", fix=f"one JSON object a line is needed, with the fields that the task {task} asks for")
+        raise DataError(
+            f"{input}: no rows",
+            fix=f"one JSON object a line is needed, with the fields that the task {task} asks for",
+        )
     rows = [plain(prediction) for prediction in answer(model, task, items)]
     if out:
         write_jsonl(out, rows)

@@ -11,7 +11,9 @@ import click
 
 
 def echo(result: Any, as_json: bool = False) -> None:
-    """A result on standard output: its ``lines`` (a list, or a method that returns one), or its plain form as one JSON document."""
+    """A result on standard output: its ``lines`` (a list, or a method that returns one), or its plain form as
+    one JSON document.
+    """
     if as_json:
         click.echo(json.dumps(plain(result), ensure_ascii=False, indent=2))
         return

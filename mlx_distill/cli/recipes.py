@@ -55,7 +55,11 @@ def copy(name: str, file: Path) -> None:
     if file.exists():
         raise FileError(f"{file}: exists already", fix="choose another name, or remove it first")
     write_text(file, source.read_text(encoding="utf-8"))
-    use = f"; a recipe beside it says task: {file.name}" if source.stem == "task" else f", then: mlx-distill run {file}"
+    use = (
+        f"; a recipe beside it says task: {file.name}"
+        if source.stem == "task"
+        else f", then: mlx-distill run {file}"
+    )
     click.echo(f"written: {file}; edit it{use}")
 
 
@@ -65,8 +69,8 @@ def copy(name: str, file: Path) -> None:
 def keys(section: str | None, as_json: bool) -> None:
     """Explain every key of a recipe and of a task, or those of SECTION.
 
-    Each with its default, by section: recipe (the top), data, data.sources, convert, teach, targets, distill, quantize, evaluate,
-    controls; task (a file of its own).
+    Each with its default, by section: recipe (the top), data, data.sources, convert, teach, targets, distill,
+    quantize, evaluate, controls; task (a file of its own).
     """
     import json
 
@@ -79,13 +83,17 @@ def keys(section: str | None, as_json: bool) -> None:
     known = [*recipe_sections(), *sections(Task, "task")]
     found = [part for part in known if section in (None, part.name)]
     if not found:
-        raise ConfigError(f"no section {section!r} in a recipe", fix=f"sections: {', '.join(part.name for part in known)}")
+        raise ConfigError(
+            f"no section {section!r} in a recipe", fix=f"sections: {', '.join(part.name for part in known)}"
+        )
     if as_json:
         click.echo(json.dumps(plain({"sections": found}), ensure_ascii=False, indent=2))
         return
     width = max(len(key.name) for part in known for key in part.keys)
     for number, part in enumerate(found):
-        click.echo(("\n" if number else "") + f"{part.name}: {part.help.removeprefix(f'{part.name.capitalize()}: ')}")
+        click.echo(
+            ("\n" if number else "") + f"{part.name}: {part.help.removeprefix(f'{part.name.capitalize()}: ')}"
+        )
         for key in part.keys:
             click.echo(_explain(key, width))
 
@@ -98,11 +106,25 @@ def _explain(key: Key, width: int) -> str:
 
     default = yaml.safe_dump(key.default, default_flow_style=True, width=1000).removesuffix("...\n").strip()
     low, high = (None if end is None else f"{end:g}" for end in (key.low, key.high))
-    limits = f"{low} to {high}" if low and high else f"at least {low}" if low else f"at most {high}" if high else ""
+    limits = (
+        f"{low} to {high}"
+        if low and high
+        else f"at least {low}"
+        if low
+        else f"at most {high}"
+        if high
+        else ""
+    )
     values = ", ".join(key.choices) if key.choices else key.type
     parts = [values, *([limits] if limits else []), "needed" if key.needed else f"default: {default}"]
     indent = " " * (width + 4)
-    text = textwrap.fill(f"{key.help} [{'; '.join(parts)}]", 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False)
+    text = textwrap.fill(
+        f"{key.help} [{'; '.join(parts)}]",
+        100,
+        initial_indent=indent,
+        subsequent_indent=indent,
+        break_on_hyphens=False,
+    )
     return f"  {key.name:<{width}}  {text.lstrip()}"
 
 
@@ -127,7 +149,8 @@ def _packaged(name: str) -> Path:
 def doctor(ctx: click.Context, as_json: bool) -> None:
     """Say what the machine offers and what is missing.
 
-    Device, memory, versions, BLAS, disk, optional packages; each lack with its cure. Exit code 1 where a command could not run.
+    Device, memory, versions, BLAS, disk, optional packages; each lack with its cure. Exit code 1 where a
+    command could not run.
     """
     from mlx_distill import doctor as physician
     from mlx_distill.cli.output import echo

@@ -12,7 +12,13 @@ import click
 _OPTIONS = [
     click.argument("recipe"),
     click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"),
-    click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Change one key of the recipe, such as distill.epochs=2."),
+    click.option(
+        "--set",
+        "overrides",
+        multiple=True,
+        metavar="KEY=VALUE",
+        help="Change one key of the recipe, such as distill.epochs=2.",
+    ),
     click.option(
         "--from",
         "from_stage",
@@ -31,7 +37,13 @@ def _recipe_command(command: Callable[..., None]) -> Callable[..., None]:
 
 
 @click.command()
-@click.option("--out", type=click.Path(path_type=Path), default=Path("demo"), show_default=True, help="The run's folder.")
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("demo"),
+    show_default=True,
+    help="The run's folder.",
+)
 def demo(out: Path) -> None:
     """Run the whole job on tiny packaged models, offline, in minutes."""
     _run("tiny", out)
@@ -42,7 +54,8 @@ def demo(out: Path) -> None:
 def run(**options: Any) -> None:
     """Run every stage of a recipe that is not current.
 
-    After an interruption the same command goes on. RECIPE is a YAML file or the name of a packaged recipe (see: mlx-distill recipes).
+    After an interruption the same command goes on. RECIPE is a YAML file or the name of a packaged recipe
+    (see: mlx-distill recipes).
     """
     _run(**options)
 
@@ -51,9 +64,13 @@ def _stage_command(name: str, summary: str) -> click.Command:
     def command(**options: Any) -> None:
         _run(**options, only=name)
 
-    command.__doc__ = f"{summary}\n\nRECIPE is a YAML file or the name of a packaged recipe (see: mlx-distill recipes)."
+    command.__doc__ = (
+        f"{summary}\n\nRECIPE is a YAML file or the name of a packaged recipe (see: mlx-distill recipes)."
+    )
     if name in ("teach", "distill"):
-        command = click.option("--profile", is_flag=True, help="Say where a step's time goes; steps are slower for it.")(command)
+        command = click.option(
+            "--profile", is_flag=True, help="Say where a step's time goes; steps are slower for it."
+        )(command)
     return click.command(name)(_recipe_command(command))
 
 
@@ -83,7 +100,12 @@ def _run(
     from mlx_distill.runtime import rank_and_size
 
     out = out or Path("runs") / load_recipe(recipe, overrides).name
-    options: dict[str, Any] = {"overrides": overrides, "from_stage": from_stage, "only": only, "dry_run": dry_run}
+    options: dict[str, Any] = {
+        "overrides": overrides,
+        "from_stage": from_stage,
+        "only": only,
+        "dry_run": dry_run,
+    }
     if os.environ.get("MLX_RANK") == "0":  # for ever and without a word, where one does not come
         click.echo("waiting for the other ranks of mlx.launch", err=True)
     speaks = rank_and_size()[0] == 0
@@ -95,7 +117,9 @@ def _run(
     try:
         result = run_recipe(recipe, out, progress=make_progress(), **options)
     finally:
-        if speaks and taken and (result is not None or taken.rows):  # the table of an interrupted training is as good
+        if (
+            speaks and taken and (result is not None or taken.rows)
+        ):  # the table of an interrupted training is as good
             echo(taken, as_json)
             click.echo(nl=not as_json)
     if speaks and not (taken and as_json):

@@ -1,4 +1,6 @@
-"""Encoded rows to batches: every row once an epoch, neighbours of one length together, an order that can be taken up anywhere."""
+"""Encoded rows to batches: every row once an epoch, neighbours of one length together, an order that can be
+taken up anywhere.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ _CHUNK = 256  # rows that are rendered together
 class EncodeReport:
     """What became of the rows, counted while they are encoded.
 
-    ``kept``: rows that are left; ``too_long`` and ``nothing_to_train``: rows left out, because they have more tokens than allowed, or
-    because nothing of them is trained; ``longest``: tokens of the longest row, left out or not.
+    ``kept``: rows that are left; ``too_long`` and ``nothing_to_train``: rows left out, because they have more
+    tokens than allowed, or because nothing of them is trained; ``longest``: tokens of the longest row, left
+    out or not.
     """
 
     kept: int = 0
@@ -46,9 +49,16 @@ class EncodeReport:
 
 
 def encode_rows(
-    rows: Iterable[Example], tokenizer: Any, max_length: int, loss_on: str, report: EncodeReport, *, where: str = "the rows"
+    rows: Iterable[Example],
+    tokenizer: Any,
+    max_length: int,
+    loss_on: str,
+    report: EncodeReport,
+    *,
+    where: str = "the rows",
 ) -> Iterator[Encoded]:
-    """Render each row for a tokenizer; a row that is too long is left out whole, never cut: a cut answer teaches to stop in the middle.
+    """Render each row for a tokenizer; a row that is too long is left out whole, never cut: a cut answer
+    teaches to stop in the middle.
 
     Args:
         rows: Prepared rows; 256 of them are in memory at a time.
@@ -85,14 +95,17 @@ def plan_epoch(
 ) -> list[tuple[int, ...]]:
     """The batches of one epoch: every row exactly once, the tail included.
 
-    Rows are shuffled, sorted by length inside windows of up to 64 batches (so that little is padded, and neighbours change each epoch),
-    cut into batches of about one weight (:func:`~mlx_distill.data.batching.cut_evenly`), and these put in an order
-    (:func:`~mlx_distill.data.batching.spread`). There are as many as if each had ``batch_size`` rows. The weight that counts is that of the
-    tokens that are trained: a step of few of them moves the weights as far as one of many, so batches of equal counts cost loss where
-    answers are as long as their chats, and batches of equal tokens where they are all of one length. A row weighs at least what its
-    length is of ``len(lengths)`` longest rows, so that few batches hold many long prompts with short answers. No batch takes more places,
-    rows times the length of its longest, than twice what ``batch_size`` longest rows do (:func:`~mlx_distill.data.batching.bound_places`):
-    the memory of a step goes with them. The same (seed, epoch) gives the same plan; no global random state is read or changed.
+    Rows are shuffled, sorted by length inside windows of up to 64 batches (so that little is padded, and
+    neighbours change each epoch), cut into batches of about one weight
+    (:func:`~mlx_distill.data.batching.cut_evenly`), and these put in an order
+    (:func:`~mlx_distill.data.batching.spread`). There are as many as if each had ``batch_size`` rows. The
+    weight that counts is that of the tokens that are trained: a step of few of them moves the weights as far
+    as one of many, so batches of equal counts cost loss where answers are as long as their chats, and batches
+    of equal tokens where they are all of one length. A row weighs at least what its length is of
+    ``len(lengths)`` longest rows, so that few batches hold many long prompts with short answers. No batch
+    takes more places, rows times the length of its longest, than twice what ``batch_size`` longest rows do
+    (:func:`~mlx_distill.data.batching.bound_places`): the memory of a step goes with them. The same (seed,
+    epoch) gives the same plan; no global random state is read or changed.
 
     Args:
         lengths: Tokens of each row.
@@ -122,7 +135,9 @@ def plan_epoch(
         # A stable sort keeps the shuffle among rows of one length.
         rows.sort(key=lambda row: -lengths[row])
         left, even = iter(rows), cut_evenly([heavy[row] for row in rows], end - first)
-        batches += [tuple(islice(left, size)) for size in bound_places(even, [lengths[row] for row in rows], most)]
+        batches += [
+            tuple(islice(left, size)) for size in bound_places(even, [lengths[row] for row in rows], most)
+        ]
     batches.sort(key=lambda rows: -lengths[rows[0]])
     return [batches[number] for number in spread(len(batches), generator)]
 
@@ -134,7 +149,9 @@ def _weigh(lengths: Sequence[int], weights: Sequence[float]) -> list[float]:
     return [float(share) for share in np.maximum(*shares)]
 
 
-def collate(pieces: Sequence[Piece], rows: Sequence[int | Sequence[int]], pad_id: int, multiple: int = 16) -> Batch:
+def collate(
+    pieces: Sequence[Piece], rows: Sequence[int | Sequence[int]], pad_id: int, multiple: int = 16
+) -> Batch:
     """Pad some rows on the right into one batch, labels shifted; a pad is never trained.
 
     Args:
@@ -144,11 +161,16 @@ def collate(pieces: Sequence[Piece], rows: Sequence[int | Sequence[int]], pad_id
         multiple: The width ``l`` is rounded up to a multiple of it, so that few shapes occur.
 
     Returns:
-        ``inputs``, ``labels`` ``[b, l]`` int32 and ``mask`` ``[b, l]`` float32, where ``labels[i, t]`` is the token after ``inputs[i, t]``;
-        ``segments`` as :func:`~mlx_distill.data.packing.lay_out` has it.
+        ``inputs``, ``labels`` ``[b, l]`` int32 and ``mask`` ``[b, l]`` float32, where ``labels[i, t]`` is the
+        token after ``inputs[i, t]``; ``segments`` as :func:`~mlx_distill.data.packing.lay_out` has it.
     """
     lines = as_lines(rows)
-    return lay_out([[pieces[row] for row in line] for line in lines], pad_id, multiple, [row for line in lines for row in line])
+    return lay_out(
+        [[pieces[row] for row in line] for line in lines],
+        pad_id,
+        multiple,
+        [row for line in lines for row in line],
+    )
 
 
 def batches_per_epoch(rows: int, batch_size: int) -> int:
@@ -168,7 +190,9 @@ class BatchList(Sequence[Batch]):
         collate: Makes a batch of such lines.
     """
 
-    def __init__(self, batches: Sequence[Sequence[Sequence[int]]], collate: Callable[[Sequence[Sequence[int]]], Batch]) -> None:
+    def __init__(
+        self, batches: Sequence[Sequence[Sequence[int]]], collate: Callable[[Sequence[Sequence[int]]], Batch]
+    ) -> None:
         self.batches, self.collate = batches, collate
 
     def __len__(self) -> int:
@@ -186,7 +210,8 @@ class BatchList(Sequence[Batch]):
 
 
 def cut_evenly(weights: Sequence[float], batches: int) -> list[int]:
-    """How many rows in a row each batch takes, so that all weigh about as much: a row goes where its middle falls.
+    """How many rows in a row each batch takes, so that all weigh about as much: a row goes where its middle
+    falls.
 
     Args:
         weights: Of the rows, none negative.
@@ -206,12 +231,14 @@ def cut_evenly(weights: Sequence[float], batches: int) -> list[int]:
 
 
 def bound_places(sizes: Sequence[int], lengths: Sequence[int], most: int) -> list[int]:
-    """How many rows in a row each batch takes, so that none takes more than ``most`` places: its rows times the length of its longest.
+    """How many rows in a row each batch takes, so that none takes more than ``most`` places: its rows times
+    the length of its longest.
 
-    Where lengths have a gap, a batch that reaches across it holds a few long rows and many short ones, all padded to the long. Its longest
-    rows go to the batch before, as few as will do; where that makes the first one too large, its shortest go to those after it. A cut
-    that is within the bound is not changed. The bound holds wherever it can with so many batches, and it can where ``most`` is at least
-    ``ceil(rows / batches)`` times the longest length.
+    Where lengths have a gap, a batch that reaches across it holds a few long rows and many short ones, all
+    padded to the long. Its longest rows go to the batch before, as few as will do; where that makes the first
+    one too large, its shortest go to those after it. A cut that is within the bound is not changed. The bound
+    holds wherever it can with so many batches, and it can where ``most`` is at least ``ceil(rows / batches)``
+    times the longest length.
 
     Args:
         sizes: Rows of each batch, in the order of ``lengths``; at least one each.
@@ -221,9 +248,13 @@ def bound_places(sizes: Sequence[int], lengths: Sequence[int], most: int) -> lis
     >>> bound_places([2, 2, 8], [9, 9, 9, 9, 9, 1, 1, 1, 1, 1, 1, 1], 36), bound_places([3, 1], [9, 1, 1, 1], 18)
     ([2, 3, 7], [2, 2])
     """
-    reach = np.arange(len(lengths)) + most // np.maximum(np.asarray(lengths), 1)  # where a batch from each row on ends at the latest
+    reach = np.arange(len(lengths)) + most // np.maximum(
+        np.asarray(lengths), 1
+    )  # where a batch from each row on ends at the latest
     ends = np.cumsum(sizes).tolist()
-    for number in range(len(ends) - 1, 0, -1):  # from the last to the first: each begins where it is within the bound
+    for number in range(
+        len(ends) - 1, 0, -1
+    ):  # from the last to the first: each begins where it is within the bound
         ends[number - 1] = max(ends[number - 1], int(np.searchsorted(reach, ends[number])))
     for number, end in enumerate(ends[:-1]):  # and, for the first, ends there
         ends[number] = min(end, int(reach[ends[number - 1] if number else 0]))
@@ -231,11 +262,11 @@ def bound_places(sizes: Sequence[int], lengths: Sequence[int], most: int) -> lis
 
 
 def spread(count: int, generator: np.random.Generator) -> list[int]:
-    """The numbers below ``count`` in a random order in which neighbours differ: the first two hold one of each half, and so do the next
-    two; the first four hold one of each quarter, and so on, up to rounding.
+    """The numbers below ``count`` in a random order in which neighbours differ: the first two hold one of
+    each half, and so do the next two; the first four hold one of each quarter, and so on, up to rounding.
 
-    Of batches from long rows to short ones, an optimizer step gets some of each kind so. Method: a random (0, 1)-net in base 2 (Owen,
-    Randomly permuted (t, m, s)-nets and (t, s)-sequences, 1995).
+    Of batches from long rows to short ones, an optimizer step gets some of each kind so. Method: a random (0,
+    1)-net in base 2 (Owen, Randomly permuted (t, m, s)-nets and (t, s)-sequences, 1995).
 
     >>> order = spread(8, np.random.default_rng(0))
     >>> [sorted(number // 4 for number in order[i : i + 2]) for i in (0, 2, 4, 6)]

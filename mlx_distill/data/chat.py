@@ -1,11 +1,13 @@
 """A chat in the tokens of one model, by that model's own template.
 
-The template is rendered once for each sequence of roles, with a marker in place of every content. The text between the markers is
-the template's: its special tokens become token ids. The contents are put in afterwards as plain text, so nothing that a row says
-can become a special token, and what stands before the assistant's content is the same in training and at inference.
+The template is rendered once for each sequence of roles, with a marker in place of every content. The text
+between the markers is the template's: its special tokens become token ids. The contents are put in afterwards
+as plain text, so nothing that a row says can become a special token, and what stands before the assistant's
+content is the same in training and at inference.
 
-    <|im_start|>user\\n  [content]  <|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n  [answer]  <|im_end|>
-    ------------------------------- prompt -----------------------------------------------------   ---------- trained -
+    <|im_start|>user\\n  [content]  <|im_end|>\\n<|im_start|>assistant\\n<think>\\n\\n</think>\\n\\n  [answer]
+    <|im_end|> ------------------------------- prompt -----------------------------------------------------
+    ---------- trained -
 """
 
 from __future__ import annotations
@@ -25,9 +27,19 @@ from mlx_distill.records import Message
 # Templates ignore what they do not know.
 _SETTINGS: dict[str, Any] = {"enable_thinking": False, "reasoning_effort": "low"}
 
-# Templates that print the date must print the same one every day, or no two runs agree. transformers lets no function into a
-# template, so a macro of the same name takes the place of its clock.
-_DATE = {"%Y": "2025", "%y": "25", "%m": "01", "%d": "01", "%B": "January", "%b": "Jan", "%A": "Wednesday", "%a": "Wed", "%j": "001"}
+# Templates that print the date must print the same one every day, or no two runs agree. transformers lets no
+# function into a template, so a macro of the same name takes the place of its clock.
+_DATE = {
+    "%Y": "2025",
+    "%y": "25",
+    "%m": "01",
+    "%d": "01",
+    "%B": "January",
+    "%b": "Jan",
+    "%A": "Wednesday",
+    "%a": "Wed",
+    "%j": "001",
+}
 _TIME = {"%H": "12", "%I": "12", "%M": "00", "%S": "00", "%p": "PM"}
 _PIN = (
     "{%- macro strftime_now(format) -%}{{- format"
@@ -55,15 +67,21 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = weakref.proxy(tokenizer)
-        added = {token.content: (int(number), token) for number, token in tokenizer.added_tokens_decoder.items()}
+        added = {
+            token.content: (int(number), token) for number, token in tokenizer.added_tokens_decoder.items()
+        }
         self.ids = {content: number for content, (number, _) in added.items()}
         longest_first = sorted(added, key=len, reverse=True)
         # A token that swallows white space beside it does so here too.
         patterns = [
-            (r"\s*" if added[c][1].lstrip else "") + f"({re.escape(c)})" + (r"\s*" if added[c][1].rstrip else "") for c in longest_first
+            (r"\s*" if added[c][1].lstrip else "")
+            + f"({re.escape(c)})"
+            + (r"\s*" if added[c][1].rstrip else "")
+            for c in longest_first
         ]
         self.special = re.compile("|".join(patterns) or r"(?!)")
-        # Runs of spaces are text, even where a tokenizer adds them as tokens; everything else added speaks to the model.
+        # Runs of spaces are text, even where a tokenizer adds them as tokens; everything else added speaks to
+        # the model.
         controls = [c for c in longest_first if len(c) > 1 and not c.isspace()]
         self.control = re.compile("|".join(map(re.escape, controls)) or r"(?!)")
         self.skeletons: dict[tuple[str, ...], tuple[str | _Part, ...]] = {}
@@ -83,7 +101,11 @@ class Vocabulary:
     def encode(self, text: str) -> list[int]:
         """Plain text to tokens."""
         encode = self.tokenizer.encode
-        return [token for piece in self.cut(text) for token in encode(piece, add_special_tokens=False, verbose=False)]
+        return [
+            token
+            for piece in self.cut(text)
+            for token in encode(piece, add_special_tokens=False, verbose=False)
+        ]
 
     def encode_many(self, pieces: Iterable[str]) -> dict[str, list[int]]:
         """The tokens of pieces of :meth:`cut`, all in one call of the tokenizer where that is the same."""
@@ -96,10 +118,14 @@ class Vocabulary:
         # Some tokenizers of mlx-lm change the text in an ``encode`` of their own, and there alone.
         if not pieces or getattr(inner.__class__, "encode", None) is not PreTrainedTokenizerBase.encode:
             return {piece: self.encode(piece) for piece in pieces}
-        return dict(zip(pieces, inner(pieces, add_special_tokens=False, verbose=False)["input_ids"], strict=True))
+        return dict(
+            zip(pieces, inner(pieces, add_special_tokens=False, verbose=False)["input_ids"], strict=True)
+        )
 
     def parts(self, turns: Turns) -> Iterator[int | str]:
-        """The special tokens and the texts between them, each to be encoded by itself; an assistant's content is an ``Answer``."""
+        """The special tokens and the texts between them, each to be encoded by itself; an assistant's content
+        is an ``Answer``.
+        """
         text = ""
         for part in self.skeleton(tuple(role for role, _ in turns)):
             if isinstance(part, str):
@@ -125,7 +151,9 @@ class Vocabulary:
         if order != list(range(len(roles))):
             lost = [roles[turn] for turn in range(len(roles)) if order.count(turn) != 1]
             what = f"does not show the {lost[0]} turn once" if lost else "changes the order of the turns"
-            raise ModelError(f"the chat template {what}", fix="give the tokenizer a template that shows each turn as it is")
+            raise ModelError(
+                f"the chat template {what}", fix="give the tokenizer a template that shows each turn as it is"
+            )
         for turn, piece in enumerate(pieces[::2]):
             if turn:
                 yield _Part(turn=turn - 1)
@@ -145,21 +173,31 @@ class Vocabulary:
         messages = [{"role": role, "content": mark} for role, mark in zip(roles, marks, strict=True)]
         template = getattr(self.tokenizer, "chat_template", None)
         if not template and not getattr(self.tokenizer, "has_chat_template", False):
-            raise ModelError("the tokenizer has no chat template", fix="add chat_template.jinja to the model's folder")
+            raise ModelError(
+                "the tokenizer has no chat template", fix="add chat_template.jinja to the model's folder"
+            )
         settings = dict(_SETTINGS)
         if "strftime_now" in str(template):
             settings["chat_template"] = _PIN + self.tokenizer.get_chat_template()
         try:
-            return str(self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=False, **settings))
+            return str(
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=False, **settings
+                )
+            )
         except Exception as error:  # a template is somebody else's program and may raise anything
             reason = " ".join(str(error).split()) or type(error).__name__
             raise DataError(
-                f"the chat template refuses the turns {', '.join(roles)}: {reason}", fix="change the rows' turns, or use another template"
+                f"the chat template refuses the turns {', '.join(roles)}: {reason}",
+                fix="change the rows' turns, or use another template",
             ) from error
 
     def _end_of_text(self) -> _Part:
         if self.tokenizer.eos_token_id is None:
-            raise ModelError("neither the chat template nor the tokenizer ends an answer", fix="set eos_token in tokenizer_config.json")
+            raise ModelError(
+                "neither the chat template nor the tokenizer ends an answer",
+                fix="set eos_token in tokenizer_config.json",
+            )
         return _Part(special=int(self.tokenizer.eos_token_id))
 
 
@@ -182,8 +220,10 @@ Chat = Sequence[Message | Mapping[str, Any]]
 class Encoded:
     """One chat in tokens. It ends with the token that ends the last assistant turn.
 
-    ``tokens [n]``; ``mask [n]``, true on what is trained: the content of assistant turns and the token that ends them;
-    ``spans``: tokens from and to of each assistant turn's content; ``trained``: which of the spans are learned; ``id``: the row's.
+    ``tokens [n]``; ``mask [n]``, true on what is trained: the content of assistant turns and the token that
+    ends them;
+    ``spans``: tokens from and to of each assistant turn's content; ``trained``: which of the spans are
+    learned; ``id``: the row's.
     """
 
     tokens: Int32[np.ndarray, " n"]
@@ -229,8 +269,11 @@ def render(tokenizer: Any, messages: Chat, *, loss_on: str = "last", id: str = "
     return _render(vocabulary, _turns(messages, loss_on), vocabulary.encode, loss_on, id)
 
 
-def render_many(tokenizer: Any, chats: Sequence[Chat], *, loss_on: str = "last", ids: Sequence[str] = ()) -> list[Encoded]:
-    """:func:`render` of each chat; the tokenizer is called once, and for a text that stands in several of them once.
+def render_many(
+    tokenizer: Any, chats: Sequence[Chat], *, loss_on: str = "last", ids: Sequence[str] = ()
+) -> list[Encoded]:
+    """:func:`render` of each chat; the tokenizer is called once, and for a text that stands in several of
+    them once.
 
     Args:
         tokenizer: As in :func:`render`.
@@ -249,19 +292,26 @@ def render_many(tokenizer: Any, chats: Sequence[Chat], *, loss_on: str = "last",
     def encode(text: str) -> list[int]:
         return [token for piece in vocabulary.cut(text) for token in known[piece]]
 
-    return [_render(vocabulary, turns, encode, loss_on, id) for turns, id in zip(rows, ids or [""] * len(rows), strict=True)]
+    return [
+        _render(vocabulary, turns, encode, loss_on, id)
+        for turns, id in zip(rows, ids or [""] * len(rows), strict=True)
+    ]
 
 
 def _turns(messages: Chat, loss_on: str) -> list[tuple[str, str]]:
     turns = [(str(_get(m, "role")), str(_get(m, "content"))) for m in messages]
     if not turns or turns[-1][0] != "assistant":
-        raise DataError("the last turn is not the assistant's", fix="end the chat with the assistant's answer")
+        raise DataError(
+            "the last turn is not the assistant's", fix="end the chat with the assistant's answer"
+        )
     if loss_on not in ("last", "all"):
         raise DataError(f"loss_on: {loss_on!r} is not one of last, all", fix="choose one of them")
     return turns
 
 
-def _render(vocabulary: Vocabulary, turns: Turns, encode: Callable[[str], list[int]], loss_on: str, id: str) -> Encoded:
+def _render(
+    vocabulary: Vocabulary, turns: Turns, encode: Callable[[str], list[int]], loss_on: str, id: str
+) -> Encoded:
     ids: list[int] = []
     spans: list[tuple[int, int]] = []
     ends: list[int] = []
@@ -294,7 +344,8 @@ def prompt_ids(tokenizer: Any, messages: Chat) -> list[int]:
 
     Args:
         tokenizer: As in :func:`render`.
-        messages: The turns so far, without the answer. Where the last one is the assistant's it is taken for the answer and left out.
+        messages: The turns so far, without the answer. Where the last one is the assistant's it is taken for
+            the answer and left out.
     """
     turns = list(messages)
     if turns and _get(turns[-1], "role") == "assistant":
@@ -303,12 +354,16 @@ def prompt_ids(tokenizer: Any, messages: Chat) -> list[int]:
 
 
 def answer_ids(tokenizer: Any, text: str) -> list[int]:
-    """The tokens of an assistant's content, encoded as :func:`render` does: without special tokens, whatever it says."""
+    """The tokens of an assistant's content, encoded as :func:`render` does: without special tokens, whatever
+    it says.
+    """
     return vocabulary_of(tokenizer).encode(text)
 
 
 def stop_ids(tokenizer: Any) -> tuple[int, ...]:
-    """The tokens that end an answer: the one of a last turn first, then the one of an earlier turn, then the tokenizer's own."""
+    """The tokens that end an answer: the one of a last turn first, then the one of an earlier turn, then the
+    tokenizer's own.
+    """
     user, assistant = Message("user", "a"), Message("assistant", "")
     last = render(tokenizer, [user, assistant])
     found = [last.stop]
@@ -324,7 +379,9 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
 
 
 def pad_id(tokenizer: Any) -> int:
-    """A token to fill rows with: the tokenizer's padding token, else its end of text, else 0. Pads are never trained."""
+    """A token to fill rows with: the tokenizer's padding token, else its end of text, else 0. Pads are never
+    trained.
+    """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)

@@ -1,4 +1,6 @@
-"""Exact and near duplicates: normalised text, MinHash of word shingles, and clusters of rows that belong on one side of a split."""
+"""Exact and near duplicates: normalised text, MinHash of word shingles, and clusters of rows that belong on
+one side of a split.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,15 @@ _REPRESENTATIVES = 16  # rows of a bucket that a new one is compared with
 _CACHED = 50_000  # words, about 8 MB
 
 # Scripts without spaces between words are taken character by character.
-_WORDS = re.compile(r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+")
+_WORDS = re.compile(
+    r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
+)
 
 
 def _odd(count: int) -> UInt64[np.ndarray, " n"]:
-    """Multipliers of 64 bits. Odd, or the product would lose bits; wide, or the low shingles' order would hardly change."""
+    """Multipliers of 64 bits. Odd, or the product would lose bits; wide, or the low shingles' order would
+    hardly change.
+    """
     return np.random.default_rng(20250101).integers(0, 2**64, count, dtype=np.uint64) | np.uint64(1)
 
 
@@ -33,7 +39,8 @@ _PLACES = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
 
 
 def words(text: str, *, punctuation: bool = False) -> list[str]:
-    """The words of a text, without case, variants of one letter and spacing; the text itself where it has no words.
+    """The words of a text, without case, variants of one letter and spacing; the text itself where it has no
+    words.
 
     Args:
         text: Any text.
@@ -87,8 +94,9 @@ def _mix(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
 def minhash(hashes: UInt64[np.ndarray, " n"]) -> UInt32[np.ndarray, " p"]:
     r"""The signature of a set: the smallest hash under each of 128 permutations.
 
-    The share of equal entries of two signatures estimates the Jaccard similarity :math:`|A \cap B| / |A \cup B|` with a standard
-    deviation of at most 0.044. Broder (1997), On the resemblance and containment of documents.
+    The share of equal entries of two signatures estimates the Jaccard similarity
+    :math:`|A \cap B| / |A \cup B|` with a standard deviation of at most 0.044. Broder (1997), On the
+    resemblance and containment of documents.
 
     Args:
         hashes: The set's members, ``[n]``; an empty one has the largest signature.
@@ -111,7 +119,9 @@ def jaccard(a: UInt64[np.ndarray, " n"], b: UInt64[np.ndarray, " m"]) -> float:
 
 
 def band_width(threshold: float) -> int:
-    """Rows of a band: the most selective width by which 99 % of the pairs at the threshold still meet in some band."""
+    """Rows of a band: the most selective width by which 99 % of the pairs at the threshold still meet in some
+    band.
+    """
     for width in (16, 8, 4, 2):
         if (1 - threshold**width) ** (PERMUTATIONS // width) < 0.01:
             return width
@@ -142,14 +152,19 @@ class Clusters:
         return np.array([self.find(row) for row in range(len(self.parent))], dtype=np.int64)
 
 
-def near_duplicates(signatures: Table, threshold: float, rows: Int64[np.ndarray, " m"] | None = None) -> Clusters:
-    """Clusters of rows whose signatures agree in at least ``threshold`` of their entries, found by locality-sensitive hashing.
+def near_duplicates(
+    signatures: Table, threshold: float, rows: Int64[np.ndarray, " m"] | None = None
+) -> Clusters:
+    """Clusters of rows whose signatures agree in at least ``threshold`` of their entries, found by
+    locality-sensitive hashing.
 
-    Rows that are equal in a whole band meet in a bucket and are compared there, each with the bucket's first 16 distinct members: time
-    and memory grow with the number of rows, even where a thousand of them are alike. A band is looked at at a time.
+    Rows that are equal in a whole band meet in a bucket and are compared there, each with the bucket's first
+    16 distinct members: time and memory grow with the number of rows, even where a thousand of them are
+    alike. A band is looked at at a time.
 
     Args:
-        signatures: One a row, ``[n, 128]``, in memory or in a :class:`~mlx_distill.data.row_buffer.SignatureFile`.
+        signatures: One a row, ``[n, 128]``, in memory or in a
+            :class:`~mlx_distill.data.row_buffer.SignatureFile`.
         threshold: Estimated Jaccard similarity from which two rows are the same, over 0.
         rows: The numbers of the rows that are looked at; all of them by default. The clusters count these.
     """
@@ -176,7 +191,13 @@ def _keys(band: UInt32[np.ndarray, "n w"]) -> UInt64[np.ndarray, " n"]:
     return keys
 
 
-def _join(clusters: Clusters, signatures: Table, rows: Int64[np.ndarray, " m"], members: Int64[np.ndarray, " k"], needed: int) -> None:
+def _join(
+    clusters: Clusters,
+    signatures: Table,
+    rows: Int64[np.ndarray, " m"],
+    members: Int64[np.ndarray, " k"],
+    needed: int,
+) -> None:
     seen: list[int] = []
     table = np.empty((_REPRESENTATIVES, PERMUTATIONS), dtype=np.uint32)
     for row in map(int, members):

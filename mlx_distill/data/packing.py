@@ -1,4 +1,6 @@
-"""Rows to lines: several rows side by side in one line of a batch, so that little is padded whatever the lengths."""
+"""Rows to lines: several rows side by side in one line of a batch, so that little is padded whatever the
+lengths.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +19,12 @@ _WIDTHS = 8  # widths of packed batches, at most
 
 
 def pack_rows(sizes: Sequence[int], capacity: int, seed: int) -> list[tuple[int, ...]]:
-    """Lines that hold every row exactly once: first fit, longest first, inside windows of 1,024 rows of a shuffled order.
+    """Lines that hold every row exactly once: first fit, longest first, inside windows of 1,024 rows of a
+    shuffled order.
 
-    Packed once a run, so that each epoch has as many lines and a schedule knows its length; the lines' order is new each epoch.
-    The same seed gives the same lines; no global random state is read or changed. Method: first fit decreasing (Johnson,
-    Near-optimal bin packing algorithms, MIT 1973).
+    Packed once a run, so that each epoch has as many lines and a schedule knows its length; the lines' order
+    is new each epoch. The same seed gives the same lines; no global random state is read or changed. Method:
+    first fit decreasing (Johnson, Near-optimal bin packing algorithms, MIT 1973).
 
     Args:
         sizes: Places that each row takes in a line.
@@ -35,13 +38,17 @@ def pack_rows(sizes: Sequence[int], capacity: int, seed: int) -> list[tuple[int,
     [[0, 2], [1, 3]]
     """
     if sizes and max(sizes) > capacity:
-        raise DataError(f"a row of {max(sizes)} places does not fit a line of {capacity}", fix="raise max_length")
+        raise DataError(
+            f"a row of {max(sizes)} places does not fit a line of {capacity}", fix="raise max_length"
+        )
     # A stream of its own, apart from those of the epochs' orders.
     order = np.random.default_rng([seed, 0x7AC4]).permutation(len(sizes))
     lines: list[tuple[int, ...]] = []
     for start in range(0, len(order), _WINDOW):
         # A stable sort keeps the shuffle among rows of one length.
-        lines += _first_fit(sorted(order[start : start + _WINDOW].tolist(), key=lambda row: -sizes[row]), sizes, capacity)
+        lines += _first_fit(
+            sorted(order[start : start + _WINDOW].tolist(), key=lambda row: -sizes[row]), sizes, capacity
+        )
     return lines
 
 
@@ -61,7 +68,8 @@ def _first_fit(rows: Sequence[int], sizes: Sequence[int], capacity: int) -> list
 class Lines:
     """How the rows of a training stand in lines.
 
-    ``rows[i]`` are the numbers of the rows of line i; ``sizes[i]`` its tokens; ``multiple`` what the width of a batch is rounded up to.
+    ``rows[i]`` are the numbers of the rows of line i; ``sizes[i]`` its tokens; ``multiple`` what the width of
+    a batch is rounded up to.
     """
 
     rows: Sequence[tuple[int, ...]]
@@ -81,7 +89,9 @@ class Lines:
         return sum(self.sizes) / (capacity * max(len(self.sizes), 1))
 
 
-def make_lines(lengths: Sequence[int], capacity: int, seed: int, packing: bool, *, few_widths: bool = False) -> Lines:
+def make_lines(
+    lengths: Sequence[int], capacity: int, seed: int, packing: bool, *, few_widths: bool = False
+) -> Lines:
     """Lines of packed rows, or of one row each.
 
     Args:
@@ -89,7 +99,8 @@ def make_lines(lengths: Sequence[int], capacity: int, seed: int, packing: bool, 
         capacity: Places of a line, where rows are packed.
         seed: Of the packing.
         packing: Whether rows share lines; the widths are few then.
-        few_widths: Whether they are few also where each row has a line of its own, because each costs a trace.
+        few_widths: Whether they are few also where each row has a line of its own, because each costs a
+            trace.
     """
     sizes = [length - 1 for length in lengths]
     rows = pack_rows(sizes, capacity, seed) if packing else [(row,) for row in range(len(lengths))]
@@ -99,7 +110,9 @@ def make_lines(lengths: Sequence[int], capacity: int, seed: int, packing: bool, 
 
 @dataclass(frozen=True)
 class Piece:
-    """One row as it enters a batch: ``tokens [n]``, and for each token but the first whether it is trained, ``trained [n - 1]``."""
+    """One row as it enters a batch: ``tokens [n]``, and for each token but the first whether it is trained,
+    ``trained [n - 1]``.
+    """
 
     tokens: Int[np.ndarray, " n"]
     trained: Bool[np.ndarray, " m"]
@@ -114,8 +127,11 @@ def as_lines(rows: Sequence[int | Sequence[int]]) -> list[tuple[int, ...]]:
     return [tuple(map(int, row)) if isinstance(row, Sequence) else (int(row),) for row in rows]
 
 
-def lay_out(lines: Sequence[Sequence[Piece]], pad_id: int, multiple: int = 16, rows: Sequence[int] = ()) -> Batch:
-    """Pieces side by side in lines, padded on the right, labels shifted inside each piece; a pad is never trained.
+def lay_out(
+    lines: Sequence[Sequence[Piece]], pad_id: int, multiple: int = 16, rows: Sequence[int] = ()
+) -> Batch:
+    """Pieces side by side in lines, padded on the right, labels shifted inside each piece; a pad is never
+    trained.
 
     Args:
         lines: ``b`` lines of pieces.
@@ -124,7 +140,8 @@ def lay_out(lines: Sequence[Sequence[Piece]], pad_id: int, multiple: int = 16, r
         rows: The pieces' numbers in the data, in the order of the lines.
 
     Returns:
-        ``inputs``, ``labels``, ``mask`` ``[b, l]``, and ``segments`` where some line holds two pieces: 1, 2, ... in a line, 0 the padding.
+        ``inputs``, ``labels``, ``mask`` ``[b, l]``, and ``segments`` where some line holds two pieces: 1, 2,
+        ... in a line, 0 the padding.
     """
     width = max(sum(len(piece.trained) for piece in line) for line in lines)
     shape = (len(lines), max(-(-width // multiple) * multiple, 1))

@@ -1,4 +1,6 @@
-"""``predictions.jsonl``: a header line, then one line an item. Every figure of a report is computed from such files."""
+"""``predictions.jsonl``: a header line, then one line an item. Every figure of a report is computed from such
+files.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,22 @@ from mlx_distill.tasks.task import Task
 FORMAT = 1
 
 _FIELDS = (
-    "id", "set", "fields", "title", "input", "truth", "text", "answer", "error", "label", "score", "label_probs", "latency_s",
-    "prompt_tokens", "tokens",
-)  # fmt: skip
+    "id",
+    "set",
+    "fields",
+    "title",
+    "input",
+    "truth",
+    "text",
+    "answer",
+    "error",
+    "label",
+    "score",
+    "label_probs",
+    "latency_s",
+    "prompt_tokens",
+    "tokens",
+)
 
 
 def write_predictions(
@@ -30,7 +45,8 @@ def write_predictions(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write what a model answered beside what was asked and what is true, whole or not at all; return the number of items.
+    """Write what a model answered beside what was asked and what is true, whole or not at all; return the
+    number of items.
 
     Args:
         path: The file.
@@ -44,7 +60,9 @@ def write_predictions(
         DataError: rows and predictions do not belong together.
     """
     if len(rows) != len(predictions):
-        raise DataError(f"{len(predictions)} predictions for {len(rows)} rows", fix="give one prediction a row")
+        raise DataError(
+            f"{len(predictions)} predictions for {len(rows)} rows", fix="give one prediction a row"
+        )
     counts = Counter(str(row.get("set", "test")) for row in rows)
     header = {
         "format": FORMAT,
@@ -58,13 +76,19 @@ def write_predictions(
 
 
 def _lines(
-    header: Mapping[str, Any], task: Task, rows: Sequence[Mapping[str, Any]], predictions: Sequence[Prediction]
+    header: Mapping[str, Any],
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    predictions: Sequence[Prediction],
 ) -> Iterator[Mapping[str, Any]]:
     yield header
     for number, (row, prediction) in enumerate(zip(rows, predictions, strict=True), 1):
         prepared = prepare_item(row, task, number)
         if prepared["id"] != prediction.id:
-            raise DataError(f"row {number} is {prepared['id']!r}, its prediction {prediction.id!r}", fix="keep the rows' order")
+            raise DataError(
+                f"row {number} is {prepared['id']!r}, its prediction {prediction.id!r}",
+                fix="keep the rows' order",
+            )
         asked = [turn["content"] for turn in prepared["messages"] if turn["role"] == "user"]
         title = prepared["fields"].get(task.title) if task.title else None
         yield {
@@ -90,7 +114,8 @@ def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, A
     """Header and rows of a file that :func:`write_predictions` wrote.
 
     Raises:
-        DataError: empty, without a header, of another format number, cut short, or a row that lacks a field: with file and line.
+        DataError: empty, without a header, of another format number, cut short, or a row that lacks a field:
+            with file and line.
     """
     lines = read_jsonl(path)
     number, header = next(lines, (0, {}))
@@ -99,7 +124,10 @@ def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, A
     found = header.get("format")
     if found != FORMAT:
         what = f"format {found}" if "format" in header else "no header with a format number"
-        raise DataError(f"{path}:{number}: {what}, and this version reads format {FORMAT}", fix="run the evaluate stage again")
+        raise DataError(
+            f"{path}:{number}: {what}, and this version reads format {FORMAT}",
+            fix="run the evaluate stage again",
+        )
     rows = []
     for number, row in lines:
         missing = [name for name in _FIELDS if name not in row]
@@ -108,5 +136,7 @@ def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, A
         rows.append(row)
     said = sum(header.get("set_counts", {}).values())
     if said != len(rows):
-        raise DataError(f"{path}: {len(rows)} rows, and the header says {said}", fix="run the evaluate stage again")
+        raise DataError(
+            f"{path}: {len(rows)} rows, and the header says {said}", fix="run the evaluate stage again"
+        )
     return header, rows

@@ -1,6 +1,8 @@
-"""Prepare: read, check, filter, find duplicates, split, write. Rows wait in a file; in memory are some numbers of each.
+"""Prepare: read, check, filter, find duplicates, split, write. Rows wait in a file; in memory are some
+numbers of each.
 
-sources -> checked chats -> filters -> spool -> duplicates -> sides -> train, valid, test.jsonl, statistics.json
+sources -> checked chats -> filters -> spool -> duplicates -> sides -> train, valid, test.jsonl,
+statistics.json
 """
 
 from __future__ import annotations
@@ -29,17 +31,29 @@ from mlx_distill.tasks.task import Task
 FORMAT = 1
 
 _SPLIT_NAMES = {
-    "train": TRAIN, "training": TRAIN, "valid": VALID, "validation": VALID, "val": VALID, "dev": VALID, "test": TEST, "eval": TEST,
-    "heldout": TEST, "held_out": TEST, "held-out": TEST,
-}  # fmt: skip
+    "train": TRAIN,
+    "training": TRAIN,
+    "valid": VALID,
+    "validation": VALID,
+    "val": VALID,
+    "dev": VALID,
+    "test": TEST,
+    "eval": TEST,
+    "heldout": TEST,
+    "held_out": TEST,
+    "held-out": TEST,
+}
 
 
-def prepare(config: DataConfig, task: Task, base: Path | None, folder: Path, progress: Progress | None = None) -> dict[str, Any]:
+def prepare(
+    config: DataConfig, task: Task, base: Path | None, folder: Path, progress: Progress | None = None
+) -> dict[str, Any]:
     """Write ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` and ``statistics.json`` into ``folder``.
 
     Rows with one text are kept once, the held-out one if there is one. Rows with nearly one text (see
-    :func:`~mlx_distill.data.dedup.near_duplicates`) stay on one side, and where one of them is held out by its own wish, those that
-    wished to be trained on are dropped. The rest is drawn, stratified by label and ``config.stratify``.
+    :func:`~mlx_distill.data.dedup.near_duplicates`) stay on one side, and where one of them is held out by
+    its own wish, those that wished to be trained on are dropped. The rest is drawn, stratified by label and
+    ``config.stratify``.
 
     Args:
         config: Sources, filters, shares and seed.
@@ -49,15 +63,17 @@ def prepare(config: DataConfig, task: Task, base: Path | None, folder: Path, pro
         progress: Where to tell how far it is.
 
     Returns:
-        What ``statistics.json`` holds: ``read``, ``rows``, ``sets``, ``labels``, ``slices``, ``characters``, ``dropped``,
-        ``near_duplicates``, ``renamed_ids``, ``warnings``.
+        What ``statistics.json`` holds: ``read``, ``rows``, ``sets``, ``labels``, ``slices``, ``characters``,
+        ``dropped``, ``near_duplicates``, ``renamed_ids``, ``warnings``.
 
     Raises:
         DataError: a row that does not fit, an empty source, or nothing left to train on.
         ConfigError: no sources, or a field of ``stratify`` that no row has.
     """
     if not config.sources:
-        raise ConfigError("data.sources: no sources", fix="name a file, a Hub data set or a generator under data.sources")
+        raise ConfigError(
+            "data.sources: no sources", fix="name a file, a Hub data set or a generator under data.sources"
+        )
     progress = progress or NullProgress()
     for left in folder.glob(".*.tmp.json*"):  # by a run that was killed
         left.unlink(missing_ok=True)
@@ -82,7 +98,9 @@ def prepare(config: DataConfig, task: Task, base: Path | None, folder: Path, pro
     return statistics
 
 
-def _read(config: DataConfig, task: Task, base: Path | None, spool: Spool, dropped: Dropped, progress: Progress) -> int:
+def _read(
+    config: DataConfig, task: Task, base: Path | None, spool: Spool, dropped: Dropped, progress: Progress
+) -> int:
     """Fill the spool with the rows that pass the filters; how many were read."""
     cache: dict[str, int] = {}
     constant = _constant_shingles(task, cache)
@@ -108,7 +126,10 @@ def _read(config: DataConfig, task: Task, base: Path | None, spool: Spool, dropp
                     dropped.add(reason, where)
                     continue
                 forced = _forced(source.split or values.get(config.split_field), config.split_field, where)
-                stratum = tuple(str(value) for value in ((example.answer or {}).get(task.label), *map(values.get, config.stratify)))
+                stratum = tuple(
+                    str(value)
+                    for value in ((example.answer or {}).get(task.label), *map(values.get, config.stratify))
+                )
                 fields_seen.update(name for name in config.stratify if name in values)
                 spool.append(where, " ".join(words(text, punctuation=True)), example, forced, number, stratum)
                 if config.near_duplicates:
@@ -158,7 +179,8 @@ def _forced(wish: Any, name: str, where: str) -> int:
     side = _SPLIT_NAMES.get(str(wish).strip().lower())
     if side is None:
         raise DataError(
-            f"{where}: {name}: {wish!r} is not a split", fix="use train, valid or test, or set data.split_field to another field"
+            f"{where}: {name}: {wish!r} is not a split",
+            fix="use train, valid or test, or set data.split_field to another field",
         )
     return side
 
@@ -169,7 +191,10 @@ def _check_rows(spool: Spool, read: int, fields_seen: set[str], config: DataConf
         raise DataError(f"no rows are left of {read}: {reason}", fix="loosen the filters under data")
     unknown = [name for name in config.stratify if name not in fields_seen]
     if unknown:
-        raise ConfigError(f"data.stratify: no row has the field {unknown[0]!r}", fix="name a field of the rows, or leave it out")
+        raise ConfigError(
+            f"data.stratify: no row has the field {unknown[0]!r}",
+            fix="name a field of the rows, or leave it out",
+        )
 
 
 def _clusters(spool: Spool, config: DataConfig, dropped: Dropped) -> Int64[np.ndarray, " n"]:
@@ -183,7 +208,11 @@ def _clusters(spool: Spool, config: DataConfig, dropped: Dropped) -> Int64[np.nd
     for row in np.flatnonzero(best != np.arange(len(best))).tolist():
         _drop_copy(spool, row, int(best[row]), dropped)
     rows = np.unique(best)
-    clusters = near_duplicates(spool.signatures, config.near_duplicates, rows) if config.near_duplicates else Clusters(len(rows))
+    clusters = (
+        near_duplicates(spool.signatures, config.near_duplicates, rows)
+        if config.near_duplicates
+        else Clusters(len(rows))
+    )
     roots = np.full(len(spool), -1, dtype=np.int64)
     roots[rows] = rows[clusters.roots()]
     return roots
@@ -215,7 +244,10 @@ def _sides(spool: Spool, roots: Int64[np.ndarray, " n"], config: DataConfig, dro
     sides = np.full(len(spool), DROPPED, dtype=np.int8)
     sides[rows] = drawn
     if not (sides == TRAIN).any():
-        raise DataError("no rows are left to train on", fix="lower data.test_fraction and data.valid_fraction, or add rows")
+        raise DataError(
+            "no rows are left to train on",
+            fix="lower data.test_fraction and data.valid_fraction, or add rows",
+        )
     return sides
 
 
@@ -274,4 +306,6 @@ def _left_out(statistics: Mapping[str, Any]) -> list[str]:
     lost = sum(entry["count"] for entry in dropped.values())
     why = "; ".join(f"{reason}: {entry['count']}" for reason, entry in dropped.items())
     first = next(iter(dropped.values()))["examples"][0]
-    return [f"{lost} of {statistics['read']} rows left out ({why}), such as {first}; statistics.json has more"]
+    return [
+        f"{lost} of {statistics['read']} rows left out ({why}), such as {first}; statistics.json has more"
+    ]

@@ -1,4 +1,6 @@
-"""What prepare knows of each row while it decides: rows and signatures wait in files, about 60 bytes a row in memory."""
+"""What prepare knows of each row while it decides: rows and signatures wait in files, about 60 bytes a row in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ _SLAB = 8192  # signatures that are read together
 
 
 class SignatureFile:
-    """Signatures one behind the other in a file, for :func:`~mlx_distill.data.dedup.near_duplicates`: read as an array ``[n, 128]`` is.
+    """Signatures one behind the other in a file, for :func:`~mlx_distill.data.dedup.near_duplicates`: read as
+    an array ``[n, 128]`` is.
 
     Args:
         path: A new file.
@@ -46,7 +49,9 @@ class SignatureFile:
         if not isinstance(place, tuple):
             return self._rows(place, place + 1)[0]
         starts = range(0, len(self), _SLAB)
-        return np.concatenate([self._rows(start, min(start + _SLAB, len(self)))[:, place[1]].copy() for start in starts])
+        return np.concatenate(
+            [self._rows(start, min(start + _SLAB, len(self)))[:, place[1]].copy() for start in starts]
+        )
 
     def _rows(self, start: int, end: int) -> UInt32[np.ndarray, "n p"]:
         with os_errors(self.path):
@@ -66,14 +71,17 @@ def _remove(file: BinaryIO, path: Path) -> None:
 
 
 class Spool:
-    """Rows that are read and not yet dealt out, in the order in which they came; as a context manager it leaves nothing behind.
+    """Rows that are read and not yet dealt out, in the order in which they came; as a context manager it
+    leaves nothing behind.
 
     Args:
         folder: An existing folder for its files.
 
     Attributes:
-        text: Hash of each row's normalised user text; ``answer`` of its answer; ``order`` of its whole chat; ``names`` of its id.
-        forced: The side that it wishes for; ``source``: the number of its source; ``strata``: what the split is balanced by.
+        text: Hash of each row's normalised user text; ``answer`` of its answer; ``order`` of its whole chat;
+            ``names`` of its id.
+        forced: The side that it wishes for; ``source``: the number of its source; ``strata``: what the split
+            is balanced by.
         signatures: Of the rows, if they were given any.
     """
 
@@ -99,7 +107,9 @@ class Spool:
         self.signatures.remove()
         _remove(self._file, self._path)
 
-    def append(self, where: str, text: str, example: Example, forced: int, source: int, stratum: tuple[str, ...]) -> None:
+    def append(
+        self, where: str, text: str, example: Example, forced: int, source: int, stratum: tuple[str, ...]
+    ) -> None:
         """One row more: ``where`` it stands, the normalised ``text``, and the rest as the attributes say."""
         self.text.append(hash64(text))
         self.answer.append(hash64(example.messages[-1].content))

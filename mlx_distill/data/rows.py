@@ -1,4 +1,6 @@
-"""One row of anybody's data to one checked chat: messages, Alpaca, OpenAI and plain rows in, :class:`Example` out."""
+"""One row of anybody's data to one checked chat: messages, Alpaca, OpenAI and plain rows in, :class:`Example`
+out.
+"""
 
 from __future__ import annotations
 
@@ -19,20 +21,37 @@ from mlx_distill.tasks.task import Task
 Row = Mapping[str, Any]
 
 _DROP = "drop the row, or leave such rows out with --set data.drop_invalid=true"
-_CHAT_KEYS = frozenset({"messages", "instruction", "input", "output", "prompt", "completion", "answer", "id", "fields", "set", "tools"})
+_CHAT_KEYS = frozenset(
+    {
+        "messages",
+        "instruction",
+        "input",
+        "output",
+        "prompt",
+        "completion",
+        "answer",
+        "id",
+        "fields",
+        "set",
+        "tools",
+    }
+)
 _ROLES = ("system", "user", "assistant")
 _OPENAI_ROLES = {"developer": "system", "tool": "user", "function": "user"}
 
 
-def to_example(raw: Row, task: Task, where: str, columns: Mapping[str, str] | None = None, format: str = "auto") -> Example:
+def to_example(
+    raw: Row, task: Task, where: str, columns: Mapping[str, str] | None = None, format: str = "auto"
+) -> Example:
     """A row of any known shape as a checked chat whose last turn is the canonical text of a valid answer.
 
-    ======== =====================================================================================================
-    messages ``{"messages": [{"role", "content"}, ...]}``: its own system prompt, or none
-    openai   the same with developer and tool turns and content parts, or ``{"prompt", "completion"}``
-    alpaca   ``{"instruction", "input"?, "output", "system"?}``
-    plain    the fields that the task's prompt names, and ``answer`` or the answer's own fields as columns
-    ======== =====================================================================================================
+    ========
+    =====================================================================================================
+    messages ``{"messages": [{"role", "content"}, ...]}``: its own system prompt, or none openai   the same
+    with developer and tool turns and content parts, or ``{"prompt", "completion"}`` alpaca
+    ``{"instruction", "input"?, "output", "system"?}`` plain    the fields that the task's prompt names, and
+    ``answer`` or the answer's own fields as columns ========
+    =====================================================================================================
 
     The answer's text is brought to Unicode's NFC here, and nowhere else.
 
@@ -92,9 +111,13 @@ def _example(row: Row, task: Task, kind: str, messages: Sequence[Message], answe
         fields = {**row["fields"], **fields}
     chat = (*messages[:-1], Message("assistant", dump_answer(answer, task.schema)))
     try:
-        json.dumps([fields, [message.content for message in chat]], ensure_ascii=False, allow_nan=False).encode()
+        json.dumps(
+            [fields, [message.content for message in chat]], ensure_ascii=False, allow_nan=False
+        ).encode()
     except (TypeError, ValueError) as error:
-        raise DataError(f"a value that cannot be written as JSON: {' '.join(str(error).split())[:120]}", fix=_DROP) from error
+        raise DataError(
+            f"a value that cannot be written as JSON: {' '.join(str(error).split())[:120]}", fix=_DROP
+        ) from error
     name = row.get(task.id, row.get("id"))
     if name is not None and not isinstance(name, (str, int)):
         raise DataError(f"{task.id}: text or a whole number is needed, not {_show(name)}", fix=_DROP)
@@ -164,10 +187,16 @@ def _turns(turns: Any, aliases: Mapping[str, str]) -> list[Message]:
         role = turn.get("role")
         role = aliases.get(role, role) if isinstance(role, str) else role
         if role not in _ROLES:
-            raise DataError(f"{place}: unknown role {_show(role)}", fix=f"use {', '.join([*_ROLES, *aliases])}")
+            raise DataError(
+                f"{place}: unknown role {_show(role)}", fix=f"use {', '.join([*_ROLES, *aliases])}"
+            )
         content = turn.get("content")
         if not content and turn.get("tool_calls") and aliases:
-            content = {"tool_calls": [call.get("function", call) for call in turn["tool_calls"] if isinstance(call, Mapping)]}
+            content = {
+                "tool_calls": [
+                    call.get("function", call) for call in turn["tool_calls"] if isinstance(call, Mapping)
+                ]
+            }
         out.append(Message(role, _text(content, f"{place}: content")))
     return out
 
@@ -217,7 +246,9 @@ def _answer(value: Any, task: Task) -> dict[str, Any]:
     if error is None and (normal := _nfc(value)) != value:
         value, error = normal, check_answer(normal, task.schema)
     if error is not None:
-        raise DataError(f"the answer does not fit the task {task.name!r}: {error}", fix="mend the answer, or " + _DROP)
+        raise DataError(
+            f"the answer does not fit the task {task.name!r}: {error}", fix="mend the answer, or " + _DROP
+        )
     return dict(json.loads(dump_answer(value, task.schema)))
 
 
@@ -238,7 +269,13 @@ def to_row(example: Example, set_name: str) -> dict[str, Any]:
     """The row of a prepared file. :func:`from_row` is its inverse."""
     messages = [{"role": message.role, "content": message.content} for message in example.messages]
     answer = None if example.answer is None else dict(example.answer)
-    return {"id": example.id, "messages": messages, "fields": dict(example.fields), "answer": answer, "set": set_name}
+    return {
+        "id": example.id,
+        "messages": messages,
+        "fields": dict(example.fields),
+        "answer": answer,
+        "set": set_name,
+    }
 
 
 def from_row(row: Row) -> Example:
@@ -253,11 +290,14 @@ def read_prepared(path: str | Path) -> Iterator[tuple[str, Example]]:
         try:
             yield str(row.get("set", "test")), from_row(row)
         except (KeyError, TypeError) as error:
-            raise DataError(f"{path}:{number}: not a prepared row: {error}", fix="delete the folder and run prepare again") from error
+            raise DataError(
+                f"{path}:{number}: not a prepared row: {error}", fix="delete the folder and run prepare again"
+            ) from error
 
 
 def prepare_item(item: Row | str, task: Task, number: int = 1) -> dict[str, Any]:
-    """A row with ``id``, ``messages``, ``fields``, whatever shape it came in. An item without an id is called by a hash of its prompt.
+    """A row with ``id``, ``messages``, ``fields``, whatever shape it came in. An item without an id is called
+    by a hash of its prompt.
 
     >>> schema = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
     >>> task = Task("t", system="", user="{text}", schema=schema, label="answer", slices=("group",))
@@ -273,7 +313,10 @@ def prepare_item(item: Row | str, task: Task, number: int = 1) -> dict[str, Any]
             )
         item = {task.input_fields[0]: item}
     if not isinstance(item, Mapping):
-        raise DataError(f"item {number}: a {type(item).__name__}, neither a mapping nor a text", fix="give one mapping an item")
+        raise DataError(
+            f"item {number}: a {type(item).__name__}, neither a mapping nor a text",
+            fix="give one mapping an item",
+        )
     if "messages" in item:
         fields = dict(item.get("fields") or {})
         messages = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in item["messages"]]

@@ -1,4 +1,6 @@
-"""Where rows come from: JSONL and JSON files, data sets of the Hub, packaged generators. Each row with its file and line."""
+"""Where rows come from: JSONL and JSON files, data sets of the Hub, packaged generators. Each row with its
+file and line.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,11 @@ from mlx_distill.tasks.task import Task
 Row = dict[str, Any]
 
 
-def read_source(config: SourceConfig, task: Task | None = None, base: Path | None = None) -> Iterator[tuple[str, Row]]:
-    """Yield ``(where, row)`` of one source, one row at a time; ``where`` is ``file:line`` or what comes nearest to it.
+def read_source(
+    config: SourceConfig, task: Task | None = None, base: Path | None = None
+) -> Iterator[tuple[str, Row]]:
+    """Yield ``(where, row)`` of one source, one row at a time; ``where`` is ``file:line`` or what comes
+    nearest to it.
 
     Args:
         config: A path, a Hub data set or a generator: exactly one of them.
@@ -33,7 +38,10 @@ def read_source(config: SourceConfig, task: Task | None = None, base: Path | Non
     given = [name for name in ("path", "hub", "generator") if getattr(config, name)]
     if len(given) != 1:
         found = " and ".join(given) if given else "none of them"
-        raise ConfigError(f"data.sources: a source has one of path, hub and generator, not {found}", fix="write one source for each")
+        raise ConfigError(
+            f"data.sources: a source has one of path, hub and generator, not {found}",
+            fix="write one source for each",
+        )
     if config.generator:
         name, rows = config.generator, _generate(config)
     elif config.hub:
@@ -42,7 +50,11 @@ def read_source(config: SourceConfig, task: Task | None = None, base: Path | Non
         assert config.path is not None
         name, rows = config.path, _read_file(config.path, base)
     if config.where:
-        rows = ((where, row) for where, row in rows if all(row.get(field) == value for field, value in config.where.items()))
+        rows = (
+            (where, row)
+            for where, row in rows
+            if all(row.get(field) == value for field, value in config.where.items())
+        )
     if config.count and not config.generator:
         rows = itertools.islice(rows, config.count)
     empty = True
@@ -58,16 +70,22 @@ def _read_file(spec: str, base: Path | None) -> Iterator[tuple[str, Row]]:
     path = Path(resolve_asset(spec, base))
     if not path.exists():
         if path.is_absolute():
-            raise DataError(f"{spec}: no such file", fix="put it there, or correct its path under data.sources")
+            raise DataError(
+                f"{spec}: no such file", fix="put it there, or correct its path under data.sources"
+            )
         # A packaged recipe's folder is no place for anybody's rows.
         folders = [base, Path()] if base is not None and not base.is_relative_to(ASSETS) else [Path()]
         places = dict.fromkeys(str(folder.resolve()) for folder in folders)
-        raise DataError(f"{spec}: no such file in {' or '.join(places)}", fix="put it there, or write its whole path under data.sources")
+        raise DataError(
+            f"{spec}: no such file in {' or '.join(places)}",
+            fix="put it there, or write its whole path under data.sources",
+        )
     if path.is_dir():
         raise DataError(f"{spec}: a folder, not a file", fix="name the JSONL file inside it")
     if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
         raise DataError(
-            f"{spec}: {path.suffix or 'no ending'} is not a form of rows known here", fix="convert it to JSONL: one object a line"
+            f"{spec}: {path.suffix or 'no ending'} is not a form of rows known here",
+            fix="convert it to JSONL: one object a line",
         )
     if path.suffix.lower() == ".json" and not _is_jsonl(path):
         yield from _read_json(path, spec)
@@ -76,7 +94,9 @@ def _read_file(spec: str, base: Path | None) -> Iterator[tuple[str, Row]]:
         for number, row in read_jsonl(path):
             yield f"{spec}:{number}", row
     except DataError as error:
-        raise DataError(error.message, fix=f"{error.fix}; data.drop_invalid does not cover such a line") from error
+        raise DataError(
+            error.message, fix=f"{error.fix}; data.drop_invalid does not cover such a line"
+        ) from error
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -92,7 +112,11 @@ def _is_jsonl(path: Path) -> bool:
 
 def _lists(value: Mapping[str, Any]) -> list[Any]:
     """The list of rows inside an object such as ``{"data": [...]}``."""
-    found = [item for item in value.values() if isinstance(item, list) and item and all(isinstance(row, dict) for row in item)]
+    found = [
+        item
+        for item in value.values()
+        if isinstance(item, list) and item and all(isinstance(row, dict) for row in item)
+    ]
     return found[0] if len(found) == 1 and len(value) == 1 else []
 
 
@@ -103,16 +127,25 @@ def _read_json(path: Path, spec: str) -> Iterator[tuple[str, Row]]:
         value = json.loads(raw.decode("utf-8-sig")) if raw.strip() else []
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
-        raise DataError(f"{path}:{line}: not UTF-8 (byte {error.start} of the file)", fix="save the file as UTF-8") from error
+        raise DataError(
+            f"{path}:{line}: not UTF-8 (byte {error.start} of the file)", fix="save the file as UTF-8"
+        ) from error
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{path}: not JSON: {error}", fix="one list of objects is needed, or JSONL: one object a line") from error
+        raise DataError(
+            f"{path}: not JSON: {error}", fix="one list of objects is needed, or JSONL: one object a line"
+        ) from error
     if isinstance(value, dict):
         value = _lists(value) or [value]
     if not isinstance(value, list):
-        raise DataError(f"{path}: no list of objects", fix="write [{...}, {...}], or JSONL: one object a line")
+        raise DataError(
+            f"{path}: no list of objects", fix="write [{...}, {...}], or JSONL: one object a line"
+        )
     for index, row in enumerate(value):
         if not isinstance(row, dict):
-            raise DataError(f"{path}[{index}]: a {type(row).__name__}, not an object", fix="one JSON object a row is needed")
+            raise DataError(
+                f"{path}[{index}]: a {type(row).__name__}, not an object",
+                fix="one JSON object a row is needed",
+            )
         yield f"{spec}[{index}]", row
 
 
@@ -124,7 +157,9 @@ def _read_hub(config: SourceConfig) -> Iterator[tuple[str, Row]]:
     except ImportError as error:
         raise DataError(f"{name}: the package datasets is missing", fix="pip install datasets") from error
     try:
-        rows = iter(load_dataset(name, part or None, split=config.hub_split, revision=config.revision, streaming=True))
+        rows = iter(
+            load_dataset(name, part or None, split=config.hub_split, revision=config.revision, streaming=True)
+        )
         for number in itertools.count(1):
             try:
                 row = next(rows)
@@ -141,7 +176,9 @@ def _read_hub(config: SourceConfig) -> Iterator[tuple[str, Row]]:
 def _generate(config: SourceConfig) -> Iterator[tuple[str, Row]]:
     name = str(config.generator)
     if not name.isidentifier() or packaged(f"{name}/generator.py") is None:
-        known = sorted(path.parent.name for path in Path(resolve_asset("asset:templates")).parent.glob("*/generator.py"))
+        known = sorted(
+            path.parent.name for path in Path(resolve_asset("asset:templates")).parent.glob("*/generator.py")
+        )
         raise ConfigError(f"no generator {name!r}", fix=f"packaged: {', '.join(known)}")
     options: dict[str, Any] = {"seed": config.seed, "noise": config.noise, "part": config.part or "train"}
     if config.count:

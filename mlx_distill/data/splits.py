@@ -17,9 +17,9 @@ DROPPED = -2
 def settle_forced(roots: Int64[np.ndarray, " n"], forced: Int8[np.ndarray, " n"]) -> Int8[np.ndarray, " n"]:
     """The sides that follow from rows which name their own: held-out rows win.
 
-    A cluster with a test row goes to test, one with a validation row and no test row to validation, one with a training row alone to
-    train. Rows without a wish follow their cluster; a row that wished for a lower side is dropped, for a model that trains on it would
-    be measured on what it has seen.
+    A cluster with a test row goes to test, one with a validation row and no test row to validation, one with
+    a training row alone to train. Rows without a wish follow their cluster; a row that wished for a lower
+    side is dropped, for a model that trains on it would be measured on what it has seen.
 
     Args:
         roots: The cluster of each row.
@@ -49,14 +49,16 @@ def draw(
 ) -> Int8[np.ndarray, " n"]:
     """Draw a side for every cluster that is still free.
 
-    Inside a stratum clusters are taken in the order of a hash of (seed, content), so that neither the order of the rows nor other
-    strata matter. What rounding leaves over in one stratum is carried into the next: the totals are met to within half a cluster.
+    Inside a stratum clusters are taken in the order of a hash of (seed, content), so that neither the order
+    of the rows nor other strata matter. What rounding leaves over in one stratum is carried into the next:
+    the totals are met to within half a cluster.
 
     Args:
         roots: The cluster of each row.
         side: From :func:`settle_forced`.
         order: A hash of each row's content.
-        strata: (label, further fields) of each row; a cluster counts as the stratum of its first row in hash order.
+        strata: (label, further fields) of each row; a cluster counts as the stratum of its first row in hash
+            order.
         valid_fraction, test_fraction: Shares of the free rows.
         seed: Of the draw.
     """
@@ -66,7 +68,9 @@ def draw(
     # The first row of each cluster in hash order stands for it.
     by = np.lexsort((order[free], member))
     first = free[by[np.flatnonzero(np.diff(member[by], prepend=-1))]]
-    drawn = np.fromiter((hash64(f"{seed}:{int(order[row])}") for row in first), dtype=np.uint64, count=len(first))
+    drawn = np.fromiter(
+        (hash64(f"{seed}:{int(order[row])}") for row in first), dtype=np.uint64, count=len(first)
+    )
     queues: dict[tuple[str, ...], list[int]] = {}
     for cluster in np.argsort(drawn, kind="stable").tolist():
         queues.setdefault(strata[first[cluster]], []).append(cluster)

@@ -30,7 +30,10 @@ class Dropped:
 
     def summary(self) -> dict[str, Any]:
         """``{reason: {"count", "examples"}}``, the commonest first."""
-        return {reason: {"count": count, "examples": self.examples[reason]} for reason, count in self.count.most_common()}
+        return {
+            reason: {"count": count, "examples": self.examples[reason]}
+            for reason, count in self.count.most_common()
+        }
 
 
 class Counts:
@@ -41,8 +44,12 @@ class Counts:
         self.rows: Counter[str] = Counter()
         self.sets: Counter[str] = Counter()
         self.labels: defaultdict[str, Counter[str]] = defaultdict(Counter)
-        self.slices: defaultdict[str, defaultdict[str, Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
-        self.lengths: defaultdict[str, dict[str, array[int]]] = defaultdict(lambda: {"prompt": array("I"), "answer": array("I")})
+        self.slices: defaultdict[str, defaultdict[str, Counter[str]]] = defaultdict(
+            lambda: defaultdict(Counter)
+        )
+        self.lengths: defaultdict[str, dict[str, array[int]]] = defaultdict(
+            lambda: {"prompt": array("I"), "answer": array("I")}
+        )
 
     def add(self, split: str, set_name: str, example: Example) -> None:
         """One row more in ``split``; a held-out one also counts under its set."""
@@ -62,8 +69,14 @@ class Counts:
             "rows": {split: self.rows[split] for split in splits},
             "sets": dict(sorted(self.sets.items())),
             "labels": {split: dict(sorted(self.labels[split].items())) for split in splits},
-            "slices": {split: {field: _common(self.slices[split][field]) for field in self.fields} for split in splits},
-            "characters": {split: {part: _quantiles(values) for part, values in self.lengths[split].items()} for split in splits},
+            "slices": {
+                split: {field: _common(self.slices[split][field]) for field in self.fields}
+                for split in splits
+            },
+            "characters": {
+                split: {part: _quantiles(values) for part, values in self.lengths[split].items()}
+                for split in splits
+            },
         }
 
 

@@ -1,4 +1,5 @@
-"""The student's side of the teacher's targets: each row rendered for the student, and the two tokenizations aligned by bytes.
+"""The student's side of the teacher's targets: each row rendered for the student, and the two tokenizations
+aligned by bytes.
 
 Nothing of a row depends on the batch it comes in, so the alignment is done once, before training.
 """
@@ -20,10 +21,11 @@ from mlx_distill.records import Batch
 class Pair:
     """One row for the student, with what the teacher says of it.
 
-    ``tokens [l]`` the student's chat; ``start`` where its answer begins; ``label_at`` the position of the label's first token or
-    None, ``label_logprobs [c]``; ``starts [n]`` positions of student tokens that begin at a common byte boundary, with the teacher's
-    ``topk_ids`` and ``topk_logprobs`` ``[n, k]`` there; ``spans [m, 2]`` student tokens from and to of each common span, with
-    ``span_logprobs [m]`` the teacher's log-probability of its bytes.
+    ``tokens [l]`` the student's chat; ``start`` where its answer begins; ``label_at`` the position of the
+    label's first token or None, ``label_logprobs [c]``; ``starts [n]`` positions of student tokens that begin
+    at a common byte boundary, with the teacher's ``topk_ids`` and ``topk_logprobs`` ``[n, k]`` there;
+    ``spans [m, 2]`` student tokens from and to of each common span, with ``span_logprobs [m]`` the teacher's
+    log-probability of its bytes.
     """
 
     tokens: Int[np.ndarray, " l"]
@@ -53,12 +55,16 @@ def make_pair(
     Args:
         tokens: The student's chat, its stop token last.
         start: Where the answer begins.
-        spans: ``align_bytes`` of the two answers without their stop tokens: ``[m, 4]``, counted from the answers' beginnings.
+        spans: ``align_bytes`` of the two answers without their stop tokens: ``[m, 4]``, counted from the
+            answers' beginnings.
         teacher_logprobs, topk_ids, topk_logprobs: The teacher's targets, its stop token last.
-        label_at, label_logprobs: Position of the label in ``tokens``, and the teacher's distribution over the labels.
+        label_at, label_logprobs: Position of the label in ``tokens``, and the teacher's distribution over the
+            labels.
     """
     answer, theirs = len(tokens) - start - 1, len(teacher_logprobs) - 1
-    stop = np.array([[answer, answer + 1, theirs, theirs + 1]])  # both end their answer here: a common event too
+    stop = np.array(
+        [[answer, answer + 1, theirs, theirs + 1]]
+    )  # both end their answer here: a common event too
     spans = np.concatenate([np.asarray(spans).reshape(-1, 4), stop])
     sums = np.concatenate([[0.0], np.cumsum(teacher_logprobs, dtype=np.float64)])
     return Pair(
@@ -75,44 +81,73 @@ def make_pair(
 
 
 def pair_arrays(pair: Pair) -> dict[str, np.ndarray]:
-    """A pair as named arrays, each with one dimension that differs from pair to pair; :func:`pair_of` is the inverse."""
+    """A pair as named arrays, each with one dimension that differs from pair to pair; :func:`pair_of` is the
+    inverse.
+    """
     return {
         "tokens": pair.tokens,
         "start": np.array([pair.start], dtype=np.int32),
         "label_at": np.array([] if pair.label_at is None else [pair.label_at], dtype=np.int32),
-        "label_logprobs": np.zeros(0, dtype=np.float32) if pair.label_logprobs is None else pair.label_logprobs,
-        **{name: getattr(pair, name) for name in ("starts", "topk_ids", "topk_logprobs", "spans", "span_logprobs")},
+        "label_logprobs": np.zeros(0, dtype=np.float32)
+        if pair.label_logprobs is None
+        else pair.label_logprobs,
+        **{
+            name: getattr(pair, name)
+            for name in ("starts", "topk_ids", "topk_logprobs", "spans", "span_logprobs")
+        },
     }
 
 
-def pair_of(*, start: np.ndarray, label_at: np.ndarray, label_logprobs: np.ndarray, **arrays: np.ndarray) -> Pair:
+def pair_of(
+    *, start: np.ndarray, label_at: np.ndarray, label_logprobs: np.ndarray, **arrays: np.ndarray
+) -> Pair:
     """The pair of some arrays of :func:`pair_arrays`."""
     place = int(label_at[0]) if len(label_at) else None
-    return Pair(start=int(start[0]), label_at=place, label_logprobs=label_logprobs if len(label_logprobs) else None, **arrays)
+    return Pair(
+        start=int(start[0]),
+        label_at=place,
+        label_logprobs=label_logprobs if len(label_logprobs) else None,
+        **arrays,
+    )
 
 
-def collate_pairs(pairs: Sequence[Pair], rows: Sequence[int | Sequence[int]], pad: int, classes: int, multiple: int = 16) -> Batch:
-    """One micro-batch of pairs, right-padded, rows in a tuple sharing a line; token ``j`` of a row is predicted at its input ``j - 1``.
+def collate_pairs(
+    pairs: Sequence[Pair], rows: Sequence[int | Sequence[int]], pad: int, classes: int, multiple: int = 16
+) -> Batch:
+    """One micro-batch of pairs, right-padded, rows in a tuple sharing a line; token ``j`` of a row is
+    predicted at its input ``j - 1``.
 
-    ``extra``: ``positions [a]`` of the trained labels in the flattened ``[b * l]`` inputs, row by row; and, as indices into those ``a``:
-    ``label_index [r]`` with ``label_logprobs [r, c]``; ``start_index [n]`` with ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans
-    [m, 2]`` (from, to) with ``span_logprobs [m]``.
+    ``extra``: ``positions [a]`` of the trained labels in the flattened ``[b * l]`` inputs, row by row; and,
+    as indices into those ``a``: ``label_index [r]`` with ``label_logprobs [r, c]``; ``start_index [n]`` with
+    ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans [m, 2]`` (from, to) with ``span_logprobs [m]``.
     """
     lines = as_lines(rows)
     numbers = [row for line in lines for row in line]
     chosen = [pairs[row] for row in numbers]
     batch = lay_out([[_piece(pairs[row]) for row in line] for line in lines], pad, multiple, numbers)
     # Where each row's answer begins among the trained positions, as an offset to its token numbers.
-    begins = np.cumsum([0, *(len(p.tokens) - p.start for p in chosen)])[:-1] - np.array([p.start for p in chosen])
-    judged = [(begin, p) for begin, p in zip(begins, chosen, strict=True) if p.label_at is not None and p.label_logprobs is not None]
+    begins = np.cumsum([0, *(len(p.tokens) - p.start for p in chosen)])[:-1] - np.array(
+        [p.start for p in chosen]
+    )
+    judged = [
+        (begin, p)
+        for begin, p in zip(begins, chosen, strict=True)
+        if p.label_at is not None and p.label_logprobs is not None
+    ]
     extra = {
         "positions": np.flatnonzero(np.array(batch.mask)).astype(np.int32),
         "label_index": np.array([begin + (p.label_at or 0) for begin, p in judged], dtype=np.int32),
-        "label_logprobs": np.array([p.label_logprobs for _, p in judged], dtype=np.float32).reshape(len(judged), classes),
-        "start_index": np.concatenate([p.starts + begin for begin, p in zip(begins, chosen, strict=True)]).astype(np.int32),
+        "label_logprobs": np.array([p.label_logprobs for _, p in judged], dtype=np.float32).reshape(
+            len(judged), classes
+        ),
+        "start_index": np.concatenate(
+            [p.starts + begin for begin, p in zip(begins, chosen, strict=True)]
+        ).astype(np.int32),
         "topk_ids": np.concatenate([p.topk_ids for p in chosen]),
         "topk_logprobs": np.concatenate([p.topk_logprobs for p in chosen]),
-        "spans": np.concatenate([p.spans + begin for begin, p in zip(begins, chosen, strict=True)]).astype(np.int32),
+        "spans": np.concatenate([p.spans + begin for begin, p in zip(begins, chosen, strict=True)]).astype(
+            np.int32
+        ),
         "span_logprobs": np.concatenate([p.span_logprobs for p in chosen]),
     }
     return replace(batch, extra={name: mx.array(value) for name, value in extra.items()})

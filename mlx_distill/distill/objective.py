@@ -39,29 +39,38 @@ def kd(
     *,
     dense_limit: int = DENSE_LIMIT,
 ) -> Objective:
-    r"""Distillation from a teacher's soft targets, over batches of :func:`~mlx_distill.distill.align.collate_pairs`.
+    r"""Distillation from a teacher's soft targets, over batches of
+    :func:`~mlx_distill.distill.align.collate_pairs`.
 
     .. math:: \alpha\, T^2\, \mathrm{KL}_T(\mathrm{label}) + \beta\, D(\mathrm{tokens}) + \gamma\, \mathrm{CE}(\mathrm{text})
 
-    - ``label``: over the task's classes and everything else, where the label's value starts, a row (Hinton et al., https://arxiv.org/abs/1503.02531);
-    - ``token``: ``kl`` over the teacher's top k (one tokenizer), ``cells`` over groups of both vocabularies' tokens, a common start of
-      tokens; or ``alm``, a common span (https://arxiv.org/abs/2503.20083);
+    - ``label``: over the task's classes and everything else, where the label's value starts, a row (Hinton et
+      al., https://arxiv.org/abs/1503.02531);
+    - ``token``: ``kl`` over the teacher's top k (one tokenizer), ``cells`` over groups of both vocabularies'
+      tokens, a common start of tokens; or ``alm``, a common span (https://arxiv.org/abs/2503.20083);
     - ``text``: a token of the teacher's text.
 
-    Terms of coefficient 0 are left out. Hidden states are computed once, and only positions that predict the answer meet the head.
+    Terms of coefficient 0 are left out. Hidden states are computed once, and only positions that predict the
+    answer meet the head.
 
     Args:
-        settings: ``label_weight``, ``token_weight``, ``text_weight``, the temperatures, and which token-level loss.
+        settings: ``label_weight``, ``token_weight``, ``text_weight``, the temperatures, and which token-level
+            loss.
         labels: The student's tokens for the task's classes, for ``label``.
         cells: The map between the two vocabularies, for ``cells``.
         same_tokenizer: Whether the two vocabularies are one, so that ``auto`` means the plain KL.
-        dense_limit: Logits of at most so many numbers are made at once, more tile by tile; both give the same numbers.
+        dense_limit: Logits of at most so many numbers are made at once, more tile by tile; both give the same
+            numbers.
 
     Raises:
         ConfigError: no term is left, or a term lacks what it needs.
     """
     kind = token_loss_kind(settings, same_tokenizer)
-    coefficients = {"label": settings.label_weight, "token": settings.token_weight if kind != "none" else 0.0, "text": settings.text_weight}
+    coefficients = {
+        "label": settings.label_weight,
+        "token": settings.token_weight if kind != "none" else 0.0,
+        "text": settings.text_weight,
+    }
     coefficients = {name: value for name, value in coefficients.items() if value > 0}
     _check(coefficients, kind, labels, cells, same_tokenizer)
 
@@ -81,7 +90,9 @@ def kd(
             out["text"] = losses.sum()
         if "label" in coefficients and labels is not None and len(extra["label_index"]):
             mine = label_logprobs(reader.logits(extra["label_index"]), labels, rest=True)
-            out["label"] = label_kl(mine, extra["label_logprobs"], temperature=settings.label_temperature).sum()
+            out["label"] = label_kl(
+                mine, extra["label_logprobs"], temperature=settings.label_temperature
+            ).sum()
         if "token" in coefficients and len(extra[_EVENTS[kind]]):
             out["token"] = _token_loss(kind, reader, losses, extra, cells, settings.temperature).sum()
         return out
@@ -90,7 +101,12 @@ def kd(
 
 
 def _token_loss(
-    kind: str, reader: Reader, losses: mx.array | None, extra: Mapping[str, Any], cells: CellMap | None, temperature: float
+    kind: str,
+    reader: Reader,
+    losses: mx.array | None,
+    extra: Mapping[str, Any],
+    cells: CellMap | None,
+    temperature: float,
 ) -> mx.array:
     if kind == "alm":
         assert losses is not None
@@ -102,12 +118,26 @@ def _token_loss(
     return reader.cell_kl(extra["start_index"], targets, cells, temperature)
 
 
-def _check(coefficients: Mapping[str, float], kind: str, labels: LabelTokens | None, cells: CellMap | None, same_tokenizer: bool) -> None:
+def _check(
+    coefficients: Mapping[str, float],
+    kind: str,
+    labels: LabelTokens | None,
+    cells: CellMap | None,
+    same_tokenizer: bool,
+) -> None:
     if not coefficients:
-        raise ConfigError("distillation without a term", fix="raise label_weight, token_weight or text_weight")
+        raise ConfigError(
+            "distillation without a term", fix="raise label_weight, token_weight or text_weight"
+        )
     if kind == "kl" and not same_tokenizer:
         raise ConfigError("token_loss: kl between two tokenizers is undefined", fix="use auto, cells or alm")
     if kind == "cells" and cells is None:
-        raise ConfigError("token_loss: cells without a map of cells", fix="give cells=cell_map(student_tokenizer, teacher_tokenizer)")
+        raise ConfigError(
+            "token_loss: cells without a map of cells",
+            fix="give cells=cell_map(student_tokenizer, teacher_tokenizer)",
+        )
     if "label" in coefficients and labels is None:
-        raise ConfigError("label_weight without the label's tokens", fix="give labels=label_tokens(tokenizer, names), or label_weight: 0")
+        raise ConfigError(
+            "label_weight without the label's tokens",
+            fix="give labels=label_tokens(tokenizer, names), or label_weight: 0",
+        )

@@ -1,7 +1,7 @@
 """What a teacher says of given answers: token by token, and of the label as a whole.
 
-The teacher is run once over each row, prompt and answer together; only the positions that predict the answer are projected to the
-vocabulary, a tile of rows at a time, so ``[rows, length, vocabulary]`` never exists.
+The teacher is run once over each row, prompt and answer together; only the positions that predict the answer
+are projected to the vocabulary, a tile of rows at a time, so ``[rows, length, vocabulary]`` never exists.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ _TILE = 512  # positions projected at a time
 
 @dataclass(frozen=True)
 class Scored:
-    """One row's score: the answer's ``ids`` and ``logprobs``, the top k, and the distribution over the labels and the rest, or None."""
+    """One row's score: the answer's ``ids`` and ``logprobs``, the top k, and the distribution over the labels
+    and the rest, or None.
+    """
 
     ids: Int[np.ndarray, " n"]
     logprobs: Float[np.ndarray, " n"]
@@ -65,19 +67,29 @@ def score(
             inputs[i, : len(tokens[r])] = tokens[r]
         hidden = hidden_states(model, mx.array(inputs))
         where = [(i, j - 1) for i, r in enumerate(rows) for j in range(starts[r], len(tokens[r]))]
-        realised = np.array([tokens[r][j] for r in rows for j in range(starts[r], len(tokens[r]))], dtype=np.int32)
+        realised = np.array(
+            [tokens[r][j] for r in rows for j in range(starts[r], len(tokens[r]))], dtype=np.int32
+        )
         top, top_logprobs, logprobs = _read(model, hidden, where, realised, top_k)
         places = [label_at[r] if labels is not None and label_at else None for r in rows]
         label_rows = [i for i, place in enumerate(places) if place is not None]
         found: dict[int, np.ndarray] = {}
         if labels is not None and label_rows:
             at = mx.array([int(places[i] or 0) - 1 for i in label_rows])
-            values = label_logprobs(project(head(model), hidden[mx.array(label_rows), at]).astype(mx.float32), labels, rest=True)
+            values = label_logprobs(
+                project(head(model), hidden[mx.array(label_rows), at]).astype(mx.float32), labels, rest=True
+            )
             found = dict(zip(label_rows, np.array(values), strict=True))
         begin = 0
         for i, r in enumerate(rows):
             end = begin + len(tokens[r]) - starts[r]
-            yield Scored(realised[begin:end], logprobs[begin:end], top[begin:end], top_logprobs[begin:end], found.get(i))
+            yield Scored(
+                realised[begin:end],
+                logprobs[begin:end],
+                top[begin:end],
+                top_logprobs[begin:end],
+                found.get(i),
+            )
             begin = end
 
 
@@ -89,7 +101,9 @@ def _read(
     rows, positions = np.array(where, dtype=np.int32).reshape(-1, 2).T
     for first in range(0, len(where), _TILE):
         part = slice(first, first + _TILE)
-        logits = project(head(model), hidden[mx.array(rows[part]), mx.array(positions[part])]).astype(mx.float32)
+        logits = project(head(model), hidden[mx.array(rows[part]), mx.array(positions[part])]).astype(
+            mx.float32
+        )
         k = min(top_k, logits.shape[-1])
         total = mx.logsumexp(logits, axis=-1, keepdims=True)
         best = mx.argpartition(-logits, kth=k - 1, axis=-1)[:, :k].astype(mx.int32)
@@ -103,7 +117,8 @@ def _read(
 
 
 def label_position(tokens: Sequence[int], start: int, prefix: Sequence[int]) -> int | None:
-    """Where the label's first token stands, or None where the answer does not begin with the tokens of ``prefix``.
+    """Where the label's first token stands, or None where the answer does not begin with the tokens of
+    ``prefix``.
 
     A tokenizer that merges the label's first letters with what stands before them has no such place.
 

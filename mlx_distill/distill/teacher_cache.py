@@ -1,15 +1,15 @@
 """Shards of soft targets: what the teacher says, token by token, and of the label as a whole.
 
-A folder holds ``index.json`` and, for each shard, ``rows-NNNNN.jsonl`` (id, text, label log-probabilities, length) and
-``tokens-NNNNN.safetensors`` with the shard's rows one behind the other:
+A folder holds ``index.json`` and, for each shard, ``rows-NNNNN.jsonl`` (id, text, label log-probabilities,
+length) and ``tokens-NNNNN.safetensors`` with the shard's rows one behind the other:
 
     ids            [n]     int32    the teacher's tokens of the answer, its stop token last
     logprobs       [n]     float32  natural log-probability of each of them
     topk_ids       [n, k]  int32    the most probable tokens at that position, descending
     topk_logprobs  [n, k]  float16  natural, over the whole vocabulary: the rest of the mass is the tail
 
-Position ``j`` is the distribution *from which* token ``j`` comes. 6k + 8 bytes a token. A shard is written whole and the token file
-last, so a killed writer goes on behind its last whole shard.
+Position ``j`` is the distribution *from which* token ``j`` comes. 6k + 8 bytes a token. A shard is written
+whole and the token file last, so a killed writer goes on behind its last whole shard.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ _CURE = "delete the folder and run: mlx-distill targets"
 
 @dataclass(frozen=True)
 class TargetRow:
-    """One row's targets: arrays as in the module's table; ``label_logprobs [c + 1]`` of the index's labels and everything else, or None."""
+    """One row's targets: arrays as in the module's table; ``label_logprobs [c + 1]`` of the index's labels
+    and everything else, or None.
+    """
 
     id: str
     text: str
@@ -65,7 +67,10 @@ class TargetWriter:
 
         number = len(self.shards)
         labels = (None if r.label_logprobs is None else list(r.label_logprobs) for r in rows)
-        heads = ({"id": r.id, "text": r.text, "label_logprobs": label, "tokens": len(r.ids)} for r, label in zip(rows, labels, strict=True))
+        heads = (
+            {"id": r.id, "text": r.text, "label_logprobs": label, "tokens": len(r.ids)}
+            for r, label in zip(rows, labels, strict=True)
+        )
         write_jsonl(self.folder / _rows(number), heads)
         tensors: dict[str, np.ndarray] = {
             "ids": np.concatenate([r.ids for r in rows]).astype(np.int32),
@@ -78,8 +83,13 @@ class TargetWriter:
         self.shards.append(len(rows))
 
     def finish(self, **facts: Any) -> None:
-        """Write the index: rows, labels, the teacher's tokenizer, whatever the reader must hold the student against."""
-        write_json(self.folder / "index.json", {"format": FORMAT, "rows": self.done, "shards": len(self.shards), **facts})
+        """Write the index: rows, labels, the teacher's tokenizer, whatever the reader must hold the student
+        against.
+        """
+        write_json(
+            self.folder / "index.json",
+            {"format": FORMAT, "rows": self.done, "shards": len(self.shards), **facts},
+        )
 
 
 class TargetReader:
@@ -90,12 +100,17 @@ class TargetReader:
         index = read_json(self.folder / "index.json")
         found = index.get("format") if isinstance(index, dict) else None
         if found != FORMAT:
-            raise FileError(f"{self.folder}: soft targets of format {found}, not {FORMAT}", fix="make them anew: mlx-distill targets")
+            raise FileError(
+                f"{self.folder}: soft targets of format {found}, not {FORMAT}",
+                fix="make them anew: mlx-distill targets",
+            )
         self.index: Mapping[str, Any] = index
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes that the label log-probabilities stand for; the last log-probability is of everything else."""
+        """The classes that the label log-probabilities stand for; the last log-probability is of everything
+        else.
+        """
         return tuple(self.index["labels"])
 
     def __len__(self) -> int:

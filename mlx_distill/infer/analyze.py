@@ -35,27 +35,29 @@ def predict(
     label_probs: bool = True,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Let a model answer for each row; nothing is repaired, so an answer that does not fit the schema is an error of the model.
+    """Let a model answer for each row; nothing is repaired, so an answer that does not fit the schema is an
+    error of the model.
 
     Args:
         model: An mlx-lm model.
         tokenizer: Its tokenizer, with a chat template.
         task: Prompt, schema, label and score.
-        rows: Prepared rows (with ``messages``, whose last assistant turn is not shown to the model), items with the fields that the task's
-            prompt names, or plain texts where it names one.
+        rows: Prepared rows (with ``messages``, whose last assistant turn is not shown to the model), items
+            with the fields that the task's prompt names, or plain texts where it names one.
         batch_size: Rows decoded together.
         max_tokens: Longest answer; the task's ``max_answer_tokens`` where None.
         temperature: 0 for greedy.
         seed: For sampled answers.
-        label_probs: Read the distribution over the labels too, on the way: it costs nothing where the answer begins as the schema has it,
-            and one more pass over the prompt where it does not.
+        label_probs: Read the distribution over the labels too, on the way: it costs nothing where the answer
+            begins as the schema has it, and one more pass over the prompt where it does not.
         on_done: Called with the number of rows answered so far.
 
     Returns:
         One prediction a row, in the rows' order.
 
     Raises:
-        DataError: an item that lacks a field of the prompt, or is neither a mapping nor text; it is named by its number.
+        DataError: an item that lacks a field of the prompt, or is neither a mapping nor text; it is named by
+            its number.
     """
     prepared = [prepare_item(item, task, number) for number, item in enumerate(rows, 1)]
     prompts = [prompt_ids(tokenizer, row["messages"]) for row in prepared]
@@ -77,9 +79,15 @@ def predict(
 
 
 def _chances(
-    model: Any, prompts: Sequence[Sequence[int]], generations: Sequence[Generation], place: LabelPlace | None, batch_size: int
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    generations: Sequence[Generation],
+    place: LabelPlace | None,
+    batch_size: int,
 ) -> Sequence[dict[str, float] | None]:
-    """Each row's distribution over the labels: seen while the answer was written, or read in one more pass where it began otherwise."""
+    """Each row's distribution over the labels: seen while the answer was written, or read in one more pass
+    where it began otherwise.
+    """
     if place is None:
         return [None] * len(prompts)
     prefix, labels = place
@@ -91,11 +99,15 @@ def _chances(
         else:
             others.append(i)
     if others:
-        table[others] = label_probabilities(model, [[*prompts[i], *prefix] for i in others], labels, batch_size=batch_size)
+        table[others] = label_probabilities(
+            model, [[*prompts[i], *prefix] for i in others], labels, batch_size=batch_size
+        )
     return [dict(zip(labels.labels, map(float, line), strict=True)) for line in table]
 
 
-def _read(row: Row, generation: Generation, label_probs: Mapping[str, float] | None, task: Task) -> Prediction:
+def _read(
+    row: Row, generation: Generation, label_probs: Mapping[str, float] | None, task: Task
+) -> Prediction:
     answer, error = parse_answer(generation.text, task.schema)
     if error and generation.finish == "length":
         error = f"cut after {len(generation.tokens)} tokens: {error}"
@@ -136,8 +148,8 @@ def analyze(
         label_probs: Give the model's distribution over the labels too.
 
     Returns:
-        One :class:`~mlx_distill.records.Prediction` an item, in the items' order; ``answer`` is None and ``error`` says why where the
-        text does not fit the task's schema.
+        One :class:`~mlx_distill.records.Prediction` an item, in the items' order; ``answer`` is None and
+        ``error`` says why where the text does not fit the task's schema.
 
     Raises:
         DataError: an item that lacks a field.

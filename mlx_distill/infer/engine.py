@@ -1,8 +1,9 @@
 """Answer many prompts: batches of similar length, greedy or sampled, in the prompts' order.
 
-Two engines give the same tokens. The plain one (:mod:`mlx_distill.infer.kv_cache`) decodes a batch until its last row is done, which suits
-answers of like length, such as a JSON object of a given schema; mlx-lm's ``BatchGenerator`` serves the architectures whose caches
-are not plain keys and values (state-space layers, for instance), and is the plain one's twin in the tests.
+Two engines give the same tokens. The plain one (:mod:`mlx_distill.infer.kv_cache`) decodes a batch until its
+last row is done, which suits answers of like length, such as a JSON object of a given schema; mlx-lm's
+``BatchGenerator`` serves the architectures whose caches are not plain keys and values (state-space layers,
+for instance), and is the plain one's twin in the tests.
 """
 
 from __future__ import annotations
@@ -29,9 +30,10 @@ Look = Callable[[mx.array], mx.array]
 class Generation:
     """One answer.
 
-    ``text`` is decoded from ``tokens``, which are the answer without the stop token; ``prompt_tokens`` counts the prompt's;
-    ``finish`` is ``stop`` (a stop token came) or ``length`` (``max_tokens`` did); ``seconds`` the wall time of its batch divided by the
-    batch's size; ``seen`` what ``look`` read of the logits on the way, or None.
+    ``text`` is decoded from ``tokens``, which are the answer without the stop token; ``prompt_tokens`` counts
+    the prompt's; ``finish`` is ``stop`` (a stop token came) or ``length`` (``max_tokens`` did); ``seconds``
+    the wall time of its batch divided by the batch's size; ``seen`` what ``look`` read of the logits on the
+    way, or None.
     """
 
     text: str
@@ -58,8 +60,8 @@ def generate(
 ) -> list[Generation]:
     """The model's answer to each prompt.
 
-    Batches are made of prompts of similar length; the result does not depend on them, beyond rounding. A sampled answer depends on the
-    seed and the prompt's place in the list alone.
+    Batches are made of prompts of similar length; the result does not depend on them, beyond rounding. A
+    sampled answer depends on the seed and the prompt's place in the list alone.
 
     Args:
         model: An mlx-lm model: ``model(tokens [b, l], cache=...) -> logits [b, l, v]``.
@@ -72,8 +74,9 @@ def generate(
         seed: Of the drawing.
         on_done: Called after each batch with the number of prompts answered so far.
         engine: ``columns``, ``mlx_lm``, or None for the first where it can.
-        look: ``(step, read)``: ``read(logits [b, v]) -> [b, c]`` of the logits that the answer's token ``step`` is chosen from, for each
-            answer that gets there. The engine ``mlx_lm`` keeps its logits to itself: nothing is seen.
+        look: ``(step, read)``: ``read(logits [b, v]) -> [b, c]`` of the logits that the answer's token
+            ``step`` is chosen from, for each answer that gets there. The engine ``mlx_lm`` keeps its logits
+            to itself: nothing is seen.
 
     Returns:
         One :class:`Generation` a prompt, in the prompts' order.
@@ -100,7 +103,12 @@ def generate(
         for row, (i, (tokens, finish)) in enumerate(zip(rows, answers, strict=True)):
             text = tokenizer.decode(tokens) if tokens else ""
             out[i] = Generation(
-                text, tuple(tokens), len(prompts[i]), finish, seconds, seen.get(row) if look and len(tokens) >= look[0] else None
+                text,
+                tuple(tokens),
+                len(prompts[i]),
+                finish,
+                seconds,
+                seen.get(row) if look and len(tokens) >= look[0] else None,
             )
         if on_done is not None:
             on_done(start + len(rows))
@@ -119,28 +127,41 @@ def vocabulary_size(tokenizer: Any) -> int | None:
     return max(get_vocab().values()) + 1 if callable(get_vocab) else None
 
 
-def _check(prompts: Sequence[Sequence[int]], max_tokens: int, batch_size: int, temperature: float, engine: str | None) -> None:
+def _check(
+    prompts: Sequence[Sequence[int]], max_tokens: int, batch_size: int, temperature: float, engine: str | None
+) -> None:
     for number, prompt in enumerate(prompts):
         if not len(prompt):
             raise DataError(f"prompt {number} is empty", fix="every prompt needs a token at least")
     if max_tokens < 1 or batch_size < 1:
         raise ConfigError(f"max_tokens {max_tokens}, batch_size {batch_size}: below 1", fix="give 1 or more")
     if temperature < 0:
-        raise ConfigError(f"temperature {temperature} is negative", fix="0 for greedy answers, 1 for the model's own distribution")
+        raise ConfigError(
+            f"temperature {temperature} is negative",
+            fix="0 for greedy answers, 1 for the model's own distribution",
+        )
     if engine not in (None, "columns", "mlx_lm"):
         raise ConfigError(f"no engine {engine!r}", fix="columns or mlx_lm")
 
 
 class _Sampler:
-    """Next tokens from logits. Drawn by inverse distribution from numbers that belong to (seed, prompt, step), so batches do not matter."""
+    """Next tokens from logits. Drawn by inverse distribution from numbers that belong to (seed, prompt,
+    step), so batches do not matter.
+    """
 
-    def __init__(self, vocabulary: int | None, temperature: float, seed: int, prompts: Sequence[int], max_tokens: int) -> None:
+    def __init__(
+        self, vocabulary: int | None, temperature: float, seed: int, prompts: Sequence[int], max_tokens: int
+    ) -> None:
         self.vocabulary = vocabulary
         self.temperature = temperature
         if temperature:
-            self.draws = np.stack([np.random.default_rng((seed, i)).random(max_tokens, dtype=np.float32) for i in prompts])
+            self.draws = np.stack(
+                [np.random.default_rng((seed, i)).random(max_tokens, dtype=np.float32) for i in prompts]
+            )
 
-    def __call__(self, logits: Float[mx.array, "b v"], step: int, rows: Integer[np.ndarray, " b"]) -> Integer[mx.array, " b"]:
+    def __call__(
+        self, logits: Float[mx.array, "b v"], step: int, rows: Integer[np.ndarray, " b"]
+    ) -> Integer[mx.array, " b"]:
         logits = logits[:, : self.vocabulary]
         if not self.temperature:
             return mx.argmax(logits, axis=-1)
@@ -181,7 +202,8 @@ def _decode_columns(
     written = np.full((len(prompts), max_tokens), -1, dtype=np.int64)
     tokens = forward(mx.array([prompt[-1] for prompt in prompts]), 0, rows)
     for step in range(max_tokens):
-        # The next step is under way before this one's tokens are looked at; a row that stopped computes one token for nothing.
+        # The next step is under way before this one's tokens are looked at; a row that stopped computes one
+        # token for nothing.
         ahead = forward(tokens, step + 1, rows) if step + 1 < max_tokens else None
         values = np.array(tokens).astype(np.int64)  # unsigned as it comes, and -1 marks what is not written
         written[rows, step] = np.where(alive, values, -1)
@@ -213,7 +235,9 @@ def _read_prompts(model: Any, prompts: list[list[int]], layout: Layout, caches: 
         mx.eval([(cache.keys, cache.values) for cache in caches])
 
 
-def _decode_mlx_lm(model: Any, prompts: list[list[int]], max_tokens: int, stop: frozenset[int], sampler: _Sampler) -> _Answers:
+def _decode_mlx_lm(
+    model: Any, prompts: list[list[int]], max_tokens: int, stop: frozenset[int], sampler: _Sampler
+) -> _Answers:
     from mlx_lm.generate import BatchGenerator
 
     class RowSampler:
@@ -225,7 +249,9 @@ def _decode_mlx_lm(model: Any, prompts: list[list[int]], max_tokens: int, stop: 
             return sampler(logprobs, min(self.step, max_tokens) - 1, np.array([self.row]))
 
     n = len(prompts)
-    engine = BatchGenerator(model, stop_tokens=[[token] for token in stop], completion_batch_size=n, prefill_batch_size=n)
+    engine = BatchGenerator(
+        model, stop_tokens=[[token] for token in stop], completion_batch_size=n, prefill_batch_size=n
+    )
     try:
         ids = engine.insert(prompts, [max_tokens] * n, samplers=[RowSampler(row) for row in range(n)])
         written: dict[int, list[int]] = {i: [] for i in ids}

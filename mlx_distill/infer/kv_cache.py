@@ -1,14 +1,15 @@
 """A key-value cache for a batch of prompts of different lengths that are answered together.
 
-Prompts are padded on the *right*, so a prompt's own columns are computed exactly as they would be alone: the causal mask hides the
-padding, and no row of the attention is ever empty. Generated tokens of all rows share one column each, behind the widest prompt::
+Prompts are padded on the *right*, so a prompt's own columns are computed exactly as they would be alone: the
+causal mask hides the padding, and no row of the attention is ever empty. Generated tokens of all rows share
+one column each, behind the widest prompt::
 
     columns   0 1 2 3 4 | 5 6 ...
     row 0     a b c d e | u v        length 5: the u stands at position 5
     row 1     a b c . . | u v        length 3: the u stands at position 3; columns 3 and 4 are hidden
 
-Every layer keeps all columns and nothing rotates: prompts here are short. Layers with a sliding window read only the columns that some
-row may still see.
+Every layer keeps all columns and nothing rotates: prompts here are short. Layers with a sliding window read
+only the columns that some row may still see.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ GROWTH = 64  # columns added at a time
 class Layout:
     """Which column holds which position, shared by the caches of all layers.
 
-    ``lengths [b]`` are the prompts' lengths, ``width`` the columns that prompts may take, ``filled`` the columns taken so far.
+    ``lengths [b]`` are the prompts' lengths, ``width`` the columns that prompts may take, ``filled`` the
+    columns taken so far.
     """
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -56,8 +58,12 @@ class Layout:
         column = np.where(position < self.lengths, position, position + self.width - self.lengths)
         return max(0, int(column.min()))
 
-    def mask(self, columns: int, window: int | None, first: int, as_array: bool) -> Bool[mx.array, ...] | str | None:
-        """What the next ``columns`` queries see of the columns from ``first`` on; ``window`` counts the query's own position in."""
+    def mask(
+        self, columns: int, window: int | None, first: int, as_array: bool
+    ) -> Bool[mx.array, ...] | str | None:
+        """What the next ``columns`` queries see of the columns from ``first`` on; ``window`` counts the
+        query's own position in.
+        """
         if self.filled < self.width:
             return self._prompt_mask(columns, window, as_array)
         if columns != 1:
@@ -86,7 +92,8 @@ class Layout:
 
 
 class ColumnCache:
-    """One layer's keys and values; speaks the protocol of mlx-lm's caches (``offset``, ``make_mask``, ``update_and_fetch``).
+    """One layer's keys and values; speaks the protocol of mlx-lm's caches (``offset``, ``make_mask``,
+    ``update_and_fetch``).
 
     ``window`` is the layer's sliding window in tokens, None where it sees everything.
     """
@@ -137,10 +144,14 @@ def _grow(old: mx.array | None, like: mx.array, filled: int, room: int) -> mx.ar
 
 
 def can_column(model: Any) -> bool:
-    """Whether every layer's own cache is plain keys and values, so that a :class:`ColumnCache` can stand in for it."""
+    """Whether every layer's own cache is plain keys and values, so that a :class:`ColumnCache` can stand in
+    for it.
+    """
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
-    return all(type(c) is KVCache or (type(c) is RotatingKVCache and not c.keep) for c in make_prompt_cache(model))
+    return all(
+        type(c) is KVCache or (type(c) is RotatingKVCache and not c.keep) for c in make_prompt_cache(model)
+    )
 
 
 def column_caches(model: Any, layout: Layout) -> list[ColumnCache]:

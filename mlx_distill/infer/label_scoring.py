@@ -23,7 +23,8 @@ def label_probabilities(
 ) -> Float[np.ndarray, "n c"]:
     """The distribution over the labels behind each prompt.
 
-    ``p(L) = Σ_{t in L} exp z_t / Σ_{all labels' t} exp z_t`` at the last token, as :func:`mlx_distill.losses.labels.label_logprobs` has it.
+    ``p(L) = Σ_{t in L} exp z_t / Σ_{all labels' t} exp z_t`` at the last token, as
+    :func:`mlx_distill.losses.labels.label_logprobs` has it.
 
     Args:
         model: An mlx-lm model with trunk ``model.model``.
@@ -54,8 +55,8 @@ LabelPlace = tuple[list[int], LabelTokens]
 def label_place(tokenizer: Any, task: Task) -> LabelPlace | None:
     """The tokens that every answer begins with up to the label's value, and the tokens that decide there.
 
-    None where one pass cannot tell: the label is not the answer's first property, two labels begin alike, or the tokenizer merges
-    the beginning of a label with what stands before it.
+    None where one pass cannot tell: the label is not the answer's first property, two labels begin alike, or
+    the tokenizer merges the beginning of a label with what stands before it.
     """
     properties = list(task.schema["properties"])
     if properties[0] != task.label:

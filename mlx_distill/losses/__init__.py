@@ -1,7 +1,10 @@
-"""Losses: arrays in, one number a token, span or row out; never averaged, float32, T² inside, zero at equality.
+"""Losses: arrays in, one number a token, span or row out; never averaged, float32, T² inside, zero at
+equality.
 
-Same tokenizer: the divergences, from logits, from a top k, or straight from hidden states (``linear_*``), where the logits never exist.
-Another tokenizer: ``cell_kl``, ``alm``, ``label_kl`` over spans and cells that ``align_bytes`` and ``cell_map`` find.
+Same tokenizer: the divergences, from logits, from a top k, or straight from hidden states (``linear_*``),
+    where the logits never exist.
+Another tokenizer: ``cell_kl``, ``alm``, ``label_kl`` over spans and cells that ``align_bytes`` and
+``cell_map`` find.
 """
 
 from __future__ import annotations
@@ -10,7 +13,13 @@ from mlx_distill.losses.byte_alignment import align_bytes, align_lengths, token_
 from mlx_distill.losses.cross_tokenizer import CellMap, alm, cell_kl, cell_map, span_sums
 from mlx_distill.losses.divergences import forward_kl, js_divergence, reverse_kl, skew_kl, total_variation
 from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs, label_tokens
-from mlx_distill.losses.tiled import DIVERGENCES, linear_cross_entropy, linear_divergence, linear_rows, sparse_linear_kl
+from mlx_distill.losses.tiled import (
+    DIVERGENCES,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_rows,
+    sparse_linear_kl,
+)
 from mlx_distill.losses.topk import sparse_forward_kl
 
 __all__ = [

@@ -1,6 +1,7 @@
 """Two tokenizations of the same text, laid over each other by their bytes.
 
-Every byte-level BPE token is a string of bytes, so two tokenizers that cut the same text agree wherever they both end a token. Between
+Every byte-level BPE token is a string of bytes, so two tokenizers that cut the same text agree wherever they
+both end a token. Between
 two such places lies a *span*: some tokens of the student and some of the teacher that hold the same bytes.
 """
 
@@ -20,7 +21,9 @@ Ids: TypeAlias = Sequence[int] | np.ndarray | mx.array
 
 
 class Vocabulary(NamedTuple):
-    """What the alignment needs of a tokenizer: bytes and byte length by id, and the special tokens' text by id."""
+    """What the alignment needs of a tokenizer: bytes and byte length by id, and the special tokens' text by
+    id.
+    """
 
     tokens: tuple[bytes, ...]
     lengths: np.ndarray
@@ -28,7 +31,8 @@ class Vocabulary(NamedTuple):
     backend: Any
 
 
-# Reading 200,000 tokens takes a fraction of a second, aligning a row microseconds; the tokenizer is kept so that its id stays its own.
+# Reading 200,000 tokens takes a fraction of a second, aligning a row microseconds; the tokenizer is kept so
+# that its id stays its own.
 _known: dict[int, Vocabulary] = {}
 _KNOWN_MAX = 8
 
@@ -36,8 +40,9 @@ _KNOWN_MAX = 8
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """The bytes of every token of a byte-level BPE, by id.
 
-    A token's text is written in GPT-2's alphabet of 256 printable characters, one a byte. Special tokens stand for no text and come
-    back as ``b""``, as do ids that no token has; other added tokens are their own UTF-8. Source: Radford et al. 2019 (GPT-2).
+    A token's text is written in GPT-2's alphabet of 256 printable characters, one a byte. Special tokens
+    stand for no text and come back as ``b""``, as do ids that no token has; other added tokens are their own
+    UTF-8. Source: Radford et al. 2019 (GPT-2).
 
     Args:
         tokenizer: From ``transformers``, ``mlx_lm`` or ``tokenizers``.
@@ -57,11 +62,13 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
     return list(vocabulary(tokenizer).tokens)
 
 
-def align_bytes(student_ids: Ids, teacher_ids: Ids, student_tokenizer: Any, teacher_tokenizer: Any) -> Int[np.ndarray, "spans 4"]:
+def align_bytes(
+    student_ids: Ids, teacher_ids: Ids, student_tokenizer: Any, teacher_tokenizer: Any
+) -> Int[np.ndarray, "spans 4"]:
     """The smallest spans of tokens that cover the same bytes on both sides.
 
-    A span ends wherever both sides end a token. Special tokens hold no bytes; at the edge of a span they belong to none. Source: the
-    chunks of Minixhofer et al. 2025 (ALM), https://arxiv.org/abs/2503.20083.
+    A span ends wherever both sides end a token. Special tokens hold no bytes; at the edge of a span they
+    belong to none. Source: the chunks of Minixhofer et al. 2025 (ALM), https://arxiv.org/abs/2503.20083.
 
     Args:
         student_ids: Token ids of a text.
@@ -73,7 +80,8 @@ def align_bytes(student_ids: Ids, teacher_ids: Ids, student_tokenizer: Any, teac
         ``[spans, 4]`` int32: student from, student to, teacher from, teacher to; "to" is exclusive.
 
     Raises:
-        DataError: The two sides do not spell the same bytes; says where. An id that its tokenizer does not have.
+        DataError: The two sides do not spell the same bytes; says where. An id that its tokenizer does not
+            have.
         ModelError: A tokenizer that is not byte-level.
 
     >>> from tokenizers import Tokenizer, decoders, models
@@ -84,13 +92,18 @@ def align_bytes(student_ids: Ids, teacher_ids: Ids, student_tokenizer: Any, teac
     """
     student, teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
     s, t = _ids(student_ids, student, "student"), _ids(teacher_ids, teacher, "teacher")
-    left, right = b"".join(student.tokens[i] for i in s.tolist()), b"".join(teacher.tokens[i] for i in t.tolist())
+    left, right = (
+        b"".join(student.tokens[i] for i in s.tolist()),
+        b"".join(teacher.tokens[i] for i in t.tolist()),
+    )
     if left != right:
         raise _difference(left, right)
     return align_lengths(student.lengths[s], teacher.lengths[t])
 
 
-def align_lengths(student_lengths: Int[np.ndarray, " l"], teacher_lengths: Int[np.ndarray, " m"]) -> Int[np.ndarray, "spans 4"]:
+def align_lengths(
+    student_lengths: Int[np.ndarray, " l"], teacher_lengths: Int[np.ndarray, " m"]
+) -> Int[np.ndarray, "spans 4"]:
     """:func:`align_bytes` from the tokens' byte lengths alone, for callers that know that the bytes agree.
 
     Args:
@@ -135,8 +148,16 @@ def vocabulary(tokenizer: Any) -> Vocabulary:
 
 def backend_of(tokenizer: Any) -> Any:
     """The ``tokenizers.Tokenizer`` inside a tokenizer of ``transformers`` or ``mlx_lm``, or that itself."""
-    for candidate in (tokenizer, getattr(tokenizer, "backend_tokenizer", None), getattr(tokenizer, "_tokenizer", None)):
-        if hasattr(candidate, "get_added_tokens_decoder") and hasattr(candidate, "encode_batch") and hasattr(candidate, "to_str"):
+    for candidate in (
+        tokenizer,
+        getattr(tokenizer, "backend_tokenizer", None),
+        getattr(tokenizer, "_tokenizer", None),
+    ):
+        if (
+            hasattr(candidate, "get_added_tokens_decoder")
+            and hasattr(candidate, "encode_batch")
+            and hasattr(candidate, "to_str")
+        ):
             return candidate
     raise ModelError(
         f"a {type(tokenizer).__name__} does not show its vocabulary's bytes",
@@ -160,7 +181,8 @@ def _read(backend: Any) -> Vocabulary:
                 tokens[i] = text.translate(table).encode("latin-1")
             except UnicodeEncodeError:
                 raise ModelError(
-                    f"token {i} ({text!r}) is not written in the byte alphabet", fix="use a byte-level BPE tokenizer"
+                    f"token {i} ({text!r}) is not written in the byte alphabet",
+                    fix="use a byte-level BPE tokenizer",
                 ) from None
     special = {}
     for i, token in added.items():
@@ -168,7 +190,9 @@ def _read(backend: Any) -> Vocabulary:
             special[i] = token.content
         else:
             tokens[i] = token.content.encode("utf-8")
-    return Vocabulary(tuple(tokens), np.array([len(token) for token in tokens], dtype=np.int64), special, backend)
+    return Vocabulary(
+        tuple(tokens), np.array([len(token) for token in tokens], dtype=np.int64), special, backend
+    )
 
 
 def byte_alphabet() -> str:
@@ -183,12 +207,17 @@ def _ids(ids: Ids, known: Vocabulary, side: str) -> np.ndarray:
     out = np.asarray(ids, dtype=np.int64).reshape(-1)
     wrong = out[(out < 0) | (out >= len(known.tokens))]
     if len(wrong):
-        raise DataError(f"the {side}'s tokenizer has no token {wrong[0]}", fix="give each side's ids together with its own tokenizer")
+        raise DataError(
+            f"the {side}'s tokenizer has no token {wrong[0]}",
+            fix="give each side's ids together with its own tokenizer",
+        )
     return out
 
 
 def _difference(left: bytes, right: bytes) -> DataError:
-    at = next((i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right)))
+    at = next(
+        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+    )
     window = slice(max(0, at - 10), at + 20)
     return DataError(
         f"the two sides differ at byte {at}: student {left[window]!r}, teacher {right[window]!r}",

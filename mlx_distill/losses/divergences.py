@@ -1,9 +1,10 @@
 """Divergences between two sets of logits over the same tokens, one number a position.
 
-``p`` is the teacher's distribution, ``q`` the student's, both ``softmax(logits / T)``. Every divergence is multiplied by T², so
-that its gradient keeps its size when T changes (Hinton et al. 2015, https://arxiv.org/abs/1503.02531), is zero where the two are
-equal, and gives no gradient to the teacher. These are the plain forms; :mod:`mlx_distill.losses.tiled` gives the same
-values without ever holding the logits.
+``p`` is the teacher's distribution, ``q`` the student's, both ``softmax(logits / T)``. Every divergence is
+multiplied by T², so that its gradient keeps its size when T changes (Hinton et al. 2015,
+https://arxiv.org/abs/1503.02531), is zero where the two are equal, and gives no gradient to the teacher.
+These are the plain forms; :mod:`mlx_distill.losses.tiled` gives the same values without ever holding the
+logits.
 """
 
 from __future__ import annotations
@@ -17,9 +18,13 @@ from mlx_distill.losses.numerics import check_fraction, check_temperature, check
 
 
 def forward_kl(
-    student_logits: Float[mx.array, "*b v"], teacher_logits: Float[mx.array, "*b w"], *, temperature: float = 1.0
+    student_logits: Float[mx.array, "*b v"],
+    teacher_logits: Float[mx.array, "*b w"],
+    *,
+    temperature: float = 1.0,
 ) -> Float[mx.array, "*b"]:
-    """Forward KL divergence, the classic distillation loss: the student must cover all that the teacher finds likely.
+    """Forward KL divergence, the classic distillation loss: the student must cover all that the teacher finds
+    likely.
 
     ``T² Σ p (log p - log q)``. Source: Hinton, Vinyals and Dean 2015, https://arxiv.org/abs/1503.02531.
 
@@ -43,9 +48,13 @@ def forward_kl(
 
 
 def reverse_kl(
-    student_logits: Float[mx.array, "*b v"], teacher_logits: Float[mx.array, "*b w"], *, temperature: float = 1.0
+    student_logits: Float[mx.array, "*b v"],
+    teacher_logits: Float[mx.array, "*b w"],
+    *,
+    temperature: float = 1.0,
 ) -> Float[mx.array, "*b"]:
-    """Reverse KL divergence: the student must stay where the teacher finds it likely, and may leave modes out.
+    """Reverse KL divergence: the student must stay where the teacher finds it likely, and may leave modes
+    out.
 
     ``T² Σ q (log q - log p)``. Source: Gu et al. 2024 (MiniLLM), https://arxiv.org/abs/2306.08543.
 
@@ -69,12 +78,17 @@ def reverse_kl(
 
 
 def js_divergence(
-    student_logits: Float[mx.array, "*b v"], teacher_logits: Float[mx.array, "*b w"], *, temperature: float = 1.0, beta: float = 0.5
+    student_logits: Float[mx.array, "*b v"],
+    teacher_logits: Float[mx.array, "*b w"],
+    *,
+    temperature: float = 1.0,
+    beta: float = 0.5,
 ) -> Float[mx.array, "*b"]:
     """Generalised Jensen-Shannon divergence, bounded, between forward and reverse KL.
 
-    ``T² (β KL(p‖m) + (1-β) KL(q‖m))`` with ``m = β p + (1-β) q``. As β goes to 0 or 1 this goes to zero; at exactly 0 and 1 the
-    forward and the reverse KL stand in its place, as users of GKD expect. Source: Agarwal et al. 2024, https://arxiv.org/abs/2306.13649.
+    ``T² (β KL(p‖m) + (1-β) KL(q‖m))`` with ``m = β p + (1-β) q``. As β goes to 0 or 1 this goes to zero; at
+    exactly 0 and 1 the forward and the reverse KL stand in its place, as users of GKD expect. Source: Agarwal
+    et al. 2024, https://arxiv.org/abs/2306.13649.
 
     Args:
         student_logits: Unnormalised, any float type; computed in float32.
@@ -103,9 +117,14 @@ def js_divergence(
 
 
 def skew_kl(
-    student_logits: Float[mx.array, "*b v"], teacher_logits: Float[mx.array, "*b w"], *, temperature: float = 1.0, lam: float = 0.1
+    student_logits: Float[mx.array, "*b v"],
+    teacher_logits: Float[mx.array, "*b w"],
+    *,
+    temperature: float = 1.0,
+    lam: float = 0.1,
 ) -> Float[mx.array, "*b"]:
-    """Skew KL divergence: forward KL against a student mixed with a little of the teacher, so that no gradient explodes.
+    """Skew KL divergence: forward KL against a student mixed with a little of the teacher, so that no
+    gradient explodes.
 
     ``T² KL(p ‖ λ p + (1-λ) q)``. Source: Ko et al. 2024 (DistiLLM), https://arxiv.org/abs/2402.03898.
 
@@ -134,7 +153,10 @@ def skew_kl(
 
 
 def total_variation(
-    student_logits: Float[mx.array, "*b v"], teacher_logits: Float[mx.array, "*b w"], *, temperature: float = 1.0
+    student_logits: Float[mx.array, "*b v"],
+    teacher_logits: Float[mx.array, "*b w"],
+    *,
+    temperature: float = 1.0,
 ) -> Float[mx.array, "*b"]:
     """Total variation distance: the largest difference of the two probabilities of any event.
 

@@ -1,7 +1,7 @@
 """The distribution over a label's classes where the label's value starts, and its divergence.
 
-One forward pass gives it: the mass of all the tokens that can only be the beginning of one class. It needs no common tokenizer, and
-most of what a teacher knows about the class of a row stands there.
+One forward pass gives it: the mass of all the tokens that can only be the beginning of one class. It needs no
+common tokenizer, and most of what a teacher knows about the class of a row stands there.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ class LabelTokens:
 def label_tokens(tokenizer: Any, labels: Sequence[str], *, terminator: str = '"') -> LabelTokens:
     """The tokens that decide for each label at the place where its value starts.
 
-    A token with bytes ``u`` decides for label L when ``u`` is a prefix of ``L + terminator``, or ``L + terminator`` a prefix of ``u``.
-    Since the labels differ in their first byte, no token can fit two of them.
+    A token with bytes ``u`` decides for label L when ``u`` is a prefix of ``L + terminator``, or
+    ``L + terminator`` a prefix of ``u``. Since the labels differ in their first byte, no token can fit two of
+    them.
 
     Args:
         tokenizer: A byte-level BPE from ``transformers``, ``mlx_lm`` or ``tokenizers``.
@@ -62,15 +63,20 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], *, terminator: str = '"'
     for name, ids in zip(labels, found, strict=True):
         if not ids:
             raise ModelError(
-                f"the tokenizer has no token that begins {name!r}", fix="use a label whose first character the tokenizer knows"
+                f"the tokenizer has no token that begins {name!r}",
+                fix="use a label whose first character the tokenizer knows",
             )
     return LabelTokens(tuple(labels), tuple(tuple(ids) for ids in found))
 
 
-def label_logprobs(logits: Float[mx.array, "*b v"], tokens: LabelTokens, *, rest: bool = False) -> Float[mx.array, "*b c"]:
-    """Log-probabilities of the labels: the mass of each one's tokens, renormalised over the labels, or beside everything else.
+def label_logprobs(
+    logits: Float[mx.array, "*b v"], tokens: LabelTokens, *, rest: bool = False
+) -> Float[mx.array, "*b c"]:
+    """Log-probabilities of the labels: the mass of each one's tokens, renormalised over the labels, or beside
+    everything else.
 
-    ``log Σ_{t∈L} exp z_t - log Z``, where Z sums over all labels' tokens (``rest=False``) or over the whole vocabulary (``rest=True``).
+    ``log Σ_{t∈L} exp z_t - log Z``, where Z sums over all labels' tokens (``rest=False``) or over the whole
+    vocabulary (``rest=True``).
     To learn from, take ``rest``: without it nothing holds a student's mass inside the labels.
 
     Args:
@@ -95,7 +101,8 @@ def label_logprobs(logits: Float[mx.array, "*b v"], tokens: LabelTokens, *, rest
         ids[row, : len(some)], used[row, : len(some)] = some, True
     if ids.max() >= logits.shape[-1]:
         raise ModelError(
-            f"label token {ids.max()} for logits of {logits.shape[-1]} columns", fix="make the label tokens with this model's own tokenizer"
+            f"label token {ids.max()} for logits of {logits.shape[-1]} columns",
+            fix="make the label tokens with this model's own tokenizer",
         )
     z = mx.take(logits, mx.array(ids.reshape(-1)), axis=-1).astype(mx.float32)
     z = z.reshape(*logits.shape[:-1], *ids.shape)
@@ -103,17 +110,24 @@ def label_logprobs(logits: Float[mx.array, "*b v"], tokens: LabelTokens, *, rest
     if rest:
         labelled = np.zeros(logits.shape[-1], dtype=bool)
         labelled[ids[used]] = True
-        others = mx.logsumexp(mx.where(mx.array(labelled), LOWEST, logits.astype(mx.float32)), axis=-1, keepdims=True)
+        others = mx.logsumexp(
+            mx.where(mx.array(labelled), LOWEST, logits.astype(mx.float32)), axis=-1, keepdims=True
+        )
         mass = mx.concatenate([mass, others], axis=-1)
     return mass - mx.logsumexp(mass, axis=-1, keepdims=True)
 
 
 def label_kl(
-    student_logprobs: Float[mx.array, "*b c"], teacher_logprobs: Float[mx.array, "*b d"], *, temperature: float = 4.0
+    student_logprobs: Float[mx.array, "*b c"],
+    teacher_logprobs: Float[mx.array, "*b d"],
+    *,
+    temperature: float = 4.0,
 ) -> Float[mx.array, "*b"]:
-    """Forward KL over the labels (and the rest, where both sides have it), softened: Hinton's loss over classes, as it was meant.
+    """Forward KL over the labels (and the rest, where both sides have it), softened: Hinton's loss over
+    classes, as it was meant.
 
-    ``T² KL(softmax(log p / T) ‖ softmax(log q / T))``. Source: Hinton et al. 2015, https://arxiv.org/abs/1503.02531.
+    ``T² KL(softmax(log p / T) ‖ softmax(log q / T))``. Source: Hinton et al. 2015,
+    https://arxiv.org/abs/1503.02531.
 
     Args:
         student_logprobs: From :func:`label_logprobs`.

@@ -38,7 +38,9 @@ def row_logsumexp(x: Float[mx.array, "*b v"]) -> Float[mx.array, "*b"]:
 
 
 def log_softmax(logits: Float[mx.array, "*b v"], temperature: float = 1.0) -> Float[mx.array, "*b v"]:
-    """Float32 log-probabilities ``z/T - logsumexp(z/T)``; masked columns (``-inf``) come back as a huge negative number."""
+    """Float32 log-probabilities ``z/T - logsumexp(z/T)``; masked columns (``-inf``) come back as a huge
+    negative number.
+    """
     z = mx.maximum(logits.astype(mx.float32), LOWEST) / temperature
     return z - row_logsumexp(z)[..., None]
 
@@ -46,7 +48,10 @@ def log_softmax(logits: Float[mx.array, "*b v"], temperature: float = 1.0) -> Fl
 def check_temperature(temperature: float) -> None:
     """Refuse a temperature that is not a positive number."""
     if not 0 < temperature < float("inf"):
-        raise ConfigError(f"temperature is {temperature}", fix="give a positive number; 1 leaves the distributions as they are")
+        raise ConfigError(
+            f"temperature is {temperature}",
+            fix="give a positive number; 1 leaves the distributions as they are",
+        )
 
 
 def check_widths(student: int, teacher: int) -> None:

@@ -1,4 +1,6 @@
-"""The output projection of a model, read a tile at a time: dense or quantised, its own layer or the tied embedding."""
+"""The output projection of a model, read a tile at a time: dense or quantised, its own layer or the tied
+embedding.
+"""
 
 from __future__ import annotations
 
@@ -59,12 +61,15 @@ class HeadWeight:
         if self.scales is not None:
             biases = None if self.biases is None else self.biases[index]
             # mxfp4 comes back as bfloat16, affine in the type of its scales.
-            w = mx.dequantize(w, self.scales[index], biases, group_size=self.group_size, bits=self.bits, mode=self.mode)
+            w = mx.dequantize(
+                w, self.scales[index], biases, group_size=self.group_size, bits=self.bits, mode=self.mode
+            )
         return w.astype(mx.float32)
 
 
 def head_weight(head: Head) -> HeadWeight:
-    """Read a head's arrays: an array ``[v, d]``, ``nn.Linear``, ``nn.Embedding`` (tied) or their quantised kin.
+    """Read a head's arrays: an array ``[v, d]``, ``nn.Linear``, ``nn.Embedding`` (tied) or their quantised
+    kin.
 
     Raises:
         ModelError: Anything else, such as a head with adapters on it.

@@ -1,9 +1,11 @@
-"""Head and loss in one: ``[positions, vocabulary]`` logits never exist, and memory does not know the vocabulary.
+"""Head and loss in one: ``[positions, vocabulary]`` logits never exist, and memory does not know the
+vocabulary.
 
-The projection and the loss are computed a tile of 2048 columns at a time, and the gradient by the hidden state together with the
-value. These functions are *eager*: they evaluate tile by tile, so keep them outside ``mx.compile`` and ``mx.checkpoint`` (the trunk
-may be inside either), and let a frozen head reach the differentiated function by closure: as an argument of ``mx.value_and_grad``
-it would be traced, and every tile of it kept.
+The projection and the loss are computed a tile of 2048 columns at a time, and the gradient by the hidden
+state together with the value. These functions are *eager*: they evaluate tile by tile, so keep them outside
+``mx.compile`` and ``mx.checkpoint`` (the trunk may be inside either), and let a frozen head reach the
+differentiated function by closure: as an argument of ``mx.value_and_grad`` it would be traced, and every tile
+of it kept.
 """
 
 from __future__ import annotations
@@ -40,27 +42,33 @@ def linear_divergence(
     lam: float = 0.1,
     train_head: bool = False,
 ) -> Float[mx.array, "*b"]:
-    """A divergence of :mod:`mlx_distill.losses.divergences` from hidden states and heads, equal in value and gradient.
+    """A divergence of :mod:`mlx_distill.losses.divergences` from hidden states and heads, equal in value and
+    gradient.
 
-    ``divergence(h_s W_sᵀ, h_t W_tᵀ)``, one pass over the vocabulary for the two KLs and two for the others. Source of the
+    ``divergence(h_s W_sᵀ, h_t W_tᵀ)``, one pass over the vocabulary for the two KLs and two for the others.
+    Source of the
     online normaliser: Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867.
 
     Args:
         student_hidden: The student's last hidden states, any float type; the gradient goes here.
-        student_head: ``[v, d]`` array, ``nn.Linear``, ``nn.Embedding`` (tied) or their quantised form; constant unless ``train_head``.
+        student_head: ``[v, d]`` array, ``nn.Linear``, ``nn.Embedding`` (tied) or their quantised form;
+            constant unless ``train_head``.
         teacher_hidden: The teacher's, for the same positions; constant.
         teacher_head: As the student's, with as many columns; its hidden width may differ.
-        divergence: One of ``forward_kl``, ``reverse_kl``, ``js_divergence``, ``skew_kl``, ``total_variation``.
+        divergence: One of ``forward_kl``, ``reverse_kl``, ``js_divergence``, ``skew_kl``,
+            ``total_variation``.
         temperature: T, by which both sides' logits are divided; T² is inside.
         beta: Of ``js_divergence``.
         lam: Of ``skew_kl``.
-        train_head: Give a gradient to the student's dense head weight as well; builds the logits a second time in the backward pass.
+        train_head: Give a gradient to the student's dense head weight as well; builds the logits a second
+            time in the backward pass.
 
     Returns:
         Nats (times T²) a position, not averaged.
 
     Raises:
-        ModelError: The heads' widths differ, a head does not fit its hidden state, or a quantised head is to be trained.
+        ModelError: The heads' widths differ, a head does not fit its hidden state, or a quantised head is to
+            be trained.
         ConfigError: An unknown divergence or an impossible setting.
 
     >>> h, w = mx.array([[1.0, 2.0]]), mx.array([[0.5, 0.0], [0.0, 0.5], [1.0, 1.0]])
@@ -82,7 +90,10 @@ def linear_divergence(
     if flat.shape[0] == 0:
         return mx.zeros(student_hidden.shape[:-1])
     sides = tiles.Sides(
-        _detach(flat) / temperature, head.over(temperature), _detach(_flat(teacher_hidden)) / temperature, other.over(temperature)
+        _detach(flat) / temperature,
+        head.over(temperature),
+        _detach(_flat(teacher_hidden)) / temperature,
+        other.over(temperature),
     )
     pointwise = tiles.pointwise_of(name, beta, lam)
     if name in ("forward_kl", "reverse_kl"):
@@ -104,9 +115,11 @@ def sparse_linear_kl(
     *,
     temperature: float = 1.0,
 ) -> Float[mx.array, "*b"]:
-    """:func:`~mlx_distill.losses.topk.sparse_forward_kl` from the hidden state and the head, equal in value and gradient.
+    """:func:`~mlx_distill.losses.topk.sparse_forward_kl` from the hidden state and the head, equal in value
+    and gradient.
 
-    The k target columns are gathered, the rest is one online ``logsumexp`` over the tiles that leaves them out.
+    The k target columns are gathered, the rest is one online ``logsumexp`` over the tiles that leaves them
+    out.
 
     Args:
         student_hidden: The student's last hidden states, any float type; the gradient goes here.
@@ -135,14 +148,22 @@ def sparse_linear_kl(
     n, k = flat.shape[0], targets.ids.shape[-1]
     if n == 0:
         return mx.zeros(student_hidden.shape[:-1])
-    hidden, ids, logprobs = _detach(flat), targets.ids.reshape(n, k), mx.stop_gradient(targets.logprobs).reshape(n, k)
+    hidden, ids, logprobs = (
+        _detach(flat),
+        targets.ids.reshape(n, k),
+        mx.stop_gradient(targets.logprobs).reshape(n, k),
+    )
     z = tiles.gathered_logits(hidden, head, ids)
     if k == head.columns:
-        values, (dz,) = mx.vjp(lambda z: bucket_kl(z, None, logprobs, temperature=temperature), [z], [mx.ones((n,))])
+        values, (dz,) = mx.vjp(
+            lambda z: bucket_kl(z, None, logprobs, temperature=temperature), [z], [mx.ones((n,))]
+        )
         grad = tiles.gathered_rows(dz, head, ids)
     else:
         tail, mean_w = tiles.tail_logsumexp(hidden, head, ids)
-        values, (dz, dtail) = mx.vjp(lambda z, tail: bucket_kl(z, tail, logprobs, temperature=temperature), [z, tail], [mx.ones((n,))])
+        values, (dz, dtail) = mx.vjp(
+            lambda z, tail: bucket_kl(z, tail, logprobs, temperature=temperature), [z, tail], [mx.ones((n,))]
+        )
         grad = tiles.gathered_rows(dz, head, ids) + dtail[:, None] * mean_w
     mx.eval(values, grad)
     return _attach(values[0], grad, flat).reshape(student_hidden.shape[:-1])
@@ -197,15 +218,21 @@ def linear_cross_entropy(
 
 
 def linear_rows(
-    loss: Callable[[mx.array, slice], mx.array], hidden: Float[mx.array, "*b d"], head: Head, *, rows: int = 64
+    loss: Callable[[mx.array, slice], mx.array],
+    hidden: Float[mx.array, "*b d"],
+    head: Head,
+    *,
+    rows: int = 64,
 ) -> Float[mx.array, "*b"]:
-    """Any loss of whole logit rows, a few rows at a time: value and gradient equal the dense form, memory is ``rows x v``.
+    """Any loss of whole logit rows, a few rows at a time: value and gradient equal the dense form, memory is
+    ``rows x v``.
 
-    For losses that must see the whole vocabulary at once, such as :func:`~mlx_distill.losses.cross_tokenizer.cell_kl`.
+    For losses that must see the whole vocabulary at once, such as
+    :func:`~mlx_distill.losses.cross_tokenizer.cell_kl`.
 
     Args:
-        loss: From logits ``[r, v]`` (float32) and the slice of the flattened positions that they belong to, to one number a row; a
-            row's loss may depend on its own logits only.
+        loss: From logits ``[r, v]`` (float32) and the slice of the flattened positions that they belong to,
+            to one number a row; a row's loss may depend on its own logits only.
         hidden: Last hidden states, any float type; the gradient goes here.
         head: As in :func:`linear_divergence`; constant.
         rows: Positions whose logits exist at the same time.
@@ -235,7 +262,9 @@ def linear_rows(
     return _attach(mx.concatenate(values), mx.concatenate(grads), flat).reshape(hidden.shape[:-1])
 
 
-def _rows_at(loss: Callable[[mx.array, slice], mx.array], hidden: mx.array, at: slice, head: HeadWeight) -> tuple[mx.array, mx.array]:
+def _rows_at(
+    loss: Callable[[mx.array, slice], mx.array], hidden: mx.array, at: slice, head: HeadWeight
+) -> tuple[mx.array, mx.array]:
     parts = []
     for start, stop in tiles.tiles(head.columns):
         parts.append(hidden @ head.tile(start, stop).T + head.bias_tile(start, stop))
@@ -280,12 +309,18 @@ def _detach(x: mx.array) -> mx.array:
 
 
 def _attach(value: mx.array, grad: mx.array, hidden: mx.array) -> mx.array:
-    """The value as a function of the hidden state: exactly ``value``, with exactly ``grad`` as its derivative."""
+    """The value as a function of the hidden state: exactly ``value``, with exactly ``grad`` as its
+    derivative.
+    """
     return value + ((hidden - mx.stop_gradient(hidden)) * grad).sum(axis=-1)
 
 
 def _attach_head(
-    value: mx.array, grad: mx.array, hidden: mx.array, head: HeadWeight, by_weight: Callable[[mx.array], mx.array]
+    value: mx.array,
+    grad: mx.array,
+    hidden: mx.array,
+    head: HeadWeight,
+    by_weight: Callable[[mx.array], mx.array],
 ) -> mx.array:
     if head.scales is not None or head.bias is not None:
         raise ModelError(
@@ -299,7 +334,9 @@ def _attach_head(
         return value
 
     @node.vjp
-    def back(primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array) -> tuple[mx.array, mx.array]:
+    def back(
+        primals: tuple[mx.array, ...], cotangent: mx.array, output: mx.array
+    ) -> tuple[mx.array, mx.array]:
         return cotangent[:, None] * grad, by_weight(_detach(cotangent)).astype(weight.dtype)
 
     out = node(hidden, weight)
@@ -307,8 +344,9 @@ def _attach_head(
     return out
 
 
-# Of a head that has no tiles, at least so many positions are read together. In the backward pass some eight arrays as large as their
-# logits exist at once, so the logits of more positions are no more than an eighth of the limit, or of what learns in the head.
+# Of a head that has no tiles, at least so many positions are read together. In the backward pass some eight
+# arrays as large as their logits exist at once, so the logits of more positions are no more than an eighth of
+# the limit, or of what learns in the head.
 ROWS = 32
 
 
@@ -316,16 +354,20 @@ ROWS = 32
 RowLoss: TypeAlias = Callable[[mx.array, slice], mx.array]
 
 
-def in_slices(loss: RowLoss, hidden: Float[mx.array, "n d"], layer: nn.Module, rows: int = ROWS) -> Float[mx.array, " n"]:
-    """Any loss of whole logit rows through any head, one that learns or has an adapter too; memory is ``rows x v``.
+def in_slices(
+    loss: RowLoss, hidden: Float[mx.array, "n d"], layer: nn.Module, rows: int = ROWS
+) -> Float[mx.array, " n"]:
+    """Any loss of whole logit rows through any head, one that learns or has an adapter too; memory is
+    ``rows x v``.
 
-    Value and gradient, that of the head's own parameters included, equal the dense form. The logits of a slice are dropped after its value
-    is known, and computed again in the backward pass, where the head draws the same random numbers. *Eager*, as all that is in
-    :mod:`mlx_distill.losses.tiled`: keep it outside ``mx.compile`` and ``mx.checkpoint``.
+    Value and gradient, that of the head's own parameters included, equal the dense form. The logits of a
+    slice are dropped after its value is known, and computed again in the backward pass, where the head draws
+    the same random numbers. *Eager*, as all that is in :mod:`mlx_distill.losses.tiled`: keep it outside
+    ``mx.compile`` and ``mx.checkpoint``.
 
     Args:
-        loss: From logits ``[r, v]`` (float32) and the slice of the positions that they belong to, to one number a row; a row's loss may
-            depend on its own logits only.
+        loss: From logits ``[r, v]`` (float32) and the slice of the positions that they belong to, to one
+            number a row; a row's loss may depend on its own logits only.
         hidden: Last hidden states, any float type.
         layer: The head; its trainable parameters get a gradient, and stay as they are.
         rows: Positions whose logits exist at the same time.
@@ -337,7 +379,9 @@ def in_slices(loss: RowLoss, hidden: Float[mx.array, "n d"], layer: nn.Module, r
     keys: list[list[int]] = []
 
     def logits(some: mx.array, *weights: mx.array) -> mx.array:
-        layer.load_weights([(name, weight) for (name, _), weight in zip(own, weights, strict=True)], strict=False)
+        layer.load_weights(
+            [(name, weight) for (name, _), weight in zip(own, weights, strict=True)], strict=False
+        )
         return project(layer, some).astype(mx.float32)
 
     @mx.custom_function
@@ -367,7 +411,10 @@ def in_slices(loss: RowLoss, hidden: Float[mx.array, "n d"], layer: nn.Module, r
             del found
         set_random_key(after)
         layer.load_weights(own, strict=False)
-        return [mx.concatenate(by_hidden), *(total.astype(weight.dtype) for total, weight in zip(by_weights, weights, strict=True))]
+        return [
+            mx.concatenate(by_hidden),
+            *(total.astype(weight.dtype) for total, weight in zip(by_weights, weights, strict=True)),
+        ]
 
     out = node([hidden, *(weight for _, weight in own)])
     assert isinstance(out, mx.array)
@@ -375,5 +422,7 @@ def in_slices(loss: RowLoss, hidden: Float[mx.array, "n d"], layer: nn.Module, r
 
 
 def _detached(x: mx.array) -> mx.array:
-    """The same numbers, evaluated, in no graph: what is computed inside a differentiated function keeps all that it was made of."""
+    """The same numbers, evaluated, in no graph: what is computed inside a differentiated function keeps all
+    that it was made of.
+    """
     return mx.array(np.array(x.astype(mx.float32), copy=False)).astype(x.dtype)

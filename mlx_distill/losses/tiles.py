@@ -1,9 +1,11 @@
-"""The kernels under :mod:`mlx_distill.losses.tiled`: one look at every vocabulary tile, values and gradients at once.
+"""The kernels under :mod:`mlx_distill.losses.tiled`: one look at every vocabulary tile, values and gradients
+at once.
 
-All of them take *detached* float32 hidden states ``[n, d]``, already divided by the temperature, and never build more than
-``ROWS x TILE`` logits. Every tile is evaluated before the next one is built: a lazy graph would keep them all alive, and so would
-``mx.compile`` or ``mx.checkpoint`` around the caller. A divergence comes back with what its gradient by a logit needs
-(:class:`Normals`); that gradient is ``T² (g_j - q_j Σ g)``, where ``g`` is the derivative of a column's share by ``log q``.
+All of them take *detached* float32 hidden states ``[n, d]``, already divided by the temperature, and never
+build more than ``ROWS x TILE`` logits. Every tile is evaluated before the next one is built: a lazy graph
+would keep them all alive, and so would ``mx.compile`` or ``mx.checkpoint`` around the caller. A divergence
+comes back with what its gradient by a logit needs (:class:`Normals`); that gradient is
+``T² (g_j - q_j Σ g)``, where ``g`` is the derivative of a column's share by ``log q``.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ ROWS = 512
 # How many numbers of gathered weight rows may be held at once.
 GATHERED = 2**22
 
-# One column's share of a divergence, and its derivative by the student's log-probability: (log_q, log_p) -> (f, g).
+# One column's share of a divergence, and its derivative by the student's log-probability: (log_q, log_p) ->
+# (f, g).
 Pointwise = Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]
 Sums = dict[str, mx.array]
 
@@ -73,14 +76,22 @@ def pointwise_of(divergence: str, beta: float, lam: float) -> Pointwise:
         gap = q - mx.exp(log_p)
         return 0.5 * mx.abs(gap), 0.5 * mx.sign(gap) * q
 
-    forms = {"forward_kl": forward, "reverse_kl": reverse, "js_divergence": js, "skew_kl": skew, "total_variation": variation}
+    forms = {
+        "forward_kl": forward,
+        "reverse_kl": reverse,
+        "js_divergence": js,
+        "skew_kl": skew,
+        "total_variation": variation,
+    }
     return forms[divergence]
 
 
 def tail_logsumexp(
     hidden: Float[mx.array, "n d"], head: HeadWeight, without: Int[mx.array, "n k"] | None = None
 ) -> tuple[Float[mx.array, " n"], Float[mx.array, "n d"]]:
-    """``logsumexp`` over all columns but ``without``, and its gradient: the expected row of the weight under that softmax."""
+    """``logsumexp`` over all columns but ``without``, and its gradient: the expected row of the weight under
+    that softmax.
+    """
     states: list[Sums] = []
     for rows in split(hidden):
         n, d = hidden[rows].shape
@@ -107,22 +118,27 @@ def _add_tail(s: Sums, z: mx.array, w: mx.array) -> Sums:
 
 
 def kl_one_pass(sides: Sides, *, temperature: float, reverse: bool) -> tuple[mx.array, mx.array, Normals]:
-    """Forward or reverse KL (with T²), its gradient by the student's hidden state and its normals, in one pass over the tiles.
+    """Forward or reverse KL (with T²), its gradient by the student's hidden state and its normals, in one
+    pass over the tiles.
 
-    With ``D = z_p - z_q`` (tempered logits): forward ``E_p[D] - log Z_p + log Z_q`` with gradient ``T (E_q[w] - E_p[w])``; reverse
-    ``E_q[-D] + log Z_p - log Z_q`` with gradient ``T (E_q[-D w] - E_q[-D] E_q[w])``. The expectations are running sums under a running
-    maximum.
+    With ``D = z_p - z_q`` (tempered logits): forward ``E_p[D] - log Z_p + log Z_q`` with gradient
+    ``T (E_q[w] - E_p[w])``; reverse ``E_q[-D] + log Z_p - log Z_q`` with gradient
+    ``T (E_q[-D w] - E_q[-D] E_q[w])``. The expectations are running sums under a running maximum.
     """
     states: list[Sums] = []
     for rows in split(sides.student):
         n, d = sides.student[rows].shape
         low, one, wide = mx.full((n, 1), LOWEST), mx.zeros((n, 1)), mx.zeros((n, d))
-        states.append({"top_p": low, "top_q": low, "z_p": one, "z_q": one, "d": one, "w_q": wide, "w_x": wide})
+        states.append(
+            {"top_p": low, "top_q": low, "z_p": one, "z_q": one, "d": one, "w_q": wide, "w_x": wide}
+        )
     for start, stop in tiles(sides.student_head.columns):
         w, bias = sides.student_head.tile(start, stop), sides.student_head.bias_tile(start, stop)
         u, bias_u = sides.teacher_head.tile(start, stop), sides.teacher_head.bias_tile(start, stop)
         for i, rows in enumerate(split(sides.student)):
-            states[i] = _add_kl(states[i], sides.teacher[rows] @ u.T + bias_u, sides.student[rows] @ w.T + bias, w, reverse)
+            states[i] = _add_kl(
+                states[i], sides.teacher[rows] @ u.T + bias_u, sides.student[rows] @ w.T + bias, w, reverse
+            )
             mx.eval(states[i])
     done = [_finish_kl(s, temperature, reverse) for s in states]
     value, grad = _join([(value, grad) for value, grad, _ in done])
@@ -156,13 +172,19 @@ def _finish_kl(s: Sums, temperature: float, reverse: bool) -> tuple[mx.array, mx
     else:
         value, grad = s["d"] / s["z_p"] + log_z_q - log_z_p, s["w_q"] / s["z_q"] - s["w_x"] / s["z_p"]
         total = -mx.ones_like(value)
-    return temperature**2 * value[:, 0], temperature * grad, Normals(log_z_q[:, 0], log_z_p[:, 0], total[:, 0])
+    return (
+        temperature**2 * value[:, 0],
+        temperature * grad,
+        Normals(log_z_q[:, 0], log_z_p[:, 0], total[:, 0]),
+    )
 
 
 def two_pass(sides: Sides, pointwise: Pointwise, *, temperature: float) -> tuple[mx.array, mx.array, Normals]:
-    """Any divergence that is a sum over columns of ``f(log q, log p)`` (with T²), its gradient by the student's hidden state, its normals.
+    """Any divergence that is a sum over columns of ``f(log q, log p)`` (with T²), its gradient by the
+    student's hidden state, its normals.
 
-    The first pass finds both normalisers; the second sums ``f``, ``g`` and ``g w``. The gradient is ``T (Σ g w - E_q[w] Σ g)``.
+    The first pass finds both normalisers; the second sums ``f``, ``g`` and ``g w``. The gradient is
+    ``T (Σ g w - E_q[w] Σ g)``.
     """
     log_z_q, mean_w = tail_logsumexp(sides.student, sides.student_head)
     log_z_p, _ = tail_logsumexp(sides.teacher, sides.teacher_head)
@@ -171,18 +193,33 @@ def two_pass(sides: Sides, pointwise: Pointwise, *, temperature: float) -> tuple
     states: dict[int, tuple[mx.array, mx.array, mx.array]] = {}
     for _, rows, w, log_q, log_p in _log_prob_tiles(sides, normals):
         f, g = pointwise(log_q, log_p)
-        zero = (mx.zeros((log_q.shape[0],)), mx.zeros((log_q.shape[0],)), mx.zeros((log_q.shape[0], w.shape[1])))
+        zero = (
+            mx.zeros((log_q.shape[0],)),
+            mx.zeros((log_q.shape[0],)),
+            mx.zeros((log_q.shape[0], w.shape[1])),
+        )
         value, total, weighted = states.get(rows.start, zero)
         states[rows.start] = (value + f.sum(axis=1), total + g.sum(axis=1), weighted + g @ w)
         mx.eval(states[rows.start])
     value, total, weighted = (mx.concatenate(list(part)) for part in zip(*states.values(), strict=True))
-    return temperature**2 * value, temperature * (weighted - total[:, None] * mean_w), Normals(log_z_q, log_z_p, total)
+    return (
+        temperature**2 * value,
+        temperature * (weighted - total[:, None] * mean_w),
+        Normals(log_z_q, log_z_p, total),
+    )
 
 
 def weight_gradient(
-    sides: Sides, normals: Normals, pointwise: Pointwise, cotangent: Float[mx.array, " n"], *, temperature: float
+    sides: Sides,
+    normals: Normals,
+    pointwise: Pointwise,
+    cotangent: Float[mx.array, " n"],
+    *,
+    temperature: float,
 ) -> Float[mx.array, "v d"]:
-    """Gradient of ``Σ cotangent · divergence`` by the student's dense head; the logits are built a second time, tile by tile."""
+    """Gradient of ``Σ cotangent · divergence`` by the student's dense head; the logits are built a second
+    time, tile by tile.
+    """
     scale = temperature**2 * cotangent[:, None]
     parts: dict[int, mx.array] = {}
     for start, rows, _, log_q, log_p in _log_prob_tiles(sides, normals):
@@ -194,7 +231,9 @@ def weight_gradient(
     return mx.concatenate(list(parts.values()))
 
 
-def _log_prob_tiles(sides: Sides, normals: Normals) -> Iterator[tuple[int, slice, mx.array, mx.array, mx.array]]:
+def _log_prob_tiles(
+    sides: Sides, normals: Normals
+) -> Iterator[tuple[int, slice, mx.array, mx.array, mx.array]]:
     for start, stop in tiles(sides.student_head.columns):
         w, bias = sides.student_head.tile(start, stop), sides.student_head.bias_tile(start, stop)
         u, bias_u = sides.teacher_head.tile(start, stop), sides.teacher_head.bias_tile(start, stop)
@@ -205,7 +244,10 @@ def _log_prob_tiles(sides: Sides, normals: Normals) -> Iterator[tuple[int, slice
 
 
 def softmax_weight_gradient(
-    hidden: Float[mx.array, "n d"], head: HeadWeight, log_z: Float[mx.array, " n"], cotangent: Float[mx.array, " n"]
+    hidden: Float[mx.array, "n d"],
+    head: HeadWeight,
+    log_z: Float[mx.array, " n"],
+    cotangent: Float[mx.array, " n"],
 ) -> Float[mx.array, "v d"]:
     """Gradient of ``Σ cotangent · logsumexp(logits)`` by a dense head."""
     parts = []
@@ -220,7 +262,9 @@ def softmax_weight_gradient(
     return mx.concatenate(parts)
 
 
-def gathered_logits(hidden: Float[mx.array, "n d"], head: HeadWeight, ids: Int[mx.array, "n k"]) -> Float[mx.array, "n k"]:
+def gathered_logits(
+    hidden: Float[mx.array, "n d"], head: HeadWeight, ids: Int[mx.array, "n k"]
+) -> Float[mx.array, "n k"]:
     """The logits of k tokens a row, through the rows of the weight that belong to them; a few rows at a time."""
     out = []
     for rows in split(hidden, max(1, GATHERED // (ids.shape[1] * head.hidden))):
@@ -231,8 +275,12 @@ def gathered_logits(hidden: Float[mx.array, "n d"], head: HeadWeight, ids: Int[m
     return mx.concatenate(out)
 
 
-def gathered_rows(weights: Float[mx.array, "n k"], head: HeadWeight, ids: Int[mx.array, "n k"]) -> Float[mx.array, "n d"]:
-    """``Σ_k weights · W[ids]``: the gradient by the hidden state of anything whose gradient by :func:`gathered_logits` is ``weights``."""
+def gathered_rows(
+    weights: Float[mx.array, "n k"], head: HeadWeight, ids: Int[mx.array, "n k"]
+) -> Float[mx.array, "n d"]:
+    """``Σ_k weights · W[ids]``: the gradient by the hidden state of anything whose gradient by
+    :func:`gathered_logits` is ``weights``.
+    """
     out = []
     for rows in split(weights, max(1, GATHERED // (ids.shape[1] * head.hidden))):
         w = head.rows(ids[rows].reshape(-1)).reshape(*ids[rows].shape, -1)
@@ -258,4 +306,6 @@ def _join(parts: list[tuple[mx.array, mx.array]]) -> tuple[mx.array, mx.array]:
 
 
 def _join_normals(parts: list[Normals]) -> Normals:
-    return Normals(*(mx.concatenate([getattr(part, name) for part in parts]) for name in ("log_z_q", "log_z_p", "total")))
+    return Normals(
+        *(mx.concatenate([getattr(part, name) for part in parts]) for name in ("log_z_q", "log_z_p", "total"))
+    )

@@ -19,9 +19,9 @@ from mlx_distill.losses.byte_alignment import Vocabulary, vocabulary
 class CellMap:
     """Which cell each token of either vocabulary belongs to.
 
-    ``student [v]`` and ``teacher [w]`` int32 give a cell from 0 to ``cells - 1`` for each token id; the last cell, ``outside``, holds
-    what the other side cannot say (special tokens, unused ids) and never counts as a target. ``shared`` is the number of tokens that
-    both vocabularies have, special ones and stops apart.
+    ``student [v]`` and ``teacher [w]`` int32 give a cell from 0 to ``cells - 1`` for each token id; the last
+    cell, ``outside``, holds what the other side cannot say (special tokens, unused ids) and never counts as a
+    target. ``shared`` is the number of tokens that both vocabularies have, special ones and stops apart.
     """
 
     student: np.ndarray
@@ -42,12 +42,14 @@ def cell_map(
     student_stop: int | Iterable[int] | None = None,
     teacher_stop: int | Iterable[int] | None = None,
 ) -> CellMap:
-    """Lay two byte-level vocabularies over each other: one cell a shared token, every other token in the cell of its beginning.
+    """Lay two byte-level vocabularies over each other: one cell a shared token, every other token in the cell
+    of its beginning.
 
-    A token that only one side has joins the cell of the *first token of its re-encoding by the other side* (where its bytes are no
-    text, of the longest token that begins it), again and again until a shared token is reached. Taking the re-encoding and not the
-    longest prefix keeps the target in line with the text that the student is trained on. With one tokenizer on both sides each
-    token is its own cell. The idea of prefix mass is that of byte-prefix marginalisation; the canonical parent is this library's own.
+    A token that only one side has joins the cell of the *first token of its re-encoding by the other side*
+    (where its bytes are no text, of the longest token that begins it), again and again until a shared token
+    is reached. Taking the re-encoding and not the longest prefix keeps the target in line with the text that
+    the student is trained on. With one tokenizer on both sides each token is its own cell. The idea of prefix
+    mass is that of byte-prefix marginalisation; the canonical parent is this library's own.
 
     Args:
         student_tokenizer: A byte-level BPE from ``transformers``, ``mlx_lm`` or ``tokenizers``.
@@ -71,7 +73,8 @@ def cell_map(
     student, teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
     width = len(student.tokens)
     total = width + len(teacher.tokens)
-    # Nodes: the student's tokens, then the teacher's, then "outside". Each points at its parent; roots point at themselves.
+    # Nodes: the student's tokens, then the teacher's, then "outside". Each points at its parent; roots point
+    # at themselves.
     parent = np.full(total + 1, total, dtype=np.int64)
     mine = {token: i for i, token in reversed(list(enumerate(student.tokens))) if token}
     theirs = {token: i for i, token in reversed(list(enumerate(teacher.tokens))) if token}
@@ -82,10 +85,26 @@ def cell_map(
     for i, token in enumerate(teacher.tokens):
         if token in shared:
             parent[width + i] = mine[token]
-    _adopt(parent, {i: token for token, i in mine.items() if token not in shared}, teacher, theirs, at=0, other_at=width)
-    _adopt(parent, {i: token for token, i in theirs.items() if token not in shared}, student, mine, at=width, other_at=0)
+    _adopt(
+        parent,
+        {i: token for token, i in mine.items() if token not in shared},
+        teacher,
+        theirs,
+        at=0,
+        other_at=width,
+    )
+    _adopt(
+        parent,
+        {i: token for token, i in theirs.items() if token not in shared},
+        student,
+        mine,
+        at=width,
+        other_at=0,
+    )
     _join_specials(parent, student, teacher, width)
-    _join_stops(parent, _stops(student_stop, student, "student"), _stops(teacher_stop, teacher, "teacher"), width)
+    _join_stops(
+        parent, _stops(student_stop, student, "student"), _stops(teacher_stop, teacher, "teacher"), width
+    )
     while not np.array_equal(parent, parent[parent]):
         parent = parent[parent]
     roots, cells = np.unique(parent, return_inverse=True)
@@ -93,7 +112,15 @@ def cell_map(
     return CellMap(student=cells[:width], teacher=cells[width:total], cells=len(roots), shared=len(shared))
 
 
-def _adopt(parent: np.ndarray, orphans: dict[int, bytes], other: Vocabulary, ids: dict[bytes, int], *, at: int, other_at: int) -> None:
+def _adopt(
+    parent: np.ndarray,
+    orphans: dict[int, bytes],
+    other: Vocabulary,
+    ids: dict[bytes, int],
+    *,
+    at: int,
+    other_at: int,
+) -> None:
     """Give each token that only one side has its parent on the other side."""
     texts = {}
     for i, token in orphans.items():
@@ -102,7 +129,9 @@ def _adopt(parent: np.ndarray, orphans: dict[int, bytes], other: Vocabulary, ids
         except UnicodeDecodeError:
             continue
     firsts: dict[int, bytes] = {}
-    for i, encoding in zip(texts, other.backend.encode_batch(list(texts.values()), add_special_tokens=False), strict=True):
+    for i, encoding in zip(
+        texts, other.backend.encode_batch(list(texts.values()), add_special_tokens=False), strict=True
+    ):
         if encoding.ids:
             firsts[i] = other.tokens[encoding.ids[0]]
     for i, token in orphans.items():
@@ -123,7 +152,9 @@ def _join_specials(parent: np.ndarray, student: Vocabulary, teacher: Vocabulary,
 
 def _join_stops(parent: np.ndarray, student: list[int], teacher: list[int], width: int) -> None:
     if bool(student) != bool(teacher):
-        raise ConfigError("a stop token on one side only", fix="give both student_stop and teacher_stop, or neither")
+        raise ConfigError(
+            "a stop token on one side only", fix="give both student_stop and teacher_stop, or neither"
+        )
     for i in student:
         parent[i] = student[0]
     for i in teacher:
@@ -134,5 +165,8 @@ def _stops(stop: int | Iterable[int] | None, known: Vocabulary, side: str) -> li
     stops = [] if stop is None else [stop] if isinstance(stop, int | np.integer) else list(stop)
     for i in stops:
         if not 0 <= i < len(known.tokens):
-            raise ConfigError(f"{side}_stop: the tokenizer has no token {i}", fix="give the id of the token that ends the assistant's turn")
+            raise ConfigError(
+                f"{side}_stop: the tokenizer has no token {i}",
+                fix="give the id of the token that ends the assistant's turn",
+            )
     return [int(i) for i in stops]

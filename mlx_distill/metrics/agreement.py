@@ -1,7 +1,7 @@
 """How far a model gives its teacher's answers: the same items, row by row.
 
-Rows are paired by their id; rows that only one side has are left out, so ``n`` says how many were compared. An answer that is not
-valid agrees with nothing, not even with another one.
+Rows are paired by their id; rows that only one side has are left out, so ``n`` says how many were compared.
+An answer that is not valid agrees with nothing, not even with another one.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_distill.errors import DataError
-from mlx_distill.metrics.classification import Row, accuracy, answered, answered_score, confusion, right, split_by, true_value
+from mlx_distill.metrics.classification import (
+    Row,
+    accuracy,
+    answered,
+    answered_score,
+    confusion,
+    right,
+    split_by,
+    true_value,
+)
 from mlx_distill.metrics.intervals import Comparison, Estimate, compare_paired, mean_estimate, rate
 
 TINY = 1e-12
@@ -36,7 +45,10 @@ def _by_id(rows: Sequence[Row]) -> dict[str, Row]:
     known: dict[str, Row] = {}
     for row in rows:
         if row["id"] in known:
-            raise DataError(f"id {row['id']!r} stands twice in one set of predictions", fix="give every row of the data its own id")
+            raise DataError(
+                f"id {row['id']!r} stands twice in one set of predictions",
+                fix="give every row of the data its own id",
+            )
         known[row["id"]] = row
     return known
 
@@ -57,11 +69,15 @@ def verdict_agreement(model: Sequence[Row], teacher: Sequence[Row], *, confidenc
     return rate(sum(hits), len(hits), confidence)
 
 
-def agreement(model: Sequence[Row], teacher: Sequence[Row], *, tolerance: float | None, confidence: float = 0.95) -> Estimate:
-    """Share of the items with the teacher's label and a score at most ``tolerance`` points from the teacher's.
+def agreement(
+    model: Sequence[Row], teacher: Sequence[Row], *, tolerance: float | None, confidence: float = 0.95
+) -> Estimate:
+    """Share of the items with the teacher's label and a score at most ``tolerance`` points from the
+    teacher's.
 
     Args:
-        tolerance: In points of the task's scale; None where the task has no score, and then the label alone decides.
+        tolerance: In points of the task's scale; None where the task has no score, and then the label alone
+            decides.
 
     >>> row = {"id": "x", "answer": {}, "label": "a", "score": 60}
     >>> agreement([row], [{**row, "score": 65}], tolerance=5.0)["value"]
@@ -79,7 +95,8 @@ def _near(model: Row, teacher: Row, tolerance: float | None) -> bool:
 
 
 def score_gap(model: Sequence[Row], teacher: Sequence[Row], *, confidence: float = 0.95) -> Estimate:
-    """Mean absolute difference of the model's score from the teacher's, in points, over items where both have one.
+    """Mean absolute difference of the model's score from the teacher's, in points, over items where both have
+    one.
 
     >>> row = {"id": "x", "answer": {}, "label": "a", "score": 60}
     >>> score_gap([row], [{**row, "score": 65}])["value"]
@@ -90,30 +107,44 @@ def score_gap(model: Sequence[Row], teacher: Sequence[Row], *, confidence: float
 
 
 def divergence(teacher: Mapping[str, float], model: Mapping[str, float], labels: Sequence[str]) -> float:
-    """KL divergence in nats of one label distribution from another: ``sum_c p_c ln(p_c / q_c)``, each normalized over ``labels``.
+    """KL divergence in nats of one label distribution from another: ``sum_c p_c ln(p_c / q_c)``, each
+    normalized over ``labels``.
 
     >>> round(divergence({"a": 0.5, "b": 0.5}, {"a": 0.75, "b": 0.25}, ["a", "b"]), 4)
     0.1438
     """
     p, q = ([max(float(side.get(name, 0.0)), TINY) for name in labels] for side in (teacher, model))
     p_all, q_all = math.fsum(p), math.fsum(q)
-    return max(0.0, math.fsum(a / p_all * math.log((a / p_all) / (b / q_all)) for a, b in zip(p, q, strict=True)))
+    return max(
+        0.0, math.fsum(a / p_all * math.log((a / p_all) / (b / q_all)) for a, b in zip(p, q, strict=True))
+    )
 
 
-def label_kl(model: Sequence[Row], teacher: Sequence[Row], labels: Sequence[str], *, confidence: float = 0.95) -> Estimate:
-    """Mean KL divergence in nats of the teacher's label distribution to the model's, over items where both were asked for one."""
+def label_kl(
+    model: Sequence[Row], teacher: Sequence[Row], labels: Sequence[str], *, confidence: float = 0.95
+) -> Estimate:
+    """Mean KL divergence in nats of the teacher's label distribution to the model's, over items where both
+    were asked for one.
+    """
     pairs = [(b.get("label_probs"), a.get("label_probs")) for a, b in pair(model, teacher)]
     return mean_estimate([divergence(p, q, labels) for p, q in pairs if p and q], confidence)
 
 
-def teacher_confusion(model: Sequence[Row], teacher: Sequence[Row], label: str, labels: Sequence[str]) -> dict[str, Any]:
+def teacher_confusion(
+    model: Sequence[Row], teacher: Sequence[Row], label: str, labels: Sequence[str]
+) -> dict[str, Any]:
     """:func:`mlx_distill.metrics.classification.confusion` with the teacher's labels as the reference."""
     pairs = pair(model, teacher)
     return confusion([a for a, _ in pairs], label, labels, [answered(b) for _, b in pairs])
 
 
 def by_slice(
-    rows: Sequence[Row], teacher: Sequence[Row] | None, label: str, fields: Sequence[str], *, confidence: float = 0.95
+    rows: Sequence[Row],
+    teacher: Sequence[Row] | None,
+    label: str,
+    fields: Sequence[str],
+    *,
+    confidence: float = 0.95,
 ) -> dict[str, dict[str, Any]]:
     """Accuracy, and agreement with the teacher where there is one, by the values of each field.
 
@@ -126,32 +157,50 @@ def by_slice(
             value: {
                 "n": len(part),
                 "accuracy": accuracy(part, label, confidence=confidence),
-                "verdict_agreement": None if teacher is None else verdict_agreement(part, teacher, confidence=confidence),
+                "verdict_agreement": None
+                if teacher is None
+                else verdict_agreement(part, teacher, confidence=confidence),
             }
             for value, part in split_by(rows, field).items()
         }
     return out
 
 
-def versus(model: Sequence[Row], teacher: Sequence[Row], label: str, *, confidence: float = 0.95) -> Comparison | None:
-    """Who is right where: accuracy of the model less the teacher's on the items that have a truth, as a paired comparison."""
+def versus(
+    model: Sequence[Row], teacher: Sequence[Row], label: str, *, confidence: float = 0.95
+) -> Comparison | None:
+    """Who is right where: accuracy of the model less the teacher's on the items that have a truth, as a
+    paired comparison.
+    """
     pairs = [(a, b) for a, b in pair(model, teacher) if true_value(a, label) is not None]
-    return compare_paired(right([a for a, _ in pairs], label), right([b for _, b in pairs], label), confidence)
+    return compare_paired(
+        right([a for a, _ in pairs], label), right([b for _, b in pairs], label), confidence
+    )
 
 
-def agreement_gain(first: Sequence[Row], second: Sequence[Row], teacher: Sequence[Row], *, confidence: float = 0.95) -> Comparison | None:
+def agreement_gain(
+    first: Sequence[Row], second: Sequence[Row], teacher: Sequence[Row], *, confidence: float = 0.95
+) -> Comparison | None:
     """Agreement of one model with the teacher less another's, on the items that all three answered."""
     reference = _by_id(teacher)
     pairs = [(a, b) for a, b in pair(first, second) if a["id"] in reference]
     return compare_paired(
-        [same_label(a, reference[a["id"]]) for a, _ in pairs], [same_label(b, reference[b["id"]]) for _, b in pairs], confidence
+        [same_label(a, reference[a["id"]]) for a, _ in pairs],
+        [same_label(b, reference[b["id"]]) for _, b in pairs],
+        confidence,
     )
 
 
 def disagreements(
-    model: Sequence[Row], teacher: Sequence[Row], labels: Sequence[str], properties: Sequence[str], *, limit: int | None = None
+    model: Sequence[Row],
+    teacher: Sequence[Row],
+    labels: Sequence[str],
+    properties: Sequence[str],
+    *,
+    limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The items on which the labels differ (or an answer is not valid), side by side, the farthest apart first.
+    """The items on which the labels differ (or an answer is not valid), side by side, the farthest apart
+    first.
 
     Args:
         labels: The task's classes.
@@ -159,8 +208,9 @@ def disagreements(
         limit: At most so many; None for all.
 
     Returns:
-        For each item ``id``, ``set``, ``title``, ``input``, ``fields``, ``truth``, ``teacher`` and ``model`` (each ``answer``, ``label``,
-        ``score``, ``error``, and ``text`` where the answer is not valid), and ``differs``: the names of the fields that differ.
+        For each item ``id``, ``set``, ``title``, ``input``, ``fields``, ``truth``, ``teacher`` and ``model``
+        (each ``answer``, ``label``, ``score``, ``error``, and ``text`` where the answer is not valid), and
+        ``differs``: the names of the fields that differ.
     """
     apart = [(a, b) for a, b in pair(model, teacher) if not same_label(a, b)]
     apart.sort(key=lambda both: _distance(both[0], both[1], labels), reverse=True)
@@ -170,7 +220,9 @@ def disagreements(
 def _distance(model: Row, teacher: Row, labels: Sequence[str]) -> tuple[float, float]:
     p, q = teacher.get("label_probs"), model.get("label_probs")
     a, b = answered_score(model), answered_score(teacher)
-    return (divergence(p, q, labels) if p and q else 0.0), (abs(a - b) if a is not None and b is not None else 0.0)
+    return (divergence(p, q, labels) if p and q else 0.0), (
+        abs(a - b) if a is not None and b is not None else 0.0
+    )
 
 
 def _side_by_side(model: Row, teacher: Row, properties: Sequence[str]) -> dict[str, Any]:
@@ -184,5 +236,8 @@ def _side_by_side(model: Row, teacher: Row, properties: Sequence[str]) -> dict[s
 
 
 def _side(row: Row) -> dict[str, Any]:
-    side = {key: row.get(key) for key in ("answer", "error")} | {"label": answered(row), "score": answered_score(row)}
+    side = {key: row.get(key) for key in ("answer", "error")} | {
+        "label": answered(row),
+        "score": answered_score(row),
+    }
     return side if row.get("answer") is not None else {**side, "text": row.get("text", "")}

@@ -1,8 +1,9 @@
 """Figures from rows of predictions: right or wrong, errors by class and by group, speed.
 
-A row is a dict as ``predictions.jsonl`` holds it: ``id``, ``truth``, ``answer``, ``label``, ``score``, ``label_probs``, ``fields``,
-``latency_s``, ``tokens``. An answer that is not valid is never right: it has no label and no score, whatever its text looks like.
-Everything against a teacher lives in :mod:`mlx_distill.metrics.agreement`.
+A row is a dict as ``predictions.jsonl`` holds it: ``id``, ``truth``, ``answer``, ``label``, ``score``,
+``label_probs``, ``fields``, ``latency_s``, ``tokens``. An answer that is not valid is never right: it has no
+label and no score, whatever its text looks like. Everything against a teacher lives in
+:mod:`mlx_distill.metrics.agreement`.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class Counts:
 
 
 def count_sides(rows: Sequence[Row], label: str, positive: Sequence[str]) -> Counts:
-    """Tally the rows by side. An answer that is not valid raises no flag, so it misses a positive and passes a negative.
+    """Tally the rows by side. An answer that is not valid raises no flag, so it misses a positive and passes
+    a negative.
 
     >>> row = {"truth": {"kind": "bad"}, "answer": None, "label": None}
     >>> count_sides([row], "kind", ["bad"])
@@ -110,7 +112,9 @@ def count_sides(rows: Sequence[Row], label: str, positive: Sequence[str]) -> Cou
         truth = true_value(row, label)
         if truth is not None:
             cells[2 * (truth in positive) + (answered(row) in positive)] += 1
-    return Counts(true_negative=cells[0], false_positive=cells[1], false_negative=cells[2], true_positive=cells[3])
+    return Counts(
+        true_negative=cells[0], false_positive=cells[1], false_negative=cells[2], true_positive=cells[3]
+    )
 
 
 def precision(counts: Counts, confidence: float = 0.95) -> Estimate:
@@ -136,13 +140,15 @@ def false_negative_rate(counts: Counts, confidence: float = 0.95) -> Estimate:
 def f1(counts: Counts, confidence: float = 0.95) -> Estimate:
     """``2 TP / (2 TP + FP + FN)``.
 
-    It rises with the share ``J = TP / (TP + FP + FN)`` of the items that somebody calls positive, as ``2 J / (1 + J)``, so the ends of
-    Wilson's interval of ``J`` give those of F1; ``n`` counts these items.
+    It rises with the share ``J = TP / (TP + FP + FN)`` of the items that somebody calls positive, as
+    ``2 J / (1 + J)``, so the ends of Wilson's interval of ``J`` give those of F1; ``n`` counts these items.
 
     >>> round(f1(Counts(8, 2, 9, 1))["value"], 4)
     0.8421
     """
-    share = rate(counts.true_positive, counts.true_positive + counts.false_positive + counts.false_negative, confidence)
+    share = rate(
+        counts.true_positive, counts.true_positive + counts.false_positive + counts.false_negative, confidence
+    )
     if share["value"] is None or share["low"] is None or share["high"] is None:
         return share
     value, low, high = (2 * x / (1 + x) for x in (share["value"], share["low"], share["high"]))
@@ -150,7 +156,13 @@ def f1(counts: Counts, confidence: float = 0.95) -> Estimate:
 
 
 def macro_f1(
-    rows: Sequence[Row], label: str, labels: Sequence[str], confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0
+    rows: Sequence[Row],
+    label: str,
+    labels: Sequence[str],
+    confidence: float = 0.95,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> Estimate:
     """Mean over the classes of each one's F1, with a percentile bootstrap interval over the items.
 
@@ -160,13 +172,21 @@ def macro_f1(
     >>> macro_f1([row], "kind", ["a", "b"])["value"]
     1.0
     """
-    cells = np.array(confusion(rows, label, labels)["counts"], dtype=np.int64).reshape(len(labels), len(labels) + 1)
+    cells = np.array(confusion(rows, label, labels)["counts"], dtype=np.int64).reshape(
+        len(labels), len(labels) + 1
+    )
     n, value = int(cells.sum()), float(_mean_f1(cells[None])[0])
     if n == 0 or np.isnan(value):
         return {"value": None, "low": None, "high": None, "n": n}
     # Drawing n items with replacement is drawing the cells' counts from a multinomial.
-    draws = np.random.default_rng(seed).multinomial(n, cells.ravel() / n, size=resamples).reshape(resamples, *cells.shape)
-    low, high = (float(x) for x in np.nanquantile(_mean_f1(draws), [0.5 - confidence / 2, 0.5 + confidence / 2]))
+    draws = (
+        np.random.default_rng(seed)
+        .multinomial(n, cells.ravel() / n, size=resamples)
+        .reshape(resamples, *cells.shape)
+    )
+    low, high = (
+        float(x) for x in np.nanquantile(_mean_f1(draws), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    )
     if low == high:  # all right or all wrong: resampling finds no doubt where there is some
         low, high = wilson(round(value * n), n, confidence)
     return {"value": value, "low": low, "high": high, "n": n}
@@ -184,7 +204,9 @@ def _mean_f1(cells: Int[np.ndarray, "r truth answer"]) -> Float[np.ndarray, " r"
     return np.where(known.any(1), np.where(known, table, 0).sum(1) / np.maximum(known.sum(1), 1), np.nan)
 
 
-def confusion(rows: Sequence[Row], label: str, labels: Sequence[str], reference: Sequence[str | None] | None = None) -> dict[str, Any]:
+def confusion(
+    rows: Sequence[Row], label: str, labels: Sequence[str], reference: Sequence[str | None] | None = None
+) -> dict[str, Any]:
     """How often each true label got each answer.
 
     Args:
@@ -194,7 +216,8 @@ def confusion(rows: Sequence[Row], label: str, labels: Sequence[str], reference:
         reference: What to compare with instead of the truth, one label a row (a teacher's, say).
 
     Returns:
-        ``labels`` (the rows of the matrix, and its columns but the last), ``counts [l, l + 1]`` whose last column holds the answers
+        ``labels`` (the rows of the matrix, and its columns but the last), ``counts [l, l + 1]`` whose last
+        column holds the answers
         that were not valid, ``n``, and ``left_out``: rows whose reference is none of the classes.
 
     >>> confusion([{"truth": {"kind": "a"}, "answer": {"kind": "b"}, "label": "b"}], "kind", ["a", "b"])["counts"]
@@ -213,7 +236,8 @@ def confusion(rows: Sequence[Row], label: str, labels: Sequence[str], reference:
 
 
 def split_by(rows: Sequence[Row], field: str) -> dict[str, list[Row]]:
-    """The rows by the value of one of their fields, in the order of the values; ``(none)`` where a row lacks it.
+    """The rows by the value of one of their fields, in the order of the values; ``(none)`` where a row lacks
+    it.
 
     >>> list(split_by([{"fields": {"kind": "b"}}, {"fields": {}}, {"fields": {"kind": "a"}}], "kind"))
     ['(none)', 'a', 'b']
@@ -226,7 +250,13 @@ def split_by(rows: Sequence[Row], field: str) -> dict[str, list[Row]]:
 
 
 def by_group(
-    rows: Sequence[Row], label: str, positive: Sequence[str], group: str, *, confidence: float = 0.95, few: int = FEW
+    rows: Sequence[Row],
+    label: str,
+    positive: Sequence[str],
+    group: str,
+    *,
+    confidence: float = 0.95,
+    few: int = FEW,
 ) -> dict[str, Any]:
     """False-positive and false-negative rates of each group, with counts, and the widest gap of each rate.
 
@@ -238,9 +268,10 @@ def by_group(
         few: A rate over fewer items is flagged, and takes no part in the gaps.
 
     Returns:
-        ``field``; ``groups``: for each its ``n``, both rates, their counts, and ``few``, the names of the flagged rates; ``gaps``: for
-        each rate the groups with the highest and lowest value, and the difference with Newcombe's interval (None where fewer than two
-        groups have enough items). The interval is that of two groups chosen beforehand; the widest of many gaps is wider by luck too.
+        ``field``; ``groups``: for each its ``n``, both rates, their counts, and ``few``, the names of the
+        flagged rates; ``gaps``: for each rate the groups with the highest and lowest value, and the
+        difference with Newcombe's interval (None where fewer than two groups have enough items). The interval
+        is that of two groups chosen beforehand; the widest of many gaps is wider by luck too.
     """
     groups: dict[str, Any] = {}
     for name, part in split_by([row for row in rows if true_value(row, label) is not None], group).items():
@@ -253,27 +284,51 @@ def by_group(
             "false_negative_rate": false_negative_rate(counts, confidence),
             "false_negatives": counts.false_negative,
             "positives": counts.positives,
-            "few": [kind for kind, n in (("false_positive_rate", counts.negatives), ("false_negative_rate", counts.positives)) if n < few],
+            "few": [
+                kind
+                for kind, n in (
+                    ("false_positive_rate", counts.negatives),
+                    ("false_negative_rate", counts.positives),
+                )
+                if n < few
+            ],
         }
-    sides = {"false_positive_rate": ("false_positives", "negatives"), "false_negative_rate": ("false_negatives", "positives")}
+    sides = {
+        "false_positive_rate": ("false_positives", "negatives"),
+        "false_negative_rate": ("false_negatives", "positives"),
+    }
     gaps = {kind: _gap(groups, kind, *keys, confidence) for kind, keys in sides.items()}
     return {"field": group, "groups": groups, "gaps": gaps, "few_below": few}
 
 
-def _gap(groups: Mapping[str, Any], kind: str, hits: str, items: str, confidence: float) -> dict[str, Any] | None:
-    known = [(group[kind]["value"], name) for name, group in groups.items() if kind not in group["few"] and group[kind]["n"]]
+def _gap(
+    groups: Mapping[str, Any], kind: str, hits: str, items: str, confidence: float
+) -> dict[str, Any] | None:
+    known = [
+        (group[kind]["value"], name)
+        for name, group in groups.items()
+        if kind not in group["few"] and group[kind]["n"]
+    ]
     if len(known) < 2:
         return None
     highest, lowest = max(known)[1], min(known)[1]
     high, low = groups[highest], groups[lowest]
     ends = newcombe(high[hits], high[items], low[hits], low[items], confidence)
-    return {"highest": highest, "lowest": lowest, "value": high[kind]["value"] - low[kind]["value"], "low": ends[0], "high": ends[1]}
+    return {
+        "highest": highest,
+        "lowest": lowest,
+        "value": high[kind]["value"] - low[kind]["value"],
+        "low": ends[0],
+        "high": ends[1],
+    }
 
 
 def latency(rows: Sequence[Row]) -> dict[str, Any]:
-    """Seconds an item, and items and tokens a minute or second, from each row's share of its batch's wall time.
+    """Seconds an item, and items and tokens a minute or second, from each row's share of its batch's wall
+    time.
 
-    ``latency_s`` is the median, ``latency_p95_s`` the 95th percentile, ``items_per_minute`` 60 over the mean: what a long run gets through.
+    ``latency_s`` is the median, ``latency_p95_s`` the 95th percentile, ``items_per_minute`` 60 over the mean:
+        what a long run gets through.
 
     >>> latency([{"latency_s": 0.5, "tokens": 10}, {"latency_s": 1.5, "tokens": 30}])["items_per_minute"]
     60.0

@@ -1,7 +1,8 @@
 """Intervals and paired tests, in plain Python and numpy.
 
-Two models that answer the same items are *paired*: what counts is the items on which they differ, so McNemar's test and the
-Bonett-Price interval stand here and the chi-squared test of two independent samples does not.
+Two models that answer the same items are *paired*: what counts is the items on which they differ, so
+McNemar's test and the Bonett-Price interval stand here and the chi-squared test of two independent samples
+does not.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from jaxtyping import Float
 
 
 class Estimate(TypedDict):
-    """A measured figure with its interval. ``n`` items stand behind it; with none of them the other three are None."""
+    """A measured figure with its interval. ``n`` items stand behind it; with none of them the other three are
+    None.
+    """
 
     value: float | None
     low: float | None
@@ -25,7 +28,9 @@ class Estimate(TypedDict):
 
 
 class Comparison(TypedDict):
-    """Two models on the same items: difference of their hit rates, first less second, and the mid-p value of no difference."""
+    """Two models on the same items: difference of their hit rates, first less second, and the mid-p value of
+    no difference.
+    """
 
     difference: Estimate
     p_value: float
@@ -36,7 +41,8 @@ class Comparison(TypedDict):
 
 
 def quantile(confidence: float) -> float:
-    """Half-width of the central interval of the standard normal distribution, ``z`` with ``P(|Z| <= z) = confidence``.
+    """Half-width of the central interval of the standard normal distribution, ``z`` with
+    ``P(|Z| <= z) = confidence``.
 
     >>> round(quantile(0.95), 4)
     1.96
@@ -49,7 +55,8 @@ def quantile(confidence: float) -> float:
 def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a rate ``k / n``.
 
-    ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``. It stays inside 0 and 1 and is not empty at ``k = 0`` or ``k = n``.
+    ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``. It stays inside 0 and 1 and is not empty at
+    ``k = 0`` or ``k = n``.
 
     Args:
         k: Hits.
@@ -111,8 +118,8 @@ def newcombe(k1: int, n1: int, k2: int, n2: int, confidence: float = 0.95) -> tu
 def mcnemar_mid_p(b: int, c: int) -> float:
     """Mid-p value of McNemar's exact test that two models are right equally often.
 
-    ``min(1, 2 P(X <= k) - P(X = k))`` with ``X ~ Binomial(b + c, 1/2)`` and ``k = min(b, c)``. The mid-p form keeps the level
-    close to nominal, where the exact one is far below it.
+    ``min(1, 2 P(X <= k) - P(X = k))`` with ``X ~ Binomial(b + c, 1/2)`` and ``k = min(b, c)``. The mid-p form
+    keeps the level close to nominal, where the exact one is far below it.
 
     Args:
         b: Items that only the first model has right.
@@ -139,7 +146,8 @@ def mcnemar_mid_p(b: int, c: int) -> float:
 def bonett_price(b: int, c: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the difference ``(b - c) / n`` of two paired rates.
 
-    With ``p = (b+1)/(n+2)`` and ``q = (c+1)/(n+2)``: ``p - q +- z sqrt((p + q - (p-q)^2) / (n+2))``, cut at -1 and 1.
+    With ``p = (b+1)/(n+2)`` and ``q = (c+1)/(n+2)``: ``p - q +- z sqrt((p + q - (p-q)^2) / (n+2))``, cut at
+    -1 and 1.
 
     Args:
         b: Items that only the first model has right.
@@ -152,7 +160,8 @@ def bonett_price(b: int, c: int, n: int, confidence: float = 0.95) -> tuple[floa
     >>> [round(x, 4) for x in bonett_price(10, 4, 100)]
     [-0.0172, 0.1348]
 
-    Bonett and Price (2012), "Adjusted Wald confidence interval for a difference of binomial proportions based on paired data".
+    Bonett and Price (2012), "Adjusted Wald confidence interval for a difference of binomial proportions based
+    on paired data".
     """
     if n < 1 or b < 0 or c < 0 or b + c > n:
         raise ValueError(f"{b} and {c} discordant items of {n}")
@@ -161,8 +170,11 @@ def bonett_price(b: int, c: int, n: int, confidence: float = 0.95) -> tuple[floa
     return max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
-def compare_paired(first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95) -> Comparison | None:
-    """Hit rates of two models on the same items, in the same order: difference, Bonett-Price interval, mid-p value; None for no items.
+def compare_paired(
+    first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95
+) -> Comparison | None:
+    """Hit rates of two models on the same items, in the same order: difference, Bonett-Price interval, mid-p
+    value; None for no items.
 
     >>> result = compare_paired([True, True, False, True], [True, False, False, False])
     >>> result["difference"]["value"], result["first_only"], result["p_value"]
@@ -191,8 +203,9 @@ def bootstrap_mean(
 ) -> tuple[float, float]:
     """Interval of a mean by the bias-corrected and accelerated bootstrap (BCa).
 
-    The quantiles ``alpha`` of the resampled means are moved to ``Phi(z0 + (z0 + z_alpha) / (1 - a (z0 + z_alpha)))`` with the bias
-    ``z0`` and the acceleration ``a = sum(d^3) / (6 sum(d^2)^1.5)`` of the deviations ``d`` (the jackknife's, in closed form).
+    The quantiles ``alpha`` of the resampled means are moved to
+    ``Phi(z0 + (z0 + z_alpha) / (1 - a (z0 + z_alpha)))`` with the bias ``z0`` and the acceleration
+    ``a = sum(d^3) / (6 sum(d^2)^1.5)`` of the deviations ``d`` (the jackknife's, in closed form).
 
     Args:
         values: One number an item.
@@ -228,7 +241,9 @@ def bootstrap_mean(
     return float(low), float(high)
 
 
-def _resampled_means(values: Float[np.ndarray, " n"], resamples: int, rng: np.random.Generator) -> Float[np.ndarray, " r"]:
+def _resampled_means(
+    values: Float[np.ndarray, " n"], resamples: int, rng: np.random.Generator
+) -> Float[np.ndarray, " r"]:
     n = values.size
     slab = max(1, 2_000_000 // n)  # 16 MB of indices at a time, whatever n is
     parts = []
@@ -239,9 +254,15 @@ def _resampled_means(values: Float[np.ndarray, " n"], resamples: int, rng: np.ra
 
 
 def paired_bootstrap(
-    first: Float[np.ndarray, " n"], second: Float[np.ndarray, " n"], confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0
+    first: Float[np.ndarray, " n"],
+    second: Float[np.ndarray, " n"],
+    confidence: float = 0.95,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
 ) -> tuple[float, float]:
-    """Interval of ``mean(first - second)`` for two figures of the same items, by :func:`bootstrap_mean` of the differences.
+    """Interval of ``mean(first - second)`` for two figures of the same items, by :func:`bootstrap_mean` of
+    the differences.
 
     >>> paired_bootstrap(np.array([2.0, 3.0]), np.array([1.0, 2.0]))
     (1.0, 1.0)
@@ -261,6 +282,9 @@ def mean_estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate
     if not values:
         return {"value": None, "low": None, "high": None, "n": 0}
     array = np.asarray(values, dtype=np.float64)
-    # A hundred million draws take about a second; over many items the interval is narrow and its ends need fewer resamples.
-    low, high = bootstrap_mean(array, confidence, resamples=min(10_000, max(1_000, 100_000_000 // array.size)))
+    # A hundred million draws take about a second; over many items the interval is narrow and its ends need
+    # fewer resamples.
+    low, high = bootstrap_mean(
+        array, confidence, resamples=min(10_000, max(1_000, 100_000_000 // array.size))
+    )
     return {"value": float(array.mean()), "low": low, "high": high, "n": len(values)}

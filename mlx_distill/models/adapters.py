@@ -1,6 +1,7 @@
 """LoRA and DoRA adapters: put on, saved, loaded and merged.
 
-The layers are mlx-lm's, so stock mlx-lm reads the files. Those with modules that trained whole it refuses: they have to be merged for it.
+The layers are mlx-lm's, so stock mlx-lm reads the files. Those with modules that trained whole it refuses:
+they have to be merged for it.
 """
 
 from __future__ import annotations
@@ -21,7 +22,15 @@ from mlx_distill.errors import ModelError
 from mlx_distill.models.checkpoint.safetensors import read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, read_object
 from mlx_distill.models.hub import copy_tokenizer
-from mlx_distill.models.modules import check_rank, dequantized, linear_layers, matrix_shape, plain_like, train_whole, whole_modules
+from mlx_distill.models.modules import (
+    check_rank,
+    dequantized,
+    linear_layers,
+    matrix_shape,
+    plain_like,
+    train_whole,
+    whole_modules,
+)
 from mlx_distill.storage import atomic_path, write_json
 
 _LEAVES = ("lora_a", "lora_b", "m")
@@ -33,8 +42,9 @@ class LoraSettings:
     r"""``W x + scale * B A dropout(x)`` on the modules whose name ends in one of ``target_modules``.
 
     Those of ``modules_to_save`` train whole beside; the names are PEFT's.
-    ``kind`` is ``lora`` (Hu et al., arXiv 2106.09685) or ``dora`` (Liu et al., arXiv 2402.09353). The scale is
-    :math:`\alpha / r`, or with ``rslora`` :math:`\alpha / \sqrt r` (Kalajdzievski, arXiv 2312.03732), so that a higher rank learns as fast.
+    ``kind`` is ``lora`` (Hu et al., arXiv 2106.09685) or ``dora`` (Liu et al., arXiv 2402.09353). The scale
+    is :math:`\alpha / r`, or with ``rslora`` :math:`\alpha / \sqrt r` (Kalajdzievski, arXiv 2312.03732), so
+    that a higher rank learns as fast.
 
     >>> LoraSettings(16, 32.0, 0.0, ["q_proj"]).scale, LoraSettings(16, 32.0, 0.0, ["q_proj"], rslora=True).scale
     (2.0, 8.0)
@@ -58,8 +68,9 @@ class LoraSettings:
 class MergeRow:
     """One merged module.
 
-    ``how`` is ``added`` (to plain weights, one rounding to their type) or ``dequantized`` (the packed base became plain).
-    ``update`` is the Frobenius norm of the update, ``error`` that of what rounding lost, relative to it.
+    ``how`` is ``added`` (to plain weights, one rounding to their type) or ``dequantized`` (the packed base
+    became plain). ``update`` is the Frobenius norm of the update, ``error`` that of what rounding lost,
+    relative to it.
     """
 
     path: str
@@ -69,12 +80,14 @@ class MergeRow:
 
 
 def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
-    """Freeze the model and put adapters on it, in place; nothing changes in its outputs until they are trained.
+    """Freeze the model and put adapters on it, in place; nothing changes in its outputs until they are
+    trained.
 
     Args:
         model: mlx-lm's model; dense, quantized or mixed.
-        settings: Rank, alpha, dropout and the targets: a target ``q_proj`` or ``self_attn.q_proj`` means every module whose path ends so,
-            and likewise those that train whole: see :func:`~mlx_distill.models.modules.whole_modules`.
+        settings: Rank, alpha, dropout and the targets: a target ``q_proj`` or ``self_attn.q_proj`` means
+            every module whose path ends so, and likewise those that train whole: see
+            :func:`~mlx_distill.models.modules.whole_modules`.
         seed: Seed of the ``A`` matrices, which are uniform in ``± 1 / sqrt(inputs)``; ``B`` is zero.
 
     Returns:
@@ -82,7 +95,8 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
 
     Raises:
         ModelError: a target that matches nothing, or packed weights that should train whole.
-        ConfigError: a rank above a dimension of any target, or a module that is to be adapted and to train whole.
+        ConfigError: a rank above a dimension of any target, or a module that is to be adapted and to train
+            whole.
     """
     found = linear_layers(model, settings.target_modules)
     whole = whole_modules(model, settings.modules_to_save, [path for path, _ in found])
@@ -111,16 +125,22 @@ def _wrap(module: Any, settings: LoraSettings) -> Any:
     else:
         cls = LoRASwitchLinear if experts else LoRALinear
     layer = cls.from_base(module, r=settings.rank, dropout=settings.dropout, scale=settings.scale)
-    if layer.lora_a.ndim == 2 and layer.lora_a.shape[0] != inputs:  # mlx-lm counts wrongly where 32 / bits is not whole
+    if (
+        layer.lora_a.ndim == 2 and layer.lora_a.shape[0] != inputs
+    ):  # mlx-lm counts wrongly where 32 / bits is not whole
         layer.lora_a = mx.zeros((inputs, settings.rank))
     return layer
 
 
 def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: str | Path) -> None:
-    """Write ``adapters.safetensors``, ``adapter_config.json`` and the tokenizer's files; ``base`` is a folder or a Hub id."""
+    """Write ``adapters.safetensors``, ``adapter_config.json`` and the tokenizer's files; ``base`` is a folder
+    or a Hub id.
+    """
     folder = Path(folder)
     weights = {
-        name: value for name, value in tree_flatten(model.parameters()) if name.rsplit(".", 1)[-1] in _LEAVES and _is_adapter(name, model)
+        name: value
+        for name, value in tree_flatten(model.parameters())
+        if name.rsplit(".", 1)[-1] in _LEAVES and _is_adapter(name, model)
     }
     if not weights:
         raise ModelError("the model has no adapter", fix="call add_lora first")
@@ -145,7 +165,12 @@ def adapter_config(settings: LoraSettings, paths: Sequence[str], layers: int, ba
     return {
         "fine_tune_type": settings.kind,
         "num_layers": layers,
-        "lora_parameters": {"rank": settings.rank, "scale": settings.scale, "dropout": settings.dropout, "keys": keys},
+        "lora_parameters": {
+            "rank": settings.rank,
+            "scale": settings.scale,
+            "dropout": settings.dropout,
+            "keys": keys,
+        },
         "alpha": settings.alpha,
         "use_rslora": settings.rslora,
         "target_modules": list(settings.target_modules) or keys,
@@ -163,8 +188,14 @@ def _is_adapter(name: str, model: Any) -> bool:
 
 
 def relative_base(base: str | Path, folder: Path) -> str:
-    """How an adapter's config names its base: relative to the adapter's folder where it is a folder, so that a run can be moved."""
-    return Path(os.path.relpath(Path(base).resolve(), folder.resolve())).as_posix() if Path(base).is_dir() else str(base)
+    """How an adapter's config names its base: relative to the adapter's folder where it is a folder, so that
+    a run can be moved.
+    """
+    return (
+        Path(os.path.relpath(Path(base).resolve(), folder.resolve())).as_posix()
+        if Path(base).is_dir()
+        else str(base)
+    )
 
 
 def adapter_settings(folder: str | Path) -> LoraSettings:
@@ -178,7 +209,9 @@ def adapter_settings(folder: str | Path) -> LoraSettings:
         rslora = bool(config.get("use_rslora"))
         alpha = scale * (math.sqrt(rank) if rslora else rank)  # the scale is what mlx-lm goes by
         dropout, kind = float(lora.get("dropout", 0.0)), config.get("fine_tune_type", "lora")
-        return LoraSettings(rank, alpha, dropout, tuple(keys), kind, rslora, tuple(config.get("modules_to_save") or ()))
+        return LoraSettings(
+            rank, alpha, dropout, tuple(keys), kind, rslora, tuple(config.get("modules_to_save") or ())
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error} is missing or wrong", fix="write the adapter again") from error
 
@@ -186,7 +219,8 @@ def adapter_settings(folder: str | Path) -> LoraSettings:
 def load_adapter(model: Any, folder: str | Path) -> list[str]:
     """Put a saved adapter on its base model, in place, and freeze the rest; return the adapted paths.
 
-    Modules that were trained whole take the place of the base's, in the type of its weights; of packed ones, in that of its norms.
+    Modules that were trained whole take the place of the base's, in the type of its weights; of packed ones,
+    in that of its norms.
 
     Raises:
         ModelError: a tensor that fits no module of the model, or in another shape: with file and tensor.
@@ -202,7 +236,9 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
         path, leaf = places.get(name, ("", ""))
         whole = leaf in _WHOLE and f"{path}.lora_a" not in infos
         if path not in modules or not (leaf in _LEAVES or (whole and leaf in modules[path])):
-            raise ModelError(f"{info.where} fits no module of the base model", fix="check base in adapter_config.json")
+            raise ModelError(
+                f"{info.where} fits no module of the base model", fix="check base in adapter_config.json"
+            )
     paths = sorted({path for path, leaf in places.values() if leaf in _LEAVES})
     check_rank([(path, modules[path]) for path in paths], settings.rank)
     layers: list[tuple[str, Any]] = [(path, _wrap(modules[path], settings)) for path in paths]
@@ -216,7 +252,8 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
             name = f"{path}.{leaf}"
             if leaf in layer and (name not in weights or weights[name].shape != layer[leaf].shape):
                 raise ModelError(
-                    f"{folder / ADAPTER_FILE}: tensor '{name}' does not fit the base model", fix="check base in adapter_config.json"
+                    f"{folder / ADAPTER_FILE}: tensor '{name}' does not fit the base model",
+                    fix="check base in adapter_config.json",
                 )
             if leaf in layer:
                 layer[leaf] = weights[name].astype(layer[leaf].dtype) if leaf in _WHOLE else weights[name]
@@ -226,7 +263,8 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
 
 
 def _plain(module: Any, dtype: mx.Dtype) -> Any:
-    # A packed base is no hindrance: what was trained whole takes its place, in the type in which the model computes.
+    # A packed base is no hindrance: what was trained whole takes its place, in the type in which the model
+    # computes.
     return plain_like(module, dequantized(module).astype(dtype)) if "scales" in module else module
 
 
@@ -244,8 +282,8 @@ def lora_delta(layer: Any) -> mx.array:
 def merge(model: Any) -> list[MergeRow]:
     """Add every adapter to its weights, in place.
 
-    Plain weights are added to in float32 and rounded once to their type. A packed base is dequantized first and stays plain, in the type of
-    the model's norms, since packing again would lose most of a small update;
+    Plain weights are added to in float32 and rounded once to their type. A packed base is dequantized first
+    and stays plain, in the type of the model's norms, since packing again would lose most of a small update;
     :func:`mlx_distill.models.quantize.quantize_folder` packs, and states the error.
     """
     rows, merged = [], []
@@ -275,12 +313,14 @@ def _merged(path: str, layer: Any, model_dtype: mx.Dtype) -> tuple[Any, MergeRow
 
 
 class DoRASwitchLinear(nn.Module):
-    r"""Weight-decomposed low-rank adaptation (Liu et al., arXiv 2402.09353) of each expert :math:`e` of a stack.
+    r"""Weight-decomposed low-rank adaptation (Liu et al., arXiv 2402.09353) of each expert :math:`e` of a
+    stack.
 
     .. math:: W'_e = m_e \frac{W_e + s B_e A_e}{\|W_e + s B_e A_e\|}
 
-    with the norm of each row, taken as a constant in the backward pass as in the paper (section 4.3). The norm is put together from
-    :math:`\|W\|^2`, computed once, and two products of rank r; the experts stay packed.
+    with the norm of each row, taken as a constant in the backward pass as in the paper (section 4.3). The
+    norm is put together from :math:`\|W\|^2`, computed once, and two products of rank r; the experts stay
+    packed.
 
     Args:
         linear: mlx-lm's stack of experts, plain or packed.
@@ -292,16 +332,26 @@ class DoRASwitchLinear(nn.Module):
     def __init__(self, linear: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> None:
         super().__init__()
         experts, outputs, inputs = linear.num_experts, linear.output_dims, linear.input_dims
-        self.linear, self.dropout, self.scale, self.num_experts = linear, nn.Dropout(p=dropout), scale, experts
+        self.linear, self.dropout, self.scale, self.num_experts = (
+            linear,
+            nn.Dropout(p=dropout),
+            scale,
+            experts,
+        )
         bound = 1 / math.sqrt(inputs)
         self.lora_a = mx.random.uniform(-bound, bound, (experts, r, inputs))
         self.lora_b = mx.zeros((experts, outputs, r))
-        # One expert at a time: packed ones are never all unpacked. No parameter, for it follows from the base.
-        self._squares = mx.stack([mx.square(dequantized(linear, expert)).sum(axis=-1) for expert in range(experts)])
+        # One expert at a time: packed ones are never all unpacked. No parameter, for it follows from the
+        # base.
+        self._squares = mx.stack(
+            [mx.square(dequantized(linear, expert)).sum(axis=-1) for expert in range(experts)]
+        )
         self.m = mx.sqrt(self._squares)
 
     @classmethod
-    def from_base(cls, linear: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> DoRASwitchLinear:
+    def from_base(
+        cls, linear: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0
+    ) -> DoRASwitchLinear:
         """As mlx-lm's adapters are made."""
         return cls(linear, r, dropout, scale)
 
@@ -320,11 +370,15 @@ class DoRASwitchLinear(nn.Module):
         kind = self.linear.weight.dtype if scales is None else scales.dtype
         return kind if mx.issubdtype(kind, mx.floating) else self.lora_a.dtype
 
-    def __call__(self, x: Float[mx.array, "*b i"], indices: Integer[mx.array, "*k"], sorted_indices: bool = False) -> mx.array:
+    def __call__(
+        self, x: Float[mx.array, "*b i"], indices: Integer[mx.array, "*k"], sorted_indices: bool = False
+    ) -> mx.array:
         """As ``SwitchLinear``: each ``x`` through the expert that its index names."""
 
         def through(x: mx.array, weight: mx.array) -> mx.array:
-            return mx.gather_mm(x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices)
+            return mx.gather_mm(
+                x, weight.swapaxes(-1, -2), rhs_indices=indices, sorted_indices=sorted_indices
+            )
 
         y = self.linear(x, indices, sorted_indices=sorted_indices)
         y = y + (self.scale * through(through(self.dropout(x), self.lora_a), self.lora_b)).astype(y.dtype)

@@ -21,7 +21,8 @@ def is_adapter(folder: Path) -> bool:
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a folder, with the end-of-text tokens of generation_config.json; an adapter folder gives its base's.
+    """config.json of a folder, with the end-of-text tokens of generation_config.json; an adapter folder gives
+    its base's.
 
     Raises:
         ModelError: missing, not JSON, asks for remote code, or of an unknown ``model_type``.
@@ -47,7 +48,9 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise ModelError(f"{path}: not valid JSON: {error}", fix="download or copy the checkpoint again") from error
+        raise ModelError(
+            f"{path}: not valid JSON: {error}", fix="download or copy the checkpoint again"
+        ) from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: not a JSON object", fix="download or copy the checkpoint again")
     return value
@@ -62,18 +65,25 @@ def adapter_base(folder: str | Path) -> Path:
     folder = Path(folder)
     config = read_object(folder / ADAPTER_CONFIG)
     if "peft_type" in config:
-        raise ModelError(f"{folder} holds an adapter in PEFT's format", fix=f"make it one of ours: mlx-distill convert {folder} FOLDER")
+        raise ModelError(
+            f"{folder} holds an adapter in PEFT's format",
+            fix=f"make it one of ours: mlx-distill convert {folder} FOLDER",
+        )
     base = config.get("base")
     if not isinstance(base, str) or not base:
         raise ModelError(
-            f"{folder / ADAPTER_CONFIG}: no base model", fix='add "base": the path of the model that the adapter was trained on'
+            f"{folder / ADAPTER_CONFIG}: no base model",
+            fix='add "base": the path of the model that the adapter was trained on',
         )
     if is_adapter(folder / base):
-        raise ModelError(f"{folder}: its base {base!r} is an adapter, not a model", fix=f"correct base in {ADAPTER_CONFIG}")
+        raise ModelError(
+            f"{folder}: its base {base!r} is an adapter, not a model", fix=f"correct base in {ADAPTER_CONFIG}"
+        )
     if (folder / base).is_dir():
         return (folder / base).resolve()
     if base.startswith(".") or base.count("/") != 1:
         raise ModelError(
-            f"{folder}: its base model {(folder / base).resolve()} is gone", fix=f"bring it back, or correct base in {ADAPTER_CONFIG}"
+            f"{folder}: its base model {(folder / base).resolve()} is gone",
+            fix=f"bring it back, or correct base in {ADAPTER_CONFIG}",
         )
     return resolve(base)

@@ -1,7 +1,8 @@
 """Convert a checkpoint: streamed in bounded memory, verified by reading back, whole or not at all, resumable.
 
-Every weight keeps its own type unless told otherwise, MXFP4 experts pass through bit for bit, and every tensor is accounted for: where
-it came from, by which rule, what it became, and how far it is from what it was.
+Every weight keeps its own type unless told otherwise, MXFP4 experts pass through bit for bit, and every
+tensor is accounted for: where it came from, by which rule, what it became, and how far it is from what it
+was.
 """
 
 from __future__ import annotations
@@ -31,7 +32,8 @@ from mlx_distill.text import size
 class ConversionReport:
     """What a conversion did, or would do: a line a tensor, and the sums.
 
-    ``left_out`` names source tensors that are not needed, with the reason; ``resumed`` counts shards that an earlier run had finished.
+    ``left_out`` names source tensors that are not needed, with the reason; ``resumed`` counts shards that an
+    earlier run had finished.
     """
 
     source: str
@@ -71,7 +73,11 @@ class ConversionReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "rows": [row.to_dict() for row in self.rows], "bits_per_weight": self.bits_per_weight}
+        return {
+            **asdict(self),
+            "rows": [row.to_dict() for row in self.rows],
+            "bits_per_weight": self.bits_per_weight,
+        }
 
     def lines(self) -> list[str]:
         """The table, then the sums."""
@@ -105,9 +111,12 @@ def convert(
 
     Args:
         source: A Hub id or a folder.
-        destination: The folder to make. A killed conversion goes on where it stopped when the same command runs again.
-        quantize: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe such as ``mixed4``; None keeps the weights.
-        dtype: ``float32``, ``bfloat16`` or ``float16`` for floating-point tensors; None keeps each tensor's own.
+        destination: The folder to make. A killed conversion goes on where it stopped when the same command
+            runs again.
+        quantize: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe such as
+            ``mixed4``; None keeps the weights.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` for floating-point tensors; None keeps each tensor's
+            own.
         group_size: Weights that share a scale; 0 is the mode's own.
         revision: Commit, tag or branch of a Hub model.
         max_shard_bytes: Largest file, except that a tensor is never cut.
@@ -123,15 +132,24 @@ def convert(
     ready, jobs = _plan(folder, quantize, dtype, group_size)
     if dry_run:
         return _report(str(source), destination, ready, jobs, [], 0.0, dry_run=True)
-    settings = {"quantize": quantize, "group_size": group_size, "dtype": dtype, "max_shard_bytes": max_shard_bytes}
+    settings = {
+        "quantize": quantize,
+        "group_size": group_size,
+        "dtype": dtype,
+        "max_shard_bytes": max_shard_bytes,
+    }
     parents = {"source": source_key(folder)}
     recover(destination)
     if is_current(destination, stage_key("convert", FORMAT, settings, parents)):
         return _as_written(str(source), destination, ready)
     with making(destination, folder, "convert", settings, parents) as work:
-        report = _write(str(source), destination, work.folder, ready, jobs, max_shard_bytes, memory_bytes, progress)
+        report = _write(
+            str(source), destination, work.folder, ready, jobs, max_shard_bytes, memory_bytes, progress
+        )
         work.hashes.update(shard_hashes(work.folder))
-        work.recorded.update(source=str(source), commit=commit_of(folder) or revision, **report.facts(), seconds=report.seconds)
+        work.recorded.update(
+            source=str(source), commit=commit_of(folder) or revision, **report.facts(), seconds=report.seconds
+        )
     return report
 
 
@@ -141,7 +159,13 @@ def _as_written(source: str, destination: Path, ready: Prepared) -> ConversionRe
     rows = tuple(TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in table["tensors"])
     report = _report(source, destination, ready, [], [], 0.0)
     stored = open_checkpoint(destination).nbytes
-    return replace(report, rows=rows, parameters=sum(r.parameters for r in rows), stored_bytes=stored, resumed=len(table["shards"]))
+    return replace(
+        report,
+        rows=rows,
+        parameters=sum(r.parameters for r in rows),
+        stored_bytes=stored,
+        resumed=len(table["shards"]),
+    )
 
 
 def convert_into(
@@ -156,7 +180,8 @@ def convert_into(
     progress: Progress | None = None,
     name: str = "convert",
 ) -> ConversionReport:
-    """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on a second run.
+    """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on
+    a second run.
 
     ``name`` stands before what ``progress`` is told.
     """
@@ -168,20 +193,34 @@ def convert_into(
     return report
 
 
-def _plan(folder: Path, quantize: str | None, dtype: str | None, group_size: int = 0) -> tuple[Prepared, list[Job]]:
+def _plan(
+    folder: Path, quantize: str | None, dtype: str | None, group_size: int = 0
+) -> tuple[Prepared, list[Job]]:
     if is_adapter(folder):
-        raise ModelError(f"{folder} holds an adapter, not a model", fix="use mlx-distill quantize or export, which merge it")
+        raise ModelError(
+            f"{folder} holds an adapter, not a model",
+            fix="use mlx-distill quantize or export, which merge it",
+        )
     ready = prepare(folder)
     decide = decider(ready.architecture, ready.quantizable, quantize, dtype=dtype, group_size=group_size)
     return ready, [Job(p, decide(p)) for p in ready.planned]
 
 
 def _write(
-    source: str, destination: Path, into: Path, ready: Prepared, jobs: Sequence[Job], max_shard_bytes: int,
-    memory_bytes: int, progress: Progress | None, name: str = "convert",
-) -> ConversionReport:  # fmt: skip
+    source: str,
+    destination: Path,
+    into: Path,
+    ready: Prepared,
+    jobs: Sequence[Job],
+    max_shard_bytes: int,
+    memory_bytes: int,
+    progress: Progress | None,
+    name: str = "convert",
+) -> ConversionReport:
     began = time.perf_counter()
-    shards = stream(jobs, into, name, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, progress=progress)
+    shards = stream(
+        jobs, into, name, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, progress=progress
+    )
     finish_folder(into, ready, jobs, shards)
     return _report(source, destination, ready, jobs, shards, time.perf_counter() - began)
 
@@ -198,10 +237,19 @@ def _report(
 ) -> ConversionReport:
     rows = shard_rows(ready, jobs, shards)
     return ConversionReport(
-        source, str(destination), ready.architecture.model_type, rows, tuple(ready.left_out), sum(r.parameters for r in rows),
-        ready.checkpoint.nbytes, sum(o.nbytes for job in jobs for o in job.outputs), seconds, sum(s.resumed for s in shards),
-        ready.architecture.stock_differs(ready.config), dry_run,
-    )  # fmt: skip
+        source,
+        str(destination),
+        ready.architecture.model_type,
+        rows,
+        tuple(ready.left_out),
+        sum(r.parameters for r in rows),
+        ready.checkpoint.nbytes,
+        sum(o.nbytes for job in jobs for o in job.outputs),
+        seconds,
+        sum(s.resumed for s in shards),
+        ready.architecture.stock_differs(ready.config),
+        dry_run,
+    )
 
 
 TABLE = "tensors.json"
@@ -210,7 +258,14 @@ TABLE = "tensors.json"
 def tensor_table(rows: Sequence[TensorRow]) -> list[str]:
     """Aligned lines: tensor, shape, from, to, bits per weight, what else is to say."""
     cells = [
-        (r.name, "x".join(map(str, r.shape)) or "1", r.source_dtype, r.stored, f"{r.bits:.2f}" if r.parameters else "", r.note)
+        (
+            r.name,
+            "x".join(map(str, r.shape)) or "1",
+            r.source_dtype,
+            r.stored,
+            f"{r.bits:.2f}" if r.parameters else "",
+            r.note,
+        )
         for r in rows
     ]
     cells.insert(0, ("tensor", "shape", "from", "to", "bits", ""))
@@ -219,17 +274,27 @@ def tensor_table(rows: Sequence[TensorRow]) -> list[str]:
 
 
 def update_lost(rows: Sequence[TensorRow]) -> list[str]:
-    """A line where rounding ate a tenth or more of an adapter's update: the user may want to keep it beside instead."""
+    """A line where rounding ate a tenth or more of an adapter's update: the user may want to keep it beside
+    instead.
+    """
     shares = [row.error / row.update for row in rows if row.update]
     if max(shares, default=0.0) < 0.1:
         return []
-    return [f"rounding costs as much as {max(shares):.0%} of the adapter's update; kept beside its base (adapter: keep) it loses nothing"]
+    return [
+        f"rounding costs as much as {max(shares):.0%} of the adapter's update; kept beside its base (adapter: keep) it loses nothing"
+    ]
 
 
-def stream(jobs: Sequence[Job], into: Path, name: str, *, progress: Progress | None = None, **options: Any) -> list[ShardResult]:
+def stream(
+    jobs: Sequence[Job], into: Path, name: str, *, progress: Progress | None = None, **options: Any
+) -> list[ShardResult]:
     """Write the shards, telling ``progress`` the megabytes of source that are done."""
     done = 0
-    with progress.task(name, total=sum(job.planned.nbytes for job in jobs) / 1e6, unit="MB") if progress else nullcontext() as bar:
+    with (
+        progress.task(name, total=sum(job.planned.nbytes for job in jobs) / 1e6, unit="MB")
+        if progress
+        else nullcontext() as bar
+    ):
 
         def on_bytes(count: int) -> None:
             nonlocal done
@@ -241,7 +306,9 @@ def stream(jobs: Sequence[Job], into: Path, name: str, *, progress: Progress | N
 
 
 def shard_rows(ready: Prepared, jobs: Sequence[Job], shards: Sequence[ShardResult]) -> tuple[TensorRow, ...]:
-    """The table's lines: as measured where shards were written, else as planned; packed words that came in count as their weights."""
+    """The table's lines: as measured where shards were written, else as planned; packed words that came in
+    count as their weights.
+    """
     measured = {row.name: row for shard in shards for row in shard.rows}
     rows = []
     for job in jobs:
@@ -249,7 +316,13 @@ def shard_rows(ready: Prepared, jobs: Sequence[Job], shards: Sequence[ShardResul
         path = job.planned.name.removesuffix(".weight")
         if job.planned.dtype == "U32" and path in ready.packings:
             count, stored = ready.parameters(job.planned), ready.packed_bytes(path)
-            row = replace(row, parameters=count, bits=round(8 * stored / count, 4), stored=ready.packings[path].label, note="bit for bit")
+            row = replace(
+                row,
+                parameters=count,
+                bits=round(8 * stored / count, 4),
+                stored=ready.packings[path].label,
+                note="bit for bit",
+            )
         rows.append(row)
     return tuple(rows)
 
@@ -279,13 +352,20 @@ def our_config(ready: Prepared, jobs: Sequence[Job]) -> dict[str, Any]:
     arguments = ready.architecture.arguments(ready.config)
     rope = config.get("rope_parameters")
     if rope and "rope_theta" not in config:
-        config |= {"rope_theta": arguments["rope_theta"], "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"}}
+        config |= {
+            "rope_theta": arguments["rope_theta"],
+            "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"},
+        }
     if ready.architecture.model_type == "qwen3_moe" and "num_experts" not in config:
         config["num_experts"] = arguments["num_experts"]
     types = {job.treatment.dtype for job in jobs if job.treatment.dtype}
     if len(types) == 1:
         name = next(name for name, stored in SAFETENSORS.items() if stored in types)
         config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
-    packed = {job.planned.name.removesuffix(".weight"): job.treatment.config for job in jobs if job.treatment.kind == "quantize"}
+    packed = {
+        job.planned.name.removesuffix(".weight"): job.treatment.config
+        for job in jobs
+        if job.treatment.kind == "quantize"
+    }
     packed |= {path: packing.config for path, packing in ready.packings.items() if path not in packed}
     return with_quantization(config, packed)

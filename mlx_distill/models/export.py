@@ -1,4 +1,6 @@
-"""Out again: to the Hugging Face layout, by the same rules backwards, and LoRA adapters to PEFT's format and from it."""
+"""Out again: to the Hugging Face layout, by the same rules backwards, and LoRA adapters to PEFT's format and
+from it.
+"""
 
 from __future__ import annotations
 
@@ -74,8 +76,8 @@ class Derived:
 class ExportReport:
     """What was written.
 
-    ``changed`` has a line for each tensor whose values are not bit for bit those of the folder; ``kept`` counts the modules of the adapter
-    that stands beside.
+    ``changed`` has a line for each tensor whose values are not bit for bit those of the folder; ``kept``
+    counts the modules of the adapter that stands beside.
     """
 
     source: str
@@ -105,7 +107,10 @@ class ExportReport:
         groups: dict[tuple[str, str], list[float]] = {}
         for row in self.changed:
             groups.setdefault((folded(row.name), row.note), []).append(row.error)
-        out = [f"{name}: {counted(len(e), 'tensor')}, {note}, relative error at most {max(e):.1e}" for (name, note), e in groups.items()]
+        out = [
+            f"{name}: {counted(len(e), 'tensor')}, {note}, relative error at most {max(e):.1e}"
+            for (name, note), e in groups.items()
+        ]
         if not self.changed:
             out.append("every tensor bit for bit")
         if self.kept:
@@ -130,14 +135,16 @@ def to_hf(
 ) -> ExportReport:
     """Write a folder of ours in the Hugging Face layout: what transformers loads, with the same logits.
 
-    Unquantized tensors and MXFP4 experts come out byte for byte as they once came in. Weights packed in a way that the layout has no room
-    for are unpacked to the type of their scales (bfloat16 where these are bytes), which rounds each value once.
+    Unquantized tensors and MXFP4 experts come out byte for byte as they once came in. Weights packed in a way
+    that the layout has no room for are unpacked to the type of their scales (bfloat16 where these are bytes),
+    which rounds each value once.
 
     Args:
         model: A model folder, or an adapter folder of ours.
         destination: The folder to make.
-        adapter: ``merge`` adds it to the weights (MXFP4 experts that it changes are packed again, with the error stated); ``keep`` leaves
-            the base untouched and puts the adapter beside it, in PEFT's format in ``destination/adapter``.
+        adapter: ``merge`` adds it to the weights (MXFP4 experts that it changes are packed again, with the
+            error stated); ``keep`` leaves the base untouched and puts the adapter beside it, in PEFT's format
+            in ``destination/adapter``.
         card: Writes the model card (README.md); see :func:`~mlx_distill.report.model_card.card_text`.
         max_shard_bytes: Largest file.
         memory_bytes: Bound on the working buffers.
@@ -161,18 +168,30 @@ def to_hf(
     key = source_key(folder)
     with making(destination, folder, "export", settings, {"source": key}) as work:
         shards = stream(
-            jobs, work.folder, "export", max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, metadata={"format": "pt"},
-            salt=key, progress=progress,
-        )  # fmt: skip
+            jobs,
+            work.folder,
+            "export",
+            max_shard_bytes=max_shard_bytes,
+            memory_bytes=memory_bytes,
+            metadata={"format": "pt"},
+            salt=key,
+            progress=progress,
+        )
         copy_tokenizer(ready.folder, work.folder, others=True)
         if adapted:
             copy_tokenizer(folder, work.folder)
         write_json(work.folder / "config.json", hf_config(ready, {job.planned.name for job in jobs}))
         kept = write_peft(folder, work.folder / "adapter", beside, destination.name) if beside else []
         out = ExportReport(
-            str(model), str(destination), ready.architecture.model_type, len(jobs), sum(job.planned.nbytes for job in jobs),
-            tuple(table_row(job, errors, job.outputs) for job, errors in changed), len(kept), time.perf_counter() - began,
-        )  # fmt: skip
+            str(model),
+            str(destination),
+            ready.architecture.model_type,
+            len(jobs),
+            sum(job.planned.nbytes for job in jobs),
+            tuple(table_row(job, errors, job.outputs) for job, errors in changed),
+            len(kept),
+            time.perf_counter() - began,
+        )
         if card is not None:
             write_text(work.folder / "README.md", card(destination.name, folder, ready, out.notes()))
         work.hashes.update({s.name: s.sha256 for s in shards})
@@ -180,7 +199,9 @@ def to_hf(
     return out
 
 
-def _sources(ready: Prepared, deltas: Mapping[str, Any]) -> tuple[dict[str, Source], list[tuple[Job, Errors]]]:
+def _sources(
+    ready: Prepared, deltas: Mapping[str, Any]
+) -> tuple[dict[str, Source], list[tuple[Job, Errors]]]:
     """Our tensors by name; those that change are computed while they are read."""
     planned = {p.name: p for p in ready.planned}
     foreign = {path for path, packing in ready.packings.items() if not _native(ready, path, packing)}
@@ -193,13 +214,19 @@ def _sources(ready: Prepared, deltas: Mapping[str, Any]) -> tuple[dict[str, Sour
         if path in foreign and leaf == "weight":
             packing, kept = ready.packings[path], planned[f"{path}.scales"].dtype
             plain, _ = reopen(planned[job.planned.name], planned, packing)
-            job = Job(plain, Treatment("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {packing.mode}"), job.delta)
+            job = Job(
+                plain,
+                Treatment("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {packing.mode}"),
+                job.delta,
+            )
         if job.treatment.kind == "keep" and job.planned.rule == "same":
             sources[job.planned.name] = job.planned.sources[0]
             continue
         errors = Errors()
         for i, output in enumerate(job.outputs):
-            sources[output.name] = Derived(output.name, output.dtype, output.shape, job.planned.sources[0].file, job, i, errors)
+            sources[output.name] = Derived(
+                output.name, output.dtype, output.shape, job.planned.sources[0].file, job, i, errors
+            )
         if job.treatment.kind != "keep":
             changed.append((job, errors))
     return sources, changed
@@ -221,7 +248,10 @@ def hf_config(ready: Prepared, names: set[str]) -> dict[str, Any]:
         config.pop("num_experts", None)
     if any(name.endswith("_blocks") for name in names):
         if (config.get("quantization_config") or {}).get("quant_method") != "mxfp4":
-            config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": _NOT_CONVERTED}
+            config["quantization_config"] = {
+                "quant_method": "mxfp4",
+                "modules_to_not_convert": _NOT_CONVERTED,
+            }
     else:
         config.pop("quantization_config", None)
     return config

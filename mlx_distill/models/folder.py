@@ -1,4 +1,6 @@
-"""Folders that this package makes: what they are keyed by, what may be replaced, and how they come into place."""
+"""Folders that this package makes: what they are keyed by, what may be replaced, and how they come into
+place.
+"""
 
 from __future__ import annotations
 
@@ -29,21 +31,33 @@ FORMAT = 1
 
 
 def source_key(folder: Path) -> str:
-    """What a source is, without reading its weights: its config and the names, types, shapes and sizes of its tensors.
+    """What a source is, without reading its weights: its config and the names, types, shapes and sizes of its
+    tensors.
 
     An adapter is its own bytes on such a base.
     """
     if is_adapter(folder):
-        return digest([source_key(adapter_base(folder)), sha256(folder / ADAPTER_FILE), sha256(folder / ADAPTER_CONFIG)])
+        return digest(
+            [source_key(adapter_base(folder)), sha256(folder / ADAPTER_FILE), sha256(folder / ADAPTER_CONFIG)]
+        )
     checkpoint = open_checkpoint(folder)
-    tensors = {name: [info.dtype, list(info.shape), info.file.name, info.offset] for name, info in checkpoint.tensors.items()}
-    texts = {p.name: sha256(p) for p in sorted(folder.glob("*.json")) + sorted(folder.glob("*.jinja")) if p.name != MANIFEST}
+    tensors = {
+        name: [info.dtype, list(info.shape), info.file.name, info.offset]
+        for name, info in checkpoint.tensors.items()
+    }
+    texts = {
+        p.name: sha256(p)
+        for p in sorted(folder.glob("*.json")) + sorted(folder.glob("*.jinja"))
+        if p.name != MANIFEST
+    }
     return digest([tensors, texts])
 
 
 @dataclass(frozen=True)
 class Making:
-    """A folder in the making: where to write, what the manifest will record, and the hashes that are known already."""
+    """A folder in the making: where to write, what the manifest will record, and the hashes that are known
+    already.
+    """
 
     folder: Path
     recorded: dict[str, Any] = field(default_factory=dict)
@@ -51,11 +65,15 @@ class Making:
 
 
 @contextmanager
-def making(destination: Path, source: Path, stage: str, settings: Mapping[str, Any], parents: Mapping[str, str]) -> Iterator[Making]:
-    """Yield a partial folder, empty or as a killed run left it; it takes the destination's place when the block ends well.
+def making(
+    destination: Path, source: Path, stage: str, settings: Mapping[str, Any], parents: Mapping[str, str]
+) -> Iterator[Making]:
+    """Yield a partial folder, empty or as a killed run left it; it takes the destination's place when the
+    block ends well.
 
     Raises:
-        FileError: the destination is the source, a file, or a folder with other things in it; or another run is making it.
+        FileError: the destination is the source, a file, or a folder with other things in it; or another run
+            is making it.
     """
     recover(destination)
     check_destination(destination, source)
@@ -76,10 +94,13 @@ def check_destination(destination: Path, source: Path) -> None:
     if destination.resolve() == source.resolve():
         raise FileError(f"{destination} is the source itself", fix="choose another destination")
     if destination.is_file():
-        raise FileError(f"{destination}: a file stands where a folder is needed", fix="choose another destination")
+        raise FileError(
+            f"{destination}: a file stands where a folder is needed", fix="choose another destination"
+        )
     if destination.is_dir() and read_manifest(destination) is None and any(destination.iterdir()):
         raise FileError(
-            f"{destination} is not empty and was not made by a conversion", fix="choose another destination, or empty it yourself"
+            f"{destination} is not empty and was not made by a conversion",
+            fix="choose another destination, or empty it yourself",
         )
 
 

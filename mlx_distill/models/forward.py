@@ -1,13 +1,14 @@
 """Several rows in one line of a batch, none seeing another, without changing a model class.
 
-mlx-lm's models ask the cache object that they are given for the attention mask (``make_mask``), for the place of the first token
-(``offset``) and for the keys and values (``update_and_fetch``). A :class:`SegmentCache` answers with a mask of blocks, 0, and what it was
-handed.
+mlx-lm's models ask the cache object that they are given for the attention mask (``make_mask``), for the place
+of the first token (``offset``) and for the keys and values (``update_and_fetch``). A :class:`SegmentCache`
+answers with a mask of blocks, 0, and what it was handed.
 
-Positions run on through a line instead of restarting with each row: mlx-lm's rope takes one offset a line. Attention through rope
-depends on differences of positions alone, YaRN's included (its frequencies and its factor do not depend on the place), so a row gets
-what it would get alone, up to rounding: angles are float32, and one of p radians is known to p / 2^24. Since no line is longer
-than ``max_length``, no position occurs that a single row of the longest length would not have.
+Positions run on through a line instead of restarting with each row: mlx-lm's rope takes one offset a line.
+Attention through rope depends on differences of positions alone, YaRN's included (its frequencies and its
+factor do not depend on the place), so a row gets what it would get alone, up to rounding: angles are float32,
+and one of p radians is known to p / 2^24. Since no line is longer than ``max_length``, no position occurs
+that a single row of the longest length would not have.
 
 Scores are made over whole lines and masked, so attention costs every token what it costs the longest row.
 """
@@ -26,8 +27,8 @@ class Segments:
     """Who may see whom in a batch of packed lines, shared by the caches of all layers.
 
     Args:
-        ids: ``[b, l]`` the number of the row that each token belongs to; padding has a number of its own and sees itself, so that no
-            line of the softmax is empty.
+        ids: ``[b, l]`` the number of the row that each token belongs to; padding has a number of its own and
+            sees itself, so that no line of the softmax is empty.
     """
 
     def __init__(self, ids: Int[mx.array, "b l"]) -> None:
@@ -61,7 +62,9 @@ class SegmentCache:
     def __init__(self, segments: Segments, window: int | None = None) -> None:
         self.segments, self.window = segments, window
 
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Bool[mx.array, "b 1 l l"]:
+    def make_mask(
+        self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
+    ) -> Bool[mx.array, "b 1 l l"]:
         """See :meth:`Segments.mask`; of two windows the smaller."""
         return self.segments.mask(min(filter(None, (window_size, self.window)), default=None))
 
@@ -87,13 +90,18 @@ def segment_caches(model: Any, ids: Int[mx.array, "b l"]) -> list[SegmentCache]:
     caches = make_prompt_cache(model)
     for cache in caches:
         if type(cache) is not KVCache and (type(cache) is not RotatingKVCache or cache.keep):
-            raise ModelError(f"a model with a {type(cache).__name__} cannot read several rows in one line", fix="packing: false")
+            raise ModelError(
+                f"a model with a {type(cache).__name__} cannot read several rows in one line",
+                fix="packing: false",
+            )
     segments = Segments(ids)
     return [SegmentCache(segments, getattr(cache, "max_size", None)) for cache in caches]
 
 
 def hidden_states(model: Any, inputs: Int[mx.array, "b l"], cache: Any = None) -> Float[mx.array, "b l d"]:
-    """The trunk: embeddings to the final norm. ``project(head(model), hidden_states(model, x))`` are the logits."""
+    """The trunk: embeddings to the final norm. ``project(head(model), hidden_states(model, x))`` are the
+    logits.
+    """
     return model.model(inputs, cache)
 
 

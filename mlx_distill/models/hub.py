@@ -33,7 +33,9 @@ def find_local(path_or_repo: str | Path) -> Path | None:
         return path
     name = str(path_or_repo)
     if path.exists():
-        raise ModelError(f"{path}: a file where a model folder is needed", fix="give the folder that holds config.json")
+        raise ModelError(
+            f"{path}: a file where a model folder is needed", fix="give the folder that holds config.json"
+        )
     if not is_hub_id(name):
         raise ModelError(f"{name}: no such folder", fix="check the path; a Hub model is written org/name")
     return None
@@ -59,16 +61,25 @@ def _download(repo: str, revision: str | None) -> Path:
     )
 
     try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)))
+        return Path(
+            snapshot_download(
+                repo, revision=revision, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)
+            )
+        )
     except RevisionNotFoundError as error:
-        raise ModelError(f"{repo}: no revision {revision!r} on the Hub", fix="give a commit, a tag or a branch of that model") from error
+        raise ModelError(
+            f"{repo}: no revision {revision!r} on the Hub",
+            fix="give a commit, a tag or a branch of that model",
+        ) from error
     except GatedRepoError as error:
         raise ModelError(
-            f"{repo}: access on the Hub is restricted", fix="accept its licence on huggingface.co and run: hf auth login"
+            f"{repo}: access on the Hub is restricted",
+            fix="accept its licence on huggingface.co and run: hf auth login",
         ) from error
     except RepositoryNotFoundError as error:
         raise ModelError(
-            f"{repo}: no such folder, and no such model on the Hub", fix="check the spelling; a private model needs: hf auth login"
+            f"{repo}: no such folder, and no such model on the Hub",
+            fix="check the spelling; a private model needs: hf auth login",
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -84,21 +95,34 @@ def commit_of(folder: Path) -> str | None:
 
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "chat_template.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "merges.txt", "tokenizer.model",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+)
 OTHER_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
 def copy_tokenizer(source: Path, destination: Path, *, others: bool = False) -> list[str]:
-    """Copy what is there, each whole or not at all; return the names. ``others``: generation settings and licence too."""
-    names = [name for name in (*TOKENIZER_FILES, *(OTHER_FILES if others else ())) if (source / name).is_file()]
+    """Copy what is there, each whole or not at all; return the names. ``others``: generation settings and
+    licence too.
+    """
+    names = [
+        name for name in (*TOKENIZER_FILES, *(OTHER_FILES if others else ())) if (source / name).is_file()
+    ]
     folder = source / "additional_chat_templates"
     if folder.is_dir():
         names += [f"{folder.name}/{p.name}" for p in sorted(folder.glob("*.jinja"))]
     for name in names:
         with os_errors():
-            if (destination / name).is_file() and (destination / name).read_bytes() == (source / name).read_bytes():
+            if (destination / name).is_file() and (destination / name).read_bytes() == (
+                source / name
+            ).read_bytes():
                 continue
         with atomic_path(destination / name) as path:
             shutil.copyfile(source / name, path)

@@ -23,11 +23,14 @@ from mlx_distill.models.quantization import with_quantization
 from mlx_distill.storage import atomic_path, write_json
 
 
-def load(path_or_repo: str | Path, revision: str | None = None, *, dtype: str | None = None) -> tuple[Any, Any]:
+def load(
+    path_or_repo: str | Path, revision: str | None = None, *, dtype: str | None = None
+) -> tuple[Any, Any]:
     """Load a model and its tokenizer, numerically equal to the original.
 
     Args:
-        path_or_repo: A Hub id (``org/name``), a folder in the Hugging Face layout or ours, or an adapter folder.
+        path_or_repo: A Hub id (``org/name``), a folder in the Hugging Face layout or ours, or an adapter
+            folder.
         revision: Commit, tag or branch of a Hub model.
         dtype: Compute in this type (``float32``, ``bfloat16``, ``float16``); None keeps each tensor's own.
 
@@ -35,8 +38,8 @@ def load(path_or_repo: str | Path, revision: str | None = None, *, dtype: str | 
         mlx-lm's model, in evaluation mode, and its ``TokenizerWrapper``.
 
     Raises:
-        ModelError: remote code, pickles, an unknown ``model_type``, damaged shards, missing, extra or misshapen tensors: with file,
-            tensor and cure.
+        ModelError: remote code, pickles, an unknown ``model_type``, damaged shards, missing, extra or
+            misshapen tensors: with file, tensor and cure.
     """
     folder = resolve(path_or_repo, revision)
     model, config = load_model(folder, dtype=dtype)
@@ -63,7 +66,8 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, di
 
 
 def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) -> Any:
-    """mlx-lm's ``TokenizerWrapper`` of a folder, with ``chat_template.jinja`` where there is one; never remote code.
+    """mlx-lm's ``TokenizerWrapper`` of a folder, with ``chat_template.jinja`` where there is one; never
+    remote code.
 
     Raises:
         ModelError: no tokenizer, or a damaged one.
@@ -73,8 +77,12 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
         has_config = (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
         config = load_config(folder) if has_config else {}
     if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
-        raise ModelError(f"{folder}: no tokenizer.json", fix="copy the tokenizer's files from the original checkpoint")
-    if (folder / "tokenizer_config.json").is_file() and read_object(folder / "tokenizer_config.json").get("auto_map"):
+        raise ModelError(
+            f"{folder}: no tokenizer.json", fix="copy the tokenizer's files from the original checkpoint"
+        )
+    if (folder / "tokenizer_config.json").is_file() and read_object(folder / "tokenizer_config.json").get(
+        "auto_map"
+    ):
         raise ModelError(
             f"{folder / 'tokenizer_config.json'}: auto_map asks to run code that comes with the checkpoint",
             fix="remote code is never run; use a checkpoint without it",
@@ -85,14 +93,17 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
         return load_wrapper(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
     except Exception as error:  # transformers raises whatever its parsers raise
         raise ModelError(
-            f"{folder}: the tokenizer cannot be read: {error}", fix="copy the tokenizer's files from the original checkpoint"
+            f"{folder}: the tokenizer cannot be read: {error}",
+            fix="copy the tokenizer's files from the original checkpoint",
         ) from error
 
 
 def skeleton(folder: str | Path) -> Any:
-    """The model of a folder without its weights: modules, names, shapes and packings, from config.json and the shards' headers.
+    """The model of a folder without its weights: modules, names, shapes and packings, from config.json and
+    the shards' headers.
 
-    Its arrays are random and never computed, so it costs no memory; what can be asked of a model's form can be asked of it.
+    Its arrays are random and never computed, so it costs no memory; what can be asked of a model's form can
+    be asked of it.
     """
     return _build(prepare(Path(folder)))
 
@@ -100,7 +111,12 @@ def skeleton(folder: str | Path) -> Any:
 def _build(ready: Prepared) -> Any:
     model = build_model(ready.config, str(ready.folder / "config.json"))
     if ready.packings:
-        nn.quantize(model, class_predicate=lambda path, module: ready.packings[path].config if path in ready.packings else False)
+        nn.quantize(
+            model,
+            class_predicate=lambda path, module: (
+                ready.packings[path].config if path in ready.packings else False
+            ),
+        )
     return model
 
 
@@ -110,10 +126,13 @@ def _load_weights(ready: Prepared) -> Any:
     return model
 
 
-def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES) -> None:
+def save_model(
+    model: Any, base: str | Path, folder: str | Path, *, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> None:
     """Write every weight in the type that it has in memory, with the config and tokenizer of ``base``.
 
-    What ``base`` has packed, and was unpacked to compute with but did not train, is written as it stands there, bit for bit.
+    What ``base`` has packed, and was unpacked to compute with but did not train, is written as it stands
+    there, bit for bit.
 
     Args:
         model: mlx-lm's model, as loaded from ``base``.
@@ -125,9 +144,19 @@ def save_model(model: Any, base: str | Path, folder: str | Path, *, max_shard_by
     shards: list[dict[str, mx.array]] = [{}]
     size = 0
     config = read_object(base / "config.json")
-    modules = dict(model.named_modules()) | (kept := _untouched(model, base) if "quantization" in config else {})
-    flat = [(name, value) for name, value in tree_flatten(model.parameters()) if name.rpartition(".")[0] not in kept]
-    flat += [(f"{path}.{name}", value) for path, module in kept.items() for name, value in tree_flatten(module.parameters())]
+    modules = dict(model.named_modules()) | (
+        kept := _untouched(model, base) if "quantization" in config else {}
+    )
+    flat = [
+        (name, value)
+        for name, value in tree_flatten(model.parameters())
+        if name.rpartition(".")[0] not in kept
+    ]
+    flat += [
+        (f"{path}.{name}", value)
+        for path, module in kept.items()
+        for name, value in tree_flatten(module.parameters())
+    ]
     for name, value in flat:
         if size and size + value.nbytes > max_shard_bytes:
             shards.append({})
@@ -166,5 +195,7 @@ def _untouched(model: Any, base: Path) -> dict[str, Any]:
     return {
         path: module
         for path, module in load_model(base)[0].named_modules()
-        if "scales" in module and "scales" not in here[path] and not tree_flatten(here[path].trainable_parameters())
+        if "scales" in module
+        and "scales" not in here[path]
+        and not tree_flatten(here[path].trainable_parameters())
     }

@@ -14,7 +14,8 @@ from mlx_distill.errors import ConfigError, ModelError
 
 
 def linear_layers(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
-    """The linear layers and stacks of experts, packed or not, whose path ends in one of ``names``, sorted by path.
+    """The linear layers and stacks of experts, packed or not, whose path ends in one of ``names``, sorted by
+    path.
 
     Raises:
         ModelError: a name that matches nothing, or no name.
@@ -29,10 +30,11 @@ def linear_layers(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
 
 
 def whole_modules(model: Any, names: Sequence[str], adapted: Collection[str] = ()) -> list[tuple[str, Any]]:
-    """The modules with a plain weight of their own whose path ends in one of ``names``, sorted by path: PEFT's ``modules_to_save``.
+    """The modules with a plain weight of their own whose path ends in one of ``names``, sorted by path:
+    PEFT's ``modules_to_save``.
 
-    A name is a path's last part or its last parts: ``norm`` is the last norm alone. (PEFT compares letters, so that its ``norm`` is
-    ``q_norm`` too; we write whole paths into its files.)
+    A name is a path's last part or its last parts: ``norm`` is the last norm alone. (PEFT compares letters,
+    so that its ``norm`` is ``q_norm`` too; we write whole paths into its files.)
 
     Args:
         model: mlx-lm's model.
@@ -55,7 +57,9 @@ def whole_modules(model: Any, names: Sequence[str], adapted: Collection[str] = (
                 fix="convert without quantize, or leave it out, or set unpack: true",
             )
         if path in adapted:
-            raise ConfigError(f"{path} in target_modules and in modules_to_save", fix="name it in one of them")
+            raise ConfigError(
+                f"{path} in target_modules and in modules_to_save", fix="name it in one of them"
+            )
     return found
 
 
@@ -95,7 +99,9 @@ def _named(model: Any, names: Sequence[str], fits: Any, what: str) -> list[tuple
     for name in names:
         if not any(_ends(path, name) for path, _ in there):
             leaves = sorted({path.rsplit(".", 1)[-1] for path, _ in there})
-            raise ModelError(f"{what} {name!r} matches nothing in this model", fix=f"it has {', '.join(leaves)}")
+            raise ModelError(
+                f"{what} {name!r} matches nothing in this model", fix=f"it has {', '.join(leaves)}"
+            )
     return [(path, module) for path, module in there if any(_ends(path, name) for name in names)]
 
 
@@ -104,7 +110,8 @@ def _ends(path: str, name: str) -> bool:
 
 
 def dequantized(module: Any, expert: int | None = None) -> Float[mx.array, "*e o i"]:
-    """The weight of a linear layer or of a stack of experts (or of one of them) in float32, unpacked where it is packed.
+    """The weight of a linear layer or of a stack of experts (or of one of them) in float32, unpacked where it
+    is packed.
 
     >>> dequantized(nn.Linear(3, 2)).shape
     (2, 3)
@@ -114,13 +121,20 @@ def dequantized(module: Any, expert: int | None = None) -> Float[mx.array, "*e o
     if parts["scales"] is None:
         return parts["weight"].astype(mx.float32)
     return mx.dequantize(
-        parts["weight"], parts["scales"], parts["biases"], group_size=module.group_size, bits=module.bits, mode=module.mode,
-        global_scale=parts["global_scale"], dtype=mx.float32,
-    )  # fmt: skip
+        parts["weight"],
+        parts["scales"],
+        parts["biases"],
+        group_size=module.group_size,
+        bits=module.bits,
+        mode=module.mode,
+        global_scale=parts["global_scale"],
+        dtype=mx.float32,
+    )
 
 
 def plain_like(module: Any, weight: Float[mx.array, "*e o i"]) -> Any:
-    """A frozen plain layer of the same kind (linear, embedding or stack of experts) with that weight and the module's own bias.
+    """A frozen plain layer of the same kind (linear, embedding or stack of experts) with that weight and the
+    module's own bias.
 
     >>> plain_like(nn.Linear(32, 2).to_quantized(32, 4), mx.ones((2, 32)))
     Linear(input_dims=32, output_dims=2, bias=True)
@@ -142,15 +156,19 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def cast(model: Any, dtype: str | mx.Dtype) -> Any:
-    """Cast the floating-point parameters (scales and biases of affine weights among them), in place; packed weights and adapters stay.
+    """Cast the floating-point parameters (scales and biases of affine weights among them), in place; packed
+    weights and adapters stay.
 
-    Returns the model. bfloat16 to float32 is exact. On the CPU backend bfloat16 is slow, and dense experts run in float32 only.
+    Returns the model. bfloat16 to float32 is exact. On the CPU backend bfloat16 is slow, and dense experts
+    run in float32 only.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ModelError(f"unknown type {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
-    model.update(tree_map_with_path(lambda path, x: x.astype(dtype) if _casts(path, x) else x, model.parameters()))
+    model.update(
+        tree_map_with_path(lambda path, x: x.astype(dtype) if _casts(path, x) else x, model.parameters())
+    )
     return model
 
 
@@ -159,10 +177,12 @@ def _casts(path: str, x: mx.array) -> bool:
 
 
 def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
-    """Replace packed weights (linear layers, embeddings, stacks of experts) by plain ones of the same value, in place; return the paths.
+    """Replace packed weights (linear layers, embeddings, stacks of experts) by plain ones of the same value,
+    in place; return the paths.
 
-    More memory, the same numbers to rounding: for a backend whose packed products are slow (the CPU's, twice as slow in training a tiny
-    gpt-oss), and for weights that are to move. What is saved afterwards is still only what was trained.
+    More memory, the same numbers to rounding: for a backend whose packed products are slow (the CPU's, twice
+    as slow in training a tiny gpt-oss), and for weights that are to move. What is saved afterwards is still
+    only what was trained.
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 

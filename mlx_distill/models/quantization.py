@@ -1,4 +1,6 @@
-"""What happens to each weight on its way: kept, cast, quantized. One decision a tensor, made before anything is written, and shown."""
+"""What happens to each weight on its way: kept, cast, quantized. One decision a tensor, made before anything
+is written, and shown.
+"""
 
 from __future__ import annotations
 
@@ -18,13 +20,18 @@ from mlx_distill.recipe import MODES
 AFFINE_GROUPS = (128, 64, 32)
 _FIXED = {"mxfp4": (4, 32), "nvfp4": (4, 16), "mxfp8": (8, 32)}
 # Body, and what the embeddings and the head get besides; the router is always kept.
-MIXED = {"mixed4": ("affine4", "affine8"), "mixed-mxfp4": ("mxfp4", "affine8"), "mixed-nvfp4": ("nvfp4", "affine8")}
+MIXED = {
+    "mixed4": ("affine4", "affine8"),
+    "mixed-mxfp4": ("mxfp4", "affine8"),
+    "mixed-nvfp4": ("nvfp4", "affine8"),
+}
 SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
 class Treatment:
-    """``kind`` is ``keep``, ``cast`` or ``quantize``; ``dtype`` the safetensors type cast to; ``why`` a reason worth showing.
+    """``kind`` is ``keep``, ``cast`` or ``quantize``; ``dtype`` the safetensors type cast to; ``why`` a
+    reason worth showing.
 
     ``again``: the weights were packed so before, and lie near that grid.
     """
@@ -54,7 +61,8 @@ Decide = Callable[[Planned], Treatment]
 
 
 def parse_mode(name: str, group_size: int = 0) -> Treatment:
-    """A mode by name: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``; ``group_size`` 0 is the mode's own.
+    """A mode by name: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``; ``group_size`` 0 is the
+    mode's own.
 
     Raises:
         ConfigError: an unknown mode, or a group size that the mode does not have.
@@ -65,7 +73,9 @@ def parse_mode(name: str, group_size: int = 0) -> Treatment:
     if name in MODES and name.startswith("affine"):
         size = group_size or 64
         if size not in AFFINE_GROUPS:
-            raise ConfigError(f"groups of {size} with {name}", fix=f"one of {', '.join(map(str, sorted(AFFINE_GROUPS)))}")
+            raise ConfigError(
+                f"groups of {size} with {name}", fix=f"one of {', '.join(map(str, sorted(AFFINE_GROUPS)))}"
+            )
         return Treatment("quantize", mode="affine", bits=int(name.removeprefix("affine")), group_size=size)
     if name in _FIXED:
         bits, size = _FIXED[name]
@@ -108,7 +118,11 @@ def decider(
         path = planned.name.removesuffix(".weight")
         if not body or not planned.name.endswith(".weight") or path not in quantizable:
             return plain
-        part = "router" if path.endswith(routers) and routers else next((part for part in keep if part in path), None)
+        part = (
+            "router"
+            if path.endswith(routers) and routers
+            else next((part for part in keep if part in path), None)
+        )
         if part:
             return Treatment(plain.kind, plain.dtype, why=f"kept by {part!r}")
         name = outer if path in ("lm_head", "model.embed_tokens") else body
@@ -118,10 +132,18 @@ def decider(
 
 
 def _fit(wish: Treatment, planned: Planned, plain: Treatment) -> Treatment:
-    sizes = [size for size in AFFINE_GROUPS if size <= wish.group_size] if wish.mode == "affine" else [wish.group_size]
+    sizes = (
+        [size for size in AFFINE_GROUPS if size <= wish.group_size]
+        if wish.mode == "affine"
+        else [wish.group_size]
+    )
     for size in sizes:
         if planned.columns % size == 0:
-            why = "" if size == wish.group_size else f"{planned.columns} columns are no multiple of {wish.group_size}"
+            why = (
+                ""
+                if size == wish.group_size
+                else f"{planned.columns} columns are no multiple of {wish.group_size}"
+            )
             return Treatment("quantize", plain.dtype, wish.mode, wish.bits, size, why)
     return Treatment(plain.kind, plain.dtype, why=f"{planned.columns} columns are no multiple of {sizes[-1]}")
 
@@ -134,10 +156,12 @@ _LARGEST_EXPONENT = 2  # of E2M1: 6 = 1.5 * 2 ** 2
 
 
 def pack(values: Float[mx.array, "*b n"]) -> tuple[UInt32[mx.array, "*b w"], UInt8[mx.array, "*b g"]]:
-    r"""Words and scales as ``mx.dequantize(..., mode="mxfp4")`` reads them: of two scales a group, the one that loses less.
+    r"""Words and scales as ``mx.dequantize(..., mode="mxfp4")`` reads them: of two scales a group, the one
+    that loses less.
 
-    They are the specification's :math:`2^{\lfloor \log_2 \max |w| \rfloor - 2}`, where the largest weights may saturate at 6 scales, and
-    the next one up, where none does. Weights go to the nearest level, ties to the even code.
+    They are the specification's :math:`2^{\lfloor \log_2 \max |w| \rfloor - 2}`, where the largest weights
+    may saturate at 6 scales, and the next one up, where none does. Weights go to the nearest level, ties to
+    the even code.
 
     Args:
         values: Finite weights; ``n`` a multiple of 32.
@@ -159,7 +183,9 @@ def pack(values: Float[mx.array, "*b n"]) -> tuple[UInt32[mx.array, "*b w"], UIn
 
 
 def _nearest(sizes: mx.array, exponent: mx.array) -> tuple[mx.array, mx.array]:
-    """Codes of the levels nearest to ``sizes / 2 ** exponent``, and the sum of squares that is lost in each group."""
+    """Codes of the levels nearest to ``sizes / 2 ** exponent``, and the sum of squares that is lost in each
+    group.
+    """
     scaled = sizes * ((_BIAS - exponent).astype(mx.uint32) << 23).view(mx.float32)[..., None]
     codes = mx.zeros(scaled.shape, mx.uint32)
     for i, middle in enumerate((a + b) / 2 for a, b in pairwise(LEVELS)):
@@ -168,7 +194,8 @@ def _nearest(sizes: mx.array, exponent: mx.array) -> tuple[mx.array, mx.array]:
 
 
 def with_quantization(config: Mapping[str, Any], packed: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The config with ``quantization`` as mlx-lm reads it: the commonest settings on top, and every module that differs by its path.
+    """The config with ``quantization`` as mlx-lm reads it: the commonest settings on top, and every module
+    that differs by its path.
 
     Args:
         config: Of the model or of what it came from.
@@ -176,7 +203,9 @@ def with_quantization(config: Mapping[str, Any], packed: Mapping[str, dict[str, 
     """
     out = {key: value for key, value in config.items() if key != "quantization"}
     method = (out.get("quantization_config") or {}).get("quant_method")
-    if all(settings["mode"] != method for settings in packed.values()):  # ours, or of weights that are packed no more
+    if all(
+        settings["mode"] != method for settings in packed.values()
+    ):  # ours, or of weights that are packed no more
         out.pop("quantization_config", None)
     if not packed:
         return out

@@ -1,4 +1,6 @@
-"""Quantize a model, or an adapter on its base: what is packed already passes through bit for bit, everything else is measured."""
+"""Quantize a model, or an adapter on its base: what is packed already passes through bit for bit, everything
+else is measured.
+"""
 
 from __future__ import annotations
 
@@ -19,8 +21,21 @@ from mlx_distill.models.checkpoint.plan import Prepared, prepare
 from mlx_distill.models.checkpoint.safetensors import Source, read_header
 from mlx_distill.models.checkpoint.tensor_job import Delta, Job, TensorRow, Whole, from_raw, to_raw
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
-from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, is_adapter, read_object
-from mlx_distill.models.convert import finish_folder, shard_hashes, shard_rows, stream, tensor_table, update_lost
+from mlx_distill.models.config_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    adapter_base,
+    is_adapter,
+    read_object,
+)
+from mlx_distill.models.convert import (
+    finish_folder,
+    shard_hashes,
+    shard_rows,
+    stream,
+    tensor_table,
+    update_lost,
+)
 from mlx_distill.models.folder import making, source_key
 from mlx_distill.models.hub import copy_tokenizer, resolve
 from mlx_distill.models.quantization import Treatment, decider
@@ -52,7 +67,11 @@ class QuantizeReport:
     @property
     def stayed(self) -> tuple[str, ...]:
         """Weights that were wished for and not packed as wished, with the reason."""
-        return tuple(f"{row.name}: {row.note}" for row in self.rows if row.note and "packed" not in row.note and row.note != "bit for bit")
+        return tuple(
+            f"{row.name}: {row.note}"
+            for row in self.rows
+            if row.note and "packed" not in row.note and row.note != "bit for bit"
+        )
 
     @property
     def largest_error(self) -> float:
@@ -75,7 +94,11 @@ class QuantizeReport:
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {**asdict(self), "rows": [row.to_dict() for row in self.rows], "bits_per_weight": self.bits_per_weight}
+        return {
+            **asdict(self),
+            "rows": [row.to_dict() for row in self.rows],
+            "bits_per_weight": self.bits_per_weight,
+        }
 
     def lines(self) -> list[str]:
         """The table, then the sums."""
@@ -105,17 +128,19 @@ def quantize_folder(
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Quantize a model folder or an adapter folder into ``destination``: whole or not at all, resumable, in bounded memory.
+    """Quantize a model folder or an adapter folder into ``destination``: whole or not at all, resumable, in
+    bounded memory.
 
     Args:
         source: A folder of ours, a Hugging Face folder, a Hub id, or an adapter folder.
         destination: The folder to make. :func:`mlx_distill.models.load.load` reads it either way.
-        mode: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe. Weights that are packed already stay so.
-        group_size: Weights that share a scale; 0 is the mode's own. Where it does not divide a row, a smaller one is taken, or the
-            weight stays.
-        adapter: ``merge`` adds it to the weights before they are packed (packed weights that it changes are unpacked and packed again
-            the same way, with the error stated); ``keep`` leaves it in floating point beside the packed base: the adapter in
-            ``destination``, its base in ``destination/base``.
+        mode: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe. Weights that are
+            packed already stay so.
+        group_size: Weights that share a scale; 0 is the mode's own. Where it does not divide a row, a smaller
+            one is taken, or the weight stays.
+        adapter: ``merge`` adds it to the weights before they are packed (packed weights that it changes are
+            unpacked and packed again the same way, with the error stated); ``keep`` leaves it in floating
+            point beside the packed base: the adapter in ``destination``, its base in ``destination/base``.
         keep: Parts of module names that keep their type.
         max_shard_bytes: Largest file.
         memory_bytes: Bound on the working buffers.
@@ -127,12 +152,25 @@ def quantize_folder(
         FileError: the disk refused, or the destination holds something else.
     """
     folder, destination = resolve(source), Path(destination)
-    settings = {"mode": mode, "group_size": group_size, "adapter": adapter, "keep": list(keep), "max_shard_bytes": max_shard_bytes}
+    settings = {
+        "mode": mode,
+        "group_size": group_size,
+        "adapter": adapter,
+        "keep": list(keep),
+        "max_shard_bytes": max_shard_bytes,
+    }
     with making(destination, folder, "quantize", settings, {"source": source_key(folder)}) as work:
         report = quantize_into(
-            folder, work.folder, mode, group_size, adapter, keep, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes,
+            folder,
+            work.folder,
+            mode,
+            group_size,
+            adapter,
+            keep,
+            max_shard_bytes=max_shard_bytes,
+            memory_bytes=memory_bytes,
             progress=progress,
-        )  # fmt: skip
+        )
         report = replace(report, source=str(source), destination=str(destination))
         base = "base/" if report.adapter == "kept" else ""
         work.hashes.update({base + name: hash for name, hash in shard_hashes(work.folder / base).items()})
@@ -152,7 +190,9 @@ def quantize_into(
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on a second run."""
+    """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on
+    a second run.
+    """
     began = time.perf_counter()
     source, folder = resolve(source), Path(folder)
     if adapter not in ("merge", "keep"):
@@ -182,10 +222,18 @@ def quantize_into(
     rows = shard_rows(ready, jobs, shards)
     state = "merged" if merges else "kept" if adapted else "none"
     return QuantizeReport(
-        str(source), str(folder), mode, state, rows, sum(r.parameters for r in rows), ready.checkpoint.nbytes,
-        sum(o.nbytes for job in jobs for o in job.outputs), (source / ADAPTER_FILE).stat().st_size if adapted else 0,
-        time.perf_counter() - began, sum(s.resumed for s in shards),
-    )  # fmt: skip
+        str(source),
+        str(folder),
+        mode,
+        state,
+        rows,
+        sum(r.parameters for r in rows),
+        ready.checkpoint.nbytes,
+        sum(o.nbytes for job in jobs for o in job.outputs),
+        (source / ADAPTER_FILE).stat().st_size if adapted else 0,
+        time.perf_counter() - began,
+        sum(s.resumed for s in shards),
+    )
 
 
 def _copy_adapter(source: Path, folder: Path) -> None:
@@ -220,9 +268,14 @@ def adapter_deltas(folder: Path) -> dict[str, Delta | Whole]:
 
 
 def plan_jobs(
-    ready: Prepared, deltas: dict[str, Delta | Whole], mode: str | None, group_size: int = 0, keep: Sequence[str] = ("router",)
+    ready: Prepared,
+    deltas: dict[str, Delta | Whole],
+    mode: str | None,
+    group_size: int = 0,
+    keep: Sequence[str] = ("router",),
 ) -> list[Job]:
-    """What happens to each tensor: packed weights stay, unless an update changes them: then they are packed again the same way.
+    """What happens to each tensor: packed weights stay, unless an update changes them: then they are packed
+    again the same way.
 
     Raises:
         ModelError: an update for a weight that the base does not have, or of another shape.
@@ -234,7 +287,10 @@ def plan_jobs(
     for name in deltas:
         path = name.removesuffix(".weight")
         if name not in planned:
-            raise ModelError(f"the adapter changes {path}, which the base model does not have", fix="check base in adapter_config.json")
+            raise ModelError(
+                f"the adapter changes {path}, which the base model does not have",
+                fix="check base in adapter_config.json",
+            )
         if planned[name].dtype == "U32":
             reopened |= {f"{path}.scales", f"{path}.biases"}
     for p in ready.planned:
@@ -253,7 +309,8 @@ def _fitting(job: Job) -> Job:
     if job.delta is not None:
         if job.delta.shape != job.planned.shape:
             raise ModelError(
-                f"{job.planned.where}: the adapter's update has the shape {list(job.delta.shape)}", fix="check base in adapter_config.json"
+                f"{job.planned.where}: the adapter's update has the shape {list(job.delta.shape)}",
+                fix="check base in adapter_config.json",
             )
         if job.treatment.kind == "keep":
             return replace(job, treatment=Treatment("cast", job.planned.dtype, why=job.treatment.why))
@@ -263,7 +320,9 @@ def _fitting(job: Job) -> Job:
 def reopen(p: Planned, planned: dict[str, Planned], packing: Treatment) -> tuple[Planned, Treatment]:
     """Packed weights as float32 rows, and how they were packed."""
     path = p.name.removesuffix(".weight")
-    parts = [planned[f"{path}.{leaf}"] for leaf in ("weight", "scales", "biases") if f"{path}.{leaf}" in planned]
+    parts = [
+        planned[f"{path}.{leaf}"] for leaf in ("weight", "scales", "biases") if f"{path}.{leaf}" in planned
+    ]
     sources: tuple[Source, ...] = tuple(info for part in parts for info in part.sources)
     shape = (*p.shape[:-1], p.columns * 32 // packing.bits)
 
@@ -271,7 +330,11 @@ def reopen(p: Planned, planned: dict[str, Planned], packing: Treatment) -> tuple
         weight, *rest = (from_raw(part.read(start, stop), part.dtype) for part in parts)
         rest = [r.astype(mx.float32) if mx.issubdtype(r.dtype, mx.floating) else r for r in rest]
         biases = rest[1] if len(rest) > 1 else None
-        return to_raw(mx.dequantize(weight, rest[0], biases, packing.group_size, packing.bits, packing.mode, dtype=mx.float32))
+        return to_raw(
+            mx.dequantize(
+                weight, rest[0], biases, packing.group_size, packing.bits, packing.mode, dtype=mx.float32
+            )
+        )
 
     kept = parts[1].dtype if packing.mode == "affine" else "BF16"
     treatment = replace(packing, dtype=kept, why="packed again", again=True)

@@ -1,4 +1,6 @@
-"""Optimizers that need less memory, and learning rates: each one an ``mlx.optimizers.Optimizer`` for any loop."""
+"""Optimizers that need less memory, and learning rates: each one an ``mlx.optimizers.Optimizer`` for any
+loop.
+"""
 
 from __future__ import annotations
 

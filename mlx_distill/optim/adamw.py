@@ -35,14 +35,16 @@ _DROPPED = {mx.bfloat16: 16, mx.float16: 13}
 def round_stochastically(x: Float[mx.array, "*s"], dtype: mx.Dtype, key: mx.array) -> mx.array:
     r"""Round float32 numbers to the number of ``dtype`` below or above, so that the mean is right.
 
-    With the neighbours :math:`a \le x < b`, :math:`P(b) = (x - a) / (b - a)`: what is exact stays, and what a rounding to the nearest
-    would lose at every step is kept in the mean. A bfloat16 weight of 0.02 has neighbours 1.2e-4 apart, and Adam moves it by the learning
-    rate, 2e-5: to the nearest it would never move. Source: Gupta et al., arXiv 1502.02551; for the weights alone, without a copy in
-    float32, Zamirai et al., arXiv 2010.06192.
+    With the neighbours :math:`a \le x < b`, :math:`P(b) = (x - a) / (b - a)`: what is exact stays, and what a
+    rounding to the nearest would lose at every step is kept in the mean. A bfloat16 weight of 0.02 has
+    neighbours 1.2e-4 apart, and Adam moves it by the learning rate, 2e-5: to the nearest it would never move.
+    Source: Gupta et al., arXiv 1502.02551; for the weights alone, without a copy in float32, Zamirai et al.,
+    arXiv 2010.06192.
 
     Args:
         x: float32.
-        dtype: ``bfloat16`` or ``float16`` (below 6e-5 to the nearest, where float16 has fewer bits); any other is a plain cast.
+        dtype: ``bfloat16`` or ``float16`` (below 6e-5 to the nearest, where float16 has fewer bits); any
+            other is a plain cast.
         key: Of the random numbers, as ``mx.random`` takes it; the same key rounds alike.
 
     >>> x, key = mx.full((4096,), 1.0 + 2.0**-9), mx.random.key(0)  # a quarter of the way from 1 to the next bfloat16
@@ -61,8 +63,8 @@ def round_stochastically(x: Float[mx.array, "*s"], dtype: mx.Dtype, key: mx.arra
 class RoundingOptimizer(optim.Optimizer):
     """The base of our optimizers: arithmetic in float32, and :meth:`rounded` for the weights' own type.
 
-    The random numbers come from ``seed``, the step and the place among the parameters: a run that goes on rounds as one that was never
-    stopped, and so do all ranks.
+    The random numbers come from ``seed``, the step and the place among the parameters: a run that goes on
+    rounds as one that was never stopped, and so do all ranks.
     """
 
     def __init__(self, seed: int) -> None:
@@ -76,21 +78,26 @@ class RoundingOptimizer(optim.Optimizer):
         return super().apply_gradients(gradients, parameters)
 
     def rounded(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
-        """A new weight, float32, in the type ``dtype`` of the old one: once for each parameter, in their order."""
+        """A new weight, float32, in the type ``dtype`` of the old one: once for each parameter, in their
+        order.
+        """
         self._place += 1
-        key = mx.stack([mx.array((self.seed * 1_000_003 + self._place) % 2**32, mx.uint32), self.step.astype(mx.uint32)])
+        key = mx.stack(
+            [mx.array((self.seed * 1_000_003 + self._place) % 2**32, mx.uint32), self.step.astype(mx.uint32)]
+        )
         return round_stochastically(weight, dtype, key)
 
 
 class AdamW(RoundingOptimizer):
-    r"""Adam with decoupled weight decay and bias correction (Loshchilov and Hutter, arXiv 1711.05101), as in PyTorch.
+    r"""Adam with decoupled weight decay and bias correction (Loshchilov and Hutter, arXiv 1711.05101), as in
+    PyTorch.
 
     .. math::
         m &= \beta_1 m + (1-\beta_1) g, \quad v = \beta_2 v + (1-\beta_2) g^2 \\
         w &= (1 - \eta\lambda) w - \eta \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon}
 
-    ``mlx.optimizers.AdamW`` keeps the moments in the type of the weights, and in bfloat16 :math:`v` never decays; here they and
-    the arithmetic are float32, and a weight of 16 bits is rounded stochastically
+    ``mlx.optimizers.AdamW`` keeps the moments in the type of the weights, and in bfloat16 :math:`v` never
+    decays; here they and the arithmetic are float32, and a weight of 16 bits is rounded stochastically
     (:func:`~mlx_distill.optim.adamw.round_stochastically`), so that small steps are not lost.
 
     Args:

@@ -16,8 +16,11 @@ _GROWTH = 1.01
 _TINY = 1e-8
 
 
-def random_basis(shape: tuple[int, ...], rank: int, seed: int, place: int, period: int) -> dict[str, mx.array]:
-    r"""A Gaussian projection, entries :math:`\mathcal N(0, 1/r)`, on the shorter side, never stored: the same for the same numbers.
+def random_basis(
+    shape: tuple[int, ...], rank: int, seed: int, place: int, period: int
+) -> dict[str, mx.array]:
+    r"""A Gaussian projection, entries :math:`\mathcal N(0, 1/r)`, on the shorter side, never stored: the same
+    for the same numbers.
 
     >>> random_basis((6, 4), 2, seed=0, place=3, period=1)["right"].shape
     (2, 4)
@@ -28,7 +31,8 @@ def random_basis(shape: tuple[int, ...], rank: int, seed: int, place: int, perio
 
 
 class APOLLO(NamedOptimizer):
-    r"""Approximated gradient scaling for memory-efficient optimization (Zhu et al., arXiv 2412.05270). No decomposition anywhere.
+    r"""Approximated gradient scaling for memory-efficient optimization (Zhu et al., arXiv 2412.05270). No
+    decomposition anywhere.
 
     With a random projection :math:`P` and Adam's moments of :math:`R = G P^\top` alone,
 
@@ -36,8 +40,9 @@ class APOLLO(NamedOptimizer):
         N = \frac{M}{\sqrt V + \epsilon}, \quad s_j = \frac{\|N_j\|}{\|R_j\| + 10^{-8}}, \quad D = G \,\mathrm{diag}(s), \quad
         W \leftarrow W - \eta \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\, \alpha\, D, \quad W \leftarrow W - \eta \lambda W
 
-    where j runs over the channels (the longer side) or, with ``channels=False``, over the whole matrix at once. The norm of :math:`D`
-    may grow by 1 % a step at most. The state of an m x n matrix is 2br numbers, b the longer side.
+    where j runs over the channels (the longer side) or, with ``channels=False``, over the whole matrix at
+    once. The norm of :math:`D` may grow by 1 % a step at most. The state of an m x n matrix is 2br numbers, b
+    the longer side.
 
     Args:
         learning_rate: :math:`\eta`, a number or a function of the step.
@@ -49,7 +54,8 @@ class APOLLO(NamedOptimizer):
         eps: :math:`\epsilon`.
         weight_decay: :math:`\lambda`, after the update.
         seed: Of the projections, of which nothing else need be kept, and of the rounding.
-        filter: Which matrices are scaled so; the others move by AdamW. See :class:`~mlx_distill.optim.galore.GaLoreAdamW`.
+        filter: Which matrices are scaled so; the others move by AdamW. See
+            :class:`~mlx_distill.optim.galore.GaLoreAdamW`.
 
     >>> optimizer = APOLLO(0.1, rank=1)
     >>> optimizer.apply_gradients({"w": mx.ones((4, 2))}, {"w": mx.zeros((4, 2))})["w"].shape
@@ -85,7 +91,9 @@ class APOLLO(NamedOptimizer):
 
     def step_named(self, path: str, gradient: mx.array, state: dict) -> mx.array:
         """Scale the gradient by what Adam does in the subspace, limit its growth."""
-        basis = random_basis(gradient.shape, self.rank, self.seed, self.chosen[path], self.count // self.update_gap)
+        basis = random_basis(
+            gradient.shape, self.rank, self.seed, self.chosen[path], self.count // self.update_gap
+        )
         low = project(gradient, basis)
         step = self.adam(low, state)
         over: int | tuple[int, int] = (-2, -1) if not self.channels else (-1 if "right" in basis else -2)
@@ -98,9 +106,13 @@ class APOLLO(NamedOptimizer):
 
 
 def APOLLOMini(  # noqa: N802 - made and named like its kin
-    learning_rate: float | Callable[[mx.array], mx.array], update_gap: int = 200, scale: float = MINI_SCALE, **options: object
+    learning_rate: float | Callable[[mx.array], mx.array],
+    update_gap: int = 200,
+    scale: float = MINI_SCALE,
+    **options: object,
 ) -> APOLLO:
-    r"""APOLLO at rank 1 with one factor a matrix: next to no state. :math:`\alpha = \sqrt{128}` as in the paper.
+    r"""APOLLO at rank 1 with one factor a matrix: next to no state. :math:`\alpha = \sqrt{128}` as in the
+    paper.
 
     >>> APOLLOMini(0.1).rank
     1

@@ -1,4 +1,6 @@
-"""The base of the optimizers that treat some matrices in a subspace: MLX's protocol, with the parameter's path."""
+"""The base of the optimizers that treat some matrices in a subspace: MLX's protocol, with the parameter's
+path.
+"""
 
 from __future__ import annotations
 
@@ -13,17 +15,21 @@ from mlx_distill.optim.adamw import RoundingOptimizer, bias_corrections
 
 Filter = Callable[[str, mx.array], bool]
 
-# Parts of a path whose matrices stay in full space: embeddings and heads have a row a token, most of them without a gradient, and
-# adapters are of low rank already.
+# Parts of a path whose matrices stay in full space: embeddings and heads have a row a token, most of them
+# without a gradient, and adapters are of low rank already.
 FULL_SPACE = ("embed", "wte", "wpe", "lm_head", "norm", "router", "lora_", "sinks", "bias")
 _STACKED = ("experts", "switch")
-_ROUTER = "gate"  # mlx-lm's name for it in most models of experts, and no part of a longer one such as gate_proj
+_ROUTER = (
+    "gate"  # mlx-lm's name for it in most models of experts, and no part of a longer one such as gate_proj
+)
 
 
 def is_projected(path: str, parameter: mx.array) -> bool:
-    """The default choice, by names alone: matrices and stacks of experts whose path has none of ``FULL_SPACE`` in it.
+    """The default choice, by names alone: matrices and stacks of experts whose path has none of
+    ``FULL_SPACE`` in it.
 
-    So not embeddings, norms, head, router or adapters as they are called in mlx-lm. A module of your own with other names wants a filter.
+    So not embeddings, norms, head, router or adapters as they are called in mlx-lm. A module of your own with
+    other names wants a filter.
 
     >>> w = mx.zeros((4, 4))
     >>> is_projected("layers.0.self_attn.q_proj.weight", w), is_projected("embed_tokens.weight", w)
@@ -32,7 +38,9 @@ def is_projected(path: str, parameter: mx.array) -> bool:
     parts = path.lower().split(".")
     if _ROUTER in parts or any(word in part for word in FULL_SPACE for part in parts):
         return False
-    return parameter.ndim == 2 or (parameter.ndim == 3 and any(word in part for word in _STACKED for part in parts))
+    return parameter.ndim == 2 or (
+        parameter.ndim == 3 and any(word in part for word in _STACKED for part in parts)
+    )
 
 
 def by_modules(names: Sequence[str]) -> Filter:
@@ -44,7 +52,9 @@ def by_modules(names: Sequence[str]) -> Filter:
 
     def chosen(path: str, parameter: mx.array) -> bool:
         module = path.rpartition(".")[0]
-        return parameter.ndim in (2, 3) and any(module == name or module.endswith("." + name) for name in names)
+        return parameter.ndim in (2, 3) and any(
+            module == name or module.endswith("." + name) for name in names
+        )
 
     return chosen
 
@@ -52,8 +62,9 @@ def by_modules(names: Sequence[str]) -> Filter:
 class NamedOptimizer(RoundingOptimizer):
     """An MLX optimizer whose rule knows the path of each parameter and whether ``filter`` chose it.
 
-    What the filter does not choose moves by AdamW as the reference of GaLore has it: epsilon before the correction of the bias, decay after
-    the update. State and arithmetic are float32; a weight of 16 bits is rounded stochastically.
+    What the filter does not choose moves by AdamW as the reference of GaLore has it: epsilon before the
+    correction of the bias, decay after the update. State and arithmetic are float32; a weight of 16 bits is
+    rounded stochastically.
     """
 
     def __init__(
@@ -122,7 +133,9 @@ class NamedOptimizer(RoundingOptimizer):
         return m / (mx.sqrt(v) + self.eps)
 
     def corrected_rate(self, step: mx.array | None = None) -> mx.array:
-        r""":math:`\eta \sqrt{1-\beta_2^t} / (1-\beta_1^t)` at this update, or at the ``step``-th since the moments began."""
+        r""":math:`\eta \sqrt{1-\beta_2^t} / (1-\beta_1^t)` at this update, or at the ``step``-th since the
+        moments began.
+        """
         c1, c2 = bias_corrections(self.step if step is None else step, self.betas)
         return self.learning_rate * mx.sqrt(c2) / c1
 
@@ -142,4 +155,6 @@ def state_bytes(optimizer: optim.Optimizer, chosen: Filter | None = None) -> int
     >>> o = AdamW(0.1); o.init({"w": mx.zeros((4, 4))}); state_bytes(o, lambda path, _: path.startswith("w."))
     128
     """
-    return sum(array.nbytes for path, array in tree_flatten(optimizer.state) if chosen is None or chosen(path, array))
+    return sum(
+        array.nbytes for path, array in tree_flatten(optimizer.state) if chosen is None or chosen(path, array)
+    )

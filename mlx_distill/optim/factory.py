@@ -17,9 +17,10 @@ from mlx_distill.runtime import rank_and_size
 def make_optimizer(config: TrainConfig, total_steps: int) -> optim.Optimizer:
     """The optimizer that the settings ask for, with its schedule inside.
 
-    ``method: galore`` is :class:`~mlx_distill.optim.galore.GaLoreAdamW` on the matrices of ``target_modules``, ``apollo`` and
-    ``apollo-mini`` are :class:`~mlx_distill.optim.apollo.APOLLO` on them; what else moves (``modules_to_save``) they leave to AdamW. Every
-    other method is :class:`~mlx_distill.optim.adamw.AdamW`.
+    ``method: galore`` is :class:`~mlx_distill.optim.galore.GaLoreAdamW` on the matrices of
+    ``target_modules``, ``apollo`` and ``apollo-mini`` are :class:`~mlx_distill.optim.apollo.APOLLO` on them;
+    what else moves (``modules_to_save``) they leave to AdamW. Every other method is
+    :class:`~mlx_distill.optim.adamw.AdamW`.
 
     Args:
         config: Method with its own settings, learning rate, schedule and decay.

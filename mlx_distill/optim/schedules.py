@@ -19,13 +19,15 @@ _WSD_DECAY = 0.2
 def make_schedule(name: str, peak: float, steps: int, *, warmup: float = 0.0, floor: float = 0.0) -> Schedule:
     r"""The learning rate at each optimizer step, the first step being 0.
 
-    Over the first :math:`w = \lceil \mathrm{warmup} \cdot \mathrm{steps} \rceil` steps it rises as :math:`(t+1)/(w+1)`, so that no
-    step is wasted at zero; with :math:`p = (t-w)/(\mathrm{steps}-w)` after that it is
+    Over the first :math:`w = \lceil \mathrm{warmup} \cdot \mathrm{steps} \rceil` steps it rises as
+    :math:`(t+1)/(w+1)`, so that no step is wasted at zero; with :math:`p = (t-w)/(\mathrm{steps}-w)` after
+    that it is
 
     - ``cosine``: :math:`(1+\cos \pi p)/2` (Loshchilov and Hutter, arXiv 1608.03983),
     - ``linear``: :math:`1-p`,
     - ``constant``: 1,
-    - ``wsd``: 1, then linearly down over the last fifth of the steps (warm-up, stable, decay; Hu et al., arXiv 2404.06395),
+    - ``wsd``: 1, then linearly down over the last fifth of the steps (warm-up, stable, decay; Hu et al.,
+      arXiv 2404.06395),
 
     between ``floor`` and 1 times ``peak``.
 
@@ -81,14 +83,20 @@ def check_schedule(name: str, warmup: float) -> None:
     if name not in SCHEDULES:
         raise ConfigError(f"no schedule {name!r}", fix=f"one of {', '.join(SCHEDULES)}")
     if not 0 <= warmup <= 1:
-        raise ConfigError(f"a warm-up over {warmup:g} of the run", fix="warmup is a share of the steps, 0 to 1")
+        raise ConfigError(
+            f"a warm-up over {warmup:g} of the run", fix="warmup is a share of the steps, 0 to 1"
+        )
     if warmup + (_WSD_DECAY if name == "wsd" else 0) > 1 or (warmup == 1 and name != "constant"):
         most = "at most 0.8, as wsd falls over the last fifth" if name == "wsd" else "below 1"
-        raise ConfigError(f"schedule: {name} with warmup: {warmup:g} is longer than the run", fix=f"warmup is a share of the steps: {most}")
+        raise ConfigError(
+            f"schedule: {name} with warmup: {warmup:g} is longer than the run",
+            fix=f"warmup is a share of the steps: {most}",
+        )
 
 
 def scheduled_steps(optimizer: optim.Optimizer) -> int | None:
-    """The steps over which an optimizer's learning rate was laid out by :func:`make_schedule`; None where it was not.
+    """The steps over which an optimizer's learning rate was laid out by :func:`make_schedule`; None where it
+    was not.
 
     >>> scheduled_steps(optim.SGD(make_schedule("cosine", 0.1, 30))), scheduled_steps(optim.SGD(0.1))
     (30, None)

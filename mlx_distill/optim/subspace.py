@@ -1,8 +1,9 @@
 """Bases in which a gradient is nearly whole: which side, how to find one, in and out of it.
 
-A gradient ``G [m, n]`` is written as ``Aᵀ G Bᵀ`` with ``A [m, r]`` (left) or ``B [r, n]`` (right), or both. A leading axis (experts) is a
-batch: one basis an expert. All decompositions run on the CPU stream, where alone MLX has them, and are evaluated at once: GPU work
-queued behind a long decomposition is killed by Metal's watchdog.
+A gradient ``G [m, n]`` is written as ``Aᵀ G Bᵀ`` with ``A [m, r]`` (left) or ``B [r, n]`` (right), or both. A
+leading axis (experts) is a
+batch: one basis an expert. All decompositions run on the CPU stream, where alone MLX has them, and are
+evaluated at once: GPU work queued behind a long decomposition is killed by Metal's watchdog.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ METHODS = ("auto", "eigh", "svd", "subspace")
 # Up to this size of the smaller side the full symmetric eigenproblem is quick: 0.4 s at 2048 on two cores.
 _EIGH_LIMIT = 2048
 _OVERSAMPLING = 16
-# Beyond, LAPACK's symmetric solver states its workspace, 2n² + 6n + 1, in a float32 that cannot hold it (seen: OpenBLAS 0.3.21, n = 4096).
+# Beyond, LAPACK's symmetric solver states its workspace, 2n² + 6n + 1, in a float32 that cannot hold it
+# (seen: OpenBLAS 0.3.21, n = 4096).
 _EIGH_LARGEST = 2894
 
 
@@ -77,20 +79,27 @@ def project_back(low: Float[mx.array, "*e p q"], basis: Basis) -> Float[mx.array
 
 
 def captured(gradient: Float[mx.array, "*e m n"], basis: Basis) -> float:
-    r"""The share of a gradient's energy that lies in the subspace: :math:`\|R\|^2 / \|G\|^2`, 1 for a zero gradient."""
+    r"""The share of a gradient's energy that lies in the subspace: :math:`\|R\|^2 / \|G\|^2`, 1 for a zero
+    gradient.
+    """
     inside, whole = (mx.square(x.astype(mx.float32)).sum() for x in (project(gradient, basis), gradient))
     mx.eval(inside, whole)
     return inside.item() / whole.item() if whole.item() > 0 else 1.0
 
 
 def find_basis(
-    gradient: Float[mx.array, "*e m n"], rank: int, projection: str, method: str = "auto", old: Basis | None = None
+    gradient: Float[mx.array, "*e m n"],
+    rank: int,
+    projection: str,
+    method: str = "auto",
+    old: Basis | None = None,
 ) -> dict[str, mx.array]:
     """The leading singular vectors of a gradient, as GaLore takes them.
 
-    ``svd`` is the reference's own way, slow because MLX has no thin form. ``eigh`` takes the eigenvectors of the smaller Gram matrix: the
-    same subspace, ten times faster. ``subspace`` starts from the old basis and does two rounds of block power iteration with a small
-    eigenproblem at the end: products of matrices otherwise. ``auto`` takes ``eigh`` up to 2048 and ``subspace`` above.
+    ``svd`` is the reference's own way, slow because MLX has no thin form. ``eigh`` takes the eigenvectors of
+    the smaller Gram matrix: the same subspace, ten times faster. ``subspace`` starts from the old basis and
+    does two rounds of block power iteration with a small eigenproblem at the end: products of matrices
+    otherwise. ``auto`` takes ``eigh`` up to 2048 and ``subspace`` above.
 
     Args:
         gradient: Computed in float32.
@@ -100,7 +109,8 @@ def find_basis(
         old: The basis before, a warm start for ``subspace``.
 
     Returns:
-        ``left [*e, m, r]``, ``right [*e, r, n]``, orthonormal, each vector's largest entry positive, evaluated.
+        ``left [*e, m, r]``, ``right [*e, r, n]``, orthonormal, each vector's largest entry positive,
+        evaluated.
 
     Raises:
         ConfigError: no such method, or ``eigh`` of a side that is too long for it.
@@ -142,7 +152,10 @@ def _leading(g: mx.array, r: int, method: str, start: mx.array | None) -> mx.arr
 def _top(gram: mx.array, r: int) -> mx.array:
     """Eigenvectors of the ``r`` largest eigenvalues, the largest first."""
     if gram.shape[-1] > _EIGH_LARGEST:
-        raise ConfigError(f"eigenvectors of {gram.shape[-1]} x {gram.shape[-1]} numbers", fix="basis: auto or svd, and a rank below 2,800")
+        raise ConfigError(
+            f"eigenvectors of {gram.shape[-1]} x {gram.shape[-1]} numbers",
+            fix="basis: auto or svd, and a rank below 2,800",
+        )
     mx.eval(gram)
     vectors = mx.linalg.eigh(gram, stream=mx.cpu)[1]
     mx.eval(vectors)
@@ -157,7 +170,9 @@ def _orthonormal(x: mx.array) -> mx.array:
 
 
 def _power_iteration(g: mx.array, r: int, start: mx.array | None, rounds: int = 2) -> mx.array:
-    """Block power iteration with oversampling and Rayleigh-Ritz (Halko et al., arXiv 0909.4061), warm where there is a start."""
+    """Block power iteration with oversampling and Rayleigh-Ritz (Halko et al., arXiv 0909.4061), warm where
+    there is a start.
+    """
     *batch, m, n = g.shape
     g = g / mx.maximum(mx.abs(g).max(axis=(-1, -2), keepdims=True), 1e-30)
     k = min(r + _OVERSAMPLING, m, n)
@@ -181,13 +196,20 @@ def _fix_signs(vectors: mx.array) -> mx.array:
 
 
 def carry_moments(
-    m: Float[mx.array, "*e p q"], v: Float[mx.array, "*e p q"], old: Basis, new: Basis, betas: tuple[float, float], step: int
+    m: Float[mx.array, "*e p q"],
+    v: Float[mx.array, "*e p q"],
+    old: Basis,
+    new: Basis,
+    betas: tuple[float, float],
+    step: int,
 ) -> tuple[mx.array, mx.array]:
     r"""Both moments of Adam, read in the old basis, written in the new one.
 
-    With :math:`C` the change of coordinates, :math:`M \leftarrow C M` and, with :math:`\hat m, \hat v` free of bias,
-    :math:`V \leftarrow (1-\beta_2^t)\,|C^{\circ 2}(\hat v - \hat m^{\circ 2}) + (C \hat m)^{\circ 2}|`: the variance turns like a variance,
-    the mean like a mean (LDAdam, arXiv 2410.16103). Left untouched, a sign flip of a basis vector alone scrambles the momentum.
+    With :math:`C` the change of coordinates, :math:`M \leftarrow C M` and, with :math:`\hat m, \hat v` free
+    of bias,
+    :math:`V \leftarrow (1-\beta_2^t)\,|C^{\circ 2}(\hat v - \hat m^{\circ 2}) + (C \hat m)^{\circ 2}|`: the
+    variance turns like a variance, the mean like a mean (LDAdam, arXiv 2410.16103). Left untouched, a sign
+    flip of a basis vector alone scrambles the momentum.
 
     Args:
         m, v: First and second moment, with their bias.
@@ -205,7 +227,10 @@ def carry_moments(
         turns["left"] = new["left"].swapaxes(-1, -2) @ old["left"]
     if "right" in old:
         turns["right"] = old["right"] @ new["right"].swapaxes(-1, -2)
-    turned, turned_spread = _turn(mean, turns), _turn(spread, {side: mx.square(c) for side, c in turns.items()})
+    turned, turned_spread = (
+        _turn(mean, turns),
+        _turn(spread, {side: mx.square(c) for side, c in turns.items()}),
+    )
     return turned * c1, mx.abs(turned_spread + mx.square(turned)) * c2
 
 

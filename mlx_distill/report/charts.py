@@ -1,4 +1,6 @@
-"""Charts as inline SVG. Strips use percentages instead of a view box, so they stretch without distorting text or dots."""
+"""Charts as inline SVG. Strips use percentages instead of a view box, so they stretch without distorting text
+or dots.
+"""
 
 from __future__ import annotations
 
@@ -78,18 +80,35 @@ def strip(
                 class_=class_,
             )
         )
-    return el("svg", marks, class_="strip", width="100%", height=height, role="img", aria_label=_strip_label(estimates), focusable="false")
+    return el(
+        "svg",
+        marks,
+        class_="strip",
+        width="100%",
+        height=height,
+        role="img",
+        aria_label=_strip_label(estimates),
+        focusable="false",
+    )
 
 
 def _strip_label(estimates: Sequence[tuple[str, str, Mapping[str, Any] | None]]) -> str:
-    return "; ".join(f"{name} {percent(e['value'])}" for _, name, e in estimates if e and e.get("value") is not None) or "not measured"
+    return (
+        "; ".join(
+            f"{name} {percent(e['value'])}" for _, name, e in estimates if e and e.get("value") is not None
+        )
+        or "not measured"
+    )
 
 
 def axis(low: float, high: float, ticks: Sequence[float], text: Any = None) -> Html:
     """The numbers under a column of strips."""
     label = text or (lambda x: f"{100 * x:.0f}")
     anchors = ["start" if x <= low else "end" if x >= high else "middle" for x in ticks]
-    numbers = [el("text", label(x), x=_share((x - low) / (high - low)), y=11, text_anchor=a) for x, a in zip(ticks, anchors, strict=True)]
+    numbers = [
+        el("text", label(x), x=_share((x - low) / (high - low)), y=11, text_anchor=a)
+        for x, a in zip(ticks, anchors, strict=True)
+    ]
     return el("svg", numbers, class_="axis", width="100%", height=15, aria_hidden="true", focusable="false")
 
 
@@ -101,16 +120,47 @@ def stacked(parts: Sequence[tuple[str, str, int]], label: str) -> Html:
         width = count / total
         if count:
             text = f"{name}: {count} ({percent(width)})"
-            marks.append(el("rect", el("title", text), x=_share(start), y=0, width=_share(width), height=22, class_=f"part {class_}"))
+            marks.append(
+                el(
+                    "rect",
+                    el("title", text),
+                    x=_share(start),
+                    y=0,
+                    width=_share(width),
+                    height=22,
+                    class_=f"part {class_}",
+                )
+            )
             if width > 0.07:
-                marks.append(el("text", count, x=_share(start + width / 2), y=15, text_anchor="middle", class_=f"on {class_}"))
+                marks.append(
+                    el(
+                        "text",
+                        count,
+                        x=_share(start + width / 2),
+                        y=15,
+                        text_anchor="middle",
+                        class_=f"on {class_}",
+                    )
+                )
         start += width
     summary = "; ".join(f"{name} {count}" for _, name, count in parts)
-    return el("svg", marks, class_="stacked", width="100%", height=22, role="img", aria_label=f"{label}: {summary}", focusable="false")
+    return el(
+        "svg",
+        marks,
+        class_="stacked",
+        width="100%",
+        height=22,
+        role="img",
+        aria_label=f"{label}: {summary}",
+        focusable="false",
+    )
 
 
-def line_chart(series: Mapping[str, Mapping[str, Sequence[float]]], classes: Mapping[str, str], label: str) -> Html:
-    """Losses over steps: each series faint as measured and strong as its moving mean; few points are marked one by one.
+def line_chart(
+    series: Mapping[str, Mapping[str, Sequence[float]]], classes: Mapping[str, str], label: str
+) -> Html:
+    """Losses over steps: each series faint as measured and strong as its moving mean; few points are marked
+    one by one.
 
     Args:
         series: ``{name: {"step", "value"}}``.
@@ -122,11 +172,15 @@ def line_chart(series: Mapping[str, Mapping[str, Sequence[float]]], classes: Map
     log = min(values) > 0 and max(values) / min(values) > 30
     first, last = min(steps), max(max(steps), min(steps) + 1)
     ticks = _log_ticks(min(values), max(values)) if log else nice_ticks(min(0.0, *values), max(values))
-    bottom, top = (min(ticks[0], *values), max(ticks[-1], *values)) if log else (ticks[0], max(ticks[-1], *values))
+    bottom, top = (
+        (min(ticks[0], *values), max(ticks[-1], *values)) if log else (ticks[0], max(ticks[-1], *values))
+    )
 
     def at(x: float, y: float) -> tuple[float, float]:
         height = math.log(y / bottom) / math.log(top / bottom) if log else (y - bottom) / (top - bottom)
-        return _LEFT + (x - first) / (last - first) * (_WIDTH - _LEFT - _RIGHT), _HEIGHT - _BOTTOM - height * (_HEIGHT - _TOP - _BOTTOM)
+        return _LEFT + (x - first) / (last - first) * (
+            _WIDTH - _LEFT - _RIGHT
+        ), _HEIGHT - _BOTTOM - height * (_HEIGHT - _TOP - _BOTTOM)
 
     marks = [_y_tick(at(first, y)[1], y) for y in ticks]
     for x in [t for t in nice_ticks(first, last) if first <= t <= last and t == int(t)]:
@@ -145,17 +199,24 @@ def line_chart(series: Mapping[str, Mapping[str, Sequence[float]]], classes: Map
 
 def _y_tick(y: float, value: float) -> Html:
     text = el("text", f"{float(f'{value:.3g}'):,g}", x=_LEFT - 7, y=f"{y + 3.5:.1f}", text_anchor="end")
-    return el("g", el("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"), text)
+    return el(
+        "g", el("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"), text
+    )
 
 
 def _curve(name: str, found: Mapping[str, Sequence[float]], class_: str, at: Any) -> Html:
     points = list(zip(found["step"], found["value"], strict=True))
     few = name.startswith("valid_") or len(points) < 12
-    drawn = [el("polyline", points=_points(points, at), class_="raw")] if not few and len(points) >= 30 else []
+    drawn = (
+        [el("polyline", points=_points(points, at), class_="raw")] if not few and len(points) >= 30 else []
+    )
     smooth = points if few else smoothed(points)
     drawn.append(el("polyline", points=_points(smooth, at), class_="curve"))
     if few and len(points) <= 60:
-        drawn += [el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.6, class_="mark") for x, y in (at(*p) for p in points)]
+        drawn += [
+            el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.6, class_="mark")
+            for x, y in (at(*p) for p in points)
+        ]
     return el("g", drawn, class_=class_ + (" valid" if name.startswith("valid_") else ""))
 
 

@@ -1,4 +1,6 @@
-"""From predictions on disk to the report's dict. Every figure comes from ``predictions.jsonl`` by a function of the metrics room."""
+"""From predictions on disk to the report's dict. Every figure comes from ``predictions.jsonl`` by a function
+of the metrics room.
+"""
 
 from __future__ import annotations
 
@@ -41,25 +43,30 @@ def build_report(
         run: The run's folder: sizes, training curves and manifests are read from its stages.
         recipe: The recipe as a plain mapping (``config.to_mapping(recipe)``).
         task: The task of the run.
-        evaluations: Model name to its ``predictions.jsonl`` (or the folder that holds it), in the order of the tables. ``teacher`` is
-            the reference of every agreement; names besides teacher, student_before, student and quantized are controls.
+        evaluations: Model name to its ``predictions.jsonl`` (or the folder that holds it), in the order of
+            the tables. ``teacher`` is the reference of every agreement; names besides teacher,
+            student_before, student and quantized are controls.
         confidence: Level of the intervals.
         models: Model name to its folder, where that is not ``run/<stage>``.
         goals: ``{"model", "metric", "at_least" or "at_most"}``: floors and ceilings to show as met or missed.
-        machine, versions: What measured; by default what the manifests of the evaluations recorded, else this machine.
+        machine, versions: What measured; by default what the manifests of the evaluations recorded, else this
+            machine.
         created: Time in ISO form; by default now.
         rows_shown: Disagreements that are written out for each model.
 
     Returns:
-        The report as plain JSON values: ``metrics`` (of the set ``test``), ``by_set``, ``comparisons``, ``disagreements``, ``sizes``,
-        ``curves``, ``provenance``. A rate is ``{"value", "low", "high", "n"}``; what was not measured is None.
+        The report as plain JSON values: ``metrics`` (of the set ``test``), ``by_set``, ``comparisons``,
+        ``disagreements``, ``sizes``, ``curves``, ``provenance``. A rate is ``{"value", "low", "high", "n"}``;
+        what was not measured is None.
 
     Raises:
         DataError: predictions that are empty, of another format, or lack a field, with file and line.
         ConfigError: no evaluations.
     """
     if not evaluations:
-        raise ConfigError("a report needs the predictions of at least one model", fix="run: mlx-distill evaluate RECIPE")
+        raise ConfigError(
+            "a report needs the predictions of at least one model", fix="run: mlx-distill evaluate RECIPE"
+        )
     run = Path(run)
     headers, rows = {}, {}
     for name, path in evaluations.items():
@@ -94,7 +101,9 @@ def build_report(
         "sizes": sizes(folders),
         "curves": curves(run),
         "training": training(run),
-        "provenance": provenance(run, recipe, headers, [Path(p) for p in evaluations.values()], machine, versions),
+        "provenance": provenance(
+            run, recipe, headers, [Path(p) for p in evaluations.values()], machine, versions
+        ),
     }
 
 
@@ -135,7 +144,9 @@ def _of(rows: Sequence[Row], name: str) -> list[Row]:
     return [row for row in rows if row["set"] == name]
 
 
-def _set_metrics(tables: Mapping[str, Sequence[Row]], name: str, task: Task, confidence: float) -> dict[str, Any]:
+def _set_metrics(
+    tables: Mapping[str, Sequence[Row]], name: str, task: Task, confidence: float
+) -> dict[str, Any]:
     teacher = _of(tables[TEACHER], name) if TEACHER in tables else None
     parts = {model: _of(rows, name) for model, rows in tables.items()}
     return {
@@ -145,13 +156,15 @@ def _set_metrics(tables: Mapping[str, Sequence[Row]], name: str, task: Task, con
     }
 
 
-def model_metrics(rows: Sequence[Row], teacher: Sequence[Row] | None, task: Task, *, confidence: float = 0.95) -> dict[str, Any]:
+def model_metrics(
+    rows: Sequence[Row], teacher: Sequence[Row] | None, task: Task, *, confidence: float = 0.95
+) -> dict[str, Any]:
     """All figures of one model on one set.
 
     Args:
         rows: Its predictions.
-        teacher: The teacher's predictions on the same items; None (the model is the teacher, or there is none) leaves the figures
-            against it out as None.
+        teacher: The teacher's predictions on the same items; None (the model is the teacher, or there is
+            none) leaves the figures against it out as None.
         task: Names the label, its classes and sides, the score, slices and group.
         confidence: Level of the intervals.
     """
@@ -182,7 +195,9 @@ def model_metrics(rows: Sequence[Row], teacher: Sequence[Row] | None, task: Task
         kl = m.label_kl(rows, teacher, labels, **level)
         out |= {
             "verdict_agreement": m.verdict_agreement(rows, teacher, **level),
-            "agreement": m.agreement(rows, teacher, tolerance=task.score_tolerance if task.score else None, **level),
+            "agreement": m.agreement(
+                rows, teacher, tolerance=task.score_tolerance if task.score else None, **level
+            ),
             "score_gap": m.score_gap(rows, teacher, **level) if task.score else None,
             "teacher_confusion": m.teacher_confusion(rows, teacher, label, labels),
             "label_kl": kl["value"],
@@ -215,7 +230,9 @@ def _sides(rows: Sequence[Row], task: Task, confidence: float) -> dict[str, Any]
     return out
 
 
-def _comparisons(tables: Mapping[str, Sequence[Row]], name: str, task: Task, confidence: float) -> list[dict[str, Any]]:
+def _comparisons(
+    tables: Mapping[str, Sequence[Row]], name: str, task: Task, confidence: float
+) -> list[dict[str, Any]]:
     """Paired comparisons that answer: did it help, what did the bits cost, was it the distillation."""
     if TEACHER not in tables:
         return []
@@ -225,11 +242,17 @@ def _comparisons(tables: Mapping[str, Sequence[Row]], name: str, task: Task, con
     out = []
     for first, second in wanted:
         if first in tables and second in tables:
-            result = m.agreement_gain(_of(tables[first], name), _of(tables[second], name), teacher, confidence=confidence)
+            result = m.agreement_gain(
+                _of(tables[first], name), _of(tables[second], name), teacher, confidence=confidence
+            )
             if result:
                 out.append({"metric": "verdict_agreement", "first": first, "second": second, **result})
     for first in tables:
-        result = None if first == TEACHER else m.versus(_of(tables[first], name), teacher, task.label, confidence=confidence)
+        result = (
+            None
+            if first == TEACHER
+            else m.versus(_of(tables[first], name), teacher, task.label, confidence=confidence)
+        )
         if result:
             out.append({"metric": "accuracy", "first": first, "second": TEACHER, **result})
     return out
@@ -239,7 +262,10 @@ def _judge(goal: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any
     """The goal with the measured value and whether it is met; not met where nothing was measured."""
     side = "at_least" if "at_least" in goal else "at_most"
     if "model" not in goal or "metric" not in goal or side not in goal:
-        raise ConfigError(f"a goal needs model, metric and at_least or at_most, not {sorted(goal)}", fix="mend it in the recipe")
+        raise ConfigError(
+            f"a goal needs model, metric and at_least or at_most, not {sorted(goal)}",
+            fix="mend it in the recipe",
+        )
     found = (metrics.get(goal["model"]) or {}).get(goal["metric"])
     value = found.get("value") if isinstance(found, Mapping) else found
     met = value is not None and (value >= goal[side] if side == "at_least" else value <= goal[side])
@@ -252,15 +278,36 @@ def _disagreements(rows: Sequence[Row], teacher: Sequence[Row], task: Task, limi
 
 
 def _task_details(task: Task) -> dict[str, Any]:
-    names = ("description", "label", "labels", "positive", "score", "score_tolerance", "score_scale", "slices", "group", "title")
+    names = (
+        "description",
+        "label",
+        "labels",
+        "positive",
+        "score",
+        "score_tolerance",
+        "score_scale",
+        "slices",
+        "group",
+        "title",
+    )
     details = {name: getattr(task, name) for name in names}
-    return {k: list(v) if isinstance(v, tuple) else v for k, v in details.items()} | {"properties": list(task.schema["properties"])}
+    return {k: list(v) if isinstance(v, tuple) else v for k, v in details.items()} | {
+        "properties": list(task.schema["properties"])
+    }
 
 
 # Where the pipeline leaves each model.
 _FOLDERS = {"teacher": "teacher", "teacher_before": "teacher_base", "student_before": "student_base"}
 # Columns of metrics.jsonl that are no losses.
-_BOOKKEEPING = {"step", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds", "peak_memory_bytes"}
+_BOOKKEEPING = {
+    "step",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "seconds",
+    "peak_memory_bytes",
+}
 _POINTS = 400
 _WEIGHTS = (".safetensors", ".npz", ".gguf")
 
@@ -275,13 +322,19 @@ def sizes(folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Bytes of weights on disk of each model; an adapter's folder is counted with the base that it needs.
 
     Returns:
-        ``{model: {"weights_bytes", "base_bytes", "total_bytes", "folder"}}``; ``base_bytes`` is 0 for a whole model.
+        ``{model: {"weights_bytes", "base_bytes", "total_bytes", "folder"}}``; ``base_bytes`` is 0 for a whole
+        model.
     """
     out = {}
     for name, folder in folders.items():
         own, base = _weights(folder), _base(folder)
         beneath = _weights(base) if base else 0
-        out[name] = {"weights_bytes": own, "base_bytes": beneath, "total_bytes": own + beneath, "folder": folder.name}
+        out[name] = {
+            "weights_bytes": own,
+            "base_bytes": beneath,
+            "total_bytes": own + beneath,
+            "folder": folder.name,
+        }
     return {name: entry for name, entry in out.items() if entry["total_bytes"]}
 
 
@@ -298,12 +351,21 @@ def _base(folder: Path) -> Path | None:
 
 
 def curves(run: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
-    """The losses of each training: ``{stage: {series: {"step": [...], "value": [...]}}}``, thinned to some hundred points."""
+    """The losses of each training: ``{stage: {series: {"step": [...], "value": [...]}}}``, thinned to some
+    hundred points.
+    """
     out = {}
     for path in _logs(run):
         rows = [row for _, row in read_jsonl(path)]
-        names = dict.fromkeys(key for row in rows for key, value in row.items() if key not in _BOOKKEEPING and _number(value))
-        series = {name: _thin([(row["step"], row[name]) for row in rows if "step" in row and _number(row.get(name))]) for name in names}
+        names = dict.fromkeys(
+            key for row in rows for key, value in row.items() if key not in _BOOKKEEPING and _number(value)
+        )
+        series = {
+            name: _thin(
+                [(row["step"], row[name]) for row in rows if "step" in row and _number(row.get(name))]
+            )
+            for name in names
+        }
         if any(series.values()):
             out[path.parent.name] = {name: found for name, found in series.items() if found}
     return out
@@ -338,11 +400,20 @@ def _thin(points: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
     """Means of runs of neighbours where there are too many points; the last of each run says the step."""
     stride = max(1, math.ceil(len(points) / _POINTS))
     parts = [points[i : i + stride] for i in range(0, len(points), stride)]
-    return {"step": [part[-1][0] for part in parts], "value": [sum(v for _, v in part) / len(part) for part in parts]} if points else {}
+    return (
+        {
+            "step": [part[-1][0] for part in parts],
+            "value": [sum(v for _, v in part) / len(part) for part in parts],
+        }
+        if points
+        else {}
+    )
 
 
 def peak_memory_gb(header: Mapping[str, Any], predictions: Path) -> float | None:
-    """Peak memory of an evaluation in GB (1e9 bytes): from the header of its predictions, ``timing.json`` beside them, or the manifest."""
+    """Peak memory of an evaluation in GB (1e9 bytes): from the header of its predictions, ``timing.json``
+    beside them, or the manifest.
+    """
     folder = predictions if predictions.is_dir() else predictions.parent
     timing = read_json(folder / "timing.json") if (folder / "timing.json").is_file() else {}
     manifest = _manifest(folder)
@@ -369,7 +440,9 @@ def provenance(
     machine: Mapping[str, Any] | None,
     versions: Mapping[str, str] | None,
 ) -> dict[str, Any]:
-    """Where the figures come from: machine, versions, seeds, the stages' keys and times, the settings of each evaluation, the recipe."""
+    """Where the figures come from: machine, versions, seeds, the stages' keys and times, the settings of each
+    evaluation, the recipe.
+    """
     from mlx_distill import runtime
 
     folders = [path if path.is_dir() else path.parent for path in evaluations]
@@ -389,13 +462,21 @@ def provenance(
 
 
 def _computed(folder: Path) -> dict[str, Any]:
-    """In what an evaluation computed: ``compute_dtype``, and under ``unpack`` whether packed weights were unpacked first."""
+    """In what an evaluation computed: ``compute_dtype``, and under ``unpack`` whether packed weights were
+    unpacked first.
+    """
     manifest = _manifest(folder)
-    return {key: manifest.config[key] for key in ("compute_dtype", "unpack") if key in manifest.config} if manifest else {}
+    return (
+        {key: manifest.config[key] for key in ("compute_dtype", "unpack") if key in manifest.config}
+        if manifest
+        else {}
+    )
 
 
 def _first(recorded: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:
-    return next((entry[key] for entry in recorded if isinstance(entry.get(key), Mapping) and entry[key]), None)
+    return next(
+        (entry[key] for entry in recorded if isinstance(entry.get(key), Mapping) and entry[key]), None
+    )
 
 
 def _stages(run: Path) -> list[dict[str, Any]]:

@@ -7,7 +7,16 @@ from typing import Any
 
 from mlx_distill.report.charts import axis, nice_ticks, stacked, strip
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.tables import Line, legend, metric_heads, model_head, number_cell, rate_cell, scroll, table
+from mlx_distill.report.tables import (
+    Line,
+    legend,
+    metric_heads,
+    model_head,
+    number_cell,
+    rate_cell,
+    scroll,
+    table,
+)
 from mlx_distill.run_models import model_class, model_name
 from mlx_distill.text import NONE, count, percent, plural, signed_points, significant, words
 
@@ -27,7 +36,9 @@ def sides(report: Report) -> Html | None:
     heads = [(key, named[key]) for key in ("precision", "recall", "f1", *[key for key, _, _ in _KINDS])]
     rows: list[Line] = []
     for model, figures in metrics.items():
-        cells: list[Any] = [rate_cell(figures.get(key), f"{model_name(model)}, {head}") for key, head in heads]
+        cells: list[Any] = [
+            rate_cell(figures.get(key), f"{model_name(model)}, {head}") for key, head in heads
+        ]
         counts = figures["counts"]
         cells += [f"{counts['false_positives']:,} / {counts['false_negatives']:,}"]
         rows.append((model_head(model), cells, model_class(model)))
@@ -38,7 +49,9 @@ def sides(report: Report) -> Html | None:
 
 def groups(report: Report) -> Html | None:
     """False-positive and false-negative rates of each group, with the counts behind them."""
-    metrics = {name: figures["by_group"] for name, figures in report["metrics"].items() if figures.get("by_group")}
+    metrics = {
+        name: figures["by_group"] for name, figures in report["metrics"].items() if figures.get("by_group")
+    }
     if not metrics:
         return None
     shown = [name for name in ("teacher", "student", "quantized") if name in metrics] or list(metrics)
@@ -47,12 +60,19 @@ def groups(report: Report) -> Html | None:
         f"The error rates must not differ between values of “{words(first['field'])}”. Rates over fewer than {first['few_below']} rows are "
         "marked “few” and compared with nothing."
     )
-    parts: list[Any] = [el("p", note, class_="note"), legend([(model_class(name), model_name(name)) for name in shown])]
-    parts += [_group_table(metrics, shown, metric_heads(report["task_details"])[kind[0]], *kind) for kind in _KINDS]
+    parts: list[Any] = [
+        el("p", note, class_="note"),
+        legend([(model_class(name), model_name(name)) for name in shown]),
+    ]
+    parts += [
+        _group_table(metrics, shown, metric_heads(report["task_details"])[kind[0]], *kind) for kind in _KINDS
+    ]
     return el("div", parts)
 
 
-def _group_table(metrics: Mapping[str, Any], shown: list[str], title: str, kind: str, hits: str, items: str) -> Html:
+def _group_table(
+    metrics: Mapping[str, Any], shown: list[str], title: str, kind: str, hits: str, items: str
+) -> Html:
     rows: list[Line] = []
     found = [g for name in shown for g in metrics[name]["groups"].values() if g[kind]["n"]]
     ticks = nice_ticks(0.0, max([0.1, *(g[kind]["high"] for g in found)]))
@@ -61,17 +81,26 @@ def _group_table(metrics: Mapping[str, Any], shown: list[str], title: str, kind:
     first = metrics[shown[0]]
     for value in first["groups"]:
         entries = [(name, metrics[name]["groups"].get(value)) for name in shown]
-        drawn = strip([(model_class(name), model_name(name), e[kind] if e else None) for name, e in entries], 0.0, reach, ticks=ticks)
+        drawn = strip(
+            [(model_class(name), model_name(name), e[kind] if e else None) for name, e in entries],
+            0.0,
+            reach,
+            ticks=ticks,
+        )
         cells: list[Any] = [drawn]
         for _, entry in entries:
             few = entry and kind in entry["few"]
             text = f"{entry[hits]} of {entry[items]}" if entry else ""
             shown_rate = percent(entry[kind]["value"]) if entry else NONE
-            cells.append(el("span", number_cell(shown_rate, text), el("em", "few", class_="few") if few else None))
+            cells.append(
+                el("span", number_cell(shown_rate, text), el("em", "few", class_="few") if few else None)
+            )
         rows.append((value, cells, None))
     rows.append(("", [axis(0.0, reach, ticks), *[""] * len(shown)], "axis-row"))
     heads = [words(first["field"]).capitalize(), f"{title}, %", *[model_name(name) for name in shown]]
-    gaps = [_gap(name, metrics[name]["gaps"][kind]) for name in shown if metrics[name]["gaps"][kind]] or [_no_gap(first, kind)]
+    gaps = [_gap(name, metrics[name]["gaps"][kind]) for name in shown if metrics[name]["gaps"][kind]] or [
+        _no_gap(first, kind)
+    ]
     return el("div", table(title, heads, rows, class_="dots groups"), el("ul", gaps, class_="plain"))
 
 
@@ -79,7 +108,12 @@ def _no_gap(figures: Mapping[str, Any], kind: str) -> Html:
     """How many rows a group has follows from the truth, so this holds for all models."""
     enough = [value for value, group in figures["groups"].items() if kind not in group["few"]]
     where = f"all groups but {', '.join(enough)}" if enough else "every group"
-    return el("li", f"Too few rows in {where} to speak of a gap." if len(figures["groups"]) > 1 else "A single group has no gap.")
+    return el(
+        "li",
+        f"Too few rows in {where} to speak of a gap."
+        if len(figures["groups"]) > 1
+        else "A single group has no gap.",
+    )
 
 
 def _gap(name: str, gap: Mapping[str, Any]) -> Html:
@@ -98,9 +132,13 @@ def confusions(report: Report) -> Html:
     shown: list[Html | None] = []
     folded: list[Html | None] = []
     for name, figures in metrics.items():
-        against_teacher = _matrix(figures["teacher_confusion"], name, "teacher") if figures["teacher_confusion"] else None
+        against_teacher = (
+            _matrix(figures["teacher_confusion"], name, "teacher") if figures["teacher_confusion"] else None
+        )
         against_truth = _matrix(figures["confusion"], name, "truth")
-        (shown if name in ("student_before", "student", "quantized") and against_teacher else folded).append(against_teacher)
+        (shown if name in ("student_before", "student", "quantized") and against_teacher else folded).append(
+            against_teacher
+        )
         (shown if name == "teacher" or "teacher" not in metrics else folded).append(against_truth)
     note = (
         "Rows: the reference; columns: what the model says. Shade: share of the row. The diagonal is agreement. Left out: rows whose "
@@ -108,9 +146,13 @@ def confusions(report: Report) -> Html:
     )
     folded = [matrix for matrix in folded if matrix is not None]
     more = el(
-        "details", el("summary", plural(len(folded), "more matrix").replace("matrixs", "matrices")), el("div", folded, class_="matrices")
+        "details",
+        el("summary", plural(len(folded), "more matrix").replace("matrixs", "matrices")),
+        el("div", folded, class_="matrices"),
     )
-    return el("div", el("p", note, class_="note"), el("div", shown, class_="matrices"), more if folded else None)
+    return el(
+        "div", el("p", note, class_="note"), el("div", shown, class_="matrices"), more if folded else None
+    )
 
 
 def _matrix(confusion: Mapping[str, Any], name: str, reference: str) -> Html:
@@ -120,8 +162,12 @@ def _matrix(confusion: Mapping[str, Any], name: str, reference: str) -> Html:
     rows = []
     for i, label in enumerate(labels):
         total = sum(counts[i])
-        cells = [_cell(counts[i][j], total, i == j, heads[j], words(label), reference) for j in range(len(heads))]
-        rows.append(el("tr", el("th", words(label), scope="row"), cells, el("td", f"{total:,}", class_="sum")))
+        cells = [
+            _cell(counts[i][j], total, i == j, heads[j], words(label), reference) for j in range(len(heads))
+        ]
+        rows.append(
+            el("tr", el("th", words(label), scope="row"), cells, el("td", f"{total:,}", class_="sum"))
+        )
     hits = sum(counts[i][i] for i in range(len(labels)))
     title = f"{model_name(name)} against the {reference}"
     left_out = f", {confusion['left_out']:,} left out" if confusion["left_out"] else ""
@@ -154,15 +200,25 @@ def distributions(report: Report) -> Html | None:
     rows: list[Line] = []
     truth = [sum(row) for row in next(iter(metrics.values()))["confusion"]["counts"]]
     if sum(truth):
-        rows.append((el("span", "Truth", class_="model"), [stacked(list(zip(classes, names, truth, strict=True)), "Truth"), NONE], None))
+        rows.append(
+            (
+                el("span", "Truth", class_="model"),
+                [stacked(list(zip(classes, names, truth, strict=True)), "Truth"), NONE],
+                None,
+            )
+        )
     for model, figures in metrics.items():
         counts = figures["confusion"]["counts"]
-        parts = [(c, n, sum(row[j] for row in counts)) for j, (c, n) in enumerate(zip(classes, names, strict=True))]
+        parts = [
+            (c, n, sum(row[j] for row in counts)) for j, (c, n) in enumerate(zip(classes, names, strict=True))
+        ]
         parts.append(("invalid", "not valid", sum(row[-1] for row in counts)))
         kl = figures.get("label_kl_interval")
         known = kl and kl["value"] is not None
         cell = (
-            number_cell(significant(kl["value"], 2), f"{significant(kl['low'], 2)}–{significant(kl['high'], 2)}")
+            number_cell(
+                significant(kl["value"], 2), f"{significant(kl['low'], 2)}–{significant(kl['high'], 2)}"
+            )
             if known
             else number_cell(NONE)
         )

@@ -20,12 +20,15 @@ def el(tag: str, *children: Any, **attributes: Any) -> Html:
     Args:
         tag: The element's name.
         children: Text, numbers, elements, lists of them.
-        attributes: ``class_`` for ``class``; an underscore stands for a hyphen; None leaves the attribute out, True writes it bare.
+        attributes: ``class_`` for ``class``; an underscore stands for a hyphen; None leaves the attribute
+            out, True writes it bare.
 
     >>> el("p", "a < b", class_="x", data_n=1)
     '<p class="x" data-n="1">a &lt; b</p>'
     """
-    text = "".join(_attribute(name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items())
+    text = "".join(
+        _attribute(name.rstrip("_").replace("_", "-"), value) for name, value in attributes.items()
+    )
     inner = join(children)
     return Html(f"<{tag}{text}/>" if tag in _VOID and not inner else f"<{tag}{text}>{inner}</{tag}>")
 

@@ -12,7 +12,15 @@ from mlx_distill.run_models import packing_note
 from mlx_distill.storage import Manifest, read_manifest
 from mlx_distill.text import gigabytes, interval, percent, seconds, significant
 
-_RATES = ("accuracy", "macro_f1", "verdict_agreement", "agreement", "false_positive_rate", "false_negative_rate", "json_valid")
+_RATES = (
+    "accuracy",
+    "macro_f1",
+    "verdict_agreement",
+    "agreement",
+    "false_positive_rate",
+    "false_negative_rate",
+    "json_valid",
+)
 # Of a report's figures, those that say how good and how fast a model is, and how each is written.
 _FIGURES: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(_RATES, lambda rate: _between(percent(rate.get("value")), interval(rate))),
@@ -47,7 +55,15 @@ def card_text(
     front = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if _is_hub_id(source):
         front.append(f"base_model: {source}")
-    lines = ["---", *front, "---", "", f"# {title}", "", f"A `{ready.architecture.model_type}` written by mlx-distill."]
+    lines = [
+        "---",
+        *front,
+        "---",
+        "",
+        f"# {title}",
+        "",
+        f"A `{ready.architecture.model_type}` written by mlx-distill.",
+    ]
     lines += ["", "## How it was written", "", *(f"- {note}" for note in notes)]
     if difference := ready.architecture.stock_differs(ready.config):
         lines += ["", f"Note: {difference}."]
@@ -59,7 +75,9 @@ def card_text(
 
 
 def _ancestry(folder: Path, base: Path) -> dict[str, Manifest]:
-    """Manifests of the folder and of what it was made from, as far as that stands beside it unchanged; nearest first."""
+    """Manifests of the folder and of what it was made from, as far as that stands beside it unchanged;
+    nearest first.
+    """
     found: dict[str, Manifest] = {}
     queue = [folder.resolve(), base.resolve()]
     for path in queue:
@@ -83,7 +101,9 @@ def _origin(name: str, manifest: Manifest) -> str:
         parts.append(f"at commit `{commit}`")
     parts += [f"from {parent} `{content[:16]}`" for parent, content in sorted(manifest.parents.items())]
     versions = manifest.recorded.get("versions") or {}
-    parts += [f"with {package} {versions[package]}" for package in ("mlx-distill", "mlx") if package in versions]
+    parts += [
+        f"with {package} {versions[package]}" for package in ("mlx-distill", "mlx") if package in versions
+    ]
     return ", ".join(parts)
 
 
@@ -97,8 +117,14 @@ def _figures(name: str, report: Mapping[str, Any]) -> list[str]:
     keys = [key for key in _FIGURES if any(_cell(m, key) for m in metrics.values())]
     if not keys:
         return ["No figures."]
-    out = ["| model | " + " | ".join(_escaped(heads[key]) for key in keys) + " |", "|---" * (len(keys) + 1) + "|"]
-    out += ["| " + " | ".join([_escaped(model), *(_cell(values, key) for key in keys)]) + " |" for model, values in metrics.items()]
+    out = [
+        "| model | " + " | ".join(_escaped(heads[key]) for key in keys) + " |",
+        "|---" * (len(keys) + 1) + "|",
+    ]
+    out += [
+        "| " + " | ".join([_escaped(model), *(_cell(values, key) for key in keys)]) + " |"
+        for model, values in metrics.items()
+    ]
     rows = (report.get("sets") or {}).get(report.get("main_set"))
     said = [f"Of the run `{report['name']}`"] if report.get("name") else []
     said += [f"on {rows:,} held-out rows"] if isinstance(rows, int) else []

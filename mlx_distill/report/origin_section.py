@@ -18,32 +18,53 @@ def measured_note(report: Report) -> str:
     """One sentence: what was measured where."""
     found = report["provenance"]
     machine, versions = found["machine"], found["versions"]
-    where = ", ".join(str(part) for part in (machine.get("processor"), machine.get("system")) if part) or "an unnamed machine"
+    where = (
+        ", ".join(str(part) for part in (machine.get("processor"), machine.get("system")) if part)
+        or "an unnamed machine"
+    )
     device = str(machine.get("device", ""))
     metal = "" if _on_metal(machine) else " Nothing on this page was measured on Metal."
-    return f"Measured on {where}, MLX {versions.get('mlx', 'of unknown version')} on {_device(device)}.{metal}"
+    return (
+        f"Measured on {where}, MLX {versions.get('mlx', 'of unknown version')} on {_device(device)}.{metal}"
+    )
 
 
 def _on_metal(machine: Mapping[str, Any]) -> bool:
-    return "gpu" in str(machine.get("device", "")).lower() and "darwin" in str(machine.get("system", "")).lower()
+    return (
+        "gpu" in str(machine.get("device", "")).lower() and "darwin" in str(machine.get("system", "")).lower()
+    )
 
 
 def _device(device: str) -> str:
-    return "the GPU" if "gpu" in device.lower() else "the CPU" if "cpu" in device.lower() else "an unnamed device"
+    return (
+        "the GPU"
+        if "gpu" in device.lower()
+        else "the CPU"
+        if "cpu" in device.lower()
+        else "an unnamed device"
+    )
 
 
 def origin(report: Report) -> Html:
     """Everything that one needs to get the same figures again."""
     found = report["provenance"]
     machine = {
-        words(key.removesuffix("_bytes")).capitalize(): report_size(value) if key.endswith("_bytes") else value
+        words(key.removesuffix("_bytes")).capitalize(): report_size(value)
+        if key.endswith("_bytes")
+        else value
         for key, value in found["machine"].items()
         if value
     }
     versions = {name: value for name, value in found["versions"].items() if value != "missing"}
     parts = [
         el("p", measured_note(report), class_="note"),
-        el("div", _list("Machine", machine), _list("Versions", versions), _list("Seeds", found["seeds"]), class_="lists"),
+        el(
+            "div",
+            _list("Machine", machine),
+            _list("Versions", versions),
+            _list("Seeds", found["seeds"]),
+            class_="lists",
+        ),
         _stages(found["stages"]),
         _settings(found["evaluations"]),
         el("details", el("summary", "Recipe"), el("pre", "\n".join(_yaml(found["recipe"])))),
@@ -59,7 +80,11 @@ def _list(title: str, items: Mapping[str, Any]) -> Html | None:
 def _stages(stages: list[Mapping[str, Any]]) -> Html | None:
     rows: list[Line] = []
     for entry in stages:
-        finished = datetime.fromtimestamp(entry["finished"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC") if entry["finished"] else NONE
+        finished = (
+            datetime.fromtimestamp(entry["finished"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+            if entry["finished"]
+            else NONE
+        )
         cells = [
             seconds(entry["seconds"]),
             report_size(entry["bytes"]),
@@ -69,7 +94,14 @@ def _stages(stages: list[Mapping[str, Any]]) -> Html | None:
         rows.append((entry["folder"], cells, None))
     heads = ["Folder", "Took", "Size", "Finished", "Key"]
     return (
-        table("Stages of this run; a key is a hash of all that can change a stage’s result", heads, rows, class_="stages") if rows else None
+        table(
+            "Stages of this run; a key is a hash of all that can change a stage’s result",
+            heads,
+            rows,
+            class_="stages",
+        )
+        if rows
+        else None
     )
 
 
@@ -77,9 +109,16 @@ def _settings(evaluations: Mapping[str, Mapping[str, Any]]) -> Html | None:
     """What holds for all models once, then each model's own."""
     shown = {model_name(name): _shown(settings) for name, settings in evaluations.items()}
     first = next(iter(shown.values()), {})
-    common = {key: value for key, value in first.items() if all(s.get(key, NONE) == value for s in shown.values())}
-    own = {name: {key: value for key, value in settings.items() if key not in common} for name, settings in shown.items()}
-    lists = [found for name, settings in {"All models": common, **own}.items() if (found := _list(name, settings))]
+    common = {
+        key: value for key, value in first.items() if all(s.get(key, NONE) == value for s in shown.values())
+    }
+    own = {
+        name: {key: value for key, value in settings.items() if key not in common}
+        for name, settings in shown.items()
+    }
+    lists = [
+        found for name, settings in {"All models": common, **own}.items() if (found := _list(name, settings))
+    ]
     if not lists:
         return None
     return el("details", el("summary", "Settings of the evaluations"), el("div", lists, class_="lists"))
@@ -88,7 +127,9 @@ def _settings(evaluations: Mapping[str, Mapping[str, Any]]) -> Html | None:
 def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     weights = {True: "unpacked", False: "as on disk"}
     return {
-        "packed weights" if key == "unpack" else words(key): weights.get(value, value) if key == "unpack" else value
+        "packed weights" if key == "unpack" else words(key): weights.get(value, value)
+        if key == "unpack"
+        else value
         for key, value in settings.items()
     }
 
@@ -99,8 +140,14 @@ def _yaml(value: Any, indent: int = 0) -> list[str]:
     if isinstance(value, Mapping):
         lines = []
         for key, item in value.items():
-            nested = isinstance(item, Mapping) or (isinstance(item, list) and any(isinstance(x, Mapping) for x in item))
-            lines += [f"{pad}{key}:", *_yaml(item, indent + 1)] if nested and item else [f"{pad}{key}: {_scalar(item)}"]
+            nested = isinstance(item, Mapping) or (
+                isinstance(item, list) and any(isinstance(x, Mapping) for x in item)
+            )
+            lines += (
+                [f"{pad}{key}:", *_yaml(item, indent + 1)]
+                if nested and item
+                else [f"{pad}{key}: {_scalar(item)}"]
+            )
         return lines
     if isinstance(value, list):
         lines = []

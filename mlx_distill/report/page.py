@@ -1,4 +1,6 @@
-"""report.html: one file without network, scripts or outside fonts, for a desk and for a phone, light and dark."""
+"""report.html: one file without network, scripts or outside fonts, for a desk and for a phone, light and
+dark.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,16 @@ from mlx_distill.report import errors_section, origin_section, results_section, 
 from mlx_distill.report.charts import bar
 from mlx_distill.report.markup import Html, el, join
 from mlx_distill.run_models import model_class, model_name, the_model
-from mlx_distill.text import interval, p_value, percent, plural, report_size, signed_points, significant, words
+from mlx_distill.text import (
+    interval,
+    p_value,
+    percent,
+    plural,
+    report_size,
+    signed_points,
+    significant,
+    words,
+)
 
 Report = Mapping[str, Any]
 
@@ -42,13 +53,24 @@ def render_html(report: Report) -> str:
     parts = [
         _header(report),
         el("nav", el("ul", links), aria_label="Sections"),
-        el("main", [el("section", el("h2", _HEADINGS.get(id_, title)), body, id=id_) for id_, title, body in sections]),
-        el("footer", f"Written by mlx-distill {report['provenance']['versions'].get('mlx-distill', '')}. This page loads nothing."),
+        el(
+            "main",
+            [
+                el("section", el("h2", _HEADINGS.get(id_, title)), body, id=id_)
+                for id_, title, body in sections
+            ],
+        ),
+        el(
+            "footer",
+            f"Written by mlx-distill {report['provenance']['versions'].get('mlx-distill', '')}. This page loads nothing.",
+        ),
     ]
     folder = ASSETS / "report"
     page = Template((folder / "page.html").read_text(encoding="utf-8"))
     style = (folder / "style.css").read_text(encoding="utf-8")
-    return page.substitute(title=el("title", f"{report['name']}: distillation report"), style=style, body=join(parts))
+    return page.substitute(
+        title=el("title", f"{report['name']}: distillation report"), style=style, body=join(parts)
+    )
 
 
 def _sections(report: Report) -> list[tuple[str, str, Html | None]]:
@@ -90,7 +112,11 @@ def _header(report: Report) -> Html:
         "div",
         el("p", percent(main["value"]), class_="figure"),
         bar(main, f"{model_name(name)} gives {against}"),
-        el("p", f"{percent(report['confidence'], 0)} interval {interval(main)}, n = {main['n']}", class_="small"),
+        el(
+            "p",
+            f"{percent(report['confidence'], 0)} interval {interval(main)}, n = {main['n']}",
+            class_="small",
+        ),
         class_=f"hero {model_class(name)}",
     )
     sentence = el(
@@ -133,7 +159,9 @@ def _context(report: Report, name: str) -> list[Any]:
     if name in sizes and "teacher" in sizes and name != "teacher":
         own_size, whole = sizes[name], sizes["teacher"]
         share = percent(own_size["total_bytes"] / whole["total_bytes"], 0)
-        out.append(f"Its weights{_with_adapter(own_size)} take {report_size(own_size['total_bytes'])} on disk, ")
+        out.append(
+            f"Its weights{_with_adapter(own_size)} take {report_size(own_size['total_bytes'])} on disk, "
+        )
         out.append(f"{share} of the teacher’s {report_size(whole['total_bytes'])}{_with_adapter(whole)}. ")
     if name != "teacher":
         out.append(_pace(report, name))
@@ -143,7 +171,9 @@ def _context(report: Report, name: str) -> list[Any]:
 def _rounding(first: float, second: float, difference: float) -> str:
     """Said where the shown rates seem to give another difference than the shown one."""
     return (
-        "" if round(round(100 * first, 1) - round(100 * second, 1), 1) == round(100 * difference, 1) else " (rounded from the exact rates)"
+        ""
+        if round(round(100 * first, 1) - round(100 * second, 1), 1) == round(100 * difference, 1)
+        else " (rounded from the exact rates)"
     )
 
 
@@ -154,7 +184,10 @@ def _with_adapter(entry: Mapping[str, Any]) -> str:
 def _pace(report: Report, name: str) -> str | None:
     """The model's pace, against the teacher's where both computed alike."""
     metrics, settings = report["metrics"], report["provenance"]["evaluations"]
-    pace, reference = metrics[name].get("items_per_minute"), (metrics.get("teacher") or {}).get("items_per_minute")
+    pace, reference = (
+        metrics[name].get("items_per_minute"),
+        (metrics.get("teacher") or {}).get("items_per_minute"),
+    )
     if not pace:
         return None
     alike = reference and settings[name].get("unpack") == settings["teacher"].get("unpack")

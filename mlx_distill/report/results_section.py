@@ -9,17 +9,34 @@ from mlx_distill.report.charts import axis, strip
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import Line, legend, metric_heads, model_head, number_cell, rate_cell, table
 from mlx_distill.run_models import control_note, model_class, model_name, the_model
-from mlx_distill.text import NONE, gigabytes, interval, p_value, percent, plural, seconds, signed_points, significant, words
+from mlx_distill.text import (
+    NONE,
+    gigabytes,
+    interval,
+    p_value,
+    percent,
+    plural,
+    seconds,
+    signed_points,
+    significant,
+    words,
+)
 
 Report = Mapping[str, Any]
 _AGREEMENT = "verdict_agreement"
-_NAMES = {"latency_s": "median time of a row", "latency_p95_s": "95th percentile of a row's time", "items_per_minute": "rows a minute"}
+_NAMES = {
+    "latency_s": "median time of a row",
+    "latency_p95_s": "95th percentile of a row's time",
+    "items_per_minute": "rows a minute",
+}
 _SHOW = {"latency_s": seconds, "latency_p95_s": seconds, "peak_memory_gb": gigabytes}
 
 
 def results(report: Report) -> Html:
     """Models against metrics, then what the recipe wished for, then what differs by more than luck."""
-    return el("div", headline(report, report["metrics"], report["main_set"]), _goals(report), _comparisons(report))
+    return el(
+        "div", headline(report, report["metrics"], report["main_set"]), _goals(report), _comparisons(report)
+    )
 
 
 def columns(report: Report) -> list[tuple[str, str, bool]]:
@@ -45,7 +62,13 @@ def headline(report: Report, metrics: Mapping[str, Any], name: str) -> Html:
                 cells.append(rate_cell(figures.get(key), f"{model_name(model)}, {head}"))
             else:
                 cells.append(_points(figures.get(key)))
-        rows.append((model_head(model, control_note(model) if model in report["controls"] else ""), cells, model_class(model)))
+        rows.append(
+            (
+                model_head(model, control_note(model) if model in report["controls"] else ""),
+                cells,
+                model_class(model),
+            )
+        )
     held = "Held-out rows" if name == report["main_set"] else f"Set “{name}”"
     level = percent(report["confidence"], 0)
     caption = f"{held}, n = {report['sets'][name]:,}. Rates with {level} intervals; an answer that is not valid is wrong."
@@ -65,9 +88,15 @@ def _goals(report: Report) -> Html | None:
     for goal in report["goals"]:
         found = goal["measured"]
         is_rate = isinstance(found, Mapping)
-        show = percent if is_rate else _SHOW.get(goal["metric"], lambda value: NONE if value is None else significant(value, 3))
+        show = (
+            percent
+            if is_rate
+            else _SHOW.get(goal["metric"], lambda value: NONE if value is None else significant(value, 3))
+        )
         side, word = ("at_least", "at least") if "at_least" in goal else ("at_most", "at most")
-        measured = f"{show(found['value'] if is_rate else found)}" + (f" [{interval(found)}]" if is_rate else "")
+        measured = f"{show(found['value'] if is_rate else found)}" + (
+            f" [{interval(found)}]" if is_rate else ""
+        )
         mark = el("b", "met" if goal["met"] else "missed", class_="met" if goal["met"] else "missed")
         items.append(
             el(
@@ -106,14 +135,22 @@ def _comparisons(report: Report) -> Html | None:
         rows = [
             (
                 el("span", model_name(entry["first"]), el("small", f" against {the_model(entry['second'])}")),
-                [_difference(entry, reach), p_value(entry["p_value"]), f"+{entry['first_only']} {chr(0x2212)}{entry['second_only']}"],
+                [
+                    _difference(entry, reach),
+                    p_value(entry["p_value"]),
+                    f"+{entry['first_only']} {chr(0x2212)}{entry['second_only']}",
+                ],
                 model_class(entry["first"]),
             )
             for entry in found
             if entry["metric"] == metric
         ]
         if rows:
-            parts.append(table(f"{caption} ({counted})", ["Model", "Difference", "Luck?", "Rows"], rows, class_="compare"))
+            parts.append(
+                table(
+                    f"{caption} ({counted})", ["Model", "Difference", "Luck?", "Rows"], rows, class_="compare"
+                )
+            )
     return el("div", parts)
 
 
@@ -121,17 +158,27 @@ def _difference(entry: Mapping[str, Any], reach: float) -> Html:
     gap = entry["difference"]
     drawn = strip([(model_class(entry["first"]), model_name(entry["first"]), gap)], -reach, reach, zero=0.0)
     ends = f"{signed_points(gap['low'])} to {signed_points(gap['high'])}"
-    return el("span", el("span", el("b", signed_points(gap["value"])), " ", el("small", ends)), drawn, class_="gap")
+    return el(
+        "span", el("span", el("b", signed_points(gap["value"])), " ", el("small", ends)), drawn, class_="gap"
+    )
 
 
 def slices(report: Report) -> Html | None:
     """Agreement with the teacher (accuracy where there is none) by the task's slice fields."""
     metrics = report["metrics"]
-    shown = [name for name in ("student_before", "student", "quantized") if name in metrics and metrics[name][_AGREEMENT]]
+    shown = [
+        name
+        for name in ("student_before", "student", "quantized")
+        if name in metrics and metrics[name][_AGREEMENT]
+    ]
     key = _AGREEMENT if shown else "accuracy"
     shown = shown or list(metrics)
     parts = [_slice(report, field, shown, key) for field in report["task_details"]["slices"]]
-    return el("div", legend([(model_class(name), model_name(name)) for name in shown]), parts) if any(parts) else None
+    return (
+        el("div", legend([(model_class(name), model_name(name)) for name in shown]), parts)
+        if any(parts)
+        else None
+    )
 
 
 def _slice(report: Report, field: str, shown: Sequence[str], key: str) -> Html | None:
@@ -143,7 +190,10 @@ def _slice(report: Report, field: str, shown: Sequence[str], key: str) -> Html |
     ticks = (0.0, 0.25, 0.5, 0.75, 1.0)
     rows: list[Line] = []
     for value, entry in values.items():
-        found = [(model_class(m), model_name(m), (metrics[m]["by_slice"][field].get(value) or {}).get(key)) for m in shown]
+        found = [
+            (model_class(m), model_name(m), (metrics[m]["by_slice"][field].get(value) or {}).get(key))
+            for m in shown
+        ]
         last = found[-1][2] or {}
         cells = [
             strip(found, 0.0, 1.0, ticks=ticks),
@@ -162,4 +212,8 @@ def other_sets(report: Report) -> Html | None:
     if not others:
         return None
     note = f"{plural(len(others), 'set')} besides the main one, measured in the same way."
-    return el("div", el("p", note, class_="note"), [headline(report, report["by_set"][name], name) for name in others])
+    return el(
+        "div",
+        el("p", note, class_="note"),
+        [headline(report, report["by_set"][name], name) for name in others],
+    )

@@ -21,7 +21,11 @@ def disagreements(report: Report) -> Html | None:
     last = list(found)[-1]
     label = words(report["task_details"]["label"])
     note = f"Rows where the {label} differs from the teacher’s, farthest apart first. Fields that differ are marked ≠."
-    return el("div", el("p", note, class_="note"), [_model(report, name, entry, name == last) for name, entry in found.items()])
+    return el(
+        "div",
+        el("p", note, class_="note"),
+        [_model(report, name, entry, name == last) for name, entry in found.items()],
+    )
 
 
 def _model(report: Report, name: str, entry: Mapping[str, Any], opened: bool) -> Html:
@@ -34,7 +38,14 @@ def _model(report: Report, name: str, entry: Mapping[str, Any], opened: bool) ->
         else cases[_OPEN:]
     )
     body = [cases[:_OPEN], rest] if cases else el("p", "None.")
-    return el("details", el("summary", head), body, el("p", cut, class_="note") if cut else None, open=opened, class_="cases")
+    return el(
+        "details",
+        el("summary", head),
+        body,
+        el("p", cut, class_="note") if cut else None,
+        open=opened,
+        class_="cases",
+    )
 
 
 def _counts(report: Report, name: str) -> list[str]:
@@ -56,7 +67,11 @@ def _title(row: Mapping[str, Any]) -> str:
 def _case(report: Report, name: str, row: Mapping[str, Any]) -> Html:
     task = report["task_details"]
     truth = (row["truth"] or {}).get(task["label"])
-    slices = [str(row["fields"][field]) for field in task["slices"] if (row.get("fields") or {}).get(field) is not None]
+    slices = [
+        str(row["fields"][field])
+        for field in task["slices"]
+        if (row.get("fields") or {}).get(field) is not None
+    ]
     where = [*slices, *([f"set {row['set']}"] if row["set"] != report["main_set"] else [])]
     name_of = el("span", _title(row), class_="title")
     summary = el(
@@ -70,7 +85,11 @@ def _case(report: Report, name: str, row: Mapping[str, Any]) -> Html:
             class_="chips",
         ),
     )
-    source = el("details", el("summary", "Input text"), el("pre", row["input"]), class_="source") if row.get("input") else None
+    source = (
+        el("details", el("summary", "Input text"), el("pre", row["input"]), class_="source")
+        if row.get("input")
+        else None
+    )
     return el("details", summary, _fields(report, name, row), source, class_="case")
 
 
@@ -80,13 +99,19 @@ def _chip(who: str, label: str | None, score: float | None, truth: str | None, c
     right = (
         None
         if who == "Truth" or truth is None
-        else el("i", "✓" if label == truth else "✗", class_="mark", title="right" if label == truth else "wrong")
+        else el(
+            "i", "✓" if label == truth else "✗", class_="mark", title="right" if label == truth else "wrong"
+        )
     )
     return el("span", el("em", who), el("span", el("b", said), number, right), class_=f"chip {class_}")
 
 
 def _fields(report: Report, name: str, row: Mapping[str, Any]) -> Html:
-    teacher, model, truth = (row["teacher"]["answer"] or {}), (row["model"]["answer"] or {}), (row["truth"] or {})
+    teacher, model, truth = (
+        (row["teacher"]["answer"] or {}),
+        (row["model"]["answer"] or {}),
+        (row["truth"] or {}),
+    )
     rows = []
     for field in report["task_details"]["properties"]:
         differs = field in row["differs"]
@@ -100,9 +125,15 @@ def _fields(report: Report, name: str, row: Mapping[str, Any]) -> Html:
                 data_label=model_name(name),
             )
         )
-        rows.append(el("tr", el("th", words(field), scope="row"), cells, class_="differs" if differs else None))
+        rows.append(
+            el("tr", el("th", words(field), scope="row"), cells, class_="differs" if differs else None)
+        )
     heads = ["Field", *(["Truth"] if truth else []), "Teacher", model_name(name)]
-    notes = [_broken(the_model(who), side) for who, side in (("teacher", row["teacher"]), (name, row["model"])) if side["answer"] is None]
+    notes = [
+        _broken(the_model(who), side)
+        for who, side in (("teacher", row["teacher"]), (name, row["model"]))
+        if side["answer"] is None
+    ]
     head = el("thead", el("tr", [el("th", text, scope="col") for text in heads]))
     caption = el("caption", f"The answers to {_title(row)}, field by field", class_="hidden")
     return el("div", el("table", caption, head, el("tbody", rows), class_="fields"), notes)

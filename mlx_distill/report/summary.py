@@ -19,7 +19,8 @@ from mlx_distill.text import NONE, interval, percent, significant, words
 class RunReport:
     """The report of a run.
 
-    ``path`` is ``report.json``; ``report`` its content. ``str()`` is a compact table for the terminal, and a notebook shows one too.
+    ``path`` is ``report.json``; ``report`` its content. ``str()`` is a compact table for the terminal, and a
+    notebook shows one too.
     """
 
     path: Path
@@ -37,7 +38,10 @@ class RunReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The short form for ``--json``: paths, names and figures, without rows and curves."""
-        short = {key: self.report[key] for key in ("name", "task", "created", "main_set", "sets", "goals", "metrics")}
+        short = {
+            key: self.report[key]
+            for key in ("name", "task", "created", "main_set", "sets", "goals", "metrics")
+        }
         return {"report": str(self.path), "html": str(self.html), **short}
 
     def lines(self) -> list[str]:
@@ -46,7 +50,10 @@ class RunReport:
         table = [["model", *heads], *rows]
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
         text = [
-            "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+            "  ".join(
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in table
         ]
         total = self.report["sets"][self.report["main_set"]]
@@ -68,10 +75,19 @@ class RunReport:
             "text-align:right;padding:.25em .9em .25em 0;font-variant-numeric:tabular-nums",
         )
         head = el("tr", el("th", "model", style=left), [el("th", text, style=cell) for text in heads])
-        body = [el("tr", el("th", row[0], style=left, scope="row"), [el("td", text, style=cell) for text in row[1:]]) for row in rows]
+        body = [
+            el(
+                "tr",
+                el("th", row[0], style=left, scope="row"),
+                [el("td", text, style=cell) for text in row[1:]],
+            )
+            for row in rows
+        ]
         total = self.report["sets"][self.report["main_set"]]
         caption = el(
-            "caption", f"{self.report['name']}: {total:,} held-out rows", style="text-align:left;font-weight:bold;padding-bottom:.4em"
+            "caption",
+            f"{self.report['name']}: {total:,} held-out rows",
+            style="text-align:left;font-weight:bold;padding-bottom:.4em",
         )
         return el("table", caption, el("thead", head), el("tbody", body))
 
@@ -85,7 +101,10 @@ def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     rows = []
     for name, figures in report["metrics"].items():
         cells = [
-            f"{percent(found['value'])} [{interval(found)}]" if (found := figures.get(key)) and found["n"] else NONE for key, _ in rates
+            f"{percent(found['value'])} [{interval(found)}]"
+            if (found := figures.get(key)) and found["n"]
+            else NONE
+            for key, _ in rates
         ]
         pace = figures.get("items_per_minute")
         rows.append([model_name(name), *cells, significant(pace, 3) if pace else NONE])

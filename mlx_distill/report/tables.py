@@ -29,7 +29,10 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[Line], *, class_:
         el(
             "tr",
             el("th", first, scope="row", role="rowheader"),
-            [el("td", cell, role="cell", data_label=name) for name, cell in zip(columns[1:], cells, strict=True)],
+            [
+                el("td", cell, role="cell", data_label=name)
+                for name, cell in zip(columns[1:], cells, strict=True)
+            ],
             class_=row_class,
             role="row",
         )
@@ -43,7 +46,14 @@ def rate_cell(estimate: Mapping[str, Any] | None, label: str) -> Html:
     """Value, interval and bar of a rate."""
     if not estimate or estimate.get("value") is None:
         return el("span", NONE, class_="none")
-    return el("span", el("b", percent(estimate["value"])), " ", el("small", interval(estimate)), bar(estimate, label), class_="rate")
+    return el(
+        "span",
+        el("b", percent(estimate["value"])),
+        " ",
+        el("small", interval(estimate)),
+        bar(estimate, label),
+        class_="rate",
+    )
 
 
 def number_cell(value: str, small: str = "") -> Html:
@@ -70,7 +80,12 @@ def model_head(name: str, note: str = "") -> Html:
 def legend(names: Sequence[tuple[str, str]]) -> Html:
     """(CSS class, name) as a list of swatches."""
     return el(
-        "ul", [el("li", el("i", class_="swatch", aria_hidden="true"), name, class_=class_) for class_, name in names], class_="legend"
+        "ul",
+        [
+            el("li", el("i", class_="swatch", aria_hidden="true"), name, class_=class_)
+            for class_, name in names
+        ],
+        class_="legend",
     )
 
 

@@ -23,15 +23,41 @@ def curves(report: Report) -> Html | None:
 def _chart(report: Report, stage: str, series: Mapping[str, Any]) -> Html:
     total = series.get("loss")
     # A training with a single term logs it twice.
-    shown = {k: s for k, s in series.items() if k in ("loss", "valid_loss") or (not k.startswith("valid_") and s != total)}
-    shown = dict(sorted(shown.items(), key=lambda item: ("loss", "valid_loss").index(item[0]) if item[0] in ("loss", "valid_loss") else 2))
+    shown = {
+        k: s
+        for k, s in series.items()
+        if k in ("loss", "valid_loss") or (not k.startswith("valid_") and s != total)
+    }
+    shown = dict(
+        sorted(
+            shown.items(),
+            key=lambda item: (
+                ("loss", "valid_loss").index(item[0]) if item[0] in ("loss", "valid_loss") else 2
+            ),
+        )
+    )
     terms = [name for name in shown if name not in ("loss", "valid_loss")]
-    classes = {name: f"s{terms.index(name) % 6}" if name in terms else name.replace("_", "-") for name in shown}
+    classes = {
+        name: f"s{terms.index(name) % 6}" if name in terms else name.replace("_", "-") for name in shown
+    }
     last = {name: s["value"][-1] for name, s in shown.items()}
-    caption = el("figcaption", el("b", model_name(stage)), " ", el("small", _summary(report["training"].get(stage) or {})))
+    caption = el(
+        "figcaption",
+        el("b", model_name(stage)),
+        " ",
+        el("small", _summary(report["training"].get(stage) or {})),
+    )
     names = [(classes[name], f"{series_name(name)} {significant(value, 3)}") for name, value in last.items()]
-    text = f"Losses of {model_name(stage)} over the steps; at the end: " + ", ".join(text for _, text in names)
-    return el("figure", caption, line_chart(shown, classes, text), legend(names), class_=f"chart {model_class(stage)}")
+    text = f"Losses of {model_name(stage)} over the steps; at the end: " + ", ".join(
+        text for _, text in names
+    )
+    return el(
+        "figure",
+        caption,
+        line_chart(shown, classes, text),
+        legend(names),
+        class_=f"chart {model_class(stage)}",
+    )
 
 
 def _summary(training: Mapping[str, Any]) -> str:
@@ -70,7 +96,13 @@ def cost(report: Report) -> Html:
             number_cell(count(figures.get("tokens_per_second"))),
             number_cell(gigabytes(figures.get("peak_memory_gb"))),
         ]
-        computed = {True: "computed unpacked", False: "computed packed"}.get(settings[name].get("unpack"), "") if note else ""
+        computed = (
+            {True: "computed unpacked", False: "computed packed"}.get(settings[name].get("unpack"), "")
+            if note
+            else ""
+        )
         rows.append((model_head(name, computed), cells, model_class(name)))
     caption = "Time of a row: the wall time of its batch by the batch’s size. Memory: peak of MLX’s allocator during the evaluation."
-    return el("div", el("p", note, class_="note") if note else None, table(caption, heads, rows, class_="cost"))
+    return el(
+        "div", el("p", note, class_="note") if note else None, table(caption, heads, rows, class_="cost")
+    )

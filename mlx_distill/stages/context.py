@@ -22,9 +22,11 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage of a run shares: the recipe, its task, the run's folder, where progress is told, and the wish to stop.
+    """What every stage of a run shares: the recipe, its task, the run's folder, where progress is told, and
+    the wish to stop.
 
-    ``hooks`` watch every training (:mod:`mlx_distill.train.events`), and ``profile`` takes the time of its parts.
+    ``hooks`` watch every training (:mod:`mlx_distill.train.events`), and ``profile`` takes the time of its
+    parts.
     """
 
     recipe: Recipe
@@ -37,7 +39,9 @@ class Context:
 
 
 def load_model(context: Context, name: str) -> tuple[Any, Any]:
-    """A model of the run and its tokenizer, computing in the recipe's type, and unpacked where the recipe says so."""
+    """A model of the run and its tokenizer, computing in the recipe's type, and unpacked where the recipe
+    says so.
+    """
     from mlx_distill.models.load import load
     from mlx_distill.models.modules import unpack
 

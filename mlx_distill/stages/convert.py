@@ -15,7 +15,12 @@ def convert(context: Context, folder: Path, source: str, name: str) -> Facts:
 
     settings = context.recipe.convert
     report = convert_into(
-        source, folder, quantize=settings.quantize, dtype=settings.dtype, revision=settings.revision, progress=context.progress,
+        source,
+        folder,
+        quantize=settings.quantize,
+        dtype=settings.dtype,
+        revision=settings.revision,
+        progress=context.progress,
         name=f"convert {name}",
-    )  # fmt: skip
+    )
     return {"source": source, **report.facts()}

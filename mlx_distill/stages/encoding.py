@@ -1,4 +1,6 @@
-"""Prepared rows to tokens on the disk, a few hundred in memory at a time; a stage that was cut goes on with those that it had."""
+"""Prepared rows to tokens on the disk, a few hundred in memory at a time; a stage that was cut goes on with
+those that it had.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ _SHOWN = 200  # rows between two looks at the clock and at the wish to stop
 
 def encoded_rows(
     context: Context, folder: Path, name: str, split: str, tokenizer: Any, base: str, settings: TrainConfig
-) -> Store[Piece]:  # fmt: skip
+) -> Store[Piece]:
     """The rows of a split in a model's tokens.
 
     Args:
@@ -42,14 +44,28 @@ def encoded_rows(
     from mlx_distill.storage.array_store import Store, StoreWriter, is_stored
 
     path, place = rows_file(context, split), scratch(folder) / "rows" / split
-    key = digest({
-        "rows": sha256(path), "model": content_of(context.run / base), "max_length": settings.max_length, "loss_on": settings.loss_on,
-    })  # fmt: skip
+    key = digest(
+        {
+            "rows": sha256(path),
+            "model": content_of(context.run / base),
+            "max_length": settings.max_length,
+            "loss_on": settings.loss_on,
+        }
+    )
     if not is_stored(place, key):
         report, total = EncodeReport(), count_rows(context, split)
-        with StoreWriter(place, key) as writer, context.progress.task(f"{name}: tokenize {split}", total=total, unit="row") as bar:
+        with (
+            StoreWriter(place, key) as writer,
+            context.progress.task(f"{name}: tokenize {split}", total=total, unit="row") as bar,
+        ):
             examples = _told(context, split, bar)
-            for item in encode_rows(examples, tokenizer, settings.max_length, settings.loss_on, report, where=str(path)) if total else ():
+            for item in (
+                encode_rows(
+                    examples, tokenizer, settings.max_length, settings.loss_on, report, where=str(path)
+                )
+                if total
+                else ()
+            ):
                 writer.append(int(item.mask[1:].sum()), tokens=item.tokens, trained=item.mask[1:])
             writer.facts = asdict(report)
     store = Store(place, Piece)

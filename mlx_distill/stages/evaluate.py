@@ -15,7 +15,9 @@ from mlx_distill.storage import read_jsonl, scratch, write_jsonl
 
 
 def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Facts:
-    """Held-out rows through one model, a chunk at a time, so that a killed evaluation goes on behind its last whole chunk."""
+    """Held-out rows through one model, a chunk at a time, so that a killed evaluation goes on behind its last
+    whole chunk.
+    """
     from mlx_distill.data.predictions import write_predictions
     from mlx_distill.infer.analyze import predict
     from mlx_distill.records import Prediction
@@ -33,11 +35,15 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
                 stop_here(context)
                 some = rows[first : first + chunk]
                 tell = _from(bar.update, first)
-                done = predict(model, tokenizer, context.task, some, batch_size=settings.batch_size, on_done=tell)
+                done = predict(
+                    model, tokenizer, context.task, some, batch_size=settings.batch_size, on_done=tell
+                )
                 write_jsonl(path, (asdict(prediction) for prediction in done))
             found += [Prediction(**row) for _, row in read_jsonl(path)]
             bar.update(len(found))
-    write_predictions(folder / "predictions.jsonl", name, context.task, rows, found, settings=to_mapping(settings))
+    write_predictions(
+        folder / "predictions.jsonl", name, context.task, rows, found, settings=to_mapping(settings)
+    )
     return {"rows": len(rows), "peak_memory_bytes": peak_memory()}
 
 

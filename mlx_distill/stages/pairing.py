@@ -50,28 +50,49 @@ def aligned_pairs(
     teacher_tokenizer = load_tokenizer(context.run / "teacher")
     ours, theirs = vocabulary_hash(tokenizer), vocabulary_hash(teacher_tokenizer)
     if reader.index["teacher_tokenizer"] != theirs:
-        raise DataError(f"{reader.folder}: targets of another tokenizer than {context.run / 'teacher'}", fix="run: mlx-distill targets")
-    key = digest({
-        "rows": [sha256(rows_file(context, split)) for split in ("train", "valid")], "targets": content_of(reader.folder),
-        "model": content_of(context.run / "student_base"), "teacher_tokenizer": theirs, "max_length": settings.max_length,
-        "answer": [dict(context.task.schema), context.task.label],
-    })  # fmt: skip
+        raise DataError(
+            f"{reader.folder}: targets of another tokenizer than {context.run / 'teacher'}",
+            fix="run: mlx-distill targets",
+        )
+    key = digest(
+        {
+            "rows": [sha256(rows_file(context, split)) for split in ("train", "valid")],
+            "targets": content_of(reader.folder),
+            "model": content_of(context.run / "student_base"),
+            "teacher_tokenizer": theirs,
+            "max_length": settings.max_length,
+            "answer": [dict(context.task.schema), context.task.label],
+        }
+    )
     places = [scratch(folder) / "pairs" / split for split in ("train", "valid")]
     if not all(is_stored(place, key) for place in places):
         _align(context, places, key, reader, tokenizer, teacher_tokenizer, settings.max_length)
     train, valid = (Store(place, pair_of) for place in places)
     if too_long := train.facts["too_long"]:
-        context.progress.note(f"distill: {too_long} rows are longer than {settings.max_length} tokens for the student and are left out")
+        context.progress.note(
+            f"distill: {too_long} rows are longer than {settings.max_length} tokens for the student and are left out"
+        )
     inputs = {
         "labels": label_tokens(tokenizer, context.task.labels),
-        "cells": cell_map(tokenizer, teacher_tokenizer, student_stop=stop_ids(tokenizer)[0], teacher_stop=stop_ids(teacher_tokenizer)[0]),
+        "cells": cell_map(
+            tokenizer,
+            teacher_tokenizer,
+            student_stop=stop_ids(tokenizer)[0],
+            teacher_stop=stop_ids(teacher_tokenizer)[0],
+        ),
         "same_tokenizer": ours == theirs,
     }
     return train, valid, inputs
 
 
 def _align(
-    context: Context, places: Sequence[Path], key: str, reader: TargetReader, tokenizer: Any, teacher_tokenizer: Any, max_length: int
+    context: Context,
+    places: Sequence[Path],
+    key: str,
+    reader: TargetReader,
+    tokenizer: Any,
+    teacher_tokenizer: Any,
+    max_length: int,
 ) -> None:
     from mlx_distill.data.chat import answer_ids, render_many
     from mlx_distill.distill.align import pair_arrays
@@ -89,13 +110,17 @@ def _align(
         while some := list(islice(joined, _CHUNK)):
             stop_here(context)
             answers = [{"role": "assistant", "content": target.text} for _, _, target in some]
-            chats = [[*row["messages"][:-1], answer] for (_, row, _), answer in zip(some, answers, strict=True)]
+            chats = [
+                [*row["messages"][:-1], answer] for (_, row, _), answer in zip(some, answers, strict=True)
+            ]
             for chat, (split, _, target) in zip(render_many(tokenizer, chats), some, strict=True):
                 if len(chat) > max_length:
                     too_long += 1
                     continue
                 pair = _pair(context.task, chat, target, tokenizer, teacher_tokenizer, encode)
-                (train if split == "train" else valid).append(len(pair.tokens) - pair.start, **pair_arrays(pair))
+                (train if split == "train" else valid).append(
+                    len(pair.tokens) - pair.start, **pair_arrays(pair)
+                )
             done += len(some)
             bar.update(done)
         train.facts = {"too_long": too_long}
@@ -108,12 +133,20 @@ def _joined(context: Context, reader: TargetReader) -> Iterator[Joined]:
         found = next(((split, row) for split, row in rows if row["id"] == target.id), None)
         if found is None:
             raise DataError(
-                f"{reader.folder}: row {target.id!r} is not in {context.run / 'data'}, or not in its order", fix="run: mlx-distill targets"
+                f"{reader.folder}: row {target.id!r} is not in {context.run / 'data'}, or not in its order",
+                fix="run: mlx-distill targets",
             )
         yield *found, target
 
 
-def _pair(task: Task, chat: Any, target: TargetRow, tokenizer: Any, teacher_tokenizer: Any, encode: Callable[[str], list[int]]) -> Pair:
+def _pair(
+    task: Task,
+    chat: Any,
+    target: TargetRow,
+    tokenizer: Any,
+    teacher_tokenizer: Any,
+    encode: Callable[[str], list[int]],
+) -> Pair:
     from mlx_distill.distill.align import make_pair
     from mlx_distill.distill.teacher import label_position
     from mlx_distill.losses.byte_alignment import align_bytes
@@ -124,6 +157,12 @@ def _pair(task: Task, chat: Any, target: TargetRow, tokenizer: Any, teacher_toke
     prefix = encode(label_prefix(task.schema, task.label, answer))
     spans = align_bytes(chat.tokens[start:end], target.ids[:-1], tokenizer, teacher_tokenizer)
     return make_pair(
-        chat.tokens, start, spans, teacher_logprobs=target.logprobs, topk_ids=target.topk_ids, topk_logprobs=target.topk_logprobs,
-        label_at=label_position(chat.tokens.tolist(), start, prefix), label_logprobs=target.label_logprobs,
-    )  # fmt: skip
+        chat.tokens,
+        start,
+        spans,
+        teacher_logprobs=target.logprobs,
+        topk_ids=target.topk_ids,
+        topk_logprobs=target.topk_logprobs,
+        label_at=label_position(chat.tokens.tolist(), start, prefix),
+        label_logprobs=target.label_logprobs,
+    )

@@ -13,5 +13,7 @@ def prepare(context: Context, folder: Path) -> Facts:
     """Rows from everywhere to train, valid and test chats."""
     from mlx_distill.data import prepare as splits
 
-    statistics = splits.prepare(context.recipe.data, context.task, context.recipe.base, folder, context.progress)
+    statistics = splits.prepare(
+        context.recipe.data, context.task, context.recipe.base, folder, context.progress
+    )
     return {"rows": statistics["rows"]} if "rows" in statistics else {}

@@ -15,6 +15,11 @@ def quantize(context: Context, folder: Path) -> Facts:
 
     settings = context.recipe.quantize
     return quantize_into(
-        context.run / "student", folder, settings.mode, group_size=settings.group_size, adapter=settings.adapter, keep=settings.keep,
+        context.run / "student",
+        folder,
+        settings.mode,
+        group_size=settings.group_size,
+        adapter=settings.adapter,
+        keep=settings.keep,
         progress=context.progress,
-    ).facts()  # fmt: skip
+    ).facts()

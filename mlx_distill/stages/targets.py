@@ -20,10 +20,14 @@ def targets(context: Context, folder: Path) -> Facts:
     model, tokenizer = load_model(context, "teacher")
     taken = min(count_rows(context, "train"), settings.max_rows or sys.maxsize)
     writer = TargetWriter(folder)
-    rows = islice(chain(islice(read_rows(context, "train"), taken), read_rows(context, "valid")), writer.done, None)
+    rows = islice(
+        chain(islice(read_rows(context, "train"), taken), read_rows(context, "valid")), writer.done, None
+    )
     shard = max(settings.batch_size * 8, 64)
     invalid = 0
-    with context.progress.task("targets", total=taken + count_rows(context, "valid"), unit="row", start=writer.done) as bar:
+    with context.progress.task(
+        "targets", total=taken + count_rows(context, "valid"), unit="row", start=writer.done
+    ) as bar:
         while some := list(islice(rows, shard)):
             stop_here(context)
             written, bad = score_shard(context, model, tokenizer, some)
@@ -31,6 +35,13 @@ def targets(context: Context, folder: Path) -> Facts:
             invalid += bad
             bar.update(writer.done)
     if invalid:
-        context.progress.note(f"targets: {invalid} answers of the teacher do not fit the task; these rows keep the data's own")
-    writer.finish(labels=list(context.task.labels), teacher_tokenizer=vocabulary_hash(tokenizer), text=settings.text, top_k=settings.top_k)
+        context.progress.note(
+            f"targets: {invalid} answers of the teacher do not fit the task; these rows keep the data's own"
+        )
+    writer.finish(
+        labels=list(context.task.labels),
+        teacher_tokenizer=vocabulary_hash(tokenizer),
+        text=settings.text,
+        top_k=settings.top_k,
+    )
     return {"rows": writer.done, "bytes": sum(p.stat().st_size for p in folder.glob("[rt]*-0*"))}

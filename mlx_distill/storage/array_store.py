@@ -4,10 +4,11 @@ A folder holds
 
     rows.bin     the rows one behind the other, in each its arrays one behind the other, filled up to 8 bytes
     counts.bin   [n, c + 1] int32, how long each array of each row is, and a number of the row's own
-    index.json   the arrays (name, type, further dimensions), the number of rows, the key, the hash of the content, facts
+    index.json   the arrays (name, type, further dimensions), the number of rows, the key, the hash of the
+    content, facts
 
-What is open costs 4c + 12 bytes a row. A row is read when it is asked for, into memory of its own: mapped pages would stay with the
-process, and what training takes would grow with its rows.
+What is open costs 4c + 12 bytes a row. A row is read when it is asked for, into memory of its own: mapped
+pages would stay with the process, and what training takes would grow with its rows.
 """
 
 from __future__ import annotations
@@ -57,7 +58,8 @@ def _filled(size: Any) -> Any:
 
 
 class StoreWriter:
-    """Writes rows beside ``folder``; when the ``with`` block ends well they are put there, whole, else nothing is left of them.
+    """Writes rows beside ``folder``; when the ``with`` block ends well they are put there, whole, else
+    nothing is left of them.
 
     Args:
         folder: Where the store is to stand; an older one is replaced.
@@ -99,7 +101,8 @@ class StoreWriter:
         return self
 
     def append(self, counted: int = 0, /, **arrays: np.ndarray) -> None:
-        """Write one row. All rows have the same arrays, of the same types; the first array is the one that a row's length is counted by.
+        """Write one row. All rows have the same arrays, of the same types; the first array is the one that a
+        row's length is counted by.
 
         ``counted`` is kept beside, to be known without reading the row: how many tokens of it are trained.
 
@@ -112,7 +115,9 @@ class StoreWriter:
             self._columns = columns
         elif columns != self._columns:
             raise ValueError(f"row {self.rows}: {columns}, not {self._columns}")
-        row = b"".join(array.tobytes() + bytes(_filled(array.nbytes) - array.nbytes) for array in arrays.values())
+        row = b"".join(
+            array.tobytes() + bytes(_filled(array.nbytes) - array.nbytes) for array in arrays.values()
+        )
         counts = np.array([*(len(array) for array in arrays.values()), counted], dtype=np.int32).tobytes()
         with os_errors(self.folder):
             for file, part in zip(self._files, (row, counts), strict=True):
@@ -135,7 +140,13 @@ class StoreWriter:
     def _put_in_place(self) -> None:
         columns = [[column.name, column.dtype, list(column.shape)] for column in self._columns or []]
         self._hash.update(json.dumps(columns).encode())
-        index = {"format": FORMAT, "arrays": columns, "rows": self.rows, "key": self.key, "content": self._hash.hexdigest()}
+        index = {
+            "format": FORMAT,
+            "arrays": columns,
+            "rows": self.rows,
+            "key": self.key,
+            "content": self._hash.hexdigest(),
+        }
         sizes = {name: (self._temporary / name).stat().st_size for name in (ROWS, COUNTS)}
         write_json(self._temporary / INDEX, {**index, "sizes": sizes, "facts": self.facts})
         if self.folder.exists():
@@ -157,7 +168,10 @@ def _read_index(folder: Path) -> dict[str, Any] | None:
     index: dict[str, Any] = read_json(folder / INDEX)
     if index.get("format") != FORMAT:
         return None
-    whole = all((folder / name).is_file() and (folder / name).stat().st_size == size for name, size in index["sizes"].items())
+    whole = all(
+        (folder / name).is_file() and (folder / name).stat().st_size == size
+        for name, size in index["sizes"].items()
+    )
     return index if whole else None
 
 

@@ -20,7 +20,8 @@ from mlx_distill.errors import FULL_DISK, DataError, FileError, from_os_error
 def os_errors(where: str | Path | None = None) -> Iterator[None]:
     """Turn the operating system's refusals inside the block into a :class:`FileError` with a cure.
 
-    ``where`` is named if the system names no file: it does when one cannot be opened, and not when a write fails.
+    ``where`` is named if the system names no file: it does when one cannot be opened, and not when a write
+    fails.
     """
     try:
         yield
@@ -42,7 +43,9 @@ def fsync_folder(path: Path) -> None:
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside ``path``; on success it is synced and renamed over it, on failure removed."""
+    """Yield a temporary path beside ``path``; on success it is synced and renamed over it, on failure
+    removed.
+    """
     path = Path(path)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -65,7 +68,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def _from_array_writer(error: Exception) -> bool:
-    # What mlx and safetensors raise where the disk refuses: neither is an OSError, and neither has a number that says why.
+    # What mlx and safetensors raise where the disk refuses: neither is an OSError, and neither has a number
+    # that says why.
     return isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
 
 
@@ -87,7 +91,9 @@ def read_json(path: str | Path) -> Any:
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise FileError(f"{path}: not valid JSON: {error}", fix="delete the file and run the same command again") from error
+        raise FileError(
+            f"{path}: not valid JSON: {error}", fix="delete the file and run the same command again"
+        ) from error
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
@@ -123,10 +129,19 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                     fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
                 ) from error
             except (ValueError, RecursionError) as error:
-                reason = f"{error.msg.removesuffix(' at')} at column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
-                raise DataError(f"{path}:{number}: not JSON: {reason}", fix="one JSON object a line is needed") from error
+                reason = (
+                    f"{error.msg.removesuffix(' at')} at column {error.pos + 1}"
+                    if isinstance(error, json.JSONDecodeError)
+                    else error
+                )
+                raise DataError(
+                    f"{path}:{number}: not JSON: {reason}", fix="one JSON object a line is needed"
+                ) from error
             if not isinstance(row, dict):
-                raise DataError(f"{path}:{number}: a {type(row).__name__}, not an object", fix="one JSON object a line is needed")
+                raise DataError(
+                    f"{path}:{number}: a {type(row).__name__}, not an object",
+                    fix="one JSON object a line is needed",
+                )
             yield number, row
 
 
@@ -146,7 +161,8 @@ def digest(value: Any) -> str:
 
 
 def remove_leftovers(folder: str | Path, *, below: bool = False) -> None:
-    """Remove the temporary files of writers that were killed from ``folder``, with ``below`` from all that is under it.
+    """Remove the temporary files of writers that were killed from ``folder``, with ``below`` from all that is
+    under it.
 
     Only for who alone writes there: the temporary files of a living writer look the same.
     """
@@ -164,8 +180,10 @@ _SMALL = 64 << 20
 
 
 def fingerprint(source: str) -> str:
-    """What an input from outside is, without its path: of a file its bytes; of a folder its files' names, sizes and the bytes of small ones
-    (large ones give their first MiB, where a checkpoint's shards have their table); of a Hub id its name."""
+    """What an input from outside is, without its path: of a file its bytes; of a folder its files' names,
+    sizes and the bytes of small ones (large ones give their first MiB, where a checkpoint's shards have their
+    table); of a Hub id its name.
+    """
     path = Path(source)
     if path.is_file():
         return sha256(path)

@@ -1,7 +1,7 @@
 """Folders that are whole or absent: a stage works beside its folder, and a manifest says what came of it.
 
-A stage works in ``.<name>.partial`` beside its folder and renames it when everything is on the disk. A kill leaves either the
-old folder or a partial one that the next run goes on with, if its key is still the same.
+A stage works in ``.<name>.partial`` beside its folder and renames it when everything is on the disk. A kill
+leaves either the old folder or a partial one that the next run goes on with, if its key is still the same.
 """
 
 from __future__ import annotations
@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import FileError
-from mlx_distill.storage.atomic import digest, fsync_folder, os_errors, read_json, remove_leftovers, sha256, write_json, write_text
+from mlx_distill.storage.atomic import (
+    digest,
+    fsync_folder,
+    os_errors,
+    read_json,
+    remove_leftovers,
+    sha256,
+    write_json,
+    write_text,
+)
 
 MANIFEST = "manifest.json"
 
@@ -34,7 +43,8 @@ class FileEntry:
 class Manifest:
     """What a stage's folder is: made from what, by which settings, and the sums of its files.
 
-    ``key`` decides whether the folder is current; everything under ``recorded`` (times, machine, versions) never does.
+    ``key`` decides whether the folder is current; everything under ``recorded`` (times, machine, versions)
+    never does.
     """
 
     stage: str
@@ -70,7 +80,10 @@ def read_manifest(folder: str | Path) -> Manifest | None:
         files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
         return Manifest(files=files, **raw)
     except (TypeError, KeyError, AttributeError) as error:
-        raise FileError(f"{path}: not a manifest of this version: {error}", fix="delete the folder and run the command again") from error
+        raise FileError(
+            f"{path}: not a manifest of this version: {error}",
+            fix="delete the folder and run the command again",
+        ) from error
 
 
 def check_folder(folder: str | Path, manifest: Manifest, *, verify: bool = False) -> str | None:
@@ -137,7 +150,9 @@ def publish(
     recorded: Mapping[str, Any],
     hashes: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Hash the partial folder's files (those in ``hashes`` are known), write the manifest, sync, and rename it into place."""
+    """Hash the partial folder's files (those in ``hashes`` are known), write the manifest, sync, and rename
+    it into place.
+    """
     folder, partial = Path(folder), partial_folder(folder)
     remove_leftovers(partial, below=True)
     with os_errors():
@@ -152,7 +167,8 @@ def publish(
             files[name] = FileEntry(stat.st_size, (hashes or {}).get(name) or sha256(path), stat.st_mtime_ns)
         key = stage_key(stage, format, config, parents)
         manifest = Manifest(stage, format, key, config, parents, files, {**recorded, "finished": time.time()})
-        # From here on the folder is whole, and a kill is finished by recover(); before, its scratch is still needed.
+        # From here on the folder is whole, and a kill is finished by recover(); before, its scratch is still
+        # needed.
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)
     return manifest
@@ -172,7 +188,9 @@ def _swap(partial: Path, folder: Path) -> None:
 
 
 def recover(folder: str | Path) -> None:
-    """Finish a change of folders that a kill cut in two: a partial folder with a manifest is whole, and takes its place."""
+    """Finish a change of folders that a kill cut in two: a partial folder with a manifest is whole, and takes
+    its place.
+    """
     folder = Path(folder)
     partial, old = partial_folder(folder), folder.with_name(f".{folder.name}.old")
     with os_errors():
@@ -200,7 +218,8 @@ def lock_folder(folder: str | Path) -> Iterator[None]:
             file.seek(0)
             owner = file.read().strip() or "unknown"
             raise FileError(
-                f"{folder}: another run is using this folder (process {owner})", fix="wait for it, or choose another --out"
+                f"{folder}: another run is using this folder (process {owner})",
+                fix="wait for it, or choose another --out",
             ) from error
         file.truncate(0)
         file.write(str(os.getpid()))

@@ -1,4 +1,6 @@
-"""The answer schema: an answer to its one canonical text, and any text back to a validated answer or the reason why not."""
+"""The answer schema: an answer to its one canonical text, and any text back to a validated answer or the
+reason why not.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +18,9 @@ _LONGEST_ERROR = 200
 def dump_answer(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     """The canonical JSON text of an answer: one text for one answer, so that a model has one thing to learn.
 
-    Keys stand in the order of the schema's ``properties`` (others behind them, as they come), separated by ``", "`` and ``": "``;
-    characters stand for themselves; a whole number is written without a point where the schema says ``integer``.
+    Keys stand in the order of the schema's ``properties`` (others behind them, as they come), separated by
+    ``", "`` and ``": "``; characters stand for themselves; a whole number is written without a point where
+    the schema says ``integer``.
 
     Args:
         answer: The answer, of plain JSON values.
@@ -34,7 +37,10 @@ def dump_answer(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
         text = json.dumps(_ordered(answer, schema), ensure_ascii=False, allow_nan=False)
         text.encode()
     except (ValueError, TypeError) as error:
-        raise DataError(f"the answer is not JSON: {error}", fix="use text, finite numbers, true, false, null, lists and objects") from error
+        raise DataError(
+            f"the answer is not JSON: {error}",
+            fix="use text, finite numbers, true, false, null, lists and objects",
+        ) from error
     return text
 
 
@@ -52,9 +58,11 @@ def _ordered(value: Any, schema: Any) -> Any:
 
 
 def parse_answer(text: str, schema: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
-    """Read an answer strictly: the whole text, without white space at its ends, is one JSON object that fits the schema.
+    """Read an answer strictly: the whole text, without white space at its ends, is one JSON object that fits
+    the schema.
 
-    Nothing is searched for, mended or guessed; a key that stands twice, NaN, infinity and half surrogate pairs are refused.
+    Nothing is searched for, mended or guessed; a key that stands twice, NaN, infinity and half surrogate
+    pairs are refused.
 
     Args:
         text: What a model wrote.
@@ -75,7 +83,9 @@ def parse_answer(text: str, schema: Mapping[str, Any]) -> tuple[dict[str, Any] |
     (None, 'not JSON: Expecting value at character 1')
     """
     try:
-        value = json.loads(text.strip(), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite)
+        value = json.loads(
+            text.strip(), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+        )
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except json.JSONDecodeError as error:
@@ -101,7 +111,10 @@ def check_answer(answer: Any, schema: Mapping[str, Any]) -> str | None:
     if not isinstance(answer, Mapping):
         return f"a JSON {_kind(answer)}, not an object"
     try:
-        errors = sorted(_validator(json.dumps(schema)).iter_errors(answer), key=lambda e: [str(part) for part in e.absolute_path])
+        errors = sorted(
+            _validator(json.dumps(schema)).iter_errors(answer),
+            key=lambda e: [str(part) for part in e.absolute_path],
+        )
     except RecursionError:
         return "nested too deeply"
     if not errors:
@@ -122,13 +135,16 @@ def label_span(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any])
     (12, 15)
     """
     if not isinstance(answer.get(label), str):
-        raise DataError(f"the answer has no text under {label!r}", fix="give an answer that fits the task's schema")
+        raise DataError(
+            f"the answer has no text under {label!r}", fix="give an answer that fits the task's schema"
+        )
     start = len(label_prefix(schema, label, answer))
     return start, start + len(json.dumps(answer[label], ensure_ascii=False)) - 2
 
 
 def label_prefix(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any] | None = None) -> str:
-    """The canonical text up to where the label's value starts, the opening quote included: what label scoring puts before a class.
+    """The canonical text up to where the label's value starts, the opening quote included: what label scoring
+    puts before a class.
 
     Args:
         schema: The JSON schema of the answer.
@@ -145,7 +161,9 @@ def label_prefix(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any
     """
     properties = list(schema.get("properties") or {})
     if label not in properties:
-        raise ConfigError(f"the schema has no property {label!r}", fix=f"its properties: {', '.join(properties)}")
+        raise ConfigError(
+            f"the schema has no property {label!r}", fix=f"its properties: {', '.join(properties)}"
+        )
     before = properties[: properties.index(label)]
     given = answer or {}
     missing = [key for key in before if key in schema.get("required", before) and key not in given]
@@ -168,7 +186,9 @@ def _validator(schema_text: str) -> Any:
     try:
         kind.check_schema(schema)
     except SchemaError as error:
-        raise ConfigError(f"the answer schema is not a JSON schema: {_short(error.message)}", fix="mend the task's schema") from error
+        raise ConfigError(
+            f"the answer schema is not a JSON schema: {_short(error.message)}", fix="mend the task's schema"
+        ) from error
     return kind(schema)
 
 

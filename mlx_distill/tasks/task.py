@@ -21,7 +21,9 @@ class Task:
     name: str = option(help="what it is called")
     system: str = option(help="the system prompt, with {field} for a row's field; empty for none")
     user: str = option(help="the user's turn, with {field} for a row's field")
-    schema: Mapping[str, Any] = option(help="JSON schema of the answer; the order of its properties is that of the answer")
+    schema: Mapping[str, Any] = option(
+        help="JSON schema of the answer; the order of its properties is that of the answer"
+    )
     label: str = option(help="the answer's field with the classes, which are its enum in the schema")
     positive: tuple[str, ...] = option((), "classes that count as positive for precision and recall")
     score: str | None = option(None, "the answer's field with a number")
@@ -51,29 +53,45 @@ class Task:
         """(system, user) for one row. A missing field is a :class:`DataError` that names it."""
         missing = [name for name in self.input_fields if row.get(name) is None]
         if missing:
-            raise DataError(f"no field {missing[0]!r}", fix=f"the task {self.name!r} needs {', '.join(self.input_fields)}")
+            raise DataError(
+                f"no field {missing[0]!r}", fix=f"the task {self.name!r} needs {', '.join(self.input_fields)}"
+            )
         return self.system.format_map(row).strip(), self.user.format_map(row).strip()
 
 
 def parse_task(raw: Mapping[str, Any], where: str) -> Task:
-    """A task from a YAML mapping. An unknown or missing key, a label without an enum, or a bad positive class is an error."""
+    """A task from a YAML mapping. An unknown or missing key, a label without an enum, or a bad positive class
+    is an error.
+    """
     task = from_mapping(Task, raw, where)
     properties = task.schema.get("properties") if isinstance(task.schema, Mapping) else None
     if not isinstance(properties, Mapping) or task.schema.get("type") != "object":
-        raise ConfigError(f"{where}: schema is not an object with properties", fix="give a JSON schema with type: object")
+        raise ConfigError(
+            f"{where}: schema is not an object with properties", fix="give a JSON schema with type: object"
+        )
     enum = (properties.get(task.label) or {}).get("enum")
     if not enum or len(set(enum)) < 2 or not all(isinstance(name, str) for name in enum):
-        raise ConfigError(f"{where}: label field {task.label!r} has no enum of two or more strings", fix="list the classes in the schema")
+        raise ConfigError(
+            f"{where}: label field {task.label!r} has no enum of two or more strings",
+            fix="list the classes in the schema",
+        )
     unknown = [name for name in task.positive if name not in enum]
     if unknown:
-        raise ConfigError(f"{where}: positive class {unknown[0]!r} is not one of {', '.join(enum)}", fix="name classes of the label field")
+        raise ConfigError(
+            f"{where}: positive class {unknown[0]!r} is not one of {', '.join(enum)}",
+            fix="name classes of the label field",
+        )
     if task.score and task.score not in properties:
-        raise ConfigError(f"{where}: score field {task.score!r} is not in the schema", fix="name a property of the schema")
+        raise ConfigError(
+            f"{where}: score field {task.score!r} is not in the schema", fix="name a property of the schema"
+        )
     return task
 
 
 def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:
-    """A packaged task by name, a YAML file by path, or a mapping whose ``name`` is either and whose other keys override it."""
+    """A packaged task by name, a YAML file by path, or a mapping whose ``name`` is either and whose other
+    keys override it.
+    """
     overrides: Mapping[str, Any] = {}
     if isinstance(spec, Mapping):
         overrides = {key: value for key, value in spec.items() if key != "name"}
@@ -82,7 +100,10 @@ def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:
     if path is None:
         candidate = (base / spec) if base else Path(spec)
         if not candidate.is_file():
-            raise ConfigError(f"no task {spec!r}", fix=f"packaged tasks: {', '.join(task_names())}; or give the path of a YAML file")
+            raise ConfigError(
+                f"no task {spec!r}",
+                fix=f"packaged tasks: {', '.join(task_names())}; or give the path of a YAML file",
+            )
         path = candidate
     return parse_task({**read_yaml(path), **overrides}, str(path))
 

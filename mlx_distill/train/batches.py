@@ -18,8 +18,9 @@ from mlx_distill.records import Batch
 class BatchSource(Protocol):
     """An endless stream of micro-batches for one rank, epoch after epoch.
 
-    ``len`` is the number of micro-batches an epoch, the same on every rank (a rank that has fewer rows gives batches whose mask
-    is zero). ``state`` is a JSON value that is the same on every rank, and ``restore`` refuses one of other data.
+    ``len`` is the number of micro-batches an epoch, the same on every rank (a rank that has fewer rows gives
+    batches whose mask is zero). ``state`` is a JSON value that is the same on every rank, and ``restore``
+    refuses one of other data.
     """
 
     def __len__(self) -> int: ...
@@ -49,7 +50,9 @@ class ListBatches:
     (2, 3)
     """
 
-    def __init__(self, batches: Sequence[Batch], seed: int | None = 0, *, rank: int = 0, size: int = 1) -> None:
+    def __init__(
+        self, batches: Sequence[Batch], seed: int | None = 0, *, rank: int = 0, size: int = 1
+    ) -> None:
         if not batches:
             raise DataError("no batch to train on", fix="check max_length and the filters of prepare")
         self.batches, self.seed, self.rank, self.size = list(batches), seed, rank, size
@@ -84,7 +87,10 @@ class ListBatches:
             DataError: the state is of other data or of another seed.
         """
         if {**state, "position": 0} != {**self.state(), "position": 0}:
-            raise DataError("the checkpoint is of other batches", fix="restore the data, or delete the checkpoints and start again")
+            raise DataError(
+                "the checkpoint is of other batches",
+                fix="restore the data, or delete the checkpoints and start again",
+            )
         self.position = int(state["position"])
 
 
@@ -102,9 +108,17 @@ class RowBatches:
     """
 
     def __init__(
-        self, lengths: Sequence[int], collate: Callable[[Sequence[int]], Batch], batch_size: int, seed: int, *, identity: str = "",
-        weights: Sequence[int] | None = None, rank: int = 0, size: int = 1,
-    ) -> None:  # fmt: skip
+        self,
+        lengths: Sequence[int],
+        collate: Callable[[Sequence[int]], Batch],
+        batch_size: int,
+        seed: int,
+        *,
+        identity: str = "",
+        weights: Sequence[int] | None = None,
+        rank: int = 0,
+        size: int = 1,
+    ) -> None:
         if not lengths:
             raise DataError("no rows to train on", fix="check max_length and the filters of prepare")
         self.lengths, self.collate, self.batch_size, self.seed = list(lengths), collate, batch_size, seed
@@ -120,7 +134,10 @@ class RowBatches:
 
     def __next__(self) -> Batch:
         if self._plan is None or self._plan[0] != self.epoch:
-            self._plan = (self.epoch, plan_epoch(self.lengths, self.batch_size, self.seed, self.epoch, self.weights))
+            self._plan = (
+                self.epoch,
+                plan_epoch(self.lengths, self.batch_size, self.seed, self.epoch, self.weights),
+            )
         plan = self._plan[1]
         place = self.index * self.size + self.rank
         self.index += 1
@@ -133,7 +150,13 @@ class RowBatches:
 
     def state(self) -> dict[str, Any]:
         """The position, and what it is a position in."""
-        return {"epoch": self.epoch, "index": self.index, "seed": self.seed, "rows": len(self.lengths), "identity": self.identity}
+        return {
+            "epoch": self.epoch,
+            "index": self.index,
+            "seed": self.seed,
+            "rows": len(self.lengths),
+            "identity": self.identity,
+        }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where :meth:`state` was taken.
@@ -143,12 +166,16 @@ class RowBatches:
         """
         mine = self.state()
         if any(state.get(name) != mine[name] for name in ("seed", "rows", "identity")):
-            raise DataError("the checkpoint is of other rows", fix="restore the data, or delete the checkpoints and start again")
+            raise DataError(
+                "the checkpoint is of other rows",
+                fix="restore the data, or delete the checkpoints and start again",
+            )
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
 
 
 def total_steps(settings: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimizer steps of a run: ``steps``, or what ``epochs`` passes over the micro-batches come to; the tail is a step too.
+    """Optimizer steps of a run: ``steps``, or what ``epochs`` passes over the micro-batches come to; the tail
+    is a step too.
 
     >>> total_steps(TrainConfig(accumulate=4, epochs=1.0), 10)
     3

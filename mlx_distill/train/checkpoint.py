@@ -1,8 +1,8 @@
 """Checkpoints from which a run goes on bitwise as if nothing had happened.
 
-``checkpoints/step-00000050/`` holds ``trainable.safetensors``, ``optimizer.safetensors`` and ``state.json`` (step, random state by
-rank, position in the data, place in metrics.jsonl). The folder appears whole, by one rename. ``checkpoints/best/`` holds the
-weights with the lowest validation loss alone.
+``checkpoints/step-00000050/`` holds ``trainable.safetensors``, ``optimizer.safetensors`` and ``state.json``
+(step, random state by rank, position in the data, place in metrics.jsonl). The folder appears whole, by one
+rename. ``checkpoints/best/`` holds the weights with the lowest validation loss alone.
 """
 
 from __future__ import annotations
@@ -29,10 +29,14 @@ _OTHER = "keep the settings, or delete the checkpoints and start again"
 
 def fingerprint(model: nn.Module) -> str:
     """Digest of the trainable parameters' names, shapes and types: what a checkpoint fits."""
-    return digest([[name, list(a.shape), str(a.dtype)] for name, a in tree_flatten(model.trainable_parameters())])
+    return digest(
+        [[name, list(a.shape), str(a.dtype)] for name, a in tree_flatten(model.trainable_parameters())]
+    )
 
 
-def save(folder: Path, state: Mapping[str, Any], model: nn.Module, optimizer: optim.Optimizer, *, keep: int = 2) -> Path:
+def save(
+    folder: Path, state: Mapping[str, Any], model: nn.Module, optimizer: optim.Optimizer, *, keep: int = 2
+) -> Path:
     """Write ``folder/step-N`` whole, then drop all but the newest ``keep``.
 
     Args:
@@ -57,7 +61,9 @@ def save(folder: Path, state: Mapping[str, Any], model: nn.Module, optimizer: op
 def save_best(folder: Path, state: Mapping[str, Any], model: nn.Module) -> Path:
     """Write the trainable weights alone to ``folder/best``."""
     arrays = {WEIGHTS: dict(tree_flatten(model.trainable_parameters()))}
-    return _write_folder(folder / "best", arrays, {**state, "format": FORMAT, "fingerprint": fingerprint(model)})
+    return _write_folder(
+        folder / "best", arrays, {**state, "format": FORMAT, "fingerprint": fingerprint(model)}
+    )
 
 
 def steps(folder: Path) -> list[Path]:
@@ -78,7 +84,9 @@ def read_state(path: Path) -> dict[str, Any]:
     """
     state = read_json(path / STATE)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise FileError(f"{path}: not a checkpoint of this version", fix=f"delete {path.parent} and start again")
+        raise FileError(
+            f"{path}: not a checkpoint of this version", fix=f"delete {path.parent} and start again"
+        )
     return state
 
 
@@ -90,7 +98,10 @@ def load_weights(path: Path, model: nn.Module) -> None:
         FileError: a file is missing or damaged.
     """
     if read_state(path)["fingerprint"] != fingerprint(model):
-        raise ModelError(f"{path}: a checkpoint of other trainable weights", fix="give the model that it was made with, or delete it")
+        raise ModelError(
+            f"{path}: a checkpoint of other trainable weights",
+            fix="give the model that it was made with, or delete it",
+        )
     flat = _read_arrays(path / WEIGHTS)
     model.update(_filled(path, flat, model.trainable_parameters()))
 
@@ -130,7 +141,9 @@ def _read_arrays(path: Path) -> dict[str, mx.array]:
         arrays = mx.load(str(path))
         mx.eval(arrays)
     except (RuntimeError, OSError, ValueError) as error:
-        raise FileError(f"{path}: cannot be read: {error}", fix=f"delete {path.parent}: the checkpoint before it is used") from error
+        raise FileError(
+            f"{path}: cannot be read: {error}", fix=f"delete {path.parent}: the checkpoint before it is used"
+        ) from error
     assert isinstance(arrays, dict)
     return arrays
 

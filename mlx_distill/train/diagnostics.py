@@ -1,4 +1,6 @@
-"""The guard against NaN: stop before the weights are touched, name the rows, keep the batch; and never keep weights that are no numbers."""
+"""The guard against NaN: stop before the weights are touched, name the rows, keep the batch; and never keep
+weights that are no numbers.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +24,26 @@ _SAVED = ("inputs", "labels", "mask", "segments")
 
 
 def stop_on_nan(
-    folder: Path, step: int, window: Sequence[Batch], result: Window, norm: float, rank: int = 0, *, moved: bool = False
+    folder: Path,
+    step: int,
+    window: Sequence[Batch],
+    result: Window,
+    norm: float,
+    rank: int = 0,
+    *,
+    moved: bool = False,
 ) -> NoReturn:
     """Save the window's micro-batches and end the run.
 
-    ``folder/nan.safetensors`` holds ``N.inputs``, ``N.labels``, ``N.mask`` and, where rows share lines, ``N.segments`` of micro-batch N,
-    ``folder/nan.json`` the step, the rows and the losses; each rank writes its own (``nan-1.json``, ...).
+    ``folder/nan.safetensors`` holds ``N.inputs``, ``N.labels``, ``N.mask`` and, where rows share lines,
+    ``N.segments`` of micro-batch N, ``folder/nan.json`` the step, the rows and the losses; each rank writes
+    its own (``nan-1.json``, ...).
 
     ``moved`` says that weights were updated before it showed.
 
     Raises:
-        DataError: always, naming the rows of the micro-batches whose loss is not finite, or of all where only the gradient is.
+        DataError: always, naming the rows of the micro-batches whose loss is not finite, or of all where only
+            the gradient is.
     """
     bad = [i for i, loss in enumerate(result.losses) if not math.isfinite(loss)] or list(range(len(window)))
     rows = sorted({row for i in bad for row in window[i].rows})
@@ -47,7 +58,9 @@ def stop_on_nan(
         "loss": repr(result.loss),
         "grad_norm": repr(norm),
         "suspects": bad,
-        "micro_batches": [{"rows": list(b.rows), "loss": repr(loss)} for b, loss in zip(window, result.losses, strict=True)],
+        "micro_batches": [
+            {"rows": list(b.rows), "loss": repr(loss)} for b, loss in zip(window, result.losses, strict=True)
+        ],
     }
     write_json(folder / f"{name}.json", notes)
     what = "loss" if not math.isfinite(result.loss) else "gradient"
@@ -59,7 +72,8 @@ def stop_on_nan(
 
 
 def check_weights(model: nn.Module, folder: Path, step: int) -> None:
-    """Refuse to keep trained weights of which one is NaN or infinite: a finite gradient can still throw them out of a small type's range.
+    """Refuse to keep trained weights of which one is NaN or infinite: a finite gradient can still throw them
+    out of a small type's range.
 
     Raises:
         DataError: naming the first such weight.
@@ -89,7 +103,8 @@ def doubts(rows: Iterable[Mapping[str, Any]], *, use_best: bool = False) -> list
     """Reasons not to trust a training's result, each with the cure; none where its losses fell.
 
     Args:
-        rows: Of ``metrics.jsonl``, in order. A step that had nothing to train on (loss and gradient 0) says nothing.
+        rows: Of ``metrics.jsonl``, in order. A step that had nothing to train on (loss and gradient 0) says
+            nothing.
         use_best: The result is the weights with the lowest validation loss.
 
     >>> doubts({"step": i, "loss": loss, "grad_norm": 1.0} for i, loss in enumerate((2.5, 800.0), 1))
@@ -103,16 +118,26 @@ def doubts(rows: Iterable[Mapping[str, Any]], *, use_best: bool = False) -> list
     first, last = sum(begins) / tenth, sum(ends) / tenth
     highest = max(rows, key=lambda row: row["loss"])
     if highest["loss"] > _LEAPT * max(begins):
-        out.append(f"the loss rose from {first:.4g} to {highest['loss']:.4g} at step {highest['step']}: {_CURE}")
+        out.append(
+            f"the loss rose from {first:.4g} to {highest['loss']:.4g} at step {highest['step']}: {_CURE}"
+        )
     elif last > _ROSE * first:
         out.append(f"the loss ended at {last:.4g}, above the {first:.4g} that it began with: {_CURE}")
     if not rows[-1]["grad_norm"]:
-        still = next(row["step"] for row in reversed(rows) if row["grad_norm"]) if any(row["grad_norm"] for row in rows) else 0
-        out.append(f"the gradient has been 0 since step {still + 1}, so nothing was learned any more: {_CURE}")
+        still = (
+            next(row["step"] for row in reversed(rows) if row["grad_norm"])
+            if any(row["grad_norm"] for row in rows)
+            else 0
+        )
+        out.append(
+            f"the gradient has been 0 since step {still + 1}, so nothing was learned any more: {_CURE}"
+        )
     looks = [(row["valid_loss"], row["step"]) for row in rows if "valid_loss" in row]
     if looks and not use_best:
         best, step = min(looks)
         if looks[-1][0] > _ROSE * best:
             cure = "use_best: true keeps that one, fewer epochs or a lower learning rate do better"
-            out.append(f"the validation loss rose from {best:.4g} at step {step} to {looks[-1][0]:.4g} at the end: {cure}")
+            out.append(
+                f"the validation loss rose from {best:.4g} at step {step} to {looks[-1][0]:.4g} at the end: {cure}"
+            )
     return out

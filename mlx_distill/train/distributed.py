@@ -46,7 +46,8 @@ class Ranks:
         """Each number added over the ranks."""
         if self.size == 1 or not values:
             return [float(v) for v in values]
-        # Two float32 hold a sum of token counts or losses to 48 bits; one would lose single tokens above 2**24.
+        # Two float32 hold a sum of token counts or losses to 48 bits; one would lose single tokens above
+        # 2**24.
         high = mx.array(list(values), mx.float32)
         low = mx.array([v - h for v, h in zip(values, high.tolist(), strict=True)], mx.float32)
         total = mx.distributed.all_gather(mx.stack([high, low])[None])
@@ -65,14 +66,18 @@ class Ranks:
         """Every rank's whole numbers (below 2**32), by rank."""
         if self.size == 1:
             return [[int(v) for v in values]]
-        return [[int(v) for v in row] for row in mx.distributed.all_gather(mx.array([list(values)], mx.uint32)).tolist()]
+        return [
+            [int(v) for v in row]
+            for row in mx.distributed.all_gather(mx.array([list(values)], mx.uint32)).tolist()
+        ]
 
     @_told
     def sum_arrays(self, arrays: dict[str, mx.array]) -> None:
         """Each array added over the ranks, in place, joined into few messages.
 
-        The dictionary has one order on all ranks then: who sends something for each array in turn (GaLore its bases) must not do it in
-        another order than the others, and a rank without rows of its own made its arrays in another.
+        The dictionary has one order on all ranks then: who sends something for each array in turn (GaLore its
+        bases) must not do it in another order than the others, and a rank without rows of its own made its
+        arrays in another.
         """
         if self.size == 1:
             return
@@ -96,7 +101,9 @@ class Ranks:
 
     @_told
     def spread(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
-        """Rank 0's arrays, bit for bit, on every rank; the others give arrays of the same names, shapes and types."""
+        """Rank 0's arrays, bit for bit, on every rank; the others give arrays of the same names, shapes and
+        types.
+        """
         if self.size == 1:
             return arrays
         out = {}
@@ -113,7 +120,9 @@ class Ranks:
         """What to tell where an error means that another rank is gone; None where it means something else."""
         if self.size == 1 or not any(word in str(error) for word in ("[ring]", "[mpi]", "[jaccl]", "[nccl]")):
             return None
-        cure = "see what the other ranks said; launched again, the same command goes on from the last checkpoint"
+        cure = (
+            "see what the other ranks said; launched again, the same command goes on from the last checkpoint"
+        )
         return DistillError(f"rank {self.rank}: another rank was lost ({error})", fix=cure)
 
     @_told
@@ -139,7 +148,8 @@ def current_ranks() -> Ranks:
 
 
 def meet(out: Path, key: str, here: Callable[[], str] | None = None) -> bool:
-    """Whether a training begins: rank 0 says so by its key, and the others look whether it is theirs too. Alone, only what was said.
+    """Whether a training begins: rank 0 says so by its key, and the others look whether it is theirs too.
+    Alone, only what was said.
 
     Args:
         out: The run's folder.

@@ -16,7 +16,8 @@ class MetricsLog:
 
     Args:
         path: The file; None writes nothing (the ranks but the first).
-        start: Bytes that belong to the run so far; what a killed run wrote after its last checkpoint is cut off.
+        start: Bytes that belong to the run so far; what a killed run wrote after its last checkpoint is cut
+            off.
     """
 
     def __init__(self, path: Path | None, start: int = 0) -> None:
@@ -27,7 +28,9 @@ class MetricsLog:
         with os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab+")
-            self.file.truncate(min(start, os.fstat(self.file.fileno()).st_size))  # longer than it is would fill it with zeros
+            self.file.truncate(
+                min(start, os.fstat(self.file.fileno()).st_size)
+            )  # longer than it is would fill it with zeros
 
     def write(self, row: Mapping[str, Any]) -> None:
         """One line, handed to the system at once so that a watcher sees it."""

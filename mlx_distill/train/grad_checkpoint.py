@@ -1,4 +1,6 @@
-"""Gradient checkpointing: a layer's activations are dropped after the forward pass and computed again in the backward pass."""
+"""Gradient checkpointing: a layer's activations are dropped after the forward pass and computed again in the
+backward pass.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,13 @@ import mlx.nn as nn
 
 @contextmanager
 def recomputed_layers(model: nn.Module) -> Iterator[None]:
-    """Inside, each layer of ``model.layers`` recomputes its activations; values and gradients stay the same, dropout included.
+    """Inside, each layer of ``model.layers`` recomputes its activations; values and gradients stay the same,
+    dropout included.
 
-    Each layer *object* gets a class of its own and gives it back at the end: other models of the same class never notice, and a second
-    use does not nest. What a layer drops is dropped again in the second pass: left alone, that pass would drop other units. Random
-    numbers are read as arrays and never on the host, so that a recomputed layer may stand inside ``mx.compile``.
+    Each layer *object* gets a class of its own and gives it back at the end: other models of the same class
+    never notice, and a second use does not nest. What a layer drops is dropped again in the second pass: left
+    alone, that pass would drop other units. Random numbers are read as arrays and never on the host, so that
+    a recomputed layer may stand inside ``mx.compile``.
     """
     layers = getattr(model, "layers", None) or getattr(getattr(model, "model", None), "layers", [])
     plain: list[tuple[Any, Any]] = [(layer, type(layer)) for layer in layers]
@@ -51,7 +55,9 @@ def _recomputing(cls: Any) -> type:
 
 
 class _DropsAgain(nn.Dropout):
-    """A dropout that draws from a chain of keys of its own, split as MLX splits its random state, which stays where it is."""
+    """A dropout that draws from a chain of keys of its own, split as MLX splits its random state, which stays
+    where it is.
+    """
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._p_1 == 1 or not self.training:

@@ -1,4 +1,6 @@
-"""The one training loop: SFT, distillation and refinement differ in the objective and in where batches come from."""
+"""The one training loop: SFT, distillation and refinement differ in the objective and in where batches come
+from.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,14 @@ from mlx_distill.optim.schedules import scheduled_steps
 from mlx_distill.progress import Estimate
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
-from mlx_distill.runtime import StopFlag, peak_memory, random_key, reset_peak_memory, set_random_key, stop_on_signal
+from mlx_distill.runtime import (
+    StopFlag,
+    peak_memory,
+    random_key,
+    reset_peak_memory,
+    set_random_key,
+    stop_on_signal,
+)
 from mlx_distill.text import counted
 from mlx_distill.train import checkpoint
 from mlx_distill.train.batches import BatchSource, epoch_batches
@@ -96,7 +105,11 @@ def go(setup: Setup, run: Run, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
             tired = _look(setup, run, row)
         run.last = row
         setup.log.write(row)
-        told = {"steps": setup.steps, "terms": {k: row[k] for k in setup.objective.coefficients}, "eta_s": estimate.left(run.step)}
+        told = {
+            "steps": setup.steps,
+            "terms": {k: row[k] for k in setup.objective.coefficients},
+            "eta_s": estimate.left(run.step),
+        }
         told["timing"] = setup.watch.take()
         with setup.watch.part("hooks"):
             for hook in hooks:
@@ -108,7 +121,10 @@ def go(setup: Setup, run: Run, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
         if tired:
             return True
         if stopping and run.step < setup.steps:
-            raise Interrupted(f"stopped after step {run.step} of {setup.steps}", fix="run the same command again: it goes on from there")
+            raise Interrupted(
+                f"stopped after step {run.step} of {setup.steps}",
+                fix="run the same command again: it goes on from there",
+            )
     return False
 
 
@@ -144,7 +160,13 @@ def _move(setup: Setup, run: Run, window: Sequence[Batch]) -> tuple[Window, floa
         if not (math.isfinite(norm) and math.isfinite(result.loss)):
             stop_on_nan(setup.folder, run.step + 1, window, result, norm, setup.ranks.rank, moved=moved)
 
-    model, objective, optimizer, watch, limit = setup.model, setup.objective, setup.optimizer, setup.watch, setup.settings.clip_norm
+    model, objective, optimizer, watch, limit = (
+        setup.model,
+        setup.objective,
+        setup.optimizer,
+        setup.watch,
+        setup.settings.clip_norm,
+    )
     low = hasattr(optimizer, "enter")  # it takes gradients into a subspace, and those are small
     if setup.settings.stream_gradients and not low:
         return streamed_step(model, window[0], objective, optimizer, limit, guard, watch, setup.trunk)
@@ -153,10 +175,15 @@ def _move(setup: Setup, run: Run, window: Sequence[Batch]) -> tuple[Window, floa
     compress: Compress | None = getattr(optimizer, "enter" if alone else "compress", None)
     entered: dict[str, mx.array] = {}
     if low and not alone:
-        entered = entered_in_groups(model, optimizer, lambda: window_gradients(model, window, objective, setup.ranks, compress, watch))
+        entered = entered_in_groups(
+            model, optimizer, lambda: window_gradients(model, window, objective, setup.ranks, compress, watch)
+        )
     with frozen(model, entered):
-        # A compiled trunk holds what does not move as constants, so it serves only where all of them move that did.
-        result = window_gradients(model, window, objective, setup.ranks, compress, watch, None if entered else setup.trunk)
+        # A compiled trunk holds what does not move as constants, so it serves only where all of them move
+        # that did.
+        result = window_gradients(
+            model, window, objective, setup.ranks, compress, watch, None if entered else setup.trunk
+        )
     if not result.gradients:
         return result, 0.0
     result.gradients.update(entered)
@@ -187,7 +214,9 @@ def _window(setup: Setup, run: Run) -> list[Batch]:
         except StopIteration:
             break
     if not setup.ranks.largest(len(window)):
-        raise DataError(f"the batches ran out at step {run.step + 1}", fix="a source of batches goes on epoch after epoch")
+        raise DataError(
+            f"the batches ran out at step {run.step + 1}", fix="a source of batches goes on epoch after epoch"
+        )
     run.micro += len(window)
     return window
 
@@ -204,7 +233,9 @@ def _look(setup: Setup, run: Run, row: dict[str, Any]) -> bool:
     if run.best_loss is None or found["loss"] < run.best_loss:
         run.best_step, run.best_loss, run.waiting = run.step, found["loss"], 0
         if setup.ranks.rank == 0:
-            checkpoint.save_best(setup.folder / "checkpoints", {"step": run.step, "valid_loss": found["loss"]}, setup.model)
+            checkpoint.save_best(
+                setup.folder / "checkpoints", {"step": run.step, "valid_loss": found["loss"]}, setup.model
+            )
     else:
         run.waiting += 1
     return 0 < setup.settings.patience <= run.waiting
@@ -224,7 +255,13 @@ def _save(setup: Setup, run: Run) -> None:
             "settings": setup.checked,
             "metrics_bytes": setup.log.bytes(),
         }
-        checkpoint.save(setup.folder / "checkpoints", state, setup.model, setup.optimizer, keep=setup.settings.keep_checkpoints)
+        checkpoint.save(
+            setup.folder / "checkpoints",
+            state,
+            setup.model,
+            setup.optimizer,
+            keep=setup.settings.keep_checkpoints,
+        )
     setup.ranks.barrier()
 
 
@@ -232,9 +269,10 @@ def _save(setup: Setup, run: Run) -> None:
 class TrainResult:
     """What a finished training came to.
 
-    ``steps`` optimizer steps; ``metrics`` the last step's row of metrics.jsonl; ``best`` the folder of the best weights (None without
-    validation rows), with their ``best_step`` and ``best_loss``; ``seconds`` and ``tokens`` over all parts of an interrupted run;
-    ``resumed`` the step it went on from, 0 for a fresh start.
+    ``steps`` optimizer steps; ``metrics`` the last step's row of metrics.jsonl; ``best`` the folder of the
+    best weights (None without validation rows), with their ``best_step`` and ``best_loss``; ``seconds`` and
+    ``tokens`` over all parts of an interrupted run; ``resumed`` the step it went on from, 0 for a fresh
+    start.
     """
 
     steps: int
@@ -262,15 +300,18 @@ def train(
     watch: Stopwatch | None = None,
     identity: str = "",
 ) -> TrainResult:
-    r"""Train ``model``'s trainable parameters in place; go on from ``folder/checkpoints`` where there are some.
+    r"""Train ``model``'s trainable parameters in place; go on from ``folder/checkpoints`` where there are
+    some.
 
-    One step takes ``accumulate`` micro-batches a rank: see :func:`~mlx_distill.train.updates.window_gradients`. The gradient is
-    clipped by its global norm, a loss or norm that is not finite ends the run before the weights are touched, and a run that
-    was killed anywhere goes on bitwise as if it had not been. A step whose batches have nothing to train on counts and moves nothing, and
-    the schedule waits for the next.
+    One step takes ``accumulate`` micro-batches a rank: see
+    :func:`~mlx_distill.train.updates.window_gradients`. The gradient is clipped by its global norm, a loss or
+    norm that is not finite ends the run before the weights are touched, and a run that was killed anywhere
+    goes on bitwise as if it had not been. A step whose batches have nothing to train on counts and moves
+    nothing, and the schedule waits for the next.
 
     Args:
-        model: Only what is not frozen moves. On return it holds the last weights, or with ``settings.use_best`` the best ones.
+        model: Only what is not frozen moves. On return it holds the last weights, or with
+            ``settings.use_best`` the best ones.
         batches: An endless stream with a position; ``len`` is the micro-batches of an epoch.
         objective: Terms of the loss.
         optimizer: An ``mlx.optimizers.Optimizer``; its schedule lives in it.
@@ -292,7 +333,10 @@ def train(
     steps = total_steps(settings, int(ranks.largest(len(batches))))
     _check(model, optimizer, settings, steps, ranks, bool(valid))
     if settings.compile and objective.cut is None:
-        raise ConfigError("compile: true for an objective in one piece", fix="make it with read_objective, or leave compile out")
+        raise ConfigError(
+            "compile: true for an objective in one piece",
+            fix="make it with read_objective, or leave compile out",
+        )
     checked = {**keyed(settings), "identity": identity}
     with ExitStack() as stack:
         flag = stop if stop is not None else stack.enter_context(stop_on_signal())
@@ -304,7 +348,21 @@ def train(
         stack.callback(log.close)
         trunk = make_trunk(model, compiled=True) if settings.compile else None
         watch = watch or Stopwatch()
-        setup = Setup(model, batches, objective, optimizer, settings, folder, valid, steps, ranks, log, checked, watch, trunk)
+        setup = Setup(
+            model,
+            batches,
+            objective,
+            optimizer,
+            settings,
+            folder,
+            valid,
+            steps,
+            ranks,
+            log,
+            checked,
+            watch,
+            trunk,
+        )
         resumed = run.step
         try:
             stopped_early = go(setup, run, flag, hooks)
@@ -318,21 +376,34 @@ def train(
             checkpoint.load_weights(best, model)
         _share(ranks, model)
     return TrainResult(
-        run.step, run.last, best if run.best_step is not None else None, run.best_step, run.best_loss,
-        run.seconds, run.tokens, resumed, stopped_early,
-    )  # fmt: skip
+        run.step,
+        run.last,
+        best if run.best_step is not None else None,
+        run.best_step,
+        run.best_loss,
+        run.seconds,
+        run.tokens,
+        resumed,
+        stopped_early,
+    )
 
 
-def _check(model: nn.Module, optimizer: optim.Optimizer, settings: TrainConfig, steps: int, ranks: Ranks, looks: bool) -> None:
+def _check(
+    model: nn.Module, optimizer: optim.Optimizer, settings: TrainConfig, steps: int, ranks: Ranks, looks: bool
+) -> None:
     """Refuse what cannot come to anything."""
     if not tree_flatten(model.trainable_parameters()):
         raise ConfigError("no weight of the model is trainable", fix="check target_modules")
     laid_out = scheduled_steps(optimizer)
     if laid_out not in (None, steps):
-        raise ConfigError(f"a schedule over {laid_out} steps for a run of {steps}", fix=f"make_optimizer(settings, {steps})")
+        raise ConfigError(
+            f"a schedule over {laid_out} steps for a run of {steps}", fix=f"make_optimizer(settings, {steps})"
+        )
     if (settings.patience or settings.use_best) and not looks:
         name = "patience" if settings.patience else "use_best"
-        raise ConfigError(f"{name} without a validation row to look at", fix="raise data.valid_fraction, or leave it out")
+        raise ConfigError(
+            f"{name} without a validation row to look at", fix="raise data.valid_fraction, or leave it out"
+        )
     check_settings(settings, ranks.size)
 
 
@@ -347,9 +418,16 @@ def _training(model: nn.Module) -> Iterator[None]:
 
 
 def _start(
-    folder: Path, model: nn.Module, optimizer: optim.Optimizer, batches: BatchSource, settings: Mapping[str, Any], seed: int, ranks: Ranks
+    folder: Path,
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    batches: BatchSource,
+    settings: Mapping[str, Any],
+    seed: int,
+    ranks: Ranks,
 ) -> tuple[Run, int]:
-    """Restore the newest checkpoint, or begin; return the run and the length of metrics.jsonl that belongs to it.
+    """Restore the newest checkpoint, or begin; return the run and the length of metrics.jsonl that belongs to
+    it.
 
     Rank 0's disk alone is read: the other ranks may be other machines, and get what it holds.
     """
@@ -370,7 +448,8 @@ def _start(
         )
     if changed:
         raise ConfigError(
-            f"{where}: checkpoints of other settings ({', '.join(changed)})", fix=f"restore them, or delete {where} and start again"
+            f"{where}: checkpoints of other settings ({', '.join(changed)})",
+            fix=f"restore them, or delete {where} and start again",
         )
     if len(state["random"]) != ranks.size:
         raise ConfigError(

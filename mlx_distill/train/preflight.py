@@ -1,4 +1,6 @@
-"""What can be refused before any weight is loaded: settings that contradict each other, and those that a model does not fit."""
+"""What can be refused before any weight is loaded: settings that contradict each other, and those that a
+model does not fit.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +22,8 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
     """Refuse settings that contradict each other.
 
     Raises:
-        ConfigError: no length, a schedule longer than that, gradients streamed and added up at once, patience with nothing to
-            look at, modules to train whole where everything does.
+        ConfigError: no length, a schedule longer than that, gradients streamed and added up at once, patience
+            with nothing to look at, modules to train whole where everything does.
 
     >>> check_settings(TrainConfig())
     """
@@ -33,11 +35,14 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
         raise ConfigError("steps: 0 and epochs: 0", fix="say how long the run is, in one of them")
     for name in ("patience", "use_best"):
         if getattr(settings, name) and not settings.evaluate_every:
-            raise ConfigError(f"{name} with evaluate_every: 0", fix="say how often the validation rows are looked at")
+            raise ConfigError(
+                f"{name} with evaluate_every: 0", fix="say how often the validation rows are looked at"
+            )
 
 
 def check_model(folder: str | Path, settings: TrainConfig, *, unpack: bool = False) -> list[str]:
-    """Refuse settings that a checkpoint does not fit, from its config and its headers alone; the paths of the modules that would move.
+    """Refuse settings that a checkpoint does not fit, from its config and its headers alone; the paths of the
+    modules that would move.
 
     Args:
         folder: In the Hugging Face layout or ours.
@@ -58,7 +63,8 @@ def check_model(folder: str | Path, settings: TrainConfig, *, unpack: bool = Fal
 
 
 def check_leftover(checkpoints: Path, settings: TrainConfig, command: str, fits: bool) -> None:
-    """Refuse to begin anew over the checkpoints of an unfinished training of other settings, data or another model, or on other ranks.
+    """Refuse to begin anew over the checkpoints of an unfinished training of other settings, data or another
+    model, or on other ranks.
 
     Args:
         checkpoints: What a killed or interrupted stage left.
@@ -83,8 +89,12 @@ def check_leftover(checkpoints: Path, settings: TrainConfig, command: str, fits:
     if fits:
         return
     old, new = state.get("settings", {}), keyed(settings)
-    if changed := changes({name: old[name] for name in new if name in old}, {name: new[name] for name in new if name in old}):
+    if changed := changes(
+        {name: old[name] for name in new if name in old}, {name: new[name] for name in new if name in old}
+    ):
         what = f"other settings ({', '.join(changed)})"
     else:
         what = "other data or another model" if set(new) <= set(old) else "another version of this package"
-    raise ConfigError(f"{left} with {what}", fix=f"restore them to go on from there, or give it up: --from {command}")
+    raise ConfigError(
+        f"{left} with {what}", fix=f"restore them to go on from there, or give it up: --from {command}"
+    )

@@ -8,14 +8,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-PARTS = ("data", "forward", "backward", "project", "ranks", "clip", "update", "validate", "save", "hooks", "other")
+PARTS = (
+    "data",
+    "forward",
+    "backward",
+    "project",
+    "ranks",
+    "clip",
+    "update",
+    "validate",
+    "save",
+    "hooks",
+    "other",
+)
 
 
 class Stopwatch:
     """Seconds by part; a part inside another counts for itself alone, and ``other`` is what lies in none.
 
-    MLX is lazy: a part holds what was evaluated inside it. With ``exact``, what a part made is evaluated before it ends, which costs
-    the overlap of building a graph and computing it.
+    MLX is lazy: a part holds what was evaluated inside it. With ``exact``, what a part made is evaluated
+    before it ends, which costs the overlap of building a graph and computing it.
 
     >>> watch = Stopwatch()
     >>> with watch.part("data"):
@@ -77,10 +89,11 @@ _NO_STEP = "no step was taken: nothing to measure (--from teach, or --from disti
 
 @dataclass
 class Profile:
-    """Takes the time of each step, a training after the other; everything is evaluated where it belongs, so steps are a little slower.
+    """Takes the time of each step, a training after the other; everything is evaluated where it belongs, so
+    steps are a little slower.
 
-    Give ``watch`` to :func:`~mlx_distill.train.loop.train` and :meth:`add` as a hook, and call :meth:`finish` at the end. The first step
-    of a training, with its compilation and first allocations, is told apart.
+    Give ``watch`` to :func:`~mlx_distill.train.loop.train` and :meth:`add` as a hook, and call :meth:`finish`
+    at the end. The first step of a training, with its compilation and first allocations, is told apart.
 
     >>> profile = Profile()
     >>> for _ in range(3):
@@ -113,7 +126,9 @@ class Profile:
         return [line for stage in self.to_dict()["stages"] for line in _table(stage)] or [_NO_STEP]
 
     def to_dict(self) -> dict[str, Any]:
-        """By stage: steps, seconds a step, tokens a second, the first step's seconds, and seconds a step by part."""
+        """By stage: steps, seconds a step, tokens a second, the first step's seconds, and seconds a step by
+        part.
+        """
         return {"stages": [_summary(name, rows) for name, rows in self.rows.items()]}
 
 
@@ -140,5 +155,7 @@ def _table(stage: Mapping[str, Any]) -> list[str]:
     lines = [head + apart, f"{'part':<10} {'ms a step':>11} {'share':>7}"]
     for part, seconds in stage["parts"].items():
         if seconds > 0:
-            lines.append(f"{part:<10} {1e3 * seconds:>11.1f} {seconds / max(whole, 1e-9):>7.1%}  {_MEANING[part]}")
+            lines.append(
+                f"{part:<10} {1e3 * seconds:>11.1f} {seconds / max(whole, 1e-9):>7.1%}  {_MEANING[part]}"
+            )
     return lines

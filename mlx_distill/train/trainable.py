@@ -17,7 +17,8 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
     """Freeze and unfreeze a model, in place, for ``settings.method``.
 
     - ``lora``, ``dora``: adapters on ``target_modules``, all else frozen;
-    - ``galore``, ``apollo``, ``apollo-mini``: the weights of ``target_modules`` themselves, which the optimizer projects; all else frozen;
+    - ``galore``, ``apollo``, ``apollo-mini``: the weights of ``target_modules`` themselves, which the
+      optimizer projects; all else frozen;
     - ``full``: every plain weight; packed ones cannot move.
 
     With the first five, ``modules_to_save`` (embeddings, norms, head) move whole beside, by AdamW.
@@ -40,7 +41,9 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
         model.unfreeze()
         for _, module in model.named_modules():
             if "scales" in module:
-                module.freeze(keys=[key for key in ("weight", "scales", "biases") if key in module], recurse=False)
+                module.freeze(
+                    keys=[key for key in ("weight", "scales", "biases") if key in module], recurse=False
+                )
         return []
     found = linear_layers(model, settings.target_modules)
     paths = [path for path, _ in found]

@@ -1,4 +1,6 @@
-"""The gradient of one micro-batch in two parts: the trunk, laid out at once and compiled where that is wanted, and the head."""
+"""The gradient of one micro-batch in two parts: the trunk, laid out at once and compiled where that is
+wanted, and the head.
+"""
 
 from __future__ import annotations
 
@@ -16,22 +18,27 @@ from mlx_distill.runtime import random_key, set_random_key
 from mlx_distill.train.objective import Cut, Reader
 
 Flat = list[tuple[str, mx.array]]
-# (trainable parameters, cotangent [b, l, d], inputs [b, l], segments [b, l] where rows are packed) -> hidden states [b, l, d], gradients
+# (trainable parameters, cotangent [b, l, d], inputs [b, l], segments [b, l] where rows are packed) -> hidden
+# states [b, l, d], gradients
 Trunk = Callable[..., tuple[mx.array, Any]]
 
 
 def make_trunk(model: nn.Module, compiled: bool = False) -> Trunk:
-    """A function that lays out the hidden states of a batch and, for a cotangent, the gradient of the trunk's parameters.
+    """A function that lays out the hidden states of a batch and, for a cotangent, the gradient of the trunk's
+    parameters.
 
-    Nothing of what it gives is evaluated. Compiled, it is traced once for each shape of batch; the parameters that do not move and the
-    model's mode are constants then, so they have to be what they were. What is random comes out the same.
+    Nothing of what it gives is evaluated. Compiled, it is traced once for each shape of batch; the parameters
+    that do not move and the model's mode are constants then, so they have to be what they were. What is
+    random comes out the same.
 
     Args:
         model: Of mlx-lm's cut. A call leaves tracers in its parameters: whoever calls puts them back.
         compiled: Whether ``mx.compile`` fuses it.
     """
 
-    def trunk(parameters: Any, cotangent: mx.array, inputs: mx.array, *segments: mx.array) -> tuple[mx.array, Any]:
+    def trunk(
+        parameters: Any, cotangent: mx.array, inputs: mx.array, *segments: mx.array
+    ) -> tuple[mx.array, Any]:
         def lower(current: Any) -> tuple[mx.array, mx.array]:
             model.update(current)
             hidden = hidden_states(model, inputs, segment_caches(model, segments[0]) if segments else None)
@@ -49,12 +56,14 @@ def make_trunk(model: nn.Module, compiled: bool = False) -> Trunk:
 def differentiate_cut(
     model: nn.Module, batch: Batch, cut: Cut, scales: Mapping[str, float], trunk: Trunk | None = None
 ) -> tuple[Flat, dict[str, mx.array]]:
-    """One micro-batch's gradient by path, not evaluated yet, and the terms' sums, evaluated, with the head apart from the trunk.
+    """One micro-batch's gradient by path, not evaluated yet, and the terms' sums, evaluated, with the head
+    apart from the trunk.
 
-    The tiled head evaluates the hidden states, and an evaluation inside a differentiated function keeps every array that it makes, also
-    what the backward pass does not need, also inside a recomputed layer (measured: 2.8 GB where 0.3 are needed). So the trunk's gradient
-    is laid out first, lazily, from a cotangent that is still empty; then the hidden states are evaluated, the head gives value and
-    cotangent, and the cotangent is filled in. The trunk runs forward once.
+    The tiled head evaluates the hidden states, and an evaluation inside a differentiated function keeps every
+    array that it makes, also what the backward pass does not need, also inside a recomputed layer (measured:
+    2.8 GB where 0.3 are needed). So the trunk's gradient is laid out first, lazily, from a cotangent that is
+    still empty; then the hidden states are evaluated, the head gives value and cotangent, and the cotangent
+    is filled in. The trunk runs forward once.
 
     Args:
         model: Its trainable parameters are differentiated, and stay as they are.
@@ -77,7 +86,9 @@ def differentiate_cut(
         hidden, gradients = lay_out(parameters, cotangent, *inputs)
         model.update(parameters)
         mx.eval(hidden)
-        (_, parts), (by_head, by_hidden) = mx.value_and_grad(upper, argnums=(0, 1))(layer.trainable_parameters(), hidden)
+        (_, parts), (by_head, by_hidden) = mx.value_and_grad(upper, argnums=(0, 1))(
+            layer.trainable_parameters(), hidden
+        )
         by_hidden = by_hidden.astype(mx.float32)
         mx.eval(parts, by_head, by_hidden)
         if not _fill(cotangent, by_hidden):
@@ -93,8 +104,9 @@ def differentiate_cut(
 def _fill(array: mx.array, values: mx.array) -> bool:
     """Write ``values`` into an array that a graph holds already; False where the array did not take them.
 
-    numpy's view of an array shares its memory, for writing too: seen on the CPU, and true by construction where memory is unified. A
-    backend that hands out a copy would train on zeros, so the array is read again, and the trunk is run a second time there.
+    numpy's view of an array shares its memory, for writing too: seen on the CPU, and true by construction
+    where memory is unified. A backend that hands out a copy would train on zeros, so the array is read again,
+    and the trunk is run a second time there.
     """
     np.array(array, copy=False)[...] = np.array(values)
     return bool(mx.array_equal(array, values, equal_nan=True).item())
@@ -113,11 +125,16 @@ def scaled(sums: Mapping[str, mx.array], scales: Mapping[str, float]) -> tuple[m
 
 
 def _joined(model: nn.Module, trunk: Flat, head_alone: Flat) -> Flat:
-    """The gradients of both parts; an embedding that is the head too gets the sum, a head of its own is not in the trunk."""
+    """The gradients of both parts; an embedding that is the head too gets the sum, a head of its own is not
+    in the trunk.
+    """
     if not head_alone:
         return trunk
     layer = head(model)
     prefix = next(path for path, module in model.named_modules() if module is layer)
     tied = "lm_head" not in model
     own = {f"{prefix}.{name}": gradient for name, gradient in head_alone}
-    return [(path, (own[path] + gradient if tied else own[path]) if path in own else gradient) for path, gradient in trunk]
+    return [
+        (path, (own[path] + gradient if tied else own[path]) if path in own else gradient)
+        for path, gradient in trunk
+    ]

@@ -1,4 +1,6 @@
-"""The gradient of one optimizer step: a window of micro-batches over all ranks, each term divided once by its whole weight."""
+"""The gradient of one optimizer step: a window of micro-batches over all ranks, each term divided once by its
+whole weight.
+"""
 
 from __future__ import annotations
 
@@ -29,9 +31,9 @@ from mlx_distill.train.trunk_head import Flat, Trunk, differentiate_cut, scaled
 class Window:
     """What one window gave.
 
-    ``gradients`` by path, float32, summed over the ranks, empty where nothing was trained on (whoever applies them empties it);
-    ``loss`` and ``terms`` over the window and all ranks; ``weights`` each term's weight; ``losses`` this rank's loss by
-    micro-batch (its share of the window's), for the guard against NaN.
+    ``gradients`` by path, float32, summed over the ranks, empty where nothing was trained on (whoever applies
+    them empties it); ``loss`` and ``terms`` over the window and all ranks; ``weights`` each term's weight;
+    ``losses`` this rank's loss by micro-batch (its share of the window's), for the guard against NaN.
     """
 
     gradients: dict[str, mx.array]
@@ -61,17 +63,19 @@ def window_gradients(
 
     .. math:: L = \sum_k c_k \frac{\sum_{b} S_k(b)}{\sum_{b} W_k(b)}
 
-    with the sums over all micro-batches of all ranks. The weights :math:`W_k` come from the masks alone and are added up before
-    the first backward pass, so that 8 batches of 1, 1 batch of 8 and two ranks give the same gradient. A micro-batch without weight is
-    passed over, and a term without weight never enters the graph: neither can make a NaN.
+    with the sums over all micro-batches of all ranks. The weights :math:`W_k` come from the masks alone and
+    are added up before the first backward pass, so that 8 batches of 1, 1 batch of 8 and two ranks give the
+    same gradient. A micro-batch without weight is passed over, and a term without weight never enters the
+    graph: neither can make a NaN.
 
     Args:
         model: Its trainable parameters are differentiated.
         window: This rank's micro-batches; may be empty while other ranks have some.
         objective: Terms, their weights and coefficients.
         ranks: Those that share the step.
-        compress: A linear map of each gradient, by its path, to something smaller (GaLore's projection), applied before adding.
-            Gradients are evaluated from the last layer to the first and dropped, so that only their images are alive together.
+        compress: A linear map of each gradient, by its path, to something smaller (GaLore's projection),
+            applied before adding. Gradients are evaluated from the last layer to the first and dropped, so
+            that only their images are alive together.
         watch: Where the time is added.
         trunk: As for :func:`differentiate`.
     """
@@ -90,7 +94,9 @@ def window_gradients(
             losses.append(0.0)
             continue
         with watch.part("forward"):
-            flat, found = differentiate(model, batch, objective, {name: scales[name] for name in active}, trunk)
+            flat, found = differentiate(
+                model, batch, objective, {name: scales[name] for name in active}, trunk
+            )
         with watch.part("backward"):
             _add(flat, total, compress, watch)
         parts = {name: part.item() for name, part in found.items()}
@@ -100,17 +106,25 @@ def window_gradients(
     if not scales:
         return Window({}, 0.0, dict.fromkeys(names, 0.0), weights, losses)
     if not total:
-        zeros = {path: mx.zeros(p.shape, mx.float32) for path, p in tree_flatten(model.trainable_parameters())}
+        zeros = {
+            path: mx.zeros(p.shape, mx.float32) for path, p in tree_flatten(model.trainable_parameters())
+        }
         total = {path: compress(path, zero) if compress else zero for path, zero in zeros.items()}
     with watch.part("ranks"):
         ranks.sum_arrays(total)
         summed = dict(zip(names, ranks.sum([sums[name] for name in names]), strict=True))
     terms = {name: summed[name] / weights[name] if weights[name] > 0 else 0.0 for name in names}
-    return Window(total, sum(objective.coefficients[name] * terms[name] for name in names), terms, weights, losses)
+    return Window(
+        total, sum(objective.coefficients[name] * terms[name] for name in names), terms, weights, losses
+    )
 
 
 def differentiate(
-    model: nn.Module, batch: Batch, objective: Objective, scales: Mapping[str, float], trunk: Trunk | None = None
+    model: nn.Module,
+    batch: Batch,
+    objective: Objective,
+    scales: Mapping[str, float],
+    trunk: Trunk | None = None,
 ) -> tuple[Flat, dict[str, mx.array]]:
     """One micro-batch's gradient by path, not evaluated yet, and the terms' sums, evaluated.
 
@@ -119,10 +133,13 @@ def differentiate(
         batch: The micro-batch.
         objective: Terms of the loss.
         scales: The factor on each term that counts.
-        trunk: A compiled one, where the objective can be cut; by default all is in one piece where the logits are small.
+        trunk: A compiled one, where the objective can be cut; by default all is in one piece where the logits
+            are small.
     """
     cut = objective.cut
-    if cut is not None and (trunk is not None or not is_small(model, cut.positions(batch).size, cut.dense_limit)):
+    if cut is not None and (
+        trunk is not None or not is_small(model, cut.positions(batch).size, cut.dense_limit)
+    ):
         return differentiate_cut(model, batch, cut, scales, trunk)
     parameters = model.trainable_parameters()
 
@@ -140,10 +157,12 @@ def differentiate(
 
 
 def in_order(flat: Flat) -> Flat:
-    """Gradients in an order in which they are known from the end on: the last layer's first, and of each layer the vectors last.
+    """Gradients in an order in which they are known from the end on: the last layer's first, and of each
+    layer the vectors last.
 
-    The gradient of a layer's first norm is known only when all of the layer has been gone through: asked for before the matrices', it
-    keeps alive what theirs are made of (24 layers of width 768, 512 tokens, GaLore: 746 MB above the weights, and 727 in this order).
+    The gradient of a layer's first norm is known only when all of the layer has been gone through: asked for
+    before the matrices', it keeps alive what theirs are made of (24 layers of width 768, 512 tokens, GaLore:
+    746 MB above the weights, and 727 in this order).
 
     >>> [path for path, _ in in_order([(f"layers.0.{name}", mx.zeros(shape)) for name, shape in (("a", (2, 2)), ("norm", (2,)))])]
     ['layers.0.norm', 'layers.0.a']
@@ -182,8 +201,9 @@ def apply_update(
 ) -> None:
     """``optimizer.update`` with ``scale`` times the gradients, which are emptied.
 
-    Evaluated group by group from the end, and each gradient is dropped when its weight has moved: the temporaries of all layers are
-    never alive together, nor are the gradients where they come in unevaluated. ``beside`` holds what to evaluate with each weight.
+    Evaluated group by group from the end, and each gradient is dropped when its weight has moved: the
+    temporaries of all layers are never alive together, nor are the gradients where they come in unevaluated.
+    ``beside`` holds what to evaluate with each weight.
     """
 
     def pick(path: str, _: mx.array) -> mx.array:
@@ -201,8 +221,11 @@ def apply_update(
     mx.eval(group, optimizer.state)
 
 
-def evaluate(model: nn.Module, batches: Sequence[Batch], objective: Objective, ranks: Ranks | None = None) -> dict[str, float]:
-    """Loss and terms over a fixed set, without dropout; the random state and the model's mode stay as they were.
+def evaluate(
+    model: nn.Module, batches: Sequence[Batch], objective: Objective, ranks: Ranks | None = None
+) -> dict[str, float]:
+    """Loss and terms over a fixed set, without dropout; the random state and the model's mode stay as they
+    were.
 
     Returns:
         ``{"loss": ..., term: ...}``, each term its sum over the whole set divided by its weight.
@@ -224,12 +247,15 @@ def evaluate(model: nn.Module, batches: Sequence[Batch], objective: Objective, r
         model.train(mode)
         set_random_key(key)
     totals = ranks.sum([*own.values(), *sums.values()])
-    terms = {name: totals[len(names) + i] / totals[i] if totals[i] > 0 else 0.0 for i, name in enumerate(names)}
+    terms = {
+        name: totals[len(names) + i] / totals[i] if totals[i] > 0 else 0.0 for i, name in enumerate(names)
+    }
     return {"loss": sum(objective.coefficients[name] * terms[name] for name in names), **terms}
 
 
 def global_norm(gradients: Any) -> float:
-    """The Euclidean norm of all arrays of a tree together, added in float32 by array and in double over the arrays.
+    """The Euclidean norm of all arrays of a tree together, added in float32 by array and in double over the
+    arrays.
 
     >>> global_norm({"a": mx.array([3.0]), "b": mx.array([[4.0]])})
     5.0
@@ -238,7 +264,8 @@ def global_norm(gradients: Any) -> float:
 
 
 def drain_norm(gradients: list[mx.array]) -> float:
-    """As :func:`global_norm`, of a list that is emptied from its end, so that what is not evaluated yet never lives together.
+    """As :func:`global_norm`, of a list that is emptied from its end, so that what is not evaluated yet never
+    lives together.
 
     >>> drain_norm([mx.array([3.0]), mx.array([4.0])])
     5.0
@@ -255,7 +282,8 @@ def drain_norm(gradients: list[mx.array]) -> float:
 
 
 def clip_scale(norm: float, limit: float) -> float:
-    r""":math:`\min(1, \mathrm{limit} / (\mathrm{norm} + 10^{-6}))`, as in PyTorch; a limit of 0 turns clipping off.
+    r""":math:`\min(1, \mathrm{limit} / (\mathrm{norm} + 10^{-6}))`, as in PyTorch; a limit of 0 turns
+    clipping off.
 
     >>> clip_scale(5.0, 0.0), clip_scale(0.5, 1.0), round(clip_scale(5.0, 1.0), 4)
     (1.0, 1.0, 0.2)
@@ -276,10 +304,13 @@ def check_streaming(settings: TrainConfig, ranks: int = 1) -> None:
     """
     if settings.stream_gradients and settings.accumulate > 1:
         raise ConfigError(
-            f"stream_gradients with accumulate: {settings.accumulate}", fix="accumulate: 1 and a larger batch_size with grad_checkpoint"
+            f"stream_gradients with accumulate: {settings.accumulate}",
+            fix="accumulate: 1 and a larger batch_size with grad_checkpoint",
         )
     if settings.stream_gradients and ranks > 1:
-        raise ConfigError(f"stream_gradients on {ranks} ranks", fix="stream_gradients: false, or launch one rank")
+        raise ConfigError(
+            f"stream_gradients on {ranks} ranks", fix="stream_gradients: false, or launch one rank"
+        )
 
 
 def streamed_step(
@@ -292,10 +323,13 @@ def streamed_step(
     watch: Stopwatch | None = None,
     trunk: Trunk | None = None,
 ) -> tuple[Window, float]:
-    """Loss, gradient and update of one micro-batch, evaluated from the last layer to the first; the window and the gradient's norm.
+    """Loss, gradient and update of one micro-batch, evaluated from the last layer to the first; the window
+    and the gradient's norm.
 
-    The global norm is known only when every gradient has been made. So with ``clip_norm`` they are made twice, from the same random
-    state: once for their squares alone, once to move the weights by the scaled ones. The result is bitwise that of holding them all.
+    The global norm is known only when every gradient has been made. So with ``clip_norm`` they are made
+    twice, from the same random
+    state: once for their squares alone, once to move the weights by the scaled ones. The result is bitwise
+        that of holding them all.
 
     Args:
         model: Its trainable parameters are moved.
@@ -303,13 +337,18 @@ def streamed_step(
         objective: Terms of the loss.
         optimizer: One whose state takes whole gradients.
         clip_norm: Largest norm; 0 makes one pass.
-        guard: Given the window, the norm, and whether weights have moved already; raises where a number is not finite.
+        guard: Given the window, the norm, and whether weights have moved already; raises where a number is
+            not finite.
         watch: Where the time is added; the first of two passes counts as ``clip``.
         trunk: As for :func:`~mlx_distill.train.updates.differentiate`.
     """
     watch = watch or Stopwatch()
     weights = objective.weights(batch)
-    scales = {name: c / weights[name] for name, c in objective.coefficients.items() if weights.get(name, 0.0) > 0 and c != 0}
+    scales = {
+        name: c / weights[name]
+        for name, c in objective.coefficients.items()
+        if weights.get(name, 0.0) > 0 and c != 0
+    }
     if not scales:
         nothing = dict.fromkeys(objective.coefficients, 0.0)
         return Window({}, 0.0, nothing, weights, [0.0]), 0.0
@@ -317,19 +356,31 @@ def streamed_step(
     if clip_norm > 0:
         with watch.part("clip"):
             key = random_key()
-            norm = drain_norm([gradient for _, gradient in in_order(differentiate(model, batch, objective, scales, trunk)[0])])
+            norm = drain_norm(
+                [
+                    gradient
+                    for _, gradient in in_order(differentiate(model, batch, objective, scales, trunk)[0])
+                ]
+            )
             set_random_key(key)
     with watch.part("forward"):
         flat, parts = differentiate(model, batch, objective, scales, trunk)
     sums = {name: part.item() for name, part in parts.items()}
-    terms = {name: sums.get(name, 0.0) / weights[name] if weights.get(name, 0.0) > 0 else 0.0 for name in objective.coefficients}
+    terms = {
+        name: sums.get(name, 0.0) / weights[name] if weights.get(name, 0.0) > 0 else 0.0
+        for name in objective.coefficients
+    }
     loss = sum(objective.coefficients[name] * term for name, term in terms.items())
     window = Window({}, loss, terms, weights, [loss])
     guard(window, norm, False)
     with watch.part("update"):
         gradients: dict[str, Any] = {path: gradient.astype(mx.float32) for path, gradient in flat}
         flat.clear()
-        squares = None if clip_norm > 0 else {path: mx.square(gradient).sum() for path, gradient in gradients.items()}
+        squares = (
+            None
+            if clip_norm > 0
+            else {path: mx.square(gradient).sum() for path, gradient in gradients.items()}
+        )
         apply_update(model, optimizer, gradients, clip_scale(norm, clip_norm), squares)
     if squares is not None:
         norm = math.sqrt(math.fsum(square.item() for square in squares.values()))
@@ -341,12 +392,16 @@ def streamed_step(
 _SHARE, _LEAST_BYTES = 8, 1 << 26
 
 
-def entered_in_groups(model: nn.Module, optimizer: Any, gradients: Callable[[], Window]) -> dict[str, mx.array]:
-    """The gradients of all but the last few matrices whose basis is due, in their new subspaces; empty where few are due.
+def entered_in_groups(
+    model: nn.Module, optimizer: Any, gradients: Callable[[], Window]
+) -> dict[str, mx.array]:
+    """The gradients of all but the last few matrices whose basis is due, in their new subspaces; empty where
+    few are due.
 
-    A sum over micro-batches or ranks stays whole where a basis is to be found in it. At the first step that is every matrix, in float32:
-    28 GB of 7 billion weights. So the window is gone through again for each eighth of them, the others frozen meanwhile, from the same
-    random state: the same gradients in less memory, and a first step of up to eight times the length.
+    A sum over micro-batches or ranks stays whole where a basis is to be found in it. At the first step that
+    is every matrix, in float32: 28 GB of 7 billion weights. So the window is gone through again for each
+    eighth of them, the others frozen meanwhile, from the same random state: the same gradients in less
+    memory, and a first step of up to eight times the length.
 
     Args:
         model: Its trainable parameters.
@@ -354,7 +409,9 @@ def entered_in_groups(model: nn.Module, optimizer: Any, gradients: Callable[[], 
         gradients: Goes through the window; what is frozen gets no gradient.
     """
     parameters = dict(tree_flatten(model.trainable_parameters()))
-    groups = _groups({path: 4 * parameters[path].size for path in optimizer.due_whole(parameters)}, parameters)
+    groups = _groups(
+        {path: 4 * parameters[path].size for path in optimizer.due_whole(parameters)}, parameters
+    )
     entered, key = {}, random_key()
     for group in groups[:-1]:  # the last goes with all that is not due
         with frozen(model, parameters.keys() - group):

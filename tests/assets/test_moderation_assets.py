@@ -33,7 +33,9 @@ def test_no_template_of_one_part_can_render_to_one_of_the_other() -> None:
 
     def pattern(template: str) -> re.Pattern[str]:
         pieces = re.split(r"\{(\w+)\}", template)
-        return re.compile("".join(re.escape(p) if i % 2 == 0 else alternatives[p] for i, p in enumerate(pieces)))
+        return re.compile(
+            "".join(re.escape(p) if i % 2 == 0 else alternatives[p] for i, p in enumerate(pieces))
+        )
 
     shapes = {part: [(pattern(text), text) for _, _, text in templates(part)] for part in PARTS}
     fixed = {"group": GROUPS["cyclists"]} | {name: words[0] for name, words in WORDS.items()}
@@ -51,7 +53,10 @@ def test_rows_are_balanced_over_label_and_group_and_short(part: str) -> None:
     lengths = sorted(len(row["text"].split()) for row in rows)
     assert lengths[0] >= 8 and lengths[600] <= 13 and lengths[1176] <= 17
     schema = load_task("moderation").schema
-    assert all(check_answer(row["answer"], schema) is None and GROUPS[row["group"]] in row["text"].lower() for row in rows)
+    assert all(
+        check_answer(row["answer"], schema) is None and GROUPS[row["group"]] in row["text"].lower()
+        for row in rows
+    )
 
 
 def test_the_stream_is_the_seed_and_a_shorter_one_its_beginning() -> None:
@@ -61,9 +66,13 @@ def test_the_stream_is_the_seed_and_a_shorter_one_its_beginning() -> None:
 
 def test_noise_flips_labels_and_nothing_else() -> None:
     clean, noisy = list(generate(1000, 1)), list(generate(1000, 1, noise=0.2))
-    flipped = [a["id"] for a, b in zip(clean, noisy, strict=True) if a["answer"]["label"] != b["answer"]["label"]]
+    flipped = [
+        a["id"] for a, b in zip(clean, noisy, strict=True) if a["answer"]["label"] != b["answer"]["label"]
+    ]
     assert flipped == [row["id"] for row in noisy if row.get("noisy")] and 150 < len(flipped) < 250
-    assert [row["text"] for row in clean] == [row["text"] for row in noisy] and not any("noisy" in row for row in clean)
+    assert [row["text"] for row in clean] == [row["text"] for row in noisy] and not any(
+        "noisy" in row for row in clean
+    )
 
 
 def test_confidence_follows_from_the_kind() -> None:
@@ -98,8 +107,15 @@ def test_the_sentences_are_balanced_unique_and_fit_the_task() -> None:
     rows = [row for _, row in read_jsonl(SENTENCES)]
     cells = Counter((row["group"], row["label"], row["split"]) for row in rows)
     assert len(rows) == len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == 120
-    assert cells == {(g, label, split): n for g in GROUPS for label in ("hostile", "fine") for split, n in (("train", 6), ("test", 4))}
+    assert cells == {
+        (g, label, split): n
+        for g in GROUPS
+        for label in ("hostile", "fine")
+        for split, n in (("train", 6), ("test", 4))
+    }
     schema = load_task("moderation").schema
-    assert all(check_answer({"label": row["label"], "confidence": row["confidence"]}, schema) is None for row in rows)
+    assert all(
+        check_answer({"label": row["label"], "confidence": row["confidence"]}, schema) is None for row in rows
+    )
     stem = {g: name.rstrip("s")[:6].lower() for g, name in GROUPS.items()}
     assert all(stem[row["group"]] in row["text"].lower() for row in rows)

@@ -1,4 +1,6 @@
-"""The generated songs: held-out ones share no line, no template and no title with anything that a model was trained on."""
+"""The generated songs: held-out ones share no line, no template and no title with anything that a model was
+trained on.
+"""
 
 from __future__ import annotations
 
@@ -87,7 +89,9 @@ def test_no_template_of_one_part_can_come_to_a_text_of_the_other() -> None:
     nouns = [music._title_case(noun) for group in music.NOUNS.values() for noun in group]
     made = {}
     for part in ("train", "test"):
-        scenes = {f"{o}|{c}" for o, c in itertools.product(music.SCENE_OPENINGS[part], music.SCENE_CLOSINGS[part])}
+        scenes = {
+            f"{o}|{c}" for o, c in itertools.product(music.SCENE_OPENINGS[part], music.SCENE_CLOSINGS[part])
+        }
         made[part] = {
             "openings": filled(music.OPENINGS[part], t=times),
             "closings": filled(music.CLOSINGS[part], t=times),
@@ -96,22 +100,30 @@ def test_no_template_of_one_part_can_come_to_a_text_of_the_other() -> None:
             "titles": filled(music.TITLES[part], N=nouns, T=[t.title() for t in music.TIMES]),
         }
     train, test = made["train"], made["test"]
-    # An opening or a closing may be nothing, but the test part never leaves out both; so no line about a subject is shared either.
+    # An opening or a closing may be nothing, but the test part never leaves out both; so no line about a
+    # subject is shared either.
     assert train["openings"] & test["openings"] == train["closings"] & test["closings"] == {""}
     for kind in ("scenes", "references", "titles"):
         assert not train[kind] & test[kind], kind
     every = [verb for group in music.VERBS.values() for verb in group]
     middle = [text for part in made.values() for kind in ("openings", "closings") for text in part[kind]]
-    assert not [text for text in middle if any(f"I {verb} " in f" {text} " for verb in every)]  # a line falls apart in one way only
+    assert not [
+        text for text in middle if any(f"I {verb} " in f" {text} " for verb in every)
+    ]  # a line falls apart in one way only
     assert not any("|" in song["templates"] for song in music.generate(5000, seed=1, part="test"))
 
 
 def test_loose_songs_never_stumble_on_a_held_out_template() -> None:
     times = [t.lower() for t in music.TIMES]
-    frames = {text for kind in (music.OPENINGS, music.CLOSINGS) for text in filled(kind["test"], t=times)} - {""}
+    frames = {text for kind in (music.OPENINGS, music.CLOSINGS) for text in filled(kind["test"], t=times)} - {
+        ""
+    }
     assert frames <= music.HELD_OUT
     songs = list(music.generate(400, seed=3, loose=1.0))
-    assert all(s["answer"]["verdict"] == music.VERDICTS[music.kind_of(s["answer"]["themes"][0])][s["stance"]] for s in songs)
+    assert all(
+        s["answer"]["verdict"] == music.VERDICTS[music.kind_of(s["answer"]["themes"][0])][s["stance"]]
+        for s in songs
+    )
     around = {frame for s in songs for t in s["templates"] for frame in t.split("|")}
     assert len(around) > 2000 and not around & music.HELD_OUT
     assert {w for text in around for w in text.split()} - set(music.LOOSE_WORDS)  # and words that are none
@@ -156,13 +168,20 @@ def test_answers_fit_the_task_and_follow_from_subject_and_stance(part: str) -> N
 
 def test_subject_alone_is_right_in_about_three_songs_of_ten() -> None:
     songs = list(music.generate(4000, seed=2, part="test"))
-    right = sum(s["answer"]["verdict"] == music.KEYWORD_VERDICTS[music.kind_of(s["answer"]["themes"][0])] for s in songs)
+    right = sum(
+        s["answer"]["verdict"] == music.KEYWORD_VERDICTS[music.kind_of(s["answer"]["themes"][0])]
+        for s in songs
+    )
     assert 0.25 < right / len(songs) < 0.36
 
 
 def test_noise_replaces_the_share_of_verdicts_that_was_asked_for() -> None:
     noisy = list(music.generate(3000, seed=1, noise=0.2))
-    wrong = [s for s in noisy if s["answer"]["verdict"] != music.VERDICTS[music.kind_of(s["answer"]["themes"][0])][s["stance"]]]
+    wrong = [
+        s
+        for s in noisy
+        if s["answer"]["verdict"] != music.VERDICTS[music.kind_of(s["answer"]["themes"][0])][s["stance"]]
+    ]
     assert [s["id"] for s in wrong] == [s["id"] for s in noisy if s["noisy"]] and 500 < len(wrong) < 700
 
 

@@ -1,4 +1,6 @@
-"""What people get wrong, through the entry point: one line, a cure, exit code 1 or 2, and nothing half-written."""
+"""What people get wrong, through the entry point: one line, a cure, exit code 1 or 2, and nothing
+half-written.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,13 @@ def visible(folder: Path) -> list[str]:
 def test_good_rows_are_prepared(prepare: Callable[..., Any], tmp_path: Path) -> None:
     result = prepare()
     assert result.exit_code == 0, result.output
-    assert {"train.jsonl", "valid.jsonl", "test.jsonl", "statistics.json", "manifest.json"} <= set(visible(tmp_path / "out" / "data"))
-    rows = [json.loads(line) for line in (tmp_path / "out/data/train.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert {"train.jsonl", "valid.jsonl", "test.jsonl", "statistics.json", "manifest.json"} <= set(
+        visible(tmp_path / "out" / "data")
+    )
+    rows = [
+        json.loads(line)
+        for line in (tmp_path / "out/data/train.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert json.loads(rows[0]["messages"][-1]["content"]) == rows[0]["answer"]
 
 
@@ -61,16 +68,30 @@ def test_good_rows_are_prepared(prepare: Callable[..., Any], tmp_path: Path) -> 
     [
         (b"", ("rows.jsonl",)),
         (b'{"messages": [{"role": "user", "content": "hello"}]}\n', ("rows.jsonl:1", "assistant")),
-        (b'{"text": "a red heron", "colour": "yes"}\n{"text": "caf\xe9", "colour": "no"}\n', ("rows.jsonl:2", "not UTF-8")),
+        (
+            b'{"text": "a red heron", "colour": "yes"}\n{"text": "caf\xe9", "colour": "no"}\n',
+            ("rows.jsonl:2", "not UTF-8"),
+        ),
         (b'{"text": "a red heron", "colour": "yes"}\n{"text": \n', ("rows.jsonl:2", "not JSON")),
         (b'{"text": "a red heron", "colour": "maybe"}\n', ("rows.jsonl:1", "maybe")),
-        (b'[1, 2]\n', ("rows.jsonl:1",)),
+        (b"[1, 2]\n", ("rows.jsonl:1",)),
         (b"\xef\xbb\xbf\r\n", ("rows.jsonl: no rows",)),
         (b"[" * 100_000, ("rows.jsonl:1: not JSON",)),
     ],
-    ids=["empty", "no-assistant", "not-utf-8", "not-json", "unknown-label", "not-an-object", "a-mark-alone", "nested-without-end"],
-)  # fmt: skip
-def test_bad_rows(prepare: Callable[..., Any], tmp_path: Path, content: bytes, parts: tuple[str, ...]) -> None:
+    ids=[
+        "empty",
+        "no-assistant",
+        "not-utf-8",
+        "not-json",
+        "unknown-label",
+        "not-an-object",
+        "a-mark-alone",
+        "nested-without-end",
+    ],
+)
+def test_bad_rows(
+    prepare: Callable[..., Any], tmp_path: Path, content: bytes, parts: tuple[str, ...]
+) -> None:
     good = (tmp_path / "rows.jsonl").read_bytes()
     (tmp_path / "rows.jsonl").write_bytes(content)
     refuses(prepare(), 1, *parts)
@@ -79,8 +100,12 @@ def test_bad_rows(prepare: Callable[..., Any], tmp_path: Path, content: bytes, p
     assert prepare().exit_code == 0
 
 
-def test_a_line_that_is_no_json_is_named_once_with_its_column(prepare: Callable[..., Any], tmp_path: Path) -> None:
-    (tmp_path / "rows.jsonl").write_bytes(b'{"text": "a red heron", "colour": "yes"}\n{"text": "a \x07 heron", "colour": "no"}\n')
+def test_a_line_that_is_no_json_is_named_once_with_its_column(
+    prepare: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "rows.jsonl").write_bytes(
+        b'{"text": "a red heron", "colour": "yes"}\n{"text": "a \x07 heron", "colour": "no"}\n'
+    )
     result = prepare("--set", "data.drop_invalid=true")
     refuses(result, 1, "rows.jsonl:2: not JSON: Invalid control character at column 13")
     assert "line 1" not in result.stderr and "at at" not in result.stderr
@@ -94,7 +119,9 @@ def test_rows_that_were_left_out_are_told(prepare: Callable[..., Any], tmp_path:
     result = prepare("--set", "data.drop_invalid=true")
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stderr.splitlines() if "left out" in line]
-    assert line.startswith("prepare: 1 of 41 rows left out (does not fit the task: 1), such as rows.jsonl:41: no assistant turn")
+    assert line.startswith(
+        "prepare: 1 of 41 rows left out (does not fit the task: 1), such as rows.jsonl:41: no assistant turn"
+    )
 
 
 def test_missing_rows(prepare: Callable[..., Any], tmp_path: Path) -> None:
@@ -122,7 +149,9 @@ def test_missing_rows(prepare: Callable[..., Any], tmp_path: Path) -> None:
         (["--from", "destill"], ("no stage 'destill'",)),
     ],
 )
-def test_bad_options(prepare: Callable[..., Any], tmp_path: Path, options: list[str], parts: tuple[str, ...]) -> None:
+def test_bad_options(
+    prepare: Callable[..., Any], tmp_path: Path, options: list[str], parts: tuple[str, ...]
+) -> None:
     refuses(prepare(*options), 2, *parts)
     assert not (tmp_path / "out").exists()
 
@@ -140,20 +169,28 @@ def test_bad_options(prepare: Callable[..., Any], tmp_path: Path, options: list[
         ("[" * 5000, ("recipe.yaml: nested too deeply",)),
     ],
 )
-def test_bad_recipe_files(prepare: Callable[..., Any], recipe: Path, tmp_path: Path, text: str, parts: tuple[str, ...]) -> None:
+def test_bad_recipe_files(
+    prepare: Callable[..., Any], recipe: Path, tmp_path: Path, text: str, parts: tuple[str, ...]
+) -> None:
     recipe.write_text(text, encoding="latin-1")
     refuses(prepare(), 2, *parts)
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_not_there_is_said_before_anything_is_made(runner: Any, recipe: Path, tmp_path: Path) -> None:
+def test_a_model_that_is_not_there_is_said_before_anything_is_made(
+    runner: Any, recipe: Path, tmp_path: Path
+) -> None:
     for key in ("teacher", "student"):
-        result = runner.invoke(cli, ["run", str(recipe), "--out", str(tmp_path / "out"), "--set", f"{key}=./nope"])
+        result = runner.invoke(
+            cli, ["run", str(recipe), "--out", str(tmp_path / "out"), "--set", f"{key}=./nope"]
+        )
         refuses(result, 1, "./nope: no such folder")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_manifest_that_cannot_be_read_is_mended_as_the_error_says(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_manifest_that_cannot_be_read_is_mended_as_the_error_says(
+    prepare: Callable[..., Any], tmp_path: Path
+) -> None:
     assert prepare().exit_code == 0
     manifest = tmp_path / "out" / "data" / "manifest.json"
     for content in (b"{", b"\xff\x00", b""):
@@ -174,9 +211,12 @@ def test_two_runs_on_one_folder(prepare: Callable[..., Any], tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EACCES, "permission denied"), (errno.EROFS, "read-only")]
+    ("number", "words"),
+    [(errno.ENOSPC, "no space left"), (errno.EACCES, "permission denied"), (errno.EROFS, "read-only")],
 )
-def test_a_disk_that_refuses(prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str) -> None:
+def test_a_disk_that_refuses(
+    prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
+) -> None:
     def refuse(handle: int) -> None:
         raise OSError(number, os.strerror(number), "train.jsonl")
 
@@ -193,7 +233,9 @@ def test_a_file_where_the_folder_should_be(prepare: Callable[..., Any], tmp_path
     assert (tmp_path / "out").read_text(encoding="utf-8") == "not a folder"
 
 
-def test_a_folder_without_write_permission(prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_without_write_permission(
+    prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # Simulated, because the tests may run as root, who may write everywhere.
     make = os.mkdir
 
@@ -214,7 +256,13 @@ def test_a_stage_whose_parents_are_missing(runner: Any, recipe: Path, tmp_path: 
 
 def test_analyze_without_a_model(runner: Any, tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n', encoding="utf-8")
-    refuses(runner.invoke(cli, ["analyze", str(tmp_path / "nope"), str(tmp_path / "rows.jsonl"), "--task", "moderation"]), 1, "nope")
+    refuses(
+        runner.invoke(
+            cli, ["analyze", str(tmp_path / "nope"), str(tmp_path / "rows.jsonl"), "--task", "moderation"]
+        ),
+        1,
+        "nope",
+    )
 
 
 @pytest.mark.parametrize("name", recipe_names())
@@ -224,6 +272,15 @@ def test_every_packaged_recipe_says_offline_what_it_would_do(runner: Any, tmp_pa
     raw = runner.invoke(cli, ["run", name, "--out", str(tmp_path / "out"), "--dry-run", "--json"])
     plan = json.loads(raw.stdout)
     commands = [stage["command"] for stage in plan["stages"]]
-    assert list(dict.fromkeys(commands)) == ["prepare", "convert", "teach", "targets", "distill", "quantize", "evaluate", "report"]
+    assert list(dict.fromkeys(commands)) == [
+        "prepare",
+        "convert",
+        "teach",
+        "targets",
+        "distill",
+        "quantize",
+        "evaluate",
+        "report",
+    ]
     assert all(stage["reads"] and stage["writes"] for stage in plan["stages"])
     assert not (tmp_path / "out").exists()

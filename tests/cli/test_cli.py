@@ -45,7 +45,11 @@ def test_every_public_command_is_there_with_help(runner: Any) -> None:
 
 
 def test_help_lists_commands_in_the_order_of_the_job(runner: Any) -> None:
-    lines = [line.split()[0] for line in runner.invoke(cli, ["--help"]).stdout.split("Commands:")[1].splitlines() if line.strip()]
+    lines = [
+        line.split()[0]
+        for line in runner.invoke(cli, ["--help"]).stdout.split("Commands:")[1].splitlines()
+        if line.strip()
+    ]
     assert lines == list(COMMANDS)
 
 
@@ -60,14 +64,24 @@ def test_version(runner: Any) -> None:
 @pytest.mark.parametrize(
     ("error", "code", "lines"),
     [
-        (DataError("a.jsonl:3: no assistant turn", fix="drop the row"), 1, ["error: a.jsonl:3: no assistant turn", "fix: drop the row"]),
+        (
+            DataError("a.jsonl:3: no assistant turn", fix="drop the row"),
+            1,
+            ["error: a.jsonl:3: no assistant turn", "fix: drop the row"],
+        ),
         (ConfigError("r.yaml: unknown key 'x'"), 2, ["error: r.yaml: unknown key 'x'"]),
-        (Interrupted("stopped at step 7", fix="run it again"), 130, ["error: stopped at step 7", "fix: run it again"]),
+        (
+            Interrupted("stopped at step 7", fix="run it again"),
+            130,
+            ["error: stopped at step 7", "fix: run it again"],
+        ),
         (KeyboardInterrupt(), 130, ["error: interrupted", "fix: the same command goes on where it stopped"]),
         (DataError("two\nlines"), 1, ["error: two lines"]),
     ],
 )
-def test_error_is_one_line_with_its_cure_and_code(runner: Any, error: BaseException, code: int, lines: list[str]) -> None:
+def test_error_is_one_line_with_its_cure_and_code(
+    runner: Any, error: BaseException, code: int, lines: list[str]
+) -> None:
     result = runner.invoke(_fails_with(error), ["fail"])
     assert result.exit_code == code
     assert result.stderr.splitlines() == lines
@@ -75,15 +89,22 @@ def test_error_is_one_line_with_its_cure_and_code(runner: Any, error: BaseExcept
 
 
 def test_full_disk_is_explained(runner: Any) -> None:
-    result = runner.invoke(_fails_with(OSError(28, "No space left on device", "out/model.safetensors")), ["fail"])
+    result = runner.invoke(
+        _fails_with(OSError(28, "No space left on device", "out/model.safetensors")), ["fail"]
+    )
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: out/model.safetensors: no space left on device\nfix: free some space")
+    assert result.stderr.startswith(
+        "error: out/model.safetensors: no space left on device\nfix: free some space"
+    )
 
 
 def test_unexpected_error_has_no_traceback_unless_debug(runner: Any) -> None:
     error = RuntimeError("boom\nbang")
     result = runner.invoke(_fails_with(error), ["fail"])
-    assert (result.exit_code, result.stderr.splitlines()[0]) == (1, "error: unexpected RuntimeError: boom bang")
+    assert (result.exit_code, result.stderr.splitlines()[0]) == (
+        1,
+        "error: unexpected RuntimeError: boom bang",
+    )
     assert runner.invoke(_fails_with(error), ["--debug", "fail"]).exception is error
 
 
@@ -101,7 +122,14 @@ def test_missing_package_points_to_doctor() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["run"], ["run", "tiny", "--nope"], ["nope"], ["export", "a", "b", "--to", "gguf"], ["analyze", "m", "rows.jsonl"]]
+    "arguments",
+    [
+        ["run"],
+        ["run", "tiny", "--nope"],
+        ["nope"],
+        ["export", "a", "b", "--to", "gguf"],
+        ["analyze", "m", "rows.jsonl"],
+    ],
 )
 def test_usage_errors_exit_with_2(runner: Any, arguments: list[str]) -> None:
     assert runner.invoke(cli, arguments).exit_code == 2
@@ -143,12 +171,22 @@ def test_a_copied_task_is_what_a_recipe_beside_it_may_name(runner: Any, tmp_path
         said = runner.invoke(cli, ["recipes", "copy", name, str(tmp_path / f"my_{name}.yaml")]).stdout
     assert said.endswith("my_music.yaml; edit it; a recipe beside it says task: my_music.yaml\n")
     task = tmp_path / "my_music.yaml"
-    task.write_text(task.read_text(encoding="utf-8").replace("You are an adviser", "You are a critic"), encoding="utf-8")
-    assert load_recipe(tmp_path / "my_tiny.yaml", ["task=my_music.yaml"]).load_task().system.startswith("You are a critic")
+    task.write_text(
+        task.read_text(encoding="utf-8").replace("You are an adviser", "You are a critic"), encoding="utf-8"
+    )
+    assert (
+        load_recipe(tmp_path / "my_tiny.yaml", ["task=my_music.yaml"])
+        .load_task()
+        .system.startswith("You are a critic")
+    )
 
 
 def test_unknown_recipe_names_the_packaged_ones(runner: Any) -> None:
-    for arguments in (["recipes", "show", "nope"], ["recipes", "show", "../music/task"], ["recipes", "copy", "nope", "x.yaml"]):
+    for arguments in (
+        ["recipes", "show", "nope"],
+        ["recipes", "show", "../music/task"],
+        ["recipes", "copy", "nope", "x.yaml"],
+    ):
         result = runner.invoke(cli, arguments)
         assert result.exit_code == 2
         assert result.stderr.startswith("error: no packaged recipe or task")
@@ -175,16 +213,31 @@ def test_every_key_of_a_recipe_is_explained_with_its_default(runner: Any) -> Non
     raw = json.loads(runner.invoke(cli, ["recipes", "keys", "--json"]).stdout)
     sections = {part["name"]: {key["name"]: key for key in part["keys"]} for part in raw["sections"]}
     assert list(sections) == [
-        "recipe", "data", "data.sources", "convert", "teach", "targets", "distill", "quantize", "evaluate", "controls", "task"
-    ]  # fmt: skip
+        "recipe",
+        "data",
+        "data.sources",
+        "convert",
+        "teach",
+        "targets",
+        "distill",
+        "quantize",
+        "evaluate",
+        "controls",
+        "task",
+    ]
     for name, keys in sections.items():
         assert all(key["help"] for key in keys.values()), name
         assert all(f"\n  {key} " in result.stdout for key in keys), name
     known = {f.name for f in dataclasses.fields(Recipe)} - {"base"}
-    assert {*sections["recipe"], *(name for name in sections if "." not in name and name != "recipe")} == known
+    assert {
+        *sections["recipe"],
+        *(name for name in sections if "." not in name and name != "recipe"),
+    } == known
     # What is said to be the default is what a recipe that leaves the key out gets.
     recipe = load_recipe("tiny", ["distill={}"])
-    assert {name: key["default"] for name, key in sections["distill"].items()} == dataclasses.asdict(recipe.distill)
+    assert {name: key["default"] for name, key in sections["distill"].items()} == dataclasses.asdict(
+        recipe.distill
+    )
 
 
 def test_the_keys_of_one_section_and_of_one_that_there_is_not(runner: Any) -> None:
@@ -207,4 +260,6 @@ def test_the_keys_of_a_task_are_explained(runner: Any) -> None:
 
 
 def test_help_of_from_says_what_is_gone_on_with(runner: Any) -> None:
-    assert "with the same settings left is gone on with" in " ".join(runner.invoke(cli, ["teach", "--help"]).stdout.split())
+    assert "with the same settings left is gone on with" in " ".join(
+        runner.invoke(cli, ["teach", "--help"]).stdout.split()
+    )

@@ -1,4 +1,6 @@
-"""convert, inspect, export and analyze through the entry point, on the packaged tiny models: good ones and broken ones."""
+"""convert, inspect, export and analyze through the entry point, on the packaged tiny models: good ones and
+broken ones.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def test_convert_says_what_it_would_do_and_does_it(runner: Any, tmp_path: Path) 
     result = runner.invoke(cli, [*arguments, "--json"])
     report = json.loads(result.stdout)
     assert report["bits_per_weight"] < 32
-    assert json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization"]["bits"] == 4
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text(encoding="utf-8"))["quantization"]["bits"]
+        == 4
+    )
 
 
 def test_inspect_tells_good_from_damaged(runner: Any, converted: Path) -> None:
@@ -64,11 +69,16 @@ def test_export_gives_the_source_back(runner: Any, converted: Path, tmp_path: Pa
     assert result.exit_code == 0, result.output
     before, after = _tensors(SOURCE), _tensors(tmp_path / "back")
     assert before.keys() == after.keys()
-    assert all(before[name].dtype == after[name].dtype and mx.array_equal(before[name], after[name]) for name in before)
+    assert all(
+        before[name].dtype == after[name].dtype and mx.array_equal(before[name], after[name])
+        for name in before
+    )
 
 
 def _tensors(folder: Path) -> dict[str, mx.array]:
-    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in mx.load(str(file)).items()}
+    return {
+        name: tensor for file in folder.glob("*.safetensors") for name, tensor in mx.load(str(file)).items()
+    }
 
 
 def test_the_card_takes_the_figures_of_the_models_run_or_of_a_named_one(runner: Any, tmp_path: Path) -> None:
@@ -78,10 +88,25 @@ def test_the_card_takes_the_figures_of_the_models_run_or_of_a_named_one(runner: 
         report = {"format": 1, "name": folder.name, "metrics": {model: {"accuracy": rate}}}
         (folder / "report.json").write_text(json.dumps(report), encoding="utf-8")
     for options, model in (([], "student_base"), (["--report", str(tmp_path / "report.json")], "another")):
-        result = runner.invoke(cli, ["export", str(run / "student_base"), str(tmp_path / "out"), "--to", "hf", *options])
+        result = runner.invoke(
+            cli, ["export", str(run / "student_base"), str(tmp_path / "out"), "--to", "hf", *options]
+        )
         assert result.exit_code == 0, result.output
-        assert f"| {model} | 50.0\u202f% [25.0–75.0] |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
-    bad = runner.invoke(cli, ["export", str(run / "student_base"), str(tmp_path / "new"), "--to", "hf", "--report", str(tmp_path / "none")])
+        assert f"| {model} | 50.0\u202f% [25.0–75.0] |" in (tmp_path / "out" / "README.md").read_text(
+            encoding="utf-8"
+        )
+    bad = runner.invoke(
+        cli,
+        [
+            "export",
+            str(run / "student_base"),
+            str(tmp_path / "new"),
+            "--to",
+            "hf",
+            "--report",
+            str(tmp_path / "none"),
+        ],
+    )
     assert bad.exit_code == 1
     assert not (tmp_path / "new").exists()
 
@@ -91,12 +116,18 @@ def test_an_adapter_goes_out_to_peft_and_comes_back(runner: Any, converted: Path
     settings = LoraSettings(2, 4.0, 0.0, ("q_proj",))
     paths = add_lora(model, settings)
     save_adapter(model, tmp_path / "student", settings, converted)
-    kept = runner.invoke(cli, ["export", str(tmp_path / "student"), str(tmp_path / "hf"), "--to", "hf", "--adapter", "keep"])
+    kept = runner.invoke(
+        cli, ["export", str(tmp_path / "student"), str(tmp_path / "hf"), "--to", "hf", "--adapter", "keep"]
+    )
     assert kept.exit_code == 0, kept.output
     assert (tmp_path / "hf" / "adapter" / "adapter_model.safetensors").is_file()
-    out = runner.invoke(cli, ["export", str(tmp_path / "student"), str(tmp_path / "peft"), "--to", "peft", "--json"])
+    out = runner.invoke(
+        cli, ["export", str(tmp_path / "student"), str(tmp_path / "peft"), "--to", "peft", "--json"]
+    )
     assert json.loads(out.stdout)["modules"] == paths
-    back = runner.invoke(cli, ["convert", str(tmp_path / "peft"), str(tmp_path / "again"), "--base", str(converted)])
+    back = runner.invoke(
+        cli, ["convert", str(tmp_path / "peft"), str(tmp_path / "again"), "--base", str(converted)]
+    )
     assert back.exit_code == 0, back.output
     assert f"adapters of {len(paths)} modules" in back.stdout
     assert back.stdout.splitlines()[-1] == f"the base it expects: {converted}"
@@ -107,8 +138,19 @@ def test_an_adapter_goes_out_to_peft_and_comes_back(runner: Any, converted: Path
 
 @pytest.mark.parametrize("mode", ["affine1", "mixed-mxfp4"])
 def test_settings_of_a_conversion_reach_it(runner: Any, tmp_path: Path, mode: str) -> None:
-    sizes = ["--group-size", "0", "--max-shard-bytes", "50000", "--memory-bytes", "100000", "--dtype", "bfloat16"]
-    result = runner.invoke(cli, ["convert", str(SOURCE), str(tmp_path / "out"), "--quantize", mode, *sizes, "--json"])
+    sizes = [
+        "--group-size",
+        "0",
+        "--max-shard-bytes",
+        "50000",
+        "--memory-bytes",
+        "100000",
+        "--dtype",
+        "bfloat16",
+    ]
+    result = runner.invoke(
+        cli, ["convert", str(SOURCE), str(tmp_path / "out"), "--quantize", mode, *sizes, "--json"]
+    )
     assert result.exit_code == 0, result.output
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 1
     assert {row["stored"] for row in json.loads(result.stdout)["rows"]} >= {"BF16"}
@@ -168,7 +210,12 @@ def test_an_unknown_mode_is_refused(runner: Any, tmp_path: Path, option: str, va
 
 
 @pytest.mark.parametrize(
-    "command", [["convert", "{here}/nope", "{here}/out"], ["inspect", "{here}/nope"], ["export", "{here}/nope", "{here}/out", "--to", "hf"]]
+    "command",
+    [
+        ["convert", "{here}/nope", "{here}/out"],
+        ["inspect", "{here}/nope"],
+        ["export", "{here}/nope", "{here}/out", "--to", "hf"],
+    ],
 )
 def test_a_path_that_is_not_there(runner: Any, tmp_path: Path, command: list[str]) -> None:
     result = runner.invoke(cli, [part.format(here=tmp_path) for part in command])
@@ -188,9 +235,19 @@ def test_analyze_answers_every_row(runner: Any, converted: Path, tmp_path: Path)
     assert sum(answers[0]["label_probs"].values()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_analyze_names_what_a_row_lacks_and_writes_nothing(runner: Any, converted: Path, tmp_path: Path) -> None:
+def test_analyze_names_what_a_row_lacks_and_writes_nothing(
+    runner: Any, converted: Path, tmp_path: Path
+) -> None:
     (tmp_path / "rows.jsonl").write_text('{"title": "Rain"}\n', encoding="utf-8")
-    arguments = ["analyze", str(converted), str(tmp_path / "rows.jsonl"), "--task", "music", "--out", str(tmp_path / "answers.jsonl")]
+    arguments = [
+        "analyze",
+        str(converted),
+        str(tmp_path / "rows.jsonl"),
+        "--task",
+        "music",
+        "--out",
+        str(tmp_path / "answers.jsonl"),
+    ]
     result = runner.invoke(cli, arguments)
     assert result.exit_code == 1
     assert "lyrics" in result.stderr.splitlines()[0]

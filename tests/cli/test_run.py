@@ -1,4 +1,6 @@
-"""A whole run through the entry point: what it prints, that it goes on after an interruption, that nothing is made twice."""
+"""A whole run through the entry point: what it prints, that it goes on after an interruption, that nothing is
+made twice.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,16 @@ from helpers.small_run import write_recipe
 
 from mlx_distill.cli import cli
 
-FOLDERS = ["data", "evaluations", "quantized", "student", "student_base", "targets", "teacher", "teacher_base"]
+FOLDERS = [
+    "data",
+    "evaluations",
+    "quantized",
+    "student",
+    "student_base",
+    "targets",
+    "teacher",
+    "teacher_base",
+]
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +69,16 @@ def test_what_is_current_is_not_made_again(runner: Any, finished: tuple[Path, An
 
 def test_a_changed_setting_makes_only_what_follows_from_it(runner: Any, finished: tuple[Path, Any]) -> None:
     recipe, _ = finished
-    arguments = ["run", str(recipe), "--out", str(recipe.parent / "out"), "--dry-run", "--json", "--set", "distill.learning_rate=1e-4"]
+    arguments = [
+        "run",
+        str(recipe),
+        "--out",
+        str(recipe.parent / "out"),
+        "--dry-run",
+        "--json",
+        "--set",
+        "distill.learning_rate=1e-4",
+    ]
     plan = json.loads(runner.invoke(cli, arguments).stdout)
     states = {Path(stage["writes"]).name: stage["state"] for stage in plan["stages"]}
     for name in ("data", "teacher_base", "student_base", "teacher", "targets"):
@@ -76,7 +96,17 @@ def test_one_stage_alone(runner: Any, finished: tuple[Path, Any]) -> None:
 
 def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
-    command = [sys.executable, "-m", "mlx_distill", "run", str(recipe), "--out", str(tmp_path / "out"), "--set", "teach.steps=100"]
+    command = [
+        sys.executable,
+        "-m",
+        "mlx_distill",
+        "run",
+        str(recipe),
+        "--out",
+        str(tmp_path / "out"),
+        "--set",
+        "teach.steps=100",
+    ]
     command += ["--set", "evaluate.models=[student]", "--set", "teach.evaluate_every=0"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
@@ -97,5 +127,10 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr
     assert "data: current" in again.stderr
-    assert json.loads((tmp_path / "out" / "teacher" / "manifest.json").read_text(encoding="utf-8"))["recorded"]["resumed"] > 0
+    assert (
+        json.loads((tmp_path / "out" / "teacher" / "manifest.json").read_text(encoding="utf-8"))["recorded"][
+            "resumed"
+        ]
+        > 0
+    )
     assert again.stdout.splitlines()[-1].startswith("report: ")

@@ -46,7 +46,9 @@ def copied(cut: Path, tmp_path: Path) -> Path:
 
 
 def teach(folder: Path, *more: str) -> Any:
-    return CliRunner().invoke(cli, ["teach", str(folder / "recipe.yaml"), "--out", str(folder / "out"), *more])
+    return CliRunner().invoke(
+        cli, ["teach", str(folder / "recipe.yaml"), "--out", str(folder / "out"), *more]
+    )
 
 
 def test_a_training_that_goes_on_says_where(copied: Path) -> None:
@@ -65,7 +67,11 @@ def test_a_profile_says_where_the_time_goes_and_the_work_is_kept(copied: Path) -
     table, _, told = result.stdout.partition("\n\n")
     head, columns, *parts = table.splitlines()
     assert told.splitlines()[-1].startswith("next: mlx-distill targets ")
-    assert head.startswith("teach: ") and "tokens a second" in head and columns.split() == ["part", "ms", "a", "step", "share"]
+    assert (
+        head.startswith("teach: ")
+        and "tokens a second" in head
+        and columns.split() == ["part", "ms", "a", "step", "share"]
+    )
     assert {"data", "forward", "backward", "clip", "update", "save"} <= {line.split()[0] for line in parts}
     assert (copied / "out" / "teacher" / "adapters.safetensors").is_file()
     again = teach(copied, "--profile", "--json")
@@ -78,7 +84,11 @@ def test_unfinished_work_is_seen(copied: Path) -> None:
     result = CliRunner().invoke(cli, ["inspect", str(copied / "out")])
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stdout.splitlines() if "not finished" in line]
-    assert line.split()[0] == "teacher" and "step 2 of " in line and line.endswith("the same command goes on from there")
+    assert (
+        line.split()[0] == "teacher"
+        and "step 2 of " in line
+        and line.endswith("the same command goes on from there")
+    )
     alone = CliRunner().invoke(cli, ["inspect", str(copied / "out" / "teacher")])
     assert alone.exit_code == 0 and line.split("  ")[-1].strip() in alone.stdout, alone.output
 
@@ -99,14 +109,21 @@ def test_a_changed_setting_does_not_throw_unfinished_work_away(copied: Path) -> 
     )
     assert (copied / "out" / ".teacher.partial" / "scratch" / "checkpoints" / "step-00000002").is_dir()
     assert teach(copied, *changed, "--from", "teach").exit_code == 0
-    rows = [json.loads(line)["step"] for line in (copied / "out" / "teacher" / "metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)["step"]
+        for line in (copied / "out" / "teacher" / "metrics.jsonl").read_text().splitlines()
+    ]
     assert rows == list(range(1, len(rows) + 1))
 
 
 def test_a_changed_data_set_does_not_throw_unfinished_work_away(copied: Path) -> None:
     run(copied / "recipe.yaml", copied / "out", only="prepare", overrides=["data.test_fraction=0.3"])
     result = teach(copied, "--set", "data.test_fraction=0.3")
-    assert result.exit_code == 2 and "with other data or another model" in result.stderr and "fix:" in result.stderr
+    assert (
+        result.exit_code == 2
+        and "with other data or another model" in result.stderr
+        and "fix:" in result.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -120,7 +137,9 @@ def test_a_changed_data_set_does_not_throw_unfinished_work_away(copied: Path) ->
         ("teach.patience=3 teach.evaluate_every=0", "patience with evaluate_every: 0"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_made(tmp_path: Path, override: str, message: str) -> None:
+def test_what_cannot_be_trained_is_refused_before_anything_is_made(
+    tmp_path: Path, override: str, message: str
+) -> None:
     recipe = write_recipe(tmp_path)
     more = [part for text in override.split(" ") for part in ("--set", text)]
     result = CliRunner().invoke(cli, ["run", str(recipe), "--out", str(tmp_path / "out"), *more])
@@ -131,7 +150,12 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_made(tmp_path: Pat
 def test_a_recipe_may_name_any_optimizer(copied: Path) -> None:
     with pytest.raises(ConfigError, match="method"):
         run(copied / "recipe.yaml", copied / "out", only="teach", overrides=["teach.method=lion"])
-    overrides = ["teach.method=apollo-mini", "teach.stream_gradients=true", "teach.steps=2", "teach.target_modules=[q_proj]"]
+    overrides = [
+        "teach.method=apollo-mini",
+        "teach.stream_gradients=true",
+        "teach.steps=2",
+        "teach.target_modules=[q_proj]",
+    ]
     run(copied / "recipe.yaml", copied / "out", only="teach", from_stage="teach", overrides=overrides)
     assert (copied / "out" / "teacher" / "model.safetensors.index.json").is_file()
 
@@ -141,7 +165,9 @@ def test_embeddings_and_norms_may_train_whole_beside(copied: Path, method: str) 
     overrides = [f"teach.method={method}", "teach.steps=2", "teach.galore_rank=4", "teach.learning_rate=1e-2"]
     overrides += ["teach.target_modules=[q_proj]", "teach.modules_to_save=[embed_tokens,norm]"]
     run(copied / "recipe.yaml", copied / "out", only="teach", from_stage="teach", overrides=overrides)
-    before, after = (load_model(copied / "out" / name, dtype="float32")[0].model for name in ("teacher_base", "teacher"))
+    before, after = (
+        load_model(copied / "out" / name, dtype="float32")[0].model for name in ("teacher_base", "teacher")
+    )
     for layer in ("embed_tokens", "norm"):
         assert mx.abs(before[layer].weight - after[layer].weight).max().item() > 1e-3
     assert mx.array_equal(before.layers[0].input_layernorm.weight, after.layers[0].input_layernorm.weight)

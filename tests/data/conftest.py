@@ -18,7 +18,11 @@ TEXT = [
     "# Instructions\n\nReasoning: low\n\n# Valid channels: analysis, commentary, final. <|im_end|> <|return|> <think>",
 ] * 4
 
-CHATML = {"specials": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], "added": ["<think>", "</think>"], "eos": "<|im_end|>"}
+CHATML = {
+    "specials": ["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
+    "added": ["<think>", "</think>"],
+    "eos": "<|im_end|>",
+}
 HARMONY = {
     "specials": ["<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|endoftext|>"],
     "added": [],
@@ -39,14 +43,21 @@ def make_tokenizer(kind: str) -> Any:
     digits = r"\p{N}" if kind == "chatml" else r"\p{N}{1,3}"
     pattern = rf" ?\p{{L}}+|{digits}| ?[^\s\p{{L}}\p{{N}}]+[\r\n]*|\s*[\r\n]+|\s+"
     core.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     core.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     core.train_from_iterator(TEXT, trainer)
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in spec["specials"]])
     core.add_tokens([AddedToken(text, special=False, normalized=False) for text in spec["added"]])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=spec["eos"], pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=spec["eos"], pad_token="<|endoftext|>"
+    )
     tokenizer.chat_template = (TEMPLATES / f"{kind}.jinja").read_text()
     return tokenizer
 

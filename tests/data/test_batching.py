@@ -33,7 +33,10 @@ def fake(length: int, trained: int, start: int = 0) -> Piece:
     return Piece(np.arange(start, start + length, dtype=np.int32), np.arange(1, length) >= length - trained)
 
 
-CHATS = {rows: np.clip(np.random.default_rng(rows).lognormal(5.2, 0.83, rows), 8, 1024).astype(int).tolist() for rows in (65, 2000)}
+CHATS = {
+    rows: np.clip(np.random.default_rng(rows).lognormal(5.2, 0.83, rows), 8, 1024).astype(int).tolist()
+    for rows in (65, 2000)
+}
 ALIKE = [*range(97, 101)] * 16
 
 
@@ -58,7 +61,10 @@ def padded(lengths: list[int], rows: tuple[int, ...]) -> int:
     return len(rows) * max(lengths[row] for row in rows)
 
 
-@given(weights=strategies.lists(strategies.integers(0, 60), min_size=1, max_size=40), share=strategies.floats(0, 1))
+@given(
+    weights=strategies.lists(strategies.integers(0, 60), min_size=1, max_size=40),
+    share=strategies.floats(0, 1),
+)
 def test_a_cut_keeps_all_rows_and_is_as_even_as_its_rows_let_it(weights: list[int], share: float) -> None:
     count = 1 + int(share * (len(weights) - 1))
     sizes = cut_evenly(weights, count)
@@ -66,11 +72,17 @@ def test_a_cut_keeps_all_rows_and_is_as_even_as_its_rows_let_it(weights: list[in
     starts = [0, *itertools.accumulate(sizes)]
     for start, end in itertools.pairwise(starts):
         # No batch is heavier than its share and one row, unless it has only one.
-        assert end - start == 1 or sum(weights[start:end]) <= sum(weights) / count + max(weights) + 1e-6 or count == len(weights)
+        assert (
+            end - start == 1
+            or sum(weights[start:end]) <= sum(weights) / count + max(weights) + 1e-6
+            or count == len(weights)
+        )
 
 
 def test_batches_are_even_in_what_is_trained() -> None:
-    """Answers of one length make batches of equal counts, whatever the prompts; answers as long as their chats equal tokens."""
+    """Answers of one length make batches of equal counts, whatever the prompts; answers as long as their
+    chats equal tokens.
+    """
     lengths = CHATS[2000]
     assert {len(rows) for rows in plan_epoch(lengths, 8, 0, 0, [30] * 2000)} == {8}
     few = [1] * 1990 + [1000] * 10  # nearly all that is trained is in ten rows
@@ -80,7 +92,9 @@ def test_batches_are_even_in_what_is_trained() -> None:
     assert np.std(sums) / np.mean(sums) < 0.15
 
 
-def unbounded(lengths: list[int], size: int, seed: int, weights: Sequence[float] | None = None) -> list[tuple[int, ...]]:
+def unbounded(
+    lengths: list[int], size: int, seed: int, weights: Sequence[float] | None = None
+) -> list[tuple[int, ...]]:
     """The plan as it is if nothing bounds the places of a batch."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("mlx_distill.data.batching.bound_places", lambda sizes, lengths, most: sizes)
@@ -88,10 +102,14 @@ def unbounded(lengths: list[int], size: int, seed: int, weights: Sequence[float]
 
 
 @given(
-    kinds=strategies.lists(strategies.tuples(strategies.integers(1, 1024), strategies.integers(1, 150)), min_size=1, max_size=4),
+    kinds=strategies.lists(
+        strategies.tuples(strategies.integers(1, 1024), strategies.integers(1, 150)), min_size=1, max_size=4
+    ),
     size=strategies.integers(1, 16),
     seed=strategies.integers(0, 9),
-    trained=strategies.sampled_from([lambda n: n, lambda n: n // 3 + 1, lambda n: 2000 // n, lambda n: 1 + (n % 7 == 0) * 500]),
+    trained=strategies.sampled_from(
+        [lambda n: n, lambda n: n // 3 + 1, lambda n: 2000 // n, lambda n: 1 + (n % 7 == 0) * 500]
+    ),
 )
 def test_gaps_between_lengths_make_no_batch_large(
     kinds: list[tuple[int, int]], size: int, seed: int, trained: Callable[[int], int]
@@ -108,19 +126,26 @@ def test_gaps_between_lengths_make_no_batch_large(
 
 
 @given(
-    lengths=strategies.lists(strategies.sampled_from([0, 1, 2, 3, 20, 21, 300, 500]), min_size=1, max_size=60),
+    lengths=strategies.lists(
+        strategies.sampled_from([0, 1, 2, 3, 20, 21, 300, 500]), min_size=1, max_size=60
+    ),
     share=strategies.floats(0, 1),
     spare=strategies.integers(0, 1000),
     cuts=strategies.randoms(use_true_random=False),
 )
-def test_a_bound_holds_for_any_cut_and_changes_none_within_it(lengths: list[int], share: float, spare: int, cuts: random.Random) -> None:
+def test_a_bound_holds_for_any_cut_and_changes_none_within_it(
+    lengths: list[int], share: float, spare: int, cuts: random.Random
+) -> None:
     lengths, count = sorted(lengths, reverse=True), 1 + int(share * (len(lengths) - 1))
     ends = [0, *sorted(cuts.sample(range(1, len(lengths)), count - 1)), len(lengths)]
     sizes = [end - start for start, end in itertools.pairwise(ends)]
     most = batches_per_epoch(len(lengths), count) * max(lengths[0], 1) + spare
 
     def places(sizes: list[int]) -> list[int]:
-        return [rows * lengths[start] for rows, start in zip(sizes, [0, *itertools.accumulate(sizes)], strict=False)]
+        return [
+            rows * lengths[start]
+            for rows, start in zip(sizes, [0, *itertools.accumulate(sizes)], strict=False)
+        ]
 
     found = bound_places(sizes, lengths, most)
     assert len(found) == count and min(found) > 0 and sum(found) == len(lengths)
@@ -130,7 +155,9 @@ def test_a_bound_holds_for_any_cut_and_changes_none_within_it(lengths: list[int]
 
 @pytest.mark.parametrize("share", [1, 0.3])
 def test_long_rows_and_short_ones_with_nothing_between_share_no_large_batch(share: float) -> None:
-    """Half 500 tokens, half 20: eight long rows take 4,000 places, one batch took 25,000 and more, and the epoch 15 % pads."""
+    """Half 500 tokens, half 20: eight long rows take 4,000 places, one batch took 25,000 and more, and the
+    epoch 15 % pads.
+    """
     lengths = [500, 20] * 500
     weights = [length * share for length in lengths]
     plan, free = plan_epoch(lengths, 8, 0, 0, weights), unbounded(lengths, 8, 0, weights)
@@ -142,9 +169,13 @@ def test_long_rows_and_short_ones_with_nothing_between_share_no_large_batch(shar
     assert np.std(sums) / np.mean(sums) < 0.2
 
 
-@pytest.mark.parametrize("lengths", [*CHATS.values(), ALIKE, np.random.default_rng(1).normal(300, 60, 999).astype(int).tolist()])
+@pytest.mark.parametrize(
+    "lengths", [*CHATS.values(), ALIKE, np.random.default_rng(1).normal(300, 60, 999).astype(int).tolist()]
+)
 def test_lengths_without_gaps_are_planned_as_if_there_were_no_bound(lengths: list[int]) -> None:
-    for size, weights in itertools.product((1, 2, 8), (lengths, [30] * len(lengths), [length // 3 for length in lengths])):
+    for size, weights in itertools.product(
+        (1, 2, 8), (lengths, [30] * len(lengths), [length // 3 for length in lengths])
+    ):
         assert plan_epoch(lengths, size, 0, 0, weights) == unbounded(lengths, size, 0, weights)
 
 
@@ -155,7 +186,9 @@ def test_steps_hold_about_as_many_tokens_each(rows: int) -> None:
     by_count = sorted(lengths)
     uneven = [sum(by_count[i : i + 8]) for i in range(0, rows, 8)]
     assert np.std(tokens) / np.mean(tokens) < 0.15 < 0.6 < np.std(uneven) / np.mean(uneven)
-    assert max(padded(lengths, batch) for batch in plan_epoch(lengths, 8, seed=0, epoch=0)) < 0.5 * 8 * max(lengths)
+    assert max(padded(lengths, batch) for batch in plan_epoch(lengths, 8, seed=0, epoch=0)) < 0.5 * 8 * max(
+        lengths
+    )
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 37, 64, 100])
@@ -167,7 +200,10 @@ def test_neighbours_come_from_different_parts(count: int) -> None:
         for start in range(0, count - size + 1, size):
             some = sorted(order[start : start + size])
             # One of each part; the parts differ by rounding.
-            assert all(abs(number - (i + 0.5) * count / size) <= 0.5 * count / size + 1 for i, number in enumerate(some))
+            assert all(
+                abs(number - (i + 0.5) * count / size) <= 0.5 * count / size + 1
+                for i, number in enumerate(some)
+            )
 
 
 @pytest.mark.parametrize("size", [1, 8])
@@ -180,8 +216,12 @@ def test_a_step_of_several_batches_is_even_in_tokens_and_in_rows(size: int) -> N
     assert np.std(list(map(len, steps))) / np.mean(list(map(len, steps))) < 0.2
 
 
-@pytest.mark.parametrize(("lengths", "size"), [([7] * 64, 8), ([7] * 1000, 4), ([7] * 10, 4), (CHATS[65], 1), (ALIKE, 8), ([9], 8)])
-def test_rows_of_one_length_and_batches_of_one_row_are_shared_out_by_count(lengths: list[int], size: int) -> None:
+@pytest.mark.parametrize(
+    ("lengths", "size"), [([7] * 64, 8), ([7] * 1000, 4), ([7] * 10, 4), (CHATS[65], 1), (ALIKE, 8), ([9], 8)]
+)
+def test_rows_of_one_length_and_batches_of_one_row_are_shared_out_by_count(
+    lengths: list[int], size: int
+) -> None:
     counts = [len(rows) for rows in plan_epoch(lengths, size, seed=3, epoch=1)]
     assert max(counts) - min(counts) == (1 if len(lengths) % size and len(counts) > 1 else 0)
 
@@ -208,7 +248,9 @@ def test_neighbours_are_of_one_length_so_little_is_padded() -> None:
     plan = plan_epoch(lengths, 8, seed=0, epoch=0)
     assert pads(plan) < 0.05 < 0.5 < pads(naive)
     firsts = [lengths[rows[0]] for rows in plan]
-    assert np.corrcoef(firsts, np.arange(len(firsts)))[0, 1] < 0.2  # the batches themselves are in no order of length
+    assert (
+        np.corrcoef(firsts, np.arange(len(firsts)))[0, 1] < 0.2
+    )  # the batches themselves are in no order of length
 
 
 def test_collate_shifts_pads_and_never_trains_a_pad() -> None:
@@ -218,9 +260,14 @@ def test_collate_shifts_pads_and_never_trains_a_pad() -> None:
     assert inputs.shape == labels.shape == mask.shape == (2, 16) and batch.rows == (2, 0)
     for place, item in enumerate((pieces[2], pieces[0])):
         n = len(item.tokens) - 1
-        assert inputs[place, :n].tolist() == item.tokens[:-1].tolist() and labels[place, :n].tolist() == item.tokens[1:].tolist()
+        assert (
+            inputs[place, :n].tolist() == item.tokens[:-1].tolist()
+            and labels[place, :n].tolist() == item.tokens[1:].tolist()
+        )
         assert mask[place, :n].tolist() == item.trained.tolist()
-        assert (inputs[place, n:] == 7).all() and (labels[place, n:] == 7).all() and (mask[place, n:] == 0).all()
+        assert (
+            (inputs[place, n:] == 7).all() and (labels[place, n:] == 7).all() and (mask[place, n:] == 0).all()
+        )
     assert labels[1][mask[1] > 0].tolist() == [13, 14]
     assert collate(pieces, (1,), pad_id=0).inputs.shape == (1, 32)
     assert collate(pieces, (1,), pad_id=0, multiple=1).inputs.shape == (1, 19)
@@ -232,15 +279,27 @@ def test_padding_changes_no_trained_label() -> None:
     for rows in plan_epoch([len(piece.tokens) for piece in pieces], 8, seed=0, epoch=0):
         batch = collate(pieces, rows, pad_id=0)
         trained = np.array(batch.labels)[np.array(batch.mask) > 0].tolist()
-        assert trained == [token for row in rows for token in pieces[row].tokens[1:][pieces[row].trained].tolist()]
+        assert trained == [
+            token for row in rows for token in pieces[row].tokens[1:][pieces[row].trained].tolist()
+        ]
 
 
 def test_rows_that_are_too_long_are_reported_and_left_out(tokenizer: Any) -> None:
-    rows = [example("a", "rain"), example("b", "rain " * 300), example("c", "river"), example("d", "x", answer="")]
+    rows = [
+        example("a", "rain"),
+        example("b", "rain " * 300),
+        example("c", "river"),
+        example("d", "x", answer=""),
+    ]
     report = EncodeReport()
     encoded = list(encode_rows(rows, tokenizer, 150, "last", report))
     assert [item.id for item in encoded] == ["a", "c"]
-    assert (report.kept, report.too_long, report.nothing_to_train, report.left_out) == (2, 1, 1, 2) and report.longest > 150
+    assert (report.kept, report.too_long, report.nothing_to_train, report.left_out) == (
+        2,
+        1,
+        1,
+        2,
+    ) and report.longest > 150
     assert str(report).startswith("2 rows, 1 too long and left out")
     assert all(len(item) <= 150 and item.mask.any() for item in encoded)
     with pytest.raises(DataError, match="none of 1 rows") as caught:
@@ -260,7 +319,9 @@ def test_encoding_reads_a_few_hundred_rows_ahead_and_no_more(tokenizer: Any) -> 
     report = EncodeReport()
     encoded = encode_rows(rows(), tokenizer, 150, "last", report)
     assert next(encoded).id == "r0" and read == 256
-    assert [item.id for item in encoded] == [f"r{number}" for number in range(1, 700)] and report.kept == read == 700
+    assert [item.id for item in encoded] == [
+        f"r{number}" for number in range(1, 700)
+    ] and report.kept == read == 700
 
 
 def test_a_list_of_batches_makes_each_when_it_is_asked_for() -> None:
@@ -272,7 +333,9 @@ def test_a_list_of_batches_makes_each_when_it_is_asked_for() -> None:
 
     found = BatchList([[(0,), (1,)], [(2, 3)], [(4,)]], make)
     assert len(found) == 3 and len(found[1::2]) == 1 and not made
-    assert [batch.rows for batch in found] == [(0, 1), (2, 3), (4,)] and [batch.rows for batch in found[1::2]] == [(2, 3)]
+    assert [batch.rows for batch in found] == [(0, 1), (2, 3), (4,)] and [
+        batch.rows for batch in found[1::2]
+    ] == [(2, 3)]
     assert found[-1].rows == (4,) and len(made) == 5
 
 

@@ -99,7 +99,11 @@ def test_signatures_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: p
     table, file = signatures(texts), SignatureFile(tmp_path / "signatures.bin")
     for signature in table:
         file.append(signature)
-    assert len(file) == 120 and np.array_equal(file[:, 8:12], table[:, 8:12]) and np.array_equal(file[119], table[119])
+    assert (
+        len(file) == 120
+        and np.array_equal(file[:, 8:12], table[:, 8:12])
+        and np.array_equal(file[119], table[119])
+    )
     rows = np.array(sorted(rng.sample(range(120), 90)))
     chosen = near_duplicates(table[rows], 0.85).roots()
     assert np.array_equal(near_duplicates(file, 0.85, rows).roots(), chosen) and len(np.unique(chosen)) < 90

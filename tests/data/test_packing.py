@@ -36,7 +36,9 @@ def test_first_fit_decreasing_as_it_is_written() -> None:
                 plain.append(size)
             else:
                 plain[place] += size
-        assert sorted(sum(sizes[row] for row in line) for line in pack_rows(sizes, 40, seed=5)) == sorted(plain)
+        assert sorted(sum(sizes[row] for row in line) for line in pack_rows(sizes, 40, seed=5)) == sorted(
+            plain
+        )
 
 
 def test_lines_depend_on_the_seed_and_on_nothing_else() -> None:
@@ -86,9 +88,14 @@ def test_a_row_longer_than_a_line_is_an_error() -> None:
 
 
 def test_pieces_lie_side_by_side_with_labels_of_their_own() -> None:
-    pieces = [Piece(np.arange(10 * i, 10 * i + n, dtype=np.int32), np.arange(n - 1) % 2 == 1) for i, n in enumerate([4, 2, 6])]
+    pieces = [
+        Piece(np.arange(10 * i, 10 * i + n, dtype=np.int32), np.arange(n - 1) % 2 == 1)
+        for i, n in enumerate([4, 2, 6])
+    ]
     batch = lay_out([[pieces[2], pieces[0]], [pieces[1]]], pad_id=99, multiple=4, rows=[2, 0, 1])
-    inputs, labels, mask, segments = (np.array(a) for a in (batch.inputs, batch.labels, batch.mask, batch.segments))
+    inputs, labels, mask, segments = (
+        np.array(a) for a in (batch.inputs, batch.labels, batch.mask, batch.segments)
+    )
     assert batch.rows == (2, 0, 1)
     assert inputs.tolist() == [[20, 21, 22, 23, 24, 0, 1, 2], [10] + [99] * 7]
     assert labels.tolist() == [[21, 22, 23, 24, 25, 1, 2, 3], [11] + [99] * 7]

@@ -22,7 +22,14 @@ WORDS = [f"word{i}" for i in range(500)]
 def song(rng: random.Random, number: int, **extra: Any) -> dict[str, Any]:
     answer = {"verdict": rng.choice(["yes", "no"]), "score": rng.randrange(101)}
     text = " ".join(rng.choices(WORDS, k=60))
-    return {"id": f"s{number}", "title": f"Song {number}", "text": text, "genre": rng.choice(["folk", "pop"]), "answer": answer, **extra}
+    return {
+        "id": f"s{number}",
+        "title": f"Song {number}",
+        "text": text,
+        "genre": rng.choice(["folk", "pop"]),
+        "answer": answer,
+        **extra,
+    }
 
 
 def songs(count: int, seed: int = 0, **extra: Any) -> list[dict[str, Any]]:
@@ -35,14 +42,18 @@ def write(path: Path, rows: list[dict[str, Any]]) -> SourceConfig:
     return SourceConfig(path=str(path))
 
 
-def run(folder: Path, task: Task, rows: list[dict[str, Any]], **settings: Any) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def run(
+    folder: Path, task: Task, rows: list[dict[str, Any]], **settings: Any
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Statistics, and the prepared rows by id with their split."""
     folder.mkdir(exist_ok=True)
     source = write(folder / "rows.jsonl", rows)
     return prepare_and_read(DataConfig(sources=[source], **settings), task, folder / "data")
 
 
-def prepare_and_read(config: DataConfig, task: Task, out: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def prepare_and_read(
+    config: DataConfig, task: Task, out: Path
+) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     out.mkdir(exist_ok=True)
     statistics = prepare(config, task, None, out)
     found = {}
@@ -54,18 +65,34 @@ def prepare_and_read(config: DataConfig, task: Task, out: Path) -> tuple[dict[st
 
 
 def test_every_row_goes_to_one_side_and_is_counted(tmp_path: Path, task: Task) -> None:
-    statistics, rows = run(tmp_path, task, songs(200), stratify=["genre"], test_fraction=0.2, valid_fraction=0.1)
+    statistics, rows = run(
+        tmp_path, task, songs(200), stratify=["genre"], test_fraction=0.2, valid_fraction=0.1
+    )
     assert len(rows) == 200 and statistics["read"] == 200 and statistics["dropped"] == {}
-    assert statistics["rows"] == {"train": 140, "valid": 20, "test": 40} and statistics["sets"] == {"test": 40}
+    assert statistics["rows"] == {"train": 140, "valid": 20, "test": 40} and statistics["sets"] == {
+        "test": 40
+    }
     for split, count in statistics["rows"].items():
         inside = [row for row in rows.values() if row["split"] == split]
-        assert len(inside) == count == sum(statistics["labels"][split].values()) == sum(statistics["slices"][split]["genre"].values())
+        assert (
+            len(inside)
+            == count
+            == sum(statistics["labels"][split].values())
+            == sum(statistics["slices"][split]["genre"].values())
+        )
         assert statistics["labels"][split]["yes"] == sum(row["answer"]["verdict"] == "yes" for row in inside)
-        assert statistics["slices"][split]["genre"]["pop"] == sum(row["fields"]["genre"] == "pop" for row in inside)
+        assert statistics["slices"][split]["genre"]["pop"] == sum(
+            row["fields"]["genre"] == "pop" for row in inside
+        )
         assert {row["set"] for row in inside} == {split}
     assert json.loads((tmp_path / "data" / "statistics.json").read_text()) == statistics
     assert {example.id for _, example in read_prepared(tmp_path / "data" / "test.jsonl")} <= set(rows)
-    assert sorted(p.name for p in (tmp_path / "data").glob("*.json*")) == ["statistics.json", "test.jsonl", "train.jsonl", "valid.jsonl"]
+    assert sorted(p.name for p in (tmp_path / "data").glob("*.json*")) == [
+        "statistics.json",
+        "test.jsonl",
+        "train.jsonl",
+        "valid.jsonl",
+    ]
     assert not list((tmp_path / "data").rglob("rows.jsonl"))
 
 
@@ -77,9 +104,13 @@ def test_the_split_is_the_same_every_time_and_in_any_order(tmp_path: Path, task:
     assert first == again
     random.Random(1).shuffle(rows)
     _, shuffled = run(tmp_path / "c", task, rows, **settings)
-    assert {name: row["split"] for name, row in shuffled.items()} == {name: row["split"] for name, row in first[1].items()}
+    assert {name: row["split"] for name, row in shuffled.items()} == {
+        name: row["split"] for name, row in first[1].items()
+    }
     _, other = run(tmp_path / "d", task, rows, **settings, seed=1)
-    assert {name: row["split"] for name, row in other.items()} != {name: row["split"] for name, row in first[1].items()}
+    assert {name: row["split"] for name, row in other.items()} != {
+        name: row["split"] for name, row in first[1].items()
+    }
 
 
 def test_a_text_that_stands_twice_is_kept_once(tmp_path: Path, task: Task) -> None:
@@ -123,9 +154,12 @@ def test_a_held_out_row_wins_over_its_copies_in_the_training_rows(tmp_path: Path
         row["id"] = "t" + row["id"]
     sources = [write(tmp_path / "train.jsonl", train), write(tmp_path / "test.jsonl", test)]
     forced = [
-        SourceConfig(path=s.path, split=split, set=name) for s, split, name in zip(sources, ("train", "test"), (None, "hand"), strict=True)
+        SourceConfig(path=s.path, split=split, set=name)
+        for s, split, name in zip(sources, ("train", "test"), (None, "hand"), strict=True)
     ]
-    statistics, kept = prepare_and_read(DataConfig(sources=forced, near_duplicates=0.8), task, tmp_path / "data")
+    statistics, kept = prepare_and_read(
+        DataConfig(sources=forced, near_duplicates=0.8), task, tmp_path / "data"
+    )
     assert "s0" not in kept and "s1" not in kept and len(kept) == 58
     assert all(kept["t" + row["id"].removeprefix("t")]["split"] == "test" for row in test)
     assert statistics["sets"] == {"hand": 10} and {kept[row["id"]]["set"] for row in test} == {"hand"}
@@ -134,14 +168,19 @@ def test_a_held_out_row_wins_over_its_copies_in_the_training_rows(tmp_path: Path
 
 
 def test_the_prompts_own_words_do_not_make_rows_alike(tmp_path: Path, task: Task) -> None:
-    wordy = replace(task, user="Read the following song with care and weigh each line against the rest of it: {title} {text}.")
+    wordy = replace(
+        task,
+        user="Read the following song with care and weigh each line against the rest of it: {title} {text}.",
+    )
     rows = [{**row, "title": "x", "text": " ".join(row["text"].split()[:4])} for row in songs(40)]
     statistics, _ = run(tmp_path, wordy, rows, near_duplicates=0.6)
     assert statistics["near_duplicates"]["clusters"] == 0
     assert statistics["rows"]["train"] + statistics["rows"]["valid"] + statistics["rows"]["test"] == 40
 
 
-@pytest.mark.parametrize(("wish", "split"), [("train", "train"), ("validation", "valid"), ("dev", "valid"), ("TEST", "test")])
+@pytest.mark.parametrize(
+    ("wish", "split"), [("train", "train"), ("validation", "valid"), ("dev", "valid"), ("TEST", "test")]
+)
 def test_a_row_may_name_its_own_split(tmp_path: Path, task: Task, wish: str, split: str) -> None:
     rows = songs(20)
     rows[7]["split"] = wish
@@ -158,7 +197,15 @@ def test_filters_count_what_they_drop(tmp_path: Path, task: Task) -> None:
     rows[2]["domain"] = "news"
     rows[3]["text"], rows[4]["text"] = "x", "long " * 500
     statistics, kept = run(
-        tmp_path, task, rows, min_rating=3.0, domains=["songs"], min_chars=20, max_chars=2000, test_fraction=0.0, valid_fraction=0.0
+        tmp_path,
+        task,
+        rows,
+        min_rating=3.0,
+        domains=["songs"],
+        min_chars=20,
+        max_chars=2000,
+        test_fraction=0.0,
+        valid_fraction=0.0,
     )
     assert set(kept) == {f"s{number}" for number in range(5, 30)}
     assert {reason: entry["examples"] for reason, entry in statistics["dropped"].items()} == {
@@ -176,14 +223,20 @@ def test_ids_that_stand_twice_are_told_apart(tmp_path: Path, task: Task) -> None
     assert statistics["renamed_ids"] == 4 and set(kept) == {"one", "one~2", "one~3", "one~4", "one~5"}
 
 
-@pytest.mark.parametrize("ids", [["a", "a", "a~2"], ["a~2", "a", "a"], ["a", "a~2", "b", "a~2", "a", "a~3"], ["x~2", "x", "y"]])
+@pytest.mark.parametrize(
+    "ids", [["a", "a", "a~2"], ["a~2", "a", "a"], ["a", "a~2", "b", "a~2", "a", "a~3"], ["x~2", "x", "y"]]
+)
 def test_a_new_id_is_never_one_that_stands_already(tmp_path: Path, task: Task, ids: list[str]) -> None:
     wanted: list[str] = []
     for name in ids:
         tried = [name, *(f"{name}~{number}" for number in range(2, 9))]
         wanted.append(next(each for each in tried if each not in wanted))
-    statistics, kept = run(tmp_path, task, [{**row, "id": name} for row, name in zip(songs(len(ids)), ids, strict=True)])
-    assert set(kept) == set(wanted) and statistics["renamed_ids"] == sum(a != b for a, b in zip(ids, wanted, strict=True))
+    statistics, kept = run(
+        tmp_path, task, [{**row, "id": name} for row, name in zip(songs(len(ids)), ids, strict=True)]
+    )
+    assert set(kept) == set(wanted) and statistics["renamed_ids"] == sum(
+        a != b for a, b in zip(ids, wanted, strict=True)
+    )
 
 
 def test_a_row_that_does_not_fit_stops_or_is_counted(tmp_path: Path, task: Task) -> None:
@@ -196,7 +249,11 @@ def test_a_row_that_does_not_fit_stops_or_is_counted(tmp_path: Path, task: Task)
     assert not list((tmp_path / "data").glob("*.jsonl")) and not list((tmp_path / "data").rglob("rows.jsonl"))
     statistics, kept = run(tmp_path, task, rows, drop_invalid=True)
     entry = statistics["dropped"]["does not fit the task"]
-    assert len(kept) == 18 and entry["count"] == 2 and entry["examples"][0] == f"{tmp_path}/rows.jsonl:5: no assistant turn"
+    assert (
+        len(kept) == 18
+        and entry["count"] == 2
+        and entry["examples"][0] == f"{tmp_path}/rows.jsonl:5: no assistant turn"
+    )
 
 
 def test_nothing_left_is_an_error_with_the_commonest_reason(tmp_path: Path, task: Task) -> None:
@@ -222,7 +279,9 @@ def test_what_was_left_out_is_told_in_one_line_and_nothing_else_is(tmp_path: Pat
         (songs(30), []),
         (
             [*songs(30), *songs(2), {**songs(1)[0], "text": "x"}],
-            [f"prepare: 3 of 33 rows left out (duplicate: 2; shorter than 20 characters: 1), such as {tmp_path}/rows.jsonl:"],
+            [
+                f"prepare: 3 of 33 rows left out (duplicate: 2; shorter than 20 characters: 1), such as {tmp_path}/rows.jsonl:"
+            ],
         ),
     ):
         said: list[str] = []
@@ -235,10 +294,15 @@ def test_what_was_left_out_is_told_in_one_line_and_nothing_else_is(tmp_path: Pat
 def test_warnings_say_what_will_be_missed(tmp_path: Path, task: Task) -> None:
     rows = [{**row, "answer": {"verdict": "yes", "score": 1}} for row in songs(3)]
     statistics, _ = run(tmp_path, task, rows, valid_fraction=0.05, test_fraction=0.0)
-    assert statistics["warnings"] == ["no rows in valid: too few without a split of their own", "no training row is labelled no"]
+    assert statistics["warnings"] == [
+        "no rows in valid: too few without a split of their own",
+        "no training row is labelled no",
+    ]
 
 
-def test_a_full_disk_leaves_nothing_half_written(tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_nothing_half_written(
+    tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(handle: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 

@@ -13,16 +13,32 @@ from mlx_distill.tasks.task import Task, load_task
 
 ANSWER = {"verdict": "yes", "score": 10}
 TEXT = '{"verdict": "yes", "score": 10}'
-PLAIN = {"id": "r1", "title": "Rain", "text": "la la", "genre": "folk", "rating": 4, "answer": {"score": 10, "verdict": "yes"}}
-TURNS = [{"role": "user", "content": "A song"}, {"role": "assistant", "content": '{"score": 10, "verdict": "yes"}'}]
+PLAIN = {
+    "id": "r1",
+    "title": "Rain",
+    "text": "la la",
+    "genre": "folk",
+    "rating": 4,
+    "answer": {"score": 10, "verdict": "yes"},
+}
+TURNS = [
+    {"role": "user", "content": "A song"},
+    {"role": "assistant", "content": '{"score": 10, "verdict": "yes"}'},
+]
 
 
 @pytest.mark.parametrize(
     ("row", "chat"),
     [
         (PLAIN, [("system", "You judge songs."), ("user", "Rain\n\nla la"), ("assistant", TEXT)]),
-        ({"title": "Rain", "text": "", **ANSWER}, [("system", "You judge songs."), ("user", "Rain"), ("assistant", TEXT)]),
-        ({"title": "R", "text": "t", "answer": TEXT}, [("system", "You judge songs."), ("user", "R\n\nt"), ("assistant", TEXT)]),
+        (
+            {"title": "Rain", "text": "", **ANSWER},
+            [("system", "You judge songs."), ("user", "Rain"), ("assistant", TEXT)],
+        ),
+        (
+            {"title": "R", "text": "t", "answer": TEXT},
+            [("system", "You judge songs."), ("user", "R\n\nt"), ("assistant", TEXT)],
+        ),
         ({"messages": TURNS}, [("user", "A song"), ("assistant", TEXT)]),
         (
             {"messages": [{"role": "system", "content": " Own. "}, *TURNS, *TURNS]},
@@ -34,17 +50,30 @@ TURNS = [{"role": "user", "content": "A song"}, {"role": "assistant", "content":
                 ("assistant", TEXT),
             ],
         ),
-        ({"instruction": "Judge", "input": "A song", "output": TEXT}, [("user", "Judge\n\nA song"), ("assistant", TEXT)]),
+        (
+            {"instruction": "Judge", "input": "A song", "output": TEXT},
+            [("user", "Judge\n\nA song"), ("assistant", TEXT)],
+        ),
         ({"instruction": "Judge", "input": "", "output": ANSWER}, [("user", "Judge"), ("assistant", TEXT)]),
-        ({"system": "S", "instruction": "J", "output": TEXT}, [("system", "S"), ("user", "J"), ("assistant", TEXT)]),
+        (
+            {"system": "S", "instruction": "J", "output": TEXT},
+            [("system", "S"), ("user", "J"), ("assistant", TEXT)],
+        ),
         ({"prompt": "A song", "completion": TEXT}, [("user", "A song"), ("assistant", TEXT)]),
         ({"prompt": TURNS[:1], "completion": TURNS[1:]}, [("user", "A song"), ("assistant", TEXT)]),
         (
             {
                 "messages": [
                     {"role": "developer", "content": [{"type": "text", "text": "S"}]},
-                    {"role": "user", "content": [{"type": "text", "text": "A "}, {"type": "text", "text": "song"}]},
-                    {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]},
+                    {
+                        "role": "user",
+                        "content": [{"type": "text", "text": "A "}, {"type": "text", "text": "song"}],
+                    },
+                    {
+                        "role": "assistant",
+                        "content": None,
+                        "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}],
+                    },
                     {"role": "tool", "content": "result"},
                     TURNS[1],
                 ]
@@ -80,8 +109,14 @@ def test_a_row_without_an_id_is_called_by_its_content(task: Task) -> None:
 
 def test_columns_may_be_called_otherwise(task: Task) -> None:
     row = {"name": "Rain", "lyrics": "la", "judgement": "yes", "score": 10}
-    example = to_example(row, task, "f:1", columns={"title": "name", "text": "lyrics", "verdict": "judgement"})
-    assert example.messages[1].content == "Rain\n\nla" and example.answer == ANSWER and dict(example.fields) == {"title": "Rain"}
+    example = to_example(
+        row, task, "f:1", columns={"title": "name", "text": "lyrics", "verdict": "judgement"}
+    )
+    assert (
+        example.messages[1].content == "Rain\n\nla"
+        and example.answer == ANSWER
+        and dict(example.fields) == {"title": "Rain"}
+    )
 
 
 def test_the_answer_is_brought_to_nfc_once_and_the_song_is_not_touched(task: Task) -> None:
@@ -104,17 +139,32 @@ def test_the_answer_is_brought_to_nfc_once_and_the_song_is_not_touched(task: Tas
         ({"messages": [*TURNS, TURNS[0]]}, "the last turn is the user's"),
         ({"messages": "hello"}, "a list of turns is needed, not 'hello'"),
         ({"messages": ["hello"]}, r"messages\[0\]: an object with role and content"),
-        ({"messages": [{"role": "narrator", "content": "x"}, *TURNS]}, r"messages\[0\]: unknown role 'narrator'"),
+        (
+            {"messages": [{"role": "narrator", "content": "x"}, *TURNS]},
+            r"messages\[0\]: unknown role 'narrator'",
+        ),
         ({"messages": [{"content": "x"}, *TURNS]}, "unknown role None"),
         ({"messages": [{"role": ["user"], "content": "x"}, *TURNS]}, r"unknown role \['user'\]"),
         ({"messages": [{"role": "user", "content": " \n"}, TURNS[1]]}, r"messages\[0\]: content is empty"),
         ({"messages": [{"role": "user", "content": []}, TURNS[1]]}, "text is needed, not \\[\\]"),
         ({"messages": [{"role": "user", "content": None}, TURNS[1]]}, "text is needed, not None"),
         ({"messages": [{"role": "user", "content": 5}, TURNS[1]]}, "text is needed, not 5"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]}, "a part of type 'image_url' is not text"),
-        ({"messages": [TURNS[0], {"role": "system", "content": "x"}, TURNS[1]]}, r"messages\[1\]: a system turn that is not the first"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": "yes!"}]}, "does not fit the task 'rain': not JSON"),
-        ({"messages": [TURNS[0], {"role": "assistant", "content": '{"verdict": "yes"}'}]}, "'score' is a required property"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}, TURNS[1]]},
+            "a part of type 'image_url' is not text",
+        ),
+        (
+            {"messages": [TURNS[0], {"role": "system", "content": "x"}, TURNS[1]]},
+            r"messages\[1\]: a system turn that is not the first",
+        ),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": "yes!"}]},
+            "does not fit the task 'rain': not JSON",
+        ),
+        (
+            {"messages": [TURNS[0], {"role": "assistant", "content": '{"verdict": "yes"}'}]},
+            "'score' is a required property",
+        ),
         ({**PLAIN, "answer": {"verdict": "perhaps", "score": 1}}, "verdict: 'perhaps' is not one of"),
         ({**PLAIN, "answer": ["yes"]}, "a JSON list, not an object"),
         ({**PLAIN, "answer": None}, "no assistant turn"),
@@ -132,10 +182,16 @@ def test_the_answer_is_brought_to_nfc_once_and_the_song_is_not_touched(task: Tas
         ({}, "no assistant turn"),
     ],
 )
-def test_a_bad_row_is_an_error_with_its_place_and_a_cure(row: dict[str, Any], reason: str, task: Task) -> None:
+def test_a_bad_row_is_an_error_with_its_place_and_a_cure(
+    row: dict[str, Any], reason: str, task: Task
+) -> None:
     with pytest.raises(DataError, match=reason) as caught:
         to_example(row, task, "songs.jsonl:17")
-    assert caught.value.message.startswith("songs.jsonl:17: ") and caught.value.fix and "\n" not in str(caught.value)
+    assert (
+        caught.value.message.startswith("songs.jsonl:17: ")
+        and caught.value.fix
+        and "\n" not in str(caught.value)
+    )
 
 
 def test_a_format_can_be_demanded(task: Task) -> None:
@@ -164,7 +220,13 @@ def test_no_row_of_junk_raises_anything_else(task: Task) -> None:
     ]
     for key in keys:
         for value in junk:
-            for base in ({}, PLAIN, {"messages": TURNS}, {"instruction": "a", "output": TEXT}, {"prompt": "a", "completion": TEXT}):
+            for base in (
+                {},
+                PLAIN,
+                {"messages": TURNS},
+                {"instruction": "a", "output": TEXT},
+                {"prompt": "a", "completion": TEXT},
+            ):
                 try:
                     example = to_example({**base, key: value}, task, "f:1")
                 except DataError:
@@ -188,7 +250,10 @@ def test_the_packaged_songs_and_sentences_fit_their_tasks() -> None:
 
     for name, file in (("music", "songs"), ("moderation", "sentences")):
         task = load_task(name)
-        for source in (SourceConfig(path=f"asset:{name}/{file}.jsonl"), SourceConfig(generator=name, count=20)):
+        for source in (
+            SourceConfig(path=f"asset:{name}/{file}.jsonl"),
+            SourceConfig(generator=name, count=20),
+        ):
             for where, raw in read_source(source, task):
                 example = to_example(raw, task, where)
                 assert example.messages[0] == Message("system", task.system.strip())

@@ -70,7 +70,11 @@ def test_a_path_starts_at_the_recipes_folder(tmp_path: Path) -> None:
         ("latin.jsonl", LINES.encode() + b'{"a": "caf\xe9"}\n', r"latin.jsonl:4: not UTF-8"),
         ("latin.json", b'[{"a": 1},\n{"a": "caf\xe9"}]', r"latin.json:2: not UTF-8"),
         ("cut.jsonl", LINES + '{"a": ', r"cut.jsonl:4: not JSON: Expecting value at column 7"),
-        ("open.jsonl", LINES + '{"a": "x', r"open.jsonl:4: not JSON: Unterminated string starting at column 7"),
+        (
+            "open.jsonl",
+            LINES + '{"a": "x',
+            r"open.jsonl:4: not JSON: Unterminated string starting at column 7",
+        ),
         ("cut.json", '[{"a": 1}, {"a"', r"cut.json: not JSON"),
         ("list.jsonl", "[1]\n", r"list.jsonl:1: a list, not an object"),
         ("list.json", "[1]", r"list.json\[0\]: a int, not an object"),
@@ -78,7 +82,9 @@ def test_a_path_starts_at_the_recipes_folder(tmp_path: Path) -> None:
         ("rows.csv", "a,b\n1,2\n", r"\.csv is not a form of rows known here"),
     ],
 )
-def test_a_bad_file_is_an_error_with_file_and_line(tmp_path: Path, name: str, text: str | bytes, reason: str) -> None:
+def test_a_bad_file_is_an_error_with_file_and_line(
+    tmp_path: Path, name: str, text: str | bytes, reason: str
+) -> None:
     with pytest.raises(DataError, match=reason) as caught:
         read(write(tmp_path, name, text))
     assert caught.value.fix and "\n" not in str(caught.value)
@@ -106,7 +112,9 @@ def test_a_line_that_is_no_json_is_not_covered_by_drop_invalid_and_says_so(tmp_p
     assert "data.drop_invalid does not cover" in (caught.value.fix or "")
 
 
-@pytest.mark.parametrize("settings", [{}, {"path": "a.jsonl", "hub": "b/c"}, {"generator": "music", "path": "a"}])
+@pytest.mark.parametrize(
+    "settings", [{}, {"path": "a.jsonl", "hub": "b/c"}, {"generator": "music", "path": "a"}]
+)
 def test_a_source_has_exactly_one_origin(settings: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="one of path, hub and generator"):
         next(read_source(SourceConfig(**settings)))
@@ -145,7 +153,9 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 
 def test_a_hub_data_set_is_streamed_at_its_revision(hub: dict[str, Any]) -> None:
-    rows = list(read_source(SourceConfig(hub="org/name:part", revision="abc", hub_split="train[:5]", count=2)))
+    rows = list(
+        read_source(SourceConfig(hub="org/name:part", revision="abc", hub_split="train[:5]", count=2))
+    )
     assert rows == [("org/name:1", ROWS[0]), ("org/name:2", ROWS[1])]
     assert hub["call"] == (("org/name", "part"), {"split": "train[:5]", "revision": "abc", "streaming": True})
     assert "trust_remote_code" not in hub["call"][1]

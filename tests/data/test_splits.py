@@ -9,14 +9,22 @@ from mlx_distill.data.dedup import hash64
 from mlx_distill.data.splits import DROPPED, FREE, TEST, TRAIN, VALID, draw, settle_forced
 
 
-def random_rows(seed: int, count: int = 600, clustered: float = 0.2) -> tuple[np.ndarray, np.ndarray, list[tuple[str, ...]]]:
+def random_rows(
+    seed: int, count: int = 600, clustered: float = 0.2
+) -> tuple[np.ndarray, np.ndarray, list[tuple[str, ...]]]:
     rng = np.random.default_rng(seed)
     roots = np.arange(count)
     for row in range(1, count):
         if rng.random() < clustered:
             roots[row] = roots[rng.integers(0, row)]
     order = rng.integers(0, 2**64, count, dtype=np.uint64)
-    strata = [(str(rng.choice(["yes", "no", "rare"], p=[0.6, 0.35, 0.05])), str(rng.choice(["folk", "pop", "jazz"]))) for _ in range(count)]
+    strata = [
+        (
+            str(rng.choice(["yes", "no", "rare"], p=[0.6, 0.35, 0.05])),
+            str(rng.choice(["folk", "pop", "jazz"])),
+        )
+        for _ in range(count)
+    ]
     return roots, order, strata
 
 
@@ -36,7 +44,10 @@ def test_clusters_stay_together_and_the_shares_are_met(seed: int) -> None:
 def test_each_stratum_gives_its_share() -> None:
     roots, order, strata = random_rows(0, clustered=0)
     side = draw(roots, free(600), order, strata, valid_fraction=0.1, test_fraction=0.2, seed=0)
-    total, test, valid = (Counter(s for s, x in zip(strata, side, strict=True) if x in which) for which in ([0, 1, 2], [TEST], [VALID]))
+    total, test, valid = (
+        Counter(s for s, x in zip(strata, side, strict=True) if x in which)
+        for which in ([0, 1, 2], [TEST], [VALID])
+    )
     for stratum, count in total.items():
         assert abs(test[stratum] - 0.2 * count) <= 1 and abs(valid[stratum] - 0.1 * count) <= 1
     assert sum(test.values()) == 120 and sum(valid.values()) == 60
@@ -66,7 +77,17 @@ def test_the_draw_does_not_depend_on_the_order_of_the_rows() -> None:
 def test_held_out_wins_and_the_free_follow_their_cluster() -> None:
     roots = np.array([0, 0, 0, 3, 3, 3, 6, 6, 8])
     forced = np.array([TRAIN, TEST, FREE, VALID, TRAIN, FREE, TRAIN, FREE, FREE], dtype=np.int8)
-    assert settle_forced(roots, forced).tolist() == [DROPPED, TEST, TEST, VALID, DROPPED, VALID, TRAIN, TRAIN, FREE]
+    assert settle_forced(roots, forced).tolist() == [
+        DROPPED,
+        TEST,
+        TEST,
+        VALID,
+        DROPPED,
+        VALID,
+        TRAIN,
+        TRAIN,
+        FREE,
+    ]
 
 
 def test_a_validation_row_gives_way_to_a_test_row() -> None:

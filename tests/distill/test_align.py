@@ -1,4 +1,6 @@
-"""Pairs of a student's row and a teacher's targets: every index against a search by brute force, on text cut two ways."""
+"""Pairs of a student's row and a teacher's targets: every index against a search by brute force, on text cut
+two ways.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,10 @@ TEXTS = [
     ("prompt", "a|b|c|d", "a|b|c|d"),
     ("p", "abc|d|ef|g", "ab|cd|e|fg"),
 ]
-PIECES = sorted({piece for _, ours, theirs in TEXTS for piece in (ours + "|" + theirs).split("|")} | set("".join(q for q, _, _ in TEXTS)))
+PIECES = sorted(
+    {piece for _, ours, theirs in TEXTS for piece in (ours + "|" + theirs).split("|")}
+    | set("".join(q for q, _, _ in TEXTS))
+)
 IDS = {piece: i + 1 for i, piece in enumerate([*PIECES, STOP])}
 NAMES = {i: piece for piece, i in IDS.items()}
 
@@ -38,7 +43,12 @@ class Made:
 
 def spans_by_force(ours: list[str], theirs: list[str]) -> list[tuple[int, int, int, int]]:
     """Common ends of the two cuts, found by trying all of them."""
-    ends = [(i, j) for i in range(len(ours) + 1) for j in range(len(theirs) + 1) if len("".join(ours[:i])) == len("".join(theirs[:j]))]
+    ends = [
+        (i, j)
+        for i in range(len(ours) + 1)
+        for j in range(len(theirs) + 1)
+        if len("".join(ours[:i])) == len("".join(theirs[:j]))
+    ]
     return [(a[0], b[0], a[1], b[1]) for a, b in itertools.pairwise(ends)]
 
 
@@ -51,9 +61,15 @@ def make(number: int) -> Made:
     tokens = np.array([IDS[c] for c in question] + [IDS[p] for p in ours] + [IDS[STOP]])
     judged = number != 2
     pair = make_pair(
-        tokens, len(question), np.array(spans), teacher_logprobs=logprobs, topk_ids=top, topk_logprobs=-top.astype(np.float16),
-        label_at=len(question) + 1 if judged else None, label_logprobs=[-0.1 * number, -1.0] if judged else None,
-    )  # fmt: skip
+        tokens,
+        len(question),
+        np.array(spans),
+        teacher_logprobs=logprobs,
+        topk_ids=top,
+        topk_logprobs=-top.astype(np.float16),
+        label_at=len(question) + 1 if judged else None,
+        label_logprobs=[-0.1 * number, -1.0] if judged else None,
+    )
     return Made(pair, ours, theirs, spans, logprobs, top)
 
 
@@ -70,11 +86,18 @@ def test_the_hand_made_spans_are_the_ones_meant() -> None:
 def test_a_pair_joins_what_stands_for_the_same_bytes(number: int) -> None:
     made = ALL[number]
     pair, start = made.pair, made.pair.start
-    wanted = [*made.spans, (len(made.ours), len(made.ours) + 1, len(made.theirs), len(made.theirs) + 1)]  # both stop: a common event
+    wanted = [
+        *made.spans,
+        (len(made.ours), len(made.ours) + 1, len(made.theirs), len(made.theirs) + 1),
+    ]  # both stop: a common event
     ours, theirs = [*made.ours, STOP], [*made.theirs, STOP]
     assert len(pair.spans) == len(pair.span_logprobs) == len(pair.starts) == len(wanted)
     for i, (a, b, c, d) in enumerate(wanted):
-        assert "".join(NAMES[t] for t in pair.tokens[slice(*pair.spans[i])]) == "".join(theirs[c:d]) == "".join(ours[a:b])
+        assert (
+            "".join(NAMES[t] for t in pair.tokens[slice(*pair.spans[i])])
+            == "".join(theirs[c:d])
+            == "".join(ours[a:b])
+        )
         assert pair.span_logprobs[i] == pytest.approx(made.logprobs[c:d].sum(), abs=1e-6)
         assert pair.starts[i] == start + a
         assert (pair.topk_ids[i] == made.top[c]).all() and (pair.topk_logprobs[i] == -made.top[c]).all()
@@ -84,18 +107,34 @@ def test_a_label_needs_both_a_place_and_a_distribution() -> None:
     assert ALL[2].pair.label_at is None and ALL[2].pair.label_logprobs is None
     tokens, spans = np.array([1, 2, 3]), np.array([[0, 1, 0, 1]])
     pair = make_pair(
-        tokens, 1, spans, teacher_logprobs=np.zeros(2, np.float32), topk_ids=np.zeros((2, 1), np.int32),
-        topk_logprobs=np.zeros((2, 1), np.float32), label_at=1, label_logprobs=None,
-    )  # fmt: skip
+        tokens,
+        1,
+        spans,
+        teacher_logprobs=np.zeros(2, np.float32),
+        topk_ids=np.zeros((2, 1), np.int32),
+        topk_logprobs=np.zeros((2, 1), np.float32),
+        label_at=1,
+        label_logprobs=None,
+    )
     assert pair.label_at is None
 
 
 def test_an_answer_without_a_common_boundary_but_its_end() -> None:
     pair = make_pair(
-        np.array([5, 9]), 1, np.zeros((0, 4), np.int32), teacher_logprobs=np.array([-2.0], np.float32), topk_ids=np.array([[9]], np.int32),
-        topk_logprobs=np.array([[-2.0]], np.float32), label_at=None, label_logprobs=None,
-    )  # fmt: skip
-    assert pair.spans.tolist() == [[1, 2]] and pair.starts.tolist() == [1] and pair.span_logprobs.tolist() == [-2.0]
+        np.array([5, 9]),
+        1,
+        np.zeros((0, 4), np.int32),
+        teacher_logprobs=np.array([-2.0], np.float32),
+        topk_ids=np.array([[9]], np.int32),
+        topk_logprobs=np.array([[-2.0]], np.float32),
+        label_at=None,
+        label_logprobs=None,
+    )
+    assert (
+        pair.spans.tolist() == [[1, 2]]
+        and pair.starts.tolist() == [1]
+        and pair.span_logprobs.tolist() == [-2.0]
+    )
 
 
 def test_pairs_from_a_store_make_the_same_batches(tmp_path: Path) -> None:
@@ -125,7 +164,11 @@ def test_indices_of_a_batch_point_at_the_tokens_of_each_row(rows: list[int], mul
     batch = collate_pairs([made.pair for made in ALL], rows, PAD, 2, multiple=multiple)
     inputs, labels, mask = (np.array(a) for a in (batch.inputs, batch.labels, batch.mask))
     extra = {name: np.array(value) for name, value in batch.extra.items()}
-    assert batch.rows == tuple(rows) and inputs.shape == labels.shape == mask.shape and inputs.shape[1] % multiple == 0
+    assert (
+        batch.rows == tuple(rows)
+        and inputs.shape == labels.shape == mask.shape
+        and inputs.shape[1] % multiple == 0
+    )
     flat = labels.reshape(-1)
     trained = [(i, j) for i in range(len(rows)) for j in range(inputs.shape[1]) if mask[i, j]]
     assert extra["positions"].tolist() == [i * inputs.shape[1] + j for i, j in trained]
@@ -133,7 +176,10 @@ def test_indices_of_a_batch_point_at_the_tokens_of_each_row(rows: list[int], mul
     for i, row in enumerate(rows):
         pair = ALL[row].pair
         n = len(pair.tokens) - 1
-        assert inputs[i, :n].tolist() == pair.tokens[:-1].tolist() and labels[i, :n].tolist() == pair.tokens[1:].tolist()
+        assert (
+            inputs[i, :n].tolist() == pair.tokens[:-1].tolist()
+            and labels[i, :n].tolist() == pair.tokens[1:].tolist()
+        )
         assert (
             (inputs[i, n:] == PAD).all()
             and not mask[i, n:].any()

@@ -40,7 +40,9 @@ def plain(model: TinyModel) -> list[Scored]:
             mass = np.array([np.exp(logprobs[at - 1, list(group)]).sum() for group in LABELS.ids])
             label = np.log(np.append(mass, 1 - mass.sum()))
         own = np.array([logprobs[j - 1, row[j]] for j in range(start, len(row))])
-        out.append(Scored(np.array(row[start:]), own, ids, np.take_along_axis(logprobs[positions], ids, 1), label))
+        out.append(
+            Scored(np.array(row[start:]), own, ids, np.take_along_axis(logprobs[positions], ids, 1), label)
+        )
     return out
 
 
@@ -48,7 +50,9 @@ def scored(model: TinyModel, **changes: int) -> list[Scored]:
     return list(score(model, TOKENS, STARTS, top_k=TOP, labels=LABELS, label_at=LABEL_AT, **changes))
 
 
-@pytest.mark.parametrize("changes", [{}, {"batch_size": 1}, {"batch_size": 4}, {"batch_size": 3, "multiple": 1}, {"multiple": 64}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"batch_size": 1}, {"batch_size": 4}, {"batch_size": 3, "multiple": 1}, {"multiple": 64}]
+)
 def test_scores_are_the_plain_ones_whatever_the_batch(changes: dict[str, int]) -> None:
     model = make_model()
     found = scored(model, **changes)
@@ -108,5 +112,7 @@ def test_a_packaged_model_scores_the_same_in_any_batch() -> None:
         ([1], 1, [1], None),
     ],
 )
-def test_where_the_label_stands(tokens: list[int], start: int, prefix: list[int], expected: int | None) -> None:
+def test_where_the_label_stands(
+    tokens: list[int], start: int, prefix: list[int], expected: int | None
+) -> None:
     assert label_position(tokens, start, prefix) == expected

@@ -23,11 +23,15 @@ def make_rows(count: int, seed: int = 0) -> list[TargetRow]:
         n = int(random.integers(1, 7))
         rows.append(
             TargetRow(
-                f"row-{seed}-{i}", f"text {i} Ä\u2028", tuple(random.normal(size=4).tolist()) if i % 3 else None,
-                random.integers(0, 200_000, n).astype(np.int32), random.normal(size=n).astype(np.float32),
-                random.integers(0, 200_000, (n, K)).astype(np.int32), -np.sort(random.exponential(9, (n, K)), 1).astype(np.float32),
+                f"row-{seed}-{i}",
+                f"text {i} Ä\u2028",
+                tuple(random.normal(size=4).tolist()) if i % 3 else None,
+                random.integers(0, 200_000, n).astype(np.int32),
+                random.normal(size=n).astype(np.float32),
+                random.integers(0, 200_000, (n, K)).astype(np.int32),
+                -np.sort(random.exponential(9, (n, K)), 1).astype(np.float32),
             )
-        )  # fmt: skip
+        )
     return rows
 
 
@@ -48,7 +52,9 @@ def same(one: TargetRow, other: TargetRow) -> None:
         a, b = getattr(one, name), getattr(other, name)
         assert a.dtype == b.dtype and (a == b).all(), name
     assert other.topk_logprobs.dtype == np.float32
-    assert (other.topk_logprobs == one.topk_logprobs.astype(np.float16)).all()  # half precision, and nothing else is lost
+    assert (
+        other.topk_logprobs == one.topk_logprobs.astype(np.float16)
+    ).all()  # half precision, and nothing else is lost
 
 
 def test_what_was_written_comes_back_in_its_order(tmp_path: Path) -> None:
@@ -63,7 +69,15 @@ def test_what_was_written_comes_back_in_its_order(tmp_path: Path) -> None:
 
 def test_a_token_costs_what_the_format_says(tmp_path: Path) -> None:
     rows = [
-        TargetRow("x", "", None, np.zeros(1000, np.int32), np.zeros(1000, np.float32), np.zeros((1000, 32), np.int32), np.zeros((1000, 32)))
+        TargetRow(
+            "x",
+            "",
+            None,
+            np.zeros(1000, np.int32),
+            np.zeros(1000, np.float32),
+            np.zeros((1000, 32), np.int32),
+            np.zeros((1000, 32)),
+        )
     ]
     size = (write(tmp_path, [rows]) / "tokens-00000.safetensors").stat().st_size
     assert size - 1000 * (6 * 32 + 8) < 1000
@@ -98,7 +112,9 @@ def test_a_damaged_shard_is_named_with_its_cure(tmp_path: Path, damage: str) -> 
         path.write_bytes((tmp_path / "targets" / "tokens-00001.safetensors").read_bytes())
     with pytest.raises(FileError) as caught:
         list(TargetReader(tmp_path / "targets"))
-    assert "tokens-00002.safetensors" in caught.value.message and "mlx-distill targets" in (caught.value.fix or "")
+    assert "tokens-00002.safetensors" in caught.value.message and "mlx-distill targets" in (
+        caught.value.fix or ""
+    )
 
 
 def test_another_format_is_refused(tmp_path: Path) -> None:

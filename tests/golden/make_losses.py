@@ -3,8 +3,8 @@
     pip install --no-deps trl==1.16.0          (Apache-2.0)
     python tests/golden/make_losses.py
 
-Needs the parity extra (torch) and accelerate besides. All in float64 where the reference allows it (its chunked divergence is
-float32 inside). The reference has no T² factor; it is multiplied in here.
+Needs the parity extra (torch) and accelerate besides. All in float64 where the reference allows it (its
+chunked divergence is float32 inside). The reference has no T² factor; it is multiplied in here.
 """
 
 from __future__ import annotations
@@ -33,11 +33,15 @@ def with_gradient(loss: torch.Tensor, *inputs: torch.Tensor) -> list[np.ndarray]
 
 
 def divergences(out: dict[str, np.ndarray]) -> None:
-    """Generalised Jensen-Shannon divergence on logits, and total variation and skew KL by torch's own functions."""
+    """Generalised Jensen-Shannon divergence on logits, and total variation and skew KL by torch's own
+    functions.
+    """
     teacher = torch.tensor(out["teacher_logits"], dtype=torch.float64)
     for beta, t in SETTINGS:
         student = torch.tensor(out["student_logits"], dtype=torch.float64, requires_grad=True)
-        jsd = GKDTrainer.generalized_jsd_loss(student[None], teacher[None], beta=beta, temperature=t, reduction="none")
+        jsd = GKDTrainer.generalized_jsd_loss(
+            student[None], teacher[None], beta=beta, temperature=t, reduction="none"
+        )
         key = f"jsd.{beta}.{t}"
         out[f"{key}.value"], out[f"{key}.grad"] = with_gradient(t**2 * jsd[0].sum(-1), student)
     for t in (1.0, 2.0):
@@ -57,7 +61,9 @@ def bucket(out: dict[str, np.ndarray]) -> None:
     valid = torch.ones_like(top.indices, dtype=torch.bool)
     p, _ = _add_tail_bucket(top.values, valid)
     q, _ = _add_tail_bucket(student.log_softmax(-1).gather(-1, top.indices), valid)
-    out["bucket.value"], out["bucket.grad"] = with_gradient(F.kl_div(q, p, reduction="none", log_target=True).sum(-1), student)
+    out["bucket.value"], out["bucket.grad"] = with_gradient(
+        F.kl_div(q, p, reduction="none", log_target=True).sum(-1), student
+    )
 
 
 def fused(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
@@ -67,9 +73,13 @@ def fused(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
     h_t, w_t = torch.tensor(out["h_t"]), torch.tensor(out["w_t"])
     for beta, t in SETTINGS:
         h_s, w_s = torch.tensor(out["h_s"], requires_grad=True), torch.tensor(out["w_s"], requires_grad=True)
-        value, _ = ChunkedDivergenceFunction.apply(h_s, w_s, None, h_t, w_t, None, beta, t, 1.0, None, 1.0, None)
+        value, _ = ChunkedDivergenceFunction.apply(
+            h_s, w_s, None, h_t, w_t, None, beta, t, 1.0, None, 1.0, None
+        )
         key = f"fused.{beta}.{t}"
-        out[f"{key}.value"], out[f"{key}.grad_h"], out[f"{key}.grad_w"] = with_gradient(t**2 * value, h_s, w_s)
+        out[f"{key}.value"], out[f"{key}.grad_h"], out[f"{key}.grad_w"] = with_gradient(
+            t**2 * value, h_s, w_s
+        )
 
 
 def alignment(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
@@ -81,7 +91,10 @@ def alignment(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
             ends = np.cumsum(parts)
             ends = np.append(ends[ends < 60], 60)
             lengths.append(np.diff(ends, prepend=0))
-        offsets = [[(int(end - size), int(end)) for size, end in zip(side, np.cumsum(side), strict=True)] for side in lengths]
+        offsets = [
+            [(int(end - size), int(end)) for size, end in zip(side, np.cumsum(side), strict=True)]
+            for side in lengths
+        ]
         groups = zip(*ULDLoss._align_by_byte_offsets(*offsets), strict=True)
         out[f"align.{case}.student"], out[f"align.{case}.teacher"] = lengths
         out[f"align.{case}.spans"] = np.array([[s[0], s[-1] + 1, t[0], t[-1] + 1] for s, t in groups])
@@ -90,7 +103,10 @@ def alignment(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
 def main() -> None:
     """Write losses.npz beside this script."""
     rng = np.random.default_rng(0)
-    out = {name: (2 * rng.normal(size=(N, V))).astype(np.float32) for name in ("student_logits", "teacher_logits")}
+    out = {
+        name: (2 * rng.normal(size=(N, V))).astype(np.float32)
+        for name in ("student_logits", "teacher_logits")
+    }
     divergences(out)
     bucket(out)
     fused(out, rng)

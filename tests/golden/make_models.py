@@ -2,8 +2,9 @@
 
     python tests/golden/make_models.py        (needs the parity extra)
 
-Writes ``models_<name>/`` (genuine Hugging Face layout: sharded safetensors with an index, bf16) and ``models_logits.safetensors`` (prompt
-and float32 logits). Prompts are longer than the sliding window and reach past the original YaRN length.
+Writes ``models_<name>/`` (genuine Hugging Face layout: sharded safetensors with an index, bf16) and
+``models_logits.safetensors`` (prompt and float32 logits). Prompts are longer than the sliding window and
+reach past the original YaRN length.
 """
 
 from __future__ import annotations
@@ -29,7 +30,13 @@ from transformers import (
 )
 
 HERE = Path(__file__).parent
-YARN = {"rope_type": "yarn", "factor": 8.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 32}
+YARN = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 32,
+}
 SMALL = {
     "hidden_size": 32,
     "num_hidden_layers": 2,
@@ -44,13 +51,27 @@ E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -
 def cases() -> dict[str, tuple[type, object]]:
     """Name -> (model class, config)."""
     theta = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
-    gpt = dict(SMALL, head_dim=16, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=8)
+    gpt = dict(
+        SMALL, head_dim=16, intermediate_size=32, num_local_experts=4, num_experts_per_tok=2, sliding_window=8
+    )
     return {
-        "qwen2": (Qwen2ForCausalLM, Qwen2Config(**SMALL, intermediate_size=64, tie_word_embeddings=True, **theta)),
-        "qwen3": (Qwen3ForCausalLM, Qwen3Config(**SMALL, intermediate_size=64, head_dim=16, tie_word_embeddings=True, **theta)),
+        "qwen2": (
+            Qwen2ForCausalLM,
+            Qwen2Config(**SMALL, intermediate_size=64, tie_word_embeddings=True, **theta),
+        ),
+        "qwen3": (
+            Qwen3ForCausalLM,
+            Qwen3Config(**SMALL, intermediate_size=64, head_dim=16, tie_word_embeddings=True, **theta),
+        ),
         "qwen3_yarn": (
             Qwen3ForCausalLM,
-            Qwen3Config(**SMALL, intermediate_size=64, head_dim=16, tie_word_embeddings=False, rope_parameters={**YARN, "rope_theta": 1e4}),
+            Qwen3Config(
+                **SMALL,
+                intermediate_size=64,
+                head_dim=16,
+                tie_word_embeddings=False,
+                rope_parameters={**YARN, "rope_theta": 1e4},
+            ),
         ),
         "qwen3_moe": (
             Qwen3MoeForCausalLM,
@@ -66,8 +87,14 @@ def cases() -> dict[str, tuple[type, object]]:
                 rope_parameters={**YARN, "rope_theta": 1e4},
             ),
         ),
-        "gpt_oss": (GptOssForCausalLM, GptOssConfig(**gpt, rope_parameters={**YARN, "truncate": False, "rope_theta": 150000.0})),
-        "gpt_oss_mxfp4": (GptOssForCausalLM, GptOssConfig(**gpt, rope_parameters={**YARN, "truncate": False, "rope_theta": 150000.0})),
+        "gpt_oss": (
+            GptOssForCausalLM,
+            GptOssConfig(**gpt, rope_parameters={**YARN, "truncate": False, "rope_theta": 150000.0}),
+        ),
+        "gpt_oss_mxfp4": (
+            GptOssForCausalLM,
+            GptOssConfig(**gpt, rope_parameters={**YARN, "truncate": False, "rope_theta": 150000.0}),
+        ),
     }
 
 
@@ -80,13 +107,16 @@ def random_weights(model: torch.nn.Module, seed: int) -> None:
             value = (
                 1 + 0.2 * noise
                 if "norm" in name
-                else noise * (0.3 if p.dim() == 1 or "bias" in name or "sinks" in name else 1.5 * p.shape[-1] ** -0.5)
+                else noise
+                * (0.3 if p.dim() == 1 or "bias" in name or "sinks" in name else 1.5 * p.shape[-1] ** -0.5)
             )
             p.copy_(value.to(torch.bfloat16).float())
 
 
 def mxfp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[..., n] float32 -> blocks [..., n / 32, 16] uint8, scales [..., n / 32] uint8, and the values that they stand for."""
+    """[..., n] float32 -> blocks [..., n / 32, 16] uint8, scales [..., n / 32] uint8, and the values that
+    they stand for.
+    """
     groups = values.reshape(*values.shape[:-1], -1, 32)
     exponent = np.floor(np.log2(np.abs(groups).max(-1))) - 2
     codes = np.abs(groups[..., None] / 2.0 ** exponent[..., None, None] - E2M1).argmin(-1).astype(np.uint8)
@@ -114,7 +144,9 @@ def save_folder(name: str, model: torch.nn.Module, config: object, shards: int =
     """Genuine layout: config.json, numbered shards, index."""
     folder = HERE / f"models_{name}"
     shutil.rmtree(folder, ignore_errors=True)
-    copy.deepcopy(model).bfloat16().save_pretrained(folder)  # a copy: its rope's frequencies are rounded as well
+    copy.deepcopy(model).bfloat16().save_pretrained(
+        folder
+    )  # a copy: its rope's frequencies are rounded as well
     from safetensors.torch import load_file
 
     state = load_file(folder / "model.safetensors")
@@ -128,7 +160,12 @@ def save_folder(name: str, model: torch.nn.Module, config: object, shards: int =
         raw["rope_scaling"] = rope
         raw["quantization_config"] = {
             "quant_method": "mxfp4",
-            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
         }
     (folder / "config.json").write_text(json.dumps(raw, indent=2) + "\n")
     (folder / "model.safetensors").unlink()

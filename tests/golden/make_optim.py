@@ -3,9 +3,9 @@
     git clone https://github.com/jiaweizzhao/GaLore /tmp/GaLore     (Apache-2.0; commit 2cc66f8)
     python tests/golden/make_optim.py /tmp/GaLore
 
-Needs the parity extra (torch, transformers, peft). galore_torch is loaded file by file, since its package imports bitsandbytes and
-tensorly. The model is a small network of a tall matrix, a wide one and a vector; at each refresh the basis that the reference found is
-written down, since its signs are LAPACK's.
+Needs the parity extra (torch, transformers, peft). galore_torch is loaded file by file, since its package
+imports bitsandbytes and tensorly. The model is a small network of a tall matrix, a wide one and a vector; at
+each refresh the basis that the reference found is written down, since its signs are LAPACK's.
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ def load_reference(folder: Path) -> tuple[Any, Any]:
     sys.modules[tensor.__name__] = tensor
     modules = []
     for name in ("galore_projector", "adamw"):
-        spec = importlib.util.spec_from_file_location(f"galore_torch.{name}", folder / "galore_torch" / f"{name}.py")
+        spec = importlib.util.spec_from_file_location(
+            f"galore_torch.{name}", folder / "galore_torch" / f"{name}.py"
+        )
         module = importlib.util.module_from_spec(spec)
         sys.modules[spec.name] = module
         spec.loader.exec_module(module)
@@ -51,7 +53,9 @@ def loss_of(p: dict[str, torch.nn.Parameter], x: torch.Tensor, y: torch.Tensor) 
     return ((hidden @ p["down.weight"].T - y) ** 2).mean()
 
 
-def run(p: dict[str, torch.nn.Parameter], optimizer: Any, x: np.ndarray, y: np.ndarray, bases: Any) -> dict[str, np.ndarray]:
+def run(
+    p: dict[str, torch.nn.Parameter], optimizer: Any, x: np.ndarray, y: np.ndarray, bases: Any
+) -> dict[str, np.ndarray]:
     losses, out = [], {}
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -64,7 +68,9 @@ def run(p: dict[str, torch.nn.Parameter], optimizer: Any, x: np.ndarray, y: np.n
     return out | {name: value.detach().numpy().copy() for name, value in p.items()}
 
 
-def walk_adapters(kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
+def walk_adapters(
+    kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray
+) -> dict[str, np.ndarray]:
     """LoRA or DoRA of PEFT on both matrices, or LoRA on one and the other ``whole``, with torch's AdamW."""
     from peft import LoraConfig, get_peft_model
 
@@ -79,7 +85,14 @@ def walk_adapters(kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.
     net = Net()
     net.load_state_dict({name: torch.tensor(start[name]) for name in ("up.weight", "down.weight")})
     targets, whole = (["up"], ["down"]) if kind == "whole" else (["up", "down"], None)
-    config = LoraConfig(r=3, lora_alpha=6, lora_dropout=0.0, target_modules=targets, modules_to_save=whole, use_dora=kind == "dora")
+    config = LoraConfig(
+        r=3,
+        lora_alpha=6,
+        lora_dropout=0.0,
+        target_modules=targets,
+        modules_to_save=whole,
+        use_dora=kind == "dora",
+    )
     model = get_peft_model(net, config)
     random = np.random.default_rng(1)
     moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -102,13 +115,19 @@ def walk_adapters(kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.
 
 def _short(name: str) -> str:
     parts = name.split(".")
-    return f"{'up' if 'up' in parts else 'down'}.{next((p for p in parts if p.startswith('lora_')), 'weight')}"
+    return (
+        f"{'up' if 'up' in parts else 'down'}.{next((p for p in parts if p.startswith('lora_')), 'weight')}"
+    )
 
 
 def main(folder: Path) -> None:
     AdamW, _ = load_reference(folder)
     random = np.random.default_rng(0)
-    start = {"up.weight": (random.normal(size=(12, 8)) / 3), "down.weight": (random.normal(size=(6, 12)) / 3), "norm.weight": np.ones(12)}
+    start = {
+        "up.weight": (random.normal(size=(12, 8)) / 3),
+        "down.weight": (random.normal(size=(6, 12)) / 3),
+        "norm.weight": np.ones(12),
+    }
     start = {name: value.astype(np.float32) for name, value in start.items()}
     x = random.normal(size=(STEPS, 16, 8)).astype(np.float32)
     y = np.tanh(x @ random.normal(size=(8, 6))).astype(np.float32)
@@ -117,7 +136,9 @@ def main(folder: Path) -> None:
         p = network(start)
         low = [p["up.weight"], p["down.weight"]]
         galore = {"params": low, "rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": projection}
-        optimizer = AdamW([{"params": [p["norm.weight"]]}, galore], lr=0.02, weight_decay=0.01, no_deprecation_warning=True)
+        optimizer = AdamW(
+            [{"params": [p["norm.weight"]]}, galore], lr=0.02, weight_decay=0.01, no_deprecation_warning=True
+        )
 
         def bases(step: int, p: Any = p, optimizer: Any = optimizer) -> dict[str, np.ndarray]:
             if step % GAP:

@@ -1,7 +1,7 @@
 """Stage keys of the packaged recipes, without their inputs: ``stage_keys.json``.
 
-A key decides whether a user's finished work is made again, so a change of code must not change one by accident. Run this only where
-the change is meant, and say in CHANGELOG.md which stages have to be made again.
+A key decides whether a user's finished work is made again, so a change of code must not change one by
+accident. Run this only where the change is meant, and say in CHANGELOG.md which stages have to be made again.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def stage_keys() -> dict[str, dict[str, str]]:
         for variant, overrides in VARIANTS.items():
             recipe = load_recipe(name, overrides)
             stages = graph(recipe, recipe.load_task())
-            keys[f"{name} {variant}".strip()] = {s.name: stage_key(s.name, s.format, s.config, {}) for s in stages}
+            keys[f"{name} {variant}".strip()] = {
+                s.name: stage_key(s.name, s.format, s.config, {}) for s in stages
+            }
     return keys
 
 

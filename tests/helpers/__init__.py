@@ -1,4 +1,6 @@
-"""What several tests share: small models, runs, processes that are killed, and the checker of shapes and types."""
+"""What several tests share: small models, runs, processes that are killed, and the checker of shapes and
+types.
+"""
 
 from __future__ import annotations
 

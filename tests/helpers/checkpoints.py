@@ -58,7 +58,10 @@ class Tools:
         header = json.loads(raw[8 : 8 + length])
         header.pop("__metadata__", None)
         base = 8 + length
-        return {n: (e["dtype"], e["shape"], raw[base + e["data_offsets"][0] : base + e["data_offsets"][1]]) for n, e in header.items()}
+        return {
+            n: (e["dtype"], e["shape"], raw[base + e["data_offsets"][0] : base + e["data_offsets"][1]])
+            for n, e in header.items()
+        }
 
     @staticmethod
     def write(path: Path, tensors: dict[str, tuple[str, list[int], bytes]]) -> None:
@@ -68,12 +71,18 @@ class Tools:
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + len(data)]}
             offset += len(data)
         text = json.dumps(header).encode()
-        path.write_bytes(struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in tensors.values()))
+        path.write_bytes(
+            struct.pack("<Q", len(text)) + text + b"".join(data for _, _, data in tensors.values())
+        )
 
     @staticmethod
     def all(folder: Path) -> dict[str, tuple[str, list[int], bytes]]:
         """All tensors of a folder."""
-        return {name: value for path in sorted(folder.glob("model*.safetensors")) for name, value in Tools.read(path).items()}
+        return {
+            name: value
+            for path in sorted(folder.glob("model*.safetensors"))
+            for name, value in Tools.read(path).items()
+        }
 
     @staticmethod
     def file_of(folder: Path, name: str) -> Path:
@@ -106,7 +115,9 @@ class Tools:
     def bits(folder: Path) -> dict[str, bytes]:
         """Every file of a folder that a conversion must reproduce, the manifest apart."""
         return {
-            p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file() and p.name != "manifest.json"
+            p.relative_to(folder).as_posix(): p.read_bytes()
+            for p in sorted(folder.rglob("*"))
+            if p.is_file() and p.name != "manifest.json"
         }
 
     @staticmethod

@@ -1,7 +1,9 @@
-"""Kills a change of folders before every one of its file operations, and every recovery before every one of its own.
+"""Kills a change of folders before every one of its file operations, and every recovery before every one of
+its own.
 
-crash_points.py FOLDER prints one JSON line a scenario: how many kills there were and what was wrong after any of them. Each attempt is a
-forked child; nothing here imports mlx, so that a fork is safe and takes milliseconds.
+crash_points.py FOLDER prints one JSON line a scenario: how many kills there were and what was wrong after any
+of them. Each attempt is a forked child; nothing here imports mlx, so that a fork is safe and takes
+milliseconds.
 """
 
 from __future__ import annotations
@@ -16,19 +18,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.storage import check_folder, open_partial, publish, read_manifest, recover, scratch, stage_key, write_text
+from mlx_distill.storage import (
+    check_folder,
+    open_partial,
+    publish,
+    read_manifest,
+    recover,
+    scratch,
+    stage_key,
+    write_text,
+)
 
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "open"}
 
 
 def killed_before(number: int, work: Callable[[], None]) -> bool:
-    """Run ``work`` in a child that dies before its ``number``-th change on the disk; False where it ended before that."""
+    """Run ``work`` in a child that dies before its ``number``-th change on the disk; False where it ended
+    before that.
+    """
     pid = os.fork()
     if pid == 0:
         left = [number]
 
         def hook(event: str, arguments: tuple[Any, ...]) -> None:
-            if event not in _CHANGES or (event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)):
+            if event not in _CHANGES or (
+                event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR)
+            ):
                 return
             left[0] -= 1
             if left[0] == 0:
@@ -74,7 +89,10 @@ def wrong(folder: Path, allowed: set[str | None]) -> str | None:
         return damage
     if hidden := [name for name in manifest.files if any(part.startswith(".") for part in Path(name).parts)]:
         return f"counts {hidden} as its own"
-    extra = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {*manifest.files, "manifest.json"}
+    extra = {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()} - {
+        *manifest.files,
+        "manifest.json",
+    }
     if extra:
         return f"extra files {sorted(extra)}"
     text = (folder / "two.txt").read_text()
@@ -113,7 +131,10 @@ def main(folder: Path) -> None:
                 kills += hit + hit_again
                 if found:
                     problems.append(f"kill before change {kill}, then {second}: {found}")
-        print(json.dumps({"scenario": name, "points": kill - 1, "kills": kills, "problems": problems}), flush=True)
+        print(
+            json.dumps({"scenario": name, "points": kill - 1, "kills": kills, "problems": problems}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

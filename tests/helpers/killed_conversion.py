@@ -1,7 +1,9 @@
-"""Conversions that are killed at moments drawn by a seed: killed_conversion.py SOURCE FOLDER SEED... prints a JSON line a scenario.
+"""Conversions that are killed at moments drawn by a seed: killed_conversion.py SOURCE FOLDER SEED... prints a
+JSON line a scenario.
 
-A moment is a piece of work (a block about to be written, a file about to be renamed), never a time, so that a seed means the same on every
-machine. Where a block is hit, half of it is on the disk. Each attempt is a forked child: nothing here computes with MLX before a fork.
+A moment is a piece of work (a block about to be written, a file about to be renamed), never a time, so that a
+seed means the same on every machine. Where a block is hit, half of it is on the disk. Each attempt is a
+forked child: nothing here computes with MLX before a fork.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ _ENDING = 8  # the last moments: index, config, table, manifest, and the change 
 
 
 def attempt(source: Path, out: Path, moment: int) -> tuple[bool, int]:
-    """Convert in a child that dies at its ``moment``-th piece of work (0: never): whether it died, and how many there were."""
+    """Convert in a child that dies at its ``moment``-th piece of work (0: never): whether it died, and how
+    many there were.
+    """
     reader, sender = os.pipe()
     pid = os.fork()
     if pid == 0:
@@ -74,7 +78,9 @@ def finished_shards(out: Path) -> dict[str, tuple[int, int]]:
 
 def contents(folder: Path) -> dict[str, Any]:
     """Every file's bytes, and the manifest but for its times."""
-    found: dict[str, Any] = {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    found: dict[str, Any] = {
+        p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()
+    }
     manifest = json.loads(found["manifest.json"])
     for entry in manifest["files"].values():
         del entry["mtime_ns"]
@@ -95,7 +101,9 @@ def scenario(source: Path, base: Path, whole: dict[str, Any], moments: list[int]
         if out.exists() and contents(out) != whole:
             problems.append(f"after moment {moment} the folder is neither absent nor whole")
         now = finished_shards(out)
-        problems += [f"{name} was written again" for name in shards if name in now and now[name] != shards[name]]
+        problems += [
+            f"{name} was written again" for name in shards if name in now and now[name] != shards[name]
+        ]
         if died and not out.exists() and not (out.with_name(".out.partial") / "manifest.json").exists():
             problems += [f"{name} is lost" for name in shards.keys() - now.keys()]
         shards, most = now, max(most, len(now))
@@ -113,9 +121,15 @@ def main(source: Path, folder: Path, *seeds: str) -> None:
         # A tenth of the work at most between two kills, so that all ten come before the end.
         draw = random.Random(int(seed))
         moments = [draw.randint(1, total // KILLS) for _ in range(KILLS)]
-        print(json.dumps({"scenario": f"seed {seed}", **scenario(source, folder / "random", whole, moments)}), flush=True)
+        print(
+            json.dumps({"scenario": f"seed {seed}", **scenario(source, folder / "random", whole, moments)}),
+            flush=True,
+        )
     for moment in range(total - _ENDING + 1, total + 1):
-        print(json.dumps({"scenario": f"moment {moment}", **scenario(source, folder / "end", whole, [moment])}), flush=True)
+        print(
+            json.dumps({"scenario": f"moment {moment}", **scenario(source, folder / "end", whole, [moment])}),
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 RUNNER = Path(__file__).with_name("training_process.py")
-ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # the threads of several processes spin in each other's way
+ENVIRONMENT = {
+    **os.environ,
+    "OPENBLAS_NUM_THREADS": "1",
+}  # the threads of several processes spin in each other's way
 
 
 def launched(folder: Path, *arguments: str) -> str:
@@ -28,7 +31,9 @@ def two_ranks(folder: Path, *arguments: str) -> list[tuple[int, str]]:
     return ends_of(folder, [[sys.executable, RUNNER, folder, *arguments]] * 2)
 
 
-def ends_of(folder: Path, commands: Sequence[Sequence[str | Path]], places: Sequence[Path | None] = (None, None)) -> list[tuple[int, str]]:
+def ends_of(
+    folder: Path, commands: Sequence[Sequence[str | Path]], places: Sequence[Path | None] = (None, None)
+) -> list[tuple[int, str]]:
     """Exit code and stderr of each rank's command, run in its place; they have two minutes."""
     with ExitStack() as stack:
         doors = [stack.enter_context(socket.socket()) for _ in commands]

@@ -1,4 +1,6 @@
-"""The same rows cut into micro-batches in every way, alone and among ranks, for real attention with windows, sinks and experts."""
+"""The same rows cut into micro-batches in every way, alone and among ranks, for real attention with windows,
+sinks and experts.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,12 @@ OBJECTIVES: dict[str, Objective] = {
     "sft": sft(),
     "sft tiled": sft(dense_limit=0),
     **{
-        name: kd(DistillConfig(token_loss=name), LabelTokens(("a", "b"), ((0, 3), (1,))), CELLS, same_tokenizer=name == "kl")
+        name: kd(
+            DistillConfig(token_loss=name),
+            LabelTokens(("a", "b"), ((0, 3), (1,))),
+            CELLS,
+            same_tokenizer=name == "kl",
+        )
         for name in ("kl", "cells", "alm")
     },
 }
@@ -53,11 +60,16 @@ def make_pairs() -> list[Pair]:
         order = np.argsort(-logprobs, axis=1)[:, :4]
         pairs.append(
             make_pair(
-                random.integers(0, VOCABULARY, length), start, spans, teacher_logprobs=logprobs[:, 0].astype(np.float32),
-                topk_ids=order.astype(np.int32), topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
-                label_at=start + 1 if number % 3 else None, label_logprobs=np.log(random.dirichlet([1, 1, 1])).tolist(),
+                random.integers(0, VOCABULARY, length),
+                start,
+                spans,
+                teacher_logprobs=logprobs[:, 0].astype(np.float32),
+                topk_ids=order.astype(np.int32),
+                topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
+                label_at=start + 1 if number % 3 else None,
+                label_logprobs=np.log(random.dirichlet([1, 1, 1])).tolist(),
             )
-        )  # fmt: skip
+        )
     return pairs
 
 
@@ -86,7 +98,9 @@ def windows(name: str) -> dict[str, list[Batch]]:
 def shares(name: str, ranks: Ranks) -> dict[str, list[Batch]]:
     """This rank's part of the same rows."""
     cuts = windows(name)
-    lonely = RowBatches(LINES.sizes, lambda some: batch_of(LINES.batch(some), name), 8, 0, rank=ranks.rank, size=ranks.size)
+    lonely = RowBatches(
+        LINES.sizes, lambda some: batch_of(LINES.batch(some), name), 8, 0, rank=ranks.rank, size=ranks.size
+    )
     return {
         "two ranks": cuts["8x1"][ranks.rank :: ranks.size],
         "two ranks, packed": cuts["one line each"][ranks.rank :: ranks.size],
@@ -105,4 +119,6 @@ def write_shares(folder: Path, ranks: Ranks) -> None:
                     here = folder / kind / name / cut
                     here.mkdir(parents=True)
                     mx.save_safetensors(str(here / "gradients.safetensors"), found.gradients)
-                    (here / "window.json").write_text(json.dumps([found.loss, dict(found.terms), dict(found.weights)]))
+                    (here / "window.json").write_text(
+                        json.dumps([found.loss, dict(found.terms), dict(found.weights)])
+                    )

@@ -1,4 +1,6 @@
-"""The whole graph at its smallest: two packaged tiny models, a few steps of each training, several parts to lose in every stage."""
+"""The whole graph at its smallest: two packaged tiny models, a few steps of each training, several parts to
+lose in every stage.
+"""
 
 from __future__ import annotations
 
@@ -34,11 +36,21 @@ STAGES = (
     "evaluations/teacher",
     "evaluations/student",
 )
-_TRAINING = {"steps": 5, "accumulate": 1, "batch_size": 4, "lora_rank": 4, "lora_dropout": 0.1, "evaluate_every": 3, "checkpoint_every": 2}
+_TRAINING = {
+    "steps": 5,
+    "accumulate": 1,
+    "batch_size": 4,
+    "lora_rank": 4,
+    "lora_dropout": 0.1,
+    "evaluate_every": 3,
+    "checkpoint_every": 2,
+}
 
 
 def write_chain(folder: Path, **blocks: Any) -> Path:
-    """``recipe.yaml`` and what it needs: enough rows for two shards of targets and two chunks of an evaluation."""
+    """``recipe.yaml`` and what it needs: enough rows for two shards of targets and two chunks of an
+    evaluation.
+    """
     settings = {
         "student": "asset:models/tiny-gpt-oss",
         "teach": _TRAINING,
@@ -54,7 +66,9 @@ def write_chain(folder: Path, **blocks: Any) -> Path:
 
 @functools.cache
 def finished() -> Path:
-    """A folder with ``recipe.yaml`` and ``out``, run once a session without interruption; for reading or copying."""
+    """A folder with ``recipe.yaml`` and ``out``, run once a session without interruption; for reading or
+    copying.
+    """
     from mlx_distill.pipeline import run
 
     folder = Path(tempfile.mkdtemp(prefix="chain-"))
@@ -93,7 +107,9 @@ def manifests(out: Path) -> dict[str, Manifest]:
 
 
 def whole_stages(out: Path) -> list[str]:
-    """The stages that can be seen; each must be whole, byte by byte, and nothing else may be seen beside the report."""
+    """The stages that can be seen; each must be whole, byte by byte, and nothing else may be seen beside the
+    report.
+    """
     visible = [p for p in out.iterdir() if not p.name.startswith(".")]
     folders = [p for p in visible if p.is_dir() and p.name != "evaluations"]
     folders += [p for p in (out / "evaluations").glob("*") if not p.name.startswith(".")]

@@ -1,4 +1,6 @@
-"""A run so small that a test can afford it: one packaged tiny model as its own student, and four dozen made-up rows."""
+"""A run so small that a test can afford it: one packaged tiny model as its own student, and four dozen
+made-up rows.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,14 @@ TASK = {
         "properties": {"colour": {"type": "string", "enum": list(LABELS)}},
     },
 }
-_TRAINING = {"epochs": 1, "accumulate": 1, "batch_size": 4, "lora_rank": 4, "evaluate_every": 4, "checkpoint_every": 2}
+_TRAINING = {
+    "epochs": 1,
+    "accumulate": 1,
+    "batch_size": 4,
+    "lora_rank": 4,
+    "evaluate_every": 4,
+    "checkpoint_every": 2,
+}
 
 
 def rows(count: int = 40) -> list[dict[str, Any]]:
@@ -28,7 +37,13 @@ def rows(count: int = 40) -> list[dict[str, Any]]:
     out = []
     for i in range(count):
         what = "a red" if i % 2 else "some"
-        out.append({"id": f"r{i}", "text": f"{what} {animals[i % 8]} crosses bridge {i} at {i * 7} o'clock", "colour": LABELS[i % 2 == 0]})
+        out.append(
+            {
+                "id": f"r{i}",
+                "text": f"{what} {animals[i % 8]} crosses bridge {i} at {i * 7} o'clock",
+                "colour": LABELS[i % 2 == 0],
+            }
+        )
     return out
 
 

@@ -66,19 +66,40 @@ def make_rows(count: int, seed: int = 0, low: int = 3, high: int = 9) -> list[tu
 def collate(rows: list[tuple[list[int], list[float]]], indices: list[int], extra_padding: int = 0) -> Batch:
     """The rows as one right-padded batch."""
     length = max(len(rows[i][1]) for i in indices) + extra_padding
-    inputs, labels, mask = (np.zeros((len(indices), length), dtype) for dtype in (np.int32, np.int32, np.float32))
+    inputs, labels, mask = (
+        np.zeros((len(indices), length), dtype) for dtype in (np.int32, np.int32, np.float32)
+    )
     for place, i in enumerate(indices):
         tokens, trained = rows[i]
-        inputs[place, : len(trained)], labels[place, : len(trained)], mask[place, : len(trained)] = tokens[:-1], tokens[1:], trained
+        inputs[place, : len(trained)], labels[place, : len(trained)], mask[place, : len(trained)] = (
+            tokens[:-1],
+            tokens[1:],
+            trained,
+        )
     return Batch(mx.array(inputs), mx.array(labels), mx.array(mask), tuple(indices))
 
 
 def make_batches(rows: list[tuple[list[int], list[float]]], size: int, **kwargs: Any) -> list[Batch]:
-    return [collate(rows, list(range(i, min(i + size, len(rows)))), **kwargs) for i in range(0, len(rows), size)]
+    return [
+        collate(rows, list(range(i, min(i + size, len(rows)))), **kwargs) for i in range(0, len(rows), size)
+    ]
 
 
 def settings(**changes: Any) -> TrainConfig:
-    plain = {"method": "full", "learning_rate": 1e-2, "accumulate": 2, "steps": 6, "checkpoint_every": 2, "evaluate_every": 0}
-    small = {"warmup": 0.2, "target_modules": ["up_proj", "down_proj"], "lora_rank": 4, "galore_rank": 4, "galore_update_gap": 6}
+    plain = {
+        "method": "full",
+        "learning_rate": 1e-2,
+        "accumulate": 2,
+        "steps": 6,
+        "checkpoint_every": 2,
+        "evaluate_every": 0,
+    }
+    small = {
+        "warmup": 0.2,
+        "target_modules": ["up_proj", "down_proj"],
+        "lora_rank": 4,
+        "galore_rank": 4,
+        "galore_update_gap": 6,
+    }
     small |= {"apollo_rank": 4, "apollo_update_gap": 4}
     return TrainConfig(**{**plain, **small, **changes})

@@ -1,4 +1,5 @@
-"""Trainings that are stopped, killed and shared among ranks: one list of settings, and how to run one of them.
+"""Trainings that are stopped, killed and shared among ranks: one list of settings, and how to run one of
+them.
 
 A new kind of training that has to go on bitwise is a line in ``CASES``.
 """
@@ -22,7 +23,16 @@ from mlx_distill.models.load import load_model
 from mlx_distill.optim import galore, make_optimizer
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
-from mlx_distill.train import BatchSource, ListBatches, RowBatches, TrainResult, make_trainable, sft, total_steps, train
+from mlx_distill.train import (
+    BatchSource,
+    ListBatches,
+    RowBatches,
+    TrainResult,
+    make_trainable,
+    sft,
+    total_steps,
+    train,
+)
 from mlx_distill.train.distributed import current_ranks
 from mlx_distill.train.profiling import Stopwatch
 
@@ -32,7 +42,8 @@ LINES = make_lines(LENGTHS, 40, 0, True)  # five, so that two ranks do not come 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PACKED: dict[str, Any] = {"packing": True, "target_modules": ATTENTION, "evaluate_every": 0}
 
-# Seven steps of two micro-batches, warmed up and then falling, with dropout, a refresh and a validation after the cut; and what differs.
+# Seven steps of two micro-batches, warmed up and then falling, with dropout, a refresh and a validation after
+# the cut; and what differs.
 CASES: list[dict[str, Any]] = [
     {"method": "lora"},
     {"method": "galore"},
@@ -42,13 +53,41 @@ CASES: list[dict[str, Any]] = [
     {"method": "apollo-mini"},
     {"method": "full", "stream_gradients": True, "accumulate": 1},
     {"method": "apollo", "stream_gradients": True, "accumulate": 1, "clip_norm": 0.0},
-    {"method": "galore", "stream_gradients": True, "accumulate": 1, "galore_stagger": True, "galore_moments": "project"},
+    {
+        "method": "galore",
+        "stream_gradients": True,
+        "accumulate": 1,
+        "galore_stagger": True,
+        "galore_moments": "project",
+    },
     {"method": "full", "steps": 0, "epochs": 2.5, "accumulate": 4},
-    {"method": "full", "steps": 40, "evaluate_every": 1, "learning_rate": 0.5, "patience": 3, "use_best": True, "keep_checkpoints": 1},
+    {
+        "method": "full",
+        "steps": 40,
+        "evaluate_every": 1,
+        "learning_rate": 0.5,
+        "patience": 3,
+        "use_best": True,
+        "keep_checkpoints": 1,
+    },
     {"method": "lora", **PACKED, "grad_checkpoint": True},
-    {"method": "galore", **PACKED, "galore_rank": 2, "grad_checkpoint": True, "stream_gradients": True, "accumulate": 1},
+    {
+        "method": "galore",
+        **PACKED,
+        "galore_rank": 2,
+        "grad_checkpoint": True,
+        "stream_gradients": True,
+        "accumulate": 1,
+    },
     {"method": "galore", **PACKED, "galore_rank": 1, "galore_projection": "full", "galore_moments": "keep"},
-    {"method": "galore", **PACKED, "galore_rank": 1, "galore_projection": "full", "galore_moments": "project", "galore_update_gap": 2},
+    {
+        "method": "galore",
+        **PACKED,
+        "galore_rank": 1,
+        "galore_projection": "full",
+        "galore_moments": "project",
+        "galore_update_gap": 2,
+    },
     {"method": "full", "schedule": "wsd", "compile": True},
     {"method": "galore", "compile": True},
     {"method": "lora", **PACKED, "grad_checkpoint": True, "compile": True},
@@ -59,13 +98,18 @@ KILLED = CASES[-3:]
 
 def name_of(case: dict[str, Any]) -> str:
     """What tells a case from the others."""
-    return " ".join(str(v) if k == "method" else f"{k}={v}" for k, v in case.items() if k not in PACKED or k == "packing")
+    return " ".join(
+        str(v) if k == "method" else f"{k}={v}" for k, v in case.items() if k not in PACKED or k == "packing"
+    )
 
 
 def make_pieces() -> list[Piece]:
     """Rows of :data:`LENGTHS`, one of them all prompt."""
     generator = np.random.default_rng(0)
-    rows = [Piece(generator.integers(0, VOCABULARY, n).astype(np.int32), generator.random(n - 1) < 0.4) for n in LENGTHS]
+    rows = [
+        Piece(generator.integers(0, VOCABULARY, n).astype(np.int32), generator.random(n - 1) < 0.4)
+        for n in LENGTHS
+    ]
     rows[5].trained[:] = False
     return rows
 
@@ -75,23 +119,33 @@ PIECES = make_pieces()
 
 def lines_of_pieces(lines: Sequence[Sequence[int]]) -> Batch:
     """Some lines of rows as a batch."""
-    return lay_out([[PIECES[row] for row in line] for line in lines], 0, rows=[row for line in lines for row in line])
+    return lay_out(
+        [[PIECES[row] for row in line] for line in lines], 0, rows=[row for line in lines for row in line]
+    )
 
 
 def packed_source(batch_size: int = 2, seed: int = 0, **more: Any) -> RowBatches:
     """Batches of :data:`LINES`."""
-    return RowBatches(LINES.sizes, lambda chosen: lines_of_pieces(LINES.batch(chosen)), batch_size, seed, **more)
+    return RowBatches(
+        LINES.sizes, lambda chosen: lines_of_pieces(LINES.batch(chosen)), batch_size, seed, **more
+    )
 
 
 def start_of(case: dict[str, Any], dropout: float = 0.2) -> tuple[Any, TrainConfig]:
     """The model before the first step, what moves in it unfrozen, and its settings."""
     config = settings(**{"steps": 7, "evaluate_every": 3, "lora_dropout": dropout, **case})
-    model = load_model(GOLDEN / "models_gpt_oss", dtype="float32")[0] if config.packing else make_model(dropout=dropout)
+    model = (
+        load_model(GOLDEN / "models_gpt_oss", dtype="float32")[0]
+        if config.packing
+        else make_model(dropout=dropout)
+    )
     make_trainable(model, config)
     return model, config
 
 
-def run_case(folder: Path, case: dict[str, Any], dropout: float = 0.2, **more: Any) -> tuple[dict[str, mx.array], TrainResult]:
+def run_case(
+    folder: Path, case: dict[str, Any], dropout: float = 0.2, **more: Any
+) -> tuple[dict[str, mx.array], TrainResult]:
     """Train, or go on; the weights and what it came to."""
     model, config = start_of(case, dropout)
     ranks, rows = current_ranks(), make_rows(24)
@@ -109,7 +163,10 @@ def run_case(folder: Path, case: dict[str, Any], dropout: float = 0.2, **more: A
 def steps_of(folder: Path) -> list[dict[str, Any]]:
     """The rows of metrics.jsonl without what the clock and the machine say."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")}
+        for row in rows
+    ]
 
 
 def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:

@@ -1,10 +1,12 @@
 """Trainings in processes of their own, alone or as ranks, some of which the tests kill.
 
-    training_process.py FOLDER kill|interrupt SEED N CASE...   train the cases one after the other; the N-th is hit where the seed says
-    training_process.py FOLDER lose RANK SEED N CASE...        the same on ranks; it is that rank which is killed
-    training_process.py FOLDER shared CASE...                  train on ranks, with what the tests of ranks look at
+    training_process.py FOLDER kill|interrupt SEED N CASE...   train the cases one after the other; the N-th
+    is hit where the seed says training_process.py FOLDER lose RANK SEED N CASE...        the same on ranks;
+    it is that rank which is killed training_process.py FOLDER shared CASE...                  train on ranks,
+    with what the tests of ranks look at
 
-A case is its place in ``cases.CASES``, as the name of its folder below FOLDER; for ``shared``, settings as JSON.
+A case is its place in ``cases.CASES``, as the name of its folder below FOLDER; for ``shared``, settings as
+JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ from mlx_distill.train.distributed import current_ranks
 def main(folder: Path, how: str, *arguments: str) -> int:
     if how == "shared":
         return shared(folder, *arguments)
-    mine, arguments = (current_ranks().rank == int(arguments[0]), arguments[1:]) if how == "lose" else (True, arguments)
+    mine, arguments = (
+        (current_ranks().rank == int(arguments[0]), arguments[1:]) if how == "lose" else (True, arguments)
+    )
     seed, number, *cases = arguments
     for place, case in enumerate(cases):
         with ExitStack() as stack:
@@ -54,7 +58,9 @@ def keep(folder: Path, weights: dict[str, mx.array]) -> None:
 
 
 def shared(folder: Path, *cases: str) -> int:
-    """Train without dropout, counting the bases that this rank computes; then the gradients of every cut that ranks share."""
+    """Train without dropout, counting the bases that this rank computes; then the gradients of every cut that
+    ranks share.
+    """
     from helpers.real_models import write_shares
 
     ranks, bases = current_ranks(), []

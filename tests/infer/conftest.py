@@ -13,7 +13,9 @@ from mlx.utils import tree_map
 import mlx_distill
 
 TEMPLATES = Path(mlx_distill.__file__).parent / "assets" / "templates"
-TEXT = ['You moderate messages. {"label": "hostile", "confidence": 95} {"label": "fine", "confidence": 80} the weather is lovely.'] * 4
+TEXT = [
+    'You moderate messages. {"label": "hostile", "confidence": 95} {"label": "fine", "confidence": 80} the weather is lovely.'
+] * 4
 SPECIALS = {
     "chatml": ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>"],
     "harmony": ["<|return|>", "<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|endoftext|>"],
@@ -29,20 +31,38 @@ def make_model(kind: str, vocabulary: int = 400) -> Any:
 
         model: Any = qwen3.Model(
             qwen3.ModelArgs(
-                model_type="qwen3", hidden_size=32, num_hidden_layers=2, intermediate_size=48, num_attention_heads=4, rms_norm_eps=1e-6,
-                vocab_size=vocabulary, num_key_value_heads=2, max_position_embeddings=512, head_dim=8, tie_word_embeddings=False,
+                model_type="qwen3",
+                hidden_size=32,
+                num_hidden_layers=2,
+                intermediate_size=48,
+                num_attention_heads=4,
+                rms_norm_eps=1e-6,
+                vocab_size=vocabulary,
+                num_key_value_heads=2,
+                max_position_embeddings=512,
+                head_dim=8,
+                tie_word_embeddings=False,
                 rope_theta=10000.0,
             )
-        )  # fmt: skip
+        )
     else:
         from mlx_lm.models import gpt_oss
 
         model = gpt_oss.Model(
             gpt_oss.ModelArgs(
-                num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2, vocab_size=vocabulary, hidden_size=32,
-                intermediate_size=32, head_dim=8, num_attention_heads=4, num_key_value_heads=2, sliding_window=WINDOW, rope_theta=10000,
+                num_hidden_layers=2,
+                num_local_experts=4,
+                num_experts_per_tok=2,
+                vocab_size=vocabulary,
+                hidden_size=32,
+                intermediate_size=32,
+                head_dim=8,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                sliding_window=WINDOW,
+                rope_theta=10000,
             )
-        )  # fmt: skip
+        )
         for layer in model.layers:
             layer.self_attn.sinks = mx.random.normal(layer.self_attn.sinks.shape)
     model.update(tree_map(lambda p: p * 3 if p.ndim > 1 else p, model.parameters()))
@@ -60,12 +80,18 @@ def make_tokenizer(kind: str) -> Any:
 
     core = Tokenizer(models.BPE())
     split = pre_tokenizers.Split(Regex(r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"), "isolated")
-    core.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    core.pre_tokenizer = pre_tokenizers.Sequence(
+        [split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
     core.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    core.train_from_iterator(TEXT, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False))
+    core.train_from_iterator(
+        TEXT, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
+    )
     core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS[kind]])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=core, eos_token=SPECIALS[kind][0], pad_token="<|endoftext|>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=SPECIALS[kind][0], pad_token="<|endoftext|>"
+    )
     tokenizer.chat_template = (TEMPLATES / f"{kind}.jinja").read_text()
     return tokenizer
 

@@ -44,8 +44,19 @@ def canned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 def prepared(task: Task, item: dict[str, Any], **more: Any) -> dict[str, Any]:
     """The row that the prepare stage writes."""
     system, user = task.prompt(item)
-    turns = [{"role": "system", "content": system}, {"role": "user", "content": user}, {"role": "assistant", "content": "{}"}]
-    return {"id": str(item["id"]), "messages": turns, "fields": {"group": item["group"]}, "answer": None, "set": "test", **more}
+    turns = [
+        {"role": "system", "content": system},
+        {"role": "user", "content": user},
+        {"role": "assistant", "content": "{}"},
+    ]
+    return {
+        "id": str(item["id"]),
+        "messages": turns,
+        "fields": {"group": item["group"]},
+        "answer": None,
+        "set": "test",
+        **more,
+    }
 
 
 def test_answers_are_read_strictly(chatml: Any, task: Task, canned: list[str]) -> None:
@@ -56,28 +67,56 @@ def test_answers_are_read_strictly(chatml: Any, task: Task, canned: list[str]) -
         '{"label": "fine", "confidence": 9',
     ]
     good, unknown, chatty, short = predict(None, chatml, task, ITEMS[:4], label_probs=False)
-    assert (good.label, good.score, good.error, good.answer) == ("fine", 90.0, None, {"label": "fine", "confidence": 90})
-    assert (good.latency_s, good.tokens, good.label_probs, good.fields) == (0.5, 2, None, {"group": "gardeners"})
-    assert [p.answer for p in (unknown, chatty, short)] == [None] * 3 and [p.label for p in (unknown, chatty, short)] == [None] * 3
-    assert "'nice'" in str(unknown.error) and "not JSON" in str(chatty.error) and "cut after 2 tokens" in str(short.error)
+    assert (good.label, good.score, good.error, good.answer) == (
+        "fine",
+        90.0,
+        None,
+        {"label": "fine", "confidence": 90},
+    )
+    assert (good.latency_s, good.tokens, good.label_probs, good.fields) == (
+        0.5,
+        2,
+        None,
+        {"group": "gardeners"},
+    )
+    assert [p.answer for p in (unknown, chatty, short)] == [None] * 3 and [
+        p.label for p in (unknown, chatty, short)
+    ] == [None] * 3
+    assert (
+        "'nice'" in str(unknown.error)
+        and "not JSON" in str(chatty.error)
+        and "cut after 2 tokens" in str(short.error)
+    )
     assert chatty.text == canned[2]
 
 
 def test_a_prepared_row_a_mapping_and_a_text_ask_the_same(model: Any, tokenizer: Any, task: Task) -> None:
-    answers = [predict(model, tokenizer, task, [row], max_tokens=4)[0] for row in (prepared(task, ITEMS[1]), ITEMS[1], ITEMS[1]["text"])]
-    assert len({(p.text, p.prompt_tokens, p.label_probs["fine"] if p.label_probs else None) for p in answers}) == 1
+    answers = [
+        predict(model, tokenizer, task, [row], max_tokens=4)[0]
+        for row in (prepared(task, ITEMS[1]), ITEMS[1], ITEMS[1]["text"])
+    ]
+    assert (
+        len({(p.text, p.prompt_tokens, p.label_probs["fine"] if p.label_probs else None) for p in answers})
+        == 1
+    )
     messages = prepared(task, ITEMS[1])["messages"]
     assert answers[0].prompt_tokens == len(prompt_ids(tokenizer, messages))
     assert answers[0].id == answers[1].id == "1" and len(answers[2].id) == 16
 
 
-def test_every_row_has_its_distribution_and_batches_do_not_matter(model: Any, tokenizer: Any, task: Task) -> None:
+def test_every_row_has_its_distribution_and_batches_do_not_matter(
+    model: Any, tokenizer: Any, task: Task
+) -> None:
     done: list[int] = []
     one = predict(model, tokenizer, task, ITEMS, max_tokens=3, batch_size=1)
     all_at_once = predict(model, tokenizer, task, ITEMS, max_tokens=3, batch_size=8, on_done=done.append)
     assert [p.text for p in one] == [p.text for p in all_at_once] and done == [5]
     for a, b in zip(one, all_at_once, strict=True):
-        assert a.label_probs is not None and b.label_probs is not None and list(a.label_probs) == list(task.labels)
+        assert (
+            a.label_probs is not None
+            and b.label_probs is not None
+            and list(a.label_probs) == list(task.labels)
+        )
         assert sum(a.label_probs.values()) == pytest.approx(1, abs=1e-5)
         assert a.label_probs["fine"] == pytest.approx(b.label_probs["fine"], abs=2e-5)
 
@@ -117,7 +156,9 @@ def test_what_is_seen_on_the_way_is_what_one_more_pass_reads(
 
 
 def test_analyze_takes_what_load_returns(model: Any, tokenizer: Any) -> None:
-    first, second = md.analyze((model, tokenizer), "moderation", [ITEMS[0], "The soup is cold."], max_tokens=5)
+    first, second = md.analyze(
+        (model, tokenizer), "moderation", [ITEMS[0], "The soup is cold."], max_tokens=5
+    )
     assert isinstance(first, Prediction) and first.id == "0" and second.tokens <= 5
     assert md.analyze((model, tokenizer), "moderation", []) == []
 
@@ -133,7 +174,9 @@ def test_bad_items_are_found_before_a_model_is_loaded() -> None:
         analyze("/no/such/model", "astrology", [])
 
 
-def test_predictions_come_back_as_they_were_written(tmp_path: Path, model: Any, tokenizer: Any, task: Task) -> None:
+def test_predictions_come_back_as_they_were_written(
+    tmp_path: Path, model: Any, tokenizer: Any, task: Task
+) -> None:
     truth = {"label": "fine", "confidence": 95}
     rows = [prepared(task, item, answer=truth, set="test" if item["id"] < 3 else "hand") for item in ITEMS]
     predictions = predict(model, tokenizer, task, rows, max_tokens=3)
@@ -141,18 +184,37 @@ def test_predictions_come_back_as_they_were_written(tmp_path: Path, model: Any, 
     assert write_predictions(path, "student", task, rows, predictions, settings={"batch_size": 16}) == 5
     header, lines = read_predictions(path)
     assert header == {
-        "format": FORMAT, "model": "student", "task": "moderation", "labels": ["hostile", "fine"], "set_counts": {"test": 3, "hand": 2},
+        "format": FORMAT,
+        "model": "student",
+        "task": "moderation",
+        "labels": ["hostile", "fine"],
+        "set_counts": {"test": 3, "hand": 2},
         "settings": {"batch_size": 16},
-    }  # fmt: skip
+    }
     for line, row, prediction in zip(lines, rows, predictions, strict=True):
-        assert (line["id"], line["set"], line["truth"], line["input"]) == (row["id"], row["set"], truth, row["messages"][1]["content"])
-        assert (line["text"], line["label_probs"], line["error"]) == (prediction.text, prediction.label_probs, prediction.error)
+        assert (line["id"], line["set"], line["truth"], line["input"]) == (
+            row["id"],
+            row["set"],
+            truth,
+            row["messages"][1]["content"],
+        )
+        assert (line["text"], line["label_probs"], line["error"]) == (
+            prediction.text,
+            prediction.label_probs,
+            prediction.error,
+        )
         assert line["fields"] == {"group": "gardeners"} and line["title"] is None
 
 
 def test_a_title_is_taken_from_the_fields(tmp_path: Path) -> None:
     task = load_task("music")
-    row = {"id": "1", "messages": [{"role": "user", "content": "Rain\n\nla"}], "fields": {"title": "Rain"}, "set": "test", "answer": None}
+    row = {
+        "id": "1",
+        "messages": [{"role": "user", "content": "Rain\n\nla"}],
+        "fields": {"title": "Rain"},
+        "set": "test",
+        "answer": None,
+    }
     write_predictions(tmp_path / "p.jsonl", "m", task, [row], [Prediction("1", "", None, None, None)])
     line = read_predictions(tmp_path / "p.jsonl")[1][0]
     assert (line["title"], line["input"], line["truth"]) == ("Rain", "Rain\n\nla", None)

@@ -32,7 +32,9 @@ class FewNumbers(Numbers):
 def make_prompts() -> list[list[int]]:
     """Lengths from 1 to several times the sliding window, two of them alike, in no order."""
     random = np.random.default_rng(5)
-    return [random.integers(0, VOCABULARY, length).tolist() for length in (9, 1, 30, 2, 5, 6, 7, 21, 9, 3, 17)]
+    return [
+        random.integers(0, VOCABULARY, length).tolist() for length in (9, 1, 30, 2, 5, 6, 7, 21, 9, 3, 17)
+    ]
 
 
 def one_by_one(model: Any, prompt: list[int], count: int) -> list[int]:
@@ -112,7 +114,9 @@ def test_rows_that_stop_leave_the_batch_and_change_no_other(
 ) -> None:
     stop = {tokens[place] for tokens, place in zip(plain, (0, 3, 6, 9, 2, 13), strict=False)}
     wanted = [cut(tokens, stop) for tokens in plain]
-    assert {finish for _, finish in wanted} == {"stop", "length"} and len({len(tokens) for tokens, _ in wanted}) > 3
+    assert {finish for _, finish in wanted} == {"stop", "length"} and len(
+        {len(tokens) for tokens, _ in wanted}
+    ) > 3
     got = run(model, prompts, engine=engine, batch_size=batch_size, stop=stop)
     assert [(list(g.tokens), g.finish) for g in got] == wanted
     assert [g.text for g in got] == [" ".join(map(str, tokens)) for tokens, _ in wanted]
@@ -131,13 +135,17 @@ def test_done_counts_up_to_all(model: Any, prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
-def test_columns_that_the_tokenizer_cannot_spell_are_never_chosen(model: Any, prompts: list[list[int]], temperature: float) -> None:
+def test_columns_that_the_tokenizer_cannot_spell_are_never_chosen(
+    model: Any, prompts: list[list[int]], temperature: float
+) -> None:
     got = generate(model, FewNumbers(), prompts, max_tokens=LONGEST, stop=set(), temperature=temperature)
     assert max(token for g in got for token in g.tokens) < 50
 
 
 @pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
-def test_a_drawn_answer_depends_on_the_seed_and_not_on_the_batch(model: Any, prompts: list[list[int]], engine: str) -> None:
+def test_a_drawn_answer_depends_on_the_seed_and_not_on_the_batch(
+    model: Any, prompts: list[list[int]], engine: str
+) -> None:
     first = tokens_of(run(model, prompts, temperature=1.0, seed=4))
     assert tokens_of(run(model, prompts, temperature=1.0, seed=4, batch_size=3, engine=engine)) == first
     assert tokens_of(run(model, prompts, temperature=1.0, seed=5)) != first
@@ -157,7 +165,9 @@ def test_no_prompts_no_answers(model: Any) -> None:
     assert run(model, []) == []
 
 
-@pytest.mark.parametrize("options", [{"max_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}, {"engine": "steam"}])
+@pytest.mark.parametrize(
+    "options", [{"max_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}, {"engine": "steam"}]
+)
 def test_settings_that_make_no_sense_are_refused(model: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         run(model, [[1]], **options)
@@ -191,7 +201,9 @@ def test_the_mask_shows_what_positions_say(lengths: list[int], window: int | Non
         mask = layout.mask(1, window, first, as_array=True)
         columns = layout.filled + 1
         for row, length in enumerate(lengths):
-            position = {c: c for c in range(length)} | {c: length + c - layout.width for c in range(layout.width, columns)}
+            position = {c: c for c in range(length)} | {
+                c: length + c - layout.width for c in range(layout.width, columns)
+            }
             now = position[columns - 1]
             seen = {c for c, p in position.items() if window is None or now - p < window}
             assert min(seen) >= first
@@ -202,14 +214,29 @@ def test_the_mask_shows_what_positions_say(lengths: list[int], window: int | Non
 
 
 @pytest.mark.parametrize("step", [0, 2, 5])
-def test_a_look_on_the_way_sees_the_logits_of_its_step(model: Any, prompts: list[list[int]], step: int) -> None:
+def test_a_look_on_the_way_sees_the_logits_of_its_step(
+    model: Any, prompts: list[list[int]], step: int
+) -> None:
     plain = generate(model, Numbers(), prompts, max_tokens=6, batch_size=4, stop=set())
     stop = {plain[3].tokens[3], plain[5].tokens[0]}  # some answers end before they get there
-    seen = generate(model, Numbers(), prompts, max_tokens=6, batch_size=4, stop=stop, look=(step, lambda logits: logits[:, :7]))
+    seen = generate(
+        model,
+        Numbers(),
+        prompts,
+        max_tokens=6,
+        batch_size=4,
+        stop=stop,
+        look=(step, lambda logits: logits[:, :7]),
+    )
     for prompt, answer in zip(prompts, seen, strict=True):
         assert (answer.seen is None) == (len(answer.tokens) < step)
         if answer.seen is not None:
             logits = model(mx.array([[*prompt, *answer.tokens[:step]]]))[0, -1, :7]
             np.testing.assert_allclose(answer.seen, np.array(logits), atol=2e-5)
     assert step == 0 or any(answer.seen is None for answer in seen)
-    assert generate(model, Numbers(), prompts[:1], max_tokens=2, stop=set(), engine="mlx_lm", look=(0, lambda z: z))[0].seen is None
+    assert (
+        generate(
+            model, Numbers(), prompts[:1], max_tokens=2, stop=set(), engine="mlx_lm", look=(0, lambda z: z)
+        )[0].seen
+        is None
+    )

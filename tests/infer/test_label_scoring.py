@@ -17,7 +17,9 @@ def task() -> Task:
     return load_task("moderation")
 
 
-def test_it_is_the_softmax_over_the_labels_tokens_one_prompt_at_a_time(model: Any, tokenizer: Any, task: Task) -> None:
+def test_it_is_the_softmax_over_the_labels_tokens_one_prompt_at_a_time(
+    model: Any, tokenizer: Any, task: Task
+) -> None:
     labels = label_tokens(tokenizer, task.labels)
     random = np.random.default_rng(0)
     prompts = [random.integers(0, 300, length).tolist() for length in (3, 19, 8, 1, 8)]
@@ -40,7 +42,10 @@ def test_the_place_is_where_every_answer_puts_its_label(tokenizer: Any, task: Ta
 
 def test_no_distribution_where_one_pass_cannot_tell(chatml: Any, task: Task) -> None:
     properties = task.schema["properties"]
-    later = {**task.schema, "properties": {"confidence": properties["confidence"], "label": properties["label"]}}
+    later = {
+        **task.schema,
+        "properties": {"confidence": properties["confidence"], "label": properties["label"]},
+    }
     assert label_place(chatml, replace(task, schema=later)) is None
     alike = {**task.schema, "properties": {**properties, "label": {"enum": ["harsh", "hostile"]}}}
     assert label_place(chatml, replace(task, schema=alike)) is None

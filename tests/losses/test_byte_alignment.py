@@ -45,7 +45,9 @@ def assert_aligned(text: str, tokenizers: Any) -> np.ndarray:
     bytes_of = [token_bytes(tokenizer) for tokenizer in tokenizers]
     spans = align_bytes(ids[0], ids[1], tokenizers.student, tokenizers.teacher)
     assert b"".join(bytes_of[0][i] for i in ids[0]) == text.encode()
-    assert spans.tolist() == plain(*[[len(b[i]) for i in side] for b, side in zip(bytes_of, ids, strict=True)])
+    assert spans.tolist() == plain(
+        *[[len(b[i]) for i in side] for b, side in zip(bytes_of, ids, strict=True)]
+    )
     for a, b, c, d in spans.tolist():
         assert b"".join(bytes_of[0][i] for i in ids[0][a:b]) == b"".join(bytes_of[1][i] for i in ids[1][c:d])
     # Every token belongs to exactly one span.
@@ -60,7 +62,11 @@ def test_spans_are_the_smallest_that_hold_the_same_bytes(text: str, tokenizers: 
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(text=st.text(max_size=40) | st.text(alphabet="0123456789 ,.thefr", max_size=40) | st.text(alphabet="é東🎵👩‍👧ïя", max_size=12))
+@given(
+    text=st.text(max_size=40)
+    | st.text(alphabet="0123456789 ,.thefr", max_size=40)
+    | st.text(alphabet="é東🎵👩‍👧ïя", max_size=12)
+)
 def test_any_text(text: str, tokenizers: Any) -> None:
     assert_aligned(text, tokenizers)
 
@@ -84,7 +90,9 @@ def test_special_tokens_belong_to_no_span(tokenizers: Any) -> None:
     bare = align_bytes(s, t, student, teacher)
     s_stop, t_stop = student.token_to_id("<|return|>"), teacher.token_to_id("<|im_end|>")
     np.testing.assert_array_equal(align_bytes([*s, s_stop], [*t, t_stop, t_stop], student, teacher), bare)
-    np.testing.assert_array_equal(align_bytes([s_stop, *s], t, student, teacher), bare + np.array([1, 1, 0, 0]))
+    np.testing.assert_array_equal(
+        align_bytes([s_stop, *s], t, student, teacher), bare + np.array([1, 1, 0, 0])
+    )
     assert align_bytes([s_stop], [t_stop], student, teacher).shape == (0, 4)
 
 
@@ -96,11 +104,16 @@ def test_lists_and_arrays_of_ids_are_the_same(tokenizers: Any) -> None:
 
 
 def test_different_texts_are_refused_and_the_place_is_named(tokenizers: Any) -> None:
-    s, t = tokenizers.student.encode("caf\u00e9 au lait").ids, tokenizers.teacher.encode("cafe\u0301 au lait").ids
+    s, t = (
+        tokenizers.student.encode("caf\u00e9 au lait").ids,
+        tokenizers.teacher.encode("cafe\u0301 au lait").ids,
+    )
     with pytest.raises(DataError, match=r"differ at byte 3: student b'caf\\xc3\\xa9 au lait'.*NFC"):
         align_bytes(s, t, *tokenizers)
     with pytest.raises(DataError, match="differ at byte 4"):
-        align_bytes(tokenizers.student.encode("fine").ids, tokenizers.teacher.encode("fine!").ids, *tokenizers)
+        align_bytes(
+            tokenizers.student.encode("fine").ids, tokenizers.teacher.encode("fine!").ids, *tokenizers
+        )
     with pytest.raises(DataError, match="3 bytes and the teacher's 2"):
         align_lengths(np.array([3]), np.array([1, 1]))
 

@@ -8,7 +8,16 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import ConfigError, DataError, ModelError
-from mlx_distill.losses import CellMap, alm, cell_kl, cell_map, forward_kl, linear_rows, span_sums, token_bytes
+from mlx_distill.losses import (
+    CellMap,
+    alm,
+    cell_kl,
+    cell_map,
+    forward_kl,
+    linear_rows,
+    span_sums,
+    token_bytes,
+)
 from mlx_distill.losses.cross_tokenizer import merged_targets
 from mlx_distill.records import TopK
 
@@ -22,7 +31,9 @@ def top_k(logits: mx.array, k: int) -> TopK:
 
 
 def exact(z_q: mx.array, targets: TopK, cells: CellMap) -> np.ndarray:
-    """Cell by cell in float64; unlisted mass fills up, one after the other, the cells that lie below the level."""
+    """Cell by cell in float64; unlisted mass fills up, one after the other, the cells that lie below the
+    level.
+    """
     members = np.bincount(cells.teacher, minlength=cells.cells)
     z = np.array(z_q, np.float64)
     q = np.exp(z - z.max(-1, keepdims=True))
@@ -31,7 +42,9 @@ def exact(z_q: mx.array, targets: TopK, cells: CellMap) -> np.ndarray:
     for row in range(len(z)):
         p: dict[int, float] = {}
         listed: dict[int, int] = {}
-        for i, logprob in zip(np.array(targets.ids[row]), np.array(targets.logprobs[row], np.float64), strict=True):
+        for i, logprob in zip(
+            np.array(targets.ids[row]), np.array(targets.logprobs[row], np.float64), strict=True
+        ):
             cell = cells.teacher[i] if i < len(cells.teacher) else cells.outside
             if cell != cells.outside:
                 p[int(cell)] = p.get(int(cell), 0.0) + np.exp(logprob)
@@ -44,7 +57,10 @@ def exact(z_q: mx.array, targets: TopK, cells: CellMap) -> np.ndarray:
                 break
             lowest = min(growing, key=lambda c: p[c] / mass[c])
             r_p, r_q = r_p + p.pop(lowest), r_q + mass[lowest]
-        out.append(sum(v * np.log(v / mass[c]) for c, v in p.items()) + (r_p * np.log(r_p / r_q) if r_p > 1e-6 else 0.0))
+        out.append(
+            sum(v * np.log(v / mass[c]) for c, v in p.items())
+            + (r_p * np.log(r_p / r_q) if r_p > 1e-6 else 0.0)
+        )
     return np.array(out)
 
 
@@ -68,7 +84,9 @@ def test_a_tokenizer_with_itself_gives_each_token_its_own_cell(tokenizers: Any) 
     assert cells.cells == len(cells.student) + 1
 
 
-def test_a_shared_token_names_the_cell_and_every_member_begins_with_it(tokenizers: Any, cells: CellMap) -> None:
+def test_a_shared_token_names_the_cell_and_every_member_begins_with_it(
+    tokenizers: Any, cells: CellMap
+) -> None:
     mine, theirs = token_bytes(tokenizers.student), token_bytes(tokenizers.teacher)
     shared = set(mine) & set(theirs) - {b""}
     assert cells.shared == len(shared)
@@ -119,7 +137,10 @@ def test_bytes_that_are_no_text_fall_back_to_the_longest_prefix() -> None:
         return tokenizer
 
     # "ðŁ" and "ðŁĳ" are the first two and three bytes of an emoji.
-    cells = cell_map(tiny(["ð", "Ł", "ĳ", "ðŁ"], [("ð", "Ł")]), tiny(["ð", "Ł", "ĳ", "ðŁ", "ðŁĳ"], [("ð", "Ł"), ("ðŁ", "ĳ")]))
+    cells = cell_map(
+        tiny(["ð", "Ł", "ĳ", "ðŁ"], [("ð", "Ł")]),
+        tiny(["ð", "Ł", "ĳ", "ðŁ", "ðŁĳ"], [("ð", "Ł"), ("ðŁ", "ĳ")]),
+    )
     assert cells.teacher[4] == cells.student[3]
 
 
@@ -132,7 +153,11 @@ def test_stops_share_a_cell_and_other_special_tokens_none(tokenizers: Any, cells
     assert without.student[student.token_to_id("<|return|>")] == without.outside
     assert without.teacher[teacher.token_to_id("<|im_end|>")] == without.outside
     # One that both have by the same name is the same.
-    assert without.student[student.token_to_id("<|pad|>")] == without.teacher[teacher.token_to_id("<|pad|>")] != without.outside
+    assert (
+        without.student[student.token_to_id("<|pad|>")]
+        == without.teacher[teacher.token_to_id("<|pad|>")]
+        != without.outside
+    )
 
 
 def test_several_stops_and_unknown_ones(tokenizers: Any) -> None:
@@ -145,7 +170,9 @@ def test_several_stops_and_unknown_ones(tokenizers: Any) -> None:
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_same_tokenizer_and_whole_vocabulary_is_the_full_divergence(tokenizers: Any, temperature: float) -> None:
+def test_same_tokenizer_and_whole_vocabulary_is_the_full_divergence(
+    tokenizers: Any, temperature: float
+) -> None:
     cells = cell_map(tokenizers.student, tokenizers.student)
     z_q, z_p = (2 * mx.random.normal((N, len(cells.student))) for _ in range(2))
     targets = top_k(z_p, z_p.shape[1])
@@ -159,7 +186,9 @@ def test_same_tokenizer_and_whole_vocabulary_is_the_full_divergence(tokenizers: 
 def test_equals_cell_by_cell_sums(k: int, cells: CellMap) -> None:
     v, w = widths(cells)
     z_q, targets = 3 * mx.random.normal((N, v)), top_k(3 * mx.random.normal((N, w)), k)
-    np.testing.assert_allclose(np.array(cell_kl(z_q, targets, cells)), exact(z_q, targets, cells), rtol=1e-4, atol=5e-6)
+    np.testing.assert_allclose(
+        np.array(cell_kl(z_q, targets, cells)), exact(z_q, targets, cells), rtol=1e-4, atol=5e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -191,7 +220,9 @@ def test_zero_where_the_students_cells_have_the_teachers_mass(cells: CellMap) ->
     q = mass[:, cells.student] * share / total[:, cells.student]
     z_q = mx.array(np.log(np.maximum(q, 1e-9)).astype(np.float32))
     for k, temperature in ((4, 1.0), (32, 1.0), (w, 1.0), (4, 3.0), (32, 3.0)):
-        value, grad = mx.value_and_grad(lambda z: cell_kl(z, top_k(z_p, k), cells, temperature=temperature).sum())(z_q)  # noqa: B023
+        value, grad = mx.value_and_grad(
+            lambda z: cell_kl(z, top_k(z_p, k), cells, temperature=temperature).sum()
+        )(z_q)  # noqa: B023
         assert abs(value.item()) < 5e-5
         assert mx.abs(grad).max().item() < 5e-6
 
@@ -222,10 +253,14 @@ def test_padding_columns_on_either_side(cells: CellMap) -> None:
     z_q, z_p = mx.random.normal((N, v)), mx.random.normal((N, w))
     low = mx.full((N, 9), -60.0)
     plain = cell_kl(z_q, top_k(z_p, 8), cells)
-    np.testing.assert_allclose(np.array(cell_kl(mx.concatenate([z_q, low], 1), top_k(z_p, 8), cells)), np.array(plain), rtol=1e-5)
+    np.testing.assert_allclose(
+        np.array(cell_kl(mx.concatenate([z_q, low], 1), top_k(z_p, 8), cells)), np.array(plain), rtol=1e-5
+    )
     # Mass on columns that are no token, on both sides, is in the bucket.
     wide_q, wide_p = mx.random.normal((N, v + 9)), top_k(mx.concatenate([z_p, mx.full((N, 2), 3.0)], 1), 8)
-    np.testing.assert_allclose(np.array(cell_kl(wide_q, wide_p, cells)), exact(wide_q, wide_p, cells), rtol=1e-4)
+    np.testing.assert_allclose(
+        np.array(cell_kl(wide_q, wide_p, cells)), exact(wide_q, wide_p, cells), rtol=1e-4
+    )
 
 
 def test_targets_merge_into_distinct_cells(cells: CellMap) -> None:
@@ -235,18 +270,31 @@ def test_targets_merge_into_distinct_cells(cells: CellMap) -> None:
         used = ids[row][logprobs[row] > -1e29]
         assert len(set(used.tolist())) == len(used)
         assert cells.outside not in used
-        want = np.bincount(cells.teacher[np.array(targets.ids[row])], weights=np.exp(np.array(targets.logprobs[row], np.float64)))
-        np.testing.assert_allclose(np.exp(logprobs[row][logprobs[row] > -1e29].astype(np.float64)), want[used], rtol=1e-5)
-        unlisted = set(cells.teacher[np.setdiff1d(np.arange(len(cells.teacher)), np.array(targets.ids[row]))].tolist())
+        want = np.bincount(
+            cells.teacher[np.array(targets.ids[row])],
+            weights=np.exp(np.array(targets.logprobs[row], np.float64)),
+        )
+        np.testing.assert_allclose(
+            np.exp(logprobs[row][logprobs[row] > -1e29].astype(np.float64)), want[used], rtol=1e-5
+        )
+        unlisted = set(
+            cells.teacher[np.setdiff1d(np.arange(len(cells.teacher)), np.array(targets.ids[row]))].tolist()
+        )
         assert set(ids[row][growing[row]].tolist()) == unlisted & set(used.tolist())
 
 
 def test_straight_from_the_hidden_state(cells: CellMap) -> None:
     v, w = widths(cells)
-    h, head, targets = mx.random.normal((N, 16)), mx.random.normal((v, 16)), top_k(2 * mx.random.normal((N, w)), 16)
+    h, head, targets = (
+        mx.random.normal((N, 16)),
+        mx.random.normal((v, 16)),
+        top_k(2 * mx.random.normal((N, w)), 16),
+    )
     want, want_grad = mx.value_and_grad(lambda h: cell_kl(h @ head.T, targets, cells).sum())(h)
     tiled = mx.value_and_grad(
-        lambda h: linear_rows(lambda z, at: cell_kl(z, TopK(targets.ids[at], targets.logprobs[at]), cells), h, head, rows=2).sum()
+        lambda h: linear_rows(
+            lambda z, at: cell_kl(z, TopK(targets.ids[at], targets.logprobs[at]), cells), h, head, rows=2
+        ).sum()
     )(h)
     assert tiled[0].item() == pytest.approx(want.item(), rel=1e-5)
     np.testing.assert_allclose(np.array(tiled[1]), np.array(want_grad), atol=2e-5)

@@ -43,7 +43,9 @@ KINDS: list[tuple[str, dict[str, float], Callable[..., np.ndarray]]] = [
     ("skew_kl", {"lam": 1.0}, lambda p, q: kl(p, p)),
     ("total_variation", {}, lambda p, q: 0.5 * np.abs(p - q).sum(-1)),
 ]
-every_kind = pytest.mark.parametrize(("name", "options", "twin"), KINDS, ids=[f"{n}-{o}" for n, o, _ in KINDS])
+every_kind = pytest.mark.parametrize(
+    ("name", "options", "twin"), KINDS, ids=[f"{n}-{o}" for n, o, _ in KINDS]
+)
 every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 
 
@@ -65,10 +67,16 @@ def test_equals_float64(name: str, options: dict[str, float], twin: Any, tempera
 
 @every_kind
 @every_temperature
-def test_gradient_equals_float64_finite_differences(name: str, options: dict[str, float], twin: Any, temperature: float) -> None:
+def test_gradient_equals_float64_finite_differences(
+    name: str, options: dict[str, float], twin: Any, temperature: float
+) -> None:
     z_q, z_p = logits(1), logits(2)
     weights = np.arange(1.0, N + 1)
-    grad = mx.grad(lambda z: (getattr(losses, name)(z, z_p, temperature=temperature, **options) * mx.array(weights, mx.float32)).sum())(z_q)
+    grad = mx.grad(
+        lambda z: (
+            getattr(losses, name)(z, z_p, temperature=temperature, **options) * mx.array(weights, mx.float32)
+        ).sum()
+    )(z_q)
     base = np.array(z_q, np.float64)
     for row, column in [(0, 3), (2, 0), (4, V - 1)]:
         step = np.zeros_like(base)
@@ -80,9 +88,13 @@ def test_gradient_equals_float64_finite_differences(name: str, options: dict[str
 
 @every_kind
 @every_temperature
-def test_zero_with_zero_gradient_at_equality(name: str, options: dict[str, float], twin: Any, temperature: float) -> None:
+def test_zero_with_zero_gradient_at_equality(
+    name: str, options: dict[str, float], twin: Any, temperature: float
+) -> None:
     z = logits(3, scale=5.0)
-    value, grad = mx.value_and_grad(lambda q: getattr(losses, name)(q, z, temperature=temperature, **options).sum())(z + 0.5)
+    value, grad = mx.value_and_grad(
+        lambda q: getattr(losses, name)(q, z, temperature=temperature, **options).sum()
+    )(z + 0.5)
     assert abs(value.item()) <= 1e-5 * temperature**2
     if name != "total_variation":  # an absolute value has a kink there
         assert mx.abs(grad).max().item() <= 1e-5 * temperature
@@ -99,7 +111,9 @@ def test_never_negative_beyond_rounding(name: str, options: dict[str, float], tw
 def test_unchanged_by_a_constant_on_either_side(name: str, options: dict[str, float], twin: Any) -> None:
     z_q, z_p = logits(1), logits(2)
     moved = getattr(losses, name)(z_q + 30.0, z_p - 20.0, **options)
-    np.testing.assert_allclose(np.array(moved), np.array(getattr(losses, name)(z_q, z_p, **options)), rtol=1e-5, atol=2e-5)
+    np.testing.assert_allclose(
+        np.array(moved), np.array(getattr(losses, name)(z_q, z_p, **options)), rtol=1e-5, atol=2e-5
+    )
 
 
 @every_kind
@@ -125,7 +139,9 @@ def test_bfloat16_logits_are_computed_in_float32(name: str, options: dict[str, f
     z_q, z_p = logits(1).astype(mx.bfloat16), logits(2).astype(mx.bfloat16)
     got = getattr(losses, name)(z_q, z_p, **options)
     assert got.dtype == mx.float32
-    np.testing.assert_allclose(np.array(got), exact(z_q.astype(mx.float32), z_p.astype(mx.float32), twin, 1.0), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(
+        np.array(got), exact(z_q.astype(mx.float32), z_p.astype(mx.float32), twin, 1.0), rtol=2e-5, atol=2e-6
+    )
 
 
 @every_kind
@@ -146,7 +162,9 @@ def test_other_vocabulary_is_refused_with_a_cure(name: str, options: dict[str, f
 
 @every_kind
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
-def test_impossible_temperature_is_refused(name: str, options: dict[str, float], twin: Any, temperature: float) -> None:
+def test_impossible_temperature_is_refused(
+    name: str, options: dict[str, float], twin: Any, temperature: float
+) -> None:
     with pytest.raises(ConfigError, match="temperature"):
         getattr(losses, name)(logits(1), logits(2), temperature=temperature, **options)
 

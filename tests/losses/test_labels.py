@@ -76,7 +76,9 @@ def test_a_student_outside_the_labels_learns_to_come_in() -> None:
     teacher, student = mx.array([[3.0, 1.0, -9.0]]), mx.array([[3.0, 1.0, 5.0]])
 
     def loss(z: mx.array, rest: bool) -> mx.array:
-        return label_kl(label_logprobs(z, tokens, rest=rest), label_logprobs(teacher, tokens, rest=rest)).sum()
+        return label_kl(
+            label_logprobs(z, tokens, rest=rest), label_logprobs(teacher, tokens, rest=rest)
+        ).sum()
 
     assert mx.abs(mx.grad(loss)(student, False)).max().item() == pytest.approx(0, abs=1e-6)
     pull = mx.grad(loss)(student, True)[0].tolist()
@@ -122,5 +124,7 @@ def test_two_tokenizers_meet_over_the_labels(tokenizers: Any) -> None:
     """Different tokens, different widths, one distribution."""
     sides = [label_tokens(tokenizer, LABELS) for tokenizer in tokenizers]
     widths = [len(token_bytes(tokenizer)) for tokenizer in tokenizers]
-    logprobs = [label_logprobs(mx.random.normal((3, w)), tokens) for w, tokens in zip(widths, sides, strict=True)]
+    logprobs = [
+        label_logprobs(mx.random.normal((3, w)), tokens) for w, tokens in zip(widths, sides, strict=True)
+    ]
     assert label_kl(*logprobs).shape == (3,)

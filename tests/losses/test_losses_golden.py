@@ -23,7 +23,10 @@ def assert_close(got: mx.array, want: np.ndarray, tolerance: float = 1e-5) -> No
 def settings(kind: str) -> list[tuple[str, list[float]]]:
     """Golden keys such as jsd.0.5.2.0 with their numbers: beta, temperature."""
     keys = [key for key in KEYS if key.startswith(f"{kind}.")]
-    return [(key, [float(".".join(pair)) for pair in zip(*[iter(key.split(".")[1:])] * 2, strict=True)]) for key in keys]
+    return [
+        (key, [float(".".join(pair)) for pair in zip(*[iter(key.split(".")[1:])] * 2, strict=True)])
+        for key in keys
+    ]
 
 
 @pytest.mark.parametrize(("key", "numbers"), settings("jsd"))
@@ -47,7 +50,9 @@ def test_top_k_with_a_tail_equals_trl() -> None:
     ids = mx.argsort(-logprobs, axis=-1)[:, :5]
     targets = TopK(ids, mx.take_along_axis(logprobs, ids, axis=-1))
     assert_close(losses.sparse_forward_kl(STUDENT, targets), GOLDEN["bucket.value"])
-    assert_close(mx.grad(lambda z: losses.sparse_forward_kl(z, targets).sum())(STUDENT), GOLDEN["bucket.grad"])
+    assert_close(
+        mx.grad(lambda z: losses.sparse_forward_kl(z, targets).sum())(STUDENT), GOLDEN["bucket.grad"]
+    )
 
 
 @pytest.mark.parametrize(("key", "numbers"), settings("fused"))
@@ -56,7 +61,9 @@ def test_head_and_divergence_in_one_equals_trl(key: str, numbers: list[float]) -
     h, w, h_t, w_t = (mx.array(GOLDEN[name]) for name in ("h_s", "w_s", "h_t", "w_t"))
 
     def loss(h: mx.array, w: mx.array) -> mx.array:
-        return losses.linear_divergence(h, w, h_t, w_t, divergence="js_divergence", beta=beta, temperature=t, train_head=True)
+        return losses.linear_divergence(
+            h, w, h_t, w_t, divergence="js_divergence", beta=beta, temperature=t, train_head=True
+        )
 
     assert_close(loss(h, w), GOLDEN[f"{key}.value"], 3e-5)
     by_hidden, by_head = mx.grad(lambda h, w: loss(h, w).sum(), argnums=(0, 1))(h, w)

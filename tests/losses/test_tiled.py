@@ -13,7 +13,15 @@ import pytest
 
 from mlx_distill import losses
 from mlx_distill.errors import ConfigError, DataError, ModelError
-from mlx_distill.losses import DIVERGENCES, linear_cross_entropy, linear_divergence, linear_rows, sparse_forward_kl, sparse_linear_kl, tiles
+from mlx_distill.losses import (
+    DIVERGENCES,
+    linear_cross_entropy,
+    linear_divergence,
+    linear_rows,
+    sparse_forward_kl,
+    sparse_linear_kl,
+    tiles,
+)
 from mlx_distill.losses.output_head import head_weight
 from mlx_distill.records import TopK
 
@@ -31,7 +39,9 @@ def both(loss: Callable[..., mx.array], *arguments: mx.array) -> tuple[float, li
     return value.item(), [np.array(g) for g in grads]
 
 
-def assert_same(got: tuple[float, list[np.ndarray]], want: tuple[float, list[np.ndarray]], tolerance: float = 5e-5) -> None:
+def assert_same(
+    got: tuple[float, list[np.ndarray]], want: tuple[float, list[np.ndarray]], tolerance: float = 5e-5
+) -> None:
     assert got[0] == pytest.approx(want[0], rel=tolerance, abs=2e-5)
     for a, b in zip(got[1], want[1], strict=True):
         assert a.shape == b.shape
@@ -65,11 +75,18 @@ def test_divergence_equals_the_one_on_logits(name: str, temperature: float) -> N
 def test_trainable_head_gets_its_gradient(name: str, temperature: float) -> None:
     h, t, w, u = normal(N, D), normal(N, E), normal(V, D, scale=0.4), normal(V, E, scale=0.3)
     want = both(lambda h, w: getattr(losses, name)(h @ w.T, t @ u.T, temperature=temperature), h, w)
-    got = both(lambda h, w: linear_divergence(h, w, t, u, divergence=name, temperature=temperature, train_head=True), h, w)
+    got = both(
+        lambda h, w: linear_divergence(h, w, t, u, divergence=name, temperature=temperature, train_head=True),
+        h,
+        w,
+    )
     assert_same(got, want)
 
 
-@pytest.mark.parametrize(("option", "value"), [("beta", 0.0), ("beta", 0.2), ("beta", 1.0), ("lam", 0.0), ("lam", 0.5), ("lam", 1.0)])
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("beta", 0.0), ("beta", 0.2), ("beta", 1.0), ("lam", 0.0), ("lam", 0.5), ("lam", 1.0)],
+)
 def test_options_reach_the_tiles(option: str, value: float) -> None:
     name = {"beta": "js_divergence", "lam": "skew_kl"}[option]
     h, t, w, u = normal(N, D), normal(N, E), normal(V, D, scale=0.4), normal(V, E, scale=0.3)
@@ -128,7 +145,13 @@ def test_rows_give_any_loss_of_logits() -> None:
     want = both(lambda h: sparse_forward_kl(h @ w.T, targets), h)
     for rows in (1, 4, 64):
         got = both(
-            partial(linear_rows, lambda z, at: sparse_forward_kl(z, TopK(targets.ids[at], targets.logprobs[at])), head=w, rows=rows), h
+            partial(
+                linear_rows,
+                lambda z, at: sparse_forward_kl(z, TopK(targets.ids[at], targets.logprobs[at])),
+                head=w,
+                rows=rows,
+            ),
+            h,
         )
         assert_same(got, want)
 
@@ -143,7 +166,9 @@ def heads() -> dict[str, Any]:
         "quantised linear with bias": nn.QuantizedLinear.from_linear(biased, group_size=32, bits=8),
         "quantised embedding": nn.QuantizedEmbedding.from_embedding(embedding, group_size=32, bits=4),
         "mxfp4 linear": nn.QuantizedLinear.from_linear(linear, group_size=32, bits=4, mode="mxfp4"),
-        "mxfp4 embedding": nn.QuantizedEmbedding.from_embedding(embedding, group_size=32, bits=4, mode="mxfp4"),
+        "mxfp4 embedding": nn.QuantizedEmbedding.from_embedding(
+            embedding, group_size=32, bits=4, mode="mxfp4"
+        ),
     }
 
 
@@ -157,19 +182,45 @@ def test_any_kind_of_head(kind: str) -> None:
         want = both(lambda h: losses.forward_kl(project(h), t @ u.T, temperature=temperature), h)  # noqa: B023
         assert_same(both(lambda h: linear_divergence(h, head, t, u, temperature=temperature), h), want, 1e-4)  # noqa: B023
         want = both(lambda h: losses.js_divergence(project(h), t @ u.T, temperature=temperature), h)  # noqa: B023
-        assert_same(both(lambda h: linear_divergence(h, head, t, u, divergence="js_divergence", temperature=temperature), h), want, 1e-4)  # noqa: B023
-    assert_same(both(lambda h: sparse_linear_kl(h, head, targets), h), both(lambda h: sparse_forward_kl(project(h), targets), h), 1e-4)
+        assert_same(
+            both(
+                lambda h: linear_divergence(
+                    h, head, t, u, divergence="js_divergence", temperature=temperature
+                ),
+                h,
+            ),
+            want,
+            1e-4,
+        )  # noqa: B023
+    assert_same(
+        both(lambda h: sparse_linear_kl(h, head, targets), h),
+        both(lambda h: sparse_forward_kl(project(h), targets), h),
+        1e-4,
+    )
     want = both(lambda h: nn.losses.cross_entropy(project(h), labels), h)
     assert_same(both(lambda h: linear_cross_entropy(h, head, labels), h), want, 1e-4)
-    assert_same(both(lambda h: linear_rows(lambda z, at: nn.losses.cross_entropy(z, labels[at]), h, head, rows=4), h), want, 1e-4)
+    assert_same(
+        both(lambda h: linear_rows(lambda z, at: nn.losses.cross_entropy(z, labels[at]), h, head, rows=4), h),
+        want,
+        1e-4,
+    )
 
 
 def test_gradient_reaches_a_bfloat16_trunk() -> None:
-    h, t, w, u = normal(N, D).astype(mx.bfloat16), normal(N, E), normal(V, D, scale=0.4), normal(V, E, scale=0.3)
+    h, t, w, u = (
+        normal(N, D).astype(mx.bfloat16),
+        normal(N, E),
+        normal(V, D, scale=0.4),
+        normal(V, E, scale=0.3),
+    )
     grad = mx.grad(lambda h: linear_divergence(h, w.astype(mx.bfloat16), t, u).sum())(h)
-    want = mx.grad(lambda h: losses.forward_kl(h @ w.astype(mx.bfloat16).astype(mx.float32).T, t @ u.T).sum())(h.astype(mx.float32))
+    want = mx.grad(
+        lambda h: losses.forward_kl(h @ w.astype(mx.bfloat16).astype(mx.float32).T, t @ u.T).sum()
+    )(h.astype(mx.float32))
     assert grad.dtype == mx.bfloat16
-    np.testing.assert_allclose(np.array(grad.astype(mx.float32)), np.array(want), atol=0.01 * mx.abs(want).max().item())
+    np.testing.assert_allclose(
+        np.array(grad.astype(mx.float32)), np.array(want), atol=0.01 * mx.abs(want).max().item()
+    )
 
 
 def test_behind_a_trunk_in_a_module() -> None:
@@ -190,9 +241,16 @@ def test_tied_head_in_training_gets_both_gradients() -> None:
             self.embed = nn.Embedding(V, D)
 
     model, ids, labels = Tied(), mx.random.randint(0, V, (N,)), mx.random.randint(0, V, (N,))
-    tiled = nn.value_and_grad(model, lambda: linear_cross_entropy(mx.tanh(model.embed(ids)), model.embed, labels, train_head=True).sum())()
-    plain = nn.value_and_grad(model, lambda: nn.losses.cross_entropy(model.embed.as_linear(mx.tanh(model.embed(ids))), labels).sum())()
-    np.testing.assert_allclose(np.array(tiled[1]["embed"]["weight"]), np.array(plain[1]["embed"]["weight"]), atol=1e-5)
+    tiled = nn.value_and_grad(
+        model,
+        lambda: linear_cross_entropy(mx.tanh(model.embed(ids)), model.embed, labels, train_head=True).sum(),
+    )()
+    plain = nn.value_and_grad(
+        model, lambda: nn.losses.cross_entropy(model.embed.as_linear(mx.tanh(model.embed(ids))), labels).sum()
+    )()
+    np.testing.assert_allclose(
+        np.array(tiled[1]["embed"]["weight"]), np.array(plain[1]["embed"]["weight"]), atol=1e-5
+    )
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "js_divergence", "sparse", "cross_entropy"])

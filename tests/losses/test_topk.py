@@ -38,7 +38,9 @@ def bucketed(z_q: mx.array, targets: TopK) -> np.ndarray:
 def test_equals_the_plain_formula(k: int) -> None:
     z_q, z_p = pair()
     targets = top_k(z_p, k)
-    np.testing.assert_allclose(np.array(sparse_forward_kl(z_q, targets)), bucketed(z_q, targets), rtol=1e-4, atol=2e-6)
+    np.testing.assert_allclose(
+        np.array(sparse_forward_kl(z_q, targets)), bucketed(z_q, targets), rtol=1e-4, atol=2e-6
+    )
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
@@ -56,7 +58,9 @@ def test_zero_with_zero_gradient_at_equality(k: int, temperature: float) -> None
 def test_whole_vocabulary_is_the_full_divergence_at_any_temperature(temperature: float) -> None:
     z_q, z_p = pair()
     targets = top_k(z_p, V)
-    value, grad = mx.value_and_grad(lambda q: sparse_forward_kl(q, targets, temperature=temperature).sum())(z_q)
+    value, grad = mx.value_and_grad(lambda q: sparse_forward_kl(q, targets, temperature=temperature).sum())(
+        z_q
+    )
     full, full_grad = mx.value_and_grad(lambda q: forward_kl(q, z_p, temperature=temperature).sum())(z_q)
     assert value.item() == pytest.approx(full.item(), rel=2e-5)
     np.testing.assert_allclose(np.array(grad), np.array(full_grad), atol=1e-5)
@@ -113,7 +117,9 @@ def test_masked_student_columns_leave_no_nan() -> None:
 
 
 def test_temperature_leaves_the_mass_of_the_tail_alone() -> None:
-    """Students that agree with the teacher within the top k and on the tail's mass are at the floor at every temperature."""
+    """Students that agree with the teacher within the top k and on the tail's mass are at the floor at every
+    temperature.
+    """
     z_q, _ = pair()
     targets = top_k(z_q, 8)
     tail = mx.put_along_axis(mx.zeros((N, V)), targets.ids, mx.array(1.0), axis=-1) == 0
@@ -122,7 +128,9 @@ def test_temperature_leaves_the_mass_of_the_tail_alone() -> None:
     for row, free in enumerate(np.array(tail)):
         other[row, free] = other[row, free][::-1]
     for temperature in (1.0, 3.0):
-        assert mx.abs(sparse_forward_kl(mx.array(other), targets, temperature=temperature)).max().item() < 1e-5
+        assert (
+            mx.abs(sparse_forward_kl(mx.array(other), targets, temperature=temperature)).max().item() < 1e-5
+        )
 
 
 def test_targets_of_other_positions_are_refused() -> None:

@@ -17,7 +17,15 @@ from mlx_distill.metrics.intervals import wilson
 LABELS = ["a", "b", "c"]
 
 
-def row(id: str, truth: str | None, said: str | None, *, true_score: float = 50, score: float | None = 50, **more: Any) -> dict[str, Any]:
+def row(
+    id: str,
+    truth: str | None,
+    said: str | None,
+    *,
+    true_score: float = 50,
+    score: float | None = 50,
+    **more: Any,
+) -> dict[str, Any]:
     """One prediction; ``said=None`` is an answer that is not valid."""
     answer = None if said is None else {"kind": said, "points": score}
     return {
@@ -63,7 +71,10 @@ def test_accuracy_leaves_out_rows_without_a_truth() -> None:
 
 def test_confidence_widens_the_interval() -> None:
     data = rows(("a", "a"), ("a", "b"), ("a", "a"))
-    wide, narrow = scores.accuracy(data, "kind", confidence=0.99), scores.accuracy(data, "kind", confidence=0.8)
+    wide, narrow = (
+        scores.accuracy(data, "kind", confidence=0.99),
+        scores.accuracy(data, "kind", confidence=0.8),
+    )
     assert wide["low"] < narrow["low"] < narrow["high"] < wide["high"]
 
 
@@ -72,8 +83,21 @@ def test_json_valid() -> None:
 
 
 def test_verdict_agreement_pairs_by_id_and_an_invalid_answer_agrees_with_nothing() -> None:
-    teacher = [row("1", "a", "a"), row("2", "a", "b"), row("3", "a", None), row("4", "a", "c"), row("5", "a", None)]
-    model = [row("5", "a", None), row("4", "a", None), row("3", "a", "a"), row("2", "a", "b"), row("1", "a", "c"), row("9", "a", "a")]
+    teacher = [
+        row("1", "a", "a"),
+        row("2", "a", "b"),
+        row("3", "a", None),
+        row("4", "a", "c"),
+        row("5", "a", None),
+    ]
+    model = [
+        row("5", "a", None),
+        row("4", "a", None),
+        row("3", "a", "a"),
+        row("2", "a", "b"),
+        row("1", "a", "c"),
+        row("9", "a", "a"),
+    ]
     result = metrics.verdict_agreement(model, teacher)
     assert (result["value"], result["n"]) == (0.2, 5)
 
@@ -89,15 +113,28 @@ def test_agreement_wants_the_label_and_a_near_score() -> None:
     ]
     assert metrics.agreement(model, teacher, tolerance=5.0)["value"] == 0.2
     assert metrics.agreement(model, teacher, tolerance=6.0)["value"] == 0.4
-    assert metrics.agreement(model, teacher, tolerance=None)["value"] == metrics.verdict_agreement(model, teacher)["value"] == 0.6
+    assert (
+        metrics.agreement(model, teacher, tolerance=None)["value"]
+        == metrics.verdict_agreement(model, teacher)["value"]
+        == 0.6
+    )
 
 
 def test_agreement_of_fractional_scores_is_not_decided_by_rounding() -> None:
-    assert metrics.agreement([row("0", "a", "a", score=0.3)], [row("0", "a", "a", score=0.2)], tolerance=0.1)["value"] == 1.0
+    assert (
+        metrics.agreement([row("0", "a", "a", score=0.3)], [row("0", "a", "a", score=0.2)], tolerance=0.1)[
+            "value"
+        ]
+        == 1.0
+    )
 
 
 def test_score_mae_is_against_the_truth_and_score_gap_against_the_teacher() -> None:
-    model = [row("0", "a", "a", true_score=50, score=40), row("1", "a", "b", true_score=50, score=52), row("2", "a", None)]
+    model = [
+        row("0", "a", "a", true_score=50, score=40),
+        row("1", "a", "b", true_score=50, score=52),
+        row("2", "a", None),
+    ]
     teacher = [row("0", "a", "a", score=43), row("1", "a", "a", score=51), row("2", "a", "a", score=9)]
     truth, gap = scores.score_mae(model, "points"), metrics.score_gap(model, teacher)
     assert (truth["value"], truth["n"]) == (6.0, 2)
@@ -107,12 +144,27 @@ def test_score_mae_is_against_the_truth_and_score_gap_against_the_teacher() -> N
 
 def test_sides_and_their_rates_by_hand() -> None:
     # Positive: b and c. Two different positive classes are the same side.
-    data = rows(("b", "b"), ("b", "c"), ("c", "a"), ("c", None), ("a", "a"), ("a", "b"), ("a", "a"), ("a", None), ("a", "a"))
+    data = rows(
+        ("b", "b"),
+        ("b", "c"),
+        ("c", "a"),
+        ("c", None),
+        ("a", "a"),
+        ("a", "b"),
+        ("a", "a"),
+        ("a", None),
+        ("a", "a"),
+    )
     counts = scores.count_sides(data, "kind", ["b", "c"])
     assert counts == scores.Counts(true_positive=2, false_positive=1, true_negative=4, false_negative=2)
     assert scores.precision(counts)["value"] == pytest.approx(2 / 3)
     assert scores.recall(counts)["value"] == 0.5
-    assert scores.false_positive_rate(counts) == {"value": 0.2, "low": wilson(1, 5)[0], "high": wilson(1, 5)[1], "n": 5}
+    assert scores.false_positive_rate(counts) == {
+        "value": 0.2,
+        "low": wilson(1, 5)[0],
+        "high": wilson(1, 5)[1],
+        "n": 5,
+    }
     assert scores.false_negative_rate(counts)["value"] == 0.5
     f1 = scores.f1(counts)
     assert f1["value"] == pytest.approx(4 / 7)
@@ -147,13 +199,18 @@ def test_interval_of_macro_f1_equals_resampling_the_rows() -> None:
         index = rng.integers(0, 80, 80)
         sides = [(truth[index] == side, said[index] == side) for side in (0, 1)]
         plain.append(np.mean([2 * np.sum(t & s) / (np.sum(t) + np.sum(s)) for t, s in sides]))
-    assert (quick["low"], quick["high"]) == pytest.approx(tuple(np.quantile(plain, [0.025, 0.975])), abs=0.015)
+    assert (quick["low"], quick["high"]) == pytest.approx(
+        tuple(np.quantile(plain, [0.025, 0.975])), abs=0.015
+    )
 
 
 def test_f1_is_not_certain_when_all_is_right_or_wrong() -> None:
     for said, value in (("a", 1.0), ("b", 0.0)):
         data = rows(*[("a", said)] * 20)
-        for found in (scores.macro_f1(data, "kind", LABELS), scores.f1(scores.count_sides(data, "kind", ["a"]))):
+        for found in (
+            scores.macro_f1(data, "kind", LABELS),
+            scores.f1(scores.count_sides(data, "kind", ["a"])),
+        ):
             assert found["value"] == value
             assert found["high"] - found["low"] > 0.05
 
@@ -185,11 +242,19 @@ def test_teacher_confusion_has_the_teachers_labels_as_rows() -> None:
 
 
 def test_slices_split_by_the_rows_field() -> None:
-    model = [row("0", "a", "a", fields={"genre": "x"}), row("1", "a", "b", fields={"genre": "x"}), row("2", "a", "a", fields={})]
+    model = [
+        row("0", "a", "a", fields={"genre": "x"}),
+        row("1", "a", "b", fields={"genre": "x"}),
+        row("2", "a", "a", fields={}),
+    ]
     teacher = [row("0", "a", "a"), row("1", "a", "b"), row("2", "a", "b")]
     result = metrics.by_slice(model, teacher, "kind", ["genre"])["genre"]
     assert list(result) == ["(none)", "x"]
-    assert (result["x"]["n"], result["x"]["accuracy"]["value"], result["x"]["verdict_agreement"]["value"]) == (2, 0.5, 1.0)
+    assert (
+        result["x"]["n"],
+        result["x"]["accuracy"]["value"],
+        result["x"]["verdict_agreement"]["value"],
+    ) == (2, 0.5, 1.0)
     assert result["(none)"]["verdict_agreement"]["value"] == 0.0
     assert metrics.by_slice(model, None, "kind", ["genre"])["genre"]["x"]["verdict_agreement"] is None
 
@@ -204,13 +269,22 @@ def test_error_rates_by_group_with_counts_and_gap() -> None:
     rare = grouped("rare", [("a", "b")] * 2)
     result = scores.by_group(one + two + rare, "kind", ["b"], "g", few=10)
     first = result["groups"]["one"]
-    assert (first["n"], first["false_positives"], first["negatives"], first["false_negatives"], first["positives"]) == (20, 6, 10, 1, 10)
+    assert (
+        first["n"],
+        first["false_positives"],
+        first["negatives"],
+        first["false_negatives"],
+        first["positives"],
+    ) == (20, 6, 10, 1, 10)
     assert first["false_positive_rate"]["value"] == 0.6
     assert result["groups"]["two"]["false_negative_rate"]["value"] == 0.2
     assert result["groups"]["rare"]["few"] == ["false_positive_rate", "false_negative_rate"]
     assert result["groups"]["rare"]["false_negative_rate"]["value"] is None
     gap = result["gaps"]["false_positive_rate"]
-    assert (gap["highest"], gap["lowest"]) == ("one", "two")  # the rare group's rate of 1 is flagged, not compared
+    assert (gap["highest"], gap["lowest"]) == (
+        "one",
+        "two",
+    )  # the rare group's rate of 1 is flagged, not compared
     assert gap["value"] == pytest.approx(0.5)
     assert 0 < gap["low"] < 0.5 < gap["high"]
     assert scores.by_group(one, "kind", ["b"], "g")["gaps"]["false_positive_rate"] is None
@@ -218,7 +292,9 @@ def test_error_rates_by_group_with_counts_and_gap() -> None:
 
 def test_divergence_by_hand_and_its_properties() -> None:
     p, q = {"a": 0.7, "b": 0.2, "c": 0.1}, {"a": 0.2, "b": 0.5, "c": 0.3}
-    assert divergence(p, q, LABELS) == pytest.approx(0.7 * math.log(3.5) + 0.2 * math.log(0.4) + 0.1 * math.log(1 / 3))
+    assert divergence(p, q, LABELS) == pytest.approx(
+        0.7 * math.log(3.5) + 0.2 * math.log(0.4) + 0.1 * math.log(1 / 3)
+    )
     assert divergence(p, p, LABELS) == 0.0
     assert divergence({"a": 7, "b": 2, "c": 1}, q, LABELS) == pytest.approx(divergence(p, q, LABELS))
     assert 10 < divergence({"a": 1.0}, {"b": 1.0}, LABELS) < 30  # finite at a model's exact zero

@@ -1,4 +1,6 @@
-"""Intervals and paired tests against scipy's values (scipy 1.17.1; the constants are committed, scipy is not needed)."""
+"""Intervals and paired tests against scipy's values (scipy 1.17.1; the constants are committed, scipy is not
+needed).
+"""
 
 from __future__ import annotations
 
@@ -118,7 +120,10 @@ def test_newcombe_equals_the_published_example() -> None:
 
 
 def test_compare_paired_counts_every_cell() -> None:
-    first, second = [True] * 5 + [True] * 3 + [False] + [False] * 2, [True] * 5 + [False] * 3 + [True] + [False] * 2
+    first, second = (
+        [True] * 5 + [True] * 3 + [False] + [False] * 2,
+        [True] * 5 + [False] * 3 + [True] + [False] * 2,
+    )
     result = compare_paired(first, second)
     assert result is not None
     assert (result["both"], result["first_only"], result["second_only"], result["neither"]) == (5, 3, 1, 2)

@@ -92,7 +92,9 @@ def test_only_the_adapter_is_trained_and_its_start_depends_on_the_seed_alone(gol
     one, same, other = start(5), start(5), start(6)
     assert set(one) == {f"model.layers.{i}.self_attn.q_proj.lora_{m}" for i in (0, 1) for m in "ab"}
     assert all(mx.array_equal(one[n], same[n]) for n in one)
-    assert not mx.array_equal(one["model.layers.0.self_attn.q_proj.lora_a"], other["model.layers.0.self_attn.q_proj.lora_a"])
+    assert not mx.array_equal(
+        one["model.layers.0.self_attn.q_proj.lora_a"], other["model.layers.0.self_attn.q_proj.lora_a"]
+    )
     a = one["model.layers.0.self_attn.q_proj.lora_a"]
     assert mx.abs(a).max().item() <= 32**-0.5
     assert a.dtype == mx.float32
@@ -102,7 +104,10 @@ def test_merging_rounds_once_and_says_how_much(golden: Any) -> None:
     model, _ = load_model(golden("qwen3"))
     trained(model, LoraSettings(4, 8.0, 0.0, ("q_proj",)))
     layer = model.model.layers[0].self_attn.q_proj
-    exact = np.array(layer.linear.weight.astype(mx.float32)) + 2.0 * (np.array(layer.lora_a) @ np.array(layer.lora_b)).T
+    exact = (
+        np.array(layer.linear.weight.astype(mx.float32))
+        + 2.0 * (np.array(layer.lora_a) @ np.array(layer.lora_b)).T
+    )
     row = merge(model)[0]
     merged = np.array(model.model.layers[0].self_attn.q_proj.weight.astype(mx.float32))
     assert model.model.layers[0].self_attn.q_proj.weight.dtype == mx.bfloat16
@@ -115,13 +120,20 @@ def test_the_adapter_keeps_its_type_when_the_model_is_cast(kind: str, golden: An
     model, _ = load_model(golden("qwen3"))
     add_lora(model, LoraSettings(2, 4.0, 0.0, ("q_proj",), kind))
     cast(model, "bfloat16")
-    assert {array.dtype for array in dict(tree_flatten(model.trainable_parameters())).values()} == {mx.float32}
+    assert {array.dtype for array in dict(tree_flatten(model.trainable_parameters())).values()} == {
+        mx.float32
+    }
 
 
-def test_rank_stabilized_adapters_are_plain_ones_of_a_larger_alpha(golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_rank_stabilized_adapters_are_plain_ones_of_a_larger_alpha(
+    golden: Any, logits: Any, tmp_path: Path
+) -> None:
     prompt, _ = logits("qwen3")
     out = []
-    for settings in (LoraSettings(4, 8.0, 0.0, ("q_proj",), rslora=True), LoraSettings(4, 16.0, 0.0, ("q_proj",))):
+    for settings in (
+        LoraSettings(4, 8.0, 0.0, ("q_proj",), rslora=True),
+        LoraSettings(4, 16.0, 0.0, ("q_proj",)),
+    ):
         model, _ = load_model(golden("qwen3"), dtype="float32")
         trained(model, settings)
         out.append(model(prompt))
@@ -142,7 +154,9 @@ def packed_linear(mode: str, experts: int) -> tuple[Any, list[Any]]:
     for expert in range(experts):
         single = nn.Linear(64, 32)
         single.weight, single.bias = stack.weight[expert], stack.bias[expert]
-        singles.append(single if mode == "plain" else nn.QuantizedLinear.from_linear(single, 32, 4, mode=mode))
+        singles.append(
+            single if mode == "plain" else nn.QuantizedLinear.from_linear(single, 32, 4, mode=mode)
+        )
     return (stack if mode == "plain" else stack.to_quantized(32, 4, mode)), singles
 
 
@@ -215,7 +229,9 @@ def test_adapters_over_packed_linear_layers_are_those_over_the_unpacked_ones(kin
         (LoraSettings(4, 8.0, 0.0, ("q_proj",), "vera"), ModelError, "vera"),
     ],
 )
-def test_settings_that_fit_nothing_are_refused(settings: LoraSettings, error: type[Exception], named: str, golden: Any) -> None:
+def test_settings_that_fit_nothing_are_refused(
+    settings: LoraSettings, error: type[Exception], named: str, golden: Any
+) -> None:
     model, _ = load_model(golden("gpt_oss"))
     with pytest.raises(error, match=named) as caught:
         add_lora(model, settings)

@@ -51,20 +51,28 @@ def test_every_source_byte_comes_out_once(golden: Any, tmp_path: Path, tools: An
     convert(golden("gpt_oss_mxfp4"), tmp_path / "out")
     before, after = tools.all(golden("gpt_oss_mxfp4")), tools.all(tmp_path / "out")
     assert sum(len(d) for _, _, d in before.values()) == sum(len(d) for _, _, d in after.values())
-    assert sorted(b"".join(d for _, _, d in before.values())) == sorted(b"".join(d for _, _, d in after.values()))
+    assert sorted(b"".join(d for _, _, d in before.values())) == sorted(
+        b"".join(d for _, _, d in after.values())
+    )
 
 
-@pytest.mark.parametrize(("name", "quantize"), [("gpt_oss", None), ("gpt_oss_mxfp4", "affine4"), ("qwen3_moe", "nvfp4")])
+@pytest.mark.parametrize(
+    ("name", "quantize"), [("gpt_oss", None), ("gpt_oss_mxfp4", "affine4"), ("qwen3_moe", "nvfp4")]
+)
 def test_the_size_of_slabs_and_shards_changes_no_bit_of_a_tensor(
     name: str, quantize: str | None, golden: Any, tmp_path: Path, tools: Any
 ) -> None:
     convert(golden(name), tmp_path / "whole", quantize)
-    convert(golden(name), tmp_path / "rows", quantize, max_shard_bytes=40_000, memory_bytes=2048)  # slabs of some rows
+    convert(
+        golden(name), tmp_path / "rows", quantize, max_shard_bytes=40_000, memory_bytes=2048
+    )  # slabs of some rows
     assert tools.all(tmp_path / "whole") == tools.all(tmp_path / "rows")
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_loads_and_packs_as_mlx_does(mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+def test_every_mode_loads_and_packs_as_mlx_does(
+    mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
+) -> None:
     """The twin: mx.quantize of the whole weight at once."""
     report = convert(golden("gpt_oss"), tmp_path / "out", mode)
     model, config = load_model(tmp_path / "out", dtype="float32")
@@ -72,7 +80,9 @@ def test_every_mode_loads_and_packs_as_mlx_does(mode: str, golden: Any, logits: 
     assert mx.all(mx.isfinite(model(prompt))).item()
     source, _ = load_model(golden("gpt_oss"))
     packed = model.model.layers[0].self_attn.o_proj
-    want = mx.quantize(source.model.layers[0].self_attn.o_proj.weight, packed.group_size, packed.bits, mode=packed.mode)
+    want = mx.quantize(
+        source.model.layers[0].self_attn.o_proj.weight, packed.group_size, packed.bits, mode=packed.mode
+    )
     assert mx.array_equal(packed.weight, want[0])
     assert mx.array_equal(packed.scales, want[1].astype(packed.scales.dtype))
     assert not hasattr(model.model.layers[0].mlp.router, "bits")
@@ -88,7 +98,10 @@ def test_the_errors_in_the_table_are_those_of_the_weights(golden: Any, tmp_path:
     after, _ = load_model(tmp_path / "out")
     q = after.model.layers[1].self_attn.o_proj
     w = np.array(before.model.layers[1].self_attn.o_proj.weight.astype(mx.float32), np.float64)
-    back = np.array(mx.dequantize(q.weight, q.scales, q.biases, q.group_size, q.bits, q.mode).astype(mx.float32), np.float64)
+    back = np.array(
+        mx.dequantize(q.weight, q.scales, q.biases, q.group_size, q.bits, q.mode).astype(mx.float32),
+        np.float64,
+    )
     row = next(r for r in report.rows if r.name == "model.layers.1.self_attn.o_proj.weight")
     assert row.error == pytest.approx(np.sqrt(np.square(w - back).sum() / np.square(w).sum()), rel=1e-5)
     assert row.largest == pytest.approx(np.abs(w - back).max(), rel=1e-5)
@@ -106,7 +119,11 @@ def test_mxfp4_experts_pass_through_any_mode_bit_for_bit(golden: Any, tmp_path: 
 def test_mixed_recipes_keep_head_and_embeddings_higher(golden: Any, tmp_path: Path) -> None:
     convert(golden("gpt_oss_mxfp4"), tmp_path / "out", "mixed4")
     model, config = load_model(tmp_path / "out")
-    assert (model.lm_head.bits, model.model.embed_tokens.bits, model.model.layers[0].self_attn.q_proj.bits) == (8, 8, 4)
+    assert (
+        model.lm_head.bits,
+        model.model.embed_tokens.bits,
+        model.model.layers[0].self_attn.q_proj.bits,
+    ) == (8, 8, 4)
     assert config["quantization"]["lm_head"]["bits"] == 8
 
 
@@ -125,7 +142,9 @@ def test_a_tied_head_in_the_source_is_left_out_with_its_reason(copy: Any, tools:
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("float16", False)])
-def test_types_change_when_told_and_the_error_is_stated(dtype: str, exact: bool, golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_types_change_when_told_and_the_error_is_stated(
+    dtype: str, exact: bool, golden: Any, logits: Any, tmp_path: Path
+) -> None:
     report = convert(golden("qwen3"), tmp_path / "out", dtype=dtype)
     model, config = load_model(tmp_path / "out")
     assert str(model.model.norm.weight.dtype).endswith(dtype)
@@ -139,7 +158,9 @@ def test_dry_run_writes_nothing_and_tells_the_same_table(golden: Any, tmp_path: 
     plan = convert(golden("gpt_oss_mxfp4"), tmp_path / "out", "affine4", dry_run=True)
     assert not list(tmp_path.iterdir())
     real = convert(golden("gpt_oss_mxfp4"), tmp_path / "out", "affine4")
-    assert [(r.name, r.stored, r.bits, r.note) for r in plan.rows] == [(r.name, r.stored, r.bits, r.note) for r in real.rows]
+    assert [(r.name, r.stored, r.bits, r.note) for r in plan.rows] == [
+        (r.name, r.stored, r.bits, r.note) for r in real.rows
+    ]
     assert plan.stored_bytes == real.stored_bytes
     assert plan.lines()[0].split() == ["tensor", "shape", "from", "to", "bits"]
     table = {line.split()[0]: line.split()[1:] for line in plan.lines()}
@@ -148,7 +169,9 @@ def test_dry_run_writes_nothing_and_tells_the_same_table(golden: Any, tmp_path: 
     assert "mxfp4" in table["model.layers.0.mlp.experts.up_proj.weight"]
 
 
-def test_a_second_run_finds_the_work_done_and_another_mode_replaces_it(golden: Any, tmp_path: Path, tools: Any) -> None:
+def test_a_second_run_finds_the_work_done_and_another_mode_replaces_it(
+    golden: Any, tmp_path: Path, tools: Any
+) -> None:
     first = convert(golden("qwen3"), tmp_path / "out")
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
     again = convert(golden("qwen3"), tmp_path / "out")
@@ -192,14 +215,18 @@ def test_progress_counts_every_megabyte(golden: Any, tmp_path: Path) -> None:
     assert "convert" in seen.getvalue()
     convert_into(golden("gpt_oss"), tmp_path / "stage", progress=PlainProgress(seen))
     assert "convert: computed as transformers does; stock mlx-lm" in seen.getvalue()
-    convert_into(golden("gpt_oss"), tmp_path / "named", progress=PlainProgress(seen), name="convert student_base")
+    convert_into(
+        golden("gpt_oss"), tmp_path / "named", progress=PlainProgress(seen), name="convert student_base"
+    )
     lines = seen.getvalue().splitlines()[-3:]
     assert all(line.startswith("convert student_base: ") for line in lines)
     assert lines[-1].endswith("would give other logits (it rounds YaRN's correction range)")
 
 
 def test_killed_at_ten_moments_it_goes_on_and_ends_the_same(golden: Any, tmp_path: Path) -> None:
-    """Thirty kills at moments drawn by seeds, ten in each conversion, and one at each of the last moments of another."""
+    """Thirty kills at moments drawn by seeds, ten in each conversion, and one at each of the last moments of
+    another.
+    """
     command = [
         sys.executable,
         str(Path(__file__).parents[1] / "helpers" / "killed_conversion.py"),
@@ -228,7 +255,9 @@ def test_the_modes_are_all_that_mlx_has() -> None:
             return False
         return True
 
-    assert {f"affine{bits}" for bits in range(1, 17) if packs(bits)} == {mode for mode in MODES if mode.startswith("affine")}
+    assert {f"affine{bits}" for bits in range(1, 17) if packs(bits)} == {
+        mode for mode in MODES if mode.startswith("affine")
+    }
     named = re.search(r"supported quantization modes are (.*?)\. ", " ".join(mx.quantize.__doc__.split()))
     assert named is not None
     kinds = set(re.findall(r"\w*[a-z]\w*", named[1].replace("and", "")))
@@ -249,18 +278,26 @@ def test_groups_of_a_chosen_size(size: int, golden: Any, tmp_path: Path) -> None
 def test_no_read_is_larger_than_the_setting_allows(
     name: str, quantize: str | None, golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the layout: slabs of rows, never a tensor. A slab is an eighth of the memory, and gate and up may be read at once."""
+    """Whatever the layout: slabs of rows, never a tensor. A slab is an eighth of the memory, and gate and up
+    may be read at once.
+    """
     seen = []
     real = checkpoint._fill
-    monkeypatch.setattr(checkpoint, "_fill", lambda handle, out, *rest: seen.append(out.nbytes) or real(handle, out, *rest))
+    monkeypatch.setattr(
+        checkpoint, "_fill", lambda handle, out, *rest: seen.append(out.nbytes) or real(handle, out, *rest)
+    )
     convert(golden(name), tmp_path / "out", quantize, memory_bytes=8 * 512)
     assert max(seen) <= 2 * 512
     assert len(seen) > 100
 
 
-def test_a_disk_that_writes_something_else_is_caught(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_disk_that_writes_something_else_is_caught(
+    golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, calls = writer.os.preadv, []
-    sources = {path.stat().st_ino for path in golden("qwen3").iterdir()}  # these are read by the same call, in other threads
+    sources = {
+        path.stat().st_ino for path in golden("qwen3").iterdir()
+    }  # these are read by the same call, in other threads
 
     def flipped(handle: int, buffers: Any, offset: int) -> int:
         count = int(real(handle, buffers, offset))

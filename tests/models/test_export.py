@@ -21,7 +21,9 @@ from mlx_distill.report.model_card import card_text
 NAMES = ("qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4")
 
 
-def adapter(folder: Path, base: Path, targets: tuple[str, ...] = ("q_proj", "o_proj"), kind: str = "lora") -> Any:
+def adapter(
+    folder: Path, base: Path, targets: tuple[str, ...] = ("q_proj", "o_proj"), kind: str = "lora"
+) -> Any:
     model, _ = load_model(base, dtype="float32")
     settings = LoraSettings(4, 8.0, 0.0, targets, kind)
     add_lora(model, settings)
@@ -34,7 +36,9 @@ def adapter(folder: Path, base: Path, targets: tuple[str, ...] = ("q_proj", "o_p
 
 @pytest.mark.parametrize("memory", [4096, 1 << 20])
 @pytest.mark.parametrize("name", NAMES)
-def test_there_and_back_is_byte_identical(name: str, memory: int, golden: Any, tmp_path: Path, tools: Any) -> None:
+def test_there_and_back_is_byte_identical(
+    name: str, memory: int, golden: Any, tmp_path: Path, tools: Any
+) -> None:
     convert(golden(name), tmp_path / "ours", max_shard_bytes=20_000)
     report = to_hf(tmp_path / "ours", tmp_path / "theirs", max_shard_bytes=25_000, memory_bytes=memory)
     assert tools.all(tmp_path / "theirs") == tools.all(golden(name))
@@ -46,7 +50,9 @@ def test_there_and_back_is_byte_identical(name: str, memory: int, golden: Any, t
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_folder_in_their_layout_comes_out_as_it_is(name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+def test_a_folder_in_their_layout_comes_out_as_it_is(
+    name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
+) -> None:
     """And an adapter that stands on one is merged all the same."""
     assert to_hf(golden(name), tmp_path / "theirs", memory_bytes=4096).changed == ()
     assert tools.all(tmp_path / "theirs") == tools.all(golden(name))
@@ -54,13 +60,19 @@ def test_a_folder_in_their_layout_comes_out_as_it_is(name: str, golden: Any, log
     to_hf(tmp_path / "student", tmp_path / "out", memory_bytes=4096)
     prompt, _ = logits(name)
     found, wanted = load_model(tmp_path / "out", dtype="float32")[0](prompt), model(prompt)
-    assert mx.sqrt(mx.mean(mx.square(found - wanted))).item() < 0.1 * mx.sqrt(mx.mean(mx.square(wanted))).item()
+    assert (
+        mx.sqrt(mx.mean(mx.square(found - wanted))).item() < 0.1 * mx.sqrt(mx.mean(mx.square(wanted))).item()
+    )
     before, after = tools.all(golden(name)), tools.all(tmp_path / "out")
-    assert {n for n in before if before[n] != after[n]} == {n for n in before if n.endswith(("q_proj.weight", "o_proj.weight"))}
+    assert {n for n in before if before[n] != after[n]} == {
+        n for n in before if n.endswith(("q_proj.weight", "o_proj.weight"))
+    }
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss_mxfp4"])
-def test_an_adapter_is_merged_on_the_way_out(name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+def test_an_adapter_is_merged_on_the_way_out(
+    name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
+) -> None:
     convert(golden(name), tmp_path / "base", dtype="float32")
     model = adapter(tmp_path / "student", tmp_path / "base")
     report = to_hf(tmp_path / "student", tmp_path / "out")
@@ -75,17 +87,23 @@ def test_an_adapter_is_merged_on_the_way_out(name: str, golden: Any, logits: Any
     assert all(before[n] == after[n] for n in experts)
 
 
-def test_an_adapter_on_packed_experts_is_packed_again(golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+def test_an_adapter_on_packed_experts_is_packed_again(
+    golden: Any, logits: Any, tmp_path: Path, tools: Any
+) -> None:
     convert(golden("gpt_oss_mxfp4"), tmp_path / "base")
     adapter(tmp_path / "student", tmp_path / "base", ("down_proj",))
     report = to_hf(tmp_path / "student", tmp_path / "out")
     before, after = tools.all(golden("gpt_oss_mxfp4")), tools.all(tmp_path / "out")
-    assert {n for n in before if before[n] != after[n]} == {n for n in before if "down_proj_" in n and "bias" not in n}
+    assert {n for n in before if before[n] != after[n]} == {
+        n for n in before if "down_proj_" in n and "bias" not in n
+    }
     assert {n: before[n][:2] for n in before} == {n: after[n][:2] for n in after}
     assert {row.note for row in report.changed} == {"packed again; adapter merged"}
     from mlx_distill.models.quantize import quantize_folder
 
-    quantize_folder(tmp_path / "student", tmp_path / "ours", "affine8", keep=("proj", "embed", "head", "router"))
+    quantize_folder(
+        tmp_path / "student", tmp_path / "ours", "affine8", keep=("proj", "embed", "head", "router")
+    )
     assert load_model(tmp_path / "ours")[0](logits("gpt_oss_mxfp4")[0]).shape == (2, 48, 64)
     packed = load_model(tmp_path / "out")[0].model.layers[0].mlp.experts.down_proj
     same = load_model(tmp_path / "ours")[0].model.layers[0].mlp.experts.down_proj
@@ -94,13 +112,17 @@ def test_an_adapter_on_packed_experts_is_packed_again(golden: Any, logits: Any, 
 
 
 @pytest.mark.parametrize("mode", ["affine4", "mxfp4"])
-def test_what_the_layout_cannot_hold_is_unpacked_and_said(mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+def test_what_the_layout_cannot_hold_is_unpacked_and_said(
+    mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
+) -> None:
     convert(golden("gpt_oss_mxfp4"), tmp_path / "packed", mode)
     report = to_hf(tmp_path / "packed", tmp_path / "out")
     before, after = tools.all(golden("gpt_oss_mxfp4")), tools.all(tmp_path / "out")
     assert {n: v[:2] for n, v in after.items()} == {n: v[:2] for n, v in before.items()}
     assert all(before[n] == after[n] for n in before if n.endswith(("_blocks", "_scales")))
-    assert {row.note for row in report.changed} == {f"unpacked from {'affine' if mode == 'affine4' else 'mxfp4'}"}
+    assert {row.note for row in report.changed} == {
+        f"unpacked from {'affine' if mode == 'affine4' else 'mxfp4'}"
+    }
     prompt, _ = logits("gpt_oss_mxfp4")
     ours, theirs = (load_model(tmp_path / name, dtype="float32")[0](prompt) for name in ("packed", "out"))
     assert mx.abs(ours - theirs).mean().item() < 0.2
@@ -112,7 +134,10 @@ def test_what_the_layout_cannot_hold_is_unpacked_and_said(mode: str, golden: Any
 def test_experts_that_were_packed_here_leave_as_mxfp4(golden: Any, tmp_path: Path, tools: Any) -> None:
     convert(golden("gpt_oss"), tmp_path / "packed", "mxfp4")
     to_hf(tmp_path / "packed", tmp_path / "out")
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"] == "mxfp4"
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"]
+        == "mxfp4"
+    )
     assert "model.layers.0.mlp.experts.gate_up_proj_blocks" in tools.all(tmp_path / "out")
     first, second = (load_model(tmp_path / name)[0].model.layers[1].mlp.experts for name in ("packed", "out"))
     assert mx.array_equal(first.gate_proj.weight, second.gate_proj.weight)
@@ -138,7 +163,10 @@ def test_rank_stabilized_scales_are_understood(golden: Any, tmp_path: Path) -> N
     path = tmp_path / "peft" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "use_rslora": True}))
     from_peft(tmp_path / "peft", tmp_path / "again", golden("qwen3"))
-    assert json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_parameters"]["scale"] == 4.0
+    assert (
+        json.loads((tmp_path / "again" / "adapter_config.json").read_text())["lora_parameters"]["scale"]
+        == 4.0
+    )
     to_peft(tmp_path / "again", tmp_path / "back")
     back = json.loads((tmp_path / "back" / "adapter_config.json").read_text())
     assert (back["r"], back["lora_alpha"], back["use_rslora"]) == (4, 8.0, True)
@@ -171,19 +199,31 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
     convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
     rate = {"value": 0.875, "low": 0.8, "high": 0.9, "n": 40}
     figures = {
-        "name": "first", "confidence": 0.95, "main_set": "test", "sets": {"test": 40},
+        "name": "first",
+        "confidence": 0.95,
+        "main_set": "test",
+        "sets": {"test": 40},
         "metrics": {
-            "ours": {"accuracy": rate, "verdict_agreement": {"value": 308 / 320, "low": 0.9358, "high": 0.9786, "n": 320},
-                "json_valid": {"value": 1.0}, "score_gap": None,
-                "items_per_minute": 1934.564, "latency_s": 0.0341, "peak_memory_gb": 0.0623},
+            "ours": {
+                "accuracy": rate,
+                "verdict_agreement": {"value": 308 / 320, "low": 0.9358, "high": 0.9786, "n": 320},
+                "json_valid": {"value": 1.0},
+                "score_gap": None,
+                "items_per_minute": 1934.564,
+                "latency_s": 0.0341,
+                "peak_memory_gb": 0.0623,
+            },
             "other": {"accuracy": None},
         },
         "task_details": {"label": "first|tone"},
-    }  # fmt: skip
+    }
     to_hf(tmp_path / "ours", tmp_path / "out", card=partial(card_text, report=figures))
     card = (tmp_path / "out" / "README.md").read_text()
     plain = card.replace("\u202f", " ")
-    assert "| model | Right | Same first\\|tone as teacher | Valid JSON | Median a row | Rows a minute | Peak memory |" in card
+    assert (
+        "| model | Right | Same first\\|tone as teacher | Valid JSON | Median a row | Rows a minute | Peak memory |"
+        in card
+    )
     assert "| ours | 87.5 % [80.0–90.0] | 96.2 % [93.6–97.9] | 100 % | 34 ms | 1,935 | 62.3 MB |" in plain
     assert "Of the run `first`, on 40 held-out rows, in brackets 95 % intervals, this is its `ours`." in plain
     assert "do not compare" not in card
@@ -204,7 +244,9 @@ def test_the_card_says_that_packed_and_unpacked_paces_do_not_compare(golden: Any
 
 
 def test_the_card_of_a_runs_model_goes_back_to_what_it_was_made_from(golden: Any, tmp_path: Path) -> None:
-    """The chain of manifests beside the folder: the base's source, though the student's own manifest does not name it."""
+    """The chain of manifests beside the folder: the base's source, though the student's own manifest does not
+    name it.
+    """
     from mlx_distill.storage import open_partial, publish, read_manifest, stage_key
 
     convert(golden("qwen3"), tmp_path / "run" / "base")
@@ -225,16 +267,18 @@ def test_the_card_of_a_runs_model_goes_back_to_what_it_was_made_from(golden: Any
 
 
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss_mxfp4"])
-def test_an_adapter_is_kept_beside_an_untouched_base(name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any) -> None:
+def test_an_adapter_is_kept_beside_an_untouched_base(
+    name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
+) -> None:
     convert(golden(name), tmp_path / "base")
     model = adapter(tmp_path / "student", tmp_path / "base")
     report = to_hf(tmp_path / "student", tmp_path / "out", adapter="keep")
     assert report.changed == ()
     assert report.kept == 4
     assert tools.all(tmp_path / "out") == tools.all(golden(name))
-    assert list(from_peft(tmp_path / "out" / "adapter", tmp_path / "again", tmp_path / "out").modules) == sorted(
-        f"model.layers.{i}.self_attn.{p}" for i in (0, 1) for p in ("o_proj", "q_proj")
-    )
+    assert list(
+        from_peft(tmp_path / "out" / "adapter", tmp_path / "again", tmp_path / "out").modules
+    ) == sorted(f"model.layers.{i}.self_attn.{p}" for i in (0, 1) for p in ("o_proj", "q_proj"))
     prompt, _ = logits(name)
     again, _ = load_model(tmp_path / "again", dtype="float32")
     assert mx.array_equal(again(prompt), model(prompt))
@@ -244,7 +288,9 @@ def test_an_adapter_is_kept_beside_an_untouched_base(name: str, golden: Any, log
         to_hf(tmp_path / "student", tmp_path / "other", adapter="drop")
 
 
-def test_what_stands_at_the_destination_is_not_mixed_with_an_adapter(golden: Any, tmp_path: Path, tools: Any) -> None:
+def test_what_stands_at_the_destination_is_not_mixed_with_an_adapter(
+    golden: Any, tmp_path: Path, tools: Any
+) -> None:
     adapter(tmp_path / "student", golden("qwen3"))
     before = tools.bits(tmp_path / "student")
     for destination in ("student", "mine"):
@@ -262,7 +308,9 @@ def test_what_stands_at_the_destination_is_not_mixed_with_an_adapter(golden: Any
         load_model(tmp_path / "peft")
 
 
-def test_the_base_that_peft_names_is_taken_where_none_is_given(golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_the_base_that_peft_names_is_taken_where_none_is_given(
+    golden: Any, logits: Any, tmp_path: Path
+) -> None:
     model = adapter(tmp_path / "student", golden("qwen3"))
     to_peft(tmp_path / "student", tmp_path / "peft", base_model=str(golden("qwen3")))
     from_peft(tmp_path / "peft", tmp_path / "again")
@@ -287,7 +335,11 @@ def test_peft_is_told_what_the_base_was_converted_from(golden: Any, tmp_path: Pa
         recorded["recorded"]["source"] = source
         (base / "manifest.json").write_text(json.dumps(recorded))
         report = to_peft(tmp_path / "run" / "student", tmp_path / "peft")
-        assert json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"] == report.base == expected
+        assert (
+            json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
+            == report.base
+            == expected
+        )
         assert (report.note is None) == (expected == "org/name")
     assert report.lines[-1].endswith(f"mlx-distill export {base} FOLDER --to hf")
 

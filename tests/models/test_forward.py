@@ -42,7 +42,9 @@ def test_a_token_sees_its_own_row_up_to_itself_through_the_window(window: int | 
 def test_of_two_windows_the_smaller_counts_and_each_mask_is_made_once() -> None:
     segments = Segments(mx.ones((1, 9), mx.int32))
     cache = SegmentCache(segments, 4)
-    assert cache.make_mask(9, window_size=2) is segments.mask(2) and cache.make_mask(9, window_size=6) is segments.mask(4)
+    assert cache.make_mask(9, window_size=2) is segments.mask(2) and cache.make_mask(
+        9, window_size=6
+    ) is segments.mask(4)
     assert SegmentCache(segments).make_mask(9, return_array=True) is segments.mask(None)
 
 
@@ -61,7 +63,9 @@ def test_a_row_in_a_line_gets_what_it_gets_alone(golden: Callable[[str], Path], 
 
 
 @pytest.mark.parametrize("kind", ["qwen3_yarn", "gpt_oss"])
-def test_running_positions_are_restarted_ones_far_into_a_line(golden: Callable[[str], Path], kind: str) -> None:
+def test_running_positions_are_restarted_ones_far_into_a_line(
+    golden: Callable[[str], Path], kind: str
+) -> None:
     """Rope knows differences alone; what is left is the rounding of the angle, which grows with the place."""
     model, _ = load_model(golden(kind), dtype="float32")
     tokens, ids = make_line([480, 30])

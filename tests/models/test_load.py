@@ -33,8 +33,11 @@ def student(folder: Path, base: Path, whole: tuple[str, ...], kind: str = "lora"
     model, _ = load_model(base, dtype="float32")
     settings = LoraSettings(4, 8.0, 0.0, ("q_proj", "v_proj"), kind, modules_to_save=whole)
     add_lora(model, settings)
-    moved = [(path, a + 0.1 * mx.random.normal(a.shape, key=mx.random.key(i)))
-             for i, (path, a) in enumerate(tree_flatten(model.trainable_parameters())) if not path.endswith(".m")]  # fmt: skip
+    moved = [
+        (path, a + 0.1 * mx.random.normal(a.shape, key=mx.random.key(i)))
+        for i, (path, a) in enumerate(tree_flatten(model.trainable_parameters()))
+        if not path.endswith(".m")
+    ]
     model.load_weights(moved, strict=False)
     model.eval()
     save_adapter(model, folder, settings, base)
@@ -68,19 +71,25 @@ def test_only_what_was_named_trains_whole(golden: Any) -> None:
     ends = ("weight", "bias")
     assert paths[-3:] == ["model.layers.0.self_attn.o_proj", "model.layers.1.self_attn.o_proj", "model.norm"]
     assert {path for path, _ in tree_flatten(model.trainable_parameters()) if "lora" not in path} == {
-        "model.norm.weight", *(f"model.layers.{i}.self_attn.o_proj.{end}" for i in (0, 1) for end in ends)
-    }  # fmt: skip
+        "model.norm.weight",
+        *(f"model.layers.{i}.self_attn.o_proj.{end}" for i in (0, 1) for end in ends),
+    }
 
 
 @pytest.mark.parametrize("adapter", ["merge", "keep"])
-def test_whole_modules_are_packed_when_merged_and_plain_when_kept(adapter: str, golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_whole_modules_are_packed_when_merged_and_plain_when_kept(
+    adapter: str, golden: Any, logits: Any, tmp_path: Path
+) -> None:
     convert(golden("qwen3_yarn"), tmp_path / "base", dtype="float32")
     model = student(tmp_path / "student", tmp_path / "base", ("lm_head", "norm"))
     quantize_folder(tmp_path / "student", tmp_path / "small", "affine8", adapter=adapter)
     small, _ = load_model(tmp_path / "small")
     assert isinstance(small.lm_head, nn.QuantizedLinear) == (adapter == "merge")
     prompt, plain = logits("qwen3_yarn")
-    assert mx.abs(small(prompt) - model(prompt)).mean().item() < 0.1 * mx.abs(plain - model(prompt)).mean().item()
+    assert (
+        mx.abs(small(prompt) - model(prompt)).mean().item()
+        < 0.1 * mx.abs(plain - model(prompt)).mean().item()
+    )
 
 
 def test_stock_mlx_lm_refuses_what_it_would_not_compute(golden: Any, tmp_path: Path) -> None:
@@ -94,7 +103,9 @@ def test_stock_mlx_lm_refuses_what_it_would_not_compute(golden: Any, tmp_path: P
         load_adapters(stock, str(tmp_path / "student"))
 
 
-def test_what_trained_whole_takes_the_place_of_a_packed_module(golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_what_trained_whole_takes_the_place_of_a_packed_module(
+    golden: Any, logits: Any, tmp_path: Path
+) -> None:
     """An adapter of the plain model on the packed one, which is a twin of packing all the rest."""
     convert(golden("qwen3"), tmp_path / "plain")
     convert(golden("qwen3"), tmp_path / "base", quantize="affine8")
@@ -102,21 +113,31 @@ def test_what_trained_whole_takes_the_place_of_a_packed_module(golden: Any, logi
     path = tmp_path / "student" / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "base": "../base"}))
     found, _ = load_model(tmp_path / "student", dtype="float32")
-    assert isinstance(found.model.embed_tokens, nn.Embedding) and isinstance(found.model.layers[0].mlp.up_proj, nn.Linear)
+    assert isinstance(found.model.embed_tokens, nn.Embedding) and isinstance(
+        found.model.layers[0].mlp.up_proj, nn.Linear
+    )
     assert isinstance(found.model.layers[0].mlp.down_proj, nn.QuantizedLinear)
     twin, _ = load_model(tmp_path / "base", dtype="float32")
     with pytest.raises(ModelError, match="packed"):
         add_lora(twin, LoraSettings(4, 8.0, 0.0, ("q_proj",), modules_to_save=("embed_tokens",)))
 
 
-def test_on_a_packed_base_the_model_still_computes_in_its_own_type(golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_on_a_packed_base_the_model_still_computes_in_its_own_type(
+    golden: Any, logits: Any, tmp_path: Path
+) -> None:
     convert(golden("qwen3"), tmp_path / "base", dtype="bfloat16")
     student(tmp_path / "student", tmp_path / "base", ("embed_tokens", "norm"))
     quantize_folder(tmp_path / "student", tmp_path / "small", "affine8", adapter="keep")
     plain, packed = (load_model(tmp_path / name)[0] for name in ("student", "small"))
     prompt, _ = logits("qwen3")
     assert isinstance(packed.layers[0].mlp.up_proj, nn.QuantizedLinear)
-    assert plain(prompt).dtype == packed(prompt).dtype == plain.model(prompt).dtype == packed.model(prompt).dtype == mx.bfloat16
+    assert (
+        plain(prompt).dtype
+        == packed(prompt).dtype
+        == plain.model(prompt).dtype
+        == packed.model(prompt).dtype
+        == mx.bfloat16
+    )
     assert packed.model.embed_tokens.weight.dtype == mx.bfloat16
     assert mx.array_equal(packed.model.embed_tokens.weight, plain.model.embed_tokens.weight)
 
@@ -126,10 +147,16 @@ def test_on_a_packed_base_the_model_still_computes_in_its_own_type(golden: Any, 
     [
         (("gate",), ModelError, "module to save 'gate' matches nothing"),
         (("lm_head",), ModelError, "'lm_head' matches nothing"),  # the golden Qwen3's head is its embedding
-        (("layers.1.self_attn.q_proj",), ConfigError, "model.layers.1.self_attn.q_proj in target_modules and in modules_to_save"),
+        (
+            ("layers.1.self_attn.q_proj",),
+            ConfigError,
+            "model.layers.1.self_attn.q_proj in target_modules and in modules_to_save",
+        ),
     ],
 )
-def test_names_that_cannot_be_meant_are_refused(whole: tuple[str, ...], error: type, message: str, golden: Any) -> None:
+def test_names_that_cannot_be_meant_are_refused(
+    whole: tuple[str, ...], error: type, message: str, golden: Any
+) -> None:
     model, _ = load_model(golden("qwen3"))
     with pytest.raises(error, match=message) as caught:
         add_lora(model, LoraSettings(4, 8.0, 0.0, ("q_proj",), modules_to_save=whole))
@@ -153,9 +180,16 @@ def test_what_the_base_does_not_have_is_refused(golden: Any, tmp_path: Path) -> 
 @pytest.mark.parity
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("name", "whole"), [("qwen3", ("embed_tokens", *NORMS)), ("qwen3_yarn", ("embed_tokens", "lm_head")), ("gpt_oss", ("norm", "o_proj"))]
+    ("name", "whole"),
+    [
+        ("qwen3", ("embed_tokens", *NORMS)),
+        ("qwen3_yarn", ("embed_tokens", "lm_head")),
+        ("gpt_oss", ("norm", "o_proj")),
+    ],
 )
-def test_peft_computes_the_same_and_saves_what_we_read(name: str, whole: tuple[str, ...], golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_peft_computes_the_same_and_saves_what_we_read(
+    name: str, whole: tuple[str, ...], golden: Any, logits: Any, tmp_path: Path
+) -> None:
     import peft
     import torch
     import transformers as tf
@@ -175,7 +209,9 @@ def test_peft_computes_the_same_and_saves_what_we_read(name: str, whole: tuple[s
     assert mx.array_equal(again(prompt), model(prompt))
 
 
-@pytest.mark.parametrize(("tied", "head"), [(False, None), (False, 1.0), (True, 1.0), (True, 0.0), (False, 0.0)])
+@pytest.mark.parametrize(
+    ("tied", "head"), [(False, None), (False, 1.0), (True, 1.0), (True, 0.0), (False, 0.0)]
+)
 def test_an_embedding_and_a_head_that_part_do_not_fit_a_base_where_they_are_one(
     tied: bool, head: float | None, golden: Any, tmp_path: Path
 ) -> None:

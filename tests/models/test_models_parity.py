@@ -31,7 +31,9 @@ def test_logits_of_a_whole_prompt_equal_transformers(name: str, golden: Any, log
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("steps", [(1,) * 48, (20, 9, 1, 1, 17)])
-def test_logits_with_a_cache_equal_transformers(name: str, steps: tuple[int, ...], golden: Any, logits: Any) -> None:
+def test_logits_with_a_cache_equal_transformers(
+    name: str, steps: tuple[int, ...], golden: Any, logits: Any
+) -> None:
     from mlx_lm.models.cache import make_prompt_cache
 
     model, _ = load_model(golden(name), dtype="float32")
@@ -67,7 +69,11 @@ def test_stock_mlx_lm_still_rounds_the_correction_range(golden: Any, logits: Any
 
     from mlx_distill.models.convert import convert
 
-    for name, said in (("gpt_oss_mxfp4", "correction range"), ("gpt_oss", "correction range"), ("qwen3_moe", "yarn")):
+    for name, said in (
+        ("gpt_oss_mxfp4", "correction range"),
+        ("gpt_oss", "correction range"),
+        ("qwen3_moe", "yarn"),
+    ):
         report = convert(golden(name), tmp_path / name)
         model, _ = stock_load(tmp_path / name)
         prompt, wanted = logits(name)
@@ -77,7 +83,13 @@ def test_stock_mlx_lm_still_rounds_the_correction_range(golden: Any, logits: Any
         assert report.lines()[-1] == report.note
 
 
-PACKED = [("qwen2", "affine3"), ("qwen3", "mixed4"), ("qwen3_moe", "mixed-nvfp4"), ("gpt_oss", "mxfp8"), ("gpt_oss_mxfp4", "mixed4")]
+PACKED = [
+    ("qwen2", "affine3"),
+    ("qwen3", "mixed4"),
+    ("qwen3_moe", "mixed-nvfp4"),
+    ("gpt_oss", "mxfp8"),
+    ("gpt_oss_mxfp4", "mixed4"),
+]
 
 
 @pytest.mark.parametrize(("name", "quantize"), [*((name, None) for name in NAMES), *PACKED])
@@ -93,7 +105,12 @@ def test_stock_mlx_lm_computes_the_same_where_nothing_is_said(
     if name == "qwen3_moe":
         tools.config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e4})
     elif name.startswith("gpt_oss"):
-        tools.config(folder, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}, rope_scaling=None, rope_theta=None)
+        tools.config(
+            folder,
+            rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4},
+            rope_scaling=None,
+            rope_theta=None,
+        )
     assert convert(folder, tmp_path / "out", quantize).note is None
     stock, _ = stock_load(tmp_path / "out")
     ours, _ = load_model(tmp_path / "out", dtype="float32")
@@ -105,7 +122,9 @@ def test_stock_mlx_lm_computes_the_same_where_nothing_is_said(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_both_spellings_of_the_rope_give_the_same_logits(name: str, copy: Any, logits: Any, tools: Any, tmp_path: Path) -> None:
+def test_both_spellings_of_the_rope_give_the_same_logits(
+    name: str, copy: Any, logits: Any, tools: Any, tmp_path: Path
+) -> None:
     """As transformers 5 writes it and as before, loaded and converted; the spelling comes back on export."""
     import json
 
@@ -115,8 +134,15 @@ def test_both_spellings_of_the_rope_give_the_same_logits(name: str, copy: Any, l
     folder = copy(name)
     config = json.loads((folder / "config.json").read_text())
     if new := config.get("rope_parameters"):
-        other = {"rope_theta": new["rope_theta"], "rope_scaling": {k: v for k, v in new.items() if k != "rope_theta"}}
-        tools.config(folder, rope_parameters=None, **(other if new["rope_type"] != "default" else {**other, "rope_scaling": None}))
+        other = {
+            "rope_theta": new["rope_theta"],
+            "rope_scaling": {k: v for k, v in new.items() if k != "rope_theta"},
+        }
+        tools.config(
+            folder,
+            rope_parameters=None,
+            **(other if new["rope_type"] != "default" else {**other, "rope_scaling": None}),
+        )
     else:
         other = {"rope_parameters": {**config["rope_scaling"], "rope_theta": config["rope_theta"]}}
         tools.config(folder, rope_scaling=None, rope_theta=None, **other)
@@ -129,7 +155,9 @@ def test_both_spellings_of_the_rope_give_the_same_logits(name: str, copy: Any, l
     assert spelled[0] == spelled[1]
 
 
-def test_experts_as_transformers_holds_them_in_memory_are_the_same_ones(copy: Any, logits: Any, tools: Any) -> None:
+def test_experts_as_transformers_holds_them_in_memory_are_the_same_ones(
+    copy: Any, logits: Any, tools: Any
+) -> None:
     """Qwen3-MoE with gate and up of all experts in one tensor, as transformers 5 may write it."""
     import json
 
@@ -137,11 +165,20 @@ def test_experts_as_transformers_holds_them_in_memory_are_the_same_ones(copy: An
     tensors = tools.all(folder)
     for layer in (0, 1):
         prefix = f"model.layers.{layer}.mlp.experts."
-        taken = {key: [tensors.pop(f"{prefix}{e}.{key}.weight") for e in range(4)] for key in ("gate_proj", "up_proj", "down_proj")}
+        taken = {
+            key: [tensors.pop(f"{prefix}{e}.{key}.weight") for e in range(4)]
+            for key in ("gate_proj", "up_proj", "down_proj")
+        }
         _, (rows, columns), _ = taken["gate_proj"][0]
-        both = b"".join(gate[2] + up[2] for gate, up in zip(taken["gate_proj"], taken["up_proj"], strict=True))
+        both = b"".join(
+            gate[2] + up[2] for gate, up in zip(taken["gate_proj"], taken["up_proj"], strict=True)
+        )
         tensors[f"{prefix}gate_up_proj"] = ("BF16", [4, 2 * rows, columns], both)
-        tensors[f"{prefix}down_proj"] = ("BF16", [4, columns, rows], b"".join(down[2] for down in taken["down_proj"]))
+        tensors[f"{prefix}down_proj"] = (
+            "BF16",
+            [4, columns, rows],
+            b"".join(down[2] for down in taken["down_proj"]),
+        )
     for path in folder.glob("model*"):
         path.unlink()
     tools.write(folder / "model.safetensors", tensors)
@@ -152,7 +189,9 @@ def test_experts_as_transformers_holds_them_in_memory_are_the_same_ones(copy: An
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
 def test_a_head_of_its_own_and_a_tied_one(name: str, copy: Any, logits: Any, tools: Any) -> None:
-    """The same checkpoint told the other way: a tied one with its head written out, an untied one with the embedding as its head."""
+    """The same checkpoint told the other way: a tied one with its head written out, an untied one with the
+    embedding as its head.
+    """
     folder = copy(name)
     tensors = tools.all(folder)
     tied = "lm_head.weight" not in tensors
@@ -183,39 +222,71 @@ def test_the_expected_shapes_are_those_of_the_models(name: str, golden: Any) -> 
     from mlx_distill.models.load import load_config
 
     config = load_config(golden(name))
-    for change in ({}, {"num_hidden_layers": 4, "layer_types": None}, {"mlp_only_layers": [1], "decoder_sparse_step": 1}):
+    for change in (
+        {},
+        {"num_hidden_layers": 4, "layer_types": None},
+        {"mlp_only_layers": [1], "decoder_sparse_step": 1},
+    ):
         changed = {**config, **change}
         wanted = {path: value.shape for path, value in tree_flatten(build_model(changed).parameters())}
         assert expected_shapes(changed) == wanted
 
 
-_GPT_OSS = {"model_type": "gpt_oss", "hidden_size": 2880, "intermediate_size": 2880, "num_attention_heads": 64, "num_key_value_heads": 8}
+_GPT_OSS = {
+    "model_type": "gpt_oss",
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+}
 _QWEN = {"vocab_size": 151_936, "num_attention_heads": 32, "head_dim": 128, "tie_word_embeddings": False}
-PUBLISHED = {  # the numbers of config.json, and the parameters: 20.9, 116.8, 8.2, 30.5 and 7.6 billion, as their makers say
-    "gpt-oss-20b": ({**_GPT_OSS, "vocab_size": 201_088, "num_hidden_layers": 24, "num_local_experts": 32}, 20_914_757_184),
-    "gpt-oss-120b": ({**_GPT_OSS, "vocab_size": 201_088, "num_hidden_layers": 36, "num_local_experts": 128}, 116_829_156_672),
+# the numbers of config.json, and the parameters: 20.9, 116.8, 8.2, 30.5 and 7.6 billion, as their makers say
+PUBLISHED = {
+    "gpt-oss-20b": (
+        {**_GPT_OSS, "vocab_size": 201_088, "num_hidden_layers": 24, "num_local_experts": 32},
+        20_914_757_184,
+    ),
+    "gpt-oss-120b": (
+        {**_GPT_OSS, "vocab_size": 201_088, "num_hidden_layers": 36, "num_local_experts": 128},
+        116_829_156_672,
+    ),
     "Qwen3-8B": (
         {
-            **_QWEN, "model_type": "qwen3", "hidden_size": 4096, "intermediate_size": 12_288, "num_hidden_layers": 36,
+            **_QWEN,
+            "model_type": "qwen3",
+            "hidden_size": 4096,
+            "intermediate_size": 12_288,
+            "num_hidden_layers": 36,
             "num_key_value_heads": 8,
         },
         8_190_735_360,
     ),
     "Qwen3-30B-A3B": (
         {
-            **_QWEN, "model_type": "qwen3_moe", "hidden_size": 2048, "intermediate_size": 6144, "moe_intermediate_size": 768,
-            "num_hidden_layers": 48, "num_key_value_heads": 4, "num_experts": 128,
+            **_QWEN,
+            "model_type": "qwen3_moe",
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 4,
+            "num_experts": 128,
         },
         30_532_122_624,
     ),
     "Qwen2.5-7B": (
         {
-            "model_type": "qwen2", "hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28, "num_attention_heads": 28,
-            "num_key_value_heads": 4, "vocab_size": 152_064,
+            "model_type": "qwen2",
+            "hidden_size": 3584,
+            "intermediate_size": 18_944,
+            "num_hidden_layers": 28,
+            "num_attention_heads": 28,
+            "num_key_value_heads": 4,
+            "vocab_size": 152_064,
         },
         7_615_616_512,
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -233,4 +304,6 @@ def test_conversion_does_not_import_mlx_lm(golden: Any, tmp_path: Path) -> None:
     import sys
 
     code = "import sys; from mlx_distill import convert; convert(sys.argv[1], sys.argv[2]); assert 'mlx_lm' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code, str(golden("gpt_oss_mxfp4")), str(tmp_path / "out")], check=True)
+    subprocess.run(
+        [sys.executable, "-c", code, str(golden("gpt_oss_mxfp4")), str(tmp_path / "out")], check=True
+    )

@@ -1,4 +1,6 @@
-"""MXFP4: packing against the specification in exact arithmetic, against MLX's, and MLX's reading against both."""
+"""MXFP4: packing against the specification in exact arithmetic, against MLX's, and MLX's reading against
+both.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from mlx_distill.models.quantization import LEVELS, pack
 
 
 def plain(weights: list[float], step: int) -> tuple[int, list[int], Fraction]:
-    """Scale byte, codes and lost squares of 32 weights, in fractions; ``step`` 0 is the specification's scale, 1 the next one up."""
+    """Scale byte, codes and lost squares of 32 weights, in fractions; ``step`` 0 is the specification's
+    scale, 1 the next one up.
+    """
     largest = max(abs(Fraction(w)) for w in weights)
     exponent = -127
     if largest:
@@ -48,7 +52,11 @@ def mlx_reads(words: mx.array, scales: mx.array) -> np.ndarray:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.floats(-1e4, 1e4, width=32).filter(lambda w: w == 0 or abs(w) > 1e-30), min_size=32, max_size=32))
+@given(
+    st.lists(
+        st.floats(-1e4, 1e4, width=32).filter(lambda w: w == 0 or abs(w) > 1e-30), min_size=32, max_size=32
+    )
+)
 def test_packing_is_the_better_of_the_two_scales_in_fractions(weights: list[float]) -> None:
     words, scales = pack(mx.array(weights, mx.float32))
     low, high = plain(weights, 0), plain(weights, 1)
@@ -79,7 +87,9 @@ def test_packing_what_was_packed_changes_no_weight() -> None:
 
 @pytest.mark.parametrize("update", [0.003, 0.01, 0.03])
 def test_a_small_update_does_not_throw_its_neighbours_off_the_grid(update: float) -> None:
-    """Nothing but the update can be lost, where mx.quantize damages the base: fails once that chooses its scales as well."""
+    """Nothing but the update can be lost, where mx.quantize damages the base: fails once that chooses its
+    scales as well.
+    """
 
     def error(found: np.ndarray, wanted: np.ndarray) -> float:
         return float(np.sqrt(np.square(found - wanted).sum() / np.square(wanted).sum()))

@@ -19,7 +19,9 @@ from mlx_distill.models.load import load_model
 from mlx_distill.models.quantize import quantize_folder, quantize_into
 
 
-def student(name: str, golden: Any, folder: Path, targets: tuple[str, ...] = ("q_proj", "o_proj"), kind: str = "lora") -> Any:
+def student(
+    name: str, golden: Any, folder: Path, targets: tuple[str, ...] = ("q_proj", "o_proj"), kind: str = "lora"
+) -> Any:
     """Base and adapter folders as a run leaves them; returns the adapted model."""
     convert(golden(name), folder / "base")
     model, _ = load_model(folder / "base", dtype="float32")
@@ -62,13 +64,17 @@ def test_merged_before_packing_equals_packing_the_merged_weight(golden: Any, tmp
     packed = load_model(tmp_path / "quantized")[0].model.layers[0].self_attn.o_proj
     plain, _ = load_model(tmp_path / "student")
     merge(plain)
-    want = mx.quantize(plain.model.layers[0].self_attn.o_proj.weight, packed.group_size, packed.bits, mode=packed.mode)
+    want = mx.quantize(
+        plain.model.layers[0].self_attn.o_proj.weight, packed.group_size, packed.bits, mode=packed.mode
+    )
     assert mx.array_equal(packed.weight, want[0])
     assert mx.array_equal(packed.scales, want[1])
     assert mx.array_equal(packed.biases, want[2])
 
 
-@pytest.mark.parametrize(("name", "targets"), [("gpt_oss", ("down_proj", "q_proj")), ("qwen3_moe", ("gate_proj",))])
+@pytest.mark.parametrize(
+    ("name", "targets"), [("gpt_oss", ("down_proj", "q_proj")), ("qwen3_moe", ("gate_proj",))]
+)
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 def test_adapters_on_experts_merged_in_slabs_are_those_merged_in_memory(
     name: str, targets: tuple[str, ...], kind: str, golden: Any, logits: Any, tmp_path: Path
@@ -78,19 +84,33 @@ def test_adapters_on_experts_merged_in_slabs_are_those_merged_in_memory(
     merge(model)
     prompt, _ = logits(name)
     found, _ = load_model(tmp_path / "merged", dtype="float32")
-    wanted = model.update(tree_map(lambda x: x.astype(mx.bfloat16).astype(mx.float32), model.parameters()))(prompt)
+    wanted = model.update(tree_map(lambda x: x.astype(mx.bfloat16).astype(mx.float32), model.parameters()))(
+        prompt
+    )
     assert distance(found(prompt), wanted) < 0.05
     parts = [dict(tree_flatten(m.parameters())) for m in (found, model)]
-    assert all(mx.abs(value - parts[1][key]).max().item() <= 2.0**-7 * mx.abs(value).max().item() for key, value in parts[0].items())
+    assert all(
+        mx.abs(value - parts[1][key]).max().item() <= 2.0**-7 * mx.abs(value).max().item()
+        for key, value in parts[0].items()
+    )
 
 
 @pytest.mark.parametrize("adapter", ["merge", "keep"])
 @pytest.mark.parametrize("mode", ["affine4", "mxfp4"])
-def test_experts_and_router_are_untouched_bit_for_bit(mode: str, adapter: str, golden: Any, tmp_path: Path, tools: Any) -> None:
+def test_experts_and_router_are_untouched_bit_for_bit(
+    mode: str, adapter: str, golden: Any, tmp_path: Path, tools: Any
+) -> None:
     student("gpt_oss_mxfp4", golden, tmp_path)
     report = quantize_folder(tmp_path / "student", tmp_path / "quantized", mode, adapter=adapter)
-    before, after = tools.all(tmp_path / "base"), tools.all(tmp_path / "quantized" / ("base" if adapter == "keep" else ""))
-    same = [n for n in before if ".experts." in n or ".router." in n or n.endswith(("norm.weight", "sinks", "bias"))]
+    before, after = (
+        tools.all(tmp_path / "base"),
+        tools.all(tmp_path / "quantized" / ("base" if adapter == "keep" else "")),
+    )
+    same = [
+        n
+        for n in before
+        if ".experts." in n or ".router." in n or n.endswith(("norm.weight", "sinks", "bias"))
+    ]
     assert len(same) > 20
     assert all(before[n] == after[n] for n in same)
     rows = {row.name: row for row in report.rows}
@@ -99,7 +119,9 @@ def test_experts_and_router_are_untouched_bit_for_bit(mode: str, adapter: str, g
     assert rows["lm_head.weight"].bits < 6
 
 
-def test_an_update_of_packed_experts_packs_them_again_and_states_the_error(golden: Any, tmp_path: Path, tools: Any) -> None:
+def test_an_update_of_packed_experts_packs_them_again_and_states_the_error(
+    golden: Any, tmp_path: Path, tools: Any
+) -> None:
     model = student("gpt_oss_mxfp4", golden, tmp_path, ("down_proj",))
     layer = model.model.layers[0].mlp.experts.down_proj
     report = quantize_folder(tmp_path / "student", tmp_path / "quantized", "affine4")
@@ -107,14 +129,21 @@ def test_an_update_of_packed_experts_packs_them_again_and_states_the_error(golde
     assert row.note == "packed again; adapter merged"
     assert 0.02 < row.error < 0.3
     assert any("packed again" in line for line in report.lines())
-    assert f"{max(r.error / r.update for r in report.rows if r.update):.0%} of the adapter's update" in report.lines()[-1]
+    assert (
+        f"{max(r.error / r.update for r in report.rows if r.update):.0%} of the adapter's update"
+        in report.lines()[-1]
+    )
     packed = load_model(tmp_path / "quantized")[0].model.layers[0].mlp.experts.down_proj
     assert (packed.mode, packed.bits, packed.group_size) == ("mxfp4", 4, 32)
     base = mx.dequantize(layer.linear.weight, layer.linear.scales, None, 32, 4, "mxfp4", dtype=mx.float32)
     exact = np.array(base + 2.0 * (layer.lora_b @ layer.lora_a))
     back = np.array(mx.dequantize(packed.weight, packed.scales, None, 32, 4, "mxfp4", dtype=mx.float32))
-    assert row.update == pytest.approx(np.sqrt(np.square(exact - np.array(base)).sum() / np.square(exact).sum()), rel=1e-3)
-    assert row.error == pytest.approx(np.sqrt(np.square(back - exact).sum() / np.square(exact).sum()), rel=1e-3)
+    assert row.update == pytest.approx(
+        np.sqrt(np.square(exact - np.array(base)).sum() / np.square(exact).sum()), rel=1e-3
+    )
+    assert row.error == pytest.approx(
+        np.sqrt(np.square(back - exact).sum() / np.square(exact).sum()), rel=1e-3
+    )
 
 
 def test_packed_weights_stay_as_they_are_packed(golden: Any, tmp_path: Path, tools: Any) -> None:
@@ -123,7 +152,9 @@ def test_packed_weights_stay_as_they_are_packed(golden: Any, tmp_path: Path, too
     assert tools.all(tmp_path / "eight") == tools.all(tmp_path / "four")
 
 
-def test_rows_that_do_not_divide_fall_back_or_stay_and_the_report_says_so(golden: Any, tmp_path: Path) -> None:
+def test_rows_that_do_not_divide_fall_back_or_stay_and_the_report_says_so(
+    golden: Any, tmp_path: Path
+) -> None:
     report = quantize_folder(golden("qwen2"), tmp_path / "out", "affine4", group_size=128)
     by_name = {row.name: row for row in report.rows}
     assert by_name["model.layers.0.mlp.down_proj.weight"].stored == "affine 4 bits, groups of 64"

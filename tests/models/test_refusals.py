@@ -1,4 +1,6 @@
-"""Damaged or hostile checkpoints: the error names file, tensor and cure; the destination is untouched; nothing half-written stays."""
+"""Damaged or hostile checkpoints: the error names file, tensor and cure; the destination is untouched;
+nothing half-written stays.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,9 @@ def another_activation(folder: Path, tools: Any) -> str:
 
 
 def half_a_rope(folder: Path, tools: Any) -> str:
-    tools.config(folder, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5})
+    tools.config(
+        folder, rope_parameters={"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+    )
     return "partial_rotary_factor"
 
 
@@ -141,25 +145,54 @@ def sliding_qwen(folder: Path, tools: Any) -> str:
 
 
 DAMAGES: list[Damage] = [
-    truncated, cut_in_the_header, not_safetensors, missing_shard, removed_tensor, wrong_index, index_without_a_tensor,
-    index_that_leaves_the_folder, extra_tensor, wrong_shape, config_that_disagrees, unknown_type, unknown_model_type, without_model_type,
-    remote_code, config_not_json, config_with_a_key_missing, sliding_qwen, another_activation, half_a_rope,
-]  # fmt: skip
+    truncated,
+    cut_in_the_header,
+    not_safetensors,
+    missing_shard,
+    removed_tensor,
+    wrong_index,
+    index_without_a_tensor,
+    index_that_leaves_the_folder,
+    extra_tensor,
+    wrong_shape,
+    config_that_disagrees,
+    unknown_type,
+    unknown_model_type,
+    without_model_type,
+    remote_code,
+    config_not_json,
+    config_with_a_key_missing,
+    sliding_qwen,
+    another_activation,
+    half_a_rope,
+]
 
 
 OF_A_TENSOR = (
-    truncated, removed_tensor, wrong_index, index_without_a_tensor, extra_tensor, wrong_shape, config_that_disagrees, unknown_type,
-)  # fmt: skip
+    truncated,
+    removed_tensor,
+    wrong_index,
+    index_without_a_tensor,
+    extra_tensor,
+    wrong_shape,
+    config_that_disagrees,
+    unknown_type,
+)
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
-def test_a_damaged_checkpoint_is_named_and_nothing_is_written(damage: Damage, copy: Any, tools: Any, tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_named_and_nothing_is_written(
+    damage: Damage, copy: Any, tools: Any, tmp_path: Path
+) -> None:
     folder = copy("qwen3")
     convert(folder, tmp_path / "runs" / "before")
     before = tools.bits(tmp_path / "runs")
     shard = tools.file_of(folder, Q).name
     named = damage(folder, tools)
-    actions = [lambda: load_model(folder), *(lambda out=out: convert(folder, tmp_path / "runs" / out) for out in ("new", "before"))]
+    actions = [
+        lambda: load_model(folder),
+        *(lambda out=out: convert(folder, tmp_path / "runs" / out) for out in ("new", "before")),
+    ]
     for action in actions:
         with pytest.raises(ModelError) as caught:
             action()
@@ -199,9 +232,13 @@ def test_a_scale_that_is_no_number_stops_the_conversion(copy: Any, tools: Any, t
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_weight_that_is_no_number_stops_the_conversion(bad: float, copy: Any, tools: Any, tmp_path: Path) -> None:
+def test_a_weight_that_is_no_number_stops_the_conversion(
+    bad: float, copy: Any, tools: Any, tmp_path: Path
+) -> None:
     folder = copy("qwen3")
-    shard = tools.edit(folder, Q, lambda t: (t[0], t[1], t[2][:100] + tools.bf16(np.array([bad])) + t[2][102:]))
+    shard = tools.edit(
+        folder, Q, lambda t: (t[0], t[1], t[2][:100] + tools.bf16(np.array([bad])) + t[2][102:])
+    )
     (tmp_path / "out").mkdir()
     with pytest.raises(ModelError) as caught:
         convert(folder, tmp_path / "out")
@@ -211,9 +248,13 @@ def test_a_weight_that_is_no_number_stops_the_conversion(bad: float, copy: Any, 
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float16"}, {"dtype": "float16", "quantize": "affine4"}])
-def test_a_weight_that_overflows_its_new_type_is_refused(options: dict[str, str], copy: Any, tools: Any, tmp_path: Path) -> None:
+def test_a_weight_that_overflows_its_new_type_is_refused(
+    options: dict[str, str], copy: Any, tools: Any, tmp_path: Path
+) -> None:
     folder = copy("qwen3")
-    shard = tools.edit(folder, Q, lambda t: (t[0], t[1], t[2][:100] + tools.bf16(np.array([1e6])) + t[2][102:]))
+    shard = tools.edit(
+        folder, Q, lambda t: (t[0], t[1], t[2][:100] + tools.bf16(np.array([1e6])) + t[2][102:])
+    )
     convert(folder, tmp_path / "wide")
     with pytest.raises(ModelError, match="NaN or infinity as") as caught:
         convert(folder, tmp_path / "out", **options)
@@ -235,7 +276,9 @@ def test_an_adapter_that_is_no_number_is_not_merged(golden: Any, tmp_path: Path)
         assert not (tmp_path / "out").exists()
 
 
-def test_a_finished_conversion_survives_a_source_that_got_damaged(copy: Any, tools: Any, tmp_path: Path) -> None:
+def test_a_finished_conversion_survives_a_source_that_got_damaged(
+    copy: Any, tools: Any, tmp_path: Path
+) -> None:
     folder = copy("qwen3")
     convert(folder, tmp_path / "out")
     before = tools.bits(tmp_path / "out")
@@ -285,7 +328,9 @@ def test_a_folder_without_tokenizer_is_named(golden: Any) -> None:
 def test_a_tokenizer_with_remote_code_is_refused(copy: Any) -> None:
     folder = copy("qwen3")
     (folder / "tokenizer.json").write_text("{}")
-    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["tok.Tok", None]}}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": {"AutoTokenizer": ["tok.Tok", None]}})
+    )
     with pytest.raises(ModelError, match="auto_map"):
         load_tokenizer(folder)
 
@@ -300,7 +345,9 @@ def test_what_the_package_did_not_make_is_not_replaced(golden: Any, tmp_path: Pa
         convert(golden("qwen3"), golden("qwen3"))
 
 
-def test_a_full_disk_is_a_file_error_and_the_next_run_goes_on(golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_a_file_error_and_the_next_run_goes_on(
+    golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import errno
 
     from mlx_distill.models.checkpoint import writer

@@ -16,7 +16,9 @@ from mlx_distill.models.load import load_model, save_model
 from mlx_distill.models.modules import unpack
 
 
-def saved(folder: Path, name: str, quantize: str | None, golden: Any, *, plain: bool = False, trains: bool = True) -> Any:
+def saved(
+    folder: Path, name: str, quantize: str | None, golden: Any, *, plain: bool = False, trains: bool = True
+) -> Any:
     """Convert, load, change a norm as training would, save; returns the model in memory."""
     convert(golden(name), folder / "base", quantize)
     model, _ = load_model(folder / "base", dtype="float32")
@@ -30,9 +32,12 @@ def saved(folder: Path, name: str, quantize: str | None, golden: Any, *, plain: 
 
 
 @pytest.mark.parametrize(
-    ("name", "quantize"), [("qwen2", None), ("qwen3", "mixed4"), ("gpt_oss_mxfp4", None), ("gpt_oss_mxfp4", "affine8")]
+    ("name", "quantize"),
+    [("qwen2", None), ("qwen3", "mixed4"), ("gpt_oss_mxfp4", None), ("gpt_oss_mxfp4", "affine8")],
 )
-def test_what_is_loaded_again_is_what_was_saved(name: str, quantize: str | None, golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_what_is_loaded_again_is_what_was_saved(
+    name: str, quantize: str | None, golden: Any, logits: Any, tmp_path: Path
+) -> None:
     from mlx_lm.utils import load_model as stock_load
 
     model = saved(tmp_path, name, quantize, golden)
@@ -57,22 +62,29 @@ def test_a_model_that_was_unpacked_is_saved_as_a_plain_one(golden: Any, logits: 
 
 
 @pytest.mark.parametrize(
-    ("name", "quantize"), [("gpt_oss_mxfp4", None), ("qwen3", "affine4"), ("qwen3", "mxfp4"), ("qwen3_yarn", "affine8")]
+    ("name", "quantize"),
+    [("gpt_oss_mxfp4", None), ("qwen3", "affine4"), ("qwen3", "mxfp4"), ("qwen3_yarn", "affine8")],
 )
 def test_what_was_unpacked_and_did_not_train_is_saved_packed_bit_for_bit(
     name: str, quantize: str | None, golden: Any, tmp_path: Path
 ) -> None:
     saved(tmp_path, name, quantize, golden, plain=True, trains=False)
-    base, out = (dict(tree_flatten(load_model(tmp_path / folder)[0].parameters())) for folder in ("base", "out"))
+    base, out = (
+        dict(tree_flatten(load_model(tmp_path / folder)[0].parameters())) for folder in ("base", "out")
+    )
     assert base.keys() == out.keys()
     assert ("model.embed_tokens.scales" in base) == (quantize is not None)
     packed = [name for name in base if name.endswith(".scales")]
     for name in packed:
-        assert mx.array_equal(base[name], out[name]) and mx.array_equal(*(x[name.replace("scales", "weight")] for x in (base, out)))
+        assert mx.array_equal(base[name], out[name]) and mx.array_equal(
+            *(x[name.replace("scales", "weight")] for x in (base, out))
+        )
     assert packed and not mx.array_equal(base["model.norm.weight"], out["model.norm.weight"])
 
 
-def test_an_embedding_that_trained_is_saved_plain_beside_what_did_not(golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_an_embedding_that_trained_is_saved_plain_beside_what_did_not(
+    golden: Any, logits: Any, tmp_path: Path
+) -> None:
     convert(golden("qwen3"), tmp_path / "base", "affine8")
     model, _ = load_model(tmp_path / "base", dtype="float32")
     unpack(model)

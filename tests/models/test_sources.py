@@ -27,11 +27,18 @@ def with_tokenizer(folder: Path) -> Path:
 
     vocabulary = {c: i for i, c in enumerate([*sorted(set("abcdefghijklmnopqrstuvwxyzĠ")), "<|end|>"])}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer.pre_tokenizer, tokenizer.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False),
+        decoders.ByteLevel(),
+    )
     tokenizer.add_special_tokens(["<|end|>"])
     tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"}))
-    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.role }} {{ m.content }}<|end|>{% endfor %}")
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>"})
+    )
+    (folder / "chat_template.jinja").write_text(
+        "{% for m in messages %}{{ m.role }} {{ m.content }}<|end|>{% endfor %}"
+    )
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [27, 5]}))
     return folder
 
@@ -41,7 +48,9 @@ def test_tokenizer_template_and_stop_tokens_go_with_the_model(copy: Any, tmp_pat
     convert(source, tmp_path / "base")
     model, tokenizer = load(tmp_path / "base")
     assert tokenizer.decode(tokenizer.encode("hello there")) == "hello there"
-    assert tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "user hi<|end|>"
+    assert (
+        tokenizer.apply_chat_template([{"role": "user", "content": "hi"}], tokenize=False) == "user hi<|end|>"
+    )
     assert set(tokenizer.eos_token_ids) == {27, 5}
     settings = LoraSettings(2, 4.0, 0.0, ("q_proj",))
     add_lora(model, settings)
@@ -51,7 +60,9 @@ def test_tokenizer_template_and_stop_tokens_go_with_the_model(copy: Any, tmp_pat
     assert set(load_tokenizer(tmp_path / "student").eos_token_ids) == {27, 5}
 
 
-def test_a_hub_id_is_fetched_at_its_revision_without_code_or_pickles(copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_fetched_at_its_revision_without_code_or_pickles(
+    copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import fnmatch
 
     import huggingface_hub
@@ -71,15 +82,24 @@ def test_a_hub_id_is_fetched_at_its_revision_without_code_or_pickles(copy: Any, 
     assert mx.all(mx.isfinite(model(mx.array([[1, 2, 3]])))).item()
 
     def taken(name: str) -> bool:
-        hit = [any(fnmatch.fnmatch(name, p) for p in asked[key]) for key in ("allow_patterns", "ignore_patterns")]
+        hit = [
+            any(fnmatch.fnmatch(name, p) for p in asked[key]) for key in ("allow_patterns", "ignore_patterns")
+        ]
         return hit[0] and not hit[1]
 
-    assert all(taken(n) for n in ("config.json", "model-00001-of-00002.safetensors", "chat_template.jinja", "tokenizer.json"))
-    assert not any(taken(n) for n in ("pytorch_model.bin", "modeling_x.py", "original/model.safetensors", "x.pkl"))
+    assert all(
+        taken(n)
+        for n in ("config.json", "model-00001-of-00002.safetensors", "chat_template.jinja", "tokenizer.json")
+    )
+    assert not any(
+        taken(n) for n in ("pytorch_model.bin", "modeling_x.py", "original/model.safetensors", "x.pkl")
+    )
     assert commit_of(snapshot) == "0123abc"
 
 
-def test_the_commit_of_a_snapshot_is_recorded(copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commit_of_a_snapshot_is_recorded(
+    copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     from mlx_distill.storage import read_manifest
@@ -102,7 +122,10 @@ def test_a_download_that_broke_off_goes_on_and_a_wrong_revision_is_named(
     import huggingface_hub
     from huggingface_hub.errors import RevisionNotFoundError
 
-    snapshot, files = tmp_path / "hub" / "snapshots" / "0123abc", sorted(with_tokenizer(copy("qwen3")).iterdir())
+    snapshot, files = (
+        tmp_path / "hub" / "snapshots" / "0123abc",
+        sorted(with_tokenizer(copy("qwen3")).iterdir()),
+    )
     snapshot.mkdir(parents=True)
     fetched: list[str] = []
 
@@ -120,7 +143,11 @@ def test_a_download_that_broke_off_goes_on_and_a_wrong_revision_is_named(
     attempts = 0
     while len(fetched) < len(files):
         attempts += 1
-        with pytest.raises(ModelError, match="the line is dead") if len(files) - len(fetched) > 3 else nullcontext() as caught:
+        with (
+            pytest.raises(ModelError, match="the line is dead")
+            if len(files) - len(fetched) > 3
+            else nullcontext() as caught
+        ):
             load("org/name")
         if caught:
             assert "goes on where the download stopped" in (caught.value.fix or "")
@@ -130,7 +157,9 @@ def test_a_download_that_broke_off_goes_on_and_a_wrong_revision_is_named(
         load("org/name", "v9")
 
 
-def test_a_hub_model_with_pickles_alone_is_refused(copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_model_with_pickles_alone_is_refused(
+    copy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import huggingface_hub
 
     folder = copy("qwen3")
@@ -141,7 +170,9 @@ def test_a_hub_model_with_pickles_alone_is_refused(copy: Any, tmp_path: Path, mo
         load("org/name")
 
 
-def test_a_vocabulary_padded_beyond_the_tokenizer_keeps_its_columns(copy: Any, tmp_path: Path, tools: Any) -> None:
+def test_a_vocabulary_padded_beyond_the_tokenizer_keeps_its_columns(
+    copy: Any, tmp_path: Path, tools: Any
+) -> None:
     """28 tokens, 64 columns: in, packed and out again."""
     source = with_tokenizer(copy("qwen3_yarn"))
     convert(source, tmp_path / "ours")

@@ -9,7 +9,15 @@ import numpy as np
 import pytest
 
 from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
-from mlx_distill.models.checkpoint.transforms import Packed, Same, SplitBlocks, SplitColumns, SplitRows, Stack, Transpose
+from mlx_distill.models.checkpoint.transforms import (
+    Packed,
+    Same,
+    SplitBlocks,
+    SplitColumns,
+    SplitRows,
+    Stack,
+    Transpose,
+)
 
 RNG = np.random.default_rng(0)
 WIDE = RNG.integers(0, 1 << 16, (3, 8, 10), np.uint16)
@@ -36,7 +44,13 @@ _NAMES = {1: "U8", 2: "BF16", 4: "U32"}
 
 def infos(arrays: list[np.ndarray], path: Path, tools: Any) -> tuple[TensorInfo, ...]:
     """The arrays in a file."""
-    tools.write(path, {f"t{i:02d}": (_NAMES[a.itemsize], list(a.shape), np.ascontiguousarray(a).tobytes()) for i, a in enumerate(arrays)})
+    tools.write(
+        path,
+        {
+            f"t{i:02d}": (_NAMES[a.itemsize], list(a.shape), np.ascontiguousarray(a).tobytes())
+            for i, a in enumerate(arrays)
+        },
+    )
     header, _ = read_header(path)
     return tuple(header[f"t{i:02d}"] for i in range(len(arrays)))
 
@@ -46,12 +60,17 @@ def infos(arrays: list[np.ndarray], path: Path, tools: Any) -> tuple[TensorInfo,
 def test_rows_equal_numpy_there_and_back(
     transform: Any, before: list[Any], after: list[Any], step: int, tmp_path: Path, tools: Any
 ) -> None:
-    originals, results = infos(before, tmp_path / "a.safetensors", tools), infos(after, tmp_path / "b.safetensors", tools)
+    originals, results = (
+        infos(before, tmp_path / "a.safetensors", tools),
+        infos(after, tmp_path / "b.safetensors", tools),
+    )
     for specs, wanted, sources, read in (
         (transform.outputs(originals), after, originals, transform.rows),
         (transform.inputs(results), before, results, transform.undo_rows),
     ):
-        assert [(dtype, tuple(shape)) for dtype, shape in specs] == [(_NAMES[w.itemsize], w.shape) for w in wanted]
+        assert [(dtype, tuple(shape)) for dtype, shape in specs] == [
+            (_NAMES[w.itemsize], w.shape) for w in wanted
+        ]
         for i, array in enumerate(wanted):
             rows = int(np.prod(array.shape[:-1]))
             parts = [read(sources, i, start, min(start + step, rows)) for start in range(0, rows, step)]

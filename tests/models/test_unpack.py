@@ -37,7 +37,9 @@ def test_unpacked_weights_give_the_same_logits_and_gradients(tmp_path: Path, qua
             return mx.square(model(tokens)).mean()
 
         value, gradient = mx.value_and_grad(loss)(model.trainable_parameters())
-        results.append((model(tokens), value, gradient["model"]["layers"][1]["self_attn"]["q_proj"]["lora_b"]))
+        results.append(
+            (model(tokens), value, gradient["model"]["layers"][1]["self_attn"]["q_proj"]["lora_b"])
+        )
     for packed, plain in zip(*results, strict=True):
         assert mx.abs(packed - plain).max().item() <= 2e-5 * max(mx.abs(plain).max().item(), 1e-3)
     assert mx.abs(results[1][2]).max().item() > 0
@@ -45,12 +47,16 @@ def test_unpacked_weights_give_the_same_logits_and_gradients(tmp_path: Path, qua
 
 @pytest.mark.parametrize("quantize", ["affine4", "affine8", "mxfp4"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_yarn"])  # a tied head, and one of its own
-def test_an_embedding_is_unpacked_and_computes_the_same(name: str, quantize: str, golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_an_embedding_is_unpacked_and_computes_the_same(
+    name: str, quantize: str, golden: Any, logits: Any, tmp_path: Path
+) -> None:
     convert(golden(name), tmp_path / "model", quantize=quantize)
     packed, plain = (load_model(tmp_path / "model", dtype="float32")[0] for _ in range(2))
     assert isinstance(packed.model.embed_tokens, nn.QuantizedEmbedding)
     assert "model.embed_tokens" in unpack(plain)
-    assert isinstance(plain.model.embed_tokens, nn.Embedding) and not any("scales" in module for module in plain.modules())
+    assert isinstance(plain.model.embed_tokens, nn.Embedding) and not any(
+        "scales" in module for module in plain.modules()
+    )
     prompt, _ = logits(name)
     wanted, found = packed(prompt), plain(prompt)
     assert found.dtype == wanted.dtype == mx.float32
@@ -72,7 +78,9 @@ def test_an_unpacked_embedding_can_be_trained(method: str, golden: Any, tmp_path
     """What the refusal of packed weights says is a cure."""
     convert(golden("qwen3"), tmp_path / "model", quantize="affine8")
     whole = [] if method == "full" else ["embed_tokens"]
-    settings = TrainConfig(method=method, lora_rank=2, galore_rank=2, target_modules=["q_proj"], modules_to_save=whole)
+    settings = TrainConfig(
+        method=method, lora_rank=2, galore_rank=2, target_modules=["q_proj"], modules_to_save=whole
+    )
     check_model(tmp_path / "model", settings, unpack=True)
     model, _ = load_model(tmp_path / "model", dtype="float32")
     unpack(model)

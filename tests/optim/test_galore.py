@@ -1,4 +1,6 @@
-"""GaLore and its kin: what is projected, what it costs, what happens at a refresh; and what all of our optimizers have in common."""
+"""GaLore and its kin: what is projected, what it costs, what happens at a refresh; and what all of our
+optimizers have in common.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,17 @@ from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_distill import recipe
 from mlx_distill.errors import ConfigError
-from mlx_distill.optim import APOLLO, SCHEDULES, AdamW, APOLLOMini, GaLoreAdamW, by_modules, make_optimizer, make_schedule, state_bytes
+from mlx_distill.optim import (
+    APOLLO,
+    SCHEDULES,
+    AdamW,
+    APOLLOMini,
+    GaLoreAdamW,
+    by_modules,
+    make_optimizer,
+    make_schedule,
+    state_bytes,
+)
 from mlx_distill.optim.galore import MOMENTS
 from mlx_distill.optim.subspace import PROJECTIONS
 from mlx_distill.recipe import TrainConfig
@@ -25,8 +37,12 @@ ALL: dict[str, Callable[..., optim.Optimizer]] = {
     "adamw": lambda rate, **more: AdamW(rate, **more),
     "galore": lambda rate, **more: GaLoreAdamW(rate, 4, 5, **more),
     "galore full": lambda rate, **more: GaLoreAdamW(rate, 4, 5, projection="full", **more),
-    "galore staggered, carried": lambda rate, **more: GaLoreAdamW(rate, 4, 5, moments="project", stagger=True, **more),
-    "galore reset, lazy": lambda rate, **more: GaLoreAdamW(rate, 4, 5, moments="reset", refresh_below=0.9, **more),
+    "galore staggered, carried": lambda rate, **more: GaLoreAdamW(
+        rate, 4, 5, moments="project", stagger=True, **more
+    ),
+    "galore reset, lazy": lambda rate, **more: GaLoreAdamW(
+        rate, 4, 5, moments="reset", refresh_below=0.9, **more
+    ),
     "galore subspace": lambda rate, **more: GaLoreAdamW(rate, 4, 5, basis="subspace", **more),
     "apollo": lambda rate, **more: APOLLO(rate, 4, 5, **more),
     "apollo mini": lambda rate, **more: APOLLOMini(rate, 5, **more),
@@ -88,10 +104,14 @@ def test_each_goes_on_from_its_saved_state_bitwise(name: str, tmp_path: Path) ->
     later.init(model.trainable_parameters())
     assert {k: v.shape for k, v in tree_flatten(later.state)} == {k: v.shape for k, v in saved.items()}
     mx.save_safetensors(str(tmp_path / "state.safetensors"), saved)
-    later.state = tree_map_with_path(lambda path, _: mx.load(str(tmp_path / "state.safetensors"))[path], optimizer.state)
+    later.state = tree_map_with_path(
+        lambda path, _: mx.load(str(tmp_path / "state.safetensors"))[path], optimizer.state
+    )
     later.init(model.trainable_parameters())
     learn(model, later, 6, start=7)
-    for (path, a), (_, b) in zip(tree_flatten(whole.parameters()), tree_flatten(model.parameters()), strict=True):
+    for (path, a), (_, b) in zip(
+        tree_flatten(whole.parameters()), tree_flatten(model.parameters()), strict=True
+    ):
         assert mx.array_equal(a, b), path
 
 
@@ -102,7 +122,11 @@ def test_each_keeps_float32_state_and_the_type_of_the_weights(name: str) -> None
     optimizer = ALL[name](0.03)
     learn(model, optimizer, 2)
     assert {str(a.dtype) for _, a in tree_flatten(model.parameters())} == {"mlx.core.bfloat16"}
-    assert all(a.dtype == mx.float32 for path, a in tree_flatten(optimizer.state) if path.endswith((".m", ".v", ".left", ".right")))
+    assert all(
+        a.dtype == mx.float32
+        for path, a in tree_flatten(optimizer.state)
+        if path.endswith((".m", ".v", ".left", ".right"))
+    )
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -124,7 +148,10 @@ def test_embeddings_norms_head_and_biases_stay_out_of_projection() -> None:
     optimizer = GaLoreAdamW(0.1, 4)
     optimizer.init(make_net().trainable_parameters())
     assert set(optimizer.chosen) == {"layers.0.weight", "layers.1.weight"}
-    assert "right" not in optimizer.state["embed_tokens"]["weight"] and "right" in optimizer.state["layers"][0]["weight"]
+    assert (
+        "right" not in optimizer.state["embed_tokens"]["weight"]
+        and "right" in optimizer.state["layers"][0]["weight"]
+    )
     chosen = GaLoreAdamW(0.1, 4, filter=by_modules(["layers.1", "lm_head"]))
     chosen.init(make_net().trainable_parameters())
     assert set(chosen.chosen) == {"layers.1.weight", "lm_head.weight"}
@@ -135,8 +162,13 @@ def test_an_expert_without_a_token_keeps_its_basis() -> None:
     random = np.random.default_rng(0)
     seen = []
     for step in range(2):
-        gradient = mx.array(random.normal(size=(3, 8, 6)).astype(np.float32)) * mx.array([1.0, 1.0, 1.0 - step]).reshape(3, 1, 1)
-        optimizer.apply_gradients({"experts": {"up_proj": {"weight": gradient}}}, {"experts": {"up_proj": {"weight": mx.zeros((3, 8, 6))}}})
+        gradient = mx.array(random.normal(size=(3, 8, 6)).astype(np.float32)) * mx.array(
+            [1.0, 1.0, 1.0 - step]
+        ).reshape(3, 1, 1)
+        optimizer.apply_gradients(
+            {"experts": {"up_proj": {"weight": gradient}}},
+            {"experts": {"up_proj": {"weight": mx.zeros((3, 8, 6))}}},
+        )
         seen.append(optimizer.state["experts"]["up_proj"]["weight"]["right"])
     assert [mx.array_equal(seen[0][i], seen[1][i]).item() for i in range(3)] == [False, False, True]
 
@@ -171,7 +203,9 @@ def test_state_is_as_small_as_the_formula_says() -> None:
 
 def gradient_like(seed: int, shape: tuple[int, int] = (12, 8)) -> mx.array:
     random = np.random.default_rng(seed)
-    base = np.random.default_rng(99).normal(size=(shape[0], 3)) @ np.random.default_rng(98).normal(size=(3, shape[1]))
+    base = np.random.default_rng(99).normal(size=(shape[0], 3)) @ np.random.default_rng(98).normal(
+        size=(3, shape[1])
+    )
     return mx.array((base + 0.05 * random.normal(size=shape)).astype(np.float32))
 
 
@@ -188,7 +222,9 @@ def momentum(optimizer: Any) -> mx.array:
     return state["m"] @ state["right"]
 
 
-@pytest.mark.parametrize(("moments", "low", "high"), [("project", 0.99, 1.01), ("keep", -1.0, 0.9), ("reset", -0.01, 0.01)])
+@pytest.mark.parametrize(
+    ("moments", "low", "high"), [("project", 0.99, 1.01), ("keep", -1.0, 0.9), ("reset", -0.01, 0.01)]
+)
 def test_only_carried_moments_survive_a_refresh(moments: str, low: float, high: float) -> None:
     """Momentum before and after a refresh whose basis is the same subspace, turned."""
     turn = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0].astype(np.float32)
@@ -207,7 +243,9 @@ def test_only_carried_moments_survive_a_refresh(moments: str, low: float, high: 
     optimizer.count = 6
     optimizer._refresh("w", gradient_like(6), state)
     before, after = seen[0], momentum(optimizer)
-    cosine = (before * after).sum() / mx.maximum(mx.sqrt(mx.square(before).sum() * mx.square(after).sum()), 1e-12)
+    cosine = (before * after).sum() / mx.maximum(
+        mx.sqrt(mx.square(before).sum() * mx.square(after).sum()), 1e-12
+    )
     assert low <= cosine.item() <= high
 
 
@@ -251,13 +289,17 @@ def test_adding_up_in_the_subspace_is_adding_up_in_full() -> None:
     for step in range(7):
         parts = [gradients(10 * step + k) for k in range(4)]
         total = {path: sum((p[path] for p in parts[1:]), parts[0][path]) for path in parts[0]}
-        a = plain.apply_gradients({"w": {"weight": total["w.weight"]}, "norm": {"weight": total["norm.weight"]}}, a)
+        a = plain.apply_gradients(
+            {"w": {"weight": total["w.weight"]}, "norm": {"weight": total["norm.weight"]}}, a
+        )
         small = [{path: compact.compress(path, g) for path, g in p.items()} for p in parts]
         assert small[0]["w.weight"].shape == ((12, 8) if step % 3 == 0 else (12, 3))
         summed = {path: sum((p[path] for p in small[1:]), small[0][path]) for path in small[0]}
         entered = {path: compact.enter(path, g) for path, g in summed.items()}
         assert entered["w.weight"].shape == (12, 3)
-        b = compact.apply_gradients({"w": {"weight": entered["w.weight"]}, "norm": {"weight": entered["norm.weight"]}}, b)
+        b = compact.apply_gradients(
+            {"w": {"weight": entered["w.weight"]}, "norm": {"weight": entered["norm.weight"]}}, b
+        )
         for (path, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True):
             assert mx.allclose(x, y, atol=1e-5), path
 
@@ -313,20 +355,43 @@ def test_wsd_comes_down_over_the_last_fifth() -> None:
 
 
 def test_the_recipe_chooses_the_optimizer() -> None:
-    galore = make_optimizer(TrainConfig(method="galore", galore_rank=7, galore_update_gap=9, galore_scale=0.5), 10)
+    galore = make_optimizer(
+        TrainConfig(method="galore", galore_rank=7, galore_update_gap=9, galore_scale=0.5), 10
+    )
     assert isinstance(galore, GaLoreAdamW) and (galore.rank, galore.update_gap, galore.scale) == (7, 9, 0.5)
     assert galore.filter("model.layers.0.self_attn.q_proj.weight", mx.zeros((4, 4)))
     assert not galore.filter("model.embed_tokens.weight", mx.zeros((4, 4)))
-    assert (galore.projection, galore.moments, galore.stagger, galore.refresh_below) == ("std", "project", True, 0.0)
-    own = {"galore_projection": "full", "galore_moments": "reset", "galore_stagger": False, "galore_refresh_below": 0.9}
+    assert (galore.projection, galore.moments, galore.stagger, galore.refresh_below) == (
+        "std",
+        "project",
+        True,
+        0.0,
+    )
+    own = {
+        "galore_projection": "full",
+        "galore_moments": "reset",
+        "galore_stagger": False,
+        "galore_refresh_below": 0.9,
+    }
     galore = make_optimizer(TrainConfig(method="galore", **own), 10)
     assert isinstance(galore, GaLoreAdamW)
-    assert (galore.projection, galore.moments, galore.stagger, galore.refresh_below) == ("full", "reset", False, 0.9)
+    assert (galore.projection, galore.moments, galore.stagger, galore.refresh_below) == (
+        "full",
+        "reset",
+        False,
+        0.9,
+    )
     assert isinstance(make_optimizer(TrainConfig(), 10), AdamW)
     apollo = make_optimizer(TrainConfig(method="apollo", apollo_rank=7, apollo_update_gap=9, seed=3), 10)
     mini = make_optimizer(TrainConfig(method="apollo-mini"), 10)
     assert isinstance(apollo, APOLLO) and isinstance(mini, APOLLO)
-    assert (apollo.rank, apollo.update_gap, apollo.scale, apollo.channels, apollo.seed) == (7, 9, 1.0, True, 3)
+    assert (apollo.rank, apollo.update_gap, apollo.scale, apollo.channels, apollo.seed) == (
+        7,
+        9,
+        1.0,
+        True,
+        3,
+    )
     assert (mini.rank, mini.scale, mini.channels) == (1, 128**0.5, False)
     scaled = make_optimizer(TrainConfig(method="apollo-mini", apollo_scale=2.0), 10)
     assert isinstance(scaled, APOLLO) and scaled.scale == 2.0

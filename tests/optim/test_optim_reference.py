@@ -12,7 +12,12 @@ import pytest
 from mlx_distill.optim import APOLLO, AdamW, APOLLOMini, GaLoreAdamW
 from mlx_distill.optim.apollo import random_basis
 
-GOLDEN = {name: np.array(a) for name, a in mx.load(str(Path(__file__).parents[1] / "golden" / "optim_trajectories.safetensors")).items()}
+GOLDEN = {
+    name: np.array(a)
+    for name, a in mx.load(
+        str(Path(__file__).parents[1] / "golden" / "optim_trajectories.safetensors")
+    ).items()
+}
 STEPS, RANK, GAP = 20, 4, 8
 
 
@@ -30,7 +35,9 @@ def walk(optimizer: Any, before_step: Any = lambda step: None) -> tuple[dict, li
     parameters, losses = start(), []
     for step in range(STEPS):
         before_step(step)
-        loss, gradients = mx.value_and_grad(loss_of)(parameters, mx.array(GOLDEN["x"][step]), mx.array(GOLDEN["y"][step]))
+        loss, gradients = mx.value_and_grad(loss_of)(
+            parameters, mx.array(GOLDEN["x"][step]), mx.array(GOLDEN["y"][step])
+        )
         parameters = optimizer.apply_gradients(gradients, parameters)
         mx.eval(parameters, optimizer.state)
         losses.append(loss.item())
@@ -45,7 +52,9 @@ def assert_equal(name: str, parameters: dict, losses: list[float]) -> None:
 
 @pytest.mark.parametrize("projection", ["std", "reverse_std", "left", "right", "full"])
 def test_galore_walks_as_galore_torch_across_two_refreshes(projection: str) -> None:
-    """Of a tall matrix, a wide one and a vector; the bases are the reference's, made at the first step and twice again."""
+    """Of a tall matrix, a wide one and a vector; the bases are the reference's, made at the first step and
+    twice again.
+    """
     now, refreshed = 0, []
 
     def note(step: int) -> None:
@@ -78,8 +87,17 @@ def test_adamw_walks_as_torch() -> None:
 class Apollo64:
     """Algorithm 1 of arXiv 2412.05270 in float64: one matrix."""
 
-    def __init__(self, basis: Any, rank: int, rate: float, scale: float, channels: bool, decay: float) -> None:
-        self.basis, self.rank, self.rate, self.scale, self.channels, self.decay = basis, rank, rate, scale, channels, decay
+    def __init__(
+        self, basis: Any, rank: int, rate: float, scale: float, channels: bool, decay: float
+    ) -> None:
+        self.basis, self.rank, self.rate, self.scale, self.channels, self.decay = (
+            basis,
+            rank,
+            rate,
+            scale,
+            channels,
+            decay,
+        )
         self.m = self.v = self.last = None
         self.t = 0
 

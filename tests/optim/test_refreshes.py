@@ -1,4 +1,6 @@
-"""What a refresh does: the projections that APOLLO draws; of GaLore the moments, what is skipped, warm starts, the choice of a method."""
+"""What a refresh does: the projections that APOLLO draws; of GaLore the moments, what is skipped, warm
+starts, the choice of a method.
+"""
 
 from __future__ import annotations
 
@@ -14,9 +16,13 @@ from mlx_distill.optim.galore import basis_of
 from mlx_distill.optim.subspace import captured, find_basis, project
 
 
-@pytest.mark.parametrize(("shape", "rank", "kept"), [((2000, 400), 64, 64), ((400, 2000), 64, 64), ((3000, 48), 96, 48)])
+@pytest.mark.parametrize(
+    ("shape", "rank", "kept"), [((2000, 400), 64, 64), ((400, 2000), 64, 64), ((3000, 48), 96, 48)]
+)
 def test_a_random_projection_keeps_norms_in_the_mean(shape: tuple[int, int], rank: int, kept: int) -> None:
-    """Gaussian entries of mean 0 and variance 1/r, r cut to the shorter side: within five standard errors of each."""
+    """Gaussian entries of mean 0 and variance 1/r, r cut to the shorter side: within five standard errors of
+    each.
+    """
     (drawn,) = random_basis(shape, rank, seed=1, place=2, period=3).values()
     entries = np.array(drawn).ravel() * kept**0.5
     assert entries.size == kept * min(shape)
@@ -60,15 +66,22 @@ def walk(optimizer: Any, gradients: list[mx.array]) -> list[mx.array]:
 
 
 def test_after_a_reset_it_is_as_at_the_beginning() -> None:
-    """Moments and correction of their bias: the first step after is that of a new optimizer, not a tenth or ten times of it."""
+    """Moments and correction of their bias: the first step after is that of a new optimizer, not a tenth or
+    ten times of it.
+    """
     *before, last = [flat(12, 8, seed=i) for i in range(6)]
     *_, a, b = walk(GaLoreAdamW(0.1, 3, 5, moments="reset"), [*before, last])
     assert mx.allclose(b - a, walk(GaLoreAdamW(0.1, 3, 5), [last])[1], atol=1e-6)
 
 
 def test_carried_moments_of_one_gradient_are_those_that_the_new_basis_would_have_seen() -> None:
-    """Seven times one gradient, the seventh in a basis that is turned: without its bias each moment is the projection, or its square."""
-    gradient, turn = flat(12, 8), mx.array(np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0].astype(np.float32))
+    """Seven times one gradient, the seventh in a basis that is turned: without its bias each moment is the
+    projection, or its square.
+    """
+    gradient, turn = (
+        flat(12, 8),
+        mx.array(np.linalg.qr(np.random.default_rng(1).normal(size=(3, 3)))[0].astype(np.float32)),
+    )
 
     def basis(gradient: mx.array, rank: int, kind: str, old: Any) -> dict[str, mx.array]:
         return find_basis(gradient, rank, kind) if old is None else {"right": turn @ old["right"]}
@@ -82,7 +95,9 @@ def test_carried_moments_of_one_gradient_are_those_that_the_new_basis_would_have
 
 
 def test_what_a_basis_captures_is_measured_by_what_it_captured_when_new() -> None:
-    """Shares of the gradient on the one axis that every basis is: below half of what the last refresh saw, and only there, is the next."""
+    """Shares of the gradient on the one axis that every basis is: below half of what the last refresh saw,
+    and only there, is the next.
+    """
     shares, refreshed = [0.4, 0.39, 0.21, 0.19, 0.1, 0.09, 0.9, 0.05, 0.04], []
 
     def basis(gradient: mx.array, rank: int, kind: str, old: Any) -> dict[str, mx.array]:
@@ -96,24 +111,34 @@ def test_what_a_basis_captures_is_measured_by_what_it_captured_when_new() -> Non
 
 @pytest.mark.parametrize("projection", ["std", "full"])
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
-def test_refreshes_by_power_iteration_start_from_the_basis_before(shape: tuple[int, int], projection: str) -> None:
-    """Each refresh on one gradient goes on where the last one ended, on either side, until it has what the svd has."""
+def test_refreshes_by_power_iteration_start_from_the_basis_before(
+    shape: tuple[int, int], projection: str
+) -> None:
+    """Each refresh on one gradient goes on where the last one ended, on either side, until it has what the
+    svd has.
+    """
     gradient = flat(*shape)
     optimizer, found = GaLoreAdamW(0.1, 4, 1, projection=projection, basis="subspace"), []
     for _ in range(12):
         walk(optimizer, [gradient])
-        found.append([captured(gradient, {side: basis}) for side, basis in basis_of(optimizer.state["w"]).items()])
+        found.append(
+            [captured(gradient, {side: basis}) for side, basis in basis_of(optimizer.state["w"]).items()]
+        )
     for side, (first, *_, last) in zip(basis_of(optimizer.state["w"]), zip(*found, strict=True), strict=True):
         best = captured(gradient, {side: find_basis(gradient, 4, side, "svd")[side]})
         assert last == pytest.approx(best, rel=1e-4) and first < 0.997 * best, side
 
 
 @pytest.mark.parametrize("shape", [(48, 40), (40, 48)])
-def test_auto_leaves_eigenvectors_to_short_sides(shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_leaves_eigenvectors_to_short_sides(
+    shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     gradient = flat(*shape)
     old = find_basis(flat(*shape, seed=1), 4, "full")
     for limit, method, other in ((40, "eigh", "subspace"), (39, "subspace", "eigh")):
         monkeypatch.setattr(subspace, "_EIGH_LIMIT", limit)
         found = {name: find_basis(gradient, 4, "full", name, old) for name in ("auto", method, other)}
         for side, basis in found["auto"].items():
-            assert mx.array_equal(basis, found[method][side]) and not mx.allclose(basis, found[other][side], atol=1e-3), (limit, side)
+            assert mx.array_equal(basis, found[method][side]) and not mx.allclose(
+                basis, found[other][side], atol=1e-3
+            ), (limit, side)

@@ -39,7 +39,9 @@ def test_the_result_is_a_neighbour_and_right_in_the_mean(dtype: mx.Dtype) -> Non
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_what_is_exact_or_no_number_stays(dtype: mx.Dtype) -> None:
-    exact = mx.array([0.0, -0.0, 1.0, -3.5, 2.0**-10, 60_000.0 if dtype == mx.float16 else 3e38]).astype(dtype)
+    exact = mx.array([0.0, -0.0, 1.0, -3.5, 2.0**-10, 60_000.0 if dtype == mx.float16 else 3e38]).astype(
+        dtype
+    )
     for i in range(20):
         same = round_stochastically(exact.astype(mx.float32), dtype, key(i))
         assert mx.array_equal(mx.view(same, mx.uint16), mx.view(exact, mx.uint16)).item()
@@ -55,7 +57,9 @@ def test_float32_is_left_alone() -> None:
 
 @pytest.mark.parametrize("name", MAKERS)
 def test_steps_smaller_than_the_last_bit_move_bfloat16_as_they_move_float32(name: str) -> None:
-    """At a rate of 2e-5 the neighbours of a weight of 0.02 are six steps apart; to the nearest nothing would move."""
+    """At a rate of 2e-5 the neighbours of a weight of 0.02 are six steps apart; to the nearest nothing would
+    move.
+    """
     start, gradient = 0.02 * mx.random.normal((64, 32)), mx.random.normal((64, 32))
     moved = {}
     for dtype in (mx.float32, mx.bfloat16):

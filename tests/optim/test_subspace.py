@@ -7,7 +7,15 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.optim.subspace import basis_shapes, captured, carry_moments, find_basis, project, project_back, sides_of
+from mlx_distill.optim.subspace import (
+    basis_shapes,
+    captured,
+    carry_moments,
+    find_basis,
+    project,
+    project_back,
+    sides_of,
+)
 
 
 def decaying(m: int, n: int, seed: int = 0, batch: tuple[int, ...] = ()) -> mx.array:
@@ -20,7 +28,9 @@ def decaying(m: int, n: int, seed: int = 0, batch: tuple[int, ...] = ()) -> mx.a
 @pytest.mark.parametrize("method", ["eigh", "svd", "subspace", "auto"])
 @pytest.mark.parametrize("projection", ["std", "reverse_std", "left", "right", "full"])
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (12, 12), (3, 20, 8)])
-def test_a_basis_is_orthonormal_and_captures_what_the_svd_captures(method: str, projection: str, shape: tuple[int, ...]) -> None:
+def test_a_basis_is_orthonormal_and_captures_what_the_svd_captures(
+    method: str, projection: str, shape: tuple[int, ...]
+) -> None:
     g = decaying(*shape[-2:], batch=shape[:-2])
     basis = find_basis(g, 4, projection, method)
     assert {side: b.shape for side, b in basis.items()} == basis_shapes(g.shape, 4, projection)

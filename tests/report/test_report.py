@@ -21,7 +21,14 @@ from mlx_distill.storage import open_partial, publish, stage_key, write_json, wr
 from mlx_distill.tasks.task import Task, parse_task
 
 MODELS = ("teacher", "student_before", "student", "quantized", "student_labels", "student_text")
-SKILL = {"teacher": 0.93, "student_before": 0.35, "student": 0.95, "quantized": 0.92, "student_labels": 0.7, "student_text": 0.85}
+SKILL = {
+    "teacher": 0.93,
+    "student_before": 0.35,
+    "student": 0.95,
+    "quantized": 0.92,
+    "student_labels": 0.7,
+    "student_text": 0.85,
+}
 SHOWN = ("teacher", "student", "quantized")
 MACHINE = {
     "system": "Linux 6",
@@ -59,27 +66,46 @@ def make_task(**changes: Any) -> Task:
 
 
 def make_predictions(task: Task, model: str, sets: Mapping[str, int], seed: int = 0) -> list[dict[str, Any]]:
-    """Rows as evaluate writes them: a header, then one row an item; students follow the teacher, the teacher follows the truth."""
+    """Rows as evaluate writes them: a header, then one row an item; students follow the teacher, the teacher
+    follows the truth.
+    """
     labels = task.labels
     index = {name: i for i, name in enumerate(labels)}
     world, own = np.random.default_rng(seed), np.random.default_rng(seed + 1 + MODELS.index(model))
     rows: list[dict[str, Any]] = []
     for set_name, n in sets.items():
         for i in range(n):
-            truth = labels[world.choice(len(labels), p=np.array([4, 3, 2, 2][: len(labels)]) / sum([4, 3, 2, 2][: len(labels)]))]
+            truth = labels[
+                world.choice(
+                    len(labels), p=np.array([4, 3, 2, 2][: len(labels)]) / sum([4, 3, 2, 2][: len(labels)])
+                )
+            ]
             slip, shift, points = world.random(), int(world.choice([-1, 1])), int(world.integers(5, 95))
             teacher = truth if slip < SKILL["teacher"] else labels[(index[truth] + shift) % len(labels)]
             kind = ["blues", "chant", "folk", "march", "waltz"][i % 5]
             skill = SKILL[model] - (0.12 if kind == "march" else 0.0)
-            said = teacher if model == "teacher" or own.random() < skill else labels[int(own.integers(len(labels)))]
+            said = (
+                teacher
+                if model == "teacher" or own.random() < skill
+                else labels[int(own.integers(len(labels)))]
+            )
             broken = own.random() < (0.06 if model == "student_before" else 0.006)
             score = int(np.clip(points + (0 if model == "teacher" else own.normal(0, 3)), 0, 100))
             logits = own.normal(0, 0.6, len(labels)) + 3.5 * np.eye(len(labels))[index[said]]
             probs = np.exp(logits) / np.exp(logits).sum()
-            rest = {"themes": ["grief", "hope"] if i % 3 else [], "mood": "calm" if own.random() < 0.8 else "tense"}
+            rest = {
+                "themes": ["grief", "hope"] if i % 3 else [],
+                "mood": "calm" if own.random() < 0.8 else "tense",
+            }
             properties = list(task.schema["properties"])
             full = {task.label: said, "points": score, "confidence": score, **rest}
-            true = {task.label: truth, "points": points, "confidence": points, "themes": ["grief", "hope"] if i % 3 else [], "mood": "calm"}
+            true = {
+                task.label: truth,
+                "points": points,
+                "confidence": points,
+                "themes": ["grief", "hope"] if i % 3 else [],
+                "mood": "calm",
+            }
             answer = {key: full[key] for key in properties}
             rows.append(
                 {
@@ -132,8 +158,16 @@ def make_run(
         config = {"model": model, "compute_dtype": "float32", "unpack": model not in packed}
         key = stage_key("evaluate", 1, config, {})
         partial = open_partial(parts, key)
-        write_jsonl(partial / "predictions.jsonl", make_predictions(task, model, sets or {"test": 60, "written": 15}, seed))
-        recorded = {"seconds": 12.5, "peak_memory_bytes": 310_000_000, "machine": MACHINE, "versions": VERSIONS}
+        write_jsonl(
+            partial / "predictions.jsonl",
+            make_predictions(task, model, sets or {"test": 60, "written": 15}, seed),
+        )
+        recorded = {
+            "seconds": 12.5,
+            "peak_memory_bytes": 310_000_000,
+            "machine": MACHINE,
+            "versions": VERSIONS,
+        }
         publish(parts, "evaluate", 1, config, {}, recorded)
         paths[model] = parts / "predictions.jsonl"
     for name, size in (("teacher_base", 640_000), ("student_base", 410_000), ("quantized", 150_000)):
@@ -143,18 +177,34 @@ def make_run(
         (folder / name).mkdir(exist_ok=True)
         (folder / name / "adapters.safetensors").write_bytes(b"\0" * 30_000)
         write_json(folder / name / "adapter_config.json", {"base": f"../{name}_base"})
-        write_jsonl(folder / name / "metrics.jsonl", make_log(160, ("label", "text", "token") if name == "student" else ("text",), seed))
+        write_jsonl(
+            folder / name / "metrics.jsonl",
+            make_log(160, ("label", "text", "token") if name == "student" else ("text",), seed),
+        )
     return paths
 
 
 def make_log(steps: int, terms: tuple[str, ...], seed: int) -> list[dict[str, Any]]:
     rng, rows = np.random.default_rng(seed), []
     for step in range(1, steps + 1):
-        values = {term: (3 + i) * float(np.exp(-step / 40 * (1 + i / 2)) + 0.08 + 0.03 * rng.random()) for i, term in enumerate(terms)}
-        row = {"step": step, "loss": sum(values.values()), **values, "learning_rate": 1e-4, "grad_norm": 1.0, "tokens": 900}
+        values = {
+            term: (3 + i) * float(np.exp(-step / 40 * (1 + i / 2)) + 0.08 + 0.03 * rng.random())
+            for i, term in enumerate(terms)
+        }
+        row = {
+            "step": step,
+            "loss": sum(values.values()),
+            **values,
+            "learning_rate": 1e-4,
+            "grad_norm": 1.0,
+            "tokens": 900,
+        }
         row |= {"tokens_per_second": 4000.0, "seconds": step * 0.22, "peak_memory_bytes": 260_000_000}
         if step % 40 == 0:
-            row |= {"valid_loss": row["loss"] * 1.06, **{f"valid_{term}": value * 1.06 for term, value in values.items()}}
+            row |= {
+                "valid_loss": row["loss"] * 1.06,
+                **{f"valid_{term}": value * 1.06 for term, value in values.items()},
+            }
         rows.append(row)
     return rows
 
@@ -216,7 +266,7 @@ class Page(HTMLParser):
         return " ".join("".join(self.words).split())
 
 
-# --- report.json ----------------------------------------------------------------------------------------------------------------
+# --- report.json --------------------------------------------------------------------------------------------
 
 
 def test_report_is_plain_json_without_nan(run: tuple[Path, dict[str, Any]]) -> None:
@@ -226,16 +276,37 @@ def test_report_is_plain_json_without_nan(run: tuple[Path, dict[str, Any]]) -> N
 
 def test_every_model_has_the_promised_figures(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
-    assert (report["format"], report["name"], report["task"], report["main_set"]) == (1, "try", "colours", "test")
+    assert (report["format"], report["name"], report["task"], report["main_set"]) == (
+        1,
+        "try",
+        "colours",
+        "test",
+    )
     assert report["sets"] == {"test": 60, "written": 15}
     assert list(report["metrics"]) == list(MODELS)
     for name, figures in report["metrics"].items():
-        for key in ("accuracy", "json_valid", "macro_f1", "precision", "recall", "f1", "false_positive_rate", "false_negative_rate"):
+        for key in (
+            "accuracy",
+            "json_valid",
+            "macro_f1",
+            "precision",
+            "recall",
+            "f1",
+            "false_positive_rate",
+            "false_negative_rate",
+        ):
             assert set(figures[key]) == {"value", "low", "high", "n"}
             assert figures[key]["low"] <= figures[key]["value"] <= figures[key]["high"]
         for key in ("score_mae", "latency_s", "items_per_minute", "peak_memory_gb"):
             assert isinstance(figures[key], float)
-        for key in ("verdict_agreement", "agreement", "score_gap", "label_kl", "disagreements", "teacher_confusion"):
+        for key in (
+            "verdict_agreement",
+            "agreement",
+            "score_gap",
+            "label_kl",
+            "disagreements",
+            "teacher_confusion",
+        ):
             assert (figures[key] is None) == (name == "teacher")
     assert report["metrics"] == report["by_set"]["test"]
     assert report["metrics"]["student"]["peak_memory_gb"] == 0.31
@@ -245,7 +316,13 @@ def test_every_model_has_the_promised_figures(run: tuple[Path, dict[str, Any]]) 
 def test_figures_are_those_of_the_rows(run: tuple[Path, dict[str, Any]]) -> None:
     """A plain count over the file, beside the report."""
     folder, report = run
-    lines = {m: [json.loads(x) for x in (folder / "evaluations" / m / "predictions.jsonl").read_text().splitlines()[1:]] for m in MODELS}
+    lines = {
+        m: [
+            json.loads(x)
+            for x in (folder / "evaluations" / m / "predictions.jsonl").read_text().splitlines()[1:]
+        ]
+        for m in MODELS
+    }
     teacher = {row["id"]: row for row in lines["teacher"]}
     for set_name in ("test", "written"):
         rows = [row for row in lines["student"] if row["set"] == set_name]
@@ -267,8 +344,15 @@ def test_disagreements_are_written_out(run: tuple[Path, dict[str, Any]]) -> None
     _, report = run
     found = report["disagreements"]["quantized"]
     assert found["of"] == 75
-    assert found["count"] == len(found["rows"]) == sum(report["by_set"][s]["quantized"]["disagreements"] for s in report["sets"])
-    assert all(row["teacher"]["label"] != row["model"]["label"] or row["model"]["label"] is None for row in found["rows"])
+    assert (
+        found["count"]
+        == len(found["rows"])
+        == sum(report["by_set"][s]["quantized"]["disagreements"] for s in report["sets"])
+    )
+    assert all(
+        row["teacher"]["label"] != row["model"]["label"] or row["model"]["label"] is None
+        for row in found["rows"]
+    )
 
 
 def test_comparisons_pair_what_the_run_is_about(run: tuple[Path, dict[str, Any]]) -> None:
@@ -281,14 +365,21 @@ def test_comparisons_pair_what_the_run_is_about(run: tuple[Path, dict[str, Any]]
     ]
     assert {pair[1] for pair in pairs[4:]} == set(MODELS) - {"teacher"}
     gain = report["comparisons"][0]
-    student, before = (report["metrics"][name]["verdict_agreement"]["value"] for name in ("student", "student_before"))
+    student, before = (
+        report["metrics"][name]["verdict_agreement"]["value"] for name in ("student", "student_before")
+    )
     assert gain["difference"]["value"] == pytest.approx(student - before)
     assert gain["p_value"] < 0.001
 
 
 def test_sizes_count_an_adapter_with_its_base(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
-    assert report["sizes"]["student"] == {"weights_bytes": 30_000, "base_bytes": 410_000, "total_bytes": 440_000, "folder": "student"}
+    assert report["sizes"]["student"] == {
+        "weights_bytes": 30_000,
+        "base_bytes": 410_000,
+        "total_bytes": 440_000,
+        "folder": "student",
+    }
     assert report["sizes"]["student_before"]["total_bytes"] == 410_000
     assert report["sizes"]["quantized"]["base_bytes"] == 0
     assert "student_labels" not in report["sizes"]  # nothing on the disk, so no figure
@@ -304,7 +395,12 @@ def test_curves_hold_losses_only_and_are_thinned(tmp_path: Path) -> None:
     assert len(loss["step"]) == len(loss["value"]) <= 400
     assert loss["step"][-1] == 1_000
     assert len(report["curves"]["student"]["valid_loss"]["step"]) == 25
-    assert report["training"]["student"] == {"steps": 1_000, "seconds": 220.0, "tokens": 900_000, "peak_memory_gb": 0.26}
+    assert report["training"]["student"] == {
+        "steps": 1_000,
+        "seconds": 220.0,
+        "tokens": 900_000,
+        "peak_memory_gb": 0.26,
+    }
 
 
 def test_provenance_is_that_of_the_evaluations(run: tuple[Path, dict[str, Any]]) -> None:
@@ -348,7 +444,9 @@ def test_goals_are_judged_on_the_measured_value(run: tuple[Path, dict[str, Any]]
         ([{"format": 1}, {"id": "a", "set": "test"}], "predictions.jsonl:2: no field 'truth'"),
     ],
 )
-def test_broken_predictions_are_named_with_their_line(tmp_path: Path, lines: list[dict[str, Any]], message: str) -> None:
+def test_broken_predictions_are_named_with_their_line(
+    tmp_path: Path, lines: list[dict[str, Any]], message: str
+) -> None:
     write_jsonl(tmp_path / "predictions.jsonl", lines)
     with pytest.raises(DataError, match=re.escape(message)):
         build_report(tmp_path, RECIPE, make_task(), {"student": tmp_path})
@@ -359,7 +457,7 @@ def test_no_evaluations_is_an_error_with_a_cure(tmp_path: Path) -> None:
         build_report(tmp_path, RECIPE, make_task(), {})
 
 
-# --- report.html ----------------------------------------------------------------------------------------------------------------
+# --- report.html --------------------------------------------------------------------------------------------
 
 
 def assert_page_stands_alone(html: str) -> Page:
@@ -367,7 +465,11 @@ def assert_page_stands_alone(html: str) -> Page:
     assert not page.stack
     assert not {"script", "link", "iframe", "object", "img", "form", "base"} & {tag for tag, _ in page.tags}
     for _, attributes in page.tags:
-        assert not [name for name in attributes if name.startswith("on") or name in ("src", "srcset", "action", "formaction")]
+        assert not [
+            name
+            for name in attributes
+            if name.startswith("on") or name in ("src", "srcset", "action", "formaction")
+        ]
         assert (attributes.get("href") or "#").startswith("#")
     assert "default-src 'none'" in html
     assert not re.search(r"@import|url\(|https?://", html)
@@ -408,7 +510,9 @@ def page_text(report: Mapping[str, Any]) -> str:
     return Page(render_html(report)).text.replace("\u202f", " ")
 
 
-def test_only_models_that_computed_alike_are_compared_in_pace_and_memory(run: tuple[Path, dict[str, Any]], apart: dict[str, Any]) -> None:
+def test_only_models_that_computed_alike_are_compared_in_pace_and_memory(
+    run: tuple[Path, dict[str, Any]], apart: dict[str, Any]
+) -> None:
     alike = page_text(run[1])
     assert re.search(r"It answers [\d,.]+ rows a minute, [\d.]+ times the teacher’s pace\.", alike)
     assert "do not compare" not in alike
@@ -422,7 +526,10 @@ def test_only_models_that_computed_alike_are_compared_in_pace_and_memory(run: tu
     text = page_text(apart)
     assert re.search(r"It answers [\d,.]+ rows a minute\.", text)
     assert "times the teacher’s pace" not in text
-    assert "The quantized student computed with packed weights, all others with unpacked ones: times, paces" in text
+    assert (
+        "The quantized student computed with packed weights, all others with unpacked ones: times, paces"
+        in text
+    )
     assert (text.count("computed unpacked"), text.count("computed packed")) == (3, 1)
 
 
@@ -434,13 +541,18 @@ def test_settings_that_hold_for_all_models_are_listed_once(apart: dict[str, Any]
 
 
 def test_the_teachers_size_says_what_it_counts(run: tuple[Path, dict[str, Any]]) -> None:
-    assert "Its weights take 150 kB on disk, 22 % of the teacher’s 670 kB (base and adapter)." in page_text(run[1])
+    assert "Its weights take 150 kB on disk, 22 % of the teacher’s 670 kB (base and adapter)." in page_text(
+        run[1]
+    )
 
 
 def test_a_difference_that_the_shown_rates_would_not_give_is_explained(tmp_path: Path) -> None:
     """308 and 319 of 320 are shown as 96.2 and 99.7, and differ by 3.4."""
     task = make_task()
-    for wrong, explained in (({"teacher": 12, "quantized": 1}, True), ({"teacher": 32, "quantized": 16}, False)):
+    for wrong, explained in (
+        ({"teacher": 12, "quantized": 1}, True),
+        ({"teacher": 32, "quantized": 16}, False),
+    ):
         paths = {}
         for name, count in wrong.items():
             header, *rows = make_predictions(task, "teacher", {"test": 320})
@@ -456,7 +568,9 @@ def test_a_difference_that_the_shown_rates_would_not_give_is_explained(tmp_path:
         assert ("(rounded from the exact rates)" in text) == explained
 
 
-@pytest.mark.parametrize(("n", "said"), [(60, "Too few rows in every group to"), (130, "Too few rows in all groups but north to")])
+@pytest.mark.parametrize(
+    ("n", "said"), [(60, "Too few rows in every group to"), (130, "Too few rows in all groups but north to")]
+)
 def test_groups_of_few_rows_are_said_rightly_and_drawn_whole(tmp_path: Path, n: int, said: str) -> None:
     report = build_report(tmp_path, RECIPE, make_task(), make_run(tmp_path, make_task(), sets={"test": n}))
     html = render_html(report)
@@ -464,7 +578,9 @@ def test_groups_of_few_rows_are_said_rightly_and_drawn_whole(tmp_path: Path, n: 
     part = html.split('id="groups"')[1].split("</section>")[0].split("False negatives")[0]
     assert part.count("Too few rows") == 1
     ends = [float(x) for x in re.findall(r'x2="([\d.]+)%" y1="\d+" y2="\d+" class="range"', part)]
-    found = [g["false_positive_rate"] for m in SHOWN for g in report["metrics"][m]["by_group"]["groups"].values()]
+    found = [
+        g["false_positive_rate"] for m in SHOWN for g in report["metrics"][m]["by_group"]["groups"].values()
+    ]
     top = max(rate["high"] for rate in found if rate["n"])
     assert max(ends) == pytest.approx(100 * top / min(1.0, nice_ticks(0.0, top)[-1]), abs=0.01)
 
@@ -515,7 +631,10 @@ def test_text_from_data_cannot_become_markup(tmp_path: Path) -> None:
         positive=[EVIL],
         group=EVIL,
         slices=[EVIL],
-        schema={"type": "object", "properties": {"tone": {"enum": labels}, "points": {"type": "integer"}, EVIL: {"type": "string"}}},
+        schema={
+            "type": "object",
+            "properties": {"tone": {"enum": labels}, "points": {"type": "integer"}, EVIL: {"type": "string"}},
+        },
     )
     row = {
         "id": EVIL,
@@ -546,10 +665,19 @@ def test_text_from_data_cannot_become_markup(tmp_path: Path) -> None:
     log = [{"step": i, "loss": 1.0 + i, EVIL: 2.0, "tokens": 1} for i in (1, 2, 3)]
     write_jsonl(tmp_path / "student" / "metrics.jsonl", log)
     recipe = {"name": EVIL, "description": EVIL, EVIL: {"seed": EVIL}, "list": [EVIL, {EVIL: EVIL}]}
-    report = build_report(tmp_path, recipe, task, paths, machine={EVIL: EVIL, "processor": EVIL}, versions={EVIL: EVIL, "mlx": EVIL})
+    report = build_report(
+        tmp_path,
+        recipe,
+        task,
+        paths,
+        machine={EVIL: EVIL, "processor": EVIL},
+        versions={EVIL: EVIL, "mlx": EVIL},
+    )
     page = assert_page_stands_alone(render_html(report))
     assert EVIL in "".join(page.words)
-    assert_page_stands_alone(f"<meta content=\"default-src 'none'\"/>{RunReport(tmp_path / 'report.json', report)._repr_html_()}")
+    assert_page_stands_alone(
+        f"<meta content=\"default-src 'none'\"/>{RunReport(tmp_path / 'report.json', report)._repr_html_()}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -569,15 +697,35 @@ def test_tasks_of_any_shape_have_a_page(tmp_path: Path, changes: dict[str, Any])
 
 
 def test_little_is_enough_for_a_page(tmp_path: Path) -> None:
-    """One model, one row, no truth, no teacher, no training, no weights: figures that were not measured are absent, not zero."""
-    row = {"id": "a", "set": "odd", "fields": {}, "truth": None, "answer": None, "label": None, "score": None, "text": "?", "error": "x"}
+    """One model, one row, no truth, no teacher, no training, no weights: figures that were not measured are
+    absent, not zero.
+    """
+    row = {
+        "id": "a",
+        "set": "odd",
+        "fields": {},
+        "truth": None,
+        "answer": None,
+        "label": None,
+        "score": None,
+        "text": "?",
+        "error": "x",
+    }
     write_jsonl(tmp_path / "predictions.jsonl", [{"format": 1}, row])
-    report = build_report(tmp_path, {}, make_task(), {"student": tmp_path}, machine=MACHINE, versions=VERSIONS)
+    report = build_report(
+        tmp_path, {}, make_task(), {"student": tmp_path}, machine=MACHINE, versions=VERSIONS
+    )
     figures = report["metrics"]["student"]
     assert report["main_set"] == "odd"
     assert figures["accuracy"] == {"value": None, "low": None, "high": None, "n": 0}
     assert figures["json_valid"]["value"] == 0.0
-    assert figures["latency_s"] is figures["score_mae"] is figures["peak_memory_gb"] is figures["verdict_agreement"] is None
+    assert (
+        figures["latency_s"]
+        is figures["score_mae"]
+        is figures["peak_memory_gb"]
+        is figures["verdict_agreement"]
+        is None
+    )
     assert_page_stands_alone(render_html(report))
     assert "–" in str(RunReport(tmp_path / "report.json", report))
 
@@ -592,7 +740,7 @@ def test_a_model_that_missed_a_set_is_left_out_of_it(tmp_path: Path) -> None:
     assert_page_stands_alone(render_html(report))
 
 
-# --- the run's result -----------------------------------------------------------------------------------------------------------
+# --- the run's result ---------------------------------------------------------------------------------------
 
 
 def test_result_is_written_read_and_shown(run: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
@@ -617,7 +765,7 @@ def test_another_file_is_no_report(tmp_path: Path) -> None:
         read_report(tmp_path)
 
 
-# --- drawing --------------------------------------------------------------------------------------------------------------------
+# --- drawing ------------------------------------------------------------------------------------------------
 
 
 def test_markup_escapes_all_but_markup() -> None:
@@ -633,7 +781,9 @@ def test_bars_are_as_long_as_their_rates() -> None:
 
 
 def test_strips_place_dots_on_their_axis() -> None:
-    drawn = strip([("a", "A", {"value": 0.0, "low": -0.5, "high": 9.0}), ("b", "B", None)], -1.0, 1.0, zero=0.0)
+    drawn = strip(
+        [("a", "A", {"value": 0.0, "low": -0.5, "high": 9.0}), ("b", "B", None)], -1.0, 1.0, zero=0.0
+    )
     assert 'cx="50.00%"' in drawn
     assert 'x1="25.00%" x2="100.00%"' in drawn  # what lies beyond the axis ends at its end
     assert drawn.count("<circle") == 1
@@ -641,14 +791,23 @@ def test_strips_place_dots_on_their_axis() -> None:
 
 def test_stacked_parts_fill_the_whole() -> None:
     drawn = stacked([("a", "A", 1), ("b", "B", 3), ("c", "C", 0)], "all")
-    assert re.findall(r'x="([\d.]+)%" y="0" width="([\d.]+)%"', drawn) == [("0.00", "25.00"), ("25.00", "75.00")]
+    assert re.findall(r'x="([\d.]+)%" y="0" width="([\d.]+)%"', drawn) == [
+        ("0.00", "25.00"),
+        ("25.00", "75.00"),
+    ]
 
 
-@pytest.mark.parametrize("values", [[0.5], [2.0, 2.0], [0.0, 0.0], [5.0, 0.001, 3.0], [-1.0, 2.0], list(np.linspace(9, 0.01, 300))])
+@pytest.mark.parametrize(
+    "values", [[0.5], [2.0, 2.0], [0.0, 0.0], [5.0, 0.001, 3.0], [-1.0, 2.0], list(np.linspace(9, 0.01, 300))]
+)
 def test_any_curve_can_be_drawn_inside_its_frame(values: list[float]) -> None:
     series = {"loss": {"step": list(range(1, len(values) + 1)), "value": [float(v) for v in values]}}
     drawn = line_chart(series, {"loss": "loss"}, "x")
-    numbers = [tuple(map(float, pair.split(","))) for points in re.findall(r'points="([^"]+)"', drawn) for pair in points.split()]
+    numbers = [
+        tuple(map(float, pair.split(",")))
+        for points in re.findall(r'points="([^"]+)"', drawn)
+        for pair in points.split()
+    ]
     assert len(numbers) >= len(values)
     assert all(0 <= x <= 460 and 0 <= y <= 232 for x, y in numbers)
 
@@ -668,7 +827,7 @@ def test_smoothing_keeps_length_and_constants() -> None:
     assert all(0.2 < y < 0.8 for _, y in noisy[5:-5])
 
 
-# --- colours --------------------------------------------------------------------------------------------------------------------
+# --- colours ------------------------------------------------------------------------------------------------
 
 
 def luminance(rgb: tuple[float, ...]) -> float:
@@ -688,8 +847,14 @@ def test_colours_are_readable_in_light_and_dark() -> None:
     style = (ASSETS / "report" / "style.css").read_text()
     light, dark = style.split("@media (prefers-color-scheme: dark)")[:2]
     for text in (light, light + dark):
-        found = {name: tuple(int(code[i : i + 2], 16) for i in (0, 2, 4)) for name, code in re.findall(r"--([\w-]+): #([0-9a-f]{6})", text)}
-        triples = {name: tuple(map(int, values.split(","))) for name, values in re.findall(r"--(yes|no): ([\d, ]+);", text)}
+        found = {
+            name: tuple(int(code[i : i + 2], 16) for i in (0, 2, 4))
+            for name, code in re.findall(r"--([\w-]+): #([0-9a-f]{6})", text)
+        }
+        triples = {
+            name: tuple(map(int, values.split(",")))
+            for name, values in re.findall(r"--(yes|no): ([\d, ]+);", text)
+        }
         for name in ("ink", "soft", "teacher", "student", "quantized", "control", "bad", "good"):
             assert contrast(found[name], found["paper"]) >= 4.5, name
             assert contrast(found[name], found["card"]) >= 4.5, name
@@ -698,5 +863,7 @@ def test_colours_are_readable_in_light_and_dark() -> None:
         deep = float(re.findall(r"--deep: ([.\d]+)", text)[-1])
         for name, most in (("yes", 0.5), ("no", 0.05 + deep)):
             for share in np.linspace(0.04, most, 9):
-                shade = tuple(share * c + (1 - share) * p for c, p in zip(triples[name], found["paper"], strict=True))
+                shade = tuple(
+                    share * c + (1 - share) * p for c, p in zip(triples[name], found["paper"], strict=True)
+                )
                 assert contrast(found["ink"], shade) >= 4.5, (name, share)

@@ -1,4 +1,6 @@
-"""Rows in tokens on the disk: what training reads is what a list would hold, made once, and a checkpoint knows it."""
+"""Rows in tokens on the disk: what training reads is what a list would hold, made once, and a checkpoint
+knows it.
+"""
 
 from __future__ import annotations
 
@@ -47,11 +49,15 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def encode(context: Context, folder: Path, split: str = "train", **settings: Any) -> Store[Any]:
     tokenizer = load_tokenizer(context.run / "teacher_base")
-    return encoded_rows(context, folder, "teach", split, tokenizer, "teacher_base", replace(context.recipe.teach, **settings))
+    return encoded_rows(
+        context, folder, "teach", split, tokenizer, "teacher_base", replace(context.recipe.teach, **settings)
+    )
 
 
 def pairs(context: Context, folder: Path) -> tuple[Store[Any], Store[Any]]:
-    return aligned_pairs(context, folder, load_tokenizer(context.run / "student_base"), context.recipe.distill)[:2]
+    return aligned_pairs(
+        context, folder, load_tokenizer(context.run / "student_base"), context.recipe.distill
+    )[:2]
 
 
 def change_rows(run_copy: Path, split: str = "train") -> None:
@@ -66,7 +72,7 @@ def change_manifest(folder: Path) -> None:
     (folder / "manifest.json").write_text(json.dumps(manifest))
 
 
-# --- what is stored -----------------------------------------------------------------------------------------------------------------
+# --- what is stored -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("split", ["train", "valid"])
@@ -93,12 +99,16 @@ def test_rows_that_are_too_long_are_told_with_the_limit(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_of_several_ranks_says_how_many_rows_a_step_has(folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> None:
+def test_the_first_of_several_ranks_says_how_many_rows_a_step_has(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
     context = make_context("teach.batch_size=4", "teach.accumulate=2")
     rows, valid = (encode(context, folder, split) for split in ("train", "valid"))
     for size, packing in ((1, False), (2, False), (2, True)):
         monkeypatch.setattr(training, "rank_and_size", lambda size=size: (rank, size))
-        training._batches(context, "teach", replace(context.recipe.teach, packing=packing), rows, valid, lambda *_: None)
+        training._batches(
+            context, "teach", replace(context.recipe.teach, packing=packing), rows, valid, lambda *_: None
+        )
     notes = [note for note in context.progress.notes if "rank" in note]  # type: ignore[attr-defined]
     whole = "teach: 2 ranks: batch_size 4 x accumulate 2 x 2 = 16"
     assert notes == ([] if rank else [f"{whole} rows a step", f"{whole} lines a step"])
@@ -109,14 +119,19 @@ def test_stored_pairs_are_those_of_a_list(folder: Path) -> None:
     student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
     plain: dict[str, list[Any]] = {"train": [], "valid": []}
     for split, row, target in _joined(context, TargetReader(out / "targets")):
-        chat = templates.render(student, [*row["messages"][:-1], {"role": "assistant", "content": target.text}])
-        plain[split].append(_pair(context.task, chat, target, student, teacher, partial(templates.answer_ids, student)))
+        chat = templates.render(
+            student, [*row["messages"][:-1], {"role": "assistant", "content": target.text}]
+        )
+        plain[split].append(
+            _pair(context.task, chat, target, student, teacher, partial(templates.answer_ids, student))
+        )
     for store, items in zip(pairs(context, folder), plain.values(), strict=True):
         assert len(store) == len(items) > 0
         for ours, theirs in zip(map(pair_arrays, store), map(pair_arrays, items), strict=True):
             assert list(ours) == list(theirs)
             assert all(
-                ours[n].dtype == a.dtype and ours[n].shape == a.shape and ours[n].tobytes() == a.tobytes() for n, a in theirs.items()
+                ours[n].dtype == a.dtype and ours[n].shape == a.shape and ours[n].tobytes() == a.tobytes()
+                for n, a in theirs.items()
             )
 
 
@@ -130,18 +145,24 @@ def test_targets_in_another_order_than_the_rows_are_refused(run_copy: Path, fold
     write_jsonl(run_copy / "data" / "train.jsonl", rows[::-1])
     with pytest.raises(DataError, match=r"is not in .*, or not in its order") as caught:
         pairs(make_context(run=run_copy), folder)
-    assert "mlx-distill targets" in (caught.value.fix or "") and not list((folder / "scratch" / "pairs").iterdir())
+    assert "mlx-distill targets" in (caught.value.fix or "") and not list(
+        (folder / "scratch" / "pairs").iterdir()
+    )
 
 
-# --- made once ----------------------------------------------------------------------------------------------------------------------
+# --- made once ----------------------------------------------------------------------------------------------
 
 
-def test_rows_are_tokenized_once_until_something_changes(run_copy: Path, folder: Path, calls: list[int]) -> None:
+def test_rows_are_tokenized_once_until_something_changes(
+    run_copy: Path, folder: Path, calls: list[int]
+) -> None:
     context = make_context(run=run_copy)
     first = encode(context, folder).content
     made = len(calls)
     assert made > 0 and encode(context, folder).content == first and len(calls) == made
-    assert encode(context, folder, max_length=300).content == first and len(calls) == 2 * made  # another key, the same rows
+    assert (
+        encode(context, folder, max_length=300).content == first and len(calls) == 2 * made
+    )  # another key, the same rows
     assert encode(context, folder, max_length=300, loss_on="all").content == first and len(calls) == 3 * made
     change_rows(run_copy)
     assert encode(context, folder, max_length=300, loss_on="all").content != first and len(calls) == 4 * made
@@ -150,7 +171,9 @@ def test_rows_are_tokenized_once_until_something_changes(run_copy: Path, folder:
     assert len(calls) == 5 * made
 
 
-def test_pairs_are_aligned_once_until_something_changes(run_copy: Path, folder: Path, calls: list[int]) -> None:
+def test_pairs_are_aligned_once_until_something_changes(
+    run_copy: Path, folder: Path, calls: list[int]
+) -> None:
     context = make_context(run=run_copy)
     first = [store.content for store in pairs(context, folder)]
     made = len(calls)
@@ -166,7 +189,9 @@ def test_pairs_are_aligned_once_until_something_changes(run_copy: Path, folder: 
 
 
 @pytest.mark.parametrize("work", [encode, pairs])
-def test_stopping_leaves_nothing_half_written(folder: Path, work: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopping_leaves_nothing_half_written(
+    folder: Path, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = make_context()
     context.stop.set = True
     monkeypatch.setattr("mlx_distill.stages.encoding._SHOWN", 7)
@@ -177,7 +202,7 @@ def test_stopping_leaves_nothing_half_written(folder: Path, work: Any, monkeypat
     assert work(context, folder)
 
 
-# --- a checkpoint knows its rows -------------------------------------------------------------------------------------------------------
+# --- a checkpoint knows its rows ----------------------------------------------------------------------------
 
 
 def start(run_copy: Path, folder: Path, stage: str) -> dict[str, Any]:
@@ -196,7 +221,9 @@ def start(run_copy: Path, folder: Path, stage: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("stage", ["teach", "distill"])
-def test_a_checkpoint_of_other_rows_or_another_base_is_refused(run_copy: Path, folder: Path, stage: str) -> None:
+def test_a_checkpoint_of_other_rows_or_another_base_is_refused(
+    run_copy: Path, folder: Path, stage: str
+) -> None:
     base, name = {"teach": ("teacher_base", "rows"), "distill": ("student_base", "pairs")}[stage]
     state = start(run_copy, folder, stage)
     train, valid = (Store(folder / "scratch" / name / split, dict).content for split in ("train", "valid"))

@@ -18,7 +18,15 @@ from mlx_distill.storage.array_store import Store
 
 def one_step(folder: Path, stage: str, packing: bool) -> tuple[dict[str, Any], list[str]]:
     """The metrics of one step over all training rows, and what was noted."""
-    values = {"packing": packing, "steps": 0, "epochs": 1, "accumulate": 1000, "lora_dropout": 0, "evaluate_every": 1, "max_length": 512}
+    values = {
+        "packing": packing,
+        "steps": 0,
+        "epochs": 1,
+        "accumulate": 1000,
+        "lora_dropout": 0,
+        "evaluate_every": 1,
+        "max_length": 512,
+    }
     context = make_context(*(f"{stage}.{key}={json.dumps(value)}" for key, value in values.items()))
     folder.mkdir()
     TRAININGS[stage](context, folder)
@@ -36,7 +44,9 @@ def _few_rows(monkeypatch: pytest.MonkeyPatch) -> None:
         some._counts = rows._counts[:count]
         return some
 
-    monkeypatch.setattr(training, "_batches", lambda *args: whole(*args[:3], first(args[3], 20), first(args[4], 4), *args[5:]))
+    monkeypatch.setattr(
+        training, "_batches", lambda *args: whole(*args[:3], first(args[3], 20), first(args[4], 4), *args[5:])
+    )
 
 
 @pytest.mark.usefixtures("_few_rows")

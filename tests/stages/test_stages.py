@@ -24,7 +24,7 @@ from mlx_distill.stages.targets import targets as targets_stage
 from mlx_distill.stages.teach import teach as teach_stage
 from mlx_distill.storage import read_jsonl, write_jsonl
 
-# --- evaluate -------------------------------------------------------------------------------------------------------------------
+# --- evaluate -----------------------------------------------------------------------------------------------
 
 
 def test_the_limit_on_held_out_rows_is_for_each_set(run_copy: Path) -> None:
@@ -43,16 +43,24 @@ def test_without_held_out_rows_there_is_nothing_to_measure(run_copy: Path, folde
 
 
 def test_predictions_are_one_a_row_in_their_order_and_say_what_was_asked() -> None:
-    header, *found = [row for _, row in read_jsonl(finished() / "out" / "evaluations" / "student" / "predictions.jsonl")]
+    header, *found = [
+        row for _, row in read_jsonl(finished() / "out" / "evaluations" / "student" / "predictions.jsonl")
+    ]
     rows = list(read_rows(make_context(), "test"))
     assert [row["id"] for row in found] == [row["id"] for row in rows] and len(rows) > 16
-    assert header["model"] == "student" and header["labels"] == ["yes", "no"] and header["set_counts"] == {"test": len(rows)}
+    assert (
+        header["model"] == "student"
+        and header["labels"] == ["yes", "no"]
+        and header["set_counts"] == {"test": len(rows)}
+    )
     for row, source in zip(found, rows, strict=True):
-        assert row["truth"] == source["answer"] and sum(row["label_probs"].values()) == pytest.approx(1, abs=1e-4)
+        assert row["truth"] == source["answer"] and sum(row["label_probs"].values()) == pytest.approx(
+            1, abs=1e-4
+        )
         assert (row["answer"] is None) == (row["error"] is not None)
 
 
-# --- targets --------------------------------------------------------------------------------------------------------------------
+# --- targets ------------------------------------------------------------------------------------------------
 
 
 def scored_ids(folder: Path) -> list[str]:
@@ -73,15 +81,26 @@ def test_the_limit_of_targets_is_on_training_rows(folder: Path) -> None:
     assert facts["rows"] == 5 + len(valid) and facts["bytes"] > 0
 
 
-def test_an_answer_that_does_not_fit_gives_way_to_the_datas_own(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_answer_that_does_not_fit_gives_way_to_the_datas_own(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     context = make_context("targets.max_rows=4")
     answers = ['{"colour": "yes"}', "no JSON", '{"colour": "maybe"}', '{"colour": "no"}']
-    monkeypatch.setattr("mlx_distill.stages.scoring._answers", lambda context, model, tokenizer, rows: (answers * 40)[: len(rows)])
+    monkeypatch.setattr(
+        "mlx_distill.stages.scoring._answers",
+        lambda context, model, tokenizer, rows: (answers * 40)[: len(rows)],
+    )
     targets_stage(context, folder)
-    rows = {row["id"]: row["messages"][-1]["content"] for split in ("train", "valid") for row in read_rows(context, split)}
+    rows = {
+        row["id"]: row["messages"][-1]["content"]
+        for split in ("train", "valid")
+        for row in read_rows(context, split)
+    }
     for row, answer in zip(TargetReader(folder), answers * 40, strict=False):
         assert row.text == (answer if answer in (answers[0], answers[3]) else rows[row.id])
-        assert row.label_logprobs is not None and np.exp(row.label_logprobs).sum() == pytest.approx(1, abs=1e-4)
+        assert row.label_logprobs is not None and np.exp(row.label_logprobs).sum() == pytest.approx(
+            1, abs=1e-4
+        )
     assert any("do not fit the task" in note for note in context.progress.notes)  # type: ignore[attr-defined]
 
 
@@ -92,19 +111,27 @@ def test_targets_are_what_the_teacher_says_of_its_own_template(folder: Path) -> 
     row = next(iter(TargetReader(finished() / "out" / "targets")))
     source = next(r for r in read_rows(make_context(), "train") if r["id"] == row.id)
     model, tokenizer = load(finished() / "out" / "teacher", dtype="float32")
-    prompt = tokenizer.apply_chat_template(source["messages"][:-1], add_generation_prompt=True, enable_thinking=False)
+    prompt = tokenizer.apply_chat_template(
+        source["messages"][:-1], add_generation_prompt=True, enable_thinking=False
+    )
     model.eval()
-    logits = np.array(model(mx.array([[*prompt, *row.ids.tolist()]])).astype(mx.float32))[0].astype(np.float64)
+    logits = np.array(model(mx.array([[*prompt, *row.ids.tolist()]])).astype(mx.float32))[0].astype(
+        np.float64
+    )
     logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     places = range(len(prompt) - 1, len(prompt) - 1 + len(row.ids))
     assert tokenizer.decode(row.ids.tolist()[:-1]) == row.text
-    np.testing.assert_allclose(row.logprobs, [logprobs[p, t] for p, t in zip(places, row.ids, strict=True)], atol=1e-3)
+    np.testing.assert_allclose(
+        row.logprobs, [logprobs[p, t] for p, t in zip(places, row.ids, strict=True)], atol=1e-3
+    )
     for place, ids, theirs in zip(places, row.topk_ids, row.topk_logprobs, strict=True):
-        np.testing.assert_allclose(theirs, np.sort(logprobs[place])[::-1][:8], atol=2e-2)  # kept in half precision
+        np.testing.assert_allclose(
+            theirs, np.sort(logprobs[place])[::-1][:8], atol=2e-2
+        )  # kept in half precision
         np.testing.assert_allclose(theirs, logprobs[place, ids], atol=2e-2)
 
 
-# --- distill --------------------------------------------------------------------------------------------------------------------
+# --- distill ------------------------------------------------------------------------------------------------
 
 
 def test_every_pair_joins_the_same_bytes_of_two_tokenizers(folder: Path) -> None:
@@ -112,18 +139,29 @@ def test_every_pair_joins_the_same_bytes_of_two_tokenizers(folder: Path) -> None
     student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
     ours, theirs = token_bytes(student), token_bytes(teacher)
     train, valid, inputs = aligned_pairs(context, folder, student, context.recipe.distill)
-    assert (len(train), len(valid)) == tuple(len(list(read_rows(context, split))) for split in ("train", "valid"))
+    assert (len(train), len(valid)) == tuple(
+        len(list(read_rows(context, split))) for split in ("train", "valid")
+    )
     assert not inputs["same_tokenizer"] and inputs["labels"].labels == context.task.labels
     for pair, target in zip([*train, *valid], TargetReader(out / "targets"), strict=True):
         text = target.text.encode()
-        assert b"".join(ours[t] for t in pair.tokens[pair.start : -1]) == text == b"".join(theirs[t] for t in target.ids[:-1])
+        assert (
+            b"".join(ours[t] for t in pair.tokens[pair.start : -1])
+            == text
+            == b"".join(theirs[t] for t in target.ids[:-1])
+        )
         offsets = np.cumsum([0, *(len(theirs[t]) for t in target.ids[:-1])])
-        assert pair.span_logprobs.sum() == pytest.approx(target.logprobs.sum(), abs=1e-3)  # every token of the answer in one span
+        assert pair.span_logprobs.sum() == pytest.approx(
+            target.logprobs.sum(), abs=1e-3
+        )  # every token of the answer in one span
         for (a, b), start, ids in zip(pair.spans[:-1], pair.starts, pair.topk_ids, strict=False):
             begin = sum(len(ours[t]) for t in pair.tokens[pair.start : a])
             assert a == start and b > a and begin in offsets
             assert (ids == target.topk_ids[list(offsets).index(begin)]).all()
-        assert pair.label_at is not None and text[: sum(len(ours[t]) for t in pair.tokens[pair.start : pair.label_at])] == b'{"colour": "'
+        assert (
+            pair.label_at is not None
+            and text[: sum(len(ours[t]) for t in pair.tokens[pair.start : pair.label_at])] == b'{"colour": "'
+        )
 
 
 def test_rows_that_are_too_long_for_the_student_are_told_and_left_out(folder: Path) -> None:
@@ -163,14 +201,20 @@ def test_the_distilled_student_is_an_adapter_and_the_quantized_one_a_model_of_it
         p.name for p in (out / "student").iterdir()
     }
     assert not list((out / "student").glob("model*.safetensors"))
-    assert list((out / "quantized").glob("model*.safetensors")) and not list((out / "quantized").glob("adapter*"))
+    assert list((out / "quantized").glob("model*.safetensors")) and not list(
+        (out / "quantized").glob("adapter*")
+    )
     facts = manifests(out)["student"].recorded
     assert facts["steps"] == 5 and facts["tokens"] > 0 and 0 < facts["trainable"]["share"] < 0.2
     steps = [row for _, row in read_jsonl(out / "student" / "metrics.jsonl")]
-    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5] and {"label", "token", "text"} <= steps[0].keys() and "valid_loss" in steps[2]
+    assert (
+        [row["step"] for row in steps] == [1, 2, 3, 4, 5]
+        and {"label", "token", "text"} <= steps[0].keys()
+        and "valid_loss" in steps[2]
+    )
 
 
-# --- stopping -------------------------------------------------------------------------------------------------------------------
+# --- stopping -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

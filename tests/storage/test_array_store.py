@@ -1,4 +1,6 @@
-"""Rows of arrays on the disk: what was written comes back, whole or not at all, and training cannot tell it from a list."""
+"""Rows of arrays on the disk: what was written comes back, whole or not at all, and training cannot tell it
+from a list.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +47,18 @@ def write(folder: Path, rows: list[Arrays], key: str = "") -> Store[Arrays]:
 def test_what_was_written_comes_back(tmp_path: Path) -> None:
     rows = some_rows()
     store = write(tmp_path / "store", rows)
-    assert len(store) == 23 and store.lengths.tolist() == [len(row["tokens"]) for row in rows] and store.facts == {"rows": 23}
+    assert (
+        len(store) == 23
+        and store.lengths.tolist() == [len(row["tokens"]) for row in rows]
+        and store.facts == {"rows": 23}
+    )
     for number in [*np.random.default_rng(1).permutation(23).tolist(), -1, -23]:
         found, row = store[number], rows[number]
         assert list(found) == list(row)
         for name, array in row.items():
-            assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape) and found[name].tobytes() == array.tobytes()
+            assert (found[name].dtype, found[name].shape) == (array.dtype, array.shape) and found[
+                name
+            ].tobytes() == array.tobytes()
             assert found[name].flags.aligned and not found[name].flags.writeable
     assert [row["weight"].item() for row in store[3:9:2]] == [row["weight"].item() for row in rows[3:9:2]]
     assert sum(1 for _ in store) == 23
@@ -76,7 +84,12 @@ def test_batches_of_a_store_are_those_of_a_list(tmp_path: Path, packing: bool) -
     for chosen in plan_epoch(lines.sizes, 4, seed=0, epoch=1):
         ours, theirs = (collate(rows, lines.batch(chosen), 0, lines.multiple) for rows in (store, pieces))
         assert ours.rows == theirs.rows and (ours.segments is None) == (theirs.segments is None)
-        for name in ("inputs", "labels", "mask", *(["segments"] if packing and ours.segments is not None else [])):
+        for name in (
+            "inputs",
+            "labels",
+            "mask",
+            *(["segments"] if packing and ours.segments is not None else []),
+        ):
             assert np.array_equal(np.array(getattr(ours, name)), np.array(getattr(theirs, name))), name
 
 
@@ -84,7 +97,9 @@ def test_an_order_reads_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     store = write(tmp_path / "store", some_rows())
     read: list[int] = []
     whole = os.pread
-    monkeypatch.setattr("os.pread", lambda handle, size, start: (read.append(size), whole(handle, size, start))[1])
+    monkeypatch.setattr(
+        "os.pread", lambda handle, size, start: (read.append(size), whole(handle, size, start))[1]
+    )
     for epoch in range(3):
         assert plan_epoch(make_lines(store.lengths.tolist(), 64, 0, True).sizes, 4, seed=0, epoch=epoch)
     assert read == []
@@ -98,7 +113,10 @@ def test_the_content_is_the_rows_and_their_order(tmp_path: Path) -> None:
     longer = {**rows[0], "tokens": np.append(rows[0]["tokens"], np.int32(0))}
     masked = {**rows[0], "trained": ~rows[0]["trained"]}
     wide = [{**row, "tokens": row["tokens"].astype(np.int64)} for row in rows]
-    named = [{"ids": row["tokens"], "trained": row["trained"], "top": row["top"], "weight": row["weight"]} for row in rows]
+    named = [
+        {"ids": row["tokens"], "trained": row["trained"], "top": row["top"], "weight": row["weight"]}
+        for row in rows
+    ]
     others = [rows[::-1], rows[:-1], [longer, *rows[1:]], [masked, *rows[1:]], wide, named]
     found = {write(tmp_path / f"other{number}", other).content for number, other in enumerate(others)}
     assert len(found) == len(others) and content not in found
@@ -193,4 +211,6 @@ def test_what_a_kill_left_is_no_store_and_in_nobodys_way(tmp_path: Path) -> None
     shutil.copytree(tmp_path / "other", left)  # all but the rename
     shutil.rmtree(tmp_path / "other")
     assert not is_stored(tmp_path / "store", "key")
-    assert len(write(tmp_path / "store", some_rows(3), "key")) == 3 and [p.name for p in tmp_path.iterdir()] == ["store"]
+    assert len(write(tmp_path / "store", some_rows(3), "key")) == 3 and [
+        p.name for p in tmp_path.iterdir()
+    ] == ["store"]

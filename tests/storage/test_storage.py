@@ -28,11 +28,13 @@ def full(*arguments: Any, **options: Any) -> Any:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "somewhere")
 
 
-# --- one file -------------------------------------------------------------------------------------------------------------------
+# --- one file -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("what", ["os.fsync", "os.replace", "pathlib.Path.write_text"])
-def test_a_full_disk_leaves_the_old_file_and_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+def test_a_full_disk_leaves_the_old_file_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
     path = tmp_path / "value.json"
     files.write_json(path, {"old": 1})
     with monkeypatch.context() as patch:
@@ -77,12 +79,15 @@ def test_leftovers_of_the_dead_go_and_nothing_else(tmp_path: Path) -> None:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     files.remove_leftovers(tmp_path)
-    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == {*keep, "sub/.one.7.tmp.txt"}
+    assert {p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*") if p.is_file()} == {
+        *keep,
+        "sub/.one.7.tmp.txt",
+    }
     files.remove_leftovers(tmp_path, below=True)
     assert not (tmp_path / "sub/.one.7.tmp.txt").exists()
 
 
-# --- reading --------------------------------------------------------------------------------------------------------------------
+# --- reading ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -105,7 +110,9 @@ def test_jsonl_comes_back_as_it_was_written(tmp_path: Path) -> None:
     rows = [{"text": "Ä\u2028\n日本", "n": 1.5}, {"text": "", "list": [None, True]}]
     assert files.write_jsonl(tmp_path / "rows.jsonl", rows) == 2
     assert [row for _, row in files.read_jsonl(tmp_path / "rows.jsonl")] == rows
-    (tmp_path / "mark.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "rows.jsonl").read_bytes())  # as Windows writes it
+    (tmp_path / "mark.jsonl").write_bytes(
+        b"\xef\xbb\xbf" + (tmp_path / "rows.jsonl").read_bytes()
+    )  # as Windows writes it
     assert [row for _, row in files.read_jsonl(tmp_path / "mark.jsonl")] == rows
     with pytest.raises(ValueError):
         files.write_json(tmp_path / "x.json", float("nan"))
@@ -118,7 +125,7 @@ def test_a_digest_does_not_know_the_order_of_keys() -> None:
     assert files.digest([1, 2]) != files.digest([2, 1])
 
 
-# --- folders --------------------------------------------------------------------------------------------------------------------
+# --- folders ------------------------------------------------------------------------------------------------
 
 
 def publish(folder: Path, text: str = "one", **recorded: Any) -> files.Manifest:
@@ -131,7 +138,9 @@ def publish(folder: Path, text: str = "one", **recorded: Any) -> files.Manifest:
 
 def test_a_kill_before_any_change_of_publishing_or_recovering_leaves_old_or_new(tmp_path: Path) -> None:
     """Every point, in a process of its own, and every point of the recovery behind it."""
-    done = subprocess.run([sys.executable, crash_points.__file__, str(tmp_path)], capture_output=True, text=True, timeout=400)
+    done = subprocess.run(
+        [sys.executable, crash_points.__file__, str(tmp_path)], capture_output=True, text=True, timeout=400
+    )
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["scenario"] for row in found] == ["fresh", "again"]
@@ -177,7 +186,9 @@ def test_damage_is_found_and_named(tmp_path: Path, damage: Callable[[Path], Any]
     assert found and "a.txt" in found and words in found
 
 
-def test_a_copy_with_new_times_is_the_same_and_damage_that_keeps_the_time_needs_verify(tmp_path: Path) -> None:
+def test_a_copy_with_new_times_is_the_same_and_damage_that_keeps_the_time_needs_verify(
+    tmp_path: Path,
+) -> None:
     manifest = publish(tmp_path / "stage")
     shutil.copytree(tmp_path / "stage", tmp_path / "copy", copy_function=shutil.copyfile)
     assert files.check_folder(tmp_path / "copy", manifest) is None
@@ -197,7 +208,9 @@ def test_a_partial_folder_is_gone_on_with_only_under_its_own_key(tmp_path: Path)
     assert not (files.scratch(files.open_partial(tmp_path / "stage", "key one")) / "checkpoint").exists()
 
 
-def test_a_full_disk_while_publishing_leaves_the_old_folder_and_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_while_publishing_leaves_the_old_folder_and_the_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old = publish(tmp_path / "stage")
     partial = files.open_partial(tmp_path / "stage", "two")
     files.write_text(partial / "a.txt", "two")
@@ -220,13 +233,15 @@ def test_a_damaged_manifest_is_an_error_with_a_cure(tmp_path: Path) -> None:
         assert "manifest.json" in caught.value.message and "again" in (caught.value.fix or "")
 
 
-# --- the lock -------------------------------------------------------------------------------------------------------------------
+# --- the lock -----------------------------------------------------------------------------------------------
 
 
 def test_one_run_at_a_time_and_a_kill_leaves_no_lock(tmp_path: Path) -> None:
     code = "from mlx_distill.storage import lock_folder\nwith lock_folder(sys.argv[1]): print('held', flush=True); time.sleep(300)"
     code = f"import sys, time; {code}"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True) as holder:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    ) as holder:
         assert holder.stdout is not None and holder.stdout.readline() == "held\n"
         with pytest.raises(FileError, match=f"process {holder.pid}") as caught, files.lock_folder(tmp_path):
             pass

@@ -17,14 +17,19 @@ SCHEMA = {
     "properties": {
         "verdict": {"type": "string", "enum": ["yes", "no"]},
         "score": {"type": "integer", "minimum": 0, "maximum": 100},
-        "themes": {"type": "array", "items": {"type": "object", "properties": {"a": {}, "b": {"type": "integer"}}}},
+        "themes": {
+            "type": "array",
+            "items": {"type": "object", "properties": {"a": {}, "b": {"type": "integer"}}},
+        },
     },
 }
 
 
 def random_answer(rng: random.Random) -> dict[str, Any]:
     alphabet = 'aé漢"\\\n\t \u2028👩'
-    themes = [{"b": rng.randrange(9), "a": "".join(rng.choices(alphabet, k=4))} for _ in range(rng.randrange(3))]
+    themes = [
+        {"b": rng.randrange(9), "a": "".join(rng.choices(alphabet, k=4))} for _ in range(rng.randrange(3))
+    ]
     answer = {"themes": themes, "score": rng.randrange(101), "verdict": rng.choice(["yes", "no"])}
     keys = rng.sample(list(answer), 3)
     return {key: answer[key] for key in keys}
@@ -39,11 +44,17 @@ def test_one_answer_has_one_text_and_comes_back() -> None:
         assert parse_answer(text, SCHEMA) == (answer, None)
         assert dump_answer(dict(reversed(answer.items())), SCHEMA) == text
         start, end = label_span(SCHEMA, "verdict", answer)
-        assert text[:start] == label_prefix(SCHEMA, "verdict", answer) and text[start:end] == answer["verdict"] and text[end] == '"'
+        assert (
+            text[:start] == label_prefix(SCHEMA, "verdict", answer)
+            and text[start:end] == answer["verdict"]
+            and text[end] == '"'
+        )
 
 
 def test_the_canonical_text_is_exact() -> None:
-    text = dump_answer({"themes": [{"b": 2.0, "a": "é"}], "score": 7.0, "verdict": "yes", "extra": None}, SCHEMA)
+    text = dump_answer(
+        {"themes": [{"b": 2.0, "a": "é"}], "score": 7.0, "verdict": "yes", "extra": None}, SCHEMA
+    )
     assert text == '{"verdict": "yes", "score": 7, "themes": [{"a": "é", "b": 2}], "extra": null}'
 
 
@@ -73,7 +84,10 @@ def test_what_json_does_not_know_is_not_written(bad: Any) -> None:
         ('{"verdict": "yes", "score": true}', "score: True is not of type 'integer'"),
         ('{"verdict": "yes"}', "'score' is a required property; needed are verdict, score"),
         ('{"verdict": "yes", "score": 1, "x": 1}', "'x' was unexpected"),
-        ('{"verdict": "yes", "score": 1, "themes": [{}, {"b": "q"}]}', "themes[1].b: 'q' is not of type 'integer'"),
+        (
+            '{"verdict": "yes", "score": 1, "themes": [{}, {"b": "q"}]}',
+            "themes[1].b: 'q' is not of type 'integer'",
+        ),
         ("[]", "a JSON list, not an object"),
         ("null", "a JSON null, not an object"),
         ("[" * 200_000, "nested too deeply"),
@@ -94,7 +108,9 @@ def test_space_at_the_ends_is_allowed() -> None:
 def test_a_label_behind_other_properties_needs_them() -> None:
     schema = {"properties": {"score": {}, "note": {}, "verdict": {}}, "required": ["score", "verdict"]}
     assert label_prefix(schema, "verdict", {"score": 1}) == '{"score": 1, "verdict": "'
-    assert label_prefix(schema, "verdict", {"note": "n", "score": 1}) == '{"score": 1, "note": "n", "verdict": "'
+    assert (
+        label_prefix(schema, "verdict", {"note": "n", "score": 1}) == '{"score": 1, "note": "n", "verdict": "'
+    )
     with pytest.raises(DataError, match="'score'"):
         label_prefix(schema, "verdict")
     with pytest.raises(ConfigError, match="no property 'label'"):

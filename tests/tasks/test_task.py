@@ -39,14 +39,22 @@ def test_the_packaged_tasks_are_whole(name: str) -> None:
     task = load_task(name)
     assert task.name == name and len(task.labels) >= 2 and task.input_fields
     assert set(task.positive) < set(task.labels)
-    assert task.schema["required"] == list(task.schema["properties"]) and task.schema["additionalProperties"] is False
-    assert next(iter(task.schema["properties"])) == task.label  # the label's distribution is read where nothing else was said yet
+    assert (
+        task.schema["required"] == list(task.schema["properties"])
+        and task.schema["additionalProperties"] is False
+    )
+    assert (
+        next(iter(task.schema["properties"])) == task.label
+    )  # the label's distribution is read where nothing else was said yet
 
 
 def test_the_prompt_is_filled_from_the_row() -> None:
     task = parse_task(TASK, "task.yaml")
     assert task.labels == ("red", "blue") and task.input_fields == ("thing", "text")
-    assert task.prompt({"thing": "fire", "text": " it {burns} ", "more": 1}) == ("Which colour has fire?", "it {burns}  (fire)")
+    assert task.prompt({"thing": "fire", "text": " it {burns} ", "more": 1}) == (
+        "Which colour has fire?",
+        "it {burns}  (fire)",
+    )
     for row in ({"thing": "fire"}, {"thing": "fire", "text": None}):
         with pytest.raises(DataError, match="no field 'text'") as caught:
             task.prompt(row)

@@ -1,4 +1,6 @@
-"""Micro-batches from rows: every row once an epoch, shared among ranks without gap or double, restored exactly."""
+"""Micro-batches from rows: every row once an epoch, shared among ranks without gap or double, restored
+exactly.
+"""
 
 from __future__ import annotations
 

@@ -37,7 +37,9 @@ def make(kind: str, moves: str) -> Any:
     mx.random.seed(1)
     if moves == "adapters":
         add_lora(model, LoraSettings(2, 4.0, 0.3, ATTENTION))
-        model.update(tree_map_with_path(lambda _, x: x + 0.1 * mx.random.normal(x.shape), model.trainable_parameters()))
+        model.update(
+            tree_map_with_path(lambda _, x: x + 0.1 * mx.random.normal(x.shape), model.trainable_parameters())
+        )
     else:
         model.unfreeze()
     mx.eval(model.parameters())
@@ -46,7 +48,10 @@ def make(kind: str, moves: str) -> Any:
 
 def batch_of(columns: int, lines: list[list[int]], seed: int) -> Batch:
     random = np.random.default_rng(seed)
-    pieces = [[Piece(random.integers(0, columns, n).astype(np.int32), random.random(n - 1) < 0.5) for n in line] for line in lines]
+    pieces = [
+        [Piece(random.integers(0, columns, n).astype(np.int32), random.random(n - 1) < 0.5) for n in line]
+        for line in lines
+    ]
     return lay_out(pieces, 0)
 
 
@@ -54,7 +59,9 @@ def batch_of(columns: int, lines: list[list[int]], seed: int) -> Batch:
 @pytest.mark.parametrize("moves", ["adapters", "everything"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gpt_oss"])
 def test_compiled_equals_the_whole_in_one_piece(kind: str, moves: str, recompute: bool) -> None:
-    """Values, gradients and the place in the random stream, alone and packed, before and after an update of the weights."""
+    """Values, gradients and the place in the random stream, alone and packed, before and after an update of
+    the weights.
+    """
     model = make(kind, moves)
     columns = model.model.embed_tokens.weight.shape[0]
     with recomputed_layers(model) if recompute else nullcontext():
@@ -62,18 +69,30 @@ def test_compiled_equals_the_whole_in_one_piece(kind: str, moves: str, recompute
         for number, lines in enumerate(([[12], [9]], [[6, 7], [14]], [[13], [11]])):
             batch = batch_of(columns, lines, number)
             found = []
-            for objective, by in ((replace(sft(), cut=None), None), (sft(), trunk), (sft(dense_limit=0), trunk)):
+            for objective, by in (
+                (replace(sft(), cut=None), None),
+                (sft(), trunk),
+                (sft(dense_limit=0), trunk),
+            ):
                 mx.random.seed(number)
                 gradients, parts = differentiate(model, batch, objective, {"text": 0.5}, by)
                 found.append((dict(gradients), parts["text"].item(), random_key()))
             (plain, value, key), *others = found
             scale = max(mx.abs(gradient).max().item() for gradient in plain.values())
             for gradients, other, their_key in others:
-                assert other == pytest.approx(value, rel=1e-5) and their_key == key and gradients.keys() == plain.keys()
+                assert (
+                    other == pytest.approx(value, rel=1e-5)
+                    and their_key == key
+                    and gradients.keys() == plain.keys()
+                )
                 for path, gradient in plain.items():
                     assert mx.abs(gradients[path] - gradient).max().item() < 1e-5 * scale, path
             assert scale > 1e-3
-            model.update(tree_map_with_path(lambda path, x, plain=plain: x - 0.1 * plain[path], model.trainable_parameters()))
+            model.update(
+                tree_map_with_path(
+                    lambda path, x, plain=plain: x - 0.1 * plain[path], model.trainable_parameters()
+                )
+            )
 
 
 def test_one_trace_a_shape_and_the_weights_stay_arrays() -> None:
@@ -99,7 +118,9 @@ def test_one_trace_a_shape_and_the_weights_stay_arrays() -> None:
 @pytest.mark.parametrize("method", ["lora", "galore", "full"])
 def test_a_compiled_run_is_the_plain_one(tmp_path: Path, method: str) -> None:
     """With dropout, accumulation, a schedule and a refresh of the bases."""
-    plain, compiled = (run_case(tmp_path / str(on), {"method": method, "compile": on})[0] for on in (False, True))
+    plain, compiled = (
+        run_case(tmp_path / str(on), {"method": method, "compile": on})[0] for on in (False, True)
+    )
     for path, weight in plain.items():
         assert mx.allclose(compiled[path], weight, rtol=1e-5, atol=1e-5), path
 
@@ -108,5 +129,10 @@ def test_an_objective_in_one_piece_cannot_be_compiled(tmp_path: Path) -> None:
     config = settings(compile=True)
     with pytest.raises(ConfigError, match="compile: true for an objective in one piece"):
         train(
-            make_model(), ListBatches(make_batches(ROWS, 2)), replace(sft(), cut=None), make_optimizer(config, 6), config, folder=tmp_path
+            make_model(),
+            ListBatches(make_batches(ROWS, 2)),
+            replace(sft(), cut=None),
+            make_optimizer(config, 6),
+            config,
+            folder=tmp_path,
         )

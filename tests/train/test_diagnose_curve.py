@@ -7,9 +7,14 @@ from typing import Any
 from mlx_distill.train.diagnostics import doubts
 
 
-def curve(losses: list[float], looks: dict[int, float] | None = None, norms: list[float] | None = None) -> list[dict[str, Any]]:
+def curve(
+    losses: list[float], looks: dict[int, float] | None = None, norms: list[float] | None = None
+) -> list[dict[str, Any]]:
     norms = norms or [1.0] * len(losses)
-    rows = [{"step": step, "loss": loss, "grad_norm": norm} for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)]
+    rows = [
+        {"step": step, "loss": loss, "grad_norm": norm}
+        for step, (loss, norm) in enumerate(zip(losses, norms, strict=True), 1)
+    ]
     for step, loss in (looks or {}).items():
         rows[step - 1]["valid_loss"] = loss
     return rows

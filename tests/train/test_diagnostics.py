@@ -21,13 +21,23 @@ def walk(folder: Path, steps: int, **changes: Any) -> None:
     config = settings(steps=steps, accumulate=1, schedule="constant", warmup=0.0, **changes)
     model, batches = make_model(), make_batches(ROWS, 4)
     make_trainable(model, config)
-    train(model, ListBatches(batches), sft(), make_optimizer(config, steps), config, folder=folder, valid=batches[:1])
+    train(
+        model,
+        ListBatches(batches),
+        sft(),
+        make_optimizer(config, steps),
+        config,
+        folder=folder,
+        valid=batches[:1],
+    )
 
 
 def test_a_validation_loss_that_is_no_number_ends_the_run(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="after step 1 the validation loss is not a number") as caught:
         walk(tmp_path, 4, learning_rate=1e38, evaluate_every=1)
-    assert "lower the learning rate" in (caught.value.fix or "") and "no checkpoint yet" in (caught.value.fix or "")
+    assert "lower the learning rate" in (caught.value.fix or "") and "no checkpoint yet" in (
+        caught.value.fix or ""
+    )
     assert not list(tmp_path.glob("checkpoints/*"))
 
 

@@ -1,4 +1,6 @@
-"""What must not change the result: 8 batches of 1, 1 of 8, packed lines, two ranks, two ranks over packed lines, however uneven."""
+"""What must not change the result: 8 batches of 1, 1 of 8, packed lines, two ranks, two ranks over packed
+lines, however uneven.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,8 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.train.updates import Window, global_norm, window_gradients
 
-# Two ranks take what one takes in windows of twice as many. Packed: one pass over five lines, so that a rank has none at the end.
+# Two ranks take what one takes in windows of twice as many. Packed: one pass over five lines, so that a rank
+# has none at the end.
 ONCE: dict[str, Any] = {**PACKED, "accumulate": 1, "steps": 0, "epochs": 1.0}
 TRAININGS: list[dict[str, Any]] = [
     {"method": "full", "steps": 8, "accumulate": 2},
@@ -41,7 +44,9 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_cut_changes_neither_loss_nor_terms_nor_gradient(kind: str, name: str, two: Path) -> None:
     assert any(len(line) > 1 for line in LINES.rows) and len(LINES.rows) % 2
     model = make_model(kind)
-    found = {cut: window_gradients(model, batches, OBJECTIVES[name]) for cut, batches in windows(name).items()}
+    found = {
+        cut: window_gradients(model, batches, OBJECTIVES[name]) for cut, batches in windows(name).items()
+    }
     found |= {folder.name: read(folder) for folder in (two / "cuts" / kind / name).iterdir()}
     assert len(found) == 8
     plain = found.pop("1x8")
@@ -60,9 +65,15 @@ def read(folder: Path) -> Window:
     return Window(dict(mx.load(str(folder / "gradients.safetensors"))), loss, terms, weights, [])  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("place", range(len(TRAININGS)), ids=[f"{case['method']} {'packed' * ('packing' in case)}" for case in TRAININGS])
+@pytest.mark.parametrize(
+    "place",
+    range(len(TRAININGS)),
+    ids=[f"{case['method']} {'packed' * ('packing' in case)}" for case in TRAININGS],
+)
 def test_two_ranks_train_as_one(tmp_path: Path, two: Path, place: int) -> None:
-    """Losses and norms of every step, and the way gone in all; both ranks end with one model, and each computed some of the bases, once."""
+    """Losses and norms of every step, and the way gone in all; both ranks end with one model, and each
+    computed some of the bases, once.
+    """
     case = TRAININGS[place]
     with counted_bases() as found:
         alone, _ = run_case(tmp_path, {**case, "accumulate": 2 * case["accumulate"]}, dropout=0.0)
@@ -77,7 +88,9 @@ def test_two_ranks_train_as_one(tmp_path: Path, two: Path, place: int) -> None:
     # As a whole: where a gradient is rounding alone, Adam makes steps of any length of it.
     start = dict(tree_flatten(start_of(case, 0.0)[0].trainable_parameters()))
     assert start.keys() == alone.keys() == first.keys()
-    way, apart = (global_norm({path: alone[path] - other[path] for path in alone}) for other in (start, first))
+    way, apart = (
+        global_norm({path: alone[path] - other[path] for path in alone}) for other in (start, first)
+    )
     assert way > 0.05 and apart < 1e-4 * way, (way, apart)
     bases = [json.loads((two / f"bases-{rank}.json").read_text())[place] for rank in (0, 1)]
     assert sum(bases) == len(found) and (min(bases) > 0) == (case["method"] == "galore")

@@ -71,7 +71,10 @@ def test_ranks_share_the_rows_and_have_as_many_batches_each(make: Make, size: in
 
 
 def test_nothing_to_train_on_is_an_error_with_a_cure() -> None:
-    for make in (lambda: ListBatches([]), lambda: RowBatches([], lambda chosen: collate(ROWS, list(chosen)), 3, 0)):
+    for make in (
+        lambda: ListBatches([]),
+        lambda: RowBatches([], lambda chosen: collate(ROWS, list(chosen)), 3, 0),
+    ):
         with pytest.raises(DataError) as caught:
             make()
         assert caught.value.fix

@@ -20,7 +20,16 @@ from mlx_distill.optim import make_optimizer
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key, set_random_key
-from mlx_distill.train import ListBatches, Objective, TrainResult, load_weights, make_trainable, sft, total_steps, train
+from mlx_distill.train import (
+    ListBatches,
+    Objective,
+    TrainResult,
+    load_weights,
+    make_trainable,
+    sft,
+    total_steps,
+    train,
+)
 from mlx_distill.train.grad_checkpoint import recomputed_layers
 from mlx_distill.train.profiling import PARTS
 from mlx_distill.train.updates import clip_scale, evaluate, global_norm, window_gradients
@@ -29,7 +38,12 @@ ROWS = make_rows(24)
 
 
 def run(
-    folder: Path, config: TrainConfig, *, batches: list[Batch] | None = None, dropout: float = 0.2, **kwargs: Any
+    folder: Path,
+    config: TrainConfig,
+    *,
+    batches: list[Batch] | None = None,
+    dropout: float = 0.2,
+    **kwargs: Any,
 ) -> tuple[TinyModel, TrainResult]:
     model = make_model(dropout=dropout)
     make_trainable(model, config)
@@ -44,7 +58,10 @@ def weights(model: TinyModel) -> dict[str, list]:
 
 def rows_of(folder: Path) -> list[dict]:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")} for row in rows]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")}
+        for row in rows
+    ]
 
 
 WINDOWS = {
@@ -64,7 +81,9 @@ def masked() -> Batch:
 @pytest.mark.parametrize("name", WINDOWS)
 def test_the_cut_into_micro_batches_does_not_change_loss_or_gradient(name: str) -> None:
     model = make_model()
-    plain = mx.value_and_grad(lambda p: mean_loss(model, p, collate(ROWS, list(range(8)))))(model.trainable_parameters())
+    plain = mx.value_and_grad(lambda p: mean_loss(model, p, collate(ROWS, list(range(8)))))(
+        model.trainable_parameters()
+    )
     result = window_gradients(model, WINDOWS[name](), sft())
     assert result.loss == pytest.approx(plain[0].item(), rel=1e-5)
     for path, theirs in tree_flatten(plain[1]):
@@ -75,7 +94,9 @@ def test_the_cut_into_micro_batches_does_not_change_loss_or_gradient(name: str) 
 def mean_loss(model: TinyModel, parameters: Any, batch: Batch) -> mx.array:
     model.update(parameters)
     logits = model(batch.inputs)
-    losses = mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, batch.labels[..., None], axis=-1)[..., 0]
+    losses = (
+        mx.logsumexp(logits, axis=-1) - mx.take_along_axis(logits, batch.labels[..., None], axis=-1)[..., 0]
+    )
     return (losses * batch.mask).sum() / batch.mask.sum()
 
 
@@ -107,7 +128,11 @@ def test_a_term_without_weight_never_makes_a_nan() -> None:
         coefficients={"text": 1.0, "label": 1.0},
     )
     result = window_gradients(make_model(), make_batches(ROWS[:4], 2), objective)
-    assert math.isfinite(result.loss) and math.isfinite(global_norm(result.gradients)) and result.terms["label"] == 0.0
+    assert (
+        math.isfinite(result.loss)
+        and math.isfinite(global_norm(result.gradients))
+        and result.terms["label"] == 0.0
+    )
 
 
 def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
@@ -134,11 +159,15 @@ def test_evaluate_is_the_mean_over_all_trained_tokens() -> None:
     model.train()
     found = evaluate(model, make_batches(ROWS, 5), sft())
     model.eval()
-    assert found["loss"] == pytest.approx(mean_loss(model, model.trainable_parameters(), collate(ROWS, list(range(24)))).item(), rel=1e-5)
+    assert found["loss"] == pytest.approx(
+        mean_loss(model, model.trainable_parameters(), collate(ROWS, list(range(24)))).item(), rel=1e-5
+    )
 
 
 def test_the_best_weights_can_be_what_is_left(tmp_path: Path) -> None:
-    config = settings(learning_rate=3.0, schedule="constant", steps=8, evaluate_every=1, clip_norm=0.0, use_best=True)
+    config = settings(
+        learning_rate=3.0, schedule="constant", steps=8, evaluate_every=1, clip_norm=0.0, use_best=True
+    )
     valid = make_batches(ROWS, 8)
     model, result = run(tmp_path, config, valid=valid)
     assert result.best_step is not None and result.best_step < 8 and result.best is not None
@@ -156,8 +185,12 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     assert again.stopped_early and again.steps == 4
 
 
-@pytest.mark.parametrize(("epochs", "accumulate", "expected"), [(1.0, 4, 2), (2.0, 4, 3), (0.5, 1, 3), (1.0, 100, 1)])
-def test_an_epoch_sees_every_row_once_tail_included(tmp_path: Path, epochs: float, accumulate: int, expected: int) -> None:
+@pytest.mark.parametrize(
+    ("epochs", "accumulate", "expected"), [(1.0, 4, 2), (2.0, 4, 3), (0.5, 1, 3), (1.0, 100, 1)]
+)
+def test_an_epoch_sees_every_row_once_tail_included(
+    tmp_path: Path, epochs: float, accumulate: int, expected: int
+) -> None:
     seen: list[int] = []
     model, batches = make_model(), make_batches(ROWS, 4)
     objective = sft()
@@ -176,7 +209,12 @@ def test_gradients_are_clipped_by_the_global_norm(tmp_path: Path) -> None:
     model = make_model()
     config = settings(steps=1, clip_norm=1e-3)
     train(model, ListBatches(make_batches(ROWS, 4)), sft(), optim.SGD(1.0), config, folder=tmp_path)
-    moved = {name: a - b for (name, a), (_, b) in zip(tree_flatten(model.parameters()), tree_flatten(before.parameters()), strict=True)}
+    moved = {
+        name: a - b
+        for (name, a), (_, b) in zip(
+            tree_flatten(model.parameters()), tree_flatten(before.parameters()), strict=True
+        )
+    }
     assert global_norm(moved) == pytest.approx(1e-3, rel=1e-2)
     assert rows_of(tmp_path)[0]["grad_norm"] > 0.1
 
@@ -191,7 +229,14 @@ def test_nan_stops_before_the_weights_are_touched_and_names_the_rows(tmp_path: P
     source = ListBatches(make_batches(ROWS[:8], 2), seed=None)
     config = settings(accumulate=4, steps=1)
     with pytest.raises(DataError, match=r"step 1: the loss is not a number \(rows 6, 7\)") as caught:
-        train(model, source, replace(objective, sums=poisoned), make_optimizer(config, 1), config, folder=tmp_path)
+        train(
+            model,
+            source,
+            replace(objective, sums=poisoned),
+            make_optimizer(config, 1),
+            config,
+            folder=tmp_path,
+        )
     assert caught.value.fix
     assert weights(model) == weights(make_model())
     saved = mx.load(str(tmp_path / "nan.safetensors"))
@@ -202,7 +247,15 @@ def test_nan_stops_before_the_weights_are_touched_and_names_the_rows(tmp_path: P
 @pytest.mark.parametrize("change", ["settings", "model", "data", "identity", "optimizer"])
 def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, change: str) -> None:
     config = settings(steps=2)
-    train(make_model(), ListBatches(make_batches(ROWS, 4)), sft(), make_optimizer(config, 2), config, folder=tmp_path, identity="a")
+    train(
+        make_model(),
+        ListBatches(make_batches(ROWS, 4)),
+        sft(),
+        make_optimizer(config, 2),
+        config,
+        folder=tmp_path,
+        identity="a",
+    )
     batches = make_batches(ROWS[:8] if change == "data" else ROWS, 4)
     model = make_model(width=8 if change == "model" else 16)
     later = settings(steps=2, learning_rate=3e-3) if change == "settings" else config
@@ -223,7 +276,9 @@ def test_a_damaged_checkpoint_is_an_error_with_a_cure(tmp_path: Path) -> None:
     assert "delete" in str(caught.value)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on_from_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, _ = run(tmp_path / "whole", settings())
     real, saves = mx.save_safetensors, []
 
@@ -253,7 +308,18 @@ def test_hooks_get_what_a_watcher_needs(tmp_path: Path) -> None:
     told: list[dict] = []
     run(tmp_path, settings(steps=3), hooks=[told.append])
     assert [row["step"] for row in told] == [1, 2, 3]
-    wanted = {"step", "steps", "loss", "terms", "learning_rate", "grad_norm", "tokens", "tokens_per_second", "seconds", "eta_s"}
+    wanted = {
+        "step",
+        "steps",
+        "loss",
+        "terms",
+        "learning_rate",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "seconds",
+        "eta_s",
+    }
     assert wanted | {"peak_memory_bytes"} <= set(told[0])
     assert set(told[0]["timing"]) == set(PARTS) and told[0]["timing"]["forward"] > 0
     assert told[-1]["eta_s"] == 0.0 and told[0]["peak_memory_bytes"] > 0
@@ -294,7 +360,9 @@ def test_galore_added_up_in_the_subspace_walks_as_one_big_batch(tmp_path: Path, 
     rows = rows_of(tmp_path)
     for step in range(5):
         batch = collate(ROWS, [(8 * step + i) % 24 for i in range(8)])
-        loss, gradients = mx.value_and_grad(lambda p, batch=batch: mean_loss(plain, p, batch))(plain.trainable_parameters())
+        loss, gradients = mx.value_and_grad(lambda p, batch=batch: mean_loss(plain, p, batch))(
+            plain.trainable_parameters()
+        )
         optimizer.init(plain.trainable_parameters())
         low = tree_map_with_path(optimizer.enter, gradients)
         norm = global_norm(low)
@@ -302,7 +370,9 @@ def test_galore_added_up_in_the_subspace_walks_as_one_big_batch(tmp_path: Path, 
         assert rows[step]["loss"] == pytest.approx(loss.item(), rel=1e-4)
         assert rows[step]["grad_norm"] == pytest.approx(norm, rel=1e-3)
         optimizer.update(plain, tree_map(lambda g, scale=scale: g * scale, low))
-    for (path, a), (_, b) in zip(tree_flatten(model.parameters()), tree_flatten(plain.parameters()), strict=True):
+    for (path, a), (_, b) in zip(
+        tree_flatten(model.parameters()), tree_flatten(plain.parameters()), strict=True
+    ):
         assert mx.allclose(a, b, atol=2e-4), path
 
 

@@ -16,7 +16,8 @@ from mlx_distill.errors import DistillError
 from mlx_distill.train import checkpoint
 from mlx_distill.train.distributed import Ranks
 
-# LoRA over packed lines, recomputed, with an uneven tail every epoch; GaLore. Both with dropout, of which each rank draws its own.
+# LoRA over packed lines, recomputed, with an uneven tail every epoch; GaLore. Both with dropout, of which
+# each rank draws its own.
 PLACES = [str(CASES.index(case)) for case in KILLED[:0:-1]]
 
 
@@ -28,7 +29,11 @@ def test_a_killed_rank_ends_the_other_and_both_go_on_bitwise(tmp_path: Path) -> 
         ends = two_ranks(tmp_path, "lose", str(lost), seed, str(number), *cut)
         assert ends[lost][0] == -9, (seed, ends)
         code, said = ends[1 - lost]
-        assert code == 1 and f"rank {1 - lost}: another rank was lost" in said and "goes on from the last checkpoint" in said, (seed, said)
+        assert (
+            code == 1
+            and f"rank {1 - lost}: another rank was lost" in said
+            and "goes on from the last checkpoint" in said
+        ), (seed, said)
         last = checkpoint.latest(tmp_path / cut[number] / "checkpoints")
         assert last is not None and len(checkpoint.read_state(last)["random"]) == 2, seed
     assert [code for code, _ in two_ranks(tmp_path, "lose", "0", seed, "-1", *cut, *whole)] == [0, 0], seed
@@ -36,7 +41,9 @@ def test_a_killed_rank_ends_the_other_and_both_go_on_bitwise(tmp_path: Path) -> 
         ours, theirs = (tmp_path / name for name in pair)
         assert steps_of(ours) == steps_of(theirs), (seed, pair)
         for rank in (0, 1):
-            assert same(*(dict(mx.load(str(path / f"final-{rank}.safetensors"))) for path in (ours, theirs))), (seed, pair)  # type: ignore[arg-type]
+            assert same(
+                *(dict(mx.load(str(path / f"final-{rank}.safetensors"))) for path in (ours, theirs))
+            ), (seed, pair)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -51,7 +58,9 @@ def test_a_killed_rank_ends_the_other_and_both_go_on_bitwise(tmp_path: Path) -> 
         lambda ranks: ranks.barrier(),
     ],
 )
-def test_whatever_ranks_do_together_tells_that_one_is_lost(monkeypatch: pytest.MonkeyPatch, ask: Callable[[Ranks], Any]) -> None:
+def test_whatever_ranks_do_together_tells_that_one_is_lost(
+    monkeypatch: pytest.MonkeyPatch, ask: Callable[[Ranks], Any]
+) -> None:
     said = "[ring] Receiving from socket 3 failed"
 
     def fail(*_: Any) -> None:

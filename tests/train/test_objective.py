@@ -40,17 +40,24 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
         start, answer = 3, len(tokens) - 4
         theirs = answer - 1
         # The student's last two tokens before the stop are one of the teacher's; all others are alike.
-        spans = np.array([[i, i + 1, i, i + 1] for i in range(theirs - 1)] + [[theirs - 1, answer, theirs - 1, theirs]]).reshape(-1, 4)
+        spans = np.array(
+            [[i, i + 1, i, i + 1] for i in range(theirs - 1)] + [[theirs - 1, answer, theirs - 1, theirs]]
+        ).reshape(-1, 4)
         logits = random.normal(size=(theirs + 1, TEACHER))
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         order = np.argsort(-logprobs, axis=1)[:, :4]
         pairs.append(
             make_pair(
-                np.array(tokens), start, spans, teacher_logprobs=logprobs[:, 0].astype(np.float32), topk_ids=order.astype(np.int32),
+                np.array(tokens),
+                start,
+                spans,
+                teacher_logprobs=logprobs[:, 0].astype(np.float32),
+                topk_ids=order.astype(np.int32),
                 topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
-                label_at=start + 1 if len(pairs) % 3 else None, label_logprobs=np.log(random.dirichlet([1, 1, 1, 1])).tolist(),
+                label_at=start + 1 if len(pairs) % 3 else None,
+                label_logprobs=np.log(random.dirichlet([1, 1, 1, 1])).tolist(),
             )
-        )  # fmt: skip
+        )
     return pairs
 
 
@@ -58,7 +65,10 @@ PAIRS = make_pairs(6)
 
 
 def batches(size: int) -> list[Batch]:
-    return [collate_pairs(PAIRS, list(range(i, min(i + size, len(PAIRS)))), 0, 4, multiple=4) for i in range(0, len(PAIRS), size)]
+    return [
+        collate_pairs(PAIRS, list(range(i, min(i + size, len(PAIRS)))), 0, 4, multiple=4)
+        for i in range(0, len(PAIRS), size)
+    ]
 
 
 def settings(**changes: Any) -> DistillConfig:
@@ -112,7 +122,9 @@ def test_each_term_is_the_mean_of_its_plain_statement(kind: str, dense_limit: in
     expected = plain_terms(model, kind)
     for name, value in expected.items():
         assert result.terms[name] == pytest.approx(value, rel=2e-4), name
-    assert result.loss == pytest.approx(0.7 * expected["label"] + 0.3 * expected["token"] + 0.3 * expected["text"], rel=2e-4)
+    assert result.loss == pytest.approx(
+        0.7 * expected["label"] + 0.3 * expected["token"] + 0.3 * expected["text"], rel=2e-4
+    )
     assert result.weights["label"] == 4.0
 
 
@@ -144,13 +156,19 @@ def test_a_head_that_learns_gets_the_same_gradient_from_tiles(tied: bool) -> Non
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
-def test_every_term_of_a_head_that_learns_is_the_same_in_slices(kind: str, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_term_of_a_head_that_learns_is_the_same_in_slices(
+    kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(reading, "ROWS", 5)
     model = make_model()
     make_trainable(model, training(method=method, target_modules=["up_proj", "lm_head"], lora_dropout=0.0))
-    dense, sliced = (window_gradients(model, [batches(6)[0]], objective(kind, dense_limit=limit)) for limit in (1 << 24, 0))
+    dense, sliced = (
+        window_gradients(model, [batches(6)[0]], objective(kind, dense_limit=limit)) for limit in (1 << 24, 0)
+    )
     assert sliced.terms == pytest.approx(dense.terms, rel=1e-5)
-    assert sliced.gradients.keys() == dense.gradients.keys() and any("lm_head" in path for path in dense.gradients)
+    assert sliced.gradients.keys() == dense.gradients.keys() and any(
+        "lm_head" in path for path in dense.gradients
+    )
     for path, gradient in dense.gradients.items():
         assert mx.allclose(sliced.gradients[path], gradient, rtol=1e-3, atol=1e-6), path
 
@@ -168,7 +186,10 @@ def test_a_batch_without_a_trained_token_counts_in_no_term() -> None:
     empty = replace(batch, mask=batch.mask * 0, rows=())
     assert objective("cells").weights(empty) == {"label": 0.0, "token": 0.0, "text": 0.0}
     model = make_model()
-    one, two = window_gradients(model, [batch], objective("cells")), window_gradients(model, [batch, empty], objective("cells"))
+    one, two = (
+        window_gradients(model, [batch], objective("cells")),
+        window_gradients(model, [batch, empty], objective("cells")),
+    )
     assert one.loss == two.loss
 
 
@@ -197,4 +218,9 @@ def test_rows_without_a_label_still_train_the_rest() -> None:
     pairs = [replace(pair, label_at=None, label_logprobs=None) for pair in PAIRS]
     batch = collate_pairs(pairs, [0, 1], 0, 4)
     result = window_gradients(make_model(), [batch], objective("cells"))
-    assert result.weights["label"] == 0.0 and result.terms["label"] == 0.0 and np.isfinite(result.loss) and result.terms["token"] > 0
+    assert (
+        result.weights["label"] == 0.0
+        and result.terms["label"] == 0.0
+        and np.isfinite(result.loss)
+        and result.terms["token"] > 0
+    )

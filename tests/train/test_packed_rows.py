@@ -1,4 +1,6 @@
-"""Packed rows train as unpacked ones do: loss, terms and gradient norm, for real attention with windows, sinks and experts."""
+"""Packed rows train as unpacked ones do: loss, terms and gradient norm, for real attention with windows,
+sinks and experts.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,11 @@ def test_every_row_comes_once_an_epoch_and_ranks_share_them() -> None:
     assert not epochs[0] == epochs[1] == epochs[2]
     found = [next(rank) for _ in range(len(ranks[0])) for rank in ranks]
     assert [batch.rows for batch in found if batch.rows] == epochs[0]
-    spare = next(batch for batch in [*found, next(ListBatches([batch_of([(0, 1)], "sft")], rank=1, size=2))] if not batch.rows)
+    spare = next(
+        batch
+        for batch in [*found, next(ListBatches([batch_of([(0, 1)], "sft")], rank=1, size=2))]
+        if not batch.rows
+    )
     assert spare.segments is not None and not spare.mask.any().item()
 
 
@@ -61,6 +67,13 @@ def test_a_packed_batch_that_made_a_nan_is_kept_with_its_segments(tmp_path: Path
     poisoned = replace(plain, sums=lambda model, batch: {"text": plain.sums(model, batch)["text"] * math.nan})
     model, config = make_model("qwen3"), settings(steps=1, accumulate=1)
     with pytest.raises(DataError, match=r"rows 0, 1, 2"):
-        train(model, ListBatches([batch_of([(0, 1, 2)], "sft")]), poisoned, optim.SGD(0.1), config, folder=tmp_path)
+        train(
+            model,
+            ListBatches([batch_of([(0, 1, 2)], "sft")]),
+            poisoned,
+            optim.SGD(0.1),
+            config,
+            folder=tmp_path,
+        )
     saved = mx.load(str(tmp_path / "nan.safetensors"))
     assert saved["0.segments"].max().item() == 3

@@ -29,7 +29,10 @@ GOLDEN = Path(__file__).parents[1] / "golden"
         ({"stream_gradients": True}, "stream_gradients with accumulate: 8"),
         ({"patience": 2, "evaluate_every": 0}, "patience with evaluate_every: 0"),
         ({"use_best": True, "evaluate_every": 0}, "use_best with evaluate_every: 0"),
-        ({"method": "full", "modules_to_save": ["norm"]}, "modules_to_save with method: full, which trains everything"),
+        (
+            {"method": "full", "modules_to_save": ["norm"]},
+            "modules_to_save with method: full, which trains everything",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any], message: str) -> None:
@@ -46,10 +49,22 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
         ("qwen3", {"method": "galore"}, "galore_rank 512 for a matrix of"),
         ("qwen3", {"method": "apollo"}, "apollo_rank 256 for a matrix of"),
         ("qwen3", {"target_modules": ["q_proj", "qq_proj"]}, "'qq_proj' matches nothing"),
-        ("qwen3", {"method": "galore", "galore_rank": 2, "target_modules": ["gate"]}, "'gate' matches nothing"),
+        (
+            "qwen3",
+            {"method": "galore", "galore_rank": 2, "target_modules": ["gate"]},
+            "'gate' matches nothing",
+        ),
         ("gpt_oss_mxfp4", {"method": "apollo-mini", "target_modules": ["up_proj"]}, "these are packed"),
-        ("gpt_oss_mxfp4", {"target_modules": ["q_proj"], "lora_rank": 2, "modules_to_save": ["up_proj"]}, "these are packed"),
-        ("qwen3", {"lora_rank": 2, "modules_to_save": ["lm_head"]}, "module to save 'lm_head' matches nothing"),
+        (
+            "gpt_oss_mxfp4",
+            {"target_modules": ["q_proj"], "lora_rank": 2, "modules_to_save": ["up_proj"]},
+            "these are packed",
+        ),
+        (
+            "qwen3",
+            {"lora_rank": 2, "modules_to_save": ["lm_head"]},
+            "module to save 'lm_head' matches nothing",
+        ),
     ],
 )
 def test_settings_that_a_model_does_not_fit_are_refused_without_its_weights(
@@ -74,11 +89,22 @@ def hollow(shard: bytes) -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("model", "method"), [("qwen3", "lora"), ("gpt_oss", "galore"), ("gpt_oss_mxfp4", "dora"), ("qwen3_moe", "apollo")]
+    ("model", "method"),
+    [("qwen3", "lora"), ("gpt_oss", "galore"), ("gpt_oss_mxfp4", "dora"), ("qwen3_moe", "apollo")],
 )
 def test_settings_that_fit_name_what_will_move(model: str, method: str) -> None:
-    config = TrainConfig(method=method, lora_rank=4, galore_rank=4, apollo_rank=4, target_modules=["q_proj"], modules_to_save=["norm"])
-    assert check_model(GOLDEN / f"models_{model}", config) == [*(f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)), "model.norm"]
+    config = TrainConfig(
+        method=method,
+        lora_rank=4,
+        galore_rank=4,
+        apollo_rank=4,
+        target_modules=["q_proj"],
+        modules_to_save=["norm"],
+    )
+    assert check_model(GOLDEN / f"models_{model}", config) == [
+        *(f"model.layers.{i}.self_attn.q_proj" for i in (0, 1)),
+        "model.norm",
+    ]
 
 
 def test_packed_weights_can_move_when_they_will_be_unpacked() -> None:
@@ -100,23 +126,42 @@ def test_a_schedule_of_another_length_than_the_run_is_refused(tmp_path: Path) ->
 def test_waiting_for_the_best_needs_something_to_look_at(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = settings(evaluate_every=1, **changes)
     with pytest.raises(ConfigError, match="without a validation row") as caught:
-        train(make_model(), ListBatches(make_batches(make_rows(8), 4)), sft(), make_optimizer(config, 6), config, folder=tmp_path)
+        train(
+            make_model(),
+            ListBatches(make_batches(make_rows(8), 4)),
+            sft(),
+            make_optimizer(config, 6),
+            config,
+            folder=tmp_path,
+        )
     assert caught.value.fix
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"learning_rate": 3e-3}, r"6 steps of an unfinished teach with other settings \(learning_rate was 0.01, is 0.003\)"),
+        (
+            {"learning_rate": 3e-3},
+            r"6 steps of an unfinished teach with other settings \(learning_rate was 0.01, is 0.003\)",
+        ),
         ({}, "with other data or another model"),
         (None, "another version"),
     ],
 )
-def test_unfinished_work_is_not_thrown_away_unasked(tmp_path: Path, change: dict[str, Any] | None, message: str) -> None:
+def test_unfinished_work_is_not_thrown_away_unasked(
+    tmp_path: Path, change: dict[str, Any] | None, message: str
+) -> None:
     config = settings()
     model = make_model()
     make_trainable(model, config)
-    train(model, ListBatches(make_batches(make_rows(8), 4)), sft(), make_optimizer(config, 6), config, folder=tmp_path)
+    train(
+        model,
+        ListBatches(make_batches(make_rows(8), 4)),
+        sft(),
+        make_optimizer(config, 6),
+        config,
+        folder=tmp_path,
+    )
     if change is None:
         path = tmp_path / "checkpoints" / "step-00000006" / "state.json"
         state = json.loads(path.read_text())
@@ -132,7 +177,14 @@ def test_unfinished_work_of_more_ranks_is_not_gone_on_with(tmp_path: Path) -> No
     config = settings()
     model = make_model()
     make_trainable(model, config)
-    train(model, ListBatches(make_batches(make_rows(8), 4)), sft(), make_optimizer(config, 6), config, folder=tmp_path)
+    train(
+        model,
+        ListBatches(make_batches(make_rows(8), 4)),
+        sft(),
+        make_optimizer(config, 6),
+        config,
+        folder=tmp_path,
+    )
     check_leftover(tmp_path / "checkpoints", config, "teach", True)
     path = tmp_path / "checkpoints" / "step-00000006" / "state.json"
     state = json.loads(path.read_text())

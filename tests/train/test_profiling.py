@@ -26,7 +26,9 @@ def test_a_part_inside_another_counts_once_and_the_rest_is_other() -> None:
     time.sleep(0.01)
     taken = watch.take()
     whole = time.perf_counter() - began
-    assert taken["project"] >= 0.02 and 0.01 <= taken["backward"] < taken["backward"] + taken["project"] <= whole
+    assert (
+        taken["project"] >= 0.02 and 0.01 <= taken["backward"] < taken["backward"] + taken["project"] <= whole
+    )
     assert taken["other"] >= 0.01 and sum(taken.values()) == pytest.approx(whole, abs=2e-3)
     assert sum(watch.take().values()) < 0.01
 
@@ -61,7 +63,9 @@ def test_a_profiled_training_is_the_same_and_its_parts_add_up(tmp_path: Path, me
     assert stage["steps"] == 5 and set(stage["parts"]) == set(PARTS)
     assert stage["seconds_per_step"] == pytest.approx(sum(stage["parts"].values()))
     assert stage["first_step_seconds"] + 5 * stage["seconds_per_step"] <= seconds
-    moving = {"data", "forward", "backward", "clip", "update", "validate", "save"} | ({"project"} if method == "galore" else set())
+    moving = {"data", "forward", "backward", "clip", "update", "validate", "save"} | (
+        {"project"} if method == "galore" else set()
+    )
     assert all(stage["parts"][name] > 0 for name in moving)
     shown = {line.split()[0] for line in profile.lines[2:]}
     assert moving <= shown and ("project" in shown) == (method == "galore") and "ranks" in shown

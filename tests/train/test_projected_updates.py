@@ -17,7 +17,12 @@ from mlx_distill.train import ListBatches, Objective, make_trainable, sft, train
 from mlx_distill.train.distributed import Ranks
 from mlx_distill.train.updates import apply_update, window_gradients
 
-GALORE: dict[str, Any] = {"method": "galore", "galore_rank": 4, "galore_update_gap": 3, "galore_stagger": False}
+GALORE: dict[str, Any] = {
+    "method": "galore",
+    "galore_rank": 4,
+    "galore_update_gap": 3,
+    "galore_stagger": False,
+}
 WHOLE, LOW = {(32, 16), (16, 32)}, {(32, 4), (4, 32)}
 
 
@@ -28,8 +33,12 @@ def prepared(config: TrainConfig, steps: int = 6) -> tuple[TinyModel, Any]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_loop_adds_up_what_lies_in_the_subspace(tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By step, and at every one but those that find bases; where there is nothing to add, at those too (the first has none before)."""
+def test_the_loop_adds_up_what_lies_in_the_subspace(
+    tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By step, and at every one but those that find bases; where there is nothing to add, at those too (the
+    first has none before).
+    """
     steps: list[set[tuple[int, ...]]] = [set()]
 
     def sum_arrays(_: Ranks, arrays: dict[str, mx.array]) -> None:
@@ -59,20 +68,32 @@ def peak_of_the_second_step(folder: Path, optimizer: Any, accumulate: int) -> fl
     """Above weights and state, in weights."""
     mx.random.seed(0)
     model, seen, x = Deep(), [], mx.random.normal((4, 256))
-    objective = Objective(lambda _: {"text": 1.0}, lambda model, _: {"text": mx.square(model(x)).sum()}, {"text": 1.0})
+    objective = Objective(
+        lambda _: {"text": 1.0}, lambda model, _: {"text": mx.square(model(x)).sum()}, {"text": 1.0}
+    )
 
     def look(row: Any) -> None:
         seen.append((mx.get_active_memory(), mx.get_peak_memory()))
         mx.reset_peak_memory()
 
     config = settings(accumulate=accumulate, steps=2)
-    train(model, ListBatches(make_batches(make_rows(4), 1)), objective, optimizer, config, folder=folder, hooks=[look])
+    train(
+        model,
+        ListBatches(make_batches(make_rows(4), 1)),
+        objective,
+        optimizer,
+        config,
+        folder=folder,
+        hooks=[look],
+    )
     (base, _), (_, peak) = seen
     return (peak - base) / (16 * 256 * 256 * 4)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_of_galore_never_live_together(tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gradients_of_galore_never_live_together(
+    tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("mlx_distill.train.updates._GROUP_BYTES", 1)
     whole = peak_of_the_second_step(tmp_path / "whole", AdamW(1e-3), accumulate)
     low = peak_of_the_second_step(tmp_path / "low", GaLoreAdamW(1e-3, 8), accumulate)
@@ -96,19 +117,35 @@ def test_a_rank_without_rows_adds_zeros_of_the_subspace() -> None:
     for shapes in (WHOLE, LOW):
         first = window_gradients(model, batches, sft(), None, optimizer.compress).gradients
         second = window_gradients(model, [], sft(), Second(1, 2), optimizer.compress).gradients
-        assert {path: array.shape for path, array in second.items()} == {path: array.shape for path, array in first.items()}
-        assert {array.shape for array in second.values()} == shapes and not any(array.any().item() for array in second.values())
+        assert {path: array.shape for path, array in second.items()} == {
+            path: array.shape for path, array in first.items()
+        }
+        assert {array.shape for array in second.values()} == shapes and not any(
+            array.any().item() for array in second.values()
+        )
         apply_update(model, optimizer, first)
 
 
 def test_each_rank_drops_units_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On the same rows; the first rank those that a run alone drops."""
     found = {}
-    for name, ranks in (("alone", None), ("first", Ranks(0, 1)), ("second", Ranks(1, 1)), ("second again", Ranks(1, 1))):
+    for name, ranks in (
+        ("alone", None),
+        ("first", Ranks(0, 1)),
+        ("second", Ranks(1, 1)),
+        ("second again", Ranks(1, 1)),
+    ):
         if ranks is not None:
             monkeypatch.setattr("mlx_distill.train.loop.current_ranks", lambda ranks=ranks: ranks)
         model, config = make_model(dropout=0.5), settings(steps=2)
-        train(model, ListBatches(make_batches(make_rows(8), 2)), sft(), make_optimizer(config, 2), config, folder=tmp_path / name)
+        train(
+            model,
+            ListBatches(make_batches(make_rows(8), 2)),
+            sft(),
+            make_optimizer(config, 2),
+            config,
+            folder=tmp_path / name,
+        )
         found[name] = dict(tree_flatten(model.parameters()))
     path = "model.up_proj.weight"
     assert mx.array_equal(found["alone"][path], found["first"][path])

@@ -20,10 +20,20 @@ ROWS = make_rows(24)
 
 
 def walk(folder: Path, **changes: Any) -> tuple[dict[str, mx.array], list[dict[str, Any]]]:
-    config = settings(method="galore", galore_update_gap=3, accumulate=3, steps=7, modules_to_save=["norm"], **changes)
+    config = settings(
+        method="galore", galore_update_gap=3, accumulate=3, steps=7, modules_to_save=["norm"], **changes
+    )
     model, seen = make_model(dropout=0.2), []
     make_trainable(model, config)
-    train(model, ListBatches(make_batches(ROWS, 2)), sft(), make_optimizer(config, 7), config, folder=folder, hooks=[seen.append])
+    train(
+        model,
+        ListBatches(make_batches(ROWS, 2)),
+        sft(),
+        make_optimizer(config, 7),
+        config,
+        folder=folder,
+        hooks=[seen.append],
+    )
     return dict(tree_flatten(model.parameters())), seen
 
 
@@ -47,7 +57,9 @@ def windows(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
 def test_groups_of_one_matrix_take_the_steps_of_all_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, windows: list[list[str]], stagger: bool, compiled: bool
 ) -> None:
-    """With dropout, clipping, and a norm beside; two matrices, so a step at which both are due goes through its window twice."""
+    """With dropout, clipping, and a norm beside; two matrices, so a step at which both are due goes through
+    its window twice.
+    """
     at_once, seen = walk(tmp_path / "at once", galore_stagger=stagger, compile=compiled)
     assert len(windows) == 7
     windows.clear()
@@ -58,7 +70,9 @@ def test_groups_of_one_matrix_take_the_steps_of_all_at_once(
     assert windows[:2] == both
     assert len(windows) == (8 if stagger else 10)  # both at step 1, and without stagger at 4 and 7 too
     for a, b in zip(seen, also, strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-4)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5) and a["grad_norm"] == pytest.approx(
+            b["grad_norm"], rel=1e-4
+        )
     for name, value in at_once.items():
         assert mx.allclose(value, groups[name], rtol=1e-4, atol=1e-5).item(), name
 

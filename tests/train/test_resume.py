@@ -1,4 +1,6 @@
-"""A run that is stopped or killed anywhere goes on bitwise as if it had not been, and two seeded runs are one."""
+"""A run that is stopped or killed anywhere goes on bitwise as if it had not been, and two seeded runs are
+one.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,11 @@ class Killed(BaseException):
 
 def outcome(result: TrainResult) -> TrainResult:
     """What two equal runs have in common."""
-    kept = {k: v for k, v in result.metrics.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")}
+    kept = {
+        k: v
+        for k, v in result.metrics.items()
+        if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")
+    }
     return replace(result, metrics=kept, best=None, seconds=0.0, resumed=0)
 
 
@@ -40,7 +46,12 @@ def test_a_run_that_is_cut_goes_on_bitwise(tmp_path: Path, case: dict[str, Any])
         if name == "stopped":
             flag = StopFlag()
             with pytest.raises(Interrupted, match="step 5 of"):
-                run_case(folder, case, stop=flag, hooks=[lambda row, flag=flag: setattr(flag, "set", row["step"] == 5)])
+                run_case(
+                    folder,
+                    case,
+                    stop=flag,
+                    hooks=[lambda row, flag=flag: setattr(flag, "set", row["step"] == 5)],
+                )
             with open(folder / "metrics.jsonl", "a") as file:
                 file.write('{"step": 6, "lo')  # a kill in the middle of a line
         if name == "killed":
@@ -59,17 +70,23 @@ def kill() -> None:
 
 
 @pytest.mark.parametrize(("how", "code", "cases"), [("kill", -9, KILLED), ("interrupt", 130, KILLED[:1])])
-def test_a_process_that_is_hit_anywhere_goes_on_bitwise(tmp_path: Path, how: str, code: int, cases: list[dict[str, Any]]) -> None:
+def test_a_process_that_is_hit_anywhere_goes_on_bitwise(
+    tmp_path: Path, how: str, code: int, cases: list[dict[str, Any]]
+) -> None:
     """kill -9 (or Ctrl-C) of a real process, at a random place of each case's run."""
     seed = str(random.randrange(10**6))
     places = [str(CASES.index(case)) for case in cases]
     for attempt in range(len(cases) + 1):
         command = [sys.executable, RUNNER, tmp_path / "cut", how, seed, str(attempt), *places]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        assert done.returncode == (code if attempt < len(cases) else 0), f"seed {seed}, attempt {attempt}: {done.stderr}"
+        assert done.returncode == (code if attempt < len(cases) else 0), (
+            f"seed {seed}, attempt {attempt}: {done.stderr}"
+        )
     for case, place in zip(cases, places, strict=True):
         weights, _ = run_case(tmp_path / "whole" / place, case)
-        assert steps_of(tmp_path / "cut" / place) == steps_of(tmp_path / "whole" / place), f"seed {seed}, {name_of(case)}"
+        assert steps_of(tmp_path / "cut" / place) == steps_of(tmp_path / "whole" / place), (
+            f"seed {seed}, {name_of(case)}"
+        )
         assert same(weights, read(tmp_path / "cut" / place)), f"seed {seed}, {name_of(case)}"
 
 

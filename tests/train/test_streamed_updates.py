@@ -57,7 +57,9 @@ def deep_peak(streamed: bool, clip_norm: float, monkeypatch: pytest.MonkeyPatch)
     model, optimizer = Deep(16, 256), AdamW(1e-3)
     batch = Batch(mx.zeros((1, 1), mx.int32), mx.zeros((1, 1), mx.int32), mx.ones((1, 1)))
     x = mx.random.normal((4, 256))
-    objective = Objective(lambda _: {"text": 1.0}, lambda model, _: {"text": mx.square(model(x)).sum()}, {"text": 1.0})
+    objective = Objective(
+        lambda _: {"text": 1.0}, lambda model, _: {"text": mx.square(model(x)).sum()}, {"text": 1.0}
+    )
     optimizer.init(model.trainable_parameters())
     mx.eval(model.parameters(), optimizer.state, x)
     base = mx.get_active_memory()
@@ -82,14 +84,21 @@ def test_a_gradient_that_is_not_a_number_stops_a_streamed_run_too(tmp_path: Path
     objective = sft()
 
     def steep(model: TinyModel, batch: Batch) -> dict[str, mx.array]:
-        return {"text": objective.sums(model, batch)["text"] + mx.sqrt(mx.abs(model.model.norm.weight).sum() * 0.0)}
+        return {
+            "text": objective.sums(model, batch)["text"]
+            + mx.sqrt(mx.abs(model.model.norm.weight).sum() * 0.0)
+        }
 
     config = settings(accumulate=1, steps=1, clip_norm=clip_norm, stream_gradients=True)
     model = make_model()
     with pytest.raises(DataError, match="the gradient is not a number") as caught:
         source = ListBatches(make_batches(ROWS, 4))
-        train(model, source, replace(objective, sums=steep), make_optimizer(config, 1), config, folder=tmp_path)
-    untouched = all(mx.array_equal(a, b) for (_, a), (_, b) in zip(*map(tree_flatten, (model, make_model())), strict=True))
+        train(
+            model, source, replace(objective, sums=steep), make_optimizer(config, 1), config, folder=tmp_path
+        )
+    untouched = all(
+        mx.array_equal(a, b) for (_, a), (_, b) in zip(*map(tree_flatten, (model, make_model())), strict=True)
+    )
     assert untouched == (clip_norm > 0)
     assert ("step before" in (caught.value.fix or "")) == untouched
     assert (tmp_path / "nan.safetensors").is_file()
@@ -98,13 +107,24 @@ def test_a_gradient_that_is_not_a_number_stops_a_streamed_run_too(tmp_path: Path
 def test_a_batch_without_a_trained_token_moves_nothing() -> None:
     batch = make_batches(ROWS[:2], 2)[0]
     model = make_model()
-    window, norm = streamed_step(model, replace(batch, mask=batch.mask * 0), sft(), AdamW(1.0), 1.0, lambda *_: None)
+    window, norm = streamed_step(
+        model, replace(batch, mask=batch.mask * 0), sft(), AdamW(1.0), 1.0, lambda *_: None
+    )
     assert norm == window.loss == 0.0
-    assert all(mx.array_equal(a, b) for (_, a), (_, b) in zip(*map(tree_flatten, (model, make_model())), strict=True))
+    assert all(
+        mx.array_equal(a, b) for (_, a), (_, b) in zip(*map(tree_flatten, (model, make_model())), strict=True)
+    )
 
 
 def test_what_is_added_up_cannot_be_streamed(tmp_path: Path) -> None:
     config = settings(stream_gradients=True, accumulate=2)
     with pytest.raises(ConfigError, match="accumulate: 2") as caught:
-        train(make_model(), ListBatches(make_batches(ROWS, 4)), sft(), make_optimizer(config, 6), config, folder=tmp_path)
+        train(
+            make_model(),
+            ListBatches(make_batches(ROWS, 4)),
+            sft(),
+            make_optimizer(config, 6),
+            config,
+            folder=tmp_path,
+        )
     assert caught.value.fix

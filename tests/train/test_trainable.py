@@ -16,7 +16,12 @@ from mlx_distill.optim import AdamW, make_optimizer
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.train import make_trainable
 
-GOLDEN = {name: np.array(a) for name, a in mx.load(str(Path(__file__).parents[1] / "golden" / "optim_trajectories.safetensors")).items()}
+GOLDEN = {
+    name: np.array(a)
+    for name, a in mx.load(
+        str(Path(__file__).parents[1] / "golden" / "optim_trajectories.safetensors")
+    ).items()
+}
 
 
 class Net(nn.Module):
@@ -35,9 +40,13 @@ def test_adapters_walk_as_those_of_peft(kind: str) -> None:
     model.load_weights([(name, mx.array(GOLDEN[f"start.{name}"])) for name in ("up.weight", "down.weight")])
     targets, whole = (["up"], ["down"]) if kind == "whole" else (["up", "down"], [])
     config = TrainConfig(
-        method="dora" if kind == "dora" else "lora", lora_rank=3, lora_alpha=6.0, lora_dropout=0.0, target_modules=targets,
+        method="dora" if kind == "dora" else "lora",
+        lora_rank=3,
+        lora_alpha=6.0,
+        lora_dropout=0.0,
+        target_modules=targets,
         modules_to_save=whole,
-    )  # fmt: skip
+    )
     assert make_trainable(model, config) == (["up", "down"] if whole else ["down", "up"])
     for name in targets:
         model[name].lora_a = mx.array(GOLDEN[f"{kind}.{name}.lora_A.start"].T)
@@ -50,7 +59,11 @@ def test_adapters_walk_as_those_of_peft(kind: str) -> None:
         losses.append(loss.item())
     assert len(losses) == 20 and np.abs(np.array(losses) - GOLDEN[f"{kind}.losses"]).max() <= 1e-5
     names = {"lora_A": "lora_a", "lora_B": "lora_b", "lora_magnitude_vector": "m", "weight": "weight"}
-    ends = {key: array for key, array in GOLDEN.items() if key.startswith(f"{kind}.") and key.rpartition(".")[2] in names}
+    ends = {
+        key: array
+        for key, array in GOLDEN.items()
+        if key.startswith(f"{kind}.") and key.rpartition(".")[2] in names
+    }
     assert len(ends) == {"lora": 4, "dora": 6, "whole": 3}[kind]
     for key, theirs in ends.items():
         _, name, leaf = key.split(".")
@@ -76,7 +89,13 @@ def test_a_method_moves_its_own_weights_and_no_others(method: str, expected: set
 @pytest.mark.parametrize("method", ["lora", "dora", "galore", "apollo", "apollo-mini"])
 def test_modules_to_save_move_whole_beside_by_adamw(method: str) -> None:
     """Step by step they are where an optimizer puts them that knows nothing of the rest."""
-    config = settings(method=method, target_modules=["up_proj"], modules_to_save=["embed_tokens", "norm"], schedule="constant", warmup=0.0)
+    config = settings(
+        method=method,
+        target_modules=["up_proj"],
+        modules_to_save=["embed_tokens", "norm"],
+        schedule="constant",
+        warmup=0.0,
+    )
     model, rate = make_model(), config.learning_rate
     assert make_trainable(model, config) == ["model.up_proj", "model.embed_tokens", "model.norm"]
     moving = {path: a.shape for path, a in tree_flatten(model.trainable_parameters())}
@@ -86,13 +105,20 @@ def test_modules_to_save_move_whole_beside_by_adamw(method: str) -> None:
     own = {name: model.model[name]["weight"] for name in ("embed_tokens", "norm")}
     random = np.random.default_rng(0)
     for _ in range(3):
-        flat = {path: mx.array(random.normal(size=shape).astype(np.float32)) for path, shape in moving.items()}
+        flat = {
+            path: mx.array(random.normal(size=shape).astype(np.float32)) for path, shape in moving.items()
+        }
         optimizer.update(model, tree_unflatten(list(flat.items())))
         own = alone.apply_gradients({name: flat[f"model.{name}.weight"] for name in own}, own)
         for name, weight in own.items():
-            assert mx.allclose(model.model[name].weight, weight, atol=1e-4), name  # they differ in where epsilon stands
+            assert mx.allclose(model.model[name].weight, weight, atol=1e-4), (
+                name
+            )  # they differ in where epsilon stands
     state = dict(tree_flatten(optimizer.state))
-    assert sum(state[f"model.embed_tokens.weight.{m}"].nbytes for m in "mv") == 8 * model.model.embed_tokens.weight.size
+    assert (
+        sum(state[f"model.embed_tokens.weight.{m}"].nbytes for m in "mv")
+        == 8 * model.model.embed_tokens.weight.size
+    )
 
 
 def test_rank_stabilized_adapters_start_with_a_larger_scale() -> None:
@@ -121,10 +147,16 @@ def test_full_moves_what_is_not_packed() -> None:
         ({"method": "lora", "lora_rank": 17}, ConfigError, "rank 17"),
         ({"modules_to_save": ["q_norm"]}, ModelError, "'q_norm' matches nothing"),
         ({"method": "dora", "modules_to_save": ["norms"]}, ModelError, "'norms' matches nothing"),
-        ({"modules_to_save": ["model.up_proj"]}, ConfigError, "model.up_proj in target_modules and in modules_to_save"),
+        (
+            {"modules_to_save": ["model.up_proj"]},
+            ConfigError,
+            "model.up_proj in target_modules and in modules_to_save",
+        ),
     ],
 )
-def test_targets_and_ranks_that_do_not_fit_are_refused_with_a_cure(changes: dict, error: type, message: str) -> None:
+def test_targets_and_ranks_that_do_not_fit_are_refused_with_a_cure(
+    changes: dict, error: type, message: str
+) -> None:
     with pytest.raises(error, match=message) as caught:
         make_trainable(make_model(), settings(**{"method": "galore", **changes}))
     assert caught.value.fix
@@ -136,4 +168,6 @@ def test_galore_refuses_packed_weights() -> None:
     with pytest.raises(ModelError, match="packed"):
         make_trainable(model, settings(method="galore"))
     with pytest.raises(ModelError, match="up_proj: modules_to_save trains plain weights"):
-        make_trainable(model, settings(method="galore", target_modules=["down_proj"], modules_to_save=["up_proj"]))
+        make_trainable(
+            model, settings(method="galore", target_modules=["down_proj"], modules_to_save=["up_proj"])
+        )

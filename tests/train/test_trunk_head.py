@@ -1,4 +1,6 @@
-"""The head apart from the trunk: the same numbers as in one piece, the same random draws, and only what the backward pass needs is kept."""
+"""The head apart from the trunk: the same numbers as in one piece, the same random draws, and only what the
+backward pass needs is kept.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def frozen_head(dropout: float = 0.0) -> TinyModel:
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_cut_equals_whole(dropout: float, dtype: mx.Dtype) -> None:
-    """Value, gradient, their types, and the place in the random stream afterwards; the parameters stay what they were."""
+    """Value, gradient, their types, and the place in the random stream afterwards; the parameters stay what
+    they were.
+    """
     found = []
     for objective in (CUT, WHOLE):
         model = frozen_head(dropout)
@@ -47,7 +51,9 @@ def test_cut_equals_whole(dropout: float, dtype: mx.Dtype) -> None:
         assert model.model.up_proj.weight is before["model"]["up_proj"]["weight"]
         found.append((dict(gradients), parts["text"].item(), random_key()))
     (one, value, key), (other, expected, their_key) = found
-    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-7} if dtype == mx.float32 else {"rtol": 2e-2, "atol": 2e-3}
+    close: dict[str, Any] = (
+        {"rtol": 1e-5, "atol": 1e-7} if dtype == mx.float32 else {"rtol": 2e-2, "atol": 2e-3}
+    )
     assert value == pytest.approx(expected, rel=1e-6) and key == their_key and one.keys() == other.keys()
     for path, gradient in one.items():
         assert gradient.dtype == other[path].dtype == dtype
@@ -154,13 +160,19 @@ def test_slices_give_what_the_whole_gives(method: str, dtype: mx.Dtype) -> None:
 
         def loss(weights: Any, hidden: mx.array, rows: int = rows) -> mx.array:
             head.update(weights)
-            each = in_slices(nats, hidden, head, rows) if rows else nats(head(hidden).astype(mx.float32), slice(None))
+            each = (
+                in_slices(nats, hidden, head, rows)
+                if rows
+                else nats(head(hidden).astype(mx.float32), slice(None))
+            )
             return (each * mx.arange(11)).sum()
 
         value, (by_head, by_hidden) = mx.value_and_grad(loss, argnums=(0, 1))(own, hidden)
         head.update(own)
         found.append([value, by_hidden, *(gradient for _, gradient in tree_flatten(by_head))])
-    close: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5} if dtype == mx.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    close: dict[str, Any] = (
+        {"rtol": 1e-4, "atol": 1e-5} if dtype == mx.float32 else {"rtol": 5e-2, "atol": 5e-2}
+    )
     for sliced in found[1:]:
         for one, other in zip(sliced, found[0], strict=True):
             assert one.dtype == other.dtype and mx.allclose(one, other, **close)
@@ -211,4 +223,6 @@ def test_logits_of_a_head_that_learns_are_never_there_together(method: str) -> N
     mx.reset_peak_memory()
     mx.eval(mx.value_and_grad(loss, argnums=(0, 1))(own, hidden))
     head.update(own)
-    assert mx.get_peak_memory() - before < positions * columns * 4 / 3  # a third of one copy; the plain form holds several
+    assert (
+        mx.get_peak_memory() - before < positions * columns * 4 / 3
+    )  # a third of one copy; the plain form holds several

@@ -1,8 +1,9 @@
 """gpt-oss (20b and 120b): mlx-lm's class with its rope mended, and both layouts of its checkpoints.
 
-The MXFP4 layout has ``gate_up_proj_blocks [e, 2 i, h / 32, 16]`` with gate and up in alternate rows; the unquantized one has
-``gate_up_proj [e, h, 2 i]``, transposed, gate and up in alternate columns, and ``down_proj [e, i, h]``, transposed as well and square at
-full size, so that a missing transpose shows only in the numbers.
+The MXFP4 layout has ``gate_up_proj_blocks [e, 2 i, h / 32, 16]`` with gate and up in alternate rows; the
+unquantized one has ``gate_up_proj [e, h, 2 i]``, transposed, gate and up in alternate columns, and
+``down_proj [e, i, h]``, transposed as well and square at full size, so that a missing transpose shows only in
+the numbers.
 """
 
 from __future__ import annotations
@@ -11,7 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.architectures.rope import RopeSettings, build_rope, other_logits, rope_settings, stock_difference
+from mlx_distill.models.architectures.rope import (
+    RopeSettings,
+    build_rope,
+    other_logits,
+    rope_settings,
+    stock_difference,
+)
 from mlx_distill.models.checkpoint.layout import Architecture, Rule, check_activation
 from mlx_distill.models.checkpoint.transforms import Packed, Same, SplitColumns, SplitRows, Transpose
 
@@ -26,13 +33,29 @@ _DEFAULT_ROPE = {
 }
 
 RULES = (
-    Rule(_EXPERTS + "gate_up_proj_blocks", (_EXPERTS + "gate_proj.weight", _EXPERTS + "up_proj.weight"), SplitRows(packed=True)),
-    Rule(_EXPERTS + "gate_up_proj_scales", (_EXPERTS + "gate_proj.scales", _EXPERTS + "up_proj.scales"), SplitRows()),
+    Rule(
+        _EXPERTS + "gate_up_proj_blocks",
+        (_EXPERTS + "gate_proj.weight", _EXPERTS + "up_proj.weight"),
+        SplitRows(packed=True),
+    ),
+    Rule(
+        _EXPERTS + "gate_up_proj_scales",
+        (_EXPERTS + "gate_proj.scales", _EXPERTS + "up_proj.scales"),
+        SplitRows(),
+    ),
     Rule(_EXPERTS + "down_proj_blocks", (_EXPERTS + "down_proj.weight",), Packed()),
     Rule(_EXPERTS + "down_proj_scales", (_EXPERTS + "down_proj.scales",), Same()),
-    Rule(_EXPERTS + "gate_up_proj", (_EXPERTS + "gate_proj.weight", _EXPERTS + "up_proj.weight"), Transpose(split=True)),
+    Rule(
+        _EXPERTS + "gate_up_proj",
+        (_EXPERTS + "gate_proj.weight", _EXPERTS + "up_proj.weight"),
+        Transpose(split=True),
+    ),
     Rule(_EXPERTS + "down_proj", (_EXPERTS + "down_proj.weight",), Transpose()),
-    Rule(_EXPERTS + "gate_up_proj_bias", (_EXPERTS + "gate_proj.bias", _EXPERTS + "up_proj.bias"), SplitColumns()),
+    Rule(
+        _EXPERTS + "gate_up_proj_bias",
+        (_EXPERTS + "gate_proj.bias", _EXPERTS + "up_proj.bias"),
+        SplitColumns(),
+    ),
     Rule(_EXPERTS + "down_proj_bias", (_EXPERTS + "down_proj.bias",), Same()),
 )
 
@@ -46,7 +69,10 @@ def _classes() -> tuple[Any, Any]:
 def layer_types(config: Mapping[str, Any]) -> list[str]:
     """The kind of attention of each layer."""
     given = config.get("layer_types")
-    return list(given or ["full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])])
+    return list(
+        given
+        or ["full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])]
+    )
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -58,7 +84,10 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             fix="gpt-oss needs one kind a layer, sliding_attention and full_attention both among them",
         )
     if config.get("tie_word_embeddings"):
-        raise ModelError("config.json: tie_word_embeddings with gpt-oss", fix="save the checkpoint with its head written out (untied)")
+        raise ModelError(
+            "config.json: tie_word_embeddings with gpt-oss",
+            fix="save the checkpoint with its head written out (untied)",
+        )
     rope = _rope(config)
     # mlx-lm's own rope is replaced; the plain one is asked of it so that nothing can fail there.
     return {**config, "layer_types": kinds, "rope_theta": rope.theta, "rope_scaling": None}
@@ -69,7 +98,11 @@ def _rope(config: Mapping[str, Any]) -> RopeSettings:
 
 
 def _mend(model: Any, config: Mapping[str, Any]) -> None:
-    rope = build_rope(int(config.get("head_dim") or 64), _rope(config), int(config.get("max_position_embeddings") or 131_072))
+    rope = build_rope(
+        int(config.get("head_dim") or 64),
+        _rope(config),
+        int(config.get("max_position_embeddings") or 131_072),
+    )
     for layer in model.layers:
         layer.self_attn.rope = rope
         activation = layer.mlp.experts.activation
@@ -85,14 +118,21 @@ def _stock_differs(config: Mapping[str, Any]) -> str | None:
         return other_logits("it leaves out YaRN where a gpt-oss config names no rope")
     if _activation(config) != (1.702, 7.0):
         return other_logits("it does not read swiglu_alpha and swiglu_limit")
-    return stock_difference(int(config.get("head_dim") or 64), _rope(config), int(config.get("max_position_embeddings") or 131_072))
+    return stock_difference(
+        int(config.get("head_dim") or 64),
+        _rope(config),
+        int(config.get("max_position_embeddings") or 131_072),
+    )
 
 
 def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     h, i, e = a["hidden_size"], a["intermediate_size"], a["num_local_experts"]
     d = a.get("head_dim", 64)
     q, kv = a["num_attention_heads"] * d, a["num_key_value_heads"] * d
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a["vocab_size"], h), "model.norm.weight": (h,)}
+    out: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (a["vocab_size"], h),
+        "model.norm.weight": (h,),
+    }
     out["lm_head.weight"] = (a["vocab_size"], h)
     for n in range(a["num_hidden_layers"]):
         p = f"model.layers.{n}."
@@ -105,8 +145,20 @@ def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
             out |= {f"{p}self_attn.{name}.weight": (rows, columns), f"{p}self_attn.{name}.bias": (rows,)}
         out |= {f"{p}mlp.router.weight": (e, h), f"{p}mlp.router.bias": (e,)}
         for name, rows, columns in (("gate_proj", i, h), ("up_proj", i, h), ("down_proj", h, i)):
-            out |= {f"{p}mlp.experts.{name}.weight": (e, rows, columns), f"{p}mlp.experts.{name}.bias": (e, rows)}
+            out |= {
+                f"{p}mlp.experts.{name}.weight": (e, rows, columns),
+                f"{p}mlp.experts.{name}.bias": (e, rows),
+            }
     return out
 
 
-GPT_OSS = Architecture("gpt_oss", _classes, _arguments, _mend, _shapes, RULES, routers=("mlp.router",), stock_differs=_stock_differs)
+GPT_OSS = Architecture(
+    "gpt_oss",
+    _classes,
+    _arguments,
+    _mend,
+    _shapes,
+    RULES,
+    routers=("mlp.router",),
+    stock_differs=_stock_differs,
+)

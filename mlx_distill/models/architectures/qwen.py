@@ -18,7 +18,11 @@ MOE_RULES = (
         for name in ("gate_proj", "up_proj", "down_proj")
     ),
     # As transformers 5 holds them in memory, and writes them when asked for its own layout.
-    Rule(_MLP + "experts.gate_up_proj", (_MLP + "switch_mlp.gate_proj.weight", _MLP + "switch_mlp.up_proj.weight"), SplitBlocks()),
+    Rule(
+        _MLP + "experts.gate_up_proj",
+        (_MLP + "switch_mlp.gate_proj.weight", _MLP + "switch_mlp.up_proj.weight"),
+        SplitBlocks(),
+    ),
     Rule(_MLP + "experts.down_proj", (_MLP + "switch_mlp.down_proj.weight",), Same()),
 )
 
@@ -48,10 +52,20 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             "config.json: use_sliding_window is on, which the MLX class does not compute",
             fix="set use_sliding_window to false if the texts are shorter than the window",
         )
-    if config["model_type"] == "qwen2" and _head_dim(config) * config["num_attention_heads"] != config["hidden_size"]:
-        raise ModelError("config.json: head_dim times num_attention_heads is not hidden_size", fix="such a Qwen2 is not supported")
+    if (
+        config["model_type"] == "qwen2"
+        and _head_dim(config) * config["num_attention_heads"] != config["hidden_size"]
+    ):
+        raise ModelError(
+            "config.json: head_dim times num_attention_heads is not hidden_size",
+            fix="such a Qwen2 is not supported",
+        )
     rope = rope_settings(config)
-    defaults = {"num_key_value_heads": config["num_attention_heads"], "tie_word_embeddings": False, "max_position_embeddings": 32_768}
+    defaults = {
+        "num_key_value_heads": config["num_attention_heads"],
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32_768,
+    }
     # transformers 5 writes num_experts as num_local_experts.
     moe: dict[str, Any] = {
         "num_experts": config.get("num_local_experts"),
@@ -60,13 +74,23 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "norm_topk_prob": False,
     }
     given = {key: value for key, value in config.items() if value is not None and key != "rope_parameters"}
-    return {**defaults, **moe, **given, "head_dim": _head_dim(config), "rope_theta": rope.theta, "rope_scaling": None}
+    return {
+        **defaults,
+        **moe,
+        **given,
+        "head_dim": _head_dim(config),
+        "rope_theta": rope.theta,
+        "rope_scaling": None,
+    }
 
 
 def _slides(config: Mapping[str, Any]) -> bool:
     if config.get("layer_types"):
         return "sliding_attention" in config["layer_types"]
-    return config["model_type"] == "qwen3_moe" or int(config.get("max_window_layers", 28)) < config["num_hidden_layers"]
+    return (
+        config["model_type"] == "qwen3_moe"
+        or int(config.get("max_window_layers", 28)) < config["num_hidden_layers"]
+    )
 
 
 def _mend(model: Any, config: Mapping[str, Any]) -> None:
@@ -85,7 +109,10 @@ def _stock_differs(config: Mapping[str, Any]) -> str | None:
 def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
     h, d, kind = a["hidden_size"], a["head_dim"], a["model_type"]
     q, kv = a["num_attention_heads"] * d, a["num_key_value_heads"] * d
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (a["vocab_size"], h), "model.norm.weight": (h,)}
+    out: dict[str, tuple[int, ...]] = {
+        "model.embed_tokens.weight": (a["vocab_size"], h),
+        "model.norm.weight": (h,),
+    }
     if not a["tie_word_embeddings"]:
         out["lm_head.weight"] = (a["vocab_size"], h)
     for n in range(a["num_hidden_layers"]):
@@ -103,9 +130,16 @@ def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 def _mlp_shapes(a: Mapping[str, Any], layer: int, prefix: str) -> dict[str, tuple[int, ...]]:
     h, i = a["hidden_size"], a["intermediate_size"]
-    sparse = a["model_type"] == "qwen3_moe" and layer not in a["mlp_only_layers"] and (layer + 1) % a["decoder_sparse_step"] == 0
+    sparse = (
+        a["model_type"] == "qwen3_moe"
+        and layer not in a["mlp_only_layers"]
+        and (layer + 1) % a["decoder_sparse_step"] == 0
+    )
     if not sparse:
-        return {f"{prefix}{name}.weight": shape for name, shape in (("gate_proj", (i, h)), ("up_proj", (i, h)), ("down_proj", (h, i)))}
+        return {
+            f"{prefix}{name}.weight": shape
+            for name, shape in (("gate_proj", (i, h)), ("up_proj", (i, h)), ("down_proj", (h, i)))
+        }
     e, m = a["num_experts"], a["moe_intermediate_size"]
     out: dict[str, tuple[int, ...]] = {f"{prefix}gate.weight": (e, h)}
     for name, shape in (("gate_proj", (e, m, h)), ("up_proj", (e, m, h)), ("down_proj", (e, h, m))):
@@ -116,5 +150,12 @@ def _mlp_shapes(a: Mapping[str, Any], layer: int, prefix: str) -> dict[str, tupl
 QWEN2 = Architecture("qwen2", _classes("qwen2"), _arguments, _mend, _shapes, stock_differs=_stock_differs)
 QWEN3 = Architecture("qwen3", _classes("qwen3"), _arguments, _mend, _shapes, stock_differs=_stock_differs)
 QWEN3_MOE = Architecture(
-    "qwen3_moe", _classes("qwen3_moe"), _arguments, _mend, _shapes, MOE_RULES, routers=("mlp.gate",), stock_differs=_stock_differs
+    "qwen3_moe",
+    _classes("qwen3_moe"),
+    _arguments,
+    _mend,
+    _shapes,
+    MOE_RULES,
+    routers=("mlp.gate",),
+    stock_differs=_stock_differs,
 )

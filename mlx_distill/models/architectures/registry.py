@@ -68,4 +68,6 @@ def _config_errors(architecture: Architecture, where: str) -> Iterator[None]:
     except KeyError as error:
         raise ModelError(f"{where}: {error.args[0]!r} is missing", fix=cure) from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise ModelError(f"{where}: not the config of a {architecture.model_type}: {error}", fix=cure) from error
+        raise ModelError(
+            f"{where}: not the config of a {architecture.model_type}: {error}", fix=cure
+        ) from error

@@ -1,8 +1,8 @@
 """Rotary positions as transformers computes them: the one place where mlx-lm's are mended.
 
-What mlx-lm does otherwise, as of 0.32.2: it rounds YaRN's correction range always (gpt-oss says ``truncate: false``; at full size the
-frequency of pair 17 is then off by a factor of 1.8), gpt-oss, Qwen2 and Qwen3-MoE do not read transformers 5's ``rope_parameters``, and
-Qwen3-MoE has no YaRN at all.
+What mlx-lm does otherwise, as of 0.32.2: it rounds YaRN's correction range always (gpt-oss says
+``truncate: false``; at full size the frequency of pair 17 is then off by a factor of 1.8), gpt-oss, Qwen2 and
+Qwen3-MoE do not read transformers 5's ``rope_parameters``, and Qwen3-MoE has no YaRN at all.
 """
 
 from __future__ import annotations
@@ -22,7 +22,9 @@ from mlx_distill.errors import ModelError
 
 @dataclass(frozen=True)
 class RopeSettings:
-    """The rope of a config, whichever way it is spelled. ``scaling`` is the mapping that holds ``rope_type`` and its parameters."""
+    """The rope of a config, whichever way it is spelled. ``scaling`` is the mapping that holds ``rope_type``
+    and its parameters.
+    """
 
     kind: str
     theta: float
@@ -30,7 +32,9 @@ class RopeSettings:
 
 
 def rope_settings(
-    config: Mapping[str, Any], default_theta: float = 10_000.0, default_scaling: Mapping[str, Any] | None = None
+    config: Mapping[str, Any],
+    default_theta: float = 10_000.0,
+    default_scaling: Mapping[str, Any] | None = None,
 ) -> RopeSettings:
     """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
 
@@ -44,34 +48,48 @@ def rope_settings(
     """
     parameters = config.get("rope_parameters") or {}
     scaling = dict(parameters or config.get("rope_scaling") or default_scaling or {})
-    theta = parameters.get("rope_theta") or config.get("rope_theta") or scaling.get("rope_theta") or default_theta
+    theta = (
+        parameters.get("rope_theta") or config.get("rope_theta") or scaling.get("rope_theta") or default_theta
+    )
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "yarn"):
-        raise ModelError(f"config.json: rope type {kind!r} is not supported", fix="default, linear and yarn are")
+        raise ModelError(
+            f"config.json: rope type {kind!r} is not supported", fix="default, linear and yarn are"
+        )
     if kind != "default" and "factor" not in scaling:
-        raise ModelError(f"config.json: rope type {kind!r} without a factor", fix="take config.json from the original checkpoint")
+        raise ModelError(
+            f"config.json: rope type {kind!r} without a factor",
+            fix="take config.json from the original checkpoint",
+        )
     if (config.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ModelError("config.json: partial_rotary_factor is not supported", fix="only ropes over the whole head are")
+        raise ModelError(
+            "config.json: partial_rotary_factor is not supported", fix="only ropes over the whole head are"
+        )
     return RopeSettings(kind, float(theta), scaling)
 
 
-def yarn_frequencies(dims: int, settings: RopeSettings, max_positions: int = 131_072) -> tuple[np.ndarray, float]:
+def yarn_frequencies(
+    dims: int, settings: RopeSettings, max_positions: int = 131_072
+) -> tuple[np.ndarray, float]:
     r"""Inverse frequencies ``[dims / 2]`` and the factor on queries and keys, of YaRN.
 
-    Pair ``i`` turns by :math:`\theta^{-2i/d}` a token; pairs slower than ``beta_slow`` turns over the original length are divided by
-    ``factor``, those faster than ``beta_fast`` are left, and a linear ramp lies between. With ``truncate: false`` the ramp's ends stay
-    fractional.
+    Pair ``i`` turns by :math:`\theta^{-2i/d}` a token; pairs slower than ``beta_slow`` turns over the
+    original length are divided by ``factor``, those faster than ``beta_fast`` are left, and a linear ramp
+    lies between. With ``truncate: false`` the ramp's ends stay fractional.
 
     Args:
         dims: Size of a head.
         settings: The config's rope.
         max_positions: ``max_position_embeddings``, the original length where the rope names none.
 
-    Source: Peng et al., YaRN: Efficient Context Window Extension of Large Language Models (2023). The order of float32 operations is
-    that of transformers.
+    Source: Peng et al., YaRN: Efficient Context Window Extension of Large Language Models (2023). The order
+    of float32 operations is that of transformers.
     """
     scaling, theta = settings.scaling, settings.theta
-    factor, original = float(scaling["factor"]), float(scaling.get("original_max_position_embeddings") or max_positions)
+    factor, original = (
+        float(scaling["factor"]),
+        float(scaling.get("original_max_position_embeddings") or max_positions),
+    )
     fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
 
     def dimension(turns: float) -> float:
@@ -107,7 +125,8 @@ def other_logits(reason: str) -> str:
 
 
 def stock_difference(dims: int, settings: RopeSettings, max_positions: int = 131_072) -> str | None:
-    """What stock mlx-lm computes otherwise of a YaRN that it reads, by its numbers; None where they are the same.
+    """What stock mlx-lm computes otherwise of a YaRN that it reads, by its numbers; None where they are the
+    same.
 
     >>> rope = rope_settings({"rope_scaling": {"rope_type": "yarn", "factor": 32, "truncate": False}, "rope_theta": 150000})
     >>> stock_difference(64, rope)
@@ -118,7 +137,9 @@ def stock_difference(dims: int, settings: RopeSettings, max_positions: int = 131
     scaling = dict(settings.scaling)
     ours, scale = yarn_frequencies(dims, settings, max_positions)
     untold = {"original_max_position_embeddings": 4096, "truncate": True}
-    theirs, _ = yarn_frequencies(dims, replace(settings, scaling={**untold, **scaling, "truncate": True}), max_positions)
+    theirs, _ = yarn_frequencies(
+        dims, replace(settings, scaling={**untold, **scaling, "truncate": True}), max_positions
+    )
     if not np.allclose(ours, theirs, rtol=1e-5):
         if not scaling.get("truncate", True):
             return other_logits("it rounds YaRN's correction range")
@@ -139,11 +160,15 @@ class YarnRope(nn.Module):
         self.dims = dims
         self._wavelengths = mx.array(1 / inverse)
 
-    def __call__(self, x: Float[mx.array, "b h l d"], offset: int | mx.array = 0) -> Float[mx.array, "b h l d"]:
+    def __call__(
+        self, x: Float[mx.array, "b h l d"], offset: int | mx.array = 0
+    ) -> Float[mx.array, "b h l d"]:
         """Rotate; ``offset`` is the position of the first token (one for all rows, or one a row)."""
         if self.scale != 1.0:
             x = x * self.scale
-        return mx.fast.rope(x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._wavelengths)
+        return mx.fast.rope(
+            x, self.dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=self._wavelengths
+        )
 
 
 def build_rope(dims: int, settings: RopeSettings, max_positions: int) -> nn.Module:

@@ -1,4 +1,6 @@
-"""The table of rules (source pattern -> destination, transform) of an architecture, and plans made from it, either way."""
+"""The table of rules (source pattern -> destination, transform) of an architecture, and plans made from it,
+either way.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from mlx_distill.models.checkpoint.transforms import Same, Stack, Transform
 class Rule:
     """One line of the table: tensors named ``source`` become those named ``outputs``.
 
-    ``{l}`` stands for the layer's number and ``{e}`` for the expert's; a source with ``{e}`` means all experts of the layer.
+    ``{l}`` stands for the layer's number and ``{e}`` for the expert's; a source with ``{e}`` means all
+    experts of the layer.
     """
 
     source: str
@@ -90,9 +93,10 @@ class Planned:
 class Architecture:
     """What is known of one ``model_type``.
 
-    ``classes`` imports mlx-lm's (Model, ModelArgs); ``arguments`` turns a config of either spelling into what ModelArgs needs and refuses
-    what cannot be computed rightly; ``mend`` corrects a built model; ``shapes`` says which tensors those arguments ask for; ``rules`` is
-    the table; ``routers`` are module endings; ``stock_differs`` says where stock mlx-lm computes something else.
+    ``classes`` imports mlx-lm's (Model, ModelArgs); ``arguments`` turns a config of either spelling into what
+    ModelArgs needs and refuses what cannot be computed rightly; ``mend`` corrects a built model; ``shapes``
+    says which tensors those arguments ask for; ``rules`` is the table; ``routers`` are module endings;
+    ``stock_differs`` says where stock mlx-lm computes something else.
     """
 
     model_type: str
@@ -120,13 +124,16 @@ def check_activation(config: Mapping[str, Any]) -> None:
         ModelError: another ``hidden_act``.
     """
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ModelError(f"config.json: hidden_act {config['hidden_act']!r} is not supported", fix="only silu is")
+        raise ModelError(
+            f"config.json: hidden_act {config['hidden_act']!r} is not supported", fix="only silu is"
+        )
 
 
 def forward_plan(
     architecture: Architecture, tensors: Mapping[str, Source], config: Mapping[str, Any]
 ) -> tuple[list[Planned], list[tuple[Source, str]]]:
-    """Original layout (or ours, which the rules leave alone) to ours: what comes out, and what is left out and why.
+    """Original layout (or ours, which the rules leave alone) to ours: what comes out, and what is left out
+    and why.
 
     Raises:
         ModelError: an expert is missing, or a shape does not fit its rule.
@@ -147,7 +154,15 @@ def forward_plan(
     for (rule, layer), members in groups.items():
         infos = _in_order(rule, layer, members, config)
         for i, template in enumerate(rule.outputs):
-            planned.append(_plan(template.replace("{l}", layer), rule.transform, infos, i, type(rule.transform).__name__.lower()))
+            planned.append(
+                _plan(
+                    template.replace("{l}", layer),
+                    rule.transform,
+                    infos,
+                    i,
+                    type(rule.transform).__name__.lower(),
+                )
+            )
     names = [p.name for p in planned]
     if len(set(names)) != len(names):
         twice = next(p for p in planned if names.count(p.name) > 1)
@@ -160,7 +175,9 @@ def _plan(name: str, transform: Transform, infos: tuple[Source, ...], index: int
     return Planned(name, dtype, shape, infos, rule, lambda a, b: transform.rows(infos, index, a, b))
 
 
-def _in_order(rule: Rule, layer: str, members: list[tuple[int, Source]], config: Mapping[str, Any]) -> tuple[Source, ...]:
+def _in_order(
+    rule: Rule, layer: str, members: list[tuple[int, Source]], config: Mapping[str, Any]
+) -> tuple[Source, ...]:
     members.sort(key=lambda pair: pair[0])
     if isinstance(rule.transform, Stack):
         count = int(config.get("num_experts") or config.get("num_local_experts") or len(members))
@@ -168,7 +185,10 @@ def _in_order(rule: Rule, layer: str, members: list[tuple[int, Source]], config:
         for e in range(count):
             if e not in numbers:
                 missing = rule.source.replace("{l}", layer).replace("{e}", str(e))
-                raise ModelError(f"{members[0][1].where}: its sibling {missing!r} is missing", fix="download the checkpoint again")
+                raise ModelError(
+                    f"{members[0][1].where}: its sibling {missing!r} is missing",
+                    fix="download the checkpoint again",
+                )
     return tuple(info for _, info in members)
 
 
@@ -202,7 +222,10 @@ def backward_plan(architecture: Architecture, tensors: Mapping[str, Source]) -> 
     for (rule, layer), members in groups.items():
         infos = tuple(info for _, info in sorted(members.items()))
         if len(infos) != len(rule.outputs):
-            raise ModelError(f"{infos[0].where}: its counterpart is missing or of another type", fix="convert the checkpoint again")
+            raise ModelError(
+                f"{infos[0].where}: its counterpart is missing or of another type",
+                fix="convert the checkpoint again",
+            )
         transform = rule.transform
         for i, (dtype, shape) in enumerate(transform.inputs(infos)):
             name = rule.source.replace("{l}", layer).replace("{e}", str(i))
@@ -219,7 +242,9 @@ def source_name(architecture: Architecture, output: str, present: Mapping[str, S
     """What a missing tensor of ours is called in the layout that the checkpoint uses, for messages."""
     packed = any(name.endswith("_blocks") for name in present)
     for rule in architecture.rules:
-        if (found := rule.match_output(output)) and (rule.packed == packed or not rule.source.endswith("_proj")):
+        if (found := rule.match_output(output)) and (
+            rule.packed == packed or not rule.source.endswith("_proj")
+        ):
             if any(rule.match_source(name) is not None for name in present) or rule.packed:
                 return rule.source.replace("{l}", found[1]["l"]).replace("{e}", "0")
     return output

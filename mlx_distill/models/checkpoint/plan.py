@@ -20,7 +20,9 @@ _MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 @dataclass(frozen=True)
 class Prepared:
-    """A checkpoint's plan: ``planned`` in our layout, ``left_out`` with reasons, ``packings`` of the modules that are packed already."""
+    """A checkpoint's plan: ``planned`` in our layout, ``left_out`` with reasons, ``packings`` of the modules
+    that are packed already.
+    """
 
     folder: Path
     config: dict[str, Any]
@@ -61,20 +63,34 @@ def prepare(folder: Path) -> Prepared:
     checkpoint = open_checkpoint(folder)
     planned, left_out = forward_plan(architecture, checkpoint.tensors, config)
     packings = _check(checkpoint, architecture, expected_shapes(config, where), {p.name: p for p in planned})
-    return Prepared(folder, config, architecture, checkpoint, planned, [(info.name, why) for info, why in left_out], packings)
+    return Prepared(
+        folder,
+        config,
+        architecture,
+        checkpoint,
+        planned,
+        [(info.name, why) for info, why in left_out],
+        packings,
+    )
 
 
 def _check(
-    checkpoint: Checkpoint, architecture: Architecture, shapes: Mapping[str, tuple[int, ...]], found: Mapping[str, Planned]
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    shapes: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, Planned],
 ) -> dict[str, Treatment]:
-    """Every expected tensor is there in its shape, plain or packed, and nothing else is; returns how the packed ones are."""
+    """Every expected tensor is there in its shape, plain or packed, and nothing else is; returns how the
+    packed ones are.
+    """
     packings = {}
     known = set(shapes)
     for name, shape in shapes.items():
         if name not in found:
             missing = source_name(architecture, name, checkpoint.tensors)
             raise ModelError(
-                f"{checkpoint.listing}: tensor {missing!r} is missing", fix="download the checkpoint again, or correct config.json"
+                f"{checkpoint.listing}: tensor {missing!r} is missing",
+                fix="download the checkpoint again, or correct config.json",
             )
         plan, path = found[name], name.removesuffix(".weight")
         if plan.dtype == "U32" and name.endswith(".weight"):
@@ -85,22 +101,32 @@ def _check(
     for name, plan in found.items():
         if name not in known:
             raise ModelError(
-                f"{plan.where} is not part of a {architecture.model_type} with this config", fix="correct config.json, or remove the tensor"
+                f"{plan.where} is not part of a {architecture.model_type} with this config",
+                fix="correct config.json, or remove the tensor",
             )
     return packings
 
 
-def _packing(checkpoint: Checkpoint, found: Mapping[str, Planned], path: str, shape: tuple[int, ...]) -> Treatment:
+def _packing(
+    checkpoint: Checkpoint, found: Mapping[str, Planned], path: str, shape: tuple[int, ...]
+) -> Treatment:
     """How a weight is packed, from its shape and type and those of its scales."""
     weight, columns = found[f"{path}.weight"], shape[-1]
-    for leaf in ("scales", "biases") if f"{path}.scales" in found and found[f"{path}.scales"].dtype != "U8" else ("scales",):
+    for leaf in (
+        ("scales", "biases")
+        if f"{path}.scales" in found and found[f"{path}.scales"].dtype != "U8"
+        else ("scales",)
+    ):
         if f"{path}.{leaf}" not in found:
             raise ModelError(f"{weight.where} lacks its '{path}.{leaf}'", fix="convert the checkpoint again")
     scales = found[f"{path}.scales"]
     bits, group = weight.columns * 32 // columns, columns // max(scales.columns, 1)
     mode = "affine" if scales.dtype != "U8" else _MODES.get((bits, group))
     if mode is None:
-        raise ModelError(f"{weight.where}: {bits} bits in groups of {group} are no known quantization", fix="convert the checkpoint again")
+        raise ModelError(
+            f"{weight.where}: {bits} bits in groups of {group} are no known quantization",
+            fix="convert the checkpoint again",
+        )
     if weight.shape != (*shape[:-1], columns * bits // 32) or scales.shape != (*shape[:-1], columns // group):
         raise _shape_error(weight, f"{path}.weight", shape)
     return Treatment("quantize", mode=mode, bits=bits, group_size=group)

@@ -1,8 +1,8 @@
 """Safetensors read by hand: headers, shards and rows of tensors, without ever holding a whole file.
 
-The format (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header, then the tensors' bytes
-without gaps. Reading it here and not through a library allows rows of a tensor to be read, which bounds the memory of a conversion, and
-lets every refusal name the file and the tensor.
+The format (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header,
+then the tensors' bytes without gaps. Reading it here and not through a library allows rows of a tensor to be
+read, which bounds the memory of a conversion, and lets every refusal name the file and the tensor.
 """
 
 from __future__ import annotations
@@ -23,9 +23,23 @@ from mlx_distill.storage import os_errors
 
 INDEX = "model.safetensors.index.json"
 DTYPE_BYTES = {
-    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
-    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8,
-}  # fmt: skip
+    "BOOL": 1,
+    "U8": 1,
+    "I8": 1,
+    "F8_E4M3": 1,
+    "F8_E5M2": 1,
+    "F8_E8M0": 1,
+    "U16": 2,
+    "I16": 2,
+    "F16": 2,
+    "BF16": 2,
+    "U32": 4,
+    "I32": 4,
+    "F32": 4,
+    "U64": 8,
+    "I64": 8,
+    "F64": 8,
+}
 FLOATS = ("F32", "F16", "BF16")
 _RAW = {1: np.uint8, 2: np.uint16, 4: np.uint32, 8: np.uint64}
 _MAX_HEADER = 100_000_000  # the format's own limit
@@ -57,7 +71,9 @@ class Source(Protocol):
         """``file: tensor 'name'``, for messages."""
 
     def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
-        """Rows of the tensor seen as a matrix with ``columns`` columns (the last dimension if not given), as raw unsigned integers."""
+        """Rows of the tensor seen as a matrix with ``columns`` columns (the last dimension if not given), as
+        raw unsigned integers.
+        """
 
     def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
         """A block of the tensor seen as a matrix over its last dimension."""
@@ -84,9 +100,11 @@ class TensorInfo:
         return f"{self.file}: tensor {self.name!r}"
 
     def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
-        """Rows ``start`` to ``stop`` of the tensor seen as a matrix with ``columns`` columns, as raw unsigned integers ``[n, columns]``.
+        """Rows ``start`` to ``stop`` of the tensor seen as a matrix with ``columns`` columns, as raw unsigned
+        integers ``[n, columns]``.
 
-        ``columns`` defaults to the last dimension. A float's bits are not interpreted, so nothing can change on the way.
+        ``columns`` defaults to the last dimension. A float's bits are not interpreted, so nothing can change
+        on the way.
         """
         raw = np.dtype(_RAW[DTYPE_BYTES[self.dtype]])
         columns = columns or (self.shape[-1] if self.shape else 1)
@@ -97,7 +115,9 @@ class TensorInfo:
         return out
 
     def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """The block ``rows x columns`` of the tensor seen as a matrix over its last dimension: only these bytes are read."""
+        """The block ``rows x columns`` of the tensor seen as a matrix over its last dimension: only these
+        bytes are read.
+        """
         raw = np.dtype(_RAW[DTYPE_BYTES[self.dtype]])
         width = self.shape[-1]
         if columns == (0, width):
@@ -105,7 +125,12 @@ class TensorInfo:
         out = np.empty((rows[1] - rows[0], columns[1] - columns[0]), raw)
         with os_errors(), open(self.file, "rb", buffering=0) as file:
             for i in range(out.shape[0]):
-                _fill(file.fileno(), out[i], self.offset + ((rows[0] + i) * width + columns[0]) * raw.itemsize, self)
+                _fill(
+                    file.fileno(),
+                    out[i],
+                    self.offset + ((rows[0] + i) * width + columns[0]) * raw.itemsize,
+                    self,
+                )
         return out
 
 
@@ -123,7 +148,8 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
     """The tensors of one safetensors file and its metadata, checked against the file's size.
 
     Raises:
-        ModelError: truncated, not safetensors, overlapping or oversized tensors, an unknown type: with file and tensor.
+        ModelError: truncated, not safetensors, overlapping or oversized tensors, an unknown type: with file
+            and tensor.
     """
     path = Path(path)
     with os_errors():
@@ -132,11 +158,15 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
             head = file.read(8)
             length = struct.unpack("<Q", head)[0] if len(head) == 8 else -1
             if length < 0 or length > min(size - 8, _MAX_HEADER):
-                raise ModelError(f"{path}: truncated, or not a safetensors file ({size} bytes)", fix=_DOWNLOAD)
+                raise ModelError(
+                    f"{path}: truncated, or not a safetensors file ({size} bytes)", fix=_DOWNLOAD
+                )
             raw = file.read(length)
     try:
         header = json.loads(raw)
-        metadata = {str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()}  # MLX writes null
+        metadata = {
+            str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()
+        }  # MLX writes null
         tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: damaged header: {error}", fix=_DOWNLOAD) from error
@@ -147,10 +177,15 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
 def _tensor(path: Path, name: str, entry: Mapping[str, Any], base: int) -> TensorInfo:
     dtype, shape, (begin, end) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
     if dtype not in DTYPE_BYTES:
-        raise ModelError(f"{path}: tensor {name!r} has the unknown type {dtype}", fix="convert it with a tool that knows this type first")
+        raise ModelError(
+            f"{path}: tensor {name!r} has the unknown type {dtype}",
+            fix="convert it with a tool that knows this type first",
+        )
     info = TensorInfo(name, path, dtype, shape, base + int(begin))
     if end - begin != info.nbytes or any(n < 0 for n in shape):
-        raise ModelError(f"{info.where}: {end - begin} bytes do not hold {dtype} {list(shape)}", fix=_DOWNLOAD)
+        raise ModelError(
+            f"{info.where}: {end - begin} bytes do not hold {dtype} {list(shape)}", fix=_DOWNLOAD
+        )
     return info
 
 
@@ -161,7 +196,10 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], base: int, size
             raise ModelError(f"{info.where}: a gap or an overlap before it", fix=_DOWNLOAD)
         position += info.nbytes
         if position > size:
-            raise ModelError(f"{info.where}: the file is truncated ({size} bytes, {position} or more needed)", fix=_DOWNLOAD)
+            raise ModelError(
+                f"{info.where}: the file is truncated ({size} bytes, {position} or more needed)",
+                fix=_DOWNLOAD,
+            )
     if position != size:
         raise ModelError(f"{path}: {size - position} bytes after the last tensor", fix=_DOWNLOAD)
 
@@ -177,7 +215,9 @@ class Checkpoint:
     @property
     def listing(self) -> Path:
         """The file that says which tensors there are: the index, or the only shard."""
-        return self.folder / INDEX if (self.folder / INDEX).is_file() or len(self.files) != 1 else self.files[0]
+        return (
+            self.folder / INDEX if (self.folder / INDEX).is_file() or len(self.files) != 1 else self.files[0]
+        )
 
     @property
     def nbytes(self) -> int:
@@ -189,7 +229,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Read the index and every shard's header; nothing else.
 
     Raises:
-        ModelError: no safetensors, a missing shard, an index that disagrees with the shards: with file, tensor and cure.
+        ModelError: no safetensors, a missing shard, an index that disagrees with the shards: with file,
+            tensor and cure.
     """
     folder = Path(folder)
     index = folder / INDEX
@@ -197,7 +238,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         return _open_indexed(folder, index)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        pickled = sorted(p.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(ending))
+        pickled = sorted(
+            p.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(ending)
+        )
         if pickled:
             raise ModelError(
                 f"{folder / pickled[0]}: pickled weights are never opened, since they can run code",
@@ -208,7 +251,9 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     for file in files:
         for name, info in read_header(file)[0].items():
             if name in tensors:
-                raise ModelError(f"{info.where} stands in {tensors[name].file.name} too", fix="remove the stale shard")
+                raise ModelError(
+                    f"{info.where} stands in {tensors[name].file.name} too", fix="remove the stale shard"
+                )
             tensors[name] = info
     return Checkpoint(folder, tensors, tuple(files))
 
@@ -222,17 +267,22 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
-            raise ModelError(f"{index}: {shard!r} is not the name of a safetensors file in the same folder", fix=_DOWNLOAD)
+            raise ModelError(
+                f"{index}: {shard!r} is not the name of a safetensors file in the same folder", fix=_DOWNLOAD
+            )
         if not (folder / shard).is_file():
             first = next(name for name, file in weight_map.items() if file == shard)
             raise ModelError(f"{folder / shard} is missing (it holds {first!r})", fix="download that shard")
         for name, info in read_header(folder / shard)[0].items():
             if weight_map.get(name) != shard:
                 raise ModelError(
-                    f"{info.where} is not in {INDEX} under this file", fix="the index and the shards do not belong together; " + _DOWNLOAD
+                    f"{info.where} is not in {INDEX} under this file",
+                    fix="the index and the shards do not belong together; " + _DOWNLOAD,
                 )
             tensors[name] = info
     for name, shard in weight_map.items():
         if name not in tensors:
-            raise ModelError(f"{folder / shard}: tensor {name!r} is in {INDEX} but not in the file", fix=_DOWNLOAD)
+            raise ModelError(
+                f"{folder / shard}: tensor {name!r} is in {INDEX} but not in the file", fix=_DOWNLOAD
+            )
     return Checkpoint(folder, tensors, tuple(folder / shard for shard in shards))

@@ -1,4 +1,6 @@
-"""One tensor's way from source to shard, in slabs of rows: read, checked, merged, cast or packed, and measured against what it was."""
+"""One tensor's way from source to shard, in slabs of rows: read, checked, merged, cast or packed, and
+measured against what it was.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,18 @@ from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, FLOATS
 from mlx_distill.models.quantization import NAN_SCALE, Treatment, pack
 
 MLX_TYPES = {
-    "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U8": mx.uint8, "U16": mx.uint16, "U32": mx.uint32, "U64": mx.uint64,
-    "I8": mx.int8, "I16": mx.int16, "I32": mx.int32, "I64": mx.int64,
-}  # fmt: skip
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U8": mx.uint8,
+    "U16": mx.uint16,
+    "U32": mx.uint32,
+    "U64": mx.uint64,
+    "I8": mx.int8,
+    "I16": mx.int16,
+    "I32": mx.int32,
+    "I64": mx.int64,
+}
 _NAMES = {dtype: name for name, dtype in MLX_TYPES.items()}
 
 
@@ -26,7 +37,8 @@ def to_mlx(plan: Planned) -> mx.array:
     """A planned tensor as an array, bit for bit."""
     if plan.dtype not in MLX_TYPES:
         raise ModelError(
-            f"{plan.where} has the type {plan.dtype}, which MLX lacks", fix="convert it with a tool that knows this type first"
+            f"{plan.where} has the type {plan.dtype}, which MLX lacks",
+            fix="convert it with a tool that knows this type first",
         )
     return from_raw(plan.read(0, plan.rows), plan.dtype).reshape(plan.shape)
 
@@ -63,9 +75,11 @@ class Output:
 
 @dataclass(frozen=True)
 class Delta:
-    """A low-rank update ``scale * B A`` of a weight: ``a [r, in]`` and ``b [out, r]``, or with a leading axis of experts; float32.
+    """A low-rank update ``scale * B A`` of a weight: ``a [r, in]`` and ``b [out, r]``, or with a leading axis
+    of experts; float32.
 
-    ``magnitude [out]`` (or ``[experts, out]``) is DoRA's: each row of the updated weight is scaled to that norm.
+    ``magnitude [out]`` (or ``[experts, out]``) is DoRA's: each row of the updated weight is scaled to that
+    norm.
     """
 
     a: mx.array
@@ -141,9 +155,10 @@ class Job:
 class TensorRow:
     """One line of a conversion's table.
 
-    ``error`` is the root of the mean squared difference from the source over the root of the mean squared source, ``largest`` the greatest
-    difference; both 0 where the bits are the same. ``update`` is how large an adapter's update was, on the scale of ``error``. ``bits`` are
-    those stored for each of ``parameters`` weights, scales included.
+    ``error`` is the root of the mean squared difference from the source over the root of the mean squared
+    source, ``largest`` the greatest difference; both 0 where the bits are the same. ``update`` is how large
+    an adapter's update was, on the scale of ``error``. ``bits`` are those stored for each of ``parameters``
+    weights, scales included.
     """
 
     name: str
@@ -177,7 +192,11 @@ class Errors:
     def add(self, before: mx.array, after: mx.array) -> None:
         """Compare one slab, in float32; the sums are kept in float64."""
         difference = mx.abs(before.astype(mx.float32) - after.astype(mx.float32))
-        sums = [mx.sum(mx.square(before.astype(mx.float32)), axis=-1), mx.sum(mx.square(difference), axis=-1), mx.max(difference)]
+        sums = [
+            mx.sum(mx.square(before.astype(mx.float32)), axis=-1),
+            mx.sum(mx.square(difference), axis=-1),
+            mx.max(difference),
+        ]
         mx.eval(sums)
         self.squares += float(np.array(sums[0]).sum(dtype=np.float64))
         self.difference += float(np.array(sums[1]).sum(dtype=np.float64))
@@ -212,7 +231,8 @@ def run_slab(job: Job, start: int, stop: int, errors: Errors) -> list[np.ndarray
     """The raw bits of rows ``start`` to ``stop`` of each output.
 
     Raises:
-        ModelError: NaN or infinity in the source, or where the type to be is too narrow: with file and tensor.
+        ModelError: NaN or infinity in the source, or where the type to be is too narrow: with file and
+            tensor.
     """
     p, t = job.planned, job.treatment
     raw = p.read(start, stop)
@@ -229,8 +249,14 @@ def run_slab(job: Job, start: int, stop: int, errors: Errors) -> list[np.ndarray
         _check_fits(value, job)
         errors.add(source, value)
         return [to_raw(value)]
-    parts: tuple[mx.array, ...] = pack(source) if t.again and t.mode == "mxfp4" else mx.quantize(value, t.group_size, t.bits, mode=t.mode)
-    back = mx.dequantize(parts[0], parts[1], parts[2] if len(parts) > 2 else None, t.group_size, t.bits, t.mode)
+    parts: tuple[mx.array, ...] = (
+        pack(source)
+        if t.again and t.mode == "mxfp4"
+        else mx.quantize(value, t.group_size, t.bits, mode=t.mode)
+    )
+    back = mx.dequantize(
+        parts[0], parts[1], parts[2] if len(parts) > 2 else None, t.group_size, t.bits, t.mode
+    )
     _check_fits(back, job)
     errors.add(source, back)
     return [to_raw(part) for part in parts]
@@ -246,7 +272,9 @@ def _check_fits(value: mx.array, job: Job) -> None:
 
 
 def check_finite(raw: np.ndarray, planned: Planned) -> None:
-    """Refuse NaN and infinity, by the bits (255 is NaN among bytes of scales), in pieces that fit the processor's cache."""
+    """Refuse NaN and infinity, by the bits (255 is NaN among bytes of scales), in pieces that fit the
+    processor's cache.
+    """
     scales = planned.dtype == "U8" and planned.name.endswith(".scales")
     if planned.dtype not in FLOATS and not scales:
         return
@@ -255,7 +283,10 @@ def check_finite(raw: np.ndarray, planned: Planned) -> None:
     for i in range(0, flat.size, 1 << 17):
         piece = flat[i : i + (1 << 17)] & mask
         if piece.size and piece.max() == mask:
-            raise ModelError(f"{planned.where} holds NaN or infinity", fix="the checkpoint is damaged at its source; download it again")
+            raise ModelError(
+                f"{planned.where} holds NaN or infinity",
+                fix="the checkpoint is damaged at its source; download it again",
+            )
 
 
 def table_row(job: Job, errors: Errors, outputs: list[Output]) -> TensorRow:
@@ -263,7 +294,9 @@ def table_row(job: Job, errors: Errors, outputs: list[Output]) -> TensorRow:
     p, t = job.planned, job.treatment
     count = 0 if p.name.endswith((".scales", ".biases")) else prod(p.shape)
     bits = 8 * sum(o.nbytes for o in outputs) / count if count else 0.0
-    sources = p.sources[0].name if len(p.sources) == 1 else f"{p.sources[0].name} and {len(p.sources) - 1} more"
+    sources = (
+        p.sources[0].name if len(p.sources) == 1 else f"{p.sources[0].name} and {len(p.sources) - 1} more"
+    )
     stored = t.label if t.kind == "quantize" else outputs[0].dtype
     note = "; ".join(part for part in (t.why, "adapter merged" if job.delta is not None else "") if part)
     return TensorRow(

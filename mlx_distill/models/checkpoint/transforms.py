@@ -1,8 +1,8 @@
 """How a tensor of the original layout becomes tensors of MLX's, and back: row by row, on raw bits.
 
-Each transform goes both ways and can deliver any range of rows of any of its outputs, so that neither direction ever needs a whole tensor.
-``outputs`` says the types and shapes that come out, ``rows`` delivers rows of the output numbered ``index``; ``inputs`` and ``undo_rows``
-are the same for the way back.
+Each transform goes both ways and can deliver any range of rows of any of its outputs, so that neither
+direction ever needs a whole tensor. ``outputs`` says the types and shapes that come out, ``rows`` delivers
+rows of the output numbered ``index``; ``inputs`` and ``undo_rows`` are the same for the way back.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ Spec = tuple[str, tuple[int, ...]]  # safetensors type, shape
 
 def _refuse(info: Source, needed: str) -> ModelError:
     return ModelError(
-        f"{info.where} has the shape {list(info.shape)} where {needed} is needed", fix="check that config and weights belong together"
+        f"{info.where} has the shape {list(info.shape)} where {needed} is needed",
+        fix="check that config and weights belong together",
     )
 
 
@@ -44,7 +45,9 @@ class Same:
 
 @dataclass(frozen=True)
 class Packed:
-    """MXFP4 blocks ``[e, r, groups, 16]`` of bytes to MLX's words ``[e, r, groups * 4]``; the bytes are the same ones."""
+    """MXFP4 blocks ``[e, r, groups, 16]`` of bytes to MLX's words ``[e, r, groups * 4]``; the bytes are the
+    same ones.
+    """
 
     def outputs(self, infos: Infos) -> list[Spec]:
         """Words."""
@@ -69,7 +72,9 @@ class Packed:
 
 @dataclass(frozen=True)
 class SplitRows:
-    """Rows that alternate between gate and up ``[e, 2 r, ...]`` to two tensors ``[e, r, ...]``; ``packed`` blocks become words too."""
+    """Rows that alternate between gate and up ``[e, 2 r, ...]`` to two tensors ``[e, r, ...]``; ``packed``
+    blocks become words too.
+    """
 
     packed: bool = False
 
@@ -136,7 +141,9 @@ class SplitColumns:
 
 @dataclass(frozen=True)
 class Transpose:
-    """``[e, i, o]`` to ``[e, o, i]``; with ``split``, gate and up alternate in ``o`` and come out apart: gpt-oss without MXFP4."""
+    """``[e, i, o]`` to ``[e, o, i]``; with ``split``, gate and up alternate in ``o`` and come out apart:
+    gpt-oss without MXFP4.
+    """
 
     split: bool = False
 
@@ -213,7 +220,9 @@ class Stack:
 
 @dataclass(frozen=True)
 class SplitBlocks:
-    """Gate's rows before up's ``[e, 2 r, c]`` to two tensors ``[e, r, c]``: Qwen3-MoE as transformers 5 holds it in memory."""
+    """Gate's rows before up's ``[e, 2 r, c]`` to two tensors ``[e, r, c]``: Qwen3-MoE as transformers 5 holds
+    it in memory.
+    """
 
     def outputs(self, infos: Infos) -> list[Spec]:
         """Gate and up."""
@@ -225,7 +234,10 @@ class SplitBlocks:
     def rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
         """Rows of one half of each expert."""
         r = infos[0].shape[1] // 2
-        parts = [infos[0].read((2 * e + index) * r + a, (2 * e + index) * r + b) for e, a, b in _by_expert(start, stop, r)]
+        parts = [
+            infos[0].read((2 * e + index) * r + a, (2 * e + index) * r + b)
+            for e, a, b in _by_expert(start, stop, r)
+        ]
         return np.concatenate(parts)
 
     def inputs(self, infos: Infos) -> list[Spec]:

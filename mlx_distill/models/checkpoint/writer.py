@@ -1,4 +1,6 @@
-"""Shards written in bounded memory: streamed, hashed on the way, read back, renamed; a kill costs at most the shard it hit."""
+"""Shards written in bounded memory: streamed, hashed on the way, read back, renamed; a kill costs at most the
+shard it hit.
+"""
 
 from __future__ import annotations
 
@@ -18,14 +20,23 @@ import numpy as np
 
 from mlx_distill.errors import FileError
 from mlx_distill.models.checkpoint.safetensors import INDEX
-from mlx_distill.models.checkpoint.tensor_job import Errors, Job, Output, TensorRow, run_slab, slabs, table_row
+from mlx_distill.models.checkpoint.tensor_job import (
+    Errors,
+    Job,
+    Output,
+    TensorRow,
+    run_slab,
+    slabs,
+    table_row,
+)
 from mlx_distill.storage import digest, fsync_folder, os_errors, read_json, sha256, write_json
 
 MAX_SHARD_BYTES = 2 << 30
 # Slabs that fit the processor's cache are the fastest as well: of 4 to 256 MiB, 32 took the least time.
 MEMORY_BYTES = 32 << 20
 _COMPARED = 1 << 20  # bytes written, hashed and compared at a time
-# Copies of a slab that exist at once: as read, in float32 twice, packed and unpacked again, and two in the writer's queue.
+# Copies of a slab that exist at once: as read, in float32 twice, packed and unpacked again, and two in the
+# writer's queue.
 _COPIES = 8
 OnBytes = Callable[[int], None]
 
@@ -59,7 +70,8 @@ def write_shards(
         folder: A partial folder.
         max_shard_bytes: Largest shard, except that a tensor is never cut.
         memory_bytes: Bound on the working buffers.
-        salt: What the result depends on besides the sources (an adapter's hash): finished shards are only kept if it is the same.
+        salt: What the result depends on besides the sources (an adapter's hash): finished shards are only
+            kept if it is the same.
         notes: Where notes of finished shards go, ``folder/scratch`` if not given; not part of the result.
         on_bytes: Called with the bytes of source done since the last call.
 
@@ -79,8 +91,18 @@ def write_shards(
         note = notes / f"{name}.json"
         done = _finished(folder / name, note, key)
         if done is None:
-            done = _write_shard(folder / name, group, metadata or {"format": "mlx"}, memory_bytes // _COPIES, on_bytes)
-            write_json(note, {"key": key, "sha256": done.sha256, "size": done.size, "rows": [asdict(row) for row in done.rows]})
+            done = _write_shard(
+                folder / name, group, metadata or {"format": "mlx"}, memory_bytes // _COPIES, on_bytes
+            )
+            write_json(
+                note,
+                {
+                    "key": key,
+                    "sha256": done.sha256,
+                    "size": done.size,
+                    "rows": [asdict(row) for row in done.rows],
+                },
+            )
         elif on_bytes:
             on_bytes(sum(job.planned.nbytes for job in group))
         results.append(done)
@@ -108,7 +130,13 @@ def _key(group: Sequence[Job], salt: str) -> str:
     files = {info.file for job in group for info in job.planned.sources}
     stats = {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)}
     jobs = [
-        [job.planned.name, job.planned.rule, [s.name for s in job.planned.sources], asdict(job.treatment), job.delta is not None]
+        [
+            job.planned.name,
+            job.planned.rule,
+            [s.name for s in job.planned.sources],
+            asdict(job.treatment),
+            job.delta is not None,
+        ]
         for job in group
     ]
     return digest([salt, stats, jobs])
@@ -128,7 +156,11 @@ def _header(outputs: Sequence[Output], metadata: dict[str, str]) -> bytes:
     entries: dict[str, Any] = {"__metadata__": metadata}
     offset = 0
     for output in outputs:
-        entries[output.name] = {"dtype": output.dtype, "shape": list(output.shape), "data_offsets": [offset, offset + output.nbytes]}
+        entries[output.name] = {
+            "dtype": output.dtype,
+            "shape": list(output.shape),
+            "data_offsets": [offset, offset + output.nbytes],
+        }
         offset += output.nbytes
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
@@ -146,7 +178,13 @@ class _Sink:
         self.mirror = bytearray(_COMPARED)
 
     def put(self, block: np.ndarray | bytes) -> None:
-        data = block if isinstance(block, bytes) else memoryview(np.ascontiguousarray(block)).cast("B") if block.size else b""
+        data = (
+            block
+            if isinstance(block, bytes)
+            else memoryview(np.ascontiguousarray(block)).cast("B")
+            if block.size
+            else b""
+        )
         while len(self.pending) >= 4:
             self.pending.pop(0).result()
         self.pending += [self.pool.submit(self._write, data), self.hashing.submit(self.hash.update, data)]
@@ -162,7 +200,8 @@ class _Sink:
             # A bytearray compares with memcmp, a memoryview byte by byte.
             if count != len(piece) or (self.mirror if count == _COMPARED else self.mirror[:count]) != piece:
                 raise FileError(
-                    f"{self.path}: what was written does not read back the same", fix="check the disk, then run the same command again"
+                    f"{self.path}: what was written does not read back the same",
+                    fix="check the disk, then run the same command again",
                 )
             self.size += len(piece)
 
@@ -180,7 +219,9 @@ class _Sink:
         self.file.close()
 
 
-def _write_shard(path: Path, group: Sequence[Job], metadata: dict[str, str], slab_bytes: int, on_bytes: OnBytes | None) -> ShardResult:
+def _write_shard(
+    path: Path, group: Sequence[Job], metadata: dict[str, str], slab_bytes: int, on_bytes: OnBytes | None
+) -> ShardResult:
     outputs = [output for job in group for output in job.outputs]
     temporary = path.with_name(f".{path.name}.tmp")
     with os_errors(path):
@@ -200,7 +241,8 @@ def _write_shard(path: Path, group: Sequence[Job], metadata: dict[str, str], sla
 def _write_job(job: Job, sink: _Sink, slab_bytes: int, on_bytes: OnBytes | None) -> TensorRow:
     errors, outputs = Errors(), job.outputs
     with ExitStack() as files:
-        # Scales and biases come after the whole weight in the file; until then they wait on the disk, since they grow with the tensor.
+        # Scales and biases come after the whole weight in the file; until then they wait on the disk, since
+        # they grow with the tensor.
         later = [files.enter_context(TemporaryFile(dir=sink.path.parent)) for _ in outputs[1:]]
         for start, stop in slabs(job, slab_bytes):
             weight, *rest = run_slab(job, start, stop, errors)
@@ -223,4 +265,6 @@ def _write_index(folder: Path, groups: Sequence[Sequence[Job]], results: Sequenc
             for output in job.outputs:
                 weight_map[output.name] = result.name
                 total += output.nbytes
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))})
+    write_json(
+        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    )
