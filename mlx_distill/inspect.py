@@ -14,8 +14,8 @@ from typing import Any
 from mlx_distill.errors import DistillError, ModelError
 from mlx_distill.models.adapters import adapter_settings
 from mlx_distill.models.architectures.rope import rope_settings
-from mlx_distill.models.checkpoint.layout import Planned, folded
-from mlx_distill.models.checkpoint.plan import Prepared, prepare
+from mlx_distill.models.checkpoint.layout import TensorPlan, folded
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
 from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
 from mlx_distill.models.checkpoint.tensor_job import check_finite
 from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, read_object
@@ -232,7 +232,7 @@ def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify:
     return InspectReport(str(folder), "model", facts, tuple(rows), tuple(problems), verify)
 
 
-def _neutral(ready: Prepared) -> bool:
+def _neutral(ready: CheckpointPlan) -> bool:
     return not ready.architecture.rules and "quantization" not in ready.config
 
 
@@ -272,7 +272,7 @@ def _template(folder: Path) -> str:
     return f"{kind}, {len(text)} characters" if text else kind
 
 
-def _rows(ready: Prepared) -> list[InspectRow]:
+def _rows(ready: CheckpointPlan) -> list[InspectRow]:
     groups: dict[tuple[str, tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
     for p in ready.planned:
         path, _, leaf = p.name.rpartition(".")
@@ -294,7 +294,7 @@ def _rows(ready: Prepared) -> list[InspectRow]:
     return rows
 
 
-def _not_finite(planned: list[Planned]) -> list[str]:
+def _not_finite(planned: list[TensorPlan]) -> list[str]:
     out = []
     for p in planned:
         step = max(_SLAB // max(p.columns * 4, 1), 1)

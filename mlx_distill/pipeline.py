@@ -93,9 +93,9 @@ class _Runner:
         key = stage_key(stage.name, stage.format, stage.config, parents)
         partial = open_partial(folder, key)
         if stage.command in TRAININGS:
-            from mlx_distill.train.distributed import meet
+            from mlx_distill.train.distributed import agree_on_key
 
-            meet(self.out, key)
+            agree_on_key(self.out, key)
         began = time.time()
         facts = stage.work(context, partial)
         recorded = {
@@ -249,12 +249,12 @@ def _follow(
     0 writes and tells.
     """
     from mlx_distill.stages.context import Context
-    from mlx_distill.train.distributed import meet
+    from mlx_distill.train.distributed import agree_on_key
 
     with stop_on_signal() as stop:
         context = Context(runner.recipe, runner.task, runner.out, NullProgress(), stop, hooks, profile)
         for stage in stages:
-            if meet(runner.out, "", lambda stage=stage: runner.key_here(stage)):  # type: ignore[misc]
+            if agree_on_key(runner.out, "", lambda stage=stage: runner.key_here(stage)):  # type: ignore[misc]
                 with TemporaryDirectory(prefix="mlx-distill-") as folder:
                     stage.work(context, Path(folder))
     return Outcome(runner.recipe.name, str(runner.out), [])
@@ -303,9 +303,9 @@ def _step(
     state = runner.state(stage, anew)
     if state == "current":
         if stage.command in TRAININGS:
-            from mlx_distill.train.distributed import meet
+            from mlx_distill.train.distributed import agree_on_key
 
-            meet(runner.out, "")
+            agree_on_key(runner.out, "")
         runner.progress.note(f"{stage.name}: current")
         runner.manifests[stage.name] = read_manifest(runner.out / stage.name)  # type: ignore[assignment]
         return

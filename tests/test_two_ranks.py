@@ -79,10 +79,10 @@ def test_ranks_begin_together_on_the_same_rows_and_model(
     key: Callable[[], str] = lambda: here  # noqa: E731
     if begins is None:
         with pytest.raises(FileError, match="not the same rows and base model") as caught:
-            together.meet(tmp_path, "", key)
+            together.agree_on_key(tmp_path, "", key)
         assert "copy" in (caught.value.fix or "")
     else:
-        assert together.meet(tmp_path, "", key) is begins
+        assert together.agree_on_key(tmp_path, "", key) is begins
 
 
 @pytest.mark.parametrize("only", [None, "targets"])

@@ -97,14 +97,14 @@ def plan_epoch(
 
     Rows are shuffled, sorted by length inside windows of up to 64 batches (so that little is padded, and
     neighbours change each epoch), cut into batches of about one weight
-    (:func:`~mlx_distill.data.batching.cut_evenly`), and these put in an order
+    (:func:`~mlx_distill.data.batching.balanced_batch_sizes`), and these put in an order
     (:func:`~mlx_distill.data.batching.spread`). There are as many as if each had ``batch_size`` rows. The
     weight that counts is that of the tokens that are trained: a step of few of them moves the weights as far
     as one of many, so batches of equal counts cost loss where answers are as long as their chats, and batches
     of equal tokens where they are all of one length. A row weighs at least what its length is of
     ``len(lengths)`` longest rows, so that few batches hold many long prompts with short answers. No batch
     takes more places, rows times the length of its longest, than twice what ``batch_size`` longest rows do
-    (:func:`~mlx_distill.data.batching.bound_places`): the memory of a step goes with them. The same (seed,
+    (:func:`~mlx_distill.data.batching.cap_padding`): the memory of a step goes with them. The same (seed,
     epoch) gives the same plan; no global random state is read or changed.
 
     Args:
@@ -134,9 +134,9 @@ def plan_epoch(
         rows = order[len(order) * first // count : len(order) * end // count]
         # A stable sort keeps the shuffle among rows of one length.
         rows.sort(key=lambda row: -lengths[row])
-        left, even = iter(rows), cut_evenly([heavy[row] for row in rows], end - first)
+        left, even = iter(rows), balanced_batch_sizes([heavy[row] for row in rows], end - first)
         batches += [
-            tuple(islice(left, size)) for size in bound_places(even, [lengths[row] for row in rows], most)
+            tuple(islice(left, size)) for size in cap_padding(even, [lengths[row] for row in rows], most)
         ]
     batches.sort(key=lambda rows: -lengths[rows[0]])
     return [batches[number] for number in spread(len(batches), generator)]
@@ -209,7 +209,7 @@ class BatchList(Sequence[Batch]):
         return self.collate(self.batches[number])
 
 
-def cut_evenly(weights: Sequence[float], batches: int) -> list[int]:
+def balanced_batch_sizes(weights: Sequence[float], batches: int) -> list[int]:
     """How many rows in a row each batch takes, so that all weigh about as much: a row goes where its middle
     falls.
 
@@ -230,7 +230,7 @@ def cut_evenly(weights: Sequence[float], batches: int) -> list[int]:
     return [end - start for start, end in pairwise([0, *ends])]
 
 
-def bound_places(sizes: Sequence[int], lengths: Sequence[int], most: int) -> list[int]:
+def cap_padding(sizes: Sequence[int], lengths: Sequence[int], most: int) -> list[int]:
     """How many rows in a row each batch takes, so that none takes more than ``most`` places: its rows times
     the length of its longest.
 

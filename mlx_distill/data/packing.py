@@ -65,7 +65,7 @@ def _first_fit(rows: Sequence[int], sizes: Sequence[int], capacity: int) -> list
 
 
 @dataclass(frozen=True)
-class Lines:
+class PackPlan:
     """How the rows of a training stand in lines.
 
     ``rows[i]`` are the numbers of the rows of line i; ``sizes[i]`` its tokens; ``multiple`` what the width of
@@ -91,7 +91,7 @@ class Lines:
 
 def make_lines(
     lengths: Sequence[int], capacity: int, seed: int, packing: bool, *, few_widths: bool = False
-) -> Lines:
+) -> PackPlan:
     """Lines of packed rows, or of one row each.
 
     Args:
@@ -105,7 +105,7 @@ def make_lines(
     sizes = [length - 1 for length in lengths]
     rows = pack_rows(sizes, capacity, seed) if packing else [(row,) for row in range(len(lengths))]
     multiple = -(-capacity // (16 * _WIDTHS)) * 16 if packing or few_widths else 16
-    return Lines(rows, [sum(sizes[row] for row in line) for line in rows], multiple)
+    return PackPlan(rows, [sum(sizes[row] for row in line) for line in rows], multiple)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Int64
 
 from mlx_distill.data.dedup import Clusters, minhash, near_duplicates, shingles, words
-from mlx_distill.data.row_buffer import Spool
+from mlx_distill.data.row_buffer import RowBuffer
 from mlx_distill.data.rows import from_row, read_source, to_example, to_row
 from mlx_distill.data.splits import DROPPED, FREE, SPLITS, TEST, TRAIN, VALID, draw, settle_forced
 from mlx_distill.data.statistics import Counts, Dropped
@@ -78,7 +78,7 @@ def prepare(
     for left in folder.glob(".*.tmp.json*"):  # by a run that was killed
         left.unlink(missing_ok=True)
     dropped = Dropped()
-    with Spool(scratch(folder)) as spool:
+    with RowBuffer(scratch(folder)) as spool:
         read = _read(config, task, base, spool, dropped, progress)
         roots = _clusters(spool, config, dropped)
         sides = _sides(spool, roots, config, dropped)
@@ -99,7 +99,7 @@ def prepare(
 
 
 def _read(
-    config: DataConfig, task: Task, base: Path | None, spool: Spool, dropped: Dropped, progress: Progress
+    config: DataConfig, task: Task, base: Path | None, spool: RowBuffer, dropped: Dropped, progress: Progress
 ) -> int:
     """Fill the spool with the rows that pass the filters; how many were read."""
     cache: dict[str, int] = {}
@@ -185,7 +185,9 @@ def _forced(wish: Any, name: str, where: str) -> int:
     return side
 
 
-def _check_rows(spool: Spool, read: int, fields_seen: set[str], config: DataConfig, dropped: Dropped) -> None:
+def _check_rows(
+    spool: RowBuffer, read: int, fields_seen: set[str], config: DataConfig, dropped: Dropped
+) -> None:
     if not len(spool):
         reason = next(iter(dropped.summary()), "nothing was read")
         raise DataError(f"no rows are left of {read}: {reason}", fix="loosen the filters under data")
@@ -197,7 +199,7 @@ def _check_rows(spool: Spool, read: int, fields_seen: set[str], config: DataConf
         )
 
 
-def _clusters(spool: Spool, config: DataConfig, dropped: Dropped) -> Int64[np.ndarray, " n"]:
+def _clusters(spool: RowBuffer, config: DataConfig, dropped: Dropped) -> Int64[np.ndarray, " n"]:
     """The cluster of each row, -1 for rows dropped as exact duplicates."""
     text, forced = np.array(spool.text, dtype=np.uint64), np.array(spool.forced, dtype=np.int8)
     # Of the rows with one text the one that wishes for the highest side, then the first in hash order.
@@ -218,14 +220,14 @@ def _clusters(spool: Spool, config: DataConfig, dropped: Dropped) -> Int64[np.nd
     return roots
 
 
-def _drop_copy(spool: Spool, row: int, best: int, dropped: Dropped) -> None:
+def _drop_copy(spool: RowBuffer, row: int, best: int, dropped: Dropped) -> None:
     held_out = spool.forced[best] > max(spool.forced[row], TRAIN)
     reason = "duplicate of a held-out row" if held_out else "duplicate"
     other = "" if spool.answer[row] == spool.answer[best] else ", with another answer"
     dropped.add(reason + other, lambda: f"{spool.where(row)} (of {spool.where(best)})")
 
 
-def _sides(spool: Spool, roots: Int64[np.ndarray, " n"], config: DataConfig, dropped: Dropped) -> Any:
+def _sides(spool: RowBuffer, roots: Int64[np.ndarray, " n"], config: DataConfig, dropped: Dropped) -> Any:
     rows = np.flatnonzero(roots >= 0)
     forced = np.array(spool.forced, dtype=np.int8)[rows]
     local = np.searchsorted(rows, roots[rows])
@@ -251,7 +253,7 @@ def _sides(spool: Spool, roots: Int64[np.ndarray, " n"], config: DataConfig, dro
     return sides
 
 
-def _write(spool: Spool, sides: Any, task: Task, config: DataConfig, folder: Path) -> tuple[Counts, int]:
+def _write(spool: RowBuffer, sides: Any, task: Task, config: DataConfig, folder: Path) -> tuple[Counts, int]:
     counts = Counts(task.label, [*task.slices, *([task.group] if task.group else []), *config.stratify])
     names, often = np.unique(np.array(spool.names, dtype=np.uint64), return_counts=True)
     shared = frozenset(names[often > 1].tolist())

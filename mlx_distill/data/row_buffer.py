@@ -70,7 +70,7 @@ def _remove(file: BinaryIO, path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-class Spool:
+class RowBuffer:
     """Rows that are read and not yet dealt out, in the order in which they came; as a context manager it
     leaves nothing behind.
 
@@ -100,7 +100,7 @@ class Spool:
     def __len__(self) -> int:
         return len(self.text)
 
-    def __enter__(self) -> Spool:
+    def __enter__(self) -> RowBuffer:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -18,7 +18,7 @@ from mlx_distill.records import Batch
 
 
 @dataclass(frozen=True)
-class Pair:
+class AlignedRow:
     """One row for the student, with what the teacher says of it.
 
     ``tokens [l]`` the student's chat; ``start`` where its answer begins; ``label_at`` the position of the
@@ -39,7 +39,7 @@ class Pair:
     span_logprobs: Float[np.ndarray, " m"]
 
 
-def make_pair(
+def align_row(
     tokens: np.ndarray,
     start: int,
     spans: np.ndarray,
@@ -49,7 +49,7 @@ def make_pair(
     topk_logprobs: np.ndarray,
     label_at: int | None,
     label_logprobs: Sequence[float] | None,
-) -> Pair:
+) -> AlignedRow:
     """Join a student's row and a teacher's targets.
 
     Args:
@@ -67,7 +67,7 @@ def make_pair(
     )  # both end their answer here: a common event too
     spans = np.concatenate([np.asarray(spans).reshape(-1, 4), stop])
     sums = np.concatenate([[0.0], np.cumsum(teacher_logprobs, dtype=np.float64)])
-    return Pair(
+    return AlignedRow(
         tokens=np.asarray(tokens, dtype=np.int32),
         start=start,
         label_at=label_at if label_logprobs is not None else None,
@@ -80,8 +80,8 @@ def make_pair(
     )
 
 
-def pair_arrays(pair: Pair) -> dict[str, np.ndarray]:
-    """A pair as named arrays, each with one dimension that differs from pair to pair; :func:`pair_of` is the
+def aligned_row_arrays(pair: AlignedRow) -> dict[str, np.ndarray]:
+    """A pair as named arrays, each with one dimension that differs from pair to pair; :func:`aligned_row_of` is the
     inverse.
     """
     return {
@@ -98,12 +98,12 @@ def pair_arrays(pair: Pair) -> dict[str, np.ndarray]:
     }
 
 
-def pair_of(
+def aligned_row_of(
     *, start: np.ndarray, label_at: np.ndarray, label_logprobs: np.ndarray, **arrays: np.ndarray
-) -> Pair:
-    """The pair of some arrays of :func:`pair_arrays`."""
+) -> AlignedRow:
+    """The pair of some arrays of :func:`aligned_row_arrays`."""
     place = int(label_at[0]) if len(label_at) else None
-    return Pair(
+    return AlignedRow(
         start=int(start[0]),
         label_at=place,
         label_logprobs=label_logprobs if len(label_logprobs) else None,
@@ -111,8 +111,12 @@ def pair_of(
     )
 
 
-def collate_pairs(
-    pairs: Sequence[Pair], rows: Sequence[int | Sequence[int]], pad: int, classes: int, multiple: int = 16
+def collate_aligned_rows(
+    pairs: Sequence[AlignedRow],
+    rows: Sequence[int | Sequence[int]],
+    pad: int,
+    classes: int,
+    multiple: int = 16,
 ) -> Batch:
     """One micro-batch of pairs, right-padded, rows in a tuple sharing a line; token ``j`` of a row is
     predicted at its input ``j - 1``.
@@ -153,5 +157,5 @@ def collate_pairs(
     return replace(batch, extra={name: mx.array(value) for name, value in extra.items()})
 
 
-def _piece(pair: Pair) -> Piece:
+def _piece(pair: AlignedRow) -> Piece:
     return Piece(pair.tokens, np.arange(1, len(pair.tokens)) >= pair.start)

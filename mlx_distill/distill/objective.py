@@ -9,11 +9,11 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.losses.cross_tokenizer import CellMap, alm, span_sums
+from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, span_sums
 from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch, TopK
-from mlx_distill.train.objective import DENSE_LIMIT, Objective, Reader, read_objective, trained_tokens
+from mlx_distill.train.objective import DENSE_LIMIT, LogitReader, Objective, read_objective, trained_tokens
 
 # Which batch.extra array counts a term's events.
 _EVENTS = {"cells": "start_index", "kl": "start_index", "alm": "spans"}
@@ -34,13 +34,13 @@ def token_loss_kind(settings: DistillConfig, same_tokenizer: bool) -> str:
 def kd(
     settings: DistillConfig,
     labels: LabelTokens | None = None,
-    cells: CellMap | None = None,
+    cells: TokenGroups | None = None,
     same_tokenizer: bool = False,
     *,
     dense_limit: int = DENSE_LIMIT,
 ) -> Objective:
     r"""Distillation from a teacher's soft targets, over batches of
-    :func:`~mlx_distill.distill.align.collate_pairs`.
+    :func:`~mlx_distill.distill.align.collate_aligned_rows`.
 
     .. math:: \alpha\, T^2\, \mathrm{KL}_T(\mathrm{label}) + \beta\, D(\mathrm{tokens}) + \gamma\, \mathrm{CE}(\mathrm{text})
 
@@ -81,7 +81,7 @@ def kd(
         # A batch that only fills a rank's place has a mask of zeros, and counts for nothing.
         return {name: counts[name] if tokens else 0.0 for name in coefficients}
 
-    def read(reader: Reader, batch: Batch) -> dict[str, mx.array]:
+    def read(reader: LogitReader, batch: Batch) -> dict[str, mx.array]:
         extra, out = batch.extra, {}
         losses = None
         if "text" in coefficients or kind == "alm":
@@ -102,10 +102,10 @@ def kd(
 
 def _token_loss(
     kind: str,
-    reader: Reader,
+    reader: LogitReader,
     losses: mx.array | None,
     extra: Mapping[str, Any],
-    cells: CellMap | None,
+    cells: TokenGroups | None,
     temperature: float,
 ) -> mx.array:
     if kind == "alm":
@@ -115,14 +115,14 @@ def _token_loss(
     if kind == "kl":
         return reader.sparse_kl(extra["start_index"], targets, temperature)
     assert cells is not None
-    return reader.cell_kl(extra["start_index"], targets, cells, temperature)
+    return reader.token_group_kl(extra["start_index"], targets, cells, temperature)
 
 
 def _check(
     coefficients: Mapping[str, float],
     kind: str,
     labels: LabelTokens | None,
-    cells: CellMap | None,
+    cells: TokenGroups | None,
     same_tokenizer: bool,
 ) -> None:
     if not coefficients:

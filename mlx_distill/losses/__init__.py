@@ -3,14 +3,14 @@ equality.
 
 Same tokenizer: the divergences, from logits, from a top k, or straight from hidden states (``linear_*``),
     where the logits never exist.
-Another tokenizer: ``cell_kl``, ``alm``, ``label_kl`` over spans and cells that ``align_bytes`` and
-``cell_map`` find.
+Another tokenizer: ``token_group_kl``, ``alm``, ``label_kl`` over spans and cells that ``align_bytes`` and
+``build_token_groups`` find.
 """
 
 from __future__ import annotations
 
 from mlx_distill.losses.byte_alignment import align_bytes, align_lengths, token_bytes
-from mlx_distill.losses.cross_tokenizer import CellMap, alm, cell_kl, cell_map, span_sums
+from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, build_token_groups, span_sums, token_group_kl
 from mlx_distill.losses.divergences import forward_kl, js_divergence, reverse_kl, skew_kl, total_variation
 from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs, label_tokens
 from mlx_distill.losses.tiled import (
@@ -24,13 +24,13 @@ from mlx_distill.losses.topk import sparse_forward_kl
 
 __all__ = [
     "DIVERGENCES",
-    "CellMap",
+    "TokenGroups",
     "LabelTokens",
     "align_bytes",
     "align_lengths",
     "alm",
-    "cell_kl",
-    "cell_map",
+    "token_group_kl",
+    "build_token_groups",
     "forward_kl",
     "js_divergence",
     "label_kl",

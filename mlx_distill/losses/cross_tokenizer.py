@@ -13,15 +13,15 @@ from jaxtyping import Bool, Float, Int
 
 from mlx_distill.errors import ConfigError, DataError, ModelError
 from mlx_distill.losses.numerics import LOWEST, RESOLUTION, TINY, check_temperature, row_sum
-from mlx_distill.losses.token_groups import CellMap, cell_map
+from mlx_distill.losses.token_groups import TokenGroups, build_token_groups
 from mlx_distill.losses.topk import bucket_kl
 from mlx_distill.records import TopK
 
-__all__ = ["CellMap", "alm", "cell_kl", "cell_map", "merged_targets", "span_sums"]
+__all__ = ["TokenGroups", "alm", "token_group_kl", "build_token_groups", "group_topk", "span_sums"]
 
 
-def cell_kl(
-    student_logits: Float[mx.array, "n v"], targets: TopK, cells: CellMap, *, temperature: float = 1.0
+def token_group_kl(
+    student_logits: Float[mx.array, "n v"], targets: TopK, cells: TokenGroups, *, temperature: float = 1.0
 ) -> Float[mx.array, " n"]:
     """Forward KL over cells at positions where both models start a token at the same byte.
 
@@ -40,7 +40,7 @@ def cell_kl(
             "outside".
         targets: The *teacher's* token ids ``[n, k]`` and their log-probabilities in nats over the teacher's
             whole vocabulary.
-        cells: From :func:`cell_map`.
+        cells: From :func:`build_token_groups`.
         temperature: T.
 
     Returns:
@@ -68,7 +68,7 @@ def cell_kl(
             f"student logits of {width} columns for a tokenizer of {len(cells.student)}",
             fix="make the cell map with the student's own tokenizer",
         )
-    ids, logprobs, growing = merged_targets(targets, cells)
+    ids, logprobs, growing = group_topk(targets, cells)
     mass = _cell_masses(student_logits, cells)
     hit = mx.where(logprobs > LOWEST / 2, mx.take_along_axis(mass, ids, axis=1), 0.0)
     # Slots that hold no cell point at "outside", which no target reaches, so it must stay in the rest.
@@ -105,8 +105,8 @@ def _folded(p: mx.array, q: mx.array, rest: mx.array, growing: mx.array) -> mx.a
     return mx.put_along_axis(mx.zeros(p.shape, dtype=mx.bool_), order, below, axis=1)
 
 
-def merged_targets(
-    targets: TopK, cells: CellMap
+def group_topk(
+    targets: TopK, cells: TokenGroups
 ) -> tuple[Int[mx.array, "n k"], Float[mx.array, "n k"], Bool[mx.array, "n k"]]:
     """The teacher's top k as distinct cells, their log-masses, and whether the cell has teacher tokens that
     are not listed.
@@ -115,7 +115,7 @@ def merged_targets(
 
     Args:
         targets: Teacher token ids ``[n, k]`` and log-probabilities.
-        cells: From :func:`cell_map`.
+        cells: From :func:`build_token_groups`.
     """
     n, k = targets.ids.shape
     width = len(cells.teacher)
@@ -138,7 +138,7 @@ def merged_targets(
     return ids, mx.where(used, mx.log(mx.maximum(mass, TINY)), LOWEST), used & (members[ids] > listed)
 
 
-def _cell_masses(logits: mx.array, cells: CellMap) -> mx.array:
+def _cell_masses(logits: mx.array, cells: TokenGroups) -> mx.array:
     z = mx.maximum(logits.astype(mx.float32), LOWEST)
     e = mx.exp(z - mx.stop_gradient(z.max(axis=1, keepdims=True)))
     index = np.full(logits.shape[1], cells.outside, dtype=np.int32)

@@ -228,7 +228,7 @@ def linear_rows(
     ``rows x v``.
 
     For losses that must see the whole vocabulary at once, such as
-    :func:`~mlx_distill.losses.cross_tokenizer.cell_kl`.
+    :func:`~mlx_distill.losses.cross_tokenizer.token_group_kl`.
 
     Args:
         loss: From logits ``[r, v]`` (float32) and the slice of the flattened positions that they belong to,

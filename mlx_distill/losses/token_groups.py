@@ -16,7 +16,7 @@ from mlx_distill.losses.byte_alignment import Vocabulary, vocabulary
 
 
 @dataclass(frozen=True)
-class CellMap:
+class TokenGroups:
     """Which cell each token of either vocabulary belongs to.
 
     ``student [v]`` and ``teacher [w]`` int32 give a cell from 0 to ``cells - 1`` for each token id; the last
@@ -35,13 +35,13 @@ class CellMap:
         return self.cells - 1
 
 
-def cell_map(
+def build_token_groups(
     student_tokenizer: Any,
     teacher_tokenizer: Any,
     *,
     student_stop: int | Iterable[int] | None = None,
     teacher_stop: int | Iterable[int] | None = None,
-) -> CellMap:
+) -> TokenGroups:
     """Lay two byte-level vocabularies over each other: one cell a shared token, every other token in the cell
     of its beginning.
 
@@ -109,7 +109,9 @@ def cell_map(
         parent = parent[parent]
     roots, cells = np.unique(parent, return_inverse=True)
     cells = cells.astype(np.int32)
-    return CellMap(student=cells[:width], teacher=cells[width:total], cells=len(roots), shared=len(shared))
+    return TokenGroups(
+        student=cells[:width], teacher=cells[width:total], cells=len(roots), shared=len(shared)
+    )
 
 
 def _adopt(

@@ -15,14 +15,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.checkpoint.plan import Prepared, prepare
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
 from mlx_distill.models.checkpoint.safetensors import open_checkpoint
-from mlx_distill.models.checkpoint.tensor_job import Errors, Job, TensorRow, table_row
+from mlx_distill.models.checkpoint.tensor_job import Errors, TensorJob, TensorRow, table_row
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult, write_shards
 from mlx_distill.models.config_files import is_adapter, read_object
-from mlx_distill.models.folder import FORMAT, is_current, making, source_key
+from mlx_distill.models.folder import FORMAT, is_current, source_key, staged_folder
 from mlx_distill.models.hub import commit_of, copy_tokenizer, resolve
-from mlx_distill.models.quantization import SAFETENSORS, decider, with_quantization
+from mlx_distill.models.quantization import SAFETENSORS, quantization_policy, with_quantization
 from mlx_distill.progress import Progress
 from mlx_distill.storage import recover, stage_key, write_json
 from mlx_distill.text import size
@@ -142,7 +142,7 @@ def convert(
     recover(destination)
     if is_current(destination, stage_key("convert", FORMAT, settings, parents)):
         return _as_written(str(source), destination, ready)
-    with making(destination, folder, "convert", settings, parents) as work:
+    with staged_folder(destination, folder, "convert", settings, parents) as work:
         report = _write(
             str(source), destination, work.folder, ready, jobs, max_shard_bytes, memory_bytes, progress
         )
@@ -153,7 +153,7 @@ def convert(
     return report
 
 
-def _as_written(source: str, destination: Path, ready: Prepared) -> ConversionReport:
+def _as_written(source: str, destination: Path, ready: CheckpointPlan) -> ConversionReport:
     """The report of a conversion that stands there already."""
     table = read_object(destination / TABLE)
     rows = tuple(TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in table["tensors"])
@@ -195,23 +195,25 @@ def convert_into(
 
 def _plan(
     folder: Path, quantize: str | None, dtype: str | None, group_size: int = 0
-) -> tuple[Prepared, list[Job]]:
+) -> tuple[CheckpointPlan, list[TensorJob]]:
     if is_adapter(folder):
         raise ModelError(
             f"{folder} holds an adapter, not a model",
             fix="use mlx-distill quantize or export, which merge it",
         )
     ready = prepare(folder)
-    decide = decider(ready.architecture, ready.quantizable, quantize, dtype=dtype, group_size=group_size)
-    return ready, [Job(p, decide(p)) for p in ready.planned]
+    decide = quantization_policy(
+        ready.architecture, ready.quantizable, quantize, dtype=dtype, group_size=group_size
+    )
+    return ready, [TensorJob(p, decide(p)) for p in ready.planned]
 
 
 def _write(
     source: str,
     destination: Path,
     into: Path,
-    ready: Prepared,
-    jobs: Sequence[Job],
+    ready: CheckpointPlan,
+    jobs: Sequence[TensorJob],
     max_shard_bytes: int,
     memory_bytes: int,
     progress: Progress | None,
@@ -228,8 +230,8 @@ def _write(
 def _report(
     source: str,
     destination: Path,
-    ready: Prepared,
-    jobs: Sequence[Job],
+    ready: CheckpointPlan,
+    jobs: Sequence[TensorJob],
     shards: Sequence[ShardResult],
     seconds: float,
     *,
@@ -286,7 +288,7 @@ def update_lost(rows: Sequence[TensorRow]) -> list[str]:
 
 
 def stream(
-    jobs: Sequence[Job], into: Path, name: str, *, progress: Progress | None = None, **options: Any
+    jobs: Sequence[TensorJob], into: Path, name: str, *, progress: Progress | None = None, **options: Any
 ) -> list[ShardResult]:
     """Write the shards, telling ``progress`` the megabytes of source that are done."""
     done = 0
@@ -305,7 +307,9 @@ def stream(
         return write_shards(jobs, into, on_bytes=on_bytes, **options)
 
 
-def shard_rows(ready: Prepared, jobs: Sequence[Job], shards: Sequence[ShardResult]) -> tuple[TensorRow, ...]:
+def shard_rows(
+    ready: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
+) -> tuple[TensorRow, ...]:
     """The table's lines: as measured where shards were written, else as planned; packed words that came in
     count as their weights.
     """
@@ -327,7 +331,9 @@ def shard_rows(ready: Prepared, jobs: Sequence[Job], shards: Sequence[ShardResul
     return tuple(rows)
 
 
-def finish_folder(into: Path, ready: Prepared, jobs: Sequence[Job], shards: Sequence[ShardResult]) -> None:
+def finish_folder(
+    into: Path, ready: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
+) -> None:
     """Config, tokenizer, and the table of tensors with the shards' hashes."""
     copy_tokenizer(ready.folder, into, others=True)
     write_json(into / "config.json", our_config(ready, jobs))
@@ -346,7 +352,7 @@ def shard_hashes(folder: Path) -> dict[str, str]:
     return {row["name"]: row["sha256"] for row in read_object(folder / TABLE)["shards"]}
 
 
-def our_config(ready: Prepared, jobs: Sequence[Job]) -> dict[str, Any]:
+def our_config(ready: CheckpointPlan, jobs: Sequence[TensorJob]) -> dict[str, Any]:
     """HF's keys, what stock mlx-lm needs besides, and ``quantization`` as mlx-lm writes it."""
     config = dict(read_object(ready.folder / "config.json"))
     arguments = ready.architecture.arguments(ready.config)

@@ -14,16 +14,16 @@ import numpy as np
 
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.checkpoint.layout import backward_plan, folded
-from mlx_distill.models.checkpoint.plan import Prepared, prepare
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
 from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, Source
-from mlx_distill.models.checkpoint.tensor_job import Errors, Job, TensorRow, run_slab, table_row
+from mlx_distill.models.checkpoint.tensor_job import Errors, TensorJob, TensorRow, run_slab, table_row
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
 from mlx_distill.models.config_files import adapter_base, is_adapter, read_object
 from mlx_distill.models.convert import stream, update_lost
-from mlx_distill.models.folder import making, source_key
+from mlx_distill.models.folder import source_key, staged_folder
 from mlx_distill.models.hub import copy_tokenizer, resolve
 from mlx_distill.models.peft import Card, from_peft, peft_weights, to_peft, write_peft
-from mlx_distill.models.quantization import Treatment
+from mlx_distill.models.quantization import QuantSpec
 from mlx_distill.models.quantize import adapter_deltas, plan_jobs, reopen
 from mlx_distill.progress import Progress
 from mlx_distill.storage import write_json, write_text
@@ -33,7 +33,7 @@ _NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "mode
 
 
 @dataclass(frozen=True)
-class Derived:
+class ComputedTensor:
     """A tensor of ours that is made while it is read: merged, unpacked, packed again, or of another layout.
 
     Stands in for a :class:`TensorInfo`.
@@ -43,7 +43,7 @@ class Derived:
     dtype: str
     shape: tuple[int, ...]
     file: Path
-    job: Job
+    job: TensorJob
     index: int
     errors: Errors
 
@@ -163,10 +163,10 @@ def to_hf(
     beside = peft_weights(folder) if adapted and adapter == "keep" else {}
     ready = prepare(adapter_base(folder) if adapted else folder)
     sources, changed = _sources(ready, adapter_deltas(folder) if adapted and not beside else {})
-    jobs = [Job(p) for p in backward_plan(ready.architecture, sources)]
+    jobs = [TensorJob(p) for p in backward_plan(ready.architecture, sources)]
     settings: dict[str, Any] = {"layout": "hf", "adapter": adapter, "max_shard_bytes": max_shard_bytes}
     key = source_key(folder)
-    with making(destination, folder, "export", settings, {"source": key}) as work:
+    with staged_folder(destination, folder, "export", settings, {"source": key}) as work:
         shards = stream(
             jobs,
             work.folder,
@@ -200,13 +200,13 @@ def to_hf(
 
 
 def _sources(
-    ready: Prepared, deltas: Mapping[str, Any]
-) -> tuple[dict[str, Source], list[tuple[Job, Errors]]]:
+    ready: CheckpointPlan, deltas: Mapping[str, Any]
+) -> tuple[dict[str, Source], list[tuple[TensorJob, Errors]]]:
     """Our tensors by name; those that change are computed while they are read."""
     planned = {p.name: p for p in ready.planned}
     foreign = {path for path, packing in ready.packings.items() if not _native(ready, path, packing)}
     sources: dict[str, Source] = {}
-    changed: list[tuple[Job, Errors]] = []
+    changed: list[tuple[TensorJob, Errors]] = []
     for job in plan_jobs(ready, dict(deltas), None):
         path, _, leaf = job.planned.name.rpartition(".")
         if path in foreign and leaf in ("scales", "biases"):
@@ -214,9 +214,9 @@ def _sources(
         if path in foreign and leaf == "weight":
             packing, kept = ready.packings[path], planned[f"{path}.scales"].dtype
             plain, _ = reopen(planned[job.planned.name], planned, packing)
-            job = Job(
+            job = TensorJob(
                 plain,
-                Treatment("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {packing.mode}"),
+                QuantSpec("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {packing.mode}"),
                 job.delta,
             )
         if job.treatment.kind == "keep" and job.planned.rule == "same":
@@ -224,7 +224,7 @@ def _sources(
             continue
         errors = Errors()
         for i, output in enumerate(job.outputs):
-            sources[output.name] = Derived(
+            sources[output.name] = ComputedTensor(
                 output.name, output.dtype, output.shape, job.planned.sources[0].file, job, i, errors
             )
         if job.treatment.kind != "keep":
@@ -232,12 +232,12 @@ def _sources(
     return sources, changed
 
 
-def _native(ready: Prepared, path: str, packing: Treatment) -> bool:
+def _native(ready: CheckpointPlan, path: str, packing: QuantSpec) -> bool:
     """Whether the Hugging Face layout of this architecture has room for the packed module as it is."""
     return ready.architecture.model_type == "gpt_oss" and ".experts." in path and packing.mode == "mxfp4"
 
 
-def hf_config(ready: Prepared, names: set[str]) -> dict[str, Any]:
+def hf_config(ready: CheckpointPlan, names: set[str]) -> dict[str, Any]:
     """config.json without what conversion added to it."""
     config = dict(read_object(ready.folder / "config.json"))
     config.pop("quantization", None)
@@ -257,4 +257,4 @@ def hf_config(ready: Prepared, names: set[str]) -> dict[str, Any]:
     return config
 
 
-__all__ = ["Derived", "ExportReport", "from_peft", "hf_config", "to_hf", "to_peft"]
+__all__ = ["ComputedTensor", "ExportReport", "from_peft", "hf_config", "to_hf", "to_peft"]

@@ -54,7 +54,7 @@ def source_key(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class Making:
+class StagedFolder:
     """A folder in the making: where to write, what the manifest will record, and the hashes that are known
     already.
     """
@@ -65,9 +65,9 @@ class Making:
 
 
 @contextmanager
-def making(
+def staged_folder(
     destination: Path, source: Path, stage: str, settings: Mapping[str, Any], parents: Mapping[str, str]
-) -> Iterator[Making]:
+) -> Iterator[StagedFolder]:
     """Yield a partial folder, empty or as a killed run left it; it takes the destination's place when the
     block ends well.
 
@@ -80,7 +80,7 @@ def making(
     key = digest([stage_key(stage, FORMAT, settings, parents), str(source.resolve())])
     partial = open_partial(destination, key)
     with lock_folder(scratch(partial)):
-        work = Making(partial)
+        work = StagedFolder(partial)
         yield work
         publish(destination, stage, FORMAT, settings, parents, work.recorded, work.hashes)
 

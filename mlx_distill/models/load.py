@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import build_model
-from mlx_distill.models.checkpoint.plan import Prepared, prepare
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
 from mlx_distill.models.checkpoint.safetensors import INDEX
 from mlx_distill.models.checkpoint.tensor_job import to_mlx
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES
@@ -108,7 +108,7 @@ def skeleton(folder: str | Path) -> Any:
     return _build(prepare(Path(folder)))
 
 
-def _build(ready: Prepared) -> Any:
+def _build(ready: CheckpointPlan) -> Any:
     model = build_model(ready.config, str(ready.folder / "config.json"))
     if ready.packings:
         nn.quantize(
@@ -120,7 +120,7 @@ def _build(ready: Prepared) -> Any:
     return model
 
 
-def _load_weights(ready: Prepared) -> Any:
+def _load_weights(ready: CheckpointPlan) -> Any:
     model = _build(ready)
     model.load_weights([(p.name, to_mlx(p)) for p in ready.planned])
     return model

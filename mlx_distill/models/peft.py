@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_distill.errors import ModelError
 from mlx_distill.models.adapters import LoraSettings, adapter_config, adapter_settings, relative_base
 from mlx_distill.models.architectures.registry import architecture_of
-from mlx_distill.models.checkpoint.plan import Prepared, prepare
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
 from mlx_distill.models.checkpoint.safetensors import read_header
 from mlx_distill.models.config_files import (
     ADAPTER_CONFIG,
@@ -24,13 +24,13 @@ from mlx_distill.models.config_files import (
     load_config,
     read_object,
 )
-from mlx_distill.models.folder import making, source_key
+from mlx_distill.models.folder import source_key, staged_folder
 from mlx_distill.models.hub import commit_of, copy_tokenizer, is_hub_id, resolve
 from mlx_distill.storage import atomic_path, digest, read_manifest, sha256, write_json, write_text
 from mlx_distill.text import counted
 
 # (title, exported folder, its base, notes of the export) -> README.md
-Card = Callable[[str, Path, Prepared, Sequence[str]], str]
+Card = Callable[[str, Path, CheckpointPlan, Sequence[str]], str]
 
 PEFT_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
@@ -106,7 +106,7 @@ def to_peft(
     weights = peft_weights(folder)
     ready = prepare(adapter_base(folder))
     base = base_model or unconverted(ready.folder)
-    with making(
+    with staged_folder(
         destination, folder, "export", {"layout": "peft", "base_model": base}, {"source": source_key(folder)}
     ) as work:
         paths = write_peft(folder, work.folder, weights, base)
@@ -247,7 +247,9 @@ def from_peft(source: str | Path, destination: str | Path, base: str | Path | No
     layers = int(load_config(resolve(base))["num_hidden_layers"])
     ours = adapter_config(settings, paths, layers, relative_base(base, destination))
     parents = {"source": digest([sha256(source / PEFT_FILE), sha256(source / ADAPTER_CONFIG)])}
-    with making(destination, source, "import", {"layout": "peft", "base": ours["base"]}, parents) as work:
+    with staged_folder(
+        destination, source, "import", {"layout": "peft", "base": ours["base"]}, parents
+    ) as work:
         with atomic_path(work.folder / ADAPTER_FILE) as temporary:
             mx.save_safetensors(str(temporary), out, metadata={"format": "mlx"})
         copy_tokenizer(resolve(base), work.folder)

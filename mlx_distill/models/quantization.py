@@ -13,7 +13,7 @@ import mlx.core as mx
 from jaxtyping import Float, UInt8, UInt32
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.models.checkpoint.layout import Architecture, Planned
+from mlx_distill.models.checkpoint.layout import Architecture, TensorPlan
 from mlx_distill.models.checkpoint.safetensors import FLOATS
 from mlx_distill.recipe import MODES
 
@@ -29,7 +29,7 @@ SAFETENSORS = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 @dataclass(frozen=True)
-class Treatment:
+class QuantSpec:
     """``kind`` is ``keep``, ``cast`` or ``quantize``; ``dtype`` the safetensors type cast to; ``why`` a
     reason worth showing.
 
@@ -57,10 +57,10 @@ class Treatment:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
-Decide = Callable[[Planned], Treatment]
+Decide = Callable[[TensorPlan], QuantSpec]
 
 
-def parse_mode(name: str, group_size: int = 0) -> Treatment:
+def parse_mode(name: str, group_size: int = 0) -> QuantSpec:
     """A mode by name: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``; ``group_size`` 0 is the
     mode's own.
 
@@ -76,16 +76,16 @@ def parse_mode(name: str, group_size: int = 0) -> Treatment:
             raise ConfigError(
                 f"groups of {size} with {name}", fix=f"one of {', '.join(map(str, sorted(AFFINE_GROUPS)))}"
             )
-        return Treatment("quantize", mode="affine", bits=int(name.removeprefix("affine")), group_size=size)
+        return QuantSpec("quantize", mode="affine", bits=int(name.removeprefix("affine")), group_size=size)
     if name in _FIXED:
         bits, size = _FIXED[name]
         if group_size not in (0, size):
             raise ConfigError(f"groups of {group_size} with {name}", fix=f"{name} has groups of {size}")
-        return Treatment("quantize", mode=name, bits=bits, group_size=size)
+        return QuantSpec("quantize", mode=name, bits=bits, group_size=size)
     raise ConfigError(f"unknown quantization {name!r}", fix=f"one of {', '.join(MODES)}")
 
 
-def decider(
+def quantization_policy(
     architecture: Architecture,
     quantizable: Set[str],
     quantize: str | None = None,
@@ -111,10 +111,10 @@ def decider(
     routers = tuple(f".{name}" for name in architecture.routers) if "router" in keep else ()
     to = SAFETENSORS[dtype] if dtype else None
 
-    def decide(planned: Planned) -> Treatment:
+    def decide(planned: TensorPlan) -> QuantSpec:
         if planned.dtype not in FLOATS:
-            return Treatment(why="packed already" if planned.dtype in ("U32", "U8") else "not floating point")
-        plain = Treatment("cast", dtype=to) if to and to != planned.dtype else Treatment()
+            return QuantSpec(why="packed already" if planned.dtype in ("U32", "U8") else "not floating point")
+        plain = QuantSpec("cast", dtype=to) if to and to != planned.dtype else QuantSpec()
         path = planned.name.removesuffix(".weight")
         if not body or not planned.name.endswith(".weight") or path not in quantizable:
             return plain
@@ -124,14 +124,14 @@ def decider(
             else next((part for part in keep if part in path), None)
         )
         if part:
-            return Treatment(plain.kind, plain.dtype, why=f"kept by {part!r}")
+            return QuantSpec(plain.kind, plain.dtype, why=f"kept by {part!r}")
         name = outer if path in ("lm_head", "model.embed_tokens") else body
         return _fit(modes[name or body], planned, plain)
 
     return decide
 
 
-def _fit(wish: Treatment, planned: Planned, plain: Treatment) -> Treatment:
+def _fit(wish: QuantSpec, planned: TensorPlan, plain: QuantSpec) -> QuantSpec:
     sizes = (
         [size for size in AFFINE_GROUPS if size <= wish.group_size]
         if wish.mode == "affine"
@@ -144,8 +144,8 @@ def _fit(wish: Treatment, planned: Planned, plain: Treatment) -> Treatment:
                 if size == wish.group_size
                 else f"{planned.columns} columns are no multiple of {wish.group_size}"
             )
-            return Treatment("quantize", plain.dtype, wish.mode, wish.bits, size, why)
-    return Treatment(plain.kind, plain.dtype, why=f"{planned.columns} columns are no multiple of {sizes[-1]}")
+            return QuantSpec("quantize", plain.dtype, wish.mode, wish.bits, size, why)
+    return QuantSpec(plain.kind, plain.dtype, why=f"{planned.columns} columns are no multiple of {sizes[-1]}")
 
 
 GROUP = 32

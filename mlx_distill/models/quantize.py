@@ -16,10 +16,17 @@ import numpy as np
 
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.models.adapters import LoraSettings, adapter_settings
-from mlx_distill.models.checkpoint.layout import Planned
-from mlx_distill.models.checkpoint.plan import Prepared, prepare
+from mlx_distill.models.checkpoint.layout import TensorPlan
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
 from mlx_distill.models.checkpoint.safetensors import Source, read_header
-from mlx_distill.models.checkpoint.tensor_job import Delta, Job, TensorRow, Whole, from_raw, to_raw
+from mlx_distill.models.checkpoint.tensor_job import (
+    LowRankUpdate,
+    Replacement,
+    TensorJob,
+    TensorRow,
+    from_raw,
+    to_raw,
+)
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
 from mlx_distill.models.config_files import (
     ADAPTER_CONFIG,
@@ -36,9 +43,9 @@ from mlx_distill.models.convert import (
     tensor_table,
     update_lost,
 )
-from mlx_distill.models.folder import making, source_key
+from mlx_distill.models.folder import source_key, staged_folder
 from mlx_distill.models.hub import copy_tokenizer, resolve
-from mlx_distill.models.quantization import Treatment, decider
+from mlx_distill.models.quantization import QuantSpec, quantization_policy
 from mlx_distill.progress import Progress
 from mlx_distill.storage import atomic_path, sha256, write_json
 
@@ -159,7 +166,7 @@ def quantize_folder(
         "keep": list(keep),
         "max_shard_bytes": max_shard_bytes,
     }
-    with making(destination, folder, "quantize", settings, {"source": source_key(folder)}) as work:
+    with staged_folder(destination, folder, "quantize", settings, {"source": source_key(folder)}) as work:
         report = quantize_into(
             folder,
             work.folder,
@@ -242,7 +249,7 @@ def _copy_adapter(source: Path, folder: Path) -> None:
     write_json(folder / ADAPTER_CONFIG, {**read_object(source / ADAPTER_CONFIG), "base": "base"})
 
 
-def adapter_deltas(folder: Path) -> dict[str, Delta | Whole]:
+def adapter_deltas(folder: Path) -> dict[str, LowRankUpdate | Replacement]:
     """The updates of an adapter folder, by the name of the tensor that they change.
 
     Raises:
@@ -251,11 +258,11 @@ def adapter_deltas(folder: Path) -> dict[str, Delta | Whole]:
     settings: LoraSettings = adapter_settings(folder)
     infos, _ = read_header(folder / ADAPTER_FILE)
     weights = mx.load(str(folder / ADAPTER_FILE))
-    deltas: dict[str, Delta | Whole] = {}
+    deltas: dict[str, LowRankUpdate | Replacement] = {}
     for name, info in infos.items():
         path, leaf = name.rsplit(".", 1)
         if leaf in ("weight", "bias"):
-            deltas[name] = Whole(weights[name])
+            deltas[name] = Replacement(weights[name])
         if leaf != "lora_a":
             continue
         if f"{path}.lora_b" not in weights:
@@ -263,17 +270,17 @@ def adapter_deltas(folder: Path) -> dict[str, Delta | Whole]:
         a, b = weights[name].astype(mx.float32), weights[f"{path}.lora_b"].astype(mx.float32)
         if a.ndim == 2:  # mlx-lm keeps the matrices of linear layers as [in, r] and [r, out]
             a, b = a.T, b.T
-        deltas[f"{path}.weight"] = Delta(a, b, settings.scale, weights.get(f"{path}.m"))
+        deltas[f"{path}.weight"] = LowRankUpdate(a, b, settings.scale, weights.get(f"{path}.m"))
     return deltas
 
 
 def plan_jobs(
-    ready: Prepared,
-    deltas: dict[str, Delta | Whole],
+    ready: CheckpointPlan,
+    deltas: dict[str, LowRankUpdate | Replacement],
     mode: str | None,
     group_size: int = 0,
     keep: Sequence[str] = ("router",),
-) -> list[Job]:
+) -> list[TensorJob]:
     """What happens to each tensor: packed weights stay, unless an update changes them: then they are packed
     again the same way.
 
@@ -281,8 +288,10 @@ def plan_jobs(
         ModelError: an update for a weight that the base does not have, or of another shape.
     """
     planned = {p.name: p for p in ready.planned}
-    decide = decider(ready.architecture, ready.quantizable, mode, group_size=group_size, keep=keep)
-    jobs: list[Job] = []
+    decide = quantization_policy(
+        ready.architecture, ready.quantizable, mode, group_size=group_size, keep=keep
+    )
+    jobs: list[TensorJob] = []
     reopened: set[str] = set()
     for name in deltas:
         path = name.removesuffix(".weight")
@@ -299,13 +308,13 @@ def plan_jobs(
         delta = deltas.get(p.name)
         if delta is not None and p.dtype == "U32":
             plain, treatment = reopen(p, planned, ready.packings[p.name.removesuffix(".weight")])
-            jobs.append(_fitting(Job(plain, treatment, delta)))
+            jobs.append(_fitting(TensorJob(plain, treatment, delta)))
         else:
-            jobs.append(_fitting(Job(p, decide(p), delta)))
+            jobs.append(_fitting(TensorJob(p, decide(p), delta)))
     return jobs
 
 
-def _fitting(job: Job) -> Job:
+def _fitting(job: TensorJob) -> TensorJob:
     if job.delta is not None:
         if job.delta.shape != job.planned.shape:
             raise ModelError(
@@ -313,11 +322,11 @@ def _fitting(job: Job) -> Job:
                 fix="check base in adapter_config.json",
             )
         if job.treatment.kind == "keep":
-            return replace(job, treatment=Treatment("cast", job.planned.dtype, why=job.treatment.why))
+            return replace(job, treatment=QuantSpec("cast", job.planned.dtype, why=job.treatment.why))
     return job
 
 
-def reopen(p: Planned, planned: dict[str, Planned], packing: Treatment) -> tuple[Planned, Treatment]:
+def reopen(p: TensorPlan, planned: dict[str, TensorPlan], packing: QuantSpec) -> tuple[TensorPlan, QuantSpec]:
     """Packed weights as float32 rows, and how they were packed."""
     path = p.name.removesuffix(".weight")
     parts = [
@@ -338,4 +347,4 @@ def reopen(p: Planned, planned: dict[str, Planned], packing: Treatment) -> tuple
 
     kept = parts[1].dtype if packing.mode == "affine" else "BF16"
     treatment = replace(packing, dtype=kept, why="packed again", again=True)
-    return Planned(p.name, "F32", shape, sources, "dequantize", read), treatment
+    return TensorPlan(p.name, "F32", shape, sources, "dequantize", read), treatment

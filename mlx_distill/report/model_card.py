@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.models.checkpoint.plan import Prepared
+from mlx_distill.models.checkpoint.plan import CheckpointPlan
 from mlx_distill.report.tables import metric_heads
 from mlx_distill.run_models import packing_note
 from mlx_distill.storage import Manifest, read_manifest
@@ -34,7 +34,7 @@ _FIGURES: Mapping[str, Callable[[Any], str]] = {
 def card_text(
     title: str,
     folder: Path,
-    ready: Prepared,
+    ready: CheckpointPlan,
     notes: Sequence[str],
     report: Mapping[str, Any] | None = None,
     *,

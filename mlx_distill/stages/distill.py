@@ -7,7 +7,7 @@ from pathlib import Path
 
 from mlx_distill.stages.context import Context as Context
 from mlx_distill.stages.context import Facts, load_model
-from mlx_distill.stages.pairing import aligned_pairs
+from mlx_distill.stages.pairing import aligned_rows
 from mlx_distill.stages.training import check_training as check_training
 from mlx_distill.stages.training import fine_tune, train_rows
 
@@ -17,7 +17,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     ``text``.
     """
     from mlx_distill.data.chat import pad_id
-    from mlx_distill.distill.align import collate_pairs
+    from mlx_distill.distill.align import collate_aligned_rows
     from mlx_distill.distill.objective import kd
 
     settings = context.recipe.distill
@@ -29,7 +29,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         )
     if control == "text":
         settings = replace(settings, label_weight=0.0, token_weight=0.0, text_weight=1.0)
-    train_pairs, valid_pairs, tokenizers = aligned_pairs(context, folder, tokenizer, settings)
+    train_pairs, valid_pairs, tokenizers = aligned_rows(context, folder, tokenizer, settings)
     pad, classes = pad_id(tokenizer), len(context.task.labels) + 1  # everything else is one too
     return train_rows(
         context,
@@ -42,5 +42,5 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         kd(settings, **tokenizers),
         train_pairs,
         valid_pairs,
-        lambda pairs, rows, multiple: collate_pairs(pairs, rows, pad, classes, multiple),
+        lambda pairs, rows, multiple: collate_aligned_rows(pairs, rows, pad, classes, multiple),
     )

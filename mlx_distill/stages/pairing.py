@@ -15,7 +15,7 @@ from mlx_distill.storage import digest, scratch, sha256
 from mlx_distill.tasks.task import Task
 
 if TYPE_CHECKING:
-    from mlx_distill.distill.align import Pair
+    from mlx_distill.distill.align import AlignedRow
     from mlx_distill.distill.teacher_cache import TargetReader, TargetRow
     from mlx_distill.storage.array_store import Store
 
@@ -23,9 +23,9 @@ _CHUNK = 64  # rows that are rendered together
 Joined = tuple[str, Mapping[str, Any], "TargetRow"]  # split, prepared row, what the teacher says of it
 
 
-def aligned_pairs(
+def aligned_rows(
     context: Context, folder: Path, tokenizer: Any, settings: DistillConfig
-) -> tuple[Store[Pair], Store[Pair], dict[str, Any]]:
+) -> tuple[Store[AlignedRow], Store[AlignedRow], dict[str, Any]]:
     """Training and validation pairs, and what the objective needs of the two tokenizers.
 
     Args:
@@ -39,9 +39,9 @@ def aligned_pairs(
         Interrupted: stopped on request.
     """
     from mlx_distill.data.chat import stop_ids
-    from mlx_distill.distill.align import pair_of
+    from mlx_distill.distill.align import aligned_row_of
     from mlx_distill.distill.teacher_cache import TargetReader
-    from mlx_distill.losses.cross_tokenizer import cell_map
+    from mlx_distill.losses.cross_tokenizer import build_token_groups
     from mlx_distill.losses.labels import label_tokens
     from mlx_distill.models.load import load_tokenizer
     from mlx_distill.storage.array_store import Store, is_stored
@@ -67,14 +67,14 @@ def aligned_pairs(
     places = [scratch(folder) / "pairs" / split for split in ("train", "valid")]
     if not all(is_stored(place, key) for place in places):
         _align(context, places, key, reader, tokenizer, teacher_tokenizer, settings.max_length)
-    train, valid = (Store(place, pair_of) for place in places)
+    train, valid = (Store(place, aligned_row_of) for place in places)
     if too_long := train.facts["too_long"]:
         context.progress.note(
             f"distill: {too_long} rows are longer than {settings.max_length} tokens for the student and are left out"
         )
     inputs = {
         "labels": label_tokens(tokenizer, context.task.labels),
-        "cells": cell_map(
+        "cells": build_token_groups(
             tokenizer,
             teacher_tokenizer,
             student_stop=stop_ids(tokenizer)[0],
@@ -95,7 +95,7 @@ def _align(
     max_length: int,
 ) -> None:
     from mlx_distill.data.chat import answer_ids, render_many
-    from mlx_distill.distill.align import pair_arrays
+    from mlx_distill.distill.align import aligned_row_arrays
     from mlx_distill.storage.array_store import StoreWriter
 
     # What stands before the label is often the same in every answer.
@@ -119,7 +119,7 @@ def _align(
                     continue
                 pair = _pair(context.task, chat, target, tokenizer, teacher_tokenizer, encode)
                 (train if split == "train" else valid).append(
-                    len(pair.tokens) - pair.start, **pair_arrays(pair)
+                    len(pair.tokens) - pair.start, **aligned_row_arrays(pair)
                 )
             done += len(some)
             bar.update(done)
@@ -146,8 +146,8 @@ def _pair(
     tokenizer: Any,
     teacher_tokenizer: Any,
     encode: Callable[[str], list[int]],
-) -> Pair:
-    from mlx_distill.distill.align import make_pair
+) -> AlignedRow:
+    from mlx_distill.distill.align import align_row
     from mlx_distill.distill.teacher import label_position
     from mlx_distill.losses.byte_alignment import align_bytes
     from mlx_distill.tasks.answer import label_prefix, parse_answer
@@ -156,7 +156,7 @@ def _pair(
     answer, _ = parse_answer(target.text, task.schema)
     prefix = encode(label_prefix(task.schema, task.label, answer))
     spans = align_bytes(chat.tokens[start:end], target.ids[:-1], tokenizer, teacher_tokenizer)
-    return make_pair(
+    return align_row(
         chat.tokens,
         start,
         spans,

@@ -66,7 +66,7 @@ def train_rows(
     from mlx_distill.models.adapters import save_adapter
     from mlx_distill.models.load import save_model
     from mlx_distill.optim import make_optimizer
-    from mlx_distill.train.diagnostics import doubts
+    from mlx_distill.train.diagnostics import diagnose_curve
     from mlx_distill.train.loop import total_steps, train
     from mlx_distill.train.trainable import adapter_of, make_trainable
 
@@ -108,7 +108,9 @@ def train_rows(
     if rank_and_size()[0]:
         return {}
     shutil.copyfile(scratch(folder) / "metrics.jsonl", folder / "metrics.jsonl")
-    for doubt in doubts((row for _, row in read_jsonl(folder / "metrics.jsonl")), use_best=settings.use_best):
+    for doubt in diagnose_curve(
+        (row for _, row in read_jsonl(folder / "metrics.jsonl")), use_best=settings.use_best
+    ):
         context.progress.note(f"{name}: {doubt}")
     adapter = adapter_of(settings)
     if adapter is not None:

@@ -99,7 +99,7 @@ _LEAPT = 2.0  # one this much above all the first ones threw the weights away
 _CURE = "lower the learning rate"
 
 
-def doubts(rows: Iterable[Mapping[str, Any]], *, use_best: bool = False) -> list[str]:
+def diagnose_curve(rows: Iterable[Mapping[str, Any]], *, use_best: bool = False) -> list[str]:
     """Reasons not to trust a training's result, each with the cure; none where its losses fell.
 
     Args:
@@ -107,7 +107,7 @@ def doubts(rows: Iterable[Mapping[str, Any]], *, use_best: bool = False) -> list
             nothing.
         use_best: The result is the weights with the lowest validation loss.
 
-    >>> doubts({"step": i, "loss": loss, "grad_norm": 1.0} for i, loss in enumerate((2.5, 800.0), 1))
+    >>> diagnose_curve({"step": i, "loss": loss, "grad_norm": 1.0} for i, loss in enumerate((2.5, 800.0), 1))
     ['the loss rose from 2.5 to 800 at step 2: lower the learning rate']
     """
     rows = [row for row in rows if row["loss"] or row["grad_norm"]]

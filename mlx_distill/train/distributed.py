@@ -147,7 +147,7 @@ def current_ranks() -> Ranks:
     return Ranks(*rank_and_size())
 
 
-def meet(out: Path, key: str, here: Callable[[], str] | None = None) -> bool:
+def agree_on_key(out: Path, key: str, here: Callable[[], str] | None = None) -> bool:
     """Whether a training begins: rank 0 says so by its key, and the others look whether it is theirs too.
     Alone, only what was said.
 

@@ -14,7 +14,7 @@ import mlx.nn as nn
 
 
 @contextmanager
-def recomputed_layers(model: nn.Module) -> Iterator[None]:
+def checkpointed_layers(model: nn.Module) -> Iterator[None]:
     """Inside, each layer of ``model.layers`` recomputes its activations; values and gradients stay the same,
     dropout included.
 

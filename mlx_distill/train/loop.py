@@ -40,7 +40,7 @@ from mlx_distill.train.diagnostics import check_weights, stop_on_nan, stop_on_we
 from mlx_distill.train.distributed import Ranks, current_ranks
 from mlx_distill.train.events import Hook as Hook
 from mlx_distill.train.events import MetricsLog
-from mlx_distill.train.grad_checkpoint import recomputed_layers
+from mlx_distill.train.grad_checkpoint import checkpointed_layers
 from mlx_distill.train.objective import Objective, trained_tokens
 from mlx_distill.train.preflight import check_settings
 from mlx_distill.train.profiling import Stopwatch
@@ -50,17 +50,17 @@ from mlx_distill.train.updates import (
     Window,
     apply_update,
     clip_scale,
-    entered_in_groups,
     evaluate,
     frozen,
     global_norm,
+    refresh_bases_in_groups,
     streamed_step,
     window_gradients,
 )
 
 
 @dataclass
-class Run:
+class TrainProgress:
     """Where a run stands; all of it is in each checkpoint."""
 
     step: int = 0
@@ -74,7 +74,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Setup:
+class TrainState:
     """What does not change over a run."""
 
     model: nn.Module
@@ -92,7 +92,7 @@ class Setup:
     trunk: Trunk | None = None
 
 
-def go(setup: Setup, run: Run, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
+def go(setup: TrainState, run: TrainProgress, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
     """Step until the end; True where patience ended it first."""
     patience = setup.settings.patience
     if 0 < patience <= run.waiting:
@@ -128,7 +128,7 @@ def go(setup: Setup, run: Run, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
     return False
 
 
-def _step(setup: Setup, run: Run) -> dict[str, Any]:
+def _step(setup: TrainState, run: TrainProgress) -> dict[str, Any]:
     """One optimizer step; its row of metrics."""
     began = time.perf_counter()
     with setup.watch.part("data"):
@@ -153,7 +153,7 @@ def _step(setup: Setup, run: Run) -> dict[str, Any]:
     }
 
 
-def _move(setup: Setup, run: Run, window: Sequence[Batch]) -> tuple[Window, float]:
+def _move(setup: TrainState, run: TrainProgress, window: Sequence[Batch]) -> tuple[Window, float]:
     """Differentiate, clip, update; what the window gave and the gradient's norm."""
 
     def guard(result: Window, norm: float, moved: bool = False) -> None:
@@ -175,7 +175,7 @@ def _move(setup: Setup, run: Run, window: Sequence[Batch]) -> tuple[Window, floa
     compress: Compress | None = getattr(optimizer, "enter" if alone else "compress", None)
     entered: dict[str, mx.array] = {}
     if low and not alone:
-        entered = entered_in_groups(
+        entered = refresh_bases_in_groups(
             model, optimizer, lambda: window_gradients(model, window, objective, setup.ranks, compress, watch)
         )
     with frozen(model, entered):
@@ -202,7 +202,7 @@ def _move(setup: Setup, run: Run, window: Sequence[Batch]) -> tuple[Window, floa
     return result, norm
 
 
-def _window(setup: Setup, run: Run) -> list[Batch]:
+def _window(setup: TrainState, run: TrainProgress) -> list[Batch]:
     """This step's micro-batches; the last window of a run by epochs is what is left."""
     count = setup.settings.accumulate
     if not setup.settings.steps:
@@ -221,7 +221,7 @@ def _window(setup: Setup, run: Run) -> list[Batch]:
     return window
 
 
-def _look(setup: Setup, run: Run, row: dict[str, Any]) -> bool:
+def _look(setup: TrainState, run: TrainProgress, row: dict[str, Any]) -> bool:
     """Validation where it is due; True where ``patience`` is out."""
     every = setup.settings.evaluate_every
     if not setup.valid or not every or (run.step % every and run.step != setup.steps):
@@ -241,7 +241,7 @@ def _look(setup: Setup, run: Run, row: dict[str, Any]) -> bool:
     return 0 < setup.settings.patience <= run.waiting
 
 
-def _save(setup: Setup, run: Run) -> None:
+def _save(setup: TrainState, run: TrainProgress) -> None:
     """Write a checkpoint of weights that are numbers; every rank takes part, rank 0 writes."""
     check_weights(setup.model, setup.folder, run.step)
     keys = setup.ranks.gather(random_key())
@@ -343,12 +343,12 @@ def train(
         stack.enter_context(_training(model))
         run, position = _start(folder, model, optimizer, batches, checked, settings.seed, ranks)
         if settings.grad_checkpoint:
-            stack.enter_context(recomputed_layers(model))
+            stack.enter_context(checkpointed_layers(model))
         log = MetricsLog(folder / "metrics.jsonl" if ranks.rank == 0 else None, position)
         stack.callback(log.close)
         trunk = make_trunk(model, compiled=True) if settings.compile else None
         watch = watch or Stopwatch()
-        setup = Setup(
+        setup = TrainState(
             model,
             batches,
             objective,
@@ -425,7 +425,7 @@ def _start(
     settings: Mapping[str, Any],
     seed: int,
     ranks: Ranks,
-) -> tuple[Run, int]:
+) -> tuple[TrainProgress, int]:
     """Restore the newest checkpoint, or begin; return the run and the length of metrics.jsonl that belongs to
     it.
 
@@ -438,7 +438,7 @@ def _start(
     if state is None:
         # Ranks drop different units; rank 0 draws what a run of one rank draws.
         mx.random.seed(seed + 1_000_003 * ranks.rank)
-        return Run(), 0
+        return TrainProgress(), 0
     where, old = folder / "checkpoints", state["settings"]
     changed = sorted(k for k in {*old, *settings} if old.get(k) != settings.get(k))
     if changed == ["identity"]:
@@ -462,7 +462,7 @@ def _start(
     _share(ranks, model, optimizer)
     batches.restore(state["data"])
     set_random_key(state["random"][ranks.rank])
-    return Run(**state["run"]), int(state["metrics_bytes"])
+    return TrainProgress(**state["run"]), int(state["metrics_bytes"])
 
 
 def _share(ranks: Ranks, model: nn.Module, optimizer: optim.Optimizer | None = None) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx.utils import tree_flatten
 
-from mlx_distill.losses.cross_tokenizer import CellMap, cell_kl
+from mlx_distill.losses.cross_tokenizer import TokenGroups, token_group_kl
 from mlx_distill.losses.numerics import row_logsumexp
 from mlx_distill.losses.output_head import project
 from mlx_distill.losses.tiled import (
@@ -53,7 +53,7 @@ def _columns(layer: nn.Module) -> int:
     return int(base.weight.shape[0]) if "weight" in base else 0
 
 
-class Reader:
+class LogitReader:
     """The hidden states of a batch at the ``a`` positions that count, and the losses there.
 
     Dense and tiled agree in value and gradient to rounding. A head that learns, or has an adapter, has no
@@ -105,12 +105,12 @@ class Reader:
             lambda z, at: sparse_forward_kl(z, _some(targets, at), temperature=temperature), index
         )
 
-    def cell_kl(
-        self, index: Int[mx.array, " n"], targets: TopK, cells: CellMap, temperature: float
+    def token_group_kl(
+        self, index: Int[mx.array, " n"], targets: TopK, cells: TokenGroups, temperature: float
     ) -> Float[mx.array, " n"]:
-        """:func:`~mlx_distill.losses.cross_tokenizer.cell_kl` at ``index``."""
+        """:func:`~mlx_distill.losses.cross_tokenizer.token_group_kl` at ``index``."""
         return self._whole(
-            lambda z, at: cell_kl(z, _some(targets, at), cells, temperature=temperature), index
+            lambda z, at: token_group_kl(z, _some(targets, at), cells, temperature=temperature), index
         )
 
     def _whole(self, loss: RowLoss, index: mx.array | None) -> mx.array:
@@ -130,13 +130,13 @@ def _some(targets: TopK, at: slice) -> TopK:
 
 
 @dataclass(frozen=True)
-class Cut:
+class HeadSplit:
     """Where an objective's graph can be cut: ``positions`` of the hidden states that ``read`` turns into
     sums.
     """
 
     positions: Callable[[Batch], mx.array]
-    read: Callable[[Reader, Batch], Mapping[str, mx.array]]
+    read: Callable[[LogitReader, Batch], Mapping[str, mx.array]]
     dense_limit: int = DENSE_LIMIT
 
 
@@ -157,13 +157,13 @@ class Objective:
     weights: Callable[[Batch], Mapping[str, float]]
     sums: Callable[[nn.Module, Batch], Mapping[str, mx.array]]
     coefficients: Mapping[str, float] = field(default_factory=lambda: {"text": 1.0})
-    cut: Cut | None = None
+    cut: HeadSplit | None = None
 
 
 def read_objective(
     weights: Callable[[Batch], Mapping[str, float]],
     positions: Callable[[Batch], mx.array],
-    read: Callable[[Reader, Batch], Mapping[str, mx.array]],
+    read: Callable[[LogitReader, Batch], Mapping[str, mx.array]],
     coefficients: Mapping[str, float],
     dense_limit: int = DENSE_LIMIT,
 ) -> Objective:
@@ -179,9 +179,9 @@ def read_objective(
     """
 
     def sums(model: nn.Module, batch: Batch) -> Mapping[str, mx.array]:
-        return read(Reader(model, trunk(model, batch, positions(batch)), dense_limit), batch)
+        return read(LogitReader(model, trunk(model, batch, positions(batch)), dense_limit), batch)
 
-    return Objective(weights, sums, coefficients, Cut(positions, read, dense_limit))
+    return Objective(weights, sums, coefficients, HeadSplit(positions, read, dense_limit))
 
 
 def trained_tokens(batch: Batch) -> float:
@@ -204,7 +204,7 @@ def sft(*, dense_limit: int = DENSE_LIMIT) -> Objective:
         # On the host, because a shape depends on it.
         return mx.array(np.flatnonzero(np.array(batch.mask)).astype(np.int32))
 
-    def read(reader: Reader, batch: Batch) -> dict[str, mx.array]:
+    def read(reader: LogitReader, batch: Batch) -> dict[str, mx.array]:
         where = positions(batch)
         return {
             "text": (

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 from mlx_distill.models.forward import head, hidden_states, segment_caches
 from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key, set_random_key
-from mlx_distill.train.objective import Cut, Reader
+from mlx_distill.train.objective import HeadSplit, LogitReader
 
 Flat = list[tuple[str, mx.array]]
 # (trainable parameters, cotangent [b, l, d], inputs [b, l], segments [b, l] where rows are packed) -> hidden
@@ -53,8 +53,8 @@ def make_trunk(model: nn.Module, compiled: bool = False) -> Trunk:
     return mx.compile(trunk, inputs=mx.random.state, outputs=mx.random.state)
 
 
-def differentiate_cut(
-    model: nn.Module, batch: Batch, cut: Cut, scales: Mapping[str, float], trunk: Trunk | None = None
+def two_stage_grad(
+    model: nn.Module, batch: Batch, cut: HeadSplit, scales: Mapping[str, float], trunk: Trunk | None = None
 ) -> tuple[Flat, dict[str, mx.array]]:
     """One micro-batch's gradient by path, not evaluated yet, and the terms' sums, evaluated, with the head
     apart from the trunk.
@@ -79,7 +79,7 @@ def differentiate_cut(
 
     def upper(learns: Any, hidden: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         layer.update(learns)
-        reader = Reader(model, hidden.reshape(-1, hidden.shape[-1])[where], cut.dense_limit)
+        reader = LogitReader(model, hidden.reshape(-1, hidden.shape[-1])[where], cut.dense_limit)
         return scaled(cut.read(reader, batch), scales)
 
     try:

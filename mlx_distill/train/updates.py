@@ -24,7 +24,7 @@ from mlx_distill.runtime import random_key, set_random_key
 from mlx_distill.train.distributed import Ranks
 from mlx_distill.train.objective import Objective, is_small
 from mlx_distill.train.profiling import Stopwatch
-from mlx_distill.train.trunk_head import Flat, Trunk, differentiate_cut, scaled
+from mlx_distill.train.trunk_head import Flat, Trunk, scaled, two_stage_grad
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ def differentiate(
     if cut is not None and (
         trunk is not None or not is_small(model, cut.positions(batch).size, cut.dense_limit)
     ):
-        return differentiate_cut(model, batch, cut, scales, trunk)
+        return two_stage_grad(model, batch, cut, scales, trunk)
     parameters = model.trainable_parameters()
 
     # Only the trainable parameters are arguments: every array argument is traced whole, and kept.
@@ -392,7 +392,7 @@ def streamed_step(
 _SHARE, _LEAST_BYTES = 8, 1 << 26
 
 
-def entered_in_groups(
+def refresh_bases_in_groups(
     model: nn.Module, optimizer: Any, gradients: Callable[[], Window]
 ) -> dict[str, mx.array]:
     """The gradients of all but the last few matrices whose basis is due, in their new subspaces; empty where

@@ -12,10 +12,10 @@ from hypothesis import given, strategies
 from mlx_distill.data.batching import (
     BatchList,
     EncodeReport,
+    balanced_batch_sizes,
     batches_per_epoch,
-    bound_places,
+    cap_padding,
     collate,
-    cut_evenly,
     encode_rows,
     plan_epoch,
     spread,
@@ -67,7 +67,7 @@ def padded(lengths: list[int], rows: tuple[int, ...]) -> int:
 )
 def test_a_cut_keeps_all_rows_and_is_as_even_as_its_rows_let_it(weights: list[int], share: float) -> None:
     count = 1 + int(share * (len(weights) - 1))
-    sizes = cut_evenly(weights, count)
+    sizes = balanced_batch_sizes(weights, count)
     assert len(sizes) == count and min(sizes) > 0 and sum(sizes) == len(weights)
     starts = [0, *itertools.accumulate(sizes)]
     for start, end in itertools.pairwise(starts):
@@ -97,7 +97,7 @@ def unbounded(
 ) -> list[tuple[int, ...]]:
     """The plan as it is if nothing bounds the places of a batch."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlx_distill.data.batching.bound_places", lambda sizes, lengths, most: sizes)
+        patch.setattr("mlx_distill.data.batching.cap_padding", lambda sizes, lengths, most: sizes)
         return plan_epoch(lengths, size, seed, 0, weights)
 
 
@@ -147,7 +147,7 @@ def test_a_bound_holds_for_any_cut_and_changes_none_within_it(
             for rows, start in zip(sizes, [0, *itertools.accumulate(sizes)], strict=False)
         ]
 
-    found = bound_places(sizes, lengths, most)
+    found = cap_padding(sizes, lengths, most)
     assert len(found) == count and min(found) > 0 and sum(found) == len(lengths)
     assert max(places(found)) <= most
     assert found == sizes or max(places(sizes)) > most

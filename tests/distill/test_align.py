@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mlx_distill.distill.align import Pair, collate_pairs, make_pair, pair_arrays, pair_of
+from mlx_distill.distill.align import (
+    AlignedRow,
+    align_row,
+    aligned_row_arrays,
+    aligned_row_of,
+    collate_aligned_rows,
+)
 from mlx_distill.storage.array_store import Store, StoreWriter
 
 STOP, PAD = "<stop>", 0
@@ -33,7 +39,7 @@ NAMES = {i: piece for piece, i in IDS.items()}
 
 @dataclass(frozen=True)
 class Made:
-    pair: Pair
+    pair: AlignedRow
     ours: list[str]
     theirs: list[str]
     spans: list[tuple[int, int, int, int]]
@@ -60,7 +66,7 @@ def make(number: int) -> Made:
     spans = spans_by_force(ours, theirs)
     tokens = np.array([IDS[c] for c in question] + [IDS[p] for p in ours] + [IDS[STOP]])
     judged = number != 2
-    pair = make_pair(
+    pair = align_row(
         tokens,
         len(question),
         np.array(spans),
@@ -106,7 +112,7 @@ def test_a_pair_joins_what_stands_for_the_same_bytes(number: int) -> None:
 def test_a_label_needs_both_a_place_and_a_distribution() -> None:
     assert ALL[2].pair.label_at is None and ALL[2].pair.label_logprobs is None
     tokens, spans = np.array([1, 2, 3]), np.array([[0, 1, 0, 1]])
-    pair = make_pair(
+    pair = align_row(
         tokens,
         1,
         spans,
@@ -120,7 +126,7 @@ def test_a_label_needs_both_a_place_and_a_distribution() -> None:
 
 
 def test_an_answer_without_a_common_boundary_but_its_end() -> None:
-    pair = make_pair(
+    pair = align_row(
         np.array([5, 9]),
         1,
         np.zeros((0, 4), np.int32),
@@ -141,14 +147,14 @@ def test_pairs_from_a_store_make_the_same_batches(tmp_path: Path) -> None:
     pairs = [made.pair for made in ALL]
     with StoreWriter(tmp_path / "store") as writer:
         for pair in pairs:
-            writer.append(**pair_arrays(pair))
-    store = Store(tmp_path / "store", pair_of)
+            writer.append(**aligned_row_arrays(pair))
+    store = Store(tmp_path / "store", aligned_row_of)
     assert store.lengths.tolist() == [len(pair.tokens) for pair in pairs]
     assert [(pair.start, pair.label_at, pair.label_logprobs is None) for pair in store] == [
         (pair.start, pair.label_at, pair.label_logprobs is None) for pair in pairs
     ]
     for rows in ([0, 2], [(3, 1), (4,)]):
-        ours, theirs = (collate_pairs(some, rows, PAD, 2) for some in (store, pairs))
+        ours, theirs = (collate_aligned_rows(some, rows, PAD, 2) for some in (store, pairs))
         assert ours.rows == theirs.rows and ours.extra.keys() == theirs.extra.keys()
         for a, b in zip(
             [ours.inputs, ours.labels, ours.mask, *ours.extra.values()],
@@ -161,7 +167,7 @@ def test_pairs_from_a_store_make_the_same_batches(tmp_path: Path) -> None:
 @pytest.mark.parametrize("rows", [[0], [2], [3, 0], [4, 1, 2, 0, 3], [2, 2]])
 @pytest.mark.parametrize("multiple", [1, 16])
 def test_indices_of_a_batch_point_at_the_tokens_of_each_row(rows: list[int], multiple: int) -> None:
-    batch = collate_pairs([made.pair for made in ALL], rows, PAD, 2, multiple=multiple)
+    batch = collate_aligned_rows([made.pair for made in ALL], rows, PAD, 2, multiple=multiple)
     inputs, labels, mask = (np.array(a) for a in (batch.inputs, batch.labels, batch.mask))
     extra = {name: np.array(value) for name, value in batch.extra.items()}
     assert (

@@ -14,9 +14,9 @@ import numpy as np
 
 from helpers.tiny_model import VOCABULARY
 from helpers.training_cases import ATTENTION, GOLDEN, LENGTHS, LINES, lines_of_pieces
-from mlx_distill.distill.align import Pair, collate_pairs, make_pair
+from mlx_distill.distill.align import AlignedRow, align_row, collate_aligned_rows
 from mlx_distill.distill.objective import kd
-from mlx_distill.losses.cross_tokenizer import CellMap
+from mlx_distill.losses.cross_tokenizer import TokenGroups
 from mlx_distill.losses.labels import LabelTokens
 from mlx_distill.models.load import load_model
 from mlx_distill.recipe import DistillConfig, TrainConfig
@@ -26,7 +26,7 @@ from mlx_distill.train.distributed import Ranks
 from mlx_distill.train.updates import window_gradients
 
 KINDS = ["qwen3", "gpt_oss"]
-CELLS = CellMap(*2 * (np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),), cells=14, shared=12)
+CELLS = TokenGroups(*2 * (np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),), cells=14, shared=12)
 OBJECTIVES: dict[str, Objective] = {
     "sft": sft(),
     "sft tiled": sft(dense_limit=0),
@@ -49,7 +49,7 @@ def make_model(kind: str) -> Any:
     return model
 
 
-def make_pairs() -> list[Pair]:
+def make_pairs() -> list[AlignedRow]:
     """Rows with a teacher's targets; one in three has no label."""
     random, pairs = np.random.default_rng(1), []
     for number, length in enumerate(LENGTHS):
@@ -59,7 +59,7 @@ def make_pairs() -> list[Pair]:
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         order = np.argsort(-logprobs, axis=1)[:, :4]
         pairs.append(
-            make_pair(
+            align_row(
                 random.integers(0, VOCABULARY, length),
                 start,
                 spans,
@@ -80,7 +80,7 @@ def batch_of(lines: Sequence[Sequence[int]], name: str) -> Batch:
     """Some lines as a batch of what an objective takes."""
     if name.startswith("sft"):
         return lines_of_pieces(lines)
-    return collate_pairs(PAIRS, lines, 0, 3)
+    return collate_aligned_rows(PAIRS, lines, 0, 3)
 
 
 def windows(name: str) -> dict[str, list[Batch]]:

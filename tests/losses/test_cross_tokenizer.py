@@ -9,16 +9,16 @@ import pytest
 
 from mlx_distill.errors import ConfigError, DataError, ModelError
 from mlx_distill.losses import (
-    CellMap,
+    TokenGroups,
     alm,
-    cell_kl,
-    cell_map,
+    build_token_groups,
     forward_kl,
     linear_rows,
     span_sums,
     token_bytes,
+    token_group_kl,
 )
-from mlx_distill.losses.cross_tokenizer import merged_targets
+from mlx_distill.losses.cross_tokenizer import group_topk
 from mlx_distill.records import TopK
 
 N = 5
@@ -30,7 +30,7 @@ def top_k(logits: mx.array, k: int) -> TopK:
     return TopK(ids.astype(mx.int32), mx.take_along_axis(logprobs, ids, axis=-1))
 
 
-def exact(z_q: mx.array, targets: TopK, cells: CellMap) -> np.ndarray:
+def exact(z_q: mx.array, targets: TopK, cells: TokenGroups) -> np.ndarray:
     """Cell by cell in float64; unlisted mass fills up, one after the other, the cells that lie below the
     level.
     """
@@ -65,27 +65,27 @@ def exact(z_q: mx.array, targets: TopK, cells: CellMap) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def cells(tokenizers: Any) -> CellMap:
-    return cell_map(
+def cells(tokenizers: Any) -> TokenGroups:
+    return build_token_groups(
         *tokenizers,
         student_stop=tokenizers.student.token_to_id("<|return|>"),
         teacher_stop=tokenizers.teacher.token_to_id("<|im_end|>"),
     )
 
 
-def widths(cells: CellMap) -> tuple[int, int]:
+def widths(cells: TokenGroups) -> tuple[int, int]:
     return len(cells.student), len(cells.teacher)
 
 
 def test_a_tokenizer_with_itself_gives_each_token_its_own_cell(tokenizers: Any) -> None:
-    cells = cell_map(tokenizers.teacher, tokenizers.teacher)
+    cells = build_token_groups(tokenizers.teacher, tokenizers.teacher)
     np.testing.assert_array_equal(cells.student, np.arange(len(cells.student)))
     np.testing.assert_array_equal(cells.teacher, cells.student)
     assert cells.cells == len(cells.student) + 1
 
 
 def test_a_shared_token_names_the_cell_and_every_member_begins_with_it(
-    tokenizers: Any, cells: CellMap
+    tokenizers: Any, cells: TokenGroups
 ) -> None:
     mine, theirs = token_bytes(tokenizers.student), token_bytes(tokenizers.teacher)
     shared = set(mine) & set(theirs) - {b""}
@@ -100,7 +100,7 @@ def test_a_shared_token_names_the_cell_and_every_member_begins_with_it(
                 assert name[cell] == token
 
 
-def test_parent_is_the_first_token_of_the_re_encoding(tokenizers: Any, cells: CellMap) -> None:
+def test_parent_is_the_first_token_of_the_re_encoding(tokenizers: Any, cells: TokenGroups) -> None:
     student, teacher = tokenizers
     mine, theirs = token_bytes(student), token_bytes(teacher)
     checked = 0
@@ -122,7 +122,7 @@ def test_a_chain_of_parents_ends_in_a_shared_token() -> None:
 
     student = tiny(["a", "b", "c", "d", "ab", "abcd"], [("a", "b"), ("ab", "c")][:1])
     teacher = tiny(["a", "b", "c", "d", "bc", "abc"], [("b", "c"), ("a", "bc")])
-    cells = cell_map(student, teacher)
+    cells = build_token_groups(student, teacher)
     # "abc" -> student "ab" -> teacher "a"; "abcd" -> teacher "abc" -> the same.
     assert cells.teacher[5] == cells.student[4] == cells.student[5] == cells.student[0] == cells.teacher[0]
     assert cells.teacher[4] == cells.student[1]
@@ -137,19 +137,19 @@ def test_bytes_that_are_no_text_fall_back_to_the_longest_prefix() -> None:
         return tokenizer
 
     # "ðŁ" and "ðŁĳ" are the first two and three bytes of an emoji.
-    cells = cell_map(
+    cells = build_token_groups(
         tiny(["ð", "Ł", "ĳ", "ðŁ"], [("ð", "Ł")]),
         tiny(["ð", "Ł", "ĳ", "ðŁ", "ðŁĳ"], [("ð", "Ł"), ("ðŁ", "ĳ")]),
     )
     assert cells.teacher[4] == cells.student[3]
 
 
-def test_stops_share_a_cell_and_other_special_tokens_none(tokenizers: Any, cells: CellMap) -> None:
+def test_stops_share_a_cell_and_other_special_tokens_none(tokenizers: Any, cells: TokenGroups) -> None:
     student, teacher = tokenizers
     stop = cells.student[student.token_to_id("<|return|>")]
     assert stop == cells.teacher[teacher.token_to_id("<|im_end|>")] != cells.outside
     assert (cells.student == stop).sum() == (cells.teacher == stop).sum() == 1
-    without = cell_map(student, teacher)
+    without = build_token_groups(student, teacher)
     assert without.student[student.token_to_id("<|return|>")] == without.outside
     assert without.teacher[teacher.token_to_id("<|im_end|>")] == without.outside
     # One that both have by the same name is the same.
@@ -161,44 +161,46 @@ def test_stops_share_a_cell_and_other_special_tokens_none(tokenizers: Any, cells
 
 
 def test_several_stops_and_unknown_ones(tokenizers: Any) -> None:
-    many = cell_map(*tokenizers, student_stop=[0, 1], teacher_stop=1)
+    many = build_token_groups(*tokenizers, student_stop=[0, 1], teacher_stop=1)
     assert many.student[0] == many.student[1] == many.teacher[1]
     with pytest.raises(ConfigError, match="one side only"):
-        cell_map(*tokenizers, student_stop=1)
+        build_token_groups(*tokenizers, student_stop=1)
     with pytest.raises(ConfigError, match="teacher_stop: the tokenizer has no token 99999"):
-        cell_map(*tokenizers, student_stop=1, teacher_stop=99_999)
+        build_token_groups(*tokenizers, student_stop=1, teacher_stop=99_999)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_same_tokenizer_and_whole_vocabulary_is_the_full_divergence(
     tokenizers: Any, temperature: float
 ) -> None:
-    cells = cell_map(tokenizers.student, tokenizers.student)
+    cells = build_token_groups(tokenizers.student, tokenizers.student)
     z_q, z_p = (2 * mx.random.normal((N, len(cells.student))) for _ in range(2))
     targets = top_k(z_p, z_p.shape[1])
-    value, grad = mx.value_and_grad(lambda z: cell_kl(z, targets, cells, temperature=temperature).sum())(z_q)
+    value, grad = mx.value_and_grad(
+        lambda z: token_group_kl(z, targets, cells, temperature=temperature).sum()
+    )(z_q)
     want, want_grad = mx.value_and_grad(lambda z: forward_kl(z, z_p, temperature=temperature).sum())(z_q)
     assert value.item() == pytest.approx(want.item(), rel=1e-4)
     np.testing.assert_allclose(np.array(grad), np.array(want_grad), atol=2e-5)
 
 
 @pytest.mark.parametrize("k", [1, 8, 64])
-def test_equals_cell_by_cell_sums(k: int, cells: CellMap) -> None:
+def test_equals_cell_by_cell_sums(k: int, cells: TokenGroups) -> None:
     v, w = widths(cells)
     z_q, targets = 3 * mx.random.normal((N, v)), top_k(3 * mx.random.normal((N, w)), k)
     np.testing.assert_allclose(
-        np.array(cell_kl(z_q, targets, cells)), exact(z_q, targets, cells), rtol=1e-4, atol=5e-6
+        np.array(token_group_kl(z_q, targets, cells)), exact(z_q, targets, cells), rtol=1e-4, atol=5e-6
     )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_gradient_equals_finite_differences(temperature: float, cells: CellMap) -> None:
+def test_gradient_equals_finite_differences(temperature: float, cells: TokenGroups) -> None:
     v, w = widths(cells)
     z_q, targets = mx.random.normal((N, v)), top_k(3 * mx.random.normal((N, w)), 16)
     weights = mx.arange(1.0, N + 1)
 
     def loss(z: mx.array) -> mx.array:
-        return (cell_kl(z, targets, cells, temperature=temperature) * weights).sum()
+        return (token_group_kl(z, targets, cells, temperature=temperature) * weights).sum()
 
     grad = mx.grad(loss)(z_q)
     np.testing.assert_allclose(np.array(grad.sum(axis=1)), 0, atol=1e-5)
@@ -209,7 +211,7 @@ def test_gradient_equals_finite_differences(temperature: float, cells: CellMap) 
         assert (grad * step).sum().item() == pytest.approx(difference, rel=2e-3, abs=1e-4)
 
 
-def test_zero_where_the_students_cells_have_the_teachers_mass(cells: CellMap) -> None:
+def test_zero_where_the_students_cells_have_the_teachers_mass(cells: TokenGroups) -> None:
     v, w = widths(cells)
     z_p = 2 * mx.random.normal((N, w))
     p = np.array(mx.softmax(z_p, axis=-1), np.float64)
@@ -221,51 +223,55 @@ def test_zero_where_the_students_cells_have_the_teachers_mass(cells: CellMap) ->
     z_q = mx.array(np.log(np.maximum(q, 1e-9)).astype(np.float32))
     for k, temperature in ((4, 1.0), (32, 1.0), (w, 1.0), (4, 3.0), (32, 3.0)):
         value, grad = mx.value_and_grad(
-            lambda z: cell_kl(z, top_k(z_p, k), cells, temperature=temperature).sum()
-        )(z_q)  # noqa: B023
+            lambda z, k=k, temperature=temperature: token_group_kl(
+                z, top_k(z_p, k), cells, temperature=temperature
+            ).sum()
+        )(z_q)
         assert abs(value.item()) < 5e-5
         assert mx.abs(grad).max().item() < 5e-6
 
 
 def test_never_negative_and_never_above_a_finer_divergence(tokenizers: Any) -> None:
-    same = cell_map(tokenizers.student, tokenizers.student)
+    same = build_token_groups(tokenizers.student, tokenizers.student)
     v = len(same.student)
-    merged = CellMap(same.student // 3, same.teacher // 3, v // 3 + 2, v // 3 + 1)
+    merged = TokenGroups(same.student // 3, same.teacher // 3, v // 3 + 2, v // 3 + 1)
     z_p = 4 * mx.random.normal((N, v))
     for size in (0.0, 1e-3, 0.1, 3.0):
         z_q = z_p + size * mx.random.normal((N, v))
-        fine, coarse = forward_kl(z_q, z_p), cell_kl(z_q, top_k(z_p, 20), merged)
+        fine, coarse = forward_kl(z_q, z_p), token_group_kl(z_q, top_k(z_p, 20), merged)
         assert coarse.min().item() >= -2e-6
         assert (coarse <= fine + 1e-5).all().item()
 
 
-def test_unlisted_mass_lowers_the_loss_and_never_raises_it(cells: CellMap) -> None:
+def test_unlisted_mass_lowers_the_loss_and_never_raises_it(cells: TokenGroups) -> None:
     """Fewer targets know less: the bound only falls, whatever cells the unlisted tokens belong to."""
     v, w = widths(cells)
     z_q, z_p = 2 * mx.random.normal((N, v)), 2 * mx.random.normal((N, w))
-    values = [np.array(cell_kl(z_q, top_k(z_p, k), cells)) for k in (2, 8, 32, 128, w)]
+    values = [np.array(token_group_kl(z_q, top_k(z_p, k), cells)) for k in (2, 8, 32, 128, w)]
     for fewer, more in pairwise(values):
         assert (fewer <= more + 1e-5).all()
 
 
-def test_padding_columns_on_either_side(cells: CellMap) -> None:
+def test_padding_columns_on_either_side(cells: TokenGroups) -> None:
     v, w = widths(cells)
     z_q, z_p = mx.random.normal((N, v)), mx.random.normal((N, w))
     low = mx.full((N, 9), -60.0)
-    plain = cell_kl(z_q, top_k(z_p, 8), cells)
+    plain = token_group_kl(z_q, top_k(z_p, 8), cells)
     np.testing.assert_allclose(
-        np.array(cell_kl(mx.concatenate([z_q, low], 1), top_k(z_p, 8), cells)), np.array(plain), rtol=1e-5
+        np.array(token_group_kl(mx.concatenate([z_q, low], 1), top_k(z_p, 8), cells)),
+        np.array(plain),
+        rtol=1e-5,
     )
     # Mass on columns that are no token, on both sides, is in the bucket.
     wide_q, wide_p = mx.random.normal((N, v + 9)), top_k(mx.concatenate([z_p, mx.full((N, 2), 3.0)], 1), 8)
     np.testing.assert_allclose(
-        np.array(cell_kl(wide_q, wide_p, cells)), exact(wide_q, wide_p, cells), rtol=1e-4
+        np.array(token_group_kl(wide_q, wide_p, cells)), exact(wide_q, wide_p, cells), rtol=1e-4
     )
 
 
-def test_targets_merge_into_distinct_cells(cells: CellMap) -> None:
+def test_targets_merge_into_distinct_cells(cells: TokenGroups) -> None:
     targets = top_k(mx.random.normal((N, widths(cells)[1])), 200)
-    ids, logprobs, growing = (np.array(a) for a in merged_targets(targets, cells))
+    ids, logprobs, growing = (np.array(a) for a in group_topk(targets, cells))
     for row in range(N):
         used = ids[row][logprobs[row] > -1e29]
         assert len(set(used.tolist())) == len(used)
@@ -283,30 +289,33 @@ def test_targets_merge_into_distinct_cells(cells: CellMap) -> None:
         assert set(ids[row][growing[row]].tolist()) == unlisted & set(used.tolist())
 
 
-def test_straight_from_the_hidden_state(cells: CellMap) -> None:
+def test_straight_from_the_hidden_state(cells: TokenGroups) -> None:
     v, w = widths(cells)
     h, head, targets = (
         mx.random.normal((N, 16)),
         mx.random.normal((v, 16)),
         top_k(2 * mx.random.normal((N, w)), 16),
     )
-    want, want_grad = mx.value_and_grad(lambda h: cell_kl(h @ head.T, targets, cells).sum())(h)
+    want, want_grad = mx.value_and_grad(lambda h: token_group_kl(h @ head.T, targets, cells).sum())(h)
     tiled = mx.value_and_grad(
         lambda h: linear_rows(
-            lambda z, at: cell_kl(z, TopK(targets.ids[at], targets.logprobs[at]), cells), h, head, rows=2
+            lambda z, at: token_group_kl(z, TopK(targets.ids[at], targets.logprobs[at]), cells),
+            h,
+            head,
+            rows=2,
         ).sum()
     )(h)
     assert tiled[0].item() == pytest.approx(want.item(), rel=1e-5)
     np.testing.assert_allclose(np.array(tiled[1]), np.array(want_grad), atol=2e-5)
 
 
-def test_wrong_shapes_are_refused(cells: CellMap) -> None:
+def test_wrong_shapes_are_refused(cells: TokenGroups) -> None:
     v, w = widths(cells)
     targets = top_k(mx.random.normal((N, w)), 4)
     with pytest.raises(DataError, match="4 positions"):
-        cell_kl(mx.random.normal((4, v)), targets, cells)
+        token_group_kl(mx.random.normal((4, v)), targets, cells)
     with pytest.raises(ModelError, match="student's own tokenizer"):
-        cell_kl(mx.random.normal((N, v - 1)), targets, cells)
+        token_group_kl(mx.random.normal((N, v - 1)), targets, cells)
 
 
 def test_alm_is_a_divergence_of_two_coins() -> None:

@@ -184,14 +184,14 @@ def test_any_kind_of_head(kind: str) -> None:
         want = both(lambda h: losses.js_divergence(project(h), t @ u.T, temperature=temperature), h)  # noqa: B023
         assert_same(
             both(
-                lambda h: linear_divergence(
+                lambda h, temperature=temperature: linear_divergence(
                     h, head, t, u, divergence="js_divergence", temperature=temperature
                 ),
                 h,
             ),
             want,
             1e-4,
-        )  # noqa: B023
+        )
     assert_same(
         both(lambda h: sparse_linear_kl(h, head, targets), h),
         both(lambda h: sparse_forward_kl(project(h), targets), h),

@@ -137,5 +137,5 @@ def test_targets_of_other_positions_are_refused() -> None:
     z_q, z_p = pair()
     with pytest.raises(DataError, match="positions"):
         sparse_forward_kl(z_q[:3], top_k(z_p, 4))
-    with pytest.raises(DataError, match="cell_kl"):
+    with pytest.raises(DataError, match="token_group_kl"):
         sparse_forward_kl(z_q[:, :3], top_k(z_p, 4))

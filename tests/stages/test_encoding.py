@@ -18,7 +18,7 @@ from helpers.small_chain import TRAININGS, finished, make_context
 from mlx_distill.data import chat as templates
 from mlx_distill.data.batching import EncodeReport, encode_rows
 from mlx_distill.data.rows import from_row
-from mlx_distill.distill.align import pair_arrays
+from mlx_distill.distill.align import aligned_row_arrays
 from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import ConfigError, DataError, Interrupted
 from mlx_distill.models.load import load_tokenizer
@@ -26,7 +26,7 @@ from mlx_distill.runtime import StopFlag
 from mlx_distill.stages import training
 from mlx_distill.stages.context import Context, content_of, read_rows
 from mlx_distill.stages.encoding import encoded_rows
-from mlx_distill.stages.pairing import _joined, _pair, aligned_pairs
+from mlx_distill.stages.pairing import _joined, _pair, aligned_rows
 from mlx_distill.storage import digest, read_jsonl, write_jsonl
 from mlx_distill.storage.array_store import Store
 from mlx_distill.train.checkpoint import latest, read_state
@@ -55,7 +55,7 @@ def encode(context: Context, folder: Path, split: str = "train", **settings: Any
 
 
 def pairs(context: Context, folder: Path) -> tuple[Store[Any], Store[Any]]:
-    return aligned_pairs(
+    return aligned_rows(
         context, folder, load_tokenizer(context.run / "student_base"), context.recipe.distill
     )[:2]
 
@@ -127,7 +127,7 @@ def test_stored_pairs_are_those_of_a_list(folder: Path) -> None:
         )
     for store, items in zip(pairs(context, folder), plain.values(), strict=True):
         assert len(store) == len(items) > 0
-        for ours, theirs in zip(map(pair_arrays, store), map(pair_arrays, items), strict=True):
+        for ours, theirs in zip(map(aligned_row_arrays, store), map(aligned_row_arrays, items), strict=True):
             assert list(ours) == list(theirs)
             assert all(
                 ours[n].dtype == a.dtype and ours[n].shape == a.shape and ours[n].tobytes() == a.tobytes()

@@ -19,7 +19,7 @@ from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.stages.context import Context, held_out_rows, read_rows
 from mlx_distill.stages.distill import distill as distill_stage
 from mlx_distill.stages.evaluate import evaluate as evaluate_stage
-from mlx_distill.stages.pairing import aligned_pairs
+from mlx_distill.stages.pairing import aligned_rows
 from mlx_distill.stages.targets import targets as targets_stage
 from mlx_distill.stages.teach import teach as teach_stage
 from mlx_distill.storage import read_jsonl, write_jsonl
@@ -138,7 +138,7 @@ def test_every_pair_joins_the_same_bytes_of_two_tokenizers(folder: Path) -> None
     context, out = make_context(), finished() / "out"
     student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
     ours, theirs = token_bytes(student), token_bytes(teacher)
-    train, valid, inputs = aligned_pairs(context, folder, student, context.recipe.distill)
+    train, valid, inputs = aligned_rows(context, folder, student, context.recipe.distill)
     assert (len(train), len(valid)) == tuple(
         len(list(read_rows(context, split))) for split in ("train", "valid")
     )
@@ -166,12 +166,12 @@ def test_every_pair_joins_the_same_bytes_of_two_tokenizers(folder: Path) -> None
 
 def test_rows_that_are_too_long_for_the_student_are_told_and_left_out(folder: Path) -> None:
     context, student = make_context(), load_tokenizer(finished() / "out" / "student_base")
-    lengths = sorted(aligned_pairs(context, folder, student, context.recipe.distill)[0].lengths.tolist())
+    lengths = sorted(aligned_rows(context, folder, student, context.recipe.distill)[0].lengths.tolist())
     middle = lengths[len(lengths) // 2]
     settings = replace(context.recipe.distill, max_length=middle)
     for _ in range(2):  # the second time from what was stored
         context.progress.notes.clear()  # type: ignore[attr-defined]
-        train, _, _ = aligned_pairs(context, folder, student, settings)
+        train, _, _ = aligned_rows(context, folder, student, settings)
         assert train.lengths.tolist() == [len(pair.tokens) for pair in train] and sorted(train.lengths) == [
             n for n in lengths if n <= middle
         ]

@@ -23,7 +23,7 @@ from mlx_distill.recipe import ATTENTION
 from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key
 from mlx_distill.train import ListBatches, sft, train
-from mlx_distill.train.grad_checkpoint import recomputed_layers
+from mlx_distill.train.grad_checkpoint import checkpointed_layers
 from mlx_distill.train.trunk_head import make_trunk
 from mlx_distill.train.updates import differentiate
 
@@ -64,7 +64,7 @@ def test_compiled_equals_the_whole_in_one_piece(kind: str, moves: str, recompute
     """
     model = make(kind, moves)
     columns = model.model.embed_tokens.weight.shape[0]
-    with recomputed_layers(model) if recompute else nullcontext():
+    with checkpointed_layers(model) if recompute else nullcontext():
         trunk = make_trunk(model, compiled=True)
         for number, lines in enumerate(([[12], [9]], [[6, 7], [14]], [[13], [11]])):
             batch = batch_of(columns, lines, number)

@@ -30,7 +30,7 @@ from mlx_distill.train import (
     total_steps,
     train,
 )
-from mlx_distill.train.grad_checkpoint import recomputed_layers
+from mlx_distill.train.grad_checkpoint import checkpointed_layers
 from mlx_distill.train.profiling import PARTS
 from mlx_distill.train.updates import clip_scale, evaluate, global_norm, window_gradients
 
@@ -396,7 +396,7 @@ def test_recomputing_changes_neither_value_nor_gradient_nor_the_class(dropout: f
     mx.eval(plain)
     after = random_key()
     set_random_key(key)
-    with recomputed_layers(model):
+    with checkpointed_layers(model):
         assert type(layers[0]) is not Layer and isinstance(layers[0], Layer)
         loss, gradients = step(model)
         mx.eval(loss, gradients)

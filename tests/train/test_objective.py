@@ -11,10 +11,10 @@ import pytest
 from helpers.tiny_model import VOCABULARY, TinyModel, collate, make_model, make_rows
 from helpers.tiny_model import settings as training
 
-from mlx_distill.distill.align import Pair, collate_pairs, make_pair
+from mlx_distill.distill.align import AlignedRow, align_row, collate_aligned_rows
 from mlx_distill.distill.objective import kd
 from mlx_distill.errors import ConfigError
-from mlx_distill.losses.cross_tokenizer import CellMap, cell_kl
+from mlx_distill.losses.cross_tokenizer import TokenGroups, token_group_kl
 from mlx_distill.losses.labels import LabelTokens
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch, TopK
@@ -25,7 +25,7 @@ from mlx_distill.train.updates import global_norm, window_gradients
 
 LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
 TEACHER = 19
-CELLS = CellMap(
+CELLS = TokenGroups(
     student=np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),
     teacher=np.minimum(np.arange(TEACHER), 12).astype(np.int32),
     cells=14,
@@ -33,7 +33,7 @@ CELLS = CellMap(
 )
 
 
-def make_pairs(count: int, seed: int = 0) -> list[Pair]:
+def make_pairs(count: int, seed: int = 0) -> list[AlignedRow]:
     random = np.random.default_rng(seed)
     pairs = []
     for tokens, _ in make_rows(count, seed, low=6, high=11):
@@ -47,7 +47,7 @@ def make_pairs(count: int, seed: int = 0) -> list[Pair]:
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         order = np.argsort(-logprobs, axis=1)[:, :4]
         pairs.append(
-            make_pair(
+            align_row(
                 np.array(tokens),
                 start,
                 spans,
@@ -66,7 +66,7 @@ PAIRS = make_pairs(6)
 
 def batches(size: int) -> list[Batch]:
     return [
-        collate_pairs(PAIRS, list(range(i, min(i + size, len(PAIRS)))), 0, 4, multiple=4)
+        collate_aligned_rows(PAIRS, list(range(i, min(i + size, len(PAIRS)))), 0, 4, multiple=4)
         for i in range(0, len(PAIRS), size)
     ]
 
@@ -105,7 +105,9 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
         for j, ids, theirs in zip(pair.starts, pair.topk_ids, pair.topk_logprobs, strict=True):
             if kind == "cells":  # its own tests say what it is; here, that it is read at the right place
                 targets = TopK(mx.array(ids[None]), mx.array(theirs[None]))
-                token.append(cell_kl(mx.array(logits[j - 1][None].astype(np.float32)), targets, CELLS).item())
+                token.append(
+                    token_group_kl(mx.array(logits[j - 1][None].astype(np.float32)), targets, CELLS).item()
+                )
                 continue
             p, q = np.exp(theirs.astype(np.float64)), np.exp(logprobs[j - 1])[ids]
             rest_p, rest_q = 1 - p.sum(), 1 - q.sum()
@@ -216,7 +218,7 @@ def test_what_cannot_be_trained_is_refused_with_a_cure(changes: dict, given: dic
 
 def test_rows_without_a_label_still_train_the_rest() -> None:
     pairs = [replace(pair, label_at=None, label_logprobs=None) for pair in PAIRS]
-    batch = collate_pairs(pairs, [0, 1], 0, 4)
+    batch = collate_aligned_rows(pairs, [0, 1], 0, 4)
     result = window_gradients(make_model(), [batch], objective("cells"))
     assert (
         result.weights["label"] == 0.0

@@ -20,7 +20,7 @@ from helpers.training_cases import LENGTHS, PIECES, packed_source
 from mlx_distill.data.packing import lay_out
 from mlx_distill.errors import DataError
 from mlx_distill.train import ListBatches, sft, train
-from mlx_distill.train.grad_checkpoint import recomputed_layers
+from mlx_distill.train.grad_checkpoint import checkpointed_layers
 from mlx_distill.train.updates import evaluate, global_norm, window_gradients
 
 
@@ -30,7 +30,7 @@ def test_packed_rows_can_be_validated_and_recomputed(kind: str) -> None:
     cuts = windows("sft")
     plain = window_gradients(model, cuts["1x8"], sft())
     assert evaluate(model, cuts["one line each"], sft())["loss"] == pytest.approx(plain.loss, rel=1e-5)
-    with recomputed_layers(model):
+    with checkpointed_layers(model):
         again = window_gradients(model, cuts["all lines"], sft())
     assert again.loss == pytest.approx(plain.loss, rel=1e-5)
     assert global_norm(again.gradients) == pytest.approx(global_norm(plain.gradients), rel=1e-5)

@@ -19,7 +19,7 @@ from mlx_distill.losses.tiled import in_slices
 from mlx_distill.runtime import random_key
 from mlx_distill.train import make_trainable
 from mlx_distill.train import trunk_head as cut
-from mlx_distill.train.grad_checkpoint import recomputed_layers
+from mlx_distill.train.grad_checkpoint import checkpointed_layers
 from mlx_distill.train.objective import sft
 from mlx_distill.train.updates import differentiate
 
@@ -130,7 +130,7 @@ def peak(objective: Any, recompute: bool) -> float:
     mx.eval(model.parameters(), vars(batch))
     base = mx.get_active_memory()
     mx.reset_peak_memory()
-    with recomputed_layers(model) if recompute else nullcontext():
+    with checkpointed_layers(model) if recompute else nullcontext():
         gradients, _ = differentiate(model, batch, objective, {"text": 1.0})
         mx.eval(gradients)
     return (mx.get_peak_memory() - base) / (8 * 512 * 64 * 4)

@@ -58,7 +58,7 @@ def _pattern(template: str) -> re.Pattern[str]:
 
 
 @dataclass(frozen=True)
-class Planned:
+class TensorPlan:
     """One tensor to come: its name, type and shape, and how to get any of its rows from the sources."""
 
     name: str
@@ -131,7 +131,7 @@ def check_activation(config: Mapping[str, Any]) -> None:
 
 def forward_plan(
     architecture: Architecture, tensors: Mapping[str, Source], config: Mapping[str, Any]
-) -> tuple[list[Planned], list[tuple[Source, str]]]:
+) -> tuple[list[TensorPlan], list[tuple[Source, str]]]:
     """Original layout (or ours, which the rules leave alone) to ours: what comes out, and what is left out
     and why.
 
@@ -139,7 +139,7 @@ def forward_plan(
         ModelError: an expert is missing, or a shape does not fit its rule.
     """
     groups: dict[tuple[Rule, str], list[tuple[int, Source]]] = defaultdict(list)
-    planned: list[Planned] = []
+    planned: list[TensorPlan] = []
     left_out: list[tuple[Source, str]] = []
     for name, info in tensors.items():
         if reason := architecture.dropped(name, config):
@@ -170,9 +170,9 @@ def forward_plan(
     return sorted(planned, key=_order), left_out
 
 
-def _plan(name: str, transform: Transform, infos: tuple[Source, ...], index: int, rule: str) -> Planned:
+def _plan(name: str, transform: Transform, infos: tuple[Source, ...], index: int, rule: str) -> TensorPlan:
     dtype, shape = transform.outputs(infos)[index]
-    return Planned(name, dtype, shape, infos, rule, lambda a, b: transform.rows(infos, index, a, b))
+    return TensorPlan(name, dtype, shape, infos, rule, lambda a, b: transform.rows(infos, index, a, b))
 
 
 def _in_order(
@@ -192,7 +192,7 @@ def _in_order(
     return tuple(info for _, info in members)
 
 
-def _order(plan: Planned) -> tuple[object, ...]:
+def _order(plan: TensorPlan) -> tuple[object, ...]:
     """Layers by number, so that a shard holds neighbours; what is outside the layers first."""
     found = re.search(r"\.layers\.(\d+)\.", plan.name)
     return (int(found.group(1)) if found else -1, plan.name)
@@ -207,10 +207,10 @@ def folded(name: str) -> str:
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
-def backward_plan(architecture: Architecture, tensors: Mapping[str, Source]) -> list[Planned]:
+def backward_plan(architecture: Architecture, tensors: Mapping[str, Source]) -> list[TensorPlan]:
     """Ours to the original layout."""
     groups: dict[tuple[Rule, str], dict[int, Source]] = defaultdict(dict)
-    planned: list[Planned] = []
+    planned: list[TensorPlan] = []
     for name, info in tensors.items():
         for rule in architecture.rules:
             found = rule.match_output(name)
@@ -230,7 +230,7 @@ def backward_plan(architecture: Architecture, tensors: Mapping[str, Source]) -> 
         for i, (dtype, shape) in enumerate(transform.inputs(infos)):
             name = rule.source.replace("{l}", layer).replace("{e}", str(i))
             read = _undo(transform, infos, i)
-            planned.append(Planned(name, dtype, shape, infos, type(transform).__name__.lower(), read))
+            planned.append(TensorPlan(name, dtype, shape, infos, type(transform).__name__.lower(), read))
     return sorted(planned, key=_order)
 
 

@@ -10,16 +10,16 @@ from typing import Any
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import architecture_of, expected_shapes
-from mlx_distill.models.checkpoint.layout import Architecture, Planned, forward_plan, source_name
+from mlx_distill.models.checkpoint.layout import Architecture, TensorPlan, forward_plan, source_name
 from mlx_distill.models.checkpoint.safetensors import Checkpoint, open_checkpoint
 from mlx_distill.models.config_files import load_config
-from mlx_distill.models.quantization import Treatment
+from mlx_distill.models.quantization import QuantSpec
 
 _MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 
 @dataclass(frozen=True)
-class Prepared:
+class CheckpointPlan:
     """A checkpoint's plan: ``planned`` in our layout, ``left_out`` with reasons, ``packings`` of the modules
     that are packed already.
     """
@@ -28,9 +28,9 @@ class Prepared:
     config: dict[str, Any]
     architecture: Architecture
     checkpoint: Checkpoint
-    planned: list[Planned]
+    planned: list[TensorPlan]
     left_out: list[tuple[str, str]]
-    packings: dict[str, Treatment]
+    packings: dict[str, QuantSpec]
 
     @property
     def quantizable(self) -> set[str]:
@@ -38,7 +38,7 @@ class Prepared:
         matrices = (p.name for p in self.planned if p.name.endswith(".weight") and len(p.shape) > 1)
         return {name.removesuffix(".weight") for name in matrices} - set(self.packings)
 
-    def parameters(self, planned: Planned) -> int:
+    def parameters(self, planned: TensorPlan) -> int:
         """Weights that a tensor stands for: none where it only holds the scales of others."""
         path, _, leaf = planned.name.rpartition(".")
         if path not in self.packings or leaf == "bias":
@@ -51,7 +51,7 @@ class Prepared:
         return sum(p.nbytes for p in self.planned if p.name in names)
 
 
-def prepare(folder: Path) -> Prepared:
+def prepare(folder: Path) -> CheckpointPlan:
     """Read headers and config, make the plan, and check every tensor's name and shape against the config.
 
     Raises:
@@ -63,7 +63,7 @@ def prepare(folder: Path) -> Prepared:
     checkpoint = open_checkpoint(folder)
     planned, left_out = forward_plan(architecture, checkpoint.tensors, config)
     packings = _check(checkpoint, architecture, expected_shapes(config, where), {p.name: p for p in planned})
-    return Prepared(
+    return CheckpointPlan(
         folder,
         config,
         architecture,
@@ -78,8 +78,8 @@ def _check(
     checkpoint: Checkpoint,
     architecture: Architecture,
     shapes: Mapping[str, tuple[int, ...]],
-    found: Mapping[str, Planned],
-) -> dict[str, Treatment]:
+    found: Mapping[str, TensorPlan],
+) -> dict[str, QuantSpec]:
     """Every expected tensor is there in its shape, plain or packed, and nothing else is; returns how the
     packed ones are.
     """
@@ -108,8 +108,8 @@ def _check(
 
 
 def _packing(
-    checkpoint: Checkpoint, found: Mapping[str, Planned], path: str, shape: tuple[int, ...]
-) -> Treatment:
+    checkpoint: Checkpoint, found: Mapping[str, TensorPlan], path: str, shape: tuple[int, ...]
+) -> QuantSpec:
     """How a weight is packed, from its shape and type and those of its scales."""
     weight, columns = found[f"{path}.weight"], shape[-1]
     for leaf in (
@@ -129,10 +129,10 @@ def _packing(
         )
     if weight.shape != (*shape[:-1], columns * bits // 32) or scales.shape != (*shape[:-1], columns // group):
         raise _shape_error(weight, f"{path}.weight", shape)
-    return Treatment("quantize", mode=mode, bits=bits, group_size=group)
+    return QuantSpec("quantize", mode=mode, bits=bits, group_size=group)
 
 
-def _shape_error(plan: Planned, name: str, shape: tuple[int, ...]) -> ModelError:
+def _shape_error(plan: TensorPlan, name: str, shape: tuple[int, ...]) -> ModelError:
     return ModelError(
         f"{plan.where} gives {name!r} the shape {list(plan.shape)}; config.json says {list(shape)}",
         fix="check that config and weights belong together",

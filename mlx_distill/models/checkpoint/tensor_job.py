@@ -13,9 +13,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.checkpoint.layout import Planned
+from mlx_distill.models.checkpoint.layout import TensorPlan
 from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, FLOATS
-from mlx_distill.models.quantization import NAN_SCALE, Treatment, pack
+from mlx_distill.models.quantization import NAN_SCALE, QuantSpec, pack
 
 MLX_TYPES = {
     "F32": mx.float32,
@@ -33,7 +33,7 @@ MLX_TYPES = {
 _NAMES = {dtype: name for name, dtype in MLX_TYPES.items()}
 
 
-def to_mlx(plan: Planned) -> mx.array:
+def to_mlx(plan: TensorPlan) -> mx.array:
     """A planned tensor as an array, bit for bit."""
     if plan.dtype not in MLX_TYPES:
         raise ModelError(
@@ -74,7 +74,7 @@ class Output:
 
 
 @dataclass(frozen=True)
-class Delta:
+class LowRankUpdate:
     """A low-rank update ``scale * B A`` of a weight: ``a [r, in]`` and ``b [out, r]``, or with a leading axis
     of experts; float32.
 
@@ -112,7 +112,7 @@ class Delta:
 
 
 @dataclass(frozen=True)
-class Whole:
+class Replacement:
     """A tensor that was trained whole beside an adapter, and takes the place of the base's."""
 
     value: mx.array
@@ -128,12 +128,12 @@ class Whole:
 
 
 @dataclass(frozen=True)
-class Job:
+class TensorJob:
     """A planned tensor, what to do with it, and an update to add first."""
 
-    planned: Planned
-    treatment: Treatment = field(default_factory=Treatment)
-    delta: Delta | Whole | None = None
+    planned: TensorPlan
+    treatment: QuantSpec = field(default_factory=QuantSpec)
+    delta: LowRankUpdate | Replacement | None = None
 
     @property
     def outputs(self) -> list[Output]:
@@ -218,7 +218,7 @@ class Errors:
         return sqrt(self.update / self.squares) if self.squares else 0.0
 
 
-def slabs(job: Job, slab_bytes: int) -> Iterator[tuple[int, int]]:
+def slabs(job: TensorJob, slab_bytes: int) -> Iterator[tuple[int, int]]:
     """Row ranges of at most ``slab_bytes`` of source, at least one row each."""
     p = job.planned
     row = max(p.columns * DTYPE_BYTES[p.dtype], 1)
@@ -227,7 +227,7 @@ def slabs(job: Job, slab_bytes: int) -> Iterator[tuple[int, int]]:
         yield start, min(start + step, p.rows)
 
 
-def run_slab(job: Job, start: int, stop: int, errors: Errors) -> list[np.ndarray]:
+def run_slab(job: TensorJob, start: int, stop: int, errors: Errors) -> list[np.ndarray]:
     """The raw bits of rows ``start`` to ``stop`` of each output.
 
     Raises:
@@ -262,7 +262,7 @@ def run_slab(job: Job, start: int, stop: int, errors: Errors) -> list[np.ndarray
     return [to_raw(part) for part in parts]
 
 
-def _check_fits(value: mx.array, job: Job) -> None:
+def _check_fits(value: mx.array, job: TensorJob) -> None:
     if not mx.all(mx.isfinite(value)).item():
         what = " with the adapter added" if job.delta is not None else ""
         raise ModelError(
@@ -271,7 +271,7 @@ def _check_fits(value: mx.array, job: Job) -> None:
         )
 
 
-def check_finite(raw: np.ndarray, planned: Planned) -> None:
+def check_finite(raw: np.ndarray, planned: TensorPlan) -> None:
     """Refuse NaN and infinity, by the bits (255 is NaN among bytes of scales), in pieces that fit the
     processor's cache.
     """
@@ -289,7 +289,7 @@ def check_finite(raw: np.ndarray, planned: Planned) -> None:
             )
 
 
-def table_row(job: Job, errors: Errors, outputs: list[Output]) -> TensorRow:
+def table_row(job: TensorJob, errors: Errors, outputs: list[Output]) -> TensorRow:
     """The line of a finished job."""
     p, t = job.planned, job.treatment
     count = 0 if p.name.endswith((".scales", ".biases")) else prod(p.shape)

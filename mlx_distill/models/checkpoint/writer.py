@@ -22,8 +22,8 @@ from mlx_distill.errors import FileError
 from mlx_distill.models.checkpoint.safetensors import INDEX
 from mlx_distill.models.checkpoint.tensor_job import (
     Errors,
-    Job,
     Output,
+    TensorJob,
     TensorRow,
     run_slab,
     slabs,
@@ -53,7 +53,7 @@ class ShardResult:
 
 
 def write_shards(
-    jobs: Sequence[Job],
+    jobs: Sequence[TensorJob],
     folder: Path,
     *,
     metadata: dict[str, str] | None = None,
@@ -112,9 +112,9 @@ def write_shards(
     return results
 
 
-def plan_shards(jobs: Sequence[Job], max_shard_bytes: int) -> list[list[Job]]:
+def plan_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> list[list[TensorJob]]:
     """Cut the jobs, in order, into shards; a job's outputs stay together."""
-    groups: list[list[Job]] = [[]]
+    groups: list[list[TensorJob]] = [[]]
     size = 0
     for job in jobs:
         nbytes = sum(output.nbytes for output in job.outputs)
@@ -126,7 +126,7 @@ def plan_shards(jobs: Sequence[Job], max_shard_bytes: int) -> list[list[Job]]:
     return groups
 
 
-def _key(group: Sequence[Job], salt: str) -> str:
+def _key(group: Sequence[TensorJob], salt: str) -> str:
     files = {info.file for job in group for info in job.planned.sources}
     stats = {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)}
     jobs = [
@@ -220,7 +220,11 @@ class _Sink:
 
 
 def _write_shard(
-    path: Path, group: Sequence[Job], metadata: dict[str, str], slab_bytes: int, on_bytes: OnBytes | None
+    path: Path,
+    group: Sequence[TensorJob],
+    metadata: dict[str, str],
+    slab_bytes: int,
+    on_bytes: OnBytes | None,
 ) -> ShardResult:
     outputs = [output for job in group for output in job.outputs]
     temporary = path.with_name(f".{path.name}.tmp")
@@ -238,7 +242,7 @@ def _write_shard(
         return ShardResult(path.name, written, path.stat().st_size, rows)
 
 
-def _write_job(job: Job, sink: _Sink, slab_bytes: int, on_bytes: OnBytes | None) -> TensorRow:
+def _write_job(job: TensorJob, sink: _Sink, slab_bytes: int, on_bytes: OnBytes | None) -> TensorRow:
     errors, outputs = Errors(), job.outputs
     with ExitStack() as files:
         # Scales and biases come after the whole weight in the file; until then they wait on the disk, since
@@ -258,7 +262,7 @@ def _write_job(job: Job, sink: _Sink, slab_bytes: int, on_bytes: OnBytes | None)
     return table_row(job, errors, outputs)
 
 
-def _write_index(folder: Path, groups: Sequence[Sequence[Job]], results: Sequence[ShardResult]) -> None:
+def _write_index(folder: Path, groups: Sequence[Sequence[TensorJob]], results: Sequence[ShardResult]) -> None:
     weight_map, total = {}, 0
     for group, result in zip(groups, results, strict=True):
         for job in group:
