@@ -217,7 +217,7 @@ def balanced_batch_sizes(weights: Sequence[float], batches: int) -> list[int]:
         weights: Of the rows, none negative.
         batches: How many to make; at least one row each.
 
-    >>> cut_evenly([9, 5, 4, 3, 3, 2, 2, 1, 1], 4), cut_evenly([1, 1, 1, 1], 2), cut_evenly([0, 0, 0], 2)
+    >>> balanced_batch_sizes([9, 5, 4, 3, 3, 2, 2, 1, 1], 4), balanced_batch_sizes([1, 1, 1, 1], 2), balanced_batch_sizes([0, 0, 0], 2)
     ([1, 1, 2, 5], [2, 2], [1, 2])
     """
     heavy = np.maximum(np.asarray(weights, dtype=np.float64), 1e-9)  # what weighs nothing is spread too
@@ -245,7 +245,7 @@ def cap_padding(sizes: Sequence[int], lengths: Sequence[int], most: int) -> list
         lengths: Of the rows in tokens, the longest first.
         most: Places of a batch, at least the longest length, and 1.
 
-    >>> bound_places([2, 2, 8], [9, 9, 9, 9, 9, 1, 1, 1, 1, 1, 1, 1], 36), bound_places([3, 1], [9, 1, 1, 1], 18)
+    >>> cap_padding([2, 2, 8], [9, 9, 9, 9, 9, 1, 1, 1, 1, 1, 1, 1], 36), cap_padding([3, 1], [9, 1, 1, 1], 18)
     ([2, 3, 7], [2, 2])
     """
     reach = np.arange(len(lengths)) + most // np.maximum(

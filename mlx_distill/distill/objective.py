@@ -134,7 +134,7 @@ def _check(
     if kind == "cells" and cells is None:
         raise ConfigError(
             "token_loss: cells without a map of cells",
-            fix="give cells=cell_map(student_tokenizer, teacher_tokenizer)",
+            fix="give cells=build_token_groups(student_tokenizer, teacher_tokenizer)",
         )
     if "label" in coefficients and labels is None:
         raise ConfigError(

@@ -51,9 +51,9 @@ def token_group_kl(
         DataError: The targets belong to other positions.
         ConfigError: The temperature is not positive.
 
-    >>> cells = CellMap(student=np.array([0, 1, 1]), teacher=np.array([0, 1]), cells=3, shared=2)
+    >>> cells = TokenGroups(student=np.array([0, 1, 1]), teacher=np.array([0, 1]), cells=3, shared=2)
     >>> logits = mx.log(mx.array([[0.5, 0.3, 0.2]]))
-    >>> round(abs(cell_kl(logits, TopK(mx.array([[0, 1]]), mx.log(mx.array([[0.5, 0.5]]))), cells).item()), 5)
+    >>> round(abs(token_group_kl(logits, TopK(mx.array([[0, 1]]), mx.log(mx.array([[0.5, 0.5]]))), cells).item()), 5)
     0.0
     """
     check_temperature(temperature)

@@ -59,7 +59,7 @@ def check_widths(student: int, teacher: int) -> None:
     if student != teacher:
         raise ModelError(
             f"the student's vocabulary has {student} columns and the teacher's {teacher}",
-            fix="with one tokenizer cut the padding columns of both to its length; with two tokenizers use cell_kl or alm",
+            fix="with one tokenizer cut the padding columns of both to its length; with two tokenizers use token_group_kl or alm",
         )
 
 

@@ -66,7 +66,7 @@ def build_token_groups(
     ...     tokenizer = Tokenizer(models.BPE(vocab, list(merges)))
     ...     tokenizer.decoder = decoders.ByteLevel()
     ...     return tokenizer
-    >>> cells = cell_map(tiny({"a": 0, "b": 1}), tiny({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    >>> cells = build_token_groups(tiny({"a": 0, "b": 1}), tiny({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     >>> cells.teacher.tolist(), cells.shared
     ([0, 1, 0], 2)
     """

@@ -106,7 +106,7 @@ def check_targets(rows: tuple[int, ...], width: int, targets: TopK) -> None:
     if targets.ids.shape[-1] > width:
         raise DataError(
             f"{targets.ids.shape[-1]} targets a position, but the student has {width} columns",
-            fix="with another tokenizer use cell_kl",
+            fix="with another tokenizer use token_group_kl",
         )
 
 

@@ -156,7 +156,7 @@ def test_keeps_leading_axes_and_averages_nothing(name: str, options: dict[str, f
 
 @every_kind
 def test_other_vocabulary_is_refused_with_a_cure(name: str, options: dict[str, float], twin: Any) -> None:
-    with pytest.raises(ModelError, match=r"300 columns and the teacher's 299.*cell_kl"):
+    with pytest.raises(ModelError, match=r"300 columns and the teacher's 299.*token_group_kl"):
         getattr(losses, name)(logits(1), logits(2)[:, :-1], **options)
 
 
