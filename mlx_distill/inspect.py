@@ -14,8 +14,8 @@ from typing import Any
 from mlx_distill.errors import DistillError, ModelError
 from mlx_distill.models.adapters import adapter_settings
 from mlx_distill.models.architectures.rope import rope_settings
-from mlx_distill.models.checkpoint.layout import TensorPlan, folded
-from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
+from mlx_distill.models.checkpoint.layout import TensorPlan, wildcard_name
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
 from mlx_distill.models.checkpoint.tensor_job import check_finite
 from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, read_object
@@ -203,11 +203,11 @@ def _provenance(manifest: Manifest | None) -> dict[str, Any]:
 
 
 def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify: bool) -> InspectReport:
-    ready = prepare(folder)
-    rows = _rows(ready)
+    plan = plan_checkpoint(folder)
+    rows = _rows(plan)
     if verify:
-        problems += _not_finite(ready.planned)
-    config = ready.config
+        problems += _not_finite(plan.tensors)
+    config = plan.config
     rope = rope_settings(config, 150_000.0 if config["model_type"] == "gpt_oss" else 10_000.0)
     parameters, stored = sum(r.parameters for r in rows), sum(r.bytes for r in rows)
     facts = {
@@ -217,23 +217,23 @@ def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify:
         "vocabulary": _vocabulary(folder, config),
         "parameters": f"{parameters:,}",
         "bits per weight": round(8 * stored / max(parameters, 1), 3),
-        "size": f"{size(stored)} in {counted(len(ready.checkpoint.files), 'file')}",
+        "size": f"{size(stored)} in {counted(len(plan.checkpoint.files), 'file')}",
         "layout": "Hugging Face"
-        if any(p.rule != "same" for p in ready.planned)
+        if any(p.rule != "same" for p in plan.tensors)
         else "the same in both"
-        if _neutral(ready)
+        if _neutral(plan)
         else "MLX",
         "rope": _rope_text(rope.kind, rope.theta, rope.scaling),
         "head": "tied to the embedding" if config.get("tie_word_embeddings") else "its own",
         "template": _template(folder),
-        "note": ready.architecture.stock_differs(config),
+        "note": plan.architecture.stock_differs(config),
         **_provenance(manifest),
     }
     return InspectReport(str(folder), "model", facts, tuple(rows), tuple(problems), verify)
 
 
-def _neutral(ready: CheckpointPlan) -> bool:
-    return not ready.architecture.rules and "quantization" not in ready.config
+def _neutral(plan: CheckpointPlan) -> bool:
+    return not plan.architecture.rules and "quantization" not in plan.config
 
 
 def _vocabulary(folder: Path, config: Mapping[str, Any]) -> str:
@@ -272,19 +272,19 @@ def _template(folder: Path) -> str:
     return f"{kind}, {len(text)} characters" if text else kind
 
 
-def _rows(ready: CheckpointPlan) -> list[InspectRow]:
+def _rows(plan: CheckpointPlan) -> list[InspectRow]:
     groups: dict[tuple[str, tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
-    for p in ready.planned:
+    for p in plan.tensors:
         path, _, leaf = p.name.rpartition(".")
-        packing = ready.packings.get(path)
+        packing = plan.quantization.get(path)
         if packing and leaf in ("scales", "biases"):
             continue
         shape, stored, nbytes = p.shape, p.dtype, p.nbytes
         if packing and leaf == "weight":
             shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
-            stored, nbytes = f"{packing.mode} {packing.bits}/{packing.group_size}", ready.packed_bytes(path)
-        count = ready.parameters(p)
-        groups[folded(p.name), shape, stored].append((count, nbytes))
+            stored, nbytes = f"{packing.mode} {packing.bits}/{packing.group_size}", plan.quantized_bytes(path)
+        count = plan.parameters(p)
+        groups[wildcard_name(p.name), shape, stored].append((count, nbytes))
     rows = []
     for (name, shape, stored), members in groups.items():
         count, nbytes = sum(c for c, _ in members), sum(s for _, s in members)
@@ -315,7 +315,7 @@ def _adapter(folder: Path, manifest: Manifest | None, problems: list[str], verif
         problems.append(f"{file} is missing")
     groups: dict[tuple[str, tuple[int, ...], str], int] = defaultdict(int)
     for name, info in infos.items():
-        groups[folded(name), info.shape, info.dtype] += 1
+        groups[wildcard_name(name), info.shape, info.dtype] += 1
     rows = tuple(
         InspectRow(name, n, shape, dtype, n * prod(shape), 8.0 * i.nbytes / max(prod(shape), 1), n * i.nbytes)
         for (name, shape, dtype), n in groups.items()
@@ -323,7 +323,7 @@ def _adapter(folder: Path, manifest: Manifest | None, problems: list[str], verif
             next(
                 i
                 for full, i in infos.items()
-                if folded(full) == name and i.shape == shape and i.dtype == dtype
+                if wildcard_name(full) == name and i.shape == shape and i.dtype == dtype
             )
         ]
     )

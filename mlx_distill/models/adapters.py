@@ -24,12 +24,12 @@ from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, read_o
 from mlx_distill.models.hub import copy_tokenizer
 from mlx_distill.models.modules import (
     check_rank,
-    dequantized,
+    dequantized_weight,
+    find_modules_to_save,
     linear_layers,
     matrix_shape,
-    plain_like,
-    train_whole,
-    whole_modules,
+    unfreeze_weights,
+    unquantized_like,
 )
 from mlx_distill.storage import atomic_path, write_json
 
@@ -68,7 +68,7 @@ class LoraSettings:
 class MergeRow:
     """One merged module.
 
-    ``how`` is ``added`` (to plain weights, one rounding to their type) or ``dequantized`` (the packed base
+    ``how`` is ``added`` (to plain weights, one rounding to their type) or ``dequantized_weight`` (the packed base
     became plain). ``update`` is the Frobenius norm of the update, ``error`` that of what rounding lost,
     relative to it.
     """
@@ -87,7 +87,7 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
         model: mlx-lm's model; dense, quantized or mixed.
         settings: Rank, alpha, dropout and the targets: a target ``q_proj`` or ``self_attn.q_proj`` means
             every module whose path ends so, and likewise those that train whole: see
-            :func:`~mlx_distill.models.modules.whole_modules`.
+            :func:`~mlx_distill.models.modules.find_modules_to_save`.
         seed: Seed of the ``A`` matrices, which are uniform in ``± 1 / sqrt(inputs)``; ``B`` is zero.
 
     Returns:
@@ -99,7 +99,7 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
             whole.
     """
     found = linear_layers(model, settings.target_modules)
-    whole = whole_modules(model, settings.modules_to_save, [path for path, _ in found])
+    whole = find_modules_to_save(model, settings.modules_to_save, [path for path, _ in found])
     check_rank(found, settings.rank)
     layers = [(path, _wrap(module, settings)) for path, module in found]
     keys = mx.random.split(mx.random.key(seed), len(layers))
@@ -108,7 +108,7 @@ def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
         bound = 1 / math.sqrt(layer.lora_a.shape[-1] if layer.lora_a.ndim == 3 else layer.lora_a.shape[0])
         layer.lora_a = mx.random.uniform(-bound, bound, layer.lora_a.shape, key=key)
     model.update_modules(tree_unflatten(layers))
-    return [path for path, _ in layers] + train_whole(whole)
+    return [path for path, _ in layers] + unfreeze_weights(whole)
 
 
 def _wrap(module: Any, settings: LoraSettings) -> Any:
@@ -145,7 +145,7 @@ def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: s
     if not weights:
         raise ModelError("the model has no adapter", fix="call add_lora first")
     paths = sorted({name.rsplit(".", 1)[0] for name in weights})
-    for name, module in whole_modules(model, settings.modules_to_save):
+    for name, module in find_modules_to_save(model, settings.modules_to_save):
         weights |= {f"{name}.{leaf}": module[leaf] for leaf in _WHOLE if leaf in module}
     config = adapter_config(settings, paths, len(model.layers), relative_base(base, folder))
     with atomic_path(folder / ADAPTER_FILE) as path:
@@ -265,7 +265,9 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
 def _plain(module: Any, dtype: mx.Dtype) -> Any:
     # A packed base is no hindrance: what was trained whole takes its place, in the type in which the model
     # computes.
-    return plain_like(module, dequantized(module).astype(dtype)) if "scales" in module else module
+    return (
+        unquantized_like(module, dequantized_weight(module).astype(dtype)) if "scales" in module else module
+    )
 
 
 def has_adapter(model: Any) -> bool:
@@ -300,13 +302,13 @@ def merge(model: Any) -> list[MergeRow]:
 def _merged(path: str, layer: Any, model_dtype: mx.Dtype) -> tuple[Any, MergeRow]:
     base = layer.linear
     packed = hasattr(base, "bits")
-    weight = dequantized(base) if packed else base.weight
+    weight = dequantized_weight(base) if packed else base.weight
     dtype = model_dtype if packed else weight.dtype
     exact = weight.astype(mx.float32) + lora_delta(layer)
     if "m" in layer:  # DoRA: the rows' norms are learned apart
         exact = exact * (layer.m / mx.sqrt(mx.sum(mx.square(exact), axis=-1)))[..., None]
     rounded = exact.astype(dtype)
-    out = plain_like(base, rounded)
+    out = unquantized_like(base, rounded)
     update = mx.sqrt(mx.sum(mx.square(exact - weight.astype(mx.float32)))).item()
     error = mx.sqrt(mx.sum(mx.square(exact - rounded.astype(mx.float32)))).item() / max(update, 1e-30)
     return out, MergeRow(path, "dequantized" if packed else "added", float(update), float(error))
@@ -344,7 +346,7 @@ class DoRASwitchLinear(nn.Module):
         # One expert at a time: packed ones are never all unpacked. No parameter, for it follows from the
         # base.
         self._squares = mx.stack(
-            [mx.square(dequantized(linear, expert)).sum(axis=-1) for expert in range(experts)]
+            [mx.square(dequantized_weight(linear, expert)).sum(axis=-1) for expert in range(experts)]
         )
         self.m = mx.sqrt(self._squares)
 

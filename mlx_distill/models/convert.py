@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import open_checkpoint
 from mlx_distill.models.checkpoint.tensor_job import Errors, TensorJob, TensorRow, table_row
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult, write_shards
@@ -129,9 +129,9 @@ def convert(
         FileError: the disk refused, or the destination holds something else.
     """
     folder, destination = resolve(source, revision), Path(destination)
-    ready, jobs = _plan(folder, quantize, dtype, group_size)
+    plan, jobs = _plan(folder, quantize, dtype, group_size)
     if dry_run:
-        return _report(str(source), destination, ready, jobs, [], 0.0, dry_run=True)
+        return _report(str(source), destination, plan, jobs, [], 0.0, dry_run=True)
     settings = {
         "quantize": quantize,
         "group_size": group_size,
@@ -141,10 +141,10 @@ def convert(
     parents = {"source": source_key(folder)}
     recover(destination)
     if is_current(destination, stage_key("convert", FORMAT, settings, parents)):
-        return _as_written(str(source), destination, ready)
+        return _as_written(str(source), destination, plan)
     with staged_folder(destination, folder, "convert", settings, parents) as work:
         report = _write(
-            str(source), destination, work.folder, ready, jobs, max_shard_bytes, memory_bytes, progress
+            str(source), destination, work.folder, plan, jobs, max_shard_bytes, memory_bytes, progress
         )
         work.hashes.update(shard_hashes(work.folder))
         work.recorded.update(
@@ -153,11 +153,11 @@ def convert(
     return report
 
 
-def _as_written(source: str, destination: Path, ready: CheckpointPlan) -> ConversionReport:
+def _as_written(source: str, destination: Path, plan: CheckpointPlan) -> ConversionReport:
     """The report of a conversion that stands there already."""
     table = read_object(destination / TABLE)
     rows = tuple(TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in table["tensors"])
-    report = _report(source, destination, ready, [], [], 0.0)
+    report = _report(source, destination, plan, [], [], 0.0)
     stored = open_checkpoint(destination).nbytes
     return replace(
         report,
@@ -186,8 +186,8 @@ def convert_into(
     ``name`` stands before what ``progress`` is told.
     """
     folder = Path(folder)
-    ready, jobs = _plan(resolve(source, revision), quantize, dtype)
-    report = _write(str(source), folder, folder, ready, jobs, max_shard_bytes, memory_bytes, progress, name)
+    plan, jobs = _plan(resolve(source, revision), quantize, dtype)
+    report = _write(str(source), folder, folder, plan, jobs, max_shard_bytes, memory_bytes, progress, name)
     if report.note and progress:
         progress.note(f"{name}: {report.note}")
     return report
@@ -201,18 +201,18 @@ def _plan(
             f"{folder} holds an adapter, not a model",
             fix="use mlx-distill quantize or export, which merge it",
         )
-    ready = prepare(folder)
+    plan = plan_checkpoint(folder)
     decide = quantization_policy(
-        ready.architecture, ready.quantizable, quantize, dtype=dtype, group_size=group_size
+        plan.architecture, plan.quantizable, quantize, dtype=dtype, group_size=group_size
     )
-    return ready, [TensorJob(p, decide(p)) for p in ready.planned]
+    return plan, [TensorJob(p, decide(p)) for p in plan.tensors]
 
 
 def _write(
     source: str,
     destination: Path,
     into: Path,
-    ready: CheckpointPlan,
+    plan: CheckpointPlan,
     jobs: Sequence[TensorJob],
     max_shard_bytes: int,
     memory_bytes: int,
@@ -223,33 +223,33 @@ def _write(
     shards = stream(
         jobs, into, name, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, progress=progress
     )
-    finish_folder(into, ready, jobs, shards)
-    return _report(source, destination, ready, jobs, shards, time.perf_counter() - began)
+    finish_folder(into, plan, jobs, shards)
+    return _report(source, destination, plan, jobs, shards, time.perf_counter() - began)
 
 
 def _report(
     source: str,
     destination: Path,
-    ready: CheckpointPlan,
+    plan: CheckpointPlan,
     jobs: Sequence[TensorJob],
     shards: Sequence[ShardResult],
     seconds: float,
     *,
     dry_run: bool = False,
 ) -> ConversionReport:
-    rows = shard_rows(ready, jobs, shards)
+    rows = shard_rows(plan, jobs, shards)
     return ConversionReport(
         source,
         str(destination),
-        ready.architecture.model_type,
+        plan.architecture.model_type,
         rows,
-        tuple(ready.left_out),
+        tuple(plan.left_out),
         sum(r.parameters for r in rows),
-        ready.checkpoint.nbytes,
+        plan.checkpoint.nbytes,
         sum(o.nbytes for job in jobs for o in job.outputs),
         seconds,
         sum(s.resumed for s in shards),
-        ready.architecture.stock_differs(ready.config),
+        plan.architecture.stock_differs(plan.config),
         dry_run,
     )
 
@@ -293,7 +293,7 @@ def stream(
     """Write the shards, telling ``progress`` the megabytes of source that are done."""
     done = 0
     with (
-        progress.task(name, total=sum(job.planned.nbytes for job in jobs) / 1e6, unit="MB")
+        progress.task(name, total=sum(job.tensor.nbytes for job in jobs) / 1e6, unit="MB")
         if progress
         else nullcontext() as bar
     ):
@@ -308,7 +308,7 @@ def stream(
 
 
 def shard_rows(
-    ready: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
+    plan: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
 ) -> tuple[TensorRow, ...]:
     """The table's lines: as measured where shards were written, else as planned; packed words that came in
     count as their weights.
@@ -316,15 +316,15 @@ def shard_rows(
     measured = {row.name: row for shard in shards for row in shard.rows}
     rows = []
     for job in jobs:
-        row = measured.get(job.planned.name) or table_row(job, Errors(), job.outputs)
-        path = job.planned.name.removesuffix(".weight")
-        if job.planned.dtype == "U32" and path in ready.packings:
-            count, stored = ready.parameters(job.planned), ready.packed_bytes(path)
+        row = measured.get(job.tensor.name) or table_row(job, Errors(), job.outputs)
+        path = job.tensor.name.removesuffix(".weight")
+        if job.tensor.dtype == "U32" and path in plan.quantization:
+            count, stored = plan.parameters(job.tensor), plan.quantized_bytes(path)
             row = replace(
                 row,
                 parameters=count,
                 bits=round(8 * stored / count, 4),
-                stored=ready.packings[path].label,
+                stored=plan.quantization[path].label,
                 note="bit for bit",
             )
         rows.append(row)
@@ -332,16 +332,16 @@ def shard_rows(
 
 
 def finish_folder(
-    into: Path, ready: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
+    into: Path, plan: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
 ) -> None:
     """Config, tokenizer, and the table of tensors with the shards' hashes."""
-    copy_tokenizer(ready.folder, into, others=True)
-    write_json(into / "config.json", our_config(ready, jobs))
-    rows = shard_rows(ready, jobs, shards)
+    copy_tokenizer(plan.folder, into, others=True)
+    write_json(into / "config.json", our_config(plan, jobs))
+    rows = shard_rows(plan, jobs, shards)
     table = {
         "format": FORMAT,
         "shards": [{"name": s.name, "sha256": s.sha256, "size": s.size} for s in shards],
-        "left_out": [list(pair) for pair in ready.left_out],
+        "left_out": [list(pair) for pair in plan.left_out],
         "tensors": [row.to_dict() for row in rows],
     }
     write_json(into / TABLE, table)
@@ -352,26 +352,26 @@ def shard_hashes(folder: Path) -> dict[str, str]:
     return {row["name"]: row["sha256"] for row in read_object(folder / TABLE)["shards"]}
 
 
-def our_config(ready: CheckpointPlan, jobs: Sequence[TensorJob]) -> dict[str, Any]:
+def our_config(plan: CheckpointPlan, jobs: Sequence[TensorJob]) -> dict[str, Any]:
     """HF's keys, what stock mlx-lm needs besides, and ``quantization`` as mlx-lm writes it."""
-    config = dict(read_object(ready.folder / "config.json"))
-    arguments = ready.architecture.arguments(ready.config)
+    config = dict(read_object(plan.folder / "config.json"))
+    arguments = plan.architecture.arguments(plan.config)
     rope = config.get("rope_parameters")
     if rope and "rope_theta" not in config:
         config |= {
             "rope_theta": arguments["rope_theta"],
             "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"},
         }
-    if ready.architecture.model_type == "qwen3_moe" and "num_experts" not in config:
+    if plan.architecture.model_type == "qwen3_moe" and "num_experts" not in config:
         config["num_experts"] = arguments["num_experts"]
-    types = {job.treatment.dtype for job in jobs if job.treatment.dtype}
+    types = {job.action.dtype for job in jobs if job.action.dtype}
     if len(types) == 1:
         name = next(name for name, stored in SAFETENSORS.items() if stored in types)
         config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
     packed = {
-        job.planned.name.removesuffix(".weight"): job.treatment.config
+        job.tensor.name.removesuffix(".weight"): job.action.config
         for job in jobs
-        if job.treatment.kind == "quantize"
+        if job.action.kind == "quantize"
     }
-    packed |= {path: packing.config for path, packing in ready.packings.items() if path not in packed}
+    packed |= {path: packing.config for path, packing in plan.quantization.items() if path not in packed}
     return with_quantization(config, packed)

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.models.checkpoint.layout import backward_plan, folded
-from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
+from mlx_distill.models.checkpoint.layout import backward_plan, wildcard_name
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, Source
-from mlx_distill.models.checkpoint.tensor_job import Errors, TensorJob, TensorRow, run_slab, table_row
+from mlx_distill.models.checkpoint.tensor_job import Errors, TensorJob, TensorRow, run_block, table_row
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
 from mlx_distill.models.config_files import adapter_base, is_adapter, read_object
 from mlx_distill.models.convert import stream, update_lost
@@ -24,7 +24,7 @@ from mlx_distill.models.folder import source_key, staged_folder
 from mlx_distill.models.hub import copy_tokenizer, resolve
 from mlx_distill.models.peft import Card, from_peft, peft_weights, to_peft, write_peft
 from mlx_distill.models.quantization import QuantSpec
-from mlx_distill.models.quantize import adapter_deltas, plan_jobs, reopen
+from mlx_distill.models.quantize import adapter_updates, plan_jobs, reopen
 from mlx_distill.progress import Progress
 from mlx_distill.storage import write_json, write_text
 from mlx_distill.text import counted, size
@@ -63,7 +63,7 @@ class ComputedTensor:
         columns = columns or width
         stop = int(np.prod(self.shape)) // columns if stop is None else stop
         first, last = start * columns // width, -(-stop * columns // width)
-        block = run_slab(self.job, first, last, self.errors)[self.index].reshape(-1)
+        block = run_block(self.job, first, last, self.errors)[self.index].reshape(-1)
         skip = start * columns - first * width
         return block[skip : skip + (stop - start) * columns].reshape(-1, columns)
 
@@ -106,7 +106,7 @@ class ExportReport:
         """What changed, layers folded together, and what else is to know where the folder lies by then."""
         groups: dict[tuple[str, str], list[float]] = {}
         for row in self.changed:
-            groups.setdefault((folded(row.name), row.note), []).append(row.error)
+            groups.setdefault((wildcard_name(row.name), row.note), []).append(row.error)
         out = [
             f"{name}: {counted(len(e), 'tensor')}, {note}, relative error at most {max(e):.1e}"
             for (name, note), e in groups.items()
@@ -161,9 +161,9 @@ def to_hf(
     folder, destination = resolve(model), Path(destination)
     adapted = is_adapter(folder)
     beside = peft_weights(folder) if adapted and adapter == "keep" else {}
-    ready = prepare(adapter_base(folder) if adapted else folder)
-    sources, changed = _sources(ready, adapter_deltas(folder) if adapted and not beside else {})
-    jobs = [TensorJob(p) for p in backward_plan(ready.architecture, sources)]
+    plan = plan_checkpoint(adapter_base(folder) if adapted else folder)
+    sources, changed = _sources(plan, adapter_updates(folder) if adapted and not beside else {})
+    jobs = [TensorJob(p) for p in backward_plan(plan.architecture, sources)]
     settings: dict[str, Any] = {"layout": "hf", "adapter": adapter, "max_shard_bytes": max_shard_bytes}
     key = source_key(folder)
     with staged_folder(destination, folder, "export", settings, {"source": key}) as work:
@@ -177,74 +177,74 @@ def to_hf(
             salt=key,
             progress=progress,
         )
-        copy_tokenizer(ready.folder, work.folder, others=True)
+        copy_tokenizer(plan.folder, work.folder, others=True)
         if adapted:
             copy_tokenizer(folder, work.folder)
-        write_json(work.folder / "config.json", hf_config(ready, {job.planned.name for job in jobs}))
+        write_json(work.folder / "config.json", hf_config(plan, {job.tensor.name for job in jobs}))
         kept = write_peft(folder, work.folder / "adapter", beside, destination.name) if beside else []
         out = ExportReport(
             str(model),
             str(destination),
-            ready.architecture.model_type,
+            plan.architecture.model_type,
             len(jobs),
-            sum(job.planned.nbytes for job in jobs),
+            sum(job.tensor.nbytes for job in jobs),
             tuple(table_row(job, errors, job.outputs) for job, errors in changed),
             len(kept),
             time.perf_counter() - began,
         )
         if card is not None:
-            write_text(work.folder / "README.md", card(destination.name, folder, ready, out.notes()))
+            write_text(work.folder / "README.md", card(destination.name, folder, plan, out.notes()))
         work.hashes.update({s.name: s.sha256 for s in shards})
         work.recorded.update(source=str(model), **out.facts())
     return out
 
 
 def _sources(
-    ready: CheckpointPlan, deltas: Mapping[str, Any]
+    plan: CheckpointPlan, updates: Mapping[str, Any]
 ) -> tuple[dict[str, Source], list[tuple[TensorJob, Errors]]]:
     """Our tensors by name; those that change are computed while they are read."""
-    planned = {p.name: p for p in ready.planned}
-    foreign = {path for path, packing in ready.packings.items() if not _native(ready, path, packing)}
+    planned = {p.name: p for p in plan.tensors}
+    foreign = {path for path, packing in plan.quantization.items() if not _native(plan, path, packing)}
     sources: dict[str, Source] = {}
     changed: list[tuple[TensorJob, Errors]] = []
-    for job in plan_jobs(ready, dict(deltas), None):
-        path, _, leaf = job.planned.name.rpartition(".")
+    for job in plan_jobs(plan, dict(updates), None):
+        path, _, leaf = job.tensor.name.rpartition(".")
         if path in foreign and leaf in ("scales", "biases"):
             continue
         if path in foreign and leaf == "weight":
-            packing, kept = ready.packings[path], planned[f"{path}.scales"].dtype
-            plain, _ = reopen(planned[job.planned.name], planned, packing)
+            packing, kept = plan.quantization[path], planned[f"{path}.scales"].dtype
+            plain, _ = reopen(planned[job.tensor.name], planned, packing)
             job = TensorJob(
                 plain,
                 QuantSpec("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {packing.mode}"),
-                job.delta,
+                job.update,
             )
-        if job.treatment.kind == "keep" and job.planned.rule == "same":
-            sources[job.planned.name] = job.planned.sources[0]
+        if job.action.kind == "keep" and job.tensor.rule == "same":
+            sources[job.tensor.name] = job.tensor.sources[0]
             continue
         errors = Errors()
         for i, output in enumerate(job.outputs):
             sources[output.name] = ComputedTensor(
-                output.name, output.dtype, output.shape, job.planned.sources[0].file, job, i, errors
+                output.name, output.dtype, output.shape, job.tensor.sources[0].file, job, i, errors
             )
-        if job.treatment.kind != "keep":
+        if job.action.kind != "keep":
             changed.append((job, errors))
     return sources, changed
 
 
-def _native(ready: CheckpointPlan, path: str, packing: QuantSpec) -> bool:
+def _native(plan: CheckpointPlan, path: str, packing: QuantSpec) -> bool:
     """Whether the Hugging Face layout of this architecture has room for the packed module as it is."""
-    return ready.architecture.model_type == "gpt_oss" and ".experts." in path and packing.mode == "mxfp4"
+    return plan.architecture.model_type == "gpt_oss" and ".experts." in path and packing.mode == "mxfp4"
 
 
-def hf_config(ready: CheckpointPlan, names: set[str]) -> dict[str, Any]:
+def hf_config(plan: CheckpointPlan, names: set[str]) -> dict[str, Any]:
     """config.json without what conversion added to it."""
-    config = dict(read_object(ready.folder / "config.json"))
+    config = dict(read_object(plan.folder / "config.json"))
     config.pop("quantization", None)
     if config.get("rope_parameters"):
         config.pop("rope_theta", None)
         config.pop("rope_scaling", None)
-    if "num_local_experts" in config and ready.architecture.model_type == "qwen3_moe":
+    if "num_local_experts" in config and plan.architecture.model_type == "qwen3_moe":
         config.pop("num_experts", None)
     if any(name.endswith("_blocks") for name in names):
         if (config.get("quantization_config") or {}).get("quant_method") != "mxfp4":

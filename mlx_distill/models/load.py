@@ -12,13 +12,13 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import build_model
-from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import INDEX
 from mlx_distill.models.checkpoint.tensor_job import to_mlx
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES
 from mlx_distill.models.config_files import ADAPTER_CONFIG, is_adapter, load_config, read_object
 from mlx_distill.models.hub import copy_tokenizer, resolve
-from mlx_distill.models.modules import cast
+from mlx_distill.models.modules import cast_model
 from mlx_distill.models.quantization import with_quantization
 from mlx_distill.storage import atomic_path, write_json
 
@@ -56,10 +56,10 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, di
         model, config = load_model(adapter_base(folder), dtype=dtype)
         load_adapter(model, folder)
     else:
-        ready = prepare(folder)
-        model, config = _load_weights(ready), ready.config
+        plan = plan_checkpoint(folder)
+        model, config = _load_weights(plan), plan.config
     if dtype is not None:
-        cast(model, dtype)
+        cast_model(model, dtype)
     model.eval()
     mx.eval(model.parameters())
     return model, config
@@ -98,31 +98,31 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
         ) from error
 
 
-def skeleton(folder: str | Path) -> Any:
+def empty_model(folder: str | Path) -> Any:
     """The model of a folder without its weights: modules, names, shapes and packings, from config.json and
     the shards' headers.
 
     Its arrays are random and never computed, so it costs no memory; what can be asked of a model's form can
     be asked of it.
     """
-    return _build(prepare(Path(folder)))
+    return _build(plan_checkpoint(Path(folder)))
 
 
-def _build(ready: CheckpointPlan) -> Any:
-    model = build_model(ready.config, str(ready.folder / "config.json"))
-    if ready.packings:
+def _build(plan: CheckpointPlan) -> Any:
+    model = build_model(plan.config, str(plan.folder / "config.json"))
+    if plan.quantization:
         nn.quantize(
             model,
             class_predicate=lambda path, module: (
-                ready.packings[path].config if path in ready.packings else False
+                plan.quantization[path].config if path in plan.quantization else False
             ),
         )
     return model
 
 
-def _load_weights(ready: CheckpointPlan) -> Any:
-    model = _build(ready)
-    model.load_weights([(p.name, to_mlx(p)) for p in ready.planned])
+def _load_weights(plan: CheckpointPlan) -> Any:
+    model = _build(plan)
+    model.load_weights([(p.name, to_mlx(p)) for p in plan.tensors])
     return model
 
 

@@ -29,7 +29,9 @@ def linear_layers(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
     return found
 
 
-def whole_modules(model: Any, names: Sequence[str], adapted: Collection[str] = ()) -> list[tuple[str, Any]]:
+def find_modules_to_save(
+    model: Any, names: Sequence[str], adapted: Collection[str] = ()
+) -> list[tuple[str, Any]]:
     """The modules with a plain weight of their own whose path ends in one of ``names``, sorted by path:
     PEFT's ``modules_to_save``.
 
@@ -87,7 +89,7 @@ def check_rank(found: Sequence[tuple[str, Any]], rank: int, name: str = "lora_ra
         raise ConfigError(f"{path}: {name} {rank} for a matrix of {shape[0]} x {shape[1]}", fix=fix)
 
 
-def train_whole(modules: Sequence[tuple[str, Any]]) -> list[str]:
+def unfreeze_weights(modules: Sequence[tuple[str, Any]]) -> list[str]:
     """Let the weights and biases of some modules move, in place; return the paths."""
     for _, module in modules:
         module.unfreeze(keys=[key for key in ("weight", "bias") if key in module], recurse=False)
@@ -109,7 +111,7 @@ def _ends(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
-def dequantized(module: Any, expert: int | None = None) -> Float[mx.array, "*e o i"]:
+def dequantized_weight(module: Any, expert: int | None = None) -> Float[mx.array, "*e o i"]:
     """The weight of a linear layer or of a stack of experts (or of one of them) in float32, unpacked where it
     is packed.
 
@@ -132,7 +134,7 @@ def dequantized(module: Any, expert: int | None = None) -> Float[mx.array, "*e o
     )
 
 
-def plain_like(module: Any, weight: Float[mx.array, "*e o i"]) -> Any:
+def unquantized_like(module: Any, weight: Float[mx.array, "*e o i"]) -> Any:
     """A frozen plain layer of the same kind (linear, embedding or stack of experts) with that weight and the
     module's own bias.
 
@@ -155,7 +157,7 @@ def plain_like(module: Any, weight: Float[mx.array, "*e o i"]) -> Any:
 DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
-def cast(model: Any, dtype: str | mx.Dtype) -> Any:
+def cast_model(model: Any, dtype: str | mx.Dtype) -> Any:
     """Cast the floating-point parameters (scales and biases of affine weights among them), in place; packed
     weights and adapters stay.
 
@@ -167,16 +169,16 @@ def cast(model: Any, dtype: str | mx.Dtype) -> Any:
             raise ModelError(f"unknown type {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
     model.update(
-        tree_map_with_path(lambda path, x: x.astype(dtype) if _casts(path, x) else x, model.parameters())
+        tree_map_with_path(lambda path, x: x.astype(dtype) if _is_cast(path, x) else x, model.parameters())
     )
     return model
 
 
-def _casts(path: str, x: mx.array) -> bool:
+def _is_cast(path: str, x: mx.array) -> bool:
     return bool(mx.issubdtype(x.dtype, mx.floating)) and not path.endswith((".lora_a", ".lora_b", ".m"))
 
 
-def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
+def dequantize_model(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
     """Replace packed weights (linear layers, embeddings, stacks of experts) by plain ones of the same value,
     in place; return the paths.
 
@@ -188,7 +190,7 @@ def unpack(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
 
     kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
     plain = [
-        (path, plain_like(module, dequantized(module).astype(kind)))
+        (path, unquantized_like(module, dequantized_weight(module).astype(kind)))
         for path, module in model.named_modules()
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear)
     ]

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_distill.errors import ModelError
 from mlx_distill.models.adapters import LoraSettings, adapter_config, adapter_settings, relative_base
 from mlx_distill.models.architectures.registry import architecture_of
-from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import read_header
 from mlx_distill.models.config_files import (
     ADAPTER_CONFIG,
@@ -66,7 +66,7 @@ class AdapterReport:
         return [*lines, self.note] if self.note else lines
 
 
-def unconverted(base: Path) -> str:
+def original_base(base: Path) -> str:
     """What other tools find a model of ours under: the Hub id or the Hugging Face folder that it was
     converted from.
 
@@ -95,7 +95,7 @@ def to_peft(
         model: An adapter folder of ours.
         destination: The folder to make.
         base_model: What PEFT will call the base (a Hub id or a folder in the Hugging Face layout); if not
-            given, what our base was converted from: see :func:`unconverted`.
+            given, what our base was converted from: see :func:`original_base`.
         card: Writes the model card (README.md); see :func:`~mlx_distill.report.model_card.card_text`.
 
     Raises:
@@ -104,17 +104,17 @@ def to_peft(
     """
     folder, destination = resolve(model), Path(destination)
     weights = peft_weights(folder)
-    ready = prepare(adapter_base(folder))
-    base = base_model or unconverted(ready.folder)
+    plan = plan_checkpoint(adapter_base(folder))
+    base = base_model or original_base(plan.folder)
     with staged_folder(
         destination, folder, "export", {"layout": "peft", "base_model": base}, {"source": source_key(folder)}
     ) as work:
         paths = write_peft(folder, work.folder, weights, base)
         notes = [f"the adapter alone, of {counted(len(paths), 'module')}, in PEFT's format"]
         if card is not None:
-            write_text(work.folder / "README.md", card(destination.name, folder, ready, notes))
+            write_text(work.folder / "README.md", card(destination.name, folder, plan, notes))
         work.recorded.update(source=str(model), modules=len(paths))
-    ours = is_ours(Path(base))
+    ours = is_mlx_folder(Path(base))
     note = (
         f"that folder is in the MLX layout, which PEFT cannot load: mlx-distill export {base} FOLDER --to hf"
         if ours
@@ -123,7 +123,7 @@ def to_peft(
     return AdapterReport(str(destination), base, tuple(paths), note)
 
 
-def is_ours(folder: Path) -> bool:
+def is_mlx_folder(folder: Path) -> bool:
     """Whether a folder is one that this package made, other than an export."""
     manifest = read_manifest(folder)
     return manifest is not None and manifest.stage != "export"

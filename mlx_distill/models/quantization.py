@@ -57,7 +57,7 @@ class QuantSpec:
         return {"group_size": self.group_size, "bits": self.bits, "mode": self.mode}
 
 
-Decide = Callable[[TensorPlan], QuantSpec]
+QuantizationPolicy = Callable[[TensorPlan], QuantSpec]
 
 
 def parse_mode(name: str, group_size: int = 0) -> QuantSpec:
@@ -93,7 +93,7 @@ def quantization_policy(
     dtype: str | None = None,
     group_size: int = 0,
     keep: Sequence[str] = ("router",),
-) -> Decide:
+) -> QuantizationPolicy:
     """The predicate of a conversion.
 
     Args:

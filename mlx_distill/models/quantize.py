@@ -17,7 +17,7 @@ import numpy as np
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.models.adapters import LoraSettings, adapter_settings
 from mlx_distill.models.checkpoint.layout import TensorPlan
-from mlx_distill.models.checkpoint.plan import CheckpointPlan, prepare
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import Source, read_header
 from mlx_distill.models.checkpoint.tensor_job import (
     LowRankUpdate,
@@ -205,10 +205,10 @@ def quantize_into(
     if adapter not in ("merge", "keep"):
         raise ConfigError(f"adapter: {adapter!r} is not merge or keep", fix="choose one of them")
     adapted = is_adapter(source)
-    ready = prepare(adapter_base(source) if adapted else source)
+    plan = plan_checkpoint(adapter_base(source) if adapted else source)
     merges = adapted and adapter == "merge"
-    deltas = adapter_deltas(source) if merges else {}
-    jobs = plan_jobs(ready, deltas, mode, group_size, keep)
+    updates = adapter_updates(source) if merges else {}
+    jobs = plan_jobs(plan, updates, mode, group_size, keep)
     into = folder / "base" if adapted and not merges else folder
     salt = sha256(source / ADAPTER_FILE) if merges else ""
     shards = stream(
@@ -221,12 +221,12 @@ def quantize_into(
         notes=folder / "scratch",
         progress=progress,
     )
-    finish_folder(into, ready, jobs, shards)
+    finish_folder(into, plan, jobs, shards)
     if adapted:
         copy_tokenizer(source, folder)
     if into != folder:
         _copy_adapter(source, folder)
-    rows = shard_rows(ready, jobs, shards)
+    rows = shard_rows(plan, jobs, shards)
     state = "merged" if merges else "kept" if adapted else "none"
     return QuantizeReport(
         str(source),
@@ -235,7 +235,7 @@ def quantize_into(
         state,
         rows,
         sum(r.parameters for r in rows),
-        ready.checkpoint.nbytes,
+        plan.checkpoint.nbytes,
         sum(o.nbytes for job in jobs for o in job.outputs),
         (source / ADAPTER_FILE).stat().st_size if adapted else 0,
         time.perf_counter() - began,
@@ -249,7 +249,7 @@ def _copy_adapter(source: Path, folder: Path) -> None:
     write_json(folder / ADAPTER_CONFIG, {**read_object(source / ADAPTER_CONFIG), "base": "base"})
 
 
-def adapter_deltas(folder: Path) -> dict[str, LowRankUpdate | Replacement]:
+def adapter_updates(folder: Path) -> dict[str, LowRankUpdate | Replacement]:
     """The updates of an adapter folder, by the name of the tensor that they change.
 
     Raises:
@@ -258,11 +258,11 @@ def adapter_deltas(folder: Path) -> dict[str, LowRankUpdate | Replacement]:
     settings: LoraSettings = adapter_settings(folder)
     infos, _ = read_header(folder / ADAPTER_FILE)
     weights = mx.load(str(folder / ADAPTER_FILE))
-    deltas: dict[str, LowRankUpdate | Replacement] = {}
+    updates: dict[str, LowRankUpdate | Replacement] = {}
     for name, info in infos.items():
         path, leaf = name.rsplit(".", 1)
         if leaf in ("weight", "bias"):
-            deltas[name] = Replacement(weights[name])
+            updates[name] = Replacement(weights[name])
         if leaf != "lora_a":
             continue
         if f"{path}.lora_b" not in weights:
@@ -270,13 +270,13 @@ def adapter_deltas(folder: Path) -> dict[str, LowRankUpdate | Replacement]:
         a, b = weights[name].astype(mx.float32), weights[f"{path}.lora_b"].astype(mx.float32)
         if a.ndim == 2:  # mlx-lm keeps the matrices of linear layers as [in, r] and [r, out]
             a, b = a.T, b.T
-        deltas[f"{path}.weight"] = LowRankUpdate(a, b, settings.scale, weights.get(f"{path}.m"))
-    return deltas
+        updates[f"{path}.weight"] = LowRankUpdate(a, b, settings.scale, weights.get(f"{path}.m"))
+    return updates
 
 
 def plan_jobs(
-    ready: CheckpointPlan,
-    deltas: dict[str, LowRankUpdate | Replacement],
+    plan: CheckpointPlan,
+    updates: dict[str, LowRankUpdate | Replacement],
     mode: str | None,
     group_size: int = 0,
     keep: Sequence[str] = ("router",),
@@ -287,13 +287,11 @@ def plan_jobs(
     Raises:
         ModelError: an update for a weight that the base does not have, or of another shape.
     """
-    planned = {p.name: p for p in ready.planned}
-    decide = quantization_policy(
-        ready.architecture, ready.quantizable, mode, group_size=group_size, keep=keep
-    )
+    planned = {p.name: p for p in plan.tensors}
+    decide = quantization_policy(plan.architecture, plan.quantizable, mode, group_size=group_size, keep=keep)
     jobs: list[TensorJob] = []
     reopened: set[str] = set()
-    for name in deltas:
+    for name in updates:
         path = name.removesuffix(".weight")
         if name not in planned:
             raise ModelError(
@@ -302,27 +300,27 @@ def plan_jobs(
             )
         if planned[name].dtype == "U32":
             reopened |= {f"{path}.scales", f"{path}.biases"}
-    for p in ready.planned:
+    for p in plan.tensors:
         if p.name in reopened:
             continue
-        delta = deltas.get(p.name)
-        if delta is not None and p.dtype == "U32":
-            plain, treatment = reopen(p, planned, ready.packings[p.name.removesuffix(".weight")])
-            jobs.append(_fitting(TensorJob(plain, treatment, delta)))
+        update = updates.get(p.name)
+        if update is not None and p.dtype == "U32":
+            plain, action = reopen(p, planned, plan.quantization[p.name.removesuffix(".weight")])
+            jobs.append(_fitting(TensorJob(plain, action, update)))
         else:
-            jobs.append(_fitting(TensorJob(p, decide(p), delta)))
+            jobs.append(_fitting(TensorJob(p, decide(p), update)))
     return jobs
 
 
 def _fitting(job: TensorJob) -> TensorJob:
-    if job.delta is not None:
-        if job.delta.shape != job.planned.shape:
+    if job.update is not None:
+        if job.update.shape != job.tensor.shape:
             raise ModelError(
-                f"{job.planned.where}: the adapter's update has the shape {list(job.delta.shape)}",
+                f"{job.tensor.where}: the adapter's update has the shape {list(job.update.shape)}",
                 fix="check base in adapter_config.json",
             )
-        if job.treatment.kind == "keep":
-            return replace(job, treatment=QuantSpec("cast", job.planned.dtype, why=job.treatment.why))
+        if job.action.kind == "keep":
+            return replace(job, action=QuantSpec("cast", job.tensor.dtype, why=job.action.why))
     return job
 
 
@@ -346,5 +344,5 @@ def reopen(p: TensorPlan, planned: dict[str, TensorPlan], packing: QuantSpec) ->
         )
 
     kept = parts[1].dtype if packing.mode == "affine" else "BF16"
-    treatment = replace(packing, dtype=kept, why="packed again", again=True)
-    return TensorPlan(p.name, "F32", shape, sources, "dequantize", read), treatment
+    action = replace(packing, dtype=kept, why="packed again", again=True)
+    return TensorPlan(p.name, "F32", shape, sources, "dequantize", read), action

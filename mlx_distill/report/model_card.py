@@ -34,7 +34,7 @@ _FIGURES: Mapping[str, Callable[[Any], str]] = {
 def card_text(
     title: str,
     folder: Path,
-    ready: CheckpointPlan,
+    plan: CheckpointPlan,
     notes: Sequence[str],
     report: Mapping[str, Any] | None = None,
     *,
@@ -45,12 +45,12 @@ def card_text(
     Args:
         title: What the exported folder is called.
         folder: The folder that is exported: a model or an adapter.
-        ready: The model, or the adapter's base.
+        plan: The model, or the adapter's base.
         notes: What the export says of itself.
         report: A run's ``report.json``.
         library: What reads the exported folder.
     """
-    made = _ancestry(folder, ready.folder)
+    made = _ancestry(folder, plan.folder)
     source = next((str(m.recorded["source"]) for m in made.values() if m.recorded.get("source")), "")
     front = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if _is_hub_id(source):
@@ -62,10 +62,10 @@ def card_text(
         "",
         f"# {title}",
         "",
-        f"A `{ready.architecture.model_type}` written by mlx-distill.",
+        f"A `{plan.architecture.model_type}` written by mlx-distill.",
     ]
     lines += ["", "## How it was written", "", *(f"- {note}" for note in notes)]
-    if difference := ready.architecture.stock_differs(ready.config):
+    if difference := plan.architecture.stock_differs(plan.config):
         lines += ["", f"Note: {difference}."]
     if made:
         lines += ["", "## Provenance", "", *(_origin(name, manifest) for name, manifest in made.items())]

@@ -43,11 +43,11 @@ def load_model(context: Context, name: str) -> tuple[Any, Any]:
     says so.
     """
     from mlx_distill.models.load import load
-    from mlx_distill.models.modules import unpack
+    from mlx_distill.models.modules import dequantize_model
 
     model, tokenizer = load(context.run / name, dtype=context.recipe.compute_dtype)
     if context.recipe.unpacks(name):
-        unpack(model, context.recipe.compute_dtype or "float32")
+        dequantize_model(model, context.recipe.compute_dtype or "float32")
     return model, tokenizer
 
 

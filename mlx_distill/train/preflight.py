@@ -53,12 +53,12 @@ def check_model(folder: str | Path, settings: TrainConfig, *, unpack: bool = Fal
         ModelError: an unknown target, one with packed weights, or a damaged checkpoint.
         ConfigError: a rank above a dimension.
     """
-    from mlx_distill.models.load import skeleton
-    from mlx_distill.models.modules import unpack as unpack_weights
+    from mlx_distill.models.load import empty_model
+    from mlx_distill.models.modules import dequantize_model
 
-    model = skeleton(folder)
+    model = empty_model(folder)
     if unpack:
-        unpack_weights(model)
+        dequantize_model(model)
     return make_trainable(model, settings)
 
 

@@ -9,7 +9,7 @@ import mlx.nn as nn
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.adapters import LoraSettings, add_lora
-from mlx_distill.models.modules import check_rank, linear_layers, train_whole, whole_modules
+from mlx_distill.models.modules import check_rank, find_modules_to_save, linear_layers, unfreeze_weights
 from mlx_distill.recipe import TrainConfig
 
 
@@ -47,12 +47,12 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
         return []
     found = linear_layers(model, settings.target_modules)
     paths = [path for path, _ in found]
-    whole = whole_modules(model, settings.modules_to_save, paths)
+    whole = find_modules_to_save(model, settings.modules_to_save, paths)
     _check_plain(found, settings)
     model.freeze()
     for _, module in found:
         module.unfreeze(keys=["weight"], recurse=False)
-    return paths + train_whole(whole)
+    return paths + unfreeze_weights(whole)
 
 
 def adapter_of(settings: TrainConfig) -> LoraSettings | None:

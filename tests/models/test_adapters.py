@@ -25,7 +25,7 @@ from mlx_distill.models.adapters import (
 )
 from mlx_distill.models.convert import convert
 from mlx_distill.models.load import load_model
-from mlx_distill.models.modules import cast, dequantized
+from mlx_distill.models.modules import cast_model, dequantized_weight
 
 ATTENTION = ("q_proj", "o_proj")
 CASES = [
@@ -119,7 +119,7 @@ def test_merging_rounds_once_and_says_how_much(golden: Any) -> None:
 def test_the_adapter_keeps_its_type_when_the_model_is_cast(kind: str, golden: Any) -> None:
     model, _ = load_model(golden("qwen3"))
     add_lora(model, LoraSettings(2, 4.0, 0.0, ("q_proj",), kind))
-    cast(model, "bfloat16")
+    cast_model(model, "bfloat16")
     assert {array.dtype for array in dict(tree_flatten(model.trainable_parameters())).values()} == {
         mx.float32
     }
@@ -209,7 +209,7 @@ def test_adapters_over_packed_linear_layers_are_those_over_the_unpacked_ones(kin
     else:
         packed = Holder(packed_linear(mode, 1)[1][0])
     plain = Holder(nn.Linear(64, 32))
-    plain.q_proj.weight, plain.q_proj.bias = dequantized(packed.q_proj), packed.q_proj.bias
+    plain.q_proj.weight, plain.q_proj.bias = dequantized_weight(packed.q_proj), packed.q_proj.bias
     settings, x = LoraSettings(4, 8.0, 0.0, ("q_proj",), kind), mx.random.normal((7, 64))
     for holder in (packed, plain):
         trained(holder, settings)
@@ -294,7 +294,7 @@ def test_stock_mlx_lm_reads_the_adapter(golden: Any, logits: Any, tmp_path: Path
     stock, _ = stock_load(golden("qwen3"))
     load_adapters(stock, str(tmp_path))
     prompt, _ = logits("qwen3")
-    assert mx.allclose(cast(stock, "float32")(prompt), model(prompt), atol=1e-4)
+    assert mx.allclose(cast_model(stock, "float32")(prompt), model(prompt), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])

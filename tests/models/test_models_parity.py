@@ -11,7 +11,7 @@ import pytest
 from mlx_distill.losses.output_head import project
 from mlx_distill.models.forward import head, hidden_states
 from mlx_distill.models.load import load_model
-from mlx_distill.models.modules import cast
+from mlx_distill.models.modules import cast_model
 
 NAMES = ("qwen2", "qwen3", "qwen3_yarn", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4")
 TOLERANCE = 2e-5  # of the logits' scale
@@ -57,7 +57,7 @@ def test_the_head_on_the_hidden_states_gives_the_logits(name: str, golden: Any, 
 def test_stored_types_are_kept_unless_told(golden: Any) -> None:
     model, _ = load_model(golden("gpt_oss_mxfp4"))
     assert model.model.norm.weight.dtype == mx.bfloat16
-    cast(model, "float32")
+    cast_model(model, "float32")
     experts = model.model.layers[0].mlp.experts.gate_proj
     assert model.model.norm.weight.dtype == mx.float32
     assert (experts.weight.dtype, experts.scales.dtype, experts.mode) == (mx.uint32, mx.uint8, "mxfp4")
@@ -77,7 +77,7 @@ def test_stock_mlx_lm_still_rounds_the_correction_range(golden: Any, logits: Any
         report = convert(golden(name), tmp_path / name)
         model, _ = stock_load(tmp_path / name)
         prompt, wanted = logits(name)
-        assert error(cast(model, "float32")(prompt), wanted) > 0.1
+        assert error(cast_model(model, "float32")(prompt), wanted) > 0.1
         assert report.note is not None
         assert said in report.note
         assert report.lines()[-1] == report.note
@@ -115,7 +115,7 @@ def test_stock_mlx_lm_computes_the_same_where_nothing_is_said(
     stock, _ = stock_load(tmp_path / "out")
     ours, _ = load_model(tmp_path / "out", dtype="float32")
     prompt, wanted = logits(name)
-    found = cast(stock, "float32")(prompt)
+    found = cast_model(stock, "float32")(prompt)
     assert error(found, ours(prompt)) < 1e-6
     if quantize is None and name in ("qwen2", "qwen3", "qwen3_yarn"):
         assert error(found, wanted) < TOLERANCE

@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import to_hf
 from mlx_distill.models.load import load_model, save_model
-from mlx_distill.models.modules import unpack
+from mlx_distill.models.modules import dequantize_model
 
 
 def saved(
@@ -23,7 +23,7 @@ def saved(
     convert(golden(name), folder / "base", quantize)
     model, _ = load_model(folder / "base", dtype="float32")
     if plain:
-        unpack(model)
+        dequantize_model(model)
     if plain and trains:
         model.unfreeze()
     model.model.norm.weight = model.model.norm.weight * 1.5
@@ -87,7 +87,7 @@ def test_an_embedding_that_trained_is_saved_plain_beside_what_did_not(
 ) -> None:
     convert(golden("qwen3"), tmp_path / "base", "affine8")
     model, _ = load_model(tmp_path / "base", dtype="float32")
-    unpack(model)
+    dequantize_model(model)
     model.model.embed_tokens.unfreeze()
     model.model.embed_tokens.weight = model.model.embed_tokens.weight * 1.5
     save_model(model, tmp_path / "base", tmp_path / "out")

@@ -198,7 +198,7 @@ def _order(plan: TensorPlan) -> tuple[object, ...]:
     return (int(found.group(1)) if found else -1, plan.name)
 
 
-def folded(name: str) -> str:
+def wildcard_name(name: str) -> str:
     """A tensor's name with its numbers left open, so that layers and experts fall together.
 
     >>> folded("model.layers.3.mlp.experts.11.up_proj.weight")

@@ -20,7 +20,7 @@ _MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """A checkpoint's plan: ``planned`` in our layout, ``left_out`` with reasons, ``packings`` of the modules
+    """A checkpoint's plan: ``tensors`` in our layout, ``left_out`` with reasons, ``quantization`` of the modules
     that are packed already.
     """
 
@@ -28,30 +28,30 @@ class CheckpointPlan:
     config: dict[str, Any]
     architecture: Architecture
     checkpoint: Checkpoint
-    planned: list[TensorPlan]
+    tensors: list[TensorPlan]
     left_out: list[tuple[str, str]]
-    packings: dict[str, QuantSpec]
+    quantization: dict[str, QuantSpec]
 
     @property
     def quantizable(self) -> set[str]:
         """Module paths whose weight is a plain matrix, or one an expert."""
-        matrices = (p.name for p in self.planned if p.name.endswith(".weight") and len(p.shape) > 1)
-        return {name.removesuffix(".weight") for name in matrices} - set(self.packings)
+        matrices = (p.name for p in self.tensors if p.name.endswith(".weight") and len(p.shape) > 1)
+        return {name.removesuffix(".weight") for name in matrices} - set(self.quantization)
 
     def parameters(self, planned: TensorPlan) -> int:
         """Weights that a tensor stands for: none where it only holds the scales of others."""
         path, _, leaf = planned.name.rpartition(".")
-        if path not in self.packings or leaf == "bias":
+        if path not in self.quantization or leaf == "bias":
             return prod(planned.shape)
-        return planned.rows * planned.columns * 32 // self.packings[path].bits if leaf == "weight" else 0
+        return planned.rows * planned.columns * 32 // self.quantization[path].bits if leaf == "weight" else 0
 
-    def packed_bytes(self, path: str) -> int:
+    def quantized_bytes(self, path: str) -> int:
         """Bytes of a packed module's weight with its scales."""
         names = {f"{path}.{leaf}" for leaf in ("weight", "scales", "biases")}
-        return sum(p.nbytes for p in self.planned if p.name in names)
+        return sum(p.nbytes for p in self.tensors if p.name in names)
 
 
-def prepare(folder: Path) -> CheckpointPlan:
+def plan_checkpoint(folder: Path) -> CheckpointPlan:
     """Read headers and config, make the plan, and check every tensor's name and shape against the config.
 
     Raises:
@@ -62,7 +62,9 @@ def prepare(folder: Path) -> CheckpointPlan:
     architecture = architecture_of(config, where)
     checkpoint = open_checkpoint(folder)
     planned, left_out = forward_plan(architecture, checkpoint.tensors, config)
-    packings = _check(checkpoint, architecture, expected_shapes(config, where), {p.name: p for p in planned})
+    quantization = _check(
+        checkpoint, architecture, expected_shapes(config, where), {p.name: p for p in planned}
+    )
     return CheckpointPlan(
         folder,
         config,
@@ -70,7 +72,7 @@ def prepare(folder: Path) -> CheckpointPlan:
         checkpoint,
         planned,
         [(info.name, why) for info, why in left_out],
-        packings,
+        quantization,
     )
 
 
@@ -83,7 +85,7 @@ def _check(
     """Every expected tensor is there in its shape, plain or packed, and nothing else is; returns how the
     packed ones are.
     """
-    packings = {}
+    quantization = {}
     known = set(shapes)
     for name, shape in shapes.items():
         if name not in found:
@@ -94,8 +96,10 @@ def _check(
             )
         plan, path = found[name], name.removesuffix(".weight")
         if plan.dtype == "U32" and name.endswith(".weight"):
-            packings[path] = _packing(checkpoint, found, path, shape)
-            known |= {f"{path}.scales"} | ({f"{path}.biases"} if packings[path].mode == "affine" else set())
+            quantization[path] = _packing(checkpoint, found, path, shape)
+            known |= {f"{path}.scales"} | (
+                {f"{path}.biases"} if quantization[path].mode == "affine" else set()
+            )
         elif plan.shape != shape:
             raise _shape_error(plan, name, shape)
     for name, plan in found.items():
@@ -104,7 +108,7 @@ def _check(
                 f"{plan.where} is not part of a {architecture.model_type} with this config",
                 fix="correct config.json, or remove the tensor",
             )
-    return packings
+    return quantization
 
 
 def _packing(

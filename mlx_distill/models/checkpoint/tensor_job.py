@@ -131,14 +131,14 @@ class Replacement:
 class TensorJob:
     """A planned tensor, what to do with it, and an update to add first."""
 
-    planned: TensorPlan
-    treatment: QuantSpec = field(default_factory=QuantSpec)
-    delta: LowRankUpdate | Replacement | None = None
+    tensor: TensorPlan
+    action: QuantSpec = field(default_factory=QuantSpec)
+    update: LowRankUpdate | Replacement | None = None
 
     @property
     def outputs(self) -> list[Output]:
         """What comes out, the weight first."""
-        p, t = self.planned, self.treatment
+        p, t = self.tensor, self.action
         if t.kind == "keep":
             return [Output(p.name, p.dtype, p.shape)]
         if t.kind == "cast":
@@ -218,30 +218,30 @@ class Errors:
         return sqrt(self.update / self.squares) if self.squares else 0.0
 
 
-def slabs(job: TensorJob, slab_bytes: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of at most ``slab_bytes`` of source, at least one row each."""
-    p = job.planned
+def row_blocks(job: TensorJob, block_bytes: int) -> Iterator[tuple[int, int]]:
+    """Row ranges of at most ``block_bytes`` of source, at least one row each."""
+    p = job.tensor
     row = max(p.columns * DTYPE_BYTES[p.dtype], 1)
-    step = max(slab_bytes // row, 1)
+    step = max(block_bytes // row, 1)
     for start in range(0, p.rows, step):
         yield start, min(start + step, p.rows)
 
 
-def run_slab(job: TensorJob, start: int, stop: int, errors: Errors) -> list[np.ndarray]:
+def run_block(job: TensorJob, start: int, stop: int, errors: Errors) -> list[np.ndarray]:
     """The raw bits of rows ``start`` to ``stop`` of each output.
 
     Raises:
         ModelError: NaN or infinity in the source, or where the type to be is too narrow: with file and
             tensor.
     """
-    p, t = job.planned, job.treatment
+    p, t = job.tensor, job.action
     raw = p.read(start, stop)
     check_finite(raw, p)
-    if t.kind == "keep" and job.delta is None:
+    if t.kind == "keep" and job.update is None:
         return [raw]
     source = from_raw(raw, p.dtype)
-    if job.delta is not None:
-        before, source = source, job.delta.add(source, start, stop)
+    if job.update is not None:
+        before, source = source, job.update.add(source, start, stop)
         errors.add_update(before, source)
     kept_type = MLX_TYPES[t.dtype or p.dtype]
     value = source.astype(kept_type)
@@ -264,9 +264,9 @@ def run_slab(job: TensorJob, start: int, stop: int, errors: Errors) -> list[np.n
 
 def _check_fits(value: mx.array, job: TensorJob) -> None:
     if not mx.all(mx.isfinite(value)).item():
-        what = " with the adapter added" if job.delta is not None else ""
+        what = " with the adapter added" if job.update is not None else ""
         raise ModelError(
-            f"{job.planned.where}{what} gives NaN or infinity as {job.treatment.label}",
+            f"{job.tensor.where}{what} gives NaN or infinity as {job.action.label}",
             fix="train the adapter again" if what else "choose a type with a wider range, such as bfloat16",
         )
 
@@ -291,14 +291,14 @@ def check_finite(raw: np.ndarray, planned: TensorPlan) -> None:
 
 def table_row(job: TensorJob, errors: Errors, outputs: list[Output]) -> TensorRow:
     """The line of a finished job."""
-    p, t = job.planned, job.treatment
+    p, t = job.tensor, job.action
     count = 0 if p.name.endswith((".scales", ".biases")) else prod(p.shape)
     bits = 8 * sum(o.nbytes for o in outputs) / count if count else 0.0
     sources = (
         p.sources[0].name if len(p.sources) == 1 else f"{p.sources[0].name} and {len(p.sources) - 1} more"
     )
     stored = t.label if t.kind == "quantize" else outputs[0].dtype
-    note = "; ".join(part for part in (t.why, "adapter merged" if job.delta is not None else "") if part)
+    note = "; ".join(part for part in (t.why, "adapter merged" if job.update is not None else "") if part)
     return TensorRow(
         p.name,
         sources,

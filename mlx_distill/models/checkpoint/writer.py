@@ -25,8 +25,8 @@ from mlx_distill.models.checkpoint.tensor_job import (
     Output,
     TensorJob,
     TensorRow,
-    run_slab,
-    slabs,
+    row_blocks,
+    run_block,
     table_row,
 )
 from mlx_distill.storage import digest, fsync_folder, os_errors, read_json, sha256, write_json
@@ -104,7 +104,7 @@ def write_shards(
                 },
             )
         elif on_bytes:
-            on_bytes(sum(job.planned.nbytes for job in group))
+            on_bytes(sum(job.tensor.nbytes for job in group))
         results.append(done)
     for stale in set(folder.glob("model*.safetensors")) - {folder / r.name for r in results}:
         stale.unlink()
@@ -127,15 +127,15 @@ def plan_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> list[list[Te
 
 
 def _key(group: Sequence[TensorJob], salt: str) -> str:
-    files = {info.file for job in group for info in job.planned.sources}
+    files = {info.file for job in group for info in job.tensor.sources}
     stats = {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)}
     jobs = [
         [
-            job.planned.name,
-            job.planned.rule,
-            [s.name for s in job.planned.sources],
-            asdict(job.treatment),
-            job.delta is not None,
+            job.tensor.name,
+            job.tensor.rule,
+            [s.name for s in job.tensor.sources],
+            asdict(job.action),
+            job.update is not None,
         ]
         for job in group
     ]
@@ -223,7 +223,7 @@ def _write_shard(
     path: Path,
     group: Sequence[TensorJob],
     metadata: dict[str, str],
-    slab_bytes: int,
+    block_bytes: int,
     on_bytes: OnBytes | None,
 ) -> ShardResult:
     outputs = [output for job in group for output in job.outputs]
@@ -232,7 +232,7 @@ def _write_shard(
         sink = _Sink(temporary)
         try:
             sink.put(_header(outputs, metadata))
-            rows = tuple(_write_job(job, sink, slab_bytes, on_bytes) for job in group)
+            rows = tuple(_write_job(job, sink, block_bytes, on_bytes) for job in group)
             written = sink.close()
             os.replace(temporary, path)
             fsync_folder(path.parent)
@@ -242,19 +242,19 @@ def _write_shard(
         return ShardResult(path.name, written, path.stat().st_size, rows)
 
 
-def _write_job(job: TensorJob, sink: _Sink, slab_bytes: int, on_bytes: OnBytes | None) -> TensorRow:
+def _write_job(job: TensorJob, sink: _Sink, block_bytes: int, on_bytes: OnBytes | None) -> TensorRow:
     errors, outputs = Errors(), job.outputs
     with ExitStack() as files:
         # Scales and biases come after the whole weight in the file; until then they wait on the disk, since
         # they grow with the tensor.
         later = [files.enter_context(TemporaryFile(dir=sink.path.parent)) for _ in outputs[1:]]
-        for start, stop in slabs(job, slab_bytes):
-            weight, *rest = run_slab(job, start, stop, errors)
+        for start, stop in row_blocks(job, block_bytes):
+            weight, *rest = run_block(job, start, stop, errors)
             sink.put(weight)
             for file, block in zip(later, rest, strict=True):
                 file.write(np.ascontiguousarray(block).data)
             if on_bytes:
-                on_bytes(job.planned.nbytes * (stop - start) // max(job.planned.rows, 1))
+                on_bytes(job.tensor.nbytes * (stop - start) // max(job.tensor.rows, 1))
         for file in later:
             file.seek(0)
             while piece := file.read(_COMPARED):

@@ -13,7 +13,7 @@ from mlx_distill.config import ASSETS
 from mlx_distill.models.adapters import LoraSettings, add_lora
 from mlx_distill.models.convert import convert
 from mlx_distill.models.load import load, load_model
-from mlx_distill.models.modules import unpack
+from mlx_distill.models.modules import dequantize_model
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.train import make_trainable
 from mlx_distill.train.preflight import check_model
@@ -27,7 +27,7 @@ def test_unpacked_weights_give_the_same_logits_and_gradients(tmp_path: Path, qua
     for plain in (False, True):
         model, _ = load(tmp_path / "model", dtype="float32")
         if plain:
-            paths = unpack(model)
+            paths = dequantize_model(model)
             assert any("experts" in path for path in paths)
             assert any("q_proj" in path for path in paths) == (quantize is not None)
         add_lora(model, LoraSettings(4, 8.0, 0.0, ["q_proj"]))
@@ -53,7 +53,7 @@ def test_an_embedding_is_unpacked_and_computes_the_same(
     convert(golden(name), tmp_path / "model", quantize=quantize)
     packed, plain = (load_model(tmp_path / "model", dtype="float32")[0] for _ in range(2))
     assert isinstance(packed.model.embed_tokens, nn.QuantizedEmbedding)
-    assert "model.embed_tokens" in unpack(plain)
+    assert "model.embed_tokens" in dequantize_model(plain)
     assert isinstance(plain.model.embed_tokens, nn.Embedding) and not any(
         "scales" in module for module in plain.modules()
     )
@@ -66,7 +66,7 @@ def test_an_embedding_is_unpacked_and_computes_the_same(
 def test_weights_are_unpacked_in_the_type_that_is_asked_for(golden: Any, logits: Any, tmp_path: Path) -> None:
     convert(golden("qwen3"), tmp_path / "model", "affine8", dtype="bfloat16")
     packed, plain = (load_model(tmp_path / "model")[0] for _ in range(2))
-    unpack(plain, "bfloat16")
+    dequantize_model(plain, "bfloat16")
     prompt, _ = logits("qwen3")
     wanted, found = packed(prompt), plain(prompt)
     assert found.dtype == wanted.dtype == plain.model.embed_tokens.weight.dtype == mx.bfloat16
@@ -83,6 +83,6 @@ def test_an_unpacked_embedding_can_be_trained(method: str, golden: Any, tmp_path
     )
     check_model(tmp_path / "model", settings, unpack=True)
     model, _ = load_model(tmp_path / "model", dtype="float32")
-    unpack(model)
+    dequantize_model(model)
     make_trainable(model, settings)
     assert "weight" in model.model.embed_tokens.trainable_parameters()
