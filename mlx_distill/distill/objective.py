@@ -34,7 +34,7 @@ def token_loss_kind(settings: DistillConfig, same_tokenizer: bool) -> str:
 def kd(
     settings: DistillConfig,
     labels: LabelTokens | None = None,
-    cells: TokenGroups | None = None,
+    groups: TokenGroups | None = None,
     same_tokenizer: bool = False,
     *,
     dense_limit: int = DENSE_LIMIT,
@@ -57,7 +57,7 @@ def kd(
         settings: ``label_weight``, ``token_weight``, ``text_weight``, the temperatures, and which token-level
             loss.
         labels: The student's tokens for the task's classes, for ``label``.
-        cells: The map between the two vocabularies, for ``cells``.
+        groups: The token groups of the two vocabularies, for ``cells``.
         same_tokenizer: Whether the two vocabularies are one, so that ``auto`` means the plain KL.
         dense_limit: Logits of at most so many numbers are made at once, more tile by tile; both give the same
             numbers.
@@ -72,7 +72,7 @@ def kd(
         "text": settings.text_weight,
     }
     coefficients = {name: value for name, value in coefficients.items() if value > 0}
-    _check(coefficients, kind, labels, cells, same_tokenizer)
+    _check(coefficients, kind, labels, groups, same_tokenizer)
 
     def weights(batch: Batch) -> dict[str, float]:
         tokens = trained_tokens(batch)
@@ -94,7 +94,7 @@ def kd(
                 mine, extra["label_logprobs"], temperature=settings.label_temperature
             ).sum()
         if "token" in coefficients and len(extra[_EVENTS[kind]]):
-            out["token"] = _token_loss(kind, reader, losses, extra, cells, settings.temperature).sum()
+            out["token"] = _token_loss(kind, reader, losses, extra, groups, settings.temperature).sum()
         return out
 
     return read_objective(weights, lambda batch: batch.extra["positions"], read, coefficients, dense_limit)
@@ -105,7 +105,7 @@ def _token_loss(
     reader: LogitReader,
     losses: mx.array | None,
     extra: Mapping[str, Any],
-    cells: TokenGroups | None,
+    groups: TokenGroups | None,
     temperature: float,
 ) -> mx.array:
     if kind == "alm":
@@ -114,15 +114,15 @@ def _token_loss(
     targets = TopK(extra["topk_ids"], extra["topk_logprobs"])
     if kind == "kl":
         return reader.sparse_kl(extra["start_index"], targets, temperature)
-    assert cells is not None
-    return reader.token_group_kl(extra["start_index"], targets, cells, temperature)
+    assert groups is not None
+    return reader.token_group_kl(extra["start_index"], targets, groups, temperature)
 
 
 def _check(
     coefficients: Mapping[str, float],
     kind: str,
     labels: LabelTokens | None,
-    cells: TokenGroups | None,
+    groups: TokenGroups | None,
     same_tokenizer: bool,
 ) -> None:
     if not coefficients:
@@ -131,10 +131,10 @@ def _check(
         )
     if kind == "kl" and not same_tokenizer:
         raise ConfigError("token_loss: kl between two tokenizers is undefined", fix="use auto, cells or alm")
-    if kind == "cells" and cells is None:
+    if kind == "cells" and groups is None:
         raise ConfigError(
-            "token_loss: cells without a map of cells",
-            fix="give cells=build_token_groups(student_tokenizer, teacher_tokenizer)",
+            "token_loss: cells without token groups",
+            fix="give groups=build_token_groups(student_tokenizer, teacher_tokenizer)",
         )
     if "label" in coefficients and labels is None:
         raise ConfigError(

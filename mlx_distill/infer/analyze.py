@@ -13,7 +13,7 @@ from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.data.rows import prepare_item
 from mlx_distill.errors import DataError
 from mlx_distill.infer.engine import Generation, generate
-from mlx_distill.infer.label_scoring import LabelPlace, label_place, label_probabilities
+from mlx_distill.infer.label_scoring import LabelPrefix, label_prefix_tokens, label_probabilities
 from mlx_distill.losses.labels import label_logprobs
 from mlx_distill.records import Prediction
 from mlx_distill.tasks.answer import parse_answer
@@ -61,7 +61,7 @@ def predict(
     """
     prepared = [prepare_item(item, task, number) for number, item in enumerate(rows, 1)]
     prompts = [prompt_ids(tokenizer, row["messages"]) for row in prepared]
-    place = label_place(tokenizer, task) if label_probs else None
+    place = label_prefix_tokens(tokenizer, task) if label_probs else None
     generations = generate(
         model,
         tokenizer,
@@ -82,7 +82,7 @@ def _chances(
     model: Any,
     prompts: Sequence[Sequence[int]],
     generations: Sequence[Generation],
-    place: LabelPlace | None,
+    place: LabelPrefix | None,
     batch_size: int,
 ) -> Sequence[dict[str, float] | None]:
     """Each row's distribution over the labels: seen while the answer was written, or read in one more pass

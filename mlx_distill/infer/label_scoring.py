@@ -1,4 +1,6 @@
-"""What a model thinks of each label before it writes one: a distribution from one forward pass."""
+"""The distribution over a task's labels from one forward pass, and where the label starts in an answer's
+tokens.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +14,7 @@ from jaxtyping import Float
 from mlx_distill.data.chat import answer_ids
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.losses.labels import LabelTokens, label_logprobs, label_tokens
-from mlx_distill.losses.output_head import project
-from mlx_distill.models.forward import head, hidden_states
+from mlx_distill.models.forward import hidden_states, logits
 from mlx_distill.tasks.answer import label_prefix
 from mlx_distill.tasks.task import Task
 
@@ -29,7 +30,7 @@ def label_probabilities(
     Args:
         model: An mlx-lm model with trunk ``model.model``.
         prompts: Token ids that end where the label's value starts.
-        labels: From :func:`label_place`, or ``label_tokens`` with this model's tokenizer.
+        labels: From :func:`label_prefix_tokens`, or ``label_tokens`` with this model's tokenizer.
         batch_size: Prompts a forward pass.
 
     Returns:
@@ -45,25 +46,44 @@ def label_probabilities(
             line[: len(prompts[i])] = prompts[i]
         # Padding stands behind the prompts, where the causal mask hides it; the head sees one position a row.
         hidden = hidden_states(model, mx.array(tokens))[mx.arange(len(rows)), mx.array(lengths - 1)]
-        out[rows] = np.array(mx.exp(label_logprobs(project(head(model), hidden).astype(mx.float32), labels)))
+        out[rows] = np.array(mx.exp(label_logprobs(logits(model, hidden), labels)))
     return out
 
 
-LabelPlace = tuple[list[int], LabelTokens]
+def label_start(tokens: Sequence[int], start: int, prefix: Sequence[int]) -> int | None:
+    """The position of the first token of the label's value, or None where the answer does not begin with the
+    tokens of ``prefix``.
+
+    None too where the tokenizer merges the label's first letters with what precedes them.
+
+    Args:
+        tokens: A chat's token ids.
+        start: Where the answer begins.
+        prefix: The tokens of :func:`~mlx_distill.tasks.answer.label_prefix`.
+
+    >>> label_start([9, 9, 1, 2, 7, 8], 2, [1, 2])
+    4
+    """
+    end = start + len(prefix)
+    return end if list(tokens[start:end]) == list(prefix) and end < len(tokens) else None
 
 
-def label_place(tokenizer: Any, task: Task) -> LabelPlace | None:
-    """The tokens that every answer begins with up to the label's value, and the tokens that decide there.
+LabelPrefix = tuple[list[int], LabelTokens]
+
+
+def label_prefix_tokens(tokenizer: Any, task: Task) -> LabelPrefix | None:
+    """The tokens that every answer begins with up to the label's value, and the tokens that decide for each
+    label there.
 
     None where one pass cannot tell: the label is not the answer's first property, two labels begin alike, or
-    the tokenizer merges the beginning of a label with what stands before it.
+    the tokenizer merges the beginning of a label with what precedes it.
     """
     properties = list(task.schema["properties"])
     if properties[0] != task.label:
         return None
     prefix = label_prefix(task.schema, task.label)
     ids = answer_ids(tokenizer, prefix)
-    if any(answer_ids(tokenizer, prefix + label + '"')[: len(ids)] != ids for label in task.labels):
+    if any(label_start(answer_ids(tokenizer, f'{prefix}{label}"'), 0, ids) is None for label in task.labels):
         return None
     try:
         return ids, label_tokens(tokenizer, task.labels)

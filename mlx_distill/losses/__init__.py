@@ -1,10 +1,9 @@
-"""Losses: arrays in, one number a token, span or row out; never averaged, float32, T² inside, zero at
-equality.
+"""Losses: arrays in, one number per token, span or row out. Never averaged; float32; T² inside; zero at equality.
 
-Same tokenizer: the divergences, from logits, from a top k, or straight from hidden states (``linear_*``),
-    where the logits never exist.
-Another tokenizer: ``token_group_kl``, ``alm``, ``label_kl`` over spans and cells that ``align_bytes`` and
-``build_token_groups`` find.
+With one tokenizer: the divergences, from logits, from the teacher's top k, or from hidden states
+    (``linear_*``), where the logits never exist as a whole.
+With two tokenizers: ``token_group_kl``, ``alm`` and ``label_kl``, over the spans and token groups that
+    ``align_bytes`` and ``build_token_groups`` give.
 """
 
 from __future__ import annotations

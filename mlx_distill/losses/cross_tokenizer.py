@@ -1,8 +1,9 @@
-"""Losses between models with different tokenizers: KL over cells of tokens, and likelihoods of spans.
+"""Losses between models with different tokenizers: KL over token groups, and likelihoods of spans of text.
 
-A *cell* is a set of tokens of either vocabulary that begin alike. Where both models start a token at the same
-byte, each of their distributions over tokens becomes one over cells by adding up, and two distributions over
-the same cells have a KL divergence.
+A *token group* is a set of tokens of both vocabularies that share a byte prefix
+(:mod:`mlx_distill.losses.token_groups`). At a position where both models start a token at the same byte, each
+distribution over tokens becomes one over groups by summing, and two distributions over the same groups have a
+KL divergence.
 """
 
 from __future__ import annotations
@@ -21,26 +22,32 @@ __all__ = ["TokenGroups", "alm", "token_group_kl", "build_token_groups", "group_
 
 
 def token_group_kl(
-    student_logits: Float[mx.array, "n v"], targets: TopK, cells: TokenGroups, *, temperature: float = 1.0
+    student_logits: Float[mx.array, "n v"], targets: TopK, groups: TokenGroups, *, temperature: float = 1.0
 ) -> Float[mx.array, " n"]:
-    """Forward KL over cells at positions where both models start a token at the same byte.
+    r"""Forward KL over token groups, at positions where both models start a token at the same byte.
 
-    ``KL(Σ_{t in cell} p_t ‖ Σ_{s in cell} q_s)`` over the cells that the teacher's top k reaches, with
-    everything else of either side in one bucket; equal to the full KL when the tokenizers are the same and k
-    is the whole vocabulary. A top k does not say how much of the teacher's remaining mass belongs to cells
-    that it reaches (those with unlisted members). It is placed where it makes the divergence smallest: such
-    cells in which the student has no more than the remaining mass explains are counted with the bucket. So at
-    T = 1 the loss is a lower bound of the KL over all cells, and zero at equality at any k. T softens the
-    distribution within the reached cells, as in :func:`~mlx_distill.losses.topk.sparse_forward_kl` (merging
-    comes first: a temperature does not commute with adding up). How a cell's mass is spread *within* the cell
-    is not trained: keep a cross-entropy term beside it.
+    ``Σ_g P_g log(P_g / Q_g)`` with ``P_g = Σ_{t in g} p_t`` and ``Q_g = Σ_{s in g} q_s``. The sum runs over
+    the groups that the teacher's top k reaches; all other mass of either model is one further outcome, the
+    *bucket*. With one tokenizer and k the whole vocabulary this is the full KL.
+
+    **Unlisted mass.** The top k holds the mass ``Σ p``; the remaining mass ``u = 1 - Σ p`` belongs to
+    unlisted tokens, and some of them may be members of groups that the top k reaches. How u is divided
+    between those groups and the bucket is unknown. The loss takes the division that makes the divergence
+    smallest, so at T = 1 it is a lower bound of the KL over all groups and zero at equality for any k. A
+    group that receives some of u then has the same ratio P/Q as the bucket, and outcomes of equal ratio can
+    be added up without changing the KL: such groups are merged into the bucket (:func:`_absorbed_groups`).
+
+    T softens the distribution within the listed groups, as in
+    :func:`~mlx_distill.losses.topk.sparse_forward_kl`. Groups are summed first, at T = 1: a temperature does
+    not commute with summing. How mass is distributed *within* a group is not trained, so add a cross-entropy
+    term to this loss.
 
     Args:
-        student_logits: At the common starts; computed in float32. Columns beyond the tokenizer count as
-            "outside".
+        student_logits: At the common starts; computed in float32. Columns beyond the tokenizer belong to
+            ``groups.outside``.
         targets: The *teacher's* token ids ``[n, k]`` and their log-probabilities in nats over the teacher's
             whole vocabulary.
-        cells: From :func:`build_token_groups`.
+        groups: From :func:`build_token_groups`.
         temperature: T.
 
     Returns:
@@ -51,9 +58,10 @@ def token_group_kl(
         DataError: The targets belong to other positions.
         ConfigError: The temperature is not positive.
 
-    >>> cells = TokenGroups(student=np.array([0, 1, 1]), teacher=np.array([0, 1]), cells=3, shared=2)
+    >>> groups = TokenGroups(student=np.array([0, 1, 1]), teacher=np.array([0, 1]), count=3, shared=2)
     >>> logits = mx.log(mx.array([[0.5, 0.3, 0.2]]))
-    >>> round(abs(token_group_kl(logits, TopK(mx.array([[0, 1]]), mx.log(mx.array([[0.5, 0.5]]))), cells).item()), 5)
+    >>> targets = TopK(mx.array([[0, 1]]), mx.log(mx.array([[0.5, 0.5]])))
+    >>> round(abs(token_group_kl(logits, targets, groups).item()), 5)
     0.0
     """
     check_temperature(temperature)
@@ -63,88 +71,115 @@ def token_group_kl(
             f"targets of shape {targets.ids.shape} for {n} positions",
             fix="give the teacher's top k at the same common starts",
         )
-    if width < len(cells.student):
+    if width < len(groups.student):
         raise ModelError(
-            f"student logits of {width} columns for a tokenizer of {len(cells.student)}",
-            fix="make the cell map with the student's own tokenizer",
+            f"student logits of {width} columns for a tokenizer of {len(groups.student)} tokens",
+            fix="build the token groups with the student's own tokenizer",
         )
-    ids, logprobs, growing = group_topk(targets, cells)
-    mass = _cell_masses(student_logits, cells)
-    hit = mx.where(logprobs > LOWEST / 2, mx.take_along_axis(mass, ids, axis=1), 0.0)
-    # Slots that hold no cell point at "outside", which no target reaches, so it must stay in the rest.
-    covered = mx.put_along_axis(mx.zeros(mass.shape), ids, mx.array(1.0), axis=1)
-    covered[:, cells.outside] = 0.0
-    rest = row_sum(mx.where(covered > 0, 0.0, mass))
-    folded = _folded(mx.exp(logprobs), mx.stop_gradient(hit), mx.stop_gradient(rest), growing)
-    rest = rest + mx.where(folded, hit, 0.0).sum(axis=1)
-    logprobs = mx.where(folded, LOWEST, logprobs)
+    ids, logprobs, has_unlisted = group_topk(targets, groups)
+    mass = _group_masses(student_logits, groups)
+    listed = mx.where(logprobs > LOWEST / 2, mx.take_along_axis(mass, ids, axis=1), 0.0)
+    # Unused slots point at "outside". It is never a target, so its mass must stay in the bucket.
+    is_listed = mx.put_along_axis(mx.zeros(mass.shape), ids, mx.array(1.0), axis=1)
+    is_listed[:, groups.outside] = 0.0
+    bucket = row_sum(mx.where(is_listed > 0, 0.0, mass))
+    absorbed = _absorbed_groups(
+        mx.exp(logprobs), mx.stop_gradient(listed), mx.stop_gradient(bucket), has_unlisted
+    )
+    bucket = bucket + mx.where(absorbed, listed, 0.0).sum(axis=1)
+    logprobs = mx.where(absorbed, LOWEST, logprobs)
     return bucket_kl(
-        mx.log(mx.maximum(hit, TINY)), mx.log(mx.maximum(rest, TINY)), logprobs, temperature=temperature
+        mx.log(mx.maximum(listed, TINY)), mx.log(mx.maximum(bucket, TINY)), logprobs, temperature=temperature
     )
 
 
-def _folded(p: mx.array, q: mx.array, rest: mx.array, growing: mx.array) -> mx.array:
-    """The cells that the teacher's unlisted mass fills up, had it been placed to make the divergence
-    smallest.
+def _absorbed_groups(
+    p: Float[mx.array, "n k"],
+    q: Float[mx.array, "n k"],
+    bucket: Float[mx.array, " n"],
+    has_unlisted: Bool[mx.array, "n k"],
+) -> Bool[mx.array, "n k"]:
+    """The groups that receive some of the teacher's unlisted mass when it is placed to make the KL smallest.
 
-    That is water-filling: the unlisted mass raises the lowest ratios p/q to one level, beginning with the
-    bucket's (whose p is 0). The level is that of the cells below it and the bucket taken together, so in
-    order of p/q each cell is compared with those before it.
+    With x_g the unlisted mass given to group g and x_0 the mass left in the bucket, minimize
+    ``Σ_g (p_g + x_g) log((p_g + x_g) / q_g) + x_0 log(x_0 / q_0)`` over x >= 0 with ``Σ x = u``, where only
+    groups with unlisted members may receive mass. The derivative by x_g is ``log((p_g + x_g) / q_g) + 1``, so
+    at the minimum all outcomes that receive mass have one ratio, the *level*, and every group that receives
+    none has a ratio ``p_g / q_g`` at or above it (Karush-Kuhn-Tucker conditions). This is water-filling: u
+    raises the lowest ratios to the level, beginning with the bucket, whose ratio without x_0 is 0.
+
+    If the groups S receive mass, ``level = (u + Σ_S p) / (q_0 + Σ_S q)``. S consists of the groups of lowest
+    ratio: in ascending order of ``p_g / q_g``, a group belongs to S exactly if its ratio is below the level
+    computed from the groups before it. (A group below that level lowers the level, but not below its own
+    ratio; a group at or above it cannot be followed by one that is below.)
+
+    Args:
+        p: The teacher's listed mass of each group; 0 in unused slots.
+        q: The student's mass of the same groups.
+        bucket: The student's mass q_0 outside the listed groups.
+        has_unlisted: Whether a group has teacher tokens that are not in the top k.
     """
-    total = rest + q.sum(axis=1)
+    total = bucket + q.sum(axis=1)
     unlisted = mx.maximum(1 - p.sum(axis=1, keepdims=True), 0.0)
-    ratio = mx.where(growing, p / mx.maximum(q / total[:, None], TINY), -LOWEST)
+    # Groups that cannot receive mass are sorted to the end and never counted.
+    ratio = mx.where(has_unlisted, p / mx.maximum(q / total[:, None], TINY), -LOWEST)
     order = mx.argsort(ratio, axis=1)
-    sorted_ratio, some = mx.take_along_axis(ratio, order, axis=1), mx.take_along_axis(growing, order, axis=1)
+    sorted_ratio = mx.take_along_axis(ratio, order, axis=1)
+    can_receive = mx.take_along_axis(has_unlisted, order, axis=1)
     p_before, q_before = (
-        mx.cumsum(mx.where(some, mx.take_along_axis(x, order, axis=1), 0.0), axis=1, inclusive=False)
+        mx.cumsum(
+            mx.where(can_receive, mx.take_along_axis(x, order, axis=1), 0.0), axis=1, inclusive=False
+        )
         for x in (p, q / total[:, None])
     )
-    level = (unlisted + p_before) / mx.maximum(rest[:, None] / total[:, None] + q_before, TINY)
-    below = some & (sorted_ratio < level) & (unlisted > RESOLUTION)
-    return mx.put_along_axis(mx.zeros(p.shape, dtype=mx.bool_), order, below, axis=1)
+    level = (unlisted + p_before) / mx.maximum(bucket[:, None] / total[:, None] + q_before, TINY)
+    receives = can_receive & (sorted_ratio < level) & (unlisted > RESOLUTION)
+    return mx.put_along_axis(mx.zeros(p.shape, dtype=mx.bool_), order, receives, axis=1)
 
 
 def group_topk(
-    targets: TopK, cells: TokenGroups
+    targets: TopK, groups: TokenGroups
 ) -> tuple[Int[mx.array, "n k"], Float[mx.array, "n k"], Bool[mx.array, "n k"]]:
-    """The teacher's top k as distinct cells, their log-masses, and whether the cell has teacher tokens that
-    are not listed.
-
-    Unused slots hold ``outside``, ``LOWEST`` and False.
+    """The teacher's top k summed by group.
 
     Args:
         targets: Teacher token ids ``[n, k]`` and log-probabilities.
-        cells: From :func:`build_token_groups`.
+        groups: From :func:`build_token_groups`.
+
+    Returns:
+        Distinct group numbers, their log-masses, and whether a group has teacher tokens that are not listed.
+        Unused slots hold ``outside``, ``LOWEST`` and False.
     """
     n, k = targets.ids.shape
-    width = len(cells.teacher)
+    width = len(groups.teacher)
     known = targets.ids < width
-    cell = mx.where(known, mx.array(cells.teacher)[mx.where(known, targets.ids, 0)], cells.outside)
-    order = mx.argsort(cell, axis=1)
-    cell = mx.take_along_axis(cell, order, axis=1)
+    group = mx.where(known, mx.array(groups.teacher)[mx.where(known, targets.ids, 0)], groups.outside)
+    order = mx.argsort(group, axis=1)
+    group = mx.take_along_axis(group, order, axis=1)
     logprobs = mx.take_along_axis(mx.stop_gradient(targets.logprobs).astype(mx.float32), order, axis=1)
-    fresh = mx.concatenate(
-        [mx.zeros((n, 1), dtype=mx.int32), (cell[:, 1:] != cell[:, :-1]).astype(mx.int32)], axis=1
+    # Equal groups are neighbours now; each run of equal groups gets one slot.
+    starts_run = mx.concatenate(
+        [mx.zeros((n, 1), dtype=mx.int32), (group[:, 1:] != group[:, :-1]).astype(mx.int32)], axis=1
     )
-    slot = mx.cumsum(fresh, axis=1)
+    slot = mx.cumsum(starts_run, axis=1)
     rows = mx.broadcast_to(mx.arange(n)[:, None], (n, k))
     mass = mx.zeros((n, k)).at[rows, slot].add(mx.exp(logprobs))
-    ids = mx.full((n, k), cells.outside, dtype=mx.int32).at[rows, slot].minimum(cell.astype(mx.int32))
+    ids = mx.full((n, k), groups.outside, dtype=mx.int32).at[rows, slot].minimum(group.astype(mx.int32))
     listed = mx.zeros((n, k), dtype=mx.int32).at[rows, slot].add(1)
-    used = (ids != cells.outside) & (mass > 0)
-    members = mx.array(np.bincount(cells.teacher, minlength=cells.cells).astype(np.int32))
-    ids = mx.where(used, ids, cells.outside)
+    used = (ids != groups.outside) & (mass > 0)
+    members = mx.array(np.bincount(groups.teacher, minlength=groups.count).astype(np.int32))
+    ids = mx.where(used, ids, groups.outside)
     return ids, mx.where(used, mx.log(mx.maximum(mass, TINY)), LOWEST), used & (members[ids] > listed)
 
 
-def _cell_masses(logits: mx.array, cells: TokenGroups) -> mx.array:
+def _group_masses(logits: mx.array, groups: TokenGroups) -> mx.array:
+    """The student's mass of every group ``[n, count]``, up to a factor a row."""
     z = mx.maximum(logits.astype(mx.float32), LOWEST)
     e = mx.exp(z - mx.stop_gradient(z.max(axis=1, keepdims=True)))
-    index = np.full(logits.shape[1], cells.outside, dtype=np.int32)
-    index[: len(cells.student)] = cells.student
-    # Whole rows of the transpose are added, four times as fast as single numbers.
-    return mx.zeros((cells.cells, logits.shape[0])).at[mx.array(index)].add(e.T).T
+    index = np.full(logits.shape[1], groups.outside, dtype=np.int32)
+    index[: len(groups.student)] = groups.student
+    # Adding whole rows of the transpose is four times as fast as adding single numbers.
+    return mx.zeros((groups.count, logits.shape[0])).at[mx.array(index)].add(e.T).T
 
 
 def alm(
@@ -154,21 +189,21 @@ def alm(
     tau: float = 100.0,
     eps: float = 1e-6,
 ) -> Float[mx.array, " n"]:
-    """Approximate likelihood matching: the two models' likelihoods of the same span of text, compared as
-    coins.
+    """Approximate likelihood matching: KL between two Bernoulli distributions, the models' likelihoods of the
+    same span of text.
 
     ``τ [a (log a - log b) + (1-a) (log(1-a) - log(1-b))]`` with ``a = exp(ℓ_t/τ - ε)`` and
-    ``b = exp(ℓ_s/τ - ε)``: a KL of two outcomes, so zero at equality (the original leaves the teacher's
-    entropy in). The factor τ in front, which the original leaves to the weight, is the T² of this loss: it
-    keeps the gradient's size when τ changes. Source: Minixhofer et al. 2025,
+    ``b = exp(ℓ_s/τ - ε)``. Zero at equality (the paper's binary cross-entropy keeps the teacher's entropy).
+    The factor τ, which the paper leaves to the loss weight, plays the role of T²: the size of the gradient
+    does not depend on τ. Source: Minixhofer et al. 2025,
     https://arxiv.org/abs/2503.20083.
 
     Args:
         student_span_logprobs: Sums of the student's log-probabilities over each span's tokens
             (:func:`span_sums`), nats.
         teacher_span_logprobs: The same for the teacher's tokens of the same bytes.
-        tau: τ, which spreads likelihoods of long spans away from zero.
-        eps: ε, which keeps a certain span off log(0).
+        tau: τ, the temperature of the span likelihoods, which keeps those of long spans away from zero.
+        eps: ε, which keeps ``log(1 - a)`` finite for a span of probability 1.
 
     Returns:
         One number a span, not averaged.
@@ -183,12 +218,12 @@ def alm(
         raise ConfigError(f"tau is {tau} and eps is {eps}", fix="give positive numbers")
     log_a = mx.minimum(mx.stop_gradient(teacher_span_logprobs).astype(mx.float32), 0.0) / tau - eps
     log_b = mx.minimum(student_span_logprobs.astype(mx.float32), 0.0) / tau - eps
-    no = mx.exp(_log1mexp(log_a))
-    return tau * (mx.exp(log_a) * (log_a - log_b) + no * (_log1mexp(log_a) - _log1mexp(log_b)))
+    not_a = mx.exp(_log1mexp(log_a))
+    return tau * (mx.exp(log_a) * (log_a - log_b) + not_a * (_log1mexp(log_a) - _log1mexp(log_b)))
 
 
 def _log1mexp(x: mx.array) -> mx.array:
-    """``log(1 - exp(x))`` for x < 0, by the form that is exact on either side of -log 2 (Mächler 2012)."""
+    """``log(1 - exp(x))`` for x < 0, by the formula that is accurate on each side of -log 2 (Mächler 2012)."""
     near = x > -0.6931
     return mx.where(
         near, mx.log(-mx.expm1(mx.where(near, x, -0.5))), mx.log1p(-mx.exp(mx.where(near, -1.0, x)))
@@ -199,15 +234,15 @@ def span_sums(logprobs: Float[mx.array, " l"], spans: Int[np.ndarray, "n 2"]) ->
     """Sums of per-token log-probabilities over spans, differentiable.
 
     Args:
-        logprobs: Of each token given what stands before it, nats.
-        spans: From and to (exclusive) of each span: two columns of what
+        logprobs: Of each token given the tokens before it, nats.
+        spans: Start and end (exclusive) of each span: two columns of what
             :func:`~mlx_distill.losses.byte_alignment.align_bytes` returns.
 
     Returns:
         The log-likelihood of each span.
 
     Raises:
-        DataError: A span that reaches past the last token.
+        DataError: A span ends behind the last token.
 
     >>> span_sums(mx.array([-1.0, -2.0, -3.0]), np.array([[0, 1], [1, 3]])).tolist()
     [-1.0, -5.0]
@@ -216,7 +251,7 @@ def span_sums(logprobs: Float[mx.array, " l"], spans: Int[np.ndarray, "n 2"]) ->
     if len(spans) and (spans[:, 1].max() > logprobs.shape[0] or spans.min() < 0 or lengths.min() < 0):
         raise DataError(
             f"a span up to token {spans[:, 1].max()} of {logprobs.shape[0]}",
-            fix="give the spans of these very tokens",
+            fix="give spans of the same tokens as the log-probabilities",
         )
     owner = np.repeat(np.arange(len(spans)), lengths)
     if not len(owner):

@@ -99,6 +99,25 @@ def head_weight(head: Head) -> HeadWeight:
     )
 
 
-def project(head: Any, hidden: Float[mx.array, "*b d"]) -> Float[mx.array, "*b v"]:
-    """Logits over the head's columns (which may be more than the tokenizer's tokens)."""
-    return head.as_linear(hidden) if hasattr(head, "as_linear") else head(hidden)
+def project(
+    head: Any, hidden: Float[mx.array, "*b d"], softcap: float | None = None
+) -> Float[mx.array, "*b v"]:
+    """Logits over the head's columns (which may be more than the tokenizer's tokens).
+
+    Args:
+        head: An ``nn.Linear``, or the embedding that it is tied to.
+        hidden: Hidden states after the final norm.
+        softcap: c, where the logits are ``c * tanh(z / c)``.
+    """
+    z = head.as_linear(hidden) if hasattr(head, "as_linear") else head(hidden)
+    return z if softcap is None else soft_capped(z, softcap)
+
+
+def soft_capped(z: Float[mx.array, "*b v"], cap: float) -> Float[mx.array, "*b v"]:
+    """Logits bounded to (-cap, cap): ``cap * tanh(z / cap)``. Source: Gemma Team 2024 (Gemma 2),
+    https://arxiv.org/abs/2408.00118.
+
+    >>> soft_capped(mx.array([0.0, 1e9]), 30.0).tolist()
+    [0.0, 30.0]
+    """
+    return cap * mx.tanh(z / cap)

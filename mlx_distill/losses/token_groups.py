@@ -1,11 +1,13 @@
-"""Cells: what the tokens of two byte-level vocabularies have in common.
+"""Token groups: a common partition of the tokens of two byte-level vocabularies.
 
-A cell is named by a token that both have; a token that only one side has is in the cell of its beginning.
+Every token that both vocabularies have founds a group. A token that only one vocabulary has belongs to the
+group of a shared token that is a prefix of its bytes. Probabilities over tokens of either vocabulary become
+probabilities over the same groups by summing, and can then be compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,22 +19,25 @@ from mlx_distill.losses.byte_alignment import Vocabulary, vocabulary
 
 @dataclass(frozen=True)
 class TokenGroups:
-    """Which cell each token of either vocabulary belongs to.
+    """The group of each token of both vocabularies.
 
-    ``student [v]`` and ``teacher [w]`` int32 give a cell from 0 to ``cells - 1`` for each token id; the last
-    cell, ``outside``, holds what the other side cannot say (special tokens, unused ids) and never counts as a
-    target. ``shared`` is the number of tokens that both vocabularies have, special ones and stops apart.
+    Args:
+        student: ``[v]`` int32, the group of each student token id, from 0 to ``count - 1``.
+        teacher: ``[w]`` int32, the group of each teacher token id.
+        count: The number of groups. The last one, ``outside``, holds the tokens without a counterpart
+            (special tokens, unused ids); it is never a target.
+        shared: How many tokens both vocabularies have, special and stop tokens not counted.
     """
 
     student: np.ndarray
     teacher: np.ndarray
-    cells: int
+    count: int
     shared: int
 
     @property
     def outside(self) -> int:
-        """The cell of everything that has no counterpart."""
-        return self.cells - 1
+        """The group of all tokens that have no counterpart."""
+        return self.count - 1
 
 
 def build_token_groups(
@@ -42,19 +47,20 @@ def build_token_groups(
     student_stop: int | Iterable[int] | None = None,
     teacher_stop: int | Iterable[int] | None = None,
 ) -> TokenGroups:
-    """Lay two byte-level vocabularies over each other: one cell a shared token, every other token in the cell
-    of its beginning.
+    """Partition two byte-level vocabularies into common groups: one group per shared token, every other token
+    in the group of a prefix of it.
 
-    A token that only one side has joins the cell of the *first token of its re-encoding by the other side*
-    (where its bytes are no text, of the longest token that begins it), again and again until a shared token
-    is reached. Taking the re-encoding and not the longest prefix keeps the target in line with the text that
-    the student is trained on. With one tokenizer on both sides each token is its own cell. The idea of prefix
-    mass is that of byte-prefix marginalisation; the canonical parent is this library's own.
+    The parent of a token that only one side has is the *first token of its re-encoding by the other side's
+    tokenizer* (if its bytes are not valid UTF-8, the other side's longest token that is a proper prefix).
+    Parents are followed until a shared token is reached. The re-encoding is used, not the longest prefix,
+    because it is what the student's tokenizer writes at that place in the text it is trained on. With the
+    same tokenizer on both sides each token is its own group. Summing mass over byte prefixes is known as
+    byte-prefix marginalisation; the choice of the parent by re-encoding is this library's own.
 
     Args:
         student_tokenizer: A byte-level BPE from ``transformers``, ``mlx_lm`` or ``tokenizers``.
         teacher_tokenizer: The same.
-        student_stop: The token or tokens that end the student's turn; they share one cell with the teacher's.
+        student_stop: The token or tokens that end the student's turn; they form one group with the teacher's.
         teacher_stop: The token or tokens that end the teacher's turn.
 
     Raises:
@@ -66,86 +72,77 @@ def build_token_groups(
     ...     tokenizer = Tokenizer(models.BPE(vocab, list(merges)))
     ...     tokenizer.decoder = decoders.ByteLevel()
     ...     return tokenizer
-    >>> cells = build_token_groups(tiny({"a": 0, "b": 1}), tiny({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
-    >>> cells.teacher.tolist(), cells.shared
+    >>> groups = build_token_groups(tiny({"a": 0, "b": 1}), tiny({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    >>> groups.teacher.tolist(), groups.shared
     ([0, 1, 0], 2)
     """
     student, teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
     width = len(student.tokens)
     total = width + len(teacher.tokens)
-    # Nodes: the student's tokens, then the teacher's, then "outside". Each points at its parent; roots point
-    # at themselves.
+    # A forest over the student's tokens, then the teacher's, then one node for "outside". Each node points at
+    # its parent, a root at itself; a tree is a group.
     parent = np.full(total + 1, total, dtype=np.int64)
-    mine = {token: i for i, token in reversed(list(enumerate(student.tokens))) if token}
-    theirs = {token: i for i, token in reversed(list(enumerate(teacher.tokens))) if token}
-    shared = mine.keys() & theirs.keys()
+    student_ids, teacher_ids = _ids_by_bytes(student), _ids_by_bytes(teacher)
+    shared = student_ids.keys() & teacher_ids.keys()
     for i, token in enumerate(student.tokens):
         if token in shared:
-            parent[i] = mine[token]
+            parent[i] = student_ids[token]
     for i, token in enumerate(teacher.tokens):
         if token in shared:
-            parent[width + i] = mine[token]
-    _adopt(
-        parent,
-        {i: token for token, i in mine.items() if token not in shared},
-        teacher,
-        theirs,
-        at=0,
-        other_at=width,
-    )
-    _adopt(
-        parent,
-        {i: token for token, i in theirs.items() if token not in shared},
-        student,
-        mine,
-        at=width,
-        other_at=0,
-    )
+            parent[width + i] = student_ids[token]
+    student_only = {i: token for token, i in student_ids.items() if token not in shared}
+    teacher_only = {i: token for token, i in teacher_ids.items() if token not in shared}
+    for i, token_id in _prefix_parents(student_only, teacher, teacher_ids):
+        parent[i] = width + token_id
+    for i, token_id in _prefix_parents(teacher_only, student, student_ids):
+        parent[width + i] = token_id
     _join_specials(parent, student, teacher, width)
     _join_stops(
         parent, _stops(student_stop, student, "student"), _stops(teacher_stop, teacher, "teacher"), width
     )
     while not np.array_equal(parent, parent[parent]):
         parent = parent[parent]
-    roots, cells = np.unique(parent, return_inverse=True)
-    cells = cells.astype(np.int32)
+    roots, groups = np.unique(parent, return_inverse=True)
+    groups = groups.astype(np.int32)
     return TokenGroups(
-        student=cells[:width], teacher=cells[width:total], cells=len(roots), shared=len(shared)
+        student=groups[:width], teacher=groups[width:total], count=len(roots), shared=len(shared)
     )
 
 
-def _adopt(
-    parent: np.ndarray,
-    orphans: dict[int, bytes],
-    other: Vocabulary,
-    ids: dict[bytes, int],
-    *,
-    at: int,
-    other_at: int,
-) -> None:
-    """Give each token that only one side has its parent on the other side."""
+def _ids_by_bytes(tokens: Vocabulary) -> dict[bytes, int]:
+    """The lowest id of each byte string; tokens without bytes (special ones) are left out."""
+    return {token: i for i, token in reversed(list(enumerate(tokens.tokens))) if token}
+
+
+def _prefix_parents(
+    orphans: dict[int, bytes], other: Vocabulary, other_ids: dict[bytes, int]
+) -> Iterator[tuple[int, int]]:
+    """For each token that only one side has, the id of the other side's token that its re-encoding starts
+    with; nothing for a token without such a prefix.
+    """
     texts = {}
     for i, token in orphans.items():
         try:
             texts[i] = token.decode("utf-8")
         except UnicodeDecodeError:
             continue
-    firsts: dict[int, bytes] = {}
-    for i, encoding in zip(
-        texts, other.backend.encode_batch(list(texts.values()), add_special_tokens=False), strict=True
-    ):
-        if encoding.ids:
-            firsts[i] = other.tokens[encoding.ids[0]]
+    encodings = other.backend.encode_batch(list(texts.values()), add_special_tokens=False)
+    first_tokens = {
+        i: other.tokens[encoding.ids[0]]
+        for i, encoding in zip(texts, encodings, strict=True)
+        if encoding.ids
+    }
     for i, token in orphans.items():
-        first = firsts.get(i, b"")
-        # A normalizer or an added space can make the re-encoding begin with other bytes.
-        if not first or len(first) >= len(token) or not token.startswith(first):
-            first = next((token[:n] for n in range(len(token) - 1, 0, -1) if token[:n] in ids), b"")
-        if first:
-            parent[at + i] = other_at + ids[first]
+        prefix = first_tokens.get(i, b"")
+        # A normalizer or an added space can make the re-encoding start with other bytes.
+        if not prefix or len(prefix) >= len(token) or not token.startswith(prefix):
+            prefix = next((token[:n] for n in range(len(token) - 1, 0, -1) if token[:n] in other_ids), b"")
+        if prefix:
+            yield i, other_ids[prefix]
 
 
 def _join_specials(parent: np.ndarray, student: Vocabulary, teacher: Vocabulary, width: int) -> None:
+    """Special tokens of the same text form one group."""
     ids = {text: i for i, text in student.special.items()}
     for i, text in teacher.special.items():
         if text in ids:
@@ -153,9 +150,10 @@ def _join_specials(parent: np.ndarray, student: Vocabulary, teacher: Vocabulary,
 
 
 def _join_stops(parent: np.ndarray, student: list[int], teacher: list[int], width: int) -> None:
+    """All stop tokens of both sides form one group."""
     if bool(student) != bool(teacher):
         raise ConfigError(
-            "a stop token on one side only", fix="give both student_stop and teacher_stop, or neither"
+            "stop tokens of one model only", fix="give both student_stop and teacher_stop, or neither"
         )
     for i in student:
         parent[i] = student[0]
@@ -163,12 +161,12 @@ def _join_stops(parent: np.ndarray, student: list[int], teacher: list[int], widt
         parent[width + i] = student[0]
 
 
-def _stops(stop: int | Iterable[int] | None, known: Vocabulary, side: str) -> list[int]:
+def _stops(stop: int | Iterable[int] | None, tokens: Vocabulary, model: str) -> list[int]:
     stops = [] if stop is None else [stop] if isinstance(stop, int | np.integer) else list(stop)
     for i in stops:
-        if not 0 <= i < len(known.tokens):
+        if not 0 <= i < len(tokens.tokens):
             raise ConfigError(
-                f"{side}_stop: the tokenizer has no token {i}",
+                f"{model}_stop: the tokenizer has no token {i}",
                 fix="give the id of the token that ends the assistant's turn",
             )
     return [int(i) for i in stops]

@@ -21,6 +21,7 @@ import mlx.core as mx
 from jaxtyping import Bool, Float, Int
 
 from mlx_distill.errors import ModelError
+from mlx_distill.losses.output_head import project
 
 
 class Segments:
@@ -99,12 +100,20 @@ def segment_caches(model: Any, ids: Int[mx.array, "b l"]) -> list[SegmentCache]:
 
 
 def hidden_states(model: Any, inputs: Int[mx.array, "b l"], cache: Any = None) -> Float[mx.array, "b l d"]:
-    """The trunk: embeddings to the final norm. ``project(head(model), hidden_states(model, x))`` are the
-    logits.
-    """
+    """The trunk: embeddings to the final norm. ``logits(model, hidden_states(model, x))`` are the logits."""
     return model.model(inputs, cache)
 
 
 def head(model: Any) -> Any:
     """The head: the linear layer, or the embedding that it is tied to."""
     return model.lm_head if "lm_head" in model else model.model.embed_tokens
+
+
+def softcap(model: Any) -> float | None:
+    """The cap c of a model whose logits are ``c * tanh(z / c)`` (Gemma 2), None for plain logits."""
+    return getattr(model, "final_logit_softcapping", None)
+
+
+def logits(model: Any, hidden: Float[mx.array, "*b d"]) -> Float[mx.array, "*b v"]:
+    """Float32 logits over the head's columns, soft-capped where the model does so."""
+    return project(head(model), hidden, softcap(model)).astype(mx.float32)

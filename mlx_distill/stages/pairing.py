@@ -74,7 +74,7 @@ def aligned_rows(
         )
     inputs = {
         "labels": label_tokens(tokenizer, context.task.labels),
-        "cells": build_token_groups(
+        "groups": build_token_groups(
             tokenizer,
             teacher_tokenizer,
             student_stop=stop_ids(tokenizer)[0],

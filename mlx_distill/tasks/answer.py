@@ -128,20 +128,6 @@ def check_answer(answer: Any, schema: Mapping[str, Any]) -> str | None:
     return _short(f"{place}: {reason}" if place else reason)
 
 
-def label_span(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any]) -> tuple[int, int]:
-    """Where the label's value stands in the canonical text: characters from and to, without the quotes.
-
-    >>> label_span({"properties": {"colour": {}, "score": {}}}, "colour", {"colour": "yes", "score": 1})
-    (12, 15)
-    """
-    if not isinstance(answer.get(label), str):
-        raise DataError(
-            f"the answer has no text under {label!r}", fix="give an answer that fits the task's schema"
-        )
-    start = len(label_prefix(schema, label, answer))
-    return start, start + len(json.dumps(answer[label], ensure_ascii=False)) - 2
-
-
 def label_prefix(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any] | None = None) -> str:
     """The canonical text up to where the label's value starts, the opening quote included: what label scoring
     puts before a class.

@@ -106,11 +106,11 @@ class LogitReader:
         )
 
     def token_group_kl(
-        self, index: Int[mx.array, " n"], targets: TopK, cells: TokenGroups, temperature: float
+        self, index: Int[mx.array, " n"], targets: TopK, groups: TokenGroups, temperature: float
     ) -> Float[mx.array, " n"]:
         """:func:`~mlx_distill.losses.cross_tokenizer.token_group_kl` at ``index``."""
         return self._whole(
-            lambda z, at: token_group_kl(z, _some(targets, at), cells, temperature=temperature), index
+            lambda z, at: token_group_kl(z, _some(targets, at), groups, temperature=temperature), index
         )
 
     def _whole(self, loss: RowLoss, index: mx.array | None) -> mx.array:

@@ -26,7 +26,7 @@ from mlx_distill.train.distributed import Ranks
 from mlx_distill.train.updates import window_gradients
 
 KINDS = ["qwen3", "gpt_oss"]
-CELLS = TokenGroups(*2 * (np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),), cells=14, shared=12)
+GROUPS = TokenGroups(*2 * (np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),), count=14, shared=12)
 OBJECTIVES: dict[str, Objective] = {
     "sft": sft(),
     "sft tiled": sft(dense_limit=0),
@@ -34,7 +34,7 @@ OBJECTIVES: dict[str, Objective] = {
         name: kd(
             DistillConfig(token_loss=name),
             LabelTokens(("a", "b"), ((0, 3), (1,))),
-            CELLS,
+            GROUPS,
             same_tokenizer=name == "kl",
         )
         for name in ("kl", "cells", "alm")

@@ -126,9 +126,9 @@ def test_what_is_seen_on_the_way_is_what_one_more_pass_reads(
 ) -> None:
     """A model that begins its answer as the schema has it for every other item, and otherwise for the rest."""
     from mlx_distill.data.rows import prepare_item
-    from mlx_distill.infer.label_scoring import label_place, label_probabilities
+    from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
 
-    place = label_place(tokenizer, task)
+    place = label_prefix_tokens(tokenizer, task)
     assert place is not None
     asked: list[int] = []
 

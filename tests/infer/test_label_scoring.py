@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_distill.infer.label_scoring import label_place, label_probabilities
+from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
 from mlx_distill.losses.labels import label_tokens
 from mlx_distill.tasks.task import Task, load_task
 
@@ -34,7 +34,7 @@ def test_it_is_the_softmax_over_the_labels_tokens_one_prompt_at_a_time(
 
 
 def test_the_place_is_where_every_answer_puts_its_label(tokenizer: Any, task: Task) -> None:
-    place = label_place(tokenizer, task)
+    place = label_prefix_tokens(tokenizer, task)
     assert place is not None
     prefix, labels = place
     assert tokenizer.decode(prefix) == '{"label": "' and labels.labels == task.labels
@@ -46,13 +46,13 @@ def test_no_distribution_where_one_pass_cannot_tell(chatml: Any, task: Task) -> 
         **task.schema,
         "properties": {"confidence": properties["confidence"], "label": properties["label"]},
     }
-    assert label_place(chatml, replace(task, schema=later)) is None
+    assert label_prefix_tokens(chatml, replace(task, schema=later)) is None
     alike = {**task.schema, "properties": {**properties, "label": {"enum": ["harsh", "hostile"]}}}
-    assert label_place(chatml, replace(task, schema=alike)) is None
+    assert label_prefix_tokens(chatml, replace(task, schema=alike)) is None
     merged = {**task.schema, "properties": {**properties, "label": {"enum": ["!!", "fine"]}}}
     joined = chatml.__class__(tokenizer_object=_joining(chatml), eos_token="<|im_end|>")
     joined.chat_template = chatml.chat_template
-    assert label_place(joined, replace(task, schema=merged)) is None
+    assert label_prefix_tokens(joined, replace(task, schema=merged)) is None
 
 
 def _joining(tokenizer: Any) -> Any:

@@ -15,7 +15,7 @@ CORPUS = [
 ] * 3
 
 
-class AlignedRow(NamedTuple):
+class TokenizerPair(NamedTuple):
     """A student (digits in groups of up to three) and a teacher (digits one by one)."""
 
     student: Any
@@ -44,7 +44,7 @@ def train(pattern: str, size: int, stop: str) -> Any:
 
 
 @pytest.fixture(scope="session")
-def tokenizers() -> AlignedRow:
-    return AlignedRow(
+def tokenizers() -> TokenizerPair:
+    return TokenizerPair(
         student=train(r"\p{N}{1,3}", 420, "<|return|>"), teacher=train(r"\p{N}", 480, "<|im_end|>")
     )

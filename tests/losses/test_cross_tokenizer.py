@@ -30,11 +30,11 @@ def top_k(logits: mx.array, k: int) -> TopK:
     return TopK(ids.astype(mx.int32), mx.take_along_axis(logprobs, ids, axis=-1))
 
 
-def exact(z_q: mx.array, targets: TopK, cells: TokenGroups) -> np.ndarray:
-    """Cell by cell in float64; unlisted mass fills up, one after the other, the cells that lie below the
+def exact(z_q: mx.array, targets: TopK, groups: TokenGroups) -> np.ndarray:
+    """Group by group in float64; unlisted mass fills up, one after the other, the groups that lie below the
     level.
     """
-    members = np.bincount(cells.teacher, minlength=cells.cells)
+    members = np.bincount(groups.teacher, minlength=groups.count)
     z = np.array(z_q, np.float64)
     q = np.exp(z - z.max(-1, keepdims=True))
     q /= q.sum(-1, keepdims=True)
@@ -45,17 +45,17 @@ def exact(z_q: mx.array, targets: TopK, cells: TokenGroups) -> np.ndarray:
         for i, logprob in zip(
             np.array(targets.ids[row]), np.array(targets.logprobs[row], np.float64), strict=True
         ):
-            cell = cells.teacher[i] if i < len(cells.teacher) else cells.outside
-            if cell != cells.outside:
-                p[int(cell)] = p.get(int(cell), 0.0) + np.exp(logprob)
-                listed[int(cell)] = listed.get(int(cell), 0) + 1
-        mass = np.bincount(cells.student, weights=q[row, : len(cells.student)], minlength=cells.cells)
+            group = groups.teacher[i] if i < len(groups.teacher) else groups.outside
+            if group != groups.outside:
+                p[int(group)] = p.get(int(group), 0.0) + np.exp(logprob)
+                listed[int(group)] = listed.get(int(group), 0) + 1
+        mass = np.bincount(groups.student, weights=q[row, : len(groups.student)], minlength=groups.count)
         r_p, r_q = 1 - sum(p.values()), 1 - sum(mass[c] for c in p)
         while r_p > 2e-6:
-            growing = [c for c in p if members[c] > listed[c] and p[c] / mass[c] < r_p / r_q]
-            if not growing:
+            has_unlisted = [c for c in p if members[c] > listed[c] and p[c] / mass[c] < r_p / r_q]
+            if not has_unlisted:
                 break
-            lowest = min(growing, key=lambda c: p[c] / mass[c])
+            lowest = min(has_unlisted, key=lambda c: p[c] / mass[c])
             r_p, r_q = r_p + p.pop(lowest), r_q + mass[lowest]
         out.append(
             sum(v * np.log(v / mass[c]) for c, v in p.items())
@@ -65,7 +65,7 @@ def exact(z_q: mx.array, targets: TopK, cells: TokenGroups) -> np.ndarray:
 
 
 @pytest.fixture(scope="module")
-def cells(tokenizers: Any) -> TokenGroups:
+def groups(tokenizers: Any) -> TokenGroups:
     return build_token_groups(
         *tokenizers,
         student_stop=tokenizers.student.token_to_id("<|return|>"),
@@ -73,41 +73,41 @@ def cells(tokenizers: Any) -> TokenGroups:
     )
 
 
-def widths(cells: TokenGroups) -> tuple[int, int]:
-    return len(cells.student), len(cells.teacher)
+def widths(groups: TokenGroups) -> tuple[int, int]:
+    return len(groups.student), len(groups.teacher)
 
 
-def test_a_tokenizer_with_itself_gives_each_token_its_own_cell(tokenizers: Any) -> None:
-    cells = build_token_groups(tokenizers.teacher, tokenizers.teacher)
-    np.testing.assert_array_equal(cells.student, np.arange(len(cells.student)))
-    np.testing.assert_array_equal(cells.teacher, cells.student)
-    assert cells.cells == len(cells.student) + 1
+def test_a_tokenizer_with_itself_gives_each_token_its_own_group(tokenizers: Any) -> None:
+    groups = build_token_groups(tokenizers.teacher, tokenizers.teacher)
+    np.testing.assert_array_equal(groups.student, np.arange(len(groups.student)))
+    np.testing.assert_array_equal(groups.teacher, groups.student)
+    assert groups.count == len(groups.student) + 1
 
 
-def test_a_shared_token_names_the_cell_and_every_member_begins_with_it(
-    tokenizers: Any, cells: TokenGroups
+def test_a_shared_token_names_the_group_and_every_member_begins_with_it(
+    tokenizers: Any, groups: TokenGroups
 ) -> None:
     mine, theirs = token_bytes(tokenizers.student), token_bytes(tokenizers.teacher)
     shared = set(mine) & set(theirs) - {b""}
-    assert cells.shared == len(shared)
-    name = {int(cells.student[i]): token for i, token in enumerate(mine) if token in shared}
+    assert groups.shared == len(shared)
+    name = {int(groups.student[i]): token for i, token in enumerate(mine) if token in shared}
     assert len(name) == len(shared)
-    for side, tokens in ((cells.student, mine), (cells.teacher, theirs)):
-        for cell, token in zip(side.tolist(), tokens, strict=True):
+    for side, tokens in ((groups.student, mine), (groups.teacher, theirs)):
+        for group, token in zip(side.tolist(), tokens, strict=True):
             if token:
-                assert token.startswith(name[cell])
+                assert token.startswith(name[group])
             if token in shared:
-                assert name[cell] == token
+                assert name[group] == token
 
 
-def test_parent_is_the_first_token_of_the_re_encoding(tokenizers: Any, cells: TokenGroups) -> None:
+def test_parent_is_the_first_token_of_the_re_encoding(tokenizers: Any, groups: TokenGroups) -> None:
     student, teacher = tokenizers
     mine, theirs = token_bytes(student), token_bytes(teacher)
     checked = 0
     for i, token in enumerate(theirs):
         if token and token not in mine and token.isascii():
             first = student.encode(token.decode()).ids[0]
-            assert cells.teacher[i] == cells.student[first]
+            assert groups.teacher[i] == groups.student[first]
             checked += 1
     assert checked > 10
 
@@ -122,10 +122,10 @@ def test_a_chain_of_parents_ends_in_a_shared_token() -> None:
 
     student = tiny(["a", "b", "c", "d", "ab", "abcd"], [("a", "b"), ("ab", "c")][:1])
     teacher = tiny(["a", "b", "c", "d", "bc", "abc"], [("b", "c"), ("a", "bc")])
-    cells = build_token_groups(student, teacher)
+    groups = build_token_groups(student, teacher)
     # "abc" -> student "ab" -> teacher "a"; "abcd" -> teacher "abc" -> the same.
-    assert cells.teacher[5] == cells.student[4] == cells.student[5] == cells.student[0] == cells.teacher[0]
-    assert cells.teacher[4] == cells.student[1]
+    assert groups.teacher[5] == groups.student[4] == groups.student[5] == groups.student[0] == groups.teacher[0]
+    assert groups.teacher[4] == groups.student[1]
 
 
 def test_bytes_that_are_no_text_fall_back_to_the_longest_prefix() -> None:
@@ -137,18 +137,18 @@ def test_bytes_that_are_no_text_fall_back_to_the_longest_prefix() -> None:
         return tokenizer
 
     # "ðŁ" and "ðŁĳ" are the first two and three bytes of an emoji.
-    cells = build_token_groups(
+    groups = build_token_groups(
         tiny(["ð", "Ł", "ĳ", "ðŁ"], [("ð", "Ł")]),
         tiny(["ð", "Ł", "ĳ", "ðŁ", "ðŁĳ"], [("ð", "Ł"), ("ðŁ", "ĳ")]),
     )
-    assert cells.teacher[4] == cells.student[3]
+    assert groups.teacher[4] == groups.student[3]
 
 
-def test_stops_share_a_cell_and_other_special_tokens_none(tokenizers: Any, cells: TokenGroups) -> None:
+def test_stops_share_a_group_and_other_special_tokens_none(tokenizers: Any, groups: TokenGroups) -> None:
     student, teacher = tokenizers
-    stop = cells.student[student.token_to_id("<|return|>")]
-    assert stop == cells.teacher[teacher.token_to_id("<|im_end|>")] != cells.outside
-    assert (cells.student == stop).sum() == (cells.teacher == stop).sum() == 1
+    stop = groups.student[student.token_to_id("<|return|>")]
+    assert stop == groups.teacher[teacher.token_to_id("<|im_end|>")] != groups.outside
+    assert (groups.student == stop).sum() == (groups.teacher == stop).sum() == 1
     without = build_token_groups(student, teacher)
     assert without.student[student.token_to_id("<|return|>")] == without.outside
     assert without.teacher[teacher.token_to_id("<|im_end|>")] == without.outside
@@ -163,7 +163,7 @@ def test_stops_share_a_cell_and_other_special_tokens_none(tokenizers: Any, cells
 def test_several_stops_and_unknown_ones(tokenizers: Any) -> None:
     many = build_token_groups(*tokenizers, student_stop=[0, 1], teacher_stop=1)
     assert many.student[0] == many.student[1] == many.teacher[1]
-    with pytest.raises(ConfigError, match="one side only"):
+    with pytest.raises(ConfigError, match="of one model only"):
         build_token_groups(*tokenizers, student_stop=1)
     with pytest.raises(ConfigError, match="teacher_stop: the tokenizer has no token 99999"):
         build_token_groups(*tokenizers, student_stop=1, teacher_stop=99_999)
@@ -173,11 +173,11 @@ def test_several_stops_and_unknown_ones(tokenizers: Any) -> None:
 def test_same_tokenizer_and_whole_vocabulary_is_the_full_divergence(
     tokenizers: Any, temperature: float
 ) -> None:
-    cells = build_token_groups(tokenizers.student, tokenizers.student)
-    z_q, z_p = (2 * mx.random.normal((N, len(cells.student))) for _ in range(2))
+    groups = build_token_groups(tokenizers.student, tokenizers.student)
+    z_q, z_p = (2 * mx.random.normal((N, len(groups.student))) for _ in range(2))
     targets = top_k(z_p, z_p.shape[1])
     value, grad = mx.value_and_grad(
-        lambda z: token_group_kl(z, targets, cells, temperature=temperature).sum()
+        lambda z: token_group_kl(z, targets, groups, temperature=temperature).sum()
     )(z_q)
     want, want_grad = mx.value_and_grad(lambda z: forward_kl(z, z_p, temperature=temperature).sum())(z_q)
     assert value.item() == pytest.approx(want.item(), rel=1e-4)
@@ -185,22 +185,22 @@ def test_same_tokenizer_and_whole_vocabulary_is_the_full_divergence(
 
 
 @pytest.mark.parametrize("k", [1, 8, 64])
-def test_equals_cell_by_cell_sums(k: int, cells: TokenGroups) -> None:
-    v, w = widths(cells)
+def test_equals_group_by_group_sums(k: int, groups: TokenGroups) -> None:
+    v, w = widths(groups)
     z_q, targets = 3 * mx.random.normal((N, v)), top_k(3 * mx.random.normal((N, w)), k)
     np.testing.assert_allclose(
-        np.array(token_group_kl(z_q, targets, cells)), exact(z_q, targets, cells), rtol=1e-4, atol=5e-6
+        np.array(token_group_kl(z_q, targets, groups)), exact(z_q, targets, groups), rtol=1e-4, atol=5e-6
     )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_gradient_equals_finite_differences(temperature: float, cells: TokenGroups) -> None:
-    v, w = widths(cells)
+def test_gradient_equals_finite_differences(temperature: float, groups: TokenGroups) -> None:
+    v, w = widths(groups)
     z_q, targets = mx.random.normal((N, v)), top_k(3 * mx.random.normal((N, w)), 16)
     weights = mx.arange(1.0, N + 1)
 
     def loss(z: mx.array) -> mx.array:
-        return (token_group_kl(z, targets, cells, temperature=temperature) * weights).sum()
+        return (token_group_kl(z, targets, groups, temperature=temperature) * weights).sum()
 
     grad = mx.grad(loss)(z_q)
     np.testing.assert_allclose(np.array(grad.sum(axis=1)), 0, atol=1e-5)
@@ -211,20 +211,20 @@ def test_gradient_equals_finite_differences(temperature: float, cells: TokenGrou
         assert (grad * step).sum().item() == pytest.approx(difference, rel=2e-3, abs=1e-4)
 
 
-def test_zero_where_the_students_cells_have_the_teachers_mass(cells: TokenGroups) -> None:
-    v, w = widths(cells)
+def test_zero_where_the_students_groups_have_the_teachers_mass(groups: TokenGroups) -> None:
+    v, w = widths(groups)
     z_p = 2 * mx.random.normal((N, w))
     p = np.array(mx.softmax(z_p, axis=-1), np.float64)
-    mass = np.stack([np.bincount(cells.teacher, weights=row, minlength=cells.cells) for row in p])
-    # Spread each cell's mass over the student's members at random.
+    mass = np.stack([np.bincount(groups.teacher, weights=row, minlength=groups.count) for row in p])
+    # Spread each group's mass over the student's members at random.
     share = np.random.default_rng(0).random((N, v)) + 0.1
-    total = np.stack([np.bincount(cells.student, weights=row, minlength=cells.cells) for row in share])
-    q = mass[:, cells.student] * share / total[:, cells.student]
+    total = np.stack([np.bincount(groups.student, weights=row, minlength=groups.count) for row in share])
+    q = mass[:, groups.student] * share / total[:, groups.student]
     z_q = mx.array(np.log(np.maximum(q, 1e-9)).astype(np.float32))
     for k, temperature in ((4, 1.0), (32, 1.0), (w, 1.0), (4, 3.0), (32, 3.0)):
         value, grad = mx.value_and_grad(
             lambda z, k=k, temperature=temperature: token_group_kl(
-                z, top_k(z_p, k), cells, temperature=temperature
+                z, top_k(z_p, k), groups, temperature=temperature
             ).sum()
         )(z_q)
         assert abs(value.item()) < 5e-5
@@ -243,63 +243,63 @@ def test_never_negative_and_never_above_a_finer_divergence(tokenizers: Any) -> N
         assert (coarse <= fine + 1e-5).all().item()
 
 
-def test_unlisted_mass_lowers_the_loss_and_never_raises_it(cells: TokenGroups) -> None:
-    """Fewer targets know less: the bound only falls, whatever cells the unlisted tokens belong to."""
-    v, w = widths(cells)
+def test_unlisted_mass_lowers_the_loss_and_never_raises_it(groups: TokenGroups) -> None:
+    """Fewer targets know less: the bound only falls, whatever groups the unlisted tokens belong to."""
+    v, w = widths(groups)
     z_q, z_p = 2 * mx.random.normal((N, v)), 2 * mx.random.normal((N, w))
-    values = [np.array(token_group_kl(z_q, top_k(z_p, k), cells)) for k in (2, 8, 32, 128, w)]
+    values = [np.array(token_group_kl(z_q, top_k(z_p, k), groups)) for k in (2, 8, 32, 128, w)]
     for fewer, more in pairwise(values):
         assert (fewer <= more + 1e-5).all()
 
 
-def test_padding_columns_on_either_side(cells: TokenGroups) -> None:
-    v, w = widths(cells)
+def test_padding_columns_on_either_side(groups: TokenGroups) -> None:
+    v, w = widths(groups)
     z_q, z_p = mx.random.normal((N, v)), mx.random.normal((N, w))
     low = mx.full((N, 9), -60.0)
-    plain = token_group_kl(z_q, top_k(z_p, 8), cells)
+    plain = token_group_kl(z_q, top_k(z_p, 8), groups)
     np.testing.assert_allclose(
-        np.array(token_group_kl(mx.concatenate([z_q, low], 1), top_k(z_p, 8), cells)),
+        np.array(token_group_kl(mx.concatenate([z_q, low], 1), top_k(z_p, 8), groups)),
         np.array(plain),
         rtol=1e-5,
     )
     # Mass on columns that are no token, on both sides, is in the bucket.
     wide_q, wide_p = mx.random.normal((N, v + 9)), top_k(mx.concatenate([z_p, mx.full((N, 2), 3.0)], 1), 8)
     np.testing.assert_allclose(
-        np.array(token_group_kl(wide_q, wide_p, cells)), exact(wide_q, wide_p, cells), rtol=1e-4
+        np.array(token_group_kl(wide_q, wide_p, groups)), exact(wide_q, wide_p, groups), rtol=1e-4
     )
 
 
-def test_targets_merge_into_distinct_cells(cells: TokenGroups) -> None:
-    targets = top_k(mx.random.normal((N, widths(cells)[1])), 200)
-    ids, logprobs, growing = (np.array(a) for a in group_topk(targets, cells))
+def test_targets_merge_into_distinct_groups(groups: TokenGroups) -> None:
+    targets = top_k(mx.random.normal((N, widths(groups)[1])), 200)
+    ids, logprobs, has_unlisted = (np.array(a) for a in group_topk(targets, groups))
     for row in range(N):
         used = ids[row][logprobs[row] > -1e29]
         assert len(set(used.tolist())) == len(used)
-        assert cells.outside not in used
+        assert groups.outside not in used
         want = np.bincount(
-            cells.teacher[np.array(targets.ids[row])],
+            groups.teacher[np.array(targets.ids[row])],
             weights=np.exp(np.array(targets.logprobs[row], np.float64)),
         )
         np.testing.assert_allclose(
             np.exp(logprobs[row][logprobs[row] > -1e29].astype(np.float64)), want[used], rtol=1e-5
         )
         unlisted = set(
-            cells.teacher[np.setdiff1d(np.arange(len(cells.teacher)), np.array(targets.ids[row]))].tolist()
+            groups.teacher[np.setdiff1d(np.arange(len(groups.teacher)), np.array(targets.ids[row]))].tolist()
         )
-        assert set(ids[row][growing[row]].tolist()) == unlisted & set(used.tolist())
+        assert set(ids[row][has_unlisted[row]].tolist()) == unlisted & set(used.tolist())
 
 
-def test_straight_from_the_hidden_state(cells: TokenGroups) -> None:
-    v, w = widths(cells)
+def test_straight_from_the_hidden_state(groups: TokenGroups) -> None:
+    v, w = widths(groups)
     h, head, targets = (
         mx.random.normal((N, 16)),
         mx.random.normal((v, 16)),
         top_k(2 * mx.random.normal((N, w)), 16),
     )
-    want, want_grad = mx.value_and_grad(lambda h: token_group_kl(h @ head.T, targets, cells).sum())(h)
+    want, want_grad = mx.value_and_grad(lambda h: token_group_kl(h @ head.T, targets, groups).sum())(h)
     tiled = mx.value_and_grad(
         lambda h: linear_rows(
-            lambda z, at: token_group_kl(z, TopK(targets.ids[at], targets.logprobs[at]), cells),
+            lambda z, at: token_group_kl(z, TopK(targets.ids[at], targets.logprobs[at]), groups),
             h,
             head,
             rows=2,
@@ -309,13 +309,13 @@ def test_straight_from_the_hidden_state(cells: TokenGroups) -> None:
     np.testing.assert_allclose(np.array(tiled[1]), np.array(want_grad), atol=2e-5)
 
 
-def test_wrong_shapes_are_refused(cells: TokenGroups) -> None:
-    v, w = widths(cells)
+def test_wrong_shapes_are_refused(groups: TokenGroups) -> None:
+    v, w = widths(groups)
     targets = top_k(mx.random.normal((N, w)), 4)
     with pytest.raises(DataError, match="4 positions"):
-        token_group_kl(mx.random.normal((4, v)), targets, cells)
+        token_group_kl(mx.random.normal((4, v)), targets, groups)
     with pytest.raises(ModelError, match="student's own tokenizer"):
-        token_group_kl(mx.random.normal((N, v - 1)), targets, cells)
+        token_group_kl(mx.random.normal((N, v - 1)), targets, groups)
 
 
 def test_alm_is_a_divergence_of_two_coins() -> None:

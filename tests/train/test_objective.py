@@ -25,10 +25,10 @@ from mlx_distill.train.updates import global_norm, window_gradients
 
 LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
 TEACHER = 19
-CELLS = TokenGroups(
+GROUPS = TokenGroups(
     student=np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),
     teacher=np.minimum(np.arange(TEACHER), 12).astype(np.int32),
-    cells=14,
+    count=14,
     shared=12,
 )
 
@@ -76,7 +76,7 @@ def settings(**changes: Any) -> DistillConfig:
 
 
 def objective(kind: str, **more: Any) -> Objective:
-    return kd(settings(token_loss=kind), labels=LABELS, cells=CELLS, same_tokenizer=kind == "kl", **more)
+    return kd(settings(token_loss=kind), labels=LABELS, groups=GROUPS, same_tokenizer=kind == "kl", **more)
 
 
 def softmax(z: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -106,7 +106,7 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
             if kind == "cells":  # its own tests say what it is; here, that it is read at the right place
                 targets = TopK(mx.array(ids[None]), mx.array(theirs[None]))
                 token.append(
-                    token_group_kl(mx.array(logits[j - 1][None].astype(np.float32)), targets, CELLS).item()
+                    token_group_kl(mx.array(logits[j - 1][None].astype(np.float32)), targets, GROUPS).item()
                 )
                 continue
             p, q = np.exp(theirs.astype(np.float64)), np.exp(logprobs[j - 1])[ids]
@@ -204,9 +204,9 @@ def test_terms_without_a_coefficient_are_left_out() -> None:
 @pytest.mark.parametrize(
     ("changes", "given"),
     [
-        ({"token_loss": "kl"}, {"labels": LABELS, "cells": CELLS}),
+        ({"token_loss": "kl"}, {"labels": LABELS, "groups": GROUPS}),
         ({"token_loss": "cells"}, {"labels": LABELS}),
-        ({}, {"cells": CELLS}),
+        ({}, {"groups": GROUPS}),
         ({"label_weight": 0.0, "token_weight": 0.0, "text_weight": 0.0}, {}),
     ],
 )
