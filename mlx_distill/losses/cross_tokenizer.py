@@ -127,9 +127,7 @@ def _absorbed_groups(
     sorted_ratio = mx.take_along_axis(ratio, order, axis=1)
     can_receive = mx.take_along_axis(has_unlisted, order, axis=1)
     p_before, q_before = (
-        mx.cumsum(
-            mx.where(can_receive, mx.take_along_axis(x, order, axis=1), 0.0), axis=1, inclusive=False
-        )
+        mx.cumsum(mx.where(can_receive, mx.take_along_axis(x, order, axis=1), 0.0), axis=1, inclusive=False)
         for x in (p, q / total[:, None])
     )
     level = (unlisted + p_before) / mx.maximum(bucket[:, None] / total[:, None] + q_before, TINY)

@@ -128,9 +128,7 @@ def _prefix_parents(
             continue
     encodings = other.backend.encode_batch(list(texts.values()), add_special_tokens=False)
     first_tokens = {
-        i: other.tokens[encoding.ids[0]]
-        for i, encoding in zip(texts, encodings, strict=True)
-        if encoding.ids
+        i: other.tokens[encoding.ids[0]] for i, encoding in zip(texts, encodings, strict=True) if encoding.ids
     }
     for i, token in orphans.items():
         prefix = first_tokens.get(i, b"")

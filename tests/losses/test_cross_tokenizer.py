@@ -124,7 +124,9 @@ def test_a_chain_of_parents_ends_in_a_shared_token() -> None:
     teacher = tiny(["a", "b", "c", "d", "bc", "abc"], [("b", "c"), ("a", "bc")])
     groups = build_token_groups(student, teacher)
     # "abc" -> student "ab" -> teacher "a"; "abcd" -> teacher "abc" -> the same.
-    assert groups.teacher[5] == groups.student[4] == groups.student[5] == groups.student[0] == groups.teacher[0]
+    assert (
+        groups.teacher[5] == groups.student[4] == groups.student[5] == groups.student[0] == groups.teacher[0]
+    )
     assert groups.teacher[4] == groups.student[1]
 
 
