@@ -60,10 +60,10 @@ class Told(Ranks):
 
     word = "key"
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         return self.word
 
-    def largest(self, value: float) -> float:
+    def max(self, value: float) -> float:
         return value
 
 

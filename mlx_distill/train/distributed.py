@@ -16,22 +16,22 @@ from mlx_distill.runtime import rank_and_size
 _CHUNK = 1 << 24
 _BITS = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32, 8: mx.uint64}  # by bytes
 
-_Talk = TypeVar("_Talk", bound=Callable[..., Any])
+_Method = TypeVar("_Method", bound=Callable[..., Any])
 
 
-def _told(talk: _Talk) -> _Talk:
-    """A method whose error says so where it means that another rank is gone."""
+def _rank_errors(method: _Method) -> _Method:
+    """Decorate a collective operation: a backend error that means a lost rank becomes a DistillError."""
 
-    @wraps(talk)
-    def telling(ranks: Ranks, *arguments: Any) -> Any:
+    @wraps(method)
+    def checked(ranks: Ranks, *arguments: Any) -> Any:
         try:
-            return talk(ranks, *arguments)
+            return method(ranks, *arguments)
         except RuntimeError as error:
             if lost := ranks.lost(error):
                 raise lost from error
             raise
 
-    return telling  # type: ignore[return-value]
+    return checked  # type: ignore[return-value]
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Ranks:
     rank: int = 0
     size: int = 1
 
-    @_told
+    @_rank_errors
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each number added over the ranks."""
         if self.size == 1 or not values:
@@ -54,14 +54,14 @@ class Ranks:
         rows = total.tolist()
         return [sum(row[0][i] for row in rows) + sum(row[1][i] for row in rows) for i in range(len(values))]
 
-    @_told
-    def largest(self, value: float) -> float:
+    @_rank_errors
+    def max(self, value: float) -> float:
         """The largest over the ranks."""
         if self.size == 1:
             return float(value)
         return float(mx.distributed.all_max(mx.array([float(value)])).item())
 
-    @_told
+    @_rank_errors
     def gather(self, values: Sequence[int]) -> list[list[int]]:
         """Every rank's whole numbers (below 2**32), by rank."""
         if self.size == 1:
@@ -71,7 +71,7 @@ class Ranks:
             for row in mx.distributed.all_gather(mx.array([list(values)], mx.uint32)).tolist()
         ]
 
-    @_told
+    @_rank_errors
     def sum_arrays(self, arrays: dict[str, mx.array]) -> None:
         """Each array added over the ranks, in place, joined into few messages.
 
@@ -90,17 +90,17 @@ class Ranks:
         if group:
             _sum_group(arrays, group)
 
-    def tell(self, text: str) -> str:
+    def broadcast_text(self, text: str) -> str:
         """Rank 0's text, on every rank; the others' is not looked at."""
         if self.size == 1:
             return text
         raw = text.encode() if self.rank == 0 else b""
-        count = int(self.largest(len(raw)))
-        told = self.spread({"text": mx.array(list(raw.ljust(count, b" ")) or [0], mx.uint8)})["text"]
+        count = int(self.max(len(raw)))
+        told = self.broadcast({"text": mx.array(list(raw.ljust(count, b" ")) or [0], mx.uint8)})["text"]
         return bytes(told.tolist())[:count].decode()
 
-    @_told
-    def spread(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
+    @_rank_errors
+    def broadcast(self, arrays: dict[str, mx.array]) -> dict[str, mx.array]:
         """Rank 0's arrays, bit for bit, on every rank; the others give arrays of the same names, shapes and
         types.
         """
@@ -125,7 +125,7 @@ class Ranks:
         )
         return DistillError(f"rank {self.rank}: another rank was lost ({error})", fix=cure)
 
-    @_told
+    @_rank_errors
     def barrier(self) -> None:
         """Wait for all ranks."""
         if self.size > 1:
@@ -162,8 +162,8 @@ def agree_on_key(out: Path, key: str, here: Callable[[], str] | None = None) -> 
     """
 
     ranks = current_ranks()
-    told = ranks.tell(key)
-    if ranks.largest(float(bool(told) and here is not None and here() != told)):
+    told = ranks.broadcast_text(key)
+    if ranks.max(float(bool(told) and here is not None and here() != told)):
         cure = "share the folder, or copy rank 0's to the same place on the other machines, then launch again"
         raise FileError(f"{out}: not the same rows and base model for every rank", fix=cure)
     return bool(told)

@@ -69,8 +69,16 @@ class TrainProgress:
     tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
-    waiting: int = 0
+    bad_evals: int = 0
     last: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> TrainProgress:
+        """From a checkpoint; ``waiting`` is an older name of ``bad_evals``."""
+        values = dict(values)
+        if "waiting" in values:
+            values["bad_evals"] = values.pop("waiting")
+        return cls(**values)
 
 
 @dataclass(frozen=True)
@@ -92,17 +100,17 @@ class TrainState:
     trunk: Trunk | None = None
 
 
-def go(setup: TrainState, run: TrainProgress, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
+def run_steps(setup: TrainState, run: TrainProgress, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
     """Step until the end; True where patience ended it first."""
     patience = setup.settings.patience
-    if 0 < patience <= run.waiting:
+    if 0 < patience <= run.bad_evals:
         return True
     estimate, every = Estimate(setup.steps, run.step), setup.settings.checkpoint_every
     setup.watch.take()
     while run.step < setup.steps:
         row = _step(setup, run)
         with setup.watch.part("validate"):
-            tired = _look(setup, run, row)
+            out_of_patience = _validate(setup, run, row)
         run.last = row
         setup.log.write(row)
         told = {
@@ -114,11 +122,11 @@ def go(setup: TrainState, run: TrainProgress, flag: StopFlag, hooks: Sequence[Ho
         with setup.watch.part("hooks"):
             for hook in hooks:
                 hook({**row, **told})
-        stopping = bool(setup.ranks.largest(float(bool(flag))))
-        if stopping or tired or run.step == setup.steps or run.step % every == 0:
+        stopping = bool(setup.ranks.max(float(bool(flag))))
+        if stopping or out_of_patience or run.step == setup.steps or run.step % every == 0:
             with setup.watch.part("save"):
                 _save(setup, run)
-        if tired:
+        if out_of_patience:
             return True
         if stopping and run.step < setup.steps:
             raise Interrupted(
@@ -213,7 +221,7 @@ def _window(setup: TrainState, run: TrainProgress) -> list[Batch]:
             window.append(next(setup.batches))
         except StopIteration:
             break
-    if not setup.ranks.largest(len(window)):
+    if not setup.ranks.max(len(window)):
         raise DataError(
             f"the batches ran out at step {run.step + 1}", fix="a source of batches goes on epoch after epoch"
         )
@@ -221,7 +229,7 @@ def _window(setup: TrainState, run: TrainProgress) -> list[Batch]:
     return window
 
 
-def _look(setup: TrainState, run: TrainProgress, row: dict[str, Any]) -> bool:
+def _validate(setup: TrainState, run: TrainProgress, row: dict[str, Any]) -> bool:
     """Validation where it is due; True where ``patience`` is out."""
     every = setup.settings.evaluate_every
     if not setup.valid or not every or (run.step % every and run.step != setup.steps):
@@ -231,14 +239,14 @@ def _look(setup: TrainState, run: TrainProgress, row: dict[str, Any]) -> bool:
         stop_on_weights(setup.folder, run.step, "the validation loss is not a number")
     row |= {f"valid_{name}": value for name, value in found.items()}
     if run.best_loss is None or found["loss"] < run.best_loss:
-        run.best_step, run.best_loss, run.waiting = run.step, found["loss"], 0
+        run.best_step, run.best_loss, run.bad_evals = run.step, found["loss"], 0
         if setup.ranks.rank == 0:
             checkpoint.save_best(
                 setup.folder / "checkpoints", {"step": run.step, "valid_loss": found["loss"]}, setup.model
             )
     else:
-        run.waiting += 1
-    return 0 < setup.settings.patience <= run.waiting
+        run.bad_evals += 1
+    return 0 < setup.settings.patience <= run.bad_evals
 
 
 def _save(setup: TrainState, run: TrainProgress) -> None:
@@ -330,9 +338,9 @@ def train(
         ConfigError, ModelError: the checkpoints are of other settings, another model or other data.
     """
     ranks = current_ranks()
-    steps = total_steps(settings, int(ranks.largest(len(batches))))
+    steps = total_steps(settings, int(ranks.max(len(batches))))
     _check(model, optimizer, settings, steps, ranks, bool(valid))
-    if settings.compile and objective.cut is None:
+    if settings.compile and objective.head_split is None:
         raise ConfigError(
             "compile: true for an objective in one piece",
             fix="make it with read_objective, or leave compile out",
@@ -365,7 +373,7 @@ def train(
         )
         resumed = run.step
         try:
-            stopped_early = go(setup, run, flag, hooks)
+            stopped_early = run_steps(setup, run, flag, hooks)
         except RuntimeError as error:
             if lost := ranks.lost(error):
                 raise lost from error
@@ -433,7 +441,7 @@ def _start(
     """
     optimizer.init(model.trainable_parameters())
     path = checkpoint.latest(folder / "checkpoints") if ranks.rank == 0 else None
-    state = json.loads(ranks.tell(json.dumps(checkpoint.read_state(path) if path else None)))
+    state = json.loads(ranks.broadcast_text(json.dumps(checkpoint.read_state(path) if path else None)))
     reset_peak_memory()
     if state is None:
         # Ranks drop different units; rank 0 draws what a run of one rank draws.
@@ -462,14 +470,14 @@ def _start(
     _share(ranks, model, optimizer)
     batches.restore(state["data"])
     set_random_key(state["random"][ranks.rank])
-    return TrainProgress(**state["run"]), int(state["metrics_bytes"])
+    return TrainProgress.from_json(state["run"]), int(state["metrics_bytes"])
 
 
 def _share(ranks: Ranks, model: nn.Module, optimizer: optim.Optimizer | None = None) -> None:
     """Give every rank the weights of rank 0, and the state of its optimizer."""
     if ranks.size == 1:
         return
-    model.update(tree_unflatten(list(ranks.spread(dict(tree_flatten(model.trainable_parameters()))).items())))
+    model.update(tree_unflatten(list(ranks.broadcast(dict(tree_flatten(model.trainable_parameters()))).items())))
     if optimizer is not None:
-        optimizer.state = tree_unflatten(list(ranks.spread(dict(tree_flatten(optimizer.state))).items()))
+        optimizer.state = tree_unflatten(list(ranks.broadcast(dict(tree_flatten(optimizer.state))).items()))
         optimizer.init(model.trainable_parameters())

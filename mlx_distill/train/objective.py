@@ -150,14 +150,14 @@ class Objective:
         sums: Each term's sum over a micro-batch, a differentiable scalar. Called only where a weight is above
             zero.
         coefficients: What each term counts in the loss; its keys are the terms.
-        cut: The same sums in two steps, trunk and head, where they are read off hidden states: see
+        head_split: The same sums in two steps, trunk and head, where they are read off hidden states: see
             :func:`read_objective`.
     """
 
     weights: Callable[[Batch], Mapping[str, float]]
     sums: Callable[[nn.Module, Batch], Mapping[str, mx.array]]
     coefficients: Mapping[str, float] = field(default_factory=lambda: {"text": 1.0})
-    cut: HeadSplit | None = None
+    head_split: HeadSplit | None = None
 
 
 def read_objective(

@@ -136,7 +136,7 @@ def differentiate(
         trunk: A compiled one, where the objective can be cut; by default all is in one piece where the logits
             are small.
     """
-    cut = objective.cut
+    cut = objective.head_split
     if cut is not None and (
         trunk is not None or not is_small(model, cut.positions(batch).size, cut.dense_limit)
     ):

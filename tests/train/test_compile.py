@@ -70,7 +70,7 @@ def test_compiled_equals_the_whole_in_one_piece(kind: str, moves: str, recompute
             batch = batch_of(columns, lines, number)
             found = []
             for objective, by in (
-                (replace(sft(), cut=None), None),
+                (replace(sft(), head_split=None), None),
                 (sft(), trunk),
                 (sft(dense_limit=0), trunk),
             ):
@@ -131,7 +131,7 @@ def test_an_objective_in_one_piece_cannot_be_compiled(tmp_path: Path) -> None:
         train(
             make_model(),
             ListBatches(make_batches(ROWS, 2)),
-            replace(sft(), cut=None),
+            replace(sft(), head_split=None),
             make_optimizer(config, 6),
             config,
             folder=tmp_path,

@@ -50,11 +50,11 @@ def test_a_killed_rank_ends_the_other_and_both_go_on_bitwise(tmp_path: Path) -> 
     "ask",
     [
         lambda ranks: ranks.sum([1.0]),
-        lambda ranks: ranks.largest(1.0),
+        lambda ranks: ranks.max(1.0),
         lambda ranks: ranks.gather([1]),
         lambda ranks: ranks.sum_arrays({"a": mx.ones((2,))}),
-        lambda ranks: ranks.spread({"a": mx.ones((2,))}),
-        lambda ranks: ranks.tell("a"),
+        lambda ranks: ranks.broadcast({"a": mx.ones((2,))}),
+        lambda ranks: ranks.broadcast_text("a"),
         lambda ranks: ranks.barrier(),
     ],
 )

@@ -25,7 +25,7 @@ from mlx_distill.train.updates import differentiate
 
 BATCH = collate(make_rows(6), list(range(6)))
 CUT = sft(dense_limit=0)
-WHOLE = replace(CUT, cut=None)
+WHOLE = replace(CUT, head_split=None)
 
 
 def frozen_head(dropout: float = 0.0) -> TinyModel:
