@@ -477,7 +477,9 @@ def _share(ranks: Ranks, model: nn.Module, optimizer: optim.Optimizer | None = N
     """Give every rank the weights of rank 0, and the state of its optimizer."""
     if ranks.size == 1:
         return
-    model.update(tree_unflatten(list(ranks.broadcast(dict(tree_flatten(model.trainable_parameters()))).items())))
+    model.update(
+        tree_unflatten(list(ranks.broadcast(dict(tree_flatten(model.trainable_parameters()))).items()))
+    )
     if optimizer is not None:
         optimizer.state = tree_unflatten(list(ranks.broadcast(dict(tree_flatten(optimizer.state))).items()))
         optimizer.init(model.trainable_parameters())
