@@ -19,6 +19,7 @@ from mlx_distill.config import ASSETS, changes, keyed, resolve_asset, to_mapping
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.hub import is_hub_id
 from mlx_distill.recipe import Recipe
+from mlx_distill.run_models import CONTROLS, RUN_MODELS, RunModel
 from mlx_distill.stages.convert import convert
 from mlx_distill.stages.distill import distill
 from mlx_distill.stages.evaluate import evaluate
@@ -44,7 +45,7 @@ class Stage:
     ``name`` its folder under the run; ``command`` the stage that makes it; ``format`` raised when what it
     writes changes; ``config`` the keyed settings; ``parents`` the boxes that it reads; ``inputs`` what it
     reads from outside the run, ``local`` those of them that can lie on this machine alone; ``work`` what it
-    does.
+    does; ``model`` the model that an evaluation measures.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Stage:
     work: Callable[[Context, Path], dict[str, Any]]
     inputs: tuple[str, ...] = ()
     local: tuple[str, ...] = ()
+    model: str | None = None
 
     @property
     def absent(self) -> list[str]:
@@ -108,10 +110,10 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         ),
         Stage("quantized", "quantize", 1, keyed(recipe.quantize), ("student", "student_base"), quantize),
     ]
-    for control in ("labels", "text"):
-        if getattr(recipe.controls, control):
-            out.append(_control(recipe, control, seen))
-    return out + [_evaluation(recipe, name, seen) for name in _measured(recipe)]
+    controls = [model for model in CONTROLS if getattr(recipe.controls, model.control or "")]
+    out += [_control(recipe, model, seen) for model in controls]
+    measured = dict.fromkeys(["teacher", *_named_models(recipe), *(model.name for model in controls)])
+    return out + [_evaluation(recipe, RUN_MODELS[name], seen) for name in measured]
 
 
 def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
@@ -129,41 +131,36 @@ def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
     )
 
 
-def _control(recipe: Recipe, control: str, seen: Mapping[str, Any]) -> Stage:
+def _control(recipe: Recipe, model: RunModel, seen: Mapping[str, Any]) -> Stage:
+    parents = ("student_base", "data") if model.control == "labels" else ("student_base", "targets", "data")
+    config = {**keyed(recipe.distill), **seen, "control": model.control}
+    return Stage(model.name, "distill", 1, config, parents, lambda c, f: distill(c, f, model.control))
 
-    parents = ("student_base", "data") if control == "labels" else ("student_base", "targets", "data")
-    config = {**keyed(recipe.distill), **seen, "control": control}
-    return Stage(f"student_{control}", "distill", 1, config, parents, lambda c, f: distill(c, f, control))
 
-
-def _measured(recipe: Recipe) -> list[str]:
-    controls = [f"student_{c}" for c in ("labels", "text") if getattr(recipe.controls, c)]
-    known = {"teacher_before", "teacher", "student_before", "student", "quantized"}
+def _named_models(recipe: Recipe) -> list[str]:
+    """The models that ``evaluate.models`` names; controls have keys of their own."""
+    known = {name for name, model in RUN_MODELS.items() if model.role != "control"}
     for name in recipe.evaluate.models:
         if name not in known:
             raise ConfigError(
                 f"evaluate.models: {name!r} is not one of {', '.join(sorted(known))}",
                 fix="name models of the run",
             )
-    return list(dict.fromkeys(["teacher", *recipe.evaluate.models, *controls]))
+    return recipe.evaluate.models
 
 
-def _evaluation(recipe: Recipe, name: str, seen: Mapping[str, Any]) -> Stage:
-
-    folder = {"teacher_before": "teacher_base", "student_before": "student_base"}.get(name, name)
-    # An adapter folder is not a model without its base.
-    base = {"teacher": ("teacher_base",)} | dict.fromkeys(
-        ("student", "student_labels", "student_text"), ("student_base",)
-    )
+def _evaluation(recipe: Recipe, model: RunModel, seen: Mapping[str, Any]) -> Stage:
     settings = {k: v for k, v in keyed(recipe.evaluate).items() if k != "models"}
-    config = {**settings, **seen, "unpack": recipe.unpacks(folder), "model": name}
+    config = {**settings, **seen, "unpack": recipe.unpacks(model.folder), "model": model.name}
+    base = (model.base,) if model.base else ()
     return Stage(
-        f"evaluations/{name}",
+        f"evaluations/{model.name}",
         "evaluate",
         1,
         config,
-        (folder, *base.get(folder, ()), "data"),
-        lambda c, f: evaluate(c, f, folder, name),
+        (model.folder, *base, "data"),
+        lambda c, f: evaluate(c, f, model.folder, model.name),
+        model=model.name,
     )
 
 

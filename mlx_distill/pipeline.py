@@ -233,9 +233,7 @@ def run(
             _step(runner, stage, context, from_stage, only, needed)
         if only not in (None, "evaluate"):
             return _outcome(runner, stages, only)
-        evaluations = {
-            s.name.removeprefix("evaluations/"): out / s.name for s in stages if s.command == "evaluate"
-        }
+        evaluations = {stage.model: out / stage.name for stage in stages if stage.model is not None}
         report = build_report(
             out, to_mapping(loaded), task, evaluations, confidence=loaded.evaluate.confidence
         )

@@ -1,90 +1,160 @@
-"""The models of a run: their names, titles, folders and roles."""
+"""The models of a run: which there are, what they are called, and which folders they need."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from mlx_distill.text import listed, words
 
-MODELS = {
-    "teacher": "Teacher",
-    "teacher_before": "Teacher before",
-    "student_before": "Student before",
-    "student": "Student",
-    "quantized": "Quantized",
+
+@dataclass(frozen=True)
+class RunModel:
+    """A model that a run can measure.
+
+    Attributes:
+        name: Its name in recipes, in ``report.json`` and under ``evaluations/``.
+        title: Its name in tables.
+        phrase: Its name inside a sentence.
+        folder: The folder of the run that holds it.
+        base: The folder of the base model that it needs besides, for an adapter; None for a whole model.
+        role: ``control`` is a student trained for comparison alone.
+        trained: False for a model as it was before the training of this run.
+        control: The key under ``controls`` in the recipe that asks for it.
+        note: How it was trained, where the title does not say so.
+    """
+
+    name: str
+    title: str
+    phrase: str
+    folder: str
+    base: str | None
+    role: Literal["teacher", "student", "control"]
+    trained: bool = True
+    control: str | None = None
+    note: str = ""
+
+
+RUN_MODELS: Mapping[str, RunModel] = {
+    model.name: model
+    for model in (
+        RunModel(
+            "teacher_before",
+            "Teacher before",
+            "the teacher before tuning",
+            "teacher_base",
+            None,
+            "teacher",
+            trained=False,
+        ),
+        RunModel("teacher", "Teacher", "the teacher", "teacher", "teacher_base", "teacher"),
+        RunModel(
+            "student_before",
+            "Student before",
+            "the student before distillation",
+            "student_base",
+            None,
+            "student",
+            trained=False,
+        ),
+        RunModel("student", "Student", "the student", "student", "student_base", "student"),
+        RunModel("quantized", "Quantized", "the quantized student", "quantized", None, "student"),
+        RunModel(
+            "student_labels",
+            "Control: labels",
+            "the control student (labels)",
+            "student_labels",
+            "student_base",
+            "control",
+            control="labels",
+            note="trained on the rows’ own answers alone",
+        ),
+        RunModel(
+            "student_text",
+            "Control: text",
+            "the control student (text)",
+            "student_text",
+            "student_base",
+            "control",
+            control="text",
+            note="trained on the teacher’s text alone",
+        ),
+    )
 }
 
+CONTROLS = tuple(model for model in RUN_MODELS.values() if model.role == "control")
+"""The students trained for comparison alone."""
+STUDENTS = tuple(name for name, model in RUN_MODELS.items() if model.role == "student")
+"""The student before the training, after it, and quantized."""
+RESULTS = tuple(name for name in STUDENTS if RUN_MODELS[name].trained)
+"""The models that a run is made for: the student and the quantized student."""
 
-_CONTROLS = {
-    "labels": "trained on the rows’ own answers alone",
-    "text": "trained on the teacher’s text alone",
-}
+
+def run_model(name: str) -> RunModel:
+    """The model of that name; a name that is not in :data:`RUN_MODELS` is a control in a folder of its name.
+
+    >>> run_model("teacher").base, run_model("other").role
+    ('teacher_base', 'control')
+    """
+    title = words(name)
+    control = RunModel(name, f"Control: {title}", f"the control student ({title})", name, None, "control")
+    return RUN_MODELS.get(name, control)
 
 
-def model_name(name: str) -> str:
+def model_title(name: str) -> str:
     """A model's name in tables.
 
-    >>> model_name("quantized"), model_name("student_labels")
+    >>> model_title("quantized"), model_title("student_labels")
     ('Quantized', 'Control: labels')
     """
-    if name in MODELS:
-        return MODELS[name]
-    return f"Control: {_control(name)}"
+    return run_model(name).title
 
 
-def the_model(name: str) -> str:
-    """A model in the middle of a sentence.
+def model_phrase(name: str) -> str:
+    """A model's name inside a sentence.
 
-    >>> the_model("student_before"), the_model("student_text")
+    >>> model_phrase("student_before"), model_phrase("student_text")
     ('the student before distillation', 'the control student (text)')
     """
-    if name == "student_before":
-        return "the student before distillation"
-    if name == "quantized":
-        return "the quantized student"
-    if name == "teacher_before":
-        return "the teacher before tuning"
-    if name in MODELS:
-        return "the " + MODELS[name].lower()
-    return f"the control student ({_control(name)})"
-
-
-def _control(name: str) -> str:
-    return words(name.removeprefix("student_").removeprefix("control_"))
-
-
-def control_note(name: str) -> str:
-    """How a control was trained, where the name tells."""
-    return _CONTROLS.get(_control(name), "")
+    return run_model(name).phrase
 
 
 def model_class(name: str) -> str:
     """The CSS class with a model's colour."""
-    return f"m-{name.replace('_', '-')}" if name in MODELS else "m-control"
+    return "m-control" if run_model(name).role == "control" else f"m-{name.replace('_', '-')}"
 
 
-def packing_note(evaluations: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """Why speeds and memory of a run's models do not compare; None where all computed alike.
+def is_dequantized(settings: Mapping[str, Any]) -> bool | None:
+    """Whether a model was evaluated with its quantized weights dequantized; None where that is not recorded.
 
     Args:
-        evaluations: The settings of each model's evaluation; ``unpack`` says whether its packed weights were
-            unpacked first.
-
-    >>> packing_note({"teacher": {"unpack": True}, "quantized": {"unpack": False}})
-    'The quantized student computed with packed weights, the teacher with unpacked ones: times, paces and peaks of the two do not compare.'
-    >>> packing_note({"teacher": {"unpack": True}, "student": {"unpack": True}})
+        settings: The settings of its evaluation in ``report.json``; older reports call the key ``unpack``.
     """
-    packed, unpacked = (
-        [the_model(name) for name, entry in evaluations.items() if entry.get("unpack") is kind]
-        for kind in (False, True)
+    return settings.get("dequantize", settings.get("unpack"))
+
+
+def dequantization_note(evaluations: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """Why speed and memory of a run's models do not compare; None where all computed alike.
+
+    Args:
+        evaluations: The settings of each model's evaluation; see :func:`is_dequantized`.
+
+    >>> print(dequantization_note({"teacher": {"dequantize": True}, "quantized": {"dequantize": False}}))
+    The quantized student computed with quantized weights, the teacher with dequantized ones: times, speeds
+    and memory peaks of the two do not compare.
+    >>> dequantization_note({"teacher": {"dequantize": True}, "student": {"dequantize": True}})
+    """
+    quantized, dequantized = (
+        [model_phrase(name) for name, settings in evaluations.items() if is_dequantized(settings) is value]
+        for value in (False, True)
     )
-    if not packed or not unpacked:
+    if not quantized or not dequantized:
         return None
-    first, rest = listed(packed), listed(unpacked)
-    if len(unpacked) > 1 and len(packed) + len(unpacked) == len(evaluations):
-        rest = "all others"
+    first, second = listed(quantized), listed(dequantized)
+    if len(dequantized) > 1 and len(quantized) + len(dequantized) == len(evaluations):
+        second = "all others"
     return (
-        f"{first[0].upper()}{first[1:]} computed with packed weights, {rest} with unpacked ones: "
-        "times, paces and peaks of the two do not compare."
+        f"{first[0].upper()}{first[1:]} computed with quantized weights, {second} with dequantized ones: "
+        "times, speeds and memory peaks of the two do not compare."
     )

@@ -13,6 +13,7 @@ from typing import Any
 from mlx_distill import metrics as m
 from mlx_distill.errors import ConfigError, DataError, DistillError
 from mlx_distill.metrics.classification import Row
+from mlx_distill.run_models import RESULTS, is_dequantized, run_model
 from mlx_distill.storage import Manifest, os_errors, read_json, read_jsonl, read_manifest
 from mlx_distill.tasks.task import Task
 
@@ -20,7 +21,6 @@ FORMAT = 1
 MAIN_SET = "test"
 TEACHER = "teacher"
 _NEEDED = ("id", "set", "truth", "answer", "label", "score")
-_DERIVED = ("teacher", "teacher_before", "student_before", "student", "quantized")
 
 
 def build_report(
@@ -44,8 +44,8 @@ def build_report(
         recipe: The recipe as a plain mapping (``config.to_mapping(recipe)``).
         task: The task of the run.
         evaluations: Model name to its ``predictions.jsonl`` (or the folder that holds it), in the order of
-            the tables. ``teacher`` is the reference of every agreement; names besides teacher,
-            student_before, student and quantized are controls.
+            the tables. ``teacher`` is the reference of every agreement; :mod:`mlx_distill.run_models` says which of the others
+            are controls.
         confidence: Level of the intervals.
         models: Model name to its folder, where that is not ``run/<stage>``.
         goals: ``{"model", "metric", "at_least" or "at_most"}``: floors and ceilings to show as met or missed.
@@ -88,7 +88,7 @@ def build_report(
         "sets": sets,
         "task_details": _task_details(task),
         "models": list(evaluations),
-        "controls": [name for name in evaluations if name not in _DERIVED],
+        "controls": [name for name in evaluations if run_model(name).role == "control"],
         "metrics": by_set[main],
         "by_set": by_set,
         "comparisons": _comparisons(rows, main, task, confidence),
@@ -96,7 +96,7 @@ def build_report(
         "disagreements": {
             name: _disagreements(part, rows[TEACHER], task, rows_shown)
             for name, part in rows.items()
-            if TEACHER in rows and name in ("student", "quantized")
+            if TEACHER in rows and name in RESULTS
         },
         "sizes": sizes(folders),
         "curves": curves(run),
@@ -238,7 +238,7 @@ def _comparisons(
         return []
     teacher = _of(tables[TEACHER], name)
     wanted = [("student", "student_before"), ("quantized", "student")]
-    wanted += [("student", control) for control in tables if control not in _DERIVED]
+    wanted += [("student", control) for control in tables if run_model(control).role == "control"]
     out = []
     for first, second in wanted:
         if first in tables and second in tables:
@@ -296,8 +296,6 @@ def _task_details(task: Task) -> dict[str, Any]:
     }
 
 
-# Where the pipeline leaves each model.
-_FOLDERS = {"teacher": "teacher", "teacher_before": "teacher_base", "student_before": "student_base"}
 # Columns of metrics.jsonl that are no losses.
 _BOOKKEEPING = {
     "step",
@@ -314,7 +312,7 @@ _WEIGHTS = (".safetensors", ".npz", ".gguf")
 
 def model_folders(run: Path, names: Sequence[str], given: Mapping[str, str | Path]) -> dict[str, Path]:
     """The folder of each model that has one."""
-    folders = {name: Path(given.get(name, run / _FOLDERS.get(name, name))) for name in names}
+    folders = {name: Path(given.get(name, run / run_model(name).folder)) for name in names}
     return {name: path for name, path in folders.items() if path.is_dir()}
 
 
@@ -462,15 +460,15 @@ def provenance(
 
 
 def _computed(folder: Path) -> dict[str, Any]:
-    """In what an evaluation computed: ``compute_dtype``, and under ``unpack`` whether packed weights were
-    unpacked first.
+    """How an evaluation computed: ``compute_dtype``, and under ``dequantize`` whether quantized weights were
+    dequantized first.
     """
     manifest = _manifest(folder)
-    return (
-        {key: manifest.config[key] for key in ("compute_dtype", "unpack") if key in manifest.config}
-        if manifest
-        else {}
-    )
+    if manifest is None:
+        return {}
+    computed = {key: manifest.config[key] for key in ("compute_dtype",) if key in manifest.config}
+    dequantized = is_dequantized(manifest.config)
+    return computed if dequantized is None else {**computed, "dequantize": dequantized}
 
 
 def _first(recorded: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:

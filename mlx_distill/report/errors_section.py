@@ -17,7 +17,7 @@ from mlx_distill.report.tables import (
     scroll,
     table,
 )
-from mlx_distill.run_models import model_class, model_name
+from mlx_distill.run_models import RESULTS, STUDENTS, model_class, model_title
 from mlx_distill.text import NONE, count, percent, plural, signed_points, significant, words
 
 Report = Mapping[str, Any]
@@ -37,7 +37,7 @@ def sides(report: Report) -> Html | None:
     rows: list[Line] = []
     for model, figures in metrics.items():
         cells: list[Any] = [
-            rate_cell(figures.get(key), f"{model_name(model)}, {head}") for key, head in heads
+            rate_cell(figures.get(key), f"{model_title(model)}, {head}") for key, head in heads
         ]
         counts = figures["counts"]
         cells += [f"{counts['false_positives']:,} / {counts['false_negatives']:,}"]
@@ -54,7 +54,7 @@ def groups(report: Report) -> Html | None:
     }
     if not metrics:
         return None
-    shown = [name for name in ("teacher", "student", "quantized") if name in metrics] or list(metrics)
+    shown = [name for name in ("teacher", *RESULTS) if name in metrics] or list(metrics)
     first = metrics[shown[0]]
     note = (
         f"The error rates must not differ between values of “{words(first['field'])}”. Rates over fewer than {first['few_below']} rows are "
@@ -62,7 +62,7 @@ def groups(report: Report) -> Html | None:
     )
     parts: list[Any] = [
         el("p", note, class_="note"),
-        legend([(model_class(name), model_name(name)) for name in shown]),
+        legend([(model_class(name), model_title(name)) for name in shown]),
     ]
     parts += [
         _group_table(metrics, shown, metric_heads(report["task_details"])[kind[0]], *kind) for kind in _KINDS
@@ -82,7 +82,7 @@ def _group_table(
     for value in first["groups"]:
         entries = [(name, metrics[name]["groups"].get(value)) for name in shown]
         drawn = strip(
-            [(model_class(name), model_name(name), e[kind] if e else None) for name, e in entries],
+            [(model_class(name), model_title(name), e[kind] if e else None) for name, e in entries],
             0.0,
             reach,
             ticks=ticks,
@@ -97,7 +97,7 @@ def _group_table(
             )
         rows.append((value, cells, None))
     rows.append(("", [axis(0.0, reach, ticks), *[""] * len(shown)], "axis-row"))
-    heads = [words(first["field"]).capitalize(), f"{title}, %", *[model_name(name) for name in shown]]
+    heads = [words(first["field"]).capitalize(), f"{title}, %", *[model_title(name) for name in shown]]
     gaps = [_gap(name, metrics[name]["gaps"][kind]) for name in shown if metrics[name]["gaps"][kind]] or [
         _no_gap(first, kind)
     ]
@@ -120,7 +120,7 @@ def _gap(name: str, gap: Mapping[str, Any]) -> Html:
     ends = f"{signed_points(gap['low'])} to {signed_points(gap['high'])}"
     return el(
         "li",
-        f"{model_name(name)}: widest gap ",
+        f"{model_title(name)}: widest gap ",
         el("b", f"{signed_points(gap['value'])} points"),
         f" [{ends}], {gap['highest']} over {gap['lowest']}.",
     )
@@ -136,9 +136,7 @@ def confusions(report: Report) -> Html:
             _matrix(figures["teacher_confusion"], name, "teacher") if figures["teacher_confusion"] else None
         )
         against_truth = _matrix(figures["confusion"], name, "truth")
-        (shown if name in ("student_before", "student", "quantized") and against_teacher else folded).append(
-            against_teacher
-        )
+        (shown if name in STUDENTS and against_teacher else folded).append(against_teacher)
         (shown if name == "teacher" or "teacher" not in metrics else folded).append(against_truth)
     note = (
         "Rows: the reference; columns: what the model says. Shade: share of the row. The diagonal is agreement. Left out: rows whose "
@@ -169,7 +167,7 @@ def _matrix(confusion: Mapping[str, Any], name: str, reference: str) -> Html:
             el("tr", el("th", words(label), scope="row"), cells, el("td", f"{total:,}", class_="sum"))
         )
     hits = sum(counts[i][i] for i in range(len(labels)))
-    title = f"{model_name(name)} against the {reference}"
+    title = f"{model_title(name)} against the {reference}"
     left_out = f", {confusion['left_out']:,} left out" if confusion["left_out"] else ""
     share = percent(hits / confusion["n"]) if confusion["n"] else NONE
     head = el(
@@ -222,7 +220,7 @@ def distributions(report: Report) -> Html | None:
             if known
             else number_cell(NONE)
         )
-        rows.append((model_head(model), [stacked(parts, model_name(model)), cell], model_class(model)))
+        rows.append((model_head(model), [stacked(parts, model_title(model)), cell], model_class(model)))
     caption = "Labels given on rows that have a truth; mean KL divergence (nats) from the teacher’s label probabilities"
     shown = legend([*zip(classes, names, strict=True), ("invalid", "not valid")])
     return el("div", shown, table(caption, ["", "Labels", "KL from teacher"], rows, class_="shares"))

@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_distill.models.checkpoint.plan import CheckpointPlan
 from mlx_distill.report.tables import metric_heads
-from mlx_distill.run_models import packing_note
+from mlx_distill.run_models import dequantization_note
 from mlx_distill.storage import Manifest, read_manifest
 from mlx_distill.text import gigabytes, interval, percent, seconds, significant
 
@@ -131,7 +131,7 @@ def _figures(name: str, report: Mapping[str, Any]) -> list[str]:
     said += [f"in brackets {percent(report['confidence'], 0)} intervals"] if report.get("confidence") else []
     said += [f"this is its `{name}`"] if name in metrics else []
     settings = (report.get("provenance") or {}).get("evaluations") or {}
-    note = packing_note({model: settings[model] for model in metrics if model in settings})
+    note = dequantization_note({model: settings[model] for model in metrics if model in settings})
     tail = " ".join([*([", ".join(said) + "."] if said else []), *([note] if note else [])])
     return [*out, "", tail] if tail else out
 

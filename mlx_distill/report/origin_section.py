@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import Line, table
-from mlx_distill.run_models import model_name
+from mlx_distill.run_models import is_dequantized, model_title
 from mlx_distill.text import NONE, report_size, seconds, text_of, words
 
 Report = Mapping[str, Any]
@@ -107,7 +107,7 @@ def _stages(stages: list[Mapping[str, Any]]) -> Html | None:
 
 def _settings(evaluations: Mapping[str, Mapping[str, Any]]) -> Html | None:
     """What holds for all models once, then each model's own."""
-    shown = {model_name(name): _shown(settings) for name, settings in evaluations.items()}
+    shown = {model_title(name): _shown(settings) for name, settings in evaluations.items()}
     first = next(iter(shown.values()), {})
     common = {
         key: value for key, value in first.items() if all(s.get(key, NONE) == value for s in shown.values())
@@ -125,13 +125,11 @@ def _settings(evaluations: Mapping[str, Mapping[str, Any]]) -> Html | None:
 
 
 def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
-    weights = {True: "unpacked", False: "as on disk"}
-    return {
-        "packed weights" if key == "unpack" else words(key): weights.get(value, value)
-        if key == "unpack"
-        else value
-        for key, value in settings.items()
-    }
+    shown = {words(key): value for key, value in settings.items() if key not in ("dequantize", "unpack")}
+    dequantized = is_dequantized(settings)
+    if dequantized is not None:
+        shown["quantized weights"] = "dequantized" if dequantized else "as on disk"
+    return shown
 
 
 def _yaml(value: Any, indent: int = 0) -> list[str]:

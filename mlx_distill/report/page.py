@@ -12,7 +12,7 @@ from mlx_distill.config import ASSETS
 from mlx_distill.report import errors_section, origin_section, results_section, rows_section, training_section
 from mlx_distill.report.charts import bar
 from mlx_distill.report.markup import Html, el, join
-from mlx_distill.run_models import model_class, model_name, the_model
+from mlx_distill.run_models import RESULTS, is_dequantized, model_class, model_phrase, model_title
 from mlx_distill.text import (
     interval,
     p_value,
@@ -92,7 +92,7 @@ def _sections(report: Report) -> list[tuple[str, str, Html | None]]:
 def final_model(report: Report) -> str:
     """The model that the run was for: the quantized student, else the student, else the last one measured."""
     measured = report["metrics"]
-    return next((name for name in ("quantized", "student") if name in measured), list(measured)[-1])
+    return next((name for name in reversed(RESULTS) if name in measured), list(measured)[-1])
 
 
 def _header(report: Report) -> Html:
@@ -111,7 +111,7 @@ def _header(report: Report) -> Html:
     hero = el(
         "div",
         el("p", percent(main["value"]), class_="figure"),
-        bar(main, f"{model_name(name)} gives {against}"),
+        bar(main, f"{model_title(name)} gives {against}"),
         el(
             "p",
             f"{percent(report['confidence'], 0)} interval {interval(main)}, n = {main['n']}",
@@ -121,7 +121,7 @@ def _header(report: Report) -> Html:
     )
     sentence = el(
         "p",
-        f"{the_model(name).capitalize()} gives {against} on ",
+        f"{model_phrase(name).capitalize()} gives {against} on ",
         el("strong", percent(main["value"])),
         f" of {plural(main['n'], 'held-out row')} [{interval(main)}].",
         class_="lead",
@@ -145,14 +145,14 @@ def _context(report: Report, name: str) -> list[Any]:
     metrics, sizes = report["metrics"], report["sizes"]
     out: list[Any] = []
     before = (metrics.get("student_before") or {}).get("verdict_agreement")
-    if before and before["value"] is not None and name in ("student", "quantized"):
+    if before and before["value"] is not None and name in RESULTS:
         out.append(f"Before distillation it was {percent(before['value'])}. ")
     versus = metrics[name].get("versus_teacher")
     if versus:
         teacher, own = metrics["teacher"]["accuracy"], metrics[name]["accuracy"]
         gap = versus["difference"]
         out.append(
-            f"Against the truth the teacher is right on {percent(teacher['value'])} and {the_model(name)} on {percent(own['value'])}: "
+            f"Against the truth the teacher is right on {percent(teacher['value'])} and {model_phrase(name)} on {percent(own['value'])}: "
             f"a difference of {signed_points(gap['value'])} points [{signed_points(gap['low'])} to {signed_points(gap['high'])}]"
             f"{_rounding(own['value'], teacher['value'], gap['value'])}, {p_value(versus['p_value'])}. "
         )
@@ -190,6 +190,6 @@ def _pace(report: Report, name: str) -> str | None:
     )
     if not pace:
         return None
-    alike = reference and settings[name].get("unpack") == settings["teacher"].get("unpack")
+    alike = reference and is_dequantized(settings[name]) == is_dequantized(settings["teacher"])
     against = f", {significant(pace / reference, 2)} times the teacher’s pace" if alike else ""
     return f"It answers {significant(pace, 3)} rows a minute{against}."

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_distill.report.charts import axis, strip
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import Line, legend, metric_heads, model_head, number_cell, rate_cell, table
-from mlx_distill.run_models import control_note, model_class, model_name, the_model
+from mlx_distill.run_models import STUDENTS, model_class, model_phrase, model_title, run_model
 from mlx_distill.text import (
     NONE,
     gigabytes,
@@ -59,12 +59,12 @@ def headline(report: Report, metrics: Mapping[str, Any], name: str) -> Html:
             if reference:
                 cells.append(el("span", "the reference", class_="none"))
             elif is_rate:
-                cells.append(rate_cell(figures.get(key), f"{model_name(model)}, {head}"))
+                cells.append(rate_cell(figures.get(key), f"{model_title(model)}, {head}"))
             else:
                 cells.append(_points(figures.get(key)))
         rows.append(
             (
-                model_head(model, control_note(model) if model in report["controls"] else ""),
+                model_head(model, run_model(model).note),
                 cells,
                 model_class(model),
             )
@@ -102,7 +102,7 @@ def _goals(report: Report) -> Html | None:
             el(
                 "li",
                 mark,
-                f"{model_name(goal['model'])}, {_metric_name(report, goal['metric'])}: {measured} (goal: {word} {show(goal[side])})",
+                f"{model_title(goal['model'])}, {_metric_name(report, goal['metric'])}: {measured} (goal: {word} {show(goal[side])})",
             )
         )
     return el("div", el("h3", "Goals"), el("ul", items, class_="goals"))
@@ -134,7 +134,11 @@ def _comparisons(report: Report) -> Html | None:
     for metric, caption, counted in groups:
         rows = [
             (
-                el("span", model_name(entry["first"]), el("small", f" against {the_model(entry['second'])}")),
+                el(
+                    "span",
+                    model_title(entry["first"]),
+                    el("small", f" against {model_phrase(entry['second'])}"),
+                ),
                 [
                     _difference(entry, reach),
                     p_value(entry["p_value"]),
@@ -156,7 +160,7 @@ def _comparisons(report: Report) -> Html | None:
 
 def _difference(entry: Mapping[str, Any], reach: float) -> Html:
     gap = entry["difference"]
-    drawn = strip([(model_class(entry["first"]), model_name(entry["first"]), gap)], -reach, reach, zero=0.0)
+    drawn = strip([(model_class(entry["first"]), model_title(entry["first"]), gap)], -reach, reach, zero=0.0)
     ends = f"{signed_points(gap['low'])} to {signed_points(gap['high'])}"
     return el(
         "span", el("span", el("b", signed_points(gap["value"])), " ", el("small", ends)), drawn, class_="gap"
@@ -166,16 +170,12 @@ def _difference(entry: Mapping[str, Any], reach: float) -> Html:
 def slices(report: Report) -> Html | None:
     """Agreement with the teacher (accuracy where there is none) by the task's slice fields."""
     metrics = report["metrics"]
-    shown = [
-        name
-        for name in ("student_before", "student", "quantized")
-        if name in metrics and metrics[name][_AGREEMENT]
-    ]
+    shown = [name for name in STUDENTS if name in metrics and metrics[name][_AGREEMENT]]
     key = _AGREEMENT if shown else "accuracy"
     shown = shown or list(metrics)
     parts = [_slice(report, field, shown, key) for field in report["task_details"]["slices"]]
     return (
-        el("div", legend([(model_class(name), model_name(name)) for name in shown]), parts)
+        el("div", legend([(model_class(name), model_title(name)) for name in shown]), parts)
         if any(parts)
         else None
     )
@@ -191,7 +191,7 @@ def _slice(report: Report, field: str, shown: Sequence[str], key: str) -> Html |
     rows: list[Line] = []
     for value, entry in values.items():
         found = [
-            (model_class(m), model_name(m), (metrics[m]["by_slice"][field].get(value) or {}).get(key))
+            (model_class(m), model_title(m), (metrics[m]["by_slice"][field].get(value) or {}).get(key))
             for m in shown
         ]
         last = found[-1][2] or {}
@@ -202,7 +202,7 @@ def _slice(report: Report, field: str, shown: Sequence[str], key: str) -> Html |
         ]
         rows.append((value, cells, None))
     rows.append(("", [axis(0.0, 1.0, ticks), "", ""], "axis-row"))
-    heads = [words(field).capitalize(), f"{what.capitalize()}, %", model_name(shown[-1]), "n"]
+    heads = [words(field).capitalize(), f"{what.capitalize()}, %", model_title(shown[-1]), "n"]
     return table(f"By {words(field)}: {what}", heads, rows, class_="dots slices")
 
 

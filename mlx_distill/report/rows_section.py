@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.report.markup import Html, el
-from mlx_distill.run_models import model_class, model_name, the_model
+from mlx_distill.run_models import model_class, model_phrase, model_title
 from mlx_distill.text import NONE, beginning, percent, text_of, words
 
 Report = Mapping[str, Any]
@@ -29,7 +29,7 @@ def disagreements(report: Report) -> Html | None:
 
 
 def _model(report: Report, name: str, entry: Mapping[str, Any], opened: bool) -> Html:
-    head = f"{model_name(name)}: {'; '.join(_counts(report, name))}"
+    head = f"{model_title(name)}: {'; '.join(_counts(report, name))}"
     cut = f"The first {len(entry['rows'])} are shown." if len(entry["rows"]) < entry["count"] else None
     cases = [_case(report, name, row) for row in entry["rows"]]
     rest = (
@@ -81,7 +81,7 @@ def _case(report: Report, name: str, row: Mapping[str, Any]) -> Html:
             "span",
             _chip("Truth", truth, None, truth, "truth"),
             _chip("Teacher", row["teacher"]["label"], row["teacher"]["score"], truth, "m-teacher"),
-            _chip(model_name(name), row["model"]["label"], row["model"]["score"], truth, model_class(name)),
+            _chip(model_title(name), row["model"]["label"], row["model"]["score"], truth, model_class(name)),
             class_="chips",
         ),
     )
@@ -122,15 +122,15 @@ def _fields(report: Report, name: str, row: Mapping[str, Any]) -> Html:
                 "td",
                 el("span", "≠ ", class_="mark", title="differs from the teacher") if differs else None,
                 text_of(model.get(field)),
-                data_label=model_name(name),
+                data_label=model_title(name),
             )
         )
         rows.append(
             el("tr", el("th", words(field), scope="row"), cells, class_="differs" if differs else None)
         )
-    heads = ["Field", *(["Truth"] if truth else []), "Teacher", model_name(name)]
+    heads = ["Field", *(["Truth"] if truth else []), "Teacher", model_title(name)]
     notes = [
-        _broken(the_model(who), side)
+        _broken(model_phrase(who), side)
         for who, side in (("teacher", row["teacher"]), (name, row["model"]))
         if side["answer"] is None
     ]

@@ -10,7 +10,7 @@ from typing import Any
 from mlx_distill.errors import FileError
 from mlx_distill.report.markup import el
 from mlx_distill.report.page import render_html
-from mlx_distill.run_models import model_name
+from mlx_distill.run_models import model_title
 from mlx_distill.storage import read_json, write_json, write_text
 from mlx_distill.text import NONE, interval, percent, significant, words
 
@@ -107,7 +107,7 @@ def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             for key, _ in rates
         ]
         pace = figures.get("items_per_minute")
-        rows.append([model_name(name), *cells, significant(pace, 3) if pace else NONE])
+        rows.append([model_title(name), *cells, significant(pace, 3) if pace else NONE])
     return [*[head for _, head in rates], "rows/min"], rows
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_distill.report.charts import bar
 from mlx_distill.report.markup import Html, el
-from mlx_distill.run_models import model_class, model_name
+from mlx_distill.run_models import model_class, model_title
 from mlx_distill.text import NONE, interval, percent, words
 
 Line = tuple[Any, Sequence[Any], str | None]
@@ -71,7 +71,7 @@ def model_head(name: str, note: str = "") -> Html:
     return el(
         "span",
         el("i", class_="swatch", aria_hidden="true"),
-        model_name(name),
+        model_title(name),
         el("small", note) if note else None,
         class_=f"model {model_class(name)}",
     )

@@ -8,10 +8,12 @@ from typing import Any
 from mlx_distill.report.charts import line_chart
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import Line, legend, metric_heads, model_head, number_cell, table
-from mlx_distill.run_models import model_class, model_name, packing_note
+from mlx_distill.run_models import dequantization_note, is_dequantized, model_class, model_title
 from mlx_distill.text import NONE, count, gigabytes, plural, report_size, seconds, series_name, significant
 
 Report = Mapping[str, Any]
+
+_WEIGHTS = {True: "weights dequantized", False: "weights quantized", None: ""}
 
 
 def curves(report: Report) -> Html | None:
@@ -43,12 +45,12 @@ def _chart(report: Report, stage: str, series: Mapping[str, Any]) -> Html:
     last = {name: s["value"][-1] for name, s in shown.items()}
     caption = el(
         "figcaption",
-        el("b", model_name(stage)),
+        el("b", model_title(stage)),
         " ",
         el("small", _summary(report["training"].get(stage) or {})),
     )
     names = [(classes[name], f"{series_name(name)} {significant(value, 3)}") for name, value in last.items()]
-    text = f"Losses of {model_name(stage)} over the steps; at the end: " + ", ".join(
+    text = f"Losses of {model_title(stage)} over the steps; at the end: " + ", ".join(
         text for _, text in names
     )
     return el(
@@ -79,7 +81,7 @@ def cost(report: Report) -> Html:
     keys = ("latency_s", "latency_p95_s", "items_per_minute", "tokens_per_second", "peak_memory_gb")
     heads = ["Model", "Weights on disk", *[named[key] for key in keys]]
     rows: list[Line] = []
-    note = packing_note({name: settings[name] for name in report["metrics"]})
+    note = dequantization_note({name: settings[name] for name in report["metrics"]})
     for name, figures in report["metrics"].items():
         entry = report["sizes"].get(name)
         both = (
@@ -96,11 +98,7 @@ def cost(report: Report) -> Html:
             number_cell(count(figures.get("tokens_per_second"))),
             number_cell(gigabytes(figures.get("peak_memory_gb"))),
         ]
-        computed = (
-            {True: "computed unpacked", False: "computed packed"}.get(settings[name].get("unpack"), "")
-            if note
-            else ""
-        )
+        computed = _WEIGHTS[is_dequantized(settings[name])] if note else ""
         rows.append((model_head(name, computed), cells, model_class(name)))
     caption = "Time of a row: the wall time of its batch by the batch’s size. Memory: peak of MLX’s allocator during the evaluation."
     return el(

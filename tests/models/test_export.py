@@ -232,7 +232,9 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
     assert str(tmp_path) not in card, "no machine's paths"
 
 
-def test_the_card_says_that_packed_and_unpacked_paces_do_not_compare(golden: Any, tmp_path: Path) -> None:
+def test_the_card_says_that_speeds_of_quantized_and_dequantized_models_do_not_compare(
+    golden: Any, tmp_path: Path
+) -> None:
     convert(golden("qwen3"), tmp_path / "quantized")
     figures = {
         "metrics": {"teacher": {"items_per_minute": 900.0}, "quantized": {"items_per_minute": 200.0}},
@@ -240,7 +242,7 @@ def test_the_card_says_that_packed_and_unpacked_paces_do_not_compare(golden: Any
     }
     to_hf(tmp_path / "quantized", tmp_path / "out", card=partial(card_text, report=figures))
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "The quantized student computed with packed weights, the teacher with unpacked ones" in card
+    assert "The quantized student computed with quantized weights, the teacher with dequantized ones" in card
 
 
 def test_the_card_of_a_runs_model_goes_back_to_what_it_was_made_from(golden: Any, tmp_path: Path) -> None:

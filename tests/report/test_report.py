@@ -226,7 +226,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """A run whose quantized model computed packed, the others unpacked."""
+    """A run whose quantized model computed with quantized weights, the others with dequantized ones."""
     folder = tmp_path_factory.mktemp("apart")
     return build_report(folder, RECIPE, make_task(), make_run(folder, make_task(), packed=("quantized",)))
 
@@ -516,8 +516,8 @@ def test_only_models_that_computed_alike_are_compared_in_pace_and_memory(
     alike = page_text(run[1])
     assert re.search(r"It answers [\d,.]+ rows a minute, [\d.]+ times the teacher’s pace\.", alike)
     assert "do not compare" not in alike
-    assert "computed unpacked" not in alike
-    assert {name: entry["unpack"] for name, entry in apart["provenance"]["evaluations"].items()} == {
+    assert "weights dequantized" not in alike
+    assert {name: entry["dequantize"] for name, entry in apart["provenance"]["evaluations"].items()} == {
         "teacher": True,
         "student_before": True,
         "student": True,
@@ -527,17 +527,17 @@ def test_only_models_that_computed_alike_are_compared_in_pace_and_memory(
     assert re.search(r"It answers [\d,.]+ rows a minute\.", text)
     assert "times the teacher’s pace" not in text
     assert (
-        "The quantized student computed with packed weights, all others with unpacked ones: times, paces"
+        "The quantized student computed with quantized weights, all others with dequantized ones: times, speeds"
         in text
     )
-    assert (text.count("computed unpacked"), text.count("computed packed")) == (3, 1)
+    assert (text.count("weights dequantized"), text.count("weights quantized")) == (3, 1)
 
 
 def test_settings_that_hold_for_all_models_are_listed_once(apart: dict[str, Any]) -> None:
     listed = page_text(apart).split("Settings of the evaluations")[1].split("Recipe")[0]
-    assert listed.startswith("All modelsbatch size16compute dtypefloat32Teacherpacked weightsunpacked")
+    assert listed.startswith("All modelsbatch size16compute dtypefloat32Teacherquantized weightsdequantized")
     assert listed.count("batch size") == 1
-    assert listed.endswith("Quantizedpacked weightsas on disk")
+    assert listed.endswith("Quantizedquantized weightsas on disk")
 
 
 def test_the_teachers_size_says_what_it_counts(run: tuple[Path, dict[str, Any]]) -> None:
