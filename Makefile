@@ -1,12 +1,15 @@
-# make demo   the whole job on tiny models; the last line says where the report is
-# make test   style, types, import floors, tests
+# make demo        the whole pipeline on tiny models; the last line says where the report is
+# make test        style, types, import layers, all tests
+# make test-fast   the same without the tests marked slow
+# make lint        style, types, import layers
+# make format      ruff's fixes and formatting
 # Each makes its own environment in .venv: with uv where there is one, else with the newest Python (>= 3.11) that runs.
 
 VENV := .venv
 BIN  := $(VENV)/bin
 OUT  ?= demo
 
-.PHONY: help demo test lint format clean
+.PHONY: help demo test test-fast lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
@@ -17,6 +20,10 @@ demo: $(VENV)/.core
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory lint
 	@$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.test
+	@$(MAKE) --no-print-directory lint
+	@$(BIN)/python -m pytest -m 'not slow'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
