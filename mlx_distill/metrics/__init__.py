@@ -1,7 +1,8 @@
-"""Figures from predictions: scores with intervals, and the tests that tell a difference from luck."""
+"""Metrics of predictions with confidence intervals, and significance tests for paired models."""
 
 from __future__ import annotations
 
+from mlx_distill.metrics.agreement import accuracy_gain as accuracy_gain
 from mlx_distill.metrics.agreement import agreement as agreement
 from mlx_distill.metrics.agreement import agreement_gain as agreement_gain
 from mlx_distill.metrics.agreement import by_slice as by_slice
@@ -10,11 +11,10 @@ from mlx_distill.metrics.agreement import label_kl as label_kl
 from mlx_distill.metrics.agreement import score_gap as score_gap
 from mlx_distill.metrics.agreement import teacher_confusion as teacher_confusion
 from mlx_distill.metrics.agreement import verdict_agreement as verdict_agreement
-from mlx_distill.metrics.agreement import versus as versus
 from mlx_distill.metrics.classification import accuracy as accuracy
 from mlx_distill.metrics.classification import by_group as by_group
 from mlx_distill.metrics.classification import confusion as confusion
-from mlx_distill.metrics.classification import count_sides as count_sides
+from mlx_distill.metrics.classification import confusion_counts as confusion_counts
 from mlx_distill.metrics.classification import f1 as f1
 from mlx_distill.metrics.classification import false_negative_rate as false_negative_rate
 from mlx_distill.metrics.classification import false_positive_rate as false_positive_rate

@@ -1,7 +1,7 @@
-"""How far a model gives its teacher's answers: the same items, row by row.
+"""Agreement of a model with its teacher on the same items.
 
-Rows are paired by their id; rows that only one side has are left out, so ``n`` says how many were compared.
-An answer that is not valid agrees with nothing, not even with another one.
+Rows are paired by their id. A row that only one model has is left out; ``n`` is the number of pairs. An
+invalid answer agrees with nothing, not even with another invalid answer.
 """
 
 from __future__ import annotations
@@ -14,48 +14,48 @@ from mlx_distill.errors import DataError
 from mlx_distill.metrics.classification import (
     Row,
     accuracy,
-    answered,
-    answered_score,
     confusion,
-    right,
-    split_by,
+    correct,
+    group_by,
+    predicted_label,
+    predicted_score,
     true_value,
 )
 from mlx_distill.metrics.intervals import Comparison, Estimate, compare_paired, mean_estimate, rate
 
-TINY = 1e-12
-"""Least probability of a label in a divergence: a model's exact zero would make it infinite."""
+MIN_PROBABILITY = 1e-12
+"""Label probabilities are clipped to this, so that a zero does not make a KL divergence infinite."""
 
 
-def pair(model: Sequence[Row], teacher: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """The rows of both that are answers to the same item, in the model's order.
+def pair_by_id(model: Sequence[Row], teacher: Sequence[Row]) -> list[tuple[Row, Row]]:
+    """Pairs of rows with the same id, in the model's order.
 
     Raises:
-        DataError: an id twice on one side.
+        DataError: an id occurs twice in the rows of one model.
 
-    >>> pair([{"id": "x"}, {"id": "y"}], [{"id": "y"}])
+    >>> pair_by_id([{"id": "x"}, {"id": "y"}], [{"id": "y"}])
     [({'id': 'y'}, {'id': 'y'})]
     """
-    known = _by_id(teacher)
-    _by_id(model)
-    return [(row, known[row["id"]]) for row in model if row["id"] in known]
+    teacher_rows = _by_id(teacher)
+    _by_id(model)  # raises where an id occurs twice
+    return [(row, teacher_rows[row["id"]]) for row in model if row["id"] in teacher_rows]
 
 
 def _by_id(rows: Sequence[Row]) -> dict[str, Row]:
-    known: dict[str, Row] = {}
+    by_id: dict[str, Row] = {}
     for row in rows:
-        if row["id"] in known:
+        if row["id"] in by_id:
             raise DataError(
-                f"id {row['id']!r} stands twice in one set of predictions",
+                f"id {row['id']!r} occurs twice in one set of predictions",
                 fix="give every row of the data its own id",
             )
-        known[row["id"]] = row
-    return known
+        by_id[row["id"]] = row
+    return by_id
 
 
 def same_label(model: Row, teacher: Row) -> bool:
-    """Whether both answers are valid and name the same label."""
-    return answered(model) is not None and answered(model) == answered(teacher)
+    """Whether both answers are valid and have the same label."""
+    return predicted_label(model) is not None and predicted_label(model) == predicted_label(teacher)
 
 
 def verdict_agreement(model: Sequence[Row], teacher: Sequence[Row], *, confidence: float = 0.95) -> Estimate:
@@ -65,77 +65,83 @@ def verdict_agreement(model: Sequence[Row], teacher: Sequence[Row], *, confidenc
     >>> verdict_agreement([row], [{**row, "label": "b"}])["value"]
     0.0
     """
-    hits = [same_label(a, b) for a, b in pair(model, teacher)]
+    hits = [same_label(a, b) for a, b in pair_by_id(model, teacher)]
     return rate(sum(hits), len(hits), confidence)
 
 
 def agreement(
     model: Sequence[Row], teacher: Sequence[Row], *, tolerance: float | None, confidence: float = 0.95
 ) -> Estimate:
-    """Share of the items with the teacher's label and a score at most ``tolerance`` points from the
-    teacher's.
+    """Share of the items with the teacher's label and a score within ``tolerance`` points of the teacher's.
 
     Args:
-        tolerance: In points of the task's scale; None where the task has no score, and then the label alone
-            decides.
+        model: The model's rows.
+        teacher: The teacher's rows.
+        tolerance: In points of the task's scale; None compares the label only (a task without a score).
+        confidence: Level of the interval.
 
     >>> row = {"id": "x", "answer": {}, "label": "a", "score": 60}
     >>> agreement([row], [{**row, "score": 65}], tolerance=5.0)["value"]
     1.0
     """
-    hits = [same_label(a, b) and _near(a, b, tolerance) for a, b in pair(model, teacher)]
+    hits = [same_label(a, b) and _within(a, b, tolerance) for a, b in pair_by_id(model, teacher)]
     return rate(sum(hits), len(hits), confidence)
 
 
-def _near(model: Row, teacher: Row, tolerance: float | None) -> bool:
+def _within(model: Row, teacher: Row, tolerance: float | None) -> bool:
     if tolerance is None:
         return True
-    a, b = answered_score(model), answered_score(teacher)
+    a, b = predicted_score(model), predicted_score(teacher)
     return a is not None and b is not None and abs(a - b) <= tolerance + 1e-9
 
 
 def score_gap(model: Sequence[Row], teacher: Sequence[Row], *, confidence: float = 0.95) -> Estimate:
-    """Mean absolute difference of the model's score from the teacher's, in points, over items where both have
-    one.
+    """Mean absolute difference between the model's and the teacher's score, in points.
+
+    Only items for which both models gave a score count.
 
     >>> row = {"id": "x", "answer": {}, "label": "a", "score": 60}
     >>> score_gap([row], [{**row, "score": 65}])["value"]
     5.0
     """
-    pairs = [(answered_score(a), answered_score(b)) for a, b in pair(model, teacher)]
+    pairs = [(predicted_score(a), predicted_score(b)) for a, b in pair_by_id(model, teacher)]
     return mean_estimate([abs(a - b) for a, b in pairs if a is not None and b is not None], confidence)
 
 
-def divergence(teacher: Mapping[str, float], model: Mapping[str, float], labels: Sequence[str]) -> float:
-    """KL divergence in nats of one label distribution from another: ``sum_c p_c ln(p_c / q_c)``, each
-    normalized over ``labels``.
+def label_divergence(
+    teacher: Mapping[str, float], model: Mapping[str, float], labels: Sequence[str]
+) -> float:
+    """KL divergence in nats from the teacher's label distribution to the model's.
 
-    >>> round(divergence({"a": 0.5, "b": 0.5}, {"a": 0.75, "b": 0.25}, ["a", "b"]), 4)
+    ``sum_c p_c ln(p_c / q_c)``, both distributions normalized over ``labels``.
+
+    >>> round(label_divergence({"a": 0.5, "b": 0.5}, {"a": 0.75, "b": 0.25}, ["a", "b"]), 4)
     0.1438
     """
-    p, q = ([max(float(side.get(name, 0.0)), TINY) for name in labels] for side in (teacher, model))
-    p_all, q_all = math.fsum(p), math.fsum(q)
-    return max(
-        0.0, math.fsum(a / p_all * math.log((a / p_all) / (b / q_all)) for a, b in zip(p, q, strict=True))
-    )
+    p = [max(float(teacher.get(name, 0.0)), MIN_PROBABILITY) for name in labels]
+    q = [max(float(model.get(name, 0.0)), MIN_PROBABILITY) for name in labels]
+    p_sum, q_sum = math.fsum(p), math.fsum(q)
+    terms = (a / p_sum * math.log((a / p_sum) / (b / q_sum)) for a, b in zip(p, q, strict=True))
+    return max(0.0, math.fsum(terms))
 
 
 def label_kl(
     model: Sequence[Row], teacher: Sequence[Row], labels: Sequence[str], *, confidence: float = 0.95
 ) -> Estimate:
-    """Mean KL divergence in nats of the teacher's label distribution to the model's, over items where both
-    were asked for one.
+    """Mean KL divergence in nats from the teacher's label distribution to the model's.
+
+    Only items for which both models have label probabilities count.
     """
-    pairs = [(b.get("label_probs"), a.get("label_probs")) for a, b in pair(model, teacher)]
-    return mean_estimate([divergence(p, q, labels) for p, q in pairs if p and q], confidence)
+    pairs = [(b.get("label_probs"), a.get("label_probs")) for a, b in pair_by_id(model, teacher)]
+    return mean_estimate([label_divergence(p, q, labels) for p, q in pairs if p and q], confidence)
 
 
 def teacher_confusion(
     model: Sequence[Row], teacher: Sequence[Row], label: str, labels: Sequence[str]
 ) -> dict[str, Any]:
     """:func:`mlx_distill.metrics.classification.confusion` with the teacher's labels as the reference."""
-    pairs = pair(model, teacher)
-    return confusion([a for a, _ in pairs], label, labels, [answered(b) for _, b in pairs])
+    pairs = pair_by_id(model, teacher)
+    return confusion([a for a, _ in pairs], label, labels, [predicted_label(b) for _, b in pairs])
 
 
 def by_slice(
@@ -146,7 +152,7 @@ def by_slice(
     *,
     confidence: float = 0.95,
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy, and agreement with the teacher where there is one, by the values of each field.
+    """Accuracy and, given a teacher, agreement with it, for each value of each field.
 
     Returns:
         ``{field: {value: {"n", "accuracy", "verdict_agreement"}}}``.
@@ -155,35 +161,33 @@ def by_slice(
     for field in fields:
         out[field] = {
             value: {
-                "n": len(part),
-                "accuracy": accuracy(part, label, confidence=confidence),
+                "n": len(members),
+                "accuracy": accuracy(members, label, confidence=confidence),
                 "verdict_agreement": None
                 if teacher is None
-                else verdict_agreement(part, teacher, confidence=confidence),
+                else verdict_agreement(members, teacher, confidence=confidence),
             }
-            for value, part in split_by(rows, field).items()
+            for value, members in group_by(rows, field).items()
         }
     return out
 
 
-def versus(
+def accuracy_gain(
     model: Sequence[Row], teacher: Sequence[Row], label: str, *, confidence: float = 0.95
 ) -> Comparison | None:
-    """Who is right where: accuracy of the model less the teacher's on the items that have a truth, as a
-    paired comparison.
-    """
-    pairs = [(a, b) for a, b in pair(model, teacher) if true_value(a, label) is not None]
-    return compare_paired(
-        right([a for a, _ in pairs], label), right([b for _, b in pairs], label), confidence
-    )
+    """Accuracy of the model minus the teacher's, as a paired comparison on the items with a true label."""
+    pairs = [(a, b) for a, b in pair_by_id(model, teacher) if true_value(a, label) is not None]
+    model_correct = correct([a for a, _ in pairs], label)
+    teacher_correct = correct([b for _, b in pairs], label)
+    return compare_paired(model_correct, teacher_correct, confidence)
 
 
 def agreement_gain(
     first: Sequence[Row], second: Sequence[Row], teacher: Sequence[Row], *, confidence: float = 0.95
 ) -> Comparison | None:
-    """Agreement of one model with the teacher less another's, on the items that all three answered."""
+    """Agreement of ``first`` with the teacher minus that of ``second``, on the items that all three have."""
     reference = _by_id(teacher)
-    pairs = [(a, b) for a, b in pair(first, second) if a["id"] in reference]
+    pairs = [(a, b) for a, b in pair_by_id(first, second) if a["id"] in reference]
     return compare_paired(
         [same_label(a, reference[a["id"]]) for a, _ in pairs],
         [same_label(b, reference[b["id"]]) for _, b in pairs],
@@ -199,45 +203,47 @@ def disagreements(
     *,
     limit: int | None = None,
 ) -> list[dict[str, Any]]:
-    """The items on which the labels differ (or an answer is not valid), side by side, the farthest apart
-    first.
+    """The items on which the labels differ or an answer is invalid, in descending order of their distance.
+
+    The distance is the KL divergence of the label probabilities, then the difference of the scores.
 
     Args:
+        model: The model's rows.
+        teacher: The teacher's rows.
         labels: The task's classes.
         properties: Fields of the answer, in the schema's order.
-        limit: At most so many; None for all.
+        limit: The largest number of items returned; None for all.
 
     Returns:
         For each item ``id``, ``set``, ``title``, ``input``, ``fields``, ``truth``, ``teacher`` and ``model``
-        (each ``answer``, ``label``, ``score``, ``error``, and ``text`` where the answer is not valid), and
+        (each ``answer``, ``label``, ``score``, ``error``, and ``text`` where the answer is invalid), and
         ``differs``: the names of the fields that differ.
     """
-    apart = [(a, b) for a, b in pair(model, teacher) if not same_label(a, b)]
-    apart.sort(key=lambda both: _distance(both[0], both[1], labels), reverse=True)
-    return [_side_by_side(a, b, properties) for a, b in apart[:limit]]
+    differing = [(a, b) for a, b in pair_by_id(model, teacher) if not same_label(a, b)]
+    differing.sort(key=lambda rows: _distance(rows[0], rows[1], labels), reverse=True)
+    return [_side_by_side(a, b, properties) for a, b in differing[:limit]]
 
 
 def _distance(model: Row, teacher: Row, labels: Sequence[str]) -> tuple[float, float]:
     p, q = teacher.get("label_probs"), model.get("label_probs")
-    a, b = answered_score(model), answered_score(teacher)
-    return (divergence(p, q, labels) if p and q else 0.0), (
-        abs(a - b) if a is not None and b is not None else 0.0
-    )
+    a, b = predicted_score(model), predicted_score(teacher)
+    kl = label_divergence(p, q, labels) if p and q else 0.0
+    return kl, abs(a - b) if a is not None and b is not None else 0.0
 
 
 def _side_by_side(model: Row, teacher: Row, properties: Sequence[str]) -> dict[str, Any]:
-    left, right_ = teacher.get("answer") or {}, model.get("answer") or {}
+    teacher_answer, model_answer = teacher.get("answer") or {}, model.get("answer") or {}
     return {
         **{key: model.get(key) for key in ("id", "set", "title", "input", "fields", "truth")},
-        "teacher": _side(teacher),
-        "model": _side(model),
-        "differs": [name for name in properties if left.get(name) != right_.get(name)],
+        "teacher": _answer_of(teacher),
+        "model": _answer_of(model),
+        "differs": [name for name in properties if teacher_answer.get(name) != model_answer.get(name)],
     }
 
 
-def _side(row: Row) -> dict[str, Any]:
-    side = {key: row.get(key) for key in ("answer", "error")} | {
-        "label": answered(row),
-        "score": answered_score(row),
+def _answer_of(row: Row) -> dict[str, Any]:
+    out = {key: row.get(key) for key in ("answer", "error")} | {
+        "label": predicted_label(row),
+        "score": predicted_score(row),
     }
-    return side if row.get("answer") is not None else {**side, "text": row.get("text", "")}
+    return out if row.get("answer") is not None else {**out, "text": row.get("text", "")}

@@ -1,13 +1,14 @@
-"""Figures from rows of predictions: right or wrong, errors by class and by group, speed.
+"""Metrics of one model against the true labels: accuracy, F1, error rates by group, latency.
 
-A row is a dict as ``predictions.jsonl`` holds it: ``id``, ``truth``, ``answer``, ``label``, ``score``,
-``label_probs``, ``fields``, ``latency_s``, ``tokens``. An answer that is not valid is never right: it has no
-label and no score, whatever its text looks like. Everything against a teacher lives in
+A row is a dict of ``predictions.jsonl``: ``id``, ``truth``, ``answer``, ``label``, ``score``,
+``label_probs``, ``fields``, ``latency_s``, ``tokens``. An invalid answer (``answer`` is None) is never
+correct: it has no label and no score, whatever its text is. Comparisons with a teacher are in
 :mod:`mlx_distill.metrics.agreement`.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,48 +19,50 @@ from jaxtyping import Float, Int
 from mlx_distill.metrics.intervals import Estimate, mean_estimate, newcombe, rate, wilson
 
 Row = Mapping[str, Any]
-FEW = 30
-"""Below this many items a rate of a group is flagged: its interval is wider than +-0.18 at a rate of one half."""
+MIN_ITEMS = 30
+"""A group's rate over fewer items is flagged: at a rate of 0.5 its interval is wider than +-0.18."""
 
 
-def answered(row: Row) -> str | None:
+def predicted_label(row: Row) -> str | None:
     """The label of a valid answer, else None."""
     return row.get("label") if row.get("answer") is not None else None
 
 
-def answered_score(row: Row) -> float | None:
+def predicted_score(row: Row) -> float | None:
     """The score of a valid answer, else None."""
     score = row.get("score") if row.get("answer") is not None else None
     return None if score is None else float(score)
 
 
 def true_value(row: Row, field: str) -> Any:
-    """A field of the row's own answer, None where the row has none."""
+    """A field of the true answer, None where the row has none."""
     return (row.get("truth") or {}).get(field)
 
 
 def accuracy(rows: Sequence[Row], label: str, *, confidence: float = 0.95) -> Estimate:
-    """Share of the rows whose label is the true one.
+    """Share of the rows with the true label.
 
     Args:
-        rows: Predictions; rows without a truth are left out.
+        rows: Predictions; rows without a true label are left out.
         label: The task's label field.
+        confidence: Level of the interval.
 
     >>> row = {"truth": {"kind": "a"}, "answer": {"kind": "a"}, "label": "a"}
     >>> accuracy([row, {**row, "answer": None}], "kind")["value"]
     0.5
     """
-    hits = right(rows, label)
+    hits = correct(rows, label)
     return rate(sum(hits), len(hits), confidence)
 
 
-def right(rows: Sequence[Row], label: str) -> list[bool]:
-    """Whether each row that has a truth has the true label."""
-    return [answered(row) == true_value(row, label) for row in rows if true_value(row, label) is not None]
+def correct(rows: Sequence[Row], label: str) -> list[bool]:
+    """For each row that has a true label, whether the prediction equals it."""
+    truths = [(row, true_value(row, label)) for row in rows]
+    return [predicted_label(row) == truth for row, truth in truths if truth is not None]
 
 
 def json_valid(rows: Sequence[Row], *, confidence: float = 0.95) -> Estimate:
-    """Share of the rows whose answer fits the task's schema.
+    """Share of the rows whose answer is valid under the task's schema.
 
     >>> json_valid([{"answer": {}}, {"answer": None}])["value"]
     0.5
@@ -68,20 +71,20 @@ def json_valid(rows: Sequence[Row], *, confidence: float = 0.95) -> Estimate:
 
 
 def score_mae(rows: Sequence[Row], score: str | None, *, confidence: float = 0.95) -> Estimate:
-    """Mean absolute difference of the score from the true one, in points of the task's scale.
+    """Mean absolute error of the score, in points of the task's scale.
 
-    Rows without a valid answer have no score to compare; ``n`` counts those that do.
+    Only rows with a valid answer and a true score count; ``n`` is their number.
 
     >>> score_mae([{"truth": {"s": 50}, "answer": {"s": 47}, "score": 47}], "s")["value"]
     3.0
     """
-    pairs = [(answered_score(row), true_value(row, score)) for row in rows] if score else []
+    pairs = [(predicted_score(row), true_value(row, score)) for row in rows] if score else []
     return mean_estimate([abs(a - float(b)) for a, b in pairs if a is not None and b is not None], confidence)
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Items of the two sides of a binary decision: true and false positives and negatives."""
+class ConfusionCounts:
+    """Numbers of true and false positives and negatives."""
 
     true_positive: int
     false_positive: int
@@ -90,69 +93,76 @@ class Counts:
 
     @property
     def positives(self) -> int:
-        """Items that are positive in truth."""
+        """Items whose true label is positive."""
         return self.true_positive + self.false_negative
 
     @property
     def negatives(self) -> int:
-        """Items that are negative in truth."""
+        """Items whose true label is negative."""
         return self.true_negative + self.false_positive
 
 
-def count_sides(rows: Sequence[Row], label: str, positive: Sequence[str]) -> Counts:
-    """Tally the rows by side. An answer that is not valid raises no flag, so it misses a positive and passes
-    a negative.
+def confusion_counts(rows: Sequence[Row], label: str, positive: Sequence[str]) -> ConfusionCounts:
+    """Count true and false positives and negatives.
+
+    An invalid answer counts as a negative prediction.
+
+    Args:
+        rows: Predictions; rows without a true label are left out.
+        label: The task's label field.
+        positive: Classes that count as positive.
 
     >>> row = {"truth": {"kind": "bad"}, "answer": None, "label": None}
-    >>> count_sides([row], "kind", ["bad"])
-    Counts(true_positive=0, false_positive=0, true_negative=0, false_negative=1)
+    >>> confusion_counts([row], "kind", ["bad"])
+    ConfusionCounts(true_positive=0, false_positive=0, true_negative=0, false_negative=1)
     """
-    cells = [0, 0, 0, 0]
-    for row in rows:
-        truth = true_value(row, label)
-        if truth is not None:
-            cells[2 * (truth in positive) + (answered(row) in positive)] += 1
-    return Counts(
-        true_negative=cells[0], false_positive=cells[1], false_negative=cells[2], true_positive=cells[3]
+    truths = [(row, true_value(row, label)) for row in rows]
+    counts = Counter(
+        (truth in positive, predicted_label(row) in positive) for row, truth in truths if truth is not None
+    )
+    return ConfusionCounts(
+        true_positive=counts[True, True],
+        false_positive=counts[False, True],
+        true_negative=counts[False, False],
+        false_negative=counts[True, False],
     )
 
 
-def precision(counts: Counts, confidence: float = 0.95) -> Estimate:
-    """Of the items called positive, the share that is: ``TP / (TP + FP)``."""
+def precision(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
+    """``TP / (TP + FP)``: share of the positive predictions that are correct."""
     return rate(counts.true_positive, counts.true_positive + counts.false_positive, confidence)
 
 
-def recall(counts: Counts, confidence: float = 0.95) -> Estimate:
-    """Of the positive items, the share that is called so: ``TP / (TP + FN)``."""
+def recall(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
+    """``TP / (TP + FN)``: share of the positive items that are predicted positive."""
     return rate(counts.true_positive, counts.positives, confidence)
 
 
-def false_positive_rate(counts: Counts, confidence: float = 0.95) -> Estimate:
-    """Of the negative items, the share that is called positive: ``FP / (FP + TN)``."""
+def false_positive_rate(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
+    """``FP / (FP + TN)``: share of the negative items that are predicted positive."""
     return rate(counts.false_positive, counts.negatives, confidence)
 
 
-def false_negative_rate(counts: Counts, confidence: float = 0.95) -> Estimate:
-    """Of the positive items, the share that is not called so: ``FN / (FN + TP)``."""
+def false_negative_rate(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
+    """``FN / (FN + TP)``: share of the positive items that are predicted negative."""
     return rate(counts.false_negative, counts.positives, confidence)
 
 
-def f1(counts: Counts, confidence: float = 0.95) -> Estimate:
+def f1(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
     """``2 TP / (2 TP + FP + FN)``.
 
-    It rises with the share ``J = TP / (TP + FP + FN)`` of the items that somebody calls positive, as
-    ``2 J / (1 + J)``, so the ends of Wilson's interval of ``J`` give those of F1; ``n`` counts these items.
+    F1 equals ``2 J / (1 + J)`` with the Jaccard index ``J = TP / (TP + FP + FN)`` and increases with it, so
+    the interval is Wilson's interval of ``J`` mapped the same way; ``n`` is ``TP + FP + FN``.
 
-    >>> round(f1(Counts(8, 2, 9, 1))["value"], 4)
+    >>> round(f1(ConfusionCounts(8, 2, 9, 1))["value"], 4)
     0.8421
     """
-    share = rate(
-        counts.true_positive, counts.true_positive + counts.false_positive + counts.false_negative, confidence
-    )
-    if share["value"] is None or share["low"] is None or share["high"] is None:
-        return share
-    value, low, high = (2 * x / (1 + x) for x in (share["value"], share["low"], share["high"]))
-    return {"value": value, "low": low, "high": high, "n": share["n"]}
+    n = counts.true_positive + counts.false_positive + counts.false_negative
+    jaccard = rate(counts.true_positive, n, confidence)
+    if jaccard["value"] is None or jaccard["low"] is None or jaccard["high"] is None:
+        return jaccard
+    value, low, high = (2 * x / (1 + x) for x in (jaccard["value"], jaccard["low"], jaccard["high"]))
+    return {"value": value, "low": low, "high": high, "n": n}
 
 
 def macro_f1(
@@ -164,89 +174,83 @@ def macro_f1(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> Estimate:
-    """Mean over the classes of each one's F1, with a percentile bootstrap interval over the items.
+    """Mean of the F1 of each class, with a percentile bootstrap interval over the items.
 
-    A class that neither the truth nor an answer names has no F1 and is left out of the mean.
+    A class that occurs neither in the true labels nor in the predictions is left out of the mean.
 
     >>> row = {"truth": {"kind": "a"}, "answer": {"kind": "a"}, "label": "a"}
     >>> macro_f1([row], "kind", ["a", "b"])["value"]
     1.0
     """
-    cells = np.array(confusion(rows, label, labels)["counts"], dtype=np.int64).reshape(
-        len(labels), len(labels) + 1
-    )
-    n, value = int(cells.sum()), float(_mean_f1(cells[None])[0])
+    shape = (len(labels), len(labels) + 1)
+    matrix = np.array(confusion(rows, label, labels)["counts"], dtype=np.int64).reshape(shape)
+    n, value = int(matrix.sum()), float(_mean_f1(matrix[None])[0])
     if n == 0 or np.isnan(value):
         return {"value": None, "low": None, "high": None, "n": n}
-    # Drawing n items with replacement is drawing the cells' counts from a multinomial.
-    draws = (
-        np.random.default_rng(seed)
-        .multinomial(n, cells.ravel() / n, size=resamples)
-        .reshape(resamples, *cells.shape)
-    )
-    low, high = (
-        float(x) for x in np.nanquantile(_mean_f1(draws), [0.5 - confidence / 2, 0.5 + confidence / 2])
-    )
-    if low == high:  # all right or all wrong: resampling finds no doubt where there is some
+    # Drawing n items with replacement draws the counts of the matrix from a multinomial distribution.
+    rng = np.random.default_rng(seed)
+    draws = rng.multinomial(n, matrix.ravel() / n, size=resamples).reshape(resamples, *shape)
+    ends = np.nanquantile(_mean_f1(draws), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    low, high = float(ends[0]), float(ends[1])
+    if low == high:  # all correct or all wrong: every resample has the same F1
         low, high = wilson(round(value * n), n, confidence)
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _mean_f1(cells: Int[np.ndarray, "r truth answer"]) -> Float[np.ndarray, " r"]:
+def _mean_f1(counts: Int[np.ndarray, "r truth answer"]) -> Float[np.ndarray, " r"]:
     """Mean F1 of each of many confusion matrices ``[r, truth, answer]``; NaN where no class occurs."""
     columns = []
-    for index in range(cells.shape[1]):
-        named = cells[:, index, :].sum(1) + cells[:, :, index].sum(1)
+    for index in range(counts.shape[1]):
+        occurrences = counts[:, index, :].sum(1) + counts[:, :, index].sum(1)
         with np.errstate(invalid="ignore"):
-            columns.append(2 * cells[:, index, index] / np.where(named > 0, named, np.nan))
-    table = np.stack(columns, axis=1)
-    known = ~np.isnan(table)
-    return np.where(known.any(1), np.where(known, table, 0).sum(1) / np.maximum(known.sum(1), 1), np.nan)
+            columns.append(2 * counts[:, index, index] / np.where(occurrences > 0, occurrences, np.nan))
+    scores = np.stack(columns, axis=1)
+    valid = ~np.isnan(scores)
+    return np.where(valid.any(1), np.where(valid, scores, 0).sum(1) / np.maximum(valid.sum(1), 1), np.nan)
 
 
 def confusion(
     rows: Sequence[Row], label: str, labels: Sequence[str], reference: Sequence[str | None] | None = None
 ) -> dict[str, Any]:
-    """How often each true label got each answer.
+    """The confusion matrix.
 
     Args:
         rows: Predictions.
         label: The task's label field.
         labels: The classes, in order.
-        reference: What to compare with instead of the truth, one label a row (a teacher's, say).
+        reference: Labels to compare with instead of the true ones, one per row (for example a teacher's).
 
     Returns:
         ``labels`` (the rows of the matrix, and its columns but the last), ``counts [l, l + 1]`` whose last
-        column holds the answers
-        that were not valid, ``n``, and ``left_out``: rows whose reference is none of the classes.
+        column counts invalid answers, ``n``, and ``left_out``: rows whose reference is none of the classes.
 
-    >>> confusion([{"truth": {"kind": "a"}, "answer": {"kind": "b"}, "label": "b"}], "kind", ["a", "b"])["counts"]
+    >>> row = {"truth": {"kind": "a"}, "answer": {"kind": "b"}, "label": "b"}
+    >>> confusion([row], "kind", ["a", "b"])["counts"]
     [[0, 1, 0], [0, 0, 0]]
     """
-    place = {name: i for i, name in enumerate(labels)}
+    index = {name: i for i, name in enumerate(labels)}
     counts = [[0] * (len(labels) + 1) for _ in labels]
     left_out = 0
     truths = [true_value(row, label) for row in rows] if reference is None else reference
     for row, truth in zip(rows, truths, strict=True):
-        if truth in place:
-            counts[place[truth]][place.get(answered(row) or "", len(labels))] += 1
+        if truth in index:
+            counts[index[truth]][index.get(predicted_label(row) or "", len(labels))] += 1
         else:
             left_out += 1
     return {"labels": list(labels), "counts": counts, "n": sum(map(sum, counts)), "left_out": left_out}
 
 
-def split_by(rows: Sequence[Row], field: str) -> dict[str, list[Row]]:
-    """The rows by the value of one of their fields, in the order of the values; ``(none)`` where a row lacks
-    it.
+def group_by(rows: Sequence[Row], field: str) -> dict[str, list[Row]]:
+    """Rows grouped by the value of one of their fields, sorted by value; ``(none)`` for rows without one.
 
-    >>> list(split_by([{"fields": {"kind": "b"}}, {"fields": {}}, {"fields": {"kind": "a"}}], "kind"))
+    >>> list(group_by([{"fields": {"kind": "b"}}, {"fields": {}}, {"fields": {"kind": "a"}}], "kind"))
     ['(none)', 'a', 'b']
     """
-    parts: dict[str, list[Row]] = {}
+    groups: dict[str, list[Row]] = {}
     for row in rows:
         value = (row.get("fields") or {}).get(field)
-        parts.setdefault("(none)" if value is None or value == "" else str(value), []).append(row)
-    return dict(sorted(parts.items()))
+        groups.setdefault("(none)" if value is None or value == "" else str(value), []).append(row)
+    return dict(sorted(groups.items()))
 
 
 def by_group(
@@ -256,79 +260,78 @@ def by_group(
     group: str,
     *,
     confidence: float = 0.95,
-    few: int = FEW,
+    min_items: int = MIN_ITEMS,
 ) -> dict[str, Any]:
-    """False-positive and false-negative rates of each group, with counts, and the widest gap of each rate.
+    """False-positive and false-negative rate of each group, and the largest difference between groups.
 
     Args:
-        rows: Predictions; rows without a truth are left out.
+        rows: Predictions; rows without a true label are left out.
         label: The task's label field.
         positive: Classes that count as positive.
-        group: The field of the row that names the group.
-        few: A rate over fewer items is flagged, and takes no part in the gaps.
+        group: The row's field that holds the group.
+        confidence: Level of the intervals.
+        min_items: A rate over fewer items is flagged and left out of ``gaps``.
 
     Returns:
         ``field``; ``groups``: for each its ``n``, both rates, their counts, and ``few``, the names of the
         flagged rates; ``gaps``: for each rate the groups with the highest and lowest value, and the
         difference with Newcombe's interval (None where fewer than two groups have enough items). The interval
-        is that of two groups chosen beforehand; the widest of many gaps is wider by luck too.
+        is not corrected for the choice of the two most extreme of several groups.
     """
     groups: dict[str, Any] = {}
-    for name, part in split_by([row for row in rows if true_value(row, label) is not None], group).items():
-        counts = count_sides(part, label, positive)
+    labelled = [row for row in rows if true_value(row, label) is not None]
+    for name, members in group_by(labelled, group).items():
+        counts = confusion_counts(members, label, positive)
+        sizes = {"false_positive_rate": counts.negatives, "false_negative_rate": counts.positives}
         groups[name] = {
-            "n": len(part),
+            "n": len(members),
             "false_positive_rate": false_positive_rate(counts, confidence),
             "false_positives": counts.false_positive,
             "negatives": counts.negatives,
             "false_negative_rate": false_negative_rate(counts, confidence),
             "false_negatives": counts.false_negative,
             "positives": counts.positives,
-            "few": [
-                kind
-                for kind, n in (
-                    ("false_positive_rate", counts.negatives),
-                    ("false_negative_rate", counts.positives),
-                )
-                if n < few
-            ],
+            "few": [rate_name for rate_name, n in sizes.items() if n < min_items],
         }
-    sides = {
-        "false_positive_rate": ("false_positives", "negatives"),
-        "false_negative_rate": ("false_negatives", "positives"),
+    gaps = {
+        "false_positive_rate": _gap(
+            groups, "false_positive_rate", "false_positives", "negatives", confidence
+        ),
+        "false_negative_rate": _gap(
+            groups, "false_negative_rate", "false_negatives", "positives", confidence
+        ),
     }
-    gaps = {kind: _gap(groups, kind, *keys, confidence) for kind, keys in sides.items()}
-    return {"field": group, "groups": groups, "gaps": gaps, "few_below": few}
+    return {"field": group, "groups": groups, "gaps": gaps, "few_below": min_items}
 
 
 def _gap(
-    groups: Mapping[str, Any], kind: str, hits: str, items: str, confidence: float
+    groups: Mapping[str, Any], rate_name: str, errors: str, items: str, confidence: float
 ) -> dict[str, Any] | None:
-    known = [
-        (group[kind]["value"], name)
+    """The largest difference of a rate between groups; ``errors`` and ``items`` are keys of its counts."""
+    rates = [
+        (group[rate_name]["value"], name)
         for name, group in groups.items()
-        if kind not in group["few"] and group[kind]["n"]
+        if rate_name not in group["few"] and group[rate_name]["n"]
     ]
-    if len(known) < 2:
+    if len(rates) < 2:
         return None
-    highest, lowest = max(known)[1], min(known)[1]
+    highest, lowest = max(rates)[1], min(rates)[1]
     high, low = groups[highest], groups[lowest]
-    ends = newcombe(high[hits], high[items], low[hits], low[items], confidence)
+    ends = newcombe(high[errors], high[items], low[errors], low[items], confidence)
     return {
         "highest": highest,
         "lowest": lowest,
-        "value": high[kind]["value"] - low[kind]["value"],
+        "value": high[rate_name]["value"] - low[rate_name]["value"],
         "low": ends[0],
         "high": ends[1],
     }
 
 
 def latency(rows: Sequence[Row]) -> dict[str, Any]:
-    """Seconds an item, and items and tokens a minute or second, from each row's share of its batch's wall
-    time.
+    """Latency and throughput, from each row's share of its batch's wall time.
 
-    ``latency_s`` is the median, ``latency_p95_s`` the 95th percentile, ``items_per_minute`` 60 over the mean:
-        what a long run gets through.
+    ``latency_s`` is the median in seconds, ``latency_p95_s`` the 95th percentile, ``items_per_minute`` 60
+    divided by the mean, ``tokens_per_second`` all tokens divided by the total time. None without times.
 
     >>> latency([{"latency_s": 0.5, "tokens": 10}, {"latency_s": 1.5, "tokens": 30}])["items_per_minute"]
     60.0

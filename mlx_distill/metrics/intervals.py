@@ -1,8 +1,8 @@
-"""Intervals and paired tests, in plain Python and numpy.
+"""Confidence intervals and paired tests, in plain Python and numpy.
 
-Two models that answer the same items are *paired*: what counts is the items on which they differ, so
-McNemar's test and the Bonett-Price interval stand here and the chi-squared test of two independent samples
-does not.
+Two models that answer the same items are *paired*: only the items on which they differ (the discordant ones)
+carry information about the difference. So McNemar's test and the Bonett-Price interval are used, not the
+chi-squared test of two independent samples.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from jaxtyping import Float
 
 
 class Estimate(TypedDict):
-    """A measured figure with its interval. ``n`` items stand behind it; with none of them the other three are
-    None.
-    """
+    """A measured value with its confidence interval over ``n`` items; at ``n = 0`` the others are None."""
 
     value: float | None
     low: float | None
@@ -28,8 +26,9 @@ class Estimate(TypedDict):
 
 
 class Comparison(TypedDict):
-    """Two models on the same items: difference of their hit rates, first less second, and the mid-p value of
-    no difference.
+    """Two models on the same items: difference of their rates (first minus second), McNemar's mid-p value.
+
+    ``both``, ``first_only``, ``second_only`` and ``neither`` count the items by which model is correct.
     """
 
     difference: Estimate
@@ -40,11 +39,10 @@ class Comparison(TypedDict):
     neither: int
 
 
-def quantile(confidence: float) -> float:
-    """Half-width of the central interval of the standard normal distribution, ``z`` with
-    ``P(|Z| <= z) = confidence``.
+def normal_quantile(confidence: float) -> float:
+    """Two-sided critical value of the standard normal distribution: ``z`` with ``P(|Z| <= z) = confidence``.
 
-    >>> round(quantile(0.95), 4)
+    >>> round(normal_quantile(0.95), 4)
     1.96
     """
     if not 0.0 < confidence < 1.0:
@@ -53,14 +51,14 @@ def quantile(confidence: float) -> float:
 
 
 def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a rate ``k / n``.
+    """Wilson's score interval of a proportion ``k / n``.
 
-    ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``. It stays inside 0 and 1 and is not empty at
-    ``k = 0`` or ``k = n``.
+    ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``. It stays within 0 and 1 and has a
+    positive width at ``k = 0`` and ``k = n``.
 
     Args:
-        k: Hits.
-        n: Items; with 0 the interval is all that is possible.
+        k: Number of successes.
+        n: Number of items; at 0 the interval is 0 to 1.
         confidence: Level, such as 0.95.
 
     Raises:
@@ -72,19 +70,19 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     Wilson (1927), "Probable inference, the law of succession, and statistical inference".
     """
     if not 0 <= k <= n:
-        raise ValueError(f"{k} hits of {n} items")
+        raise ValueError(f"{k} successes in {n} items")
     if n == 0:
         return 0.0, 1.0
-    z, p = quantile(confidence), k / n
-    scale = 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / scale
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / scale
-    # The ends are exact at k = 0 and k = n; rounding would leave 1e-17 there.
+    z, p = normal_quantile(confidence), k / n
+    denominator = 1 + z * z / n
+    centre = (p + z * z / (2 * n)) / denominator
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / denominator
+    # The ends are exact at k = 0 and k = n; rounding would leave about 1e-17.
     return (0.0 if k == 0 else max(0.0, centre - half)), (1.0 if k == n else min(1.0, centre + half))
 
 
 def rate(k: int, n: int, confidence: float = 0.95) -> Estimate:
-    """A rate ``k / n`` with Wilson's interval.
+    """The rate ``k / n`` with Wilson's interval.
 
     >>> rate(0, 0)
     {'value': None, 'low': None, 'high': None, 'n': 0}
@@ -101,7 +99,7 @@ def newcombe(k1: int, n1: int, k2: int, n2: int, confidence: float = 0.95) -> tu
     ``d - sqrt((p1-l1)^2 + (u2-p2)^2)`` to ``d + sqrt((u1-p1)^2 + (p2-l2)^2)``.
 
     Raises:
-        ValueError: one side has no items.
+        ValueError: one of the two has no items.
 
     >>> [round(x, 4) for x in newcombe(56, 70, 48, 80)]
     [0.0524, 0.3339]
@@ -109,21 +107,21 @@ def newcombe(k1: int, n1: int, k2: int, n2: int, confidence: float = 0.95) -> tu
     Newcombe (1998), "Interval estimation for the difference between independent proportions", method 10.
     """
     if n1 == 0 or n2 == 0:
-        raise ValueError("a difference of rates needs items on both sides")
+        raise ValueError("a difference of two rates needs items in both samples")
     p1, p2 = k1 / n1, k2 / n2
     (l1, u1), (l2, u2) = wilson(k1, n1, confidence), wilson(k2, n2, confidence)
     return p1 - p2 - math.hypot(p1 - l1, u2 - p2), p1 - p2 + math.hypot(u1 - p1, p2 - l2)
 
 
 def mcnemar_mid_p(b: int, c: int) -> float:
-    """Mid-p value of McNemar's exact test that two models are right equally often.
+    """Mid-p value of McNemar's exact test of equal accuracy.
 
-    ``min(1, 2 P(X <= k) - P(X = k))`` with ``X ~ Binomial(b + c, 1/2)`` and ``k = min(b, c)``. The mid-p form
-    keeps the level close to nominal, where the exact one is far below it.
+    ``min(1, 2 P(X <= k) - P(X = k))`` with ``X ~ Binomial(b + c, 1/2)`` and ``k = min(b, c)``. The mid-p
+    variant keeps the type I error close to the nominal level, where the exact test is conservative.
 
     Args:
-        b: Items that only the first model has right.
-        c: Items that only the second has right.
+        b: Items that only the first model has correct.
+        c: Items that only the second model has correct.
 
     >>> round(mcnemar_mid_p(1, 8), 4)
     0.0215
@@ -131,11 +129,11 @@ def mcnemar_mid_p(b: int, c: int) -> float:
     Fagerland, Lydersen and Laake (2013), "The McNemar test for binary matched-pairs data".
     """
     if b < 0 or c < 0:
-        raise ValueError("counts are not negative")
+        raise ValueError("counts must not be negative")
     n, k = b + c, min(b, c)
     if n == 0:
         return 1.0
-    # Whole numbers to the end: a product of floats loses the tail at some thousand items.
+    # In integers: in floats the terms underflow at a few thousand items.
     term, below = 1, 0
     for i in range(k):
         below += term
@@ -146,16 +144,16 @@ def mcnemar_mid_p(b: int, c: int) -> float:
 def bonett_price(b: int, c: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Interval of the difference ``(b - c) / n`` of two paired rates.
 
-    With ``p = (b+1)/(n+2)`` and ``q = (c+1)/(n+2)``: ``p - q +- z sqrt((p + q - (p-q)^2) / (n+2))``, cut at
-    -1 and 1.
+    With ``p = (b+1)/(n+2)`` and ``q = (c+1)/(n+2)``: ``p - q +- z sqrt((p + q - (p-q)^2) / (n+2))``, clipped
+    to -1 and 1.
 
     Args:
-        b: Items that only the first model has right.
-        c: Items that only the second has right.
+        b: Items that only the first model has correct.
+        c: Items that only the second model has correct.
         n: All items.
 
     Raises:
-        ValueError: no items, or more discordant ones than items.
+        ValueError: no items, or more discordant items than items.
 
     >>> [round(x, 4) for x in bonett_price(10, 4, 100)]
     [-0.0172, 0.1348]
@@ -166,15 +164,22 @@ def bonett_price(b: int, c: int, n: int, confidence: float = 0.95) -> tuple[floa
     if n < 1 or b < 0 or c < 0 or b + c > n:
         raise ValueError(f"{b} and {c} discordant items of {n}")
     p, q = (b + 1) / (n + 2), (c + 1) / (n + 2)
-    half = quantile(confidence) * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
+    half = normal_quantile(confidence) * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
     return max(-1.0, p - q - half), min(1.0, p - q + half)
 
 
 def compare_paired(
     first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95
 ) -> Comparison | None:
-    """Hit rates of two models on the same items, in the same order: difference, Bonett-Price interval, mid-p
-    value; None for no items.
+    """Compare the rates of two models on the same items: difference, Bonett-Price interval, mid-p value.
+
+    Args:
+        first: Whether the first model is correct, one value per item.
+        second: The same of the second model, in the same order.
+        confidence: Level of the interval.
+
+    Returns:
+        The comparison; None for no items.
 
     >>> result = compare_paired([True, True, False, True], [True, False, False, False])
     >>> result["difference"]["value"], result["first_only"], result["p_value"]
@@ -203,14 +208,14 @@ def bootstrap_mean(
 ) -> tuple[float, float]:
     """Interval of a mean by the bias-corrected and accelerated bootstrap (BCa).
 
-    The quantiles ``alpha`` of the resampled means are moved to
+    The quantiles ``alpha`` of the resampled means are replaced by
     ``Phi(z0 + (z0 + z_alpha) / (1 - a (z0 + z_alpha)))`` with the bias ``z0`` and the acceleration
     ``a = sum(d^3) / (6 sum(d^2)^1.5)`` of the deviations ``d`` (the jackknife's, in closed form).
 
     Args:
-        values: One number an item.
+        values: One value per item.
         confidence: Level, such as 0.95.
-        resamples: Draws of ``n`` items with replacement.
+        resamples: Number of draws of ``n`` items with replacement.
         seed: The same seed gives the same interval.
 
     Raises:
@@ -225,18 +230,18 @@ def bootstrap_mean(
     values = np.asarray(values, dtype=np.float64)
     n = values.size
     if n == 0:
-        raise ValueError("a mean needs values")
+        raise ValueError("a mean needs at least one value")
     mean = float(values.mean())
     deviations = values - mean
     if not np.any(deviations):
         return mean, mean
     means = _resampled_means(values, resamples, np.random.default_rng(seed))
-    share = (np.sum(means < mean) + np.sum(means <= mean)) / (2 * resamples)
+    below = (np.sum(means < mean) + np.sum(means <= mean)) / (2 * resamples)
     normal = NormalDist()
-    bias = normal.inv_cdf(float(np.clip(share, 0.5 / resamples, 1 - 0.5 / resamples)))
+    bias = normal.inv_cdf(float(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples)))
     acceleration = float(np.sum(deviations**3) / (6 * np.sum(deviations**2) ** 1.5))
-    z = quantile(confidence)
-    ends = [normal.cdf(bias + (bias + side) / (1 - acceleration * (bias + side))) for side in (-z, z)]
+    z = normal_quantile(confidence)
+    ends = [normal.cdf(bias + (bias + end) / (1 - acceleration * (bias + end))) for end in (-z, z)]
     low, high = np.quantile(means, ends)
     return float(low), float(high)
 
@@ -245,12 +250,12 @@ def _resampled_means(
     values: Float[np.ndarray, " n"], resamples: int, rng: np.random.Generator
 ) -> Float[np.ndarray, " r"]:
     n = values.size
-    slab = max(1, 2_000_000 // n)  # 16 MB of indices at a time, whatever n is
-    parts = []
-    for start in range(0, resamples, slab):
-        index = rng.integers(0, n, size=(min(slab, resamples - start), n))
-        parts.append(values[index].mean(axis=1))
-    return np.concatenate(parts)
+    chunk = max(1, 2_000_000 // n)  # 16 MB of indices at a time, for any n
+    means = []
+    for start in range(0, resamples, chunk):
+        index = rng.integers(0, n, size=(min(chunk, resamples - start), n))
+        means.append(values[index].mean(axis=1))
+    return np.concatenate(means)
 
 
 def paired_bootstrap(
@@ -261,20 +266,19 @@ def paired_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """Interval of ``mean(first - second)`` for two figures of the same items, by :func:`bootstrap_mean` of
-    the differences.
+    """Interval of ``mean(first - second)`` over the same items: :func:`bootstrap_mean` of the differences.
 
     >>> paired_bootstrap(np.array([2.0, 3.0]), np.array([1.0, 2.0]))
     (1.0, 1.0)
     """
     first, second = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if first.shape != second.shape:
-        raise ValueError(f"paired figures of {first.size} and {second.size} items")
+        raise ValueError(f"paired values of {first.size} and {second.size} items")
     return bootstrap_mean(first - second, confidence, resamples=resamples, seed=seed)
 
 
 def mean_estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The mean of some figures with its bootstrap interval.
+    """The mean of the values with its bootstrap interval.
 
     >>> mean_estimate([])
     {'value': None, 'low': None, 'high': None, 'n': 0}
@@ -282,9 +286,7 @@ def mean_estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate
     if not values:
         return {"value": None, "low": None, "high": None, "n": 0}
     array = np.asarray(values, dtype=np.float64)
-    # A hundred million draws take about a second; over many items the interval is narrow and its ends need
-    # fewer resamples.
-    low, high = bootstrap_mean(
-        array, confidence, resamples=min(10_000, max(1_000, 100_000_000 // array.size))
-    )
+    # 1e8 draws take about a second; with many items the interval is narrow and needs fewer resamples.
+    resamples = min(10_000, max(1_000, 100_000_000 // array.size))
+    low, high = bootstrap_mean(array, confidence, resamples=resamples)
     return {"value": float(array.mean()), "low": low, "high": high, "n": len(values)}

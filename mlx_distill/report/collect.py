@@ -182,7 +182,7 @@ def model_metrics(
         **m.latency(rows),
         "peak_memory_gb": None,
         "macro_f1": m.macro_f1(rows, label, labels, confidence),
-        **_sides(rows, task, confidence),
+        **_binary_figures(rows, task, confidence),
         "confusion": m.confusion(rows, label, labels),
         "teacher_confusion": None,
         "label_kl": None,
@@ -202,16 +202,16 @@ def model_metrics(
             "teacher_confusion": m.teacher_confusion(rows, teacher, label, labels),
             "label_kl": kl["value"],
             "label_kl_interval": kl,
-            "versus_teacher": m.versus(rows, teacher, label, **level),
+            "versus_teacher": m.accuracy_gain(rows, teacher, label, **level),
             "disagreements": len(m.disagreements(rows, teacher, labels, ())),
         }
     return out
 
 
-def _sides(rows: Sequence[Row], task: Task, confidence: float) -> dict[str, Any]:
+def _binary_figures(rows: Sequence[Row], task: Task, confidence: float) -> dict[str, Any]:
     if not task.positive:
         return {}
-    counts = m.count_sides(rows, task.label, task.positive)
+    counts = m.confusion_counts(rows, task.label, task.positive)
     out: dict[str, Any] = {
         "precision": m.precision(counts, confidence),
         "recall": m.recall(counts, confidence),
@@ -251,7 +251,7 @@ def _comparisons(
         result = (
             None
             if first == TEACHER
-            else m.versus(_of(tables[first], name), teacher, task.label, confidence=confidence)
+            else m.accuracy_gain(_of(tables[first], name), teacher, task.label, confidence=confidence)
         )
         if result:
             out.append({"metric": "accuracy", "first": first, "second": TEACHER, **result})

@@ -8,10 +8,10 @@ from typing import Any
 from mlx_distill.report.charts import axis, nice_ticks, stacked, strip
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import (
-    Line,
+    TableRow,
     legend,
-    metric_heads,
-    model_head,
+    metric_titles,
+    model_heading,
     number_cell,
     rate_cell,
     scroll,
@@ -32,16 +32,16 @@ def sides(report: Report) -> Html | None:
     task, metrics = report["task_details"], report["metrics"]
     if not task["positive"]:
         return None
-    named = metric_heads(task)
+    named = metric_titles(task)
     heads = [(key, named[key]) for key in ("precision", "recall", "f1", *[key for key, _, _ in _KINDS])]
-    rows: list[Line] = []
+    rows: list[TableRow] = []
     for model, figures in metrics.items():
         cells: list[Any] = [
             rate_cell(figures.get(key), f"{model_title(model)}, {head}") for key, head in heads
         ]
         counts = figures["counts"]
         cells += [f"{counts['false_positives']:,} / {counts['false_negatives']:,}"]
-        rows.append((model_head(model), cells, model_class(model)))
+        rows.append((model_heading(model), cells, model_class(model)))
     positive = ", ".join(map(words, task["positive"]))
     caption = f"Positive: {positive}. An answer that is not valid raises no flag: it misses a positive and passes a negative."
     return table(caption, ["Model", *[head for _, head in heads], "False + / −"], rows, class_="headline")
@@ -65,7 +65,7 @@ def groups(report: Report) -> Html | None:
         legend([(model_class(name), model_title(name)) for name in shown]),
     ]
     parts += [
-        _group_table(metrics, shown, metric_heads(report["task_details"])[kind[0]], *kind) for kind in _KINDS
+        _group_table(metrics, shown, metric_titles(report["task_details"])[kind[0]], *kind) for kind in _KINDS
     ]
     return el("div", parts)
 
@@ -73,7 +73,7 @@ def groups(report: Report) -> Html | None:
 def _group_table(
     metrics: Mapping[str, Any], shown: list[str], title: str, kind: str, hits: str, items: str
 ) -> Html:
-    rows: list[Line] = []
+    rows: list[TableRow] = []
     found = [g for name in shown for g in metrics[name]["groups"].values() if g[kind]["n"]]
     ticks = nice_ticks(0.0, max([0.1, *(g[kind]["high"] for g in found)]))
     reach = min(1.0, ticks[-1])
@@ -195,7 +195,7 @@ def distributions(report: Report) -> Html | None:
     metrics, labels = report["metrics"], report["task_details"]["labels"]
     classes = [f"l{i % 8}" for i in range(len(labels))]
     names = [words(label) for label in labels]
-    rows: list[Line] = []
+    rows: list[TableRow] = []
     truth = [sum(row) for row in next(iter(metrics.values()))["confusion"]["counts"]]
     if sum(truth):
         rows.append(
@@ -220,7 +220,7 @@ def distributions(report: Report) -> Html | None:
             if known
             else number_cell(NONE)
         )
-        rows.append((model_head(model), [stacked(parts, model_title(model)), cell], model_class(model)))
+        rows.append((model_heading(model), [stacked(parts, model_title(model)), cell], model_class(model)))
     caption = "Labels given on rows that have a truth; mean KL divergence (nats) from the teacher’s label probabilities"
     shown = legend([*zip(classes, names, strict=True), ("invalid", "not valid")])
     return el("div", shown, table(caption, ["", "Labels", "KL from teacher"], rows, class_="shares"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.models.checkpoint.plan import CheckpointPlan
-from mlx_distill.report.tables import metric_heads
+from mlx_distill.report.tables import metric_titles
 from mlx_distill.run_models import dequantization_note
 from mlx_distill.storage import Manifest, read_manifest
 from mlx_distill.text import gigabytes, interval, percent, seconds, significant
@@ -113,7 +113,7 @@ def _is_hub_id(source: str) -> bool:
 
 def _figures(name: str, report: Mapping[str, Any]) -> list[str]:
     metrics: Mapping[str, Mapping[str, Any]] = report.get("metrics") or {}
-    heads = metric_heads(report.get("task_details") or {})
+    heads = metric_titles(report.get("task_details") or {})
     keys = [key for key in _FIGURES if any(_cell(m, key) for m in metrics.values())]
     if not keys:
         return ["No figures."]

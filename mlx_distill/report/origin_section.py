@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.tables import Line, table
+from mlx_distill.report.tables import TableRow, table
 from mlx_distill.run_models import is_dequantized, model_title
 from mlx_distill.text import NONE, report_size, seconds, text_of, words
 
@@ -78,7 +78,7 @@ def _list(title: str, items: Mapping[str, Any]) -> Html | None:
 
 
 def _stages(stages: list[Mapping[str, Any]]) -> Html | None:
-    rows: list[Line] = []
+    rows: list[TableRow] = []
     for entry in stages:
         finished = (
             datetime.fromtimestamp(entry["finished"], UTC).strftime("%Y-%m-%d %H:%M:%S UTC")

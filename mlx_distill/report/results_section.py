@@ -7,7 +7,15 @@ from typing import Any
 
 from mlx_distill.report.charts import axis, strip
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.tables import Line, legend, metric_heads, model_head, number_cell, rate_cell, table
+from mlx_distill.report.tables import (
+    TableRow,
+    legend,
+    metric_titles,
+    model_heading,
+    number_cell,
+    rate_cell,
+    table,
+)
 from mlx_distill.run_models import STUDENTS, model_class, model_phrase, model_title, run_model
 from mlx_distill.text import (
     NONE,
@@ -44,14 +52,14 @@ def columns(report: Report) -> list[tuple[str, str, bool]]:
     task = report["task_details"]
     scored = ("agreement", "score_gap")
     shown = ("accuracy", _AGREEMENT, "agreement", "json_valid", "macro_f1", "score_gap")
-    named = metric_heads(task)
+    named = metric_titles(task)
     return [(key, named[key], key != "score_gap") for key in shown if task["score"] or key not in scored]
 
 
 def headline(report: Report, metrics: Mapping[str, Any], name: str) -> Html:
     """Models against metrics on one set."""
     heads = columns(report)
-    rows: list[Line] = []
+    rows: list[TableRow] = []
     for model, figures in metrics.items():
         cells = []
         for key, head, is_rate in heads:
@@ -64,7 +72,7 @@ def headline(report: Report, metrics: Mapping[str, Any], name: str) -> Html:
                 cells.append(_points(figures.get(key)))
         rows.append(
             (
-                model_head(model, run_model(model).note),
+                model_heading(model, run_model(model).note),
                 cells,
                 model_class(model),
             )
@@ -188,7 +196,7 @@ def _slice(report: Report, field: str, shown: Sequence[str], key: str) -> Html |
         return None
     what = f"same {words(report['task_details']['label'])} as the teacher" if key == _AGREEMENT else "right"
     ticks = (0.0, 0.25, 0.5, 0.75, 1.0)
-    rows: list[Line] = []
+    rows: list[TableRow] = []
     for value, entry in values.items():
         found = [
             (model_class(m), model_title(m), (metrics[m]["by_slice"][field].get(value) or {}).get(key))

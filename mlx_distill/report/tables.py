@@ -10,11 +10,11 @@ from mlx_distill.report.markup import Html, el
 from mlx_distill.run_models import model_class, model_title
 from mlx_distill.text import NONE, interval, percent, words
 
-Line = tuple[Any, Sequence[Any], str | None]
+TableRow = tuple[Any, Sequence[Any], str | None]
 """One row of a table: its head, its cells, its CSS class."""
 
 
-def table(caption: str, columns: Sequence[str], rows: Sequence[Line], *, class_: str = "") -> Html:
+def table(caption: str, columns: Sequence[str], rows: Sequence[TableRow], *, class_: str = "") -> Html:
     """A table whose first column heads its rows.
 
     Args:
@@ -66,7 +66,7 @@ def number_cell(value: str, small: str = "") -> Html:
     )
 
 
-def model_head(name: str, note: str = "") -> Html:
+def model_heading(name: str, note: str = "") -> Html:
     """A model's name with its colour."""
     return el(
         "span",
@@ -94,13 +94,13 @@ def scroll(content: Html, label: str) -> Html:
     return el("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
 
 
-def metric_heads(task: Mapping[str, Any]) -> dict[str, str]:
+def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
     """What heads the column of each metric.
 
     Args:
         task: A report's ``task_details``; may be empty.
 
-    >>> metric_heads({"label": "tone"})["verdict_agreement"]
+    >>> metric_titles({"label": "tone"})["verdict_agreement"]
     'Same tone as teacher'
     """
     label, score = words(task.get("label") or "label"), words(task.get("score") or "score")

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_distill.report.charts import line_chart
 from mlx_distill.report.markup import Html, el
-from mlx_distill.report.tables import Line, legend, metric_heads, model_head, number_cell, table
+from mlx_distill.report.tables import TableRow, legend, metric_titles, model_heading, number_cell, table
 from mlx_distill.run_models import dequantization_note, is_dequantized, model_class, model_title
 from mlx_distill.text import NONE, count, gigabytes, plural, report_size, seconds, series_name, significant
 
@@ -77,10 +77,10 @@ def _summary(training: Mapping[str, Any]) -> str:
 
 def cost(report: Report) -> Html:
     """Bytes on disk, seconds a row, rows a minute, peak memory."""
-    named, settings = metric_heads(report["task_details"]), report["provenance"]["evaluations"]
+    named, settings = metric_titles(report["task_details"]), report["provenance"]["evaluations"]
     keys = ("latency_s", "latency_p95_s", "items_per_minute", "tokens_per_second", "peak_memory_gb")
     heads = ["Model", "Weights on disk", *[named[key] for key in keys]]
-    rows: list[Line] = []
+    rows: list[TableRow] = []
     note = dequantization_note({name: settings[name] for name in report["metrics"]})
     for name, figures in report["metrics"].items():
         entry = report["sizes"].get(name)
@@ -99,7 +99,7 @@ def cost(report: Report) -> Html:
             number_cell(gigabytes(figures.get("peak_memory_gb"))),
         ]
         computed = _WEIGHTS[is_dequantized(settings[name])] if note else ""
-        rows.append((model_head(name, computed), cells, model_class(name)))
+        rows.append((model_heading(name, computed), cells, model_class(name)))
     caption = "Time of a row: the wall time of its batch by the batch’s size. Memory: peak of MLX’s allocator during the evaluation."
     return el(
         "div", el("p", note, class_="note") if note else None, table(caption, heads, rows, class_="cost")

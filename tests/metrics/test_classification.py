@@ -1,4 +1,4 @@
-"""Every figure of the report on rows whose answer is known by hand."""
+"""Classification and agreement metrics on rows whose result is computed by hand."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from mlx_distill import metrics
 from mlx_distill.errors import DataError
 from mlx_distill.metrics import classification as scores
-from mlx_distill.metrics.agreement import divergence, pair
+from mlx_distill.metrics.agreement import label_divergence, pair_by_id
 from mlx_distill.metrics.intervals import wilson
 
 LABELS = ["a", "b", "c"]
@@ -20,14 +20,14 @@ LABELS = ["a", "b", "c"]
 def row(
     id: str,
     truth: str | None,
-    said: str | None,
+    predicted: str | None,
     *,
     true_score: float = 50,
     score: float | None = 50,
     **more: Any,
 ) -> dict[str, Any]:
-    """One prediction; ``said=None`` is an answer that is not valid."""
-    answer = None if said is None else {"kind": said, "points": score}
+    """One prediction; ``predicted=None`` is an invalid answer."""
+    answer = None if predicted is None else {"kind": predicted, "points": score}
     return {
         "id": id,
         "set": "test",
@@ -35,11 +35,11 @@ def row(
         "title": None,
         "input": f"text of {id}",
         "truth": None if truth is None else {"kind": truth, "points": true_score},
-        "text": "{" if said is None else "{...}",
+        "text": "{" if predicted is None else "{...}",
         "answer": answer,
-        "error": "not JSON" if said is None else None,
-        "label": said,
-        "score": None if said is None else score,
+        "error": "not JSON" if predicted is None else None,
+        "label": predicted,
+        "score": None if predicted is None else score,
         "label_probs": None,
         "latency_s": 0.1,
         "prompt_tokens": 10,
@@ -49,7 +49,7 @@ def row(
 
 
 def rows(*pairs: tuple[str | None, str | None]) -> list[dict[str, Any]]:
-    return [row(str(i), truth, said) for i, (truth, said) in enumerate(pairs)]
+    return [row(str(i), truth, predicted) for i, (truth, predicted) in enumerate(pairs)]
 
 
 def test_accuracy_counts_an_invalid_answer_as_wrong() -> None:
@@ -57,11 +57,11 @@ def test_accuracy_counts_an_invalid_answer_as_wrong() -> None:
     assert result == {"value": 0.5, "low": wilson(2, 4)[0], "high": wilson(2, 4)[1], "n": 4}
 
 
-def test_accuracy_never_trusts_the_label_of_an_invalid_answer() -> None:
-    broken = {**row("x", "a", "a"), "answer": None}
-    assert scores.accuracy([broken], "kind")["value"] == 0.0
-    assert metrics.verdict_agreement([broken], [broken])["value"] == 0.0
-    assert scores.count_sides([broken], "kind", ["a"]).false_negative == 1
+def test_accuracy_ignores_the_label_of_an_invalid_answer() -> None:
+    invalid = {**row("x", "a", "a"), "answer": None}
+    assert scores.accuracy([invalid], "kind")["value"] == 0.0
+    assert metrics.verdict_agreement([invalid], [invalid])["value"] == 0.0
+    assert scores.confusion_counts([invalid], "kind", ["a"]).false_negative == 1
 
 
 def test_accuracy_leaves_out_rows_without_a_truth() -> None:
@@ -102,10 +102,10 @@ def test_verdict_agreement_pairs_by_id_and_an_invalid_answer_agrees_with_nothing
     assert (result["value"], result["n"]) == (0.2, 5)
 
 
-def test_agreement_wants_the_label_and_a_near_score() -> None:
+def test_agreement_needs_the_same_label_and_a_score_within_the_tolerance() -> None:
     teacher = [row(str(i), "a", "a", score=60) for i in range(5)]
     model = [
-        row("0", "a", "a", score=65),  # just near enough
+        row("0", "a", "a", score=65),  # exactly at the tolerance
         row("1", "a", "a", score=66),
         row("2", "a", "b", score=60),  # another label
         row("3", "a", None),
@@ -142,8 +142,8 @@ def test_score_mae_is_against_the_truth_and_score_gap_against_the_teacher() -> N
     assert scores.score_mae(model, None)["value"] is None
 
 
-def test_sides_and_their_rates_by_hand() -> None:
-    # Positive: b and c. Two different positive classes are the same side.
+def test_binary_rates_by_hand() -> None:
+    # Positive: b and c. A prediction of the other positive class is a true positive.
     data = rows(
         ("b", "b"),
         ("b", "c"),
@@ -155,8 +155,10 @@ def test_sides_and_their_rates_by_hand() -> None:
         ("a", None),
         ("a", "a"),
     )
-    counts = scores.count_sides(data, "kind", ["b", "c"])
-    assert counts == scores.Counts(true_positive=2, false_positive=1, true_negative=4, false_negative=2)
+    counts = scores.confusion_counts(data, "kind", ["b", "c"])
+    assert counts == scores.ConfusionCounts(
+        true_positive=2, false_positive=1, true_negative=4, false_negative=2
+    )
     assert scores.precision(counts)["value"] == pytest.approx(2 / 3)
     assert scores.recall(counts)["value"] == 0.5
     assert scores.false_positive_rate(counts) == {
@@ -173,8 +175,8 @@ def test_sides_and_their_rates_by_hand() -> None:
     assert (f1["low"], f1["high"]) == pytest.approx((2 * low / (1 + low), 2 * high / (1 + high)))
 
 
-def test_rates_without_items_are_absent() -> None:
-    counts = scores.count_sides(rows(("a", "a")), "kind", ["b"])
+def test_rates_without_items_are_none() -> None:
+    counts = scores.confusion_counts(rows(("a", "a")), "kind", ["b"])
     assert scores.precision(counts)["value"] is None
     assert scores.recall(counts)["value"] is None
     assert scores.f1(counts)["value"] is None
@@ -189,38 +191,38 @@ def test_macro_f1_by_hand() -> None:
 
 def test_interval_of_macro_f1_equals_resampling_the_rows() -> None:
     rng = np.random.default_rng(1)
-    truth, said = rng.integers(0, 2, 80), rng.integers(0, 2, 80)
-    said = np.where(rng.random(80) < 0.7, truth, said)
-    data = rows(*[("pn"[t], "pn"[s]) for t, s in zip(truth, said, strict=True)])
-    quick = scores.macro_f1(data, "kind", ["p", "n"])
-    assert quick == scores.macro_f1(data, "kind", ["p", "n"])
-    plain = []
+    truth, predicted = rng.integers(0, 2, 80), rng.integers(0, 2, 80)
+    predicted = np.where(rng.random(80) < 0.7, truth, predicted)
+    data = rows(*[("pn"[t], "pn"[s]) for t, s in zip(truth, predicted, strict=True)])
+    fast = scores.macro_f1(data, "kind", ["p", "n"])
+    assert fast == scores.macro_f1(data, "kind", ["p", "n"])
+    resampled = []
     for _ in range(4_000):
         index = rng.integers(0, 80, 80)
-        sides = [(truth[index] == side, said[index] == side) for side in (0, 1)]
-        plain.append(np.mean([2 * np.sum(t & s) / (np.sum(t) + np.sum(s)) for t, s in sides]))
-    assert (quick["low"], quick["high"]) == pytest.approx(
-        tuple(np.quantile(plain, [0.025, 0.975])), abs=0.015
+        masks = [(truth[index] == label, predicted[index] == label) for label in (0, 1)]
+        resampled.append(np.mean([2 * np.sum(t & s) / (np.sum(t) + np.sum(s)) for t, s in masks]))
+    assert (fast["low"], fast["high"]) == pytest.approx(
+        tuple(np.quantile(resampled, [0.025, 0.975])), abs=0.015
     )
 
 
-def test_f1_is_not_certain_when_all_is_right_or_wrong() -> None:
-    for said, value in (("a", 1.0), ("b", 0.0)):
-        data = rows(*[("a", said)] * 20)
-        for found in (
+def test_f1_has_a_width_when_all_are_correct_or_wrong() -> None:
+    for predicted, value in (("a", 1.0), ("b", 0.0)):
+        data = rows(*[("a", predicted)] * 20)
+        for estimate in (
             scores.macro_f1(data, "kind", LABELS),
-            scores.f1(scores.count_sides(data, "kind", ["a"])),
+            scores.f1(scores.confusion_counts(data, "kind", ["a"])),
         ):
-            assert found["value"] == value
-            assert found["high"] - found["low"] > 0.05
+            assert estimate["value"] == value
+            assert estimate["high"] - estimate["low"] > 0.05
 
 
-def test_interval_of_f1_covers_at_its_level() -> None:
+def test_interval_of_f1_has_its_nominal_coverage() -> None:
     rng, inside = np.random.default_rng(5), []
     for _ in range(1_500):
         tp, fp, fn, tn = (int(x) for x in rng.multinomial(100, [0.3, 0.08, 0.06, 0.56]))
-        found = scores.f1(scores.Counts(tp, fp, tn, fn))
-        inside.append(found["low"] <= 0.6 / 0.74 <= found["high"])
+        estimate = scores.f1(scores.ConfusionCounts(tp, fp, tn, fn))
+        inside.append(estimate["low"] <= 0.6 / 0.74 <= estimate["high"])
     assert 0.93 <= np.mean(inside) <= 0.97
 
 
@@ -234,14 +236,14 @@ def test_confusion_rows_are_truth_and_the_last_column_is_invalid() -> None:
     }
 
 
-def test_teacher_confusion_has_the_teachers_labels_as_rows() -> None:
+def test_teacher_confusion_has_a_row_for_each_label_of_the_teacher() -> None:
     model, teacher = rows(("c", "a"), ("c", "b"), ("c", "b")), rows(("c", "b"), ("c", "b"), ("c", None))
     result = metrics.teacher_confusion(model, teacher, "kind", LABELS)
     assert result["counts"] == [[0, 0, 0, 0], [1, 1, 0, 0], [0, 0, 0, 0]]
     assert (result["n"], result["left_out"]) == (2, 1)
 
 
-def test_slices_split_by_the_rows_field() -> None:
+def test_slices_group_by_a_field_of_the_row() -> None:
     model = [
         row("0", "a", "a", fields={"genre": "x"}),
         row("1", "a", "b", fields={"genre": "x"}),
@@ -260,14 +262,17 @@ def test_slices_split_by_the_rows_field() -> None:
 
 
 def grouped(group: str, pairs: list[tuple[str, str | None]]) -> list[dict[str, Any]]:
-    return [row(f"{group}{i}", truth, said, fields={"g": group}) for i, (truth, said) in enumerate(pairs)]
+    return [
+        row(f"{group}{i}", truth, predicted, fields={"g": group})
+        for i, (truth, predicted) in enumerate(pairs)
+    ]
 
 
 def test_error_rates_by_group_with_counts_and_gap() -> None:
     one = grouped("one", [("a", "b")] * 6 + [("a", "a")] * 4 + [("b", "b")] * 9 + [("b", "a")])
     two = grouped("two", [("a", "b")] * 1 + [("a", "a")] * 9 + [("b", "b")] * 8 + [("b", None)] * 2)
     rare = grouped("rare", [("a", "b")] * 2)
-    result = scores.by_group(one + two + rare, "kind", ["b"], "g", few=10)
+    result = scores.by_group(one + two + rare, "kind", ["b"], "g", min_items=10)
     first = result["groups"]["one"]
     assert (
         first["n"],
@@ -290,14 +295,16 @@ def test_error_rates_by_group_with_counts_and_gap() -> None:
     assert scores.by_group(one, "kind", ["b"], "g")["gaps"]["false_positive_rate"] is None
 
 
-def test_divergence_by_hand_and_its_properties() -> None:
+def test_label_divergence_by_hand_and_its_properties() -> None:
     p, q = {"a": 0.7, "b": 0.2, "c": 0.1}, {"a": 0.2, "b": 0.5, "c": 0.3}
-    assert divergence(p, q, LABELS) == pytest.approx(
+    assert label_divergence(p, q, LABELS) == pytest.approx(
         0.7 * math.log(3.5) + 0.2 * math.log(0.4) + 0.1 * math.log(1 / 3)
     )
-    assert divergence(p, p, LABELS) == 0.0
-    assert divergence({"a": 7, "b": 2, "c": 1}, q, LABELS) == pytest.approx(divergence(p, q, LABELS))
-    assert 10 < divergence({"a": 1.0}, {"b": 1.0}, LABELS) < 30  # finite at a model's exact zero
+    assert label_divergence(p, p, LABELS) == 0.0
+    assert label_divergence({"a": 7, "b": 2, "c": 1}, q, LABELS) == pytest.approx(
+        label_divergence(p, q, LABELS)
+    )
+    assert 10 < label_divergence({"a": 1.0}, {"b": 1.0}, LABELS) < 30  # finite where a probability is zero
 
 
 def test_label_kl_is_the_mean_over_pairs_that_have_distributions() -> None:
@@ -309,7 +316,7 @@ def test_label_kl_is_the_mean_over_pairs_that_have_distributions() -> None:
     assert result["value"] == pytest.approx((0.5 * math.log(0.5 / 0.75) + 0.5 * math.log(0.5 / 0.25)) / 2)
 
 
-def test_disagreements_are_side_by_side_and_farthest_first() -> None:
+def test_disagreements_are_sorted_by_distance() -> None:
     p, near, far = {"a": 0.9, "b": 0.1}, {"a": 0.45, "b": 0.55}, {"a": 0.01, "b": 0.99}
     teacher = [row(str(i), "a", "a", score=50, label_probs=p) for i in range(4)]
     model = [
@@ -329,10 +336,10 @@ def test_disagreements_are_side_by_side_and_farthest_first() -> None:
     assert len(metrics.disagreements(model, teacher, ["a", "b"], ["kind"], limit=1)) == 1
 
 
-def test_versus_tells_who_is_right_where() -> None:
+def test_accuracy_gain_pairs_the_rows() -> None:
     model = rows(("a", "a"), ("a", "a"), ("a", "b"), ("a", None), (None, "a"))
     teacher = rows(("a", "a"), ("a", "b"), ("a", "a"), ("a", "c"), (None, "a"))
-    result = metrics.versus(model, teacher, "kind")
+    result = metrics.accuracy_gain(model, teacher, "kind")
     assert result is not None
     assert (result["both"], result["first_only"], result["second_only"], result["neither"]) == (1, 1, 1, 1)
     assert result["difference"]["n"] == 4
@@ -356,14 +363,14 @@ def test_latency_median_tail_and_throughput() -> None:
     assert result["tokens_per_second"] == pytest.approx(400 / 5.0)
 
 
-def test_latency_of_rows_that_were_not_timed_is_absent() -> None:
+def test_latency_of_rows_without_times_is_none() -> None:
     assert set(scores.latency([{"latency_s": 0.0, "tokens": 3}]).values()) == {None}
     assert set(scores.latency([]).values()) == {None}
 
 
-def test_an_id_that_stands_twice_is_an_error() -> None:
+def test_a_repeated_id_is_an_error() -> None:
     twice = rows(("a", "a")) * 2
-    with pytest.raises(DataError, match="'0' stands twice"):
-        pair(rows(("a", "a")), twice)
-    with pytest.raises(DataError, match="stands twice"):
-        pair(twice, rows(("a", "a")))
+    with pytest.raises(DataError, match="'0' occurs twice"):
+        pair_by_id(rows(("a", "a")), twice)
+    with pytest.raises(DataError, match="occurs twice"):
+        pair_by_id(twice, rows(("a", "a")))

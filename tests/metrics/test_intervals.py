@@ -16,8 +16,8 @@ from mlx_distill.metrics.intervals import (
     mcnemar_mid_p,
     mean_estimate,
     newcombe,
+    normal_quantile,
     paired_bootstrap,
-    quantile,
     rate,
     wilson,
 )
@@ -46,14 +46,14 @@ def test_wilson_equals_scipy(k: int, n: int, confidence: float, low: float, high
 
 
 @pytest.mark.parametrize("n", [1, 7, 300])
-def test_wilson_holds_the_rate_and_stays_inside(n: int) -> None:
+def test_wilson_contains_the_rate_and_stays_within_0_and_1(n: int) -> None:
     for k in range(n + 1):
         low, high = wilson(k, n)
         assert 0.0 <= low <= k / n <= high <= 1.0
         assert wilson(n - k, n) == pytest.approx((1 - high, 1 - low))
 
 
-def test_no_items_give_no_figure() -> None:
+def test_no_items_give_no_value() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
     assert rate(0, 0) == {"value": None, "low": None, "high": None, "n": 0}
     assert mean_estimate([])["value"] is None
@@ -61,19 +61,19 @@ def test_no_items_give_no_figure() -> None:
 
 
 @pytest.mark.parametrize(("k", "n"), [(-1, 3), (4, 3)])
-def test_impossible_counts_are_refused(k: int, n: int) -> None:
-    with pytest.raises(ValueError, match="hits of"):
+def test_impossible_counts_are_an_error(k: int, n: int) -> None:
+    with pytest.raises(ValueError, match="successes in"):
         wilson(k, n)
 
 
 @pytest.mark.parametrize("confidence", [0.0, 1.0, 95.0])
-def test_impossible_levels_are_refused(confidence: float) -> None:
+def test_impossible_levels_are_an_error(confidence: float) -> None:
     with pytest.raises(ValueError, match="between 0 and 1"):
-        quantile(confidence)
+        normal_quantile(confidence)
 
 
 @pytest.mark.parametrize(("b", "c", "expected"), MID_P)
-def test_mid_p_equals_scipy_and_has_no_side(b: int, c: int, expected: float) -> None:
+def test_mid_p_equals_scipy_and_is_symmetric(b: int, c: int, expected: float) -> None:
     assert mcnemar_mid_p(b, c) == pytest.approx(expected, rel=1e-10)
     assert mcnemar_mid_p(b, c) == mcnemar_mid_p(c, b)
 
@@ -98,14 +98,14 @@ def test_bonett_price_by_hand() -> None:
     assert (-high, -low) == pytest.approx(bonett_price(1, 7, 21))
 
 
-def test_bonett_price_is_not_empty_without_discordant_items_and_refuses_nonsense() -> None:
+def test_bonett_price_has_a_width_without_discordant_items_and_checks_its_counts() -> None:
     low, high = bonett_price(0, 0, 50)
     assert low < 0 < high
     with pytest.raises(ValueError, match="discordant"):
         bonett_price(3, 3, 5)
 
 
-def test_bonett_price_covers_at_its_level() -> None:
+def test_bonett_price_has_its_nominal_coverage() -> None:
     rng = np.random.default_rng(3)
     draws = rng.multinomial(60, [0.12, 0.06, 0.82], size=2_000)
     inside = [low <= 0.06 <= high for low, high in (bonett_price(int(b), int(c), 60) for b, c, _ in draws)]
@@ -115,11 +115,11 @@ def test_bonett_price_covers_at_its_level() -> None:
 def test_newcombe_equals_the_published_example() -> None:
     # Newcombe (1998), table II, 56/70 - 48/80 by method 10: 0.0524 to 0.3339
     assert newcombe(56, 70, 48, 80) == pytest.approx((0.0524, 0.3339), abs=5e-5)
-    with pytest.raises(ValueError, match="both sides"):
+    with pytest.raises(ValueError, match="both samples"):
         newcombe(0, 0, 1, 2)
 
 
-def test_compare_paired_counts_every_cell() -> None:
+def test_compare_paired_counts_all_four_cases() -> None:
     first, second = (
         [True] * 5 + [True] * 3 + [False] + [False] * 2,
         [True] * 5 + [False] * 3 + [True] + [False] * 2,
@@ -145,15 +145,15 @@ def test_bootstrap_is_near_scipys_bca_and_seeded() -> None:
     assert low < (x - y).mean() < high
 
 
-def test_bootstrap_of_slabs_is_the_bootstrap_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    values = np.random.default_rng(0).normal(size=300_000)  # 6 draws a slab
+def test_bootstrap_in_chunks() -> None:
+    values = np.random.default_rng(0).normal(size=300_000)  # 6 draws in a chunk
     low, high = bootstrap_mean(values, resamples=64)
     assert low < values.mean() < high
     assert high - low < 5 / math.sqrt(values.size)
 
 
-def test_bootstrap_of_equal_values_is_a_point() -> None:
+def test_bootstrap_of_equal_values_has_no_width() -> None:
     assert bootstrap_mean(np.full(5, 3.0)) == (3.0, 3.0)
     assert bootstrap_mean(np.array([2.0])) == (2.0, 2.0)
-    with pytest.raises(ValueError, match="needs values"):
+    with pytest.raises(ValueError, match="at least one value"):
         bootstrap_mean(np.array([]))
