@@ -134,7 +134,7 @@ def _tokenizer() -> Any:
 
 
 def _encoded(folder: Path, tokenizer: Any, report: Any) -> Iterator[Any]:
-    from mlx_distill.data.batching import encode_rows
+    from mlx_distill.data.chat import encode_rows
     from mlx_distill.data.rows import from_row
     from mlx_distill.storage import read_jsonl
 
@@ -145,8 +145,7 @@ def _encoded(folder: Path, tokenizer: Any, report: Any) -> Iterator[Any]:
 def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
     import numpy as np
 
-    from mlx_distill.data.batching import EncodeReport
-    from mlx_distill.data.packing import Piece
+    from mlx_distill.data.chat import EncodeReport, TokenizedRow
     from mlx_distill.storage.array_store import ROWS, Store, StoreWriter
 
     tokenizer, report = _tokenizer(), EncodeReport()
@@ -154,9 +153,9 @@ def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[s
     began = time.perf_counter()
     with StoreWriter(folder / "store") as writer:
         for item in _encoded(folder, tokenizer, report):
-            writer.append(int(item.mask[1:].sum()), tokens=item.tokens, trained=item.mask[1:])
+            writer.append(int(item.trained.sum()), tokens=item.tokens, trained=item.trained)
     seconds = time.perf_counter() - began
-    lengths = Store(folder / "store", Piece).lengths
+    lengths = Store(folder / "store", TokenizedRow).lengths
     return {
         "rows": report.kept + report.left_out,
         "seconds": seconds,
@@ -175,7 +174,8 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
     import mlx.core as mx
 
     from mlx_distill.data.batching import collate, plan_epoch
-    from mlx_distill.data.packing import Piece, make_lines
+    from mlx_distill.data.chat import TokenizedRow
+    from mlx_distill.data.packing import plan_sequences
     from mlx_distill.storage.array_store import Store
     from mlx_distill.train.batches import RowBatches
 
@@ -189,12 +189,12 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
     mx.eval(mx.zeros(1))
     ready()
     began = time.perf_counter()
-    store = Store(folder / "store", Piece)
-    lines = make_lines(store.lengths.tolist(), LONGEST, SEED, False)
-    weights = lines.weigh(store.counted.tolist())
+    store = Store(folder / "store", TokenizedRow)
+    lines = plan_sequences(store.lengths.tolist(), LONGEST, SEED, False)
+    weights = lines.sum_rows(store.counted.tolist())
     source = RowBatches(
-        lines.sizes,
-        lambda chosen: collate(store, lines.batch(chosen), 0, lines.multiple),
+        lines.lengths,
+        lambda chosen: collate(store, lines.rows_of(chosen), 0, lines.multiple),
         BATCH,
         SEED,
         weights=weights,
@@ -204,7 +204,7 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
     for _ in range(len(source)):
         seen += len(next(source).rows)
     before, planned = read[0], time.perf_counter()
-    plan_epoch(lines.sizes, BATCH, SEED, 1)
+    plan_epoch(lines.lengths, BATCH, SEED, 1)
     planned, bytes_of_plan = time.perf_counter() - planned, read[0] - before
     for _ in range(len(source)):
         seen += len(next(source).rows)
@@ -219,7 +219,7 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
 
 
 def part_list(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
-    from mlx_distill.data.batching import EncodeReport
+    from mlx_distill.data.chat import EncodeReport
 
     tokenizer, report = _tokenizer(), EncodeReport()
     ready()

@@ -152,20 +152,20 @@ class Words:
 def pieces(chats: Sequence[dict[str, Any]]) -> list[Any]:
     import numpy as np
 
-    from mlx_distill.data.packing import Piece
+    from mlx_distill.data.chat import TokenizedRow
 
     out = []
     for chat in chats:
         tokens = Words().apply_chat_template(chat["messages"])
         begin = len(Words().apply_chat_template(chat["messages"][:-1], add_generation_prompt=True))
-        out.append(Piece(np.array(tokens, np.int32), np.arange(1, len(tokens)) >= begin))
+        out.append(TokenizedRow(np.array(tokens, np.int32), np.arange(1, len(tokens)) >= begin))
     return out
 
 
 def batch_of(rows: Sequence[Any], chosen: Sequence[int]) -> Any:
-    from mlx_distill.data.packing import lay_out
+    from mlx_distill.data.packing import build_batch
 
-    return lay_out([[rows[i]] for i in chosen], 0, 16, chosen)
+    return build_batch([[rows[i]] for i in chosen], 0, 16, chosen)
 
 
 def held_out_loss(model: Any, chats: Sequence[dict[str, Any]]) -> float:
@@ -185,22 +185,22 @@ def train_ours(
     way: str, model: Any, chats: Sequence[dict[str, Any]], optimizer: Any, folder: Path, **settings: Any
 ) -> list[dict]:
     """Our loop over packed lines or length buckets; the rows of metrics."""
-    from mlx_distill.data.packing import lay_out, make_lines
+    from mlx_distill.data.packing import build_batch, plan_sequences
     from mlx_distill.recipe import TrainConfig
     from mlx_distill.train import RowBatches, sft, train
 
     rows, seed = pieces(chats), settings.get("seed", 0)
-    lines = make_lines([len(row.tokens) for row in rows], LONGEST, seed, way == "packed")
+    lines = plan_sequences([len(row.tokens) for row in rows], LONGEST, seed, way == "packed")
 
     def collate(chosen: Sequence[int]) -> Any:
-        some = lines.batch(chosen)
-        return lay_out(
+        some = lines.rows_of(chosen)
+        return build_batch(
             [[rows[i] for i in line] for line in some], 0, lines.multiple, [i for line in some for i in line]
         )
 
     size, accumulate = WAYS[way]
     source = RowBatches(
-        lines.sizes, collate, size, seed, weights=lines.weigh([int(row.trained.sum()) for row in rows])
+        lines.lengths, collate, size, seed, weights=lines.sum_rows([int(row.trained.sum()) for row in rows])
     )
     config = TrainConfig(
         **{

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlx_distill.data.packing import Piece, as_lines, lay_out
+from mlx_distill.data.chat import TokenizedRow
+from mlx_distill.data.packing import as_sequences, build_batch
 from mlx_distill.records import Batch
 
 
@@ -125,10 +126,10 @@ def collate_aligned_rows(
     as indices into those ``a``: ``label_index [r]`` with ``label_logprobs [r, c]``; ``start_index [n]`` with
     ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans [m, 2]`` (from, to) with ``span_logprobs [m]``.
     """
-    lines = as_lines(rows)
+    lines = as_sequences(rows)
     numbers = [row for line in lines for row in line]
     chosen = [pairs[row] for row in numbers]
-    batch = lay_out([[_piece(pairs[row]) for row in line] for line in lines], pad, multiple, numbers)
+    batch = build_batch([[_piece(pairs[row]) for row in line] for line in lines], pad, multiple, numbers)
     # Where each row's answer begins among the trained positions, as an offset to its token numbers.
     begins = np.cumsum([0, *(len(p.tokens) - p.start for p in chosen)])[:-1] - np.array(
         [p.start for p in chosen]
@@ -157,5 +158,5 @@ def collate_aligned_rows(
     return replace(batch, extra={name: mx.array(value) for name, value in extra.items()})
 
 
-def _piece(pair: AlignedRow) -> Piece:
-    return Piece(pair.tokens, np.arange(1, len(pair.tokens)) >= pair.start)
+def _piece(pair: AlignedRow) -> TokenizedRow:
+    return TokenizedRow(pair.tokens, np.arange(1, len(pair.tokens)) >= pair.start)

@@ -15,7 +15,7 @@ from mlx_distill.stages.context import Context, content_of, count_rows, read_row
 from mlx_distill.storage import digest, scratch, sha256
 
 if TYPE_CHECKING:
-    from mlx_distill.data.packing import Piece
+    from mlx_distill.data.chat import TokenizedRow
     from mlx_distill.storage.array_store import Store
 
 _SHOWN = 200  # rows between two looks at the clock and at the wish to stop
@@ -23,7 +23,7 @@ _SHOWN = 200  # rows between two looks at the clock and at the wish to stop
 
 def encoded_rows(
     context: Context, folder: Path, name: str, split: str, tokenizer: Any, base: str, settings: TrainConfig
-) -> Store[Piece]:
+) -> Store[TokenizedRow]:
     """The rows of a split in a model's tokens.
 
     Args:
@@ -39,8 +39,7 @@ def encoded_rows(
         DataError: there are rows, and none of them can be trained on.
         Interrupted: stopped on request.
     """
-    from mlx_distill.data.batching import EncodeReport, encode_rows
-    from mlx_distill.data.packing import Piece
+    from mlx_distill.data.chat import EncodeReport, TokenizedRow, encode_rows
     from mlx_distill.storage.array_store import Store, StoreWriter, is_stored
 
     path, place = rows_file(context, split), scratch(folder) / "rows" / split
@@ -66,9 +65,9 @@ def encoded_rows(
                 if total
                 else ()
             ):
-                writer.append(int(item.mask[1:].sum()), tokens=item.tokens, trained=item.mask[1:])
+                writer.append(int(item.trained.sum()), tokens=item.tokens, trained=item.trained)
             writer.facts = asdict(report)
-    store = Store(place, Piece)
+    store = Store(place, TokenizedRow)
     report = EncodeReport(**store.facts)
     if report.left_out:
         limit = f"; max_length is {settings.max_length}" if report.too_long else ""

@@ -178,11 +178,11 @@ def _batches(
     or packed.
     """
     from mlx_distill.data.batching import BatchList, plan_epoch
-    from mlx_distill.data.packing import make_lines
+    from mlx_distill.data.packing import plan_sequences
     from mlx_distill.train.batches import RowBatches
 
     lines, look = (
-        make_lines(
+        plan_sequences(
             some.lengths.tolist(),
             settings.max_length,
             settings.seed,
@@ -193,7 +193,7 @@ def _batches(
     )
     batch_size = settings.batch_size
     if settings.packing:
-        full = f"{settings.max_length} tokens, {lines.fill(settings.max_length):.1%} full"
+        full = f"{settings.max_length} tokens, {lines.fill_ratio(settings.max_length):.1%} full"
         context.progress.note(
             f"{name}: {len(rows)} rows in {len(lines.rows)} lines of {full}; batch_size {batch_size} counts lines"
         )
@@ -203,10 +203,10 @@ def _batches(
         context.progress.note(
             f"{name}: {ranks} ranks: batch_size {batch_size} x accumulate {settings.accumulate} x {ranks} = {some}"
         )
-    weights, looked = (of.weigh(some.counted.tolist()) for of, some in ((lines, rows), (look, valid)))
+    weights, looked = (of.sum_rows(some.counted.tolist()) for of, some in ((lines, rows), (look, valid)))
     source = RowBatches(
-        lines.sizes,
-        lambda chosen: collate(rows, lines.batch(chosen), lines.multiple),
+        lines.lengths,
+        lambda chosen: collate(rows, lines.rows_of(chosen), lines.multiple),
         batch_size,
         settings.seed,
         weights=weights,
@@ -214,7 +214,9 @@ def _batches(
         rank=rank,
         size=ranks,
     )
-    fixed = [look.batch(chosen) for chosen in plan_epoch(look.sizes, batch_size, settings.seed, 0, looked)]
+    fixed = [
+        look.rows_of(chosen) for chosen in plan_epoch(look.lengths, batch_size, settings.seed, 0, looked)
+    ]
     return source, BatchList(fixed, lambda chosen: collate(valid, chosen, look.multiple))
 
 

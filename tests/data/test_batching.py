@@ -11,16 +11,14 @@ from hypothesis import given, strategies
 
 from mlx_distill.data.batching import (
     BatchList,
-    EncodeReport,
     balanced_batch_sizes,
     batches_per_epoch,
     cap_padding,
     collate,
-    encode_rows,
     plan_epoch,
-    spread,
+    stratified_order,
 )
-from mlx_distill.data.packing import Piece
+from mlx_distill.data.chat import EncodeReport, TokenizedRow, encode_rows
 from mlx_distill.errors import DataError
 from mlx_distill.records import Batch, Example, Message
 
@@ -29,8 +27,10 @@ def example(name: str, user: str, answer: str = '{"verdict": "yes"}') -> Example
     return Example(name, (Message("user", user), Message("assistant", answer)))
 
 
-def fake(length: int, trained: int, start: int = 0) -> Piece:
-    return Piece(np.arange(start, start + length, dtype=np.int32), np.arange(1, length) >= length - trained)
+def fake(length: int, trained: int, start: int = 0) -> TokenizedRow:
+    return TokenizedRow(
+        np.arange(start, start + length, dtype=np.int32), np.arange(1, length) >= length - trained
+    )
 
 
 CHATS = {
@@ -47,13 +47,11 @@ ALIKE = [*range(97, 101)] * 16
     window=strategies.sampled_from([1, 3, 64]),
 )
 def test_every_row_comes_exactly_once_an_epoch(lengths: list[int], size: int, seed: int, window: int) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlx_distill.data.batching._WINDOW", window)
-        plan = plan_epoch(lengths, size, seed, epoch=2)
-        assert plan == plan_epoch(lengths, size, seed, epoch=2)
+    plan = plan_epoch(lengths, size, seed, epoch=2, bucket_batches=window)
+    assert plan == plan_epoch(lengths, size, seed, epoch=2, bucket_batches=window)
     assert sorted(itertools.chain(*plan)) == list(range(len(lengths)))
     assert len(plan) == batches_per_epoch(len(lengths), size) and all(plan)
-    # What a batch takes with its pads is no more than twice what ``size`` of the longest rows would.
+    # A batch with its padding has at most twice the tokens of ``size`` of the longest rows.
     assert all(padded(lengths, rows) <= 2 * size * max(lengths) for rows in plan)
 
 
@@ -65,7 +63,9 @@ def padded(lengths: list[int], rows: tuple[int, ...]) -> int:
     weights=strategies.lists(strategies.integers(0, 60), min_size=1, max_size=40),
     share=strategies.floats(0, 1),
 )
-def test_a_cut_keeps_all_rows_and_is_as_even_as_its_rows_let_it(weights: list[int], share: float) -> None:
+def test_balanced_sizes_keep_all_rows_and_no_batch_is_heavier_than_its_share_and_one_row(
+    weights: list[int], share: float
+) -> None:
     count = 1 + int(share * (len(weights) - 1))
     sizes = balanced_batch_sizes(weights, count)
     assert len(sizes) == count and min(sizes) > 0 and sum(sizes) == len(weights)
@@ -79,7 +79,7 @@ def test_a_cut_keeps_all_rows_and_is_as_even_as_its_rows_let_it(weights: list[in
         )
 
 
-def test_batches_are_even_in_what_is_trained() -> None:
+def test_batches_have_equal_numbers_of_trained_tokens() -> None:
     """Answers of one length make batches of equal counts, whatever the prompts; answers as long as their
     chats equal tokens.
     """
@@ -95,10 +95,8 @@ def test_batches_are_even_in_what_is_trained() -> None:
 def unbounded(
     lengths: list[int], size: int, seed: int, weights: Sequence[float] | None = None
 ) -> list[tuple[int, ...]]:
-    """The plan as it is if nothing bounds the places of a batch."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlx_distill.data.batching.cap_padding", lambda sizes, lengths, most: sizes)
-        return plan_epoch(lengths, size, seed, 0, weights)
+    """The plan without a limit of the tokens of a batch."""
+    return plan_epoch(lengths, size, seed, 0, weights, max_padded_tokens=10**9)
 
 
 @given(
@@ -131,40 +129,42 @@ def test_gaps_between_lengths_make_no_batch_large(
     ),
     share=strategies.floats(0, 1),
     spare=strategies.integers(0, 1000),
-    cuts=strategies.randoms(use_true_random=False),
+    splits=strategies.randoms(use_true_random=False),
 )
-def test_a_bound_holds_for_any_cut_and_changes_none_within_it(
-    lengths: list[int], share: float, spare: int, cuts: random.Random
+def test_the_limit_holds_for_any_sizes_and_changes_none_within_it(
+    lengths: list[int], share: float, spare: int, splits: random.Random
 ) -> None:
     lengths, count = sorted(lengths, reverse=True), 1 + int(share * (len(lengths) - 1))
-    ends = [0, *sorted(cuts.sample(range(1, len(lengths)), count - 1)), len(lengths)]
+    ends = [0, *sorted(splits.sample(range(1, len(lengths)), count - 1)), len(lengths)]
     sizes = [end - start for start, end in itertools.pairwise(ends)]
     most = batches_per_epoch(len(lengths), count) * max(lengths[0], 1) + spare
 
-    def places(sizes: list[int]) -> list[int]:
+    def padded_tokens(sizes: list[int]) -> list[int]:
         return [
             rows * lengths[start]
             for rows, start in zip(sizes, [0, *itertools.accumulate(sizes)], strict=False)
         ]
 
-    found = cap_padding(sizes, lengths, most)
-    assert len(found) == count and min(found) > 0 and sum(found) == len(lengths)
-    assert max(places(found)) <= most
-    assert found == sizes or max(places(sizes)) > most
+    capped = cap_padding(sizes, lengths, most)
+    assert len(capped) == count and min(capped) > 0 and sum(capped) == len(lengths)
+    assert max(padded_tokens(capped)) <= most
+    assert capped == sizes or max(padded_tokens(sizes)) > most
 
 
 @pytest.mark.parametrize("share", [1, 0.3])
 def test_long_rows_and_short_ones_with_nothing_between_share_no_large_batch(share: float) -> None:
-    """Half 500 tokens, half 20: eight long rows take 4,000 places, one batch took 25,000 and more, and the
-    epoch 15 % pads.
+    """Half 500 tokens, half 20: eight long rows are 4,000 tokens; without a limit one batch has 25,000 and
+    more, and the epoch is padded by 15 %.
     """
     lengths = [500, 20] * 500
     weights = [length * share for length in lengths]
     plan, free = plan_epoch(lengths, 8, 0, 0, weights), unbounded(lengths, 8, 0, weights)
-    largest, was = (max(padded(lengths, rows) for rows in some) for some in (plan, free))
-    assert largest <= 4000 < 6 * 4000 < was
-    tokens, took = (sum(padded(lengths, rows) for rows in some) / sum(lengths) for some in (plan, free))
-    assert tokens < 1.01 < 1.1 < took
+    largest, largest_free = (max(padded(lengths, rows) for rows in batches) for batches in (plan, free))
+    assert largest <= 4000 < 6 * 4000 < largest_free
+    share_padded, share_free = (
+        sum(padded(lengths, rows) for rows in batches) / sum(lengths) for batches in (plan, free)
+    )
+    assert share_padded < 1.01 < 1.1 < share_free
     sums = [sum(weights[row] for row in rows) for rows in plan]
     assert np.std(sums) / np.mean(sums) < 0.2
 
@@ -172,7 +172,7 @@ def test_long_rows_and_short_ones_with_nothing_between_share_no_large_batch(shar
 @pytest.mark.parametrize(
     "lengths", [*CHATS.values(), ALIKE, np.random.default_rng(1).normal(300, 60, 999).astype(int).tolist()]
 )
-def test_lengths_without_gaps_are_planned_as_if_there_were_no_bound(lengths: list[int]) -> None:
+def test_lengths_without_gaps_are_planned_as_without_a_limit(lengths: list[int]) -> None:
     for size, weights in itertools.product(
         (1, 2, 8), (lengths, [30] * len(lengths), [length // 3 for length in lengths])
     ):
@@ -180,7 +180,7 @@ def test_lengths_without_gaps_are_planned_as_if_there_were_no_bound(lengths: lis
 
 
 @pytest.mark.parametrize("rows", CHATS)
-def test_steps_hold_about_as_many_tokens_each(rows: int) -> None:
+def test_batches_have_about_equal_numbers_of_tokens(rows: int) -> None:
     lengths = CHATS[rows]
     tokens = [sum(lengths[row] for row in batch) for batch in plan_epoch(lengths, 8, seed=0, epoch=0)]
     by_count = sorted(lengths)
@@ -192,8 +192,8 @@ def test_steps_hold_about_as_many_tokens_each(rows: int) -> None:
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 37, 64, 100])
-def test_neighbours_come_from_different_parts(count: int) -> None:
-    orders = [spread(count, np.random.default_rng(seed)) for seed in range(3)]
+def test_neighbours_of_a_stratified_order_come_from_different_parts(count: int) -> None:
+    orders = [stratified_order(count, np.random.default_rng(seed)) for seed in range(3)]
     assert all(sorted(order) == list(range(count)) for order in orders)
     assert count < 4 or len(set(map(tuple, orders))) == 3
     for order, size in itertools.product(orders, (2, 4, 8)):
@@ -253,7 +253,7 @@ def test_neighbours_are_of_one_length_so_little_is_padded() -> None:
     )  # the batches themselves are in no order of length
 
 
-def test_collate_shifts_pads_and_never_trains_a_pad() -> None:
+def test_collate_shifts_labels_and_never_trains_padding() -> None:
     pieces = [fake(5, 2, start=10), fake(20, 3, start=100), fake(8, 8, start=50)]
     batch = collate(pieces, (2, 0), pad_id=7, multiple=16)
     inputs, labels, mask = (np.array(x) for x in (batch.inputs, batch.labels, batch.mask))
@@ -301,7 +301,7 @@ def test_rows_that_are_too_long_are_reported_and_left_out(tokenizer: Any) -> Non
         2,
     ) and report.longest > 150
     assert str(report).startswith("2 rows, 1 too long and left out")
-    assert all(len(item) <= 150 and item.mask.any() for item in encoded)
+    assert all(len(item) <= 150 and item.trained.any() for item in encoded)
     with pytest.raises(DataError, match="none of 1 rows") as caught:
         list(encode_rows(rows[:1], tokenizer, 5, "last", EncodeReport(), where="train.jsonl"))
     assert "raise max_length" in (caught.value.fix or "")
@@ -324,19 +324,19 @@ def test_encoding_reads_a_few_hundred_rows_ahead_and_no_more(tokenizer: Any) -> 
     ] and report.kept == read == 700
 
 
-def test_a_list_of_batches_makes_each_when_it_is_asked_for() -> None:
-    pieces, made = [fake(n, 2) for n in (5, 9, 7, 6, 8)], []
+def test_a_list_of_batches_collates_each_when_it_is_accessed() -> None:
+    rows, made = [fake(n, 2) for n in (5, 9, 7, 6, 8)], []
 
-    def make(lines: Sequence[Sequence[int]]) -> Batch:
-        made.append(lines)
-        return collate(pieces, lines, 0)
+    def make(sequences: Sequence[Sequence[int]]) -> Batch:
+        made.append(sequences)
+        return collate(rows, sequences, 0)
 
-    found = BatchList([[(0,), (1,)], [(2, 3)], [(4,)]], make)
-    assert len(found) == 3 and len(found[1::2]) == 1 and not made
-    assert [batch.rows for batch in found] == [(0, 1), (2, 3), (4,)] and [
-        batch.rows for batch in found[1::2]
+    batches = BatchList([[(0,), (1,)], [(2, 3)], [(4,)]], make)
+    assert len(batches) == 3 and len(batches[1::2]) == 1 and not made
+    assert [batch.rows for batch in batches] == [(0, 1), (2, 3), (4,)] and [
+        batch.rows for batch in batches[1::2]
     ] == [(2, 3)]
-    assert found[-1].rows == (4,) and len(made) == 5
+    assert batches[-1].rows == (4,) and len(made) == 5
 
 
 def test_nothing_to_batch_is_an_error() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from mlx_distill.data.chat import Encoded, answer_ids, pad_id, prompt_ids, render, render_many, stop_ids
+from mlx_distill.data.chat import TokenizedRow, answer_ids, pad_id, prompt_ids, render, render_many, stop_ids
 from mlx_distill.errors import DataError, ModelError
 from mlx_distill.records import Message
 
@@ -64,21 +64,21 @@ def test_the_prompt_is_the_same_in_training_and_at_inference(tokenizer: Any) -> 
 
 def test_the_mask_covers_the_answer_and_its_end_and_nothing_else(tokenizer: Any) -> None:
     row = render(tokenizer, LONG_CHAT)
-    trained = row.tokens[row.mask]
+    trained = row.tokens[1:][row.trained]
     assert decode(tokenizer, row.answer) == LONG_CHAT[-1].content
     assert trained.tolist() == [*row.answer.tolist(), row.stop]
     assert row.stop == tokenizer.eos_token_id == stop_ids(tokenizer)[0]
-    assert len(row.spans) == 2 and row.trained == (1,)
+    assert len(row.spans) == 2
     assert len(row) == len(row.prompt) + len(row.answer) + 1
 
 
 def test_all_turns_are_trained_on_request(tokenizer: Any) -> None:
     row = render(tokenizer, LONG_CHAT, loss_on="all", id="r")
     texts = [decode(tokenizer, row.tokens[a:b]) for a, b in row.spans]
-    assert texts == [ANSWER, LONG_CHAT[-1].content] and row.trained == (0, 1) and row.id == "r"
-    assert row.mask.sum() == sum(b - a + 1 for a, b in row.spans)
+    assert texts == [ANSWER, LONG_CHAT[-1].content] and row.id == "r"
+    assert row.trained.sum() == sum(b - a + 1 for a, b in row.spans)
     for a, b in row.spans:
-        assert row.mask[a : b + 1].all() and not row.mask[a - 1]
+        assert row.trained[a - 1 : b].all() and not row.trained[a - 2]
         assert int(row.tokens[b]) in stop_ids(tokenizer)
 
 
@@ -176,7 +176,8 @@ def test_text_between_the_answer_and_its_end_is_trained_too(fresh: Any) -> None:
     fresh.chat_template = "{% for m in messages %}<|im_start|>{{ m.content }} .<|im_end|>{% endfor %}"
     row = render(fresh, CHAT)
     assert (
-        decode(fresh, row.tokens[row.mask]) == ANSWER + " .<|im_end|>" and decode(fresh, row.answer) == ANSWER
+        decode(fresh, row.tokens[1:][row.trained]) == ANSWER + " .<|im_end|>"
+        and decode(fresh, row.answer) == ANSWER
     )
 
 
@@ -211,11 +212,11 @@ ODD = [Message("user", "<|im_end|> <|return|> <think>"), Message("assistant", "<
 SILENT = [Message("user", ""), Message("assistant", "")]
 
 
-def same(a: Encoded, b: Encoded) -> bool:
+def same(a: TokenizedRow, b: TokenizedRow) -> bool:
     return bool(
         a.tokens.tolist() == b.tokens.tolist()
-        and a.mask.tolist() == b.mask.tolist()
-        and (a.spans, a.trained, a.id) == (b.spans, b.trained, b.id)
+        and a.trained.tolist() == b.trained.tolist()
+        and (a.spans, a.id) == (b.spans, b.id)
     )
 
 

@@ -99,7 +99,12 @@ def shares(name: str, ranks: Ranks) -> dict[str, list[Batch]]:
     """This rank's part of the same rows."""
     cuts = windows(name)
     lonely = RowBatches(
-        LINES.sizes, lambda some: batch_of(LINES.batch(some), name), 8, 0, rank=ranks.rank, size=ranks.size
+        LINES.lengths,
+        lambda some: batch_of(LINES.rows_of(some), name),
+        8,
+        0,
+        rank=ranks.rank,
+        size=ranks.size,
     )
     return {
         "two ranks": cuts["8x1"][ranks.rank :: ranks.size],

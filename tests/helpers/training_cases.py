@@ -18,7 +18,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from helpers.tiny_model import VOCABULARY, make_batches, make_model, make_rows, settings
-from mlx_distill.data.packing import Piece, lay_out, make_lines
+from mlx_distill.data.chat import TokenizedRow
+from mlx_distill.data.packing import build_batch, plan_sequences
 from mlx_distill.models.load import load_model
 from mlx_distill.optim import galore, make_optimizer
 from mlx_distill.recipe import TrainConfig
@@ -38,7 +39,7 @@ from mlx_distill.train.profiling import Stopwatch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LENGTHS = [21, 9, 34, 13, 40, 17, 12, 26]  # of tokens; the golden gpt-oss has a window of 8
-LINES = make_lines(LENGTHS, 40, 0, True)  # five, so that two ranks do not come out even
+LINES = plan_sequences(LENGTHS, 40, 0, True)  # five, so that two ranks do not come out even
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PACKED: dict[str, Any] = {"packing": True, "target_modules": ATTENTION, "evaluate_every": 0}
 
@@ -103,11 +104,11 @@ def name_of(case: dict[str, Any]) -> str:
     )
 
 
-def make_pieces() -> list[Piece]:
+def make_pieces() -> list[TokenizedRow]:
     """Rows of :data:`LENGTHS`, one of them all prompt."""
     generator = np.random.default_rng(0)
     rows = [
-        Piece(generator.integers(0, VOCABULARY, n).astype(np.int32), generator.random(n - 1) < 0.4)
+        TokenizedRow(generator.integers(0, VOCABULARY, n).astype(np.int32), generator.random(n - 1) < 0.4)
         for n in LENGTHS
     ]
     rows[5].trained[:] = False
@@ -119,7 +120,7 @@ PIECES = make_pieces()
 
 def lines_of_pieces(lines: Sequence[Sequence[int]]) -> Batch:
     """Some lines of rows as a batch."""
-    return lay_out(
+    return build_batch(
         [[PIECES[row] for row in line] for line in lines], 0, rows=[row for line in lines for row in line]
     )
 
@@ -127,7 +128,7 @@ def lines_of_pieces(lines: Sequence[Sequence[int]]) -> Batch:
 def packed_source(batch_size: int = 2, seed: int = 0, **more: Any) -> RowBatches:
     """Batches of :data:`LINES`."""
     return RowBatches(
-        LINES.sizes, lambda chosen: lines_of_pieces(LINES.batch(chosen)), batch_size, seed, **more
+        LINES.lengths, lambda chosen: lines_of_pieces(LINES.rows_of(chosen)), batch_size, seed, **more
     )
 
 

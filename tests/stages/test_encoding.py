@@ -16,7 +16,7 @@ import pytest
 from helpers.small_chain import TRAININGS, finished, make_context
 
 from mlx_distill.data import chat as templates
-from mlx_distill.data.batching import EncodeReport, encode_rows
+from mlx_distill.data.chat import EncodeReport, encode_rows
 from mlx_distill.data.rows import from_row
 from mlx_distill.distill.align import aligned_row_arrays
 from mlx_distill.distill.teacher_cache import TargetReader
@@ -43,7 +43,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return whole(tokenizer, chats, **more)
 
     monkeypatch.setattr("mlx_distill.data.chat.render_many", counted)
-    monkeypatch.setattr("mlx_distill.data.batching.render_many", counted)
+    monkeypatch.setattr("mlx_distill.data.chat.render_many", counted)
     return seen
 
 
@@ -83,8 +83,8 @@ def test_stored_rows_are_those_of_a_list(folder: Path, split: str) -> None:
     plain = list(encode_rows(rows, load_tokenizer(context.run / "teacher_base"), 512, "last", report))
     assert len(store) == len(plain) == report.kept > 0 and store.facts == vars(report)
     for piece, item in zip(store, plain, strict=True):
-        assert np.array_equal(piece.tokens, item.tokens) and np.array_equal(piece.trained, item.mask[1:])
-        assert (piece.tokens.dtype, piece.trained.dtype) == (item.tokens.dtype, item.mask.dtype)
+        assert np.array_equal(piece.tokens, item.tokens) and np.array_equal(piece.trained, item.trained)
+        assert (piece.tokens.dtype, piece.trained.dtype) == (item.tokens.dtype, item.trained.dtype)
     name, total, seen = context.progress.tasks[0]  # type: ignore[attr-defined]
     assert (name, total, seen[-1]) == (f"teach: tokenize {split}", len(rows), len(rows))
 

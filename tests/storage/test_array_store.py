@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from mlx_distill.data.batching import collate, plan_epoch
-from mlx_distill.data.packing import Piece, make_lines
+from mlx_distill.data.chat import TokenizedRow
+from mlx_distill.data.packing import plan_sequences
 from mlx_distill.errors import FileError
 from mlx_distill.storage.array_store import Store, StoreWriter, is_stored
 
@@ -74,15 +75,15 @@ def test_no_rows_are_a_store_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_batches_of_a_store_are_those_of_a_list(tmp_path: Path, packing: bool) -> None:
-    pieces = [Piece(row["tokens"], row["trained"]) for row in some_rows(60)]
+    pieces = [TokenizedRow(row["tokens"], row["trained"]) for row in some_rows(60)]
     with StoreWriter(tmp_path / "store") as writer:
         for piece in pieces:
             writer.append(tokens=piece.tokens, trained=piece.trained)
-    store = Store(tmp_path / "store", Piece)
-    lines = make_lines([len(piece.tokens) for piece in pieces], 64, 0, packing)
-    assert make_lines(store.lengths.tolist(), 64, 0, packing) == lines
-    for chosen in plan_epoch(lines.sizes, 4, seed=0, epoch=1):
-        ours, theirs = (collate(rows, lines.batch(chosen), 0, lines.multiple) for rows in (store, pieces))
+    store = Store(tmp_path / "store", TokenizedRow)
+    lines = plan_sequences([len(piece.tokens) for piece in pieces], 64, 0, packing)
+    assert plan_sequences(store.lengths.tolist(), 64, 0, packing) == lines
+    for chosen in plan_epoch(lines.lengths, 4, seed=0, epoch=1):
+        ours, theirs = (collate(rows, lines.rows_of(chosen), 0, lines.multiple) for rows in (store, pieces))
         assert ours.rows == theirs.rows and (ours.segments is None) == (theirs.segments is None)
         for name in (
             "inputs",
@@ -101,7 +102,7 @@ def test_an_order_reads_no_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "os.pread", lambda handle, size, start: (read.append(size), whole(handle, size, start))[1]
     )
     for epoch in range(3):
-        assert plan_epoch(make_lines(store.lengths.tolist(), 64, 0, True).sizes, 4, seed=0, epoch=epoch)
+        assert plan_epoch(plan_sequences(store.lengths.tolist(), 64, 0, True).lengths, 4, seed=0, epoch=epoch)
     assert read == []
     assert store[4]["tokens"].size and len(read) == 1
 

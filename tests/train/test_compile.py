@@ -14,7 +14,8 @@ from helpers.tiny_model import collate, make_batches, make_model, make_rows, set
 from helpers.training_cases import run_case
 from mlx.utils import tree_map_with_path
 
-from mlx_distill.data.packing import Piece, lay_out
+from mlx_distill.data.chat import TokenizedRow
+from mlx_distill.data.packing import build_batch
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.adapters import LoraSettings, add_lora
 from mlx_distill.models.load import load_model
@@ -49,10 +50,13 @@ def make(kind: str, moves: str) -> Any:
 def batch_of(columns: int, lines: list[list[int]], seed: int) -> Batch:
     random = np.random.default_rng(seed)
     pieces = [
-        [Piece(random.integers(0, columns, n).astype(np.int32), random.random(n - 1) < 0.5) for n in line]
+        [
+            TokenizedRow(random.integers(0, columns, n).astype(np.int32), random.random(n - 1) < 0.5)
+            for n in line
+        ]
         for line in lines
     ]
-    return lay_out(pieces, 0)
+    return build_batch(pieces, 0)
 
 
 @pytest.mark.parametrize("recompute", [False, True])

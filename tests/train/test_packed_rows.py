@@ -17,7 +17,7 @@ from helpers.real_models import KINDS, batch_of, make_model, windows
 from helpers.tiny_model import settings
 from helpers.training_cases import LENGTHS, PIECES, packed_source
 
-from mlx_distill.data.packing import lay_out
+from mlx_distill.data.packing import build_batch
 from mlx_distill.errors import DataError
 from mlx_distill.train import ListBatches, sft, train
 from mlx_distill.train.grad_checkpoint import checkpointed_layers
@@ -38,7 +38,7 @@ def test_packed_rows_can_be_validated_and_recomputed(kind: str) -> None:
 
 def test_a_line_that_is_all_prompt_is_passed_over() -> None:
     model = make_model("qwen3")
-    prompts = lay_out([[replace(piece, trained=np.zeros_like(piece.trained)) for piece in PIECES[:3]]], 0)
+    prompts = build_batch([[replace(piece, trained=np.zeros_like(piece.trained)) for piece in PIECES[:3]]], 0)
     rest = batch_of([(3, 4)], "sft")
     alone, with_it = (window_gradients(model, batches, sft()) for batches in ([rest], [prompts, rest]))
     assert with_it.loss == alone.loss and global_norm(with_it.gradients) == global_norm(alone.gradients)
