@@ -30,6 +30,8 @@ def option(
     choices: Sequence[str] | None = None,
     low: float | None = None,
     high: float | None = None,
+    old_name: str | None = None,
+    old_values: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field that carries its own help and limits.
 
@@ -39,8 +41,19 @@ def option(
         keyed: Whether it can change a stage's result, and so belongs to the stage's key.
         choices: The values allowed.
         low, high: The closed range allowed.
+        old_name: What the key was called in earlier versions; see :func:`current_spelling`.
+        old_values: ``{old: new}`` of values that were renamed. Keys of stages are computed over the old
+            spelling of names and values, so that finished stages stay current.
     """
-    metadata = {"help": help, "keyed": keyed, "choices": choices, "low": low, "high": high}
+    metadata = {
+        "help": help,
+        "keyed": keyed,
+        "choices": choices,
+        "low": low,
+        "high": high,
+        "old_name": old_name,
+        "old_values": old_values or {},
+    }
     if isinstance(default, (list, dict)) or (isinstance(default, type) and dataclasses.is_dataclass(default)):
         factory = default if isinstance(default, type) else (lambda: type(default)(default))
         return dataclasses.field(default_factory=factory, metadata=metadata)
@@ -85,24 +98,22 @@ def sections(cls: type, name: str) -> list[Section]:
     for f in dataclasses.fields(cls):
         if not f.metadata.get("settable", True):
             continue
-        kind = next(
-            (k for k in (hints[f.name], *typing.get_args(hints[f.name])) if dataclasses.is_dataclass(k)), None
-        )
+        config = _config_in(hints[f.name])
         part = f"{name}.{f.name}".removeprefix("recipe.")
-        if kind is not None:
-            inside.append((part, kind))
-        if kind is hints[f.name]:
+        if config is not None:
+            inside.append((part, config))
+        if config is hints[f.name]:
             continue
         factory = f.default_factory
         default = f.default if factory is dataclasses.MISSING else factory()
         needed = default is dataclasses.MISSING
         limits = {limit: f.metadata.get(limit) for limit in ("choices", "low", "high")}
-        text = f"list, see {part}" if kind is not None else _type_text(hints[f.name])
+        text = f"list, see {part}" if config is not None else _type_text(hints[f.name])
         plain = None if needed else to_mapping(default)
         keys.append(Key(f.name, text, f.metadata.get("help", ""), plain, needed, **limits))
     out = [Section(name, (cls.__doc__ or "").strip().split("\n")[0], keys)]
-    for part, kind in inside:
-        out += sections(kind, part)  # type: ignore[arg-type]
+    for part, config in inside:
+        out += sections(config, part)
     return out
 
 
@@ -140,6 +151,58 @@ def from_mapping(cls: type[T], raw: Any, where: str) -> T:
         elif f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: {name} is missing", fix=f.metadata.get("help") or "add it")
     return cls(**values)
+
+
+def current_spelling(
+    cls: type, raw: Mapping[str, Any], where: str = "", *, replace: bool = False
+) -> tuple[dict[str, Any], list[str]]:
+    """A mapping with the renamed keys and values of ``cls`` under their current names.
+
+    Args:
+        cls: The config that the mapping is for. Keys that it does not have are left alone.
+        raw: A YAML mapping; configs inside it are renamed too.
+        where: Comes first in notes and errors.
+        replace: Whether an old name replaces the value under the current name, where both are there.
+
+    Returns:
+        The mapping, and a note for each old name that it had.
+
+    Raises:
+        ConfigError: a key under both its names, without ``replace``.
+    """
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    current_names = {f.metadata["old_name"]: f.name for f in fields.values() if f.metadata.get("old_name")}
+    hints = typing.get_type_hints(cls)
+    prefix = f"{where}: " if where else ""
+    out: dict[str, Any] = {}
+    notes: list[str] = []
+    for key, value in raw.items():
+        name = current_names.get(key, key) if isinstance(key, str) else key
+        if name != key:
+            if name in raw and not replace:
+                raise ConfigError(f"{prefix}both {name} and {key}, its old name", fix=f"remove {key}")
+            notes.append(f"{prefix}{key} is now called {name}")
+        elif name in out:  # set under its old name already
+            continue
+        if name not in fields:
+            out[name] = value
+            continue
+        renamed = fields[name].metadata.get("old_values", {})
+        config = _config_in(hints[name])
+        if isinstance(value, str) and value in renamed:
+            notes.append(f"{prefix}{name}: {value} is now called {renamed[value]}")
+            value = renamed[value]
+        elif config is not None and isinstance(value, Mapping):
+            value, inside = current_spelling(config, value, f"{prefix}{name}", replace=replace)
+            notes += inside
+        out[name] = value
+    return out, notes
+
+
+def _config_in(hint: Any) -> Any:
+    """The config that a field's type names: itself, or inside ``list`` or ``| None``."""
+    candidates: tuple[Any, ...] = (hint, *typing.get_args(hint))
+    return next((kind for kind in candidates if dataclasses.is_dataclass(kind)), None)
 
 
 def _check(value: Any, metadata: Mapping[str, Any], where: str) -> Any:
@@ -235,16 +298,23 @@ def to_mapping(value: Any) -> Any:
 
 
 def keyed(value: Any) -> Any:
-    """Like :func:`to_mapping`, without the fields that cannot change a result."""
+    """Like :func:`to_mapping`, without the fields that cannot change a result, and with the old spelling of
+    renamed names and values, so that the keys of finished stages stay the same.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            f.name: keyed(getattr(value, f.name))
+            f.metadata.get("old_name") or f.name: _old_value(f, keyed(getattr(value, f.name)))
             for f in dataclasses.fields(value)
             if f.metadata.get("keyed", True)
         }
     if isinstance(value, (list, tuple)):
         return [keyed(item) for item in value]
     return to_mapping(value)
+
+
+def _old_value(field: dataclasses.Field[Any], value: Any) -> Any:
+    old_values = {new: old for old, new in field.metadata.get("old_values", {}).items()}
+    return old_values.get(value, value) if isinstance(value, str) else value
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

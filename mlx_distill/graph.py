@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_distill.config import ASSETS, changes, keyed, resolve_asset, to_mapping
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.hub import is_hub_id
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe import Recipe, current_settings
 from mlx_distill.run_models import CONTROLS, RUN_MODELS, RunModel
 from mlx_distill.stages.convert import convert
 from mlx_distill.stages.distill import distill
@@ -68,7 +68,7 @@ def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) ->
     """Why what a folder holds is not what a stage would make now; ``parents`` are the contents of what it
     would read.
     """
-    what = changes(manifest.config, stage.config)
+    what = changes(current_settings(manifest.config), current_settings(stage.config))
     if manifest.format != stage.format:
         what.insert(0, "another version of this package made it")
     for name in [
@@ -84,7 +84,7 @@ def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) ->
 def graph(recipe: Recipe, task: Task) -> list[Stage]:
     """The boxes of a recipe, parents before children."""
 
-    seen = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.unpack}
+    seen = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.dequantize}
     teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))
     out = [
         Stage(
@@ -151,7 +151,7 @@ def _named_models(recipe: Recipe) -> list[str]:
 
 def _evaluation(recipe: Recipe, model: RunModel, seen: Mapping[str, Any]) -> Stage:
     settings = {k: v for k, v in keyed(recipe.evaluate).items() if k != "models"}
-    config = {**settings, **seen, "unpack": recipe.unpacks(model.folder), "model": model.name}
+    config = {**settings, **seen, "unpack": recipe.dequantizes(model.folder), "model": model.name}
     base = (model.base,) if model.base else ()
     return Stage(
         f"evaluations/{model.name}",

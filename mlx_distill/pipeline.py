@@ -19,7 +19,7 @@ from mlx_distill.config import to_mapping
 from mlx_distill.errors import ConfigError, DistillError, FileError
 from mlx_distill.graph import Outcome, Plan, Stage, differences, graph
 from mlx_distill.progress import NullProgress, Progress
-from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.recipe import Recipe, current_settings, load_recipe
 from mlx_distill.runtime import machine, rank_and_size, stop_on_signal, versions
 from mlx_distill.storage import (
     Manifest,
@@ -189,7 +189,8 @@ def run(
             training left.
         FileError: the folder cannot be written, or another run holds it.
     """
-    loaded = load_recipe(recipe, overrides)
+    renamed: list[str] = []
+    loaded = load_recipe(recipe, overrides, renamed)
     task, out = loaded.load_task(), Path(out)
     for name in (from_stage, only):
         if name is not None and name not in COMMANDS:
@@ -204,9 +205,11 @@ def run(
         resume,
         shlex.join([str(recipe), "--out", str(out), *settings]),
     )
+    rank, size = rank_and_size()
+    for text in renamed if rank == 0 else ():
+        runner.progress.note(text)
     if dry_run:
         return _plan(runner, stages, from_stage)
-    rank, size = rank_and_size()
     if size > 1 and only not in TRAININGS:
         raise ConfigError(
             f"{only or 'a whole run'} on {size} ranks",
@@ -378,7 +381,7 @@ def _plan(runner: _Runner, stages: Sequence[Stage], from_stage: str | None) -> P
         reads = [str(runner.out / name) for name in stage.parents] + list(stage.inputs)
         settings = {
             k: v
-            for k, v in stage.config.items()
+            for k, v in current_settings(stage.config).items()
             if k not in ("task", "sources") and v not in (None, [], {}, "")
         }
         writes = str(runner.out / stage.name)

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.config import ASSETS, Section, from_mapping, option, override, packaged, read_yaml, sections
+from mlx_distill.config import (
+    ASSETS,
+    Section,
+    current_spelling,
+    from_mapping,
+    option,
+    override,
+    packaged,
+    read_yaml,
+    sections,
+)
 from mlx_distill.errors import ConfigError
 from mlx_distill.tasks.task import Task, load_task
 
@@ -37,7 +47,7 @@ METHODS = ["lora", "dora", "galore", "apollo", "apollo-mini", "full"]
 PROJECTIONS = ["std", "reverse_std", "left", "right", "full"]
 MOMENTS = ["keep", "reset", "project"]
 TEXTS = ["greedy", "data"]
-TOKEN_LOSSES = ["auto", "kl", "cells", "alm", "none"]
+TOKEN_LOSSES = ["auto", "kl", "token_groups", "alm", "none"]
 
 
 @dataclass(frozen=True)
@@ -225,8 +235,9 @@ class DistillConfig(TrainConfig):
     token_weight: float = option(0.3, "weight of the token-level loss", low=0.0)
     token_loss: str = option(
         "auto",
-        "the token-level loss; auto: KL where the vocabularies are equal, else cells",
+        "the token-level loss; auto: KL where the vocabularies are equal, else token_groups",
         choices=TOKEN_LOSSES,
+        old_values={"cells": "token_groups"},
     )
     temperature: float = option(1.0, "T of the token-level loss", low=0.01)
 
@@ -279,9 +290,11 @@ class Recipe:
         "type in which weights that are not quantized compute; none keeps the checkpoint's",
         choices=FLOATS,
     )
-    unpack: bool = option(
+    dequantize: bool = option(
         False,
-        "compute with packed weights unpacked, but for the quantized model: the same numbers, more memory; for a CPU",
+        "dequantize weights before computing, except in the quantized model: the same numbers, faster on a "
+        "CPU, more memory",
+        old_name="unpack",
     )
     data: DataConfig = option(DataConfig, "prepare")
     convert: ConvertConfig = option(ConvertConfig, "convert")
@@ -296,19 +309,24 @@ class Recipe:
         metadata={"keyed": False, "settable": False, "help": "folder that paths are relative to"},
     )
 
-    def unpacks(self, model: str) -> bool:
-        """Whether this model of the run computes with its weights unpacked: the quantized one never does, as
-        it is the product itself.
+    def dequantizes(self, folder: str) -> bool:
+        """Whether the model in this folder of the run computes with dequantized weights. The quantized model
+        never does, since its quantized weights are what is measured.
         """
-        return self.unpack and model != "quantized"
+        return self.dequantize and folder != "quantized"
 
     def load_task(self) -> Task:
         """The task that the recipe names."""
         return load_task(self.task, self.base)
 
 
-def load_recipe(spec: str | Path, assignments: Sequence[str] = ()) -> Recipe:
-    """A packaged recipe by name or a YAML file by path, with ``KEY=VALUE`` overrides.
+def load_recipe(spec: str | Path, assignments: Sequence[str] = (), notes: list[str] | None = None) -> Recipe:
+    """Load a packaged recipe by name or a YAML file by path, with ``KEY=VALUE`` overrides.
+
+    Args:
+        spec: The name or the path.
+        assignments: The overrides, such as ``distill.epochs=2``.
+        notes: A note for each key or value that is spelled in an old way is appended to it.
 
     Raises:
         ConfigError: no such recipe, an unknown key, a value of the wrong type or out of range.
@@ -322,9 +340,13 @@ def load_recipe(spec: str | Path, assignments: Sequence[str] = ()) -> Recipe:
                 fix=f"packaged: {', '.join(recipe_names())}; or give the path of a YAML file",
             )
         path = found
-    recipe = replace(
-        from_mapping(Recipe, override(read_yaml(path), assignments), str(path)), base=path.resolve().parent
-    )
+    raw, renamed = current_spelling(Recipe, read_yaml(path), str(path))
+    for text in assignments:
+        raw, again = current_spelling(Recipe, override(raw, [text]), "--set", replace=True)
+        renamed += again
+    if notes is not None:
+        notes += renamed
+    recipe = replace(from_mapping(Recipe, raw, str(path)), base=path.resolve().parent)
     if recipe.name in ("", "..") or recipe.name != Path(recipe.name).name:  # it names the run's folder
         raise ConfigError(
             f"{path}: name: {recipe.name!r} cannot be the name of a folder",
@@ -332,6 +354,15 @@ def load_recipe(spec: str | Path, assignments: Sequence[str] = ()) -> Recipe:
         )
     recipe.load_task()
     return recipe
+
+
+def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The keyed settings of a stage, which keep old spellings, under their current names: for people.
+
+    >>> current_settings({"unpack": True, "token_loss": "cells", "epochs": 1.0})
+    {'dequantize': True, 'token_loss': 'token_groups', 'epochs': 1.0}
+    """
+    return current_spelling(Recipe, current_spelling(DistillConfig, settings)[0])[0]
 
 
 def recipe_sections() -> list[Section]:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mlx_distill.config import (
+    current_spelling,
     from_mapping,
     keyed,
     option,
@@ -188,3 +189,41 @@ def test_a_path_is_looked_for_beside_the_recipe_first(tmp_path: Path) -> None:
     assert resolve_asset("rows.jsonl", tmp_path) == str(tmp_path / "rows.jsonl")
     assert resolve_asset("org/name", tmp_path) == "org/name"
     assert resolve_asset(str(tmp_path / "rows.jsonl"), tmp_path / "else") == str(tmp_path / "rows.jsonl")
+
+
+@dataclass(frozen=True)
+class Renamed:
+    new_key: bool = option(False, "a renamed key", old_name="old_key")
+    mode: str = option("a", "a renamed value", choices=["a", "new"], old_values={"old": "new"})
+
+
+@dataclass(frozen=True)
+class Around:
+    inner: Renamed = option(Renamed, "more")
+    text: str = option("", "free text")
+
+
+def test_old_names_and_values_are_read_with_a_note_that_names_the_new_one() -> None:
+    raw = {"inner": {"old_key": True, "mode": "old"}, "text": "old"}
+    current, notes = current_spelling(Around, raw, "file.yaml")
+    assert current == {"inner": {"new_key": True, "mode": "new"}, "text": "old"}
+    assert notes == [
+        "file.yaml: inner: old_key is now called new_key",
+        "file.yaml: inner: mode: old is now called new",
+    ]
+    assert current_spelling(Around, current, "file.yaml") == (current, [])
+    assert from_mapping(Around, current, "file.yaml").inner == Renamed(True, "new")
+
+
+def test_a_key_under_both_names_is_refused_unless_the_old_one_replaces_the_value() -> None:
+    raw = {"new_key": False, "old_key": True}
+    with pytest.raises(ConfigError, match="both new_key and old_key"):
+        current_spelling(Renamed, raw, "file.yaml")
+    assert current_spelling(Renamed, raw, replace=True)[0] == {"new_key": True}
+    assert current_spelling(Renamed, dict(reversed(raw.items())), replace=True)[0] == {"new_key": True}
+
+
+def test_what_is_keyed_keeps_the_old_spelling() -> None:
+    assert keyed(Renamed(True, "new")) == {"old_key": True, "mode": "old"}
+    assert keyed(Renamed()) == {"old_key": False, "mode": "a"}
+    assert to_mapping(Renamed(True, "new")) == {"new_key": True, "mode": "new"}

@@ -90,7 +90,7 @@ def after(*names: str) -> set[str]:
         ("targets.top_k=4", after("targets")),
         ("distill.label_weight=0.5", after("student")),
         ("distill.epochs=2", after("student")),
-        ("unpack=true", after("teacher", "student")),
+        ("dequantize=true", after("teacher", "student")),
         ("quantize.mode=affine8", after("quantized")),
         ("evaluate.max_rows=3", {TEACHER, STUDENT}),
         ("teacher=asset:models/tiny-gpt-oss", after("teacher_base")),
@@ -266,9 +266,11 @@ def test_a_dry_run_marks_what_is_read_and_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_quantized_model_is_planned_as_it_is_measured() -> None:
-    recipe = load_recipe(finished() / "recipe.yaml", ["unpack=true", "evaluate.models=[student, quantized]"])
+    recipe = load_recipe(
+        finished() / "recipe.yaml", ["dequantize=true", "evaluate.models=[student, quantized]"]
+    )
     found = {stage.name: stage.config.get("unpack") for stage in graph(recipe, recipe.load_task())}
-    assert found["evaluations/quantized"] is recipe.unpacks("quantized") is False
+    assert found["evaluations/quantized"] is recipe.dequantizes("quantized") is False
     assert all(
         found[name] is True
         for name in ("teacher", "targets", "student", "evaluations/teacher", "evaluations/student")

@@ -119,3 +119,40 @@ def test_a_file_of_ones_own_is_relative_to_itself(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: mine\ntask: nope\nteacher: a/b\nstudent: c/d\n")
     with pytest.raises(ConfigError, match="no task 'nope'"):
         load_recipe(tmp_path / "mine.yaml")
+
+
+OLD = """\
+name: mine
+task: music
+teacher: a/b
+student: c/d
+unpack: true
+distill: {token_loss: cells}
+"""
+
+
+def test_a_recipe_with_old_spellings_is_the_same_recipe_and_says_the_new_ones(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(OLD)
+    notes: list[str] = []
+    old = load_recipe(path, notes=notes)
+    assert notes == [
+        f"{path}: unpack is now called dequantize",
+        f"{path}: distill: token_loss: cells is now called token_groups",
+    ]
+    path.write_text(OLD.replace("unpack", "dequantize").replace("cells", "token_groups"))
+    assert load_recipe(path, notes=notes[:0]) == old
+    assert (old.dequantize, old.distill.token_loss) == (True, "token_groups")
+
+
+def test_overrides_take_old_and_new_spellings(tmp_path: Path) -> None:
+    notes: list[str] = []
+    path = tmp_path / "mine.yaml"
+    path.write_text(OLD.replace("unpack: true", "dequantize: true"))
+    old = load_recipe(path, ["unpack=false", "distill.token_loss=cells"], notes)
+    assert old == load_recipe(path, ["dequantize=false", "distill.token_loss=token_groups"])
+    assert not old.dequantize
+    assert notes[1:] == [
+        "--set: unpack is now called dequantize",
+        "--set: distill: token_loss: cells is now called token_groups",
+    ]

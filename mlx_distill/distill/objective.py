@@ -16,18 +16,18 @@ from mlx_distill.records import Batch, TopK
 from mlx_distill.train.objective import DENSE_LIMIT, LogitReader, Objective, read_objective, trained_tokens
 
 # Which batch.extra array counts a term's events.
-_EVENTS = {"cells": "start_index", "kl": "start_index", "alm": "spans"}
+_EVENTS = {"token_groups": "start_index", "kl": "start_index", "alm": "spans"}
 
 
 def token_loss_kind(settings: DistillConfig, same_tokenizer: bool) -> str:
-    """``kl``, ``cells``, ``alm`` or ``none``: what ``auto`` comes to for these two tokenizers.
+    """``kl``, ``token_groups``, ``alm`` or ``none``: what ``auto`` comes to for these two tokenizers.
 
     >>> token_loss_kind(DistillConfig(), same_tokenizer=False)
-    'cells'
+    'token_groups'
     """
     kind = settings.token_loss if settings.token_weight > 0 else "none"
     if kind == "auto":
-        return "kl" if same_tokenizer else "cells"
+        return "kl" if same_tokenizer else "token_groups"
     return kind
 
 
@@ -46,7 +46,7 @@ def kd(
 
     - ``label``: over the task's classes and everything else, where the label's value starts, a row (Hinton et
       al., https://arxiv.org/abs/1503.02531);
-    - ``token``: ``kl`` over the teacher's top k (one tokenizer), ``cells`` over groups of both vocabularies'
+    - ``token``: ``kl`` over the teacher's top k (one tokenizer), ``token_groups`` over groups of both vocabularies'
       tokens, a common start of tokens; or ``alm``, a common span (https://arxiv.org/abs/2503.20083);
     - ``text``: a token of the teacher's text.
 
@@ -57,7 +57,7 @@ def kd(
         settings: ``label_weight``, ``token_weight``, ``text_weight``, the temperatures, and which token-level
             loss.
         labels: The student's tokens for the task's classes, for ``label``.
-        groups: The token groups of the two vocabularies, for ``cells``.
+        groups: The token groups of the two vocabularies, for ``token_groups``.
         same_tokenizer: Whether the two vocabularies are one, so that ``auto`` means the plain KL.
         dense_limit: Logits of at most so many numbers are made at once, more tile by tile; both give the same
             numbers.
@@ -130,10 +130,12 @@ def _check(
             "distillation without a term", fix="raise label_weight, token_weight or text_weight"
         )
     if kind == "kl" and not same_tokenizer:
-        raise ConfigError("token_loss: kl between two tokenizers is undefined", fix="use auto, cells or alm")
-    if kind == "cells" and groups is None:
         raise ConfigError(
-            "token_loss: cells without token groups",
+            "token_loss: kl between two tokenizers is undefined", fix="use auto, token_groups or alm"
+        )
+    if kind == "token_groups" and groups is None:
+        raise ConfigError(
+            "token_loss: token_groups without token groups",
             fix="give groups=build_token_groups(student_tokenizer, teacher_tokenizer)",
         )
     if "label" in coefficients and labels is None:

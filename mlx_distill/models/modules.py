@@ -56,7 +56,7 @@ def find_modules_to_save(
         if "scales" in module:
             raise ModelError(
                 f"{path}: modules_to_save trains plain weights, and these are packed",
-                fix="convert without quantize, or leave it out, or set unpack: true",
+                fix="convert without quantize, or leave it out, or set dequantize: true",
             )
         if path in adapted:
             raise ConfigError(

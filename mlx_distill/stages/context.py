@@ -46,7 +46,7 @@ def load_model(context: Context, name: str) -> tuple[Any, Any]:
     from mlx_distill.models.modules import dequantize_model
 
     model, tokenizer = load(context.run / name, dtype=context.recipe.compute_dtype)
-    if context.recipe.unpacks(name):
+    if context.recipe.dequantizes(name):
         dequantize_model(model, context.recipe.compute_dtype or "float32")
     return model, tokenizer
 

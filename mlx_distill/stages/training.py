@@ -168,7 +168,7 @@ def check_training(context: Context, commands: Collection[str]) -> None:
         folders = [context.run / base, Path(resolve_asset(source, recipe.base))]
         here = next((folder for folder in folders if (folder / "config.json").is_file()), None)
         if here is not None:
-            check_model(here, settings, unpack=recipe.unpack)
+            check_model(here, settings, dequantize=recipe.dequantize)
 
 
 def _batches(

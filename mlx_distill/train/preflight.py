@@ -9,7 +9,7 @@ from pathlib import Path
 from mlx_distill.config import changes, keyed
 from mlx_distill.errors import ConfigError
 from mlx_distill.optim.schedules import check_schedule
-from mlx_distill.recipe import TrainConfig
+from mlx_distill.recipe import TrainConfig, current_settings
 from mlx_distill.runtime import rank_and_size
 from mlx_distill.storage import read_json
 from mlx_distill.text import counted
@@ -40,14 +40,14 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
             )
 
 
-def check_model(folder: str | Path, settings: TrainConfig, *, unpack: bool = False) -> list[str]:
+def check_model(folder: str | Path, settings: TrainConfig, *, dequantize: bool = False) -> list[str]:
     """Refuse settings that a checkpoint does not fit, from its config and its headers alone; the paths of the
     modules that would move.
 
     Args:
         folder: In the Hugging Face layout or ours.
         settings: Method, targets and ranks.
-        unpack: Packed weights will be unpacked.
+        dequantize: Quantized weights will be dequantized.
 
     Raises:
         ModelError: an unknown target, one with packed weights, or a damaged checkpoint.
@@ -57,7 +57,7 @@ def check_model(folder: str | Path, settings: TrainConfig, *, unpack: bool = Fal
     from mlx_distill.models.modules import dequantize_model
 
     model = empty_model(folder)
-    if unpack:
+    if dequantize:
         dequantize_model(model)
     return make_trainable(model, settings)
 
@@ -88,7 +88,7 @@ def check_leftover(checkpoints: Path, settings: TrainConfig, command: str, fits:
         )
     if fits:
         return
-    old, new = state.get("settings", {}), keyed(settings)
+    old, new = current_settings(state.get("settings", {})), current_settings(keyed(settings))
     if changed := changes(
         {name: old[name] for name in new if name in old}, {name: new[name] for name in new if name in old}
     ):

@@ -73,7 +73,7 @@ def _check_plain(found: Sequence[tuple[str, nn.Module]], settings: TrainConfig) 
         if module.get("weight") is None or "scales" in module:
             raise ModelError(
                 f"{path}: {settings.method} moves plain weights, and these are packed",
-                fix="convert without quantize, or use method: lora, or set unpack: true",
+                fix="convert without quantize, or use method: lora, or set dequantize: true",
             )
     rank = {"galore": settings.galore_rank, "apollo": settings.apollo_rank}.get(settings.method, 1)
     check_rank(found, rank, f"{settings.method}_rank")

@@ -7,6 +7,7 @@ accident. Run this only where the change is meant, and say in CHANGELOG.md which
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from mlx_distill.graph import graph
@@ -20,13 +21,15 @@ VARIANTS = {
     "unpack": ["unpack=true"],
     "cells": ["distill.token_loss=cells"],
 }
+# The same settings under their current names.
+RENAMED = {"unpack": ["dequantize=true"], "cells": ["distill.token_loss=token_groups"]}
 
 
-def stage_keys() -> dict[str, dict[str, str]]:
+def stage_keys(variants: Mapping[str, Sequence[str]] = VARIANTS) -> dict[str, dict[str, str]]:
     """For each packaged recipe and variant, the key of every stage with empty parents."""
     keys: dict[str, dict[str, str]] = {}
     for name in recipe_names():
-        for variant, overrides in VARIANTS.items():
+        for variant, overrides in variants.items():
             recipe = load_recipe(name, overrides)
             stages = graph(recipe, recipe.load_task())
             keys[f"{name} {variant}".strip()] = {

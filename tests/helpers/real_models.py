@@ -37,7 +37,7 @@ OBJECTIVES: dict[str, Objective] = {
             GROUPS,
             same_tokenizer=name == "kl",
         )
-        for name in ("kl", "cells", "alm")
+        for name in ("kl", "token_groups", "alm")
     },
 }
 

@@ -81,7 +81,7 @@ def test_an_unpacked_embedding_can_be_trained(method: str, golden: Any, tmp_path
     settings = TrainConfig(
         method=method, lora_rank=2, galore_rank=2, target_modules=["q_proj"], modules_to_save=whole
     )
-    check_model(tmp_path / "model", settings, unpack=True)
+    check_model(tmp_path / "model", settings, dequantize=True)
     model, _ = load_model(tmp_path / "model", dtype="float32")
     dequantize_model(model)
     make_trainable(model, settings)

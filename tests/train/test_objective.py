@@ -103,7 +103,9 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
                 token.append(100 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))))
             continue
         for j, ids, theirs in zip(pair.starts, pair.topk_ids, pair.topk_logprobs, strict=True):
-            if kind == "cells":  # its own tests say what it is; here, that it is read at the right place
+            if (
+                kind == "token_groups"
+            ):  # its own tests say what it is; here, that it is read at the right place
                 targets = TopK(mx.array(ids[None]), mx.array(theirs[None]))
                 token.append(
                     token_group_kl(mx.array(logits[j - 1][None].astype(np.float32)), targets, GROUPS).item()
@@ -116,7 +118,7 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("dense_limit", [0, 1 << 24])
-@pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
+@pytest.mark.parametrize("kind", ["kl", "token_groups", "alm"])
 def test_each_term_is_the_mean_of_its_plain_statement(kind: str, dense_limit: int) -> None:
     model = make_model()
     model.lm_head.freeze()
@@ -130,7 +132,7 @@ def test_each_term_is_the_mean_of_its_plain_statement(kind: str, dense_limit: in
     assert result.weights["label"] == 4.0
 
 
-@pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
+@pytest.mark.parametrize("kind", ["kl", "token_groups", "alm"])
 def test_tiled_equals_dense_in_gradient_and_the_cut_does_not_matter(kind: str) -> None:
     model = make_model()
     model.lm_head.freeze()
@@ -157,7 +159,7 @@ def test_a_head_that_learns_gets_the_same_gradient_from_tiles(tied: bool) -> Non
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-@pytest.mark.parametrize("kind", ["kl", "cells", "alm"])
+@pytest.mark.parametrize("kind", ["kl", "token_groups", "alm"])
 def test_every_term_of_a_head_that_learns_is_the_same_in_slices(
     kind: str, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -186,11 +188,11 @@ def test_a_head_with_an_adapter_is_read_through_it() -> None:
 def test_a_batch_without_a_trained_token_counts_in_no_term() -> None:
     batch = batches(2)[0]
     empty = replace(batch, mask=batch.mask * 0, rows=())
-    assert objective("cells").weights(empty) == {"label": 0.0, "token": 0.0, "text": 0.0}
+    assert objective("token_groups").weights(empty) == {"label": 0.0, "token": 0.0, "text": 0.0}
     model = make_model()
     one, two = (
-        window_gradients(model, [batch], objective("cells")),
-        window_gradients(model, [batch, empty], objective("cells")),
+        window_gradients(model, [batch], objective("token_groups")),
+        window_gradients(model, [batch, empty], objective("token_groups")),
     )
     assert one.loss == two.loss
 
@@ -205,7 +207,7 @@ def test_terms_without_a_coefficient_are_left_out() -> None:
     ("changes", "given"),
     [
         ({"token_loss": "kl"}, {"labels": LABELS, "groups": GROUPS}),
-        ({"token_loss": "cells"}, {"labels": LABELS}),
+        ({"token_loss": "token_groups"}, {"labels": LABELS}),
         ({}, {"groups": GROUPS}),
         ({"label_weight": 0.0, "token_weight": 0.0, "text_weight": 0.0}, {}),
     ],
@@ -219,7 +221,7 @@ def test_what_cannot_be_trained_is_refused_with_a_cure(changes: dict, given: dic
 def test_rows_without_a_label_still_train_the_rest() -> None:
     pairs = [replace(pair, label_at=None, label_logprobs=None) for pair in PAIRS]
     batch = collate_aligned_rows(pairs, [0, 1], 0, 4)
-    result = window_gradients(make_model(), [batch], objective("cells"))
+    result = window_gradients(make_model(), [batch], objective("token_groups"))
     assert (
         result.weights["label"] == 0.0
         and result.terms["label"] == 0.0

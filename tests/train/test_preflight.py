@@ -109,7 +109,7 @@ def test_settings_that_fit_name_what_will_move(model: str, method: str) -> None:
 
 def test_packed_weights_can_move_when_they_will_be_unpacked() -> None:
     config = TrainConfig(method="galore", galore_rank=4, target_modules=["up_proj"])
-    assert len(check_model(GOLDEN / "models_gpt_oss_mxfp4", config, unpack=True)) == 2
+    assert len(check_model(GOLDEN / "models_gpt_oss_mxfp4", config, dequantize=True)) == 2
 
 
 def test_a_schedule_of_another_length_than_the_run_is_refused(tmp_path: Path) -> None:
