@@ -1,0 +1,233 @@
+"""Facts about a run from its folders: sizes, training curves, peak memory, versions, seeds and stages."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from mlx_distill import runtime
+from mlx_distill.errors import DistillError
+from mlx_distill.run_models import is_dequantized, run_model
+from mlx_distill.storage import Manifest, os_errors, read_json, read_jsonl, read_manifest
+
+# The columns of metrics.jsonl that are not losses.
+_NOT_LOSSES = {
+    "step",
+    "learning_rate",
+    "grad_norm",
+    "tokens",
+    "tokens_per_second",
+    "seconds",
+    "peak_memory_bytes",
+}
+_MAX_POINTS = 400
+_WEIGHT_FILES = (".safetensors", ".npz", ".gguf")
+
+
+def sizes(run: Path, models: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Bytes of the weights of each model on disk; an adapter is counted together with its base model.
+
+    Args:
+        run: The run's folder.
+        models: Names of models; one without weights in the run is left out.
+
+    Returns:
+        ``{model: {"weights_bytes", "base_bytes", "total_bytes", "folder"}}``; ``base_bytes`` is 0 for a whole
+        model.
+    """
+    out = {}
+    for name in models:
+        folder = run / run_model(name).folder
+        if not folder.is_dir():
+            continue
+        weights, base = _weight_bytes(folder), _base_folder(folder)
+        base_weights = _weight_bytes(base) if base else 0
+        if weights + base_weights:
+            out[name] = {
+                "weights_bytes": weights,
+                "base_bytes": base_weights,
+                "total_bytes": weights + base_weights,
+                "folder": folder.name,
+            }
+    return out
+
+
+def _weight_bytes(folder: Path) -> int:
+    with os_errors():
+        return sum(p.stat().st_size for p in folder.iterdir() if p.is_file() and p.suffix in _WEIGHT_FILES)
+
+
+def _base_folder(folder: Path) -> Path | None:
+    """The folder of an adapter's base model, where it exists."""
+    path = folder / "adapter_config.json"
+    base = read_json(path).get("base") if path.is_file() else None
+    base_folder = (folder / base).resolve() if base else None
+    return base_folder if base_folder and base_folder.is_dir() else None
+
+
+def curves(run: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
+    """The losses of each training: ``{stage: {series: {"step": [...], "value": [...]}}}``.
+
+    A series of more than 400 points is replaced by the means of groups of neighbouring points.
+    """
+    out = {}
+    for stage, rows in _training_logs(run):
+        series: dict[str, list[tuple[float, float]]] = {}
+        for row in rows:
+            for name, value in row.items():
+                if "step" in row and name not in _NOT_LOSSES and _is_number(value):
+                    series.setdefault(name, []).append((row["step"], value))
+        if series:
+            out[stage] = {name: _downsample(points) for name, points in series.items()}
+    return out
+
+
+def _downsample(points: Sequence[tuple[float, float]]) -> dict[str, list[float]]:
+    """Means of groups of neighbouring points, each at the step of its last point."""
+    size = math.ceil(len(points) / _MAX_POINTS)
+    groups = [points[i : i + size] for i in range(0, len(points), size)]
+    return {
+        "step": [group[-1][0] for group in groups],
+        "value": [sum(value for _, value in group) / len(group) for group in groups],
+    }
+
+
+def training(run: Path) -> dict[str, dict[str, Any]]:
+    """Steps, seconds, trained tokens and peak memory of each training."""
+    out = {}
+    for stage, rows in _training_logs(run):
+        if rows:
+            peaks = [row["peak_memory_bytes"] for row in rows if _is_number(row.get("peak_memory_bytes"))]
+            out[stage] = {
+                "steps": rows[-1].get("step"),
+                "seconds": rows[-1].get("seconds"),
+                "tokens": sum(row.get("tokens") or 0 for row in rows),
+                "peak_memory_gb": max(peaks) / 1e9 if peaks else None,
+            }
+    return out
+
+
+def _training_logs(run: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The stage and the rows of each ``metrics.jsonl``: teacher, student, then the others by name."""
+    order = {"teacher": 0, "student": 1}
+    paths = run.glob("*/metrics.jsonl")
+    for path in sorted(paths, key=lambda path: (order.get(path.parent.name, 2), path.parent.name)):
+        yield path.parent.name, [row for _, row in read_jsonl(path)]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def peak_memory_gb(header: Mapping[str, Any], evaluation: Path) -> float | None:
+    """Peak memory of an evaluation in GB (1e9 bytes), from the header of its predictions or its manifest.
+
+    Args:
+        header: The first line of ``predictions.jsonl``.
+        evaluation: The folder of the evaluation.
+    """
+    manifest = _manifest(evaluation)
+    for source in (header, header.get("settings") or {}, manifest.recorded if manifest else {}):
+        if _is_number(source.get("peak_memory_bytes")):
+            return float(source["peak_memory_bytes"]) / 1e9
+        if _is_number(source.get("peak_memory_gb")):
+            return float(source["peak_memory_gb"])
+    return None
+
+
+def _manifest(folder: Path) -> Manifest | None:
+    try:
+        return read_manifest(folder)
+    except DistillError:  # the pipeline reports a damaged manifest; the figures do not need it
+        return None
+
+
+def provenance(
+    run: Path,
+    recipe: Mapping[str, Any],
+    headers: Mapping[str, Mapping[str, Any]],
+    evaluations: Mapping[str, Path],
+) -> dict[str, Any]:
+    """Where the figures come from: machine, versions, seeds, stages, settings of the evaluations, recipe.
+
+    Args:
+        run: The run's folder.
+        recipe: The recipe as a plain mapping.
+        headers: Model name to the header of its predictions.
+        evaluations: Model name to the folder of its evaluation. Machine and versions are those that the first
+            manifest among them recorded, else those of this machine.
+    """
+    manifests = [_manifest(folder) for folder in evaluations.values()]
+    recorded = [manifest.recorded for manifest in manifests if manifest]
+    plain = {key: _plain(value) for key, value in recipe.items() if key != "base"}
+    settings = {
+        name: {**(header.get("settings") or {}), **_compute_settings(evaluations[name])}
+        for name, header in headers.items()
+    }
+    return {
+        "machine": dict(_first(recorded, "machine") or runtime.machine()),
+        "versions": dict(_first(recorded, "versions") or runtime.versions()),
+        "seeds": dict(_seeds(plain)),
+        "stages": _stages(run),
+        "evaluations": _plain(settings),
+        "recipe": plain,
+    }
+
+
+def _compute_settings(evaluation: Path) -> dict[str, Any]:
+    """``compute_dtype``, and under ``dequantize`` whether quantized weights were dequantized first."""
+    manifest = _manifest(evaluation)
+    if manifest is None:
+        return {}
+    settings = {key: manifest.config[key] for key in ("compute_dtype",) if key in manifest.config}
+    dequantized = is_dequantized(manifest.config)
+    return settings if dequantized is None else {**settings, "dequantize": dequantized}
+
+
+def _first(recorded: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any] | None:
+    return next(
+        (entry[key] for entry in recorded if isinstance(entry.get(key), Mapping) and entry[key]), None
+    )
+
+
+def _stages(run: Path) -> list[dict[str, Any]]:
+    """One entry for each finished folder of the run, in the order in which they were finished."""
+    stages = []
+    for path in [*run.glob("*/manifest.json"), *run.glob("*/*/manifest.json")]:
+        folder = path.parent.relative_to(run)
+        manifest = None if any(name.startswith(".") for name in folder.parts) else _manifest(path.parent)
+        if manifest is None:
+            continue
+        seconds, finished = (manifest.recorded.get(key) for key in ("seconds", "finished"))
+        stages.append(
+            {
+                "folder": folder.as_posix(),
+                "stage": manifest.stage,
+                "key": manifest.key,
+                "seconds": seconds if _is_number(seconds) else None,
+                "finished": finished if _is_number(finished) else None,
+                "bytes": sum(file.size for file in manifest.files.values()),
+            }
+        )
+    return sorted(stages, key=lambda entry: (entry["finished"] or 0, entry["folder"]))
+
+
+def _seeds(value: Any, path: str = "") -> list[tuple[str, int]]:
+    """All seeds of a recipe, each with its path of keys."""
+    if isinstance(value, Mapping):
+        own = [(f"{path}seed", value["seed"])] if isinstance(value.get("seed"), int) else []
+        return own + [seed for key, item in value.items() for seed in _seeds(item, f"{path}{key}.")]
+    if isinstance(value, list):
+        return [seed for i, item in enumerate(value) for seed in _seeds(item, f"{path}{i}.")]
+    return []
+
+
+def _plain(value: Any) -> Any:
+    """The value with JSON types only."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return value if isinstance(value, str | int | float | bool | None) else str(value)
