@@ -1,5 +1,5 @@
 """``predictions.jsonl``: a header line, then one line an item. Every figure of a report is computed from such
-files.
+files, and only this module writes and reads them.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.data.rows import prepare_item
+from mlx_distill.data.rows import to_item
 from mlx_distill.errors import DataError
 from mlx_distill.records import Prediction
 from mlx_distill.storage import read_jsonl, write_jsonl
 from mlx_distill.tasks.task import Task
 
 FORMAT = 1
-
-_FIELDS = (
+FILE_NAME = "predictions.jsonl"
+FIELDS = (
     "id",
     "set",
     "fields",
@@ -35,6 +35,8 @@ _FIELDS = (
     "tokens",
 )
 
+_FIX = "run the evaluate stage again"
+
 
 def write_predictions(
     path: str | Path,
@@ -45,14 +47,13 @@ def write_predictions(
     *,
     settings: Mapping[str, Any] | None = None,
 ) -> int:
-    """Write what a model answered beside what was asked and what is true, whole or not at all; return the
-    number of items.
+    """Write a model's answers with the prompts and the true answers, atomically; return the number of items.
 
     Args:
         path: The file.
         model: What the model is called in tables: ``teacher``, ``student``, ``quantized``.
         task: The task that was asked.
-        rows: The prepared rows, with ``set`` and ``answer`` (the truth, or None).
+        rows: The prepared rows, with ``set`` and ``answer`` (the true one, or None).
         predictions: One a row, in the same order.
         settings: How the answers were made; recorded in the header.
 
@@ -83,20 +84,20 @@ def _lines(
 ) -> Iterator[Mapping[str, Any]]:
     yield header
     for number, (row, prediction) in enumerate(zip(rows, predictions, strict=True), 1):
-        prepared = prepare_item(row, task, number)
-        if prepared["id"] != prediction.id:
+        item = to_item(row, task, number)
+        if item.id != prediction.id:
             raise DataError(
-                f"row {number} is {prepared['id']!r}, its prediction {prediction.id!r}",
+                f"row {number} is {item.id!r}, its prediction {prediction.id!r}",
                 fix="keep the rows' order",
             )
-        asked = [turn["content"] for turn in prepared["messages"] if turn["role"] == "user"]
-        title = prepared["fields"].get(task.title) if task.title else None
+        questions = [message.content for message in item.messages if message.role == "user"]
+        title = item.fields.get(task.title) if task.title else None
         yield {
             "id": prediction.id,
             "set": row.get("set", "test"),
             "fields": prediction.fields,
             "title": None if title is None else str(title),
-            "input": asked[-1] if asked else "",
+            "input": questions[-1] if questions else "",
             "truth": row.get("answer"),
             "text": prediction.text,
             "answer": prediction.answer,
@@ -111,32 +112,30 @@ def _lines(
 
 
 def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Header and rows of a file that :func:`write_predictions` wrote.
+    """The header and the rows of a file of :func:`write_predictions`, or of the folder that holds it.
 
     Raises:
-        DataError: empty, without a header, of another format number, cut short, or a row that lacks a field:
-            with file and line.
+        DataError: empty, without a header, of another format number, truncated, without rows, or a row that
+            lacks a field: with file and line.
     """
+    path = Path(path)
+    path = path / FILE_NAME if path.is_dir() else path
     lines = read_jsonl(path)
     number, header = next(lines, (0, {}))
     if not number:
-        raise DataError(f"{path}: empty", fix="run the evaluate stage again")
-    found = header.get("format")
-    if found != FORMAT:
-        what = f"format {found}" if "format" in header else "no header with a format number"
-        raise DataError(
-            f"{path}:{number}: {what}, and this version reads format {FORMAT}",
-            fix="run the evaluate stage again",
-        )
+        raise DataError(f"{path}: empty", fix=_FIX)
+    if header.get("format") != FORMAT:
+        described = f"format {header['format']}" if "format" in header else "no header with a format number"
+        raise DataError(f"{path}:{number}: {described}, and this version reads format {FORMAT}", fix=_FIX)
     rows = []
     for number, row in lines:
-        missing = [name for name in _FIELDS if name not in row]
+        missing = [name for name in FIELDS if name not in row]
         if missing:
-            raise DataError(f"{path}:{number}: no field {missing[0]!r}", fix="run the evaluate stage again")
+            raise DataError(f"{path}:{number}: no field {missing[0]!r}", fix=_FIX)
         rows.append(row)
-    said = sum(header.get("set_counts", {}).values())
-    if said != len(rows):
-        raise DataError(
-            f"{path}: {len(rows)} rows, and the header says {said}", fix="run the evaluate stage again"
-        )
+    count = sum(header.get("set_counts", {}).values())
+    if count != len(rows):
+        raise DataError(f"{path}: {len(rows)} rows, and the header counts {count}", fix=_FIX)
+    if not rows:
+        raise DataError(f"{path}: no predictions", fix="give the recipe held-out rows, then " + _FIX)
     return header, rows

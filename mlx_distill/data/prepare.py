@@ -19,7 +19,8 @@ from jaxtyping import Int64
 
 from mlx_distill.data.dedup import Clusters, minhash, near_duplicates, shingles, words
 from mlx_distill.data.row_buffer import RowBuffer
-from mlx_distill.data.rows import from_row, read_source, to_example, to_row
+from mlx_distill.data.rows import from_row, to_example, to_row
+from mlx_distill.data.sources import read_source
 from mlx_distill.data.splits import DROPPED, FREE, SPLITS, TEST, TRAIN, VALID, draw, settle_forced
 from mlx_distill.data.statistics import Counts, Dropped
 from mlx_distill.errors import ConfigError, DataError

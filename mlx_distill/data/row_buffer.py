@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import UInt32
 
 from mlx_distill.data.dedup import PERMUTATIONS, hash64
-from mlx_distill.data.rows import content_digest, to_row
+from mlx_distill.data.rows import chat_digest, to_row
 from mlx_distill.records import Example
 from mlx_distill.storage import os_errors
 
@@ -113,7 +113,7 @@ class RowBuffer:
         """One row more: ``where`` it stands, the normalised ``text``, and the rest as the attributes say."""
         self.text.append(hash64(text))
         self.answer.append(hash64(example.messages[-1].content))
-        self.order.append(int(content_digest(example.messages)[:16], 16))
+        self.order.append(int(chat_digest(example.messages)[:16], 16))
         self.names.append(hash64(example.id))
         self.forced.append(forced)
         self.source.append(source)

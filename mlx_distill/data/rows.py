@@ -1,41 +1,24 @@
-"""One row of anybody's data to one checked chat: messages, Alpaca, OpenAI and plain rows in, :class:`Example`
-out.
-"""
+"""One row of a user's data as one checked chat: rows of four formats in, :class:`Example` out."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import unicodedata
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
-from mlx_distill.data.sources import read_source as read_source
 from mlx_distill.errors import DataError
 from mlx_distill.records import Example, Message
-from mlx_distill.storage import read_jsonl
 from mlx_distill.tasks.answer import check_answer, dump_answer, parse_answer
 from mlx_distill.tasks.task import Task
 
 Row = Mapping[str, Any]
 
 _DROP = "drop the row, or leave such rows out with --set data.drop_invalid=true"
-_CHAT_KEYS = frozenset(
-    {
-        "messages",
-        "instruction",
-        "input",
-        "output",
-        "prompt",
-        "completion",
-        "answer",
-        "id",
-        "fields",
-        "set",
-        "tools",
-    }
-)
+_PREPARED = frozenset({"id", "messages", "fields", "answer", "set"})  # keys of a row of the prepare stage
+# Keys of the chat formats; every other key is one of the row's fields.
+_CHAT_KEYS = _PREPARED | {"instruction", "input", "output", "prompt", "completion", "tools"}
 _ROLES = ("system", "user", "assistant")
 _OPENAI_ROLES = {"developer": "system", "tool": "user", "function": "user"}
 
@@ -43,31 +26,32 @@ _OPENAI_ROLES = {"developer": "system", "tool": "user", "function": "user"}
 def to_example(
     raw: Row, task: Task, where: str, columns: Mapping[str, str] | None = None, format: str = "auto"
 ) -> Example:
-    """A row of any known shape as a checked chat whose last turn is the canonical text of a valid answer.
+    """A row of any known format as a checked chat whose last turn is the canonical text of a valid answer.
 
-    ========
-    =====================================================================================================
-    messages ``{"messages": [{"role", "content"}, ...]}``: its own system prompt, or none openai   the same
-    with developer and tool turns and content parts, or ``{"prompt", "completion"}`` alpaca
-    ``{"instruction", "input"?, "output", "system"?}`` plain    the fields that the task's prompt names, and
-    ``answer`` or the answer's own fields as columns ========
-    =====================================================================================================
+    The formats:
 
-    The answer's text is brought to Unicode's NFC here, and nowhere else.
+    - ``messages``: ``{"messages": [{"role", "content"}, ...]}``, with its own system prompt or none;
+    - ``openai``: the same with developer and tool turns and content parts, or ``{"prompt", "completion"}``;
+    - ``alpaca``: ``{"instruction", "input"?, "output", "system"?}``;
+    - ``plain``: the fields that the task's prompt names, and ``answer`` or the answer's own fields as columns.
+
+    The id is the task's id field, else ``id``, else a hash of the chat. The answer's text is normalised to NFC
+    here, and nowhere else.
 
     Args:
         raw: The row.
         task: Prompt and answer schema.
-        where: ``file:line``, the beginning of every message.
+        where: ``file:line``, the beginning of every error message.
         columns: Field of the task to column of the row, where they differ.
         format: One of the four, or ``auto``: by the row's keys.
 
     Raises:
-        DataError: what is wrong with the row, and where it stands.
+        DataError: what is wrong with the row, and in which file and line it is.
 
     >>> schema = {"type": "object", "properties": {"kind": {"enum": ["ham", "spam"]}, "sure": {"type": "integer"}}}
     >>> task = Task(name="mail", system="Sort mail.", user="{text}", schema=schema, label="kind")
-    >>> example = to_example({"text": "Hello!", "sure": 90, "kind": "ham", "sender": "Ann"}, task, "mail.jsonl:1")
+    >>> row = {"text": "Hello!", "sure": 90, "kind": "ham", "sender": "Ann"}
+    >>> example = to_example(row, task, "mail.jsonl:1")
     >>> example.messages[-1].content, dict(example.fields)
     ('{"kind": "ham", "sure": 90}', {'sender': 'Ann'})
     """
@@ -75,22 +59,99 @@ def to_example(
     for field, column in (columns or {}).items():
         if column in row:
             row[field] = row.pop(column)
-    kind = _format(row, task) if format == "auto" else format
     try:
-        if kind == "plain":
-            messages, answer = _plain(row, task)
-        else:
-            messages = {"alpaca": _alpaca, "openai": _openai, "messages": _messages}[kind](row)
-            answer = _answer(_check_turns(messages), task)
-        if not any(message.content for message in messages if message.role == "user"):
+        parsed = _parse_row(row, task, format, needs_answer=True)
+        _check_turns(parsed)
+        answer = _valid_answer(parsed.answer, task)
+        if not any(message.content for message in parsed.prompt if message.role == "user"):
             raise DataError("the user turn is empty", fix=_DROP)
-        example = _example(row, task, kind, messages, answer)
+        chat = (*parsed.prompt, Message("assistant", dump_answer(answer, task.schema)))
+        _check_json(parsed.fields, chat)
     except DataError as error:
         raise DataError(f"{where}: {error.message}", fix=error.fix or _DROP) from error
-    return example
+    return Example(parsed.id or _hash_id(chat), chat, parsed.fields, answer)
 
 
-def _format(row: Row, task: Task) -> str:
+class Item(NamedTuple):
+    """One row that a model is to answer; ``messages`` are the turns before the answer."""
+
+    id: str
+    messages: tuple[Message, ...]
+    fields: Mapping[str, Any]
+
+
+def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
+    """A row that a model is to answer: one of any known format, with or without an answer, or a text alone.
+
+    Id, prompt and fields are those of :func:`to_example`; the id of a row with neither an id nor a valid
+    answer is a hash of its prompt. A prepared row is taken as it is.
+
+    Args:
+        row: The row, or the text of a task whose prompt names one field.
+        task: Prompt and answer schema.
+        number: Of the row, for error messages.
+
+    Raises:
+        DataError: a field of the prompt is missing, or the row is neither a mapping nor a text.
+
+    >>> schema = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
+    >>> task = Task("t", system="", user="{text}", schema=schema, label="answer", slices=("group",))
+    >>> item = to_item({"text": "Hello.", "group": "none", "id": 7}, task)
+    >>> item.id, dict(item.fields), item.messages
+    ('7', {'group': 'none'}, (Message(role='user', content='Hello.'),))
+    """
+    if isinstance(row, str):
+        if len(task.input_fields) != 1:
+            raise DataError(
+                f"item {number}: a text alone, and the task {task.name!r} needs {', '.join(task.input_fields)}",
+                fix="give a mapping with these fields",
+            )
+        row = {task.input_fields[0]: row}
+    if not isinstance(row, Mapping):
+        raise DataError(
+            f"item {number}: a {type(row).__name__}, neither a mapping nor a text",
+            fix="give one mapping an item",
+        )
+    if row.keys() == _PREPARED and row["id"] and row["messages"]:
+        prepared = from_row(row)
+        return Item(str(prepared.id), _without_answer(prepared.messages), prepared.fields)
+    try:
+        parsed = _parse_row(row, task, "auto", needs_answer=False)
+    except DataError as error:
+        raise DataError(f"item {number}: {error.message}", fix=error.fix) from error
+    return Item(parsed.id or _item_id(parsed, task), parsed.prompt, parsed.fields)
+
+
+class _ParsedRow(NamedTuple):
+    """A row taken apart: its own id or None, the turns before the answer, the answer as the row has it or
+    None, and the other columns.
+    """
+
+    id: str | None
+    prompt: tuple[Message, ...]
+    answer: Any
+    fields: Mapping[str, Any]
+
+
+def _parse_row(row: Row, task: Task, format: str, *, needs_answer: bool) -> _ParsedRow:
+    """Take a row of any format apart. Without ``needs_answer`` a missing or empty answer is no error."""
+    format = _format_of(row, task) if format == "auto" else format
+    if format == "plain":
+        messages, answer = _plain(row, task, needs_answer)
+    elif format == "alpaca":
+        messages, answer = _alpaca(row, needs_answer)
+    else:
+        messages = _openai(row, needs_answer) if format == "openai" else _messages(row, needs_answer)
+        answer = messages[-1].content if messages and messages[-1].role == "assistant" else None
+        messages = list(_without_answer(messages))
+    return _ParsedRow(_own_id(row, task), tuple(messages), answer, _fields(row, task, format))
+
+
+def _without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
+    return tuple(messages[:-1] if messages[-1:] and messages[-1].role == "assistant" else messages)
+
+
+def _format_of(row: Row, task: Task) -> str:
     if "messages" in row:
         return "openai"
     if all(name in row for name in task.input_fields) and ("answer" in row or task.label in row):
@@ -100,144 +161,160 @@ def _format(row: Row, task: Task) -> str:
     return "openai" if "prompt" in row and "completion" in row else "plain"
 
 
-def _example(row: Row, task: Task, kind: str, messages: Sequence[Message], answer: Row) -> Example:
-    # What the chat already says is not kept twice; the title and the fields that results are split by are.
-    shown = {task.title, task.group, *task.slices}
-    taken = {"answer", "messages", task.id, "id"} | (
-        set(task.input_fields) | set(task.schema["properties"]) if kind == "plain" else _CHAT_KEYS
+def _fields(row: Row, task: Task, format: str) -> dict[str, Any]:
+    """The columns that are neither prompt nor answer; the title and the fields by which results are sliced
+    are kept in any case.
+    """
+    kept = {task.title, task.group, *task.slices}
+    used = {"answer", "messages", task.id, "id"} | (
+        {*task.input_fields, *task.schema["properties"]} if format == "plain" else _CHAT_KEYS
     )
-    fields = {key: value for key, value in row.items() if key in shown or key not in taken}
-    if kind != "plain" and isinstance(row.get("fields"), Mapping):
+    fields = {key: value for key, value in row.items() if key in kept or key not in used}
+    if format != "plain" and isinstance(row.get("fields"), Mapping):
         fields = {**row["fields"], **fields}
-    chat = (*messages[:-1], Message("assistant", dump_answer(answer, task.schema)))
+    return fields
+
+
+def _own_id(row: Row, task: Task) -> str | None:
+    """The row's id: the task's id field, else ``id``; None where the row has none."""
+    value = row.get(task.id, row.get("id"))
+    if value is None or value == "":
+        return None
+    if not isinstance(value, (str, int)):
+        raise DataError(f"{task.id}: text or a whole number is needed, not {_show(value)}", fix=_DROP)
+    return str(value)
+
+
+def _hash_id(messages: Sequence[Message]) -> str:
+    return chat_digest(messages)[:16]
+
+
+def _item_id(parsed: _ParsedRow, task: Task) -> str:
+    """The id of a row without one: that of :func:`to_example` where its answer is valid, else the hash of its
+    prompt.
+    """
     try:
-        json.dumps(
-            [fields, [message.content for message in chat]], ensure_ascii=False, allow_nan=False
-        ).encode()
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"a value that cannot be written as JSON: {' '.join(str(error).split())[:120]}", fix=_DROP
-        ) from error
-    name = row.get(task.id, row.get("id"))
-    if name is not None and not isinstance(name, (str, int)):
-        raise DataError(f"{task.id}: text or a whole number is needed, not {_show(name)}", fix=_DROP)
-    return Example(str(name) if name not in (None, "") else content_digest(chat)[:16], chat, fields, answer)
+        text = dump_answer(_valid_answer(parsed.answer, task), task.schema)
+    except DataError:
+        return _hash_id(parsed.prompt)
+    return _hash_id((*parsed.prompt, Message("assistant", text)))
 
 
-def content_digest(messages: Sequence[Message]) -> str:
-    """Hex digest of a chat: what a row is called that has no id of its own."""
+def chat_digest(messages: Sequence[Message]) -> str:
+    """Hex digest of a chat, from which the id of a row without one is made."""
     text = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _plain(row: Row, task: Task) -> tuple[list[Message], dict[str, Any]]:
+def _plain(row: Row, task: Task, needs_answer: bool) -> tuple[list[Message], Any]:
     for name in task.input_fields:
         if isinstance(row.get(name), (dict, list)):
             raise DataError(f"{name}: text is needed, not {_show(row[name])}")
     properties = task.schema["properties"]
     if "answer" in row and "answer" not in properties:
         answer = row["answer"]
-        given = answer is not None
     else:
-        answer = {key: row[key] for key in properties if key in row}
-        given = task.label in row
-    if not given:
+        answer = {key: row[key] for key in properties if key in row} if task.label in row else None
+    if answer is None and needs_answer:
         raise DataError("no assistant turn, no 'answer' and no column " + repr(task.label), fix=_DROP)
     system, user = task.prompt(row)
-    turns = [Message("system", system)] if system else []
-    return [*turns, Message("user", user), Message("assistant", "")], _answer(answer, task)
+    return [*([Message("system", system)] if system else []), Message("user", user)], answer
 
 
-def _alpaca(row: Row) -> list[Message]:
+def _alpaca(row: Row, needs_answer: bool) -> tuple[list[Message], str | None]:
     instruction, output = row.get("instruction"), row.get("output")
     if not isinstance(instruction, str):
         raise DataError(f"instruction: text is needed, not {_show(instruction)}")
     extra = row.get("input") or ""
     if not isinstance(extra, str):
         raise DataError(f"input: text is needed, not {_show(extra)}")
-    if output is None or output == "":
+    empty = output is None or output == ""
+    if empty and needs_answer:
         raise DataError("no assistant turn: output is empty")
     turns = [Message("system", _text(row["system"], "system"))] if row.get("system") else []
     user = f"{instruction.strip()}\n\n{extra.strip()}".strip()
-    return [*turns, Message("user", user), Message("assistant", _text(output, "output"))]
+    return [*turns, Message("user", user)], None if empty else _text(output, "output")
 
 
-def _openai(row: Row) -> list[Message]:
+def _openai(row: Row, needs_answer: bool) -> list[Message]:
     turns = row.get("messages")
     if turns is None and "prompt" in row and "completion" in row:
         prompt, completion = row["prompt"], row["completion"]
         before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
         after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
         turns = [*before, *after]
-    return _turns(turns, _OPENAI_ROLES)
+    return _turns(turns, _OPENAI_ROLES, needs_answer)
 
 
-def _messages(row: Row) -> list[Message]:
-    return _turns(row.get("messages"), {})
+def _messages(row: Row, needs_answer: bool) -> list[Message]:
+    return _turns(row.get("messages"), {}, needs_answer)
 
 
-def _turns(turns: Any, aliases: Mapping[str, str]) -> list[Message]:
+def _turns(turns: Any, aliases: Mapping[str, str], needs_answer: bool) -> list[Message]:
     if not isinstance(turns, list):
         raise DataError(f"messages: a list of turns is needed, not {_show(turns)}")
-    out = []
-    for index, turn in enumerate(turns):
-        place = f"messages[{index}]"
-        if not isinstance(turn, Mapping):
-            raise DataError(f"{place}: an object with role and content is needed, not {_show(turn)}")
-        role = turn.get("role")
-        role = aliases.get(role, role) if isinstance(role, str) else role
-        if role not in _ROLES:
-            raise DataError(
-                f"{place}: unknown role {_show(role)}", fix=f"use {', '.join([*_ROLES, *aliases])}"
-            )
-        content = turn.get("content")
-        if not content and turn.get("tool_calls") and aliases:
-            content = {
-                "tool_calls": [
-                    call.get("function", call) for call in turn["tool_calls"] if isinstance(call, Mapping)
-                ]
-            }
-        out.append(Message(role, _text(content, f"{place}: content")))
-    return out
+    if not needs_answer and turns and _is_empty_answer(turns[-1]):
+        turns = turns[:-1]
+    return [_turn(turn, f"messages[{index}]", aliases) for index, turn in enumerate(turns)]
 
 
-def _text(content: Any, place: str) -> str:
-    """Text as it is, parts of text joined, an object as JSON; white space at the ends is nobody's answer."""
+def _is_empty_answer(turn: Any) -> bool:
+    if not isinstance(turn, Mapping) or turn.get("role") != "assistant" or turn.get("tool_calls"):
+        return False
+    content = turn.get("content")
+    return not (content.strip() if isinstance(content, str) else content)
+
+
+def _turn(turn: Any, where: str, aliases: Mapping[str, str]) -> Message:
+    if not isinstance(turn, Mapping):
+        raise DataError(f"{where}: an object with role and content is needed, not {_show(turn)}")
+    role = turn.get("role")
+    role = aliases.get(role, role) if isinstance(role, str) else role
+    if role not in _ROLES:
+        raise DataError(f"{where}: unknown role {_show(role)}", fix=f"use {', '.join([*_ROLES, *aliases])}")
+    content = turn.get("content")
+    if not content and turn.get("tool_calls") and aliases:
+        calls = [call.get("function", call) for call in turn["tool_calls"] if isinstance(call, Mapping)]
+        content = {"tool_calls": calls}
+    return Message(role, _text(content, f"{where}: content"))
+
+
+def _text(content: Any, where: str) -> str:
+    """The content as text without white space at its ends: parts are joined, an object is written as JSON."""
     if isinstance(content, list) and content:
-        content = "".join(_part(part, place) for part in content)
+        content = "".join(_part_text(part, where) for part in content)
     if isinstance(content, Mapping):
         content = json.dumps(content, ensure_ascii=False)
     if not isinstance(content, str):
-        raise DataError(f"{place}: text is needed, not {_show(content)}")
+        raise DataError(f"{where}: text is needed, not {_show(content)}")
     if not content.strip():
-        raise DataError(f"{place} is empty")
+        raise DataError(f"{where} is empty")
     return content.strip()
 
 
-def _part(part: Any, place: str) -> str:
+def _part_text(part: Any, where: str) -> str:
     text = part.get("text") if isinstance(part, Mapping) else part
     if not isinstance(text, str):
-        kind = part.get("type") if isinstance(part, Mapping) else part
-        raise DataError(f"{place}: a part of type {_show(kind)} is not text")
+        part_type = part.get("type") if isinstance(part, Mapping) else part
+        raise DataError(f"{where}: a part of type {_show(part_type)} is not text")
     return text
 
 
-def _check_turns(messages: Sequence[Message]) -> str:
-    """The answer's text, where the order of the turns makes sense."""
-    roles = [message.role for message in messages]
-    if "assistant" not in roles:
-        raise DataError("no assistant turn")
-    if roles[-1] != "assistant":
+def _check_turns(parsed: _ParsedRow) -> None:
+    """Refuse an order of turns that is not system?, user, ..., assistant."""
+    roles = [message.role for message in parsed.prompt]
+    if parsed.answer is None:
+        if "assistant" not in roles:
+            raise DataError("no assistant turn")
         raise DataError(f"the last turn is the {roles[-1]}'s, not the assistant's")
     if "user" not in roles:
         raise DataError("no user turn")
     if "system" in roles[1:]:
         raise DataError(f"messages[{roles.index('system', 1)}]: a system turn that is not the first")
-    return messages[-1].content
 
 
-def _answer(value: Any, task: Task) -> dict[str, Any]:
-    """The answer in NFC, valid under the task's schema."""
+def _valid_answer(value: Any, task: Task) -> dict[str, Any]:
+    """The answer in NFC; a :class:`DataError` where it does not fit the task's schema."""
     if isinstance(value, str):
         parsed, error = parse_answer(value, task.schema)
         value = parsed if error is None else value
@@ -247,7 +324,7 @@ def _answer(value: Any, task: Task) -> dict[str, Any]:
         value, error = normal, check_answer(normal, task.schema)
     if error is not None:
         raise DataError(
-            f"the answer does not fit the task {task.name!r}: {error}", fix="mend the answer, or " + _DROP
+            f"the answer does not fit the task {task.name!r}: {error}", fix="correct the answer, or " + _DROP
         )
     return dict(json.loads(dump_answer(value, task.schema)))
 
@@ -258,6 +335,17 @@ def _nfc(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _nfc(item) for key, item in value.items()}
     return [_nfc(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _check_json(fields: Mapping[str, Any], chat: Sequence[Message]) -> None:
+    """Refuse what cannot be written as UTF-8 JSON: NaN, dates, half surrogate pairs."""
+    try:
+        value = [fields, [message.content for message in chat]]
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"a value that cannot be written as JSON: {' '.join(str(error).split())[:120]}", fix=_DROP
+        ) from error
 
 
 def _show(value: Any) -> str:
@@ -279,58 +367,6 @@ def to_row(example: Example, set_name: str) -> dict[str, Any]:
 
 
 def from_row(row: Row) -> Example:
-    """An example from a row of a prepared file, which is trusted."""
+    """An example from a row of a prepared file, which is not checked again."""
     messages = tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])
     return Example(row["id"], messages, row.get("fields") or {}, row.get("answer"))
-
-
-def read_prepared(path: str | Path) -> Iterator[tuple[str, Example]]:
-    """Yield ``(set, example)`` of a prepared file: ``train.jsonl``, ``valid.jsonl`` or ``test.jsonl``."""
-    for number, row in read_jsonl(path):
-        try:
-            yield str(row.get("set", "test")), from_row(row)
-        except (KeyError, TypeError) as error:
-            raise DataError(
-                f"{path}:{number}: not a prepared row: {error}", fix="delete the folder and run prepare again"
-            ) from error
-
-
-def prepare_item(item: Row | str, task: Task, number: int = 1) -> dict[str, Any]:
-    """A row with ``id``, ``messages``, ``fields``, whatever shape it came in. An item without an id is called
-    by a hash of its prompt.
-
-    >>> schema = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
-    >>> task = Task("t", system="", user="{text}", schema=schema, label="answer", slices=("group",))
-    >>> row = prepare_item({"text": "Hello.", "group": "none", "id": 7}, task)
-    >>> row["id"], row["fields"], row["messages"][-1]
-    ('7', {'group': 'none'}, {'role': 'user', 'content': 'Hello.'})
-    """
-    if isinstance(item, str):
-        if len(task.input_fields) != 1:
-            raise DataError(
-                f"item {number}: a text alone, and the task {task.name!r} needs {', '.join(task.input_fields)}",
-                fix="give a mapping with these fields",
-            )
-        item = {task.input_fields[0]: item}
-    if not isinstance(item, Mapping):
-        raise DataError(
-            f"item {number}: a {type(item).__name__}, neither a mapping nor a text",
-            fix="give one mapping an item",
-        )
-    if "messages" in item:
-        fields = dict(item.get("fields") or {})
-        messages = [{"role": str(turn["role"]), "content": str(turn["content"])} for turn in item["messages"]]
-    else:
-        try:
-            system, user = task.prompt(item)
-        except DataError as error:
-            raise DataError(f"item {number}: {error.message}", fix=error.fix) from error
-        messages = [{"role": "system", "content": system}] if system else []
-        messages.append({"role": "user", "content": user})
-        shown = {task.title, task.group, *task.slices}
-        hidden = {"id", "answer", task.id, *task.input_fields, *task.schema["properties"]}
-        fields = {key: value for key, value in item.items() if key in shown or key not in hidden}
-    name = item.get("id", item.get(task.id))
-    if name is None or name == "":
-        name = hashlib.sha256(repr(messages).encode("utf-8", "replace")).hexdigest()[:16]
-    return {"id": str(name), "messages": messages, "fields": fields}

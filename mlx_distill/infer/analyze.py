@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.data.chat import prompt_ids, stop_ids
-from mlx_distill.data.rows import prepare_item
+from mlx_distill.data.rows import Item, to_item
 from mlx_distill.errors import DataError
 from mlx_distill.infer.engine import Generation, generate
 from mlx_distill.infer.label_scoring import LabelPrefix, label_prefix_tokens, label_probabilities
 from mlx_distill.losses.labels import label_logprobs
-from mlx_distill.records import Prediction
+from mlx_distill.records import Message, Prediction
 from mlx_distill.tasks.answer import parse_answer
 from mlx_distill.tasks.task import Task, load_task
 
@@ -59,8 +59,9 @@ def predict(
         DataError: an item that lacks a field of the prompt, or is neither a mapping nor text; it is named by
             its number.
     """
-    prepared = [prepare_item(item, task, number) for number, item in enumerate(rows, 1)]
-    prompts = [prompt_ids(tokenizer, row["messages"]) for row in prepared]
+    items = [to_item(row, task, number) for number, row in enumerate(rows, 1)]
+    # The answer's turn is left out again: without it an assistant's turn at the end of the prompt would be.
+    prompts = [prompt_ids(tokenizer, [*item.messages, Message("assistant", "")]) for item in items]
     place = label_prefix_tokens(tokenizer, task) if label_probs else None
     generations = generate(
         model,
@@ -75,7 +76,7 @@ def predict(
         look=(len(place[0]), partial(label_logprobs, tokens=place[1])) if place else None,
     )
     chances = _chances(model, prompts, generations, place, batch_size)
-    return [_read(row, g, c, task) for row, g, c in zip(prepared, generations, chances, strict=True)]
+    return [_read(row, g, c, task) for row, g, c in zip(items, generations, chances, strict=True)]
 
 
 def _chances(
@@ -106,7 +107,7 @@ def _chances(
 
 
 def _read(
-    row: Row, generation: Generation, label_probs: Mapping[str, float] | None, task: Task
+    row: Item, generation: Generation, label_probs: Mapping[str, float] | None, task: Task
 ) -> Prediction:
     answer, error = parse_answer(generation.text, task.schema)
     if error and generation.finish == "length":
@@ -114,7 +115,7 @@ def _read(
     label = answer.get(task.label) if answer else None
     score = answer.get(task.score) if answer and task.score else None
     return Prediction(
-        id=row["id"],
+        id=row.id,
         text=generation.text,
         answer=answer,
         label=label if isinstance(label, str) else None,
@@ -124,7 +125,7 @@ def _read(
         latency_s=generation.seconds,
         prompt_tokens=generation.prompt_tokens,
         tokens=len(generation.tokens),
-        fields=row["fields"],
+        fields=row.fields,
     )
 
 
@@ -161,7 +162,7 @@ def analyze(
         raise DataError("items: one item alone", fix="give a list: [item]")
     task = task if isinstance(task, Task) else load_task(str(task))
     for number, item in enumerate(items, 1):  # before a model is loaded
-        prepare_item(item, task, number)
+        to_item(item, task, number)
     if not isinstance(model, tuple):
         from mlx_distill.models.load import load
 

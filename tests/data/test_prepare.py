@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from mlx_distill.data.prepare import prepare
-from mlx_distill.data.rows import read_prepared
 from mlx_distill.errors import ConfigError, DataError, FileError
 from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import DataConfig, SourceConfig
+from mlx_distill.storage import read_jsonl
 from mlx_distill.tasks.task import Task
 
 WORDS = [f"word{i}" for i in range(500)]
@@ -86,7 +86,7 @@ def test_every_row_goes_to_one_side_and_is_counted(tmp_path: Path, task: Task) -
         )
         assert {row["set"] for row in inside} == {split}
     assert json.loads((tmp_path / "data" / "statistics.json").read_text()) == statistics
-    assert {example.id for _, example in read_prepared(tmp_path / "data" / "test.jsonl")} <= set(rows)
+    assert {row["id"] for _, row in read_jsonl(tmp_path / "data" / "test.jsonl")} <= set(rows)
     assert sorted(p.name for p in (tmp_path / "data").glob("*.json*")) == [
         "statistics.json",
         "test.jsonl",

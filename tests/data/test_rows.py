@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from mlx_distill.data.rows import from_row, read_prepared, to_example, to_row
+from mlx_distill.data.rows import from_row, to_example, to_item, to_row
 from mlx_distill.errors import DataError
 from mlx_distill.records import Message
 from mlx_distill.tasks.task import Task, load_task
@@ -234,14 +235,58 @@ def test_no_row_of_junk_raises_anything_else(task: Task) -> None:
                 assert example.messages[-1].role == "assistant" and example.answer is not None
 
 
-def test_prepared_rows_are_read_back_and_a_strange_one_is_named(tmp_path: Any, task: Task) -> None:
+@pytest.mark.parametrize(
+    "row",
+    [
+        {**PLAIN, "song": "task"},
+        PLAIN,
+        {key: value for key, value in PLAIN.items() if key != "id"},
+        {"title": "R", "text": "t", "answer": TEXT},
+        {"title": "R", "text": "t", "genre": "folk", **ANSWER},
+        {"messages": TURNS, "genre": "folk"},
+        {"messages": [{"role": "developer", "content": " S "}, *TURNS], "fields": {"decade": 80}},
+        {"instruction": "Judge", "input": "A song", "output": TEXT},
+        {"prompt": "A song", "completion": TEXT},
+    ],
+)
+@pytest.mark.parametrize("id_field", ["id", "song"])
+def test_prepare_and_analyze_read_a_row_alike(row: dict[str, Any], id_field: str, task: Task) -> None:
+    """The same id, prompt and fields; analyze once took ``id`` before the task's id field, and hashed a row
+    without an id without its answer.
+    """
+    task = replace(task, id=id_field)
+    example, item = to_example(row, task, "f:1"), to_item(row, task)
+    assert (item.id, item.fields) == (example.id, example.fields)
+    assert item.messages == example.messages[:-1]
+    if "song" in row:
+        assert item.id == ("task" if id_field == "song" else "r1")
+
+
+def test_a_prepared_row_keeps_its_id(task: Task) -> None:
     example = to_example(PLAIN, task, "f:1")
-    path = tmp_path / "test.jsonl"
-    path.write_text(json.dumps(to_row(example, "hand")) + '\n{"id": "x"}\n')
-    rows = read_prepared(path)
-    assert next(rows) == ("hand", example)
-    with pytest.raises(DataError, match=r"test\.jsonl:2: not a prepared row"):
-        next(rows)
+    for id_field in ("id", "genre", "answer", "set"):
+        item = to_item(to_row(example, "test"), replace(task, id=id_field))
+        assert item == ("r1", example.messages[:-1], example.fields)
+
+
+def test_a_row_without_an_id_and_a_valid_answer_has_a_hash_of_its_prompt_as_id(task: Task) -> None:
+    prompt = {"title": "Rain", "text": "la"}
+    item = to_item(prompt, task)
+    assert len(item.id) == 16 != to_item({**prompt, "text": "lo"}, task).id
+    chat = [{"role": m.role, "content": m.content} for m in item.messages]
+    for row in (
+        {**prompt, "genre": "folk"},
+        {**prompt, "answer": None},
+        {**prompt, "answer": "yes!"},
+        {**prompt, "verdict": "perhaps"},
+        {"messages": chat},
+        {"messages": [*chat, {"role": "assistant", "content": ""}]},
+        {"messages": [*chat, {"role": "assistant", "content": None}]},
+        {"messages": [*chat, {"role": "assistant", "content": "yes!"}]},
+    ):
+        assert (to_item(row, task).id, to_item(row, task).messages) == (item.id, item.messages)
+    assert to_item({**prompt, **ANSWER}, task).id != item.id
+    assert len(to_item({**prompt, "text": "\ud800"}, task).id) == 16
 
 
 def test_the_packaged_songs_and_sentences_fit_their_tasks() -> None:

@@ -125,7 +125,7 @@ def test_what_is_seen_on_the_way_is_what_one_more_pass_reads(
     model: Any, tokenizer: Any, task: Task, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model that begins its answer as the schema has it for every other item, and otherwise for the rest."""
-    from mlx_distill.data.rows import prepare_item
+    from mlx_distill.data.rows import to_item
     from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
 
     place = label_prefix_tokens(tokenizer, task)
@@ -137,7 +137,7 @@ def test_what_is_seen_on_the_way_is_what_one_more_pass_reads(
         return label_probabilities(model, prompts, *args, **more)
 
     monkeypatch.setattr("mlx_distill.infer.analyze.label_probabilities", count)
-    prompts = [prompt_ids(tokenizer, prepare_item(item, task)["messages"]) for item in ITEMS]
+    prompts = [prompt_ids(tokenizer, to_item(item, task).messages) for item in ITEMS]
     expected = label_probabilities(model, [[*p, *place[0]] for p in prompts], place[1])
 
     def answers(model: Any, tokenizer: Any, prompts: Any, look: Any, **more: Any) -> list[Generation]:
@@ -238,7 +238,7 @@ def test_a_file_of_another_format_or_a_damaged_one_is_refused(tmp_path: Path, ta
         ([], "empty"),
         (whole[1:], "no header"),
         ([whole[0].replace('"format": 1', '"format": 2'), *whole[1:]], "format 2"),
-        (whole[:2], "1 rows, and the header says 2"),
+        (whole[:2], "1 rows, and the header counts 2"),
         ([whole[0], whole[1].replace('"score"', '"scare"'), whole[2]], ":2: no field 'score'"),
     ):
         path.write_text("\n".join(lines))
