@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol, runtime_checkable
 
-from mlx_distill.text import _plural, counted, duration
+from mlx_distill.text import counted, duration, plural
 
 Clock = Callable[[], float]
 _WINDOW_S = 30.0
@@ -210,7 +210,7 @@ class RichProgress:
             TextColumn("[bold]{task.description}"),
             BarColumn(bar_width=24),
             MofNCompleteColumn(),
-            TextColumn(_plural(unit)),
+            TextColumn(plural(unit)),
             TextColumn("[cyan]{task.fields[left]}"),
             TextColumn("{task.fields[info]}", markup=False),
         )

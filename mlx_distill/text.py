@@ -1,4 +1,8 @@
-"""Figures, metrics and models as people read them: on a run's page, in the terminal, on a model card."""
+"""Numbers, sizes, durations, plurals and lists as text for people.
+
+Text for the terminal has plain spaces. Text for a page (the report, a model card) has a narrow no-break space
+between a number and its unit, so that no line breaks there: rates always, sizes and durations with ``page=True``.
+"""
 
 from __future__ import annotations
 
@@ -6,37 +10,38 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 NONE = "–"
-_THIN = "\u202f"  # narrow no-break space, between a number and its unit
-_MINUS = "\u2212"
+"""Shown where nothing was measured."""
+NARROW_SPACE = "\u202f"
+MINUS = "\u2212"
 
 
 def percent(value: float | None, digits: int = 1) -> str:
-    """A share as a percentage.
+    """A rate as a percentage, for a page.
 
     >>> percent(0.913)
     '91.3\u202f%'
     """
-    return NONE if value is None else f"{_hundredths(value, digits)}{_THIN}%"
+    return NONE if value is None else f"{_percentage(value, digits)}{NARROW_SPACE}%"
 
 
-def _hundredths(value: float, digits: int) -> str:
-    # Nought and all are exact: they get no decimals.
+def _percentage(value: float, digits: int) -> str:
+    # 0 and 1 are exact, so they are shown without decimals.
     return f"{100 * value:.0f}" if value in (0.0, 1.0) else f"{100 * value:.{digits}f}"
 
 
 def interval(estimate: Mapping[str, Any] | None, digits: int = 1) -> str:
-    """The ends of a rate's interval.
+    """The interval of a rate in percent.
 
     >>> interval({"value": 0.9, "low": 0.876, "high": 0.94, "n": 300})
     '87.6–94.0'
     """
     if not estimate or estimate.get("low") is None:
         return ""
-    return f"{_hundredths(estimate['low'], digits)}–{_hundredths(estimate['high'], digits)}"
+    return f"{_percentage(estimate['low'], digits)}–{_percentage(estimate['high'], digits)}"
 
 
 def signed_points(value: float | None, digits: int = 1) -> str:
-    """A difference of shares in percentage points, with its sign.
+    """A difference of two rates in percentage points, with its sign.
 
     >>> signed_points(-0.027)
     '\u22122.7'
@@ -44,60 +49,85 @@ def signed_points(value: float | None, digits: int = 1) -> str:
     if value is None:
         return NONE
     text = f"{abs(100 * value):.{digits}f}"
-    return text if float(text) == 0 else ("+" if value > 0 else _MINUS) + text
+    if float(text) == 0:
+        return text
+    return ("+" if value > 0 else MINUS) + text
 
 
 def p_value(value: float | None) -> str:
-    """A p-value with as many digits as mean something.
+    """A p-value with two or three decimals.
 
     >>> p_value(0.00004), p_value(0.0312), p_value(0.4)
     ('p < 0.001', 'p = 0.031', 'p = 0.40')
     """
     if value is None:
         return ""
-    return "p < 0.001" if value < 0.001 else f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
+    if value < 0.001:
+        return "p < 0.001"
+    return f"p = {value:.3f}" if value < 0.1 else f"p = {value:.2f}"
 
 
-def seconds(value: float | None) -> str:
-    """A duration.
+def duration(seconds: float | None, *, page: bool = False) -> str:
+    """A duration: in whole seconds for the terminal, with up to three significant digits for a page.
 
-    >>> [seconds(x).replace("\u202f", " ") for x in (0.00042, 0.0341, 2.41, 75, 7300)]
+    >>> duration(7.4), duration(83), duration(3 * 3600 + 125)
+    ('7 s', '1 min 23 s', '3 h 02 min')
+    >>> [duration(x, page=True).replace("\u202f", " ") for x in (0.00042, 0.0341, 2.41, 75, 7300)]
     ['0.42 ms', '34 ms', '2.41 s', '1 min 15 s', '2 h 1 min']
     """
-    if value is None:
+    if seconds is None:
         return NONE
-    if value < 0.9995:
-        return f"{significant(1000 * value, 2)}{_THIN}ms"
-    if value < 59.95:
-        return f"{significant(value, 3)}{_THIN}s"
-    whole = round(value)
+    if page and seconds < 0.9995:
+        return f"{significant(1000 * seconds, 2)}{NARROW_SPACE}ms"
+    if page and seconds < 59.95:
+        return f"{significant(seconds, 3)}{NARROW_SPACE}s"
+    whole, space = round(seconds), NARROW_SPACE if page else " "
+    if whole < 60:
+        return f"{whole}{space}s"
     if whole < 3600:
-        return f"{whole // 60}{_THIN}min {whole % 60}{_THIN}s"
-    return f"{whole // 3600}{_THIN}h {whole % 3600 // 60}{_THIN}min"
+        larger, smaller, units = whole // 60, whole % 60, ("min", "s")
+    else:
+        larger, smaller, units = whole // 3600, whole % 3600 // 60, ("h", "min")
+    # Two digits keep the width of a progress line.
+    second = str(smaller) if page else f"{smaller:02d}"
+    return f"{larger}{space}{units[0]} {second}{space}{units[1]}"
 
 
-def report_size(value: float | None) -> str:
-    """Bytes in decimal units.
+def size(count: float | None, *, page: bool = False) -> str:
+    """A number of bytes in decimal units: with one decimal, or with three significant digits for a page.
 
-    >>> report_size(2_140_000).replace("\u202f", " ")
+    >>> size(1), size(999), size(12_345), size(3.2e6), size(16e9)
+    ('1 byte', '999 bytes', '12.3 kB', '3.2 MB', '16.0 GB')
+    >>> size(2_140_000, page=True).replace("\u202f", " ")
     '2.14 MB'
     """
-    if value is None:
+    if count is None:
         return NONE
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5 or unit == "GB":
-            break
+    if page:
+        value, unit = _scaled(count, 999.5, ("B", "kB", "MB", "GB"))
+        return f"{significant(value, 3)}{NARROW_SPACE}{unit}"
+    if count < 1000:
+        return counted(count, "byte")
+    value, unit = _scaled(count / 1000, 999.95, ("kB", "MB", "GB", "TB"))
+    return f"{value:.1f} {unit}"
+
+
+def _scaled(value: float, limit: float, units: Sequence[str]) -> tuple[float, str]:
+    """The value in the first unit in which it is below ``limit``, else in the last one."""
+    for unit in units[:-1]:
+        if value < limit:
+            return value, unit
         value /= 1000
-    return f"{significant(value, 3)}{_THIN}{unit}"
+    return value, units[-1]
 
 
 def gigabytes(value: float | None) -> str:
-    """GB as :func:`report_size` writes bytes."""
-    return NONE if value is None else report_size(value * 1e9)
+    """A size given in GB, for a page."""
+    return NONE if value is None else size(value * 1e9, page=True)
 
 
 def significant(value: float, digits: int) -> str:
-    """A number with that many significant digits, thousands set apart, without an exponent.
+    """A number rounded to significant digits, with thousands separators and without an exponent.
 
     >>> significant(0.042042, 2), significant(1234.5, 3), significant(9.996, 3)
     ('0.042', '1,234', '10.0')
@@ -110,14 +140,33 @@ def significant(value: float, digits: int) -> str:
     return f"{value:,.{places}f}"
 
 
-def count(value: float | None) -> str:
-    """A count with thousands set apart."""
+def integer(value: float | None) -> str:
+    """A number rounded to an integer, with thousands separators."""
     return NONE if value is None else f"{value:,.0f}"
 
 
-def plural(number: int, noun: str) -> str:
-    """``1 row``, ``2 rows``."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+def counted(number: float | None, unit: str) -> str:
+    """A number of things.
+
+    >>> counted(1, "file"), counted(1200, "row"), counted(3, "MB")
+    ('1 file', '1,200 rows', '3 MB')
+    """
+    if number is None:
+        return ""
+    if not unit:
+        return f"{number:g}"
+    return f"{number:,.0f} {unit if number == 1 else plural(unit)}"
+
+
+def plural(noun: str) -> str:
+    """The plural of a noun or a unit.
+
+    >>> plural("row"), plural("matrix"), plural("MB")
+    ('rows', 'matrices', 'MB')
+    """
+    if not noun or noun.isupper():
+        return noun
+    return noun.removesuffix("ix") + "ices" if noun.endswith("matrix") else f"{noun}s"
 
 
 def words(name: str) -> str:
@@ -130,7 +179,7 @@ def words(name: str) -> str:
 
 
 def listed(names: Sequence[str]) -> str:
-    """Names in a sentence.
+    """Names as a list inside a sentence.
 
     >>> listed(["a", "b", "c"])
     'a, b and c'
@@ -138,18 +187,10 @@ def listed(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
-_SERIES = {"loss": "loss", "valid_loss": "validation"}
+def value_text(value: Any) -> str:
+    """A JSON value as text: a field of an answer, a setting.
 
-
-def series_name(name: str) -> str:
-    """A curve's name in a legend."""
-    return _SERIES.get(name, words(name))
-
-
-def text_of(value: Any) -> str:
-    """A field of an answer in a table cell.
-
-    >>> text_of(["a", "b"]), text_of(None), text_of(True), text_of([])
+    >>> value_text(["a", "b"]), value_text(None), value_text(True), value_text([])
     ('a, b', '–', 'true', 'none')
     """
     if value is None:
@@ -157,66 +198,20 @@ def text_of(value: Any) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, list | tuple):
-        return ", ".join(map(text_of, value)) or "none"
+        return ", ".join(map(value_text, value)) or "none"
     if isinstance(value, Mapping):
-        return "; ".join(f"{key}: {text_of(item)}" for key, item in value.items()) or "none"
+        return "; ".join(f"{key}: {value_text(item)}" for key, item in value.items()) or "none"
     return str(value)
 
 
-def beginning(text: str, most: int = 90) -> str:
-    """The first words of a text, on one line.
+def shortened(text: str, limit: int = 90) -> str:
+    """The first words of a text, on one line of at most ``limit`` characters and an ellipsis.
 
-    >>> beginning("One line,\\nand another one.", 20), beginning("short"), beginning("x" * 12, 10)
+    >>> shortened("One line,\\nand another one.", 20), shortened("short"), shortened("x" * 12, 10)
     ('One line, and…', 'short', 'xxxxxxxxxx…')
     """
     line = " ".join(text.split())
-    if len(line) <= most:
+    if len(line) <= limit:
         return line
-    cut = line[: most + 1]
-    return (cut.rsplit(" ", 1)[0] if " " in cut else cut[:most]) + "…"
-
-
-def duration(seconds: float) -> str:
-    """A span of time for people.
-
-    >>> duration(7.4), duration(83), duration(3 * 3600 + 125)
-    ('7 s', '1 min 23 s', '3 h 02 min')
-    """
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
-
-
-def size(count: float) -> str:
-    """Bytes for people, in powers of 1000.
-
-    >>> size(1), size(999), size(12_345), size(3.2e6), size(16e9)
-    ('1 byte', '999 bytes', '12.3 kB', '3.2 MB', '16.0 GB')
-    """
-    if count < 1000:
-        return counted(count, "byte")
-    for unit in ("kB", "MB", "GB"):
-        count /= 1000
-        if count < 999.95:
-            return f"{count:.1f} {unit}"
-    return f"{count / 1000:.1f} TB"
-
-
-def counted(number: float | None, unit: str) -> str:
-    """A number of things for people.
-
-    >>> counted(1, "file"), counted(1200, "row"), counted(3, "MB")
-    ('1 file', '1,200 rows', '3 MB')
-    """
-    if number is None:
-        return ""
-    if not unit:
-        return f"{number:g}"
-    return f"{number:,.0f} {unit if number == 1 else _plural(unit)}"
-
-
-def _plural(unit: str) -> str:
-    return unit if not unit or unit.isupper() else f"{unit}s"
+    start = line[: limit + 1]
+    return (start.rsplit(" ", 1)[0] if " " in start else start[:limit]) + "…"

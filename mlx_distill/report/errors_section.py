@@ -18,7 +18,7 @@ from mlx_distill.report.tables import (
     table,
 )
 from mlx_distill.run_models import RESULTS, STUDENTS, model_class, model_title
-from mlx_distill.text import NONE, count, percent, plural, signed_points, significant, words
+from mlx_distill.text import NONE, counted, integer, percent, signed_points, significant, words
 
 Report = Mapping[str, Any]
 _KINDS = (
@@ -145,7 +145,7 @@ def confusions(report: Report) -> Html:
     folded = [matrix for matrix in folded if matrix is not None]
     more = el(
         "details",
-        el("summary", plural(len(folded), "more matrix").replace("matrixs", "matrices")),
+        el("summary", counted(len(folded), "more matrix")),
         el("div", folded, class_="matrices"),
     )
     return el(
@@ -186,7 +186,7 @@ def _matrix(confusion: Mapping[str, Any], name: str, reference: str) -> Html:
 def _cell(number: int, total: int, diagonal: bool, said: str, truth: str, reference: str) -> Html:
     share = number / total if total else 0.0
     hint = f"{number} of {total} rows with {truth} ({reference}) were called {said}: {percent(share)}"
-    text = el("b", count(number)) if number else el("span", "0", class_="zero")
+    text = el("b", integer(number)) if number else el("span", "0", class_="zero")
     return el("td", text, title=hint, class_="yes" if diagonal else "no", style=f"--a:{share:.3f}")
 
 

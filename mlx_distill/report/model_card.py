@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from mlx_distill.models.checkpoint.plan import CheckpointPlan
 from mlx_distill.report.tables import metric_titles
 from mlx_distill.run_models import dequantization_note
 from mlx_distill.storage import Manifest, read_manifest
-from mlx_distill.text import gigabytes, interval, percent, seconds, significant
+from mlx_distill.text import duration, gigabytes, interval, percent, significant
 
 _RATES = (
     "accuracy",
@@ -25,7 +26,7 @@ _RATES = (
 _FIGURES: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(_RATES, lambda rate: _between(percent(rate.get("value")), interval(rate))),
     "score_gap": lambda gap: f"{gap['value']:.1f} [{gap['low']:.1f}–{gap['high']:.1f}]",
-    "latency_s": seconds,
+    "latency_s": partial(duration, page=True),
     "items_per_minute": lambda pace: significant(pace, 3),
     "peak_memory_gb": gigabytes,
 }

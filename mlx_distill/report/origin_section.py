@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+import yaml
+
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import TableRow, table
 from mlx_distill.run_models import is_dequantized, model_title
-from mlx_distill.text import NONE, report_size, seconds, text_of, words
+from mlx_distill.text import NONE, duration, size, value_text, words
 
 Report = Mapping[str, Any]
 
@@ -49,7 +51,7 @@ def origin(report: Report) -> Html:
     """Everything that one needs to get the same figures again."""
     found = report["provenance"]
     machine = {
-        words(key.removesuffix("_bytes")).capitalize(): report_size(value)
+        words(key.removesuffix("_bytes")).capitalize(): size(value, page=True)
         if key.endswith("_bytes")
         else value
         for key, value in found["machine"].items()
@@ -67,13 +69,17 @@ def origin(report: Report) -> Html:
         ),
         _stages(found["stages"]),
         _settings(found["evaluations"]),
-        el("details", el("summary", "Recipe"), el("pre", "\n".join(_yaml(found["recipe"])))),
+        el(
+            "details",
+            el("summary", "Recipe"),
+            el("pre", yaml.safe_dump(dict(found["recipe"]), sort_keys=False, allow_unicode=True)),
+        ),
     ]
     return el("div", parts)
 
 
 def _list(title: str, items: Mapping[str, Any]) -> Html | None:
-    pairs = [el("div", el("dt", name), el("dd", text_of(value))) for name, value in items.items()]
+    pairs = [el("div", el("dt", name), el("dd", value_text(value))) for name, value in items.items()]
     return el("div", el("h3", title), el("dl", pairs)) if pairs else None
 
 
@@ -86,8 +92,8 @@ def _stages(stages: list[Mapping[str, Any]]) -> Html | None:
             else NONE
         )
         cells = [
-            seconds(entry["seconds"]),
-            report_size(entry["bytes"]),
+            duration(entry["seconds"], page=True),
+            size(entry["bytes"], page=True),
             finished,
             el("code", entry["key"][:12], title=entry["key"]),
         ]
@@ -130,37 +136,3 @@ def _shown(settings: Mapping[str, Any]) -> dict[str, Any]:
     if dequantized is not None:
         shown["quantized weights"] = "dequantized" if dequantized else "as on disk"
     return shown
-
-
-def _yaml(value: Any, indent: int = 0) -> list[str]:
-    """The recipe as it would stand in its file; for reading, so strings stay bare."""
-    pad = "  " * indent
-    if isinstance(value, Mapping):
-        lines = []
-        for key, item in value.items():
-            nested = isinstance(item, Mapping) or (
-                isinstance(item, list) and any(isinstance(x, Mapping) for x in item)
-            )
-            lines += (
-                [f"{pad}{key}:", *_yaml(item, indent + 1)]
-                if nested and item
-                else [f"{pad}{key}: {_scalar(item)}"]
-            )
-        return lines
-    if isinstance(value, list):
-        lines = []
-        for item in value:
-            first, *rest = _yaml(item, indent + 1) or [pad + "  {}"]
-            lines += [f"{pad}- {first.strip()}", *rest]
-        return lines
-    return [f"{pad}{_scalar(value)}"]
-
-
-def _scalar(value: Any) -> str:
-    if value is None:
-        return "null"
-    if isinstance(value, list):
-        return "[" + ", ".join(_scalar(item) for item in value) + "]"
-    if isinstance(value, Mapping):
-        return "{}"
-    return text_of(value)

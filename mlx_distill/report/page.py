@@ -14,13 +14,13 @@ from mlx_distill.report.charts import bar
 from mlx_distill.report.markup import Html, el, join
 from mlx_distill.run_models import RESULTS, is_dequantized, model_class, model_phrase, model_title
 from mlx_distill.text import (
+    counted,
     interval,
     p_value,
     percent,
-    plural,
-    report_size,
     signed_points,
     significant,
+    size,
     words,
 )
 
@@ -123,7 +123,7 @@ def _header(report: Report) -> Html:
         "p",
         f"{model_phrase(name).capitalize()} gives {against} on ",
         el("strong", percent(main["value"])),
-        f" of {plural(main['n'], 'held-out row')} [{interval(main)}].",
+        f" of {counted(main['n'], 'held-out row')} [{interval(main)}].",
         class_="lead",
     )
     description = el("p", report["description"], class_="description") if report["description"] else None
@@ -160,9 +160,11 @@ def _context(report: Report, name: str) -> list[Any]:
         own_size, whole = sizes[name], sizes["teacher"]
         share = percent(own_size["total_bytes"] / whole["total_bytes"], 0)
         out.append(
-            f"Its weights{_with_adapter(own_size)} take {report_size(own_size['total_bytes'])} on disk, "
+            f"Its weights{_with_adapter(own_size)} take {size(own_size['total_bytes'], page=True)} on disk, "
         )
-        out.append(f"{share} of the teacher’s {report_size(whole['total_bytes'])}{_with_adapter(whole)}. ")
+        out.append(
+            f"{share} of the teacher’s {size(whole['total_bytes'], page=True)}{_with_adapter(whole)}. "
+        )
     if name != "teacher":
         out.append(_pace(report, name))
     return out

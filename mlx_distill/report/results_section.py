@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from mlx_distill.report.charts import axis, strip
@@ -19,12 +20,12 @@ from mlx_distill.report.tables import (
 from mlx_distill.run_models import STUDENTS, model_class, model_phrase, model_title, run_model
 from mlx_distill.text import (
     NONE,
+    counted,
+    duration,
     gigabytes,
     interval,
     p_value,
     percent,
-    plural,
-    seconds,
     signed_points,
     significant,
     words,
@@ -37,7 +38,11 @@ _NAMES = {
     "latency_p95_s": "95th percentile of a row's time",
     "items_per_minute": "rows a minute",
 }
-_SHOW = {"latency_s": seconds, "latency_p95_s": seconds, "peak_memory_gb": gigabytes}
+_SHOW = {
+    "latency_s": partial(duration, page=True),
+    "latency_p95_s": partial(duration, page=True),
+    "peak_memory_gb": gigabytes,
+}
 
 
 def results(report: Report) -> Html:
@@ -139,7 +144,7 @@ def _comparisons(report: Report) -> Html | None:
             class_="note",
         )
     )
-    for metric, caption, counted in groups:
+    for metric, caption, rows_note in groups:
         rows = [
             (
                 el(
@@ -160,7 +165,10 @@ def _comparisons(report: Report) -> Html | None:
         if rows:
             parts.append(
                 table(
-                    f"{caption} ({counted})", ["Model", "Difference", "Luck?", "Rows"], rows, class_="compare"
+                    f"{caption} ({rows_note})",
+                    ["Model", "Difference", "Luck?", "Rows"],
+                    rows,
+                    class_="compare",
                 )
             )
     return el("div", parts)
@@ -219,7 +227,7 @@ def other_sets(report: Report) -> Html | None:
     others = [name for name in report["sets"] if name != report["main_set"]]
     if not others:
         return None
-    note = f"{plural(len(others), 'set')} besides the main one, measured in the same way."
+    note = f"{counted(len(others), 'set')} besides the main one, measured in the same way."
     return el(
         "div",
         el("p", note, class_="note"),

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_distill.report.markup import Html, el
 from mlx_distill.run_models import model_class, model_phrase, model_title
-from mlx_distill.text import NONE, beginning, percent, text_of, words
+from mlx_distill.text import NONE, percent, shortened, value_text, words
 
 Report = Mapping[str, Any]
 _OPEN = 10
@@ -61,7 +61,7 @@ def _counts(report: Report, name: str) -> list[str]:
 
 
 def _title(row: Mapping[str, Any]) -> str:
-    return row["title"] or beginning(row.get("input") or "") or row["id"]
+    return row["title"] or shortened(row.get("input") or "") or row["id"]
 
 
 def _case(report: Report, name: str, row: Mapping[str, Any]) -> Html:
@@ -115,13 +115,13 @@ def _fields(report: Report, name: str, row: Mapping[str, Any]) -> Html:
     rows = []
     for field in report["task_details"]["properties"]:
         differs = field in row["differs"]
-        cells = [el("td", text_of(truth.get(field)), data_label="Truth")] if truth else []
-        cells.append(el("td", text_of(teacher.get(field)), data_label="Teacher"))
+        cells = [el("td", value_text(truth.get(field)), data_label="Truth")] if truth else []
+        cells.append(el("td", value_text(teacher.get(field)), data_label="Teacher"))
         cells.append(
             el(
                 "td",
                 el("span", "≠ ", class_="mark", title="differs from the teacher") if differs else None,
-                text_of(model.get(field)),
+                value_text(model.get(field)),
                 data_label=model_title(name),
             )
         )

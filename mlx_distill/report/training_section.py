@@ -9,10 +9,11 @@ from mlx_distill.report.charts import line_chart
 from mlx_distill.report.markup import Html, el
 from mlx_distill.report.tables import TableRow, legend, metric_titles, model_heading, number_cell, table
 from mlx_distill.run_models import dequantization_note, is_dequantized, model_class, model_title
-from mlx_distill.text import NONE, count, gigabytes, plural, report_size, seconds, series_name, significant
+from mlx_distill.text import NONE, counted, duration, gigabytes, integer, significant, size, words
 
 Report = Mapping[str, Any]
 
+_SERIES_NAMES = {"valid_loss": "validation"}
 _WEIGHTS = {True: "weights dequantized", False: "weights quantized", None: ""}
 
 
@@ -49,7 +50,10 @@ def _chart(report: Report, stage: str, series: Mapping[str, Any]) -> Html:
         " ",
         el("small", _summary(report["training"].get(stage) or {})),
     )
-    names = [(classes[name], f"{series_name(name)} {significant(value, 3)}") for name, value in last.items()]
+    names = [
+        (classes[name], f"{_SERIES_NAMES.get(name, words(name))} {significant(value, 3)}")
+        for name, value in last.items()
+    ]
     text = f"Losses of {model_title(stage)} over the steps; at the end: " + ", ".join(
         text for _, text in names
     )
@@ -65,11 +69,11 @@ def _chart(report: Report, stage: str, series: Mapping[str, Any]) -> Html:
 def _summary(training: Mapping[str, Any]) -> str:
     parts = []
     if training.get("steps"):
-        parts.append(plural(training["steps"], "step"))
+        parts.append(counted(training["steps"], "step"))
     if training.get("tokens"):
         parts.append(f"{training['tokens']:,} trained tokens")
     if training.get("seconds"):
-        parts.append(seconds(training["seconds"]))
+        parts.append(duration(training["seconds"], page=True))
     if training.get("peak_memory_gb"):
         parts.append(f"peak {gigabytes(training['peak_memory_gb'])}")
     return ", ".join(parts)
@@ -85,17 +89,17 @@ def cost(report: Report) -> Html:
     for name, figures in report["metrics"].items():
         entry = report["sizes"].get(name)
         both = (
-            f"adapter {report_size(entry['weights_bytes'])} + base {report_size(entry['base_bytes'])}"
+            f"adapter {size(entry['weights_bytes'], page=True)} + base {size(entry['base_bytes'], page=True)}"
             if entry and entry["base_bytes"]
             else ""
         )
         pace = figures.get("items_per_minute")
         cells = [
-            number_cell(report_size(entry["total_bytes"]) if entry else NONE, both),
-            number_cell(seconds(figures.get("latency_s"))),
-            number_cell(seconds(figures.get("latency_p95_s"))),
+            number_cell(size(entry["total_bytes"], page=True) if entry else NONE, both),
+            number_cell(duration(figures.get("latency_s"), page=True)),
+            number_cell(duration(figures.get("latency_p95_s"), page=True)),
             number_cell(significant(pace, 3) if pace else NONE),
-            number_cell(count(figures.get("tokens_per_second"))),
+            number_cell(integer(figures.get("tokens_per_second"))),
             number_cell(gigabytes(figures.get("peak_memory_gb"))),
         ]
         computed = _WEIGHTS[is_dequantized(settings[name])] if note else ""
