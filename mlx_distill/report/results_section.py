@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -38,7 +38,7 @@ _NAMES = {
     "latency_p95_s": "95th percentile of a row's time",
     "items_per_minute": "rows a minute",
 }
-_SHOW = {
+_SHOW: Mapping[str, Callable[[Any], str]] = {
     "latency_s": partial(duration, page=True),
     "latency_p95_s": partial(duration, page=True),
     "peak_memory_gb": gigabytes,
