@@ -10,15 +10,15 @@ Each box is a folder of the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.config import ASSETS, changes, keyed, resolve_asset, to_mapping
+from mlx_distill.config import ASSETS, keyed, resolve_asset, to_mapping
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.hub import is_hub_id
-from mlx_distill.recipe import Recipe, current_settings
+from mlx_distill.recipe import Recipe
 from mlx_distill.run_models import CONTROLS, RUN_MODELS, RunModel
 from mlx_distill.stages.convert import convert
 from mlx_distill.stages.distill import distill
@@ -27,15 +27,10 @@ from mlx_distill.stages.prepare import prepare
 from mlx_distill.stages.quantize import quantize
 from mlx_distill.stages.targets import targets
 from mlx_distill.stages.teach import teach
-from mlx_distill.storage import Manifest
 from mlx_distill.tasks.task import Task
-from mlx_distill.text import counted, duration, size
 
 if TYPE_CHECKING:
     from mlx_distill.stages.context import Context
-
-
-_NAMED = 4  # changes of a stage that are named one by one
 
 
 @dataclass(frozen=True)
@@ -62,23 +57,6 @@ class Stage:
     def absent(self) -> list[str]:
         """The local inputs that are not there."""
         return [name for name in self.local if not Path(name).expanduser().exists()]
-
-
-def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) -> str:
-    """Why what a folder holds is not what a stage would make now; ``parents`` are the contents of what it
-    would read.
-    """
-    what = changes(current_settings(manifest.config), current_settings(stage.config))
-    if manifest.format != stage.format:
-        what.insert(0, "another version of this package made it")
-    for name in [
-        name for name in {**manifest.parents, **parents} if manifest.parents.get(name) != parents.get(name)
-    ]:
-        number = name.removeprefix("input ")
-        path = stage.inputs[int(number)] if number.isdigit() and int(number) < len(stage.inputs) else name
-        what.append(f"{path} has changed")
-    more = [f"{len(what) - _NAMED} more"] if len(what) > _NAMED else []
-    return ", ".join(what[:_NAMED] + more)
 
 
 def graph(recipe: Recipe, task: Task) -> list[Stage]:
@@ -181,117 +159,3 @@ def _sources(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
             hub.append(f"{source.hub}@{source.revision or 'main'}")
             out.append(hub[-1])
     return tuple(out), tuple(name for name in out if name not in hub)
-
-
-# --- for people ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run would do; ``--dry-run`` prints it."""
-
-    recipe: str
-    out: str
-    stages: Sequence[Mapping[str, Any]]
-
-    @property
-    def lines(self) -> list[str]:
-        """One paragraph a stage, for people."""
-        lines = [f"{self.recipe} -> {self.out}"]
-        for stage in self.stages:
-            lines.append(f"{stage['command']:<9} {stage['writes']}  [{stage['state']}]")
-            lines += [
-                f"          reads  {name}{'  (not there yet)' if name in stage['absent'] else ''}"
-                for name in stage["reads"]
-            ]
-            lines.append(
-                f"          with   {', '.join(f'{k}={v}' for k, v in stage['settings'].items())}"
-                if stage["settings"]
-                else ""
-            )
-        return [line for line in lines if line]
-
-    @property
-    def next(self) -> str:
-        """The first command that has something to do; what is converted is converted by the stage that needs
-        it.
-        """
-        return next(
-            row["command"] for row in self.stages if row["state"] != "current" and row["command"] != "convert"
-        )
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return {"recipe": self.recipe, "out": self.out, "stages": list(self.stages)}
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a stage that was asked for alone: each folder of it with ``state`` (made or current) and
-    facts; ``next`` a command.
-    """
-
-    recipe: str
-    out: str
-    stages: Sequence[Mapping[str, Any]]
-    next: str | None = None
-
-    @property
-    def lines(self) -> list[str]:
-        """A line a folder, and what comes next."""
-        lines = []
-        for row in self.stages:
-            seconds = f"{row['seconds']:.1f} s" if row["seconds"] < 10 else duration(row["seconds"])
-            state = f"made in {seconds}" if row["state"] == "made" else "current, nothing was to do"
-            lines.append(
-                f"{row['command']}: {row['writes']}: {state}; {', '.join(outcome_facts(row['recorded'], row['bytes']))}"
-            )
-        return [
-            *lines,
-            f"next: {self.next} (or run, for all that is left)"
-            if self.next
-            else "next: nothing, every stage is current",
-        ]
-
-    def to_dict(self) -> dict[str, Any]:
-        """The same as plain values."""
-        return {"recipe": self.recipe, "out": self.out, "stages": list(self.stages), "next": self.next}
-
-
-def outcome_facts(recorded: Mapping[str, Any], count: int) -> list[str]:
-    """The few facts of a stage that a person wants at once.
-
-    Args:
-        recorded: What the stage left in its manifest.
-        count: Bytes of its files.
-
-    >>> outcome_facts({"steps": 32, "resumed": 25, "rows": 200, "best_loss": 0.51234, "best_step": 20}, 1_200_000)
-    ['200 rows', '32 steps, 25 of them before', 'best validation loss 0.5123 at step 20', '1.2 MB']
-    >>> outcome_facts({"rows": {"train": 80, "valid": 10, "test": 10}}, 900)
-    ['80 train, 10 valid, 10 test rows', '900 bytes']
-    """
-    rows, out = recorded.get("rows"), []
-    if isinstance(rows, Mapping):
-        out.append(", ".join(f"{number:,} {split}" for split, number in rows.items()) + " rows")
-    elif rows is not None:
-        out.append(counted(rows, "row"))
-    if (steps := recorded.get("steps")) is not None:
-        early = (
-            f" of {recorded['steps_wanted']}, patience was out"
-            if steps < recorded.get("steps_wanted", steps)
-            else ""
-        )
-        out.append(
-            counted(steps, "step")
-            + early
-            + (f", {recorded['resumed']} of them before" if recorded.get("resumed") else "")
-        )
-    if recorded.get("best_loss") is not None:
-        kept = recorded.get("kept_step", recorded["best_step"])
-        aside = "" if kept == recorded["best_step"] else f" (kept: step {kept}, see use_best)"
-        out.append(f"best validation loss {recorded['best_loss']:.4g} at step {recorded['best_step']}{aside}")
-    if recorded.get("bits_per_weight") is not None:
-        out.append(
-            f"{recorded['parameters']:,} parameters, {recorded['bits_per_weight']:.2f} bits per weight"
-        )
-    return [*out, size(count)]

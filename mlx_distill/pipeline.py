@@ -1,4 +1,4 @@
-"""A recipe to a run: what of the graph of stages is current, what is made, and the report at its end.
+"""Run a recipe: make the stages that are not current, in order, and write the report.
 
 Each stage is a folder of the run with a ``manifest.json``. Its key is a hash of the stage, its format, the
 part of the recipe that can change its result, and the contents of its parents; a folder with the right key is
@@ -9,22 +9,33 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import to_mapping
 from mlx_distill.errors import ConfigError, DistillError, FileError
-from mlx_distill.graph import Outcome, Plan, Stage, differences, graph
-from mlx_distill.progress import NullProgress, Progress
-from mlx_distill.recipe import Recipe, current_settings, load_recipe
-from mlx_distill.runtime import machine, rank_and_size, stop_on_signal, versions
+from mlx_distill.graph import Stage, graph
+from mlx_distill.progress import EventProgress, NullProgress, Progress
+from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.runtime import StopFlag, machine, rank_and_size, stop_on_signal, versions
+from mlx_distill.stages.context import Context
+from mlx_distill.status import (
+    Outcome,
+    Plan,
+    current_key,
+    make_plan,
+    missing_parents,
+    outcome_row,
+    parent_contents,
+    stage_status,
+)
 from mlx_distill.storage import (
     Manifest,
     check_folder,
-    fingerprint,
     lock_folder,
     open_partial,
     partial_folder,
@@ -38,118 +49,85 @@ from mlx_distill.tasks.task import Task
 
 if TYPE_CHECKING:
     from mlx_distill.report import RunReport
-    from mlx_distill.stages.context import Context
     from mlx_distill.train.profiling import Profile
 
 TRAININGS = ("teach", "distill")
 COMMANDS = ("prepare", "convert", "teach", "targets", "distill", "quantize", "evaluate")
 
-
-# --- what is current ----------------------------------------------------------------------------------------
+Hook = Callable[[dict[str, Any]], None]
 
 
 @dataclass
-class _Runner:
+class Runner:
+    """A run in progress: what was asked for, the manifests of the stages so far, and which were made."""
+
     recipe: Recipe
     task: Task
     out: Path
-    progress: Progress
-    resume: bool
+    stages: Sequence[Stage]
     arguments: str
+    progress: Progress
+    resume: bool = True
+    from_stage: str | None = None
+    only: str | None = None
+    events: Hook | None = None
     manifests: dict[str, Manifest] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
 
-    def parents(self, stage: Stage) -> dict[str, str]:
-        parents = {name: self.manifests[name].content for name in stage.parents if name in self.manifests}
-        return parents | {f"input {i}": fingerprint(source) for i, source in enumerate(stage.inputs)}
-
-    def state(self, stage: Stage, forced: bool) -> str:
-        """``current``, or why the stage is to be made."""
-        missing = [name for name in stage.parents if name not in self.manifests]
-        if missing:
-            return f"to do: after {', '.join(missing)}"
-        folder = self.out / stage.name
-        manifest = read_manifest(folder)
-        if manifest is None:
-            return "to do"
-        if forced:
-            return "to do: asked for"
-        parents = self.parents(stage)
-        if manifest.key != stage_key(stage.name, stage.format, stage.config, parents):
-            return f"to do: {differences(stage, manifest, parents)}"
-        damage = check_folder(folder, manifest)
-        return f"to do: {damage}" if damage else "current"
-
-    def key_here(self, stage: Stage) -> str:
-        """The key of a stage whose parents are read as they stand in ``out``."""
-        found = {name: read_manifest(self.out / name) for name in stage.parents}
-        self.manifests |= {name: manifest for name, manifest in found.items() if manifest is not None}
-        return stage_key(stage.name, stage.format, stage.config, self.parents(stage))
-
-    def make(self, stage: Stage, context: Context) -> None:
-        folder = self.out / stage.name
-        self.check_owner(folder)
-        parents = self.parents(stage)
-        key = stage_key(stage.name, stage.format, stage.config, parents)
-        partial = open_partial(folder, key)
-        if stage.command in TRAININGS:
-            from mlx_distill.train.distributed import agree_on_key
-
-            agree_on_key(self.out, key)
-        began = time.time()
-        facts = stage.work(context, partial)
-        recorded = {
-            **facts,
-            "started": began,
-            "seconds": time.time() - began,
-            "versions": versions(),
-            "machine": machine(),
-            "inputs": list(stage.inputs),
-            "recipe": self.recipe.name,
-        }
-        self.manifests[stage.name] = publish(
-            folder, stage.name, stage.format, stage.config, parents, recorded
-        )
-        self.made.append(stage.name)
-
-    def check_owner(self, folder: Path) -> None:
-        """Refuse to replace, or to go on from, what a recipe of another name made with other settings: likely
-        hours of training.
-        """
-        manifest = read_manifest(folder)
-        owner = manifest.recorded.get("recipe", self.recipe.name) if manifest else self.recipe.name
-        if owner != self.recipe.name:
-            raise FileError(
-                f"{folder}: made by the recipe {owner!r}, not by {self.recipe.name!r}",
-                fix=f"choose another --out, or remove {self.out} first",
-            )
-
-    def check_leftover(self, stage: Stage, anew: bool) -> None:
-        """Refuse what an unfinished training of this stage does not fit, or, where it is to be done ``anew``,
-        give that up.
-        """
-        note = partial_folder(self.out / stage.name) / "key"
-        if stage.command not in TRAININGS or not note.is_file():
-            return
-        from mlx_distill.train.preflight import check_leftover
-
-        key = stage_key(stage.name, stage.format, stage.config, self.parents(stage))
-        fits = note.read_text(encoding="utf-8") == key
-        try:
-            check_leftover(
-                note.parent / "scratch" / "checkpoints",
-                getattr(self.recipe, stage.command),
-                stage.command,
-                fits,
-            )
-        except DistillError:
-            if not anew:
-                raise
-            note.unlink()  # no stage goes on without it
-
-    def command(self, name: str) -> str:
+    def command_line(self, command: str) -> str:
         """The command line that makes a stage of this run."""
-        return f"mlx-distill {name} {self.arguments}"
+        return f"mlx-distill {command} {self.arguments}"
+
+    def emit(self, event: str, stage: Stage, **facts: Any) -> None:
+        """Report an event of a stage."""
+        if self.events is not None:
+            self.events({"event": event, "stage": stage.name, "command": stage.command, **facts})
+
+    def is_forced(self, stage: Stage) -> bool:
+        """Whether a stage was asked for by name, or every stage."""
+        return not self.resume or stage.command == self.from_stage
+
+    def plan(self) -> Plan:
+        """What this run would do."""
+        return make_plan(self.recipe.name, self.out, self.stages, self.is_forced)
+
+
+MakeStage = Callable[[Runner, Stage, Context], Manifest]
+
+
+def make_stage(runner: Runner, stage: Stage, context: Context) -> Manifest:
+    """Make a stage in a partial folder, and publish it as the stage's folder with a manifest."""
+    folder = runner.out / stage.name
+    check_owner(runner, folder)
+    parents = parent_contents(stage, runner.manifests)  # as they are before the work begins
+    key = stage_key(stage.name, stage.format, stage.config, parents)
+    partial = open_partial(folder, key)
+    _agree(runner, stage, key)
+    started = time.time()
+    facts = stage.work(context, partial)
+    recorded = {
+        **facts,
+        "started": started,
+        "seconds": time.time() - started,
+        "versions": versions(),
+        "machine": machine(),
+        "inputs": list(stage.inputs),
+        "recipe": runner.recipe.name,
+    }
+    return publish(folder, stage.name, stage.format, stage.config, parents, recorded)
+
+
+def check_owner(runner: Runner, folder: Path) -> None:
+    """Refuse to replace, or to continue from, a folder that a recipe of another name made: it may hold hours
+    of training.
+    """
+    manifest = read_manifest(folder)
+    owner = manifest.recorded.get("recipe", runner.recipe.name) if manifest else runner.recipe.name
+    if owner != runner.recipe.name:
+        raise FileError(
+            f"{folder}: made by the recipe {owner!r}, not by {runner.recipe.name!r}",
+            fix=f"choose another --out, or remove {runner.out} first",
+        )
 
 
 def run(
@@ -162,32 +140,44 @@ def run(
     only: str | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
-    hooks: Sequence[Callable[[dict[str, Any]], None]] = (),
+    hooks: Sequence[Hook] = (),
+    events: Hook | None = None,
+    stop: StopFlag | None = None,
     profile: Profile | None = None,
+    make_stage: MakeStage = make_stage,
 ) -> RunReport | Outcome | Plan:
     """Run every stage of a recipe that is not current, and report.
 
     Args:
         recipe: A packaged recipe's name or a YAML file.
-        out: The run's folder. The same call goes on where a run was interrupted.
+        out: The run's folder. The same call continues a run that was interrupted.
         resume: False makes every stage again.
         overrides: ``KEY=VALUE`` texts over the recipe, such as ``distill.learning_rate=1e-5``.
         from_stage: Make this stage again, and all that follow from it.
-        only: Make this stage alone, from its parents as they stand (a converted base that is missing is made
+        only: Make this stage alone, from its parents as they are (a converted base that is missing is made
             too).
         dry_run: Return the :class:`Plan` and write nothing.
-        progress: Where progress is told; silent by default.
-        hooks: Called after every step of every training; see :mod:`mlx_distill.train.events`.
-        profile: Takes the time of every training's parts.
+        progress: Where progress is shown; silent by default.
+        hooks: Called with the row of metrics after every step of every training; see
+            :mod:`mlx_distill.train.events`.
+        events: Called with every event as a dict. ``event`` is ``stage_started``, ``stage_current`` or
+            ``stage_made`` (with ``stage``, ``command``), ``task_started``, ``progress`` or ``task_ended``
+            (with ``task``, ``done``, ``total``, ``unit``, ``info``), ``note`` (with ``text``), or
+            ``training_row`` (with ``row``).
+        stop: Set it from another thread to stop at the next safe point with :class:`Interrupted`. With it no
+            signal handlers are installed; without it Ctrl-C and SIGTERM stop the run.
+        profile: Measures the time of every training's parts.
+        make_stage: Makes one stage; a test may replace it.
 
     Returns:
-        The report of the run; after ``only`` a stage before ``evaluate`` what came of it; with ``dry_run``
-        the plan.
+        The report of the run; with ``only`` and a stage before ``evaluate`` the outcome of that stage; with
+        ``dry_run`` the plan.
 
     Raises:
         ConfigError: the recipe, an override or a stage's name is wrong, or does not fit what an unfinished
             training left.
         FileError: the folder cannot be written, or another run holds it.
+        Interrupted: it was stopped; the same call continues it.
     """
     renamed: list[str] = []
     loaded = load_recipe(recipe, overrides, renamed)
@@ -195,74 +185,48 @@ def run(
     for name in (from_stage, only):
         if name is not None and name not in COMMANDS:
             raise ConfigError(f"no stage {name!r}", fix=f"stages: {', '.join(COMMANDS)}")
-    stages = graph(loaded, task)
     settings = [part for text in overrides for part in ("--set", text)]
-    runner = _Runner(
-        loaded,
-        task,
-        out,
-        progress or NullProgress(),
-        resume,
-        shlex.join([str(recipe), "--out", str(out), *settings]),
+    arguments = shlex.join([str(recipe), "--out", str(out), *settings])
+    progress = progress or NullProgress()
+    if events is not None:
+        progress = EventProgress(progress, events)
+        hooks = [*hooks, lambda row: events({"event": "training_row", "row": row})]
+    runner = Runner(
+        loaded, task, out, graph(loaded, task), arguments, progress, resume, from_stage, only, events
     )
-    rank, size = rank_and_size()
-    for text in renamed if rank == 0 else ():
-        runner.progress.note(text)
+    rank, num_ranks = rank_and_size()
+    if rank == 0:
+        for text in renamed:
+            progress.note(text)
     if dry_run:
-        return _plan(runner, stages, from_stage)
-    if size > 1 and only not in TRAININGS:
+        return runner.plan()
+    if num_ranks > 1 and only not in TRAININGS:
         raise ConfigError(
-            f"{only or 'a whole run'} on {size} ranks",
+            f"{only or 'a whole run'} on {num_ranks} ranks",
             fix=f"one machine does it; launch the trainings alone: {' or '.join(TRAININGS)}",
         )
     if rank:
-        return _follow(runner, [stage for stage in stages if stage.command == only], hooks, profile)
+        with _stop_flag(stop) as flag:
+            return _follow(runner, Context(loaded, task, out, NullProgress(), flag, hooks, profile))
     if only is None:
-        _find_models(stages)
-    with lock_folder(out), stop_on_signal() as stop:
-        remove_leftovers(out)
-        from mlx_distill.report import build_report, write_report
-        from mlx_distill.stages.context import Context
-        from mlx_distill.stages.training import check_training
-
-        context = Context(loaded, task, out, runner.progress, stop, hooks, profile)
-        check_training(
-            context,
-            {s.command for s in stages if only in (None, s.command) and read_manifest(out / s.name) is None},
-        )
-        needed = {name for stage in stages if stage.command == only for name in stage.parents}
-        for stage in stages:
-            recover(out / stage.name)
-            _step(runner, stage, context, from_stage, only, needed)
-        if only not in (None, "evaluate"):
-            return _outcome(runner, stages, only)
-        evaluations = {stage.model: out / stage.name for stage in stages if stage.model is not None}
-        report = build_report(
-            out, to_mapping(loaded), task, evaluations, confidence=loaded.evaluate.confidence
-        )
-        return write_report(out, report)
+        _check_model_paths(runner.stages)
+    with lock_folder(out), _stop_flag(stop) as flag:
+        context = Context(loaded, task, out, progress, flag, hooks, profile)
+        return _run_stages(runner, context, make_stage)
 
 
-def _follow(
-    runner: _Runner, stages: Sequence[Stage], hooks: Sequence[Any], profile: Profile | None
-) -> Outcome:
-    """Another rank's part: it trains along on what stands in its own ``out``, in a folder that vanishes; rank
-    0 writes and tells.
-    """
-    from mlx_distill.stages.context import Context
-    from mlx_distill.train.distributed import agree_on_key
-
-    with stop_on_signal() as stop:
-        context = Context(runner.recipe, runner.task, runner.out, NullProgress(), stop, hooks, profile)
-        for stage in stages:
-            if agree_on_key(runner.out, "", lambda stage=stage: runner.key_here(stage)):  # type: ignore[misc]
-                with TemporaryDirectory(prefix="mlx-distill-") as folder:
-                    stage.work(context, Path(folder))
-    return Outcome(runner.recipe.name, str(runner.out), [])
+@contextmanager
+def _stop_flag(stop: StopFlag | None) -> Iterator[StopFlag]:
+    """The caller's flag, or one that signals set."""
+    if stop is not None:
+        yield stop
+        return
+    with stop_on_signal() as flag:
+        yield flag
 
 
-def _find_models(stages: Sequence[Stage]) -> None:
-    """Say that a model's path is wrong before the rows are prepared, and not an hour later."""
+def _check_model_paths(stages: Sequence[Stage]) -> None:
+    """Refuse a wrong path of a model now, before the rows are prepared."""
     from mlx_distill.models.hub import find_local
 
     for stage in stages:
@@ -270,139 +234,155 @@ def _find_models(stages: Sequence[Stage]) -> None:
             find_local(stage.inputs[0])
 
 
-def _step(
-    runner: _Runner,
-    stage: Stage,
-    context: Context,
-    from_stage: str | None,
-    only: str | None,
-    needed: set[str],
-) -> None:
-    if only is not None and stage.command != only:
-        _stand_as_parent(runner, stage, context, stage.name in needed)
-        return
-    if only is not None:
-        missing = [name for name in stage.parents if name not in runner.manifests]
-        if missing:
-            makes = {
-                "data": "prepare",
-                "teacher": "teach",
-                "targets": "targets",
-                "student": "distill",
-                "quantized": "quantize",
-            }
-            cure = runner.command(
-                next((made for name, made in makes.items() if not (runner.out / name).is_dir()), "run")
-            )
-            raise FileError(
-                f"{runner.out / missing[0]} is not there yet",
-                fix=f"run first: {cure} (or run, for all at once)",
-            )
-    # What follows from a stage that was asked for is made again even where its parents came out the same.
-    follows = from_stage is not None and any(name in runner.made for name in stage.parents)
-    anew = not runner.resume or stage.command == from_stage or follows
-    state = runner.state(stage, anew)
-    if state == "current":
-        if stage.command in TRAININGS:
-            from mlx_distill.train.distributed import agree_on_key
+def _run_stages(runner: Runner, context: Context, make: MakeStage) -> RunReport | Outcome:
+    """Rank 0's part of a run: all stages that are asked for, then the report."""
+    from mlx_distill.stages.training import check_training
 
-            agree_on_key(runner.out, "")
+    out, stages, only = runner.out, runner.stages, runner.only
+    remove_leftovers(out)
+    missing = {stage.command for stage in stages if read_manifest(out / stage.name) is None}
+    check_training(context, missing if only is None else missing & {only})
+    needed = {name for stage in stages if stage.command == only for name in stage.parents}
+    for stage in stages:
+        recover(out / stage.name)
+        if only in (None, stage.command):
+            _run_stage(runner, stage, context, make)
+        else:
+            _read_parent(runner, stage, context, make, stage.name in needed)
+    return _outcome(runner) if only not in (None, "evaluate") else _write_report(runner)
+
+
+def _write_report(runner: Runner) -> RunReport:
+    from mlx_distill.report import build_report, write_report
+
+    evaluations = {stage.model: runner.out / stage.name for stage in runner.stages if stage.model is not None}
+    confidence = runner.recipe.evaluate.confidence
+    recipe = to_mapping(runner.recipe)
+    report = build_report(runner.out, recipe, runner.task, evaluations, confidence=confidence)
+    return write_report(runner.out, report)
+
+
+def _follow(runner: Runner, context: Context) -> Outcome:
+    """The part of a rank other than 0: it trains on the parents in its own ``out`` and writes into a temporary
+    folder; rank 0 keeps the result and reports.
+    """
+    from mlx_distill.train.distributed import agree_on_key
+
+    for stage in runner.stages:
+        if stage.command != runner.only:
+            continue
+
+        def own_key(stage: Stage = stage) -> str:
+            parents = {name: read_manifest(runner.out / name) for name in stage.parents}
+            present = {name: manifest for name, manifest in parents.items() if manifest is not None}
+            return current_key(stage, runner.manifests | present)
+
+        if agree_on_key(runner.out, "", own_key):
+            with TemporaryDirectory(prefix="mlx-distill-") as folder:
+                stage.work(context, Path(folder))
+    return Outcome(runner.recipe.name, str(runner.out), [])
+
+
+def _agree(runner: Runner, stage: Stage, key: str) -> None:
+    """Tell the other ranks whether a training begins, and by which key; an empty key says that it does not."""
+    if stage.command in TRAININGS:
+        from mlx_distill.train.distributed import agree_on_key
+
+        agree_on_key(runner.out, key)
+
+
+def _run_stage(runner: Runner, stage: Stage, context: Context, make: MakeStage) -> None:
+    """Make a stage if it is not current."""
+    if runner.only is not None:
+        _require_parents(runner, stage)
+    # What follows from a stage that was asked for is made again even where its parents came out the same.
+    follows = runner.from_stage is not None and any(name in runner.made for name in stage.parents)
+    forced = runner.is_forced(stage) or follows
+    status = stage_status(stage, runner.out, runner.manifests, forced)
+    if status.kind == "current":
+        _agree(runner, stage, "")
         runner.progress.note(f"{stage.name}: current")
         runner.manifests[stage.name] = read_manifest(runner.out / stage.name)  # type: ignore[assignment]
+        runner.emit("stage_current", stage)
         return
-    runner.check_leftover(stage, anew)
-    if state not in ("to do", "to do: asked for"):
-        runner.progress.note(f"{stage.name}: made again, {state.removeprefix('to do: ')}")
-    runner.make(stage, context)
+    _check_unfinished(runner, stage, forced)
+    if status.kind == "stale":
+        runner.progress.note(f"{stage.name}: made again, {status.reason}")
+    _make(runner, stage, context, make)
 
 
-def _stand_as_parent(runner: _Runner, stage: Stage, context: Context, needed: bool) -> None:
-    """A stage that was not asked for, beside one that was: it is read as it stands, old settings and all, but
-    never damaged.
+def _make(runner: Runner, stage: Stage, context: Context, make: MakeStage) -> None:
+    runner.emit("stage_started", stage)
+    manifest = make(runner, stage, context)
+    runner.manifests[stage.name] = manifest
+    runner.made.append(stage.name)
+    runner.emit("stage_made", stage, seconds=manifest.recorded.get("seconds"))
+
+
+def _require_parents(runner: Runner, stage: Stage) -> None:
+    """Refuse to make a stage alone whose parents are missing, and name the first command to run."""
+    missing = missing_parents(stage, runner.manifests)
+    if not missing:
+        return
+    makers = (s for s in runner.stages if s.command not in ("convert", "evaluate"))
+    first = next((s.command for s in makers if not (runner.out / s.name).is_dir()), "run")
+    raise FileError(
+        f"{runner.out / missing[0]} is not there yet",
+        fix=f"run first: {runner.command_line(first)} (or run, for all at once)",
+    )
+
+
+def _check_unfinished(runner: Runner, stage: Stage, forced: bool) -> None:
+    """Refuse to start a training that the checkpoints of an unfinished one do not fit; where it is ``forced``,
+    discard them.
+    """
+    key_file = partial_folder(runner.out / stage.name) / "key"
+    if stage.command not in TRAININGS or not key_file.is_file():
+        return
+    from mlx_distill.train.preflight import check_leftover
+
+    fits = key_file.read_text(encoding="utf-8") == current_key(stage, runner.manifests)
+    settings = getattr(runner.recipe, stage.command)
+    try:
+        check_leftover(key_file.parent / "scratch" / "checkpoints", settings, stage.command, fits)
+    except DistillError:
+        if not forced:
+            raise
+        key_file.unlink()  # without it nothing is resumed
+
+
+def _read_parent(runner: Runner, stage: Stage, context: Context, make: MakeStage, needed: bool) -> None:
+    """Read a stage that was not asked for as it is, even with old settings, but refuse it where it is damaged.
+    A missing or damaged converted model is made, since no command with a recipe makes it alone.
     """
     folder = runner.out / stage.name
     manifest = read_manifest(folder)
     damage = check_folder(folder, manifest) if manifest is not None and needed else None
-    # No command with a recipe makes the converted bases, so a stage that needs one makes it.
     if needed and stage.command == "convert" and (manifest is None or damage):
-        runner.make(stage, context)
+        _make(runner, stage, context, make)
         return
     if manifest is None:
         return
     if damage:
-        raise FileError(damage, fix=f"make it again: {runner.command(stage.command)}")
-    if needed and (state := runner.state(stage, False)) != "current":
-        runner.check_owner(folder)
-        anew = (
-            runner.command(stage.command)
-            if stage.command != "convert"
-            else "run, or the stages that read it,"
-        )
-        runner.progress.note(
-            f"{stage.name}: read as it stands; {state.removeprefix('to do: ')} ({anew} makes it again)"
-        )
+        raise FileError(damage, fix=f"make it again: {runner.command_line(stage.command)}")
+    status = stage_status(stage, runner.out, runner.manifests) if needed else None
+    if status is not None and status.kind != "current":
+        check_owner(runner, folder)
+        is_converted = stage.command == "convert"
+        again = "run, or the stages that read it," if is_converted else runner.command_line(stage.command)
+        runner.progress.note(f"{stage.name}: read as it is; {status.reason} ({again} makes it again)")
     runner.manifests[stage.name] = manifest
 
 
-def _outcome(runner: _Runner, stages: Sequence[Stage], only: str | None) -> Outcome:
-    """What came of the stage ``only``, and of the bases that were converted for it."""
+def _outcome(runner: Runner) -> Outcome:
+    """What the stage ``only``, and the conversions that it needed, have made."""
     rows = []
-    for stage in stages:
-        manifest = runner.manifests.get(stage.name)
-        if manifest is not None and (stage.command == only or stage.name in runner.made):
-            recorded = {
-                key: value
-                for key, value in manifest.recorded.items()
-                if key not in ("versions", "machine", "recipe", "inputs")
-            }
-            rows.append(
-                {
-                    "command": stage.command,
-                    "writes": str(runner.out / stage.name),
-                    "state": "made" if stage.name in runner.made else "current",
-                    "seconds": manifest.recorded["seconds"],
-                    "bytes": sum(entry.size for entry in manifest.files.values()),
-                    "recorded": recorded,
-                }
-            )
-    plan = _plan(replace(runner, resume=True, manifests={}, made=[]), stages, None)
-    follows = "evaluate" if plan.next == "report" else plan.next  # which writes the report too
+    for stage in runner.stages:
+        manifest, made = runner.manifests.get(stage.name), stage.name in runner.made
+        if manifest is not None and (stage.command == runner.only or made):
+            rows.append(outcome_row(stage, runner.out, manifest, made))
+    plan = make_plan(runner.recipe.name, runner.out, runner.stages, lambda stage: False)
+    # The evaluate command writes the report too.
+    following = "evaluate" if plan.next == "report" else plan.next
     done = plan.next == "report" and (runner.out / "report.html").is_file()
-    return Outcome(plan.recipe, plan.out, rows, None if done else runner.command(follows))
-
-
-def _plan(runner: _Runner, stages: Sequence[Stage], from_stage: str | None) -> Plan:
-    rows = []
-    for stage in stages:
-        state = runner.state(stage, stage.command == from_stage or not runner.resume)
-        manifest = read_manifest(runner.out / stage.name) if state == "current" else None
-        if manifest is not None:
-            runner.manifests[stage.name] = manifest
-        reads = [str(runner.out / name) for name in stage.parents] + list(stage.inputs)
-        settings = {
-            k: v
-            for k, v in current_settings(stage.config).items()
-            if k not in ("task", "sources") and v not in (None, [], {}, "")
-        }
-        writes = str(runner.out / stage.name)
-        rows.append(
-            {
-                "command": stage.command,
-                "writes": writes,
-                "reads": reads,
-                "absent": stage.absent,
-                "state": state,
-                "settings": settings,
-            }
-        )
-    rows.append(
-        {
-            "command": "report",
-            "writes": str(runner.out / "report.html"),
-            "state": "to do",
-            "settings": {},
-            "absent": [],
-            "reads": [str(runner.out / s.name) for s in stages if s.command == "evaluate"],
-        }
-    )
-    return Plan(runner.recipe.name, str(runner.out), rows)
+    return Outcome(plan.recipe, plan.out, rows, None if done else runner.command_line(following))

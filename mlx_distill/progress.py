@@ -240,6 +240,49 @@ class _RichBar:
         self.live.update(self.task_id, completed=done, left=shown, info=self.info)
 
 
+class EventProgress:
+    """Passes everything on to another :class:`Progress`, and calls a function with each of it as a dict: for
+    servers.
+
+    >>> progress = EventProgress(NullProgress(), print)
+    >>> with progress.task("teach", total=2, unit="step") as bar:
+    ...     bar.update(2, loss=0.5)
+    {'event': 'task_started', 'task': 'teach', 'done': 0, 'total': 2, 'unit': 'step', 'info': {}}
+    {'event': 'progress', 'task': 'teach', 'done': 2, 'total': 2, 'unit': 'step', 'info': {'loss': 0.5}}
+    {'event': 'task_ended', 'task': 'teach', 'done': 2, 'total': 2, 'unit': 'step', 'info': {'loss': 0.5}}
+    """
+
+    def __init__(self, progress: Progress, events: Callable[[dict[str, Any]], None]) -> None:
+        self.progress, self.events = progress, events
+
+    @contextmanager
+    def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Bar]:
+        with self.progress.task(name, total, unit, start) as inner:
+            bar = _EventBar(
+                inner, self.events, {"task": name, "done": start, "total": total, "unit": unit, "info": {}}
+            )
+            bar.emit("task_started")
+            yield bar
+            bar.emit("task_ended")
+
+    def note(self, text: str) -> None:
+        self.progress.note(text)
+        self.events({"event": "note", "text": text})
+
+
+class _EventBar:
+    def __init__(self, bar: Bar, events: Callable[[dict[str, Any]], None], state: dict[str, Any]) -> None:
+        self.bar, self.events, self.state = bar, events, state
+
+    def update(self, done: float, **info: Any) -> None:
+        self.bar.update(done, **info)
+        self.state = {**self.state, "done": done, "info": info}
+        self.emit("progress")
+
+    def emit(self, event: str) -> None:
+        self.events({"event": event, **self.state})
+
+
 def make_progress(stream: Stream | None = None) -> Progress:
     """The live bar where standard error is a terminal, plain lines where it is not."""
     if stream is None and sys.stderr.isatty():

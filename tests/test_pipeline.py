@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,14 @@ import pytest
 from helpers.small_chain import STAGES, finished, manifests, whole_stages, write_chain
 
 from mlx_distill import pipeline
-from mlx_distill.errors import ConfigError, FileError
-from mlx_distill.pipeline import Outcome, Plan, graph
+from mlx_distill.errors import ConfigError, FileError, Interrupted
+from mlx_distill.graph import Stage, graph
+from mlx_distill.progress import PlainProgress
 from mlx_distill.recipe import load_recipe
+from mlx_distill.runtime import StopFlag
+from mlx_distill.status import Outcome, Plan
+from mlx_distill.storage import Manifest, fingerprint, lock_folder, read_manifest
 from mlx_distill.storage import atomic as plain
-from mlx_distill.storage import fingerprint, lock_folder, read_manifest
 
 TEACHER, STUDENT = "evaluations/teacher", "evaluations/student"
 
@@ -32,20 +36,27 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path / "copy"
 
 
-@pytest.fixture
-def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The stages that a run makes, without their work: each is given back as it was, so that what follows
-    depends on keys alone.
+class Counter:
+    """Takes the place of :func:`pipeline.make_stage`: gives each stage back as it was and remembers its name,
+    so that what follows depends on keys alone.
     """
-    made: list[str] = []
 
-    def make(runner: Any, stage: pipeline.Stage, context: Any) -> None:
-        made.append(stage.name)
-        runner.made.append(stage.name)
-        runner.manifests[stage.name] = read_manifest(runner.out / stage.name)
+    def __init__(self) -> None:
+        self.made: list[str] = []
 
-    monkeypatch.setattr(pipeline._Runner, "make", make)
-    return made
+    def __call__(self, runner: pipeline.Runner, stage: Stage, context: Any) -> Manifest:
+        self.made.append(stage.name)
+        manifest = read_manifest(runner.out / stage.name)
+        assert manifest is not None
+        return manifest
+
+    def run(self, folder: Path, *arguments: Any, **options: Any) -> Any:
+        return pipeline.run(folder / "recipe.yaml", folder / "out", *arguments, make_stage=self, **options)
+
+
+@pytest.fixture
+def counter() -> Counter:
+    return Counter()
 
 
 def states(folder: Path, *overrides: str, **options: Any) -> dict[str, str]:
@@ -124,6 +135,16 @@ def test_what_cannot_change_a_result_remakes_nothing(override: str) -> None:
     assert to_do(finished(), override) == set()
 
 
+def test_a_finished_run_stays_current_under_the_old_spelling_of_its_recipe(copied: Path) -> None:
+    recipe = copied / "recipe.yaml"
+    recipe.write_text(recipe.read_text() + "unpack: false\n")
+    stream = io.StringIO()
+    plan = pipeline.run(recipe, copied / "out", dry_run=True, progress=PlainProgress(stream))
+    assert isinstance(plan, Plan)
+    assert {row["state"] for row in plan.stages if row["command"] != "report"} == {"current"}
+    assert stream.getvalue() == f"{recipe}: unpack is now called dequantize\n"
+
+
 def test_the_task_is_in_every_stage_that_shows_it_to_a_model() -> None:
     changed = "task={name: task.yaml, system: Look for a colour.}"
     assert to_do(finished(), changed) == set(STAGES) - {"teacher_base", "student_base"}
@@ -150,13 +171,13 @@ def test_an_edited_input_is_noticed_and_a_touched_one_is_not(copied: Path) -> No
 
 
 def test_a_run_that_was_moved_with_or_without_its_times_is_current(
-    copied: Path, tmp_path: Path, counted: list[str]
+    copied: Path, tmp_path: Path, counter: Counter
 ) -> None:
     moved = tmp_path / "elsewhere" / "run"
     shutil.copytree(copied, moved, copy_function=shutil.copyfile)
     assert to_do(moved) == set()
-    pipeline.run(moved / "recipe.yaml", moved / "out")
-    assert counted == []
+    counter.run(moved)
+    assert counter.made == []
 
 
 @pytest.mark.parametrize(
@@ -197,31 +218,29 @@ def test_a_damaged_stage_is_made_again_and_what_follows_is_not_where_it_comes_ou
     ],
 )
 def test_from_makes_the_stage_and_all_that_follow(
-    copied: Path, counted: list[str], stage: str, made: list[str]
+    copied: Path, counter: Counter, stage: str, made: list[str]
 ) -> None:
     assert to_do(copied, from_stage=stage) == set(made)
-    pipeline.run(copied / "recipe.yaml", copied / "out", from_stage=stage)
-    assert counted == made
+    counter.run(copied, from_stage=stage)
+    assert counter.made == made
 
 
-def test_one_stage_alone(copied: Path, counted: list[str]) -> None:
-    run: Callable[..., Any] = pipeline.run
-    arguments = (copied / "recipe.yaml", copied / "out")
-    outcome = run(*arguments, only="targets")
+def test_one_stage_alone(copied: Path, counter: Counter) -> None:
+    outcome = counter.run(copied, only="targets")
     assert isinstance(outcome, Outcome)
     first, last = outcome.lines
     assert first.startswith(f"targets: {copied / 'out' / 'targets'}: current, nothing was to do; ")
     assert last == "next: nothing, every stage is current"
-    assert counted == []
-    outcome = run(*arguments, only="targets", overrides=["targets.top_k=4"])
+    assert counter.made == []
+    outcome = counter.run(copied, only="targets", overrides=["targets.top_k=4"])
     assert outcome.lines[0].startswith(f"targets: {copied / 'out' / 'targets'}: made in ")
-    assert counted == ["targets"]
-    run(*arguments, False, only="quantize")
-    assert counted == ["targets", "quantized"]
-    run(*arguments, only="distill", from_stage="distill")
-    assert counted[2:] == ["student"]
-    assert run(*arguments, only="evaluate").to_dict()["metrics"].keys() == {"teacher", "student"}
-    assert counted[3:] == []
+    assert counter.made == ["targets"]
+    counter.run(copied, False, only="quantize")
+    assert counter.made == ["targets", "quantized"]
+    counter.run(copied, only="distill", from_stage="distill")
+    assert counter.made[2:] == ["student"]
+    assert counter.run(copied, only="evaluate").to_dict()["metrics"].keys() == {"teacher", "student"}
+    assert counter.made[3:] == []
 
 
 def test_a_stage_alone_says_what_was_done_and_what_comes_next(tmp_path: Path) -> None:
@@ -266,9 +285,8 @@ def test_a_dry_run_marks_what_is_read_and_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_quantized_model_is_planned_as_it_is_measured() -> None:
-    recipe = load_recipe(
-        finished() / "recipe.yaml", ["dequantize=true", "evaluate.models=[student, quantized]"]
-    )
+    overrides = ["dequantize=true", "evaluate.models=[student, quantized]"]
+    recipe = load_recipe(finished() / "recipe.yaml", overrides)
     found = {stage.name: stage.config.get("unpack") for stage in graph(recipe, recipe.load_task())}
     assert found["evaluations/quantized"] is recipe.dequantizes("quantized") is False
     assert all(
@@ -294,10 +312,10 @@ def test_one_stage_alone_makes_the_converted_base_that_it_lacks(copied: Path) ->
     )  # not known to be current before the teacher's base is there again
 
 
-def test_without_resume_everything_is_made_again(copied: Path, counted: list[str]) -> None:
+def test_without_resume_everything_is_made_again(copied: Path, counter: Counter) -> None:
     assert to_do(copied, resume=False) == set(STAGES)
-    pipeline.run(copied / "recipe.yaml", copied / "out", resume=False)
-    assert counted == list(STAGES)
+    counter.run(copied, resume=False)
+    assert counter.made == list(STAGES)
 
 
 def test_a_dry_run_writes_nothing(copied: Path, tmp_path: Path) -> None:
@@ -327,7 +345,7 @@ def test_a_stage_that_fails_leaves_the_old_one(copied: Path, monkeypatch: pytest
     assert manifests(copied / "out") == before
 
 
-def test_two_runs_at_once(copied: Path, counted: list[str]) -> None:
+def test_two_runs_at_once(copied: Path, counter: Counter) -> None:
     code = "import sys; from mlx_distill.pipeline import run; run(sys.argv[1], sys.argv[2])"
     with lock_folder(copied / "out"):
         done = subprocess.run(
@@ -341,13 +359,13 @@ def test_two_runs_at_once(copied: Path, counted: list[str]) -> None:
             and f"another run is using this folder (process {os.getpid()})" in done.stderr
         )
         assert to_do(copied) == set()  # a look is allowed
-    pipeline.run(copied / "recipe.yaml", copied / "out")
-    assert counted == []
+    counter.run(copied)
+    assert counter.made == []
 
 
-def test_temporary_files_of_a_killed_report_are_swept(copied: Path, counted: list[str]) -> None:
+def test_temporary_files_of_a_killed_report_are_swept(copied: Path, counter: Counter) -> None:
     (copied / "out" / ".report.123.tmp.html").write_text("half")
-    pipeline.run(copied / "recipe.yaml", copied / "out")
+    counter.run(copied)
     assert [p.name for p in (copied / "out").rglob(".*")] == [".lock"]
 
 
@@ -356,6 +374,59 @@ def test_a_stage_that_there_is_not(tmp_path: Path, options: dict[str, str]) -> N
     with pytest.raises(ConfigError, match="no stage") as caught:
         pipeline.run(write_chain(tmp_path), tmp_path / "out", **options)  # type: ignore[arg-type]
     assert "prepare, convert, teach" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize(
+    ("options", "kinds"),
+    [
+        ({}, {}),
+        ({"from_stage": "teach"}, {"teacher": "forced", "targets": "blocked", STUDENT: "blocked"}),
+        ({"overrides": ["targets.top_k=4"]}, {"targets": "stale", "student": "blocked", TEACHER: "current"}),
+    ],
+)
+def test_a_plan_has_the_kind_of_each_stages_status(options: dict[str, Any], kinds: dict[str, str]) -> None:
+    plan = pipeline.run(finished() / "recipe.yaml", finished() / "out", dry_run=True, **options)
+    assert isinstance(plan, Plan)
+    found = {row["writes"]: row["status"] for row in plan.stages}
+    assert {name: found[str(finished() / "out" / name)] for name in kinds} == kinds
+    assert kinds or set(found.values()) == {"current", "missing"}  # the report is always written
+
+
+def test_a_server_follows_a_run_by_its_events_and_stops_it_by_a_flag(copied: Path) -> None:
+    stop, seen, handlers = StopFlag(), [], set()
+    before = signal.getsignal(signal.SIGINT)
+
+    def follow(event: dict[str, Any]) -> None:
+        seen.append(event)
+        handlers.add(signal.getsignal(signal.SIGINT))
+        stop.set = event["event"] == "training_row"
+
+    def run(**options: Any) -> Any:
+        overrides = ["teach.seed=1"]
+        return pipeline.run(
+            copied / "recipe.yaml",
+            copied / "out",
+            only="teach",
+            overrides=overrides,
+            events=follow,
+            **options,
+        )
+
+    with pytest.raises(Interrupted):
+        run(stop=stop)
+    assert handlers == {before}
+    assert [event["event"] for event in seen[:3]] == ["note", "stage_started", "task_started"]
+    assert seen[1] == {"event": "stage_started", "stage": "teacher", "command": "teach"}
+    rows = [event["row"] for event in seen if event["event"] == "training_row"]
+    assert [(row["stage"], row["step"]) for row in rows] == [("teach", 1)]
+    json.dumps(seen)
+    seen.clear()
+    run()
+    assert [event["row"]["step"] for event in seen if event["event"] == "training_row"] == [2, 3, 4, 5]
+    assert (seen[-1]["event"], seen[-1]["stage"]) == ("stage_made", "teacher")
+    seen.clear()
+    run()
+    assert [event["event"] for event in seen] == ["note", "stage_current"]
 
 
 # --- fingerprints -------------------------------------------------------------------------------------------

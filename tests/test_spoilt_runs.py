@@ -214,7 +214,7 @@ def test_targets_of_rows_that_are_gone_are_named(copied: Path, command: Callable
     error, fix = refusal(result)
     assert "out/targets: row 'r" in error and "is not in out/data" in error
     assert "mlx-distill targets" in fix
-    assert "targets: read as it stands; data has changed (mlx-distill targets " in result.stderr
+    assert "targets: read as it is; data has changed (mlx-distill targets " in result.stderr
 
 
 # --- damage that sizes and times do not show ----------------------------------------------------------------

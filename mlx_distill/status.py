@@ -1,0 +1,270 @@
+"""The state of each stage of a run, and what is shown of it: the plan of a dry run, the outcome of a stage."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mlx_distill.config import changes
+from mlx_distill.graph import Stage
+from mlx_distill.recipe import current_settings
+from mlx_distill.storage import Manifest, check_folder, fingerprint, read_manifest, stage_key
+from mlx_distill.text import counted, duration, size
+
+_MAX_NAMED_CHANGES = 4
+
+
+@dataclass(frozen=True)
+class StageStatus:
+    """Whether a stage has to be made, and why.
+
+    Attributes:
+        kind: ``current``: its folder holds what would be made now; ``missing``: it has no folder; ``stale``:
+            its settings, its inputs or its files have changed; ``forced``: it was asked for; ``blocked``: a
+            parent has to be made first, so nothing more is known.
+        reason: Why it is stale, forced or blocked, for people.
+    """
+
+    kind: Literal["current", "missing", "stale", "forced", "blocked"]
+    reason: str = ""
+
+    @property
+    def text(self) -> str:
+        """The status for people.
+
+        >>> StageStatus("stale", "seed was 0, is 1").text, StageStatus("missing").text
+        ('to do: seed was 0, is 1', 'to do')
+        """
+        if self.kind == "current":
+            return "current"
+        return f"to do: {self.reason}" if self.reason else "to do"
+
+
+def stage_status(
+    stage: Stage, out: Path, manifests: Mapping[str, Manifest], forced: bool = False
+) -> StageStatus:
+    """Whether a stage of the run in ``out`` has to be made.
+
+    Args:
+        stage: The stage.
+        out: The run's folder.
+        manifests: The manifests of the parents that are current.
+        forced: Whether the stage is made even if it is current.
+    """
+    if missing := missing_parents(stage, manifests):
+        return StageStatus("blocked", f"after {', '.join(missing)}")
+    folder = out / stage.name
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return StageStatus("missing")
+    if forced:
+        return StageStatus("forced", "asked for")
+    parents = parent_contents(stage, manifests)
+    if manifest.key != stage_key(stage.name, stage.format, stage.config, parents):
+        return StageStatus("stale", differences(stage, manifest, parents))
+    damage = check_folder(folder, manifest)
+    return StageStatus("stale", damage) if damage else StageStatus("current")
+
+
+def missing_parents(stage: Stage, manifests: Mapping[str, Manifest]) -> list[str]:
+    """The parents of a stage without a manifest."""
+    return [name for name in stage.parents if name not in manifests]
+
+
+def parent_contents(stage: Stage, manifests: Mapping[str, Manifest]) -> dict[str, str]:
+    """The hashes of everything that a stage reads: its parents' folders and its inputs from outside the run."""
+    parents = {name: manifests[name].content for name in stage.parents if name in manifests}
+    return parents | {f"input {i}": fingerprint(source) for i, source in enumerate(stage.inputs)}
+
+
+def current_key(stage: Stage, manifests: Mapping[str, Manifest]) -> str:
+    """The key that a stage would get if it were made now."""
+    return stage_key(stage.name, stage.format, stage.config, parent_contents(stage, manifests))
+
+
+def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) -> str:
+    """What has changed since a stage's folder was made, for people.
+
+    Args:
+        stage: The stage as it would be made now.
+        manifest: The manifest of its folder.
+        parents: The current :func:`parent_contents`.
+    """
+    changed = changes(current_settings(manifest.config), current_settings(stage.config))
+    if manifest.format != stage.format:
+        changed.insert(0, "another version of this package made it")
+    for name in {**manifest.parents, **parents}:
+        if manifest.parents.get(name) != parents.get(name):
+            number = name.removeprefix("input ")
+            is_input = number.isdigit() and int(number) < len(stage.inputs)
+            changed.append(f"{stage.inputs[int(number)] if is_input else name} has changed")
+    more = len(changed) - _MAX_NAMED_CHANGES
+    return ", ".join(changed[:_MAX_NAMED_CHANGES] + ([f"{more} more"] if more > 0 else []))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do; ``--dry-run`` prints it. Each stage has ``command``, ``writes``, ``reads``,
+    ``absent`` (inputs that do not exist), ``state`` (text), ``status`` (:attr:`StageStatus.kind`) and
+    ``settings``.
+    """
+
+    recipe: str
+    out: str
+    stages: Sequence[Mapping[str, Any]]
+
+    @property
+    def lines(self) -> list[str]:
+        """The plan for people, a paragraph a stage."""
+        lines = [f"{self.recipe} -> {self.out}"]
+        for stage in self.stages:
+            lines.append(f"{stage['command']:<9} {stage['writes']}  [{stage['state']}]")
+            for name in stage["reads"]:
+                absent = "  (not there yet)" if name in stage["absent"] else ""
+                lines.append(f"          reads  {name}{absent}")
+            if stage["settings"]:
+                settings = ", ".join(f"{key}={value}" for key, value in stage["settings"].items())
+                lines.append(f"          with   {settings}")
+        return lines
+
+    @property
+    def next(self) -> str:
+        """The first command that has something to do. Never ``convert``: the stages that need a converted model
+        make it.
+        """
+        return next(
+            stage["command"]
+            for stage in self.stages
+            if stage["status"] != "current" and stage["command"] != "convert"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values."""
+        return {"recipe": self.recipe, "out": self.out, "stages": list(self.stages)}
+
+
+def make_plan(recipe: str, out: Path, stages: Sequence[Stage], forced: Callable[[Stage], bool]) -> Plan:
+    """The plan of a run.
+
+    Args:
+        recipe: The recipe's name.
+        out: The run's folder.
+        stages: The stages, parents before children.
+        forced: Whether a stage is made even if it is current.
+    """
+    manifests: dict[str, Manifest] = {}
+    rows = []
+    for stage in stages:
+        status = stage_status(stage, out, manifests, forced(stage))
+        manifest = read_manifest(out / stage.name) if status.kind == "current" else None
+        if manifest is not None:
+            manifests[stage.name] = manifest
+        rows.append(
+            {
+                "command": stage.command,
+                "writes": str(out / stage.name),
+                "reads": [str(out / name) for name in stage.parents] + list(stage.inputs),
+                "absent": stage.absent,
+                "state": status.text,
+                "status": status.kind,
+                "settings": _shown_settings(stage),
+            }
+        )
+    report = {
+        "command": "report",
+        "writes": str(out / "report.html"),
+        "state": "to do",
+        "status": "missing",
+        "settings": {},
+        "absent": [],
+        "reads": [str(out / stage.name) for stage in stages if stage.command == "evaluate"],
+    }
+    return Plan(recipe, str(out), [*rows, report])
+
+
+def _shown_settings(stage: Stage) -> dict[str, Any]:
+    return {
+        name: value
+        for name, value in current_settings(stage.config).items()
+        if name not in ("task", "sources") and value not in (None, [], {}, "")
+    }
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a stage that was run alone has made. Each folder of it has ``command``, ``writes``, ``state``
+    (``made`` or ``current``), ``seconds``, ``bytes`` and ``recorded``; ``next`` is a command line.
+    """
+
+    recipe: str
+    out: str
+    stages: Sequence[Mapping[str, Any]]
+    next: str | None = None
+
+    @property
+    def lines(self) -> list[str]:
+        """A line a folder, and what comes next."""
+        lines = []
+        for row in self.stages:
+            seconds = f"{row['seconds']:.1f} s" if row["seconds"] < 10 else duration(row["seconds"])
+            state = f"made in {seconds}" if row["state"] == "made" else "current, nothing was to do"
+            facts = ", ".join(stage_facts(row["recorded"], row["bytes"]))
+            lines.append(f"{row['command']}: {row['writes']}: {state}; {facts}")
+        if self.next:
+            return [*lines, f"next: {self.next} (or run, for all that is left)"]
+        return [*lines, "next: nothing, every stage is current"]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outcome as plain values."""
+        return {"recipe": self.recipe, "out": self.out, "stages": list(self.stages), "next": self.next}
+
+
+def outcome_row(stage: Stage, out: Path, manifest: Manifest, made: bool) -> dict[str, Any]:
+    """The row of :class:`Outcome` for a stage's folder."""
+    unshown = ("versions", "machine", "recipe", "inputs")
+    return {
+        "command": stage.command,
+        "writes": str(out / stage.name),
+        "state": "made" if made else "current",
+        "seconds": manifest.recorded["seconds"],
+        "bytes": sum(entry.size for entry in manifest.files.values()),
+        "recorded": {key: value for key, value in manifest.recorded.items() if key not in unshown},
+    }
+
+
+def stage_facts(recorded: Mapping[str, Any], num_bytes: int) -> list[str]:
+    """The few facts of a finished stage that people want to see at once.
+
+    Args:
+        recorded: What the stage left in its manifest.
+        num_bytes: Size of its files.
+
+    >>> stage_facts({"steps": 32, "resumed": 25, "rows": 200, "best_loss": 0.51234, "best_step": 20}, 1_200_000)
+    ['200 rows', '32 steps, 25 of them before', 'best validation loss 0.5123 at step 20', '1.2 MB']
+    >>> stage_facts({"rows": {"train": 80, "valid": 10, "test": 10}}, 900)
+    ['80 train, 10 valid, 10 test rows', '900 bytes']
+    """
+    facts = []
+    rows = recorded.get("rows")
+    if isinstance(rows, Mapping):
+        facts.append(", ".join(f"{number:,} {split}" for split, number in rows.items()) + " rows")
+    elif rows is not None:
+        facts.append(counted(rows, "row"))
+    if (steps := recorded.get("steps")) is not None:
+        planned = recorded.get("steps_wanted", steps)
+        early = f" of {planned}, stopped early" if steps < planned else ""
+        resumed = f", {recorded['resumed']} of them before" if recorded.get("resumed") else ""
+        facts.append(f"{counted(steps, 'step')}{early}{resumed}")
+    if recorded.get("best_loss") is not None:
+        kept = recorded.get("kept_step", recorded["best_step"])
+        aside = "" if kept == recorded["best_step"] else f" (kept: step {kept}, see use_best)"
+        facts.append(
+            f"best validation loss {recorded['best_loss']:.4g} at step {recorded['best_step']}{aside}"
+        )
+    if recorded.get("bits_per_weight") is not None:
+        facts.append(
+            f"{recorded['parameters']:,} parameters, {recorded['bits_per_weight']:.2f} bits per weight"
+        )
+    return [*facts, size(num_bytes)]
