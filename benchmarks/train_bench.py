@@ -171,7 +171,7 @@ def batch_of(rows: Sequence[Any], chosen: Sequence[int]) -> Any:
 def held_out_loss(model: Any, chats: Sequence[dict[str, Any]]) -> float:
     """Nats a trained token on chats that no one has seen, computed by the same code for both."""
     from mlx_distill.train.objective import sft
-    from mlx_distill.train.updates import evaluate
+    from mlx_distill.train.validation import evaluate
 
     rows = pieces(chats)
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].tokens))

@@ -28,26 +28,27 @@ def bias_corrections(step: mx.array, betas: tuple[float, float]) -> tuple[mx.arr
     return first, second
 
 
-# Bits of float32's fraction that a type does not have.
+# Bits of float32's fraction that a 16-bit type lacks.
 _DROPPED = {mx.bfloat16: 16, mx.float16: 13}
 
 
 def round_stochastically(x: Float[mx.array, "*s"], dtype: mx.Dtype, key: mx.array) -> mx.array:
     r"""Round float32 numbers to the number of ``dtype`` below or above, so that the mean is right.
 
-    With the neighbours :math:`a \le x < b`, :math:`P(b) = (x - a) / (b - a)`: what is exact stays, and what a
-    rounding to the nearest would lose at every step is kept in the mean. A bfloat16 weight of 0.02 has
-    neighbours 1.2e-4 apart, and Adam moves it by the learning rate, 2e-5: to the nearest it would never move.
-    Source: Gupta et al., arXiv 1502.02551; for the weights alone, without a copy in float32, Zamirai et al.,
+    With the neighbours :math:`a \le x < b`, :math:`P(b) = (x - a) / (b - a)`: a number that ``dtype`` has is
+    unchanged, and the expected value of any other is the number itself. A bfloat16 weight of 0.02 has
+    neighbours 1.2e-4 apart, and Adam changes it by the learning rate, 2e-5: rounded to the nearest it would
+    never change. Source: Gupta et al., arXiv 1502.02551; for weights without a float32 copy, Zamirai et al.,
     arXiv 2010.06192.
 
     Args:
         x: float32.
-        dtype: ``bfloat16`` or ``float16`` (below 6e-5 to the nearest, where float16 has fewer bits); any
-            other is a plain cast.
-        key: Of the random numbers, as ``mx.random`` takes it; the same key rounds alike.
+        dtype: ``bfloat16`` or ``float16`` (numbers below 6e-5 to the nearest, where float16 has fewer bits);
+            any other is a plain cast.
+        key: A random key of ``mx.random``; the same key rounds the same way.
 
-    >>> x, key = mx.full((4096,), 1.0 + 2.0**-9), mx.random.key(0)  # a quarter of the way from 1 to the next bfloat16
+    >>> x = mx.full((4096,), 1.0 + 2.0**-9)  # a quarter of the way from 1 to the next bfloat16
+    >>> key = mx.random.key(0)
     >>> rounded = round_stochastically(x, mx.bfloat16, key)
     >>> sorted(set(rounded.tolist())), abs((rounded > 1).astype(mx.float32).mean().item() - 0.25) < 0.02
     ([1.0, 1.0078125], True)
@@ -61,29 +62,29 @@ def round_stochastically(x: Float[mx.array, "*s"], dtype: mx.Dtype, key: mx.arra
 
 
 class RoundingOptimizer(optim.Optimizer):
-    """The base of our optimizers: arithmetic in float32, and :meth:`rounded` for the weights' own type.
+    """The base class of our optimizers: float32 arithmetic, and :meth:`rounded` to the weights' own type.
 
-    The random numbers come from ``seed``, the step and the place among the parameters: a run that goes on
-    rounds as one that was never stopped, and so do all ranks.
+    The random numbers depend on ``seed``, the step and the parameter's index alone, so a resumed run rounds
+    as an uninterrupted one, and all ranks round alike.
     """
 
     def __init__(self, seed: int) -> None:
         super().__init__()
         self.seed = seed
-        self._place = 0
+        self._index = 0
 
     def apply_gradients(self, gradients: dict, parameters: dict) -> Any:
         """The updated parameters, a tree like ``gradients``."""
-        self._place = 0
+        self._index = 0
         return super().apply_gradients(gradients, parameters)
 
     def rounded(self, weight: mx.array, dtype: mx.Dtype) -> mx.array:
-        """A new weight, float32, in the type ``dtype`` of the old one: once for each parameter, in their
-        order.
+        """A new float32 weight rounded to ``dtype``, the type of the old one. Called once for each parameter,
+        in order.
         """
-        self._place += 1
+        self._index += 1
         key = mx.stack(
-            [mx.array((self.seed * 1_000_003 + self._place) % 2**32, mx.uint32), self.step.astype(mx.uint32)]
+            [mx.array((self.seed * 1_000_003 + self._index) % 2**32, mx.uint32), self.step.astype(mx.uint32)]
         )
         return round_stochastically(weight, dtype, key)
 
@@ -97,15 +98,15 @@ class AdamW(RoundingOptimizer):
         w &= (1 - \eta\lambda) w - \eta \frac{m / (1-\beta_1^t)}{\sqrt{v / (1-\beta_2^t)} + \epsilon}
 
     ``mlx.optimizers.AdamW`` keeps the moments in the type of the weights, and in bfloat16 :math:`v` never
-    decays; here they and the arithmetic are float32, and a weight of 16 bits is rounded stochastically
-    (:func:`~mlx_distill.optim.adamw.round_stochastically`), so that small steps are not lost.
+    decays; here they and the arithmetic are float32, and a 16-bit weight is rounded stochastically
+    (:func:`~mlx_distill.optim.adamw.round_stochastically`), so that small updates are not lost.
 
     Args:
         learning_rate: :math:`\eta`, a number or a function of the step.
         betas: :math:`(\beta_1, \beta_2)`.
         eps: :math:`\epsilon`.
         weight_decay: :math:`\lambda`.
-        seed: Of the rounding.
+        seed: Of the stochastic rounding.
 
     >>> optimizer = AdamW(0.1)
     >>> round(optimizer.apply_gradients({"w": mx.array([2.0])}, {"w": mx.array([1.0])})["w"].item(), 5)

@@ -8,7 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.optim.base import Filter, NamedOptimizer
+from mlx_distill.optim.base import Filter, Gradient, PathOptimizer, ProjectedGradient
 from mlx_distill.optim.subspace import (
     METHODS,
     Basis,
@@ -26,52 +26,57 @@ BasisFinder = Callable[..., dict[str, mx.array]]
 MOMENTS = ("keep", "reset", "project")
 
 
-class GaLoreAdamW(NamedOptimizer):
+class GaLoreAdamW(PathOptimizer):
     r"""AdamW whose moments live in a low-rank subspace of each matrix's gradient.
 
-    Every ``update_gap`` steps the leading singular vectors :math:`Q` of the gradient become the basis;
-    between,
+    Every ``update_gap`` steps the leading singular vectors :math:`Q` of the gradient become the basis. With
+    that basis, a step is
 
     .. math::
         R &= G Q^\top, \quad M = \beta_1 M + (1-\beta_1) R, \quad V = \beta_2 V + (1-\beta_2) R^2 \\
-        W &\leftarrow W - \eta \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\, s\, \frac{M}{\sqrt V + \epsilon} Q, \quad
-        W \leftarrow W - \eta \lambda W
+        W &\leftarrow W - \eta \frac{\sqrt{1-\beta_2^t}}{1-\beta_1^t}\, s\, \frac{M}{\sqrt V + \epsilon} Q,
+        \quad W \leftarrow W - \eta \lambda W
 
     (and correspondingly :math:`Q^\top G` for wide matrices). The state of an m x n matrix, b the longer side,
-    a the shorter, is :math:`ar + 2br` numbers where AdamW has :math:`2ab`. What ``filter`` does not choose
-    moves by plain AdamW: embeddings and head (a row a token, most of them without a gradient), norms and
-    biases (no matrices). Their moments cost 8 bytes a weight, so that of 150,000 tokens times a width of
-    4,096 the embedding alone has 4.9 GB. A recipe projects ``target_modules``, moves ``modules_to_save`` so,
-    and freezes the rest.
+    a the shorter, is :math:`ar + 2br` numbers where AdamW has :math:`2ab`. The parameters that ``filter``
+    does not choose are updated by plain AdamW: embeddings and head (one row a token, most rows without a
+    gradient), norms and biases (no matrices). Their moments take 8 bytes a weight, 4.9 GB for an embedding of
+    150,000 tokens and width 4,096. A recipe projects ``target_modules``, trains ``modules_to_save`` by AdamW,
+    and freezes everything else.
 
-    Formulas, defaults and order of operations are galore-torch's (Zhao et al., arXiv 2403.03507), with which
-    trajectories agree to 1e-5 where the bases are the same. Beyond it: ``moments``, fast bases, ``stagger``,
-    ``refresh_below``. A basis is found on the host, so an update cannot stand inside ``mx.compile``; the
+    Formulas, defaults and order of operations are those of galore-torch (Zhao et al., arXiv 2403.03507);
+    trajectories agree to 1e-5 with the same bases. It lacks ``moments``, ``basis``, ``stagger`` and
+    ``refresh_below``. A basis is computed on the host, so ``update`` cannot be inside ``mx.compile``; the
     model's part of a step can.
+
+    ``update`` takes plain gradients. To add up gradients of several micro-batches or ranks in little memory,
+    give it what :meth:`project` and :meth:`project_and_refresh` return.
 
     Args:
         learning_rate: :math:`\eta`, a number or a function of the step.
-        rank: Of the projection; cut to a matrix's shorter side.
-        update_gap: Steps between refreshes of a basis; the first step makes the first.
-        scale: :math:`s`, on the update alone.
+        rank: Of the projection; at most a matrix's shorter side.
+        update_gap: Steps between refreshes of a basis; the first step computes the first basis.
+        scale: :math:`s`, a factor on the update.
         projection: ``std`` (basis on the shorter side), ``reverse_std``, ``left``, ``right`` or ``full``
             (both).
         betas: :math:`(\beta_1, \beta_2)`.
-        eps: :math:`\epsilon`, added before the bias is corrected.
+        eps: :math:`\epsilon`, added before the bias correction.
         weight_decay: :math:`\lambda`, applied after the update, in full space.
-        moments: At a refresh: ``keep`` reads the old numbers in the new basis as the reference does;
-            ``reset`` begins anew; ``project`` turns them (:func:`~mlx_distill.optim.subspace.carry_moments`).
-        basis: How one is found: ``auto``, ``eigh``, ``svd``, ``subspace``, or a function
+        moments: At a refresh, ``keep`` leaves the moments' numbers as they are, as the reference does;
+            ``reset`` sets them to zero; ``project`` transforms them to the new basis
+            (:func:`~mlx_distill.optim.subspace.carry_moments`).
+        basis: How a basis is computed: ``auto``, ``eigh``, ``svd``, ``subspace``, or a function
             ``(gradient, rank, projection, old) -> {side: array}``.
-        stagger: Spread the refreshes over the gap, matrix by matrix, where otherwise one step pays for all.
+        stagger: Distribute the matrices' refreshes over the gap instead of doing all of them at one step.
         refresh_below: Skip a refresh while the old basis captures at least this share of what it captured
             when it was new; 0 never skips.
         filter: ``(path, array) -> bool``: which matrices are projected. An optimizer sees names and no
             modules, so the default, :func:`~mlx_distill.optim.base.is_projected`, goes by the names that
-            mlx-lm gives embeddings, norms, head, router and adapters; for others say it yourself, or by
-            :func:`~mlx_distill.optim.base.by_modules`. The path is the dotted name in the tree given.
-        group: Ranks that share the work: each matrix's basis is computed by one of them and sent to all.
-        seed: Of the rounding of weights of 16 bits, which is stochastic.
+            mlx-lm gives embeddings, norms, head, router and adapters; for other names use
+            :func:`~mlx_distill.optim.base.by_modules` or a function of your own. The path is the dotted name
+            in the tree of parameters.
+        group: Ranks that share the work: each matrix's basis is computed by one rank and sent to all.
+        seed: Of the stochastic rounding of 16-bit weights.
 
     >>> optimizer = GaLoreAdamW(0.1, rank=1)
     >>> new = optimizer.apply_gradients({"w": mx.array([[3.0, 0.0], [0.0, 1.0]])}, {"w": mx.ones((2, 2))})
@@ -114,23 +119,12 @@ class GaLoreAdamW(NamedOptimizer):
             raise ConfigError(f"no way {moments!r} to treat the moments", fix=f"one of {', '.join(MOMENTS)}")
         sides_of((1, 1), projection)
         self.rank, self.update_gap, self.scale, self.projection = rank, update_gap, scale, projection
-        self.moments, self.basis, self.stagger, self.refresh_below, self.group = (
-            moments,
-            basis,
-            stagger,
-            refresh_below,
-            group,
-        )
-        self._refreshed: dict[str, int] = {}  # the update before which a basis was looked at last
+        self.moments, self.basis, self.group = moments, basis, group
+        self.stagger, self.refresh_below = stagger, refresh_below
 
-    def init(self, parameters: dict) -> None:
-        """Make the state of each parameter that has none yet."""
-        self._refreshed.clear()
-        super().init(parameters)
-
-    def init_named(self, path: str, parameter: mx.array, state: dict) -> None:
+    def init_projected(self, path: str, parameter: mx.array, state: dict) -> None:
         """Zero bases (the first step fills them) and zero moments; ``age`` counts the updates that the
-        moments have seen.
+        moments have seen, ``fresh`` is the share that the basis captured when it was new.
         """
         shapes = basis_shapes(parameter.shape, self.rank, self.projection)
         for side, shape in shapes.items():
@@ -143,103 +137,99 @@ class GaLoreAdamW(NamedOptimizer):
         state["age"] = mx.array(0, mx.uint32)
         state["fresh"] = mx.array(0.0)
 
-    def step_named(self, path: str, gradient: mx.array, state: dict) -> mx.array:
-        """Refresh where it is due, project, move the moments, project back."""
-        # At full rank the two forms cannot be told apart, but then no gradient comes in its subspace.
-        low = gradient if self._is_low(gradient, state) else self._enter(path, gradient, state)
+    def step_projected(self, path: str, gradient: Gradient, state: dict, updates: int) -> mx.array:
+        """Refresh the basis where that is due, project, update the moments, project back."""
+        if not isinstance(gradient, ProjectedGradient):
+            gradient = self._refresh_and_project(path, gradient, state, updates)
         state["age"] = state["age"] + 1
-        return (
-            self.corrected_rate(state["age"])
-            * self.scale
-            * project_back(self.adam(low, state), basis_of(state))
-        )
+        step = project_back(self.adam(gradient.array, state), basis_of(state))
+        return self.corrected_rate(state["age"]) * self.scale * step
 
-    def due(self, path: str) -> bool:
-        """Whether the next update of that matrix begins with a refresh of its basis that is still to be done."""
-        if self._refreshed.get(path) == self.count:
-            return False
-        if self.count == 0:
+    def needs_refresh(self, path: str, updates: int) -> bool:
+        """Whether the update that follows ``updates`` finished ones computes a new basis for that matrix."""
+        if updates == 0:
             return True
-        phase = self.chosen[path] * self.update_gap // max(len(self.chosen), 1) if self.stagger else 0
-        return (self.count - phase) % self.update_gap == 0
+        phase = self.projected[path] * self.update_gap // len(self.projected) if self.stagger else 0
+        return (updates - phase) % self.update_gap == 0
 
-    def due_whole(self, parameters: Mapping[str, mx.array]) -> list[str]:
-        """The matrices whose gradient the next update needs whole, to find a basis in it."""
-        self.count = int(self.step.item())
+    def paths_to_refresh(self, parameters: Mapping[str, mx.array]) -> list[str]:
+        """The matrices whose whole gradient the next update needs, to compute a new basis from it."""
+        updates = int(self.step.item())
         return [
             path
-            for path, p in parameters.items()
-            if path in self.chosen and self.due(path) and self._shrinks(path, p)
+            for path in parameters
+            if path in self.projected and not self._full_rank(path) and self.needs_refresh(path, updates)
         ]
 
-    def compress(self, path: str, gradient: mx.array) -> mx.array:
-        """A gradient in its subspace, to be added up over micro-batches and ranks: exact, because projecting
-        is linear.
+    def project(self, path: str, gradient: mx.array) -> Gradient:
+        """The gradient of one micro-batch or rank in its subspace, so that sums over them take less memory:
+        exact, because projecting is linear.
 
-        What has no basis yet, or is to get a new one, stays whole. Give the sum to :meth:`enter`, then to
+        A gradient whose sum is needed whole is returned as it is: that of a matrix which the filter does not
+        choose, or whose basis the next update refreshes. Give the sum to :meth:`project_and_refresh`, then to
         ``update``.
         """
-        self.count = int(self.step.item())
-        if path not in self.chosen or self.due(path) or not self._shrinks(path, gradient):
+        if path not in self.projected or self._full_rank(path):
             return gradient
-        return project(gradient.astype(mx.float32), basis_of(self.states[path]))
-
-    def enter(self, path: str, gradient: mx.array) -> mx.array:
-        """The summed gradient in its subspace, after the refresh of the basis where it is due: for clipping,
-        then ``update``.
-        """
-        self.count = int(self.step.item())
-        if path not in self.chosen or not self._shrinks(path, gradient):
+        if self.needs_refresh(path, int(self.step.item())):
             return gradient
-        return self._enter(path, gradient.astype(mx.float32), self.states[path])
+        return ProjectedGradient(project(gradient.astype(mx.float32), basis_of(self.states[path])))
 
-    def _is_low(self, gradient: mx.array, state: dict) -> bool:
-        rows = state["left"].shape[-2] if "left" in state else gradient.shape[-2]
-        columns = state["right"].shape[-1] if "right" in state else gradient.shape[-1]
-        return tuple(gradient.shape[-2:]) != (rows, columns)
+    def project_and_refresh(self, path: str, gradient: Gradient) -> Gradient:
+        """The whole step's gradient in its subspace, after a refresh of the basis where that is due. Call it
+        once a step for each path; what it returns can be clipped and given to ``update``.
 
-    def _shrinks(self, path: str, gradient: mx.array) -> bool:
-        """Whether the subspace's form differs from this one. At full rank both are alike, and nothing is ever
-        compressed.
+        A gradient that is projected already is returned as it is.
         """
-        return gradient.shape != self.states[path]["m"].shape
+        if isinstance(gradient, ProjectedGradient) or path not in self.projected or self._full_rank(path):
+            return gradient
+        updates, state = int(self.step.item()), self.states[path]
+        return self._refresh_and_project(path, gradient.astype(mx.float32), state, updates)
 
-    def _enter(self, path: str, gradient: mx.array, state: dict) -> mx.array:
-        # A gradient that is not finite has no basis; projected as it is, it stops whoever looks at its norm.
-        if self.due(path) and mx.isfinite(gradient.sum()).item():
-            self._refresh(path, gradient, state)
-        return project(gradient, basis_of(state))
+    def _full_rank(self, path: str) -> bool:
+        """Whether the subspace is the whole space. Its gradients are projected in ``update`` alone: done
+        earlier, that would save nothing.
+        """
+        state = self.states[path]
+        rows = state["left"].shape[-2] if "left" in state else state["m"].shape[-2]
+        columns = state["right"].shape[-1] if "right" in state else state["m"].shape[-1]
+        return tuple(state["m"].shape[-2:]) == (rows, columns)
 
-    def _refresh(self, path: str, gradient: mx.array, state: dict) -> None:
-        self._refreshed[path] = self.count
-        old = basis_of(state) if self.count else None
+    def _refresh_and_project(
+        self, path: str, gradient: mx.array, state: dict, updates: int
+    ) -> ProjectedGradient:
+        # A gradient that is not finite has no basis. It is projected as it is: the caller's check of its norm
+        # stops the run.
+        if self.needs_refresh(path, updates) and mx.isfinite(gradient.sum()).item():
+            self._refresh(path, gradient, state, first=updates == 0)
+        return ProjectedGradient(project(gradient, basis_of(state)))
+
+    def _refresh(self, path: str, gradient: mx.array, state: dict, *, first: bool) -> None:
+        """Compute a new basis from a gradient; treat the moments as ``moments`` says."""
+        old = None if first else basis_of(state)
         fresh = state["fresh"].item() if self.refresh_below > 0 else 0.0
         if old is not None and fresh > 0 and captured(gradient, old) >= self.refresh_below * fresh:
             return
-        new = self._find(path, gradient, old)
+        new = self._compute_basis(path, gradient, old)
         if old is not None and gradient.ndim == 3:
-            # An expert that saw no token has no gradient to find a basis in, and would keep whatever came out
-            # for a whole gap.
+            # An expert that saw no token has a zero gradient, whose basis would be arbitrary for a whole gap.
             seen = mx.abs(gradient).max(axis=(-2, -1), keepdims=True) > 0
             new = {side: mx.where(seen, array, old[side]) for side, array in new.items()}
         if old is not None and self.moments == "reset":
-            state["m"], state["v"], state["age"] = (
-                mx.zeros_like(state["m"]),
-                mx.zeros_like(state["v"]),
-                mx.array(0, mx.uint32),
-            )
+            state["m"], state["v"] = mx.zeros_like(state["m"]), mx.zeros_like(state["v"])
+            state["age"] = mx.array(0, mx.uint32)
         elif old is not None and self.moments == "project":
-            state["m"], state["v"] = carry_moments(
-                state["m"], state["v"], old, new, self.betas, int(state["age"].item())
-            )
+            age = int(state["age"].item())
+            state["m"], state["v"] = carry_moments(state["m"], state["v"], old, new, self.betas, age)
         state.update(new)
         if self.refresh_below > 0:
             state["fresh"] = mx.array(captured(gradient, new))
 
-    def _find(self, path: str, gradient: mx.array, old: Basis | None) -> dict[str, mx.array]:
+    def _compute_basis(self, path: str, gradient: mx.array, old: Basis | None) -> dict[str, mx.array]:
+        """The new basis, the same on all ranks of the group; evaluated."""
         size = self.group.size() if self.group is not None else 1
         shapes = basis_shapes(gradient.shape, self.rank, self.projection)
-        if size > 1 and self.chosen[path] % size != self.group.rank():
+        if size > 1 and self.projected[path] % size != self.group.rank():
             new = {side: mx.zeros(shape, mx.float32) for side, shape in shapes.items()}
         elif callable(self.basis):
             new = self.basis(gradient, self.rank, self.projection, old)
@@ -247,13 +237,13 @@ class GaLoreAdamW(NamedOptimizer):
             new = find_basis(gradient, self.rank, self.projection, self.basis, old)
         if size > 1:
             new = {side: mx.distributed.all_sum(array, group=self.group) for side, array in new.items()}
-        # Laid out as a checkpoint gives them back: BLAS rounds a transposed view otherwise. (mx.contiguous
-        # would leave the strides of one with a side of 1 as they are.)
+        # Contiguous, as they will be when read from a checkpoint: BLAS rounds a transposed view differently.
+        # (mx.contiguous keeps the strides of an array with a side of 1.)
         new = {side: array.reshape(-1).reshape(array.shape) for side, array in new.items()}
         mx.eval(new)
         return new
 
 
 def basis_of(state: dict) -> dict[str, mx.array]:
-    """The bases in a matrix's state."""
+    """The bases in the state of a matrix."""
     return {side: state[side] for side in ("left", "right") if side in state}

@@ -1,4 +1,4 @@
-"""Learning rates as plain functions of the step."""
+"""Learning-rate schedules as plain functions of the step."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ def make_schedule(name: str, peak: float, steps: int, *, warmup: float = 0.0, fl
     r"""The learning rate at each optimizer step, the first step being 0.
 
     Over the first :math:`w = \lceil \mathrm{warmup} \cdot \mathrm{steps} \rceil` steps it rises as
-    :math:`(t+1)/(w+1)`, so that no step is wasted at zero; with :math:`p = (t-w)/(\mathrm{steps}-w)` after
-    that it is
+    :math:`(t+1)/(w+1)`, so that no step has a learning rate of zero; after that, with
+    :math:`p = (t-w)/(\mathrm{steps}-w)`, it is
 
     - ``cosine``: :math:`(1+\cos \pi p)/2` (Loshchilov and Hutter, arXiv 1608.03983),
     - ``linear``: :math:`1-p`,
     - ``constant``: 1,
-    - ``wsd``: 1, then linearly down over the last fifth of the steps (warm-up, stable, decay; Hu et al.,
-      arXiv 2404.06395),
+    - ``wsd``: 1, then linear decay over the last fifth of the steps (warm-up, stable, decay; Hu et al., arXiv
+      2404.06395),
 
     between ``floor`` and 1 times ``peak``.
 
@@ -35,14 +35,14 @@ def make_schedule(name: str, peak: float, steps: int, *, warmup: float = 0.0, fl
         name: One of :data:`SCHEDULES`.
         peak: Largest learning rate.
         steps: Optimizer steps of the run.
-        warmup: Share of the steps over which the rate rises, 0 to 1.
-        floor: Smallest rate after the peak, as a share of the peak.
+        warmup: Fraction of the steps over which the rate rises, 0 to 1.
+        floor: Smallest rate after the peak, as a fraction of the peak.
 
     Returns:
-        A function of the step, a number or a scalar array; past the end it stays at the last value.
+        A function of the step, a number or a scalar array; after the last step it keeps its last value.
 
     Raises:
-        ConfigError: an unknown name, or a schedule that is longer than the run.
+        ConfigError: an unknown name, or a warm-up and decay that are longer than the run.
 
     >>> rate = make_schedule("linear", 1.0, 10, warmup=0.2)
     >>> [round(rate(t).item(), 3) for t in (0, 1, 2, 6, 10)]
@@ -73,10 +73,10 @@ def make_schedule(name: str, peak: float, steps: int, *, warmup: float = 0.0, fl
 
 
 def check_schedule(name: str, warmup: float) -> None:
-    """Refuse a schedule whose parts are longer than the run, which shows without knowing how long that is.
+    """Refuse a schedule whose warm-up and decay together are longer than the run, whatever the run's length.
 
     Raises:
-        ConfigError: an unknown name, or a warm-up that leaves no room for what follows it.
+        ConfigError: an unknown name, or a warm-up that leaves no steps for what follows it.
 
     >>> check_schedule("wsd", 0.1)
     """
@@ -95,8 +95,7 @@ def check_schedule(name: str, warmup: float) -> None:
 
 
 def scheduled_steps(optimizer: optim.Optimizer) -> int | None:
-    """The steps over which an optimizer's learning rate was laid out by :func:`make_schedule`; None where it
-    was not.
+    """The number of steps of an optimizer's schedule from :func:`make_schedule`; None for any other schedule.
 
     >>> scheduled_steps(optim.SGD(make_schedule("cosine", 0.1, 30))), scheduled_steps(optim.SGD(0.1))
     (30, None)

@@ -1,9 +1,9 @@
-"""Bases in which a gradient is nearly whole: which side, how to find one, in and out of it.
+"""Low-rank subspaces of gradients: computing a basis, projecting to it and back, carrying moments over.
 
-A gradient ``G [m, n]`` is written as ``Aᵀ G Bᵀ`` with ``A [m, r]`` (left) or ``B [r, n]`` (right), or both. A
-leading axis (experts) is a
-batch: one basis an expert. All decompositions run on the CPU stream, where alone MLX has them, and are
-evaluated at once: GPU work queued behind a long decomposition is killed by Metal's watchdog.
+A gradient ``G [m, n]`` is projected to ``Aᵀ G Bᵀ`` with ``A [m, r]`` (left) or ``B [r, n]`` (right), or both.
+A leading axis (experts) is a batch: one basis for each expert. All decompositions run on the CPU stream, the
+only one on which MLX has them, and are evaluated at once: Metal's watchdog kills GPU work that is queued
+behind a long decomposition.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ Basis = Mapping[str, mx.array]
 PROJECTIONS = ("std", "reverse_std", "left", "right", "full")
 METHODS = ("auto", "eigh", "svd", "subspace")
 
-# Up to this size of the smaller side the full symmetric eigenproblem is quick: 0.4 s at 2048 on two cores.
-_EIGH_LIMIT = 2048
+# ``auto`` solves the symmetric eigenproblem up to this size of the smaller side: 0.4 s at 2048 on two cores.
+EIGH_LIMIT = 2048
 _OVERSAMPLING = 16
-# Beyond, LAPACK's symmetric solver states its workspace, 2n² + 6n + 1, in a float32 that cannot hold it
-# (seen: OpenBLAS 0.3.21, n = 4096).
+# Above this size LAPACK's symmetric solver gives its workspace, 2n² + 6n + 1, in a float32 that cannot hold
+# it (measured: OpenBLAS 0.3.21, n = 4096).
 _EIGH_LARGEST = 2894
 
 
 def sides_of(shape: tuple[int, ...], projection: str) -> tuple[str, ...]:
-    """Which bases a gradient of that shape gets.
+    """The sides on which a gradient of that shape gets a basis.
 
     ``std`` puts the basis on the shorter side (right where square), ``reverse_std`` on the longer.
 
@@ -45,7 +45,7 @@ def sides_of(shape: tuple[int, ...], projection: str) -> tuple[str, ...]:
 
 
 def basis_shapes(shape: tuple[int, ...], rank: int, projection: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of the bases; a rank above the smaller side is cut to it.
+    """The shapes of the bases; the rank is at most the smaller side.
 
     >>> basis_shapes((8, 4), 2, "std")
     {'right': (2, 4)}
@@ -57,7 +57,7 @@ def basis_shapes(shape: tuple[int, ...], rank: int, projection: str) -> dict[str
 
 
 def project(gradient: Float[mx.array, "*e m n"], basis: Basis) -> Float[mx.array, "*e p q"]:
-    """Into the subspace: ``Aᵀ G Bᵀ``, leaving out the side without a basis.
+    """Project a gradient to the subspace: ``Aᵀ G Bᵀ``, without the factor of a side that has no basis.
 
     >>> project(mx.array([[1.0, 2.0], [3.0, 4.0]]), {"right": mx.array([[0.0, 1.0]])}).tolist()
     [[2.0], [4.0]]
@@ -68,7 +68,7 @@ def project(gradient: Float[mx.array, "*e m n"], basis: Basis) -> Float[mx.array
 
 
 def project_back(low: Float[mx.array, "*e p q"], basis: Basis) -> Float[mx.array, "*e m n"]:
-    """Out of the subspace: ``A N B``.
+    """Project back to the whole space: ``A N B``.
 
     >>> project_back(mx.array([[2.0], [4.0]]), {"right": mx.array([[0.0, 1.0]])}).tolist()
     [[0.0, 2.0], [0.0, 4.0]]
@@ -79,8 +79,8 @@ def project_back(low: Float[mx.array, "*e p q"], basis: Basis) -> Float[mx.array
 
 
 def captured(gradient: Float[mx.array, "*e m n"], basis: Basis) -> float:
-    r"""The share of a gradient's energy that lies in the subspace: :math:`\|R\|^2 / \|G\|^2`, 1 for a zero
-    gradient.
+    r"""The share of a gradient's squared norm that lies in the subspace: :math:`\|R\|^2 / \|G\|^2`, 1 for a
+    zero gradient.
     """
     inside, whole = (mx.square(x.astype(mx.float32)).sum() for x in (project(gradient, basis), gradient))
     mx.eval(inside, whole)
@@ -93,27 +93,29 @@ def find_basis(
     projection: str,
     method: str = "auto",
     old: Basis | None = None,
+    eigh_limit: int = EIGH_LIMIT,
 ) -> dict[str, mx.array]:
-    """The leading singular vectors of a gradient, as GaLore takes them.
+    """The leading singular vectors of a gradient, on the sides that GaLore projects.
 
-    ``svd`` is the reference's own way, slow because MLX has no thin form. ``eigh`` takes the eigenvectors of
-    the smaller Gram matrix: the same subspace, ten times faster. ``subspace`` starts from the old basis and
-    does two rounds of block power iteration with a small eigenproblem at the end: products of matrices
-    otherwise. ``auto`` takes ``eigh`` up to 2048 and ``subspace`` above.
+    ``svd`` is the method of the reference, slow because MLX has no thin form. ``eigh`` takes the eigenvectors
+    of the smaller Gram matrix: the same subspace, ten times faster. ``subspace`` starts from the old basis
+    and does two rounds of block power iteration, which is matrix products and a small eigenproblem at the
+    end. ``auto`` is ``eigh`` up to a smaller side of ``eigh_limit`` and ``subspace`` above.
 
     Args:
-        gradient: Computed in float32.
-        rank: Vectors wanted; cut to the smaller side.
+        gradient: Of any float type; computed in float32.
+        rank: Number of vectors, at most the smaller side.
         projection: See :func:`sides_of`.
         method: One of :data:`METHODS`.
-        old: The basis before, a warm start for ``subspace``.
+        old: The previous basis, a warm start for ``subspace``.
+        eigh_limit: Largest smaller side for which ``auto`` chooses ``eigh``.
 
     Returns:
         ``left [*e, m, r]``, ``right [*e, r, n]``, orthonormal, each vector's largest entry positive,
         evaluated.
 
     Raises:
-        ConfigError: no such method, or ``eigh`` of a side that is too long for it.
+        ConfigError: an unknown method, or ``eigh`` of a side that is too long for it.
     """
     if method not in METHODS:
         raise ConfigError(f"no method {method!r} for a basis", fix=f"one of {', '.join(METHODS)}")
@@ -121,10 +123,10 @@ def find_basis(
     m, n = g.shape[-2:]
     r = min(rank, m, n)
     if method == "auto":
-        method = "eigh" if min(m, n) <= _EIGH_LIMIT else "subspace"
+        method = "eigh" if min(m, n) <= eigh_limit else "subspace"
     out: dict[str, mx.array] = {}
     for side in sides_of(g.shape, projection):
-        # Everything is done for the left; the right is the left of the transpose.
+        # The right singular vectors are the left ones of the transpose.
         matrix = g if side == "left" else g.swapaxes(-1, -2)
         start = None
         if old is not None and method == "subspace":
@@ -170,17 +172,17 @@ def _orthonormal(x: mx.array) -> mx.array:
 
 
 def _power_iteration(g: mx.array, r: int, start: mx.array | None, rounds: int = 2) -> mx.array:
-    """Block power iteration with oversampling and Rayleigh-Ritz (Halko et al., arXiv 0909.4061), warm where
-    there is a start.
+    """Block power iteration with oversampling and Rayleigh-Ritz (Halko et al., arXiv 0909.4061), from
+    ``start`` where there is one.
     """
     *batch, m, n = g.shape
     g = g / mx.maximum(mx.abs(g).max(axis=(-1, -2), keepdims=True), 1e-30)
     k = min(r + _OVERSAMPLING, m, n)
-    # A key of its own: the global random state belongs to dropout.
-    fresh = k - (start.shape[-1] if start is not None and start.shape[-1] <= k else 0)
-    x = mx.random.normal((*batch, n, fresh), key=mx.random.key(m * 1_000_003 + n))
+    # With its own key, so that the global random state, which dropout uses, does not change.
+    missing = k - (start.shape[-1] if start is not None and start.shape[-1] <= k else 0)
+    x = mx.random.normal((*batch, n, missing), key=mx.random.key(m * 1_000_003 + n))
     x = g @ x
-    if fresh < k and start is not None:
+    if missing < k and start is not None:
         x = mx.concatenate([start, x], axis=-1)
     q = _orthonormal(x)
     for _ in range(rounds):
@@ -190,9 +192,9 @@ def _power_iteration(g: mx.array, r: int, start: mx.array | None, rounds: int = 
 
 
 def _fix_signs(vectors: mx.array) -> mx.array:
-    """Each column's largest entry positive: the sign of a singular vector is the library's whim."""
-    place = mx.argmax(mx.abs(vectors), axis=-2, keepdims=True)
-    return vectors * mx.where(mx.take_along_axis(vectors, place, axis=-2) < 0, -1.0, 1.0)
+    """Make each column's largest entry positive, since the sign of a singular vector is arbitrary."""
+    largest = mx.argmax(mx.abs(vectors), axis=-2, keepdims=True)
+    return vectors * mx.where(mx.take_along_axis(vectors, largest, axis=-2) < 0, -1.0, 1.0)
 
 
 def carry_moments(
@@ -203,38 +205,36 @@ def carry_moments(
     betas: tuple[float, float],
     step: int,
 ) -> tuple[mx.array, mx.array]:
-    r"""Both moments of Adam, read in the old basis, written in the new one.
+    r"""Transform both moments of Adam from the old basis to the new one.
 
-    With :math:`C` the change of coordinates, :math:`M \leftarrow C M` and, with :math:`\hat m, \hat v` free
-    of bias,
+    With :math:`C` the change of coordinates, :math:`M \leftarrow C M` and, with :math:`\hat m, \hat v`
+    corrected for bias,
     :math:`V \leftarrow (1-\beta_2^t)\,|C^{\circ 2}(\hat v - \hat m^{\circ 2}) + (C \hat m)^{\circ 2}|`: the
-    variance turns like a variance, the mean like a mean (LDAdam, arXiv 2410.16103). Left untouched, a sign
-    flip of a basis vector alone scrambles the momentum.
+    variance transforms as a variance and the mean as a mean (LDAdam, arXiv 2410.16103). Left as they are, the
+    moments would no longer fit: a sign flip of one basis vector already reverses its momentum.
 
     Args:
         m, v: First and second moment, with their bias.
         old, new: The bases before and after.
         betas: Adam's decay rates.
-        step: Updates that the moments have seen.
+        step: Number of updates that the moments have seen.
     """
     if step == 0:
         return m, v
     c1, c2 = 1 - betas[0] ** step, 1 - betas[1] ** step
     mean = m / c1
-    spread = v / c2 - mx.square(mean)
-    turns = {}
+    variance = v / c2 - mx.square(mean)
+    changes = {}
     if "left" in old:
-        turns["left"] = new["left"].swapaxes(-1, -2) @ old["left"]
+        changes["left"] = new["left"].swapaxes(-1, -2) @ old["left"]
     if "right" in old:
-        turns["right"] = old["right"] @ new["right"].swapaxes(-1, -2)
-    turned, turned_spread = (
-        _turn(mean, turns),
-        _turn(spread, {side: mx.square(c) for side, c in turns.items()}),
-    )
-    return turned * c1, mx.abs(turned_spread + mx.square(turned)) * c2
+        changes["right"] = old["right"] @ new["right"].swapaxes(-1, -2)
+    new_mean = _transform(mean, changes)
+    new_variance = _transform(variance, {side: mx.square(c) for side, c in changes.items()})
+    return new_mean * c1, mx.abs(new_variance + mx.square(new_mean)) * c2
 
 
-def _turn(x: mx.array, turns: Mapping[str, mx.array]) -> mx.array:
-    if "left" in turns:
-        x = turns["left"] @ x
-    return x @ turns["right"] if "right" in turns else x
+def _transform(x: mx.array, changes: Mapping[str, mx.array]) -> mx.array:
+    if "left" in changes:
+        x = changes["left"] @ x
+    return x @ changes["right"] if "right" in changes else x

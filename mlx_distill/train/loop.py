@@ -1,5 +1,5 @@
-"""The one training loop: SFT, distillation and refinement differ in the objective and in where batches come
-from.
+"""The training loop, the same for SFT, distillation and refinement: they differ in the objective and in where
+batches come from.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -41,27 +41,18 @@ from mlx_distill.train.distributed import Ranks, current_ranks
 from mlx_distill.train.events import Hook as Hook
 from mlx_distill.train.events import MetricsLog
 from mlx_distill.train.grad_checkpoint import checkpointed_layers
+from mlx_distill.train.gradients import WindowGradients
 from mlx_distill.train.objective import Objective, trained_tokens
 from mlx_distill.train.preflight import check_settings
 from mlx_distill.train.profiling import Stopwatch
-from mlx_distill.train.trunk_head import Trunk, make_trunk
-from mlx_distill.train.updates import (
-    Compress,
-    Window,
-    apply_update,
-    clip_scale,
-    evaluate,
-    frozen,
-    global_norm,
-    refresh_bases_in_groups,
-    streamed_step,
-    window_gradients,
-)
+from mlx_distill.train.trunk_head import make_trunk
+from mlx_distill.train.updates import FiniteCheck, UpdateContext, Updater, make_updater
+from mlx_distill.train.validation import evaluate
 
 
 @dataclass
 class TrainProgress:
-    """Where a run stands; all of it is in each checkpoint."""
+    """How far a run is; every checkpoint holds all of it."""
 
     step: int = 0
     micro: int = 0
@@ -83,7 +74,7 @@ class TrainProgress:
 
 @dataclass(frozen=True)
 class TrainState:
-    """What does not change over a run."""
+    """What a run consists of; the fields do not change over the run."""
 
     model: nn.Module
     batches: BatchSource
@@ -95,192 +86,19 @@ class TrainState:
     steps: int
     ranks: Ranks
     log: MetricsLog
-    checked: Mapping[str, Any]
-    watch: Stopwatch = field(default_factory=Stopwatch)
-    trunk: Trunk | None = None
-
-
-def run_steps(setup: TrainState, run: TrainProgress, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
-    """Step until the end; True where patience ended it first."""
-    patience = setup.settings.patience
-    if 0 < patience <= run.bad_evals:
-        return True
-    estimate, every = Estimate(setup.steps, run.step), setup.settings.checkpoint_every
-    setup.watch.take()
-    while run.step < setup.steps:
-        row = _step(setup, run)
-        with setup.watch.part("validate"):
-            out_of_patience = _validate(setup, run, row)
-        run.last = row
-        setup.log.write(row)
-        told = {
-            "steps": setup.steps,
-            "terms": {k: row[k] for k in setup.objective.coefficients},
-            "eta_s": estimate.left(run.step),
-        }
-        told["timing"] = setup.watch.take()
-        with setup.watch.part("hooks"):
-            for hook in hooks:
-                hook({**row, **told})
-        stopping = bool(setup.ranks.max(float(bool(flag))))
-        if stopping or out_of_patience or run.step == setup.steps or run.step % every == 0:
-            with setup.watch.part("save"):
-                _save(setup, run)
-        if out_of_patience:
-            return True
-        if stopping and run.step < setup.steps:
-            raise Interrupted(
-                f"stopped after step {run.step} of {setup.steps}",
-                fix="run the same command again: it goes on from there",
-            )
-    return False
-
-
-def _step(setup: TrainState, run: TrainProgress) -> dict[str, Any]:
-    """One optimizer step; its row of metrics."""
-    began = time.perf_counter()
-    with setup.watch.part("data"):
-        window = _window(setup, run)
-        setup.watch.settle([vars(batch) for batch in window])
-    result, norm = _move(setup, run, window)
-    run.step += 1
-    tokens = round(setup.ranks.sum([sum(trained_tokens(batch) for batch in window)])[0])
-    seconds = time.perf_counter() - began
-    run.tokens += tokens
-    run.seconds += seconds
-    return {
-        "step": run.step,
-        "loss": result.loss,
-        **result.terms,
-        "learning_rate": float(setup.optimizer.learning_rate),
-        "grad_norm": norm,
-        "tokens": tokens,
-        "tokens_per_second": tokens / seconds,
-        "seconds": run.seconds,
-        "peak_memory_bytes": peak_memory(),
-    }
-
-
-def _move(setup: TrainState, run: TrainProgress, window: Sequence[Batch]) -> tuple[Window, float]:
-    """Differentiate, clip, update; what the window gave and the gradient's norm."""
-
-    def guard(result: Window, norm: float, moved: bool = False) -> None:
-        if not (math.isfinite(norm) and math.isfinite(result.loss)):
-            stop_on_nan(setup.folder, run.step + 1, window, result, norm, setup.ranks.rank, moved=moved)
-
-    model, objective, optimizer, watch, limit = (
-        setup.model,
-        setup.objective,
-        setup.optimizer,
-        setup.watch,
-        setup.settings.clip_norm,
-    )
-    low = hasattr(optimizer, "enter")  # it takes gradients into a subspace, and those are small
-    if setup.settings.stream_gradients and not low:
-        return streamed_step(model, window[0], objective, optimizer, limit, guard, watch, setup.trunk)
-    # At once into the subspace where there is nothing to add up.
-    alone = setup.settings.accumulate == 1 and setup.ranks.size == 1
-    compress: Compress | None = getattr(optimizer, "enter" if alone else "compress", None)
-    entered: dict[str, mx.array] = {}
-    if low and not alone:
-        entered = refresh_bases_in_groups(
-            model, optimizer, lambda: window_gradients(model, window, objective, setup.ranks, compress, watch)
-        )
-    with frozen(model, entered):
-        # A compiled trunk holds what does not move as constants, so it serves only where all of them move
-        # that did.
-        result = window_gradients(
-            model, window, objective, setup.ranks, compress, watch, None if entered else setup.trunk
-        )
-    if not result.gradients:
-        return result, 0.0
-    result.gradients.update(entered)
-    with watch.part("clip"):
-        norm = global_norm(result.gradients)
-    guard(result, norm)
-    if low:
-        with watch.part("project"):
-            for path in list(result.gradients):
-                result.gradients[path] = optimizer.enter(path, result.gradients[path])
-                mx.eval(result.gradients[path])
-        with watch.part("clip"):
-            norm = global_norm(result.gradients)  # of what moves the weights
-    with watch.part("update"):
-        apply_update(model, optimizer, result.gradients, clip_scale(norm, limit))
-    return result, norm
-
-
-def _window(setup: TrainState, run: TrainProgress) -> list[Batch]:
-    """This step's micro-batches; the last window of a run by epochs is what is left."""
-    count = setup.settings.accumulate
-    if not setup.settings.steps:
-        count = min(count, epoch_batches(setup.settings, len(setup.batches)) - run.micro)
-    window = []
-    for _ in range(count):
-        try:
-            window.append(next(setup.batches))
-        except StopIteration:
-            break
-    if not setup.ranks.max(len(window)):
-        raise DataError(
-            f"the batches ran out at step {run.step + 1}", fix="a source of batches goes on epoch after epoch"
-        )
-    run.micro += len(window)
-    return window
-
-
-def _validate(setup: TrainState, run: TrainProgress, row: dict[str, Any]) -> bool:
-    """Validation where it is due; True where ``patience`` is out."""
-    every = setup.settings.evaluate_every
-    if not setup.valid or not every or (run.step % every and run.step != setup.steps):
-        return False
-    found = evaluate(setup.model, setup.valid, setup.objective, setup.ranks)
-    if not all(map(math.isfinite, found.values())):
-        stop_on_weights(setup.folder, run.step, "the validation loss is not a number")
-    row |= {f"valid_{name}": value for name, value in found.items()}
-    if run.best_loss is None or found["loss"] < run.best_loss:
-        run.best_step, run.best_loss, run.bad_evals = run.step, found["loss"], 0
-        if setup.ranks.rank == 0:
-            checkpoint.save_best(
-                setup.folder / "checkpoints", {"step": run.step, "valid_loss": found["loss"]}, setup.model
-            )
-    else:
-        run.bad_evals += 1
-    return 0 < setup.settings.patience <= run.bad_evals
-
-
-def _save(setup: TrainState, run: TrainProgress) -> None:
-    """Write a checkpoint of weights that are numbers; every rank takes part, rank 0 writes."""
-    check_weights(setup.model, setup.folder, run.step)
-    keys = setup.ranks.gather(random_key())
-    if setup.ranks.rank == 0:
-        state = {
-            "step": run.step,
-            "steps": setup.steps,
-            "run": vars(run),
-            "random": keys,
-            "data": setup.batches.state(),
-            "settings": setup.checked,
-            "metrics_bytes": setup.log.bytes(),
-        }
-        checkpoint.save(
-            setup.folder / "checkpoints",
-            state,
-            setup.model,
-            setup.optimizer,
-            keep=setup.settings.keep_checkpoints,
-        )
-    setup.ranks.barrier()
+    identity: Mapping[str, Any]  # the settings that change the result, and the identity of model and data
+    watch: Stopwatch
+    update: Updater
 
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a finished training came to.
+    """The outcome of a finished training.
 
     ``steps`` optimizer steps; ``metrics`` the last step's row of metrics.jsonl; ``best`` the folder of the
     best weights (None without validation rows), with their ``best_step`` and ``best_loss``; ``seconds`` and
-    ``tokens`` over all parts of an interrupted run; ``resumed`` the step it went on from, 0 for a fresh
-    start.
+    ``tokens`` over all parts of an interrupted run; ``resumed`` the step of the checkpoint from which the run
+    was resumed, 0 for a new run.
     """
 
     steps: int
@@ -307,56 +125,65 @@ def train(
     stop: StopFlag | None = None,
     watch: Stopwatch | None = None,
     identity: str = "",
+    ranks: Ranks | None = None,
 ) -> TrainResult:
-    r"""Train ``model``'s trainable parameters in place; go on from ``folder/checkpoints`` where there are
-    some.
+    r"""Train ``model``'s trainable parameters in place, resuming from ``folder/checkpoints`` where there are
+    any.
 
-    One step takes ``accumulate`` micro-batches a rank: see
-    :func:`~mlx_distill.train.updates.window_gradients`. The gradient is clipped by its global norm, a loss or
-    norm that is not finite ends the run before the weights are touched, and a run that was killed anywhere
-    goes on bitwise as if it had not been. A step whose batches have nothing to train on counts and moves
-    nothing, and the schedule waits for the next.
+    One step takes ``accumulate`` micro-batches on each rank: see
+    :func:`~mlx_distill.train.gradients.window_gradients`. The gradient is clipped by its global norm, and a
+    loss or norm that is not finite ends the run before the weights are updated. A run that was killed and
+    resumed is bitwise equal to an uninterrupted one. A step whose batches have no trained token counts as a
+    step, but updates neither weights nor schedule.
 
     Args:
-        model: Only what is not frozen moves. On return it holds the last weights, or with
+        model: Only its trainable parameters change. On return it holds the last weights, or with
             ``settings.use_best`` the best ones.
-        batches: An endless stream with a position; ``len`` is the micro-batches of an epoch.
+        batches: An endless stream with a position; ``len`` is the number of micro-batches of an epoch.
         objective: Terms of the loss.
-        optimizer: An ``mlx.optimizers.Optimizer``; its schedule lives in it.
+        optimizer: An ``mlx.optimizers.Optimizer`` with its schedule.
         settings: Accumulation, clipping, length, intervals, patience and seed.
         folder: Gets ``checkpoints/`` and ``metrics.jsonl``.
-        valid: A fixed set of batches, looked at every ``evaluate_every`` steps and at the end.
-        hooks: Called after each step with its row: see :mod:`~mlx_distill.train.events`.
-        stop: Looked at after each step; by default the first SIGINT or SIGTERM.
-        watch: Takes the time of each part; see :class:`~mlx_distill.train.profiling.Profile`.
-        identity: Of model and data; a checkpoint of another identity is refused.
+        valid: Validation batches, evaluated every ``evaluate_every`` steps and at the end.
+        hooks: Called after each step with its row of metrics: see :mod:`~mlx_distill.train.events`.
+        stop: Checked after each step; by default it is set by the first SIGINT or SIGTERM.
+        watch: Gets the time of each part; see :class:`~mlx_distill.train.profiling.Profile`.
+        identity: Of model and data; a checkpoint with another identity is refused.
+        ranks: By default those of this process's launch.
 
     Raises:
         Interrupted: stopped on request, after a checkpoint.
-        DistillError: another rank was lost; the last checkpoint stands.
+        DistillError: another rank was lost; the last checkpoint is intact.
         DataError: the loss became NaN, or there is nothing to train on.
         ConfigError, ModelError: the checkpoints are of other settings, another model or other data.
     """
-    ranks = current_ranks()
+    ranks, watch = ranks or current_ranks(), watch or Stopwatch()
     steps = total_steps(settings, int(ranks.max(len(batches))))
-    _check(model, optimizer, settings, steps, ranks, bool(valid))
-    if settings.compile and objective.head_split is None:
-        raise ConfigError(
-            "compile: true for an objective in one piece",
-            fix="make it with read_objective, or leave compile out",
-        )
-    checked = {**keyed(settings), "identity": identity}
+    _check(model, objective, optimizer, settings, steps, ranks, bool(valid))
+    keyed_settings = {**keyed(settings), "identity": identity}
     with ExitStack() as stack:
         flag = stop if stop is not None else stack.enter_context(stop_on_signal())
-        stack.enter_context(_training(model))
-        run, position = _start(folder, model, optimizer, batches, checked, settings.seed, ranks)
+        stack.enter_context(_train_mode(model))
+        progress, log_bytes = _resume(folder, model, optimizer, batches, keyed_settings, settings.seed, ranks)
+        resumed = progress.step
         if settings.grad_checkpoint:
             stack.enter_context(checkpointed_layers(model))
-        log = MetricsLog(folder / "metrics.jsonl" if ranks.rank == 0 else None, position)
-        stack.callback(log.close)
-        trunk = make_trunk(model, compiled=True) if settings.compile else None
-        watch = watch or Stopwatch()
-        setup = TrainState(
+        log = MetricsLog(folder / "metrics.jsonl" if ranks.rank == 0 else None, log_bytes)
+        stack.enter_context(closing(log))
+        update = make_updater(
+            UpdateContext(
+                model,
+                objective,
+                optimizer,
+                settings.clip_norm,
+                ranks,
+                watch,
+                make_trunk(model, compiled=True) if settings.compile else None,
+                _finite_check(folder, progress, ranks),
+            ),
+            settings,
+        )
+        state = TrainState(
             model,
             batches,
             objective,
@@ -367,56 +194,203 @@ def train(
             steps,
             ranks,
             log,
-            checked,
+            keyed_settings,
             watch,
-            trunk,
+            update,
         )
-        resumed = run.step
+        with ranks.errors():
+            stopped_early = run_steps(state, progress, flag, hooks)
+    return _result(state, progress, resumed, stopped_early)
+
+
+def run_steps(state: TrainState, progress: TrainProgress, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
+    """Take steps until the end; True where early stopping ended the run before."""
+    if 0 < state.settings.patience <= progress.bad_evals:
+        return True
+    estimate, every = Estimate(state.steps, progress.step), state.settings.checkpoint_every
+    state.watch.take()
+    while progress.step < state.steps:
+        row = _step(state, progress)
+        with state.watch.part("validate"):
+            out_of_patience = _validate(state, progress, row)
+        progress.last = row
+        state.log.write(row)
+        event = {
+            **row,
+            "steps": state.steps,
+            "terms": {name: row[name] for name in state.objective.coefficients},
+            "eta_s": estimate.left(progress.step),
+            "timing": state.watch.take(),
+        }
+        with state.watch.part("hooks"):
+            for hook in hooks:
+                hook(dict(event))
+        stopping = bool(state.ranks.max(float(bool(flag))))
+        last = progress.step == state.steps
+        if stopping or out_of_patience or last or progress.step % every == 0:
+            with state.watch.part("save"):
+                _save(state, progress)
+        if out_of_patience:
+            return True
+        if stopping and not last:
+            raise Interrupted(
+                f"stopped after step {progress.step} of {state.steps}",
+                fix="run the same command again: it goes on from there",
+            )
+    return False
+
+
+def _step(state: TrainState, progress: TrainProgress) -> dict[str, Any]:
+    """One optimizer step; its row of metrics."""
+    start = time.perf_counter()
+    with state.watch.part("data"):
+        window = _window(state, progress)
+        state.watch.settle([vars(batch) for batch in window])
+    result = state.update(window)
+    progress.step += 1
+    tokens = round(state.ranks.sum([sum(trained_tokens(batch) for batch in window)])[0])
+    seconds = time.perf_counter() - start
+    progress.tokens += tokens
+    progress.seconds += seconds
+    return {
+        "step": progress.step,
+        "loss": result.loss,
+        **result.terms,
+        "learning_rate": float(state.optimizer.learning_rate),
+        "grad_norm": result.grad_norm,
+        "tokens": tokens,
+        "tokens_per_second": tokens / seconds,
+        "seconds": progress.seconds,
+        "peak_memory_bytes": peak_memory(),
+    }
+
+
+def _window(state: TrainState, progress: TrainProgress) -> list[Batch]:
+    """This step's micro-batches; the last window of a run by epochs may be smaller."""
+    count = state.settings.accumulate
+    if not state.settings.steps:
+        count = min(count, epoch_batches(state.settings, len(state.batches)) - progress.micro)
+    window = []
+    for _ in range(count):
         try:
-            stopped_early = run_steps(setup, run, flag, hooks)
-        except RuntimeError as error:
-            if lost := ranks.lost(error):
-                raise lost from error
-            raise
-    best = folder / "checkpoints" / "best"
-    if settings.use_best and run.best_step is not None:
-        if ranks.rank == 0:
-            checkpoint.load_weights(best, model)
-        _share(ranks, model)
+            window.append(next(state.batches))
+        except StopIteration:
+            break
+    if not state.ranks.max(len(window)):
+        raise DataError(
+            f"the batches ran out at step {progress.step + 1}",
+            fix="a source of batches must go on epoch after epoch",
+        )
+    progress.micro += len(window)
+    return window
+
+
+def _finite_check(folder: Path, progress: TrainProgress, ranks: Ranks) -> FiniteCheck:
+    """A check that ends the run where the loss or the gradient of the next step is not finite."""
+
+    def check(window: Sequence[Batch], result: WindowGradients, norm: float, updated: bool) -> None:
+        if not (math.isfinite(norm) and math.isfinite(result.loss)):
+            stop_on_nan(folder, progress.step + 1, window, result, norm, ranks.rank, updated=updated)
+
+    return check
+
+
+def _validate(state: TrainState, progress: TrainProgress, row: dict[str, Any]) -> bool:
+    """Evaluate the validation batches where that is due; True where ``patience`` is exhausted."""
+    every = state.settings.evaluate_every
+    if not state.valid or not every or (progress.step % every and progress.step != state.steps):
+        return False
+    losses = evaluate(state.model, state.valid, state.objective, state.ranks)
+    if not all(map(math.isfinite, losses.values())):
+        stop_on_weights(state.folder, progress.step, "the validation loss is not a number")
+    row |= {f"valid_{name}": value for name, value in losses.items()}
+    if progress.best_loss is None or losses["loss"] < progress.best_loss:
+        progress.best_step, progress.best_loss, progress.bad_evals = progress.step, losses["loss"], 0
+        if state.ranks.rank == 0:
+            best = {"step": progress.step, "valid_loss": losses["loss"]}
+            checkpoint.save_best(state.folder / "checkpoints", best, state.model)
+    else:
+        progress.bad_evals += 1
+    return 0 < state.settings.patience <= progress.bad_evals
+
+
+def _save(state: TrainState, progress: TrainProgress) -> None:
+    """Write a checkpoint, if all weights are finite. Every rank calls it; rank 0 writes."""
+    check_weights(state.model, state.folder, progress.step)
+    keys = state.ranks.gather(random_key())
+    if state.ranks.rank == 0:
+        values = {
+            "step": progress.step,
+            "steps": state.steps,
+            "run": vars(progress),
+            "random": keys,
+            "data": state.batches.state(),
+            "settings": state.identity,
+            "metrics_bytes": state.log.bytes(),
+        }
+        checkpoint.save(
+            state.folder / "checkpoints",
+            values,
+            state.model,
+            state.optimizer,
+            keep=state.settings.keep_checkpoints,
+        )
+    state.ranks.barrier()
+
+
+def _result(state: TrainState, progress: TrainProgress, resumed: int, stopped_early: bool) -> TrainResult:
+    """The outcome; the model gets its best weights where the settings ask for them."""
+    best = state.folder / "checkpoints" / "best"
+    if state.settings.use_best and progress.best_step is not None:
+        if state.ranks.rank == 0:
+            checkpoint.load_weights(best, state.model)
+        _broadcast(state.ranks, state.model)
     return TrainResult(
-        run.step,
-        run.last,
-        best if run.best_step is not None else None,
-        run.best_step,
-        run.best_loss,
-        run.seconds,
-        run.tokens,
+        progress.step,
+        progress.last,
+        best if progress.best_step is not None else None,
+        progress.best_step,
+        progress.best_loss,
+        progress.seconds,
+        progress.tokens,
         resumed,
         stopped_early,
     )
 
 
 def _check(
-    model: nn.Module, optimizer: optim.Optimizer, settings: TrainConfig, steps: int, ranks: Ranks, looks: bool
+    model: nn.Module,
+    objective: Objective,
+    optimizer: optim.Optimizer,
+    settings: TrainConfig,
+    steps: int,
+    ranks: Ranks,
+    has_validation: bool,
 ) -> None:
-    """Refuse what cannot come to anything."""
+    """Refuse a training that cannot work."""
     if not tree_flatten(model.trainable_parameters()):
         raise ConfigError("no weight of the model is trainable", fix="check target_modules")
-    laid_out = scheduled_steps(optimizer)
-    if laid_out not in (None, steps):
+    scheduled = scheduled_steps(optimizer)
+    if scheduled not in (None, steps):
         raise ConfigError(
-            f"a schedule over {laid_out} steps for a run of {steps}", fix=f"make_optimizer(settings, {steps})"
+            f"a schedule over {scheduled} steps for a run of {steps}",
+            fix=f"make_optimizer(settings, {steps})",
         )
-    if (settings.patience or settings.use_best) and not looks:
+    if (settings.patience or settings.use_best) and not has_validation:
         name = "patience" if settings.patience else "use_best"
         raise ConfigError(
-            f"{name} without a validation row to look at", fix="raise data.valid_fraction, or leave it out"
+            f"{name} without a validation row", fix="raise data.valid_fraction, or leave it out"
         )
     check_settings(settings, ranks.size)
+    if settings.compile and objective.head_split is None:
+        raise ConfigError(
+            "compile: true for an objective in one piece",
+            fix="make it with read_objective, or leave compile out",
+        )
 
 
 @contextmanager
-def _training(model: nn.Module) -> Iterator[None]:
+def _train_mode(model: nn.Module) -> Iterator[None]:
     mode = model.training
     model.train()
     try:
@@ -425,61 +399,67 @@ def _training(model: nn.Module) -> Iterator[None]:
         model.train(mode)
 
 
-def _start(
+def _resume(
     folder: Path,
     model: nn.Module,
     optimizer: optim.Optimizer,
     batches: BatchSource,
-    settings: Mapping[str, Any],
+    identity: Mapping[str, Any],
     seed: int,
     ranks: Ranks,
 ) -> tuple[TrainProgress, int]:
-    """Restore the newest checkpoint, or begin; return the run and the length of metrics.jsonl that belongs to
-    it.
+    """Restore the newest checkpoint, or start; the progress and the length of metrics.jsonl at that point.
 
-    Rank 0's disk alone is read: the other ranks may be other machines, and get what it holds.
+    Only rank 0 reads its disk, since the other ranks may be other machines. They get what it read.
     """
     optimizer.init(model.trainable_parameters())
     path = checkpoint.latest(folder / "checkpoints") if ranks.rank == 0 else None
     state = json.loads(ranks.broadcast_text(json.dumps(checkpoint.read_state(path) if path else None)))
     reset_peak_memory()
     if state is None:
-        # Ranks drop different units; rank 0 draws what a run of one rank draws.
+        # Each rank has its own dropout; rank 0 has that of a run with one rank.
         mx.random.seed(seed + 1_000_003 * ranks.rank)
         return TrainProgress(), 0
-    where, old = folder / "checkpoints", state["settings"]
-    changed = sorted(k for k in {*old, *settings} if old.get(k) != settings.get(k))
-    if changed == ["identity"]:
-        raise ConfigError(
-            f"{where}: checkpoints of other rows or of another base model (their identity differs)",
-            fix=f"restore them, or delete {where} and start again",
-        )
-    if changed:
-        raise ConfigError(
-            f"{where}: checkpoints of other settings ({', '.join(changed)})",
-            fix=f"restore them, or delete {where} and start again",
-        )
-    if len(state["random"]) != ranks.size:
-        raise ConfigError(
-            f"{where}: checkpoints of {counted(len(state['random']), 'rank')}, not {ranks.size}",
-            fix=f"launch as many as before, or delete {where} and start again",
-        )
+    _check_checkpoint(folder / "checkpoints", state, identity, ranks)
     if path is not None:
         checkpoint.load_weights(path, model)
         checkpoint.load_optimizer(path, model, optimizer)
-    _share(ranks, model, optimizer)
+    _broadcast(ranks, model, optimizer)
     batches.restore(state["data"])
     set_random_key(state["random"][ranks.rank])
     return TrainProgress.from_json(state["run"]), int(state["metrics_bytes"])
 
 
-def _share(ranks: Ranks, model: nn.Module, optimizer: optim.Optimizer | None = None) -> None:
+def _check_checkpoint(
+    folder: Path, state: Mapping[str, Any], identity: Mapping[str, Any], ranks: Ranks
+) -> None:
+    """Refuse checkpoints of other settings, other data, another model or another number of ranks."""
+    old = state["settings"]
+    changed = sorted(name for name in {*old, *identity} if old.get(name) != identity.get(name))
+    if changed == ["identity"]:
+        raise ConfigError(
+            f"{folder}: checkpoints of other rows or of another base model (their identity differs)",
+            fix=f"restore them, or delete {folder} and start again",
+        )
+    if changed:
+        raise ConfigError(
+            f"{folder}: checkpoints of other settings ({', '.join(changed)})",
+            fix=f"restore them, or delete {folder} and start again",
+        )
+    if len(state["random"]) != ranks.size:
+        raise ConfigError(
+            f"{folder}: checkpoints of {counted(len(state['random']), 'rank')}, not {ranks.size}",
+            fix=f"launch as many as before, or delete {folder} and start again",
+        )
+
+
+def _broadcast(ranks: Ranks, model: nn.Module, optimizer: optim.Optimizer | None = None) -> None:
     """Give every rank the weights of rank 0, and the state of its optimizer."""
     if ranks.size == 1:
         return
-    model.update(
-        tree_unflatten(list(ranks.broadcast(dict(tree_flatten(model.trainable_parameters()))).items()))
-    )
+    weights = ranks.broadcast(dict(tree_flatten(model.trainable_parameters())))
+    model.update(tree_unflatten(list(weights.items())))
     if optimizer is not None:
-        optimizer.state = tree_unflatten(list(ranks.broadcast(dict(tree_flatten(optimizer.state))).items()))
+        arrays = ranks.broadcast(dict(tree_flatten(optimizer.state)))
+        optimizer.state = tree_unflatten(list(arrays.items()))
         optimizer.init(model.trainable_parameters())

@@ -1,15 +1,15 @@
-"""The gradient of one optimizer step: a window of micro-batches over all ranks, each term divided once by its
-whole weight.
+"""One optimizer step on a window of micro-batches, in one of three ways that :func:`make_updater` chooses
+once
+for a run: accumulated, projected or streamed.
 """
 
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import groupby
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,287 +18,287 @@ import mlx.optimizers as optim
 from mlx.utils import tree_flatten, tree_map_with_path
 
 from mlx_distill.errors import ConfigError
+from mlx_distill.optim.base import Gradient, ProjectingOptimizer, array_of
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key, set_random_key
 from mlx_distill.train.distributed import Ranks
-from mlx_distill.train.objective import Objective, is_small
+from mlx_distill.train.gradients import (
+    GROUP_BYTES,
+    WindowGradients,
+    clip_scale,
+    differentiate,
+    drain_norm,
+    global_norm,
+    in_order,
+    loss_of_sums,
+    window_gradients,
+)
+from mlx_distill.train.objective import Objective
 from mlx_distill.train.profiling import Stopwatch
-from mlx_distill.train.trunk_head import Flat, Trunk, scaled, two_stage_grad
+from mlx_distill.train.trunk_head import Trunk
+
+# Whole gradients of matrices whose basis is refreshed: at most an eighth of all gradients at once, and these
+# few bytes in any case.
+_WHOLE_SHARE = 8
+WHOLE_BYTES = 1 << 26
+
+# Called with the window, its loss and gradients, the gradient's norm, and whether weights were updated
+# already; raises where the loss or the norm is not finite.
+FiniteCheck = Callable[[Sequence[Batch], WindowGradients, float, bool], None]
+
+
+def _no_check(window: Sequence[Batch], result: WindowGradients, norm: float, updated: bool) -> None:
+    """Accept whatever comes."""
 
 
 @dataclass(frozen=True)
-class Window:
-    """What one window gave.
-
-    ``gradients`` by path, float32, summed over the ranks, empty where nothing was trained on (whoever applies
-    them empties it); ``loss`` and ``terms`` over the window and all ranks; ``weights`` each term's weight;
-    ``losses`` this rank's loss by micro-batch (its share of the window's), for the guard against NaN.
-    """
-
-    gradients: dict[str, mx.array]
-    loss: float
-    terms: Mapping[str, float]
-    weights: Mapping[str, float]
-    losses: Sequence[float]
-
-
-# Gradients are evaluated in groups of about so many bytes, so that they need not all live at once.
-_GROUP_BYTES = 1 << 23
-_LAYER = re.compile(r"(.*\.\d+\.)?")  # of a path, up to the number of its layer
-
-Compress = Callable[[str, mx.array], mx.array]
-
-
-def window_gradients(
-    model: nn.Module,
-    window: Sequence[Batch],
-    objective: Objective,
-    ranks: Ranks | None = None,
-    compress: Compress | None = None,
-    watch: Stopwatch | None = None,
-    trunk: Trunk | None = None,
-) -> Window:
-    r"""Loss and gradient over a window.
-
-    .. math:: L = \sum_k c_k \frac{\sum_{b} S_k(b)}{\sum_{b} W_k(b)}
-
-    with the sums over all micro-batches of all ranks. The weights :math:`W_k` come from the masks alone and
-    are added up before the first backward pass, so that 8 batches of 1, 1 batch of 8 and two ranks give the
-    same gradient. A micro-batch without weight is passed over, and a term without weight never enters the
-    graph: neither can make a NaN.
+class UpdateContext:
+    """What every update of a run needs.
 
     Args:
-        model: Its trainable parameters are differentiated.
-        window: This rank's micro-batches; may be empty while other ranks have some.
-        objective: Terms, their weights and coefficients.
-        ranks: Those that share the step.
-        compress: A linear map of each gradient, by its path, to something smaller (GaLore's projection),
-            applied before adding. Gradients are evaluated from the last layer to the first and dropped, so
-            that only their images are alive together.
-        watch: Where the time is added.
-        trunk: As for :func:`differentiate`.
+        model: Its trainable parameters are updated.
+        objective: Terms of the loss.
+        optimizer: A :class:`~mlx_distill.optim.base.ProjectingOptimizer` has its gradients projected.
+        clip_norm: Largest global norm of the gradient; 0 turns clipping off.
+        ranks: The ranks that share the step.
+        watch: Gets the time of each part.
+        trunk: A compiled one, or None.
+        check_finite: Called before the weights are updated, and after a streamed update without clipping.
+        group_bytes: Gradients and weights of about this size are evaluated together.
+        whole_bytes: Size of the gradients that may be whole at once where bases are refreshed.
     """
-    ranks, watch = ranks or Ranks(), watch or Stopwatch()
-    names = list(objective.coefficients)
-    own = [objective.weights(batch) for batch in window]
-    totals = ranks.sum([sum(weights.get(name, 0.0) for weights in own) for name in names])
-    weights = dict(zip(names, totals, strict=True))
-    scales = {name: objective.coefficients[name] / weights[name] for name in names if weights[name] > 0}
-    total: dict[str, mx.array] = {}
-    sums = dict.fromkeys(names, 0.0)
-    losses = []
-    for batch, batch_weights in zip(window, own, strict=True):
-        active = [name for name in scales if batch_weights.get(name, 0.0) > 0 and scales[name] != 0]
-        if not active:
-            losses.append(0.0)
-            continue
-        with watch.part("forward"):
-            flat, found = differentiate(
-                model, batch, objective, {name: scales[name] for name in active}, trunk
-            )
-        with watch.part("backward"):
-            _add(flat, total, compress, watch)
-        parts = {name: part.item() for name, part in found.items()}
-        for name in active:
-            sums[name] += parts[name]
-        losses.append(sum(scales[name] * parts[name] for name in active))
+
+    model: nn.Module
+    objective: Objective
+    optimizer: optim.Optimizer
+    clip_norm: float = 0.0
+    ranks: Ranks = Ranks()
+    watch: Stopwatch = field(default_factory=Stopwatch)
+    trunk: Trunk | None = None
+    check_finite: FiniteCheck = _no_check
+    group_bytes: int = GROUP_BYTES
+    whole_bytes: int = WHOLE_BYTES
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """Loss and terms of a step over all its micro-batches and ranks, and the gradient's norm before clipping
+    (0 where there was no token to train on).
+    """
+
+    loss: float
+    terms: Mapping[str, float]
+    grad_norm: float
+
+
+Updater = Callable[[Sequence[Batch]], StepResult]
+
+
+def make_updater(context: UpdateContext, settings: TrainConfig) -> Updater:
+    """The function that takes a window of micro-batches and does one optimizer step.
+
+    - An optimizer that projects gradients (GaLore): :func:`projected_update`.
+    - ``stream_gradients``: :func:`streamed_update`.
+    - Otherwise: :func:`accumulated_update`.
+    """
+    if isinstance(context.optimizer, ProjectingOptimizer):
+        single = settings.accumulate == 1 and context.ranks.size == 1
+        return partial(projected_update, context, context.optimizer, single=single)
+    if settings.stream_gradients:
+        return partial(streamed_update, context)
+    return partial(accumulated_update, context)
+
+
+def accumulated_update(context: UpdateContext, window: Sequence[Batch]) -> StepResult:
+    """Add up the window's gradients, clip the sum by its norm, update."""
+    result = _window_gradients(context, window, None, context.trunk)
+    if not result.gradients:
+        return StepResult(result.loss, result.terms, 0.0)
+    with context.watch.part("clip"):
+        norm = global_norm(result.gradients)
+    context.check_finite(window, result, norm, False)
+    return _finish(context, result, norm)
+
+
+def projected_update(
+    context: UpdateContext, optimizer: ProjectingOptimizer, window: Sequence[Batch], *, single: bool
+) -> StepResult:
+    """Add up the window's gradients in the optimizer's subspaces, clip the sum by the norm of the projected
+    gradients, update.
+
+    Args:
+        context: Of the run.
+        optimizer: That of the context.
+        window: The micro-batches of this rank.
+        single: The window is one micro-batch of one rank, so each gradient is complete as soon as it is
+            known, and bases are refreshed at once.
+    """
+    model = context.model
+    project = optimizer.project_and_refresh if single else optimizer.project
+    refreshed: dict[str, Gradient] = {}
+    if not single:
+        refreshed = refresh_bases_in_groups(
+            model,
+            optimizer,
+            lambda: _window_gradients(context, window, project, None),
+            context.whole_bytes,
+        )
+    with frozen(model, refreshed):
+        # A compiled trunk treats frozen parameters as constants: it can be used only where the same
+        # parameters are trainable as when it was compiled.
+        result = _window_gradients(context, window, project, None if refreshed else context.trunk)
+    if not result.gradients:
+        return StepResult(result.loss, result.terms, 0.0)
+    result.gradients.update(refreshed)
+    with context.watch.part("clip"):
+        norm = global_norm(result.gradients)
+    context.check_finite(window, result, norm, False)
+    if not single:
+        with context.watch.part("project"):
+            for path in list(result.gradients):
+                result.gradients[path] = _projected(optimizer, path, result.gradients.pop(path))
+        with context.watch.part("clip"):
+            norm = global_norm(result.gradients)  # of the projected gradients, which make the update
+    return _finish(context, result, norm)
+
+
+def streamed_update(context: UpdateContext, window: Sequence[Batch]) -> StepResult:
+    """Gradient and update of one micro-batch, layer by layer from the last to the first, so that the
+    gradients are never in memory together.
+
+    The global norm is known only when every gradient has been computed. So with clipping they are computed
+    twice, from the same random state: once for the norm, once for the update. The result is bitwise that of
+    :func:`accumulated_update`.
+
+    Args:
+        context: Of the run; one rank. The first of two passes counts as ``clip``. Without clipping,
+            ``check_finite`` gets the norm after the weights were updated.
+        window: One micro-batch.
+    """
+    (batch,) = window
+    model, objective, watch, limit = context.model, context.objective, context.watch, context.clip_norm
+    weights = objective.weights(batch)
+    scales = {
+        name: c / weights[name]
+        for name, c in objective.coefficients.items()
+        if weights.get(name, 0.0) > 0 and c != 0
+    }
     if not scales:
-        return Window({}, 0.0, dict.fromkeys(names, 0.0), weights, losses)
-    if not total:
-        zeros = {
-            path: mx.zeros(p.shape, mx.float32) for path, p in tree_flatten(model.trainable_parameters())
-        }
-        total = {path: compress(path, zero) if compress else zero for path, zero in zeros.items()}
-    with watch.part("ranks"):
-        ranks.sum_arrays(total)
-        summed = dict(zip(names, ranks.sum([sums[name] for name in names]), strict=True))
-    terms = {name: summed[name] / weights[name] if weights[name] > 0 else 0.0 for name in names}
-    return Window(
-        total, sum(objective.coefficients[name] * terms[name] for name in names), terms, weights, losses
+        return StepResult(0.0, dict.fromkeys(objective.coefficients, 0.0), 0.0)
+    norm = 0.0
+    if limit > 0:
+        with watch.part("clip"):
+            key = random_key()
+            flat, _ = differentiate(model, batch, objective, scales, context.trunk)
+            flat[:] = in_order(flat)
+            norm = drain_norm(_arrays(flat), context.group_bytes)
+            set_random_key(key)
+    with watch.part("forward"):
+        flat, term_sums = differentiate(model, batch, objective, scales, context.trunk)
+    sums = dict.fromkeys(objective.coefficients, 0.0)
+    sums |= {name: array.item() for name, array in term_sums.items()}
+    loss, terms = loss_of_sums(objective, sums, weights)
+    result = WindowGradients({}, loss, terms, weights, [loss])
+    context.check_finite(window, result, norm, False)
+    with watch.part("update"):
+        gradients: dict[str, Any] = {path: gradient.astype(mx.float32) for path, gradient in flat}
+        flat.clear()
+        squares = {path: mx.square(g).sum() for path, g in gradients.items()} if limit <= 0 else None
+        scale = clip_scale(norm, limit)
+        apply_update(model, context.optimizer, gradients, scale, squares, context.group_bytes)
+    if squares is not None:
+        norm = math.sqrt(math.fsum(square.item() for square in squares.values()))
+        context.check_finite(window, result, norm, True)
+    return StepResult(loss, terms, norm)
+
+
+def _arrays(flat: list[tuple[str, mx.array]]) -> list[Gradient]:
+    """The gradients alone; the list with their paths is emptied."""
+    arrays: list[Gradient] = [array for _, array in flat]
+    flat.clear()
+    return arrays
+
+
+def _window_gradients(
+    context: UpdateContext,
+    window: Sequence[Batch],
+    project: Callable[[str, mx.array], Gradient] | None,
+    trunk: Trunk | None,
+) -> WindowGradients:
+    return window_gradients(
+        context.model,
+        window,
+        context.objective,
+        context.ranks,
+        project,
+        context.watch,
+        trunk,
+        context.group_bytes,
     )
 
 
-def differentiate(
-    model: nn.Module,
-    batch: Batch,
-    objective: Objective,
-    scales: Mapping[str, float],
-    trunk: Trunk | None = None,
-) -> tuple[Flat, dict[str, mx.array]]:
-    """One micro-batch's gradient by path, not evaluated yet, and the terms' sums, evaluated.
-
-    Args:
-        model: Its trainable parameters are differentiated, and stay as they are.
-        batch: The micro-batch.
-        objective: Terms of the loss.
-        scales: The factor on each term that counts.
-        trunk: A compiled one, where the objective can be cut; by default all is in one piece where the logits
-            are small.
-    """
-    cut = objective.head_split
-    if cut is not None and (
-        trunk is not None or not is_small(model, cut.positions(batch).size, cut.dense_limit)
-    ):
-        return two_stage_grad(model, batch, cut, scales, trunk)
-    parameters = model.trainable_parameters()
-
-    # Only the trainable parameters are arguments: every array argument is traced whole, and kept.
-    def loss(current: Any) -> tuple[mx.array, dict[str, mx.array]]:
-        model.update(current)
-        return scaled(objective.sums(model, batch), scales)
-
-    try:
-        (_, parts), gradients = mx.value_and_grad(loss)(parameters)
-    finally:
-        model.update(parameters)
-    mx.eval(parts)
-    return tree_flatten(gradients), parts
+def _finish(context: UpdateContext, result: WindowGradients, norm: float) -> StepResult:
+    """Clip and update."""
+    with context.watch.part("update"):
+        scale = clip_scale(norm, context.clip_norm)
+        apply_update(
+            context.model, context.optimizer, result.gradients, scale, group_bytes=context.group_bytes
+        )
+    return StepResult(result.loss, result.terms, norm)
 
 
-def in_order(flat: Flat) -> Flat:
-    """Gradients in an order in which they are known from the end on: the last layer's first, and of each
-    layer the vectors last.
-
-    The gradient of a layer's first norm is known only when all of the layer has been gone through: asked for
-    before the matrices', it keeps alive what theirs are made of (24 layers of width 768, 512 tokens, GaLore:
-    746 MB above the weights, and 727 in this order).
-
-    >>> [path for path, _ in in_order([(f"layers.0.{name}", mx.zeros(shape)) for name, shape in (("a", (2, 2)), ("norm", (2,)))])]
-    ['layers.0.norm', 'layers.0.a']
-    """
-    layers = groupby(flat, key=lambda item: _LAYER.match(item[0])[0])  # type: ignore[index]
-    return [item for _, layer in layers for item in sorted(layer, key=lambda item: item[1].ndim > 1)]
-
-
-def _add(flat: Flat, total: dict[str, mx.array], compress: Compress | None, watch: Stopwatch) -> None:
-    """Empty ``flat`` from its end into ``total``, evaluating group by group."""
-    flat[:] = in_order(flat)
-    group, size = [], 0
-    while flat:
-        path, gradient = flat.pop()
-        size += gradient.nbytes
-        gradient = gradient.astype(mx.float32)
-        if compress is not None:
-            watch.settle(gradient)
-            with watch.part("project"):
-                gradient = compress(path, gradient)
-                watch.settle(gradient)
-        total[path] = total[path] + gradient if path in total else gradient
-        del gradient
-        group.append(total[path])
-        if size >= _GROUP_BYTES or not flat:
-            mx.eval(group)
-            group, size = [], 0
+def _projected(optimizer: ProjectingOptimizer, path: str, gradient: Gradient) -> Gradient:
+    """The projected gradient, evaluated."""
+    gradient = optimizer.project_and_refresh(path, gradient)
+    mx.eval(array_of(gradient))
+    return gradient
 
 
 def apply_update(
     model: nn.Module,
     optimizer: optim.Optimizer,
-    gradients: dict[str, mx.array],
+    gradients: dict[str, Gradient],
     scale: float = 1.0,
-    beside: Mapping[str, mx.array] | None = None,
+    extra: Mapping[str, mx.array] | None = None,
+    group_bytes: int = GROUP_BYTES,
 ) -> None:
-    """``optimizer.update`` with ``scale`` times the gradients, which are emptied.
+    """``optimizer.update`` with ``scale`` times the gradients.
 
-    Evaluated group by group from the end, and each gradient is dropped when its weight has moved: the
-    temporaries of all layers are never alive together, nor are the gradients where they come in unevaluated.
-    ``beside`` holds what to evaluate with each weight.
+    The new weights are evaluated group by group from the last layer, and the dictionary of gradients is
+    emptied, so that a gradient is freed with its update: neither the temporary arrays of all layers nor,
+    where they come unevaluated, the gradients are in memory together.
+
+    Args:
+        model: Its trainable parameters are updated.
+        optimizer: Its state is updated.
+        gradients: One for each trainable parameter, by path.
+        scale: A factor for clipping.
+        extra: Arrays by path to evaluate together with the weights.
+        group_bytes: Weights of about this size are evaluated together.
     """
 
-    def pick(path: str, _: mx.array) -> mx.array:
+    def take(path: str, _: mx.array) -> Gradient:
         gradient = gradients.pop(path)
         return gradient if scale == 1.0 else gradient * scale
 
-    model.update(optimizer.apply_gradients(tree_map_with_path(pick, model.trainable_parameters()), model))
+    model.update(optimizer.apply_gradients(tree_map_with_path(take, model.trainable_parameters()), model))
     group, size = [], 0
     for path, weight in reversed(in_order(tree_flatten(model.trainable_parameters()))):
-        group += [weight] if beside is None else [weight, beside[path]]
+        group += [weight] if extra is None else [weight, extra[path]]
         size += weight.nbytes
-        if size >= _GROUP_BYTES:
+        if size >= group_bytes:
             mx.eval(group)
             group, size = [], 0
     mx.eval(group, optimizer.state)
 
 
-def evaluate(
-    model: nn.Module, batches: Sequence[Batch], objective: Objective, ranks: Ranks | None = None
-) -> dict[str, float]:
-    """Loss and terms over a fixed set, without dropout; the random state and the model's mode stay as they
-    were.
-
-    Returns:
-        ``{"loss": ..., term: ...}``, each term its sum over the whole set divided by its weight.
-    """
-    ranks = ranks or Ranks()
-    names = list(objective.coefficients)
-    mode, key = model.training, random_key()
-    model.eval()
-    try:
-        own, sums = dict.fromkeys(names, 0.0), dict.fromkeys(names, 0.0)
-        for batch in batches[ranks.rank :: ranks.size]:
-            weights = {name: w for name, w in objective.weights(batch).items() if w > 0}
-            if weights:
-                parts = objective.sums(model, batch)
-                for name in weights:
-                    own[name] += weights[name]
-                    sums[name] += parts[name].astype(mx.float32).item()
-    finally:
-        model.train(mode)
-        set_random_key(key)
-    totals = ranks.sum([*own.values(), *sums.values()])
-    terms = {
-        name: totals[len(names) + i] / totals[i] if totals[i] > 0 else 0.0 for i, name in enumerate(names)
-    }
-    return {"loss": sum(objective.coefficients[name] * terms[name] for name in names), **terms}
-
-
-def global_norm(gradients: Any) -> float:
-    """The Euclidean norm of all arrays of a tree together, added in float32 by array and in double over the
-    arrays.
-
-    >>> global_norm({"a": mx.array([3.0]), "b": mx.array([[4.0]])})
-    5.0
-    """
-    return drain_norm([gradient for _, gradient in tree_flatten(gradients)])
-
-
-def drain_norm(gradients: list[mx.array]) -> float:
-    """As :func:`global_norm`, of a list that is emptied from its end, so that what is not evaluated yet never
-    lives together.
-
-    >>> drain_norm([mx.array([3.0]), mx.array([4.0])])
-    5.0
-    """
-    squares: list[float] = []
-    while gradients:
-        group, size = [], 0
-        while gradients and size < _GROUP_BYTES:
-            size += gradients[-1].nbytes
-            group.append(mx.square(gradients.pop().astype(mx.float32)).sum())
-        mx.eval(group)
-        squares += [square.item() for square in group]
-    return math.sqrt(math.fsum(squares)) if all(map(math.isfinite, squares)) else math.nan
-
-
-def clip_scale(norm: float, limit: float) -> float:
-    r""":math:`\min(1, \mathrm{limit} / (\mathrm{norm} + 10^{-6}))`, as in PyTorch; a limit of 0 turns
-    clipping off.
-
-    >>> clip_scale(5.0, 0.0), clip_scale(0.5, 1.0), round(clip_scale(5.0, 1.0), 4)
-    (1.0, 1.0, 0.2)
-    """
-    return 1.0 if limit <= 0 or norm <= limit else limit / (norm + 1e-6)
-
-
-Guard = Callable[[Window, float, bool], None]
-
-
 def check_streaming(settings: TrainConfig, ranks: int = 1) -> None:
-    """Refuse to stream where gradients are added up over micro-batches or ranks: the sum needs them all.
+    """Refuse ``stream_gradients`` where gradients are added up over micro-batches or ranks: the sum needs all
+    of them.
 
     Raises:
-        ConfigError: with the setting that would have to change.
+        ConfigError: naming the setting to change.
 
     >>> check_streaming(TrainConfig(stream_gradients=True, accumulate=1))
     """
@@ -313,119 +313,45 @@ def check_streaming(settings: TrainConfig, ranks: int = 1) -> None:
         )
 
 
-def streamed_step(
-    model: nn.Module,
-    batch: Batch,
-    objective: Objective,
-    optimizer: optim.Optimizer,
-    clip_norm: float,
-    guard: Guard,
-    watch: Stopwatch | None = None,
-    trunk: Trunk | None = None,
-) -> tuple[Window, float]:
-    """Loss, gradient and update of one micro-batch, evaluated from the last layer to the first; the window
-    and the gradient's norm.
-
-    The global norm is known only when every gradient has been made. So with ``clip_norm`` they are made
-    twice, from the same random
-    state: once for their squares alone, once to move the weights by the scaled ones. The result is bitwise
-        that of holding them all.
-
-    Args:
-        model: Its trainable parameters are moved.
-        batch: The micro-batch.
-        objective: Terms of the loss.
-        optimizer: One whose state takes whole gradients.
-        clip_norm: Largest norm; 0 makes one pass.
-        guard: Given the window, the norm, and whether weights have moved already; raises where a number is
-            not finite.
-        watch: Where the time is added; the first of two passes counts as ``clip``.
-        trunk: As for :func:`~mlx_distill.train.updates.differentiate`.
-    """
-    watch = watch or Stopwatch()
-    weights = objective.weights(batch)
-    scales = {
-        name: c / weights[name]
-        for name, c in objective.coefficients.items()
-        if weights.get(name, 0.0) > 0 and c != 0
-    }
-    if not scales:
-        nothing = dict.fromkeys(objective.coefficients, 0.0)
-        return Window({}, 0.0, nothing, weights, [0.0]), 0.0
-    norm = 0.0
-    if clip_norm > 0:
-        with watch.part("clip"):
-            key = random_key()
-            norm = drain_norm(
-                [
-                    gradient
-                    for _, gradient in in_order(differentiate(model, batch, objective, scales, trunk)[0])
-                ]
-            )
-            set_random_key(key)
-    with watch.part("forward"):
-        flat, parts = differentiate(model, batch, objective, scales, trunk)
-    sums = {name: part.item() for name, part in parts.items()}
-    terms = {
-        name: sums.get(name, 0.0) / weights[name] if weights.get(name, 0.0) > 0 else 0.0
-        for name in objective.coefficients
-    }
-    loss = sum(objective.coefficients[name] * term for name, term in terms.items())
-    window = Window({}, loss, terms, weights, [loss])
-    guard(window, norm, False)
-    with watch.part("update"):
-        gradients: dict[str, Any] = {path: gradient.astype(mx.float32) for path, gradient in flat}
-        flat.clear()
-        squares = (
-            None
-            if clip_norm > 0
-            else {path: mx.square(gradient).sum() for path, gradient in gradients.items()}
-        )
-        apply_update(model, optimizer, gradients, clip_scale(norm, clip_norm), squares)
-    if squares is not None:
-        norm = math.sqrt(math.fsum(square.item() for square in squares.values()))
-        guard(window, norm, True)
-    return window, norm
-
-
-# What may be whole at once: an eighth of all, and what nobody minds.
-_SHARE, _LEAST_BYTES = 8, 1 << 26
-
-
 def refresh_bases_in_groups(
-    model: nn.Module, optimizer: Any, gradients: Callable[[], Window]
-) -> dict[str, mx.array]:
-    """The gradients of all but the last few matrices whose basis is due, in their new subspaces; empty where
-    few are due.
+    model: nn.Module,
+    optimizer: ProjectingOptimizer,
+    gradients: Callable[[], WindowGradients],
+    whole_bytes: int = WHOLE_BYTES,
+) -> dict[str, Gradient]:
+    """The projected gradients of the matrices whose basis is refreshed at this step, except those of the last
+    group; empty where one group is enough.
 
-    A sum over micro-batches or ranks stays whole where a basis is to be found in it. At the first step that
-    is every matrix, in float32: 28 GB of 7 billion weights. So the window is gone through again for each
-    eighth of them, the others frozen meanwhile, from the same random state: the same gradients in less
-    memory, and a first step of up to eight times the length.
+    A basis is computed from the whole gradient, summed over micro-batches and ranks. At the first step that
+    is
+    the gradient of every matrix, in float32: 28 GB for 7 billion weights. So the window is differentiated
+        once
+    for each eighth of them, with all other parameters frozen and from the same random state: the same
+    gradients in less memory, and a first step that takes up to eight times as long.
 
     Args:
         model: Its trainable parameters.
-        optimizer: A :class:`~mlx_distill.optim.galore.GaLoreAdamW`, whose bases are found.
-        gradients: Goes through the window; what is frozen gets no gradient.
+        optimizer: Computes the bases.
+        gradients: Differentiates the window with respect to the trainable parameters.
+        whole_bytes: Size of the gradients that may be whole at once in any case.
     """
     parameters = dict(tree_flatten(model.trainable_parameters()))
-    groups = _groups(
-        {path: 4 * parameters[path].size for path in optimizer.due_whole(parameters)}, parameters
-    )
-    entered, key = {}, random_key()
-    for group in groups[:-1]:  # the last goes with all that is not due
+    sizes = {path: 4 * parameters[path].size for path in optimizer.paths_to_refresh(parameters)}
+    all_bytes = 4 * sum(p.size for p in parameters.values())
+    groups = _groups(sizes, max(all_bytes // _WHOLE_SHARE, whole_bytes))
+    refreshed: dict[str, Gradient] = {}
+    key = random_key()
+    for group in groups[:-1]:  # the last group is differentiated with the other parameters
         with frozen(model, parameters.keys() - group):
-            found = gradients().gradients
-        for path in list(found):
-            entered[path] = optimizer.enter(path, found.pop(path))
-            mx.eval(entered[path])
+            result = gradients().gradients
+        for path in list(result):
+            refreshed[path] = _projected(optimizer, path, result.pop(path))
         set_random_key(key)
-    return entered
+    return refreshed
 
 
-def _groups(sizes: dict[str, int], parameters: dict[str, mx.array]) -> list[list[str]]:
-    """Paths cut where their bytes reach what may be whole at once."""
-    limit = max(4 * sum(p.size for p in parameters.values()) // _SHARE, _LEAST_BYTES)
+def _groups(sizes: dict[str, int], limit: int) -> list[list[str]]:
+    """Paths in groups of at most ``limit`` bytes, or of one path."""
     groups: list[list[str]] = [[]]
     for path, size in sizes.items():
         if groups[-1] and sum(sizes[other] for other in groups[-1]) + size > limit:
@@ -436,7 +362,7 @@ def _groups(sizes: dict[str, int], parameters: dict[str, mx.array]) -> list[list
 
 @contextmanager
 def frozen(model: nn.Module, paths: Collection[str]) -> Iterator[None]:
-    """Inside, some trainable parameters are none."""
+    """Inside, these parameters, trainable otherwise, are frozen."""
     modules: dict[str, Any] = dict(model.named_modules())
     leaves: Sequence[tuple[str, str, str]] = [path.rpartition(".") for path in paths]
     for module, _, leaf in leaves:

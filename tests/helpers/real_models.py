@@ -23,7 +23,7 @@ from mlx_distill.recipe import DistillConfig, TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.train import Objective, RowBatches, make_trainable, sft
 from mlx_distill.train.distributed import Ranks
-from mlx_distill.train.updates import window_gradients
+from mlx_distill.train.gradients import window_gradients
 
 KINDS = ["qwen3", "gpt_oss"]
 GROUPS = TokenGroups(*2 * (np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),), count=14, shared=12)

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import pytest
-from mlx.utils import tree_flatten, tree_map_with_path
+from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
 from mlx_distill import recipe
 from mlx_distill.errors import ConfigError
@@ -24,6 +24,7 @@ from mlx_distill.optim import (
     AdamW,
     APOLLOMini,
     GaLoreAdamW,
+    ProjectedGradient,
     by_modules,
     make_optimizer,
     make_schedule,
@@ -147,14 +148,14 @@ def test_each_serves_inside_a_multi_optimizer(name: str) -> None:
 def test_embeddings_norms_head_and_biases_stay_out_of_projection() -> None:
     optimizer = GaLoreAdamW(0.1, 4)
     optimizer.init(make_net().trainable_parameters())
-    assert set(optimizer.chosen) == {"layers.0.weight", "layers.1.weight"}
+    assert set(optimizer.projected) == {"layers.0.weight", "layers.1.weight"}
     assert (
         "right" not in optimizer.state["embed_tokens"]["weight"]
         and "right" in optimizer.state["layers"][0]["weight"]
     )
     chosen = GaLoreAdamW(0.1, 4, filter=by_modules(["layers.1", "lm_head"]))
     chosen.init(make_net().trainable_parameters())
-    assert set(chosen.chosen) == {"layers.1.weight", "lm_head.weight"}
+    assert set(chosen.projected) == {"layers.1.weight", "lm_head.weight"}
 
 
 def test_an_expert_without_a_token_keeps_its_basis() -> None:
@@ -239,9 +240,7 @@ def test_only_carried_moments_survive_a_refresh(moments: str, low: float, high: 
 
     optimizer = GaLoreAdamW(0.1, 3, 6, moments=moments, basis=basis)
     feed(optimizer, 6)
-    state = optimizer.state["w"]
-    optimizer.count = 6
-    optimizer._refresh("w", gradient_like(6), state)
+    optimizer.project_and_refresh("w", gradient_like(6))
     before, after = seen[0], momentum(optimizer)
     cosine = (before * after).sum() / mx.maximum(
         mx.sqrt(mx.square(before).sum() * mx.square(after).sum()), 1e-12
@@ -270,11 +269,15 @@ def test_staggered_refreshes_are_spread_over_the_gap() -> None:
     optimizer = GaLoreAdamW(0.1, 2, 8, stagger=True)
     optimizer.init(parameters)
     at = {}
-    for optimizer.count in range(1, 9):
-        for path in optimizer.chosen:
-            if optimizer.due(path):
-                at.setdefault(path, []).append(optimizer.count)
+    for updates in range(1, 9):
+        for path in parameters:
+            if optimizer.needs_refresh(f"{path}.weight", updates):
+                at.setdefault(path, []).append(updates)
     assert sorted(at.values()) == [[2], [4], [6], [8]]
+
+
+def array_of(gradient: Any) -> mx.array:
+    return gradient.array if isinstance(gradient, ProjectedGradient) else gradient
 
 
 def test_adding_up_in_the_subspace_is_adding_up_in_full() -> None:
@@ -292,25 +295,50 @@ def test_adding_up_in_the_subspace_is_adding_up_in_full() -> None:
         a = plain.apply_gradients(
             {"w": {"weight": total["w.weight"]}, "norm": {"weight": total["norm.weight"]}}, a
         )
-        small = [{path: compact.compress(path, g) for path, g in p.items()} for p in parts]
-        assert small[0]["w.weight"].shape == ((12, 8) if step % 3 == 0 else (12, 3))
+        small = [{path: compact.project(path, g) for path, g in p.items()} for p in parts]
+        assert array_of(small[0]["w.weight"]).shape == ((12, 8) if step % 3 == 0 else (12, 3))
         summed = {path: sum((p[path] for p in small[1:]), small[0][path]) for path in small[0]}
-        entered = {path: compact.enter(path, g) for path, g in summed.items()}
-        assert entered["w.weight"].shape == (12, 3)
+        low = {path: compact.project_and_refresh(path, g) for path, g in summed.items()}
+        assert array_of(low["w.weight"]).shape == (12, 3)
         b = compact.apply_gradients(
-            {"w": {"weight": entered["w.weight"]}, "norm": {"weight": entered["norm.weight"]}}, b
+            {"w": {"weight": low["w.weight"]}, "norm": {"weight": low["norm.weight"]}}, b
         )
         for (path, x), (_, y) in zip(tree_flatten(a), tree_flatten(b), strict=True):
             assert mx.allclose(x, y, atol=1e-5), path
 
 
+@pytest.mark.parametrize("rank", [2, 4, 6])
+def test_projected_gradients_are_leaves_that_an_update_takes_in_place_of_plain_ones(rank: int) -> None:
+    """Through ``tree_map`` and ``update``, also where one of the matrices is projected at full rank."""
+    plain, projecting = (nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 6)) for _ in range(2))
+    projecting.update(plain.parameters())
+    a, b = (GaLoreAdamW(0.1, rank, 3, filter=lambda path, p: p.ndim == 2) for _ in range(2))
+    b.init(projecting.trainable_parameters())
+    for step in range(5):
+        random = np.random.default_rng(step)
+        gradients = tree_map(
+            lambda p, random=random: mx.array(random.normal(size=p.shape).astype(np.float32)),
+            plain.trainable_parameters(),
+        )
+        a.update(plain, tree_map(lambda g: g * 0.5, gradients))
+        low = tree_map_with_path(b.project_and_refresh, gradients)
+        kept = [isinstance(leaf, ProjectedGradient) for _, leaf in tree_flatten(low)]
+        assert sum(kept) == (2 if rank < 6 else 1)
+        b.update(projecting, tree_map(lambda g: g * 0.5, low))
+        for (path, x), (_, y) in zip(
+            *(tree_flatten(m.parameters()) for m in (plain, projecting)), strict=True
+        ):
+            assert mx.allclose(x, y, atol=1e-5), path
+
+
 @pytest.mark.parametrize("rank", [6, 9])
-def test_at_full_rank_nothing_is_confused(rank: int) -> None:
+def test_at_full_rank_gradients_are_projected_in_the_update_alone(rank: int) -> None:
     parameters = {"w": {"weight": mx.zeros((6, 6))}}
     optimizer = GaLoreAdamW(0.1, rank, 2)
     optimizer.init(parameters)
     g = gradient_like(0, (6, 6))
-    assert mx.array_equal(optimizer.enter("w.weight", optimizer.compress("w.weight", g)), g)
+    assert optimizer.paths_to_refresh({"w.weight": g}) == []
+    assert optimizer.project_and_refresh("w.weight", optimizer.project("w.weight", g)) is g
     new = optimizer.apply_gradients({"w": {"weight": g}}, parameters)
     assert mx.abs(new["w"]["weight"]).max().item() > 0
 

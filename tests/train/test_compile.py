@@ -25,8 +25,8 @@ from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key
 from mlx_distill.train import ListBatches, sft, train
 from mlx_distill.train.grad_checkpoint import checkpointed_layers
+from mlx_distill.train.gradients import differentiate
 from mlx_distill.train.trunk_head import make_trunk
-from mlx_distill.train.updates import differentiate
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 ROWS = make_rows(12)

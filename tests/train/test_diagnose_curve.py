@@ -31,7 +31,7 @@ def test_the_tenths_at_both_ends_are_compared_not_single_steps() -> None:
 
 def test_a_loss_that_ended_higher_asks_for_a_lower_rate() -> None:
     (doubt,) = diagnose_curve(curve([1.0] * 10 + [1.5] * 10))
-    assert "ended at 1.5, above the 1 " in doubt and "learning rate" in doubt
+    assert "ended at 1.5, above the 1 of the start" in doubt and "learning rate" in doubt
 
 
 def test_a_loss_that_leapt_is_told_although_it_came_down_again() -> None:

@@ -55,7 +55,7 @@ def test_the_checkpoint_before_stands(tmp_path: Path) -> None:
     path.write_text(json.dumps(state))
     with pytest.raises(DataError, match="after step 3") as caught:
         walk(tmp_path, 3, **BLOWN)
-    assert "step-00000002 stands" in (caught.value.fix or "")
+    assert "step-00000002 is intact" in (caught.value.fix or "")
 
 
 def test_a_metrics_file_that_was_lost_begins_anew_without_zeros(tmp_path: Path) -> None:

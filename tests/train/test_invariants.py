@@ -15,7 +15,7 @@ from helpers.real_models import KINDS, OBJECTIVES, make_model, windows
 from helpers.training_cases import LINES, PACKED, counted_bases, run_case, same, start_of, steps_of
 from mlx.utils import tree_flatten
 
-from mlx_distill.train.updates import Window, global_norm, window_gradients
+from mlx_distill.train.gradients import WindowGradients, global_norm, window_gradients
 
 # Two ranks take what one takes in windows of twice as many. Packed: one pass over five lines, so that a rank
 # has none at the end.
@@ -60,9 +60,9 @@ def test_the_cut_changes_neither_loss_nor_terms_nor_gradient(kind: str, name: st
             assert mx.abs(other.gradients[path] - gradient).max().item() < 1e-5 * norm, (cut, path)
 
 
-def read(folder: Path) -> Window:
+def read(folder: Path) -> WindowGradients:
     loss, terms, weights = json.loads((folder / "window.json").read_text())
-    return Window(dict(mx.load(str(folder / "gradients.safetensors"))), loss, terms, weights, [])  # type: ignore[arg-type]
+    return WindowGradients(dict(mx.load(str(folder / "gradients.safetensors"))), loss, terms, weights, [])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,9 @@ from mlx_distill.train import (
     train,
 )
 from mlx_distill.train.grad_checkpoint import checkpointed_layers
+from mlx_distill.train.gradients import clip_scale, global_norm, window_gradients
 from mlx_distill.train.profiling import PARTS
-from mlx_distill.train.updates import clip_scale, evaluate, global_norm, window_gradients
+from mlx_distill.train.validation import evaluate
 
 ROWS = make_rows(24)
 
@@ -364,7 +365,7 @@ def test_galore_added_up_in_the_subspace_walks_as_one_big_batch(tmp_path: Path, 
             plain.trainable_parameters()
         )
         optimizer.init(plain.trainable_parameters())
-        low = tree_map_with_path(optimizer.enter, gradients)
+        low = tree_map_with_path(optimizer.project_and_refresh, gradients)
         norm = global_norm(low)
         scale = clip_scale(norm, 0.05)
         assert rows[step]["loss"] == pytest.approx(loss.item(), rel=1e-4)

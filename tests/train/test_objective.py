@@ -20,8 +20,8 @@ from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch, TopK
 from mlx_distill.train import make_trainable
 from mlx_distill.train import objective as reading
+from mlx_distill.train.gradients import global_norm, window_gradients
 from mlx_distill.train.objective import Objective, sft
-from mlx_distill.train.updates import global_norm, window_gradients
 
 LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
 TEACHER = 19

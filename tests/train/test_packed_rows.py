@@ -21,7 +21,8 @@ from mlx_distill.data.packing import build_batch
 from mlx_distill.errors import DataError
 from mlx_distill.train import ListBatches, sft, train
 from mlx_distill.train.grad_checkpoint import checkpointed_layers
-from mlx_distill.train.updates import evaluate, global_norm, window_gradients
+from mlx_distill.train.gradients import global_norm, window_gradients
+from mlx_distill.train.validation import evaluate
 
 
 @pytest.mark.parametrize("kind", KINDS)

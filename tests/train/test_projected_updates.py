@@ -1,4 +1,4 @@
-"""GaLore in the loop: what is added up lies in the subspace; and the dropout of each rank."""
+"""GaLore in the loop: gradients are added up in the subspace; and the dropout of each rank."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from helpers.tiny_model import TinyModel, make_batches, make_model, make_rows, s
 from mlx.utils import tree_flatten
 
 from mlx_distill.optim import AdamW, GaLoreAdamW, make_optimizer
+from mlx_distill.optim.base import array_of
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.train import ListBatches, Objective, make_trainable, sft, train
 from mlx_distill.train.distributed import Ranks
-from mlx_distill.train.updates import apply_update, window_gradients
+from mlx_distill.train.gradients import window_gradients
+from mlx_distill.train.updates import UpdateContext, apply_update, make_updater
 
 GALORE: dict[str, Any] = {
     "method": "galore",
@@ -33,12 +35,10 @@ def prepared(config: TrainConfig, steps: int = 6) -> tuple[TinyModel, Any]:
 
 
 @pytest.mark.parametrize("accumulate", [1, 3])
-def test_the_loop_adds_up_what_lies_in_the_subspace(
+def test_the_loop_adds_up_projected_gradients(
     tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By step, and at every one but those that find bases; where there is nothing to add, at those too (the
-    first has none before).
-    """
+    """At every step but those that refresh bases; with one micro-batch a step, at those too."""
     steps: list[set[tuple[int, ...]]] = [set()]
 
     def sum_arrays(_: Ranks, arrays: dict[str, mx.array]) -> None:
@@ -64,39 +64,29 @@ class Deep(nn.Module):
         return x
 
 
-def peak_of_the_second_step(folder: Path, optimizer: Any, accumulate: int) -> float:
-    """Above weights and state, in weights."""
+def peak_of_the_second_step(optimizer: Any, accumulate: int) -> float:
+    """Peak memory above weights and state, in units of the weights' size."""
     mx.random.seed(0)
-    model, seen, x = Deep(), [], mx.random.normal((4, 256))
+    model, x = Deep(), mx.random.normal((4, 256))
     objective = Objective(
         lambda _: {"text": 1.0}, lambda model, _: {"text": mx.square(model(x)).sum()}, {"text": 1.0}
     )
-
-    def look(row: Any) -> None:
-        seen.append((mx.get_active_memory(), mx.get_peak_memory()))
-        mx.reset_peak_memory()
-
-    config = settings(accumulate=accumulate, steps=2)
-    train(
-        model,
-        ListBatches(make_batches(make_rows(4), 1)),
-        objective,
-        optimizer,
-        config,
-        folder=folder,
-        hooks=[look],
-    )
-    (base, _), (_, peak) = seen
-    return (peak - base) / (16 * 256 * 256 * 4)
+    optimizer.init(model.trainable_parameters())
+    context = UpdateContext(model, objective, optimizer, clip_norm=1.0, group_bytes=1)
+    update = make_updater(context, settings(accumulate=accumulate))
+    window = make_batches(make_rows(4), 1)[:accumulate]
+    mx.eval(x, [vars(batch) for batch in window])
+    update(window)
+    base = mx.get_active_memory()
+    mx.reset_peak_memory()
+    update(window)
+    return (mx.get_peak_memory() - base) / (16 * 256 * 256 * 4)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_of_galore_never_live_together(
-    tmp_path: Path, accumulate: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("mlx_distill.train.updates._GROUP_BYTES", 1)
-    whole = peak_of_the_second_step(tmp_path / "whole", AdamW(1e-3), accumulate)
-    low = peak_of_the_second_step(tmp_path / "low", GaLoreAdamW(1e-3, 8), accumulate)
+def test_whole_gradients_of_galore_are_never_in_memory_together(accumulate: int) -> None:
+    whole = peak_of_the_second_step(AdamW(1e-3), accumulate)
+    low = peak_of_the_second_step(GaLoreAdamW(1e-3, 8), accumulate)
     assert whole > 1.0 and low < 0.6, (whole, low)
 
 
@@ -115,28 +105,27 @@ def test_a_rank_without_rows_adds_zeros_of_the_subspace() -> None:
         def sum_arrays(self, arrays: dict[str, mx.array]) -> None: ...
 
     for shapes in (WHOLE, LOW):
-        first = window_gradients(model, batches, sft(), None, optimizer.compress).gradients
-        second = window_gradients(model, [], sft(), Second(1, 2), optimizer.compress).gradients
-        assert {path: array.shape for path, array in second.items()} == {
-            path: array.shape for path, array in first.items()
+        first = window_gradients(model, batches, sft(), None, optimizer.project).gradients
+        second = window_gradients(model, [], sft(), Second(1, 2), optimizer.project).gradients
+        zeros = {path: array_of(gradient) for path, gradient in second.items()}
+        assert {path: zero.shape for path, zero in zeros.items()} == {
+            path: array_of(gradient).shape for path, gradient in first.items()
         }
-        assert {array.shape for array in second.values()} == shapes and not any(
-            array.any().item() for array in second.values()
-        )
+        assert {zero.shape for zero in zeros.values()} == shapes
+        assert not any(zero.any().item() for zero in zeros.values())
+        first = {path: optimizer.project_and_refresh(path, gradient) for path, gradient in first.items()}
         apply_update(model, optimizer, first)
 
 
-def test_each_rank_drops_units_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On the same rows; the first rank those that a run alone drops."""
-    found = {}
+def test_each_rank_has_its_own_dropout(tmp_path: Path) -> None:
+    """On the same rows; the first rank has that of a run with one rank."""
+    weights = {}
     for name, ranks in (
         ("alone", None),
         ("first", Ranks(0, 1)),
         ("second", Ranks(1, 1)),
         ("second again", Ranks(1, 1)),
     ):
-        if ranks is not None:
-            monkeypatch.setattr("mlx_distill.train.loop.current_ranks", lambda ranks=ranks: ranks)
         model, config = make_model(dropout=0.5), settings(steps=2)
         train(
             model,
@@ -145,9 +134,10 @@ def test_each_rank_drops_units_of_its_own(tmp_path: Path, monkeypatch: pytest.Mo
             make_optimizer(config, 2),
             config,
             folder=tmp_path / name,
+            ranks=ranks,
         )
-        found[name] = dict(tree_flatten(model.parameters()))
+        weights[name] = dict(tree_flatten(model.parameters()))
     path = "model.up_proj.weight"
-    assert mx.array_equal(found["alone"][path], found["first"][path])
-    assert mx.array_equal(found["second"][path], found["second again"][path])
-    assert not mx.allclose(found["first"][path], found["second"][path], atol=1e-3)
+    assert mx.array_equal(weights["alone"][path], weights["first"][path])
+    assert mx.array_equal(weights["second"][path], weights["second again"][path])
+    assert not mx.allclose(weights["first"][path], weights["second"][path], atol=1e-3)

@@ -16,7 +16,7 @@ from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.optim import AdamW, make_optimizer
 from mlx_distill.records import Batch
 from mlx_distill.train import ListBatches, Objective, make_trainable, sft, train
-from mlx_distill.train.updates import apply_update, clip_scale, global_norm, streamed_step, window_gradients
+from mlx_distill.train.updates import UpdateContext, accumulated_update, make_updater, streamed_update
 
 ROWS = make_rows(16)
 
@@ -50,9 +50,8 @@ class Deep(nn.Module):
         return x
 
 
-def deep_peak(streamed: bool, clip_norm: float, monkeypatch: pytest.MonkeyPatch) -> float:
-    """Peak of a step above weights and state, in weights."""
-    monkeypatch.setattr("mlx_distill.train.updates._GROUP_BYTES", 1)
+def deep_peak(update: Any, clip_norm: float) -> float:
+    """Peak memory of a step above weights and state, in units of the weights' size."""
     mx.random.seed(0)
     model, optimizer = Deep(16, 256), AdamW(1e-3)
     batch = Batch(mx.zeros((1, 1), mx.int32), mx.zeros((1, 1), mx.int32), mx.ones((1, 1)))
@@ -64,18 +63,14 @@ def deep_peak(streamed: bool, clip_norm: float, monkeypatch: pytest.MonkeyPatch)
     mx.eval(model.parameters(), optimizer.state, x)
     base = mx.get_active_memory()
     mx.reset_peak_memory()
-    if streamed:
-        streamed_step(model, batch, objective, optimizer, clip_norm, lambda *_: None)
-    else:
-        result = window_gradients(model, [batch], objective)
-        apply_update(model, optimizer, result.gradients, clip_scale(global_norm(result.gradients), clip_norm))
+    update(UpdateContext(model, objective, optimizer, clip_norm, group_bytes=1), [batch])
     return (mx.get_peak_memory() - base) / (16 * 256 * 256 * 4)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
-def test_streamed_gradients_never_live_together(clip_norm: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    held, streamed = (deep_peak(which, clip_norm, monkeypatch) for which in (False, True))
-    assert held > 1.0 and streamed < 0.6, (held, streamed)
+def test_streamed_gradients_are_never_in_memory_together(clip_norm: float) -> None:
+    accumulated, streamed = (deep_peak(update, clip_norm) for update in (accumulated_update, streamed_update))
+    assert accumulated > 1.0 and streamed < 0.6, (accumulated, streamed)
 
 
 @pytest.mark.parametrize("clip_norm", [0.0, 1.0])
@@ -104,13 +99,14 @@ def test_a_gradient_that_is_not_a_number_stops_a_streamed_run_too(tmp_path: Path
     assert (tmp_path / "nan.safetensors").is_file()
 
 
-def test_a_batch_without_a_trained_token_moves_nothing() -> None:
+def test_a_batch_without_a_trained_token_updates_nothing() -> None:
     batch = make_batches(ROWS[:2], 2)[0]
     model = make_model()
-    window, norm = streamed_step(
-        model, replace(batch, mask=batch.mask * 0), sft(), AdamW(1.0), 1.0, lambda *_: None
+    update = make_updater(
+        UpdateContext(model, sft(), AdamW(1.0), 1.0), settings(stream_gradients=True, accumulate=1)
     )
-    assert norm == window.loss == 0.0
+    result = update([replace(batch, mask=batch.mask * 0)])
+    assert result.grad_norm == result.loss == 0.0
     assert all(
         mx.array_equal(a, b) for (_, a), (_, b) in zip(*map(tree_flatten, (model, make_model())), strict=True)
     )

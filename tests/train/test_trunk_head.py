@@ -1,5 +1,5 @@
-"""The head apart from the trunk: the same numbers as in one piece, the same random draws, and only what the
-backward pass needs is kept.
+"""Trunk and head differentiated in two stages: the same numbers and random draws as in one, and only the
+arrays that the backward pass needs are kept.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from mlx_distill.losses.numerics import row_logsumexp
 from mlx_distill.losses.tiled import in_slices
 from mlx_distill.runtime import random_key
 from mlx_distill.train import make_trainable
-from mlx_distill.train import trunk_head as cut
 from mlx_distill.train.grad_checkpoint import checkpointed_layers
+from mlx_distill.train.gradients import differentiate
 from mlx_distill.train.objective import sft
-from mlx_distill.train.updates import differentiate
+from mlx_distill.train.trunk_head import can_fill_in_place, fill_in_place, make_trunk, two_stage_grad
 
 BATCH = collate(make_rows(6), list(range(6)))
-CUT = sft(dense_limit=0)
-WHOLE = replace(CUT, head_split=None)
+TWO_STAGE = sft(dense_limit=0)
+WHOLE = replace(TWO_STAGE, head_split=None)
 
 
 def frozen_head(dropout: float = 0.0) -> TinyModel:
@@ -37,12 +37,12 @@ def frozen_head(dropout: float = 0.0) -> TinyModel:
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_cut_equals_whole(dropout: float, dtype: mx.Dtype) -> None:
+def test_two_stages_equal_one(dropout: float, dtype: mx.Dtype) -> None:
     """Value, gradient, their types, and the place in the random stream afterwards; the parameters stay what
     they were.
     """
     found = []
-    for objective in (CUT, WHOLE):
+    for objective in (TWO_STAGE, WHOLE):
         model = frozen_head(dropout)
         model.set_dtype(dtype)
         before = model.trainable_parameters()
@@ -61,25 +61,33 @@ def test_cut_equals_whole(dropout: float, dtype: mx.Dtype) -> None:
     assert mx.abs(one["model.up_proj.weight"]).max().item() > 1e-3
 
 
-def test_a_backend_whose_views_are_copies_gets_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = []
-    for fills in (True, False):
-        if not fills:
-            monkeypatch.setattr(cut, "_fill", lambda array, values: False)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_filling_in_place_equals_the_second_pass(compiled: bool) -> None:
+    """Bitwise, with dropout, and with the same random state afterwards."""
+    assert can_fill_in_place(str(mx.default_device()))
+    results = []
+    for in_place in (True, False, None):
         model = frozen_head(0.3)
-        mx.random.seed(3)
-        gradients, _ = differentiate(model, BATCH, CUT, {"text": 0.25})
-        mx.eval(gradients)
-        found.append((dict(gradients), random_key()))
-    (one, key), (other, their_key) = found
-    assert key == their_key and all(mx.array_equal(gradient, other[path]) for path, gradient in one.items())
+        trunk = make_trunk(model, compiled=True) if compiled else None
+        assert TWO_STAGE.head_split is not None
+        for seed in (3, 4):
+            mx.random.seed(seed)
+            gradients, _ = two_stage_grad(
+                model, BATCH, TWO_STAGE.head_split, {"text": 0.25}, trunk, in_place=in_place
+            )
+            mx.eval(gradients)
+        results.append((dict(gradients), random_key()))
+    (one, key), *others = results
+    for other, their_key in others:
+        assert key == their_key
+        assert all(mx.array_equal(gradient, other[path]) for path, gradient in one.items())
 
 
-def test_a_filled_array_is_read_again_by_the_graph_that_holds_it() -> None:
-    held = mx.array([0.0, 0.0])
-    waiting = held + 1
-    assert cut._fill(held, mx.array([1.0, float("nan")]))
-    assert waiting.tolist()[0] == 2.0
+def test_a_graph_reads_the_numbers_that_were_filled_in() -> None:
+    array = mx.array([0.0, 0.0])
+    graph = array + 1
+    fill_in_place(array, mx.array([1.0, float("nan")]))
+    assert graph.tolist()[0] == 2.0 and mx.isnan(graph[1]).item()
 
 
 class Layer(nn.Module):
@@ -139,8 +147,8 @@ def peak(objective: Any, recompute: bool) -> float:
 @pytest.mark.parametrize("recompute", [False, True])
 def test_only_what_the_backward_pass_needs_is_kept(recompute: bool) -> None:
     """In one piece the evaluation of the head keeps each array of each layer, recomputed or not."""
-    cut, whole = peak(CUT, recompute), peak(WHOLE, recompute)
-    assert whole > 80 and cut < whole / 3, (cut, whole)
+    two_stage, whole = peak(TWO_STAGE, recompute), peak(WHOLE, recompute)
+    assert whole > 80 and two_stage < whole / 3, (two_stage, whole)
 
 
 def nats(z: mx.array, at: slice) -> mx.array:
