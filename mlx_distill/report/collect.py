@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_distill import metrics as m
 from mlx_distill.data.predictions import read_predictions
-from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.errors import ConfigError
 from mlx_distill.metrics.classification import Row
 from mlx_distill.report import provenance
 from mlx_distill.run_models import RESULTS, run_model
@@ -62,7 +62,9 @@ def build_report(
     run = Path(run)
     headers, rows, folders = {}, {}, {}
     for name, path in evaluations.items():
-        headers[name], rows[name], folders[name] = _read_evaluation(Path(path))
+        path = Path(path)
+        headers[name], rows[name] = read_predictions(path)
+        folders[name] = path if path.is_dir() else path.parent
     sets = _count_sets(rows.values())
     main = next(iter(sets))
     by_set = {name: _set_metrics(rows, name, task, confidence) for name in sets}
@@ -94,18 +96,6 @@ def build_report(
         "training": provenance.training(run),
         "provenance": provenance.provenance(run, recipe, headers, folders),
     }
-
-
-def _read_evaluation(path: Path) -> tuple[dict[str, Any], list[dict[str, Any]], Path]:
-    """Header, rows and folder of a ``predictions.jsonl``; ``path`` is the file or its folder."""
-    path = path / "predictions.jsonl" if path.is_dir() else path
-    header, rows = read_predictions(path)
-    if not rows:
-        raise DataError(
-            f"{path}: no predictions",
-            fix="give the recipe held-out rows, then run the evaluate stage again",
-        )
-    return header, rows, path.parent
 
 
 def _count_sets(models: Iterable[Sequence[Row]]) -> dict[str, int]:

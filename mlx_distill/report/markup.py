@@ -1,4 +1,4 @@
-"""HTML from Python: whatever is not already markup is escaped, so text from data cannot become a tag."""
+"""HTML elements from Python. Text is escaped, so text from data cannot become markup."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ _VOID = {"br", "col", "hr", "img", "meta", "path", "line", "rect", "circle", "po
 
 
 class Html(str):
-    """Text that is markup already."""
+    """Text that is markup and is not escaped again."""
 
     __slots__ = ()
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Html:
-    """An element. Children that are no :class:`Html` are escaped; None is left out; lists are taken apart.
+    """An HTML element. Children other than :class:`Html` are escaped.
 
     Args:
         tag: The element's name.
-        children: Text, numbers, elements, lists of them.
-        attributes: ``class_`` for ``class``; an underscore stands for a hyphen; None leaves the attribute
-            out, True writes it bare.
+        children: Text, numbers, elements, nested lists of them; None is skipped.
+        attributes: ``class_`` is ``class``; an underscore becomes a hyphen. None and False skip the
+            attribute, True writes it without a value.
 
     >>> el("p", "a < b", class_="x", data_n=1)
     '<p class="x" data-n="1">a &lt; b</p>'
@@ -40,7 +40,7 @@ def _attribute(name: str, value: Any) -> str:
 
 
 def join(children: Any) -> Html:
-    """Children in a row, escaped where they are no markup.
+    """Concatenate children, escaping those that are not markup.
 
     >>> join(["<b>", el("i", "x"), None, 3])
     '&lt;b&gt;<i>x</i>3'

@@ -1,4 +1,4 @@
-"""The README.md of a folder that leaves the house: what it is, where it came from, what was measured."""
+"""The model card (README.md) of an exported model: architecture, provenance and measured metrics."""
 
 from __future__ import annotations
 
@@ -22,12 +22,19 @@ _RATES = (
     "false_negative_rate",
     "json_valid",
 )
-# Of a report's figures, those that say how good and how fast a model is, and how each is written.
-_FIGURES: Mapping[str, Callable[[Any], str]] = {
-    **dict.fromkeys(_RATES, lambda rate: _between(percent(rate.get("value")), interval(rate))),
+
+
+def _rate_text(rate: Mapping[str, Any]) -> str:
+    value, ends = percent(rate.get("value")), interval(rate)
+    return f"{value} [{ends}]" if ends else value
+
+
+# The metrics on the card, and how each is formatted.
+_FORMATS: Mapping[str, Callable[[Any], str]] = {
+    **dict.fromkeys(_RATES, _rate_text),
     "score_gap": lambda gap: f"{gap['value']:.1f} [{gap['low']:.1f}–{gap['high']:.1f}]",
     "latency_s": partial(duration, page=True),
-    "items_per_minute": lambda pace: significant(pace, 3),
+    "items_per_minute": lambda rate: significant(rate, 3),
     "peak_memory_gb": gigabytes,
 }
 
@@ -44,15 +51,16 @@ def card_text(
     """A model card in Markdown.
 
     Args:
-        title: What the exported folder is called.
+        title: The name of the exported folder.
         folder: The folder that is exported: a model or an adapter.
-        plan: The model, or the adapter's base.
-        notes: What the export says of itself.
+        plan: The model, or the adapter's base model.
+        notes: Notes of the export on what it wrote.
         report: A run's ``report.json``.
-        library: What reads the exported folder.
+        library: The library that reads the exported folder.
     """
-    made = _ancestry(folder, plan.folder)
-    source = next((str(m.recorded["source"]) for m in made.values() if m.recorded.get("source")), "")
+    manifests = _ancestors(folder, plan.folder)
+    sources = (manifest.recorded.get("source") for manifest in manifests.values())
+    source = next((str(source) for source in sources if source), "")
     front = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if _is_hub_id(source):
         front.append(f"base_model: {source}")
@@ -68,35 +76,37 @@ def card_text(
     lines += ["", "## How it was written", "", *(f"- {note}" for note in notes)]
     if difference := plan.architecture.stock_differs(plan.config):
         lines += ["", f"Note: {difference}."]
-    if made:
-        lines += ["", "## Provenance", "", *(_origin(name, manifest) for name, manifest in made.items())]
+    if manifests:
+        lines += ["", "## Provenance", "", *(_origin(name, m) for name, m in manifests.items())]
     if report:
-        lines += ["", "## Measured", "", *_figures(folder.resolve().name, report)]
+        lines += ["", "## Measured", "", *_measured(folder.resolve().name, report)]
     return "\n".join(lines) + "\n"
 
 
-def _ancestry(folder: Path, base: Path) -> dict[str, Manifest]:
-    """Manifests of the folder and of what it was made from, as far as that stands beside it unchanged;
-    nearest first.
+def _ancestors(folder: Path, base: Path) -> dict[str, Manifest]:
+    """Manifests of the folder, its base and their parents, nearest first.
+
+    Only parents that are still in the same run with the same content are followed.
     """
-    found: dict[str, Manifest] = {}
+    manifests: dict[str, Manifest] = {}
     queue = [folder.resolve(), base.resolve()]
     for path in queue:
         manifest = read_manifest(path)
-        if manifest is None or path.name in found:
+        if manifest is None or path.name in manifests:
             continue
-        found[path.name] = manifest
+        manifests[path.name] = manifest
         for name, content in manifest.parents.items():
             parent = read_manifest(path.parent / name)
             if parent is not None and parent.content == content:
                 queue.append(path.parent / name)
-    return found
+    return manifests
 
 
 def _origin(name: str, manifest: Manifest) -> str:
+    """A line on how a folder was made."""
     parts = [f"- `{name}`: made by the stage `{manifest.stage}`, key `{manifest.key[:16]}`"]
     if source := manifest.recorded.get("source"):
-        # A folder's path says nothing on another machine.
+        # The path of a local folder means nothing on another machine.
         parts.append(f"from {source if _is_hub_id(str(source)) else Path(str(source)).name}")
     if commit := manifest.recorded.get("commit"):
         parts.append(f"at commit `{commit}`")
@@ -112,40 +122,46 @@ def _is_hub_id(source: str) -> bool:
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and not Path(source).exists()
 
 
-def _figures(name: str, report: Mapping[str, Any]) -> list[str]:
+def _measured(name: str, report: Mapping[str, Any]) -> list[str]:
+    """The table of metrics as lines of Markdown, and a sentence on where they come from."""
     metrics: Mapping[str, Mapping[str, Any]] = report.get("metrics") or {}
-    heads = metric_titles(report.get("task_details") or {})
-    keys = [key for key in _FIGURES if any(_cell(m, key) for m in metrics.values())]
+    titles = metric_titles(report.get("task_details") or {})
+    keys = [key for key in _FORMATS if any(_cell(figures, key) for figures in metrics.values())]
     if not keys:
         return ["No figures."]
-    out = [
-        "| model | " + " | ".join(_escaped(heads[key]) for key in keys) + " |",
-        "|---" * (len(keys) + 1) + "|",
-    ]
-    out += [
-        "| " + " | ".join([_escaped(model), *(_cell(values, key) for key in keys)]) + " |"
-        for model, values in metrics.items()
-    ]
-    rows = (report.get("sets") or {}).get(report.get("main_set"))
-    said = [f"Of the run `{report['name']}`"] if report.get("name") else []
-    said += [f"on {rows:,} held-out rows"] if isinstance(rows, int) else []
-    said += [f"in brackets {percent(report['confidence'], 0)} intervals"] if report.get("confidence") else []
-    said += [f"this is its `{name}`"] if name in metrics else []
+    lines = [_row(["model", *(_escaped(titles[key]) for key in keys)]), "|---" * (len(keys) + 1) + "|"]
+    for model, figures in metrics.items():
+        lines.append(_row([_escaped(model), *(_cell(figures, key) for key in keys)]))
     settings = (report.get("provenance") or {}).get("evaluations") or {}
     note = dequantization_note({model: settings[model] for model in metrics if model in settings})
-    tail = " ".join([*([", ".join(said) + "."] if said else []), *([note] if note else [])])
-    return [*out, "", tail] if tail else out
+    notes = " ".join(text for text in (_source(name, report), note) if text)
+    return [*lines, "", notes] if notes else lines
+
+
+def _source(name: str, report: Mapping[str, Any]) -> str:
+    """One sentence: the run, the number of rows, the level of the intervals, the name of this model."""
+    rows = (report.get("sets") or {}).get(report.get("main_set"))
+    parts = []
+    if report.get("name"):
+        parts.append(f"Of the run `{report['name']}`")
+    if isinstance(rows, int):
+        parts.append(f"on {rows:,} held-out rows")
+    if report.get("confidence"):
+        parts.append(f"in brackets {percent(report['confidence'], 0)} intervals")
+    if name in (report.get("metrics") or {}):
+        parts.append(f"this is its `{name}`")
+    return ", ".join(parts) + "." if parts else ""
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
 
 
 def _cell(figures: Mapping[str, Any], key: str) -> str:
-    """A figure as the run's page writes it, with its interval where it has one; nothing where there is none."""
+    """A metric as the report formats it; empty where it was not measured."""
     entry = figures.get(key)
-    measured = entry.get("value") if isinstance(entry, Mapping) else entry
-    return "" if measured is None else _FIGURES[key](entry)
-
-
-def _between(value: str, ends: str) -> str:
-    return f"{value} [{ends}]" if ends else value
+    value = entry.get("value") if isinstance(entry, Mapping) else entry
+    return "" if value is None else _FORMATS[key](entry)
 
 
 def _escaped(text: str) -> str:

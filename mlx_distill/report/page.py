@@ -1,10 +1,9 @@
-"""report.html: one file without network, scripts or outside fonts, for a desk and for a phone, light and
-dark.
-"""
+"""The report as one HTML file without scripts and external files, for all widths, light and dark."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from string import Template
 from typing import Any
 
@@ -12,35 +11,25 @@ from mlx_distill.config import ASSETS
 from mlx_distill.report import errors_section, origin_section, results_section, rows_section, training_section
 from mlx_distill.report.charts import bar
 from mlx_distill.report.markup import Html, el, join
+from mlx_distill.report.tables import Report
 from mlx_distill.run_models import RESULTS, is_dequantized, model_class, model_phrase, model_title
-from mlx_distill.text import (
-    counted,
-    interval,
-    p_value,
-    percent,
-    signed_points,
-    significant,
-    size,
-    words,
-)
+from mlx_distill.text import counted, interval, p_value, percent, signed_points, significant, size, words
 
-Report = Mapping[str, Any]
 
-# The longer form of what the navigation calls by a word.
-_HEADINGS = {
-    "sides": "Errors on either side",
-    "groups": "Errors by group",
-    "confusion": "Who says what",
-    "slices": "Agreement by slice",
-    "distributions": "Labels given",
-    "disagreements": "Where they disagree",
-    "cost": "Size, speed, memory",
-    "origin": "Where the figures come from",
-}
+@dataclass(frozen=True)
+class _Section:
+    """A section of the page: the anchor, the name in the navigation, the heading, the content."""
+
+    id: str
+    name: str
+    heading: str
+    content: Html | None
 
 
 def render_html(report: Report) -> str:
-    """The page. Every text from data is escaped; the page's own policy forbids scripts and loading anything.
+    """The report as an HTML page.
+
+    Text from data is escaped, and the page's content security policy forbids scripts and external files.
 
     Args:
         report: What :func:`mlx_distill.report.collect.build_report` returns, or ``report.json`` read back.
@@ -48,150 +37,145 @@ def render_html(report: Report) -> str:
     Returns:
         A complete HTML document.
     """
-    sections = [(id_, title, body) for id_, title, body in _sections(report) if body]
-    links = [el("li", el("a", title, href=f"#{id_}")) for id_, title, _ in sections]
-    parts = [
+    sections = [section for section in _sections(report) if section.content]
+    links = [el("li", el("a", section.name, href=f"#{section.id}")) for section in sections]
+    contents = [
+        el("section", el("h2", section.heading), section.content, id=section.id) for section in sections
+    ]
+    version = report["provenance"]["versions"].get("mlx-distill", "")
+    body = [
         _header(report),
         el("nav", el("ul", links), aria_label="Sections"),
-        el(
-            "main",
-            [
-                el("section", el("h2", _HEADINGS.get(id_, title)), body, id=id_)
-                for id_, title, body in sections
-            ],
-        ),
-        el(
-            "footer",
-            f"Written by mlx-distill {report['provenance']['versions'].get('mlx-distill', '')}. This page loads nothing.",
-        ),
+        el("main", contents),
+        el("footer", f"Written by mlx-distill {version}. This page loads no external files."),
     ]
     folder = ASSETS / "report"
     page = Template((folder / "page.html").read_text(encoding="utf-8"))
     style = (folder / "style.css").read_text(encoding="utf-8")
-    return page.substitute(
-        title=el("title", f"{report['name']}: distillation report"), style=style, body=join(parts)
-    )
+    title = el("title", f"{report['name']}: distillation report")
+    return page.substitute(title=title, style=style, body=join(body))
 
 
-def _sections(report: Report) -> list[tuple[str, str, Html | None]]:
+def _sections(report: Report) -> list[_Section]:
     return [
-        ("results", "Results", results_section.results(report)),
-        ("sides", "Either side", errors_section.sides(report)),
-        ("groups", "Groups", errors_section.groups(report)),
-        ("confusion", "Confusion", errors_section.confusions(report)),
-        ("slices", "Slices", results_section.slices(report)),
-        ("distributions", "Labels", errors_section.distributions(report)),
-        ("sets", "Other sets", results_section.other_sets(report)),
-        ("training", "Training", training_section.curves(report)),
-        ("disagreements", "Disagreements", rows_section.disagreements(report)),
-        ("cost", "Cost", training_section.cost(report)),
-        ("origin", "Origin", origin_section.origin(report)),
+        _Section("results", "Results", "Results", results_section.results(report)),
+        _Section("errors", "Errors", "Precision, recall, error rates", errors_section.binary_errors(report)),
+        _Section("groups", "Groups", "Error rates by group", errors_section.group_errors(report)),
+        _Section("confusion", "Confusion", "Confusion matrices", errors_section.confusions(report)),
+        _Section("slices", "Slices", "Slices", results_section.slices(report)),
+        _Section(
+            "distributions", "Labels", "Label distributions", errors_section.label_distributions(report)
+        ),
+        _Section("sets", "Other sets", "Other sets", results_section.other_sets(report)),
+        _Section("training", "Training", "Training", training_section.curves(report)),
+        _Section(
+            "disagreements",
+            "Disagreements",
+            "Disagreements with the teacher",
+            rows_section.disagreements(report),
+        ),
+        _Section("cost", "Cost", "Size, speed, memory", training_section.cost(report)),
+        _Section("origin", "Provenance", "Provenance", origin_section.origin(report)),
     ]
 
 
 def final_model(report: Report) -> str:
-    """The model that the run was for: the quantized student, else the student, else the last one measured."""
+    """The model that the run is for: the quantized student, else the student, else the last one measured."""
     measured = report["metrics"]
     return next((name for name in reversed(RESULTS) if name in measured), list(measured)[-1])
 
 
 def _header(report: Report) -> Html:
+    """Name of the run, the final model's main metric, and a paragraph around it."""
     name = final_model(report)
     figures = report["metrics"][name]
     label = words(report["task_details"]["label"])
-    main = figures["verdict_agreement"] or figures["accuracy"]
-    against = f"the teacher’s {label}" if figures["verdict_agreement"] else f"the true {label}"
+    rate = figures["verdict_agreement"] or figures["accuracy"]
+    reference = f"the teacher’s {label}" if figures["verdict_agreement"] else f"the true {label}"
     eyebrow = el(
         "p",
         el("span", "Distillation report"),
         el("span", report["task"]),
-        el("time", _day(report["created"]), datetime=report["created"]),
+        el("time", _minute(report["created"]), datetime=report["created"]),
         class_="eyebrow",
     )
+    level = percent(report["confidence"], 0)
     hero = el(
         "div",
-        el("p", percent(main["value"]), class_="figure"),
-        bar(main, f"{model_title(name)} gives {against}"),
-        el(
-            "p",
-            f"{percent(report['confidence'], 0)} interval {interval(main)}, n = {main['n']}",
-            class_="small",
-        ),
+        el("p", percent(rate["value"]), class_="figure"),
+        bar(rate, f"{model_title(name)} gives {reference}"),
+        el("p", f"{level} confidence interval {interval(rate)}, n = {rate['n']}", class_="small"),
         class_=f"hero {model_class(name)}",
     )
     sentence = el(
         "p",
-        f"{model_phrase(name).capitalize()} gives {against} on ",
-        el("strong", percent(main["value"])),
-        f" of {counted(main['n'], 'held-out row')} [{interval(main)}].",
+        f"{model_phrase(name).capitalize()} gives {reference} on ",
+        el("strong", percent(rate["value"])),
+        f" of {counted(rate['n'], 'held-out row')} [{interval(rate)}].",
         class_="lead",
     )
     description = el("p", report["description"], class_="description") if report["description"] else None
-    return el(
-        "header",
-        eyebrow,
-        el("h1", report["name"]),
-        description,
-        el("div", hero, el("div", sentence, el("p", _context(report, name))), class_="summary"),
-    )
+    context = [_before(report, name), _accuracy(report, name), _size(report, name), _speed(report, name)]
+    summary = el("div", hero, el("div", sentence, el("p", context)), class_="summary")
+    return el("header", eyebrow, el("h1", report["name"]), description, summary)
 
 
-def _day(created: str) -> str:
+def _minute(created: str) -> str:
+    """An ISO time without seconds."""
     return created[:16].replace("T", " ") + (" UTC" if created.endswith(("+00:00", "Z")) else "")
 
 
-def _context(report: Report, name: str) -> list[Any]:
-    """Two or three sentences around the first: before, against the truth, size and speed."""
-    metrics, sizes = report["metrics"], report["sizes"]
-    out: list[Any] = []
-    before = (metrics.get("student_before") or {}).get("verdict_agreement")
-    if before and before["value"] is not None and name in RESULTS:
-        out.append(f"Before distillation it was {percent(before['value'])}. ")
-    versus = metrics[name].get("versus_teacher")
-    if versus:
-        teacher, own = metrics["teacher"]["accuracy"], metrics[name]["accuracy"]
-        gap = versus["difference"]
-        out.append(
-            f"Against the truth the teacher is right on {percent(teacher['value'])} and {model_phrase(name)} on {percent(own['value'])}: "
-            f"a difference of {signed_points(gap['value'])} points [{signed_points(gap['low'])} to {signed_points(gap['high'])}]"
-            f"{_rounding(own['value'], teacher['value'], gap['value'])}, {p_value(versus['p_value'])}. "
-        )
-    if name in sizes and "teacher" in sizes and name != "teacher":
-        own_size, whole = sizes[name], sizes["teacher"]
-        share = percent(own_size["total_bytes"] / whole["total_bytes"], 0)
-        out.append(
-            f"Its weights{_with_adapter(own_size)} take {size(own_size['total_bytes'], page=True)} on disk, "
-        )
-        out.append(
-            f"{share} of the teacher’s {size(whole['total_bytes'], page=True)}{_with_adapter(whole)}. "
-        )
-    if name != "teacher":
-        out.append(_pace(report, name))
-    return out
-
-
-def _rounding(first: float, second: float, difference: float) -> str:
-    """Said where the shown rates seem to give another difference than the shown one."""
-    return (
-        ""
-        if round(round(100 * first, 1) - round(100 * second, 1), 1) == round(100 * difference, 1)
-        else " (rounded from the exact rates)"
-    )
-
-
-def _with_adapter(entry: Mapping[str, Any]) -> str:
-    return " (base and adapter)" if entry["base_bytes"] else ""
-
-
-def _pace(report: Report, name: str) -> str | None:
-    """The model's pace, against the teacher's where both computed alike."""
-    metrics, settings = report["metrics"], report["provenance"]["evaluations"]
-    pace, reference = (
-        metrics[name].get("items_per_minute"),
-        (metrics.get("teacher") or {}).get("items_per_minute"),
-    )
-    if not pace:
+def _before(report: Report, name: str) -> str | None:
+    """Agreement with the teacher before distillation."""
+    before = (report["metrics"].get("student_before") or {}).get("verdict_agreement")
+    if not before or before["value"] is None or name not in RESULTS:
         return None
-    alike = reference and is_dequantized(settings[name]) == is_dequantized(settings["teacher"])
-    against = f", {significant(pace / reference, 2)} times the teacher’s pace" if alike else ""
-    return f"It answers {significant(pace, 3)} rows a minute{against}."
+    return f"Before distillation it was {percent(before['value'])}. "
+
+
+def _accuracy(report: Report, name: str) -> str | None:
+    """Accuracy of the model and the teacher, and their difference."""
+    metrics = report["metrics"]
+    comparison = metrics[name].get("versus_teacher")
+    if not comparison:
+        return None
+    teacher, model = metrics["teacher"]["accuracy"]["value"], metrics[name]["accuracy"]["value"]
+    gap = comparison["difference"]
+    shown = round(round(100 * model, 1) - round(100 * teacher, 1), 1)
+    note = "" if shown == round(100 * gap["value"], 1) else " (computed from the exact rates)"
+    return (
+        f"Accuracy is {percent(teacher)} for the teacher and {percent(model)} for {model_phrase(name)}: "
+        f"a difference of {signed_points(gap['value'])} points "
+        f"[{signed_points(gap['low'])} to {signed_points(gap['high'])}]{note}, "
+        f"{p_value(comparison['p_value'])}. "
+    )
+
+
+def _size(report: Report, name: str) -> str | None:
+    """Size of the weights on disk, and its share of the teacher's."""
+    sizes = report["sizes"]
+    if name == "teacher" or name not in sizes or "teacher" not in sizes:
+        return None
+    model, teacher = sizes[name], sizes["teacher"]
+    share = percent(model["total_bytes"] / teacher["total_bytes"], 0)
+    return (
+        f"Its weights{_with_adapter(model)} take {size(model['total_bytes'], page=True)} on disk, "
+        f"{share} of the teacher’s {size(teacher['total_bytes'], page=True)}{_with_adapter(teacher)}. "
+    )
+
+
+def _with_adapter(sizes: Mapping[str, Any]) -> str:
+    return " (base and adapter)" if sizes["base_bytes"] else ""
+
+
+def _speed(report: Report, name: str) -> str | None:
+    """Rows per minute; against the teacher's, if both were evaluated with the same kind of weights."""
+    metrics, settings = report["metrics"], report["provenance"]["evaluations"]
+    rate = metrics[name].get("items_per_minute")
+    if name == "teacher" or not rate:
+        return None
+    reference = (metrics.get("teacher") or {}).get("items_per_minute")
+    ratio = ""
+    if reference and is_dequantized(settings[name]) == is_dequantized(settings["teacher"]):
+        ratio = f", {significant(rate / reference, 2)} times the teacher’s speed"
+    return f"It answers {significant(rate, 3)} rows per minute{ratio}."

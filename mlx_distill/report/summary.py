@@ -1,4 +1,4 @@
-"""What a run returns: the report, where it lies, and how it looks in a terminal and a notebook."""
+"""The result of a run: the report, its files, and a table for the terminal and notebooks."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ from mlx_distill.text import NONE, interval, percent, significant, words
 class RunReport:
     """The report of a run.
 
-    ``path`` is ``report.json``; ``report`` its content. ``str()`` is a compact table for the terminal, and a
-    notebook shows one too.
+    ``path`` is ``report.json`` and ``report`` its content. ``str()`` and notebooks show a compact table.
     """
 
     path: Path
@@ -28,16 +27,16 @@ class RunReport:
 
     @property
     def html(self) -> Path:
-        """The page for people, beside ``report.json``."""
+        """The HTML page, in the same folder as ``report.json``."""
         return self.path.with_suffix(".html")
 
     @property
     def metrics(self) -> Mapping[str, Any]:
-        """The figures of each model on the main held-out set; a rate is ``{"value", "low", "high", "n"}``."""
+        """The metrics of each model on the main held-out set; a rate is ``{"value", "low", "high", "n"}``."""
         return self.report["metrics"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The short form for ``--json``: paths, names and figures, without rows and curves."""
+        """The short form for ``--json``: paths, names and metrics, without rows and curves."""
         short = {
             key: self.report[key]
             for key in ("name", "task", "created", "main_set", "sets", "goals", "metrics")
@@ -45,7 +44,7 @@ class RunReport:
         return {"report": str(self.path), "html": str(self.html), **short}
 
     def lines(self) -> list[str]:
-        """The table for the terminal, then where the page is."""
+        """The table for the terminal, then the path of the page."""
         heads, rows = _cells(self.report)
         table = [["model", *heads], *rows]
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
@@ -70,10 +69,8 @@ class RunReport:
 
     def _repr_html_(self) -> str:
         heads, rows = _cells(self.report)
-        left, cell = (
-            "text-align:left;padding:.25em .9em .25em 0",
-            "text-align:right;padding:.25em .9em .25em 0;font-variant-numeric:tabular-nums",
-        )
+        left = "text-align:left;padding:.25em .9em .25em 0"
+        cell = "text-align:right;padding:.25em .9em .25em 0;font-variant-numeric:tabular-nums"
         head = el("tr", el("th", "model", style=left), [el("th", text, style=cell) for text in heads])
         body = [
             el(
@@ -93,26 +90,28 @@ class RunReport:
 
 
 def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The heads of the columns, and the rows of the table."""
     task = report["task_details"]
-    rates = [("accuracy", "right"), ("verdict_agreement", f"teacher's {words(task['label'])}")]
+    rates = [("accuracy", "accuracy"), ("verdict_agreement", f"teacher's {words(task['label'])}")]
     if task["score"]:
         rates.append(("agreement", f"and {words(task['score'])}"))
     rates.append(("json_valid", "valid JSON"))
     rows = []
     for name, figures in report["metrics"].items():
-        cells = [
-            f"{percent(found['value'])} [{interval(found)}]"
-            if (found := figures.get(key)) and found["n"]
-            else NONE
-            for key, _ in rates
-        ]
-        pace = figures.get("items_per_minute")
-        rows.append([model_title(name), *cells, significant(pace, 3) if pace else NONE])
+        cells = [_rate(figures.get(key)) for key, _ in rates]
+        speed = figures.get("items_per_minute")
+        rows.append([model_title(name), *cells, significant(speed, 3) if speed else NONE])
     return [*[head for _, head in rates], "rows/min"], rows
 
 
+def _rate(estimate: Mapping[str, Any] | None) -> str:
+    if not estimate or not estimate["n"]:
+        return NONE
+    return f"{percent(estimate['value'])} [{interval(estimate)}]"
+
+
 def write_report(run: str | Path, report: Mapping[str, Any]) -> RunReport:
-    """Write ``report.json`` and ``report.html`` into the run's folder, each whole or not at all."""
+    """Write ``report.json`` and ``report.html`` into the run's folder, each atomically."""
     run = Path(run)
     page = render_html(report)
     write_json(run / "report.json", report)
@@ -121,10 +120,10 @@ def write_report(run: str | Path, report: Mapping[str, Any]) -> RunReport:
 
 
 def read_report(run: str | Path) -> RunReport:
-    """The report that a run left, from its folder or its ``report.json``.
+    """Read the report of a run from its folder or its ``report.json``.
 
     Raises:
-        FileError: there is none, or it is of another format.
+        FileError: there is none, or it has another format.
     """
     path = Path(run) / "report.json" if Path(run).is_dir() else Path(run)
     report = read_json(path)

@@ -1,4 +1,4 @@
-"""Tables that become cards on a phone: every cell carries the name of its column."""
+"""HTML tables of the report; every cell has its column's name, so that narrow screens can show cards."""
 
 from __future__ import annotations
 
@@ -10,20 +10,22 @@ from mlx_distill.report.markup import Html, el
 from mlx_distill.run_models import model_class, model_title
 from mlx_distill.text import NONE, interval, percent, words
 
+Report = Mapping[str, Any]
+"""What :func:`mlx_distill.report.collect.build_report` returns."""
 TableRow = tuple[Any, Sequence[Any], str | None]
-"""One row of a table: its head, its cells, its CSS class."""
+"""One row of a table: its heading, its cells, its CSS class."""
 
 
 def table(caption: str, columns: Sequence[str], rows: Sequence[TableRow], *, class_: str = "") -> Html:
-    """A table whose first column heads its rows.
+    """A table whose first column holds the headings of its rows.
 
     Args:
-        caption: Read out before the table; shown above it.
-        columns: Heads, the first column's among them.
-        rows: (head, cells, CSS class) for each row.
+        caption: The caption, shown above the table.
+        columns: Headings of all columns, the first one included.
+        rows: Heading, cells and CSS class of each row.
         class_: More CSS classes.
     """
-    # Display values other than a table's take the roles away in some browsers, so they are given outright.
+    # Explicit roles: some browsers drop those of a table that CSS displays as cards.
     head = el("tr", [el("th", name, scope="col", role="columnheader") for name in columns], role="row")
     body = [
         el(
@@ -43,7 +45,7 @@ def table(caption: str, columns: Sequence[str], rows: Sequence[TableRow], *, cla
 
 
 def rate_cell(estimate: Mapping[str, Any] | None, label: str) -> Html:
-    """Value, interval and bar of a rate."""
+    """A cell with the value, the interval and the bar of a rate."""
     if not estimate or estimate.get("value") is None:
         return el("span", NONE, class_="none")
     return el(
@@ -56,18 +58,18 @@ def rate_cell(estimate: Mapping[str, Any] | None, label: str) -> Html:
     )
 
 
-def number_cell(value: str, small: str = "") -> Html:
-    """A figure without a bar."""
+def number_cell(value: str, note: str = "") -> Html:
+    """A cell with a number and a note in small type."""
     return el(
         "span",
         el("b", value) if value != NONE else el("span", NONE, class_="none"),
-        el("small", " ", small) if small else None,
+        el("small", " ", note) if note else None,
         class_="number",
     )
 
 
 def model_heading(name: str, note: str = "") -> Html:
-    """A model's name with its colour."""
+    """The heading of a model's row: its colour, its name and a note in small type."""
     return el(
         "span",
         el("i", class_="swatch", aria_hidden="true"),
@@ -78,7 +80,7 @@ def model_heading(name: str, note: str = "") -> Html:
 
 
 def legend(names: Sequence[tuple[str, str]]) -> Html:
-    """(CSS class, name) as a list of swatches."""
+    """A legend of (CSS class, name) pairs."""
     return el(
         "ul",
         [
@@ -90,15 +92,15 @@ def legend(names: Sequence[tuple[str, str]]) -> Html:
 
 
 def scroll(content: Html, label: str) -> Html:
-    """Wide content that scrolls by itself, by keyboard too, instead of widening the page."""
+    """A box that scrolls wide content, also by keyboard, so that the page does not become wider."""
     return el("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
 
 
 def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
-    """What heads the column of each metric.
+    """The title of each metric in tables.
 
     Args:
-        task: A report's ``task_details``; may be empty.
+        task: The ``task_details`` of a report; may be empty.
 
     >>> metric_titles({"label": "tone"})["verdict_agreement"]
     'Same tone as teacher'
@@ -106,20 +108,20 @@ def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
     label, score = words(task.get("label") or "label"), words(task.get("score") or "score")
     tolerance = task.get("score_tolerance")
     return {
-        "accuracy": "Right",
+        "accuracy": "Accuracy",
         "verdict_agreement": f"Same {label} as teacher",
         "agreement": f"…and {score} within {tolerance:g}" if tolerance is not None else f"…and near {score}",
         "json_valid": "Valid JSON",
         "macro_f1": "Macro F1",
-        "score_gap": f"{score.capitalize()} apart from teacher",
+        "score_gap": f"{score.capitalize()} difference from teacher",
         "precision": "Precision",
         "recall": "Recall",
         "f1": "F1",
         "false_positive_rate": "False positives",
         "false_negative_rate": "False negatives",
-        "latency_s": "Median a row",
+        "latency_s": "Median per row",
         "latency_p95_s": "95th percentile",
-        "items_per_minute": "Rows a minute",
-        "tokens_per_second": "Tokens a second",
+        "items_per_minute": "Rows per minute",
+        "tokens_per_second": "Tokens per second",
         "peak_memory_gb": "Peak memory",
     }

@@ -29,7 +29,7 @@ def test_page_is_complete_and_loads_nothing(run: tuple[Path, dict[str, Any]]) ->
     assert {a["href"] for t, a in page.tags if t == "a"} == {f"#{name}" for name in ids}
     assert {
         "results",
-        "sides",
+        "errors",
         "groups",
         "confusion",
         "slices",
@@ -55,7 +55,7 @@ def test_speed_is_compared_only_between_models_with_the_same_kind_of_weights(
     run: tuple[Path, dict[str, Any]], mixed: dict[str, Any]
 ) -> None:
     text = page_text(run[1])
-    assert re.search(r"It answers [\d,.]+ rows a minute, [\d.]+ times the teacher’s pace\.", text)
+    assert re.search(r"It answers [\d,.]+ rows per minute, [\d.]+ times the teacher’s speed\.", text)
     assert "do not compare" not in text
     assert "weights dequantized" not in text
     assert {name: entry["dequantize"] for name, entry in mixed["provenance"]["evaluations"].items()} == {
@@ -65,10 +65,10 @@ def test_speed_is_compared_only_between_models_with_the_same_kind_of_weights(
         "quantized": False,
     }
     text = page_text(mixed)
-    assert re.search(r"It answers [\d,.]+ rows a minute\.", text)
-    assert "times the teacher’s pace" not in text
+    assert re.search(r"It answers [\d,.]+ rows per minute\.", text)
+    assert "times the teacher’s speed" not in text
     assert (
-        "The quantized student computed with quantized weights, all others with dequantized ones: times, speeds"
+        "The quantized student computed with quantized weights, all others with dequantized ones: times,"
         in text
     )
     assert (text.count("weights dequantized"), text.count("weights quantized")) == (3, 1)
@@ -106,12 +106,12 @@ def test_a_difference_that_does_not_match_the_rounded_rates_is_explained(tmp_pat
         report = build_report(tmp_path, RECIPE, task, paths)
         text = page_text(report)
         assert ("+3.4 points" in text) == explained
-        assert ("(rounded from the exact rates)" in text) == explained
+        assert ("(computed from the exact rates)" in text) == explained
 
 
 @pytest.mark.parametrize(
     ("n", "sentence"),
-    [(60, "Too few rows in every group to"), (130, "Too few rows in all groups but north to")],
+    [(60, "Too few rows in every group to"), (130, "Too few rows in all groups except north to")],
 )
 def test_groups_of_few_rows_are_flagged_and_their_intervals_fit_the_axis(
     tmp_path: Path, n: int, sentence: str
@@ -181,7 +181,7 @@ def test_optional_fields_of_a_task(tmp_path: Path, changes: dict[str, Any]) -> N
     task = make_task(**changes)
     report = build_report(tmp_path, RECIPE, task, make_run(tmp_path, task, sets={"test": 12}))
     page = assert_loads_nothing(render_html(report))
-    assert ("Errors on either side" in page.text) == bool(task.positive)
+    assert ("Precision, recall, error rates" in page.text) == bool(task.positive)
     assert ("points within 5" in page.text) == bool(task.score)
 
 
