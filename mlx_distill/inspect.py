@@ -1,10 +1,10 @@
-"""Look at anything on disk: a checkpoint of either layout, an adapter, a stage's folder, a run."""
+"""Describe what a folder holds: a checkpoint of either layout, an adapter, a stage of a run, or a run."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -24,12 +24,12 @@ from mlx_distill.models.peft import PEFT_FILE, is_peft, peft_settings
 from mlx_distill.storage import Manifest, check_folder, finished_name, partial_folder, read_manifest, sha256
 from mlx_distill.text import counted, size
 
-_SLAB = 1 << 22
+_READ_BYTES = 1 << 22  # how much of a tensor is checked at once
 
 
 @dataclass(frozen=True)
 class InspectRow:
-    """One kind of module (layer numbers folded together): how many, of which shape, how stored."""
+    """The tensors of one name in all layers: how many, of which shape, how stored, and how large in all."""
 
     name: str
     count: int
@@ -39,14 +39,26 @@ class InspectRow:
     bits: float
     bytes: int
 
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The row as texts."""
+        shape = "x".join(map(str, self.shape)) or "1"
+        parameters, bits = f"{self.parameters:,}", f"{self.bits:.2f}"
+        return self.name, str(self.count), shape, self.stored, parameters, bits, size(self.bytes)
+
 
 @dataclass(frozen=True)
 class InspectReport:
-    """What lies at a path.
+    """What a folder holds.
 
-    ``kind`` is ``model``, ``adapter``, ``stage`` or ``run``; ``facts`` are named values; ``problems`` is
-    empty when all is well; ``hashed`` counts the files whose hash was compared with the one that they were
-    written with.
+    Attributes:
+        path: The folder.
+        kind: ``model``, ``adapter``, ``stage`` or ``run``.
+        facts: Named values, for people.
+        rows: The tensors of a model or an adapter.
+        problems: What is wrong; empty for a sound folder.
+        verified: Whether files were hashed and weights checked.
+        hashed: The number of files whose hash was compared with a recorded one.
     """
 
     path: str
@@ -58,30 +70,21 @@ class InspectReport:
     hashed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """The report as plain values."""
         return {**asdict(self), "rows": [{**asdict(row), "shape": list(row.shape)} for row in self.rows]}
 
     def lines(self) -> list[str]:
-        """Facts, table, problems."""
+        """The report for people: facts, a table of tensors, problems."""
         width = max((len(name) for name in self.facts), default=0)
         out = [f"{self.path}: {self.kind}"]
         out += [
             f"  {name.ljust(width)}  {value}" for name, value in self.facts.items() if value not in (None, "")
         ]
         if self.rows:
-            cells = [("tensor", "count", "shape", "stored", "parameters", "bits", "size")]
-            cells += [
-                (
-                    r.name,
-                    str(r.count),
-                    "x".join(map(str, r.shape)) or "1",
-                    r.stored,
-                    f"{r.parameters:,}",
-                    f"{r.bits:.2f}",
-                    size(r.bytes),
-                )
-                for r in self.rows
+            cells: list[tuple[str, ...]] = [
+                ("tensor", "count", "shape", "stored", "parameters", "bits", "size")
             ]
+            cells += [row.cells for row in self.rows]
             widths = [max(len(row[i]) for row in cells) for i in range(7)]
             out += [
                 "",
@@ -93,7 +96,7 @@ class InspectReport:
             hashes = (
                 f"{counted(self.hashed, 'file')} {had} written with"
                 if self.hashed
-                else "no hashes stand beside these files"
+                else "no hashes are recorded for these files"
             )
             out.append(
                 f"verified: {hashes}" + ("; no weight is NaN or infinite" if self.kind == "model" else "")
@@ -102,25 +105,32 @@ class InspectReport:
 
 
 def inspect(path: str | Path, verify: bool = False) -> InspectReport:
-    """Say what lies at ``path``; with ``verify`` hash every file of a manifest (or of a snapshot of the Hub)
-    and look at every weight.
+    """Describe what a folder holds.
+
+    Args:
+        path: A folder of a model, an adapter, a stage or a run, or the id of a downloaded model.
+        verify: Hash every file of a manifest (or of a snapshot of the Hub) and check that every weight is
+            finite.
 
     Raises:
-        ModelError: nothing that this package knows, or a damaged checkpoint: with file and tensor.
+        ModelError: the folder holds none of these, or a damaged checkpoint; names the file and the tensor.
     """
     here = Path(path).expanduser()
     if here.is_file():
-        fix = "give the folder of a model, an adapter, a stage or a run; a recipe is shown by: mlx-distill run RECIPE --dry-run"
-        raise ModelError(f"{path}: a file, not a folder", fix=fix)
+        raise ModelError(
+            f"{path}: a file, not a folder",
+            fix="give the folder of a model, an adapter, a stage or a run; "
+            "a recipe is shown by: mlx-distill run RECIPE --dry-run",
+        )
     if not here.exists() and (partial := partial_folder(here)).is_dir():
-        return InspectReport(str(path), "stage", {"state": _how_far(partial)})
+        return InspectReport(str(path), "stage", {"state": _unfinished_state(partial)})
     folder = resolve(path)
     manifest = read_manifest(folder)
     problems, hashed = [], 0
     if manifest:
         hashed = len(manifest.files) if verify else 0
-        if wrong := check_folder(folder, manifest, verify=verify):
-            problems.append(wrong)
+        if damage := check_folder(folder, manifest, verify=verify):
+            problems.append(damage)
     elif verify:
         hashed = _snapshot_hashes(folder, problems)
     if (folder / "config.json").is_file():
@@ -136,13 +146,13 @@ def inspect(path: str | Path, verify: bool = False) -> InspectReport:
 
 
 def _snapshot_hashes(folder: Path, problems: list[str]) -> int:
-    """Compare the weights of a downloaded snapshot with the hashes that the Hub's cache names them by; how
-    many there were.
+    """Compare the weights of a downloaded snapshot with the hashes that the Hub's cache names them by, and
+    return the number of files that were compared.
     """
-    found = {p: p.resolve().name for p in sorted(folder.glob("*.safetensors")) if p.is_symlink()}
-    found = {p: name for p, name in found.items() if re.fullmatch("[0-9a-f]{64}", name)}
-    problems += [f"{p} is not what the Hub sent" for p, name in found.items() if sha256(p) != name]
-    return len(found)
+    blobs = {path: path.resolve().name for path in sorted(folder.glob("*.safetensors")) if path.is_symlink()}
+    hashes = {path: name for path, name in blobs.items() if re.fullmatch("[0-9a-f]{64}", name)}
+    problems += [f"{path} is not what the Hub sent" for path, name in hashes.items() if sha256(path) != name]
+    return len(hashes)
 
 
 def _run(folder: Path, path: str, verify: bool) -> InspectReport:
@@ -151,7 +161,7 @@ def _run(folder: Path, path: str, verify: bool) -> InspectReport:
         for p in sorted(folder.glob("*/manifest.json")) + sorted(folder.glob("*/*/manifest.json"))
     }
     unfinished = {
-        p.relative_to(folder).with_name(finished_name(p)).as_posix(): _how_far(p)
+        p.relative_to(folder).with_name(finished_name(p)).as_posix(): _unfinished_state(p)
         for p in sorted(folder.glob(".*.partial")) + sorted(folder.glob("*/.*.partial"))
     }
     if not stages and not unfinished:
@@ -163,28 +173,28 @@ def _run(folder: Path, path: str, verify: bool) -> InspectReport:
     for name, stage in stages.items():
         try:
             manifest = read_manifest(stage)
-            wrong = check_folder(stage, manifest, verify=verify) if manifest else None
+            damage = check_folder(stage, manifest, verify=verify) if manifest else None
         except DistillError as error:
-            manifest, wrong = None, str(error)
+            manifest, damage = None, str(error)
         hashed += len(manifest.files) if manifest and verify else 0
         facts[name] = _summary(name, manifest) if manifest else "damaged"
-        if wrong:
-            problems.append(wrong)
-    for name, far in unfinished.items():
-        facts[name] = f"{facts[name]}; begun anew, {far}" if name in facts else far
+        if damage:
+            problems.append(damage)
+    for name, state in unfinished.items():
+        facts[name] = f"{facts[name]}; started again, {state}" if name in facts else state
     return InspectReport(path, "run", facts, problems=tuple(problems), verified=verify, hashed=hashed)
 
 
-def _how_far(partial: Path) -> str:
-    """What a killed or interrupted stage left, in a word or two."""
+def _unfinished_state(partial: Path) -> str:
+    """How far a killed or interrupted stage came."""
     saved = sorted(partial.glob("scratch/checkpoints/step-*/state.json"))
     state = read_object(saved[-1]) if saved else {}
-    far = f": step {state.get('step')} of {state.get('steps')} saved" if saved else ""
-    return f"not finished{far}; the same command goes on from there"
+    step = f": step {state.get('step')} of {state.get('steps')} saved" if saved else ""
+    return f"not finished{step}; the same command continues from there"
 
 
 def _summary(name: str, manifest: Manifest) -> str:
-    """A folder of a run in a line; which stage made it is said where its name does not."""
+    """A folder of a run in one line; with the stage that made it, where the folder has another name."""
     stage = [manifest.stage] if manifest.stage != name else []
     return ", ".join(
         [*stage, f"key {manifest.key[:12]}", counted(len(manifest.files), "file"), size(_bytes(manifest))]
@@ -218,13 +228,9 @@ def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify:
         "parameters": f"{parameters:,}",
         "bits per weight": round(8 * stored / max(parameters, 1), 3),
         "size": f"{size(stored)} in {counted(len(plan.checkpoint.files), 'file')}",
-        "layout": "Hugging Face"
-        if any(p.rule != "same" for p in plan.tensors)
-        else "the same in both"
-        if _neutral(plan)
-        else "MLX",
+        "layout": _layout(plan),
         "rope": _rope_text(rope.kind, rope.theta, rope.scaling),
-        "head": "tied to the embedding" if config.get("tie_word_embeddings") else "its own",
+        "head": "tied to the embedding" if config.get("tie_word_embeddings") else "not tied",
         "template": _template(folder),
         "note": plan.architecture.stock_differs(config),
         **_provenance(manifest),
@@ -232,8 +238,11 @@ def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify:
     return InspectReport(str(folder), "model", facts, tuple(rows), tuple(problems), verify)
 
 
-def _neutral(plan: CheckpointPlan) -> bool:
-    return not plan.architecture.rules and "quantization" not in plan.config
+def _layout(plan: CheckpointPlan) -> str:
+    if any(tensor.rule != "same" for tensor in plan.tensors):
+        return "Hugging Face"
+    same_in_both = not plan.architecture.rules and "quantization" not in plan.config
+    return "the same in both" if same_in_both else "MLX"
 
 
 def _vocabulary(folder: Path, config: Mapping[str, Any]) -> str:
@@ -244,7 +253,7 @@ def _vocabulary(folder: Path, config: Mapping[str, Any]) -> str:
         raw = json.loads(path.read_bytes())
         ids = {*raw["model"]["vocab"].values(), *(token["id"] for token in raw.get("added_tokens", ()))}
     except (ValueError, KeyError, TypeError, AttributeError):
-        return f"{config['vocab_size']} columns, a tokenizer of another kind"
+        return f"{config['vocab_size']} columns, a tokenizer of an unknown format"
     return f"{config['vocab_size']} columns, {len(ids)} tokens"
 
 
@@ -260,80 +269,76 @@ def _template(folder: Path) -> str:
     else:
         config = folder / "tokenizer_config.json"
         text = str((read_object(config) if config.is_file() else {}).get("chat_template") or "")
-    kind = (
-        "harmony"
-        if "<|channel|>" in text
-        else "ChatML"
-        if "<|im_start|>" in text
-        else "another"
-        if text
-        else "none"
-    )
-    return f"{kind}, {len(text)} characters" if text else kind
+    if not text:
+        return "none"
+    formats = {"<|channel|>": "harmony", "<|im_start|>": "ChatML"}
+    name = next((name for token, name in formats.items() if token in text), "another")
+    return f"{name}, {len(text)} characters"
 
 
 def _rows(plan: CheckpointPlan) -> list[InspectRow]:
     groups: dict[tuple[str, tuple[int, ...], str], list[tuple[int, int]]] = defaultdict(list)
-    for p in plan.tensors:
-        path, _, leaf = p.name.rpartition(".")
-        packing = plan.quantization.get(path)
-        if packing and leaf in ("scales", "biases"):
+    for tensor in plan.tensors:
+        path, _, leaf = tensor.name.rpartition(".")
+        spec = plan.quantization.get(path)
+        if spec and leaf in ("scales", "biases"):
             continue
-        shape, stored, nbytes = p.shape, p.dtype, p.nbytes
-        if packing and leaf == "weight":
-            shape = (*shape[:-1], shape[-1] * 32 // packing.bits)
-            stored, nbytes = f"{packing.mode} {packing.bits}/{packing.group_size}", plan.quantized_bytes(path)
-        count = plan.parameters(p)
-        groups[wildcard_name(p.name), shape, stored].append((count, nbytes))
+        shape, stored, num_bytes = tensor.shape, tensor.dtype, tensor.nbytes
+        if spec and leaf == "weight":
+            shape = (*shape[:-1], shape[-1] * 32 // spec.bits)
+            stored, num_bytes = f"{spec.mode} {spec.bits}/{spec.group_size}", plan.quantized_bytes(path)
+        groups[wildcard_name(tensor.name), shape, stored].append((plan.parameters(tensor), num_bytes))
     rows = []
     for (name, shape, stored), members in groups.items():
-        count, nbytes = sum(c for c, _ in members), sum(s for _, s in members)
-        rows.append(
-            InspectRow(name, len(members), shape, stored, count, round(8 * nbytes / max(count, 1), 4), nbytes)
-        )
+        parameters, num_bytes = (sum(column) for column in zip(*members, strict=True))
+        bits = round(8 * num_bytes / max(parameters, 1), 4)
+        rows.append(InspectRow(name, len(members), shape, stored, parameters, bits, num_bytes))
     return rows
 
 
-def _not_finite(planned: list[TensorPlan]) -> list[str]:
-    out = []
-    for p in planned:
-        step = max(_SLAB // max(p.columns * 4, 1), 1)
+def _adapter_rows(tensors: Mapping[str, TensorInfo]) -> tuple[InspectRow, ...]:
+    first: dict[tuple[str, tuple[int, ...], str], TensorInfo] = {}
+    counts: Counter[tuple[str, tuple[int, ...], str]] = Counter()
+    for name, info in tensors.items():
+        group = wildcard_name(name), info.shape, info.dtype
+        first.setdefault(group, info)
+        counts[group] += 1
+    rows = []
+    for (name, shape, dtype), info in first.items():
+        count, parameters = counts[name, shape, dtype], prod(shape)
+        bits = 8.0 * info.nbytes / max(parameters, 1)
+        rows.append(InspectRow(name, count, shape, dtype, count * parameters, bits, count * info.nbytes))
+    return tuple(rows)
+
+
+def _not_finite(tensors: list[TensorPlan]) -> list[str]:
+    """A problem for each tensor with a weight that is NaN or infinite."""
+    problems = []
+    for tensor in tensors:
+        step = max(_READ_BYTES // max(tensor.columns * 4, 1), 1)
         try:
-            for start in range(0, p.rows, step):
-                check_finite(p.read(start, min(start + step, p.rows)), p)
+            for start in range(0, tensor.rows, step):
+                check_finite(tensor.read(start, min(start + step, tensor.rows)), tensor)
         except ModelError as error:
-            out.append(error.message)
-    return out
+            problems.append(error.message)
+    return problems
 
 
 def _adapter(folder: Path, manifest: Manifest | None, problems: list[str], verify: bool) -> InspectReport:
-    config, theirs = read_object(folder / ADAPTER_CONFIG), is_peft(folder)
-    settings = peft_settings(folder / ADAPTER_CONFIG, config) if theirs else adapter_settings(folder)
-    file = folder / (PEFT_FILE if theirs else ADAPTER_FILE)
+    config, from_peft = read_object(folder / ADAPTER_CONFIG), is_peft(folder)
+    settings = peft_settings(folder / ADAPTER_CONFIG, config) if from_peft else adapter_settings(folder)
+    file = folder / (PEFT_FILE if from_peft else ADAPTER_FILE)
     infos: dict[str, TensorInfo] = read_header(file)[0] if file.is_file() else {}
     if not infos:
         problems.append(f"{file} is missing")
-    groups: dict[tuple[str, tuple[int, ...], str], int] = defaultdict(int)
-    for name, info in infos.items():
-        groups[wildcard_name(name), info.shape, info.dtype] += 1
-    rows = tuple(
-        InspectRow(name, n, shape, dtype, n * prod(shape), 8.0 * i.nbytes / max(prod(shape), 1), n * i.nbytes)
-        for (name, shape, dtype), n in groups.items()
-        for i in [
-            next(
-                i
-                for full, i in infos.items()
-                if wildcard_name(full) == name and i.shape == shape and i.dtype == dtype
-            )
-        ]
-    )
+    rows = _adapter_rows(infos)
     try:
-        base = str(config.get("base_model_name_or_path") if theirs else adapter_base(folder))
+        base = str(config.get("base_model_name_or_path") if from_peft else adapter_base(folder))
     except ModelError as error:
         base = "missing"
         problems.append(error.message)
     facts = {
-        "kind": settings.kind + (" in PEFT's format" if theirs else ""),
+        "kind": settings.kind + (" in PEFT's format" if from_peft else ""),
         "rank": settings.rank,
         "alpha": settings.alpha,
         "dropout": settings.dropout,

@@ -1,4 +1,4 @@
-"""What a person is told about a folder."""
+"""What ``inspect`` says about models, adapters, stages and runs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mlx_distill.models.peft import to_peft
 from mlx_distill.storage import sha256
 
 
-def test_a_checkpoint_of_either_layout_counts_the_same_parameters(golden: Any, tmp_path: Path) -> None:
+def test_checkpoints_of_both_layouts_have_the_same_number_of_parameters(golden: Any, tmp_path: Path) -> None:
     convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
     theirs, ours = inspect(golden("gpt_oss_mxfp4")), inspect(tmp_path / "ours", verify=True)
     assert theirs.facts["parameters"] == ours.facts["parameters"]
@@ -39,9 +39,7 @@ def test_a_checkpoint_of_either_layout_counts_the_same_parameters(golden: Any, t
     assert any(line.startswith("verified") for line in ours.lines())
 
 
-def test_verifying_finds_a_flipped_bit_and_a_weight_that_is_no_number(
-    golden: Any, copy: Any, tools: Any, tmp_path: Path
-) -> None:
+def test_verify_finds_a_flipped_bit_and_a_nan(golden: Any, copy: Any, tools: Any, tmp_path: Path) -> None:
     convert(golden("qwen3"), tmp_path / "ours")
     path = next((tmp_path / "ours").glob("*.safetensors"))
     raw = bytearray(path.read_bytes())
@@ -56,7 +54,7 @@ def test_verifying_finds_a_flipped_bit_and_a_weight_that_is_no_number(
     assert name in problems[0]
 
 
-def test_an_adapter_tells_its_settings_and_base(golden: Any, tmp_path: Path) -> None:
+def test_an_adapter_is_shown_with_its_settings_and_base(golden: Any, tmp_path: Path) -> None:
     model, _ = load_model(golden("qwen3"))
     settings = LoraSettings(4, 8.0, 0.1, ("q_proj",))
     add_lora(model, settings)
@@ -68,7 +66,7 @@ def test_an_adapter_tells_its_settings_and_base(golden: Any, tmp_path: Path) -> 
     assert report.to_dict()["rows"][0]["count"] == 2
 
 
-def test_a_run_lists_its_stages_and_a_stage_its_files(golden: Any, tmp_path: Path) -> None:
+def test_a_run_is_shown_as_a_list_of_its_stages(golden: Any, tmp_path: Path) -> None:
     convert(golden("qwen3"), tmp_path / "teacher_base")
     report = inspect(tmp_path)
     assert report.kind == "run"
@@ -81,12 +79,14 @@ def test_a_run_lists_its_stages_and_a_stage_its_files(golden: Any, tmp_path: Pat
     assert "is missing" in inspect(tmp_path).problems[0]
 
 
-def test_verifying_says_what_it_compared(golden: Any, copy: Any, tools: Any, tmp_path: Path) -> None:
-    """A manifest's hashes, those that the Hub's cache names its files by, or none."""
+def test_verify_says_how_many_hashes_were_compared(
+    golden: Any, copy: Any, tools: Any, tmp_path: Path
+) -> None:
+    """Hashes come from the manifest, from the file names of the Hub's cache, or there are none."""
     convert(golden("qwen3"), tmp_path / "ours")
     files = len(list((tmp_path / "ours").iterdir())) - 1
     assert f"verified: {files} files have the hash" in inspect(tmp_path / "ours", verify=True).lines()[-1]
-    assert "no hashes stand beside" in inspect(golden("qwen3"), verify=True).lines()[-1]
+    assert "no hashes are recorded" in inspect(golden("qwen3"), verify=True).lines()[-1]
     assert not any(line.startswith("verified") for line in inspect(golden("qwen3")).lines())
     snapshot, blobs = copy("qwen3"), tmp_path / "blobs"
     blobs.mkdir()
@@ -99,7 +99,7 @@ def test_verifying_says_what_it_compared(golden: Any, copy: Any, tools: Any, tmp
     assert inspect(snapshot, verify=True).problems == (f"{path} is not what the Hub sent",)
 
 
-def test_an_adapter_of_pefts_is_shown_too(golden: Any, tmp_path: Path) -> None:
+def test_an_adapter_in_the_format_of_peft_is_shown_too(golden: Any, tmp_path: Path) -> None:
     model, _ = load_model(golden("qwen3"))
     settings = LoraSettings(4, 8.0, 0.1, ("q_proj",))
     add_lora(model, settings)
@@ -115,7 +115,7 @@ def test_an_adapter_of_pefts_is_shown_too(golden: Any, tmp_path: Path) -> None:
     assert sum(r.parameters for r in report.rows) == 2 * 4 * (32 + 64)
 
 
-def test_small_things_have_a_size_and_one_is_not_many(golden: Any, tmp_path: Path) -> None:
+def test_sizes_are_shown_in_bytes_and_plurals_are_right(golden: Any, tmp_path: Path) -> None:
     convert(golden("qwen3"), tmp_path / "ours")
     report = inspect(tmp_path / "ours")
     assert re.fullmatch(r"\d+\.\d kB in 1 file", report.facts["size"])
@@ -123,12 +123,12 @@ def test_small_things_have_a_size_and_one_is_not_many(golden: Any, tmp_path: Pat
     assert re.search(r" \d+ bytes$", norm)
 
 
-def test_an_unfinished_stage_tells_how_far_it_came(tmp_path: Path) -> None:
+def test_an_unfinished_stage_is_shown_with_its_last_saved_step(tmp_path: Path) -> None:
     (tmp_path / ".teacher.partial").mkdir()
     report = inspect(tmp_path / "teacher")
     assert (report.kind, report.facts["state"]) == (
         "stage",
-        "not finished; the same command goes on from there",
+        "not finished; the same command continues from there",
     )
     state = tmp_path / ".teacher.partial" / "scratch" / "checkpoints" / "step-00000117" / "state.json"
     state.parent.mkdir(parents=True)
@@ -136,11 +136,11 @@ def test_an_unfinished_stage_tells_how_far_it_came(tmp_path: Path) -> None:
     for path, name in ((tmp_path / "teacher", "state"), (tmp_path, "teacher")):
         assert (
             inspect(path).facts[name]
-            == "not finished: step 117 of 400 saved; the same command goes on from there"
+            == "not finished: step 117 of 400 saved; the same command continues from there"
         )
 
 
-def test_a_file_is_refused_with_what_is_wanted(tmp_path: Path) -> None:
+def test_a_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "my.yaml").write_text("name: my\n")
     with pytest.raises(ModelError, match=r"my\.yaml: a file, not a folder") as caught:
         inspect(tmp_path / "my.yaml")
