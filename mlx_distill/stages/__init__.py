@@ -1,8 +1,7 @@
-"""The stages: each reads its parents' folders, does one thing, and leaves its result in the folder that it is
-given.
+"""The stages of a run: functions that read the folders of their parents and write into a folder of their own.
 
-A stage knows nothing of keys, skipping or renaming: :mod:`mlx_distill.pipeline` hands it a partial folder,
-empty or as a killed run left it, and publishes that folder when the stage returns. What a stage returns is
+A stage knows nothing of keys or of skipping: :mod:`mlx_distill.pipeline` gives it a partial folder, empty or as
+a killed run left it, and publishes that folder when the stage returns. The facts that a stage returns are
 recorded in its manifest, for people.
 """
 

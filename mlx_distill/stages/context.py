@@ -1,7 +1,8 @@
-"""What every stage of a run shares, and how it reads its parents."""
+"""The context of a stage, and how a stage reads its parents."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,16 @@ Facts = dict[str, Any]
 
 @dataclass(frozen=True)
 class Context:
-    """What every stage of a run shares: the recipe, its task, the run's folder, where progress is told, and
-    the wish to stop.
+    """What every stage of a run is given.
 
-    ``hooks`` watch every training (:mod:`mlx_distill.train.events`), and ``profile`` takes the time of its
-    parts.
+    Attributes:
+        recipe: The recipe.
+        task: The recipe's task.
+        run: The run's folder.
+        progress: Where progress is shown.
+        stop: Set when the run should stop.
+        hooks: Called after every step of every training; see :mod:`mlx_distill.train.events`.
+        profile: Measures the time of the parts of every training.
     """
 
     recipe: Recipe
@@ -39,8 +45,8 @@ class Context:
 
 
 def load_model(context: Context, name: str) -> tuple[Any, Any]:
-    """A model of the run and its tokenizer, computing in the recipe's type, and unpacked where the recipe
-    says so.
+    """Load a model of the run and its tokenizer, in the recipe's ``compute_dtype``, and dequantized where the
+    recipe says so.
     """
     from mlx_distill.models.load import load
     from mlx_distill.models.modules import dequantize_model
@@ -52,7 +58,7 @@ def load_model(context: Context, name: str) -> tuple[Any, Any]:
 
 
 def rows_file(context: Context, split: str) -> Path:
-    """Where the prepared rows of ``train``, ``valid`` or ``test`` stand."""
+    """The file with the prepared rows of ``train``, ``valid`` or ``test``."""
     return context.run / "data" / f"{split}.jsonl"
 
 
@@ -62,22 +68,22 @@ def read_rows(context: Context, split: str) -> Iterator[dict[str, Any]]:
 
 
 def count_rows(context: Context, split: str) -> int:
-    """How many prepared rows a split has: its lines, of which none is parsed."""
+    """The number of prepared rows of a split, without parsing them."""
     with os_errors(), open(rows_file(context, split), "rb") as file:
         return sum(1 for line in file if line.strip())
 
 
 def content_of(folder: Path) -> str:
-    """A hash of what a folder of the run holds: by its manifest, without one by its files."""
+    """A hash of the contents of a folder of the run: from its manifest, or from its files if it has none."""
     manifest = read_manifest(folder)
     return manifest.content if manifest else fingerprint(str(folder))
 
 
 def held_out_rows(context: Context) -> list[dict[str, Any]]:
-    """The test rows that are measured: of each set the first ``evaluate.max_rows``.
+    """The test rows that models are evaluated on: the first ``evaluate.max_rows`` of each set.
 
     Raises:
-        DataError: there are none.
+        DataError: there are no test rows.
     """
     rows = list(read_rows(context, "test"))
     if not rows:
@@ -85,23 +91,23 @@ def held_out_rows(context: Context) -> list[dict[str, Any]]:
     limit = context.recipe.evaluate.max_rows
     if not limit:
         return rows
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     kept = []
     for row in rows:
-        counts[row["set"]] = counts.get(row["set"], 0) + 1
+        counts[row["set"]] += 1
         if counts[row["set"]] <= limit:
             kept.append(row)
     return kept
 
 
-def stop_here(context: Context) -> None:
-    """Where a stage can be left: raise :class:`Interrupted` if that is wished."""
+def check_stop(context: Context) -> None:
+    """Raise :class:`Interrupted` if the run should stop. Called where a stage can be continued from."""
     if context.stop:
-        raise Interrupted("stopped", fix="run the same command again: finished parts are not done again")
+        raise Interrupted("stopped", fix="run the same command again: it continues behind the finished parts")
 
 
 def vocabulary_hash(tokenizer: Any) -> str:
-    """A hash of a tokenizer's vocabulary: targets of one teacher are of no use with the ids of another."""
+    """A hash of a tokenizer's vocabulary: targets are valid for the token ids of one vocabulary only."""
     from mlx_distill.storage import digest
 
     return digest(dict(tokenizer.get_vocab()))

@@ -1,16 +1,14 @@
-"""The convert stage: a checkpoint of the Hub's layout to an MLX folder."""
+"""The convert stage: a Hugging Face checkpoint becomes an MLX folder."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_distill.stages.context import Context as Context
-from mlx_distill.stages.context import Facts
-from mlx_distill.stages.training import check_training as check_training
+from mlx_distill.stages.context import Context, Facts
 
 
 def convert(context: Context, folder: Path, source: str, name: str) -> Facts:
-    """A checkpoint of the Hub's layout to the run's model ``name``, numerically the same."""
+    """Convert the Hugging Face checkpoint ``source`` to the run's model ``name``, numerically the same."""
     from mlx_distill.models.convert import convert_into
 
     settings = context.recipe.convert

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Example
-from mlx_distill.stages.context import Context, content_of, count_rows, read_rows, rows_file, stop_here
+from mlx_distill.stages.context import Context, check_stop, content_of, count_rows, read_rows, rows_file
 from mlx_distill.storage import digest, scratch, sha256
 
 if TYPE_CHECKING:
@@ -83,6 +83,6 @@ def _told(context: Context, split: str, bar: Any) -> Iterator[Example]:
     for number, row in enumerate(read_rows(context, split), 1):
         yield from_row(row)
         if number % _SHOWN == 0:
-            stop_here(context)
+            check_stop(context)
             bar.update(number)
     bar.update(number)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import DistillConfig
-from mlx_distill.stages.context import Context, content_of, read_rows, rows_file, stop_here, vocabulary_hash
+from mlx_distill.stages.context import Context, check_stop, content_of, read_rows, rows_file, vocabulary_hash
 from mlx_distill.storage import digest, scratch, sha256
 from mlx_distill.tasks.task import Task
 
@@ -108,7 +108,7 @@ def _align(
         context.progress.task("align", total=len(reader), unit="row") as bar,
     ):
         while some := list(islice(joined, _CHUNK)):
-            stop_here(context)
+            check_stop(context)
             answers = [{"role": "assistant", "content": target.text} for _, _, target in some]
             chats = [
                 [*row["messages"][:-1], answer] for (_, row, _), answer in zip(some, answers, strict=True)

@@ -1,16 +1,14 @@
-"""The prepare stage: rows to chats, checked, deduplicated and split."""
+"""The prepare stage: rows become chats that are validated, deduplicated and split."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_distill.stages.context import Context as Context
-from mlx_distill.stages.context import Facts
-from mlx_distill.stages.training import check_training as check_training
+from mlx_distill.stages.context import Context, Facts
 
 
 def prepare(context: Context, folder: Path) -> Facts:
-    """Rows from everywhere to train, valid and test chats."""
+    """Read the rows of all sources and write the train, valid and test chats."""
     from mlx_distill.data import prepare as splits
 
     statistics = splits.prepare(

@@ -1,16 +1,14 @@
-"""The quantize stage: the student to few bits."""
+"""The quantize stage: the student's weights are quantized."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_distill.stages.context import Context as Context
-from mlx_distill.stages.context import Facts
-from mlx_distill.stages.training import check_training as check_training
+from mlx_distill.stages.context import Context, Facts
 
 
 def quantize(context: Context, folder: Path) -> Facts:
-    """Bring what is not MXFP4 already to few bits."""
+    """Quantize the student's weights, except those that are MXFP4 already."""
     from mlx_distill.models.quantize import quantize_into
 
     settings = context.recipe.quantize

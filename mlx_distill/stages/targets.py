@@ -7,7 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from mlx_distill.stages.context import Context as Context
-from mlx_distill.stages.context import Facts, count_rows, load_model, read_rows, stop_here, vocabulary_hash
+from mlx_distill.stages.context import Facts, check_stop, count_rows, load_model, read_rows, vocabulary_hash
 from mlx_distill.stages.scoring import score_shard
 from mlx_distill.stages.training import check_training as check_training
 
@@ -29,7 +29,7 @@ def targets(context: Context, folder: Path) -> Facts:
         "targets", total=taken + count_rows(context, "valid"), unit="row", start=writer.done
     ) as bar:
         while some := list(islice(rows, shard)):
-            stop_here(context)
+            check_stop(context)
             written, bad = score_shard(context, model, tokenizer, some)
             writer.write(written)
             invalid += bad
