@@ -1,4 +1,4 @@
-"""From YAML to dataclasses and back: types checked, unknown keys refused, defaults kept in the field alone."""
+"""YAML files as dataclasses: types are checked, unknown keys refused, defaults stand in the fields alone."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ def option(
     """A dataclass field that carries its own help and limits.
 
     Args:
-        default: Its one home. A list, dict or dataclass type is made anew for each instance.
+        default: The default value. A list or dict is copied, and a dataclass type created, for each instance.
         help: One line, with the unit.
-        keyed: Whether it can change a stage's result, and so belongs to the stage's key.
+        keyed: Whether it can change a stage's result and so is part of the stage's key.
         choices: The values allowed.
         low, high: The closed range allowed.
         old_name: What the key was called in earlier versions; see :func:`current_spelling`.
@@ -62,8 +62,8 @@ def option(
 
 @dataclasses.dataclass(frozen=True)
 class Key:
-    """A key of a config, as people are told of it; ``default`` is in its plain YAML form, and ``needed`` says
-    that there is none.
+    """A key of a config, for people. ``default`` is in its plain YAML form; ``needed`` says that there is no
+    default.
     """
 
     name: str
@@ -78,7 +78,7 @@ class Key:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """The keys of a config that are values, under its dotted name; those that are configs themselves are
+    """The keys of a config that hold values, under the config's dotted name. Keys that hold configs are
     sections of their own.
     """
 
@@ -91,8 +91,9 @@ def sections(cls: type, name: str) -> list[Section]:
     """Every key of a config and of the configs inside it.
 
     >>> from mlx_distill.recipe import EvaluateConfig
-    >>> [(section.name, [key.name for key in section.keys]) for section in sections(EvaluateConfig, "evaluate")]
-    [('evaluate', ['models', 'batch_size', 'max_rows', 'confidence'])]
+    >>> section, = sections(EvaluateConfig, "evaluate")
+    >>> section.name, [key.name for key in section.keys]
+    ('evaluate', ['models', 'batch_size', 'max_rows', 'confidence'])
     """
     hints, keys, inside = typing.get_type_hints(cls), [], []
     for f in dataclasses.fields(cls):
@@ -117,13 +118,13 @@ def sections(cls: type, name: str) -> list[Section]:
     return out
 
 
-def _type_text(kind: Any) -> str:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
+def _type_text(hint: Any) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_text(k) for k in args if k is not type(None))
+        return " or ".join(_type_text(arg) for arg in args if arg is not type(None))
     if origin in (list, tuple):
         return "list"
-    return "mapping" if isinstance(origin, type) and issubclass(origin, Mapping) else _TYPES[kind]
+    return "mapping" if isinstance(origin, type) and issubclass(origin, Mapping) else _TYPES[hint]
 
 
 def from_mapping(cls: type[T], raw: Any, where: str) -> T:
@@ -220,14 +221,15 @@ def _check(value: Any, metadata: Mapping[str, Any], where: str) -> Any:
     return value
 
 
-def _coerce(kind: Any, value: Any, where: str) -> Any:
-    origin, args = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    """The value as the type of a field; raises a :class:`ConfigError` where it does not fit."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if hint is Any:
         return value
     if origin in (typing.Union, types.UnionType):
         return _coerce_union(args, value, where)
-    if dataclasses.is_dataclass(kind):
-        return value if isinstance(value, kind) else from_mapping(kind, value, where)  # type: ignore[arg-type]
+    if dataclasses.is_dataclass(hint):
+        return value if isinstance(value, hint) else from_mapping(hint, value, where)  # type: ignore[arg-type]
     if origin in (tuple, list):
         if isinstance(value, str) or not isinstance(value, Sequence):
             raise ConfigError(f"{where}: a list is needed, not {_show(value)}", fix="write [a, b]")
@@ -235,9 +237,10 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
             raise ConfigError(
                 f"{where}: {len(args)} values are needed, not {len(value)}", fix="write [low, high]"
             )
-        item = [args[0]] * len(value) if origin is list or args[-1] is Ellipsis else list(args)
+        items = [args[0]] * len(value) if origin is list or args[-1] is Ellipsis else list(args)
         return origin(
-            _coerce(k, v, f"{where}[{i}]") for i, (k, v) in enumerate(zip(item, value, strict=True))
+            _coerce(item_hint, item, f"{where}[{i}]")
+            for i, (item_hint, item) in enumerate(zip(items, value, strict=True))
         )
     if origin is not None and issubclass(origin, Mapping):
         if not isinstance(value, Mapping):
@@ -245,40 +248,37 @@ def _coerce(kind: Any, value: Any, where: str) -> Any:
                 f"{where}: a mapping is needed, not {_show(value)}", fix="write key: value lines"
             )
         return dict(value)
-    return _scalar(kind, value, where)
+    return _scalar(hint, value, where)
 
 
 def _coerce_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
     if value is None and type(None) in args:
         return None
     first: ConfigError | None = None
-    for kind in (a for a in args if a is not type(None)):
+    for hint in (arg for arg in args if arg is not type(None)):
         try:
-            return _coerce(kind, value, where)
+            return _coerce(hint, value, where)
         except ConfigError as error:
-            # The error of the form that the value has is the one worth showing.
-            if first is None or (isinstance(value, Mapping) and dataclasses.is_dataclass(kind)):
+            # Show the error of the type that the value is meant to have.
+            if first is None or (isinstance(value, Mapping) and dataclasses.is_dataclass(hint)):
                 first = error
     assert first is not None
     raise first
 
 
-def _scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, str):
-        with suppress(ValueError):  # YAML 1.1 reads 1e-5 as text
+def _scalar(wanted: type, value: Any, where: str) -> Any:
+    if wanted is float and isinstance(value, str):
+        with suppress(ValueError):  # YAML 1.1 reads 1e-5 as a string
             value = float(value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {value} is not a finite number", fix="change the value")
-    if isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool)):
+    if isinstance(value, wanted) and not (wanted in (int, float) and isinstance(value, bool)):
         return value
-    fix = (
-        "put it in quotes"
-        if kind is str and isinstance(value, (int, float, datetime.date))
-        else "change the value"
-    )
-    raise ConfigError(f"{where}: {_NEEDED.get(kind, kind)} is needed, not {_show(value)}", fix=fix)
+    unquoted = wanted is str and isinstance(value, (int, float, datetime.date))
+    fix = "put it in quotes" if unquoted else "change the value"
+    raise ConfigError(f"{where}: {_NEEDED.get(wanted, wanted)} is needed, not {_show(value)}", fix=fix)
 
 
 def _show(value: Any) -> str:
@@ -318,17 +318,18 @@ def _old_value(field: dataclasses.Field[Any], value: Any) -> Any:
 
 
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Which settings are others than before, in words; long ones are named alone.
+    """The settings that differ, for people; lists and mappings are named without their values.
 
     >>> changes({"steps": 200, "seed": 0}, {"steps": 40, "seed": 0, "betas": [0.9]})
     ['steps was 200, is 40', 'betas has changed']
     """
     out = []
-    for name in [*new, *(name for name in old if name not in new)]:
+    for name in dict.fromkeys([*new, *old]):
         before, after = old.get(name), new.get(name)
         if before != after:
-            short = not any(isinstance(value, Mapping | list) for value in (before, after))
-            out.append(f"{name} was {_show(before)}, is {_show(after)}" if short else f"{name} has changed")
+            is_long = any(isinstance(value, Mapping | list) for value in (before, after))
+            values = "has changed" if is_long else f"was {_show(before)}, is {_show(after)}"
+            out.append(f"{name} {values}")
     return out
 
 
@@ -358,7 +359,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         at = f":{mark.line + 1}" if mark else ""
         raise ConfigError(
-            f"{path}{at}: not valid YAML: {getattr(error, 'problem', error)}", fix="mend that line"
+            f"{path}{at}: not valid YAML: {getattr(error, 'problem', error)}", fix="correct that line"
         ) from error
     if not isinstance(raw, dict):
         raise ConfigError(f"{path}: no mapping at the top", fix="write key: value lines")
@@ -366,7 +367,7 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """``["distill.learning_rate=1e-5"]`` applied to a nested mapping; the value is read as YAML.
+    """Apply assignments such as ``distill.learning_rate=1e-5`` to a nested mapping; values are read as YAML.
 
     >>> override({"distill": {"epochs": 1}}, ["distill.epochs=2"])
     {'distill': {'epochs': 2}}
@@ -388,25 +389,23 @@ def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, An
         node = out
         for key in keys[:-1]:
             child = node.get(key)
-            node[key] = child = (
-                dict(child)
-                if isinstance(child, Mapping)
-                else ({"name": child} if isinstance(child, str) else {})
-            )
-            node = child
+            if isinstance(child, str):  # such as task: music, which is short for task: {name: music}
+                child = {"name": child}
+            node[key] = dict(child) if isinstance(child, Mapping) else {}
+            node = node[key]
         node[keys[-1]] = parsed
     return out
 
 
 def packaged(name: str) -> Path | None:
-    """The packaged file or folder of that name under ``assets``, or None. Never outside it."""
+    """The packaged file or folder of that name under ``assets``, or None; never one outside it."""
     path = (ASSETS / name).resolve()
     return path if name and path.is_relative_to(ASSETS.resolve()) and path.exists() else None
 
 
 def resolve_asset(spec: str, base: Path | None = None) -> str:
-    """``asset:NAME`` to the packaged path; a path relative to ``base`` (the recipe's folder) where it exists;
-    else as it is.
+    """The path that a recipe names: ``asset:NAME`` is a packaged file, and a relative path is looked up in
+    ``base`` (the recipe's folder) first. What does not exist is returned as it is, such as a model's id.
     """
     if spec.startswith("asset:"):
         path = packaged(spec.removeprefix("asset:"))

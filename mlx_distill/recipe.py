@@ -1,6 +1,4 @@
-"""A recipe: teacher, student, task, data, and one block of settings a stage. Each default stands here and
-nowhere else.
-"""
+"""A recipe: teacher, student, task, data, and one block of settings for each stage, with the defaults."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ from mlx_distill.tasks.task import Task, load_task
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
-# Of affine the number of bits; the mixed ones have embeddings and head in 8 bits. The models' treatments say
-# what each does.
+# affineN has N bits; the mixed modes keep embeddings and output head in 8 bits. See models/quantization.py.
 MODES = [
     "affine1",
     "affine2",
@@ -55,29 +52,29 @@ class SourceConfig:
     """One source of rows: a file, a packaged generator, or a data set of the Hub."""
 
     path: str | None = option(None, "a JSONL or JSON file (asset:NAME for a packaged one)")
-    hub: str | None = option(
-        None, "a data set of the Hugging Face Hub, such as org/name, or org/name:configuration"
-    )
+    hub: str | None = option(None, "a data set of the Hugging Face Hub: org/name, or org/name:configuration")
     generator: str | None = option(None, "a packaged generator of rows")
     revision: str | None = option(None, "commit of the Hub data set")
-    hub_split: str = option("train", "which split of the Hub data set")
+    hub_split: str = option("train", "split of the Hub data set")
     count: int = option(
-        0, "rows from a generator, 0 for its own default; the first rows of a file or data set", low=0
+        0,
+        "rows to take: of a generator (0: its own default), or the first of a file or data set (0: all)",
+        low=0,
     )
     seed: int = option(0, "seed of the generator", low=0)
     noise: float = option(
-        0.0, "share of the generator's labels that are replaced at random", low=0.0, high=1.0
+        0.0, "share of the generator's labels that are replaced by random ones", low=0.0, high=1.0
     )
-    part: str | None = option(None, "which part of the generator's templates: train or test")
+    part: str | None = option(None, "part of the generator's templates: train or test")
     format: str = option(
-        "auto", "shape of the rows", choices=["auto", "messages", "alpaca", "openai", "plain"]
+        "auto", "format of the rows", choices=["auto", "messages", "alpaca", "openai", "plain"]
     )
     columns: Mapping[str, str] = option({}, "field of the task: column of the file")
-    where: Mapping[str, Any] = option({}, "take only the rows whose fields have these values")
+    where: Mapping[str, Any] = option({}, "keep only rows whose fields have these values")
     split: str | None = option(
         None, "put every row of this source in this split", choices=["train", "valid", "test"]
     )
-    set: str | None = option(None, "name of the set that its test rows are reported under; default: 'test'")
+    set: str | None = option(None, "name under which results on its test rows are reported; default: 'test'")
 
 
 @dataclass(frozen=True)
@@ -86,28 +83,26 @@ class DataConfig:
 
     sources: list[SourceConfig] = option([], "where the rows come from")
     valid_fraction: float = option(
-        0.05, "share of the rows without a split that goes to validation", low=0.0, high=0.5
+        0.05, "share of the rows without a split of their own that becomes validation rows", low=0.0, high=0.5
     )
     test_fraction: float = option(
-        0.1, "share of the rows without a split that is held out", low=0.0, high=0.9
+        0.1, "share of the rows without a split of their own that becomes test rows", low=0.0, high=0.9
     )
-    stratify: list[str] = option([], "fields over which the split is balanced, besides the label")
-    min_chars: int = option(1, "shortest text of a row, in characters", low=0)
-    max_chars: int = option(100_000, "longest text of a row, in characters", low=1)
-    min_rating: float | None = option(None, "drop rows whose rating field is below")
-    rating_field: str = option("rating", "the field that min_rating looks at")
-    domains: list[str] = option([], "keep rows whose domain field is one of these; empty keeps all")
-    domain_field: str = option("domain", "the field that domains looks at")
+    stratify: list[str] = option([], "fields to stratify the splits by, besides the label")
+    min_chars: int = option(1, "drop rows with fewer characters of text", low=0)
+    max_chars: int = option(100_000, "drop rows with more characters of text", low=1)
+    min_rating: float | None = option(None, "drop rows with a lower rating")
+    rating_field: str = option("rating", "the field that holds the rating")
+    domains: list[str] = option([], "keep only rows of these domains; empty keeps all")
+    domain_field: str = option("domain", "the field that holds the domain")
     near_duplicates: float = option(
         0.85,
-        "Jaccard similarity of word shingles from which two rows are the same; 0 turns it off",
+        "rows with this Jaccard similarity of word shingles or more are duplicates; 0 turns it off",
         low=0.0,
         high=1.0,
     )
-    split_field: str = option("split", "the field in which a row names its own split")
-    drop_invalid: bool = option(
-        False, "leave out rows that do not fit the task, and count them, where otherwise they are an error"
-    )
+    split_field: str = option("split", "the field that holds a row's own split")
+    drop_invalid: bool = option(False, "drop and count rows that do not fit the task, instead of failing")
     seed: int = option(0, "seed of the split", low=0)
 
 
@@ -115,89 +110,106 @@ class DataConfig:
 class ConvertConfig:
     """Convert: a Hugging Face checkpoint to an MLX folder, numerically the same."""
 
-    quantize: str | None = option(None, "mode of the converted weights; none keeps them", choices=MODES)
+    quantize: str | None = option(
+        None, "quantization mode of the converted weights; none: not quantized further", choices=MODES
+    )
     dtype: str | None = option(
-        None, "type of the floating-point weights; none keeps each tensor's own", choices=FLOATS
+        None, "dtype of the floating-point weights; none keeps each tensor's own", choices=FLOATS
     )
     revision: str | None = option(None, "commit or tag of a Hub model")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """What every training shares."""
+    """The settings that every training has."""
 
-    method: str = option("lora", "which weights move, and how", choices=METHODS)
+    method: str = option("lora", "training method", choices=METHODS)
     lora_rank: int = option(16, "rank of the adapters", low=1)
-    lora_alpha: float = option(32.0, "scale of the adapters is alpha / rank", low=0.0)
-    use_rslora: bool = option(False, "scale of the adapters is alpha / sqrt(rank)")
-    lora_dropout: float = option(0.1, "dropout before the adapter", low=0.0, high=0.99)
-    target_modules: list[str] = option(ATTENTION + MLP, "linear layers that get an adapter or a projection")
+    lora_alpha: float = option(32.0, "adapters are scaled by alpha / rank", low=0.0)
+    use_rslora: bool = option(False, "adapters are scaled by alpha / sqrt(rank) instead")
+    lora_dropout: float = option(0.1, "dropout on the adapters' input", low=0.0, high=0.99)
+    target_modules: list[str] = option(
+        ATTENTION + MLP, "linear layers that get an adapter, or whose gradients are projected"
+    )
     modules_to_save: list[str] = option(
         [],
-        "modules that train whole beside, such as embed_tokens, norm, lm_head; AdamW's state is 8 bytes a weight",
+        "modules that are trained fully besides, such as embed_tokens, norm, lm_head; "
+        "AdamW needs 8 bytes of state for each of their weights",
     )
     galore_rank: int = option(512, "rank of the gradient projection", low=1)
-    galore_update_gap: int = option(400, "steps between refreshes of the basis", low=1)
-    galore_scale: float = option(0.25, "factor on the projected update", low=0.0)
+    galore_update_gap: int = option(400, "steps between updates of the projection", low=1)
+    galore_scale: float = option(0.25, "factor on the update of projected weights", low=0.0)
     galore_projection: str = option(
-        "std", "side of a matrix that is projected; std: the shorter one", choices=PROJECTIONS
+        "std", "side of a weight matrix that is projected; std: the shorter one", choices=PROJECTIONS
     )
     galore_moments: str = option(
-        "project", "what becomes of Adam's moments when the basis changes", choices=MOMENTS
+        "project",
+        "Adam's moments when the projection changes: kept, reset, or projected into the new subspace",
+        choices=MOMENTS,
     )
-    galore_stagger: bool = option(True, "spread the refreshes of the matrices over the gap")
+    galore_stagger: bool = option(True, "update the projections of different matrices at different steps")
     galore_refresh_below: float = option(
         0.0,
-        "skip a refresh while the basis captures this share of what it captured when new; 0 never skips",
+        "skip an update while the projection captures this share of what it captured when new; 0 never skips",
         low=0.0,
         high=1.0,
     )
-    apollo_rank: int = option(256, "rank of the random projection; apollo-mini has 1", low=1)
-    apollo_update_gap: int = option(200, "steps between random projections", low=1)
+    apollo_rank: int = option(256, "rank of the random projection; apollo-mini always has rank 1", low=1)
+    apollo_update_gap: int = option(200, "steps between new random projections", low=1)
     apollo_scale: float | None = option(
         None, "factor on the update; none: 1, and sqrt(128) for apollo-mini", low=0.0
     )
     learning_rate: float = option(2e-5, "peak learning rate", low=0.0)
     schedule: str = option(
         "cosine",
-        "shape of the learning rate after the warm-up",
+        "learning rate schedule after the warmup",
         choices=["cosine", "linear", "constant", "wsd"],
     )
-    warmup: float = option(0.03, "share of the steps over which the learning rate rises", low=0.0, high=1.0)
+    warmup: float = option(
+        0.03, "share of the steps in which the learning rate rises linearly", low=0.0, high=1.0
+    )
     weight_decay: float = option(0.0, "decoupled weight decay", low=0.0)
-    clip_norm: float = option(1.0, "largest global gradient norm; 0 turns clipping off", low=0.0)
+    clip_norm: float = option(1.0, "maximum global gradient norm; 0 turns clipping off", low=0.0)
     batch_size: int = option(
         1,
-        "rows a micro-batch on each rank, on average: batches have about as many trained tokens each",
+        "rows in a micro-batch of each rank, on average: micro-batches are balanced by their trained tokens",
         low=1,
     )
-    accumulate: int = option(8, "micro-batches an optimizer step, on each rank", low=1)
-    epochs: float = option(1.0, "passes over the rows; steps overrides it", low=0.0)
-    steps: int = option(0, "optimizer steps; 0: by epochs", low=0)
-    max_length: int = option(512, "longest row in tokens; a longer one is reported and left out", low=8)
+    accumulate: int = option(
+        8, "gradient accumulation: micro-batches of each rank for an optimizer step", low=1
+    )
+    epochs: float = option(1.0, "passes over the training rows; steps overrides it", low=0.0)
+    steps: int = option(0, "optimizer steps; 0: as epochs says", low=0)
+    max_length: int = option(
+        512, "maximum length of a row in tokens; longer rows are reported and left out", low=8
+    )
     packing: bool = option(
         False,
-        "rows share lines of at most max_length tokens, none seeing another; batch_size then counts lines",
+        "pack several rows into sequences of at most max_length tokens, without attention between rows; "
+        "batch_size then counts sequences",
     )
-    loss_on: str = option("last", "assistant turns that are learned", choices=["last", "all"])
+    loss_on: str = option("last", "assistant turns that the loss is computed on", choices=["last", "all"])
     grad_checkpoint: bool = option(
-        False, "recompute activations in the backward pass to save memory", keyed=False
+        False,
+        "gradient checkpointing: recompute activations in the backward pass to save memory",
+        keyed=False,
     )
-    compile: bool = option(
-        False, "fuse the layers' elementwise work with mx.compile, traced once a shape of batch"
-    )
-    seed: int = option(0, "seed of order, initialization and dropout", low=0)
+    compile: bool = option(False, "compile the layers with mx.compile; traced once for each shape of batch")
+    seed: int = option(0, "seed of the order of rows, of initialization and of dropout", low=0)
     stream_gradients: bool = option(
         False,
-        "never hold all gradients at once; with clip_norm they are computed twice; needs accumulate: 1",
+        "do not hold all gradients in memory at once; needs accumulate: 1, and with "
+        "clip_norm gradients are computed twice",
         keyed=False,
     )
     checkpoint_every: int = option(50, "steps between checkpoints", low=1, keyed=False)
-    keep_checkpoints: int = option(2, "checkpoints that stay, the best one apart", low=1, keyed=False)
-    evaluate_every: int = option(50, "steps between looks at the validation rows; 0 for none", low=0)
-    patience: int = option(0, "looks without a new best after which the run ends; 0 for never", low=0)
+    keep_checkpoints: int = option(2, "checkpoints that are kept, besides the best one", low=1, keyed=False)
+    evaluate_every: int = option(50, "steps between validations; 0: no validation", low=0)
+    patience: int = option(
+        0, "early stopping: validations without a lower loss after which the training ends; 0: never", low=0
+    )
     use_best: bool = option(
-        False, "the result is the weights with the lowest validation loss, not the last ones"
+        False, "keep the weights with the lowest validation loss, instead of the last ones"
     )
 
 
@@ -208,29 +220,35 @@ class TeachConfig(TrainConfig):
 
 @dataclass(frozen=True)
 class TargetsConfig:
-    """Targets: what the teacher says of the training rows, written once."""
+    """Targets: the teacher's answers and distributions on the training rows."""
 
     text: str = option(
         "greedy",
-        "the text that the student learns: the teacher's greedy answer, or the row's own",
+        "the text that the student learns: the teacher's greedy answer, or the row's own answer (data)",
         choices=TEXTS,
     )
-    top_k: int = option(32, "tokens kept of each distribution", low=1, high=1024)
+    top_k: int = option(32, "most probable tokens kept of each distribution", low=1, high=1024)
     batch_size: int = option(16, "rows at a time", low=1, keyed=False)
-    max_rows: int = option(0, "training rows scored; 0 for all", low=0)
+    max_rows: int = option(0, "training rows that the teacher answers; 0: all", low=0)
 
 
 @dataclass(frozen=True)
 class DistillConfig(TrainConfig):
-    """Distill: the student learns the teacher's labels, text and tokens."""
+    """Distill: the student learns the teacher's label distribution, text and token distributions."""
 
     learning_rate: float = option(1e-5, "peak learning rate", low=0.0)
     target_modules: list[str] = option(ATTENTION, "linear layers that get an adapter")
     loss_on: str = option(
-        "last", "assistant turns that are learned; the teacher answers the last", choices=["last"]
+        "last",
+        "assistant turns that the loss is computed on: the teacher answers the last one",
+        choices=["last"],
     )
-    label_weight: float = option(0.7, "alpha: weight of the loss over the label's distribution", low=0.0)
-    label_temperature: float = option(4.0, "T of that loss; the factor T squared is inside", low=0.01)
+    label_weight: float = option(
+        0.7, "alpha: weight of the KL divergence of the label's distribution", low=0.0
+    )
+    label_temperature: float = option(
+        4.0, "temperature of that divergence, which is multiplied by T squared", low=0.01
+    )
     text_weight: float = option(0.3, "weight of the cross-entropy on the teacher's text", low=0.0)
     token_weight: float = option(0.3, "weight of the token-level loss", low=0.0)
     token_loss: str = option(
@@ -239,46 +257,44 @@ class DistillConfig(TrainConfig):
         choices=TOKEN_LOSSES,
         old_values={"cells": "token_groups"},
     )
-    temperature: float = option(1.0, "T of the token-level loss", low=0.01)
+    temperature: float = option(1.0, "temperature of the token-level loss", low=0.01)
 
 
 @dataclass(frozen=True)
 class QuantizeConfig:
-    """Quantize: what is not MXFP4 already goes to few bits."""
+    """Quantize: the student's weights, except those that are MXFP4 already."""
 
-    mode: str = option("affine4", "mode of the quantized weights", choices=MODES)
-    group_size: int = option(0, "weights that share a scale; 0: the mode's own", low=0)
+    mode: str = option("affine4", "quantization mode", choices=MODES)
+    group_size: int = option(0, "weights that share a scale; 0: the mode's default", low=0)
     adapter: str = option(
-        "merge", "the adapter is merged before, or kept beside the quantized base", choices=["merge", "keep"]
+        "merge", "merge the adapter first, or keep it beside the quantized base", choices=["merge", "keep"]
     )
-    keep: list[str] = option(["router"], "parts of module names that keep their type")
+    keep: list[str] = option(["router"], "modules with one of these in their name are not quantized")
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Evaluate: held-out rows through each model."""
+    """Evaluate: each model answers the held-out rows."""
 
-    models: list[str] = option(
-        ["teacher", "student_before", "student", "quantized"], "which models are measured"
-    )
+    models: list[str] = option(["teacher", "student_before", "student", "quantized"], "models to evaluate")
     batch_size: int = option(16, "rows at a time", low=1)
-    max_rows: int = option(0, "held-out rows of each set; 0 for all", low=0)
-    confidence: float = option(0.95, "level of the intervals", low=0.5, high=0.999, keyed=False)
+    max_rows: int = option(0, "held-out rows of each set; 0: all", low=0)
+    confidence: float = option(0.95, "confidence level of the intervals", low=0.5, high=0.999, keyed=False)
 
 
 @dataclass(frozen=True)
 class ControlsConfig:
-    """Students at equal steps that answer: was it the distillation?"""
+    """Controls: students trained for as many steps without a part of the distillation, to show its effect."""
 
-    labels: bool = option(False, "a student trained on the rows' own answers alone")
-    text: bool = option(False, "a student trained on the teacher's text alone")
+    labels: bool = option(False, "a student trained on the rows' own answers")
+    text: bool = option(False, "a student trained on the teacher's text, without its distributions")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """The whole of a run."""
+    """The settings of a run."""
 
-    name: str = option(help="what the run is called in reports")
+    name: str = option(help="name of the run, in reports and as the default folder under runs/")
     task: str | Mapping[str, Any] = option(
         help="a packaged task, a YAML file, or a mapping with name and overrides"
     )
@@ -287,7 +303,7 @@ class Recipe:
     description: str = option("", "one line for the list of recipes", keyed=False)
     compute_dtype: str | None = option(
         None,
-        "type in which weights that are not quantized compute; none keeps the checkpoint's",
+        "dtype that weights that are not quantized are computed in; none: that of the checkpoint",
         choices=FLOATS,
     )
     dequantize: bool = option(
@@ -316,7 +332,7 @@ class Recipe:
         return self.dequantize and folder != "quantized"
 
     def load_task(self) -> Task:
-        """The task that the recipe names."""
+        """Load the task that the recipe names."""
         return load_task(self.task, self.base)
 
 
@@ -333,13 +349,13 @@ def load_recipe(spec: str | Path, assignments: Sequence[str] = (), notes: list[s
     """
     path = Path(spec)
     if not path.is_file():
-        found = packaged(f"recipes/{spec}.yaml")
-        if found is None:
+        packaged_path = packaged(f"recipes/{spec}.yaml")
+        if packaged_path is None:
             raise ConfigError(
                 f"no recipe {str(spec)!r}",
                 fix=f"packaged: {', '.join(recipe_names())}; or give the path of a YAML file",
             )
-        path = found
+        path = packaged_path
     raw, renamed = current_spelling(Recipe, read_yaml(path), str(path))
     for text in assignments:
         raw, again = current_spelling(Recipe, override(raw, [text]), "--set", replace=True)
@@ -366,10 +382,10 @@ def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def recipe_sections() -> list[Section]:
-    """Every key of a recipe, with its help; what stands at the top is the section ``recipe``."""
+    """Every key of a recipe with its help; the section ``recipe`` has the keys at the top level."""
     return sections(Recipe, "recipe")
 
 
 def recipe_names() -> list[str]:
-    """The packaged recipes."""
+    """The names of the packaged recipes."""
     return sorted(p.stem for p in (ASSETS / "recipes").glob("*.yaml"))
