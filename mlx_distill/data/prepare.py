@@ -1,31 +1,40 @@
-"""Prepare: read, check, filter, find duplicates, split, write. Rows wait in a file; in memory are some
-numbers of each.
+"""The prepare stage: read, check, filter, find duplicates, split, write. The rows wait in a file; a few numbers
+of each are in memory.
 
-sources -> checked chats -> filters -> spool -> duplicates -> sides -> train, valid, test.jsonl,
+sources -> checked chats -> filters -> row buffer -> duplicates -> splits -> train, valid, test.jsonl and
 statistics.json
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int8, Int64, UInt64
 
 from mlx_distill.data.dedup import Clusters, minhash, near_duplicates, shingles, words
 from mlx_distill.data.row_buffer import RowBuffer
-from mlx_distill.data.rows import from_row, to_example, to_row
+from mlx_distill.data.rows import to_example
 from mlx_distill.data.sources import read_source
-from mlx_distill.data.splits import DROPPED, FREE, SPLITS, TEST, TRAIN, VALID, draw, settle_forced
-from mlx_distill.data.statistics import Counts, Dropped
+from mlx_distill.data.splits import (
+    DROPPED,
+    SPLITS,
+    TEST,
+    TRAIN,
+    UNASSIGNED,
+    VALID,
+    assign_requested,
+    draw_splits,
+)
+from mlx_distill.data.statistics import DropCounter, RowStatistics, row_figures
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.progress import NullProgress, Progress
 from mlx_distill.recipe import DataConfig
+from mlx_distill.records import Example
 from mlx_distill.storage import atomic_path, os_errors, scratch, write_json
 from mlx_distill.tasks.task import Task
 
@@ -51,24 +60,24 @@ def prepare(
 ) -> dict[str, Any]:
     """Write ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` and ``statistics.json`` into ``folder``.
 
-    Rows with one text are kept once, the held-out one if there is one. Rows with nearly one text (see
-    :func:`~mlx_distill.data.dedup.near_duplicates`) stay on one side, and where one of them is held out by
-    its own wish, those that wished to be trained on are dropped. The rest is drawn, stratified by label and
+    Of rows with the same text one is kept, a held-out one if there is any. Rows with nearly the same text (see
+    :func:`~mlx_distill.data.dedup.near_duplicates`) go to one split; where one of them asks for a held-out
+    split, those that ask for train are dropped. The other rows are drawn, stratified by label and
     ``config.stratify``.
 
     Args:
         config: Sources, filters, shares and seed.
         task: Prompt, answer schema, label, slices.
         base: The folder that relative paths start from.
-        folder: An existing folder; each file in it is written whole or not at all.
-        progress: Where to tell how far it is.
+        folder: An existing folder; each file in it is written atomically.
+        progress: Shows progress and notes.
 
     Returns:
-        What ``statistics.json`` holds: ``read``, ``rows``, ``sets``, ``labels``, ``slices``, ``characters``,
-        ``dropped``, ``near_duplicates``, ``renamed_ids``, ``warnings``.
+        The content of ``statistics.json``: ``read``, ``rows``, ``sets``, ``labels``, ``slices``,
+        ``characters``, ``dropped``, ``near_duplicates``, ``renamed_ids``, ``warnings``.
 
     Raises:
-        DataError: a row that does not fit, an empty source, or nothing left to train on.
+        DataError: a row that does not fit, an empty source, or no rows left to train on.
         ConfigError: no sources, or a field of ``stratify`` that no row has.
     """
     if not config.sources:
@@ -76,20 +85,21 @@ def prepare(
             "data.sources: no sources", fix="name a file, a Hub data set or a generator under data.sources"
         )
     progress = progress or NullProgress()
-    for left in folder.glob(".*.tmp.json*"):  # by a run that was killed
-        left.unlink(missing_ok=True)
-    dropped = Dropped()
-    with RowBuffer(scratch(folder)) as spool:
-        read = _read(config, task, base, spool, dropped, progress)
-        roots = _clusters(spool, config, dropped)
-        sides = _sides(spool, roots, config, dropped)
-        counts, renamed = _write(spool, sides, task, config, folder)
+    for leftover in folder.glob(".*.tmp.json*"):  # of a run that was killed
+        leftover.unlink(missing_ok=True)
+    dropped = DropCounter()
+    counted = _counted_fields(task, config)
+    with RowBuffer(scratch(folder)) as buffer:
+        read = _read(config, task, base, buffer, counted, dropped, progress)
+        roots = _clusters(buffer, config, dropped)
+        splits = _splits(buffer, roots, config, dropped)
+        kept, renamed = _write(buffer, splits, counted, config, folder)
     statistics = {
         "format": FORMAT,
         "read": read,
-        **counts.summary(SPLITS),
+        **kept.summary(SPLITS),
         "dropped": dropped.summary(),
-        "near_duplicates": _cluster_figures(roots, sides),
+        "near_duplicates": _cluster_sizes(roots, splits),
         "renamed_ids": renamed,
     }
     statistics["warnings"] = _warnings(statistics, task, config)
@@ -99,10 +109,21 @@ def prepare(
     return statistics
 
 
+def _counted_fields(task: Task, config: DataConfig) -> tuple[str, ...]:
+    group = [task.group] if task.group else []
+    return tuple(dict.fromkeys([*task.slices, *group, *config.stratify]))
+
+
 def _read(
-    config: DataConfig, task: Task, base: Path | None, spool: RowBuffer, dropped: Dropped, progress: Progress
+    config: DataConfig,
+    task: Task,
+    base: Path | None,
+    buffer: RowBuffer,
+    counted: Sequence[str],
+    dropped: DropCounter,
+    progress: Progress,
 ) -> int:
-    """Fill the spool with the rows that pass the filters; how many were read."""
+    """Fill the buffer with the rows that pass the filters; return how many were read."""
     cache: dict[str, int] = {}
     constant = _constant_shingles(task, cache)
     fields_seen: set[str] = set()
@@ -126,29 +147,32 @@ def _read(
                 if reason:
                     dropped.add(reason, where)
                     continue
-                forced = _forced(source.split or values.get(config.split_field), config.split_field, where)
-                stratum = tuple(
-                    str(value)
-                    for value in ((example.answer or {}).get(task.label), *map(values.get, config.stratify))
-                )
                 fields_seen.update(name for name in config.stratify if name in values)
-                spool.append(where, " ".join(words(text, punctuation=True)), example, forced, number, stratum)
+                buffer.append(
+                    where,
+                    " ".join(words(text, punctuation=True)),
+                    example,
+                    _requested(source.split or values.get(config.split_field), config.split_field, where),
+                    number,
+                    _stratum(example, values, task, config),
+                    row_figures(example, task.label, counted),
+                )
                 if config.near_duplicates:
                     hashes = shingles(words(text), cache)
                     own = hashes[~np.isin(hashes, constant)] if len(constant) else hashes
-                    spool.signatures.append(minhash(own if len(own) else hashes))
+                    buffer.signatures.append(minhash(own if len(own) else hashes))
         bar.update(read)
-    _check_rows(spool, read, fields_seen, config, dropped)
+    _check_rows(buffer, read, fields_seen, config, dropped)
     return read
 
 
-def _constant_shingles(task: Task, cache: dict[str, int]) -> Any:
-    """What every row has in common by the prompt's own words says nothing about likeness."""
+def _constant_shingles(task: Task, cache: dict[str, int]) -> UInt64[np.ndarray, " n"]:
+    """The shingles of the prompt's own words: every row has them, so they say nothing about similarity."""
     import string
 
     literals = [words(literal) for literal, *_ in string.Formatter().parse(task.user) if literal]
-    found = [shingles(tokens, cache) for tokens in literals if len(tokens) >= 3]
-    return np.unique(np.concatenate(found)) if found else np.zeros(0, dtype=np.uint64)
+    hashes = [shingles(tokens, cache) for tokens in literals if len(tokens) >= 3]
+    return np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)
 
 
 def _total(config: DataConfig) -> int | None:
@@ -174,22 +198,28 @@ def _filter(text: str, values: Mapping[str, Any], config: DataConfig) -> str | N
     return None
 
 
-def _forced(wish: Any, name: str, where: str) -> int:
-    if wish is None or wish == "":
-        return FREE
-    side = _SPLIT_NAMES.get(str(wish).strip().lower())
-    if side is None:
+def _requested(name: Any, field: str, where: str) -> int:
+    """The split that a row or its source names."""
+    if name is None or name == "":
+        return UNASSIGNED
+    split = _SPLIT_NAMES.get(str(name).strip().lower())
+    if split is None:
         raise DataError(
-            f"{where}: {name}: {wish!r} is not a split",
+            f"{where}: {field}: {name!r} is not a split",
             fix="use train, valid or test, or set data.split_field to another field",
         )
-    return side
+    return split
+
+
+def _stratum(example: Example, values: Mapping[str, Any], task: Task, config: DataConfig) -> tuple[str, ...]:
+    label = (example.answer or {}).get(task.label)
+    return tuple(str(value) for value in (label, *map(values.get, config.stratify)))
 
 
 def _check_rows(
-    spool: RowBuffer, read: int, fields_seen: set[str], config: DataConfig, dropped: Dropped
+    buffer: RowBuffer, read: int, fields_seen: set[str], config: DataConfig, dropped: DropCounter
 ) -> None:
-    if not len(spool):
+    if not len(buffer):
         reason = next(iter(dropped.summary()), "nothing was read")
         raise DataError(f"no rows are left of {read}: {reason}", fix="loosen the filters under data")
     unknown = [name for name in config.stratify if name not in fields_seen]
@@ -200,94 +230,104 @@ def _check_rows(
         )
 
 
-def _clusters(spool: RowBuffer, config: DataConfig, dropped: Dropped) -> Int64[np.ndarray, " n"]:
+def _clusters(buffer: RowBuffer, config: DataConfig, dropped: DropCounter) -> Int64[np.ndarray, " n"]:
     """The cluster of each row, -1 for rows dropped as exact duplicates."""
-    text, forced = np.array(spool.text, dtype=np.uint64), np.array(spool.forced, dtype=np.int8)
-    # Of the rows with one text the one that wishes for the highest side, then the first in hash order.
-    by = np.lexsort((np.array(spool.order, dtype=np.uint64), -forced, text))
-    starts = np.flatnonzero(np.concatenate([[True], text[by[1:]] != text[by[:-1]]]))
-    best = np.empty(len(spool), dtype=np.int64)
-    best[by] = np.repeat(by[starts], np.diff(starts, append=len(by)))
-    for row in np.flatnonzero(best != np.arange(len(best))).tolist():
-        _drop_copy(spool, row, int(best[row]), dropped)
-    rows = np.unique(best)
+    text = np.array(buffer.text_hash, dtype=np.uint64)
+    requested = np.array(buffer.requested, dtype=np.int8)
+    # Of the rows with one text: the one that asks for the highest split, then the first in hash order.
+    by_text = np.lexsort((np.array(buffer.chat_hash, dtype=np.uint64), -requested, text))
+    starts = np.flatnonzero(np.concatenate([[True], text[by_text[1:]] != text[by_text[:-1]]]))
+    kept = np.empty(len(buffer), dtype=np.int64)  # for each row the one that is kept of its text
+    kept[by_text] = np.repeat(by_text[starts], np.diff(starts, append=len(by_text)))
+    for row in np.flatnonzero(kept != np.arange(len(kept))).tolist():
+        _drop_duplicate(buffer, row, int(kept[row]), dropped)
+    rows = np.unique(kept)
     clusters = (
-        near_duplicates(spool.signatures, config.near_duplicates, rows)
+        near_duplicates(buffer.signatures, config.near_duplicates, rows)
         if config.near_duplicates
         else Clusters(len(rows))
     )
-    roots = np.full(len(spool), -1, dtype=np.int64)
+    roots = np.full(len(buffer), -1, dtype=np.int64)
     roots[rows] = rows[clusters.roots()]
     return roots
 
 
-def _drop_copy(spool: RowBuffer, row: int, best: int, dropped: Dropped) -> None:
-    held_out = spool.forced[best] > max(spool.forced[row], TRAIN)
+def _drop_duplicate(buffer: RowBuffer, row: int, kept: int, dropped: DropCounter) -> None:
+    held_out = buffer.requested[kept] > max(buffer.requested[row], TRAIN)
     reason = "duplicate of a held-out row" if held_out else "duplicate"
-    other = "" if spool.answer[row] == spool.answer[best] else ", with another answer"
-    dropped.add(reason + other, lambda: f"{spool.where(row)} (of {spool.where(best)})")
+    other = "" if buffer.answer_hash[row] == buffer.answer_hash[kept] else ", with another answer"
+    dropped.add(reason + other, lambda: f"{buffer.where(row)} (of {buffer.where(kept)})")
 
 
-def _sides(spool: RowBuffer, roots: Int64[np.ndarray, " n"], config: DataConfig, dropped: Dropped) -> Any:
+def _splits(
+    buffer: RowBuffer, roots: Int64[np.ndarray, " n"], config: DataConfig, dropped: DropCounter
+) -> Int8[np.ndarray, " n"]:
+    """The split of each row, or ``DROPPED``."""
     rows = np.flatnonzero(roots >= 0)
-    forced = np.array(spool.forced, dtype=np.int8)[rows]
-    local = np.searchsorted(rows, roots[rows])
-    settled = settle_forced(local, forced)
-    for row in rows[settled == DROPPED].tolist():
-        dropped.add("near duplicate of a held-out row", partial(spool.where, row))
-    drawn = draw(
-        local,
-        settled,
-        np.array(spool.order, dtype=np.uint64)[rows],
-        [spool.strata[row] for row in rows],
+    clusters = np.searchsorted(rows, roots[rows])
+    assigned = assign_requested(clusters, np.array(buffer.requested, dtype=np.int8)[rows])
+    for row in rows[assigned == DROPPED].tolist():
+        dropped.add("near duplicate of a held-out row", partial(buffer.where, row))
+    splits = np.full(len(buffer), DROPPED, dtype=np.int8)
+    splits[rows] = draw_splits(
+        clusters,
+        assigned,
+        np.array(buffer.chat_hash, dtype=np.uint64)[rows],
+        [buffer.strata[row] for row in rows],
         valid_fraction=config.valid_fraction,
         test_fraction=config.test_fraction,
         seed=config.seed,
     )
-    sides = np.full(len(spool), DROPPED, dtype=np.int8)
-    sides[rows] = drawn
-    if not (sides == TRAIN).any():
+    if not (splits == TRAIN).any():
         raise DataError(
             "no rows are left to train on",
             fix="lower data.test_fraction and data.valid_fraction, or add rows",
         )
-    return sides
+    return splits
 
 
-def _write(spool: RowBuffer, sides: Any, task: Task, config: DataConfig, folder: Path) -> tuple[Counts, int]:
-    counts = Counts(task.label, [*task.slices, *([task.group] if task.group else []), *config.stratify])
-    names, often = np.unique(np.array(spool.names, dtype=np.uint64), return_counts=True)
-    shared = frozenset(names[often > 1].tolist())
+def _write(
+    buffer: RowBuffer,
+    splits: Int8[np.ndarray, " n"],
+    counted: Sequence[str],
+    config: DataConfig,
+    folder: Path,
+) -> tuple[RowStatistics, int]:
+    """Write the rows of each split; return their statistics and how many ids were changed because another row
+    has the same.
+    """
+    statistics = RowStatistics(counted)
+    hashes, counts = np.unique(np.array(buffer.id_hash, dtype=np.uint64), return_counts=True)
+    shared = frozenset(hashes[counts > 1].tolist())
     used: set[str] = set()
     renamed = 0
     with os_errors(), ExitStack() as stack:
         # Leaving the stack closes each file before its temporary name becomes the real one.
         paths = [stack.enter_context(atomic_path(folder / f"{split}.jsonl")) for split in SPLITS]
-        files = [stack.enter_context(open(path, "w", encoding="utf-8")) for path in paths]
-        for row, raw in enumerate(spool.rows()):
-            if sides[row] == DROPPED:
+        files = [stack.enter_context(open(path, "wb")) for path in paths]
+        for number, row in enumerate(buffer.rows()):
+            if splits[number] == DROPPED:
                 continue
-            example = from_row(raw)
-            name, number = example.id, 1
-            # Only an id that stands twice, or that looks like the new name of one, can be taken.
-            if spool.names[row] in shared or "~" in name:
-                while name in used:
-                    number += 1
-                    name = f"{example.id}~{number}"
-                used.add(name)
-            renamed += number > 1
-            split = SPLITS[sides[row]]
-            set_name = (config.sources[spool.source[row]].set or "test") if split == "test" else split
-            out = {**to_row(example, set_name), "id": name}
-            files[sides[row]].write(json.dumps(out, ensure_ascii=False, allow_nan=False) + "\n")
-            counts.add(split, set_name, example)
-    return counts, renamed
+            id, copy = row.id, 1
+            # Only an id of several rows, or one that looks like a changed id, can be in use already.
+            if buffer.id_hash[number] in shared or "~" in id:
+                while id in used:
+                    copy += 1
+                    id = f"{row.id}~{copy}"
+                used.add(id)
+            renamed += copy > 1
+            split = SPLITS[splits[number]]
+            set_name = (config.sources[buffer.source[number]].set or "test") if split == "test" else split
+            files[splits[number]].write(row.final_line(id, set_name))
+            statistics.add(split, set_name, row.figures)
+    return statistics, renamed
 
 
-def _cluster_figures(roots: Int64[np.ndarray, " n"], sides: Any) -> dict[str, int]:
-    _, sizes = np.unique(roots[(roots >= 0) & (sides != DROPPED)], return_counts=True)
-    alike = sizes[sizes > 1]
-    return {"clusters": len(alike), "rows": int(alike.sum()), "largest": int(alike.max(initial=0))}
+def _cluster_sizes(roots: Int64[np.ndarray, " n"], splits: Int8[np.ndarray, " n"]) -> dict[str, int]:
+    """How many clusters of several rows are kept, their rows, and the rows of the largest."""
+    _, sizes = np.unique(roots[(roots >= 0) & (splits != DROPPED)], return_counts=True)
+    several = sizes[sizes > 1]
+    return {"clusters": len(several), "rows": int(several.sum()), "largest": int(several.max(initial=0))}
 
 
 def _warnings(statistics: Mapping[str, Any], task: Task, config: DataConfig) -> list[str]:
@@ -302,7 +342,7 @@ def _warnings(statistics: Mapping[str, Any], task: Task, config: DataConfig) -> 
 
 
 def _left_out(statistics: Mapping[str, Any]) -> list[str]:
-    """How many rows were left out and why, in a line with the first of them; none where none was."""
+    """One line with how many rows were left out, why, and where the first is; no line where none was."""
     dropped = statistics["dropped"]
     if not dropped:
         return []

@@ -1,5 +1,5 @@
-"""What prepare knows of each row while it decides: rows and signatures wait in files, about 60 bytes a row in
-memory.
+"""The rows that prepare has read and not yet assigned to a split: lines and signatures wait in files, and about
+60 bytes a row are in memory.
 """
 
 from __future__ import annotations
@@ -9,48 +9,53 @@ from array import array
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from jaxtyping import UInt32
 
 from mlx_distill.data.dedup import PERMUTATIONS, hash64
 from mlx_distill.data.rows import chat_digest, to_row
+from mlx_distill.data.statistics import RowFigures
 from mlx_distill.records import Example
 from mlx_distill.storage import os_errors
 
-_SLAB = 8192  # signatures that are read together
+_NO_SET = b'""}\n'  # the end of a buffered line, whose set is not known yet
 
 
 class SignatureFile:
-    """Signatures one behind the other in a file, for :func:`~mlx_distill.data.dedup.near_duplicates`: read as
-    an array ``[n, 128]`` is.
+    """MinHash signatures in a file, for :func:`~mlx_distill.data.dedup.near_duplicates`; it is indexed like an
+    array ``[n, 128]``.
 
     Args:
         path: A new file.
+        rows_per_read: Signatures that are read together where some entries of all of them are wanted.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, rows_per_read: int = 8192) -> None:
+        self.path, self.rows_per_read = path, rows_per_read
         with os_errors(path):
             self._file = open(path, "w+b")
         self._bytes = 0
 
     def append(self, signature: UInt32[np.ndarray, " p"]) -> None:
-        """One row more."""
+        """Add the signature of one row."""
         with os_errors(self.path):
             self._bytes += self._file.write(signature.tobytes())
 
     def __len__(self) -> int:
         return self._bytes // (4 * PERMUTATIONS)
 
-    def __getitem__(self, place: int | tuple[slice, slice]) -> UInt32[np.ndarray, "*n"]:
-        """The signature of a row, or ``[:, a:b]``: some entries of all signatures."""
-        if not isinstance(place, tuple):
-            return self._rows(place, place + 1)[0]
-        starts = range(0, len(self), _SLAB)
+    def __getitem__(self, index: int | tuple[slice, slice]) -> UInt32[np.ndarray, "*n"]:
+        """The signature of one row, or with ``[:, a:b]`` entries a to b of all signatures."""
+        if not isinstance(index, tuple):
+            return self._rows(index, index + 1)[0]
+        starts = range(0, len(self), self.rows_per_read)
         return np.concatenate(
-            [self._rows(start, min(start + _SLAB, len(self)))[:, place[1]].copy() for start in starts]
+            [
+                self._rows(start, min(start + self.rows_per_read, len(self)))[:, index[1]].copy()
+                for start in starts
+            ]
         )
 
     def _rows(self, start: int, end: int) -> UInt32[np.ndarray, "n p"]:
@@ -60,36 +65,59 @@ class SignatureFile:
         return np.frombuffer(raw, dtype=np.uint32).reshape(-1, PERMUTATIONS)
 
     def remove(self) -> None:
-        """Close the file and take it away."""
+        """Close and delete the file."""
         _remove(self._file, self.path)
 
 
 def _remove(file: BinaryIO, path: Path) -> None:
-    with suppress(OSError):  # what is still to be written may not fit the disk, and nobody wants it
+    with suppress(OSError):  # what is still to be flushed may not fit the disk, and is not needed
         file.close()
     path.unlink(missing_ok=True)
 
 
+class BufferedRow(NamedTuple):
+    """One row read back: its id, its figures for the statistics, and its line of the prepared file without
+    the set.
+    """
+
+    id: str
+    figures: RowFigures
+    line: bytes
+
+    def final_line(self, id: str, set_name: str) -> bytes:
+        """The line of the prepared file, under an id and with the name of its set."""
+        line = self.line
+        if id != self.id:
+            line = _id_prefix(id) + line.removeprefix(_id_prefix(self.id))
+        return line.removesuffix(_NO_SET) + json.dumps(set_name, ensure_ascii=False).encode() + b"}\n"
+
+
+def _id_prefix(id: str) -> bytes:
+    return b'{"id": ' + json.dumps(id, ensure_ascii=False).encode()
+
+
 class RowBuffer:
-    """Rows that are read and not yet dealt out, in the order in which they came; as a context manager it
-    leaves nothing behind.
+    """Rows that are read and not yet assigned to a split, in the order in which they came; used as a context
+    manager, it deletes its files at the end.
 
     Args:
         folder: An existing folder for its files.
 
     Attributes:
-        text: Hash of each row's normalised user text; ``answer`` of its answer; ``order`` of its whole chat;
-            ``names`` of its id.
-        forced: The side that it wishes for; ``source``: the number of its source; ``strata``: what the split
-            is balanced by.
-        signatures: Of the rows, if they were given any.
+        text_hash: Hash of each row's normalised user text; ``answer_hash`` of its answer; ``chat_hash`` of
+            its whole chat; ``id_hash`` of its id.
+        requested: The split that each row asks for, or ``UNASSIGNED``.
+        source: The number of its source.
+        strata: The values that the splits are balanced by.
+        signatures: MinHash signatures of the rows, if near duplicates are looked for.
     """
 
     def __init__(self, folder: Path) -> None:
-        self.text, self.answer, self.order, self.names = array("Q"), array("Q"), array("Q"), array("Q")
-        self.forced, self.source = array("b"), array("H")
+        self.text_hash, self.answer_hash = array("Q"), array("Q")
+        self.chat_hash, self.id_hash = array("Q"), array("Q")
+        self.requested, self.source = array("b"), array("H")
         self.strata: list[tuple[str, ...]] = []
-        self._known: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._known_strata: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all equal ones
         self._starts = array("Q")
         self._path = folder / "rows.jsonl"
         self.signatures = SignatureFile(folder / "signatures.bin")
@@ -98,7 +126,7 @@ class RowBuffer:
         self._end = 0
 
     def __len__(self) -> int:
-        return len(self.text)
+        return len(self.text_hash)
 
     def __enter__(self) -> RowBuffer:
         return self
@@ -108,30 +136,41 @@ class RowBuffer:
         _remove(self._file, self._path)
 
     def append(
-        self, where: str, text: str, example: Example, forced: int, source: int, stratum: tuple[str, ...]
+        self,
+        where: str,
+        text: str,
+        example: Example,
+        requested: int,
+        source: int,
+        stratum: tuple[str, ...],
+        figures: RowFigures,
     ) -> None:
-        """One row more: ``where`` it stands, the normalised ``text``, and the rest as the attributes say."""
-        self.text.append(hash64(text))
-        self.answer.append(hash64(example.messages[-1].content))
-        self.order.append(int(chat_digest(example.messages)[:16], 16))
-        self.names.append(hash64(example.id))
-        self.forced.append(forced)
+        """Add one row: ``where`` it is in its source, its normalised user ``text``, its figures for the
+        statistics, and the rest as the attributes are described.
+        """
+        self.text_hash.append(hash64(text))
+        self.answer_hash.append(hash64(example.messages[-1].content))
+        self.chat_hash.append(int(chat_digest(example.messages)[:16], 16))
+        self.id_hash.append(hash64(example.id))
+        self.requested.append(requested)
         self.source.append(source)
-        self.strata.append(self._known.setdefault(stratum, stratum))
+        self.strata.append(self._known_strata.setdefault(stratum, stratum))
         self._starts.append(self._end)
-        line = json.dumps([where, to_row(example, "")], ensure_ascii=False) + "\n"
+        known = json.dumps([where, example.id, figures], ensure_ascii=False)
+        line = json.dumps(to_row(example, ""), ensure_ascii=False)
         with os_errors(self._path):
-            self._end += self._file.write(line.encode())
+            self._end += self._file.write(f"{known}\n{line}\n".encode())
 
     def where(self, row: int) -> str:
-        """Where a row stands in its source."""
+        """The file and line of a row in its source."""
         with os_errors(self._path):
             self._file.seek(self._starts[row])
             return str(json.loads(self._file.readline())[0])
 
-    def rows(self) -> Iterator[dict[str, Any]]:
-        """All rows."""
+    def rows(self) -> Iterator[BufferedRow]:
+        """All rows in their order."""
         with os_errors(self._path):
             self._file.seek(0)
-        for line in self._file:
-            yield json.loads(line)[1]
+        for known in self._file:
+            _, id, figures = json.loads(known)
+            yield BufferedRow(id, RowFigures(*figures), self._file.readline())

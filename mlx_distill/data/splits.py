@@ -1,4 +1,6 @@
-"""Which side each row goes to: whole clusters, balanced by stratum, the same for any order of the rows."""
+"""Assign rows to train, valid and test: whole clusters of near duplicates, balanced by stratum, the same for
+any order of the rows.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +12,39 @@ from jaxtyping import Int8, Int64, UInt64
 from mlx_distill.data.dedup import hash64
 
 SPLITS = ("train", "valid", "test")
-FREE, TRAIN, VALID, TEST = -1, 0, 1, 2
-DROPPED = -2
+DROPPED, UNASSIGNED, TRAIN, VALID, TEST = -2, -1, 0, 1, 2
 
 
-def settle_forced(roots: Int64[np.ndarray, " n"], forced: Int8[np.ndarray, " n"]) -> Int8[np.ndarray, " n"]:
-    """The sides that follow from rows which name their own: held-out rows win.
+def assign_requested(
+    roots: Int64[np.ndarray, " n"], requested: Int8[np.ndarray, " n"]
+) -> Int8[np.ndarray, " n"]:
+    """The splits that follow from rows which name their own: held-out rows win.
 
     A cluster with a test row goes to test, one with a validation row and no test row to validation, one with
-    a training row alone to train. Rows without a wish follow their cluster; a row that wished for a lower
-    side is dropped, for a model that trains on it would be measured on what it has seen.
+    only training rows to train. Rows that name no split follow their cluster. A row that asked for a split
+    which its cluster does not go to is dropped: a model that trains on it would be measured on what it has
+    seen.
 
     Args:
         roots: The cluster of each row.
-        forced: ``FREE``, ``TRAIN``, ``VALID`` or ``TEST`` for each row.
+        requested: ``UNASSIGNED``, ``TRAIN``, ``VALID`` or ``TEST`` for each row.
 
     Returns:
-        A side for each row, ``DROPPED``, or ``FREE`` where nothing in the cluster has a wish.
+        A split for each row, ``DROPPED``, or ``UNASSIGNED`` where no row of the cluster names one.
 
-    >>> settle_forced(np.array([0, 0, 2, 2, 4]), np.array([0, 2, -1, 0, -1], dtype=np.int8)).tolist()
+    >>> assign_requested(np.array([0, 0, 2, 2, 4]), np.array([0, 2, -1, 0, -1], dtype=np.int8)).tolist()
     [-2, 2, 0, 0, -1]
     """
-    best = np.full(len(roots), FREE, dtype=np.int8)
-    np.maximum.at(best, roots, forced)
-    side = best[roots]
-    return np.where((forced != FREE) & (forced < side), np.int8(DROPPED), side).astype(np.int8)
+    highest = np.full(len(roots), UNASSIGNED, dtype=np.int8)
+    np.maximum.at(highest, roots, requested)
+    split = highest[roots]
+    dropped = (requested != UNASSIGNED) & (requested < split)
+    return np.where(dropped, np.int8(DROPPED), split).astype(np.int8)
 
 
-def draw(
+def draw_splits(
     roots: Int64[np.ndarray, " n"],
-    side: Int8[np.ndarray, " n"],
+    splits: Int8[np.ndarray, " n"],
     order: UInt64[np.ndarray, " n"],
     strata: Sequence[tuple[str, ...]],
     *,
@@ -47,43 +52,44 @@ def draw(
     test_fraction: float,
     seed: int,
 ) -> Int8[np.ndarray, " n"]:
-    """Draw a side for every cluster that is still free.
+    """Draw a split for every cluster that has none yet.
 
-    Inside a stratum clusters are taken in the order of a hash of (seed, content), so that neither the order
-    of the rows nor other strata matter. What rounding leaves over in one stratum is carried into the next:
-    the totals are met to within half a cluster.
+    Inside a stratum clusters are drawn in the order of a hash of (seed, content), so that neither the order
+    of the rows nor other strata matter. What rounding leaves over in one stratum is carried into the next, so
+    the totals are right to within half a cluster.
 
     Args:
         roots: The cluster of each row.
-        side: From :func:`settle_forced`.
+        splits: From :func:`assign_requested`.
         order: A hash of each row's content.
         strata: (label, further fields) of each row; a cluster counts as the stratum of its first row in hash
             order.
-        valid_fraction, test_fraction: Shares of the free rows.
+        valid_fraction, test_fraction: Shares of the unassigned rows.
         seed: Of the draw.
     """
-    free = np.flatnonzero(side == FREE)
-    _, member = np.unique(roots[free], return_inverse=True)
-    sizes = np.bincount(member)
-    # The first row of each cluster in hash order stands for it.
-    by = np.lexsort((order[free], member))
-    first = free[by[np.flatnonzero(np.diff(member[by], prepend=-1))]]
-    drawn = np.fromiter(
+    unassigned = np.flatnonzero(splits == UNASSIGNED)
+    _, cluster_of = np.unique(roots[unassigned], return_inverse=True)
+    sizes = np.bincount(cluster_of)
+    # The first row of each cluster in hash order represents it.
+    by_cluster = np.lexsort((order[unassigned], cluster_of))
+    starts = np.flatnonzero(np.diff(cluster_of[by_cluster], prepend=-1))
+    first = unassigned[by_cluster[starts]]
+    ranks = np.fromiter(
         (hash64(f"{seed}:{int(order[row])}") for row in first), dtype=np.uint64, count=len(first)
     )
     queues: dict[tuple[str, ...], list[int]] = {}
-    for cluster in np.argsort(drawn, kind="stable").tolist():
+    for cluster in np.argsort(ranks, kind="stable").tolist():
         queues.setdefault(strata[first[cluster]], []).append(cluster)
-    chosen = np.full(len(first), FREE, dtype=np.int8)
-    for target, fraction in ((TEST, test_fraction), (VALID, valid_fraction)):
-        wanted, taken = 0.0, 0
+    drawn = np.full(len(first), UNASSIGNED, dtype=np.int8)
+    for split, fraction in ((TEST, test_fraction), (VALID, valid_fraction)):
+        wanted, count = 0.0, 0
         for stratum in sorted(queues):
             wanted += fraction * int(sizes[queues[stratum]].sum())
             for cluster in queues[stratum]:
-                if chosen[cluster] == FREE and wanted - taken >= sizes[cluster] / 2:
-                    chosen[cluster] = target
-                    taken += int(sizes[cluster])
-    chosen[chosen == FREE] = TRAIN
-    out = side.copy()
-    out[free] = chosen[member]
+                if drawn[cluster] == UNASSIGNED and wanted - count >= sizes[cluster] / 2:
+                    drawn[cluster] = split
+                    count += int(sizes[cluster])
+    drawn[drawn == UNASSIGNED] = TRAIN
+    out = splits.copy()
+    out[unassigned] = drawn[cluster_of]
     return out

@@ -62,7 +62,7 @@ def test_the_signature_estimates_the_exact_similarity() -> None:
     assert np.std(errors) < 0.06 and np.abs(errors).max() < 0.2
 
 
-def test_a_long_text_is_hashed_in_slabs_to_the_same_signature() -> None:
+def test_a_long_text_is_hashed_in_chunks_to_the_same_signature() -> None:
     hashes = np.random.default_rng(0).integers(0, 2**64, 10_000, dtype=np.uint64)
     parts = np.minimum(minhash(hashes[:4096]), np.minimum(minhash(hashes[4096:8192]), minhash(hashes[8192:])))
     assert np.array_equal(minhash(hashes), parts)
@@ -91,12 +91,11 @@ def test_clusters_equal_those_of_comparing_all_pairs(threshold: float) -> None:
     assert np.array_equal(near_duplicates(table, threshold).roots(), plain.roots())
 
 
-def test_signatures_in_a_file_are_those_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("mlx_distill.data.row_buffer._SLAB", 7)
+def test_signatures_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
     rng = random.Random(4)
     texts = [text(rng) for _ in range(60)]
     texts += [changed(rng, rng.choice(texts), rng.randrange(0, 6)) for _ in range(60)]
-    table, file = signatures(texts), SignatureFile(tmp_path / "signatures.bin")
+    table, file = signatures(texts), SignatureFile(tmp_path / "signatures.bin", rows_per_read=7)
     for signature in table:
         file.append(signature)
     assert (

@@ -56,15 +56,15 @@ def prepare_and_read(
 ) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     out.mkdir(exist_ok=True)
     statistics = prepare(config, task, None, out)
-    found = {}
+    rows = {}
     for split in ("train", "valid", "test"):
         for line in (out / f"{split}.jsonl").read_text().splitlines():
             row = json.loads(line)
-            found[row["id"]] = {**row, "split": split}
-    return statistics, found
+            rows[row["id"]] = {**row, "split": split}
+    return statistics, rows
 
 
-def test_every_row_goes_to_one_side_and_is_counted(tmp_path: Path, task: Task) -> None:
+def test_every_row_goes_to_one_split_and_is_counted(tmp_path: Path, task: Task) -> None:
     statistics, rows = run(
         tmp_path, task, songs(200), stratify=["genre"], test_fraction=0.2, valid_fraction=0.1
     )
@@ -113,7 +113,7 @@ def test_the_split_is_the_same_every_time_and_in_any_order(tmp_path: Path, task:
     }
 
 
-def test_a_text_that_stands_twice_is_kept_once(tmp_path: Path, task: Task) -> None:
+def test_of_rows_with_the_same_text_one_is_kept(tmp_path: Path, task: Task) -> None:
     rows = songs(40)
     rows.append({**rows[3], "id": "same", "text": rows[3]["text"].upper().replace(" ", "\n ")})
     rows.append({**rows[4], "id": "contradicts", "answer": {"verdict": "yes", "score": 0}})
@@ -127,7 +127,7 @@ def test_a_text_that_stands_twice_is_kept_once(tmp_path: Path, task: Task) -> No
     assert "rows.jsonl:" in statistics["dropped"]["duplicate"]["examples"][0]
 
 
-def test_near_duplicates_stay_on_one_side(tmp_path: Path, task: Task) -> None:
+def test_near_duplicates_go_to_one_split(tmp_path: Path, task: Task) -> None:
     rows = songs(60)
     rng = random.Random(0)
     for row in list(rows):
@@ -167,7 +167,7 @@ def test_a_held_out_row_wins_over_its_copies_in_the_training_rows(tmp_path: Path
     assert sum(held_out) == 2 and statistics["rows"]["valid"] == 0
 
 
-def test_the_prompts_own_words_do_not_make_rows_alike(tmp_path: Path, task: Task) -> None:
+def test_the_prompts_own_words_do_not_make_rows_similar(tmp_path: Path, task: Task) -> None:
     wordy = replace(
         task,
         user="Read the following song with care and weigh each line against the rest of it: {title} {text}.",
@@ -179,11 +179,11 @@ def test_the_prompts_own_words_do_not_make_rows_alike(tmp_path: Path, task: Task
 
 
 @pytest.mark.parametrize(
-    ("wish", "split"), [("train", "train"), ("validation", "valid"), ("dev", "valid"), ("TEST", "test")]
+    ("name", "split"), [("train", "train"), ("validation", "valid"), ("dev", "valid"), ("TEST", "test")]
 )
-def test_a_row_may_name_its_own_split(tmp_path: Path, task: Task, wish: str, split: str) -> None:
+def test_a_row_may_name_its_own_split(tmp_path: Path, task: Task, name: str, split: str) -> None:
     rows = songs(20)
-    rows[7]["split"] = wish
+    rows[7]["split"] = name
     _, kept = run(tmp_path, task, rows)
     assert kept["s7"]["split"] == split
     rows[7]["split"] = "somewhere"
@@ -217,7 +217,7 @@ def test_filters_count_what_they_drop(tmp_path: Path, task: Task) -> None:
     }
 
 
-def test_ids_that_stand_twice_are_told_apart(tmp_path: Path, task: Task) -> None:
+def test_equal_ids_are_made_different(tmp_path: Path, task: Task) -> None:
     rows = [{**row, "id": "one"} for row in songs(5)]
     statistics, kept = run(tmp_path, task, rows)
     assert statistics["renamed_ids"] == 4 and set(kept) == {"one", "one~2", "one~3", "one~4", "one~5"}
@@ -226,7 +226,7 @@ def test_ids_that_stand_twice_are_told_apart(tmp_path: Path, task: Task) -> None
 @pytest.mark.parametrize(
     "ids", [["a", "a", "a~2"], ["a~2", "a", "a"], ["a", "a~2", "b", "a~2", "a", "a~3"], ["x~2", "x", "y"]]
 )
-def test_a_new_id_is_never_one_that_stands_already(tmp_path: Path, task: Task, ids: list[str]) -> None:
+def test_a_changed_id_is_never_one_that_is_in_use(tmp_path: Path, task: Task, ids: list[str]) -> None:
     wanted: list[str] = []
     for name in ids:
         tried = [name, *(f"{name}~{number}" for number in range(2, 9))]
@@ -270,7 +270,7 @@ def test_nothing_left_is_an_error_with_the_commonest_reason(tmp_path: Path, task
         prepare(DataConfig(sources=[SourceConfig(path=str(tmp_path / "empty.jsonl"))]), task, None, tmp_path)
 
 
-def test_what_was_left_out_is_told_in_one_line_and_nothing_else_is(tmp_path: Path, task: Task) -> None:
+def test_rows_left_out_are_reported_in_one_line(tmp_path: Path, task: Task) -> None:
     class Notes(NullProgress):
         def note(self, text: str) -> None:
             said.append(text)
@@ -291,7 +291,7 @@ def test_what_was_left_out_is_told_in_one_line_and_nothing_else_is(tmp_path: Pat
         assert all(line.endswith("; statistics.json has more") for line in said)
 
 
-def test_warnings_say_what_will_be_missed(tmp_path: Path, task: Task) -> None:
+def test_warnings_name_missing_labels_and_empty_splits(tmp_path: Path, task: Task) -> None:
     rows = [{**row, "answer": {"verdict": "yes", "score": 1}} for row in songs(3)]
     statistics, _ = run(tmp_path, task, rows, valid_fraction=0.05, test_fraction=0.0)
     assert statistics["warnings"] == [
@@ -314,7 +314,7 @@ def test_a_full_disk_leaves_nothing_half_written(
     assert len(run(tmp_path, task, songs(20))[1]) == 20
 
 
-def test_what_a_kill_left_behind_is_cleared_away(tmp_path: Path, task: Task) -> None:
+def test_leftovers_of_a_killed_run_are_removed(tmp_path: Path, task: Task) -> None:
     left = tmp_path / "data" / ".train.4242.tmp.jsonl"
     (tmp_path / "data" / "scratch").mkdir(parents=True)
     (tmp_path / "data" / "scratch" / "rows.jsonl").write_text("half a li")
