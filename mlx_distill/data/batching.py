@@ -1,5 +1,5 @@
-"""Batches of an epoch: every row once, rows of similar length together, in an order that can be resumed at any
-batch.
+"""Batches of an epoch: every row once, rows of similar length together, in an order that can be resumed at
+any batch.
 
 An epoch is planned from the rows' lengths alone, in four steps: :func:`length_buckets`,
 :func:`balanced_batch_sizes`, :func:`cap_padding`, :func:`stratified_order`.
@@ -90,9 +90,9 @@ def length_buckets(
 ) -> Iterator[tuple[list[int], int]]:
     """Step 1: shuffle the rows, divide them into buckets, and sort each bucket by length.
 
-    Sorting puts rows of similar length into one batch, so little is padded. Sorting the whole epoch would give
-    the same batches every epoch; inside buckets of up to 64 batches of shuffled rows the neighbours change.
-    Buckets hold equal numbers of batches and of rows, so that none is a small remainder.
+    Sorting puts rows of similar length into one batch, so little is padded. Sorting the whole epoch would
+    give the same batches every epoch; inside buckets of up to 64 batches of shuffled rows the neighbours
+    change. Buckets hold equal numbers of batches and of rows, so that none is a small remainder.
 
     Args:
         lengths: Tokens of each row.
@@ -145,9 +145,10 @@ def cap_padding(sizes: Sequence[int], lengths: Sequence[int], max_padded_tokens:
     """Step 3: move rows between neighbouring batches until no batch is larger than ``max_padded_tokens``: its
     rows times the length of its longest.
 
-    Where lengths have a gap, one batch may hold a few long rows and many short ones, all padded to the longest.
-    Such a batch hands its longest rows to the batch before it, as few as will do; where that makes the first
-    batch too large, its shortest rows go to those behind it. Sizes within the limit are not changed.
+    Where lengths have a gap, one batch may hold a few long rows and many short ones, all padded to the
+    longest. Such a batch hands its longest rows to the batch before it, as few as will do; where that makes
+    the first batch too large, its shortest rows go to those behind it. Sizes within the limit are not
+    changed.
 
     The limit can be met whenever it is at least ``ceil(rows / batches)`` times the longest length.
 
@@ -156,8 +157,10 @@ def cap_padding(sizes: Sequence[int], lengths: Sequence[int], max_padded_tokens:
         lengths: Tokens of the rows, the longest first.
         max_padded_tokens: Most tokens of a batch with its padding; at least the longest length, and 1.
 
-    >>> cap_padding([2, 2, 8], [9, 9, 9, 9, 9, 1, 1, 1, 1, 1, 1, 1], 36), cap_padding([3, 1], [9, 1, 1, 1], 18)
-    ([2, 3, 7], [2, 2])
+    >>> cap_padding([2, 2, 8], [9, 9, 9, 9, 9, 1, 1, 1, 1, 1, 1, 1], 36)
+    [2, 3, 7]
+    >>> cap_padding([3, 1], [9, 1, 1, 1], 18)
+    [2, 2]
     """
     # Where a batch that begins with each row must end at the latest.
     latest_end = np.arange(len(lengths)) + max_padded_tokens // np.maximum(np.asarray(lengths), 1)

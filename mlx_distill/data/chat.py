@@ -27,8 +27,8 @@ from mlx_distill.records import Example, Message
 # Variables of chat templates; a template ignores those that it does not use.
 _SETTINGS: dict[str, Any] = {"enable_thinking": False, "reasoning_effort": "low"}
 
-# Templates that print the date must print the same one every day, or no two runs agree. transformers passes no
-# function into a template, so a macro of the same name shadows its clock.
+# Templates that print the date must print the same one every day, or no two runs agree. transformers passes
+# no function into a template, so a macro of the same name shadows its clock.
 _DATE = {
     "%Y": "2025",
     "%y": "25",
@@ -58,8 +58,8 @@ class TokenizedRow:
     """One row in tokens. A rendered chat ends with the token that ends its last assistant turn.
 
     ``tokens [n]``; ``trained [n - 1]``: for each token but the first, whether it is a label of the training:
-    the content of assistant turns and the token that ends them; ``spans``: (start, end) of the content of each
-    assistant turn, empty for a row that was read back from a file; ``id``: the row's.
+    the content of assistant turns and the token that ends them; ``spans``: (start, end) of the content of
+    each assistant turn, empty for a row that was read back from a file; ``id``: the row's.
     """
 
     tokens: Int[np.ndarray, " n"]

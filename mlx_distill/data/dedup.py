@@ -1,5 +1,5 @@
-"""Exact and near duplicates: normalised text, MinHash of word shingles, and clusters of rows that belong on
-one side of a split.
+"""Exact and near duplicates: normalised text, MinHash signatures of word shingles, and clusters of rows that
+belong to one split.
 """
 
 from __future__ import annotations
@@ -16,35 +16,34 @@ from jaxtyping import Int64, UInt32, UInt64
 
 PERMUTATIONS = 128
 _SHINGLE = 3  # words
-# Signatures [n, 128]: an array, or what is read like one with [row] and [:, a:b].
-Table = Any
-_REPRESENTATIVES = 16  # rows of a bucket that a new one is compared with
-_CACHED = 50_000  # words, about 8 MB
+# Signatures [n, 128]: an array, or an object with its indexing by [row] and [:, a:b].
+Signatures = Any
+_REPRESENTATIVES = 16  # rows of a bucket that each further row is compared with
+_CACHED = 50_000  # hashes of words, about 8 MB
 
-# Scripts without spaces between words are taken character by character.
+# Scripts without spaces between words are split into characters.
 _WORDS = re.compile(
     r"[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+"
 )
 
 
 def _odd(count: int) -> UInt64[np.ndarray, " n"]:
-    """Multipliers of 64 bits. Odd, or the product would lose bits; wide, or the low shingles' order would
-    hardly change.
+    """Random odd multipliers of 64 bits: an even one would lose bits of the product, and a small one would
+    hardly change the order of small hashes.
     """
     return np.random.default_rng(20250101).integers(0, 2**64, count, dtype=np.uint64) | np.uint64(1)
 
 
 _FACTORS = _odd(PERMUTATIONS)
-_PLACES = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
+_POSITION_FACTORS = (0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9)
 
 
 def words(text: str, *, punctuation: bool = False) -> list[str]:
-    """The words of a text, without case, variants of one letter and spacing; the text itself where it has no
-    words.
+    """The words of a text in NFKC and without case; the text itself where it has no words.
 
     Args:
         text: Any text.
-        punctuation: Keep what is not a letter: the tokens between white space.
+        punctuation: Keep punctuation: split at white space alone.
 
     >>> words("Don't   STOP, café!")
     ['don', 't', 'stop', 'café']
@@ -56,16 +55,16 @@ def words(text: str, *, punctuation: bool = False) -> list[str]:
 
 
 def hash64(text: str) -> int:
-    """64 bits of BLAKE2b: the same on every machine and in every process."""
+    """A 64-bit BLAKE2b hash, the same on every machine and in every process."""
     return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def shingles(tokens: Sequence[str], cache: dict[str, int] | None = None) -> UInt64[np.ndarray, " n"]:
-    """Hashes of the distinct runs of three words; one hash of the whole where there are fewer.
+    """Hashes of the distinct runs of three words; one hash of the whole text where it has fewer.
 
     Args:
         tokens: Words.
-        cache: Hashes of words seen before; grows, and is emptied at 50,000 words.
+        cache: Hashes of words, extended here and emptied beyond 50,000 words.
     """
     cache = {} if cache is None else cache
     if len(cache) > _CACHED:
@@ -79,48 +78,48 @@ def shingles(tokens: Sequence[str], cache: dict[str, int] | None = None) -> UInt
     hashes = np.array(numbers, dtype=np.uint64)
     width = min(_SHINGLE, len(hashes))
     total = np.zeros(len(hashes) - width + 1, dtype=np.uint64)
-    for place in range(width):
-        total += hashes[place : place + len(total)] * np.uint64(_PLACES[place])
+    for position in range(width):
+        total += hashes[position : position + len(total)] * np.uint64(_POSITION_FACTORS[position])
     return np.unique(_mix(total))
 
 
 def _mix(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:
-    """Every bit of the input reaches every bit of the output (the finalizer of SplitMix64)."""
+    """Mix the bits: each bit of the input changes every bit of the output (the finalizer of SplitMix64)."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
 
 
 def minhash(hashes: UInt64[np.ndarray, " n"]) -> UInt32[np.ndarray, " p"]:
-    r"""The signature of a set: the smallest hash under each of 128 permutations.
+    r"""The MinHash signature of a set: its smallest hash under each of 128 permutations.
 
     The share of equal entries of two signatures estimates the Jaccard similarity
     :math:`|A \cap B| / |A \cup B|` with a standard deviation of at most 0.044. Broder (1997), On the
     resemblance and containment of documents.
 
     Args:
-        hashes: The set's members, ``[n]``; an empty one has the largest signature.
+        hashes: The set's members, ``[n]``; the signature of an empty set is the largest value.
     """
     if not len(hashes):
         return np.full(PERMUTATIONS, 2**32 - 1, dtype=np.uint32)
     out = np.full(PERMUTATIONS, 2**64 - 1, dtype=np.uint64)
-    for start in range(0, len(hashes), 4096):  # a long text must not become a large table
+    for start in range(0, len(hashes), 4096):  # the table of a long text would be large
         table = hashes[start : start + 4096, None] * _FACTORS
         table ^= table >> np.uint64(29)
-        table *= np.uint64(_PLACES[1])
+        table *= np.uint64(_POSITION_FACTORS[1])
         out = np.minimum(out, table.min(axis=0))
     return (out >> np.uint64(32)).astype(np.uint32)
 
 
 def jaccard(a: UInt64[np.ndarray, " n"], b: UInt64[np.ndarray, " m"]) -> float:
-    """The exact similarity of two sets of shingles: the plain twin of comparing signatures."""
+    """The exact Jaccard similarity of two sets of shingles, which signatures estimate."""
     both = len(np.intersect1d(a, b))
     return both / max(len(a) + len(b) - both, 1)
 
 
 def band_width(threshold: float) -> int:
-    """Rows of a band: the most selective width by which 99 % of the pairs at the threshold still meet in some
-    band.
+    """Signature entries of an LSH band: the largest width at which 99 % of the pairs at the threshold are
+    still equal in some band.
     """
     for width in (16, 8, 4, 2):
         if (1 - threshold**width) ** (PERMUTATIONS // width) < 0.01:
@@ -142,7 +141,7 @@ class Clusters:
         return row
 
     def union(self, a: int, b: int) -> None:
-        """Put two rows' clusters together."""
+        """Merge the clusters of two rows."""
         a, b = self.find(a), self.find(b)
         if a != b:
             self.parent[max(a, b)] = min(a, b)
@@ -153,20 +152,20 @@ class Clusters:
 
 
 def near_duplicates(
-    signatures: Table, threshold: float, rows: Int64[np.ndarray, " m"] | None = None
+    signatures: Signatures, threshold: float, rows: Int64[np.ndarray, " m"] | None = None
 ) -> Clusters:
-    """Clusters of rows whose signatures agree in at least ``threshold`` of their entries, found by
+    """Clusters of rows whose signatures agree in at least ``threshold`` of their entries, by
     locality-sensitive hashing.
 
-    Rows that are equal in a whole band meet in a bucket and are compared there, each with the bucket's first
-    16 distinct members: time and memory grow with the number of rows, even where a thousand of them are
-    alike. A band is looked at at a time.
+    Rows that are equal in a whole band fall into one bucket and are compared there, each with the bucket's
+    first 16 distinct rows: time and memory are linear in the number of rows, even where a thousand of them
+    are similar. One band is in memory at a time.
 
     Args:
         signatures: One a row, ``[n, 128]``, in memory or in a
             :class:`~mlx_distill.data.row_buffer.SignatureFile`.
-        threshold: Estimated Jaccard similarity from which two rows are the same, over 0.
-        rows: The numbers of the rows that are looked at; all of them by default. The clusters count these.
+        threshold: Estimated Jaccard similarity from which two rows are near duplicates; above 0.
+        rows: The numbers of the rows to compare; all of them by default. The clusters are numbered like them.
     """
     rows = np.arange(len(signatures)) if rows is None else rows
     clusters = Clusters(len(rows))
@@ -179,37 +178,38 @@ def near_duplicates(
         ends = np.append(np.flatnonzero(keys[1:] != keys[:-1]) + 1, len(keys))
         sizes = np.diff(ends, prepend=0)
         for end, size in zip(ends[sizes > 1], sizes[sizes > 1], strict=True):
-            _join(clusters, signatures, rows, order[end - size : end], needed)
+            _compare_bucket(clusters, signatures, rows, order[end - size : end], needed)
     return clusters
 
 
 def _keys(band: UInt32[np.ndarray, "n w"]) -> UInt64[np.ndarray, " n"]:
-    """A hash of each row's band; where two bands share one by chance their rows are compared in vain."""
+    """A hash of each row's band. A collision costs a comparison, never a wrong result."""
     keys = np.zeros(len(band), dtype=np.uint64)
     for column in band.T:
         keys = _mix(keys * _FACTORS[0] + column)
     return keys
 
 
-def _join(
+def _compare_bucket(
     clusters: Clusters,
-    signatures: Table,
+    signatures: Signatures,
     rows: Int64[np.ndarray, " m"],
     members: Int64[np.ndarray, " k"],
     needed: int,
 ) -> None:
-    seen: list[int] = []
+    """Merge the clusters of the similar rows of a bucket."""
+    representatives: list[int] = []
     table = np.empty((_REPRESENTATIVES, PERMUTATIONS), dtype=np.uint32)
     for row in map(int, members):
         root = clusters.find(row)
-        if any(clusters.find(other) == root for other in seen):
+        if any(clusters.find(other) == root for other in representatives):
             continue
         own = signatures[int(rows[row])]
-        same = (table[: len(seen)] == own).sum(axis=1)
+        same = (table[: len(representatives)] == own).sum(axis=1)
         for other in np.flatnonzero(same >= needed):
-            clusters.union(row, seen[int(other)])
+            clusters.union(row, representatives[int(other)])
         if (same >= needed).any():
             continue
-        if len(seen) < _REPRESENTATIVES:
-            table[len(seen)] = own
-            seen.append(row)
+        if len(representatives) < _REPRESENTATIVES:
+            table[len(representatives)] = own
+            representatives.append(row)

@@ -1,5 +1,5 @@
-"""The prepare stage: read, check, filter, find duplicates, split, write. The rows wait in a file; a few numbers
-of each are in memory.
+"""The prepare stage: read, check, filter, find duplicates, split, write. The rows wait in a file; a few
+numbers of each are in memory.
 
 sources -> checked chats -> filters -> row buffer -> duplicates -> splits -> train, valid, test.jsonl and
 statistics.json
@@ -60,9 +60,9 @@ def prepare(
 ) -> dict[str, Any]:
     """Write ``train.jsonl``, ``valid.jsonl``, ``test.jsonl`` and ``statistics.json`` into ``folder``.
 
-    Of rows with the same text one is kept, a held-out one if there is any. Rows with nearly the same text (see
-    :func:`~mlx_distill.data.dedup.near_duplicates`) go to one split; where one of them asks for a held-out
-    split, those that ask for train are dropped. The other rows are drawn, stratified by label and
+    Of rows with the same text one is kept, a held-out one if there is any. Rows with nearly the same text
+    (see :func:`~mlx_distill.data.dedup.near_duplicates`) go to one split; where one of them asks for a
+    held-out split, those that ask for train are dropped. The other rows are drawn, stratified by label and
     ``config.stratify``.
 
     Args:

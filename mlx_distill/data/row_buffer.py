@@ -1,5 +1,5 @@
-"""The rows that prepare has read and not yet assigned to a split: lines and signatures wait in files, and about
-60 bytes a row are in memory.
+"""The rows that prepare has read and not yet assigned to a split: lines and signatures wait in files, and
+about 60 bytes a row are in memory.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _NO_SET = b'""}\n'  # the end of a buffered line, whose set is not known yet
 
 
 class SignatureFile:
-    """MinHash signatures in a file, for :func:`~mlx_distill.data.dedup.near_duplicates`; it is indexed like an
-    array ``[n, 128]``.
+    """MinHash signatures in a file, for :func:`~mlx_distill.data.dedup.near_duplicates`; it is indexed like
+    an array ``[n, 128]``.
 
     Args:
         path: A new file.

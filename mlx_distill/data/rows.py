@@ -33,10 +33,11 @@ def to_example(
     - ``messages``: ``{"messages": [{"role", "content"}, ...]}``, with its own system prompt or none;
     - ``openai``: the same with developer and tool turns and content parts, or ``{"prompt", "completion"}``;
     - ``alpaca``: ``{"instruction", "input"?, "output", "system"?}``;
-    - ``plain``: the fields that the task's prompt names, and ``answer`` or the answer's own fields as columns.
+    - ``plain``: the fields that the task's prompt names, and ``answer`` or the answer's own fields as
+      columns.
 
-    The id is the task's id field, else ``id``, else a hash of the chat. The answer's text is normalised to NFC
-    here, and nowhere else.
+    The id is the task's id field, else ``id``, else a hash of the chat. The answer's text is normalised to
+    NFC here, and nowhere else.
 
     Args:
         raw: The row.
@@ -48,7 +49,8 @@ def to_example(
     Raises:
         DataError: what is wrong with the row, and in which file and line it is.
 
-    >>> schema = {"type": "object", "properties": {"kind": {"enum": ["ham", "spam"]}, "sure": {"type": "integer"}}}
+    >>> properties = {"kind": {"enum": ["ham", "spam"]}, "sure": {"type": "integer"}}
+    >>> schema = {"type": "object", "properties": properties}
     >>> task = Task(name="mail", system="Sort mail.", user="{text}", schema=schema, label="kind")
     >>> row = {"text": "Hello!", "sure": 90, "kind": "ham", "sender": "Ann"}
     >>> example = to_example(row, task, "mail.jsonl:1")
@@ -102,8 +104,9 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
     """
     if isinstance(row, str):
         if len(task.input_fields) != 1:
+            needed = ", ".join(task.input_fields)
             raise DataError(
-                f"item {number}: a text alone, and the task {task.name!r} needs {', '.join(task.input_fields)}",
+                f"item {number}: a text alone, and the task {task.name!r} needs {needed}",
                 fix="give a mapping with these fields",
             )
         row = {task.input_fields[0]: row}

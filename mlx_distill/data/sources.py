@@ -1,5 +1,5 @@
-"""Where rows come from: JSONL and JSON files, data sets of the Hub, packaged generators. Each row with its
-file and line.
+"""The sources of rows: JSONL and JSON files, data sets of the Hub, packaged generators. Each row comes with
+its file and line.
 """
 
 from __future__ import annotations
@@ -23,23 +23,22 @@ Row = dict[str, Any]
 def read_source(
     config: SourceConfig, task: Task | None = None, base: Path | None = None
 ) -> Iterator[tuple[str, Row]]:
-    """Yield ``(where, row)`` of one source, one row at a time; ``where`` is ``file:line`` or what comes
-    nearest to it.
+    """Yield ``(where, row)`` of one source, one row at a time; ``where`` is ``file:line`` or its equivalent.
 
     Args:
         config: A path, a Hub data set or a generator: exactly one of them.
-        task: Whose rows they are, for the messages of errors.
+        task: The task of the rows, for error messages.
         base: The folder that relative paths start from: the recipe's.
 
     Raises:
         ConfigError: none or several of the three are given, or no such generator.
         DataError: no such file, an empty one, or a line that is not UTF-8 or not a JSON object.
     """
-    given = [name for name in ("path", "hub", "generator") if getattr(config, name)]
-    if len(given) != 1:
-        found = " and ".join(given) if given else "none of them"
+    origins = [name for name in ("path", "hub", "generator") if getattr(config, name)]
+    if len(origins) != 1:
+        listed = " and ".join(origins) if origins else "none of them"
         raise ConfigError(
-            f"data.sources: a source has one of path, hub and generator, not {found}",
+            f"data.sources: a source has one of path, hub and generator, not {listed}",
             fix="write one source for each",
         )
     if config.generator:
@@ -73,18 +72,18 @@ def _read_file(spec: str, base: Path | None) -> Iterator[tuple[str, Row]]:
             raise DataError(
                 f"{spec}: no such file", fix="put it there, or correct its path under data.sources"
             )
-        # A packaged recipe's folder is no place for anybody's rows.
+        # Nobody keeps rows in the folder of the packaged recipes.
         folders = [base, Path()] if base is not None and not base.is_relative_to(ASSETS) else [Path()]
-        places = dict.fromkeys(str(folder.resolve()) for folder in folders)
+        searched = dict.fromkeys(str(folder.resolve()) for folder in folders)
         raise DataError(
-            f"{spec}: no such file in {' or '.join(places)}",
+            f"{spec}: no such file in {' or '.join(searched)}",
             fix="put it there, or write its whole path under data.sources",
         )
     if path.is_dir():
         raise DataError(f"{spec}: a folder, not a file", fix="name the JSONL file inside it")
     if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
         raise DataError(
-            f"{spec}: {path.suffix or 'no ending'} is not a form of rows known here",
+            f"{spec}: {path.suffix or 'no ending'} is not a known file type",
             fix="convert it to JSONL: one object a line",
         )
     if path.suffix.lower() == ".json" and not _is_jsonl(path):
@@ -100,24 +99,24 @@ def _read_file(spec: str, base: Path | None) -> Iterator[tuple[str, Row]]:
 
 
 def _is_jsonl(path: Path) -> bool:
-    """Whether the first line that is not blank is a JSON object by itself: many JSONL files are called .json."""
+    """Whether the first line that is not blank is a whole JSON object: many JSONL files are named .json."""
     with os_errors(), open(path, "rb") as file:
         first = next((line for line in file if line.strip()), b"")
         more = any(line.strip() for line in file)
     try:
-        return isinstance(json.loads(first), dict) and (more or not _lists(json.loads(first)))
+        return isinstance(json.loads(first), dict) and (more or not _row_list(json.loads(first)))
     except (ValueError, RecursionError):
         return False
 
 
-def _lists(value: Mapping[str, Any]) -> list[Any]:
+def _row_list(value: Mapping[str, Any]) -> list[Any]:
     """The list of rows inside an object such as ``{"data": [...]}``."""
-    found = [
+    lists = [
         item
         for item in value.values()
         if isinstance(item, list) and item and all(isinstance(row, dict) for row in item)
     ]
-    return found[0] if len(found) == 1 and len(value) == 1 else []
+    return lists[0] if len(lists) == 1 and len(value) == 1 else []
 
 
 def _read_json(path: Path, spec: str) -> Iterator[tuple[str, Row]]:
@@ -135,7 +134,7 @@ def _read_json(path: Path, spec: str) -> Iterator[tuple[str, Row]]:
             f"{path}: not JSON: {error}", fix="one list of objects is needed, or JSONL: one object a line"
         ) from error
     if isinstance(value, dict):
-        value = _lists(value) or [value]
+        value = _row_list(value) or [value]
     if not isinstance(value, list):
         raise DataError(
             f"{path}: no list of objects", fix="write [{...}, {...}], or JSONL: one object a line"
@@ -150,15 +149,20 @@ def _read_json(path: Path, spec: str) -> Iterator[tuple[str, Row]]:
 
 
 def _read_hub(config: SourceConfig) -> Iterator[tuple[str, Row]]:
-    name, _, part = str(config.hub).partition(":")
-    fix = "check the name, the network and the right to read it (hf auth login); offline, download it and give its path"
+    name, _, subset = str(config.hub).partition(":")
+    fix = (
+        "check the name, the network and the right to read it (hf auth login); offline, download it and give "
+        "its path"
+    )
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise DataError(f"{name}: the package datasets is missing", fix="pip install datasets") from error
     try:
         rows = iter(
-            load_dataset(name, part or None, split=config.hub_split, revision=config.revision, streaming=True)
+            load_dataset(
+                name, subset or None, split=config.hub_split, revision=config.revision, streaming=True
+            )
         )
         for number in itertools.count(1):
             try:
@@ -168,7 +172,7 @@ def _read_hub(config: SourceConfig) -> Iterator[tuple[str, Row]]:
             yield f"{name}:{number}", dict(row)
     except DataError:
         raise
-    except Exception as error:  # the Hub's client raises dozens of kinds
+    except Exception as error:  # the Hub's client raises dozens of types
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise DataError(f"{name}: the data set cannot be read: {reason}", fix=fix) from error
 

@@ -1,4 +1,6 @@
-"""Statistics of the prepared rows: counts of each split, label and slice, lengths, and why rows were left out."""
+"""Statistics of the prepared rows: counts of each split, label and slice, lengths, and why rows were left
+out.
+"""
 
 from __future__ import annotations
 

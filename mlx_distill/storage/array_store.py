@@ -75,8 +75,10 @@ class StoreWriter:
     ...     writer.append(tokens=np.arange(3), weight=np.ones(1))
     ...     writer.append(tokens=np.arange(5), weight=np.ones(1))
     >>> store = Store(place, dict)
-    >>> store[1]["tokens"].tolist(), store.lengths.tolist(), is_stored(place, "mine"), is_stored(place, "other")
-    ([0, 1, 2, 3, 4], [3, 5], True, False)
+    >>> store[1]["tokens"].tolist(), store.lengths.tolist()
+    ([0, 1, 2, 3, 4], [3, 5])
+    >>> is_stored(place, "mine"), is_stored(place, "other")
+    (True, False)
     """
 
     def __init__(self, folder: Path, key: str = "") -> None:

@@ -29,7 +29,7 @@ def dump_answer(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
     Raises:
         DataError: a value that JSON does not know (NaN, infinity, half a surrogate pair, a date).
 
-    >>> schema = {"type": "object", "properties": {"colour": {"type": "string"}, "score": {"type": "integer"}}}
+    >>> schema = {"properties": {"colour": {"type": "string"}, "score": {"type": "integer"}}}
     >>> dump_answer({"score": 80.0, "colour": "déjà"}, schema)
     '{"colour": "déjà", "score": 80}'
     """

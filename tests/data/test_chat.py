@@ -31,7 +31,8 @@ def decode(tokenizer: Any, tokens: Any) -> str:
 
 def test_the_templates_have_the_genuine_structure(chatml: Any, harmony: Any) -> None:
     assert decode(chatml, render(chatml, LONG_CHAT).tokens) == (
-        "<|im_start|>system\nYou judge songs.<|im_end|>\n<|im_start|>user\nA song.\n\nThe rain came down.<|im_end|>\n"
+        "<|im_start|>system\nYou judge songs.<|im_end|>\n"
+        "<|im_start|>user\nA song.\n\nThe rain came down.<|im_end|>\n"
         f"<|im_start|>assistant\n{ANSWER}<|im_end|>\n<|im_start|>user\nAnd this one?<|im_end|>\n"
         '<|im_start|>assistant\n<think>\n\n</think>\n\n{"verdict": "no", "score": 1}<|im_end|>'
     )
@@ -39,7 +40,8 @@ def test_the_templates_have_the_genuine_structure(chatml: Any, harmony: Any) -> 
         "<|start|>system<|message|>Reasoning: low\n\n# Valid channels: analysis, commentary, final.<|end|>"
         "<|start|>developer<|message|># Instructions\n\nYou judge songs.<|end|>"
         "<|start|>user<|message|>A song.\n\nThe rain came down.<|end|>"
-        f"<|start|>assistant<|channel|>final<|message|>{ANSWER}<|end|><|start|>user<|message|>And this one?<|end|>"
+        f"<|start|>assistant<|channel|>final<|message|>{ANSWER}<|end|>"
+        "<|start|>user<|message|>And this one?<|end|>"
         '<|start|>assistant<|channel|>final<|message|>{"verdict": "no", "score": 1}<|return|>'
     )
 

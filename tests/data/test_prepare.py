@@ -280,7 +280,8 @@ def test_rows_left_out_are_reported_in_one_line(tmp_path: Path, task: Task) -> N
         (
             [*songs(30), *songs(2), {**songs(1)[0], "text": "x"}],
             [
-                f"prepare: 3 of 33 rows left out (duplicate: 2; shorter than 20 characters: 1), such as {tmp_path}/rows.jsonl:"
+                "prepare: 3 of 33 rows left out (duplicate: 2; shorter than 20 characters: 1), "
+                f"such as {tmp_path}/rows.jsonl:"
             ],
         ),
     ):

@@ -79,7 +79,7 @@ def test_a_path_starts_at_the_recipes_folder(tmp_path: Path) -> None:
         ("list.jsonl", "[1]\n", r"list.jsonl:1: a list, not an object"),
         ("list.json", "[1]", r"list.json\[0\]: a int, not an object"),
         ("text.json", '"hello"', r"no list of objects"),
-        ("rows.csv", "a,b\n1,2\n", r"\.csv is not a form of rows known here"),
+        ("rows.csv", "a,b\n1,2\n", r"\.csv is not a known file type"),
     ],
 )
 def test_a_bad_file_is_an_error_with_file_and_line(

@@ -14,7 +14,8 @@ import mlx_distill
 
 TEMPLATES = Path(mlx_distill.__file__).parent / "assets" / "templates"
 TEXT = [
-    'You moderate messages. {"label": "hostile", "confidence": 95} {"label": "fine", "confidence": 80} the weather is lovely.'
+    'You moderate messages. {"label": "hostile", "confidence": 95} {"label": "fine", "confidence": 80} '
+    "the weather is lovely."
 ] * 4
 SPECIALS = {
     "chatml": ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<think>", "</think>"],

@@ -237,7 +237,10 @@ def test_a_damaged_manifest_is_an_error_with_a_cure(tmp_path: Path) -> None:
 
 
 def test_one_run_at_a_time_and_a_kill_leaves_no_lock(tmp_path: Path) -> None:
-    code = "from mlx_distill.storage import lock_folder\nwith lock_folder(sys.argv[1]): print('held', flush=True); time.sleep(300)"
+    code = (
+        "from mlx_distill.storage import lock_folder\n"
+        "with lock_folder(sys.argv[1]): print('held', flush=True); time.sleep(300)"
+    )
     code = f"import sys, time; {code}"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True
