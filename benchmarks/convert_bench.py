@@ -1,11 +1,12 @@
-"""Converting a gpt-oss checkpoint: time and peak resident memory, beside mlx_lm.convert and cp, in one run.
+"""Conversion of a gpt-oss checkpoint: time and peak resident memory, against mlx_lm.convert and cp.
 
-    python benchmarks/convert_bench.py                 # 1.3 GB, the genuine proportions of gpt-oss-20b
-    python benchmarks/convert_bench.py --size full     # 13.8 GB: 24 layers, 32 experts, 201,088 tokens; ours alone
+    python benchmarks/convert_bench.py                 # 1.3 GB, in the proportions of gpt-oss-20b
+    python benchmarks/convert_bench.py --size full     # 13.8 GB: 24 layers, 32 experts, 201,088 tokens
     python benchmarks/convert_bench.py --quantize affine4
 
-The weights are random; layout, names and shapes are those of the published MXFP4 checkpoint. Each way runs in
-a process of its own, whose peak resident memory the kernel tells. Results go to benchmarks/results/.
+The weights are random; layout, names and shapes are those of the published MXFP4 checkpoint. Each command
+runs in its own process, whose peak resident memory the kernel reports; at full size only ours runs. Results
+go to benchmarks/results/.
 """
 
 from __future__ import annotations
@@ -30,28 +31,29 @@ SIZES = {
     "small": {"num_hidden_layers": 5, "num_local_experts": 12, "vocab_size": 20_096},
     "full": {"num_hidden_layers": 24, "num_local_experts": 32, "vocab_size": 201_088},
 }
-OURS = "import sys; from mlx_distill import convert; r = convert(sys.argv[1], sys.argv[2], quantize=sys.argv[3] or None); print(r.lines()[-1])"
+OURS = """
+import sys
+from mlx_distill import convert
+
+report = convert(sys.argv[1], sys.argv[2], quantize=sys.argv[3] or None)
+print(report.lines()[-1])
+"""
 IMPORT = "import mlx.core, numpy, mlx_distill.models.convert"
-COPIES = {
-    "ours": lambda a, b, q: [sys.executable, "-c", OURS, a, b, q],
-    "mlx_lm.convert": lambda a, b, q: [
-        sys.executable,
-        "-m",
-        "mlx_lm",
-        "convert",
-        "--hf-path",
-        a,
-        "--mlx-path",
-        b,
-        *(["-q"] if q else []),
-    ],
-    "cp": lambda a, b, q: ["cp", "-r", a, b],
-    "import alone": lambda a, b, q: [sys.executable, "-c", IMPORT],
-}
+
+
+def commands(source: str, destination: str, quantize: str) -> dict[str, list[str]]:
+    """The commands that are compared; "import alone" is what ours needs before it does anything."""
+    theirs = [sys.executable, "-m", "mlx_lm", "convert", "--hf-path", source, "--mlx-path", destination]
+    return {
+        "ours": [sys.executable, "-c", OURS, source, destination, quantize],
+        "mlx_lm.convert": [*theirs, *(["-q"] if quantize else [])],
+        "cp": ["cp", "-r", source, destination],
+        "import alone": [sys.executable, "-c", IMPORT],
+    }
 
 
 def config(size: str) -> dict[str, Any]:
-    """config.json as the published one, with this size's numbers."""
+    """The published config.json with the numbers of this size."""
     layers = SIZES[size]["num_hidden_layers"]
     return {
         "architectures": ["GptOssForCausalLM"],
@@ -85,7 +87,7 @@ def config(size: str) -> dict[str, Any]:
 
 
 def tensors(c: dict[str, Any]) -> Iterator[tuple[str, str, list[int]]]:
-    """Name, type and shape of every tensor, in the genuine layout."""
+    """Name, type and shape of every tensor of the published layout."""
     h, i, e, d = c["hidden_size"], c["intermediate_size"], c["num_local_experts"], c["head_dim"]
     q, kv = c["num_attention_heads"] * d, c["num_key_value_heads"] * d
     yield "model.embed_tokens.weight", "BF16", [c["vocab_size"], h]
@@ -112,48 +114,24 @@ def nbytes(dtype: str, shape: list[int]) -> int:
 
 
 def generate(folder: Path, size: str, shards: int = 9) -> int:
-    """Write the checkpoint; returns its bytes."""
+    """Write the checkpoint and return its size in bytes."""
     folder.mkdir(parents=True)
     c = config(size)
-    every = list(tensors(c))
-    total = sum(nbytes(dtype, shape) for _, dtype, shape in every)
-    rng = np.random.default_rng(0)
-    packed = rng.integers(0, 256, 32 << 20, np.uint8)
-    floats = (
-        ((0.02 * rng.standard_normal(16 << 20, np.float32)).view(np.uint32) >> 16)
-        .astype(np.uint16)
-        .view(np.uint8)
-    )
-    scales = rng.integers(118, 124, 8 << 20, np.uint8)
+    entries = list(tensors(c))
+    total = sum(nbytes(dtype, shape) for _, dtype, shape in entries)
     groups: list[list[tuple[str, str, list[int]]]] = [[]]
-    filled = 0
-    for entry in every:
-        if filled > total * len(groups) / shards:
+    written = 0
+    for entry in entries:
+        if written > total * len(groups) / shards:
             groups.append([])
         groups[-1].append(entry)
-        filled += nbytes(*entry[1:])
+        written += nbytes(*entry[1:])
+    values = random_bytes()
     weight_map = {}
     for number, group in enumerate(groups):
         file = f"model-{number:05d}-of-{len(groups) - 1:05d}.safetensors"
-        header, offset = {}, 0
-        for name, dtype, shape in group:
-            header[name] = {
-                "dtype": dtype,
-                "shape": shape,
-                "data_offsets": [offset, offset + nbytes(dtype, shape)],
-            }
-            offset += nbytes(dtype, shape)
-            weight_map[name] = file
-        text = json.dumps(header).encode()
-        with open(folder / file, "wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
-            for name, dtype, shape in group:
-                buffer, left = (
-                    floats if dtype == "BF16" else scales if name.endswith("_scales") else packed,
-                    nbytes(dtype, shape),
-                )
-                while left:
-                    left -= out.write(memoryview(buffer)[: min(left, len(buffer))])
+        write_shard(folder / file, group, values)
+        weight_map |= {name: file for name, _, _ in group}
     (folder / "config.json").write_text(json.dumps(c, indent=2))
     (folder / "model.safetensors.index.json").write_text(
         json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map})
@@ -162,8 +140,33 @@ def generate(folder: Path, size: str, shards: int = 9) -> int:
     return total
 
 
+def random_bytes() -> dict[str, np.ndarray]:
+    """Random contents for each kind of tensor: MXFP4 blocks, bfloat16 floats, MXFP4 scales."""
+    rng = np.random.default_rng(0)
+    blocks = rng.integers(0, 256, 32 << 20, np.uint8)
+    floats = (0.02 * rng.standard_normal(16 << 20, np.float32)).view(np.uint32) >> 16
+    scales = rng.integers(118, 124, 8 << 20, np.uint8)
+    return {"blocks": blocks, "floats": floats.astype(np.uint16).view(np.uint8), "scales": scales}
+
+
+def write_shard(path: Path, group: list[tuple[str, str, list[int]]], values: dict[str, np.ndarray]) -> None:
+    header, offset = {}, 0
+    for name, dtype, shape in group:
+        end = offset + nbytes(dtype, shape)
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header).encode()
+    with open(path, "wb") as out:
+        out.write(struct.pack("<Q", len(text)) + text)
+        for name, dtype, shape in group:
+            kind = "floats" if dtype == "BF16" else "scales" if name.endswith("_scales") else "blocks"
+            buffer, left = values[kind], nbytes(dtype, shape)
+            while left:
+                left -= out.write(memoryview(buffer)[: min(left, len(buffer))])
+
+
 def make_tokenizer(folder: Path) -> None:
-    """A small one: mlx_lm.convert wants one, and its size is not what is measured."""
+    """Write a small tokenizer, because mlx_lm.convert needs one."""
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
 
@@ -172,8 +175,8 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def measure(command: list[str]) -> dict[str, float]:
-    """Wall seconds, CPU seconds and peak resident bytes of one process."""
-    began = time.perf_counter()
+    """Run a process; return its wall seconds, CPU seconds and peak resident bytes."""
+    start = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, cwd=ROOT)
     assert process.stderr is not None
     errors = process.stderr.read()
@@ -182,7 +185,7 @@ def measure(command: list[str]) -> dict[str, float]:
         raise SystemExit(f"{command[:4]} failed:\n{errors.decode()[-2000:]}")
     kilobyte = 1 if sys.platform == "darwin" else 1024
     return {
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - start,
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_rss": usage.ru_maxrss * kilobyte,
     }
@@ -196,7 +199,7 @@ def main() -> None:
     )
     parser.add_argument("--size", choices=list(SIZES), default="small")
     parser.add_argument("--quantize", default="", choices=["", "affine4"])
-    parser.add_argument("--repeat", type=int, default=2, help="runs of each way; the fastest counts")
+    parser.add_argument("--repeat", type=int, default=2, help="runs of each command; the fastest is reported")
     parser.add_argument("--work", type=Path, help="a folder for the checkpoints; default: a temporary one")
     parser.add_argument("--generate", type=Path, help="only write the checkpoint, into this folder")
     options = parser.parse_args()
@@ -207,28 +210,24 @@ def main() -> None:
         options.work.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(dir=options.work))
     try:
-        # In a process of its own: a child's peak counts what its parent held when it was forked.
+        # In its own process: the peak of a child includes the memory of its parent at the fork.
         subprocess.run(
             [sys.executable, __file__, "--generate", str(work / "source"), "--size", options.size], check=True
         )
         total = sum(p.stat().st_size for p in (work / "source").glob("*.safetensors"))
         print(f"generated {total / 1e9:.2f} GB", flush=True)
-        ways = {
-            name: way
-            for name, way in COPIES.items()
-            if options.size == "small" or name in ("ours", "import alone")
-        }
+        compared = commands(str(work / "source"), str(work / "out"), options.quantize)
+        if options.size == "full":
+            compared = {name: compared[name] for name in ("ours", "import alone")}
         runs: dict[str, dict[str, float]] = {}
         for _ in range(options.repeat if options.size == "small" else 1):
-            for name, way in ways.items():
+            for name, command in compared.items():
                 shutil.rmtree(work / "out", ignore_errors=True)
-                run = measure(way(str(work / "source"), str(work / "out"), options.quantize))
+                run = measure(command)
                 if name not in runs or run["seconds"] < runs[name]["seconds"]:
                     runs[name] = run
-                print(
-                    f"{name:16} {run['seconds']:7.2f} s  {run['cpu_seconds']:7.2f} s CPU  {run['peak_rss'] / 1e9:6.3f} GB",
-                    flush=True,
-                )
+                times = f"{run['seconds']:7.2f} s  {run['cpu_seconds']:7.2f} s CPU"
+                print(f"{name:16} {times}  {run['peak_rss'] / 1e9:6.3f} GB", flush=True)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     commit = subprocess.run(
@@ -247,12 +246,8 @@ def main() -> None:
         for key in ("seconds", "peak_rss"):
             out[f"{key}_of_mlx_lm"] = runs["ours"][key] / runs["mlx_lm.convert"][key]
             print(f"ours / mlx_lm, {key}: {out[f'{key}_of_mlx_lm']:.2f}")
-    path = (
-        ROOT
-        / "benchmarks"
-        / "results"
-        / f"convert_{options.size}{'_' + options.quantize if options.quantize else ''}.json"
-    )
+    suffix = f"_{options.quantize}" if options.quantize else ""
+    path = ROOT / "benchmarks" / "results" / f"convert_{options.size}{suffix}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(out, indent=2) + "\n")
 

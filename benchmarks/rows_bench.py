@@ -1,22 +1,21 @@
-"""Rows: preparing, tokenizing and walking 10,000 and 100,000 of them, in how much memory and how fast.
+"""Memory and speed of preparing, tokenizing and iterating over 10,000 and 100,000 rows.
 
     python benchmarks/rows_bench.py                   # about 3 minutes on two cores
     python benchmarks/rows_bench.py --rows 1000 5000
 
-Rows are made here: words of the packaged generator's texts and some invented ones, drawn by Zipf's law, in
+Rows are generated: words of the packaged generator's texts and some invented ones, drawn by Zipf's law, in
 chats of log-normal length (median about 180 tokens, 95th percentile about 700, at most 1,024 are kept); every
-twentieth is a near copy of the one before. The tokenizer is the packaged tiny teacher's. Each part runs in a
-process of its own; memory is the kernel's peak of resident pages above what lay there when the imports were
-done. What files have in the system's cache is nobody's memory, and is not counted.
+twentieth is a near duplicate of the one before. The tokenizer is that of the packaged tiny teacher. Each part
+runs in its own process; memory is the kernel's peak resident memory above that after the imports. The page
+cache is not counted.
 
-    prepare    checks, near duplicates, split                      (data/splits.py)
-    tokenize   chats to tokens on the disk                         (data/batches.py, data/store.py)
-    walk       two epochs in batches of 8, each batch collated     (train/rows.py)
+    prepare    checks, near duplicates, split                      (data/prepare.py)
+    tokenize   chats to tokens on disk                             (data/chat.py, storage/array_store.py)
+    walk       two epochs in batches of 8, each batch collated     (train/batches.py)
     list       the same tokens in a list of arrays
-    by itself  the same tokens in a list, chat by chat, 10,000 rows at most
-    datasets   Dataset.map with the tokenizer's own template, batched; it makes no mask, so it has less to do,
-    and it maps its files, whose
-               pages count as resident
+    by itself  the same tokens in a list, chat by chat, only for the smallest number of rows
+    datasets   Dataset.map with the tokenizer's template, batched; it makes no mask, so it does less work, and
+               it maps its files, whose pages count as resident
 
 Results go to benchmarks/results/rows.json.
 """
@@ -38,9 +37,9 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 MODEL = ROOT / "mlx_distill" / "assets" / "models" / "tiny-qwen3"
-LONGEST, BATCH, SEED = 1024, 8, 0
-# Words of a text: with the prompt's own tokens and 1.75 tokens a word that is 180 tokens, and 700.
-MEDIAN, NEAR_THE_END, MOST = 70, 367, 1000
+MAX_LENGTH, BATCH, SEED = 1024, 8, 0
+# Words of a text; with the tokens of the prompt and 1.75 tokens per word about 180 and 700 tokens.
+MEDIAN_WORDS, P95_WORDS, MAX_WORDS = 70, 367, 1000
 TASK: dict[str, Any] = {
     "name": "kinds",
     "system": "Say of which kind the text is. Answer in JSON.",
@@ -62,32 +61,22 @@ def make_rows(count: int) -> Iterator[dict[str, Any]]:
     from mlx_distill.assets.music.generator import generate
 
     random = np.random.default_rng(SEED)
-    known = sorted(
-        {
-            word
-            for row in generate(count=300, seed=0, noise=0.0, part="train")
-            for word in row["lyrics"].split()
-        }
-    )
+    songs = generate(count=300, seed=0, noise=0.0, part="train")
+    known = sorted({word for song in songs for word in song["lyrics"].split()})
     known = [known[i] for i in random.permutation(len(known))]
+    sigma = math.log(P95_WORDS / MEDIAN_WORDS) / 1.645
     text: list[str] = []
     for number in range(count):
         if number % 20 == 19:
             text = [*text]
             text[int(random.integers(len(text)))] = "changed"
         else:
-            words = int(
-                min(
-                    max(
-                        math.exp(random.normal(math.log(MEDIAN), math.log(NEAR_THE_END / MEDIAN) / 1.645)), 3
-                    ),
-                    MOST,
-                )
-            )
-            chosen = np.minimum(random.zipf(1.3, words), len(known)) - 1
+            length = math.exp(random.normal(math.log(MEDIAN_WORDS), sigma))
+            words = int(min(max(length, 3), MAX_WORDS))
+            indices = np.minimum(random.zipf(1.3, words), len(known)) - 1
             text = [
                 f"x{int(random.integers(200_000))}" if rare else known[i]
-                for i, rare in zip(chosen, random.random(words) < 0.02, strict=True)
+                for i, rare in zip(indices, random.random(words) < 0.02, strict=True)
             ]
         yield {
             "id": f"row{number}",
@@ -97,7 +86,7 @@ def make_rows(count: int) -> Iterator[dict[str, Any]]:
         }
 
 
-# ---- the parts; each imports all that it needs, calls ``ready`` and then works in the folder of its rows
+# ---- the parts; each imports what it needs, calls ``ready``, and then works in the folder of its rows
 
 
 def part_make(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
@@ -108,7 +97,7 @@ def part_make(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
 
 
 def part_prepare(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
-    from mlx_distill.data import prepare as splits
+    from mlx_distill.data.prepare import prepare
     from mlx_distill.recipe import DataConfig, SourceConfig
     from mlx_distill.tasks.answer import check_answer
     from mlx_distill.tasks.task import Task
@@ -120,7 +109,7 @@ def part_prepare(folder: Path, count: int, ready: Callable[[], None]) -> dict[st
     config = DataConfig(
         sources=[SourceConfig(path=str(folder / "rows.jsonl"))], stratify=["group"], test_fraction=0.0
     )
-    statistics = splits.prepare(config, task, None, folder / "data")
+    statistics = prepare(config, task, None, folder / "data")
     return {"rows": count, "kept": statistics["rows"], "near_duplicates": statistics["near_duplicates"]}
 
 
@@ -139,7 +128,7 @@ def _encoded(folder: Path, tokenizer: Any, report: Any) -> Iterator[Any]:
     from mlx_distill.storage import read_jsonl
 
     rows = (from_row(row) for _, row in read_jsonl(folder / "data" / "train.jsonl"))
-    return encode_rows(rows, tokenizer, LONGEST, "last", report)
+    return encode_rows(rows, tokenizer, MAX_LENGTH, "last", report)
 
 
 def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
@@ -150,11 +139,11 @@ def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[s
 
     tokenizer, report = _tokenizer(), EncodeReport()
     ready()
-    began = time.perf_counter()
+    start = time.perf_counter()
     with StoreWriter(folder / "store") as writer:
         for item in _encoded(folder, tokenizer, report):
             writer.append(int(item.trained.sum()), tokens=item.tokens, trained=item.trained)
-    seconds = time.perf_counter() - began
+    seconds = time.perf_counter() - start
     lengths = Store(folder / "store", TokenizedRow).lengths
     return {
         "rows": report.kept + report.left_out,
@@ -168,9 +157,7 @@ def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[s
 
 
 def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
-    """Two epochs; what is read of the rows' file while the second one's order is planned, and while its
-    batches are made.
-    """
+    """Two epochs; the bytes that are read from the file of rows while the second epoch is planned and run."""
     import mlx.core as mx
 
     from mlx_distill.data.batching import collate, plan_epoch
@@ -179,42 +166,42 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
     from mlx_distill.storage.array_store import Store
     from mlx_distill.train.batches import RowBatches
 
-    read, whole = [0], os.pread
+    bytes_read, pread = [0], os.pread
 
-    def counted(handle: int, size: int, start: int) -> bytes:
-        read[0] += size
-        return whole(handle, size, start)
+    def counting_pread(handle: int, size: int, start: int) -> bytes:
+        bytes_read[0] += size
+        return pread(handle, size, start)
 
-    os.pread = counted
+    os.pread = counting_pread
     mx.eval(mx.zeros(1))
     ready()
-    began = time.perf_counter()
+    start = time.perf_counter()
     store = Store(folder / "store", TokenizedRow)
-    lines = plan_sequences(store.lengths.tolist(), LONGEST, SEED, False)
-    weights = lines.sum_rows(store.counted.tolist())
+    packs = plan_sequences(store.lengths.tolist(), MAX_LENGTH, SEED, False)
+    weights = packs.sum_rows(store.counted.tolist())
     source = RowBatches(
-        lines.lengths,
-        lambda chosen: collate(store, lines.rows_of(chosen), 0, lines.multiple),
+        packs.lengths,
+        lambda indices: collate(store, packs.rows_of(indices), 0, packs.multiple),
         BATCH,
         SEED,
         weights=weights,
     )
-    opened = time.perf_counter() - began
-    seen = 0
+    open_seconds = time.perf_counter() - start
+    rows = 0
     for _ in range(len(source)):
-        seen += len(next(source).rows)
-    before, planned = read[0], time.perf_counter()
-    plan_epoch(lines.lengths, BATCH, SEED, 1)
-    planned, bytes_of_plan = time.perf_counter() - planned, read[0] - before
+        rows += len(next(source).rows)
+    bytes_before, plan_start = bytes_read[0], time.perf_counter()
+    plan_epoch(packs.lengths, BATCH, SEED, 1)
+    plan_seconds, plan_bytes = time.perf_counter() - plan_start, bytes_read[0] - bytes_before
     for _ in range(len(source)):
-        seen += len(next(source).rows)
+        rows += len(next(source).rows)
     return {
-        "rows": seen,
-        "seconds": time.perf_counter() - began,
-        "open_seconds": opened,
-        "plan_seconds": planned,
-        "bytes_read_by_the_second_plan": bytes_of_plan,
-        "bytes_read_by_the_second_epoch": read[0] - before,
+        "rows": rows,
+        "seconds": time.perf_counter() - start,
+        "open_seconds": open_seconds,
+        "plan_seconds": plan_seconds,
+        "bytes_read_by_the_second_plan": plan_bytes,
+        "bytes_read_by_the_second_epoch": bytes_read[0] - bytes_before,
     }
 
 
@@ -223,8 +210,8 @@ def part_list(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
 
     tokenizer, report = _tokenizer(), EncodeReport()
     ready()
-    held = list(_encoded(folder, tokenizer, report))
-    return {"rows": report.kept + report.left_out, "kept": len(held)}
+    rows = list(_encoded(folder, tokenizer, report))
+    return {"rows": report.kept + report.left_out, "kept": len(rows)}
 
 
 def part_by_itself(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
@@ -233,8 +220,8 @@ def part_by_itself(folder: Path, count: int, ready: Callable[[], None]) -> dict[
 
     tokenizer = _tokenizer()
     ready()
-    held = [render(tokenizer, row["messages"]) for _, row in read_jsonl(folder / "data" / "train.jsonl")]
-    return {"rows": len(held)}
+    rows = [render(tokenizer, row["messages"]) for _, row in read_jsonl(folder / "data" / "train.jsonl")]
+    return {"rows": len(rows)}
 
 
 def part_datasets(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
@@ -256,8 +243,8 @@ def part_datasets(folder: Path, count: int, ready: Callable[[], None]) -> dict[s
         return {"tokens": inner(texts, add_special_tokens=False, verbose=False)["input_ids"]}
 
     rows = load_dataset("json", data_files=str(folder / "data" / "train.jsonl"), split="train")
-    done = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
-    return {"rows": len(done)}
+    tokenized = rows.map(tokenize, batched=True, remove_columns=rows.column_names)
+    return {"rows": len(tokenized)}
 
 
 PARTS = {
@@ -275,7 +262,7 @@ PARTS = {
 
 
 def resident(name: str) -> int:
-    """``VmRSS`` or ``VmHWM`` of this process in bytes; where the kernel has no such file, its peak."""
+    """``VmRSS`` or ``VmHWM`` of this process in bytes; the peak where the kernel has no such file."""
     try:
         lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
@@ -288,17 +275,17 @@ def child(name: str, folder: Path, count: int) -> dict[str, Any]:
 
     def ready() -> None:
         if sys.platform == "linux":
-            Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-        state.update(floor=resident("VmRSS"), began=time.perf_counter(), cpu=time.process_time())
+            Path("/proc/self/clear_refs").write_text("5")  # reset the peak
+        state.update(floor=resident("VmRSS"), start=time.perf_counter(), cpu=time.process_time())
 
-    found = PARTS[name](folder, count, ready)
-    seconds, cpu = time.perf_counter() - state["began"], time.process_time() - state["cpu"]
+    result = PARTS[name](folder, count, ready)
+    seconds, cpu = time.perf_counter() - state["start"], time.process_time() - state["cpu"]
     return {
         "seconds": seconds,
         "cpu_seconds": cpu,
         "floor": state["floor"],
         "peak": resident("VmHWM"),
-        **found,
+        **result,
     }
 
 
@@ -307,20 +294,22 @@ def measure(name: str, folder: Path, count: int) -> dict[str, Any]:
     process = subprocess.run(command, capture_output=True, cwd=ROOT, text=True)
     if process.returncode:
         raise SystemExit(f"{name} {count} failed ({process.returncode}):\n{process.stderr[-3000:]}")
-    found = json.loads(process.stdout.splitlines()[-1])
-    found |= {
-        "peak_above_floor": found["peak"] - found["floor"],
-        "rows_per_second": found["rows"] / found["seconds"],
+    result = json.loads(process.stdout.splitlines()[-1])
+    result |= {
+        "peak_above_floor": result["peak"] - result["floor"],
+        "rows_per_second": result["rows"] / result["seconds"],
+        "rows_per_cpu_second": result["rows"] / result["cpu_seconds"],
     }
-    found["rows_per_cpu_second"] = found["rows"] / found["cpu_seconds"]
-    shown = f"{found['seconds']:7.1f} s {found['rows_per_second']:9.0f} rows/s {found['peak_above_floor'] / 1e6:8.1f} MB above"
-    print(f"{name:10} {count:8,} {shown} {found['floor'] / 1e6:.0f} MB", flush=True)
-    return found
+    speed = f"{result['seconds']:7.1f} s {result['rows_per_second']:9.0f} rows/s"
+    memory = f"{result['peak_above_floor'] / 1e6:8.1f} MB above {result['floor'] / 1e6:.0f} MB"
+    print(f"{name:10} {count:8,} {speed} {memory}", flush=True)
+    return result
 
 
 def compare(runs: dict[str, dict[str, Any]], sizes: list[int]) -> dict[str, Any]:
     small, large = str(sizes[0]), str(sizes[-1])
-    grown = {
+    # Bytes of memory per additional row.
+    growth = {
         name: (run[large]["peak_above_floor"] - run[small]["peak_above_floor"]) / (sizes[-1] - sizes[0])
         for name, run in runs.items()
         if large in run and small in run and large != small
@@ -332,13 +321,13 @@ def compare(runs: dict[str, dict[str, Any]], sizes: list[int]) -> dict[str, Any]
         for key in ("peak_above_floor", "rows_per_second", "rows_per_cpu_second")
     }
     ratios |= {
-        f"tokenize: bytes a row of {other}": grown["tokenize"] / grown[other]
+        f"tokenize: bytes a row of {other}": growth["tokenize"] / growth[other]
         for other in ("list", "datasets")
-        if other in grown
+        if other in growth
     }
     ratios["bytes read by the second plan"] = walk["bytes_read_by_the_second_plan"]
     ratios["second plan, share of an epoch's time"] = walk["plan_seconds"] / (walk["seconds"] / 2)
-    return {"bytes_a_row": grown, "ratios": ratios}
+    return {"bytes_a_row": growth, "ratios": ratios}
 
 
 def main() -> None:
@@ -354,17 +343,17 @@ def main() -> None:
         return
     from mlx_distill.runtime import machine, versions
 
-    began, sizes = time.perf_counter(), sorted(options.rows)
+    start, sizes = time.perf_counter(), sorted(options.rows)
     runs: dict[str, dict[str, Any]] = {name: {} for name in PARTS}
-    with tempfile.TemporaryDirectory() as place:
+    with tempfile.TemporaryDirectory() as work:
         for count in sizes:
-            folder = Path(place) / str(count)
+            folder = Path(work) / str(count)
             folder.mkdir()
             for name in PARTS:
                 if name != "by itself" or count == sizes[0]:
                     runs[name][str(count)] = measure(name, folder, count)
     out: dict[str, Any] = {
-        "settings": {"longest": LONGEST, "batch": BATCH, "task": TASK},
+        "settings": {"longest": MAX_LENGTH, "batch": BATCH, "task": TASK},
         "runs": runs,
         **compare(runs, sizes),
     }
@@ -375,7 +364,7 @@ def main() -> None:
 
     packages = {**versions(), **{name: version(name) for name in ("datasets", "tokenizers")}}
     out |= {
-        "seconds": time.perf_counter() - began,
+        "seconds": time.perf_counter() - start,
         "machine": machine(),
         "versions": packages,
         "commit": commit,
