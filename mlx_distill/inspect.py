@@ -13,7 +13,6 @@ from typing import Any
 
 from mlx_distill.errors import DistillError, ModelError
 from mlx_distill.models.adapters import adapter_settings
-from mlx_distill.models.architectures.rope import rope_settings
 from mlx_distill.models.checkpoint.layout import TensorPlan, wildcard_name
 from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
@@ -218,7 +217,7 @@ def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify:
     if verify:
         problems += _not_finite(plan.tensors)
     config = plan.config
-    rope = rope_settings(config, 150_000.0 if config["model_type"] == "gpt_oss" else 10_000.0)
+    rope = plan.architecture.rope(config)
     parameters, stored = sum(r.parameters for r in rows), sum(r.bytes for r in rows)
     facts = {
         "model type": config["model_type"],
@@ -232,7 +231,7 @@ def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify:
         "rope": _rope_text(rope.kind, rope.theta, rope.scaling),
         "head": "tied to the embedding" if config.get("tie_word_embeddings") else "not tied",
         "template": _template(folder),
-        "note": plan.architecture.stock_differs(config),
+        "note": plan.architecture.stock_difference(config),
         **_provenance(manifest),
     }
     return InspectReport(str(folder), "model", facts, tuple(rows), tuple(problems), verify)

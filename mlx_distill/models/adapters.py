@@ -1,7 +1,7 @@
-"""LoRA and DoRA adapters: put on, saved, loaded and merged.
+"""LoRA and DoRA adapters: added to a model, saved and loaded.
 
-The layers are mlx-lm's, so stock mlx-lm reads the files. Those with modules that trained whole it refuses:
-they have to be merged for it.
+The layers are mlx-lm's, so stock mlx-lm reads the files, except those with ``modules_to_save``: it raises for
+them, and the adapter has to be merged first.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_distill.errors import ModelError
 from mlx_distill.models.checkpoint.safetensors import read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, read_object
+from mlx_distill.models.forward import compute_dtype
 from mlx_distill.models.hub import copy_tokenizer
 from mlx_distill.models.modules import (
     check_rank,
@@ -33,21 +34,23 @@ from mlx_distill.models.modules import (
 )
 from mlx_distill.storage import atomic_path, write_json
 
-_LEAVES = ("lora_a", "lora_b", "m")
-_WHOLE = ("weight", "bias")
+ADAPTER_LEAVES = ("lora_a", "lora_b", "m")
+SAVED_LEAVES = ("weight", "bias")  # of modules_to_save
 
 
 @dataclass(frozen=True)
 class LoraSettings:
-    r"""``W x + scale * B A dropout(x)`` on the modules whose name ends in one of ``target_modules``.
+    r"""``W x + scale * B A dropout(x)`` on the modules whose path ends in one of ``target_modules``.
 
-    Those of ``modules_to_save`` train whole beside; the names are PEFT's.
+    The modules of ``modules_to_save`` are trained fully; the names are PEFT's.
     ``kind`` is ``lora`` (Hu et al., arXiv 2106.09685) or ``dora`` (Liu et al., arXiv 2402.09353). The scale
-    is :math:`\alpha / r`, or with ``rslora`` :math:`\alpha / \sqrt r` (Kalajdzievski, arXiv 2312.03732), so
-    that a higher rank learns as fast.
+    is :math:`\alpha / r`, or with ``rslora`` :math:`\alpha / \sqrt r` (Kalajdzievski, arXiv 2312.03732), with
+    which the learning rate need not change with the rank.
 
-    >>> LoraSettings(16, 32.0, 0.0, ["q_proj"]).scale, LoraSettings(16, 32.0, 0.0, ["q_proj"], rslora=True).scale
-    (2.0, 8.0)
+    >>> LoraSettings(16, 32.0, 0.0, ["q_proj"]).scale
+    2.0
+    >>> LoraSettings(16, 32.0, 0.0, ["q_proj"], rslora=True).scale
+    8.0
     """
 
     rank: int
@@ -64,51 +67,34 @@ class LoraSettings:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
-@dataclass(frozen=True)
-class MergeRow:
-    """One merged module.
-
-    ``how`` is ``added`` (to plain weights, one rounding to their type) or ``dequantized_weight`` (the packed base
-    became plain). ``update`` is the Frobenius norm of the update, ``error`` that of what rounding lost,
-    relative to it.
-    """
-
-    path: str
-    how: str
-    update: float
-    error: float
-
-
 def add_lora(model: Any, settings: LoraSettings, seed: int = 0) -> list[str]:
-    """Freeze the model and put adapters on it, in place; nothing changes in its outputs until they are
-    trained.
+    """Freeze a model and add adapters to it, in place. Its outputs do not change until they are trained.
 
     Args:
-        model: mlx-lm's model; dense, quantized or mixed.
-        settings: Rank, alpha, dropout and the targets: a target ``q_proj`` or ``self_attn.q_proj`` means
-            every module whose path ends so, and likewise those that train whole: see
+        model: mlx-lm's model; unquantized, quantized or mixed.
+        settings: Rank, alpha, dropout and targets. A target ``q_proj`` or ``self_attn.q_proj`` means every
+            module whose path ends so; the same holds for ``modules_to_save``, see
             :func:`~mlx_distill.models.modules.find_modules_to_save`.
         seed: Seed of the ``A`` matrices, which are uniform in ``± 1 / sqrt(inputs)``; ``B`` is zero.
 
     Returns:
-        The paths of the adapted modules, then of those that train whole.
+        The paths of the adapted modules, then of ``modules_to_save``.
 
     Raises:
-        ModelError: a target that matches nothing, or packed weights that should train whole.
-        ConfigError: a rank above a dimension of any target, or a module that is to be adapted and to train
-            whole.
+        ModelError: a target that matches nothing, or quantized weights in ``modules_to_save``.
+        ConfigError: a rank larger than a dimension of a target, or a module in both lists.
     """
-    found = linear_layers(model, settings.target_modules)
-    whole = find_modules_to_save(model, settings.modules_to_save, [path for path, _ in found])
-    check_rank(found, settings.rank)
-    layers = [(path, _wrap(module, settings)) for path, module in found]
+    targets = linear_layers(model, settings.target_modules)
+    saved = find_modules_to_save(model, settings.modules_to_save, [path for path, _ in targets])
+    check_rank(targets, settings.rank)
+    layers = [(path, _wrap(module, settings)) for path, module in targets]
     keys = mx.random.split(mx.random.key(seed), len(layers))
     model.freeze()
     for key, (_, layer) in zip(keys, layers, strict=True):
         bound = 1 / math.sqrt(layer.lora_a.shape[-1] if layer.lora_a.ndim == 3 else layer.lora_a.shape[0])
         layer.lora_a = mx.random.uniform(-bound, bound, layer.lora_a.shape, key=key)
     model.update_modules(tree_unflatten(layers))
-    return [path for path, _ in layers] + unfreeze_weights(whole)
+    return [path for path, _ in layers] + unfreeze_weights(saved)
 
 
 def _wrap(module: Any, settings: LoraSettings) -> Any:
@@ -119,46 +105,51 @@ def _wrap(module: Any, settings: LoraSettings) -> Any:
     experts = isinstance(module, (SwitchLinear, QuantizedSwitchLinear))
     inputs = matrix_shape(module)[1]
     if settings.kind not in ("lora", "dora"):
-        raise ModelError(f"unknown kind of adapter {settings.kind!r}", fix="lora or dora")
+        raise ModelError(f"unknown type of adapter {settings.kind!r}", fix="lora or dora")
     if settings.kind == "dora":
         cls = DoRASwitchLinear if experts else DoRALinear
     else:
         cls = LoRASwitchLinear if experts else LoRALinear
     layer = cls.from_base(module, r=settings.rank, dropout=settings.dropout, scale=settings.scale)
-    if (
-        layer.lora_a.ndim == 2 and layer.lora_a.shape[0] != inputs
-    ):  # mlx-lm counts wrongly where 32 / bits is not whole
+    if layer.lora_a.ndim == 2 and layer.lora_a.shape[0] != inputs:
+        # mlx-lm computes the number of inputs incorrectly if 32 / bits is not an integer.
         layer.lora_a = mx.zeros((inputs, settings.rank))
     return layer
 
 
 def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: str | Path) -> None:
-    """Write ``adapters.safetensors``, ``adapter_config.json`` and the tokenizer's files; ``base`` is a folder
-    or a Hub id.
+    """Write ``adapters.safetensors``, ``adapter_config.json`` and the tokenizer files.
+
+    Args:
+        model: With adapters.
+        folder: To write to.
+        settings: What :func:`add_lora` was given.
+        base: The folder or Hub id of the base model.
     """
     folder = Path(folder)
-    weights = {
-        name: value
-        for name, value in tree_flatten(model.parameters())
-        if name.rsplit(".", 1)[-1] in _LEAVES and _is_adapter(name, model)
-    }
-    if not weights:
+    adapted = {path for path, module in model.named_modules() if "lora_a" in module}
+    if not adapted:
         raise ModelError("the model has no adapter", fix="call add_lora first")
-    paths = sorted({name.rsplit(".", 1)[0] for name in weights})
-    for name, module in find_modules_to_save(model, settings.modules_to_save):
-        weights |= {f"{name}.{leaf}": module[leaf] for leaf in _WHOLE if leaf in module}
-    config = adapter_config(settings, paths, len(model.layers), relative_base(base, folder))
-    with atomic_path(folder / ADAPTER_FILE) as path:
-        mx.save_safetensors(str(path), weights, metadata={"format": "mlx"})
+    weights = {}
+    for name, value in tree_flatten(model.parameters()):
+        path, _, leaf = name.rpartition(".")
+        if path in adapted and leaf in ADAPTER_LEAVES:
+            weights[name] = value
+    for path, module in find_modules_to_save(model, settings.modules_to_save):
+        weights |= {f"{path}.{leaf}": module[leaf] for leaf in SAVED_LEAVES if leaf in module}
+    config = adapter_config(settings, sorted(adapted), len(model.layers), relative_base(base, folder))
+    with atomic_path(folder / ADAPTER_FILE) as file:
+        mx.save_safetensors(str(file), weights, metadata={"format": "mlx"})
     if Path(base).is_dir():
         copy_tokenizer(Path(base), folder)
     write_json(folder / ADAPTER_CONFIG, config)
 
 
 def adapter_config(settings: LoraSettings, paths: Sequence[str], layers: int, base: str) -> dict[str, Any]:
-    """What ``adapter_config.json`` holds: mlx-lm's keys, by which it goes, and ours beside them.
+    """The content of ``adapter_config.json``: the keys that mlx-lm reads, and keys of ours.
 
-    >>> adapter_config(LoraSettings(4, 8.0, 0.0, ["q_proj"]), ["model.layers.0.self_attn.q_proj"], 1, "../base")["lora_parameters"]
+    >>> settings = LoraSettings(4, 8.0, 0.0, ["q_proj"])
+    >>> adapter_config(settings, ["model.layers.0.self_attn.q_proj"], 1, "../base")["lora_parameters"]
     {'rank': 4, 'scale': 2.0, 'dropout': 0.0, 'keys': ['self_attn.q_proj']}
     """
     keys = sorted({path.split(".", 3)[-1] if path.startswith("model.layers.") else path for path in paths})
@@ -179,23 +170,14 @@ def adapter_config(settings: LoraSettings, paths: Sequence[str], layers: int, ba
     }
 
 
-def _is_adapter(name: str, model: Any) -> bool:
-    # ``m`` is DoRA's magnitude only beside lora_a; some architectures may call something else so.
-    module = model
-    for part in name.split(".")[:-1]:
-        module = module[int(part)] if isinstance(module, list) else module[part]
-    return "lora_a" in module
-
-
 def relative_base(base: str | Path, folder: Path) -> str:
-    """How an adapter's config names its base: relative to the adapter's folder where it is a folder, so that
-    a run can be moved.
+    """The base as an adapter's config names it: a path relative to the adapter's folder, or a Hub id.
+
+    A relative path stays valid when a run is moved.
     """
-    return (
-        Path(os.path.relpath(Path(base).resolve(), folder.resolve())).as_posix()
-        if Path(base).is_dir()
-        else str(base)
-    )
+    if not Path(base).is_dir():
+        return str(base)
+    return Path(os.path.relpath(Path(base).resolve(), folder.resolve())).as_posix()
 
 
 def adapter_settings(folder: str | Path) -> LoraSettings:
@@ -207,111 +189,76 @@ def adapter_settings(folder: str | Path) -> LoraSettings:
         rank, scale = int(lora["rank"]), float(lora["scale"])
         keys = config.get("target_modules") or lora.get("keys") or []
         rslora = bool(config.get("use_rslora"))
-        alpha = scale * (math.sqrt(rank) if rslora else rank)  # the scale is what mlx-lm goes by
+        alpha = scale * (math.sqrt(rank) if rslora else rank)  # mlx-lm reads the scale
         dropout, kind = float(lora.get("dropout", 0.0)), config.get("fine_tune_type", "lora")
-        return LoraSettings(
-            rank, alpha, dropout, tuple(keys), kind, rslora, tuple(config.get("modules_to_save") or ())
-        )
+        saved = tuple(config.get("modules_to_save") or ())
+        return LoraSettings(rank, alpha, dropout, tuple(keys), kind, rslora, saved)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error} is missing or wrong", fix="write the adapter again") from error
 
 
 def load_adapter(model: Any, folder: str | Path) -> list[str]:
-    """Put a saved adapter on its base model, in place, and freeze the rest; return the adapted paths.
+    """Add a saved adapter to its base model, in place, and freeze the model; return the adapted paths.
 
-    Modules that were trained whole take the place of the base's, in the type of its weights; of packed ones,
-    in that of its norms.
+    ``modules_to_save`` replace those of the base model, in the type of its weights, or in the type in which it
+    computes if its weights are quantized.
 
     Raises:
-        ModelError: a tensor that fits no module of the model, or in another shape: with file and tensor.
+        ModelError: a tensor that belongs to no module of the model, or has another shape: with file and tensor.
     """
     folder = Path(folder)
     settings = adapter_settings(folder)
     if not (folder / ADAPTER_FILE).is_file():
         raise ModelError(f"{folder / ADAPTER_FILE} is missing", fix="train the adapter again")
     infos, _ = read_header(folder / ADAPTER_FILE)
-    modules = dict(model.named_modules())
-    places = {name: tuple(name.rsplit(".", 1)) for name in infos if "." in name}
+    modules = {path: module for path, module in model.named_modules() if path}
+    adapted: set[str] = set()
+    saved: set[str] = set()
     for name, info in infos.items():
-        path, leaf = places.get(name, ("", ""))
-        whole = leaf in _WHOLE and f"{path}.lora_a" not in infos
-        if path not in modules or not (leaf in _LEAVES or (whole and leaf in modules[path])):
+        path, _, leaf = name.rpartition(".")
+        if path in modules and leaf in ADAPTER_LEAVES:
+            adapted.add(path)
+        elif (
+            path in modules
+            and leaf in SAVED_LEAVES
+            and leaf in modules[path]
+            and f"{path}.lora_a" not in infos
+        ):
+            saved.add(path)
+        else:
             raise ModelError(
                 f"{info.where} fits no module of the base model", fix="check base in adapter_config.json"
             )
-    paths = sorted({path for path, leaf in places.values() if leaf in _LEAVES})
+    paths = sorted(adapted)
     check_rank([(path, modules[path]) for path in paths], settings.rank)
     layers: list[tuple[str, Any]] = [(path, _wrap(modules[path], settings)) for path in paths]
-    layers += [
-        (path, _plain(modules[path], model.model.norm.weight.dtype))
-        for path in sorted({path for path, leaf in places.values() if leaf in _WHOLE})
-    ]
-    weights = mx.load(str(folder / ADAPTER_FILE))
-    for path, layer in layers:
-        for leaf in (*_LEAVES, *_WHOLE):
-            name = f"{path}.{leaf}"
-            if leaf in layer and (name not in weights or weights[name].shape != layer[leaf].shape):
-                raise ModelError(
-                    f"{folder / ADAPTER_FILE}: tensor '{name}' does not fit the base model",
-                    fix="check base in adapter_config.json",
-                )
-            if leaf in layer:
-                layer[leaf] = weights[name].astype(layer[leaf].dtype) if leaf in _WHOLE else weights[name]
+    layers += [(path, _unquantized(modules[path], compute_dtype(model))) for path in sorted(saved)]
+    _load_arrays(layers, folder / ADAPTER_FILE)
     model.freeze()
     model.update_modules(tree_unflatten(layers))
     return paths
 
 
-def _plain(module: Any, dtype: mx.Dtype) -> Any:
-    # A packed base is no hindrance: what was trained whole takes its place, in the type in which the model
-    # computes.
-    return (
-        unquantized_like(module, dequantized_weight(module).astype(dtype)) if "scales" in module else module
-    )
+def _unquantized(module: Any, dtype: mx.Dtype) -> Any:
+    if "scales" not in module:
+        return module
+    return unquantized_like(module, dequantized_weight(module).astype(dtype))
 
 
-def has_adapter(model: Any) -> bool:
-    """Whether any module of the model carries an adapter."""
-    return any("lora_a" in module for _, module in model.named_modules())
-
-
-def lora_delta(layer: Any) -> mx.array:
-    """``scale * B A`` of one adapted layer in float32, ``[out, in]`` or ``[experts, out, in]``."""
-    a, b = layer.lora_a.astype(mx.float32), layer.lora_b.astype(mx.float32)
-    return layer.scale * (b @ a) if a.ndim == 3 else layer.scale * (a @ b).T
-
-
-def merge(model: Any) -> list[MergeRow]:
-    """Add every adapter to its weights, in place.
-
-    Plain weights are added to in float32 and rounded once to their type. A packed base is dequantized first
-    and stays plain, in the type of the model's norms, since packing again would lose most of a small update;
-    :func:`mlx_distill.models.quantize.quantize_folder` packs, and states the error.
-    """
-    rows, merged = [], []
-    for path, layer in sorted(model.named_modules()):
-        if "lora_a" not in layer:
-            continue
-        module, row = _merged(path, layer, model.model.norm.weight.dtype)
-        rows.append(row)
-        merged.append((path, module))
-    model.update_modules(tree_unflatten(merged))
-    return rows
-
-
-def _merged(path: str, layer: Any, model_dtype: mx.Dtype) -> tuple[Any, MergeRow]:
-    base = layer.linear
-    packed = hasattr(base, "bits")
-    weight = dequantized_weight(base) if packed else base.weight
-    dtype = model_dtype if packed else weight.dtype
-    exact = weight.astype(mx.float32) + lora_delta(layer)
-    if "m" in layer:  # DoRA: the rows' norms are learned apart
-        exact = exact * (layer.m / mx.sqrt(mx.sum(mx.square(exact), axis=-1)))[..., None]
-    rounded = exact.astype(dtype)
-    out = unquantized_like(base, rounded)
-    update = mx.sqrt(mx.sum(mx.square(exact - weight.astype(mx.float32)))).item()
-    error = mx.sqrt(mx.sum(mx.square(exact - rounded.astype(mx.float32)))).item() / max(update, 1e-30)
-    return out, MergeRow(path, "dequantized" if packed else "added", float(update), float(error))
+def _load_arrays(layers: Sequence[tuple[str, Any]], file: Path) -> None:
+    """Set the parameters of adapters and of modules_to_save from a file; the latter keep their type."""
+    weights = mx.load(str(file))
+    for path, layer in layers:
+        for leaf in (*ADAPTER_LEAVES, *SAVED_LEAVES):
+            name = f"{path}.{leaf}"
+            if leaf not in layer:
+                continue
+            if name not in weights or weights[name].shape != layer[leaf].shape:
+                raise ModelError(
+                    f"{file}: tensor '{name}' does not fit the base model",
+                    fix="check base in adapter_config.json",
+                )
+            layer[leaf] = weights[name].astype(layer[leaf].dtype) if leaf in SAVED_LEAVES else weights[name]
 
 
 class DoRASwitchLinear(nn.Module):
@@ -320,31 +267,26 @@ class DoRASwitchLinear(nn.Module):
 
     .. math:: W'_e = m_e \frac{W_e + s B_e A_e}{\|W_e + s B_e A_e\|}
 
-    with the norm of each row, taken as a constant in the backward pass as in the paper (section 4.3). The
-    norm is put together from :math:`\|W\|^2`, computed once, and two products of rank r; the experts stay
-    packed.
+    The norm is that of each row, and is a constant in the backward pass as in the paper (section 4.3). It is
+    computed from :math:`\|W\|^2`, which is computed once, and two products of rank r, so the experts stay
+    quantized.
 
     Args:
-        linear: mlx-lm's stack of experts, plain or packed.
+        linear: mlx-lm's stack of experts, quantized or not.
         r: Rank.
-        dropout: On the adapter's input.
+        dropout: On the input of the adapter.
         scale: s.
     """
 
     def __init__(self, linear: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> None:
         super().__init__()
         experts, outputs, inputs = linear.num_experts, linear.output_dims, linear.input_dims
-        self.linear, self.dropout, self.scale, self.num_experts = (
-            linear,
-            nn.Dropout(p=dropout),
-            scale,
-            experts,
-        )
+        self.linear, self.scale, self.num_experts = linear, scale, experts
+        self.dropout = nn.Dropout(p=dropout)
         bound = 1 / math.sqrt(inputs)
         self.lora_a = mx.random.uniform(-bound, bound, (experts, r, inputs))
         self.lora_b = mx.zeros((experts, outputs, r))
-        # One expert at a time: packed ones are never all unpacked. No parameter, for it follows from the
-        # base.
+        # One expert is dequantized at a time. Not a parameter, since it follows from the base.
         self._squares = mx.stack(
             [mx.square(dequantized_weight(linear, expert)).sum(axis=-1) for expert in range(experts)]
         )
@@ -354,28 +296,28 @@ class DoRASwitchLinear(nn.Module):
     def from_base(
         cls, linear: Any, r: int = 8, dropout: float = 0.0, scale: float = 20.0
     ) -> DoRASwitchLinear:
-        """As mlx-lm's adapters are made."""
+        """The constructor of mlx-lm's adapters."""
         return cls(linear, r, dropout, scale)
 
     def norms(self) -> Float[mx.array, "e o"]:
         """The norm of each row of ``W + s B A``."""
         a, b = self.lora_a, self.lora_b
-        along = self.linear(a.astype(self._base_type()), mx.arange(self.num_experts)).astype(mx.float32)
+        product = self.linear(a.astype(self._base_dtype()), mx.arange(self.num_experts)).astype(mx.float32)
         if "bias" in self.linear:
-            along = along - self.linear.bias[:, None]
-        cross = (along.swapaxes(-1, -2) * b).sum(axis=-1)
-        own = ((b @ (a @ a.swapaxes(-1, -2))) * b).sum(axis=-1)
-        return mx.sqrt(mx.maximum(self._squares + 2 * self.scale * cross + self.scale**2 * own, 0.0))
+            product = product - self.linear.bias[:, None]
+        cross = (product.swapaxes(-1, -2) * b).sum(axis=-1)
+        squares = ((b @ (a @ a.swapaxes(-1, -2))) * b).sum(axis=-1)
+        return mx.sqrt(mx.maximum(self._squares + 2 * self.scale * cross + self.scale**2 * squares, 0.0))
 
-    def _base_type(self) -> mx.Dtype:
+    def _base_dtype(self) -> mx.Dtype:
         scales = self.linear.get("scales")
-        kind = self.linear.weight.dtype if scales is None else scales.dtype
-        return kind if mx.issubdtype(kind, mx.floating) else self.lora_a.dtype
+        dtype = self.linear.weight.dtype if scales is None else scales.dtype
+        return dtype if mx.issubdtype(dtype, mx.floating) else self.lora_a.dtype
 
     def __call__(
         self, x: Float[mx.array, "*b i"], indices: Integer[mx.array, "*k"], sorted_indices: bool = False
     ) -> mx.array:
-        """As ``SwitchLinear``: each ``x`` through the expert that its index names."""
+        """As ``SwitchLinear``: each ``x`` through the expert of its index."""
 
         def through(x: mx.array, weight: mx.array) -> mx.array:
             return mx.gather_mm(
@@ -386,6 +328,6 @@ class DoRASwitchLinear(nn.Module):
         y = y + (self.scale * through(through(self.dropout(x), self.lora_a), self.lora_b)).astype(y.dtype)
         factor = mx.expand_dims((self.m / mx.stop_gradient(self.norms()))[indices], -2)
         out = factor * y
-        if "bias" in self.linear:  # it was added by the base, and is not scaled
+        if "bias" in self.linear:  # the base added it, and DoRA does not scale it
             out = out + (1 - factor) * mx.expand_dims(self.linear.bias[indices], -2)
         return out.astype(y.dtype)

@@ -1,8 +1,7 @@
-"""Convert a checkpoint: streamed in bounded memory, verified by reading back, whole or not at all, resumable.
+"""Converting a checkpoint to the MLX layout: streamed in bounded memory, resumable, never half-written.
 
-Every weight keeps its own type unless told otherwise, MXFP4 experts pass through bit for bit, and every
-tensor is accounted for: where it came from, by which rule, what it became, and how far it is from what it
-was.
+Every weight keeps its type by default, and MXFP4 experts keep their bits. The report has a line for each tensor:
+its source, the rule, the stored type, and the error of the stored values.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 from mlx_distill.errors import ModelError
 from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import open_checkpoint
-from mlx_distill.models.checkpoint.tensor_job import Errors, TensorJob, TensorRow, table_row
+from mlx_distill.models.checkpoint.tensor_job import ErrorSums, TensorJob, TensorRow, table_row
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult, write_shards
 from mlx_distill.models.config_files import is_adapter, read_object
 from mlx_distill.models.folder import FORMAT, is_current, source_key, staged_folder
@@ -30,10 +29,10 @@ from mlx_distill.text import size
 
 @dataclass(frozen=True)
 class ConversionReport:
-    """What a conversion did, or would do: a line a tensor, and the sums.
+    """What a conversion did, or with ``dry_run`` would do: a line for each tensor, and totals.
 
-    ``left_out`` names source tensors that are not needed, with the reason; ``resumed`` counts shards that an
-    earlier run had finished.
+    ``left_out`` are source tensors that are not needed, with the reason; ``resumed`` is the number of shards
+    that an earlier run had finished.
     """
 
     source: str
@@ -51,16 +50,16 @@ class ConversionReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits for each parameter."""
+        """Stored bits per parameter."""
         return 8 * self.stored_bytes / max(self.parameters, 1)
 
     @property
     def largest_error(self) -> float:
-        """The worst relative error of any tensor; 0 where every bit is kept."""
+        """The largest relative error of a tensor; 0 if every bit is kept."""
         return max((row.error for row in self.rows), default=0.0)
 
     def facts(self) -> dict[str, Any]:
-        """The sums, for a manifest."""
+        """Totals, for a manifest."""
         return {
             "model_type": self.model_type,
             "parameters": self.parameters,
@@ -80,14 +79,14 @@ class ConversionReport:
         }
 
     def lines(self) -> list[str]:
-        """The table, then the sums."""
+        """The report in lines of text: the table of a dry run, then totals."""
         out = tensor_table(self.rows) if self.dry_run else []
         out += [f"left out: {name} ({reason})" for name, reason in self.left_out]
         verb = "would be" if self.dry_run else "written to"
         out.append(
             f"{self.model_type}: {self.parameters:,} parameters, {self.bits_per_weight:.2f} bits per weight, "
             f"{size(self.stored_bytes)} {verb} {self.destination}"
-            + ("" if self.dry_run else f" in {self.seconds:.1f} s, read back and compared")
+            + ("" if self.dry_run else f" in {self.seconds:.1f} s")
         )
         if self.largest_error:
             out.append(f"largest relative error of a tensor: {self.largest_error:.2e}")
@@ -107,29 +106,27 @@ def convert(
     dry_run: bool = False,
     progress: Progress | None = None,
 ) -> ConversionReport:
-    """Convert a Hugging Face checkpoint (or one of ours) to a folder of ours.
+    """Convert a checkpoint in the Hugging Face or the MLX layout to a folder in the MLX layout.
 
     Args:
         source: A Hub id or a folder.
-        destination: The folder to make. A killed conversion goes on where it stopped when the same command
-            runs again.
+        destination: The folder to write. A killed conversion is resumed by the same call.
         quantize: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe such as
-            ``mixed4``; None keeps the weights.
-        dtype: ``float32``, ``bfloat16`` or ``float16`` for floating-point tensors; None keeps each tensor's
-            own.
-        group_size: Weights that share a scale; 0 is the mode's own.
+            ``mixed4``; None does not quantize.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` for floating-point tensors; None keeps the type of each.
+        group_size: Weights that share a scale; 0 for the default of the mode.
         revision: Commit, tag or branch of a Hub model.
-        max_shard_bytes: Largest file, except that a tensor is never cut.
+        max_shard_bytes: Largest file; a larger tensor has a file of its own.
         memory_bytes: Bound on the working buffers; it changes no bit of the result.
-        dry_run: Make the table and write nothing.
-        progress: Where to say how far it is.
+        dry_run: Only return the report, write nothing.
+        progress: Shows the progress.
 
     Raises:
-        ModelError: the source is damaged or not supported; the destination is untouched.
-        FileError: the disk refused, or the destination holds something else.
+        ModelError: the source is damaged or not supported; the destination is not changed.
+        FileError: a failed write, or a destination that holds something else.
     """
     folder, destination = resolve(source, revision), Path(destination)
-    plan, jobs = _plan(folder, quantize, dtype, group_size)
+    plan, jobs = _plan_jobs(folder, quantize, dtype, group_size)
     if dry_run:
         return _report(str(source), destination, plan, jobs, [], 0.0, dry_run=True)
     settings = {
@@ -141,21 +138,20 @@ def convert(
     parents = {"source": source_key(folder)}
     recover(destination)
     if is_current(destination, stage_key("convert", FORMAT, settings, parents)):
-        return _as_written(str(source), destination, plan)
-    with staged_folder(destination, folder, "convert", settings, parents) as work:
+        return _finished_report(str(source), destination, plan)
+    with staged_folder(destination, folder, "convert", settings, parents) as staged:
         report = _write(
-            str(source), destination, work.folder, plan, jobs, max_shard_bytes, memory_bytes, progress
+            str(source), destination, staged.folder, plan, jobs, max_shard_bytes, memory_bytes, progress
         )
-        work.hashes.update(shard_hashes(work.folder))
-        work.recorded.update(
-            source=str(source), commit=commit_of(folder) or revision, **report.facts(), seconds=report.seconds
-        )
+        staged.hashes.update(shard_hashes(staged.folder))
+        commit = commit_of(folder) or revision
+        staged.recorded.update(source=str(source), commit=commit, **report.facts(), seconds=report.seconds)
     return report
 
 
-def _as_written(source: str, destination: Path, plan: CheckpointPlan) -> ConversionReport:
-    """The report of a conversion that stands there already."""
-    table = read_object(destination / TABLE)
+def _finished_report(source: str, destination: Path, plan: CheckpointPlan) -> ConversionReport:
+    """The report of a conversion that was finished before."""
+    table = read_object(destination / TENSOR_TABLE)
     rows = tuple(TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in table["tensors"])
     report = _report(source, destination, plan, [], [], 0.0)
     stored = open_checkpoint(destination).nbytes
@@ -180,38 +176,38 @@ def convert_into(
     progress: Progress | None = None,
     name: str = "convert",
 ) -> ConversionReport:
-    """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on
-    a second run.
+    """Convert into the partial folder of a stage, which the caller publishes.
 
-    ``name`` stands before what ``progress`` is told.
+    The arguments are those of :func:`convert`; ``name`` is the title of the progress. Shards that an earlier
+    call finished are kept.
     """
     folder = Path(folder)
-    plan, jobs = _plan(resolve(source, revision), quantize, dtype)
+    plan, jobs = _plan_jobs(resolve(source, revision), quantize, dtype)
     report = _write(str(source), folder, folder, plan, jobs, max_shard_bytes, memory_bytes, progress, name)
     if report.note and progress:
         progress.note(f"{name}: {report.note}")
     return report
 
 
-def _plan(
+def _plan_jobs(
     folder: Path, quantize: str | None, dtype: str | None, group_size: int = 0
 ) -> tuple[CheckpointPlan, list[TensorJob]]:
     if is_adapter(folder):
         raise ModelError(
             f"{folder} holds an adapter, not a model",
-            fix="use mlx-distill quantize or export, which merge it",
+            fix="use mlx-distill quantize or export, which merge adapters",
         )
     plan = plan_checkpoint(folder)
-    decide = quantization_policy(
+    policy = quantization_policy(
         plan.architecture, plan.quantizable, quantize, dtype=dtype, group_size=group_size
     )
-    return plan, [TensorJob(p, decide(p)) for p in plan.tensors]
+    return plan, [TensorJob(tensor, policy(tensor)) for tensor in plan.tensors]
 
 
 def _write(
     source: str,
     destination: Path,
-    into: Path,
+    folder: Path,
     plan: CheckpointPlan,
     jobs: Sequence[TensorJob],
     max_shard_bytes: int,
@@ -220,10 +216,10 @@ def _write(
     name: str = "convert",
 ) -> ConversionReport:
     began = time.perf_counter()
-    shards = stream(
-        jobs, into, name, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, progress=progress
+    shards = stream_shards(
+        jobs, folder, name, max_shard_bytes=max_shard_bytes, memory_bytes=memory_bytes, progress=progress
     )
-    finish_folder(into, plan, jobs, shards)
+    write_other_files(folder, plan, jobs, shards)
     return _report(source, destination, plan, jobs, shards, time.perf_counter() - began)
 
 
@@ -237,7 +233,7 @@ def _report(
     *,
     dry_run: bool = False,
 ) -> ConversionReport:
-    rows = shard_rows(plan, jobs, shards)
+    rows = tensor_rows(plan, jobs, shards)
     return ConversionReport(
         source,
         str(destination),
@@ -249,16 +245,16 @@ def _report(
         sum(o.nbytes for job in jobs for o in job.outputs),
         seconds,
         sum(s.resumed for s in shards),
-        plan.architecture.stock_differs(plan.config),
+        plan.architecture.stock_difference(plan.config),
         dry_run,
     )
 
 
-TABLE = "tensors.json"
+TENSOR_TABLE = "tensors.json"
 
 
 def tensor_table(rows: Sequence[TensorRow]) -> list[str]:
-    """Aligned lines: tensor, shape, from, to, bits per weight, what else is to say."""
+    """The rows as aligned lines of text: tensor, shape, from, to, bits per weight, note."""
     cells = [
         (
             r.name,
@@ -275,28 +271,26 @@ def tensor_table(rows: Sequence[TensorRow]) -> list[str]:
     return ["  ".join([*(row[i].ljust(widths[i]) for i in range(5)), row[5]]).rstrip() for row in cells]
 
 
-def update_lost(rows: Sequence[TensorRow]) -> list[str]:
-    """A line where rounding ate a tenth or more of an adapter's update: the user may want to keep it beside
-    instead.
-    """
+def update_loss_note(rows: Sequence[TensorRow]) -> list[str]:
+    """A line of text if the error is a tenth or more of an adapter's update; else nothing."""
     shares = [row.error / row.update for row in rows if row.update]
     if max(shares, default=0.0) < 0.1:
         return []
     return [
-        f"rounding costs as much as {max(shares):.0%} of the adapter's update; kept beside its base (adapter: keep) it loses nothing"
+        f"rounding costs as much as {max(shares):.0%} of the adapter's update; "
+        "kept beside its base (adapter: keep) it loses nothing"
     ]
 
 
-def stream(
-    jobs: Sequence[TensorJob], into: Path, name: str, *, progress: Progress | None = None, **options: Any
+def stream_shards(
+    jobs: Sequence[TensorJob], folder: Path, name: str, *, progress: Progress | None = None, **options: Any
 ) -> list[ShardResult]:
-    """Write the shards, telling ``progress`` the megabytes of source that are done."""
-    done = 0
-    with (
-        progress.task(name, total=sum(job.tensor.nbytes for job in jobs) / 1e6, unit="MB")
-        if progress
-        else nullcontext() as bar
-    ):
+    """Write the shards and show how many megabytes of the source are processed.
+
+    ``options`` are those of :func:`~mlx_distill.models.checkpoint.writer.write_shards`.
+    """
+    done, total = 0, sum(job.tensor.nbytes for job in jobs) / 1e6
+    with progress.task(name, total=total, unit="MB") if progress else nullcontext() as bar:
 
         def on_bytes(count: int) -> None:
             nonlocal done
@@ -304,26 +298,27 @@ def stream(
             if bar is not None:
                 bar.update(done / 1e6)
 
-        return write_shards(jobs, into, on_bytes=on_bytes, **options)
+        return write_shards(jobs, folder, on_bytes=on_bytes, **options)
 
 
-def shard_rows(
+def tensor_rows(
     plan: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
 ) -> tuple[TensorRow, ...]:
-    """The table's lines: as measured where shards were written, else as planned; packed words that came in
-    count as their weights.
+    """The report of each tensor, measured if its shard was written, else as planned.
+
+    The words of weights that were quantized in the source are counted as the weights that they encode.
     """
     measured = {row.name: row for shard in shards for row in shard.rows}
     rows = []
     for job in jobs:
-        row = measured.get(job.tensor.name) or table_row(job, Errors(), job.outputs)
+        row = measured.get(job.tensor.name) or table_row(job, ErrorSums())
         path = job.tensor.name.removesuffix(".weight")
         if job.tensor.dtype == "U32" and path in plan.quantization:
-            count, stored = plan.parameters(job.tensor), plan.quantized_bytes(path)
+            count, nbytes = plan.parameters(job.tensor), plan.quantized_bytes(path)
             row = replace(
                 row,
                 parameters=count,
-                bits=round(8 * stored / count, 4),
+                bits=round(8 * nbytes / count, 4),
                 stored=plan.quantization[path].label,
                 note="bit for bit",
             )
@@ -331,29 +326,29 @@ def shard_rows(
     return tuple(rows)
 
 
-def finish_folder(
-    into: Path, plan: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
+def write_other_files(
+    folder: Path, plan: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
 ) -> None:
-    """Config, tokenizer, and the table of tensors with the shards' hashes."""
-    copy_tokenizer(plan.folder, into, others=True)
-    write_json(into / "config.json", our_config(plan, jobs))
-    rows = shard_rows(plan, jobs, shards)
+    """Write config.json, the tokenizer, and tensors.json, which holds the rows and the hashes of the shards."""
+    copy_tokenizer(plan.folder, folder, others=True)
+    write_json(folder / "config.json", mlx_config(plan, jobs))
+    rows = tensor_rows(plan, jobs, shards)
     table = {
         "format": FORMAT,
         "shards": [{"name": s.name, "sha256": s.sha256, "size": s.size} for s in shards],
         "left_out": [list(pair) for pair in plan.left_out],
         "tensors": [row.to_dict() for row in rows],
     }
-    write_json(into / TABLE, table)
+    write_json(folder / TENSOR_TABLE, table)
 
 
 def shard_hashes(folder: Path) -> dict[str, str]:
-    """The hashes that :func:`finish_folder` left in the folder's table, by the shards' names."""
-    return {row["name"]: row["sha256"] for row in read_object(folder / TABLE)["shards"]}
+    """The hashes of the shards in tensors.json, by file name."""
+    return {shard["name"]: shard["sha256"] for shard in read_object(folder / TENSOR_TABLE)["shards"]}
 
 
-def our_config(plan: CheckpointPlan, jobs: Sequence[TensorJob]) -> dict[str, Any]:
-    """HF's keys, what stock mlx-lm needs besides, and ``quantization`` as mlx-lm writes it."""
+def mlx_config(plan: CheckpointPlan, jobs: Sequence[TensorJob]) -> dict[str, Any]:
+    """The source's config with the keys that stock mlx-lm needs, and ``quantization`` as mlx-lm writes it."""
     config = dict(read_object(plan.folder / "config.json"))
     arguments = plan.architecture.arguments(plan.config)
     rope = config.get("rope_parameters")
@@ -362,16 +357,17 @@ def our_config(plan: CheckpointPlan, jobs: Sequence[TensorJob]) -> dict[str, Any
             "rope_theta": arguments["rope_theta"],
             "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"},
         }
-    if plan.architecture.model_type == "qwen3_moe" and "num_experts" not in config:
-        config["num_experts"] = arguments["num_experts"]
+    for key in plan.architecture.config_aliases:
+        config.setdefault(key, arguments[key])
     types = {job.action.dtype for job in jobs if job.action.dtype}
     if len(types) == 1:
         name = next(name for name, stored in SAFETENSORS.items() if stored in types)
         config |= {key: name for key in ("dtype", "torch_dtype") if key in config}
-    packed = {
-        job.tensor.name.removesuffix(".weight"): job.action.config
+    quantized = {
+        job.tensor.name.removesuffix(".weight"): job.action.quantization.config
         for job in jobs
-        if job.action.kind == "quantize"
+        if job.action.quantization
     }
-    packed |= {path: packing.config for path, packing in plan.quantization.items() if path not in packed}
-    return with_quantization(config, packed)
+    for path, quantization in plan.quantization.items():
+        quantized.setdefault(path, quantization.config)
+    return with_quantization(config, quantized)

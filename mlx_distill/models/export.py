@@ -1,83 +1,44 @@
-"""Out again: to the Hugging Face layout, by the same rules backwards, and LoRA adapters to PEFT's format and
-from it.
-"""
+"""Exporting a model to the Hugging Face layout, by the rules of its conversion applied backwards."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.checkpoint.layout import backward_plan, wildcard_name
 from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
-from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, Source
-from mlx_distill.models.checkpoint.tensor_job import Errors, TensorJob, TensorRow, run_block, table_row
+from mlx_distill.models.checkpoint.safetensors import Source
+from mlx_distill.models.checkpoint.tensor_job import (
+    ErrorSums,
+    TensorJob,
+    TensorRow,
+    Update,
+    output_plans,
+    table_row,
+)
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
 from mlx_distill.models.config_files import adapter_base, is_adapter, read_object
-from mlx_distill.models.convert import stream, update_lost
+from mlx_distill.models.convert import stream_shards, update_loss_note
 from mlx_distill.models.folder import source_key, staged_folder
 from mlx_distill.models.hub import copy_tokenizer, resolve
 from mlx_distill.models.peft import Card, from_peft, peft_weights, to_peft, write_peft
-from mlx_distill.models.quantization import QuantSpec
-from mlx_distill.models.quantize import adapter_updates, plan_jobs, reopen
+from mlx_distill.models.quantization import TensorAction
+from mlx_distill.models.quantize import adapter_updates, dequantized_plan, plan_jobs
 from mlx_distill.progress import Progress
 from mlx_distill.storage import write_json, write_text
 from mlx_distill.text import counted, size
 
-_NOT_CONVERTED = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-
-
-@dataclass(frozen=True)
-class ComputedTensor:
-    """A tensor of ours that is made while it is read: merged, unpacked, packed again, or of another layout.
-
-    Stands in for a :class:`TensorInfo`.
-    """
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    file: Path
-    job: TensorJob
-    index: int
-    errors: Errors
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes when written."""
-        return int(np.prod(self.shape)) * DTYPE_BYTES[self.dtype]
-
-    @property
-    def where(self) -> str:
-        """For messages."""
-        return f"{self.file}: tensor {self.name!r}"
-
-    def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
-        """Rows, as :meth:`TensorInfo.read` gives them."""
-        width = self.shape[-1]
-        columns = columns or width
-        stop = int(np.prod(self.shape)) // columns if stop is None else stop
-        first, last = start * columns // width, -(-stop * columns // width)
-        block = run_block(self.job, first, last, self.errors)[self.index].reshape(-1)
-        skip = start * columns - first * width
-        return block[skip : skip + (stop - start) * columns].reshape(-1, columns)
-
-    def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """A block, as :meth:`TensorInfo.read_block` gives it."""
-        return self.read(*rows)[:, slice(*columns)]
-
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written.
+    """What an export wrote.
 
-    ``changed`` has a line for each tensor whose values are not bit for bit those of the folder; ``kept``
-    counts the modules of the adapter that stands beside.
+    ``changed`` has a line for each tensor whose bits differ from the source's; ``kept`` is the number of modules
+    of the adapter that was written beside the model.
     """
 
     source: str
@@ -90,7 +51,7 @@ class ExportReport:
     seconds: float
 
     def facts(self) -> dict[str, Any]:
-        """The sums, for a manifest."""
+        """Totals, for a manifest."""
         return {
             "model_type": self.model_type,
             "tensors": self.tensors,
@@ -103,24 +64,24 @@ class ExportReport:
         return {**asdict(self), "changed": [row.to_dict() for row in self.changed]}
 
     def notes(self) -> list[str]:
-        """What changed, layers folded together, and what else is to know where the folder lies by then."""
+        """What changed, with one line for all layers, and what the model card has to say."""
         groups: dict[tuple[str, str], list[float]] = {}
         for row in self.changed:
             groups.setdefault((wildcard_name(row.name), row.note), []).append(row.error)
         out = [
-            f"{name}: {counted(len(e), 'tensor')}, {note}, relative error at most {max(e):.1e}"
-            for (name, note), e in groups.items()
+            f"{name}: {counted(len(errors), 'tensor')}, {note}, relative error at most {max(errors):.1e}"
+            for (name, note), errors in groups.items()
         ]
         if not self.changed:
             out.append("every tensor bit for bit")
         if self.kept:
             out.append(f"the adapter of {counted(self.kept, 'module')} beside it, in adapter/, for PEFT")
-        return [*out, *update_lost(self.changed)]
+        return [*out, *update_loss_note(self.changed)]
 
     def lines(self) -> list[str]:
-        """The notes, then the sum."""
-        total = f"{self.model_type}: {counted(self.tensors, 'tensor')}, {size(self.stored_bytes)} written to {self.destination}"
-        return [*self.notes(), total]
+        """The report in lines of text: the notes, then the total."""
+        what = f"{self.model_type}: {counted(self.tensors, 'tensor')}, {size(self.stored_bytes)}"
+        return [*self.notes(), f"{what} written to {self.destination}"]
 
 
 def to_hf(
@@ -133,43 +94,45 @@ def to_hf(
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
 ) -> ExportReport:
-    """Write a folder of ours in the Hugging Face layout: what transformers loads, with the same logits.
+    """Write a model folder in the Hugging Face layout, which transformers loads with the same logits.
 
-    Unquantized tensors and MXFP4 experts come out byte for byte as they once came in. Weights packed in a way
-    that the layout has no room for are unpacked to the type of their scales (bfloat16 where these are bytes),
-    which rounds each value once.
+    Unquantized tensors and natively quantized experts (MXFP4 in gpt-oss) have the bytes that they had before
+    conversion. Weights that are quantized in a way that the layout has no place for are dequantized to the type
+    of their scales (bfloat16 if those are bytes), which rounds each value once.
 
     Args:
-        model: A model folder, or an adapter folder of ours.
-        destination: The folder to make.
-        adapter: ``merge`` adds it to the weights (MXFP4 experts that it changes are packed again, with the
-            error stated); ``keep`` leaves the base untouched and puts the adapter beside it, in PEFT's format
-            in ``destination/adapter``.
+        model: A model folder, or an adapter folder, in the MLX layout.
+        destination: The folder to write.
+        adapter: ``merge`` adds it to the weights (natively quantized experts that it changes are quantized
+            again, with the error in the report); ``keep`` does not change the base model and writes the
+            adapter in PEFT's format to ``destination/adapter``.
         card: Writes the model card (README.md); see :func:`~mlx_distill.report.model_card.card_text`.
-        max_shard_bytes: Largest file.
+        max_shard_bytes: Largest file; a larger tensor has a file of its own.
         memory_bytes: Bound on the working buffers.
-        progress: Where to say how far it is.
+        progress: Shows the progress.
 
     Raises:
-        ConfigError: another way with the adapter.
-        ModelError: a damaged folder, or an adapter to keep that PEFT has no place for.
-        FileError: the disk refused, or the destination holds something else.
+        ConfigError: another value of ``adapter``.
+        ModelError: a damaged folder, or an adapter to keep that PEFT's format has no place for.
+        FileError: a failed write, or a destination that holds something else.
     """
     began = time.perf_counter()
     if adapter not in ("merge", "keep"):
         raise ConfigError(f"adapter: {adapter!r} is not merge or keep", fix="choose one of them")
     folder, destination = resolve(model), Path(destination)
-    adapted = is_adapter(folder)
-    beside = peft_weights(folder) if adapted and adapter == "keep" else {}
-    plan = plan_checkpoint(adapter_base(folder) if adapted else folder)
-    sources, changed = _sources(plan, adapter_updates(folder) if adapted and not beside else {})
-    jobs = [TensorJob(p) for p in backward_plan(plan.architecture, sources)]
+    has_adapter = is_adapter(folder)
+    kept_weights = peft_weights(folder) if has_adapter and adapter == "keep" else {}
+    plan = plan_checkpoint(adapter_base(folder) if has_adapter else folder)
+    tensors, changed = apply_updates(
+        plan, adapter_updates(folder) if has_adapter and not kept_weights else {}
+    )
+    jobs = [TensorJob(tensor) for tensor in backward_plan(plan.architecture, tensors)]
     settings: dict[str, Any] = {"layout": "hf", "adapter": adapter, "max_shard_bytes": max_shard_bytes}
     key = source_key(folder)
-    with staged_folder(destination, folder, "export", settings, {"source": key}) as work:
-        shards = stream(
+    with staged_folder(destination, folder, "export", settings, {"source": key}) as staged:
+        shards = stream_shards(
             jobs,
-            work.folder,
+            staged.folder,
             "export",
             max_shard_bytes=max_shard_bytes,
             memory_bytes=memory_bytes,
@@ -177,84 +140,97 @@ def to_hf(
             salt=key,
             progress=progress,
         )
-        copy_tokenizer(plan.folder, work.folder, others=True)
-        if adapted:
-            copy_tokenizer(folder, work.folder)
-        write_json(work.folder / "config.json", hf_config(plan, {job.tensor.name for job in jobs}))
-        kept = write_peft(folder, work.folder / "adapter", beside, destination.name) if beside else []
+        copy_tokenizer(plan.folder, staged.folder, others=True)
+        if has_adapter:
+            copy_tokenizer(folder, staged.folder)
+        write_json(staged.folder / "config.json", hf_config(plan, {job.tensor.name for job in jobs}))
+        kept = (
+            write_peft(folder, staged.folder / "adapter", kept_weights, destination.name)
+            if kept_weights
+            else []
+        )
         out = ExportReport(
             str(model),
             str(destination),
             plan.architecture.model_type,
             len(jobs),
             sum(job.tensor.nbytes for job in jobs),
-            tuple(table_row(job, errors, job.outputs) for job, errors in changed),
+            tuple(table_row(job, errors) for job, errors in changed),
             len(kept),
             time.perf_counter() - began,
         )
         if card is not None:
-            write_text(work.folder / "README.md", card(destination.name, folder, plan, out.notes()))
-        work.hashes.update({s.name: s.sha256 for s in shards})
-        work.recorded.update(source=str(model), **out.facts())
+            write_text(staged.folder / "README.md", card(destination.name, folder, plan, out.notes()))
+        staged.hashes.update({s.name: s.sha256 for s in shards})
+        staged.recorded.update(source=str(model), **out.facts())
     return out
 
 
-def _sources(
-    plan: CheckpointPlan, updates: Mapping[str, Any]
-) -> tuple[dict[str, Source], list[tuple[TensorJob, Errors]]]:
-    """Our tensors by name; those that change are computed while they are read."""
-    planned = {p.name: p for p in plan.tensors}
-    foreign = {path for path, packing in plan.quantization.items() if not _native(plan, path, packing)}
-    sources: dict[str, Source] = {}
-    changed: list[tuple[TensorJob, Errors]] = []
-    for job in plan_jobs(plan, dict(updates), None):
-        path, _, leaf = job.tensor.name.rpartition(".")
-        if path in foreign and leaf in ("scales", "biases"):
+def apply_updates(
+    plan: CheckpointPlan, updates: Mapping[str, Update]
+) -> tuple[dict[str, Source], list[tuple[TensorJob, ErrorSums]]]:
+    """The tensors to export, in the MLX layout: with an adapter merged, and dequantized where necessary.
+
+    Returns:
+        The tensors by name, computed while they are read, and the jobs that change values, each with its
+        errors, which are complete once all tensors were read.
+    """
+    tensors: dict[str, Source] = {}
+    changed: list[tuple[TensorJob, ErrorSums]] = []
+    for job in _export_jobs(plan, updates):
+        if job.action.keeps_bits and job.tensor.rule == "same":
+            tensors[job.tensor.name] = job.tensor.sources[0]
             continue
-        if path in foreign and leaf == "weight":
-            packing, kept = plan.quantization[path], planned[f"{path}.scales"].dtype
-            plain, _ = reopen(planned[job.tensor.name], planned, packing)
-            job = TensorJob(
-                plain,
-                QuantSpec("cast", kept if kept != "U8" else "BF16", why=f"unpacked from {packing.mode}"),
-                job.update,
-            )
-        if job.action.kind == "keep" and job.tensor.rule == "same":
-            sources[job.tensor.name] = job.tensor.sources[0]
-            continue
-        errors = Errors()
-        for i, output in enumerate(job.outputs):
-            sources[output.name] = ComputedTensor(
-                output.name, output.dtype, output.shape, job.tensor.sources[0].file, job, i, errors
-            )
-        if job.action.kind != "keep":
+        errors = ErrorSums()
+        tensors |= {output.name: output for output in output_plans(job, errors)}
+        if not job.action.keeps_bits:
             changed.append((job, errors))
-    return sources, changed
+    return tensors, changed
 
 
-def _native(plan: CheckpointPlan, path: str, packing: QuantSpec) -> bool:
-    """Whether the Hugging Face layout of this architecture has room for the packed module as it is."""
-    return plan.architecture.model_type == "gpt_oss" and ".experts." in path and packing.mode == "mxfp4"
+def _export_jobs(plan: CheckpointPlan, updates: Mapping[str, Update]) -> Iterator[TensorJob]:
+    """What is done with each tensor: what the Hugging Face layout has no place for is dequantized."""
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
+    foreign = {
+        path: quantization
+        for path, quantization in plan.quantization.items()
+        if not plan.architecture.holds_natively(path, quantization.mode)
+    }
+    for job in plan_jobs(plan, updates, None):
+        path, _, leaf = job.tensor.name.rpartition(".")
+        if path not in foreign or leaf not in ("weight", "scales", "biases"):
+            yield job
+        elif leaf == "weight":
+            scales = tensors[f"{path}.scales"]
+            dtype = "BF16" if scales.dtype == "U8" else scales.dtype
+            action = TensorAction(dtype, reason=f"dequantized from {foreign[path].mode}")
+            yield TensorJob(dequantized_plan(tensors, path, foreign[path]), action, job.update)
 
 
-def hf_config(plan: CheckpointPlan, names: set[str]) -> dict[str, Any]:
-    """config.json without what conversion added to it."""
+def hf_config(plan: CheckpointPlan, names: Collection[str]) -> dict[str, Any]:
+    """config.json without what conversion added to it.
+
+    Args:
+        plan: Of the model.
+        names: Of the exported tensors.
+    """
     config = dict(read_object(plan.folder / "config.json"))
     config.pop("quantization", None)
     if config.get("rope_parameters"):
         config.pop("rope_theta", None)
         config.pop("rope_scaling", None)
-    if "num_local_experts" in config and plan.architecture.model_type == "qwen3_moe":
-        config.pop("num_experts", None)
-    if any(name.endswith("_blocks") for name in names):
-        if (config.get("quantization_config") or {}).get("quant_method") != "mxfp4":
-            config["quantization_config"] = {
-                "quant_method": "mxfp4",
-                "modules_to_not_convert": _NOT_CONVERTED,
-            }
-    else:
+    for stock, original in plan.architecture.config_aliases.items():
+        if original in config:
+            config.pop(stock, None)
+    native = plan.architecture.native_quantization
+    if native is None or not any(plan.architecture.is_quantized_source(name) for name in names):
         config.pop("quantization_config", None)
+    elif (config.get("quantization_config") or {}).get("quant_method") != native.mode:
+        config["quantization_config"] = {
+            "quant_method": native.mode,
+            "modules_to_not_convert": list(native.not_converted),
+        }
     return config
 
 
-__all__ = ["ComputedTensor", "ExportReport", "from_peft", "hf_config", "to_hf", "to_peft"]
+__all__ = ["ExportReport", "apply_updates", "from_peft", "hf_config", "to_hf", "to_peft"]

@@ -1,16 +1,17 @@
-"""Several rows in one line of a batch, none seeing another, without changing a model class.
+"""The interface of every engine to a model: hidden states, output head, and caches for packed sequences.
 
-mlx-lm's models ask the cache object that they are given for the attention mask (``make_mask``), for the place
-of the first token (``offset``) and for the keys and values (``update_and_fetch``). A :class:`SegmentCache`
-answers with a mask of blocks, 0, and what it was handed.
+Packed sequences are several rows in one sequence of a batch that do not attend to each other. mlx-lm's models
+ask the cache that they are given for the attention mask (``make_mask``), the position of the first token
+(``offset``) and keys and values (``update_and_fetch``); :class:`SegmentCache` returns a block-diagonal mask, 0,
+and the keys and values of this call, so no model class is changed.
 
-Positions run on through a line instead of restarting with each row: mlx-lm's rope takes one offset a line.
-Attention through rope depends on differences of positions alone, YaRN's included (its frequencies and its
-factor do not depend on the place), so a row gets what it would get alone, up to rounding: angles are float32,
-and one of p radians is known to p / 2^24. Since no line is longer than ``max_length``, no position occurs
-that a single row of the longest length would not have.
+Positions run on through a packed sequence and do not restart with each row, since mlx-lm's rope takes one offset
+for each sequence. Attention with rope depends on differences of positions alone (also with YaRN, whose
+frequencies and factor do not depend on the position), so a row gets the same result as alone, up to rounding:
+angles are float32, with an absolute error of about p / 2^24 at p radians. No sequence is longer than
+``max_length``, so no position is larger than in a row of that length.
 
-Scores are made over whole lines and masked, so attention costs every token what it costs the longest row.
+Scores are computed for whole sequences and then masked, so attention costs as much as for one long row.
 """
 
 from __future__ import annotations
@@ -22,14 +23,16 @@ from jaxtyping import Bool, Float, Int
 
 from mlx_distill.errors import ModelError
 from mlx_distill.losses.output_head import project
+from mlx_distill.models.architectures.registry import architecture_of_model, module_names
+from mlx_distill.models.checkpoint.layout import final_logit_softcapping
 
 
 class Segments:
-    """Who may see whom in a batch of packed lines, shared by the caches of all layers.
+    """The attention masks of a batch of packed sequences, shared by the caches of all layers.
 
     Args:
-        ids: ``[b, l]`` the number of the row that each token belongs to; padding has a number of its own and
-            sees itself, so that no line of the softmax is empty.
+        ids: ``[b, l]`` the row that each token belongs to. Padding has an id of its own and attends to itself,
+            so that no softmax is empty.
     """
 
     def __init__(self, ids: Int[mx.array, "b l"]) -> None:
@@ -37,25 +40,25 @@ class Segments:
         self._masks: dict[int | None, mx.array] = {}
 
     def mask(self, window: int | None = None) -> Bool[mx.array, "b 1 l l"]:
-        """``mask[i, 0, q, k]``: the same row, ``k <= q``, and ``q - k < window``; made once for each window.
+        """``mask[i, 0, q, k]``: the same row, ``k <= q``, and ``q - k < window``; computed once per window.
 
         >>> Segments(mx.array([[1, 1, 2]])).mask()[0, 0].astype(mx.int32).tolist()
         [[1, 0, 0], [1, 1, 0], [0, 0, 1]]
         """
         if window not in self._masks:
-            place = mx.arange(self.ids.shape[1])
-            distance = place[:, None] - place[None]
-            near = distance >= 0
+            positions = mx.arange(self.ids.shape[1])
+            distance = positions[:, None] - positions[None]
+            visible = distance >= 0
             if window is not None:
-                near &= distance < window
-            self._masks[window] = ((self.ids[:, :, None] == self.ids[:, None]) & near)[:, None]
+                visible &= distance < window
+            self._masks[window] = ((self.ids[:, :, None] == self.ids[:, None]) & visible)[:, None]
         return self._masks[window]
 
 
 class SegmentCache:
-    """One layer's stand-in for mlx-lm's cache in a single pass over packed lines; it keeps nothing.
+    """The cache of one layer for a single forward pass over packed sequences; it stores nothing.
 
-    ``window`` is the layer's sliding window in tokens, None where it sees everything.
+    ``window`` is the size of the layer's sliding window in tokens; None for full attention.
     """
 
     offset = 0
@@ -66,25 +69,25 @@ class SegmentCache:
     def make_mask(
         self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any
     ) -> Bool[mx.array, "b 1 l l"]:
-        """See :meth:`Segments.mask`; of two windows the smaller."""
+        """:meth:`Segments.mask` with the smaller of the two windows."""
         return self.segments.mask(min(filter(None, (window_size, self.window)), default=None))
 
     def update_and_fetch(
         self, keys: Float[mx.array, "b h l d"], values: Float[mx.array, "b h l e"]
     ) -> tuple[Float[mx.array, "b h l d"], Float[mx.array, "b h l e"]]:
-        """What it was handed."""
+        """Keys and values of this call."""
         return keys, values
 
 
 def segment_caches(model: Any, ids: Int[mx.array, "b l"]) -> list[SegmentCache]:
-    """One cache a layer for :func:`~mlx_distill.models.forward.hidden_states` over packed lines.
+    """One cache for each layer, for :func:`hidden_states` of packed sequences.
 
     Args:
         model: mlx-lm's.
         ids: As for :class:`Segments`.
 
     Raises:
-        ModelError: a layer carries a state from token to token, which no mask can cut.
+        ModelError: a layer has a recurrent state, which no mask can separate.
     """
     from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
 
@@ -92,28 +95,56 @@ def segment_caches(model: Any, ids: Int[mx.array, "b l"]) -> list[SegmentCache]:
     for cache in caches:
         if type(cache) is not KVCache and (type(cache) is not RotatingKVCache or cache.keep):
             raise ModelError(
-                f"a model with a {type(cache).__name__} cannot read several rows in one line",
+                f"a model with a {type(cache).__name__} cannot compute packed sequences",
                 fix="packing: false",
             )
     segments = Segments(ids)
     return [SegmentCache(segments, getattr(cache, "max_size", None)) for cache in caches]
 
 
+def get_module(model: Any, path: str) -> Any:
+    """The module of a model at a dotted path; None if there is none."""
+    for name in path.split("."):
+        if model is None or name not in model:
+            return None
+        model = model[name]
+    return model
+
+
 def hidden_states(model: Any, inputs: Int[mx.array, "b l"], cache: Any = None) -> Float[mx.array, "b l d"]:
-    """The trunk: embeddings to the final norm. ``logits(model, hidden_states(model, x))`` are the logits."""
-    return model.model(inputs, cache)
+    """The hidden states after the final norm; ``logits(model, hidden_states(model, x))`` are logits."""
+    return get_module(model, module_names(model).trunk)(inputs, cache)
 
 
 def head(model: Any) -> Any:
-    """The head: the linear layer, or the embedding that it is tied to."""
-    return model.lm_head if "lm_head" in model else model.model.embed_tokens
+    """The output head: a linear layer, or the embedding that it is tied to."""
+    names = module_names(model)
+    return get_module(model, names.embedding if is_tied(model) else names.head)
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the output head is the embedding."""
+    return get_module(model, module_names(model).head) is None
+
+
+def hidden_size(model: Any) -> int:
+    """The width of a hidden state."""
+    embedding = get_module(model, module_names(model).embedding)
+    return int(embedding.dims if hasattr(embedding, "dims") else embedding.weight.shape[-1])
+
+
+def compute_dtype(model: Any) -> mx.Dtype:
+    """The type in which a model computes: that of its final norm, which is never quantized."""
+    dtype: mx.Dtype = get_module(model, module_names(model).final_norm).weight.dtype
+    return dtype
 
 
 def softcap(model: Any) -> float | None:
-    """The cap c of a model whose logits are ``c * tanh(z / c)`` (Gemma 2), None for plain logits."""
-    return getattr(model, "final_logit_softcapping", None)
+    """``c`` of a model whose logits are ``c * tanh(z / c)`` (Gemma 2); None for plain logits."""
+    architecture = architecture_of_model(model)
+    return architecture.logit_softcap(model) if architecture else final_logit_softcapping(model)
 
 
 def logits(model: Any, hidden: Float[mx.array, "*b d"]) -> Float[mx.array, "*b v"]:
-    """Float32 logits over the head's columns, soft-capped where the model does so."""
+    """Float32 logits over the columns of the head, with the soft-capping of the model."""
     return project(head(model), hidden, softcap(model)).astype(mx.float32)

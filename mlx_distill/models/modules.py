@@ -1,8 +1,8 @@
-"""Which modules a training is about: chosen by the end of their paths, before anything is changed."""
+"""Choosing the modules to train by the end of their paths; dequantizing and casting whole models."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -14,59 +14,63 @@ from mlx_distill.errors import ConfigError, ModelError
 
 
 def linear_layers(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
-    """The linear layers and stacks of experts, packed or not, whose path ends in one of ``names``, sorted by
-    path.
+    """The linear layers and stacks of experts, quantized or not, whose path ends in one of ``names``.
+
+    Returns:
+        Paths and modules, sorted by path.
 
     Raises:
         ModelError: a name that matches nothing, or no name.
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchLinear
 
-    kinds = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
-    found = _named(model, names, lambda module: isinstance(module, kinds), "target module")
-    if not found:
+    types = (nn.Linear, nn.QuantizedLinear, SwitchLinear, QuantizedSwitchLinear)
+    layers = _modules_by_name(model, names, lambda module: isinstance(module, types), "target module")
+    if not layers:
         raise ModelError("no target modules", fix="name at least one, such as q_proj")
-    return found
+    return layers
 
 
 def find_modules_to_save(
     model: Any, names: Sequence[str], adapted: Collection[str] = ()
 ) -> list[tuple[str, Any]]:
-    """The modules with a plain weight of their own whose path ends in one of ``names``, sorted by path:
-    PEFT's ``modules_to_save``.
+    """The modules whose path ends in one of ``names`` and whose own weight is trained: PEFT's ``modules_to_save``.
 
-    A name is a path's last part or its last parts: ``norm`` is the last norm alone. (PEFT compares letters,
-    so that its ``norm`` is ``q_norm`` too; we write whole paths into its files.)
+    A name is one or more whole components at the end of a path: ``norm`` is the final norm, not ``q_norm``.
+    (PEFT compares characters, so its ``norm`` also means ``q_norm``; its files get whole paths from us.)
 
     Args:
         model: mlx-lm's model.
-        names: Such as ``embed_tokens``, ``norm``, ``lm_head``; none chooses nothing.
+        names: Such as ``embed_tokens``, ``norm``, ``lm_head``; may be empty.
         adapted: Paths of modules that get an adapter or a projection.
 
+    Returns:
+        Paths and modules, sorted by path.
+
     Raises:
-        ModelError: a name that matches nothing, or packed weights.
-        ConfigError: a module that is adapted too.
+        ModelError: a name that matches nothing, or quantized weights.
+        ConfigError: a module that is also in ``adapted``.
 
     >>> model = nn.Sequential(nn.Linear(2, 2), nn.RMSNorm(2))
-    >>> [path for path, _ in whole_modules(model, ["layers.1"])]
+    >>> [path for path, _ in find_modules_to_save(model, ["layers.1"])]
     ['layers.1']
     """
-    found = _named(model, names, lambda module: "weight" in module, "module to save")
-    for path, module in found:
+    modules = _modules_by_name(model, names, lambda module: "weight" in module, "module to save")
+    for path, module in modules:
         if "scales" in module:
             raise ModelError(
-                f"{path}: modules_to_save trains plain weights, and these are packed",
+                f"{path}: modules_to_save cannot train quantized weights",
                 fix="convert without quantize, or leave it out, or set dequantize: true",
             )
         if path in adapted:
             raise ConfigError(
                 f"{path} in target_modules and in modules_to_save", fix="name it in one of them"
             )
-    return found
+    return modules
 
 
 def matrix_shape(module: Any) -> tuple[int, int]:
-    """Outputs and inputs of a linear layer, or of each of a stack of experts, packed or not.
+    """Outputs and inputs of a linear layer, or of each expert of a stack, quantized or not.
 
     >>> matrix_shape(nn.Linear(64, 2).to_quantized(32, 4))
     (2, 64)
@@ -75,68 +79,75 @@ def matrix_shape(module: Any) -> tuple[int, int]:
     return outputs, inputs * 32 // module.bits if hasattr(module, "bits") else inputs
 
 
-def check_rank(found: Sequence[tuple[str, Any]], rank: int, name: str = "lora_rank") -> None:
-    """Refuse a rank, the setting ``name``, that does not fit the smallest of some matrices.
+def check_rank(layers: Sequence[tuple[str, Any]], rank: int, name: str = "lora_rank") -> None:
+    """Raise if a rank, the setting ``name``, is larger than a dimension of any of the layers.
 
     Raises:
-        ConfigError: with the setting, and the most that fits all of them.
+        ConfigError: with the setting, and the largest rank that fits all layers.
     """
-    if not found:
+    if not layers:
         return
-    path, shape = min(((path, matrix_shape(module)) for path, module in found), key=lambda item: min(item[1]))
+    shapes = ((path, matrix_shape(module)) for path, module in layers)
+    path, shape = min(shapes, key=lambda item: min(item[1]))
     if not 1 <= rank <= min(shape):
         fix = f"at most {min(shape)}" if rank > 0 else "at least 1"
         raise ConfigError(f"{path}: {name} {rank} for a matrix of {shape[0]} x {shape[1]}", fix=fix)
 
 
 def unfreeze_weights(modules: Sequence[tuple[str, Any]]) -> list[str]:
-    """Let the weights and biases of some modules move, in place; return the paths."""
+    """Make the weights and biases of modules trainable, in place; return their paths."""
     for _, module in modules:
         module.unfreeze(keys=[key for key in ("weight", "bias") if key in module], recurse=False)
     return [path for path, _ in modules]
 
 
-def _named(model: Any, names: Sequence[str], fits: Any, what: str) -> list[tuple[str, Any]]:
-    there = sorted((path, module) for path, module in model.named_modules() if fits(module))
+def _modules_by_name(
+    model: Any, names: Sequence[str], is_candidate: Callable[[Any], bool], role: str
+) -> list[tuple[str, Any]]:
+    candidates = sorted((path, module) for path, module in model.named_modules() if is_candidate(module))
     for name in names:
-        if not any(_ends(path, name) for path, _ in there):
-            leaves = sorted({path.rsplit(".", 1)[-1] for path, _ in there})
+        if not any(_ends_in(path, name) for path, _ in candidates):
+            leaves = sorted({path.rsplit(".", 1)[-1] for path, _ in candidates})
             raise ModelError(
-                f"{what} {name!r} matches nothing in this model", fix=f"it has {', '.join(leaves)}"
+                f"{role} {name!r} matches nothing in this model", fix=f"it has {', '.join(leaves)}"
             )
-    return [(path, module) for path, module in there if any(_ends(path, name) for name in names)]
+    return [(path, module) for path, module in candidates if any(_ends_in(path, name) for name in names)]
 
 
-def _ends(path: str, name: str) -> bool:
+def _ends_in(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
 def dequantized_weight(module: Any, expert: int | None = None) -> Float[mx.array, "*e o i"]:
-    """The weight of a linear layer or of a stack of experts (or of one of them) in float32, unpacked where it
-    is packed.
+    """The weight of a linear layer, a stack of experts or one expert of it, dequantized if needed, in float32.
 
     >>> dequantized(nn.Linear(3, 2)).shape
     (2, 3)
     """
-    parts = {name: module.get(name) for name in ("weight", "scales", "biases", "global_scale")}
-    parts = {name: part if part is None or expert is None else part[expert] for name, part in parts.items()}
-    if parts["scales"] is None:
-        return parts["weight"].astype(mx.float32)
+
+    def part(name: str) -> Any:
+        array = module.get(name)
+        return array if array is None or expert is None else array[expert]
+
+    scales = part("scales")
+    if scales is None:
+        return part("weight").astype(mx.float32)
     return mx.dequantize(
-        parts["weight"],
-        parts["scales"],
-        parts["biases"],
+        part("weight"),
+        scales,
+        part("biases"),
         group_size=module.group_size,
         bits=module.bits,
         mode=module.mode,
-        global_scale=parts["global_scale"],
+        global_scale=part("global_scale"),
         dtype=mx.float32,
     )
 
 
 def unquantized_like(module: Any, weight: Float[mx.array, "*e o i"]) -> Any:
-    """A frozen plain layer of the same kind (linear, embedding or stack of experts) with that weight and the
-    module's own bias.
+    """An unquantized, frozen layer of the same type (linear, embedding or stack of experts) with this weight.
+
+    The bias of the module is kept.
 
     >>> plain_like(nn.Linear(32, 2).to_quantized(32, 4), mx.ones((2, 32)))
     Linear(input_dims=32, output_dims=2, bias=True)
@@ -158,41 +169,41 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 
 
 def cast_model(model: Any, dtype: str | mx.Dtype) -> Any:
-    """Cast the floating-point parameters (scales and biases of affine weights among them), in place; packed
-    weights and adapters stay.
+    """Cast the floating-point parameters of a model in place, except adapters, and return it.
 
-    Returns the model. bfloat16 to float32 is exact. On the CPU backend bfloat16 is slow, and dense experts
-    run in float32 only.
+    Scales and biases of affine quantization are cast too; quantized words are not. bfloat16 to float32 is exact.
+    On the CPU backend bfloat16 is slow, and stacks of unquantized experts compute in float32 only.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ModelError(f"unknown type {dtype!r}", fix=f"one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
-    model.update(
-        tree_map_with_path(lambda path, x: x.astype(dtype) if _is_cast(path, x) else x, model.parameters())
-    )
+
+    def convert(path: str, value: mx.array) -> mx.array:
+        is_adapter = path.endswith((".lora_a", ".lora_b", ".m"))
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) and not is_adapter else value
+
+    model.update(tree_map_with_path(convert, model.parameters()))
     return model
 
 
-def _is_cast(path: str, x: mx.array) -> bool:
-    return bool(mx.issubdtype(x.dtype, mx.floating)) and not path.endswith((".lora_a", ".lora_b", ".m"))
-
-
 def dequantize_model(model: Any, dtype: str | mx.Dtype = mx.float32) -> list[str]:
-    """Replace packed weights (linear layers, embeddings, stacks of experts) by plain ones of the same value,
-    in place; return the paths.
+    """Replace quantized layers (linear, embeddings, stacks of experts) by unquantized ones, in place.
 
-    More memory, the same numbers to rounding: for a backend whose packed products are slow (the CPU's, twice
-    as slow in training a tiny gpt-oss), and for weights that are to move. What is saved afterwards is still
-    only what was trained.
+    The model computes the same up to rounding, with more memory. It is for backends whose quantized products
+    are slow (on the CPU, training a tiny gpt-oss is twice as fast) and for training weights that were
+    quantized. What is saved afterwards is still only what was trained.
+
+    Returns:
+        The paths of the replaced modules.
     """
     from mlx_lm.models.switch_layers import QuantizedSwitchLinear
 
-    kind = DTYPES[dtype] if isinstance(dtype, str) else dtype
-    plain = [
-        (path, unquantized_like(module, dequantized_weight(module).astype(kind)))
+    target = DTYPES[dtype] if isinstance(dtype, str) else dtype
+    layers = [
+        (path, unquantized_like(module, dequantized_weight(module).astype(target)))
         for path, module in model.named_modules()
         if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding | QuantizedSwitchLinear)
     ]
-    model.update_modules(tree_unflatten(plain))
-    return [path for path, _ in plain]
+    model.update_modules(tree_unflatten(layers))
+    return [path for path, _ in layers]

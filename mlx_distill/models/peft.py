@@ -137,7 +137,7 @@ def peft_weights(folder: Path) -> dict[str, mx.array]:
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{folder} holds no adapter", fix="export the whole model with --to hf")
-    routers = tuple(f".{name}" for name in architecture_of(load_config(folder), str(folder)).routers)
+    routers = tuple(f".{name}" for name in architecture_of(load_config(folder), str(folder)).modules.routers)
     infos, _ = read_header(folder / ADAPTER_FILE)  # says which tensor of a damaged file is cut
     out = {}
     for name, value in mx.load(str(folder / ADAPTER_FILE)).items():

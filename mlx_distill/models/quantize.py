@@ -1,12 +1,13 @@
-"""Quantize a model, or an adapter on its base: what is packed already passes through bit for bit, everything
-else is measured.
+"""Quantizing a model, or an adapter with its base model.
+
+Weights that are quantized already keep their bits; the error of every other weight is in the report.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.models.adapters import LoraSettings, adapter_settings
+from mlx_distill.models.adapters import SAVED_LEAVES, adapter_settings
 from mlx_distill.models.checkpoint.layout import TensorPlan
 from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import Source, read_header
@@ -24,6 +25,7 @@ from mlx_distill.models.checkpoint.tensor_job import (
     Replacement,
     TensorJob,
     TensorRow,
+    Update,
     from_raw,
     to_raw,
 )
@@ -36,23 +38,23 @@ from mlx_distill.models.config_files import (
     read_object,
 )
 from mlx_distill.models.convert import (
-    finish_folder,
     shard_hashes,
-    shard_rows,
-    stream,
+    stream_shards,
+    tensor_rows,
     tensor_table,
-    update_lost,
+    update_loss_note,
+    write_other_files,
 )
 from mlx_distill.models.folder import source_key, staged_folder
 from mlx_distill.models.hub import copy_tokenizer, resolve
-from mlx_distill.models.quantization import QuantSpec, quantization_policy
+from mlx_distill.models.quantization import Quantization, TensorAction, quantization_policy
 from mlx_distill.progress import Progress
 from mlx_distill.storage import atomic_path, sha256, write_json
 
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """A line a tensor and the sums. ``adapter`` says what became of it: ``none``, ``merged`` or ``kept``."""
+    """A line for each tensor, and totals. ``adapter`` is ``none``, ``merged`` or ``kept``."""
 
     source: str
     destination: str
@@ -68,25 +70,25 @@ class QuantizeReport:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits for each parameter of the base."""
+        """Stored bits per parameter of the base model."""
         return 8 * self.stored_bytes / max(self.parameters, 1)
 
     @property
     def stayed(self) -> tuple[str, ...]:
-        """Weights that were wished for and not packed as wished, with the reason."""
+        """Weights that were not quantized as requested, with the reason."""
         return tuple(
             f"{row.name}: {row.note}"
             for row in self.rows
-            if row.note and "packed" not in row.note and row.note != "bit for bit"
+            if row.note and "quantized" not in row.note and row.note != "bit for bit"
         )
 
     @property
     def largest_error(self) -> float:
-        """The worst relative error of a tensor."""
+        """The largest relative error of a tensor."""
         return max((row.error for row in self.rows), default=0.0)
 
     def facts(self) -> dict[str, Any]:
-        """The sums, for a manifest."""
+        """Totals, for a manifest."""
         return {
             "mode": self.mode,
             "adapter": self.adapter,
@@ -108,18 +110,19 @@ class QuantizeReport:
         }
 
     def lines(self) -> list[str]:
-        """The table, then the sums."""
+        """The report in lines of text: the table, then totals."""
         adapter = {
             "none": "",
             "merged": ", the adapter merged",
             "kept": f", and the adapter beside it ({self.adapter_bytes / 1e6:,.1f} MB)",
         }
-        total = f"{self.bits_per_weight:.2f} bits per weight, {self.stored_bytes / 1e6:,.1f} MB of {self.source_bytes / 1e6:,.1f} MB"
+        sizes = f"{self.stored_bytes / 1e6:,.1f} MB of {self.source_bytes / 1e6:,.1f} MB"
+        total = f"{self.bits_per_weight:.2f} bits per weight, {sizes}"
         return [
             *tensor_table(self.rows),
             f"{self.mode}: {total}{adapter[self.adapter]}",
             f"largest relative error of a tensor: {self.largest_error:.2e}",
-            *update_lost(self.rows),
+            *update_loss_note(self.rows),
         ]
 
 
@@ -135,28 +138,27 @@ def quantize_folder(
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """Quantize a model folder or an adapter folder into ``destination``: whole or not at all, resumable, in
-    bounded memory.
+    """Quantize a model folder or an adapter folder, in bounded memory, resumable, never half-written.
 
     Args:
-        source: A folder of ours, a Hugging Face folder, a Hub id, or an adapter folder.
-        destination: The folder to make. :func:`mlx_distill.models.load.load` reads it either way.
+        source: A folder in the MLX or the Hugging Face layout, a Hub id, or an adapter folder.
+        destination: The folder to write; :func:`mlx_distill.models.load.load` reads it.
         mode: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe. Weights that are
-            packed already stay so.
-        group_size: Weights that share a scale; 0 is the mode's own. Where it does not divide a row, a smaller
-            one is taken, or the weight stays.
-        adapter: ``merge`` adds it to the weights before they are packed (packed weights that it changes are
-            unpacked and packed again the same way, with the error stated); ``keep`` leaves it in floating
-            point beside the packed base: the adapter in ``destination``, its base in ``destination/base``.
-        keep: Parts of module names that keep their type.
-        max_shard_bytes: Largest file.
+            quantized already are not changed.
+        group_size: Weights that share a scale; 0 for the default of the mode. If it does not divide a row, a
+            smaller one is used, or the weight is not quantized.
+        adapter: ``merge`` adds it to the weights before they are quantized (quantized weights that it changes
+            are dequantized and quantized again in the same mode, with the error in the report). ``keep`` does
+            not quantize it: it is written to ``destination``, and its quantized base to ``destination/base``.
+        keep: Parts of the names of modules that are not quantized.
+        max_shard_bytes: Largest file; a larger tensor has a file of its own.
         memory_bytes: Bound on the working buffers.
-        progress: Where to say how far it is.
+        progress: Shows the progress.
 
     Raises:
         ConfigError: an unknown mode or group size.
         ModelError: a damaged source, or an adapter that does not fit its base.
-        FileError: the disk refused, or the destination holds something else.
+        FileError: a failed write, or a destination that holds something else.
     """
     folder, destination = resolve(source), Path(destination)
     settings = {
@@ -166,10 +168,10 @@ def quantize_folder(
         "keep": list(keep),
         "max_shard_bytes": max_shard_bytes,
     }
-    with staged_folder(destination, folder, "quantize", settings, {"source": source_key(folder)}) as work:
+    with staged_folder(destination, folder, "quantize", settings, {"source": source_key(folder)}) as staged:
         report = quantize_into(
             folder,
-            work.folder,
+            staged.folder,
             mode,
             group_size,
             adapter,
@@ -180,8 +182,9 @@ def quantize_folder(
         )
         report = replace(report, source=str(source), destination=str(destination))
         base = "base/" if report.adapter == "kept" else ""
-        work.hashes.update({base + name: hash for name, hash in shard_hashes(work.folder / base).items()})
-        work.recorded.update(source=str(source), **report.facts(), seconds=report.seconds)
+        hashes = shard_hashes(staged.folder / base)
+        staged.hashes.update({base + name: sha for name, sha in hashes.items()})
+        staged.recorded.update(source=str(source), **report.facts(), seconds=report.seconds)
     return report
 
 
@@ -197,23 +200,24 @@ def quantize_into(
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
 ) -> QuantizeReport:
-    """The same into a folder that somebody else publishes: a stage's partial one. Finished shards are kept on
-    a second run.
+    """Quantize into the partial folder of a stage, which the caller publishes.
+
+    The arguments are those of :func:`quantize_folder`. Shards that an earlier call finished are kept.
     """
     began = time.perf_counter()
     source, folder = resolve(source), Path(folder)
     if adapter not in ("merge", "keep"):
         raise ConfigError(f"adapter: {adapter!r} is not merge or keep", fix="choose one of them")
-    adapted = is_adapter(source)
-    plan = plan_checkpoint(adapter_base(source) if adapted else source)
-    merges = adapted and adapter == "merge"
+    has_adapter = is_adapter(source)
+    plan = plan_checkpoint(adapter_base(source) if has_adapter else source)
+    merges = has_adapter and adapter == "merge"
     updates = adapter_updates(source) if merges else {}
     jobs = plan_jobs(plan, updates, mode, group_size, keep)
-    into = folder / "base" if adapted and not merges else folder
+    model_folder = folder / "base" if has_adapter and not merges else folder
     salt = sha256(source / ADAPTER_FILE) if merges else ""
-    shards = stream(
+    shards = stream_shards(
         jobs,
-        into,
+        model_folder,
         "quantize",
         max_shard_bytes=max_shard_bytes,
         memory_bytes=memory_bytes,
@@ -221,13 +225,13 @@ def quantize_into(
         notes=folder / "scratch",
         progress=progress,
     )
-    finish_folder(into, plan, jobs, shards)
-    if adapted:
+    write_other_files(model_folder, plan, jobs, shards)
+    if has_adapter:
         copy_tokenizer(source, folder)
-    if into != folder:
+    if model_folder != folder:
         _copy_adapter(source, folder)
-    rows = shard_rows(plan, jobs, shards)
-    state = "merged" if merges else "kept" if adapted else "none"
+    rows = tensor_rows(plan, jobs, shards)
+    state = "merged" if merges else "kept" if has_adapter else "none"
     return QuantizeReport(
         str(source),
         str(folder),
@@ -237,7 +241,7 @@ def quantize_into(
         sum(r.parameters for r in rows),
         plan.checkpoint.nbytes,
         sum(o.nbytes for job in jobs for o in job.outputs),
-        (source / ADAPTER_FILE).stat().st_size if adapted else 0,
+        (source / ADAPTER_FILE).stat().st_size if has_adapter else 0,
         time.perf_counter() - began,
         sum(s.resumed for s in shards),
     )
@@ -249,26 +253,26 @@ def _copy_adapter(source: Path, folder: Path) -> None:
     write_json(folder / ADAPTER_CONFIG, {**read_object(source / ADAPTER_CONFIG), "base": "base"})
 
 
-def adapter_updates(folder: Path) -> dict[str, LowRankUpdate | Replacement]:
-    """The updates of an adapter folder, by the name of the tensor that they change.
+def adapter_updates(folder: Path) -> dict[str, Update]:
+    """The updates of an adapter folder, by the name of the tensor that each changes.
 
     Raises:
-        ModelError: a matrix without its counterpart: with file and tensor.
+        ModelError: a ``lora_a`` without ``lora_b``: with file and tensor.
     """
-    settings: LoraSettings = adapter_settings(folder)
+    settings = adapter_settings(folder)
     infos, _ = read_header(folder / ADAPTER_FILE)
     weights = mx.load(str(folder / ADAPTER_FILE))
-    updates: dict[str, LowRankUpdate | Replacement] = {}
+    updates: dict[str, Update] = {}
     for name, info in infos.items():
         path, leaf = name.rsplit(".", 1)
-        if leaf in ("weight", "bias"):
+        if leaf in SAVED_LEAVES:
             updates[name] = Replacement(weights[name])
         if leaf != "lora_a":
             continue
         if f"{path}.lora_b" not in weights:
-            raise ModelError(f"{info.where} has no lora_b beside it", fix="train the adapter again")
+            raise ModelError(f"{info.where} has no lora_b", fix="train the adapter again")
         a, b = weights[name].astype(mx.float32), weights[f"{path}.lora_b"].astype(mx.float32)
-        if a.ndim == 2:  # mlx-lm keeps the matrices of linear layers as [in, r] and [r, out]
+        if a.ndim == 2:  # mlx-lm stores the matrices of linear layers as [in, r] and [r, out]
             a, b = a.T, b.T
         updates[f"{path}.weight"] = LowRankUpdate(a, b, settings.scale, weights.get(f"{path}.m"))
     return updates
@@ -276,73 +280,73 @@ def adapter_updates(folder: Path) -> dict[str, LowRankUpdate | Replacement]:
 
 def plan_jobs(
     plan: CheckpointPlan,
-    updates: dict[str, LowRankUpdate | Replacement],
+    updates: Mapping[str, Update],
     mode: str | None,
     group_size: int = 0,
     keep: Sequence[str] = ("router",),
 ) -> list[TensorJob]:
-    """What happens to each tensor: packed weights stay, unless an update changes them: then they are packed
-    again the same way.
+    """Decide what is done with each tensor.
+
+    Quantized weights keep their bits, unless an update changes them: those are quantized again in their mode.
 
     Raises:
-        ModelError: an update for a weight that the base does not have, or of another shape.
+        ModelError: an update of a weight that the base model does not have, or of another shape.
     """
-    planned = {p.name: p for p in plan.tensors}
-    decide = quantization_policy(plan.architecture, plan.quantizable, mode, group_size=group_size, keep=keep)
-    jobs: list[TensorJob] = []
-    reopened: set[str] = set()
+    tensors = {tensor.name: tensor for tensor in plan.tensors}
     for name in updates:
-        path = name.removesuffix(".weight")
-        if name not in planned:
+        if name not in tensors:
             raise ModelError(
-                f"the adapter changes {path}, which the base model does not have",
+                f"the adapter changes {name.removesuffix('.weight')}, which the base model does not have",
                 fix="check base in adapter_config.json",
             )
-        if planned[name].dtype == "U32":
-            reopened |= {f"{path}.scales", f"{path}.biases"}
-    for p in plan.tensors:
-        if p.name in reopened:
-            continue
-        update = updates.get(p.name)
-        if update is not None and p.dtype == "U32":
-            plain, action = reopen(p, planned, plan.quantization[p.name.removesuffix(".weight")])
-            jobs.append(_fitting(TensorJob(plain, action, update)))
-        else:
-            jobs.append(_fitting(TensorJob(p, decide(p), update)))
+    requantized = {
+        name.removesuffix(".weight"): plan.quantization[name.removesuffix(".weight")]
+        for name in updates
+        if tensors[name].dtype == "U32"
+    }
+    policy = quantization_policy(plan.architecture, plan.quantizable, mode, group_size=group_size, keep=keep)
+    jobs: list[TensorJob] = []
+    for tensor in plan.tensors:
+        path, _, leaf = tensor.name.rpartition(".")
+        update = updates.get(tensor.name)
+        if path not in requantized or leaf not in ("weight", "scales", "biases"):
+            jobs.append(_with_update(TensorJob(tensor, policy(tensor)), update))
+        elif leaf == "weight":
+            quantization, scales = requantized[path], tensors[f"{path}.scales"]
+            dtype = scales.dtype if quantization.mode == "affine" else "BF16"
+            action = TensorAction(dtype, quantization, reason="requantized", requantized=True)
+            jobs.append(
+                _with_update(TensorJob(dequantized_plan(tensors, path, quantization), action), update)
+            )
     return jobs
 
 
-def _fitting(job: TensorJob) -> TensorJob:
-    if job.update is not None:
-        if job.update.shape != job.tensor.shape:
-            raise ModelError(
-                f"{job.tensor.where}: the adapter's update has the shape {list(job.update.shape)}",
-                fix="check base in adapter_config.json",
-            )
-        if job.action.kind == "keep":
-            return replace(job, action=QuantSpec("cast", job.tensor.dtype, why=job.action.why))
-    return job
-
-
-def reopen(p: TensorPlan, planned: dict[str, TensorPlan], packing: QuantSpec) -> tuple[TensorPlan, QuantSpec]:
-    """Packed weights as float32 rows, and how they were packed."""
-    path = p.name.removesuffix(".weight")
-    parts = [
-        planned[f"{path}.{leaf}"] for leaf in ("weight", "scales", "biases") if f"{path}.{leaf}" in planned
-    ]
-    sources: tuple[Source, ...] = tuple(info for part in parts for info in part.sources)
-    shape = (*p.shape[:-1], p.columns * 32 // packing.bits)
-
-    def read(start: int, stop: int) -> np.ndarray:
-        weight, *rest = (from_raw(part.read(start, stop), part.dtype) for part in parts)
-        rest = [r.astype(mx.float32) if mx.issubdtype(r.dtype, mx.floating) else r for r in rest]
-        biases = rest[1] if len(rest) > 1 else None
-        return to_raw(
-            mx.dequantize(
-                weight, rest[0], biases, packing.group_size, packing.bits, packing.mode, dtype=mx.float32
-            )
+def _with_update(job: TensorJob, update: Update | None) -> TensorJob:
+    if update is None:
+        return job
+    if update.shape != job.tensor.shape:
+        raise ModelError(
+            f"{job.tensor.where}: the adapter's update has the shape {list(update.shape)}",
+            fix="check base in adapter_config.json",
         )
+    if job.action.keeps_bits:
+        job = replace(job, action=replace(job.action, dtype=job.tensor.dtype))
+    return replace(job, update=update)
 
-    kept = parts[1].dtype if packing.mode == "affine" else "BF16"
-    action = replace(packing, dtype=kept, why="packed again", again=True)
-    return TensorPlan(p.name, "F32", shape, sources, "dequantize", read), action
+
+def dequantized_plan(tensors: Mapping[str, TensorPlan], path: str, quantization: Quantization) -> TensorPlan:
+    """The weight of a quantized module in float32, dequantized while it is read."""
+    weight = tensors[f"{path}.weight"]
+    names = [f"{path}.{leaf}" for leaf in ("weight", "scales", "biases")]
+    parts = [tensors[name] for name in names if name in tensors]
+    sources: tuple[Source, ...] = tuple(source for part in parts for source in part.sources)
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        words, *others = (from_raw(part.read(start, stop), part.dtype) for part in parts)
+        others = [x.astype(mx.float32) if mx.issubdtype(x.dtype, mx.floating) else x for x in others]
+        scales, biases = others[0], others[1] if len(others) > 1 else None
+        q = quantization
+        return to_raw(mx.dequantize(words, scales, biases, q.group_size, q.bits, q.mode, dtype=mx.float32))
+
+    shape = (*weight.shape[:-1], weight.columns * 32 // quantization.bits)
+    return TensorPlan(weight.name, "F32", shape, sources, "dequantize", read_rows)

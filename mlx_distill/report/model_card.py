@@ -74,7 +74,7 @@ def card_text(
         f"A `{plan.architecture.model_type}` written by mlx-distill.",
     ]
     lines += ["", "## How it was written", "", *(f"- {note}" for note in notes)]
-    if difference := plan.architecture.stock_differs(plan.config):
+    if difference := plan.architecture.stock_difference(plan.config):
         lines += ["", f"Note: {difference}."]
     if manifests:
         lines += ["", "## Provenance", "", *(_origin(name, m) for name, m in manifests.items())]

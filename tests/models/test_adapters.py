@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.merge_adapters import has_adapter, merge
 from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ConfigError, ModelError
@@ -18,9 +19,7 @@ from mlx_distill.models.adapters import (
     LoraSettings,
     adapter_settings,
     add_lora,
-    has_adapter,
     load_adapter,
-    merge,
     save_adapter,
 )
 from mlx_distill.models.convert import convert
@@ -77,7 +76,7 @@ def test_an_adapter_survives_the_disk_and_merging_changes_no_logit(
     rows = merge(again)
     assert not has_adapter(again)
     assert [row.path for row in rows] == paths
-    assert {row.how for row in rows} == ({"dequantized"} if targets == ("down_proj",) else {"added"})
+    assert {row.was_quantized for row in rows} == {targets == ("down_proj",)}
     assert all(row.error == 0.0 and row.update > 0 for row in rows)
     assert mx.abs(again(prompt) - adapted).max().item() < 2e-5 * scale
 
@@ -215,7 +214,7 @@ def test_adapters_over_packed_linear_layers_are_those_over_the_unpacked_ones(kin
         trained(holder, settings)
     adapted = packed.q_proj(x)
     assert mx.allclose(adapted, plain.q_proj(x), atol=1e-4)
-    assert [row.how for row in merge(packed)] == ["dequantized"]
+    assert [row.was_quantized for row in merge(packed)] == [True]
     assert mx.allclose(packed.q_proj(x), adapted, atol=1e-4)
 
 

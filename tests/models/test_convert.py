@@ -1,4 +1,4 @@
-"""Conversion: every tensor accounted for, exact or measured, in slabs, in shards, resumable."""
+"""Conversion: every tensor in the report, exact or with its error, in blocks and shards, resumable."""
 
 from __future__ import annotations
 
@@ -14,9 +14,6 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_distill.errors import FileError
-from mlx_distill.models.checkpoint import safetensors as checkpoint
-from mlx_distill.models.checkpoint import writer
 from mlx_distill.models.convert import convert, convert_into
 from mlx_distill.models.load import load_model
 from mlx_distill.models.quantization import MIXED, parse_mode
@@ -59,13 +56,13 @@ def test_every_source_byte_comes_out_once(golden: Any, tmp_path: Path, tools: An
 @pytest.mark.parametrize(
     ("name", "quantize"), [("gpt_oss", None), ("gpt_oss_mxfp4", "affine4"), ("qwen3_moe", "nvfp4")]
 )
-def test_the_size_of_slabs_and_shards_changes_no_bit_of_a_tensor(
+def test_the_size_of_blocks_and_shards_changes_no_bit_of_a_tensor(
     name: str, quantize: str | None, golden: Any, tmp_path: Path, tools: Any
 ) -> None:
     convert(golden(name), tmp_path / "whole", quantize)
     convert(
         golden(name), tmp_path / "rows", quantize, max_shard_bytes=40_000, memory_bytes=2048
-    )  # slabs of some rows
+    )  # blocks of a few rows
     assert tools.all(tmp_path / "whole") == tools.all(tmp_path / "rows")
 
 
@@ -278,40 +275,21 @@ def test_groups_of_a_chosen_size(size: int, golden: Any, tmp_path: Path) -> None
 def test_no_read_is_larger_than_the_setting_allows(
     name: str, quantize: str | None, golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the layout: slabs of rows, never a tensor. A slab is an eighth of the memory, and gate and up
-    may be read at once.
+    """In every layout blocks of rows are read, never a tensor.
+
+    A block has an eighth of the memory; gate and up may be read together.
     """
-    seen = []
-    real = checkpoint._fill
-    monkeypatch.setattr(
-        checkpoint, "_fill", lambda handle, out, *rest: seen.append(out.nbytes) or real(handle, out, *rest)
-    )
+    sizes = []
+    preadv = os.preadv
+
+    def recorded(handle: int, buffers: list[memoryview], offset: int) -> int:
+        sizes.append(sum(buffer.nbytes for buffer in buffers))
+        return preadv(handle, buffers, offset)
+
+    monkeypatch.setattr(os, "preadv", recorded)
     convert(golden(name), tmp_path / "out", quantize, memory_bytes=8 * 512)
-    assert max(seen) <= 2 * 512
-    assert len(seen) > 100
-
-
-def test_a_disk_that_writes_something_else_is_caught(
-    golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = writer.os.preadv, []
-    sources = {
-        path.stat().st_ino for path in golden("qwen3").iterdir()
-    }  # these are read by the same call, in other threads
-
-    def flipped(handle: int, buffers: Any, offset: int) -> int:
-        count = int(real(handle, buffers, offset))
-        own = os.fstat(handle).st_ino not in sources
-        calls.extend([count] if own else [])
-        if own and len(calls) == 5:
-            buffers[0][count // 2] ^= 4
-        return count
-
-    monkeypatch.setattr(writer.os, "preadv", flipped)
-    with pytest.raises(FileError, match="does not read back") as caught:
-        convert(golden("qwen3"), tmp_path / "out")
-    assert "model-00001-of-00001.safetensors" in caught.value.message
-    assert not (tmp_path / "out").exists()
+    assert max(sizes) <= 2 * 512
+    assert len(sizes) > 100
 
 
 def test_modes_by_name() -> None:

@@ -16,7 +16,7 @@ from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft
 from mlx_distill.models.load import load_model
-from mlx_distill.models.quantization import pack
+from mlx_distill.models.quantization import quantize_mxfp4
 
 # The references warn of their own futures.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -171,7 +171,7 @@ def save_mxfp4(model: Any, folder: Path, tools: Any) -> None:
             .reshape(experts, inputs, outputs)
             .swapaxes(1, 2)
         )
-        words, scales = (np.array(part) for part in pack(weight))
+        words, scales = (np.array(part) for part in quantize_mxfp4(weight))
         tensors[f"{name}_blocks"] = ("U8", [experts, outputs, inputs // 32, 16], words.tobytes())
         tensors[f"{name}_scales"] = ("U8", [experts, outputs, inputs // 32], scales.tobytes())
     tools.write(folder / "model.safetensors", tensors)

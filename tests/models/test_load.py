@@ -10,11 +10,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 import pytest
+from helpers.merge_adapters import merge
 from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.inspect import inspect
-from mlx_distill.models.adapters import LoraSettings, adapter_settings, add_lora, merge, save_adapter
+from mlx_distill.models.adapters import LoraSettings, adapter_settings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft
 from mlx_distill.models.load import load_model

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_distill.models.quantization import LEVELS, pack
+from mlx_distill.models.quantization import E2M1_VALUES, quantize_mxfp4
 
 
 def plain(weights: list[float], step: int) -> tuple[int, list[int], Fraction]:
@@ -32,9 +32,9 @@ def plain(weights: list[float], step: int) -> tuple[int, list[int], Fraction]:
     codes, lost = [], Fraction(0)
     for w in weights:
         x = abs(Fraction(w)) / Fraction(2) ** exponent
-        near = min(range(8), key=lambda c: (abs(Fraction(LEVELS[c]) - x), c % 2))
+        near = min(range(8), key=lambda c: (abs(Fraction(E2M1_VALUES[c]) - x), c % 2))
         codes.append(near | (8 if w < 0 else 0))
-        lost += ((Fraction(LEVELS[near]) - x) * Fraction(2) ** exponent) ** 2
+        lost += ((Fraction(E2M1_VALUES[near]) - x) * Fraction(2) ** exponent) ** 2
     return exponent + 127, codes, lost
 
 
@@ -43,7 +43,11 @@ def read(words: mx.array, scales: mx.array) -> np.ndarray:
     nibbles = np.array(words).view(np.uint8)
     codes = np.stack([nibbles & 15, nibbles >> 4], axis=-1).reshape(*scales.shape, 32)
     signs = np.where(codes & 8, -1.0, 1.0)
-    out = signs * np.array(LEVELS)[codes & 7] * np.exp2(np.array(scales).astype(np.float64) - 127)[..., None]
+    out = (
+        signs
+        * np.array(E2M1_VALUES)[codes & 7]
+        * np.exp2(np.array(scales).astype(np.float64) - 127)[..., None]
+    )
     return out.reshape(*words.shape[:-1], -1).astype(np.float32)
 
 
@@ -58,7 +62,7 @@ def mlx_reads(words: mx.array, scales: mx.array) -> np.ndarray:
     )
 )
 def test_packing_is_the_better_of_the_two_scales_in_fractions(weights: list[float]) -> None:
-    words, scales = pack(mx.array(weights, mx.float32))
+    words, scales = quantize_mxfp4(mx.array(weights, mx.float32))
     low, high = plain(weights, 0), plain(weights, 1)
     chosen = {low[0]: low, high[0]: high}[scales.item()]
     codes = np.array(words).view(np.uint8)
@@ -69,7 +73,7 @@ def test_packing_is_the_better_of_the_two_scales_in_fractions(weights: list[floa
 def test_ties_go_to_the_even_code() -> None:
     row = np.zeros(32, np.float32)
     row[:9] = [0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0, 6.0, -0.25]
-    assert read(*pack(mx.array(row)))[:9].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, -0.0]
+    assert read(*quantize_mxfp4(mx.array(row)))[:9].tolist() == [0.0, 1.0, 1.0, 2.0, 2.0, 4.0, 4.0, 6.0, -0.0]
 
 
 def test_mlx_reads_every_byte_as_the_specification_says() -> None:
@@ -80,9 +84,9 @@ def test_mlx_reads_every_byte_as_the_specification_says() -> None:
 
 def test_packing_what_was_packed_changes_no_weight() -> None:
     weights = mx.random.normal((64, 256), key=mx.random.key(1)) * 10.0 ** mx.repeat(mx.arange(-3, 5), 32)
-    for packed in (pack(weights), mx.quantize(weights, 32, 4, mode="mxfp4")):
+    for packed in (quantize_mxfp4(weights), mx.quantize(weights, 32, 4, mode="mxfp4")):
         before = mlx_reads(*packed)
-        assert np.array_equal(mlx_reads(*pack(mx.array(before))), before)
+        assert np.array_equal(mlx_reads(*quantize_mxfp4(mx.array(before))), before)
 
 
 @pytest.mark.parametrize("update", [0.003, 0.01, 0.03])
@@ -94,16 +98,16 @@ def test_a_small_update_does_not_throw_its_neighbours_off_the_grid(update: float
     def error(found: np.ndarray, wanted: np.ndarray) -> float:
         return float(np.sqrt(np.square(found - wanted).sum() / np.square(wanted).sum()))
 
-    grid = mlx_reads(*pack(mx.random.normal((64, 1024), key=mx.random.key(2))))
+    grid = mlx_reads(*quantize_mxfp4(mx.random.normal((64, 1024), key=mx.random.key(2))))
     changed = grid + update * np.random.default_rng(4).normal(size=grid.shape).astype(np.float32)
-    assert error(mlx_reads(*pack(mx.array(changed))), changed) < 1.05 * error(grid, changed)
+    assert error(mlx_reads(*quantize_mxfp4(mx.array(changed))), changed) < 1.05 * error(grid, changed)
     assert error(mlx_reads(*mx.quantize(mx.array(changed), 32, 4, mode="mxfp4")), changed) > 0.06
 
 
 def test_any_leading_shape() -> None:
     weights = mx.random.normal((2, 3, 64), key=mx.random.key(5))
-    words, scales = pack(weights)
+    words, scales = quantize_mxfp4(weights)
     assert (words.shape, scales.shape) == ((2, 3, 8), (2, 3, 2))
-    flat = pack(weights.reshape(6, 64))
+    flat = quantize_mxfp4(weights.reshape(6, 64))
     assert mx.array_equal(words.reshape(6, 8), flat[0])
     assert mx.array_equal(scales.reshape(6, 2), flat[1])

@@ -1,4 +1,4 @@
-"""Each transform against one line of numpy, whole and in slabs, there and back."""
+"""Each transform against one line of numpy, whole and in blocks of rows, in both directions."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
 from mlx_distill.models.checkpoint.transforms import (
-    Packed,
+    Mxfp4Words,
     Same,
     SplitBlocks,
     SplitColumns,
@@ -30,9 +30,9 @@ def words(blocks: np.ndarray) -> np.ndarray:
 
 CASES = [
     (Same(), [WIDE], [WIDE]),
-    (Packed(), [PACK], [words(PACK)]),
+    (Mxfp4Words(), [PACK], [words(PACK)]),
     (SplitRows(), [WIDE], [WIDE[:, ::2], WIDE[:, 1::2]]),
-    (SplitRows(packed=True), [PACK], [words(PACK[:, ::2]), words(PACK[:, 1::2])]),
+    (SplitRows(mxfp4=True), [PACK], [words(PACK[:, ::2]), words(PACK[:, 1::2])]),
     (SplitColumns(), [WIDE[0]], [WIDE[0][:, ::2], WIDE[0][:, 1::2]]),
     (SplitBlocks(), [WIDE], [WIDE[:, :4], WIDE[:, 4:]]),
     (Transpose(), [WIDE], [WIDE.swapaxes(1, 2)]),

@@ -1,9 +1,9 @@
-"""gpt-oss (20b and 120b): mlx-lm's class with its rope mended, and both layouts of its checkpoints.
+"""gpt-oss (20b and 120b): mlx-lm's class with transformers' rope, and both layouts of its checkpoints.
 
-The MXFP4 layout has ``gate_up_proj_blocks [e, 2 i, h / 32, 16]`` with gate and up in alternate rows; the
-unquantized one has ``gate_up_proj [e, h, 2 i]``, transposed, gate and up in alternate columns, and
-``down_proj [e, i, h]``, transposed as well and square at full size, so that a missing transpose shows only in
-the numbers.
+The MXFP4 layout has ``gate_up_proj_blocks [e, 2 i, h / 32, 16]`` with gate and up in alternating rows. The
+unquantized layout has ``gate_up_proj [e, h, 2 i]``, transposed, with gate and up in alternating columns, and
+``down_proj [e, i, h]``, transposed too. ``down_proj`` is square at full size, so a missing transpose would pass
+every check of shapes.
 """
 
 from __future__ import annotations
@@ -19,8 +19,14 @@ from mlx_distill.models.architectures.rope import (
     rope_settings,
     stock_difference,
 )
-from mlx_distill.models.checkpoint.layout import Architecture, Rule, check_activation
-from mlx_distill.models.checkpoint.transforms import Packed, Same, SplitColumns, SplitRows, Transpose
+from mlx_distill.models.checkpoint.layout import (
+    Architecture,
+    ModuleNames,
+    NativeQuantization,
+    Rule,
+    check_activation,
+)
+from mlx_distill.models.checkpoint.transforms import Mxfp4Words, Same, SplitColumns, SplitRows, Transpose
 
 _EXPERTS = "model.layers.{l}.mlp.experts."
 _DEFAULT_ROPE = {
@@ -36,15 +42,17 @@ RULES = (
     Rule(
         _EXPERTS + "gate_up_proj_blocks",
         (_EXPERTS + "gate_proj.weight", _EXPERTS + "up_proj.weight"),
-        SplitRows(packed=True),
+        SplitRows(mxfp4=True),
+        quantized=True,
     ),
     Rule(
         _EXPERTS + "gate_up_proj_scales",
         (_EXPERTS + "gate_proj.scales", _EXPERTS + "up_proj.scales"),
         SplitRows(),
+        quantized=True,
     ),
-    Rule(_EXPERTS + "down_proj_blocks", (_EXPERTS + "down_proj.weight",), Packed()),
-    Rule(_EXPERTS + "down_proj_scales", (_EXPERTS + "down_proj.scales",), Same()),
+    Rule(_EXPERTS + "down_proj_blocks", (_EXPERTS + "down_proj.weight",), Mxfp4Words(), quantized=True),
+    Rule(_EXPERTS + "down_proj_scales", (_EXPERTS + "down_proj.scales",), Same(), quantized=True),
     Rule(
         _EXPERTS + "gate_up_proj",
         (_EXPERTS + "gate_proj.weight", _EXPERTS + "up_proj.weight"),
@@ -67,21 +75,20 @@ def _classes() -> tuple[Any, Any]:
 
 
 def layer_types(config: Mapping[str, Any]) -> list[str]:
-    """The kind of attention of each layer."""
-    given = config.get("layer_types")
-    return list(
-        given
-        or ["full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])]
-    )
+    """The attention type of each layer."""
+    alternating = [
+        "full_attention" if i % 2 else "sliding_attention" for i in range(config["num_hidden_layers"])
+    ]
+    return list(config.get("layer_types") or alternating)
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     check_activation(config)
-    kinds = layer_types(config)
-    if len(kinds) != config["num_hidden_layers"] or set(kinds) != {"sliding_attention", "full_attention"}:
+    types = layer_types(config)
+    if len(types) != config["num_hidden_layers"] or set(types) != {"sliding_attention", "full_attention"}:
         raise ModelError(
-            f"config.json: layer_types {sorted(set(kinds))} for {config['num_hidden_layers']} layers",
-            fix="gpt-oss needs one kind a layer, sliding_attention and full_attention both among them",
+            f"config.json: layer_types {sorted(set(types))} for {config['num_hidden_layers']} layers",
+            fix="gpt-oss needs one type for each layer, and both sliding_attention and full_attention",
         )
     if config.get("tie_word_embeddings"):
         raise ModelError(
@@ -89,15 +96,15 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             fix="save the checkpoint with its head written out (untied)",
         )
     rope = _rope(config)
-    # mlx-lm's own rope is replaced; the plain one is asked of it so that nothing can fail there.
-    return {**config, "layer_types": kinds, "rope_theta": rope.theta, "rope_scaling": None}
+    # The default rope is built here and replaced by _patch: mlx-lm cannot build every rope that we can.
+    return {**config, "layer_types": types, "rope_theta": rope.theta, "rope_scaling": None}
 
 
 def _rope(config: Mapping[str, Any]) -> RopeSettings:
     return rope_settings(config, 150_000.0, _DEFAULT_ROPE)
 
 
-def _mend(model: Any, config: Mapping[str, Any]) -> None:
+def _patch(model: Any, config: Mapping[str, Any]) -> None:
     rope = build_rope(
         int(config.get("head_dim") or 64),
         _rope(config),
@@ -113,9 +120,9 @@ def _activation(config: Mapping[str, Any]) -> tuple[float, float]:
     return float(config.get("swiglu_alpha") or 1.702), float(config.get("swiglu_limit") or 7.0)
 
 
-def _stock_differs(config: Mapping[str, Any]) -> str | None:
+def _stock_difference(config: Mapping[str, Any]) -> str | None:
     if not (config.get("rope_parameters") or config.get("rope_scaling")):
-        return other_logits("it leaves out YaRN where a gpt-oss config names no rope")
+        return other_logits("it applies no YaRN if a gpt-oss config names no rope")
     if _activation(config) != (1.702, 7.0):
         return other_logits("it does not read swiglu_alpha and swiglu_limit")
     return stock_difference(
@@ -156,9 +163,14 @@ GPT_OSS = Architecture(
     "gpt_oss",
     _classes,
     _arguments,
-    _mend,
+    _patch,
     _shapes,
     RULES,
-    routers=("mlp.router",),
-    stock_differs=_stock_differs,
+    modules=ModuleNames(routers=("mlp.router",), experts=("mlp.experts",)),
+    rope=_rope,
+    native_quantization=NativeQuantization(
+        "mxfp4",
+        ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"),
+    ),
+    stock_difference=_stock_difference,
 )

@@ -1,4 +1,4 @@
-"""Qwen2 and Qwen2.5, Qwen3, Qwen3-MoE: mlx-lm's classes with YaRN mended and the experts' layout."""
+"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE: mlx-lm's classes with transformers' rope, and the layout of experts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.rope import build_rope, other_logits, rope_settings, stock_difference
-from mlx_distill.models.checkpoint.layout import Architecture, Rule, check_activation
+from mlx_distill.models.checkpoint.layout import Architecture, ModuleNames, Rule, check_activation
 from mlx_distill.models.checkpoint.transforms import Same, SplitBlocks, Stack
 
 _MLP = "model.layers.{l}.mlp."
@@ -17,7 +17,7 @@ MOE_RULES = (
         Rule(_MLP + f"experts.{{e}}.{name}.weight", (_MLP + f"switch_mlp.{name}.weight",), Stack())
         for name in ("gate_proj", "up_proj", "down_proj")
     ),
-    # As transformers 5 holds them in memory, and writes them when asked for its own layout.
+    # transformers 5 holds experts in memory like this, and can write them like this.
     Rule(
         _MLP + "experts.gate_up_proj",
         (_MLP + "switch_mlp.gate_proj.weight", _MLP + "switch_mlp.up_proj.weight"),
@@ -47,9 +47,9 @@ def _positions(config: Mapping[str, Any]) -> int:
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     check_activation(config)
-    if config.get("use_sliding_window") and config.get("sliding_window") and _slides(config):
+    if config.get("use_sliding_window") and config.get("sliding_window") and _has_sliding_layers(config):
         raise ModelError(
-            "config.json: use_sliding_window is on, which the MLX class does not compute",
+            "config.json: use_sliding_window is true, and the MLX class has no sliding window",
             fix="set use_sliding_window to false if the texts are shorter than the window",
         )
     if (
@@ -58,7 +58,7 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     ):
         raise ModelError(
             "config.json: head_dim times num_attention_heads is not hidden_size",
-            fix="such a Qwen2 is not supported",
+            fix="use a Qwen2 with the default head size",
         )
     rope = rope_settings(config)
     defaults = {
@@ -73,18 +73,18 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         "mlp_only_layers": [],
         "norm_topk_prob": False,
     }
-    given = {key: value for key, value in config.items() if value is not None and key != "rope_parameters"}
+    values = {key: value for key, value in config.items() if value is not None and key != "rope_parameters"}
     return {
         **defaults,
         **moe,
-        **given,
+        **values,
         "head_dim": _head_dim(config),
         "rope_theta": rope.theta,
         "rope_scaling": None,
     }
 
 
-def _slides(config: Mapping[str, Any]) -> bool:
+def _has_sliding_layers(config: Mapping[str, Any]) -> bool:
     if config.get("layer_types"):
         return "sliding_attention" in config["layer_types"]
     return (
@@ -93,21 +93,21 @@ def _slides(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _mend(model: Any, config: Mapping[str, Any]) -> None:
+def _patch(model: Any, config: Mapping[str, Any]) -> None:
     rope = build_rope(_head_dim(config), rope_settings(config), _positions(config))
     for layer in model.layers:
         layer.self_attn.rope = rope
 
 
-def _stock_differs(config: Mapping[str, Any]) -> str | None:
+def _stock_difference(config: Mapping[str, Any]) -> str | None:
     rope = rope_settings(config)
     if rope.kind != "default" and config["model_type"] == "qwen3_moe":
-        return other_logits(f"it leaves out Qwen3-MoE's {rope.kind} rope")
+        return other_logits(f"it applies no {rope.kind} rope to Qwen3-MoE")
     return stock_difference(_head_dim(config), rope, _positions(config))
 
 
 def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    h, d, kind = a["hidden_size"], a["head_dim"], a["model_type"]
+    h, d, is_qwen2 = a["hidden_size"], a["head_dim"], a["model_type"] == "qwen2"
     q, kv = a["num_attention_heads"] * d, a["num_key_value_heads"] * d
     out: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (a["vocab_size"], h),
@@ -120,9 +120,9 @@ def _shapes(a: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
         out |= {f"{p}input_layernorm.weight": (h,), f"{p}post_attention_layernorm.weight": (h,)}
         for name, rows, columns in (("q_proj", q, h), ("k_proj", kv, h), ("v_proj", kv, h), ("o_proj", h, q)):
             out[f"{p}self_attn.{name}.weight"] = (rows, columns)
-            if kind == "qwen2" and name != "o_proj":
+            if is_qwen2 and name != "o_proj":
                 out[f"{p}self_attn.{name}.bias"] = (rows,)
-        if kind != "qwen2":
+        if not is_qwen2:
             out |= {f"{p}self_attn.q_norm.weight": (d,), f"{p}self_attn.k_norm.weight": (d,)}
         out |= _mlp_shapes(a, n, f"{p}mlp.")
     return out
@@ -147,15 +147,20 @@ def _mlp_shapes(a: Mapping[str, Any], layer: int, prefix: str) -> dict[str, tupl
     return out
 
 
-QWEN2 = Architecture("qwen2", _classes("qwen2"), _arguments, _mend, _shapes, stock_differs=_stock_differs)
-QWEN3 = Architecture("qwen3", _classes("qwen3"), _arguments, _mend, _shapes, stock_differs=_stock_differs)
+QWEN2 = Architecture(
+    "qwen2", _classes("qwen2"), _arguments, _patch, _shapes, stock_difference=_stock_difference
+)
+QWEN3 = Architecture(
+    "qwen3", _classes("qwen3"), _arguments, _patch, _shapes, stock_difference=_stock_difference
+)
 QWEN3_MOE = Architecture(
     "qwen3_moe",
     _classes("qwen3_moe"),
     _arguments,
-    _mend,
+    _patch,
     _shapes,
     MOE_RULES,
-    routers=("mlp.gate",),
-    stock_differs=_stock_differs,
+    modules=ModuleNames(routers=("mlp.gate",), experts=("mlp.switch_mlp",)),
+    config_aliases={"num_experts": "num_local_experts"},
+    stock_difference=_stock_difference,
 )

@@ -1,4 +1,4 @@
-"""The architectures that this package knows, by the ``model_type`` of their config.json."""
+"""The supported architectures, by the ``model_type`` of config.json."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import Any
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.gpt_oss import GPT_OSS
 from mlx_distill.models.architectures.qwen import QWEN2, QWEN3, QWEN3_MOE
-from mlx_distill.models.checkpoint.layout import Architecture
+from mlx_distill.models.checkpoint.layout import Architecture, ModuleNames
 
-ARCHITECTURES = {a.model_type: a for a in (QWEN2, QWEN3, QWEN3_MOE, GPT_OSS)}
+ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (QWEN2, QWEN3, QWEN3_MOE, GPT_OSS)}
 
 
 def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
     """The architecture of a config.
 
     Raises:
-        ModelError: the config asks for code of its own, or its ``model_type`` is missing or unknown.
+        ModelError: the config asks for remote code, or its ``model_type`` is missing or unknown.
 
     >>> architecture_of({"model_type": "qwen3"}).model_type
     'qwen3'
@@ -29,17 +29,28 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
                 f"{where}: {key} asks to run code that comes with the checkpoint",
                 fix="remote code is never run; use a checkpoint without it",
             )
-    kind = config.get("model_type")
-    if not isinstance(kind, str) or kind not in ARCHITECTURES:
-        raise ModelError(f"{where}: unknown model_type {kind!r}", fix=f"known: {', '.join(ARCHITECTURES)}")
-    return ARCHITECTURES[kind]
+    name = config.get("model_type")
+    if not isinstance(name, str) or name not in ARCHITECTURES:
+        raise ModelError(f"{where}: unknown model_type {name!r}", fix=f"known: {', '.join(ARCHITECTURES)}")
+    return ARCHITECTURES[name]
+
+
+def architecture_of_model(model: Any) -> Architecture | None:
+    """The architecture of a loaded model of mlx-lm; None if it is of another type."""
+    return ARCHITECTURES.get(getattr(model, "model_type", ""))
+
+
+def module_names(model: Any) -> ModuleNames:
+    """The module paths of a loaded model; the usual ones if its type is unknown."""
+    architecture = architecture_of_model(model)
+    return architecture.modules if architecture else ModuleNames()
 
 
 def expected_shapes(config: Mapping[str, Any], where: str = "config.json") -> dict[str, tuple[int, ...]]:
-    """Name and shape of every plain tensor that a config asks for, in our layout, without importing mlx-lm.
+    """Name and shape of every tensor of an unquantized model with this config, without importing mlx-lm.
 
     Raises:
-        ModelError: a key is missing or of the wrong kind.
+        ModelError: a key is missing or of the wrong type.
     """
     architecture = architecture_of(config, where)
     with _config_errors(architecture, where):
@@ -47,27 +58,27 @@ def expected_shapes(config: Mapping[str, Any], where: str = "config.json") -> di
 
 
 def build_model(config: Mapping[str, Any], where: str = "config.json") -> Any:
-    """mlx-lm's model for a config, mended, with lazy random weights (none is computed).
+    """mlx-lm's model for a config, corrected by ``Architecture.patch``, with random weights that are not computed.
 
     Raises:
-        ModelError: a key is missing or of the wrong kind.
+        ModelError: a key is missing or of the wrong type.
     """
     architecture = architecture_of(config, where)
     model_class, args_class = architecture.classes()
     with _config_errors(architecture, where):
         model = model_class(args_class.from_dict(architecture.arguments(config)))
-        architecture.mend(model, config)
+        architecture.patch(model, config)
     return model
 
 
 @contextmanager
 def _config_errors(architecture: Architecture, where: str) -> Iterator[None]:
-    cure = "take config.json from the original checkpoint"
+    fix = "take config.json from the original checkpoint"
     try:
         yield
     except KeyError as error:
-        raise ModelError(f"{where}: {error.args[0]!r} is missing", fix=cure) from error
+        raise ModelError(f"{where}: {error.args[0]!r} is missing", fix=fix) from error
     except (TypeError, ValueError, AttributeError) as error:
         raise ModelError(
-            f"{where}: not the config of a {architecture.model_type}: {error}", fix=cure
+            f"{where}: not the config of a {architecture.model_type}: {error}", fix=fix
         ) from error

@@ -1,8 +1,8 @@
-"""Rotary positions as transformers computes them: the one place where mlx-lm's are mended.
+"""Rotary position embeddings as transformers computes them, and where mlx-lm's differ.
 
-What mlx-lm does otherwise, as of 0.32.2: it rounds YaRN's correction range always (gpt-oss says
-``truncate: false``; at full size the frequency of pair 17 is then off by a factor of 1.8), gpt-oss, Qwen2 and
-Qwen3-MoE do not read transformers 5's ``rope_parameters``, and Qwen3-MoE has no YaRN at all.
+Differences in mlx-lm 0.32.2: it always rounds YaRN's correction range (gpt-oss has ``truncate: false``; at full
+size the frequency of pair 17 is then off by a factor of 1.8); gpt-oss, Qwen2 and Qwen3-MoE do not read
+``rope_parameters`` of transformers 5; Qwen3-MoE has no YaRN.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from mlx_distill.errors import ModelError
 
 @dataclass(frozen=True)
 class RopeSettings:
-    """The rope of a config, whichever way it is spelled. ``scaling`` is the mapping that holds ``rope_type``
-    and its parameters.
-    """
+    """The rope of a config: its type, its base, and the mapping that holds the parameters of its type."""
 
     kind: str
     theta: float
@@ -36,10 +34,10 @@ def rope_settings(
     default_theta: float = 10_000.0,
     default_scaling: Mapping[str, Any] | None = None,
 ) -> RopeSettings:
-    """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (before).
+    """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (transformers 4).
 
     Raises:
-        ModelError: a kind of rope that is not default, linear or yarn.
+        ModelError: a type of rope other than default, linear or yarn.
 
     >>> rope_settings({"rope_theta": 1e6}).theta
     1000000.0
@@ -63,7 +61,7 @@ def rope_settings(
         )
     if (config.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ModelError(
-            "config.json: partial_rotary_factor is not supported", fix="only ropes over the whole head are"
+            "config.json: partial_rotary_factor is not supported", fix="only a rope over the whole head is"
         )
     return RopeSettings(kind, float(theta), scaling)
 
@@ -71,29 +69,27 @@ def rope_settings(
 def yarn_frequencies(
     dims: int, settings: RopeSettings, max_positions: int = 131_072
 ) -> tuple[np.ndarray, float]:
-    r"""Inverse frequencies ``[dims / 2]`` and the factor on queries and keys, of YaRN.
+    r"""YaRN's inverse frequencies ``[dims / 2]``, and its factor on queries and keys.
 
-    Pair ``i`` turns by :math:`\theta^{-2i/d}` a token; pairs slower than ``beta_slow`` turns over the
-    original length are divided by ``factor``, those faster than ``beta_fast`` are left, and a linear ramp
-    lies between. With ``truncate: false`` the ramp's ends stay fractional.
+    Pair ``i`` rotates by :math:`\theta^{-2i/d}` per token. Pairs with fewer than ``beta_slow`` rotations over
+    the original length are divided by ``factor``, those with more than ``beta_fast`` are unchanged, and between
+    the two a linear ramp interpolates. With ``truncate: false`` the ends of the ramp are not rounded.
 
     Args:
         dims: Size of a head.
         settings: The config's rope.
-        max_positions: ``max_position_embeddings``, the original length where the rope names none.
+        max_positions: ``max_position_embeddings``: the original length if the rope has none.
 
     Source: Peng et al., YaRN: Efficient Context Window Extension of Large Language Models (2023). The order
     of float32 operations is that of transformers.
     """
     scaling, theta = settings.scaling, settings.theta
-    factor, original = (
-        float(scaling["factor"]),
-        float(scaling.get("original_max_position_embeddings") or max_positions),
-    )
+    factor = float(scaling["factor"])
+    original = float(scaling.get("original_max_position_embeddings") or max_positions)
     fast, slow = scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1
 
-    def dimension(turns: float) -> float:
-        return dims * math.log(original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def dimension(rotations: float) -> float:
+        return dims * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
     low, high = dimension(fast), dimension(slow)
     if scaling.get("truncate", True):
@@ -102,8 +98,8 @@ def yarn_frequencies(
     high += 0.001 if low == high else 0.0
     ramp = np.clip((np.arange(dims // 2, dtype=np.float32) - np.float32(low)) / np.float32(high - low), 0, 1)
     wavelengths = np.float32(theta) ** (np.arange(0, dims, 2, dtype=np.float32) / np.float32(dims))
-    kept = np.float32(1) - ramp
-    inverse = (1 / (np.float32(factor) * wavelengths)) * (1 - kept) + (1 / wavelengths) * kept
+    unchanged = np.float32(1) - ramp
+    inverse = (1 / (np.float32(factor) * wavelengths)) * (1 - unchanged) + (1 / wavelengths) * unchanged
     return inverse.astype(np.float32), _attention_factor(scaling, factor)
 
 
@@ -120,39 +116,38 @@ def _attention_factor(scaling: Mapping[str, Any], factor: float) -> float:
 
 
 def other_logits(reason: str) -> str:
-    """The remark on a model that stock mlx-lm computes otherwise than transformers and this package."""
+    """The note on a model for which stock mlx-lm computes other logits than transformers and this package."""
     return f"computed as transformers does; stock mlx-lm 0.32 would give other logits ({reason})"
 
 
 def stock_difference(dims: int, settings: RopeSettings, max_positions: int = 131_072) -> str | None:
-    """What stock mlx-lm computes otherwise of a YaRN that it reads, by its numbers; None where they are the
-    same.
+    """Why stock mlx-lm computes a YaRN differently that it reads; None if the numbers are equal.
 
-    >>> rope = rope_settings({"rope_scaling": {"rope_type": "yarn", "factor": 32, "truncate": False}, "rope_theta": 150000})
+    >>> scaling = {"rope_type": "yarn", "factor": 32, "truncate": False}
+    >>> rope = rope_settings({"rope_scaling": scaling, "rope_theta": 150000})
     >>> stock_difference(64, rope)
     "computed as transformers does; stock mlx-lm 0.32 would give other logits (it rounds YaRN's correction range)"
     """
     if settings.kind != "yarn":
         return None
     scaling = dict(settings.scaling)
-    ours, scale = yarn_frequencies(dims, settings, max_positions)
-    untold = {"original_max_position_embeddings": 4096, "truncate": True}
-    theirs, _ = yarn_frequencies(
-        dims, replace(settings, scaling={**untold, **scaling, "truncate": True}), max_positions
-    )
-    if not np.allclose(ours, theirs, rtol=1e-5):
+    correct, scale = yarn_frequencies(dims, settings, max_positions)
+    defaults = {"original_max_position_embeddings": 4096, "truncate": True}
+    as_stock = replace(settings, scaling={**defaults, **scaling, "truncate": True})
+    rounded, _ = yarn_frequencies(dims, as_stock, max_positions)
+    if not np.allclose(correct, rounded, rtol=1e-5):
         if not scaling.get("truncate", True):
             return other_logits("it rounds YaRN's correction range")
-        return other_logits("it takes 4096 for YaRN's original length, which the config does not name")
+        return other_logits("it assumes 4096 for YaRN's original length, which the config does not give")
     factor = float(scaling["factor"])
     stock = _mscale(factor, scaling.get("mscale") or 1) / _mscale(factor, scaling.get("mscale_all_dim") or 0)
     if not math.isclose(scale, stock, rel_tol=1e-5):
-        return other_logits(f"it scales queries and keys by {stock:.4g} where the config says {scale:.4g}")
+        return other_logits(f"it scales queries and keys by {stock:.4g}, the config says {scale:.4g}")
     return None
 
 
 class YarnRope(nn.Module):
-    """Rotates queries or keys ``[b, heads, l, dims]`` by YaRN's frequencies; no parameters."""
+    """Rotates queries or keys ``[b, heads, l, dims]`` by YaRN's frequencies; it has no parameters."""
 
     def __init__(self, dims: int, settings: RopeSettings, max_positions: int) -> None:
         super().__init__()
@@ -163,7 +158,7 @@ class YarnRope(nn.Module):
     def __call__(
         self, x: Float[mx.array, "b h l d"], offset: int | mx.array = 0
     ) -> Float[mx.array, "b h l d"]:
-        """Rotate; ``offset`` is the position of the first token (one for all rows, or one a row)."""
+        """Rotate; ``offset`` is the position of the first token, one for all rows or one for each."""
         if self.scale != 1.0:
             x = x * self.scale
         return mx.fast.rope(

@@ -1,5 +1,7 @@
-"""The table of rules (source pattern -> destination, transform) of an architecture, and plans made from it,
-either way.
+"""What is known about a model family, and the mapping of its checkpoint tensors to mlx-lm's, both ways.
+
+An :class:`Architecture` holds a table of :class:`Rule`. :func:`forward_plan` applies it to the tensors of a
+checkpoint, :func:`backward_plan` undoes it. Both only read headers: a :class:`TensorPlan` reads rows on demand.
 """
 
 from __future__ import annotations
@@ -7,66 +9,65 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mlx_distill.errors import ModelError
+from mlx_distill.models.architectures.rope import RopeSettings, rope_settings
 from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, Source
 from mlx_distill.models.checkpoint.transforms import Same, Stack, Transform
 
 
 @dataclass(frozen=True)
 class Rule:
-    """One line of the table: tensors named ``source`` become those named ``outputs``.
+    """Tensors named ``source`` in the original layout become the tensors named ``outputs`` in mlx-lm's.
 
-    ``{l}`` stands for the layer's number and ``{e}`` for the expert's; a source with ``{e}`` means all
-    experts of the layer.
+    ``{l}`` stands for a layer number and ``{e}`` for an expert number; a source with ``{e}`` means all experts
+    of a layer. ``quantized`` marks the tensors of quantized weights (words and scales).
     """
 
     source: str
     outputs: tuple[str, ...]
     transform: Transform
-
-    @property
-    def packed(self) -> bool:
-        """Whether the outputs are MXFP4 words or scales and not floats."""
-        return self.source.endswith(("_blocks", "_scales"))
+    quantized: bool = False
 
     def match_source(self, name: str) -> dict[str, str] | None:
-        """The numbers in ``name`` where it is a source of this rule."""
-        found = _pattern(self.source).fullmatch(name)
-        return found.groupdict() if found else None
+        """The layer and expert numbers in ``name`` if it is a source of this rule."""
+        match = _pattern(self.source).fullmatch(name)
+        return match.groupdict() if match else None
 
     def match_output(self, name: str) -> tuple[int, dict[str, str]] | None:
-        """Which output ``name`` is, and its numbers."""
+        """The index of the output that ``name`` is, and its layer number; None if it is no output."""
         for i, template in enumerate(self.outputs):
-            if found := _pattern(template).fullmatch(name):
-                return i, found.groupdict()
+            if match := _pattern(template).fullmatch(name):
+                return i, match.groupdict()
         return None
 
 
-_patterns: dict[str, re.Pattern[str]] = {}
-
-
+@cache
 def _pattern(template: str) -> re.Pattern[str]:
-    if template not in _patterns:
-        _patterns[template] = re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
-    return _patterns[template]
+    return re.compile(re.sub(r"\\\{(\w)\\\}", r"(?P<\1>\\d+)", re.escape(template)))
 
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """One tensor to come: its name, type and shape, and how to get any of its rows from the sources."""
+    """A tensor that is computed from its sources while it is read, a range of rows at a time.
+
+    It is a :class:`~mlx_distill.models.checkpoint.safetensors.Source` itself, so plans can be chained.
+    ``rule`` names the transform for reports; ``read_rows(start, stop)`` returns raw bits.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
     sources: tuple[Source, ...]
     rule: str
-    read: Callable[[int, int], np.ndarray]
+    read_rows: Callable[[int, int], np.ndarray]
 
     @property
     def columns(self) -> int:
@@ -75,7 +76,7 @@ class TensorPlan:
 
     @property
     def rows(self) -> int:
-        """Number of rows: all other dimensions together."""
+        """Number of rows: the product of all other dimensions."""
         return prod(self.shape[:-1]) if self.shape else 1
 
     @property
@@ -84,41 +85,119 @@ class TensorPlan:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
     @property
+    def file(self) -> Path:
+        """The file of the first source."""
+        return self.sources[0].file
+
+    @property
     def where(self) -> str:
         """``file: tensor 'source name'``, for messages."""
         return self.sources[0].where
 
+    def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
+        """Rows ``start`` to ``stop`` of the tensor seen as a matrix with ``columns`` columns."""
+        width = self.columns
+        columns = columns or width
+        stop = prod(self.shape) // columns if stop is None else stop
+        if columns == width:
+            return self.read_rows(start, stop)
+        first, last = start * columns // width, -(-stop * columns // width)
+        values = self.read_rows(first, last).reshape(-1)
+        skip = start * columns - first * width
+        return values[skip : skip + (stop - start) * columns].reshape(-1, columns)
+
+    def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
+        """A block of rows and columns; whole rows are computed."""
+        return self.read_rows(*rows)[:, slice(*columns)]
+
+
+@dataclass(frozen=True)
+class ModuleNames:
+    """Where the modules that other packages need are in mlx-lm's module tree.
+
+    ``trunk`` computes the hidden states. ``routers`` and ``experts`` are the ends of module paths, such as
+    ``mlp.router``; the others are whole paths.
+    """
+
+    trunk: str = "model"
+    embedding: str = "model.embed_tokens"
+    final_norm: str = "model.norm"
+    head: str = "lm_head"
+    routers: tuple[str, ...] = ()
+    experts: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class NativeQuantization:
+    """The quantization that the original checkpoints of a family have: of the experts, in one mode.
+
+    ``not_converted`` is what ``modules_to_not_convert`` of ``quantization_config`` lists.
+    """
+
+    mode: str
+    not_converted: tuple[str, ...]
+
+
+def final_logit_softcapping(model: Any) -> float | None:
+    """The attribute of mlx-lm's models with logit soft-capping; None for the others."""
+    return getattr(model, "final_logit_softcapping", None)
+
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is known of one ``model_type``.
+    """What is known about one ``model_type``; code elsewhere asks these fields and never compares the type.
 
-    ``classes`` imports mlx-lm's (Model, ModelArgs); ``arguments`` turns a config of either spelling into what
-    ModelArgs needs and refuses what cannot be computed rightly; ``mend`` corrects a built model; ``shapes``
-    says which tensors those arguments ask for; ``rules`` is the table; ``routers`` are module endings;
-    ``stock_differs`` says where stock mlx-lm computes something else.
+    Args:
+        model_type: The key in config.json.
+        classes: Imports and returns mlx-lm's ``(Model, ModelArgs)``.
+        arguments: Turns a config into the keyword arguments of ``ModelArgs``; raises on what mlx-lm's class
+            would compute incorrectly.
+        patch: Corrects a built model in place, so that it computes what transformers computes.
+        shapes: The tensors that these arguments need, in mlx-lm's layout.
+        rules: How the tensors of the original layout map to mlx-lm's; others keep their names.
+        modules: Module paths.
+        rope: The rotary embedding that a config means, defaults of the family included.
+        native_quantization: The quantization of the original checkpoints, if any.
+        config_aliases: Keys that stock mlx-lm reads, each with the name that transformers writes instead.
+        logit_softcap: ``c`` of a model whose logits are ``c * tanh(z / c)``; None where the family has none.
+        stock_difference: Why stock mlx-lm computes other logits for a config; None where it does not.
     """
 
     model_type: str
     classes: Callable[[], tuple[Any, Any]]
     arguments: Callable[[Mapping[str, Any]], dict[str, Any]]
-    mend: Callable[[Any, Mapping[str, Any]], None]
+    patch: Callable[[Any, Mapping[str, Any]], None]
     shapes: Callable[[Mapping[str, Any]], dict[str, tuple[int, ...]]]
     rules: tuple[Rule, ...] = ()
-    routers: tuple[str, ...] = ()
-    stock_differs: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    modules: ModuleNames = field(default_factory=ModuleNames)
+    rope: Callable[[Mapping[str, Any]], RopeSettings] = rope_settings
+    native_quantization: NativeQuantization | None = None
+    config_aliases: Mapping[str, str] = field(default_factory=dict)
+    logit_softcap: Callable[[Any], float | None] = final_logit_softcapping
+    stock_difference: Callable[[Mapping[str, Any]], str | None] = lambda config: None
 
-    def dropped(self, name: str, config: Mapping[str, Any]) -> str | None:
-        """Why a source tensor is not needed, or None where it is."""
-        if name == "lm_head.weight" and config.get("tie_word_embeddings", False):
+    def unused(self, name: str, config: Mapping[str, Any]) -> str | None:
+        """Why a source tensor is not needed, or None if it is."""
+        if name == f"{self.modules.head}.weight" and config.get("tie_word_embeddings", False):
             return "tied to the embedding"
         if name.endswith("rotary_emb.inv_freq"):
             return "computed from the config"
         return None
 
+    def holds_natively(self, path: str, mode: str) -> bool:
+        """Whether the original layout can hold the module at ``path`` quantized in ``mode``."""
+        native = self.native_quantization
+        return (
+            native is not None and mode == native.mode and any(f".{e}." in path for e in self.modules.experts)
+        )
+
+    def is_quantized_source(self, name: str) -> bool:
+        """Whether ``name`` is a tensor of quantized weights in the original layout."""
+        return any(rule.quantized and rule.match_source(name) is not None for rule in self.rules)
+
 
 def check_activation(config: Mapping[str, Any]) -> None:
-    """Refuse an activation that mlx-lm's classes do not compute: they know SiLU alone, and never look.
+    """Raise for an activation other than SiLU, since mlx-lm's classes compute SiLU without reading the config.
 
     Raises:
         ModelError: another ``hidden_act``.
@@ -132,119 +211,120 @@ def check_activation(config: Mapping[str, Any]) -> None:
 def forward_plan(
     architecture: Architecture, tensors: Mapping[str, Source], config: Mapping[str, Any]
 ) -> tuple[list[TensorPlan], list[tuple[Source, str]]]:
-    """Original layout (or ours, which the rules leave alone) to ours: what comes out, and what is left out
-    and why.
+    """Plan the tensors of mlx-lm's layout from those of the original layout, or of mlx-lm's own.
+
+    Returns:
+        The plans, and the tensors that are not needed with the reason.
 
     Raises:
         ModelError: an expert is missing, or a shape does not fit its rule.
     """
     groups: dict[tuple[Rule, str], list[tuple[int, Source]]] = defaultdict(list)
-    planned: list[TensorPlan] = []
+    plans: list[TensorPlan] = []
     left_out: list[tuple[Source, str]] = []
-    for name, info in tensors.items():
-        if reason := architecture.dropped(name, config):
-            left_out.append((info, reason))
+    for name, source in tensors.items():
+        if reason := architecture.unused(name, config):
+            left_out.append((source, reason))
             continue
         for rule in architecture.rules:
             if (numbers := rule.match_source(name)) is not None:
-                groups[rule, numbers["l"]].append((int(numbers.get("e", 0)), info))
+                groups[rule, numbers["l"]].append((int(numbers.get("e", 0)), source))
                 break
         else:
-            planned.append(_plan(name, Same(), (info,), 0, "same"))
+            plans.append(_plan(name, Same(), (source,), 0))
     for (rule, layer), members in groups.items():
-        infos = _in_order(rule, layer, members, config)
+        sources = _in_expert_order(rule, layer, members, config)
         for i, template in enumerate(rule.outputs):
-            planned.append(
-                _plan(
-                    template.replace("{l}", layer),
-                    rule.transform,
-                    infos,
-                    i,
-                    type(rule.transform).__name__.lower(),
-                )
-            )
-    names = [p.name for p in planned]
+            plans.append(_plan(template.replace("{l}", layer), rule.transform, sources, i))
+    names = [p.name for p in plans]
     if len(set(names)) != len(names):
-        twice = next(p for p in planned if names.count(p.name) > 1)
-        raise ModelError(f"{twice.where}: the checkpoint holds it in two layouts", fix="remove one of them")
-    return sorted(planned, key=_order), left_out
+        duplicate = next(p for p in plans if names.count(p.name) > 1)
+        raise ModelError(
+            f"{duplicate.where}: the checkpoint holds it in two layouts", fix="remove one of them"
+        )
+    return sorted(plans, key=_by_layer), left_out
 
 
-def _plan(name: str, transform: Transform, infos: tuple[Source, ...], index: int, rule: str) -> TensorPlan:
-    dtype, shape = transform.outputs(infos)[index]
-    return TensorPlan(name, dtype, shape, infos, rule, lambda a, b: transform.rows(infos, index, a, b))
+def _plan(name: str, transform: Transform, sources: tuple[Source, ...], index: int) -> TensorPlan:
+    dtype, shape = transform.outputs(sources)[index]
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        return transform.rows(sources, index, start, stop)
+
+    return TensorPlan(name, dtype, shape, sources, transform.name, read_rows)
 
 
-def _in_order(
+def _in_expert_order(
     rule: Rule, layer: str, members: list[tuple[int, Source]], config: Mapping[str, Any]
 ) -> tuple[Source, ...]:
     members.sort(key=lambda pair: pair[0])
     if isinstance(rule.transform, Stack):
         count = int(config.get("num_experts") or config.get("num_local_experts") or len(members))
-        numbers = {e for e, _ in members}
-        for e in range(count):
-            if e not in numbers:
-                missing = rule.source.replace("{l}", layer).replace("{e}", str(e))
+        numbers = {expert for expert, _ in members}
+        for expert in range(count):
+            if expert not in numbers:
+                missing = rule.source.replace("{l}", layer).replace("{e}", str(expert))
                 raise ModelError(
-                    f"{members[0][1].where}: its sibling {missing!r} is missing",
+                    f"{members[0][1].where}: tensor {missing!r} of the same layer is missing",
                     fix="download the checkpoint again",
                 )
-    return tuple(info for _, info in members)
+    return tuple(source for _, source in members)
 
 
-def _order(plan: TensorPlan) -> tuple[object, ...]:
-    """Layers by number, so that a shard holds neighbours; what is outside the layers first."""
-    found = re.search(r"\.layers\.(\d+)\.", plan.name)
-    return (int(found.group(1)) if found else -1, plan.name)
+def _by_layer(plan: TensorPlan) -> tuple[object, ...]:
+    """Sort by layer number, so that a shard holds whole layers; tensors outside the layers come first."""
+    match = re.search(r"\.layers\.(\d+)\.", plan.name)
+    return (int(match.group(1)) if match else -1, plan.name)
 
 
 def wildcard_name(name: str) -> str:
-    """A tensor's name with its numbers left open, so that layers and experts fall together.
+    """A tensor name with its numbers replaced by ``*``, the same for all layers and experts.
 
-    >>> folded("model.layers.3.mlp.experts.11.up_proj.weight")
+    >>> wildcard_name("model.layers.3.mlp.experts.11.up_proj.weight")
     'model.layers.*.mlp.experts.*.up_proj.weight'
     """
     return ".".join("*" if part.isdigit() else part for part in name.split("."))
 
 
 def backward_plan(architecture: Architecture, tensors: Mapping[str, Source]) -> list[TensorPlan]:
-    """Ours to the original layout."""
+    """Plan the tensors of the original layout from those of mlx-lm's.
+
+    Raises:
+        ModelError: a tensor of a group that is joined into one is missing.
+    """
     groups: dict[tuple[Rule, str], dict[int, Source]] = defaultdict(dict)
-    planned: list[TensorPlan] = []
-    for name, info in tensors.items():
+    plans: list[TensorPlan] = []
+    for name, source in tensors.items():
         for rule in architecture.rules:
-            found = rule.match_output(name)
-            if found is not None and rule.packed == (info.dtype in ("U32", "U8")):
-                groups[rule, found[1]["l"]][found[0]] = info
+            match = rule.match_output(name)
+            if match is not None and rule.quantized == (source.dtype in ("U32", "U8")):
+                groups[rule, match[1]["l"]][match[0]] = source
                 break
         else:
-            planned.append(_plan(name, Same(), (info,), 0, "same"))
+            plans.append(_plan(name, Same(), (source,), 0))
     for (rule, layer), members in groups.items():
-        infos = tuple(info for _, info in sorted(members.items()))
-        if len(infos) != len(rule.outputs):
+        sources = tuple(source for _, source in sorted(members.items()))
+        if len(sources) != len(rule.outputs):
             raise ModelError(
-                f"{infos[0].where}: its counterpart is missing or of another type",
+                f"{sources[0].where}: its counterpart is missing or of another type",
                 fix="convert the checkpoint again",
             )
-        transform = rule.transform
-        for i, (dtype, shape) in enumerate(transform.inputs(infos)):
+        for i, (dtype, shape) in enumerate(rule.transform.inputs(sources)):
             name = rule.source.replace("{l}", layer).replace("{e}", str(i))
-            read = _undo(transform, infos, i)
-            planned.append(TensorPlan(name, dtype, shape, infos, type(transform).__name__.lower(), read))
-    return sorted(planned, key=_order)
+            read_rows = _undo(rule.transform, sources, i)
+            plans.append(TensorPlan(name, dtype, shape, sources, rule.transform.name, read_rows))
+    return sorted(plans, key=_by_layer)
 
 
-def _undo(transform: Transform, infos: Sequence[Source], index: int) -> Callable[[int, int], np.ndarray]:
-    return lambda a, b: transform.undo_rows(infos, index, a, b)
+def _undo(transform: Transform, sources: Sequence[Source], index: int) -> Callable[[int, int], np.ndarray]:
+    return lambda start, stop: transform.undo_rows(sources, index, start, stop)
 
 
 def source_name(architecture: Architecture, output: str, present: Mapping[str, Source]) -> str:
-    """What a missing tensor of ours is called in the layout that the checkpoint uses, for messages."""
-    packed = any(name.endswith("_blocks") for name in present)
-    for rule in architecture.rules:
-        if (found := rule.match_output(output)) and (
-            rule.packed == packed or not rule.source.endswith("_proj")
-        ):
-            if any(rule.match_source(name) is not None for name in present) or rule.packed:
-                return rule.source.replace("{l}", found[1]["l"]).replace("{e}", "0")
+    """The name of a missing tensor in the layout that the checkpoint uses, for messages."""
+    quantized = any(architecture.is_quantized_source(name) for name in present)
+    rules = [(rule, match) for rule in architecture.rules if (match := rule.match_output(output))]
+    for rule, (_, numbers) in [pair for pair in rules if pair[0].quantized == quantized] or rules:
+        if rule.quantized or any(rule.match_source(name) is not None for name in present):
+            return rule.source.replace("{l}", numbers["l"]).replace("{e}", "0")
     return output

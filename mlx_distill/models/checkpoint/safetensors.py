@@ -1,8 +1,8 @@
-"""Safetensors read by hand: headers, shards and rows of tensors, without ever holding a whole file.
+"""A reader of safetensors checkpoints: headers, shards, and ranges of rows of a tensor.
 
-The format (https://github.com/huggingface/safetensors): eight bytes with the header's length, a JSON header,
-then the tensors' bytes without gaps. Reading it here and not through a library allows rows of a tensor to be
-read, which bounds the memory of a conversion, and lets every refusal name the file and the tensor.
+The format (https://github.com/huggingface/safetensors) is eight bytes with the length of the header, a JSON
+header, and the bytes of the tensors without gaps. It is not read with the safetensors library because numpy has
+no bfloat16, and so that a conversion reads ranges of rows and every error names the file and the tensor.
 """
 
 from __future__ import annotations
@@ -48,40 +48,40 @@ _DOWNLOAD = "download or copy the checkpoint again"
 
 @runtime_checkable
 class Source(Protocol):
-    """A tensor whose rows can be read: one in a file, or one that is computed while it is read."""
+    """A tensor whose rows can be read: :class:`TensorInfo` from a file, ``TensorPlan`` computed on demand."""
 
     @property
     def name(self) -> str:
-        """Its name."""
+        """Name in its layout."""
 
     @property
     def dtype(self) -> str:
-        """Its safetensors type."""
+        """Safetensors type."""
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
+        """Shape."""
 
     @property
     def file(self) -> Path:
-        """The file that it comes from."""
+        """The file that it is read from."""
 
     @property
     def where(self) -> str:
         """``file: tensor 'name'``, for messages."""
 
     def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
-        """Rows of the tensor seen as a matrix with ``columns`` columns (the last dimension if not given), as
-        raw unsigned integers.
+        """Rows of the tensor seen as a matrix with ``columns`` columns (default: the last dimension), as raw
+        unsigned integers.
         """
 
     def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """A block of the tensor seen as a matrix over its last dimension."""
+        """A block of rows and columns of the tensor seen as a matrix over its last dimension."""
 
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where one tensor lies: ``offset`` bytes into ``file``, row-major, little-endian."""
+    """A tensor in a file, ``offset`` bytes from its start, row-major, little-endian."""
 
     name: str
     file: Path
@@ -100,11 +100,10 @@ class TensorInfo:
         return f"{self.file}: tensor {self.name!r}"
 
     def read(self, start: int = 0, stop: int | None = None, *, columns: int | None = None) -> np.ndarray:
-        """Rows ``start`` to ``stop`` of the tensor seen as a matrix with ``columns`` columns, as raw unsigned
-        integers ``[n, columns]``.
+        """Rows ``start`` to ``stop`` of the tensor seen as a matrix with ``columns`` columns.
 
-        ``columns`` defaults to the last dimension. A float's bits are not interpreted, so nothing can change
-        on the way.
+        Returns:
+            The bits as unsigned integers ``[n, columns]``; ``columns`` defaults to the last dimension.
         """
         raw = np.dtype(_RAW[DTYPE_BYTES[self.dtype]])
         columns = columns or (self.shape[-1] if self.shape else 1)
@@ -115,8 +114,8 @@ class TensorInfo:
         return out
 
     def read_block(self, rows: tuple[int, int], columns: tuple[int, int]) -> np.ndarray:
-        """The block ``rows x columns`` of the tensor seen as a matrix over its last dimension: only these
-        bytes are read.
+        """The block ``rows x columns`` of the tensor seen as a matrix over its last dimension; only its bytes
+        are read.
         """
         raw = np.dtype(_RAW[DTYPE_BYTES[self.dtype]])
         width = self.shape[-1]
@@ -125,16 +124,13 @@ class TensorInfo:
         out = np.empty((rows[1] - rows[0], columns[1] - columns[0]), raw)
         with os_errors(), open(self.file, "rb", buffering=0) as file:
             for i in range(out.shape[0]):
-                _fill(
-                    file.fileno(),
-                    out[i],
-                    self.offset + ((rows[0] + i) * width + columns[0]) * raw.itemsize,
-                    self,
-                )
+                first = (rows[0] + i) * width + columns[0]
+                _fill(file.fileno(), out[i], self.offset + first * raw.itemsize, self)
         return out
 
 
 def _fill(handle: int, out: np.ndarray, offset: int, info: TensorInfo) -> None:
+    """Read the bytes of ``out`` from the file."""
     view = memoryview(out).cast("B") if out.size else memoryview(b"")
     done = 0
     while done < len(view):
@@ -145,11 +141,11 @@ def _fill(handle: int, out: np.ndarray, offset: int, info: TensorInfo) -> None:
 
 
 def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
-    """The tensors of one safetensors file and its metadata, checked against the file's size.
+    """The tensors of one safetensors file and its metadata, checked against the size of the file.
 
     Raises:
-        ModelError: truncated, not safetensors, overlapping or oversized tensors, an unknown type: with file
-            and tensor.
+        ModelError: a truncated file, not safetensors, overlapping tensors, an unknown type: with file and
+            tensor.
     """
     path = Path(path)
     with os_errors():
@@ -164,9 +160,8 @@ def read_header(path: str | Path) -> tuple[dict[str, TensorInfo], dict[str, str]
             raw = file.read(length)
     try:
         header = json.loads(raw)
-        metadata = {
-            str(k): str(v) for k, v in (header.pop("__metadata__", None) or {}).items()
-        }  # MLX writes null
+        metadata = header.pop("__metadata__", None) or {}  # MLX writes null
+        metadata = {str(key): str(value) for key, value in metadata.items()}
         tensors = {name: _tensor(path, name, entry, 8 + length) for name, entry in header.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ModelError(f"{path}: damaged header: {error}", fix=_DOWNLOAD) from error
@@ -179,7 +174,7 @@ def _tensor(path: Path, name: str, entry: Mapping[str, Any], base: int) -> Tenso
     if dtype not in DTYPE_BYTES:
         raise ModelError(
             f"{path}: tensor {name!r} has the unknown type {dtype}",
-            fix="convert it with a tool that knows this type first",
+            fix="convert it to a known type with another tool first",
         )
     info = TensorInfo(name, path, dtype, shape, base + int(begin))
     if end - begin != info.nbytes or any(n < 0 for n in shape):
@@ -206,7 +201,7 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], base: int, size
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Every tensor of a model folder by name, over all its shards."""
+    """All tensors of a model folder by name, and its shards."""
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
@@ -214,10 +209,9 @@ class Checkpoint:
 
     @property
     def listing(self) -> Path:
-        """The file that says which tensors there are: the index, or the only shard."""
-        return (
-            self.folder / INDEX if (self.folder / INDEX).is_file() or len(self.files) != 1 else self.files[0]
-        )
+        """The file that lists the tensors: the index, or the only shard."""
+        index = self.folder / INDEX
+        return index if index.is_file() or len(self.files) != 1 else self.files[0]
 
     @property
     def nbytes(self) -> int:
@@ -226,11 +220,11 @@ class Checkpoint:
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
-    """Read the index and every shard's header; nothing else.
+    """Read the index and the header of every shard.
 
     Raises:
-        ModelError: no safetensors, a missing shard, an index that disagrees with the shards: with file,
-            tensor and cure.
+        ModelError: no safetensors, a missing shard, or an index that disagrees with the shards: with file and
+            tensor.
     """
     folder = Path(folder)
     index = folder / INDEX
@@ -238,9 +232,8 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         return _open_indexed(folder, index)
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
-        pickled = sorted(
-            p.name for ending in ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl") for p in folder.glob(ending)
-        )
+        patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+        pickled = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
         if pickled:
             raise ModelError(
                 f"{folder / pickled[0]}: pickled weights are never opened, since they can run code",
@@ -252,7 +245,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         for name, info in read_header(file)[0].items():
             if name in tensors:
                 raise ModelError(
-                    f"{info.where} stands in {tensors[name].file.name} too", fix="remove the stale shard"
+                    f"{info.where} is also in {tensors[name].file.name}", fix="remove the stale shard"
                 )
             tensors[name] = info
     return Checkpoint(folder, tensors, tuple(files))

@@ -1,6 +1,4 @@
-"""One tensor's way from source to shard, in slabs of rows: read, checked, merged, cast or packed, and
-measured against what it was.
-"""
+"""The conversion of one tensor, a block of rows at a time: read, checked, updated, cast or quantized, measured."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ import numpy as np
 from mlx_distill.errors import ModelError
 from mlx_distill.models.checkpoint.layout import TensorPlan
 from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, FLOATS
-from mlx_distill.models.quantization import NAN_SCALE, QuantSpec, pack
+from mlx_distill.models.quantization import NAN_SCALE, TensorAction, quantize_mxfp4
 
 MLX_TYPES = {
     "F32": mx.float32,
@@ -33,14 +31,14 @@ MLX_TYPES = {
 _NAMES = {dtype: name for name, dtype in MLX_TYPES.items()}
 
 
-def to_mlx(plan: TensorPlan) -> mx.array:
-    """A planned tensor as an array, bit for bit."""
-    if plan.dtype not in MLX_TYPES:
+def to_mlx(tensor: TensorPlan) -> mx.array:
+    """The whole tensor as an array, bit for bit."""
+    if tensor.dtype not in MLX_TYPES:
         raise ModelError(
-            f"{plan.where} has the type {plan.dtype}, which MLX lacks",
-            fix="convert it with a tool that knows this type first",
+            f"{tensor.where} has the type {tensor.dtype}, which MLX does not have",
+            fix="convert it to a type that MLX has",
         )
-    return from_raw(plan.read(0, plan.rows), plan.dtype).reshape(plan.shape)
+    return from_raw(tensor.read(0, tensor.rows), tensor.dtype).reshape(tensor.shape)
 
 
 def from_raw(block: np.ndarray, dtype: str) -> mx.array:
@@ -56,12 +54,14 @@ def to_raw(value: mx.array) -> np.ndarray:
     return np.array(value)
 
 
-_EXPONENT = {"F32": np.uint32(0x7F800000), "BF16": np.uint16(0x7F80), "F16": np.uint16(0x7C00)}
+# All bits of the exponent are set in NaN and infinity.
+_EXPONENT_MASK = {"F32": np.uint32(0x7F800000), "BF16": np.uint16(0x7F80), "F16": np.uint16(0x7C00)}
+_CACHE_SIZED = 1 << 17  # values checked at a time, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True)
 class Output:
-    """One tensor of the file to write."""
+    """A tensor that is written to a shard."""
 
     name: str
     dtype: str
@@ -75,11 +75,14 @@ class Output:
 
 @dataclass(frozen=True)
 class LowRankUpdate:
-    """A low-rank update ``scale * B A`` of a weight: ``a [r, in]`` and ``b [out, r]``, or with a leading axis
-    of experts; float32.
+    """The update ``scale * B A`` of a weight by a LoRA or DoRA adapter, in float32.
 
-    ``magnitude [out]`` (or ``[experts, out]``) is DoRA's: each row of the updated weight is scaled to that
-    norm.
+    Args:
+        a: ``[r, in]``, or ``[experts, r, in]``.
+        b: ``[out, r]``, or ``[experts, out, r]``.
+        scale: Factor.
+        magnitude: DoRA's ``[out]``, or ``[experts, out]``: the norm to which each row of the updated weight is
+            scaled; None for LoRA.
     """
 
     a: mx.array
@@ -89,11 +92,11 @@ class LowRankUpdate:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it fits."""
+        """Shape of the weight."""
         return (*self.b.shape[:-1], self.a.shape[-1])
 
-    def add(self, weight: mx.array, start: int, stop: int) -> mx.array:
-        """Rows ``start`` to ``stop`` of the updated weight, in float32."""
+    def apply(self, weight: mx.array, start: int, stop: int) -> mx.array:
+        """Rows ``start`` to ``stop`` of the updated weight, from the same rows of the weight, in float32."""
         updated = weight.astype(mx.float32) + self.rows(start, stop)
         if self.magnitude is None:
             return updated
@@ -101,7 +104,7 @@ class LowRankUpdate:
         return updated * (self.magnitude.reshape(-1)[start:stop, None].astype(mx.float32) / norms)
 
     def rows(self, start: int, stop: int) -> mx.array:
-        """Rows of the update, the experts' one after the other."""
+        """Rows of the update before DoRA's scaling, with the experts concatenated."""
         if self.a.ndim == 2:
             return self.scale * (self.b[start:stop] @ self.a)
         height, parts = self.b.shape[1], []
@@ -113,52 +116,53 @@ class LowRankUpdate:
 
 @dataclass(frozen=True)
 class Replacement:
-    """A tensor that was trained whole beside an adapter, and takes the place of the base's."""
+    """A tensor of ``modules_to_save``, which replaces the base model's."""
 
     value: mx.array
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the tensor that it fits."""
+        """Shape of the tensor."""
         return tuple(self.value.shape)
 
-    def add(self, weight: mx.array, start: int, stop: int) -> mx.array:
-        """Rows ``start`` to ``stop``, in float32."""
+    def apply(self, weight: mx.array, start: int, stop: int) -> mx.array:
+        """Rows ``start`` to ``stop`` of the replacement, in float32."""
         return self.value.reshape(-1, self.value.shape[-1])[start:stop].astype(mx.float32)
+
+
+Update = LowRankUpdate | Replacement
 
 
 @dataclass(frozen=True)
 class TensorJob:
-    """A planned tensor, what to do with it, and an update to add first."""
+    """A tensor, an update that is applied to it first, and what to do with the result."""
 
     tensor: TensorPlan
-    action: QuantSpec = field(default_factory=QuantSpec)
-    update: LowRankUpdate | Replacement | None = None
+    action: TensorAction = field(default_factory=TensorAction)
+    update: Update | None = None
 
     @property
     def outputs(self) -> list[Output]:
-        """What comes out, the weight first."""
-        p, t = self.tensor, self.action
-        if t.kind == "keep":
-            return [Output(p.name, p.dtype, p.shape)]
-        if t.kind == "cast":
-            return [Output(p.name, t.dtype or p.dtype, p.shape)]
-        path, lead = p.name.removesuffix(".weight"), p.shape[:-1]
-        float_type = t.dtype or p.dtype
-        groups = p.columns // t.group_size
-        out = [Output(p.name, "U32", (*lead, p.columns * t.bits // 32))]
-        out.append(Output(f"{path}.scales", float_type if t.mode == "affine" else "U8", (*lead, groups)))
-        return [*out, Output(f"{path}.biases", float_type, (*lead, groups))] if t.mode == "affine" else out
+        """The tensors to write; of a quantized one the weight, then scales and biases."""
+        t, q = self.tensor, self.action.quantization
+        dtype = self.action.dtype or t.dtype
+        if q is None:
+            return [Output(t.name, dtype, t.shape)]
+        path, lead, groups = t.name.removesuffix(".weight"), t.shape[:-1], t.columns // q.group_size
+        words = Output(t.name, "U32", (*lead, t.columns * q.bits // 32))
+        if q.mode != "affine":
+            return [words, Output(f"{path}.scales", "U8", (*lead, groups))]
+        return [words, *(Output(f"{path}.{leaf}", dtype, (*lead, groups)) for leaf in ("scales", "biases"))]
 
 
 @dataclass(frozen=True)
 class TensorRow:
-    """One line of a conversion's table.
+    """What a conversion did with a tensor: a line of its report.
 
-    ``error`` is the root of the mean squared difference from the source over the root of the mean squared
-    source, ``largest`` the greatest difference; both 0 where the bits are the same. ``update`` is how large
-    an adapter's update was, on the scale of ``error``. ``bits`` are those stored for each of ``parameters``
-    weights, scales included.
+    ``error`` is the root mean squared difference from the source, divided by the root mean square of the
+    source; ``largest`` is the largest absolute difference. Both are 0 if the bits are the same. ``update`` is
+    the root mean square of an adapter's update, divided like ``error``. ``bits`` are stored bits for each of
+    ``parameters`` weights, including scales.
     """
 
     name: str
@@ -181,8 +185,8 @@ class TensorRow:
 
 
 @dataclass
-class Errors:
-    """Sums over the slabs of one tensor."""
+class ErrorSums:
+    """Sums over the blocks of a tensor, from which its errors are computed."""
 
     squares: float = 0.0
     difference: float = 0.0
@@ -190,7 +194,7 @@ class Errors:
     update: float = 0.0
 
     def add(self, before: mx.array, after: mx.array) -> None:
-        """Compare one slab, in float32; the sums are kept in float64."""
+        """Compare a block with its source: differences in float32, sums over rows in float64."""
         difference = mx.abs(before.astype(mx.float32) - after.astype(mx.float32))
         sums = [
             mx.sum(mx.square(before.astype(mx.float32)), axis=-1),
@@ -203,7 +207,7 @@ class Errors:
         self.largest = max(self.largest, float(sums[2].item()))
 
     def add_update(self, before: mx.array, after: mx.array) -> None:
-        """Measure what an adapter changes in one slab."""
+        """Measure what an update changes in a block."""
         squares = mx.sum(mx.square(after.astype(mx.float32) - before.astype(mx.float32)), axis=-1)
         self.update += float(np.array(squares).sum(dtype=np.float64))
 
@@ -213,104 +217,112 @@ class Errors:
         return sqrt(self.difference / self.squares) if self.squares else 0.0
 
     @property
-    def update_size(self) -> float:
+    def relative_update(self) -> float:
         """Root mean squared update over root mean square."""
         return sqrt(self.update / self.squares) if self.squares else 0.0
 
 
 def row_blocks(job: TensorJob, block_bytes: int) -> Iterator[tuple[int, int]]:
-    """Row ranges of at most ``block_bytes`` of source, at least one row each."""
-    p = job.tensor
-    row = max(p.columns * DTYPE_BYTES[p.dtype], 1)
-    step = max(block_bytes // row, 1)
-    for start in range(0, p.rows, step):
-        yield start, min(start + step, p.rows)
+    """Ranges of rows of at most ``block_bytes`` in the source, and at least one row."""
+    t = job.tensor
+    row_bytes = max(t.columns * DTYPE_BYTES[t.dtype], 1)
+    step = max(block_bytes // row_bytes, 1)
+    for start in range(0, t.rows, step):
+        yield start, min(start + step, t.rows)
 
 
-def run_block(job: TensorJob, start: int, stop: int, errors: Errors) -> list[np.ndarray]:
-    """The raw bits of rows ``start`` to ``stop`` of each output.
+def run_block(job: TensorJob, start: int, stop: int, errors: ErrorSums) -> list[np.ndarray]:
+    """The raw bits of rows ``start`` to ``stop`` of each output; what changed is added to ``errors``.
 
     Raises:
-        ModelError: NaN or infinity in the source, or where the type to be is too narrow: with file and
-            tensor.
+        ModelError: NaN or infinity in the source or in the result: with file and tensor.
     """
-    p, t = job.tensor, job.action
-    raw = p.read(start, stop)
-    check_finite(raw, p)
-    if t.kind == "keep" and job.update is None:
+    tensor, action, q = job.tensor, job.action, job.action.quantization
+    raw = tensor.read(start, stop)
+    check_finite(raw, tensor)
+    if action.keeps_bits and job.update is None:
         return [raw]
-    source = from_raw(raw, p.dtype)
+    source = from_raw(raw, tensor.dtype)
     if job.update is not None:
-        before, source = source, job.update.add(source, start, stop)
+        before, source = source, job.update.apply(source, start, stop)
         errors.add_update(before, source)
-    kept_type = MLX_TYPES[t.dtype or p.dtype]
-    value = source.astype(kept_type)
-    if t.kind != "quantize":
-        _check_fits(value, job)
+    value = source.astype(MLX_TYPES[action.dtype or tensor.dtype])
+    if q is None:
+        _check_result(value, job)
         errors.add(source, value)
         return [to_raw(value)]
-    parts: tuple[mx.array, ...] = (
-        pack(source)
-        if t.again and t.mode == "mxfp4"
-        else mx.quantize(value, t.group_size, t.bits, mode=t.mode)
-    )
-    back = mx.dequantize(
-        parts[0], parts[1], parts[2] if len(parts) > 2 else None, t.group_size, t.bits, t.mode
-    )
-    _check_fits(back, job)
-    errors.add(source, back)
+    if action.requantized and q.mode == "mxfp4":
+        parts: tuple[mx.array, ...] = quantize_mxfp4(source)
+    else:
+        parts = mx.quantize(value, q.group_size, q.bits, mode=q.mode)
+    biases = parts[2] if len(parts) > 2 else None
+    result = mx.dequantize(parts[0], parts[1], biases, q.group_size, q.bits, q.mode)
+    _check_result(result, job)
+    errors.add(source, result)
     return [to_raw(part) for part in parts]
 
 
-def _check_fits(value: mx.array, job: TensorJob) -> None:
-    if not mx.all(mx.isfinite(value)).item():
-        what = " with the adapter added" if job.update is not None else ""
-        raise ModelError(
-            f"{job.tensor.where}{what} gives NaN or infinity as {job.action.label}",
-            fix="train the adapter again" if what else "choose a type with a wider range, such as bfloat16",
-        )
+def output_plans(job: TensorJob, errors: ErrorSums) -> list[TensorPlan]:
+    """The outputs of a job as tensors that run it while they are read."""
+    return [_output_plan(job, output, index, errors) for index, output in enumerate(job.outputs)]
 
 
-def check_finite(raw: np.ndarray, planned: TensorPlan) -> None:
-    """Refuse NaN and infinity, by the bits (255 is NaN among bytes of scales), in pieces that fit the
-    processor's cache.
-    """
-    scales = planned.dtype == "U8" and planned.name.endswith(".scales")
-    if planned.dtype not in FLOATS and not scales:
+def _output_plan(job: TensorJob, output: Output, index: int, errors: ErrorSums) -> TensorPlan:
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        return run_block(job, start, stop, errors)[index]
+
+    return TensorPlan(output.name, output.dtype, output.shape, job.tensor.sources, job.tensor.rule, read_rows)
+
+
+def _check_result(value: mx.array, job: TensorJob) -> None:
+    if mx.all(mx.isfinite(value)).item():
         return
-    mask = np.uint8(NAN_SCALE) if scales else _EXPONENT[planned.dtype]
+    if job.update is not None:
+        what, fix = " with the adapter merged", "train the adapter again"
+    else:
+        what, fix = "", "choose a type with a wider range, such as bfloat16"
+    raise ModelError(f"{job.tensor.where}{what} gives NaN or infinity as {job.action.label}", fix=fix)
+
+
+def check_finite(raw: np.ndarray, tensor: TensorPlan) -> None:
+    """Raise for NaN and infinity, found by their bits (255 is NaN in scales of one byte).
+
+    Raises:
+        ModelError: with file and tensor.
+    """
+    scales = tensor.dtype == "U8" and tensor.name.endswith(".scales")
+    if tensor.dtype not in FLOATS and not scales:
+        return
+    mask = np.uint8(NAN_SCALE) if scales else _EXPONENT_MASK[tensor.dtype]
     flat = raw.reshape(-1)
-    for i in range(0, flat.size, 1 << 17):
-        piece = flat[i : i + (1 << 17)] & mask
-        if piece.size and piece.max() == mask:
+    for i in range(0, flat.size, _CACHE_SIZED):
+        masked = flat[i : i + _CACHE_SIZED] & mask
+        if masked.size and masked.max() == mask:
             raise ModelError(
-                f"{planned.where} holds NaN or infinity",
-                fix="the checkpoint is damaged at its source; download it again",
+                f"{tensor.where} holds NaN or infinity",
+                fix="the checkpoint itself is damaged: download it again",
             )
 
 
-def table_row(job: TensorJob, errors: Errors, outputs: list[Output]) -> TensorRow:
+def table_row(job: TensorJob, errors: ErrorSums) -> TensorRow:
     """The line of a finished job."""
-    p, t = job.tensor, job.action
-    count = 0 if p.name.endswith((".scales", ".biases")) else prod(p.shape)
-    bits = 8 * sum(o.nbytes for o in outputs) / count if count else 0.0
-    sources = (
-        p.sources[0].name if len(p.sources) == 1 else f"{p.sources[0].name} and {len(p.sources) - 1} more"
-    )
-    stored = t.label if t.kind == "quantize" else outputs[0].dtype
-    note = "; ".join(part for part in (t.why, "adapter merged" if job.update is not None else "") if part)
+    t, action, outputs = job.tensor, job.action, job.outputs
+    count = 0 if t.name.endswith((".scales", ".biases")) else prod(t.shape)
+    bits = 8 * sum(output.nbytes for output in outputs) / count if count else 0.0
+    more = f" and {len(t.sources) - 1} more" if len(t.sources) > 1 else ""
+    notes = [action.reason, "adapter merged" if job.update is not None else ""]
     return TensorRow(
-        p.name,
-        sources,
-        p.sources[0].file.name,
-        p.rule,
-        p.shape,
-        p.dtype,
-        stored,
+        t.name,
+        t.sources[0].name + more,
+        t.file.name,
+        t.rule,
+        t.shape,
+        t.dtype,
+        action.label if action.quantization else outputs[0].dtype,
         count,
         round(bits, 4),
         errors.relative,
         errors.largest,
-        errors.update_size,
-        note,
+        errors.relative_update,
+        "; ".join(note for note in notes if note),
     )

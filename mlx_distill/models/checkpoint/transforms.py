@@ -1,8 +1,9 @@
-"""How a tensor of the original layout becomes tensors of MLX's, and back: row by row, on raw bits.
+"""How tensors of the original layout become tensors of mlx-lm's layout, and back, by rows, on raw bits.
 
-Each transform goes both ways and can deliver any range of rows of any of its outputs, so that neither
-direction ever needs a whole tensor. ``outputs`` says the types and shapes that come out, ``rows`` delivers
-rows of the output numbered ``index``; ``inputs`` and ``undo_rows`` are the same for the way back.
+A transform computes any range of rows of any of its outputs, in both directions, so that no conversion holds a
+whole tensor. ``outputs`` gives types and shapes in mlx-lm's layout and ``rows`` the rows of output ``index``;
+``inputs`` and ``undo_rows`` are the same for the original layout. Rows are those of a tensor seen as a matrix
+over its last dimension.
 """
 
 from __future__ import annotations
@@ -10,19 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import ClassVar
 
 import numpy as np
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.checkpoint.safetensors import Source
 
-Infos = Sequence[Source]
-Spec = tuple[str, tuple[int, ...]]  # safetensors type, shape
+Sources = Sequence[Source]
+TypeAndShape = tuple[str, tuple[int, ...]]  # safetensors type, shape
 
 
-def _refuse(info: Source, needed: str) -> ModelError:
+def _shape_error(source: Source, expected: str) -> ModelError:
     return ModelError(
-        f"{info.where} has the shape {list(info.shape)} where {needed} is needed",
+        f"{source.where} has the shape {list(source.shape)} where {expected} is needed",
         fix="check that config and weights belong together",
     )
 
@@ -31,157 +33,167 @@ def _refuse(info: Source, needed: str) -> ModelError:
 class Same:
     """The same bytes under the same or another name."""
 
-    def outputs(self, infos: Infos) -> list[Spec]:
-        """As they are."""
-        return [(infos[0].dtype, infos[0].shape)]
+    name: ClassVar = "same"
 
-    def rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
-        """As they are."""
-        return infos[0].read(start, stop)
+    def outputs(self, sources: Sources) -> list[TypeAndShape]:
+        """The source's."""
+        return [(sources[0].dtype, sources[0].shape)]
+
+    def rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
+        """The source's."""
+        return sources[0].read(start, stop)
 
     inputs = outputs
     undo_rows = rows
 
 
 @dataclass(frozen=True)
-class Packed:
-    """MXFP4 blocks ``[e, r, groups, 16]`` of bytes to MLX's words ``[e, r, groups * 4]``; the bytes are the
-    same ones.
-    """
+class Mxfp4Words:
+    """MXFP4 blocks of bytes ``[e, r, groups, 16]`` to MLX's 32-bit words ``[e, r, groups * 4]``, the same bytes."""
 
-    def outputs(self, infos: Infos) -> list[Spec]:
+    name: ClassVar = "packed"  # in tensors.json since its first version
+
+    def outputs(self, sources: Sources) -> list[TypeAndShape]:
         """Words."""
-        shape = infos[0].shape
-        if len(shape) != 4 or shape[-1] != 16 or infos[0].dtype != "U8":
-            raise _refuse(infos[0], "U8 [experts, rows, groups, 16]")
+        shape = sources[0].shape
+        if len(shape) != 4 or shape[-1] != 16 or sources[0].dtype != "U8":
+            raise _shape_error(sources[0], "U8 [experts, rows, groups, 16]")
         return [("U32", (*shape[:2], shape[2] * 4))]
 
-    def rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
+    def rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
         """Rows of words."""
-        return infos[0].read(start, stop, columns=prod(infos[0].shape[2:])).view(np.uint32)
+        return sources[0].read(start, stop, columns=prod(sources[0].shape[2:])).view(np.uint32)
 
-    def inputs(self, infos: Infos) -> list[Spec]:
-        """Blocks."""
-        e, r, words = infos[0].shape
+    def inputs(self, sources: Sources) -> list[TypeAndShape]:
+        """Blocks of bytes."""
+        e, r, words = sources[0].shape
         return [("U8", (e, r, words // 4, 16))]
 
-    def undo_rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
-        """Rows of 16 bytes, four words a group."""
-        return infos[0].read(start, stop, columns=4).view(np.uint8)
+    def undo_rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
+        """Rows of 16 bytes, which are the four words of a group."""
+        return sources[0].read(start, stop, columns=4).view(np.uint8)
 
 
 @dataclass(frozen=True)
 class SplitRows:
-    """Rows that alternate between gate and up ``[e, 2 r, ...]`` to two tensors ``[e, r, ...]``; ``packed``
-    blocks become words too.
+    """Alternating rows of gate and up ``[e, 2 r, ...]`` to two tensors ``[e, r, ...]``.
+
+    With ``mxfp4``, blocks of bytes also become words.
     """
 
-    packed: bool = False
+    mxfp4: bool = False
+    name: ClassVar = "splitrows"
 
-    def outputs(self, infos: Infos) -> list[Spec]:
+    def outputs(self, sources: Sources) -> list[TypeAndShape]:
         """Gate and up."""
-        dtype, shape = Packed().outputs(infos)[0] if self.packed else (infos[0].dtype, infos[0].shape)
+        dtype, shape = (
+            Mxfp4Words().outputs(sources)[0] if self.mxfp4 else (sources[0].dtype, sources[0].shape)
+        )
         if len(shape) != 3 or shape[1] % 2:
-            raise _refuse(infos[0], "[experts, an even number of rows, columns]")
+            raise _shape_error(sources[0], "[experts, an even number of rows, columns]")
         return [(dtype, (shape[0], shape[1] // 2, shape[2]))] * 2
 
-    def rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
+    def rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
         """Every second row."""
-        columns = prod(infos[0].shape[2:])
-        block = np.ascontiguousarray(infos[0].read(2 * start, 2 * stop, columns=columns)[index::2])
-        return block.view(np.uint32) if self.packed else block
+        columns = prod(sources[0].shape[2:])
+        values = np.ascontiguousarray(sources[0].read(2 * start, 2 * stop, columns=columns)[index::2])
+        return values.view(np.uint32) if self.mxfp4 else values
 
-    def inputs(self, infos: Infos) -> list[Spec]:
+    def inputs(self, sources: Sources) -> list[TypeAndShape]:
         """One tensor with twice the rows."""
-        e, r, c = infos[0].shape
-        return [("U8", (e, 2 * r, c // 4, 16)) if self.packed else (infos[0].dtype, (e, 2 * r, c))]
+        e, r, c = sources[0].shape
+        return [("U8", (e, 2 * r, c // 4, 16)) if self.mxfp4 else (sources[0].dtype, (e, 2 * r, c))]
 
-    def undo_rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
-        """Interleaved again: row ``2 i`` is gate's row ``i``."""
-        if not self.packed:
-            return _interleave(infos, start, stop)
-        groups = infos[0].shape[2] // 4  # a row of the packed original is one group of 16 bytes
+    def undo_rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
+        """Interleaved rows: row ``2 i`` is row ``i`` of gate, row ``2 i + 1`` is row ``i`` of up."""
+        if not self.mxfp4:
+            return _interleave_rows(sources, start, stop)
+        groups = sources[0].shape[2] // 4  # a row of the original is one group of 16 bytes
         first, last = start // groups, -(-stop // groups)
-        block = _interleave(infos, first, last).view(np.uint8).reshape(-1, 16)
-        return block[start - first * groups : stop - first * groups]
+        values = _interleave_rows(sources, first, last).view(np.uint8).reshape(-1, 16)
+        return values[start - first * groups : stop - first * groups]
 
 
-def _interleave(infos: Infos, start: int, stop: int) -> np.ndarray:
+def _interleave_rows(sources: Sources, start: int, stop: int) -> np.ndarray:
     first, last = start // 2, -(-stop // 2)
-    gate, up = (info.read(first, last) for info in infos)
-    both = np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
-    return both[start - 2 * first : stop - 2 * first]
+    gate, up = (source.read(first, last) for source in sources)
+    values = np.stack([gate, up], axis=1).reshape(-1, gate.shape[1])
+    return values[start - 2 * first : stop - 2 * first]
 
 
 @dataclass(frozen=True)
 class SplitColumns:
-    """Columns that alternate between gate and up ``[e, 2 c]`` to two tensors ``[e, c]``: the experts' biases."""
+    """Alternating columns of gate and up ``[e, 2 c]`` to two tensors ``[e, c]``: the biases of the experts."""
 
-    def outputs(self, infos: Infos) -> list[Spec]:
+    name: ClassVar = "splitcolumns"
+
+    def outputs(self, sources: Sources) -> list[TypeAndShape]:
         """Gate and up."""
-        if len(infos[0].shape) != 2 or infos[0].shape[1] % 2:
-            raise _refuse(infos[0], "[experts, an even number of columns]")
-        e, c = infos[0].shape
-        return [(infos[0].dtype, (e, c // 2))] * 2
+        if len(sources[0].shape) != 2 or sources[0].shape[1] % 2:
+            raise _shape_error(sources[0], "[experts, an even number of columns]")
+        e, c = sources[0].shape
+        return [(sources[0].dtype, (e, c // 2))] * 2
 
-    def rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
+    def rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
         """Every second column."""
-        return np.ascontiguousarray(infos[0].read(start, stop)[:, index::2])
+        return np.ascontiguousarray(sources[0].read(start, stop)[:, index::2])
 
-    def inputs(self, infos: Infos) -> list[Spec]:
+    def inputs(self, sources: Sources) -> list[TypeAndShape]:
         """One tensor with twice the columns."""
-        e, c = infos[0].shape
-        return [(infos[0].dtype, (e, 2 * c))]
+        e, c = sources[0].shape
+        return [(sources[0].dtype, (e, 2 * c))]
 
-    def undo_rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
-        """Interleaved again."""
-        gate, up = (info.read(start, stop) for info in infos)
+    def undo_rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
+        """Interleaved columns."""
+        gate, up = (source.read(start, stop) for source in sources)
         return np.stack([gate, up], axis=-1).reshape(gate.shape[0], -1)
 
 
 @dataclass(frozen=True)
 class Transpose:
-    """``[e, i, o]`` to ``[e, o, i]``; with ``split``, gate and up alternate in ``o`` and come out apart:
-    gpt-oss without MXFP4.
+    """``[e, i, o]`` to ``[e, o, i]``: gpt-oss without MXFP4.
+
+    With ``split``, gate and up alternate in ``o`` and become two tensors.
     """
 
     split: bool = False
+    name: ClassVar = "transpose"
 
-    def outputs(self, infos: Infos) -> list[Spec]:
-        """Transposed; twice of them with ``split``."""
-        ways = 2 if self.split else 1
-        if len(infos[0].shape) != 3 or infos[0].shape[2] % ways:
-            raise _refuse(infos[0], "[experts, inputs, outputs]")
-        e, i, o = infos[0].shape
-        return [(infos[0].dtype, (e, o // ways, i))] * ways
+    def outputs(self, sources: Sources) -> list[TypeAndShape]:
+        """The transposed tensor, or gate and up."""
+        count = 2 if self.split else 1
+        if len(sources[0].shape) != 3 or sources[0].shape[2] % count:
+            raise _shape_error(sources[0], "[experts, inputs, outputs]")
+        e, i, o = sources[0].shape
+        return [(sources[0].dtype, (e, o // count, i))] * count
 
-    def rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
+    def rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
         """Columns of the original."""
-        _, i, o = infos[0].shape
-        ways = 2 if self.split else 1
+        _, i, o = sources[0].shape
+        count = 2 if self.split else 1
         parts = []
-        for e, first, last in _by_expert(start, stop, o // ways):
-            block = infos[0].read_block((e * i, e * i + i), (first * ways, last * ways))
-            parts.append(block[:, index::ways].T)
+        for e, first, last in _by_expert(start, stop, o // count):
+            values = sources[0].read_block((e * i, e * i + i), (first * count, last * count))
+            parts.append(values[:, index::count].T)
         return np.ascontiguousarray(np.concatenate(parts))
 
-    def inputs(self, infos: Infos) -> list[Spec]:
-        """The original's shape."""
-        e, o, i = infos[0].shape
-        return [(infos[0].dtype, (e, i, o * len(infos)))]
+    def inputs(self, sources: Sources) -> list[TypeAndShape]:
+        """The original's."""
+        e, o, i = sources[0].shape
+        return [(sources[0].dtype, (e, i, o * len(sources)))]
 
-    def undo_rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
-        """Transposed back, and interleaved."""
-        _, o, i = infos[0].shape
+    def undo_rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
+        """Transposed, and interleaved where there are two."""
+        _, o, i = sources[0].shape
         parts = []
         for e, first, last in _by_expert(start, stop, i):
-            blocks = [info.read_block((e * o, e * o + o), (first, last)).T for info in infos]
-            parts.append(np.stack(blocks, axis=-1).reshape(last - first, -1))
+            columns = [source.read_block((e * o, e * o + o), (first, last)).T for source in sources]
+            parts.append(np.stack(columns, axis=-1).reshape(last - first, -1))
         return np.concatenate(parts)
 
 
 def _by_expert(start: int, stop: int, rows: int) -> list[tuple[int, int, int]]:
-    """Cut flattened rows into (expert, first row, last row) pieces."""
+    """Split a range over all experts' rows into (expert, first row, last row)."""
     out = []
     while start < stop:
         e = start // rows
@@ -193,63 +205,73 @@ def _by_expert(start: int, stop: int, rows: int) -> list[tuple[int, int, int]]:
 
 @dataclass(frozen=True)
 class Stack:
-    """One tensor ``[r, c]`` an expert to one ``[e, r, c]``: Qwen3-MoE."""
+    """One tensor ``[r, c]`` for each expert to one tensor ``[e, r, c]``: Qwen3-MoE."""
 
-    def outputs(self, infos: Infos) -> list[Spec]:
-        """All experts in one."""
-        for info in infos:
-            if info.shape != infos[0].shape or info.dtype != infos[0].dtype or len(info.shape) != 2:
-                raise _refuse(info, f"{infos[0].dtype} {list(infos[0].shape)}, as of the first expert,")
-        return [(infos[0].dtype, (len(infos), *infos[0].shape))]
+    name: ClassVar = "stack"
 
-    def rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
-        """Rows of the experts, one after the other."""
-        parts = [infos[e].read(first, last) for e, first, last in _by_expert(start, stop, infos[0].shape[0])]
+    def outputs(self, sources: Sources) -> list[TypeAndShape]:
+        """All experts."""
+        dtype, shape = sources[0].dtype, sources[0].shape
+        for source in sources:
+            if source.shape != shape or source.dtype != dtype or len(source.shape) != 2:
+                raise _shape_error(source, f"{dtype} {list(shape)}, as of the first expert,")
+        return [(dtype, (len(sources), *shape))]
+
+    def rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
+        """Rows of the experts in order."""
+        height = sources[0].shape[0]
+        parts = [sources[e].read(first, last) for e, first, last in _by_expert(start, stop, height)]
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
-    def inputs(self, infos: Infos) -> list[Spec]:
-        """One tensor an expert."""
-        e, r, c = infos[0].shape
-        return [(infos[0].dtype, (r, c))] * e
+    def inputs(self, sources: Sources) -> list[TypeAndShape]:
+        """One tensor for each expert."""
+        e, r, c = sources[0].shape
+        return [(sources[0].dtype, (r, c))] * e
 
-    def undo_rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
+    def undo_rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
         """Rows of expert ``index``."""
-        r = infos[0].shape[1]
-        return infos[0].read(index * r + start, index * r + stop)
+        r = sources[0].shape[1]
+        return sources[0].read(index * r + start, index * r + stop)
 
 
 @dataclass(frozen=True)
 class SplitBlocks:
-    """Gate's rows before up's ``[e, 2 r, c]`` to two tensors ``[e, r, c]``: Qwen3-MoE as transformers 5 holds
-    it in memory.
+    """``[e, 2 r, c]``, gate's rows before up's, to two tensors ``[e, r, c]``.
+
+    transformers 5 holds the experts of Qwen3-MoE in memory like this.
     """
 
-    def outputs(self, infos: Infos) -> list[Spec]:
+    name: ClassVar = "splitblocks"
+
+    def outputs(self, sources: Sources) -> list[TypeAndShape]:
         """Gate and up."""
-        if len(infos[0].shape) != 3 or infos[0].shape[1] % 2:
-            raise _refuse(infos[0], "[experts, an even number of rows, columns]")
-        e, r, c = infos[0].shape
-        return [(infos[0].dtype, (e, r // 2, c))] * 2
+        if len(sources[0].shape) != 3 or sources[0].shape[1] % 2:
+            raise _shape_error(sources[0], "[experts, an even number of rows, columns]")
+        e, r, c = sources[0].shape
+        return [(sources[0].dtype, (e, r // 2, c))] * 2
 
-    def rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
+    def rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
         """Rows of one half of each expert."""
-        r = infos[0].shape[1] // 2
-        parts = [
-            infos[0].read((2 * e + index) * r + a, (2 * e + index) * r + b)
-            for e, a, b in _by_expert(start, stop, r)
-        ]
+        r = sources[0].shape[1] // 2
+        parts = []
+        for e, first, last in _by_expert(start, stop, r):
+            offset = (2 * e + index) * r
+            parts.append(sources[0].read(offset + first, offset + last))
         return np.concatenate(parts)
 
-    def inputs(self, infos: Infos) -> list[Spec]:
+    def inputs(self, sources: Sources) -> list[TypeAndShape]:
         """One tensor with twice the rows."""
-        e, r, c = infos[0].shape
-        return [(infos[0].dtype, (e, 2 * r, c))]
+        e, r, c = sources[0].shape
+        return [(sources[0].dtype, (e, 2 * r, c))]
 
-    def undo_rows(self, infos: Infos, index: int, start: int, stop: int) -> np.ndarray:
-        """Gate's rows of an expert, then up's."""
-        r = infos[0].shape[1]
-        parts = [infos[e % 2].read(e // 2 * r + a, e // 2 * r + b) for e, a, b in _by_expert(start, stop, r)]
+    def undo_rows(self, sources: Sources, index: int, start: int, stop: int) -> np.ndarray:
+        """For each expert gate's rows, then up's."""
+        r = sources[0].shape[1]
+        parts = []
+        for half, first, last in _by_expert(start, stop, r):
+            source, offset = sources[half % 2], half // 2 * r
+            parts.append(source.read(offset + first, offset + last))
         return np.concatenate(parts)
 
 
-Transform = Same | Packed | SplitRows | SplitColumns | SplitBlocks | Transpose | Stack
+Transform = Same | Mxfp4Words | SplitRows | SplitColumns | SplitBlocks | Transpose | Stack

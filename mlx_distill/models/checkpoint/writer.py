@@ -1,6 +1,4 @@
-"""Shards written in bounded memory: streamed, hashed on the way, read back, renamed; a kill costs at most the
-shard it hit.
-"""
+"""Writing the shards of a checkpoint in bounded memory, hashed while they are written, and resumable by shard."""
 
 from __future__ import annotations
 
@@ -8,20 +6,19 @@ import hashlib
 import json
 import os
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from mlx_distill.errors import FileError
 from mlx_distill.models.checkpoint.safetensors import INDEX
 from mlx_distill.models.checkpoint.tensor_job import (
-    Errors,
+    ErrorSums,
     Output,
     TensorJob,
     TensorRow,
@@ -29,21 +26,24 @@ from mlx_distill.models.checkpoint.tensor_job import (
     run_block,
     table_row,
 )
+from mlx_distill.models.quantization import TensorAction
 from mlx_distill.storage import digest, fsync_folder, os_errors, read_json, sha256, write_json
 
 MAX_SHARD_BYTES = 2 << 30
-# Slabs that fit the processor's cache are the fastest as well: of 4 to 256 MiB, 32 took the least time.
+# Blocks of rows that fit the processor's cache are the fastest: of 4 to 256 MiB, 32 took the least time.
 MEMORY_BYTES = 32 << 20
-_COMPARED = 1 << 20  # bytes written, hashed and compared at a time
-# Copies of a slab that exist at once: as read, in float32 twice, packed and unpacked again, and two in the
-# writer's queue.
+# Copies of a block at the same time: as read, twice in float32, quantized, dequantized, and up to three in the
+# queue of the writing thread.
 _COPIES = 8
+_QUEUE = 2  # blocks that wait for the writing thread
+_COPY_BYTES = 1 << 20  # read from a temporary file at a time
 OnBytes = Callable[[int], None]
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A finished shard: its hash, its size and the lines of its tensors."""
+    """A finished shard: its hash, its size and the report of its tensors."""
 
     name: str
     sha256: str
@@ -63,78 +63,95 @@ def write_shards(
     notes: Path | None = None,
     on_bytes: OnBytes | None = None,
 ) -> list[ShardResult]:
-    """Write the jobs' outputs as ``model-*.safetensors`` and their index into ``folder``.
+    """Write the outputs of the jobs as ``model-*.safetensors`` with their index into ``folder``.
 
     Args:
         jobs: In the order of writing.
-        folder: A partial folder.
-        max_shard_bytes: Largest shard, except that a tensor is never cut.
+        folder: A partial folder. Shards that an earlier run finished there are kept.
+        metadata: Of the safetensors headers.
+        max_shard_bytes: Largest shard; a larger tensor has a shard of its own.
         memory_bytes: Bound on the working buffers.
-        salt: What the result depends on besides the sources (an adapter's hash): finished shards are only
-            kept if it is the same.
-        notes: Where notes of finished shards go, ``folder/scratch`` if not given; not part of the result.
-        on_bytes: Called with the bytes of source done since the last call.
+        salt: Anything else that the result depends on, such as the hash of an adapter: a finished shard is
+            kept only if it is equal.
+        notes: Folder for the records of finished shards, ``folder/scratch`` by default; not part of the result.
+        on_bytes: Called with the source bytes that were processed since the last call.
 
     Raises:
-        ModelError: damaged or not finite sources.
-        FileError: the disk refused, or what was written does not read back.
+        ModelError: a damaged source, or values that are not finite.
+        FileError: a failed write.
     """
-    groups = plan_shards(jobs, max_shard_bytes)
+    groups = split_into_shards(
+        jobs, lambda job: sum(output.nbytes for output in job.outputs), max_shard_bytes
+    )
     notes = notes or folder / "scratch"
     with os_errors():
         folder.mkdir(parents=True, exist_ok=True)
         notes.mkdir(parents=True, exist_ok=True)
     results = []
-    for i, group in enumerate(groups):
-        name = f"model-{i + 1:05d}-of-{len(groups):05d}.safetensors"
-        key = _key(group, salt)
-        note = notes / f"{name}.json"
-        done = _finished(folder / name, note, key)
-        if done is None:
-            done = _write_shard(
+    for number, group in enumerate(groups, 1):
+        name = shard_name(number, len(groups))
+        key, note = _key(group, salt), notes / f"{name}.json"
+        result = _finished_shard(folder / name, note, key)
+        if result is None:
+            result = _write_shard(
                 folder / name, group, metadata or {"format": "mlx"}, memory_bytes // _COPIES, on_bytes
             )
-            write_json(
-                note,
-                {
-                    "key": key,
-                    "sha256": done.sha256,
-                    "size": done.size,
-                    "rows": [asdict(row) for row in done.rows],
-                },
-            )
+            rows = [asdict(row) for row in result.rows]
+            write_json(note, {"key": key, "sha256": result.sha256, "size": result.size, "rows": rows})
         elif on_bytes:
             on_bytes(sum(job.tensor.nbytes for job in group))
-        results.append(done)
+        results.append(result)
     for stale in set(folder.glob("model*.safetensors")) - {folder / r.name for r in results}:
         stale.unlink()
-    _write_index(folder, groups, results)
+    outputs = [{output.name: output.nbytes for job in group for output in job.outputs} for group in groups]
+    write_index(folder, outputs)
     return results
 
 
-def plan_shards(jobs: Sequence[TensorJob], max_shard_bytes: int) -> list[list[TensorJob]]:
-    """Cut the jobs, in order, into shards; a job's outputs stay together."""
-    groups: list[list[TensorJob]] = [[]]
+def split_into_shards(items: Iterable[Item], nbytes: Callable[[Item], int], limit: int) -> list[list[Item]]:
+    """Split items, in order, into groups of at most ``limit`` bytes; an item is never split.
+
+    >>> split_into_shards([3, 4, 9, 1], lambda size: size, 8)
+    [[3, 4], [9], [1]]
+    """
+    groups: list[list[Item]] = [[]]
     size = 0
-    for job in jobs:
-        nbytes = sum(output.nbytes for output in job.outputs)
-        if groups[-1] and size + nbytes > max_shard_bytes:
+    for item in items:
+        if groups[-1] and size + nbytes(item) > limit:
             groups.append([])
             size = 0
-        groups[-1].append(job)
-        size += nbytes
+        groups[-1].append(item)
+        size += nbytes(item)
     return groups
 
 
+def shard_name(number: int, count: int) -> str:
+    """The file name of a shard, counted from 1.
+
+    >>> shard_name(1, 2)
+    'model-00001-of-00002.safetensors'
+    """
+    return f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+def write_index(folder: Path, shards: Sequence[Mapping[str, int]]) -> None:
+    """Write ``model.safetensors.index.json`` for shards that hold tensors of these names and bytes."""
+    weight_map = {name: shard_name(i, len(shards)) for i, shard in enumerate(shards, 1) for name in shard}
+    total = sum(sum(shard.values()) for shard in shards)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
+
+
 def _key(group: Sequence[TensorJob], salt: str) -> str:
-    files = {info.file for job in group for info in job.tensor.sources}
+    """What a finished shard is valid for: its source files, and what is done with each tensor."""
+    files = {source.file for job in group for source in job.tensor.sources}
     stats = {str(file): (file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(files)}
     jobs = [
         [
             job.tensor.name,
             job.tensor.rule,
-            [s.name for s in job.tensor.sources],
-            asdict(job.action),
+            [source.name for source in job.tensor.sources],
+            _action_key(job.action),
             job.update is not None,
         ]
         for job in group
@@ -142,7 +159,22 @@ def _key(group: Sequence[TensorJob], salt: str) -> str:
     return digest([salt, stats, jobs])
 
 
-def _finished(path: Path, note: Path, key: str) -> ShardResult | None:
+def _action_key(action: TensorAction) -> dict[str, Any]:
+    """An action in the form that the records of finished shards have had since the first version."""
+    q = action.quantization
+    return {
+        "kind": "keep" if action.keeps_bits else "quantize" if q else "cast",
+        "dtype": action.dtype,
+        "mode": q.mode if q else "",
+        "bits": q.bits if q else 0,
+        "group_size": q.group_size if q else 0,
+        "why": action.reason,
+        "again": action.requantized,
+    }
+
+
+def _finished_shard(path: Path, note: Path, key: str) -> ShardResult | None:
+    """The shard of an earlier run, if it is whole and has this key."""
     if not (path.is_file() and note.is_file()):
         return None
     raw = read_json(note)
@@ -167,55 +199,38 @@ def _header(outputs: Sequence[Output], metadata: dict[str, str]) -> bytes:
     return struct.pack("<Q", len(text)) + text
 
 
-class _Sink:
-    """Writes, reads back and compares in one thread and hashes in another, two slabs behind at most."""
+class _ShardFile:
+    """A file that is written and hashed in a thread of its own, while the next blocks are computed."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.hash, self.size = path, hashlib.sha256(), 0
-        self.file = open(path, "wb+", buffering=0)
-        self.pool, self.hashing = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self.path, self.hash = path, hashlib.sha256()
+        self.file = open(path, "wb", buffering=0)
+        self.thread = ThreadPoolExecutor(1)
         self.pending: list[Future[None]] = []
-        self.mirror = bytearray(_COMPARED)
 
     def put(self, block: np.ndarray | bytes) -> None:
-        data = (
-            block
-            if isinstance(block, bytes)
-            else memoryview(np.ascontiguousarray(block)).cast("B")
-            if block.size
-            else b""
-        )
-        while len(self.pending) >= 4:
+        """Add a block to the end of the file; waits while the queue is full."""
+        while len(self.pending) > _QUEUE:
             self.pending.pop(0).result()
-        self.pending += [self.pool.submit(self._write, data), self.hashing.submit(self.hash.update, data)]
+        data = block if isinstance(block, bytes) else np.ascontiguousarray(block).reshape(-1).view(np.uint8)
+        self.pending.append(self.thread.submit(self._write, data))
 
-    def _write(self, data: Any) -> None:
-        view = memoryview(data)
-        for start in range(0, len(view), _COMPARED):
-            piece = view[start : start + _COMPARED]
-            done = 0
-            while done < len(piece):
-                done += self.file.write(piece[done:]) or 0
-            count = os.preadv(self.file.fileno(), [memoryview(self.mirror)[: len(piece)]], self.size)
-            # A bytearray compares with memcmp, a memoryview byte by byte.
-            if count != len(piece) or (self.mirror if count == _COMPARED else self.mirror[:count]) != piece:
-                raise FileError(
-                    f"{self.path}: what was written does not read back the same",
-                    fix="check the disk, then run the same command again",
-                )
-            self.size += len(piece)
+    def _write(self, data: bytes | np.ndarray) -> None:
+        view, done = memoryview(data), 0
+        while done < len(view):
+            done += self.file.write(view[done:]) or 0
+        self.hash.update(view)
 
-    def close(self) -> str:
-        """Wait for everything, sync, and return the hash."""
+    def finish(self) -> str:
+        """Wait for all blocks, sync the file, and return its hash."""
         while self.pending:
             self.pending.pop(0).result()
         os.fsync(self.file.fileno())
         return self.hash.hexdigest()
 
-    def release(self) -> None:
-        """Let go of the thread and the file, whatever happened."""
-        for pool in (self.pool, self.hashing):
-            pool.shutdown(wait=True, cancel_futures=True)
+    def close(self) -> None:
+        """Stop the thread and close the file, also after an error."""
+        self.thread.shutdown(wait=True, cancel_futures=True)
         self.file.close()
 
 
@@ -229,46 +244,34 @@ def _write_shard(
     outputs = [output for job in group for output in job.outputs]
     temporary = path.with_name(f".{path.name}.tmp")
     with os_errors(path):
-        sink = _Sink(temporary)
+        file = _ShardFile(temporary)
         try:
-            sink.put(_header(outputs, metadata))
-            rows = tuple(_write_job(job, sink, block_bytes, on_bytes) for job in group)
-            written = sink.close()
+            file.put(_header(outputs, metadata))
+            rows = tuple(_write_job(job, file, block_bytes, on_bytes) for job in group)
+            sha = file.finish()
             os.replace(temporary, path)
             fsync_folder(path.parent)
         finally:
-            sink.release()
+            file.close()
             temporary.unlink(missing_ok=True)
-        return ShardResult(path.name, written, path.stat().st_size, rows)
+        return ShardResult(path.name, sha, path.stat().st_size, rows)
 
 
-def _write_job(job: TensorJob, sink: _Sink, block_bytes: int, on_bytes: OnBytes | None) -> TensorRow:
-    errors, outputs = Errors(), job.outputs
-    with ExitStack() as files:
-        # Scales and biases come after the whole weight in the file; until then they wait on the disk, since
-        # they grow with the tensor.
-        later = [files.enter_context(TemporaryFile(dir=sink.path.parent)) for _ in outputs[1:]]
+def _write_job(job: TensorJob, file: _ShardFile, block_bytes: int, on_bytes: OnBytes | None) -> TensorRow:
+    errors = ErrorSums()
+    with ExitStack() as stack:
+        # Scales and biases follow the whole weight in the file. Until then they are in temporary files, since
+        # their size grows with the tensor.
+        later = [stack.enter_context(TemporaryFile(dir=file.path.parent)) for _ in job.outputs[1:]]
         for start, stop in row_blocks(job, block_bytes):
-            weight, *rest = run_block(job, start, stop, errors)
-            sink.put(weight)
-            for file, block in zip(later, rest, strict=True):
-                file.write(np.ascontiguousarray(block).data)
+            weight, *others = run_block(job, start, stop, errors)
+            file.put(weight)
+            for temporary, block in zip(later, others, strict=True):
+                temporary.write(np.ascontiguousarray(block).data)
             if on_bytes:
                 on_bytes(job.tensor.nbytes * (stop - start) // max(job.tensor.rows, 1))
-        for file in later:
-            file.seek(0)
-            while piece := file.read(_COMPARED):
-                sink.put(piece)
-    return table_row(job, errors, outputs)
-
-
-def _write_index(folder: Path, groups: Sequence[Sequence[TensorJob]], results: Sequence[ShardResult]) -> None:
-    weight_map, total = {}, 0
-    for group, result in zip(groups, results, strict=True):
-        for job in group:
-            for output in job.outputs:
-                weight_map[output.name] = result.name
-                total += output.nbytes
-    write_json(
-        folder / INDEX, {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    )
+        for temporary in later:
+            temporary.seek(0)
+            while data := temporary.read(_COPY_BYTES):
+                file.put(data)
+    return table_row(job, errors)
