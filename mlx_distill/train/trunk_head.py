@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_distill.models.forward import head, hidden_states, segment_caches
+from mlx_distill.models.forward import head, hidden_states, is_tied, segment_caches
 from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key, set_random_key
 from mlx_distill.train.objective import HeadSplit, LogitReader
@@ -173,7 +173,7 @@ def _add_head(model: nn.Module, trunk: FlatGradients, head_gradients: FlatGradie
         return trunk
     layer = head(model)
     prefix = next(path for path, module in model.named_modules() if module is layer)
-    tied = "lm_head" not in model
+    tied = is_tied(model)
     own = {f"{prefix}.{name}": gradient for name, gradient in head_gradients}
     return [
         (path, (own[path] + gradient if tied else own[path]) if path in own else gradient)

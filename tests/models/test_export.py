@@ -98,7 +98,7 @@ def test_an_adapter_on_packed_experts_is_packed_again(
         n for n in before if "down_proj_" in n and "bias" not in n
     }
     assert {n: before[n][:2] for n in before} == {n: after[n][:2] for n in after}
-    assert {row.note for row in report.changed} == {"packed again; adapter merged"}
+    assert {row.note for row in report.changed} == {"requantized; adapter merged"}
     from mlx_distill.models.quantize import quantize_folder
 
     quantize_folder(
@@ -121,7 +121,7 @@ def test_what_the_layout_cannot_hold_is_unpacked_and_said(
     assert {n: v[:2] for n, v in after.items()} == {n: v[:2] for n, v in before.items()}
     assert all(before[n] == after[n] for n in before if n.endswith(("_blocks", "_scales")))
     assert {row.note for row in report.changed} == {
-        f"unpacked from {'affine' if mode == 'affine4' else 'mxfp4'}"
+        f"dequantized from {'affine' if mode == 'affine4' else 'mxfp4'}"
     }
     prompt, _ = logits("gpt_oss_mxfp4")
     ours, theirs = (load_model(tmp_path / name, dtype="float32")[0](prompt) for name in ("packed", "out"))

@@ -95,6 +95,6 @@ def test_a_model_with_a_running_state_is_refused() -> None:
         def make_cache(self) -> list[Any]:
             return [KVCache(), ArraysCache(2)]
 
-    with pytest.raises(ModelError, match="ArraysCache cannot read several rows") as caught:
+    with pytest.raises(ModelError, match="ArraysCache cannot compute packed sequences") as caught:
         segment_caches(Recurrent(), mx.ones((1, 4), mx.int32))
     assert caught.value.fix == "packing: false"

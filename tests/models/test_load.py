@@ -119,7 +119,7 @@ def test_what_trained_whole_takes_the_place_of_a_packed_module(
     )
     assert isinstance(found.model.layers[0].mlp.down_proj, nn.QuantizedLinear)
     twin, _ = load_model(tmp_path / "base", dtype="float32")
-    with pytest.raises(ModelError, match="packed"):
+    with pytest.raises(ModelError, match="quantized"):
         add_lora(twin, LoraSettings(4, 8.0, 0.0, ("q_proj",), modules_to_save=("embed_tokens",)))
 
 

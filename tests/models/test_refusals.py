@@ -4,9 +4,11 @@ nothing half-written stays.
 
 from __future__ import annotations
 
+import errno
 import json
 from collections.abc import Callable
 from functools import partial
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 
 from mlx_distill.errors import DistillError, FileError, ModelError
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
+from mlx_distill.models.checkpoint import writer
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import to_hf
 from mlx_distill.models.load import load, load_model, load_tokenizer
@@ -270,7 +273,7 @@ def test_an_adapter_that_is_no_number_is_not_merged(golden: Any, tmp_path: Path)
     model.model.layers[1].self_attn.q_proj.lora_b *= mx.nan
     save_adapter(model, tmp_path / "student", settings, golden("qwen3"))
     for write in (to_hf, partial(quantize_folder, mode="affine4")):
-        with pytest.raises(ModelError, match="with the adapter added") as caught:
+        with pytest.raises(ModelError, match="with the adapter merged") as caught:
             write(tmp_path / "student", tmp_path / "out")
         assert Q in caught.value.message
         assert not (tmp_path / "out").exists()
@@ -348,25 +351,26 @@ def test_what_the_package_did_not_make_is_not_replaced(golden: Any, tmp_path: Pa
 def test_a_full_disk_is_a_file_error_and_the_next_run_goes_on(
     golden: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import errno
+    free = 40_000
 
-    from mlx_distill.models.checkpoint import writer
+    class FullDisk(FileIO):
+        def write(self, data: Any) -> int:
+            nonlocal free
+            free -= len(data)
+            if free < 0:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(data)
 
-    real, written = writer._Sink._write, 0
+    def open_on_full_disk(file: Any, *args: Any, **options: Any) -> Any:
+        is_shard = str(file).endswith(".safetensors.tmp")
+        return FullDisk(file, "w") if is_shard else open(file, *args, **options)
 
-    def full(self: Any, data: Any) -> None:
-        nonlocal written
-        written += len(data)
-        if written > 40_000:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        real(self, data)
-
-    monkeypatch.setattr(writer._Sink, "_write", full)
-    with pytest.raises(FileError, match="no space left") as caught:
-        convert(golden("qwen3"), tmp_path / "out", max_shard_bytes=20_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "open", open_on_full_disk, raising=False)
+        with pytest.raises(FileError, match="no space left") as caught:
+            convert(golden("qwen3"), tmp_path / "out", max_shard_bytes=20_000)
     assert caught.value.fix
     assert not (tmp_path / "out").exists()
-    monkeypatch.setattr(writer._Sink, "_write", real)
     assert convert(golden("qwen3"), tmp_path / "out", max_shard_bytes=20_000).resumed >= 1
 
 

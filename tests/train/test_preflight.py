@@ -58,7 +58,7 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
         (
             "gpt_oss_mxfp4",
             {"target_modules": ["q_proj"], "lora_rank": 2, "modules_to_save": ["up_proj"]},
-            "these are packed",
+            "cannot train quantized weights",
         ),
         (
             "qwen3",

@@ -167,7 +167,7 @@ def test_galore_refuses_packed_weights() -> None:
     nn.quantize(model, 32, 4, class_predicate=lambda path, _: "up_proj" in path)
     with pytest.raises(ModelError, match="packed"):
         make_trainable(model, settings(method="galore"))
-    with pytest.raises(ModelError, match="up_proj: modules_to_save trains plain weights"):
+    with pytest.raises(ModelError, match="up_proj: modules_to_save cannot train quantized weights"):
         make_trainable(
             model, settings(method="galore", target_modules=["down_proj"], modules_to_save=["up_proj"])
         )
