@@ -1,1 +1,1 @@
-"""From anybody's rows to batches of tokens: reading, checking, splitting, rendering, batching."""
+"""Rows of a user to batches of tokens: reading, checking, splitting, rendering, batching."""

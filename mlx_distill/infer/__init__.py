@@ -1,3 +1,3 @@
-"""Models answer: batched generation, label scoring, strict parsing."""
+"""Inference: batched generation, label scoring, strict parsing."""
 
 from __future__ import annotations

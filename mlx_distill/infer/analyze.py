@@ -1,4 +1,4 @@
-"""From rows to answers that are read strictly: prompt, generate, parse."""
+"""Rows to predictions: prompt, generation, strict parsing, and the distribution over the labels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.data.rows import Item, to_item
 from mlx_distill.errors import DataError
-from mlx_distill.infer.engine import Generation, generate
+from mlx_distill.infer.engine import Generation, LogitsHook, generate
 from mlx_distill.infer.label_scoring import LabelPrefix, label_prefix_tokens, label_probabilities
 from mlx_distill.losses.labels import label_logprobs
 from mlx_distill.records import Message, Prediction
@@ -35,34 +35,35 @@ def predict(
     label_probs: bool = True,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
-    """Let a model answer for each row; nothing is repaired, so an answer that does not fit the schema is an
-    error of the model.
+    """Generate an answer for each row. Answers are not repaired: one that does not fit the schema is an error
+    of the model.
 
     Args:
         model: An mlx-lm model.
         tokenizer: Its tokenizer, with a chat template.
         task: Prompt, schema, label and score.
-        rows: Prepared rows (with ``messages``, whose last assistant turn is not shown to the model), items
-            with the fields that the task's prompt names, or plain texts where it names one.
+        rows: Prepared rows (whose last assistant turn is not shown to the model), rows with the fields that
+            the task's prompt names, or plain texts where it names one.
         batch_size: Rows decoded together.
         max_tokens: Longest answer; the task's ``max_answer_tokens`` where None.
-        temperature: 0 for greedy.
-        seed: For sampled answers.
-        label_probs: Read the distribution over the labels too, on the way: it costs nothing where the answer
-            begins as the schema has it, and one more pass over the prompt where it does not.
+        temperature: 0 for greedy decoding.
+        seed: Of sampled answers.
+        label_probs: Return the distribution over the labels too. It is read from the logits of the generation
+            where the answer begins as the schema has it, and costs one more pass over the prompt where it
+            does not.
         on_done: Called with the number of rows answered so far.
 
     Returns:
         One prediction a row, in the rows' order.
 
     Raises:
-        DataError: an item that lacks a field of the prompt, or is neither a mapping nor text; it is named by
+        DataError: a row that lacks a field of the prompt, or is neither a mapping nor a text; the message has
             its number.
     """
     items = [to_item(row, task, number) for number, row in enumerate(rows, 1)]
-    # The answer's turn is left out again: without it an assistant's turn at the end of the prompt would be.
+    # prompt_ids leaves out a last turn of the assistant: the empty one here, never one of the prompt.
     prompts = [prompt_ids(tokenizer, [*item.messages, Message("assistant", "")]) for item in items]
-    place = label_prefix_tokens(tokenizer, task) if label_probs else None
+    prefix = label_prefix_tokens(tokenizer, task) if label_probs else None
     generations = generate(
         model,
         tokenizer,
@@ -73,49 +74,68 @@ def predict(
         temperature=temperature,
         seed=seed,
         on_done=on_done,
-        look=(len(place[0]), partial(label_logprobs, tokens=place[1])) if place else None,
+        logits_hook=label_hook(prefix) if prefix else None,
     )
-    chances = _chances(model, prompts, generations, place, batch_size)
-    return [_read(row, g, c, task) for row, g, c in zip(items, generations, chances, strict=True)]
+    distributions: Sequence[dict[str, float] | None] = [None] * len(items)
+    if prefix is not None:
+        distributions = label_distributions(model, prompts, generations, prefix, batch_size=batch_size)
+    return [
+        to_prediction(item, generation, distribution, task)
+        for item, generation, distribution in zip(items, generations, distributions, strict=True)
+    ]
 
 
-def _chances(
+def label_hook(prefix: LabelPrefix) -> LogitsHook:
+    """A hook that reads the labels' log-probabilities where an answer that begins with ``prefix`` has its
+    label.
+    """
+    return LogitsHook(len(prefix[0]), partial(label_logprobs, tokens=prefix[1]))
+
+
+def label_distributions(
     model: Any,
     prompts: Sequence[Sequence[int]],
     generations: Sequence[Generation],
-    place: LabelPrefix | None,
-    batch_size: int,
-) -> Sequence[dict[str, float] | None]:
-    """Each row's distribution over the labels: seen while the answer was written, or read in one more pass
-    where it began otherwise.
+    prefix: LabelPrefix,
+    *,
+    batch_size: int = 16,
+) -> list[dict[str, float]]:
+    """Each row's distribution over the labels: from :func:`label_hook` where the answer begins with the
+    prefix, else from one more forward pass over prompt and prefix.
+
+    Args:
+        model: An mlx-lm model.
+        prompts: Token ids of the prompts.
+        generations: Their answers, generated with the hook.
+        prefix: From :func:`~mlx_distill.infer.label_scoring.label_prefix_tokens`.
+        batch_size: Prompts a forward pass.
     """
-    if place is None:
-        return [None] * len(prompts)
-    prefix, labels = place
+    ids, labels = prefix
     table = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
     others = []
-    for i, g in enumerate(generations):
-        if g.seen is not None and list(g.tokens[: len(prefix)]) == prefix:
-            table[i] = np.exp(g.seen)
+    for i, generation in enumerate(generations):
+        if generation.hook_output is not None and list(generation.tokens[: len(ids)]) == ids:
+            table[i] = np.exp(generation.hook_output)
         else:
             others.append(i)
     if others:
         table[others] = label_probabilities(
-            model, [[*prompts[i], *prefix] for i in others], labels, batch_size=batch_size
+            model, [[*prompts[i], *ids] for i in others], labels, batch_size=batch_size
         )
     return [dict(zip(labels.labels, map(float, line), strict=True)) for line in table]
 
 
-def _read(
-    row: Item, generation: Generation, label_probs: Mapping[str, float] | None, task: Task
+def to_prediction(
+    item: Item, generation: Generation, label_probs: Mapping[str, float] | None, task: Task
 ) -> Prediction:
+    """The prediction of an item: its generated answer, parsed strictly under the task's schema."""
     answer, error = parse_answer(generation.text, task.schema)
     if error and generation.finish == "length":
         error = f"cut after {len(generation.tokens)} tokens: {error}"
     label = answer.get(task.label) if answer else None
     score = answer.get(task.score) if answer and task.score else None
     return Prediction(
-        id=row.id,
+        id=item.id,
         text=generation.text,
         answer=answer,
         label=label if isinstance(label, str) else None,
@@ -125,7 +145,7 @@ def _read(
         latency_s=generation.seconds,
         prompt_tokens=generation.prompt_tokens,
         tokens=len(generation.tokens),
-        fields=row.fields,
+        fields=item.fields,
     )
 
 
@@ -138,7 +158,7 @@ def analyze(
     max_tokens: int | None = None,
     label_probs: bool = True,
 ) -> list[Prediction]:
-    """Let a model answer a task for each item, greedily.
+    """Generate the model's answer for each item, greedily.
 
     Args:
         model: A folder or Hub id for ``md.load``, or what that returned: ``(model, tokenizer)``.
@@ -146,7 +166,7 @@ def analyze(
         items: Mappings with the fields that the task's prompt names; a plain text where it names one field.
         batch_size: Items decoded together.
         max_tokens: Longest answer; the task's own where None.
-        label_probs: Give the model's distribution over the labels too.
+        label_probs: Return the model's distribution over the labels too.
 
     Returns:
         One :class:`~mlx_distill.records.Prediction` an item, in the items' order; ``answer`` is None and

@@ -1,9 +1,9 @@
-"""Answer many prompts: batches of similar length, greedy or sampled, in the prompts' order.
+"""Batched generation: prompts of similar length are decoded together, greedily or by sampling.
 
-Two engines give the same tokens. The plain one (:mod:`mlx_distill.infer.kv_cache`) decodes a batch until its
-last row is done, which suits answers of like length, such as a JSON object of a given schema; mlx-lm's
-``BatchGenerator`` serves the architectures whose caches are not plain keys and values (state-space layers,
-for instance), and is the plain one's twin in the tests.
+Two engines give the same tokens. ``columns`` (:mod:`mlx_distill.infer.kv_cache`) decodes a batch until its
+last row is done, which suits answers of similar length, such as a JSON object of a given schema. ``mlx_lm``
+is mlx-lm's ``BatchGenerator``: it serves architectures whose caches are not plain keys and values
+(state-space layers, for instance), and the tests hold the two together.
 """
 
 from __future__ import annotations
@@ -12,18 +12,23 @@ import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Integer
 
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.infer.kv_cache import ColumnCache, Layout, can_column, column_caches
+from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout, column_caches, supports_column_cache
 
-PREFILL = 1024  # columns of prompt a forward pass
 
-Look = Callable[[mx.array], mx.array]
+class LogitsHook(NamedTuple):
+    """Reads the logits of one decoding step: ``read(logits [b, v]) -> [b, c]`` is called with the logits that
+    token ``step`` of the answers is chosen from.
+    """
+
+    step: int
+    read: Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -31,9 +36,9 @@ class Generation:
     """One answer.
 
     ``text`` is decoded from ``tokens``, which are the answer without the stop token; ``prompt_tokens`` counts
-    the prompt's; ``finish`` is ``stop`` (a stop token came) or ``length`` (``max_tokens`` did); ``seconds``
-    the wall time of its batch divided by the batch's size; ``seen`` what ``look`` read of the logits on the
-    way, or None.
+    the prompt's; ``finish`` is ``stop`` (a stop token came) or ``length`` (``max_tokens`` were reached);
+    ``seconds`` the wall time of its batch divided by the batch's size; ``hook_output`` what the logits hook
+    returned for it, or None.
     """
 
     text: str
@@ -41,7 +46,7 @@ class Generation:
     prompt_tokens: int
     finish: str
     seconds: float
-    seen: Float[np.ndarray, " c"] | None = None
+    hook_output: Float[np.ndarray, " c"] | None = None
 
 
 def generate(
@@ -56,27 +61,29 @@ def generate(
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
     engine: str | None = None,
-    look: tuple[int, Look] | None = None,
+    logits_hook: LogitsHook | None = None,
+    prefill_step_size: int = 1024,
+    cache_growth: int = 64,
 ) -> list[Generation]:
     """The model's answer to each prompt.
 
     Batches are made of prompts of similar length; the result does not depend on them, beyond rounding. A
-    sampled answer depends on the seed and the prompt's place in the list alone.
+    sampled answer depends only on the seed and the prompt's place in the list.
 
     Args:
         model: An mlx-lm model: ``model(tokens [b, l], cache=...) -> logits [b, l, v]``.
-        tokenizer: Whatever has ``decode(ids)``; columns of the head beyond its vocabulary are never chosen.
+        tokenizer: Any object with ``decode(ids)``; logits beyond its vocabulary are never chosen.
         prompts: Token ids, one sequence a prompt, none empty.
-        max_tokens: Tokens after which an answer is cut.
+        max_tokens: Tokens after which an answer is truncated.
         batch_size: Prompts decoded together.
         stop: Token ids that end an answer.
-        temperature: 0 for greedy, else the logits are divided by it and a token is drawn.
-        seed: Of the drawing.
+        temperature: 0 for greedy decoding, else the logits are divided by it and a token is sampled.
+        seed: Of the sampling.
         on_done: Called after each batch with the number of prompts answered so far.
-        engine: ``columns``, ``mlx_lm``, or None for the first where it can.
-        look: ``(step, read)``: ``read(logits [b, v]) -> [b, c]`` of the logits that the answer's token
-            ``step`` is chosen from, for each answer that gets there. The engine ``mlx_lm`` keeps its logits
-            to itself: nothing is seen.
+        engine: ``columns``, ``mlx_lm``, or None for the first where the model supports it.
+        logits_hook: Is called for each answer that reaches its step. The engine ``mlx_lm`` does not call it.
+        prefill_step_size: Prompt tokens of a row in a forward pass (engine ``columns``).
+        cache_growth: Columns by which the key-value cache grows (engine ``columns``).
 
     Returns:
         One :class:`Generation` a prompt, in the prompts' order.
@@ -86,29 +93,36 @@ def generate(
         ConfigError: ``max_tokens`` or ``batch_size`` below 1, a negative temperature, an unknown engine.
     """
     _check(prompts, max_tokens, batch_size, temperature, engine)
-    columns = (engine or ("columns" if can_column(model) else "mlx_lm")) == "columns"
+    columns = (engine or ("columns" if supports_column_cache(model) else "mlx_lm")) == "columns"
     vocabulary = vocabulary_size(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     out: list[Generation | None] = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         began = time.perf_counter()
-        sampler = _Sampler(vocabulary, temperature, seed, rows, max_tokens)
-        chosen, seen = [list(prompts[i]) for i in rows], dict[int, np.ndarray]()
+        sampler = Sampler(vocabulary, temperature, seed, rows, max_tokens)
+        batch = [list(prompts[i]) for i in rows]
+        hook_outputs: dict[int, np.ndarray] = {}
         if columns:
-            answers = _decode_columns(model, chosen, max_tokens, frozenset(stop), sampler, look, seen)
+            layout = ColumnLayout([len(prompt) - 1 for prompt in batch])
+            caches = column_caches(model, layout, cache_growth)
+            _prefill(model, batch, layout, caches, prefill_step_size)
+            written = _decode_columns(
+                model, batch, layout, caches, max_tokens, stop, sampler, logits_hook, hook_outputs
+            )
         else:
-            answers = _decode_mlx_lm(model, chosen, max_tokens, frozenset(stop), sampler)
+            written = _decode_mlx_lm(model, batch, max_tokens, stop, sampler)
         seconds = (time.perf_counter() - began) / len(rows)
-        for row, (i, (tokens, finish)) in enumerate(zip(rows, answers, strict=True)):
-            text = tokenizer.decode(tokens) if tokens else ""
+        for row, i in enumerate(rows):
+            tokens, finish = _without_stop(written[row], stop)
+            hooked = logits_hook is not None and len(tokens) >= logits_hook.step
             out[i] = Generation(
-                text,
+                tokenizer.decode(tokens) if tokens else "",
                 tuple(tokens),
                 len(prompts[i]),
                 finish,
                 seconds,
-                seen.get(row) if look and len(tokens) >= look[0] else None,
+                hook_outputs.get(row) if hooked else None,
             )
         if on_done is not None:
             on_done(start + len(rows))
@@ -116,7 +130,7 @@ def generate(
 
 
 def vocabulary_size(tokenizer: Any) -> int | None:
-    """One more than the highest token id that the tokenizer can spell, or None where it does not tell.
+    """One more than the highest token id of the tokenizer, or None where it has no ``get_vocab``.
 
     >>> class Toy:
     ...     def get_vocab(self): return {"a": 0, "b": 7}
@@ -132,7 +146,7 @@ def _check(
 ) -> None:
     for number, prompt in enumerate(prompts):
         if not len(prompt):
-            raise DataError(f"prompt {number} is empty", fix="every prompt needs a token at least")
+            raise DataError(f"prompt {number} is empty", fix="give every prompt at least one token")
     if max_tokens < 1 or batch_size < 1:
         raise ConfigError(f"max_tokens {max_tokens}, batch_size {batch_size}: below 1", fix="give 1 or more")
     if temperature < 0:
@@ -144,9 +158,16 @@ def _check(
         raise ConfigError(f"no engine {engine!r}", fix="columns or mlx_lm")
 
 
-class _Sampler:
-    """Next tokens from logits. Drawn by inverse distribution from numbers that belong to (seed, prompt,
-    step), so batches do not matter.
+class Sampler:
+    """Chooses the next tokens from logits: the most probable ones, or by inverse transform sampling with
+    random numbers that depend on (seed, prompt, step) alone, so the composition of batches does not matter.
+
+    Args:
+        vocabulary: Logits from this column on are never chosen; None for all.
+        temperature: 0 for the most probable token.
+        seed: Of the random numbers.
+        prompts: The prompt number of each row.
+        max_tokens: Steps, at most.
     """
 
     def __init__(
@@ -155,62 +176,78 @@ class _Sampler:
         self.vocabulary = vocabulary
         self.temperature = temperature
         if temperature:
-            self.draws = np.stack(
+            self.uniform = np.stack(
                 [np.random.default_rng((seed, i)).random(max_tokens, dtype=np.float32) for i in prompts]
             )
 
     def __call__(
         self, logits: Float[mx.array, "b v"], step: int, rows: Integer[np.ndarray, " b"]
     ) -> Integer[mx.array, " b"]:
+        """The tokens of step ``step`` of the given rows."""
         logits = logits[:, : self.vocabulary]
         if not self.temperature:
             return mx.argmax(logits, axis=-1)
-        heights = mx.cumsum(mx.softmax(logits.astype(mx.float32) / self.temperature, axis=-1), axis=-1)
-        target = mx.array(self.draws[rows, step])[:, None] * heights[:, -1:]
-        return mx.minimum((heights <= target).sum(axis=-1), logits.shape[-1] - 1)
+        cumulative = mx.cumsum(mx.softmax(logits.astype(mx.float32) / self.temperature, axis=-1), axis=-1)
+        target = mx.array(self.uniform[rows, step])[:, None] * cumulative[:, -1:]
+        return mx.minimum((cumulative <= target).sum(axis=-1), logits.shape[-1] - 1)
 
 
-_Answers = list[tuple[list[int], str]]
+def _prefill(
+    model: Any,
+    prompts: list[list[int]],
+    layout: ColumnLayout,
+    caches: list[ColumnCache],
+    step_size: int,
+) -> None:
+    """Fill the caches with all but the last token of each prompt. The logits are never evaluated."""
+    padded = np.zeros((len(prompts), layout.width), dtype=np.int32)
+    for row, prompt in zip(padded, prompts, strict=True):
+        row[: len(prompt) - 1] = prompt[:-1]
+    for start in range(0, layout.width, step_size):
+        columns = padded[:, start : start + step_size]
+        model(mx.array(columns), cache=caches)
+        layout.advance(columns.shape[1])
+        mx.eval([(cache.keys, cache.values) for cache in caches])
 
 
 def _decode_columns(
     model: Any,
     prompts: list[list[int]],
+    layout: ColumnLayout,
+    caches: list[ColumnCache],
     max_tokens: int,
-    stop: frozenset[int],
-    sampler: _Sampler,
-    look: tuple[int, Look] | None,
-    seen: dict[int, np.ndarray],
-) -> _Answers:
-    layout = Layout([len(prompt) - 1 for prompt in prompts])
-    caches = column_caches(model, layout)
-    _read_prompts(model, prompts, layout, caches)
+    stop: AbstractSet[int],
+    sampler: Sampler,
+    logits_hook: LogitsHook | None,
+    hook_outputs: dict[int, np.ndarray],
+) -> list[list[int]]:
+    """The tokens of each answer with its stop token; ``hook_outputs`` is filled by row."""
 
     def forward(inputs: Integer[mx.array, " b"], step: int, rows: np.ndarray) -> Integer[mx.array, " b"]:
         logits = model(inputs[:, None], cache=caches)[:, -1, :]
         layout.advance(1)
-        if look is not None and step == look[0]:
-            looked.append((rows, look[1](logits)))
+        if logits_hook is not None and step == logits_hook.step:
+            hooked.append((rows, logits_hook.read(logits)))
         out = sampler(logits, step, rows)
         mx.async_eval(out)
         return out
 
-    looked: list[tuple[np.ndarray, mx.array]] = []
-    rows = np.arange(len(prompts))  # which prompt each row of the batch is; finished ones leave
+    hooked: list[tuple[np.ndarray, mx.array]] = []
+    rows = np.arange(len(prompts))  # the prompt of each row of the batch; finished rows are removed
     alive = np.ones(len(prompts), dtype=bool)
     stops = np.array(sorted(stop), dtype=np.int64)
     written = np.full((len(prompts), max_tokens), -1, dtype=np.int64)
     tokens = forward(mx.array([prompt[-1] for prompt in prompts]), 0, rows)
     for step in range(max_tokens):
-        # The next step is under way before this one's tokens are looked at; a row that stopped computes one
-        # token for nothing.
-        ahead = forward(tokens, step + 1, rows) if step + 1 < max_tokens else None
-        values = np.array(tokens).astype(np.int64)  # unsigned as it comes, and -1 marks what is not written
+        # The next step is submitted before this one's tokens are read; a row that has just stopped computes
+        # one # token too many.
+        following = forward(tokens, step + 1, rows) if step + 1 < max_tokens else None
+        values = np.array(tokens).astype(np.int64)  # signed: -1 marks what is not written
         written[rows, step] = np.where(alive, values, -1)
         alive &= ~np.isin(values, stops)
-        if ahead is None or not alive.any():
+        if following is None or not alive.any():
             break
-        tokens = ahead
+        tokens = following
         if alive.sum() <= 0.75 * len(alive):
             kept = np.flatnonzero(alive)
             index = mx.array(kept)
@@ -218,26 +255,15 @@ def _decode_columns(
             for cache in caches:
                 cache.keep(index)
             rows, alive, tokens = rows[kept], alive[kept], tokens[index]
-    for kept, values in looked:
-        seen.update(zip(kept.tolist(), np.array(values), strict=True))
-    return [_cut(row[row >= 0].tolist(), stop) for row in written]
-
-
-def _read_prompts(model: Any, prompts: list[list[int]], layout: Layout, caches: list[ColumnCache]) -> None:
-    """Fill the caches with all but the last token of each prompt. The logits are never evaluated."""
-    padded = np.zeros((len(prompts), layout.width), dtype=np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt) - 1] = prompt[:-1]
-    for start in range(0, layout.width, PREFILL):
-        columns = padded[:, start : start + PREFILL]
-        model(mx.array(columns), cache=caches)
-        layout.advance(columns.shape[1])
-        mx.eval([(cache.keys, cache.values) for cache in caches])
+    for hooked_rows, output in hooked:
+        hook_outputs.update(zip(hooked_rows.tolist(), np.array(output), strict=True))
+    return [row[row >= 0].tolist() for row in written]
 
 
 def _decode_mlx_lm(
-    model: Any, prompts: list[list[int]], max_tokens: int, stop: frozenset[int], sampler: _Sampler
-) -> _Answers:
+    model: Any, prompts: list[list[int]], max_tokens: int, stop: AbstractSet[int], sampler: Sampler
+) -> list[list[int]]:
+    """The tokens of each answer with its stop token."""
     from mlx_lm.generate import BatchGenerator
 
     class RowSampler:
@@ -245,7 +271,7 @@ def _decode_mlx_lm(
             self.row, self.step = row, 0
 
         def __call__(self, logprobs: Float[mx.array, "1 v"]) -> Integer[mx.array, " 1"]:
-            self.step += 1  # one token is computed ahead, beyond the last
+            self.step += 1  # mlx-lm computes one token beyond the last
             return sampler(logprobs, min(self.step, max_tokens) - 1, np.array([self.row]))
 
     n = len(prompts)
@@ -260,8 +286,9 @@ def _decode_mlx_lm(
                 written[response.uid].append(response.token)
     finally:
         engine.close()
-    return [_cut(written[i], stop) for i in ids]
+    return [written[i] for i in ids]
 
 
-def _cut(tokens: list[int], stop: frozenset[int]) -> tuple[list[int], str]:
+def _without_stop(tokens: list[int], stop: AbstractSet[int]) -> tuple[list[int], str]:
+    """The answer's tokens and why it ended."""
     return (tokens[:-1], "stop") if tokens and tokens[-1] in stop else (tokens, "length")

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import pytest
 import mlx_distill as md
 from mlx_distill.data.chat import prompt_ids
 from mlx_distill.data.predictions import FORMAT, read_predictions, write_predictions
+from mlx_distill.data.rows import to_item
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.infer import analyze as module
-from mlx_distill.infer.analyze import analyze, predict
+from mlx_distill.infer.analyze import analyze, label_distributions, label_hook, predict, to_prediction
 from mlx_distill.infer.engine import Generation
+from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
 from mlx_distill.records import Prediction
 from mlx_distill.tasks.task import Task, load_task
 
@@ -24,21 +25,6 @@ ITEMS = [{"id": i, "text": f"Gardeners are kind {i}.", "group": "gardeners"} for
 @pytest.fixture(scope="module")
 def task() -> Task:
     return load_task("moderation")
-
-
-@pytest.fixture
-def canned(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Answers that take the place of a model's."""
-    answers: list[str] = []
-
-    def generate(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], **_: Any) -> list[Generation]:
-        return [
-            Generation(text, (1, 2), len(p), "length" if text.endswith("9") else "stop", 0.5)
-            for text, p in zip(answers, prompts, strict=True)
-        ]
-
-    monkeypatch.setattr(module, "generate", generate)
-    return answers
 
 
 def prepared(task: Task, item: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -59,14 +45,22 @@ def prepared(task: Task, item: dict[str, Any], **more: Any) -> dict[str, Any]:
     }
 
 
-def test_answers_are_read_strictly(chatml: Any, task: Task, canned: list[str]) -> None:
-    canned += [
+def test_answers_are_read_strictly(task: Task) -> None:
+    texts = [
         '{"label": "fine", "confidence": 90}',
         '{"label": "nice", "confidence": 90}',
         'Sure: {"label": "fine", "confidence": 90}',
         '{"label": "fine", "confidence": 9',
     ]
-    good, unknown, chatty, short = predict(None, chatml, task, ITEMS[:4], label_probs=False)
+    good, unknown, chatty, short = (
+        to_prediction(
+            to_item(item, task),
+            Generation(text, (1, 2), 7, "length" if text.endswith("9") else "stop", 0.5),
+            None,
+            task,
+        )
+        for item, text in zip(ITEMS, texts, strict=False)
+    )
     assert (good.label, good.score, good.error, good.answer) == (
         "fine",
         90.0,
@@ -87,7 +81,7 @@ def test_answers_are_read_strictly(chatml: Any, task: Task, canned: list[str]) -
         and "not JSON" in str(chatty.error)
         and "cut after 2 tokens" in str(short.error)
     )
-    assert chatty.text == canned[2]
+    assert chatty.text == texts[2]
 
 
 def test_a_prepared_row_a_mapping_and_a_text_ask_the_same(model: Any, tokenizer: Any, task: Task) -> None:
@@ -121,38 +115,61 @@ def test_every_row_has_its_distribution_and_batches_do_not_matter(
         assert a.label_probs["fine"] == pytest.approx(b.label_probs["fine"], abs=2e-5)
 
 
-def test_what_is_seen_on_the_way_is_what_one_more_pass_reads(
-    model: Any, tokenizer: Any, task: Task, monkeypatch: pytest.MonkeyPatch
+def test_distributions_come_from_the_hook_or_from_one_more_pass(
+    model: Any, tokenizer: Any, task: Task
 ) -> None:
-    """A model that begins its answer as the schema has it for every other item, and otherwise for the rest."""
-    from mlx_distill.data.rows import to_item
-    from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
-
-    place = label_prefix_tokens(tokenizer, task)
-    assert place is not None
-    asked: list[int] = []
-
-    def count(model: Any, prompts: Any, *args: Any, **more: Any) -> Any:
-        asked.append(len(prompts))
-        return label_probabilities(model, prompts, *args, **more)
-
-    monkeypatch.setattr("mlx_distill.infer.analyze.label_probabilities", count)
+    """Every other answer begins as the schema has it; the hook's output of the others is of another place."""
+    prefix = label_prefix_tokens(tokenizer, task)
+    assert prefix is not None
+    ids, labels = prefix
+    hook = label_hook(prefix)
     prompts = [prompt_ids(tokenizer, to_item(item, task).messages) for item in ITEMS]
-    expected = label_probabilities(model, [[*p, *place[0]] for p in prompts], place[1])
+    expected = label_probabilities(model, [[*prompt, *ids] for prompt in prompts], labels)
 
-    def answers(model: Any, tokenizer: Any, prompts: Any, look: Any, **more: Any) -> list[Generation]:
+    def answers(change: float) -> list[Generation]:
         out = []
         for number, prompt in enumerate(prompts):
-            begun = [*place[0], 5] if number % 2 else [5, 6, 7, *place[0]]
-            logits = model(mx.array([[*prompt, *begun[: look[0]]]]))[:, -1]
-            out.append(Generation("", tuple(begun), len(prompt), "length", 0.0, np.array(look[1](logits))[0]))
+            tokens = [*ids, 5] if number % 2 else [5, 6, 7, *ids]
+            logits = model(mx.array([[*prompt, *tokens[: hook.step]]]))[:, -1]
+            output = np.array(hook.read(logits))[0] + change
+            out.append(Generation("", tuple(tokens), len(prompt), "length", 0.0, output))
         return out
 
-    monkeypatch.setattr("mlx_distill.infer.analyze.generate", answers)
-    for prediction, line in zip(predict(model, tokenizer, task, ITEMS, max_tokens=9), expected, strict=True):
-        assert prediction.label_probs is not None
-        np.testing.assert_allclose(list(prediction.label_probs.values()), line, atol=1e-5)
-    assert asked == [(len(ITEMS) + 1) // 2]
+    for change in (0.0, 1.0):
+        distributions = label_distributions(model, prompts, answers(change), prefix)
+        for number, (distribution, line) in enumerate(zip(distributions, expected, strict=True)):
+            wanted = line * np.exp(change) if number % 2 else line
+            np.testing.assert_allclose(list(distribution.values()), wanted, atol=1e-5)
+
+
+def test_an_answer_that_begins_as_the_schema_has_it_costs_no_further_pass(
+    model: Any, tokenizer: Any, task: Task
+) -> None:
+    prefix = label_prefix_tokens(tokenizer, task)
+    assert prefix is not None
+    prompts = [prompt_ids(tokenizer, to_item(item, task).messages) for item in ITEMS]
+
+    class Forced:
+        """The model, made to answer with the prefix. It has no trunk, so a pass that scores labels would
+        fail.
+        """
+
+        layers = model.layers
+        if hasattr(model, "make_cache"):
+            make_cache = staticmethod(model.make_cache)
+
+        def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+            logits = model(tokens, cache=cache)
+            for last, following in itertools.pairwise([prompts[0][-1], *prefix[0]]):
+                logits[..., following] += 1e4 * (tokens == last)
+            return logits
+
+    assert len({prompt[-1] for prompt in prompts}) == 1 and len({prompts[0][-1], *prefix[0]}) > len(prefix[0])
+    expected = label_probabilities(model, [[*prompt, *prefix[0]] for prompt in prompts], prefix[1])
+    predictions = predict(Forced(), tokenizer, task, ITEMS, max_tokens=len(prefix[0]) + 2, batch_size=2)
+    for prediction, line in zip(predictions, expected, strict=True):
+        assert prediction.text.startswith('{"label": "') and prediction.label_probs is not None
+        np.testing.assert_allclose(list(prediction.label_probs.values()), line, atol=2e-5)
 
 
 def test_analyze_takes_what_load_returns(model: Any, tokenizer: Any) -> None:

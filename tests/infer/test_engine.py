@@ -7,10 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.infer import engine as module
-from mlx_distill.infer import kv_cache as cache_module
-from mlx_distill.infer.engine import Generation, generate
-from mlx_distill.infer.kv_cache import Layout, can_column
+from mlx_distill.infer.engine import Generation, LogitsHook, Sampler, generate
+from mlx_distill.infer.kv_cache import ColumnLayout, supports_column_cache
 
 VOCABULARY = 400
 LONGEST = 14
@@ -38,7 +36,7 @@ def make_prompts() -> list[list[int]]:
 
 
 def one_by_one(model: Any, prompt: list[int], count: int) -> list[int]:
-    """The plain twin: the model's own cache, one prompt, no batch."""
+    """The reference: the model's own cache, one prompt, no batch."""
     from mlx_lm.models.cache import make_prompt_cache
 
     cache, inputs, out = make_prompt_cache(model), mx.array([prompt]), []
@@ -81,30 +79,30 @@ def tokens_of(generations: list[Generation]) -> list[list[int]]:
 
 @pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
-def test_a_batch_says_what_each_prompt_alone_would(
+def test_a_batch_gives_the_answers_of_each_prompt_alone(
     model: Any, prompts: list[list[int]], plain: list[list[int]], engine: str, batch_size: int
 ) -> None:
     assert len({token for tokens in plain for token in tokens}) > 20  # the model does not repeat itself
     assert tokens_of(run(model, prompts, batch_size=batch_size, engine=engine)) == plain
 
 
-def test_the_twin_is_right_too(model: Any, prompts: list[list[int]], plain: list[list[int]]) -> None:
+def test_the_reference_with_a_cache_equals_one_without(
+    model: Any, prompts: list[list[int]], plain: list[list[int]]
+) -> None:
     assert [without_cache(model, prompt, LONGEST) for prompt in prompts[:4]] == plain[:4]
 
 
 @pytest.mark.parametrize("width", [1, 3, 7])
-def test_prompts_may_be_read_in_pieces(
-    model: Any, prompts: list[list[int]], plain: list[list[int]], width: int, monkeypatch: pytest.MonkeyPatch
+def test_the_prefill_step_size_changes_nothing(
+    model: Any, prompts: list[list[int]], plain: list[list[int]], width: int
 ) -> None:
-    monkeypatch.setattr(module, "PREFILL", width)
-    assert tokens_of(run(model, prompts)) == plain
+    assert tokens_of(run(model, prompts, prefill_step_size=width)) == plain
 
 
-def test_a_cache_that_has_to_grow_keeps_what_it_had(
-    model: Any, prompts: list[list[int]], plain: list[list[int]], monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_grows_keeps_its_content(
+    model: Any, prompts: list[list[int]], plain: list[list[int]]
 ) -> None:
-    monkeypatch.setattr(cache_module, "GROWTH", 2)
-    assert tokens_of(run(model, prompts)) == plain
+    assert tokens_of(run(model, prompts, cache_growth=2)) == plain
 
 
 @pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
@@ -154,7 +152,7 @@ def test_a_drawn_answer_depends_on_the_seed_and_not_on_the_batch(
 def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
     logits = mx.array([[0.0, 1.0, -1.0, 2.0, -40.0]])
     count = 4000
-    sampler = module._Sampler(None, 2.0, 0, range(count), 1)
+    sampler = Sampler(None, 2.0, 0, range(count), 1)
     drawn = np.array(sampler(mx.broadcast_to(logits, (count, 5)), 0, np.arange(count)))
     wanted = np.array(mx.softmax(logits[0] / 2.0))
     assert np.abs(np.bincount(drawn, minlength=5) / count - wanted).max() < 0.03
@@ -168,7 +166,7 @@ def test_no_prompts_no_answers(model: Any) -> None:
 @pytest.mark.parametrize(
     "options", [{"max_tokens": 0}, {"batch_size": 0}, {"temperature": -1.0}, {"engine": "steam"}]
 )
-def test_settings_that_make_no_sense_are_refused(model: Any, options: dict[str, Any]) -> None:
+def test_invalid_settings_are_refused(model: Any, options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         run(model, [[1]], **options)
 
@@ -178,7 +176,7 @@ def test_an_empty_prompt_is_named(model: Any) -> None:
         run(model, [[1], []])
 
 
-def test_a_model_with_caches_of_another_kind_goes_to_the_other_engine(model: Any) -> None:
+def test_other_caches_than_keys_and_values_are_not_supported_by_the_column_cache(model: Any) -> None:
     from mlx_lm.models.cache import ArraysCache, KVCache
 
     class Mixed:
@@ -187,13 +185,13 @@ def test_a_model_with_caches_of_another_kind_goes_to_the_other_engine(model: Any
         def make_cache(self) -> list[Any]:
             return [KVCache(), ArraysCache(2)]
 
-    assert can_column(model) and not can_column(Mixed())
+    assert supports_column_cache(model) and not supports_column_cache(Mixed())
 
 
 @pytest.mark.parametrize("window", [None, 2, 4, 20])
 @pytest.mark.parametrize("lengths", [[5, 5], [5, 3, 1, 0], [0, 0]])
-def test_the_mask_shows_what_positions_say(lengths: list[int], window: int | None) -> None:
-    layout = Layout(lengths)
+def test_the_mask_covers_the_positions_in_the_window(lengths: list[int], window: int | None) -> None:
+    layout = ColumnLayout(lengths)
     if layout.width:
         layout.advance(layout.width)
     for _ in range(6):
@@ -214,29 +212,23 @@ def test_the_mask_shows_what_positions_say(lengths: list[int], window: int | Non
 
 
 @pytest.mark.parametrize("step", [0, 2, 5])
-def test_a_look_on_the_way_sees_the_logits_of_its_step(
-    model: Any, prompts: list[list[int]], step: int
-) -> None:
+def test_a_logits_hook_reads_the_logits_of_its_step(model: Any, prompts: list[list[int]], step: int) -> None:
     plain = generate(model, Numbers(), prompts, max_tokens=6, batch_size=4, stop=set())
     stop = {plain[3].tokens[3], plain[5].tokens[0]}  # some answers end before they get there
-    seen = generate(
+    hooked = generate(
         model,
         Numbers(),
         prompts,
         max_tokens=6,
         batch_size=4,
         stop=stop,
-        look=(step, lambda logits: logits[:, :7]),
+        logits_hook=LogitsHook(step, lambda logits: logits[:, :7]),
     )
-    for prompt, answer in zip(prompts, seen, strict=True):
-        assert (answer.seen is None) == (len(answer.tokens) < step)
-        if answer.seen is not None:
+    for prompt, answer in zip(prompts, hooked, strict=True):
+        assert (answer.hook_output is None) == (len(answer.tokens) < step)
+        if answer.hook_output is not None:
             logits = model(mx.array([[*prompt, *answer.tokens[:step]]]))[0, -1, :7]
-            np.testing.assert_allclose(answer.seen, np.array(logits), atol=2e-5)
-    assert step == 0 or any(answer.seen is None for answer in seen)
-    assert (
-        generate(
-            model, Numbers(), prompts[:1], max_tokens=2, stop=set(), engine="mlx_lm", look=(0, lambda z: z)
-        )[0].seen
-        is None
-    )
+            np.testing.assert_allclose(answer.hook_output, np.array(logits), atol=2e-5)
+    assert step == 0 or any(answer.hook_output is None for answer in hooked)
+    hook = LogitsHook(0, lambda logits: logits)
+    assert run(model, prompts[:1], max_tokens=2, engine="mlx_lm", logits_hook=hook)[0].hook_output is None
