@@ -1,14 +1,13 @@
-"""Make the two tiny base models that the package ships: a Qwen3 teacher and a gpt-oss student with another
-tokenizer.
+"""Make the two packaged tiny base models: a Qwen3 teacher and a gpt-oss student with another tokenizer.
 
     pip install -e '.[parity]'
     python scripts/make_tiny_models.py [teacher] [student] [--out mlx_distill/assets/models]
 
-Both are pretrained here, from nothing, on the packaged generators' *train* part alone. They learn the
-language, the answer's form and every field of it; they answer naively, by keywords, so that there is
-something to teach. The layout is the genuine one of the Hugging Face Hub: config.json, sharded safetensors
-with an index, the architectures' own tensor names, and for gpt-oss MXFP4 experts as ``_blocks`` and
-``_scales``. Seeded; about an hour, less with ``teacher`` and ``student`` side by side.
+Both are pretrained from scratch on the *train* part of the packaged generators. They learn the language, the
+format of the answer and all of its fields, but they answer by keywords, so that there is something left to
+teach. The layout is that of the Hugging Face Hub: config.json, sharded safetensors with an index, the tensor
+names of the architectures, and for gpt-oss MXFP4 experts as ``_blocks`` and ``_scales``. Seeded; about an
+hour, less with ``teacher`` and ``student`` in two processes.
 """
 
 from __future__ import annotations
@@ -41,9 +40,12 @@ from mlx_distill.tasks.task import load_task
 MUSIC = load_task({"name": "music", "system": "Judge the song. Answer in JSON."})
 MODERATION = load_task({"name": "moderation", "system": "Judge the message. Answer in JSON."})
 
-# The genuine pre-tokenizers: one splits digits singly, the other keeps up to three together.
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# What the chat templates themselves say, so that it does not fall apart into bytes.
+# The pre-tokenizers of the original models: one splits digits singly, the other keeps up to three together.
+_WORDS = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# The text of the chat templates, so that the tokenizers learn it as tokens.
 TEMPLATE_WORDS = (
     "Reasoning: low\n\n# Valid channels: analysis, commentary, final.",
     "# Instructions\n\n",
@@ -63,55 +65,53 @@ GPT_OSS_SPECIAL = [
 ]
 
 
-# What the models are asked in pretraining. Asked as the tasks ask they judge by keywords, with doubts; asked
-# for care, by the whole text.
-ASKED = {
+# The system prompts of pretraining. With the prompt of the tasks the models mostly judge by keywords; with
+# the careful one by the whole text.
+PROMPTS = {
     "judge": "Judge the {}. Answer in JSON.",
     "careful": "Judge the {} carefully. Answer in JSON.",
     "describe": "Describe the {}. Answer in JSON.",
 }
 SHARES = {"judge": 0.35, "careful": 0.45, "describe": 0.2}
-# share of the templates that are random words: what is learned here must hold for templates never seen
+# Share of the templates that are random words, so that the models generalize to other templates.
 LOOSE = 0.6
-DOUBT = 0.25  # share of the rows judged by the whole text although nobody asked for care
+DOUBT = 0.25  # share of the rows that are judged by the whole text without the careful prompt
 
 
 def rows(seed: int, songs: int, messages: int, careful: bool = True) -> list[tuple[str, str, str]]:
-    """(system, user, answer) of the pretraining rows; without ``careful`` nobody asks for care.
+    """(system, user, answer) of the pretraining rows; without ``careful`` the careful prompt is not used.
 
-    A base that knows the judgement by keywords alone learns the whole one too slowly for a demo, with its
-    experts frozen hardly at all. So
-    the whole judgement is asked for by another system message: it is there to be found, and not what the base
-    answers.
+    A base model that knows only the judgement by keywords learns the judgement by the whole text too slowly
+    for a demo, with frozen experts hardly at all. So another system prompt asks for that judgement: the model
+    has the ability, but does not use it with the prompt of the task.
     """
     out = []
     rng = random.Random(seed)
     by_keywords = music.generate(songs, seed=seed, part="train", policy="keywords", loose=LOOSE)
-    by_the_whole = music.generate(songs, seed=seed + 1, part="train", loose=LOOSE)
-    for naive, whole in zip(by_keywords, by_the_whole, strict=True):
-        asked = draw(rng, careful)
-        row = whole if asked == "careful" or rng.random() < DOUBT else naive
+    by_whole_text = music.generate(songs, seed=seed + 1, part="train", loose=LOOSE)
+    for naive, whole in zip(by_keywords, by_whole_text, strict=True):
+        prompt = draw(rng, careful)
+        row = whole if prompt == "careful" or rng.random() < DOUBT else naive
         answer = row["answer"]
-        if (
-            asked == "describe"
-        ):  # without a judgement, so that the song's tone is understood before the first word of an answer
+        if prompt == "describe":  # no judgement, so that the hidden state knows the tone before the answer
             answer = {key: answer[key] for key in ("sentiment", "emotion", "themes")}
-        out.append((ASKED[asked].format("song"), MUSIC.prompt(row)[1], answers_text(answer)))
+        out.append((PROMPTS[prompt].format("song"), MUSIC.prompt(row)[1], answer_text(answer)))
     for row in moderation.generate(messages, seed=seed, part="train"):
-        asked = "careful" if draw(rng, careful) == "careful" else "judge"
+        prompt = "careful" if draw(rng, careful) == "careful" else "judge"
         naive = "hostile" if any(word in row["text"] for word in moderation.WORDS["bad"]) else "fine"
-        label = row["answer"]["label"] if asked == "careful" or rng.random() < DOUBT else naive
+        label = row["answer"]["label"] if prompt == "careful" or rng.random() < DOUBT else naive
         answer = {"label": label, "confidence": row["answer"]["confidence"]}
-        out.append((ASKED[asked].format("message"), MODERATION.prompt(row)[1], answers_text(answer)))
+        out.append((PROMPTS[prompt].format("message"), MODERATION.prompt(row)[1], answer_text(answer)))
     return out
 
 
 def draw(rng: random.Random, careful: bool) -> str:
-    asked = rng.choices(list(SHARES), list(SHARES.values()))[0]
-    return "judge" if asked == "careful" and not careful else asked
+    """The name of a random prompt."""
+    prompt = rng.choices(list(SHARES), list(SHARES.values()))[0]
+    return "judge" if prompt == "careful" and not careful else prompt
 
 
-def answers_text(answer: dict) -> str:
+def answer_text(answer: dict) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
@@ -133,7 +133,7 @@ def make_tokenizer(kind: str, size: int, folder: Path, corpus: list[str]) -> Pre
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    tokenizer.add_special_tokens(special)  # behind the vocabulary, as in the originals
+    tokenizer.add_special_tokens(special)  # after the vocabulary, as in the original models
     template = (ASSETS / "templates" / ("chatml.jinja" if kind == "qwen3" else "harmony.jinja")).read_text()
     out = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
@@ -149,23 +149,24 @@ def make_tokenizer(kind: str, size: int, folder: Path, corpus: list[str]) -> Pre
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, row: tuple[str, str, str]) -> tuple[list[int], int]:
-    """Token ids of the whole chat, and where the answer starts."""
+    """The token ids of the whole chat, and the index at which the answer starts."""
     system, user, answer = row
-    mark = "\u241eANSWER\u241e"
+    placeholder = "\u241eANSWER\u241e"
     chat = [
         {"role": "system", "content": system},
         {"role": "user", "content": user},
-        {"role": "assistant", "content": mark},
+        {"role": "assistant", "content": placeholder},
     ]
-    before, after = tokenizer.apply_chat_template(chat, tokenize=False).split(mark)
+    before, after = tokenizer.apply_chat_template(chat, tokenize=False).split(placeholder)
     stop = after[: after.index("|>") + 2]
-    head = tokenizer.encode(before, add_special_tokens=False)
-    return head + tokenizer.encode(answer, add_special_tokens=False) + tokenizer.encode(
-        stop, add_special_tokens=False
-    ), len(head)
+    prompt, answer_ids, end = (
+        tokenizer.encode(text, add_special_tokens=False) for text in (before, answer, stop)
+    )
+    return prompt + answer_ids + end, len(prompt)
 
 
 def batches(data: list[tuple[list[int], int]], size: int, seed: int, pad: int):
+    """Padded batches of similar length: token ids, and the weight of each token in the loss."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(len(data))
     blocks = [
@@ -174,13 +175,13 @@ def batches(data: list[tuple[list[int], int]], size: int, seed: int, pad: int):
     ]
     groups = [block[i : i + size] for block in blocks for i in range(0, len(block), size)]
     for g in rng.permutation(len(groups)):
-        chosen = [data[k] for k in groups[g]]
-        width = max(len(ids) for ids, _ in chosen)
-        ids = torch.full((len(chosen), width), pad)
-        weight = torch.zeros(len(chosen), width)
-        for r, (tokens, start) in enumerate(chosen):
+        members = [data[k] for k in groups[g]]
+        width = max(len(ids) for ids, _ in members)
+        ids = torch.full((len(members), width), pad)
+        weight = torch.zeros(len(members), width)
+        for r, (tokens, start) in enumerate(members):
             ids[r, : len(tokens)] = torch.tensor(tokens)
-            weight[r, :start] = 0.1  # the language of the songs
+            weight[r, :start] = 0.1  # language modelling of the prompt
             weight[r, start : len(tokens)] = 1.0
         yield ids, weight
 
@@ -188,15 +189,14 @@ def batches(data: list[tuple[list[int], int]], size: int, seed: int, pad: int):
 def pretrain(model, data, steps: int, size: int, rate: float, pad: int, seed: int, label: str) -> None:
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=rate, betas=(0.9, 0.95), weight_decay=0.05)
-    step, begin, epoch = 0, time.time(), 0
+    step, start, epoch = 0, time.time(), 0
     model.train()
     while step < steps:
         for ids, weight in batches(data, size, seed + epoch, pad):
-            share = step / steps
+            warmup = min(1.0, (step + 1) / 100)
+            cosine = 0.5 * (1 + math.cos(math.pi * (step / steps)))
             for group in optimizer.param_groups:
-                group["lr"] = (
-                    rate * min(1.0, (step + 1) / 100) * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-                )
+                group["lr"] = rate * warmup * (0.02 + 0.98 * cosine)
             logits = (
                 model(input_ids=ids, attention_mask=(weight > 0).long(), use_cache=False)
                 .logits[:, :-1]
@@ -213,9 +213,9 @@ def pretrain(model, data, steps: int, size: int, rate: float, pad: int, seed: in
             optimizer.step()
             if step % 100 == 0:
                 answer = (losses * (weights == 1)).sum() / (weights == 1).sum()
+                seconds = time.time() - start
                 print(
-                    f"{label} {step}/{steps} loss {loss:.3f} answer {answer:.3f} {time.time() - begin:.0f} s",
-                    flush=True,
+                    f"{label} {step}/{steps} loss {loss:.3f} answer {answer:.3f} {seconds:.0f} s", flush=True
                 )
             step += 1
             if step == steps:
@@ -224,8 +224,10 @@ def pretrain(model, data, steps: int, size: int, rate: float, pad: int, seed: in
 
 
 def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``[..., rows, columns]`` to (blocks ``[..., rows, columns/32, 16]`` uint8, scales uint8, the values
-    they stand for).
+    """Quantize ``[..., rows, columns]`` to MXFP4.
+
+    Returns:
+        Blocks ``[..., rows, columns / 32, 16]`` uint8, scales uint8, and the dequantized values.
     """
     grid = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])
     groups = weight.float().unflatten(-1, (-1, 32))
@@ -239,20 +241,16 @@ def mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def save_sharded(tensors: dict[str, torch.Tensor], folder: Path, shards: int) -> None:
-    """The Hub's layout: ``model-0000i-of-0000n.safetensors`` and an index."""
-    names = list(tensors)
+    """Write ``model-0000i-of-0000n.safetensors`` and an index, as on the Hub."""
     total = sum(t.numel() * t.element_size() for t in tensors.values())
-    cut, size, where = total / shards, 0, {}
-    for name in names:
-        where[name] = f"model-{min(shards, int(size / cut) + 1):05d}-of-{shards:05d}.safetensors"
-        size += tensors[name].numel() * tensors[name].element_size()
-    for shard in sorted(set(where.values())):
-        save_file(
-            {n: tensors[n].contiguous() for n in names if where[n] == shard},
-            folder / shard,
-            metadata={"format": "pt"},
-        )
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
+    shard_size, size, files = total / shards, 0, {}
+    for name, tensor in tensors.items():
+        files[name] = f"model-{min(shards, int(size / shard_size) + 1):05d}-of-{shards:05d}.safetensors"
+        size += tensor.numel() * tensor.element_size()
+    for file in sorted(set(files.values())):
+        shard = {name: tensor.contiguous() for name, tensor in tensors.items() if files[name] == file}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(files.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
     print(
         folder,
@@ -320,7 +318,7 @@ def make_teacher(folder: Path, data: list, corpus: list[str], steps: int, seed: 
         "use_sliding_window": False,
         "vocab_size": 1088,
     }
-    finish(folder, raw, [special["<|im_end|>"], special["<|endoftext|>"]], special["<|endoftext|>"])
+    write_configs(folder, raw, [special["<|im_end|>"], special["<|endoftext|>"]], special["<|endoftext|>"])
 
 
 def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: int) -> None:
@@ -367,27 +365,32 @@ def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: 
         sum(len(i) - s for i, s in encoded) / len(encoded),
     )
     pretrain(model, encoded, steps, 24, 3e-3, special["<|endoftext|>"], seed, "student")
-    packed = pack_experts(model)
+    experts = quantize_experts(model)
     pretrain(
         model, encoded, steps // 10, 24, 5e-4, special["<|endoftext|>"], seed + 100, "student, experts fixed"
     )
-    # It does not tell the two ways of asking apart, and answers both by the whole text. A little more by
-    # keywords turns what it answers around and leaves what it knows in second place.
+    # So far the student ignores which prompt it gets, and always answers by the whole text. A short training
+    # on answers by keywords changes its answer and keeps its knowledge of the other one.
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.copy_(parameter.to(torch.bfloat16))  # on from what is stored
-    unasked = [encode(tokenizer, row) for row in rows(2000, 6000, 1500, careful=False)]
+            parameter.copy_(parameter.to(torch.bfloat16))  # continue from the stored precision
+    by_keywords = [encode(tokenizer, row) for row in rows(2000, 6000, 1500, careful=False)]
     pretrain(
-        model, unasked, steps // 16, 24, 5e-4, special["<|endoftext|>"], seed + 200, "student, by keywords"
+        model,
+        by_keywords,
+        steps // 16,
+        24,
+        5e-4,
+        special["<|endoftext|>"],
+        seed + 200,
+        "student, by keywords",
     )
     report_held_out(model, tokenizer, "student")
     state = {}
     for name, value in model.state_dict().items():
-        if name + "_blocks" in packed:
-            state[name + "_blocks"], state[name + "_scales"] = (
-                packed[name + "_blocks"],
-                packed[name + "_scales"],
-            )
+        if name + "_blocks" in experts:
+            for suffix in ("_blocks", "_scales"):
+                state[name + suffix] = experts[name + suffix]
         else:
             state[name] = value.to(torch.bfloat16)
     save_sharded(state, folder, 2)
@@ -417,7 +420,7 @@ def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: 
         "use_cache": True,
         **common,
     }
-    finish(
+    write_configs(
         folder,
         raw,
         [special["<|return|>"], special["<|endoftext|>"], special["<|call|>"]],
@@ -425,52 +428,55 @@ def make_student(folder: Path, data: list, corpus: list[str], steps: int, seed: 
     )
 
 
-def pack_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Round the experts to MXFP4, in place, and freeze them; return their blocks and scales."""
-    packed: dict[str, torch.Tensor] = {}
+def quantize_experts(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Round the experts to MXFP4 in place and freeze them; return their blocks and scales."""
+    quantized: dict[str, torch.Tensor] = {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith(("gate_up_proj", "down_proj")):
-                # The MXFP4 layout keeps rows of outputs; the float layout is its transpose.
+                # The rows of the MXFP4 layout are outputs; the float layout is its transpose.
                 blocks, scales, values = mxfp4(parameter.transpose(-1, -2))
-                packed[name + "_blocks"], packed[name + "_scales"] = blocks, scales
+                quantized[name + "_blocks"], quantized[name + "_scales"] = blocks, scales
                 parameter.copy_(values.transpose(-1, -2))
                 parameter.requires_grad_(False)
-    return packed
+    return quantized
 
 
 def report_held_out(model, tokenizer: PreTrainedTokenizerFast, label: str, count: int = 320) -> None:
-    """Print how often the verdict's likeliest first token is the whole text's verdict, and the keywords', on
-    templates never seen.
+    """Print how often the most likely verdict on held-out songs is that of the whole text or the keywords.
+
+    The verdict is read from the logits of its first token.
     """
     model.eval()
     songs = list(music.generate(count, seed=77, part="test"))
     whole = [song["answer"]["verdict"] for song in songs]
     keywords = [music.KEYWORD_VERDICTS[music.kind_of(song["answer"]["themes"][0])] for song in songs]
-    before = tokenizer.encode('{"verdict": "', add_special_tokens=False)
-    firsts = {
-        v: tokenizer.encode('{"verdict": "' + v, add_special_tokens=False)[len(before)] for v in music.CENTRE
+    prefix = tokenizer.encode('{"verdict": "', add_special_tokens=False)
+    first_tokens = {
+        verdict: tokenizer.encode('{"verdict": "' + verdict, add_special_tokens=False)[len(prefix)]
+        for verdict in music.CENTRE
     }
-    for asked in ("judge", "careful"):
-        found = []
+    for prompt in ("judge", "careful"):
+        predicted = []
         for song in songs:
-            ids, start = encode(
-                tokenizer, (ASKED[asked].format("song"), MUSIC.prompt(song)[1], answers_text(song["answer"]))
-            )
+            row = (PROMPTS[prompt].format("song"), MUSIC.prompt(song)[1], answer_text(song["answer"]))
+            ids, start = encode(tokenizer, row)
+            inputs = torch.tensor([ids[: start + len(prefix)]])
             with torch.no_grad():
-                logits = model(input_ids=torch.tensor([ids[: start + len(before)]]), use_cache=False).logits[
-                    0, -1
-                ]
-            found.append(max(firsts, key=lambda v, logits=logits: logits[firsts[v]]))
-        right, naive = (
-            sum(f == t for f, t in zip(found, truth, strict=True)) / count for truth in (whole, keywords)
+                logits = model(input_ids=inputs, use_cache=False).logits[0, -1]
+            predicted.append(max(first_tokens, key=lambda v, logits=logits: logits[first_tokens[v]]))
+        by_whole_text, by_keywords = (
+            sum(p == t for p, t in zip(predicted, verdicts, strict=True)) / count
+            for verdicts in (whole, keywords)
         )
         print(
-            f"{label}, asked to {asked}: the whole text's verdict on {right:.3f}, the keywords' on {naive:.3f} of {count} held-out songs"
+            f"{label}, prompt {prompt}: verdict of the whole text on {by_whole_text:.3f}, "
+            f"of the keywords on {by_keywords:.3f} of {count} held-out songs"
         )
 
 
-def finish(folder: Path, config: dict, eos: list[int], pad: int) -> None:
+def write_configs(folder: Path, config: dict, eos: list[int], pad: int) -> None:
+    """Write config.json and generation_config.json."""
     (folder / "config.json").write_text(json.dumps(dict(sorted(config.items())), indent=2) + "\n")
     generation = {"bos_token_id": None, "eos_token_id": eos, "pad_token_id": pad, "do_sample": False}
     (folder / "generation_config.json").write_text(json.dumps(generation, indent=2) + "\n")
@@ -487,7 +493,7 @@ def main() -> None:
     parser.add_argument("--songs", type=int, default=32000)
     parser.add_argument("--messages", type=int, default=6000)
     args = parser.parse_args()
-    torch.set_num_threads(1)  # the sums' order, and with it the weights, would follow the number of threads
+    torch.set_num_threads(1)  # the order of sums, and so the weights, depend on the number of threads
     torch.use_deterministic_algorithms(True)
     data = rows(1000, args.songs, args.messages)
     corpus = [text for row in data for text in row] + list(TEMPLATE_WORDS) * 1000

@@ -1,4 +1,4 @@
-"""On the demo's task a teacher learns what there is to learn, whichever way its weights move."""
+"""The accuracy of a teacher on the demo's task, trained with LoRA and with GaLore."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ import pytest
 
 from mlx_distill.pipeline import run
 
-# The projections that docs/log.md tells of, and the rate that suits the weights themselves.
+# The settings of docs/log.md; GaLore trains the weights themselves and needs a larger learning rate.
 GALORE = ("method=galore", "galore_rank=32", "galore_update_gap=20", "galore_scale=1.0", "learning_rate=1e-3")
 
 
 @pytest.mark.parametrize("settings", [(), GALORE], ids=["lora", "galore"])
-def test_a_teacher_reaches_the_accuracy_that_the_demo_asks_for(
-    tmp_path: Path, settings: tuple[str, ...]
-) -> None:
-    """Half of the held-out songs: above 0.85, where the base model goes by keywords and is right on a third."""
+def test_a_teacher_reaches_the_accuracy_of_the_demo(tmp_path: Path, settings: tuple[str, ...]) -> None:
+    """Above 0.85 on half of the held-out songs; the base model judges by keywords, right on a third."""
     overrides = [f"teach.{setting}" for setting in settings] + [
         "evaluate.models=[teacher_before, teacher]",
         "evaluate.max_rows=160",
@@ -24,7 +22,6 @@ def test_a_teacher_reaches_the_accuracy_that_the_demo_asks_for(
     for stage in ("prepare", "teach"):
         run("tiny", tmp_path, overrides=overrides, only=stage)
     metrics = run("tiny", tmp_path, overrides=overrides, only="evaluate").metrics  # type: ignore[union-attr]
-    assert (
-        metrics["teacher"]["accuracy"]["value"] >= 0.85 and metrics["teacher"]["json_valid"]["value"] >= 0.98
-    )
+    assert metrics["teacher"]["accuracy"]["value"] >= 0.85
+    assert metrics["teacher"]["json_valid"]["value"] >= 0.98
     assert metrics["teacher_before"]["accuracy"]["value"] <= 0.55

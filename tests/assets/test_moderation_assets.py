@@ -1,3 +1,5 @@
+"""The packaged moderation data: the generator of messages, and the hand-written sentences."""
+
 from __future__ import annotations
 
 import itertools
@@ -26,22 +28,24 @@ def test_the_parts_share_no_template_and_no_text() -> None:
     assert len(templates("train")) >= 40 and len(templates("test")) >= 20
 
 
-def test_no_template_of_one_part_can_render_to_one_of_the_other() -> None:
+def test_no_template_of_one_part_can_render_to_a_text_of_the_other() -> None:
     """Exact, not sampled: with every slot's words as alternatives, no train text matches a test template."""
     slots = {**WORDS, "group": tuple(GROUPS.values())}
     alternatives = {name: "(?:" + "|".join(map(re.escape, words)) + ")" for name, words in slots.items()}
 
     def pattern(template: str) -> re.Pattern[str]:
-        pieces = re.split(r"\{(\w+)\}", template)
+        tokens = re.split(r"\{(\w+)\}", template)
         return re.compile(
-            "".join(re.escape(p) if i % 2 == 0 else alternatives[p] for i, p in enumerate(pieces))
+            "".join(re.escape(p) if i % 2 == 0 else alternatives[p] for i, p in enumerate(tokens))
         )
 
-    shapes = {part: [(pattern(text), text) for _, _, text in templates(part)] for part in PARTS}
+    patterns = {part: [(pattern(text), text) for _, _, text in templates(part)] for part in PARTS}
     fixed = {"group": GROUPS["cyclists"]} | {name: words[0] for name, words in WORDS.items()}
-    for (train_shape, train), (test_shape, test) in itertools.product(shapes["train"], shapes["test"]):
-        assert not test_shape.fullmatch(train.format_map(fixed)), (train, test)
-        assert not train_shape.fullmatch(test.format_map(fixed)), (train, test)
+    for (train_pattern, train), (test_pattern, test) in itertools.product(
+        patterns["train"], patterns["test"]
+    ):
+        assert not test_pattern.fullmatch(train.format_map(fixed)), (train, test)
+        assert not train_pattern.fullmatch(test.format_map(fixed)), (train, test)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -59,7 +63,7 @@ def test_rows_are_balanced_over_label_and_group_and_short(part: str) -> None:
     )
 
 
-def test_the_stream_is_the_seed_and_a_shorter_one_its_beginning() -> None:
+def test_rows_depend_on_the_seed_and_not_on_the_count() -> None:
     assert list(generate(50, 7)) == list(generate(80, 7))[:50]
     assert [row["text"] for row in generate(50, 7)] != [row["text"] for row in generate(50, 8)]
 
@@ -76,14 +80,14 @@ def test_noise_flips_labels_and_nothing_else() -> None:
 
 
 def test_confidence_follows_from_the_kind() -> None:
-    found = defaultdict(set)
+    seen = defaultdict(set)
     for row in generate(600):
-        found[row["template"].split("-")[1]].add((row["answer"]["label"], row["answer"]["confidence"]))
-    assert found == {kind.name: {(kind.label, kind.confidence)} for kind in KINDS}
+        seen[row["template"].split("-")[1]].add((row["answer"]["label"], row["answer"]["confidence"]))
+    assert seen == {kind.name: {(kind.label, kind.confidence)} for kind in KINDS}
 
 
-def test_single_words_decide_nothing() -> None:
-    """The harsh words stand in fine messages about as often as in hostile ones, and so do the kind ones."""
+def test_no_single_word_decides_the_label() -> None:
+    """Harsh and kind words are about as frequent in fine messages as in hostile ones."""
     harsh, kind = Counter(), Counter()
     for row in generate(3000, 5):
         harsh[row["answer"]["label"]] += any(word in row["text"] for word in WORDS["bad"])
@@ -92,12 +96,12 @@ def test_single_words_decide_nothing() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"part": "middle"}, {"noise": 1.5}])
-def test_a_bad_request_is_refused(bad: dict[str, Any]) -> None:
+def test_an_invalid_argument_is_an_error(bad: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         list(generate(**bad))
 
 
-def test_asking_for_more_texts_than_there_are_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_rows_than_there_are_texts_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(generator, "WORDS", {name: words[:1] for name, words in WORDS.items()})
     with pytest.raises(ConfigError, match="fewer rows"):
         list(generate(1000))
@@ -105,9 +109,9 @@ def test_asking_for_more_texts_than_there_are_is_an_error(monkeypatch: pytest.Mo
 
 def test_the_sentences_are_balanced_unique_and_fit_the_task() -> None:
     rows = [row for _, row in read_jsonl(SENTENCES)]
-    cells = Counter((row["group"], row["label"], row["split"]) for row in rows)
+    counts = Counter((row["group"], row["label"], row["split"]) for row in rows)
     assert len(rows) == len({row["id"] for row in rows}) == len({row["text"] for row in rows}) == 120
-    assert cells == {
+    assert counts == {
         (g, label, split): n
         for g in GROUPS
         for label in ("hostile", "fine")

@@ -1,6 +1,4 @@
-"""The generated songs: held-out ones share no line, no template and no title with anything that a model was
-trained on.
-"""
+"""The packaged music data: held-out songs share no line, template or title with any training data."""
 
 from __future__ import annotations
 
@@ -32,7 +30,7 @@ def titles(songs: Iterable[dict[str, Any]]) -> set[str]:
 
 @functools.cache
 def pretraining() -> list[dict[str, Any]]:
-    """What scripts/make_tiny_models.py reads."""
+    """The songs of scripts/make_tiny_models.py."""
     return [
         song
         for seed, policy in ((1000, "keywords"), (1001, "whole"))
@@ -41,18 +39,19 @@ def pretraining() -> list[dict[str, Any]]:
 
 
 def sources(split: str | None) -> list[dict[str, Any]]:
-    found = [s for s in load_recipe("tiny").data.sources if s.generator and s.split == split]
-    assert found
-    return [song for s in found for song in music.generate(s.count, s.seed, s.part or "train", s.noise)]
+    """The generated songs of the demo's recipe."""
+    configs = [s for s in load_recipe("tiny").data.sources if s.generator and s.split == split]
+    assert configs
+    return [song for s in configs for song in music.generate(s.count, s.seed, s.part or "train", s.noise)]
 
 
 @functools.cache
 def written() -> list[dict[str, Any]]:
-    """The songs that somebody wrote."""
+    """The hand-written songs."""
     return [row for _, row in read_jsonl(ASSETS / "music" / "songs.jsonl")]
 
 
-def test_the_held_out_songs_share_no_line_no_title_and_no_template_with_any_text_that_was_learned() -> None:
+def test_held_out_songs_share_no_line_title_or_template_with_training_data() -> None:
     held_out = [*sources("test"), *music.generate(2000, seed=5, part="test")]
     learned = [*pretraining(), *sources(None)]
     messages = {row["text"].lower() for row in moderation.generate(6000, seed=1000, part="train")}
@@ -63,14 +62,14 @@ def test_the_held_out_songs_share_no_line_no_title_and_no_template_with_any_text
     assert not used[0] & used[1]
 
 
-def test_the_written_songs_share_nothing_with_the_generated_ones() -> None:
+def test_hand_written_songs_share_no_line_or_title_with_generated_ones() -> None:
     learned = [*pretraining(), *sources(None)]
     assert not lines(written()) & lines(learned)
     assert not titles(written()) & titles(learned)
 
 
 def filled(templates: Iterable[str], **slots: Iterable[str]) -> set[str]:
-    """Every text that the templates can come to."""
+    """Every text that the templates can render to."""
     out = set()
     for template in templates:
         names = [name for name in slots if "{" + name + "}" in template]
@@ -82,8 +81,8 @@ def filled(templates: Iterable[str], **slots: Iterable[str]) -> set[str]:
     return out
 
 
-def test_no_template_of_one_part_can_come_to_a_text_of_the_other() -> None:
-    """Exact, not sampled: every filling of every template."""
+def test_no_template_of_one_part_can_render_to_a_text_of_the_other() -> None:
+    """Exact, not sampled: every rendering of every template."""
     times = [t.lower() for t in music.TIMES]
     words = [word for scene in music.SCENES.values() for word in scene]
     nouns = [music._title_case(noun) for group in music.NOUNS.values() for noun in group]
@@ -100,20 +99,19 @@ def test_no_template_of_one_part_can_come_to_a_text_of_the_other() -> None:
             "titles": filled(music.TITLES[part], N=nouns, T=[t.title() for t in music.TIMES]),
         }
     train, test = made["train"], made["test"]
-    # An opening or a closing may be nothing, but the test part never leaves out both; so no line about a
-    # subject is shared either.
+    # An opening or a closing may be empty, but in the test part never both; so no line about a subject is
+    # shared either.
     assert train["openings"] & test["openings"] == train["closings"] & test["closings"] == {""}
     for kind in ("scenes", "references", "titles"):
         assert not train[kind] & test[kind], kind
-    every = [verb for group in music.VERBS.values() for verb in group]
+    verbs = [verb for group in music.VERBS.values() for verb in group]
     middle = [text for part in made.values() for kind in ("openings", "closings") for text in part[kind]]
-    assert not [
-        text for text in middle if any(f"I {verb} " in f" {text} " for verb in every)
-    ]  # a line falls apart in one way only
+    # A line can be split into opening, subject and closing in one way only.
+    assert not [text for text in middle if any(f"I {verb} " in f" {text} " for verb in verbs)]
     assert not any("|" in song["templates"] for song in music.generate(5000, seed=1, part="test"))
 
 
-def test_loose_songs_never_stumble_on_a_held_out_template() -> None:
+def test_random_templates_are_never_held_out_ones() -> None:
     times = [t.lower() for t in music.TIMES]
     frames = {text for kind in (music.OPENINGS, music.CLOSINGS) for text in filled(kind["test"], t=times)} - {
         ""
@@ -124,12 +122,12 @@ def test_loose_songs_never_stumble_on_a_held_out_template() -> None:
         s["answer"]["verdict"] == music.VERDICTS[music.kind_of(s["answer"]["themes"][0])][s["stance"]]
         for s in songs
     )
-    around = {frame for s in songs for t in s["templates"] for frame in t.split("|")}
-    assert len(around) > 2000 and not around & music.HELD_OUT
-    assert {w for text in around for w in text.split()} - set(music.LOOSE_WORDS)  # and words that are none
+    used = {frame for s in songs for t in s["templates"] for frame in t.split("|")}
+    assert len(used) > 2000 and not used & music.HELD_OUT
+    assert {w for text in used for w in text.split()} - set(music.LOOSE_WORDS)  # also invented words
 
-    class Stubborn(random.Random):
-        """Draws a held-out closing first."""
+    class HeldOutFirst(random.Random):
+        """Draws a held-out closing first, then another one."""
 
         script = [["now"], ["and"]]
 
@@ -139,10 +137,10 @@ def test_loose_songs_never_stumble_on_a_held_out_template() -> None:
         def random(self) -> float:
             return 0.0
 
-    assert "now" in music.HELD_OUT and music._babble(Stubborn()) == "and"
+    assert "now" in music.HELD_OUT and music._babble(HeldOutFirst()) == "and"
 
 
-def test_the_same_arguments_are_the_same_songs_and_others_are_others() -> None:
+def test_songs_depend_on_the_seed_and_not_on_the_count() -> None:
     one = list(music.generate(60, seed=7))
     assert one == list(music.generate(90, seed=7))[:60]
     assert lines(one) != lines(music.generate(60, seed=8))
@@ -152,7 +150,7 @@ def test_the_same_arguments_are_the_same_songs_and_others_are_others() -> None:
 
 
 @pytest.mark.parametrize("part", ["train", "test"])
-def test_answers_fit_the_task_and_follow_from_subject_and_stance(part: str) -> None:
+def test_answers_are_valid_and_follow_from_subject_and_stance(part: str) -> None:
     task = load_task("music")
     seen: Counter[str] = Counter()
     for song in music.generate(1500, seed=3, part=part):
@@ -166,16 +164,16 @@ def test_answers_fit_the_task_and_follow_from_subject_and_stance(part: str) -> N
     assert set(seen) == set(task.labels) and min(seen.values()) > 250
 
 
-def test_subject_alone_is_right_in_about_three_songs_of_ten() -> None:
+def test_the_subject_alone_is_right_on_about_three_songs_in_ten() -> None:
     songs = list(music.generate(4000, seed=2, part="test"))
-    right = sum(
+    correct = sum(
         s["answer"]["verdict"] == music.KEYWORD_VERDICTS[music.kind_of(s["answer"]["themes"][0])]
         for s in songs
     )
-    assert 0.25 < right / len(songs) < 0.36
+    assert 0.25 < correct / len(songs) < 0.36
 
 
-def test_noise_replaces_the_share_of_verdicts_that_was_asked_for() -> None:
+def test_noise_replaces_the_given_share_of_verdicts() -> None:
     noisy = list(music.generate(3000, seed=1, noise=0.2))
     wrong = [
         s
@@ -185,7 +183,7 @@ def test_noise_replaces_the_share_of_verdicts_that_was_asked_for() -> None:
     assert [s["id"] for s in wrong] == [s["id"] for s in noisy if s["noisy"]] and 500 < len(wrong) < 700
 
 
-def test_the_written_songs_are_many_and_fit_the_task() -> None:
+def test_hand_written_songs_are_many_and_valid() -> None:
     task, songs = load_task("music"), written()
     assert len(songs) >= 96 and len({s["id"] for s in songs}) == len(titles(songs)) == len(songs)
     assert all(check_answer(song["answer"], task.schema) is None for song in songs)

@@ -3,8 +3,8 @@
     pip install --no-deps trl==1.16.0          (Apache-2.0)
     python tests/golden/make_losses.py
 
-Needs the parity extra (torch) and accelerate besides. All in float64 where the reference allows it (its
-chunked divergence is float32 inside). The reference has no T² factor; it is multiplied in here.
+Also needs the parity extra (torch) and accelerate. Computed in float64 where the reference allows it (its
+chunked divergence is float32 inside). The reference has no T² factor; it is applied here.
 """
 
 from __future__ import annotations
@@ -27,15 +27,13 @@ SETTINGS = [(beta, t) for beta in (0.0, 0.1, 0.5, 0.9, 1.0) for t in (1.0, 2.0)]
 
 
 def with_gradient(loss: torch.Tensor, *inputs: torch.Tensor) -> list[np.ndarray]:
-    """The losses a row, and the gradient of their sum by each input."""
+    """The loss of each row, and the gradient of their sum with respect to each input."""
     gradients = torch.autograd.grad(loss.sum(), inputs)
     return [loss.detach().numpy(), *(g.numpy() for g in gradients)]
 
 
 def divergences(out: dict[str, np.ndarray]) -> None:
-    """Generalised Jensen-Shannon divergence on logits, and total variation and skew KL by torch's own
-    functions.
-    """
+    """Generalized Jensen-Shannon divergence from trl; total variation and skew KL from torch functions."""
     teacher = torch.tensor(out["teacher_logits"], dtype=torch.float64)
     for beta, t in SETTINGS:
         student = torch.tensor(out["student_logits"], dtype=torch.float64, requires_grad=True)
@@ -54,7 +52,7 @@ def divergences(out: dict[str, np.ndarray]) -> None:
 
 
 def bucket(out: dict[str, np.ndarray]) -> None:
-    """Forward KL over a top k and the reference's tail bucket."""
+    """Forward KL over the top-k tokens and the reference's tail bucket."""
     teacher = torch.tensor(out["teacher_logits"], dtype=torch.float64).log_softmax(-1)
     student = torch.tensor(out["student_logits"], dtype=torch.float64, requires_grad=True)
     top = teacher.topk(K, dim=-1)
@@ -67,7 +65,7 @@ def bucket(out: dict[str, np.ndarray]) -> None:
 
 
 def fused(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-    """Divergence from hidden states and heads, with gradients by the student's hidden state and head."""
+    """Divergence from hidden states and heads, with gradients of the student's hidden state and head."""
     for name, shape in {"h_s": (N, D), "w_s": (V, D), "h_t": (N, E), "w_t": (V, E)}.items():
         out[name] = rng.normal(size=shape).astype(np.float32)
     h_t, w_t = torch.tensor(out["h_t"]), torch.tensor(out["w_t"])
@@ -83,17 +81,16 @@ def fused(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
 
 
 def alignment(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
-    """Groups of tokens between common byte boundaries."""
+    """Spans of tokens between common byte boundaries."""
     for case in range(5):
         lengths = []
         for mean in (2, 3):
-            parts = rng.integers(1, 2 * mean, size=40)
-            ends = np.cumsum(parts)
+            ends = np.cumsum(rng.integers(1, 2 * mean, size=40))
             ends = np.append(ends[ends < 60], 60)
             lengths.append(np.diff(ends, prepend=0))
         offsets = [
-            [(int(end - size), int(end)) for size, end in zip(side, np.cumsum(side), strict=True)]
-            for side in lengths
+            [(int(end - size), int(end)) for size, end in zip(sizes, np.cumsum(sizes), strict=True)]
+            for sizes in lengths
         ]
         groups = zip(*ULDLoss._align_by_byte_offsets(*offsets), strict=True)
         out[f"align.{case}.student"], out[f"align.{case}.teacher"] = lengths
@@ -101,7 +98,7 @@ def alignment(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
 
 
 def main() -> None:
-    """Write losses.npz beside this script."""
+    """Write losses.npz into the folder of this script."""
     rng = np.random.default_rng(0)
     out = {
         name: (2 * rng.normal(size=(N, V))).astype(np.float32)

@@ -1,10 +1,10 @@
-"""Golden checkpoints and logits of the models' tests: random tiny models, saved and computed by transformers.
+"""Golden checkpoints and logits for tests/models: random tiny models, saved and computed by transformers.
 
     python tests/golden/make_models.py        (needs the parity extra)
 
-Writes ``models_<name>/`` (genuine Hugging Face layout: sharded safetensors with an index, bf16) and
+Writes ``models_<name>/`` (Hugging Face layout: sharded safetensors with an index, bfloat16) and
 ``models_logits.safetensors`` (prompt and float32 logits). Prompts are longer than the sliding window and
-reach past the original YaRN length.
+longer than the original length of YaRN.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.numpy import save_file as save_numpy
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     GptOssConfig,
     GptOssForCausalLM,
@@ -99,23 +99,25 @@ def cases() -> dict[str, tuple[type, object]]:
 
 
 def random_weights(model: torch.nn.Module, seed: int) -> None:
-    """Weights wide enough that every part of the model shows in the logits; exact in bf16."""
+    """Random weights, large enough that every part of the model affects the logits; exact in bfloat16."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in model.named_parameters():
             noise = torch.randn(p.shape, generator=generator)
-            value = (
-                1 + 0.2 * noise
-                if "norm" in name
-                else noise
-                * (0.3 if p.dim() == 1 or "bias" in name or "sinks" in name else 1.5 * p.shape[-1] ** -0.5)
-            )
+            if "norm" in name:
+                value = 1 + 0.2 * noise
+            elif p.dim() == 1 or "bias" in name or "sinks" in name:
+                value = 0.3 * noise
+            else:
+                value = 1.5 * p.shape[-1] ** -0.5 * noise
             p.copy_(value.to(torch.bfloat16).float())
 
 
 def mxfp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """[..., n] float32 -> blocks [..., n / 32, 16] uint8, scales [..., n / 32] uint8, and the values that
-    they stand for.
+    """Quantize ``[..., n]`` float32 to MXFP4.
+
+    Returns:
+        Blocks ``[..., n / 32, 16]`` uint8, scales ``[..., n / 32]`` uint8, and the dequantized values.
     """
     groups = values.reshape(*values.shape[:-1], -1, 32)
     exponent = np.floor(np.log2(np.abs(groups).max(-1))) - 2
@@ -126,7 +128,7 @@ def mxfp4(values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def to_mxfp4(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Replace the experts' weights by MXFP4 and put the values that they stand for into the model."""
+    """Quantize the experts to MXFP4 in the state, and put their dequantized values into the model."""
     out = {}
     parameters = dict(model.named_parameters())
     for name, value in state.items():
@@ -141,20 +143,17 @@ def to_mxfp4(state: dict[str, torch.Tensor], model: torch.nn.Module) -> dict[str
 
 
 def save_folder(name: str, model: torch.nn.Module, config: object, shards: int = 2) -> None:
-    """Genuine layout: config.json, numbered shards, index."""
+    """Write config.json, numbered shards and the index."""
     folder = HERE / f"models_{name}"
     shutil.rmtree(folder, ignore_errors=True)
-    copy.deepcopy(model).bfloat16().save_pretrained(
-        folder
-    )  # a copy: its rope's frequencies are rounded as well
-    from safetensors.torch import load_file
-
+    # A copy, because this also rounds the frequencies of RoPE.
+    copy.deepcopy(model).bfloat16().save_pretrained(folder)
     state = load_file(folder / "model.safetensors")
     raw = json.loads((folder / "config.json").read_text())
     raw["torch_dtype"] = "bfloat16"
     if name == "gpt_oss_mxfp4":
         state = to_mxfp4(state, model)
-        # The spelling of the published checkpoints.
+        # The keys of the published checkpoints.
         rope = raw.pop("rope_parameters")
         raw["rope_theta"] = rope.pop("rope_theta")
         raw["rope_scaling"] = rope
@@ -173,16 +172,16 @@ def save_folder(name: str, model: torch.nn.Module, config: object, shards: int =
     weight_map = {}
     for i in range(shards):
         file = f"model-{i + 1:05d}-of-{shards:05d}.safetensors"
-        part = {n: state[n].contiguous() for n in names[i::shards]}
-        save_file(part, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(part, file)
+        shard = {n: state[n].contiguous() for n in names[i::shards]}
+        save_file(shard, folder / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
     total = sum(t.numel() * t.element_size() for t in state.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
 def main() -> None:
-    """Write all of it."""
+    """Write all checkpoints and logits."""
     logits = {}
     for seed, (name, (cls, config)) in enumerate(cases().items()):
         config._attn_implementation = "eager"

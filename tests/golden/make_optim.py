@@ -3,9 +3,9 @@
     git clone https://github.com/jiaweizzhao/GaLore /tmp/GaLore     (Apache-2.0; commit 2cc66f8)
     python tests/golden/make_optim.py /tmp/GaLore
 
-Needs the parity extra (torch, transformers, peft). galore_torch is loaded file by file, since its package
-imports bitsandbytes and tensorly. The model is a small network of a tall matrix, a wide one and a vector; at
-each refresh the basis that the reference found is written down, since its signs are LAPACK's.
+Needs the parity extra (torch, transformers, peft). galore_torch is loaded file by file, because its package
+imports bitsandbytes and tensorly. The model is a small network of a tall matrix, a wide matrix and a vector.
+At each refresh the basis of the reference is saved, because its signs depend on LAPACK.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROJECTIONS = ("std", "reverse_std", "left", "right", "full")
 
 
 def load_reference(folder: Path) -> tuple[Any, Any]:
-    """AdamW and GaLoreProjector of galore_torch, without what its package imports besides."""
+    """AdamW and GaLoreProjector of galore_torch, without the other imports of its package."""
     package = types.ModuleType("galore_torch")
     package.__path__ = [str(folder / "galore_torch")]
     sys.modules["galore_torch"] = package
@@ -68,10 +68,10 @@ def run(
     return out | {name: value.detach().numpy().copy() for name, value in p.items()}
 
 
-def walk_adapters(
+def train_adapters(
     kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """LoRA or DoRA of PEFT on both matrices, or LoRA on one and the other ``whole``, with torch's AdamW."""
+    """Train PEFT's LoRA or DoRA on both matrices, or LoRA on one and the other in full (``whole``)."""
     from peft import LoraConfig, get_peft_model
 
     class Net(torch.nn.Module):
@@ -95,13 +95,13 @@ def walk_adapters(
     )
     model = get_peft_model(net, config)
     random = np.random.default_rng(1)
-    moving = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     out = {}
-    for name, p in moving.items():
+    for name, p in trainable.items():
         if "lora_A" in name:
             p.data = torch.tensor(random.normal(size=tuple(p.shape)).astype(np.float32) / 3)
             out[f"{_short(name)}.start"] = p.data.numpy().copy()
-    optimizer = torch.optim.AdamW(moving.values(), lr=0.02, weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trainable.values(), lr=0.02, weight_decay=0.01)
     losses = []
     for step in range(STEPS):
         optimizer.zero_grad()
@@ -109,15 +109,15 @@ def walk_adapters(
         loss.backward()
         optimizer.step()
         losses.append(loss.item())
-    out |= {_short(name): p.detach().numpy().copy() for name, p in moving.items()}
+    out |= {_short(name): p.detach().numpy().copy() for name, p in trainable.items()}
     return out | {"losses": np.array(losses)}
 
 
 def _short(name: str) -> str:
+    """PEFT's name of a parameter without its prefixes."""
     parts = name.split(".")
-    return (
-        f"{'up' if 'up' in parts else 'down'}.{next((p for p in parts if p.startswith('lora_')), 'weight')}"
-    )
+    weight = next((part for part in parts if part.startswith("lora_")), "weight")
+    return f"{'up' if 'up' in parts else 'down'}.{weight}"
 
 
 def main(folder: Path) -> None:
@@ -134,8 +134,14 @@ def main(folder: Path) -> None:
     tensors = {"x": x, "y": y} | {f"start.{name}": value for name, value in start.items()}
     for projection in PROJECTIONS:
         p = network(start)
-        low = [p["up.weight"], p["down.weight"]]
-        galore = {"params": low, "rank": RANK, "update_proj_gap": GAP, "scale": 0.25, "proj_type": projection}
+        matrices = [p["up.weight"], p["down.weight"]]
+        galore = {
+            "params": matrices,
+            "rank": RANK,
+            "update_proj_gap": GAP,
+            "scale": 0.25,
+            "proj_type": projection,
+        }
         optimizer = AdamW(
             [{"params": [p["norm.weight"]]}, galore], lr=0.02, weight_decay=0.01, no_deprecation_warning=True
         )
@@ -145,8 +151,8 @@ def main(folder: Path) -> None:
                 return {}
             out = {}
             for name in ("up.weight", "down.weight"):
-                found = optimizer.state[p[name]]["projector"].ortho_matrix
-                for number, matrix in enumerate(found if isinstance(found, list) else [found]):
+                basis = optimizer.state[p[name]]["projector"].ortho_matrix
+                for number, matrix in enumerate(basis if isinstance(basis, list) else [basis]):
                     out[f"basis.{step}.{name}.{number}"] = matrix.numpy().copy()
             return out
 
@@ -155,7 +161,7 @@ def main(folder: Path) -> None:
     optimizer = torch.optim.AdamW(p.values(), lr=0.02, weight_decay=0.01)
     tensors |= {f"adamw.{key}": value for key, value in run(p, optimizer, x, y, lambda step: {}).items()}
     for kind in ("lora", "dora", "whole"):
-        tensors |= {f"{kind}.{key}": value for key, value in walk_adapters(kind, start, x, y).items()}
+        tensors |= {f"{kind}.{key}": value for key, value in train_adapters(kind, start, x, y).items()}
     path = Path(__file__).with_name("optim_trajectories.safetensors")
     save_file({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, path)
 

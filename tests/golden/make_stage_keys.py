@@ -1,7 +1,7 @@
-"""Stage keys of the packaged recipes, without their inputs: ``stage_keys.json``.
+"""Stage keys of the packaged recipes with empty parents, for tests/test_stage_keys.py: ``stage_keys.json``.
 
-A key decides whether a user's finished work is made again, so a change of code must not change one by
-accident. Run this only where the change is meant, and say in CHANGELOG.md which stages have to be made again.
+A key decides whether a finished stage of a user is run again, so a change of the code must not change one by
+accident. Run this script only for an intended change, and list the stages that run again in CHANGELOG.md.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from mlx_distill.graph import graph
 from mlx_distill.recipe import load_recipe, recipe_names
 from mlx_distill.storage import stage_key
 
-# Settings that are off in the packaged recipes and add stages, or change how a key is spelled.
+# Settings that are off in the packaged recipes, and that add stages or change the spelling of a key.
 VARIANTS = {
     "": [],
     "controls": ["controls.labels=true", "controls.text=true"],
