@@ -1,4 +1,4 @@
-"""``python -m mlx_distill``, and the installed command."""
+"""``python -m mlx_distill`` and the installed command ``mlx-distill``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the machine offers and what is missing, each lack with its cure."""
+"""Checks of the machine and the installation; each problem comes with its fix."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ _NEEDED = (
     "rich",
 )
 _EXTRAS = {
-    "stats": (("scipy",), "intervals and paired tests from a second source"),
-    "track": (("trackio",), "a board of the runs' curves"),
+    "stats": (("scipy",), "a second implementation of intervals and paired tests"),
+    "track": (("trackio",), "a dashboard of the runs' curves"),
     "notebook": (("nbclient", "ipykernel"), "to execute the notebooks of the examples"),
     "parity": (("torch", "transformers", "peft"), "the references that the tests' golden values come from"),
 }
@@ -38,44 +38,46 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the diagnosis. ``state`` is ``ok``, ``optional`` (missing, and nothing fails), ``slow`` or
-    ``bad``.
+    """One line of the diagnosis. ``state`` is ``ok``, ``optional`` (missing, but not needed), ``slow`` or
+    ``bad`` (some command cannot run).
     """
 
     name: str
     state: str
     detail: str
-    cure: str | None = None
+    fix: str | None = None
 
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """All checks; ``healthy`` unless one is bad."""
+    """The results of all checks."""
 
     checks: Sequence[Check]
 
     @property
     def healthy(self) -> bool:
-        """Whether every command can run."""
+        """Whether every command can run: no check is bad."""
         return all(check.state != "bad" for check in self.checks)
 
     def to_dict(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return {"healthy": self.healthy, "checks": [asdict(check) for check in self.checks]}
+        """The diagnosis as plain values."""
+        # cure is the earlier name of fix
+        checks = [{**asdict(check), "cure": check.fix} for check in self.checks]
+        return {"healthy": self.healthy, "checks": checks}
 
     def lines(self) -> list[str]:
-        """For people: state, name, detail, and the cure under it."""
+        """The diagnosis for people: state, name and detail of each check, and the fix below."""
         width = max(len(check.name) for check in self.checks)
         out = []
         for check in self.checks:
             out.append(f"{check.state:<8}  {check.name:<{width}}  {check.detail}")
-            if check.cure:
-                out.append(f"{'':<8}  {'':<{width}}  cure: {check.cure}")
+            if check.fix:
+                out.append(f"{'':<8}  {'':<{width}}  fix: {check.fix}")
         return out
 
 
 def diagnose(folder: str | Path = ".") -> Diagnosis:
-    """Look at the machine, the installation, and the disk under ``folder``.
+    """Check the machine, the installation, and the disk of ``folder``.
 
     >>> diagnosis = diagnose()
     >>> diagnosis.healthy, [check.name for check in diagnosis.checks][:3]
@@ -95,7 +97,8 @@ def _installed(module: str) -> bool:
 def _system() -> Check:
     import platform
 
-    text = f"{platform.system()} {platform.release()}, {platform.machine()}, {processor()}, {os.cpu_count()} cores"
+    system = f"{platform.system()} {platform.release()}, {platform.machine()}"
+    text = f"{system}, {processor()}, {os.cpu_count()} cores"
     if sys.platform == "darwin" and platform.machine() != "arm64":
         return Check(
             "system",
@@ -122,13 +125,11 @@ def _versions(missing: Sequence[str]) -> Check:
 def _blas() -> Check:
     blas = load_blas()
     if blas.state == "missing":
-        cure = "install OpenBLAS (Debian, Ubuntu: sudo apt install libopenblas0-pthread)"
-        return Check(
-            "blas", "slow", "no OpenBLAS found; float32 matrix products use the reference BLAS", cure
-        )
+        fix = "install OpenBLAS (Debian, Ubuntu: sudo apt install libopenblas0-pthread)"
+        return Check("blas", "slow", "no OpenBLAS found; float32 matrix products use the reference BLAS", fix)
     if blas.state == "too late":
-        cure = "import mlx_distill (or call mlx_distill.runtime.load_blas()) before mlx"
-        return Check("blas", "slow", f"found {blas.path}, but mlx was imported first", cure)
+        fix = "import mlx_distill (or call mlx_distill.runtime.load_blas()) before mlx"
+        return Check("blas", "slow", f"found {blas.path}, but mlx was imported first", fix)
     if blas.state == "disabled":
         return Check("blas", "slow", "turned off by MLX_DISTILL_BLAS=0", "unset MLX_DISTILL_BLAS")
     return Check("blas", "ok", f"loaded {blas.path}" if blas.path else blas.state)
@@ -137,7 +138,7 @@ def _blas() -> Check:
 def _device() -> Check:
     import mlx.core as mx
 
-    # Only Metal knows most of these keys, so each may be absent.
+    # Most of these keys are there on Metal only.
     info = mx.device_info()
     known = (
         ("device_name", 1, ""),

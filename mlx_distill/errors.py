@@ -1,4 +1,4 @@
-"""Errors that a person can act on: what is wrong, where, and the cure."""
+"""Errors for users: what is wrong, where, and how to fix it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import errno
 
 
 class DistillError(Exception):
-    """Base of every error that this package raises on purpose.
+    """Base of the errors that this package raises for users.
 
     Args:
         message: What is wrong and where, in one line (``"chats.jsonl:17: no assistant turn"``).
-        fix: The cure, in one line. Shown after the message.
+        fix: How to fix it, in one line. Shown after the message.
 
     >>> str(DistillError("x.jsonl: empty", fix="add rows"))
     'x.jsonl: empty (add rows)'
@@ -33,40 +33,43 @@ class ModelError(DistillError):
 
 
 class ConfigError(DistillError):
-    """A recipe, a task or an option that makes no sense. The user's input, so exit code 2."""
+    """A recipe, a task or an option that is wrong: the user's input, so exit code 2."""
 
     exit_code = 2
 
 
 class FileError(DistillError):
-    """The disk said no: full, not writable, in use, damaged."""
+    """A file or folder that cannot be used: the disk is full, or it is not writable, in use or damaged."""
 
 
-class Interrupted(DistillError):  # noqa: N818 - not an error, a wish
-    """The user pressed Ctrl-C; the work so far is saved and the same command goes on."""
+class Interrupted(DistillError):  # noqa: N818 - a user's request, not an error
+    """The run was stopped by the user; the work so far is saved, and the same command continues it."""
 
     exit_code = 130
 
 
-FULL_DISK = "free some space, then run the same command again: it goes on where it stopped"
-_CURES = {
+FULL_DISK = "free some space, then run the same command again: it continues where it stopped"
+_FIXES = {
     errno.ENOSPC: FULL_DISK,
     errno.EDQUOT: FULL_DISK,
-    errno.EFBIG: "choose a disk that takes files of this size, or raise the limit (ulimit -f)",
+    errno.EFBIG: "choose a disk that can hold files of this size, or raise the limit (ulimit -f)",
     errno.EACCES: "choose a folder that you may write to, or change its permissions",
     errno.EPERM: "choose a folder that you may write to, or change its permissions",
     errno.EROFS: "choose a folder on a disk that can be written to",
     errno.ENOENT: "check the path",
-    errno.EEXIST: "a file stands where a folder is needed; choose another path",
-    errno.ENOTDIR: "a file stands where a folder is needed; choose another path",
-    errno.EISDIR: "a folder stands where a file is needed; choose another path",
+    errno.EEXIST: "there is a file where a folder is needed; choose another path",
+    errno.ENOTDIR: "there is a file where a folder is needed; choose another path",
+    errno.EISDIR: "there is a folder where a file is needed; choose another path",
 }
 
 
 def from_os_error(error: OSError, where: object = None) -> FileError:
-    """The same failure with the file's name (``where``, if the system gives none, as after a failed write)
-    and a cure.
+    """An error of the operating system as a :class:`FileError` with a fix.
+
+    Args:
+        error: The error.
+        where: The file, for errors without a file name, such as that of a failed write.
     """
-    place = error.filename2 or error.filename or where  # of a rename, the name that it should get
-    fix = _CURES.get(error.errno or 0, "see the message of the operating system")
-    return FileError(f"{f'{place}: ' if place else ''}{(error.strerror or str(error)).lower()}", fix=fix)
+    path = error.filename2 or error.filename or where  # of a rename, the new name
+    fix = _FIXES.get(error.errno or 0, "see the message of the operating system")
+    return FileError(f"{f'{path}: ' if path else ''}{(error.strerror or str(error)).lower()}", fix=fix)

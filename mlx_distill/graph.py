@@ -1,11 +1,11 @@
-"""The graph of a recipe: which stages there are, what each reads, and by what it is keyed.
+"""The graph of a recipe: its stages, what each reads, and the settings that are part of its key.
 
     rows -------------------> data --------------+------------------+
     teacher -> teacher_base ---------------------+-> teacher -> targets --+
     student -> student_base ------------------------------------------------+-> student -> quantized
     any of these models, and data -> evaluations/<model> -> report.json, report.html
 
-Each box is a folder of the run.
+Each name is a folder of the run.
 """
 
 from __future__ import annotations
@@ -35,12 +35,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Stage:
-    """One box of the graph.
+    """One stage of a run.
 
-    ``name`` its folder under the run; ``command`` the stage that makes it; ``format`` raised when what it
-    writes changes; ``config`` the keyed settings; ``parents`` the boxes that it reads; ``inputs`` what it
-    reads from outside the run, ``local`` those of them that can lie on this machine alone; ``work`` what it
-    does; ``model`` the model that an evaluation measures.
+    Attributes:
+        name: Its folder under the run.
+        command: The command that makes it.
+        format: A number that is raised when the files that it writes change.
+        config: The settings that are part of its key.
+        parents: The names of the stages that it reads.
+        work: Makes it: takes the context and the folder to write into, and returns facts for the manifest.
+        inputs: What it reads from outside the run: paths and ids of the Hub.
+        local: The inputs that cannot be downloaded, so must exist on this machine.
+        model: The model that an evaluation measures.
     """
 
     name: str
@@ -55,14 +61,14 @@ class Stage:
 
     @property
     def absent(self) -> list[str]:
-        """The local inputs that are not there."""
+        """The local inputs that do not exist."""
         return [name for name in self.local if not Path(name).expanduser().exists()]
 
 
 def graph(recipe: Recipe, task: Task) -> list[Stage]:
-    """The boxes of a recipe, parents before children."""
-
-    seen = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.dequantize}
+    """The stages of a recipe, parents before children."""
+    # The part of the keys of all stages that run a model. Keys keep the old name of dequantize.
+    shared = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.dequantize}
     teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))
     out = [
         Stage(
@@ -76,26 +82,25 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         ),
         _conversion(recipe, "teacher_base", teacher),
         _conversion(recipe, "student_base", student),
-        Stage("teacher", "teach", 1, {**keyed(recipe.teach), **seen}, ("teacher_base", "data"), teach),
-        Stage("targets", "targets", 2, {**keyed(recipe.targets), **seen}, ("teacher", "data"), targets),
+        Stage("teacher", "teach", 1, {**keyed(recipe.teach), **shared}, ("teacher_base", "data"), teach),
+        Stage("targets", "targets", 2, {**keyed(recipe.targets), **shared}, ("teacher", "data"), targets),
         Stage(
             "student",
             "distill",
             1,
-            {**keyed(recipe.distill), **seen},
+            {**keyed(recipe.distill), **shared},
             ("student_base", "targets", "data"),
             distill,
         ),
         Stage("quantized", "quantize", 1, keyed(recipe.quantize), ("student", "student_base"), quantize),
     ]
     controls = [model for model in CONTROLS if getattr(recipe.controls, model.control or "")]
-    out += [_control(recipe, model, seen) for model in controls]
+    out += [_control(recipe, model, shared) for model in controls]
     measured = dict.fromkeys(["teacher", *_named_models(recipe), *(model.name for model in controls)])
-    return out + [_evaluation(recipe, RUN_MODELS[name], seen) for name in measured]
+    return out + [_evaluation(recipe, RUN_MODELS[name], shared) for name in measured]
 
 
 def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
-
     local = () if is_hub_id(source) and not Path(source).exists() else (source,)
     return Stage(
         name,
@@ -103,16 +108,23 @@ def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
         1,
         keyed(recipe.convert),
         (),
-        lambda c, f: convert(c, f, source, name),
+        lambda context, folder: convert(context, folder, source, name),
         (source,),
         local,
     )
 
 
-def _control(recipe: Recipe, model: RunModel, seen: Mapping[str, Any]) -> Stage:
+def _control(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> Stage:
     parents = ("student_base", "data") if model.control == "labels" else ("student_base", "targets", "data")
-    config = {**keyed(recipe.distill), **seen, "control": model.control}
-    return Stage(model.name, "distill", 1, config, parents, lambda c, f: distill(c, f, model.control))
+    config = {**keyed(recipe.distill), **shared, "control": model.control}
+    return Stage(
+        model.name,
+        "distill",
+        1,
+        config,
+        parents,
+        lambda context, folder: distill(context, folder, model.control),
+    )
 
 
 def _named_models(recipe: Recipe) -> list[str]:
@@ -127,9 +139,9 @@ def _named_models(recipe: Recipe) -> list[str]:
     return recipe.evaluate.models
 
 
-def _evaluation(recipe: Recipe, model: RunModel, seen: Mapping[str, Any]) -> Stage:
+def _evaluation(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> Stage:
     settings = {k: v for k, v in keyed(recipe.evaluate).items() if k != "models"}
-    config = {**settings, **seen, "unpack": recipe.dequantizes(model.folder), "model": model.name}
+    config = {**settings, **shared, "unpack": recipe.dequantizes(model.folder), "model": model.name}
     base = (model.base,) if model.base else ()
     return Stage(
         f"evaluations/{model.name}",
@@ -137,7 +149,7 @@ def _evaluation(recipe: Recipe, model: RunModel, seen: Mapping[str, Any]) -> Sta
         1,
         config,
         (model.folder, *base, "data"),
-        lambda c, f: evaluate(c, f, model.folder, model.name),
+        lambda context, folder: evaluate(context, folder, model.folder, model.name),
         model=model.name,
     )
 
@@ -148,7 +160,7 @@ def _task_key(task: Task) -> dict[str, Any]:
 
 
 def _sources(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What the rows are read from, and what of it can lie on this machine alone."""
+    """The inputs of the prepare stage, and those of them that cannot be downloaded."""
     out, hub = [], []
     for source in recipe.data.sources:
         if source.path:

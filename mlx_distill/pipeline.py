@@ -263,8 +263,8 @@ def _write_report(runner: Runner) -> RunReport:
 
 
 def _follow(runner: Runner, context: Context) -> Outcome:
-    """The part of a rank other than 0: it trains on the parents in its own ``out`` and writes into a temporary
-    folder; rank 0 keeps the result and reports.
+    """The part of another rank than 0: it trains on the parents in its own ``out``, in a temporary folder;
+    rank 0 keeps the result and reports.
     """
     from mlx_distill.train.distributed import agree_on_key
 
@@ -284,7 +284,7 @@ def _follow(runner: Runner, context: Context) -> Outcome:
 
 
 def _agree(runner: Runner, stage: Stage, key: str) -> None:
-    """Tell the other ranks whether a training begins, and by which key; an empty key says that it does not."""
+    """Tell the other ranks the key of the training that begins; an empty key says that none begins."""
     if stage.command in TRAININGS:
         from mlx_distill.train.distributed import agree_on_key
 
@@ -333,8 +333,8 @@ def _require_parents(runner: Runner, stage: Stage) -> None:
 
 
 def _check_unfinished(runner: Runner, stage: Stage, forced: bool) -> None:
-    """Refuse to start a training that the checkpoints of an unfinished one do not fit; where it is ``forced``,
-    discard them.
+    """Refuse to start a training that the checkpoints of an unfinished one do not fit, or, where it is
+    ``forced``, discard them.
     """
     key_file = partial_folder(runner.out / stage.name) / "key"
     if stage.command not in TRAININGS or not key_file.is_file():
@@ -352,8 +352,8 @@ def _check_unfinished(runner: Runner, stage: Stage, forced: bool) -> None:
 
 
 def _read_parent(runner: Runner, stage: Stage, context: Context, make: MakeStage, needed: bool) -> None:
-    """Read a stage that was not asked for as it is, even with old settings, but refuse it where it is damaged.
-    A missing or damaged converted model is made, since no command with a recipe makes it alone.
+    """Read a stage that was not asked for as it is, even with old settings, unless it is damaged. A missing
+    or damaged converted model is made, since no command with a recipe makes it alone.
     """
     folder = runner.out / stage.name
     manifest = read_manifest(folder)

@@ -1,7 +1,6 @@
-"""Progress with an estimate: a live bar on a terminal, a line every few seconds elsewhere, nothing where
-nobody looks.
+"""Progress with an estimate of the time left: a live bar on a terminal, a line every few seconds elsewhere.
 
-Stages take a :class:`Progress` and use two things of it::
+Stages take a :class:`Progress` and use two methods of it::
 
     with progress.task("teach", total=steps, unit="step") as bar:
         bar.update(done, loss=0.12)
@@ -27,13 +26,13 @@ _WINDOW_S = 30.0
 
 @runtime_checkable
 class Stream(Protocol):
-    """What lines are written to."""
+    """Where lines are written."""
 
     def write(self, text: str, /) -> object:
-        """Take text."""
+        """Write text."""
 
     def flush(self) -> object:
-        """Show it now."""
+        """Write out what is buffered."""
 
 
 @runtime_checkable
@@ -41,30 +40,29 @@ class Bar(Protocol):
     """One running task."""
 
     def update(self, done: float, **info: Any) -> None:
-        """Say how much is done in all (not how much more), and what is worth seeing beside it."""
+        """Set how much is done in all (not how much more), with figures to show beside it."""
 
 
 @runtime_checkable
 class Progress(Protocol):
-    """Where a stage tells how far it is."""
+    """Shows how far a stage has come."""
 
     def task(
         self, name: str, total: float | None = None, unit: str = "", start: float = 0
     ) -> AbstractContextManager[Bar]:
-        """Open a task of ``total`` units, ``start`` of them done before (a resumed run); no total, no
-        estimate.
+        """Start a task of ``total`` units, of which a resumed run has done ``start`` before. Without a total
+        there is no estimate.
         """
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Write a line that stays."""
 
 
 class Estimate:
-    """Seconds left, from the rate of the last half minute.
+    """Estimates the seconds left from the rate of the last half minute.
 
-    The time until the first step (loading, compilation) counts only while there is nothing else to go by.
-    What a resumed run had done before is no speed, whether it was told as ``start`` or comes as a jump at the
-    first step.
+    The time until the first update (loading, compilation) counts only until the second one. What a resumed
+    run had done before does not count as speed, given as ``start`` or as a jump in the first update.
 
     >>> now = [0.0]
     >>> estimate = Estimate(total=10, start=0, clock=lambda: now[0])
@@ -80,7 +78,7 @@ class Estimate:
         self._moving = False
 
     def left(self, done: float) -> float | None:
-        """Seconds left when ``done`` units are done now, or None where nothing can be said."""
+        """Seconds left when ``done`` units are done now, or None without a total or a rate."""
         now = self.clock()
         self._seen.append((now, done))
         if not self._moving and len(self._seen) > 2:
@@ -93,12 +91,12 @@ class Estimate:
         return max(self.total - done, 0) * (now - then) / (done - before)
 
     def elapsed(self) -> float:
-        """Seconds since the task was opened."""
+        """Seconds since the task was started."""
         return self.clock() - self.began
 
 
 def show_info(info: dict[str, Any]) -> str:
-    """``loss 0.1235, rows 12``: four digits of a float are enough to watch.
+    """The figures beside a bar as text; floats get four digits.
 
     >>> show_info({"loss": 0.123456, "rows": 12, "note": "greedy"})
     'loss 0.1235, rows 12, note greedy'
@@ -111,7 +109,7 @@ def show_info(info: dict[str, Any]) -> str:
 
 
 class NullProgress:
-    """Says nothing: for libraries, notebooks and tests."""
+    """Shows nothing: for libraries, notebooks and tests."""
 
     @contextmanager
     def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Bar]:
@@ -144,7 +142,7 @@ class PlainProgress:
     @contextmanager
     def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Bar]:
         self.note(
-            f"{name}: {counted(total, unit)}" + (f", going on after {unit} {start:g}" if start else "")
+            f"{name}: {counted(total, unit)}" + (f", continuing after {unit} {start:g}" if start else "")
             if total
             else name
         )
@@ -187,7 +185,7 @@ class _PlainBar:
 
 
 def _done(name: str, bar: _PlainBar | _RichBar, unit: str, start: float) -> str:
-    """How a task ended; the seconds are those of this run, so what an earlier one did is told apart."""
+    """The line at the end of a task; its seconds are those of this run, without earlier ones."""
     before = f" ({start:g} of them before)" if start else ""
     text = f"{name}: done, {counted(bar.done, unit)}{before} in {duration(bar.estimate.elapsed())}"
     return f"{text}, {bar.info}" if bar.info else text
@@ -241,8 +239,7 @@ class _RichBar:
 
 
 class EventProgress:
-    """Passes everything on to another :class:`Progress`, and calls a function with each of it as a dict: for
-    servers.
+    """Calls a function with every change as a dict, besides passing it on to another :class:`Progress`.
 
     >>> progress = EventProgress(NullProgress(), print)
     >>> with progress.task("teach", total=2, unit="step") as bar:
@@ -284,7 +281,7 @@ class _EventBar:
 
 
 def make_progress(stream: Stream | None = None) -> Progress:
-    """The live bar where standard error is a terminal, plain lines where it is not."""
+    """A live bar where standard error is a terminal, plain lines where it is not."""
     if stream is None and sys.stderr.isatty():
         return RichProgress()
     return PlainProgress(stream)

@@ -1,8 +1,7 @@
-"""The machine under the arrays: BLAS, device, seed, memory, versions, signals.
+"""The machine and the process: BLAS, random state, memory, ranks, versions, signals.
 
-Import this before ``mlx.core`` where you can: on Linux the ``mlx[cpu]`` wheel links the reference BLAS, and
-an OpenBLAS that is loaded first makes float32 matrix products about 30 times faster. On a Mac nothing of that
-happens.
+On Linux the ``mlx[cpu]`` wheel links the reference BLAS. An OpenBLAS that is loaded before ``mlx.core`` makes
+float32 matrix products about 30 times faster, so this module is imported first. On a Mac it loads nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +29,8 @@ _PATTERNS = (
 
 @dataclass(frozen=True)
 class Blas:
-    """State of the fast BLAS: ``loaded``, ``missing``, ``too late`` (mlx was imported first), ``disabled`` or
-    ``not needed``.
+    """The state of OpenBLAS: ``loaded``, ``missing``, ``too late`` (mlx was imported first), ``disabled`` or
+    ``not needed``; and its path.
     """
 
     state: str
@@ -42,7 +41,7 @@ _blas: Blas | None = None
 
 
 def load_blas() -> Blas:
-    """Load OpenBLAS globally before mlx, once, where that helps (Linux). Never fails.
+    """Load OpenBLAS globally, once, on Linux. Never fails.
 
     ``MLX_DISTILL_BLAS=0`` turns it off; ``MLX_DISTILL_BLAS=/path/to/libopenblas.so.0`` names one.
     """
@@ -54,17 +53,17 @@ def load_blas() -> Blas:
 
 
 def _find_and_load() -> Blas:
-    wish = os.environ.get("MLX_DISTILL_BLAS", "")
+    setting = os.environ.get("MLX_DISTILL_BLAS", "")
     if sys.platform != "linux":
         return Blas("not needed")
-    if wish == "0":
+    if setting == "0":
         return Blas("disabled")
-    found = [wish] if wish else sorted(p for pattern in _PATTERNS for p in glob.glob(pattern))
-    if not found:
+    paths = [setting] if setting else sorted(path for pattern in _PATTERNS for path in glob.glob(pattern))
+    if not paths:
         return Blas("missing")
     if "mlx.core" in sys.modules:
-        return Blas("too late", found[0])
-    for path in found:
+        return Blas("too late", paths[0])
+    for path in paths:
         try:
             ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
         except OSError:
@@ -77,7 +76,10 @@ def random_key() -> list[int]:
     """The two words of MLX's random state on this thread.
 
     >>> import mlx.core as mx
-    >>> key = random_key(); a = mx.random.normal((2,)); set_random_key(key); mx.array_equal(a, mx.random.normal((2,))).item()
+    >>> key = random_key()
+    >>> a = mx.random.normal((2,))
+    >>> set_random_key(key)
+    >>> mx.array_equal(a, mx.random.normal((2,))).item()
     True
     """
     import mlx.core as mx
@@ -86,28 +88,28 @@ def random_key() -> list[int]:
 
 
 def set_random_key(key: Sequence[int]) -> None:
-    """Put MLX's random state back to what :func:`random_key` gave; the state itself cannot be assigned to."""
+    """Set MLX's random state to what :func:`random_key` returned; the state itself cannot be assigned to."""
     import mlx.core as mx
 
     mx.random.seed((int(key[0]) << 32) | int(key[1]))
 
 
 def peak_memory() -> int:
-    """Bytes: MLX's allocator peak since the last reset."""
+    """Peak memory of MLX's allocator since the last reset, in bytes."""
     import mlx.core as mx
 
     return int(mx.get_peak_memory())
 
 
 def reset_peak_memory() -> None:
-    """Start a new measurement of :func:`peak_memory`."""
+    """Start a new measurement with :func:`peak_memory`."""
     import mlx.core as mx
 
     mx.reset_peak_memory()
 
 
 def rank_and_size() -> tuple[int, int]:
-    """This process's rank and the number of ranks under ``mlx.launch``; (0, 1) alone."""
+    """This process's rank and the number of ranks under ``mlx.launch``; (0, 1) without it."""
     if not os.environ.get("MLX_RANK"):
         return 0, 1
     import mlx.core as mx
@@ -117,7 +119,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what can change a result."""
+    """Versions of Python and of the packages that can change a result."""
     names = ("mlx-distill", "mlx", "mlx-lm", "transformers", "tokenizers", "numpy")
     out = {"python": platform.python_version()}
     for name in names:
@@ -129,7 +131,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> dict[str, str | int]:
-    """What ran it: system, processor, cores, memory in bytes, mlx device, BLAS."""
+    """The machine for a manifest: system, processor, cores, memory in bytes, mlx device, BLAS."""
     import mlx.core as mx
 
     blas = load_blas()
@@ -144,7 +146,7 @@ def machine() -> dict[str, str | int]:
 
 
 def processor() -> str:
-    """The processor's own name where the system tells it."""
+    """The processor's name, as far as the system knows it."""
     try:
         if sys.platform == "darwin":
             import subprocess
@@ -173,7 +175,7 @@ def total_memory() -> int:
 
 
 class StopFlag:
-    """Set by the first Ctrl-C (or SIGTERM): finish the step, save, stop. The second one kills."""
+    """Set by the first Ctrl-C or SIGTERM, or by a caller: a run finishes its step, saves and stops."""
 
     def __init__(self) -> None:
         self.set = False
@@ -184,9 +186,7 @@ class StopFlag:
 
 @contextmanager
 def stop_on_signal() -> Iterator[StopFlag]:
-    """Turn the first SIGINT or SIGTERM into a flag that a long loop looks at; restore the handlers
-    afterwards.
-    """
+    """Let the first SIGINT or SIGTERM set a flag and the second one kill; restore the handlers at the end."""
     flag = StopFlag()
 
     def handle(number: int, frame: object) -> None:
@@ -200,7 +200,7 @@ def stop_on_signal() -> Iterator[StopFlag]:
     try:
         for number in (signal.SIGINT, signal.SIGTERM):
             old[number] = signal.signal(number, handle)
-    except ValueError:  # not the main thread: the caller's own handlers stay
+    except ValueError:  # not the main thread, where handlers cannot be set
         pass
     try:
         yield flag

@@ -1,4 +1,4 @@
-"""The state of each stage of a run, and what is shown of it: the plan of a dry run, the outcome of a stage."""
+"""The status of the stages of a run; the plan of a dry run and the outcome of a stage, for people."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def missing_parents(stage: Stage, manifests: Mapping[str, Manifest]) -> list[str
 
 
 def parent_contents(stage: Stage, manifests: Mapping[str, Manifest]) -> dict[str, str]:
-    """The hashes of everything that a stage reads: its parents' folders and its inputs from outside the run."""
+    """The hashes of everything that a stage reads: its parents and its inputs from outside the run."""
     parents = {name: manifests[name].content for name in stage.parents if name in manifests}
     return parents | {f"input {i}": fingerprint(source) for i, source in enumerate(stage.inputs)}
 
@@ -131,8 +131,8 @@ class Plan:
 
     @property
     def next(self) -> str:
-        """The first command that has something to do. Never ``convert``: the stages that need a converted model
-        make it.
+        """The first command that has something to do. Never ``convert``: the stages that need a converted
+        model make it.
         """
         return next(
             stage["command"]
@@ -241,7 +241,8 @@ def stage_facts(recorded: Mapping[str, Any], num_bytes: int) -> list[str]:
         recorded: What the stage left in its manifest.
         num_bytes: Size of its files.
 
-    >>> stage_facts({"steps": 32, "resumed": 25, "rows": 200, "best_loss": 0.51234, "best_step": 20}, 1_200_000)
+    >>> training = {"steps": 32, "resumed": 25, "rows": 200, "best_loss": 0.51234, "best_step": 20}
+    >>> stage_facts(training, 1_200_000)
     ['200 rows', '32 steps, 25 of them before', 'best validation loss 0.5123 at step 20', '1.2 MB']
     >>> stage_facts({"rows": {"train": 80, "valid": 10, "test": 10}}, 900)
     ['80 train, 10 valid, 10 test rows', '900 bytes']

@@ -1,4 +1,4 @@
-"""Doctor: each lack is told with its cure, and only what stops a command makes the machine unfit."""
+"""Doctor: each lack is told with its fix, and only what stops a command makes the machine unfit."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _check(diagnosis: doctor.Diagnosis, name: str) -> doctor.Check:
 
 
 @pytest.mark.parametrize(
-    ("state", "path", "expected", "cure"),
+    ("state", "path", "expected", "fix"),
     [
         ("loaded", "/lib/libopenblas.so.0", "ok", None),
         ("not needed", None, "ok", None),
@@ -25,20 +25,19 @@ def _check(diagnosis: doctor.Diagnosis, name: str) -> doctor.Check:
         ("disabled", None, "slow", "unset MLX_DISTILL_BLAS"),
     ],
 )
-def test_each_state_of_the_blas_has_its_cure(
-    monkeypatch: pytest.MonkeyPatch, state: str, path: str | None, expected: str, cure: str | None
+def test_each_state_of_the_blas_has_its_fix(
+    monkeypatch: pytest.MonkeyPatch, state: str, path: str | None, expected: str, fix: str | None
 ) -> None:
     monkeypatch.setattr(runtime, "_blas", runtime.Blas(state, path))
     diagnosis = doctor.diagnose()
     check = _check(diagnosis, "blas")
     assert check.state == expected
-    assert (cure is None and check.cure is None) or (
-        cure is not None and check.cure is not None and cure in check.cure
-    )
+    assert (fix is None) == (check.fix is None)
+    assert fix is None or (check.fix is not None and fix in check.fix)
     assert diagnosis.healthy
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="a Mac needs no other BLAS")
+@pytest.mark.skipif(sys.platform != "linux", reason="no other BLAS is loaded on a Mac")
 def test_mlx_imported_first_is_noticed(tmp_path: Path) -> None:
     fake = tmp_path / "libopenblas.so.0"
     fake.touch()
@@ -65,14 +64,14 @@ def test_a_missing_core_package_is_bad_and_a_missing_extra_is_not(monkeypatch: p
     assert _check(diagnosis, "track") == doctor.Check(
         "track",
         "optional",
-        "trackio not installed: a board of the runs' curves",
+        "trackio not installed: a dashboard of the runs' curves",
         "pip install 'mlx-distill[track]'",
     )
 
 
-def test_every_lack_has_a_cure() -> None:
+def test_every_problem_has_a_fix() -> None:
     diagnosis = doctor.diagnose()
-    assert all(check.cure for check in diagnosis.checks if check.state != "ok")
+    assert all(check.fix for check in diagnosis.checks if check.state != "ok")
     assert len(diagnosis.lines()) == len(diagnosis.checks) + sum(
-        check.cure is not None for check in diagnosis.checks
+        check.fix is not None for check in diagnosis.checks
     )

@@ -9,7 +9,8 @@ import pytest
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "01_quickstart" / "quickstart.ipynb"
 FEW = [
-    "data.sources=[{generator: music, part: train, count: 64, seed: 7}, {generator: music, part: test, count: 16, seed: 8, split: test}]",
+    "data.sources=[{generator: music, part: train, count: 64, seed: 7}, "
+    "{generator: music, part: test, count: 16, seed: 8, split: test}]",
     "teach.steps=2",
     "distill.steps=2",
 ]

@@ -89,9 +89,9 @@ def test_a_resumed_task_says_where_it_goes_on_and_counts_what_was_done(clock: _C
     with progress.task("teach", total=32, unit="step", start=32):
         pass  # killed behind the last step
     assert stream.getvalue().splitlines() == [
-        "teach: 32 steps, going on after step 25",
+        "teach: 32 steps, continuing after step 25",
         "teach: done, 32 steps (25 of them before) in 0 s, loss 0.5",
-        "teach: 32 steps, going on after step 32",
+        "teach: 32 steps, continuing after step 32",
         "teach: done, 32 steps (32 of them before) in 0 s",
     ]
 

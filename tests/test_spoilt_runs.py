@@ -177,10 +177,8 @@ def test_one_stage_alone_does_not_read_a_damaged_parent(
     damage(copied / "out")
     error, fix = refusal(command("distill", *_SHORT))
     assert words in error
-    assert (
-        fix
-        == f"fix: make it again: mlx-distill {stage} recipe.yaml --out out --set {_SHORT[0]} --set {_SHORT[1]}"
-    )
+    again = f"mlx-distill {stage} recipe.yaml --out out --set {_SHORT[0]} --set {_SHORT[1]}"
+    assert fix == f"fix: make it again: {again}"
     assert read_manifest(copied / "out" / "student") == before
     if stage == "prepare":  # the cheap one stands for both
         assert command(stage, *_SHORT).exit_code == 0

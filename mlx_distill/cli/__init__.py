@@ -1,4 +1,4 @@
-"""The commands: parse, config, call, echo. Each command's module is imported when it is asked for."""
+"""The command line: each command parses its options, calls the library and prints the result."""
 
 from __future__ import annotations
 

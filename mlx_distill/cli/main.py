@@ -1,4 +1,4 @@
-"""The group of all commands, and how an error becomes a line and an exit code."""
+"""The group of all commands; errors become two lines and an exit code."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from mlx_distill import __version__
 from mlx_distill.errors import DistillError, from_os_error
 
-# In the order in which --help shows them: name -> module:attribute under mlx_distill.cli.
+# In the order of --help: name -> module:attribute under mlx_distill.cli.
 COMMANDS = {
     "demo": "runs:demo",
     "run": "runs:run",
@@ -31,21 +31,21 @@ COMMANDS = {
 
 
 class Commands(click.Group):
-    """A group that imports a command when it is asked for, and shows an error without a traceback."""
+    """A group that imports a command when it is used, and shows errors without a traceback."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        """All commands, in the order of the job."""
+        """The names of all commands."""
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """The command of that name, imported now."""
+        """Import the command of that name."""
         if cmd_name not in COMMANDS:
             return None
         module, _, attribute = COMMANDS[cmd_name].partition(":")
         return _with_debug(getattr(import_module(f"mlx_distill.cli.{module}"), attribute))
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Run the command; turn what a user can mend into two lines and an exit code."""
+        """Run the command, and turn an error into two lines and an exit code."""
         try:
             return super().invoke(ctx)
         except (click.exceptions.Exit, click.ClickException, click.Abort):
@@ -61,7 +61,7 @@ class Commands(click.Group):
 
 
 def _with_debug(command: click.Command) -> click.Command:
-    """The command, taking ``--debug`` behind its name too, where people look for it."""
+    """Let a command take ``--debug`` after its name too."""
 
     def remember(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:
         if value:
@@ -77,13 +77,13 @@ def _with_debug(command: click.Command) -> click.Command:
 
 
 def explain(error: BaseException) -> tuple[str, str | None, int]:
-    """(message, cure, exit code) of whatever went wrong.
+    """The message, the fix and the exit code of an error.
 
     >>> explain(FileNotFoundError(2, "No such file or directory", "rows.jsonl"))
     ('rows.jsonl: no such file or directory', 'check the path', 1)
     """
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", "the same command goes on where it stopped", 130
+        return "interrupted", "the same command continues where it stopped", 130
     if isinstance(error, OSError):
         error = from_os_error(error)
     if isinstance(error, DistillError):

@@ -18,26 +18,24 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON
 @click.option(
     "--quantize",
     metavar="MODE",
-    help="affine1 to affine8, mxfp4, nvfp4 or mxfp8; mixed4, mixed-mxfp4 or mixed-nvfp4, with embeddings and head in 8 bits; "
-    "without it each weight keeps its type.",
+    help="affine1 to affine8, mxfp4, nvfp4 or mxfp8; or mixed4, mixed-mxfp4 or mixed-nvfp4, with embeddings "
+    "and output head in 8 bits.  [default: not quantized further]",
 )
 @click.option("--group-size", type=int, help="Weights that share a scale.  [default: the mode's own]")
-@click.option(
-    "--dtype", metavar="TYPE", help="float32, bfloat16 or float16; without it each tensor keeps its own."
-)
+@click.option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16.  [default: each tensor's own]")
 @click.option("--revision", help="Commit, tag or branch of a Hub model.")
-@click.option("--base", help="The model under a PEFT adapter.  [default: what the adapter names]")
-@click.option("--max-shard-bytes", type=click.IntRange(1), help="Largest file.  [default: 2 GiB]")
+@click.option("--base", help="The base model of a PEFT adapter.  [default: the one that the adapter names]")
+@click.option("--max-shard-bytes", type=click.IntRange(1), help="Maximum size of a file.  [default: 2 GiB]")
 @click.option(
-    "--memory-bytes", type=click.IntRange(1), help="Bound on the working buffers.  [default: 32 MiB]"
+    "--memory-bytes", type=click.IntRange(1), help="Maximum size of the buffers.  [default: 32 MiB]"
 )
-@click.option("--dry-run", is_flag=True, help="Show the table of tensors as it would be, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show the tensors that would be written, and write nothing.")
 @_JSON
 def convert(source: str, destination: Path, base: str | None, as_json: bool, **options: Any) -> None:
     """Convert a Hugging Face checkpoint to an MLX folder.
 
-    SOURCE is a folder or a Hub id, or a PEFT adapter, which becomes one of ours. The result is numerically
-    the same model, unless --quantize or --dtype asks for another.
+    SOURCE is a folder or a Hub id of a model, or a PEFT adapter, which becomes an MLX adapter. The result is
+    numerically the same, unless --quantize or --dtype changes it.
     """
     from mlx_distill.cli.output import echo
     from mlx_distill.models.convert import convert as convert_model
@@ -45,12 +43,12 @@ def convert(source: str, destination: Path, base: str | None, as_json: bool, **o
     from mlx_distill.models.peft import from_peft, is_peft
     from mlx_distill.progress import make_progress
 
-    given = {name: value for name, value in options.items() if value is not None}
+    chosen = {name: value for name, value in options.items() if value is not None}
     folder = resolve(source, options["revision"])
     if is_peft(folder) and not options["dry_run"]:
         echo(from_peft(folder, destination, base), as_json)
     else:
-        echo(convert_model(source, destination, **given, progress=make_progress()), as_json)
+        echo(convert_model(source, destination, **chosen, progress=make_progress()), as_json)
 
 
 @click.command()
@@ -68,20 +66,20 @@ def convert(source: str, destination: Path, base: str | None, as_json: bool, **o
     type=click.Choice(["merge", "keep"]),
     default="merge",
     show_default=True,
-    help="For hf: add it to the weights, or put it beside the untouched base, in PEFT's format.",
+    help="For hf: merge the adapter into the weights, or write it for PEFT beside the unchanged base.",
 )
 @click.option(
     "--report",
     type=_PATH,
-    help="A run, or its report.json, whose figures go on the card.  [default: that of the model's run]",
+    help="The run, or its report.json, with figures for the model card.  [default: the model's run]",
 )
 @_JSON
 def export(
     model: Path, destination: Path, layout: str, adapter: str, report: Path | None, as_json: bool
 ) -> None:
-    """Write a model in the layout that other tools read.
+    """Export a model to Hugging Face's or PEFT's format.
 
-    MODEL is a model folder or an adapter folder of ours.
+    MODEL is the folder of an MLX model or adapter.
     """
     from mlx_distill.cli.output import echo
     from mlx_distill.progress import make_progress
@@ -112,20 +110,19 @@ def export(
 @click.command()
 @click.argument("path", type=_PATH)
 @click.option(
-    "--verify", is_flag=True, help="Read and hash every file, where otherwise sizes and times decide."
+    "--verify", is_flag=True, help="Read and hash every file, instead of comparing sizes and times."
 )
 @_JSON
 @click.pass_context
 def inspect(ctx: click.Context, path: Path, verify: bool, as_json: bool) -> None:
-    """Say what lies at PATH.
+    """Describe a folder and check it.
 
-    PATH is a model, an adapter, the folder of a stage, or that of a run. Exit code 1 where something is wrong
-    with it.
+    PATH is the folder of a model, an adapter, a stage or a run. The exit code is 1 if something is wrong.
     """
     from mlx_distill.cli.output import echo
-    from mlx_distill.inspect import inspect as look
+    from mlx_distill.inspect import inspect as inspect_folder
 
-    report = look(path, verify=verify)
+    report = inspect_folder(path, verify=verify)
     echo(report, as_json)
     ctx.exit(1 if report.problems else 0)
 
@@ -137,16 +134,16 @@ def inspect(ctx: click.Context, path: Path, verify: bool, as_json: bool) -> None
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Where the answers go, one JSON object a line.  [default: standard output]",
+    help="The file for the answers, one JSON object a line.  [default: standard output]",
 )
 def analyze(model: str, input: Path, task: str, out: Path | None) -> None:
-    """Let a model answer for every row of a file.
+    """Let a model answer every row of a file.
 
-    INPUT is a JSONL file with the fields that the task's prompt names; the answers come as JSONL too.
+    INPUT is a JSONL file with the fields that the task's prompt uses; the answers are JSONL too.
     """
     from mlx_distill.cli.output import echo_jsonl, plain
     from mlx_distill.errors import DataError
-    from mlx_distill.infer.analyze import analyze as answer
+    from mlx_distill.infer.analyze import analyze as analyze_items
     from mlx_distill.storage import read_jsonl, write_jsonl
 
     items = [row for _, row in read_jsonl(input)]
@@ -155,7 +152,7 @@ def analyze(model: str, input: Path, task: str, out: Path | None) -> None:
             f"{input}: no rows",
             fix=f"one JSON object a line is needed, with the fields that the task {task} asks for",
         )
-    rows = [plain(prediction) for prediction in answer(model, task, items)]
+    rows = [plain(prediction) for prediction in analyze_items(model, task, items)]
     if out:
         write_jsonl(out, rows)
         click.echo(f"written to {out}: {len(rows)} answers", err=True)

@@ -11,8 +11,8 @@ import click
 
 
 def echo(result: Any, as_json: bool = False) -> None:
-    """A result on standard output: its ``lines`` (a list, or a method that returns one), or its plain form as
-    one JSON document.
+    """Print a result: its ``lines`` (a list, or a method that returns one), or its plain values as one JSON
+    document.
     """
     if as_json:
         click.echo(json.dumps(plain(result), ensure_ascii=False, indent=2))
@@ -23,13 +23,13 @@ def echo(result: Any, as_json: bool = False) -> None:
 
 
 def echo_jsonl(rows: Iterable[Mapping[str, Any]]) -> None:
-    """One JSON object a line."""
+    """Print rows as JSON, one object a line."""
     for row in rows:
         click.echo(json.dumps(row, ensure_ascii=False))
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold, of records, paths and nested values.
+    """Records, paths and nested values as values that JSON can hold.
 
     >>> from pathlib import PurePosixPath
     >>> plain({"path": PurePosixPath("a/b"), 3: (1, None)})

@@ -14,23 +14,23 @@ if TYPE_CHECKING:
 @click.group(invoke_without_command=True)
 @click.pass_context
 def recipes(ctx: click.Context) -> None:
-    """List, show, copy packaged recipes and tasks; explain the keys."""
+    """List, show, copy and explain recipes and tasks."""
     if ctx.invoked_subcommand is None:
         ctx.invoke(list_recipes)
 
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """The packaged recipes and tasks, a line each."""
+    """List the packaged recipes and tasks."""
     from mlx_distill.recipe import load_recipe, recipe_names
     from mlx_distill.tasks.task import load_task, task_names
 
-    found = {name: load_recipe(name).description for name in recipe_names()}
+    recipes = {name: load_recipe(name).description for name in recipe_names()}
     tasks = {name: load_task(name).description for name in task_names()}
-    width = max(map(len, [*found, *tasks]), default=0)
-    for name, description in found.items():
+    width = max(map(len, [*recipes, *tasks]), default=0)
+    for name, description in recipes.items():
         click.echo(f"{name:<{width}}  {description}".rstrip())
-    click.echo("\ntasks (a recipe's key task; shown and copied as the recipes are):")
+    click.echo("\ntasks (for the key task of a recipe; show and copy work on them too):")
     for name, description in tasks.items():
         click.echo(f"{name:<{width}}  {description}".rstrip())
 
@@ -67,10 +67,10 @@ def copy(name: str, file: Path) -> None:
 @click.argument("section", required=False)
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def keys(section: str | None, as_json: bool) -> None:
-    """Explain every key of a recipe and of a task, or those of SECTION.
+    """Explain the keys of recipes and tasks, with their defaults.
 
-    Each with its default, by section: recipe (the top), data, data.sources, convert, teach, targets, distill,
-    quantize, evaluate, controls; task (a file of its own).
+    SECTION is one of: recipe (the keys at the top level), data, data.sources, convert, teach, targets,
+    distill, quantize, evaluate, controls; task (a file of its own).
     """
     import json
 
@@ -80,52 +80,48 @@ def keys(section: str | None, as_json: bool) -> None:
     from mlx_distill.recipe import recipe_sections
     from mlx_distill.tasks.task import Task
 
-    known = [*recipe_sections(), *sections(Task, "task")]
-    found = [part for part in known if section in (None, part.name)]
-    if not found:
-        raise ConfigError(
-            f"no section {section!r} in a recipe", fix=f"sections: {', '.join(part.name for part in known)}"
-        )
+    every = [*recipe_sections(), *sections(Task, "task")]
+    shown = [entry for entry in every if section in (None, entry.name)]
+    if not shown:
+        names = ", ".join(entry.name for entry in every)
+        raise ConfigError(f"no section {section!r} in a recipe", fix=f"sections: {names}")
     if as_json:
-        click.echo(json.dumps(plain({"sections": found}), ensure_ascii=False, indent=2))
+        click.echo(json.dumps(plain({"sections": shown}), ensure_ascii=False, indent=2))
         return
-    width = max(len(key.name) for part in known for key in part.keys)
-    for number, part in enumerate(found):
-        click.echo(
-            ("\n" if number else "") + f"{part.name}: {part.help.removeprefix(f'{part.name.capitalize()}: ')}"
-        )
-        for key in part.keys:
+    width = max(len(key.name) for entry in every for key in entry.keys)
+    for number, entry in enumerate(shown):
+        help = entry.help.removeprefix(f"{entry.name.capitalize()}: ")
+        click.echo(("\n" if number else "") + f"{entry.name}: {help}")
+        for key in entry.keys:
             click.echo(_explain(key, width))
 
 
 def _explain(key: Key, width: int) -> str:
-    """A key, its help and its values, wrapped beside it."""
+    """A key, with its help and values wrapped to the right of it."""
     import textwrap
 
     import yaml
 
     default = yaml.safe_dump(key.default, default_flow_style=True, width=1000).removesuffix("...\n").strip()
-    low, high = (None if end is None else f"{end:g}" for end in (key.low, key.high))
-    limits = (
-        f"{low} to {high}"
-        if low and high
-        else f"at least {low}"
-        if low
-        else f"at most {high}"
-        if high
-        else ""
-    )
     values = ", ".join(key.choices) if key.choices else key.type
-    parts = [values, *([limits] if limits else []), "needed" if key.needed else f"default: {default}"]
+    parts = [values, _limits(key), "needed" if key.needed else f"default: {default}"]
     indent = " " * (width + 4)
     text = textwrap.fill(
-        f"{key.help} [{'; '.join(parts)}]",
+        f"{key.help} [{'; '.join(filter(None, parts))}]",
         100,
         initial_indent=indent,
         subsequent_indent=indent,
         break_on_hyphens=False,
     )
     return f"  {key.name:<{width}}  {text.lstrip()}"
+
+
+def _limits(key: Key) -> str:
+    if key.low is not None and key.high is not None:
+        return f"{key.low:g} to {key.high:g}"
+    if key.low is not None:
+        return f"at least {key.low:g}"
+    return f"at most {key.high:g}" if key.high is not None else ""
 
 
 def _packaged(name: str) -> Path:
@@ -147,14 +143,14 @@ def _packaged(name: str) -> Path:
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 @click.pass_context
 def doctor(ctx: click.Context, as_json: bool) -> None:
-    """Say what the machine offers and what is missing.
+    """Check the machine and the installation.
 
-    Device, memory, versions, BLAS, disk, optional packages; each lack with its cure. Exit code 1 where a
-    command could not run.
+    Device, memory, versions, BLAS, disk and optional packages; each problem with its fix. The exit code is 1
+    if some command cannot run.
     """
-    from mlx_distill import doctor as physician
     from mlx_distill.cli.output import echo
+    from mlx_distill.doctor import diagnose
 
-    diagnosis = physician.diagnose()
+    diagnosis = diagnose()
     echo(diagnosis, as_json)
     ctx.exit(0 if diagnosis.healthy else 1)

@@ -23,9 +23,12 @@ _OPTIONS = [
         "--from",
         "from_stage",
         metavar="STAGE",
-        help="Do this stage again, and all that follow from it; what an interrupted attempt with the same settings left is gone on with.",
+        help="Make this stage again, and all that follow from it; "
+        "an interrupted attempt with the same settings is continued.",
     ),
-    click.option("--dry-run", is_flag=True, help="Say what each stage would read and write, and do nothing."),
+    click.option(
+        "--dry-run", is_flag=True, help="Show what each stage would read and write, and write nothing."
+    ),
     click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output."),
 ]
 
@@ -45,7 +48,7 @@ def _recipe_command(command: Callable[..., None]) -> Callable[..., None]:
     help="The run's folder.",
 )
 def demo(out: Path) -> None:
-    """Run the whole job on tiny packaged models, offline, in minutes."""
+    """Run everything on tiny packaged models, offline, in minutes."""
     _run("tiny", out)
 
 
@@ -54,7 +57,7 @@ def demo(out: Path) -> None:
 def run(**options: Any) -> None:
     """Run every stage of a recipe that is not current.
 
-    After an interruption the same command goes on. RECIPE is a YAML file or the name of a packaged recipe
+    After an interruption the same command continues. RECIPE is a YAML file or the name of a packaged recipe
     (see: mlx-distill recipes).
     """
     _run(**options)
@@ -69,17 +72,17 @@ def _stage_command(name: str, summary: str) -> click.Command:
     )
     if name in ("teach", "distill"):
         command = click.option(
-            "--profile", is_flag=True, help="Say where a step's time goes; steps are slower for it."
+            "--profile", is_flag=True, help="Measure the parts of each step; this makes steps slower."
         )(command)
     return click.command(name)(_recipe_command(command))
 
 
-prepare = _stage_command("prepare", "Turn rows into validated, deduplicated and split chats.")
+prepare = _stage_command("prepare", "Turn rows into chats: validated, deduplicated and split.")
 teach = _stage_command("teach", "Fine-tune the teacher on the labelled rows.")
-targets = _stage_command("targets", "Write down, once, what the teacher says of the training rows.")
+targets = _stage_command("targets", "Store the teacher's answers on the training rows.")
 distill = _stage_command("distill", "Train the student on the teacher's targets.")
-quantize = _stage_command("quantize", "Bring the student's weights to few bits.")
-evaluate = _stage_command("evaluate", "Measure every model on held-out rows, and write the report.")
+quantize = _stage_command("quantize", "Quantize the student.")
+evaluate = _stage_command("evaluate", "Evaluate every model on held-out rows, and write the report.")
 
 
 def _run(
@@ -100,27 +103,30 @@ def _run(
     from mlx_distill.runtime import rank_and_size
 
     out = out or Path("runs") / load_recipe(recipe, overrides).name
-    options: dict[str, Any] = {
-        "overrides": overrides,
-        "from_stage": from_stage,
-        "only": only,
-        "dry_run": dry_run,
-    }
-    if os.environ.get("MLX_RANK") == "0":  # for ever and without a word, where one does not come
+    if os.environ.get("MLX_RANK") == "0":  # it waits for the others without a time limit
         click.echo("waiting for the other ranks of mlx.launch", err=True)
-    speaks = rank_and_size()[0] == 0
+    is_first_rank = rank_and_size()[0] == 0
+    profiler = None
     if profile:
         from mlx_distill.train.profiling import Profile
 
-        options["profile"] = Profile()
-    taken, result = options.get("profile"), None
+        profiler = Profile()
+    result = None
     try:
-        result = run_recipe(recipe, out, progress=make_progress(), **options)
+        result = run_recipe(
+            recipe,
+            out,
+            progress=make_progress(),
+            overrides=overrides,
+            from_stage=from_stage,
+            only=only,
+            dry_run=dry_run,
+            profile=profiler,
+        )
     finally:
-        if (
-            speaks and taken and (result is not None or taken.rows)
-        ):  # the table of an interrupted training is as good
-            echo(taken, as_json)
+        # The profile of an interrupted training is shown too.
+        if is_first_rank and profiler and (result is not None or profiler.rows):
+            echo(profiler, as_json)
             click.echo(nl=not as_json)
-    if speaks and not (taken and as_json):
+    if is_first_rank and not (profiler and as_json):
         echo(result, as_json)

@@ -12,8 +12,8 @@ from mlx_distill.storage import read_jsonl, scratch, write_jsonl
 
 
 def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Facts:
-    """Let a model answer the held-out rows, in chunks: an evaluation that was killed continues behind its last
-    finished chunk.
+    """Let a model answer the held-out rows, in chunks: a killed evaluation continues behind its last finished
+    chunk.
     """
     from mlx_distill.data.predictions import write_predictions
     from mlx_distill.infer.analyze import predict

@@ -19,7 +19,9 @@ from mlx_distill.errors import ConfigError, DataError, Interrupted
 from mlx_distill.recipe import load_recipe, recipe_names
 from mlx_distill.tasks.task import Task, task_names
 
-PUBLIC = "demo run prepare convert teach targets distill quantize evaluate analyze export inspect doctor recipes".split()
+PUBLIC = """
+    demo run prepare convert teach targets distill quantize evaluate analyze export inspect doctor recipes
+""".split()
 
 
 def _fails_with(error: BaseException) -> click.Group:
@@ -44,7 +46,7 @@ def test_every_public_command_is_there_with_help(runner: Any) -> None:
         assert "Usage:" in result.output
 
 
-def test_help_lists_commands_in_the_order_of_the_job(runner: Any) -> None:
+def test_help_lists_commands_in_the_order_of_a_run(runner: Any) -> None:
     lines = [
         line.split()[0]
         for line in runner.invoke(cli, ["--help"]).stdout.split("Commands:")[1].splitlines()
@@ -53,7 +55,7 @@ def test_help_lists_commands_in_the_order_of_the_job(runner: Any) -> None:
     assert lines == list(COMMANDS)
 
 
-def test_help_lines_are_whole(runner: Any) -> None:
+def test_help_lines_are_not_cut_off(runner: Any) -> None:
     assert "..." not in runner.invoke(cli, ["--help"]).stdout.split("Commands:")[1]
 
 
@@ -75,7 +77,11 @@ def test_version(runner: Any) -> None:
             130,
             ["error: stopped at step 7", "fix: run it again"],
         ),
-        (KeyboardInterrupt(), 130, ["error: interrupted", "fix: the same command goes on where it stopped"]),
+        (
+            KeyboardInterrupt(),
+            130,
+            ["error: interrupted", "fix: the same command continues where it stopped"],
+        ),
         (DataError("two\nlines"), 1, ["error: two lines"]),
     ],
 )
@@ -142,7 +148,7 @@ def test_doctor_reports_and_succeeds(runner: Any) -> None:
     assert result.exit_code == 0
     assert report["healthy"] is True
     assert names[:6] == ["system", "memory", "versions", "blas", "device", "speed"]
-    assert all(check["cure"] for check in report["checks"] if check["state"] != "ok")
+    assert all(check["fix"] for check in report["checks"] if check["state"] != "ok")
     text = runner.invoke(cli, ["doctor"]).stdout
     assert all(name in text for name in names)
 
@@ -259,7 +265,7 @@ def test_the_keys_of_a_task_are_explained(runner: Any) -> None:
     assert any("most tokens of an answer [whole number; default: 256]" in line for line in lines)
 
 
-def test_help_of_from_says_what_is_gone_on_with(runner: Any) -> None:
-    assert "with the same settings left is gone on with" in " ".join(
+def test_help_of_from_says_that_an_interrupted_attempt_is_continued(runner: Any) -> None:
+    assert "an interrupted attempt with the same settings is continued" in " ".join(
         runner.invoke(cli, ["teach", "--help"]).stdout.split()
     )

@@ -55,7 +55,7 @@ def test_a_training_that_goes_on_says_where(copied: Path) -> None:
     result = teach(copied)
     assert result.exit_code == 0, result.output
     head, *_, done = [line for line in result.stderr.splitlines() if line.startswith("teach: ")]
-    assert head.endswith(" steps, going on after step 2")
+    assert head.endswith(" steps, continuing after step 2")
     assert " steps (2 of them before) in " in done
     assert " steps, 2 of them before, " in result.stdout.splitlines()[0]
     assert result.stdout.splitlines()[-1].startswith("next: mlx-distill targets ")
@@ -87,7 +87,7 @@ def test_unfinished_work_is_seen(copied: Path) -> None:
     assert (
         line.split()[0] == "teacher"
         and "step 2 of " in line
-        and line.endswith("the same command goes on from there")
+        and line.endswith("the same command continues from there")
     )
     alone = CliRunner().invoke(cli, ["inspect", str(copied / "out" / "teacher")])
     assert alone.exit_code == 0 and line.split("  ")[-1].strip() in alone.stdout, alone.output

@@ -95,7 +95,7 @@ class Told(NullProgress):
 
 
 def make_context(*overrides: str, run: Path | None = None, **more: Any) -> Context:
-    """What a stage of the finished run, or of a copy of its folder, is given; ``progress`` is :class:`Told`."""
+    """The context of a stage of the finished run, or of a copy of its folder."""
     recipe = load_recipe(finished() / "recipe.yaml", overrides)
     return Context(recipe, recipe.load_task(), run or finished() / "out", Told(), StopFlag(), **more)
 
