@@ -1,4 +1,4 @@
-"""The nouns that the floors pass to each other. Frozen, without behaviour."""
+"""The records that packages pass to each other: frozen dataclasses without behaviour."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ class Message:
 
 @dataclass(frozen=True)
 class Example:
-    """One row of prepared data: a chat whose last turn is the assistant's, and what is known about it.
+    """One row of prepared data: a chat whose last turn is the assistant's, with its other columns.
 
-    ``fields`` holds the row's other columns (slices such as genre or group, the split); ``answer`` is the
-    last assistant turn parsed as JSON, where the task asks for JSON.
+    ``fields`` holds the row's other columns (slices such as genre or group); ``answer`` is the last assistant
+    turn parsed as JSON.
     """
 
     id: str
@@ -37,9 +37,9 @@ class Batch:
     """One micro-batch, right-padded, labels already shifted.
 
     ``inputs [b, l]`` int32; ``labels [b, l]`` int32 (the token after each input); ``mask [b, l]`` float32, 1
-    where the label is trained on; ``rows`` indices into the data set, line by line; ``extra`` whatever the
-    objective needs besides; ``segments [b, l]`` int32 which of its line's rows an input belongs to, 0 for
-    padding, or None where each line is one row.
+    where the label is trained on; ``rows`` indices into the data set, sequence by sequence; ``extra`` further
+    inputs of the objective; ``segments [b, l]`` int32 the row of a packed sequence that an input belongs to,
+    0 for padding, or None where each sequence is one row.
     """
 
     inputs: mx.array
@@ -64,12 +64,12 @@ class TopK:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model answered for one item.
+    """A model's answer to one item.
 
-    ``text`` is the raw answer; ``answer`` the validated dict or None; ``error`` says why it is None;
-    ``label`` the value of the task's label field as it stands in the answer; ``label_probs`` the model's own
-    distribution over the labels before it writes; ``latency_s`` the wall time of its batch divided by the
-    batch's size; ``tokens`` generated tokens.
+    ``text`` is the generated text; ``answer`` the valid answer in it or None; ``error`` the reason why it is
+    None; ``label`` the value of the task's label field in the answer; ``label_probs`` the model's
+    distribution over the labels before it generates one; ``latency_s`` the wall time of its batch divided by
+    the batch's size; ``tokens`` the number of generated tokens.
     """
 
     id: str

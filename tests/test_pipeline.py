@@ -25,7 +25,6 @@ from mlx_distill.recipe import load_recipe
 from mlx_distill.runtime import StopFlag
 from mlx_distill.status import Outcome, Plan
 from mlx_distill.storage import Manifest, fingerprint, lock_folder, read_manifest
-from mlx_distill.storage import atomic as plain
 
 TEACHER, STUDENT = "evaluations/teacher", "evaluations/student"
 
@@ -452,13 +451,12 @@ def test_a_fingerprint_is_of_content_and_not_of_place(tmp_path: Path) -> None:
     assert fingerprint("org/name@main") != fingerprint("org/name@v1")
 
 
-def test_a_large_file_is_known_by_size_and_beginning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(plain, "_SMALL", 2 << 20)
+def test_a_large_file_is_known_by_size_and_beginning(tmp_path: Path) -> None:
     path = tmp_path / "model" / "shard.safetensors"
     path.parent.mkdir()
     raw = bytes(3 << 20)
     found = []
     for content in (raw, raw[:-1] + b"x", b"x" + raw[1:], raw + b"x"):
         path.write_bytes(content)
-        found.append(fingerprint(str(path.parent)))
+        found.append(fingerprint(str(path.parent), hashed_whole=2 << 20))
     assert found[0] == found[1] and len(set(found)) == 3

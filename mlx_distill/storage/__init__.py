@@ -1,4 +1,4 @@
-"""Files and folders that are whole or absent: atomic writes, JSONL, stage folders with a manifest, locks."""
+"""Files and folders that are complete or absent: atomic writes, JSONL, stage folders, locks."""
 
 from __future__ import annotations
 

@@ -1,14 +1,13 @@
-"""Rows of arrays on the disk: written one after the other, read one at a time, whole or absent.
+"""Rows of arrays in a folder: appended one by one, read one at a time; the folder is complete or absent.
 
-A folder holds
+It holds::
 
-    rows.bin     the rows one behind the other, in each its arrays one behind the other, filled up to 8 bytes
-    counts.bin   [n, c + 1] int32, how long each array of each row is, and a number of the row's own
-    index.json   the arrays (name, type, further dimensions), the number of rows, the key, the hash of the
-    content, facts
+    rows.bin     the rows, and in each its arrays, each padded to 8 bytes
+    counts.bin   [n, c + 1] int32: the lengths of each row's c arrays, and one further number a row
+    index.json   the arrays (name, type, further dimensions), number of rows, key, hash of the content, facts
 
-What is open costs 4c + 12 bytes a row. A row is read when it is asked for, into memory of its own: mapped
-pages would stay with the process, and what training takes would grow with its rows.
+An open store takes 4c + 12 bytes of memory a row. A row is read into memory of its own when it is accessed:
+the pages of a mapped file would count as memory of the process, which would grow with the rows of a training.
 """
 
 from __future__ import annotations
@@ -32,16 +31,16 @@ from mlx_distill.storage import fsync_folder, os_errors, read_json, write_json
 
 FORMAT = 1
 ROWS, COUNTS, INDEX = "rows.bin", "counts.bin", "index.json"
-_ALIGNED = 8  # bytes
-_BUFFER = 1 << 20
-_CURE = "delete it and run the same command again"
+_ALIGNMENT = 8  # bytes
+_BUFFER = 1 << 20  # bytes that the writer collects
+_FIX = "delete it and run the same command again"
 
 Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
 class Column:
-    """One array of every row: its first dimension differs from row to row, ``shape`` are the others."""
+    """One array of every row: its first dimension differs between rows, ``shape`` are the others."""
 
     name: str
     dtype: str
@@ -53,17 +52,18 @@ class Column:
         return np.dtype(self.dtype).itemsize * int(np.prod(self.shape))
 
 
-def _filled(size: Any) -> Any:
-    return -(-size // _ALIGNED) * _ALIGNED
+def _padded(size: Any) -> Any:
+    """A size in bytes, rounded up to the alignment."""
+    return -(-size // _ALIGNMENT) * _ALIGNMENT
 
 
 class StoreWriter:
-    """Writes rows beside ``folder``; when the ``with`` block ends well they are put there, whole, else
-    nothing is left of them.
+    """Writes rows into a temporary folder, which becomes ``folder`` when the ``with`` block ends without an
+    error and is removed otherwise.
 
     Args:
-        folder: Where the store is to stand; an older one is replaced.
-        key: What the rows were made from; see :func:`is_stored`.
+        folder: The store's folder; an older one is replaced.
+        key: Names what the rows were made from; see :func:`is_stored`.
 
     Attributes:
         rows: How many were written.
@@ -103,14 +103,14 @@ class StoreWriter:
         return self
 
     def append(self, counted: int = 0, /, **arrays: np.ndarray) -> None:
-        """Write one row. All rows have the same arrays, of the same types; the first array is the one that a
-        row's length is counted by.
+        """Write one row. All rows have the same arrays, of the same types; the length of a row is that of its
+        first array.
 
-        ``counted`` is kept beside, to be known without reading the row: how many tokens of it are trained.
+        ``counted`` can be read back without reading the row: the number of its trained tokens.
 
         Raises:
-            ValueError: an array that the first row did not have, or not so.
-            FileError: the disk said no.
+            ValueError: other arrays than those of the first row.
+            FileError: the row cannot be written.
         """
         columns = [Column(name, array.dtype.str, array.shape[1:]) for name, array in arrays.items()]
         if self._columns is None:
@@ -118,7 +118,7 @@ class StoreWriter:
         elif columns != self._columns:
             raise ValueError(f"row {self.rows}: {columns}, not {self._columns}")
         row = b"".join(
-            array.tobytes() + bytes(_filled(array.nbytes) - array.nbytes) for array in arrays.values()
+            array.tobytes() + bytes(_padded(array.nbytes) - array.nbytes) for array in arrays.values()
         )
         counts = np.array([*(len(array) for array in arrays.values()), counted], dtype=np.int32).tobytes()
         with os_errors(self.folder):
@@ -127,19 +127,19 @@ class StoreWriter:
                 self._hash.update(part)
         self.rows += 1
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         try:
             with os_errors(self.folder), self._open:
-                for file in self._files if kind is None else ():
+                for file in self._files if error is None else ():
                     file.flush()
                     os.fsync(file.fileno())
-            if kind is None:
+            if error is None:
                 with os_errors(self.folder):
-                    self._put_in_place()
+                    self._publish()
         finally:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _put_in_place(self) -> None:
+    def _publish(self) -> None:
         columns = [[column.name, column.dtype, list(column.shape)] for column in self._columns or []]
         self._hash.update(json.dumps(columns).encode())
         index = {
@@ -158,35 +158,35 @@ class StoreWriter:
 
 
 def is_stored(folder: Path, key: str) -> bool:
-    """Whether a whole store of this version stands in ``folder`` that was made from what ``key`` names."""
+    """Whether ``folder`` holds a complete store of this version that was written with ``key``."""
     index = _read_index(folder)
     return index is not None and index["key"] == key
 
 
 def _read_index(folder: Path) -> dict[str, Any] | None:
-    """The index of a store whose files are whole by their sizes."""
+    """The index of a store whose files have their full sizes, else None."""
     if not (folder / INDEX).is_file():
         return None
     index: dict[str, Any] = read_json(folder / INDEX)
     if index.get("format") != FORMAT:
         return None
-    whole = all(
+    complete = all(
         (folder / name).is_file() and (folder / name).stat().st_size == size
         for name, size in index["sizes"].items()
     )
-    return index if whole else None
+    return index if complete else None
 
 
 class Store(Sequence[Row], Generic[Row]):
-    """The rows of a folder, each read from the disk when it is asked for; its arrays are read-only.
+    """The rows of a folder, each read from the disk when it is accessed; its arrays are read-only.
 
     Args:
-        folder: What a :class:`StoreWriter` left.
-        make: A row from its arrays, given by their names.
+        folder: The folder of a :class:`StoreWriter`.
+        make: Makes a row from its arrays, which are its keyword arguments.
 
     Attributes:
         content: Hash of all rows, their arrays' types and their order.
-        facts: What the writer noted.
+        facts: Those of the writer.
 
     Raises:
         FileError: no store, a damaged one, or one of another version.
@@ -195,7 +195,7 @@ class Store(Sequence[Row], Generic[Row]):
     def __init__(self, folder: Path, make: Callable[..., Row]) -> None:
         index = _read_index(folder)
         if index is None:
-            raise FileError(f"{folder}: not a whole store of rows of this version", fix=_CURE)
+            raise FileError(f"{folder}: not a complete store of rows of this version", fix=_FIX)
         self.content, self.facts, self._make = str(index["content"]), dict(index["facts"]), make
         self._columns = [Column(name, dtype, tuple(shape)) for name, dtype, shape in index["arrays"]]
         self._file = _File(folder / ROWS)
@@ -204,7 +204,7 @@ class Store(Sequence[Row], Generic[Row]):
         self._counts = counts.reshape(int(index["rows"]), len(self._columns) + 1)
         self._ends = np.zeros(len(self._counts) + 1, dtype=np.int64)
         for number, column in enumerate(self._columns):
-            self._ends[1:] += _filled(self._counts[:, number].astype(np.int64) * column.width)
+            self._ends[1:] += _padded(self._counts[:, number].astype(np.int64) * column.width)
         np.cumsum(self._ends, out=self._ends)
 
     def __len__(self) -> int:
@@ -212,12 +212,12 @@ class Store(Sequence[Row], Generic[Row]):
 
     @property
     def lengths(self) -> Int64[np.ndarray, " n"]:
-        """The length of each row's first array; no row is read."""
+        """The length of each row's first array, without reading a row."""
         return self._counts[:, 0].astype(np.int64)
 
     @property
     def counted(self) -> Int64[np.ndarray, " n"]:
-        """The number that was kept beside each row: its trained tokens; no row is read."""
+        """The number that was appended with each row (its trained tokens), without reading a row."""
         return self._counts[:, -1].astype(np.int64)
 
     @overload
@@ -225,7 +225,7 @@ class Store(Sequence[Row], Generic[Row]):
     @overload
     def __getitem__(self, row: slice) -> list[Row]: ...
     def __getitem__(self, row: int | slice) -> Row | list[Row]:
-        """One row, or a list of some."""
+        """One row, or a list of rows."""
         if isinstance(row, slice):
             return [self[number] for number in range(len(self))[row]]
         row = range(len(self))[row]
@@ -233,12 +233,12 @@ class Store(Sequence[Row], Generic[Row]):
         raw = self._file.read(int(self._ends[row]), int(self._ends[row + 1]))
         for column, count in zip(self._columns, self._counts[row, :-1].tolist(), strict=True):
             arrays[column.name] = np.ndarray((count, *column.shape), column.dtype, raw, start)
-            start += _filled(count * column.width)
+            start += _padded(count * column.width)
         return self._make(**arrays)
 
 
 class _File:
-    """A file that is read in pieces, and closed when nobody reads it any more."""
+    """A file that is read in pieces, and closed with its last reader."""
 
     def __init__(self, path: Path) -> None:
         with os_errors():
@@ -249,5 +249,5 @@ class _File:
         with os_errors(self.path):
             raw = os.pread(self._handle, end - start, start)
         if len(raw) != end - start:
-            raise FileError(f"{self.path}: ends at {start + len(raw)} bytes", fix=_CURE)
+            raise FileError(f"{self.path}: ends at {start + len(raw)} bytes", fix=_FIX)
         return raw

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, JSON and JSONL, hashes."""
+"""Atomic writes of files, JSON and JSONL, hashes."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from mlx_distill.errors import FULL_DISK, DataError, FileError, from_os_error
 
 @contextmanager
 def os_errors(where: str | Path | None = None) -> Iterator[None]:
-    """Turn the operating system's refusals inside the block into a :class:`FileError` with a cure.
+    """Turn an ``OSError`` inside the block into a :class:`FileError` with a fix.
 
-    ``where`` is named if the system names no file: it does when one cannot be opened, and not when a write
-    fails.
+    ``where`` is named in the message where the error names no file: that of a failed write does not, that of
+    a failed open does.
     """
     try:
         yield
@@ -34,7 +34,7 @@ def fsync_folder(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
-    except OSError as error:  # some network file systems cannot; the rename stands all the same
+    except OSError as error:  # some network file systems cannot; the rename is done all the same
         if error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
@@ -49,7 +49,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     path = Path(path)
     with os_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The ending stays: some writers (safetensors in MLX) choose the format by it.
+        # The suffix is kept: some writers (safetensors in MLX) choose the format by it.
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")
         try:
             yield temporary
@@ -68,24 +68,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def _from_array_writer(error: Exception) -> bool:
-    # What mlx and safetensors raise where the disk refuses: neither is an OSError, and neither has a number
-    # that says why.
+    # The errors of mlx and safetensors for a failed write: neither is an OSError, and neither has an errno.
     return isinstance(error, RuntimeError) or type(error).__name__ == "SafetensorError"
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all."""
+    """Write UTF-8 text atomically."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON, indented, whole or not at all."""
+    """Write indented JSON atomically."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: str | Path) -> Any:
-    """Read a JSON file; a damaged one is a :class:`FileError` that names it."""
+    """Read a JSON file; invalid JSON is a :class:`FileError` that names the file."""
     with os_errors():
         raw = Path(path).read_bytes()
     try:
@@ -97,7 +96,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object a line, whole or not at all; return how many."""
+    """Write one JSON object a line, atomically; return how many."""
     count = 0
     with atomic_path(path) as temporary, open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
@@ -107,7 +106,7 @@ def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield ``(line number, object)``; blank lines are passed over.
+    """Yield ``(line number, object)``; blank lines are skipped.
 
     Raises:
         DataError: a line is not UTF-8, not JSON, or not an object: with file and line.
@@ -117,7 +116,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         file = open(path, "rb")
     with file:
         for number, raw in enumerate(file, 1):
-            # Windows puts a mark before the first line, of an empty file too.
+            # Editors on Windows write a byte-order mark before the first line, of an empty file too.
             raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
             if not raw.strip():
                 continue
@@ -146,25 +145,24 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex digest of a file's bytes, read in slabs of 1 MiB."""
+    """SHA-256 of a file's bytes as hex, read 1 MiB at a time."""
     digest = hashlib.sha256()
     with os_errors(), open(path, "rb") as file:
-        while slab := file.read(1 << 20):
-            digest.update(slab)
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 
 def digest(value: Any) -> str:
-    """Hex digest of a JSON value, independent of the order of keys."""
+    """SHA-256 of a JSON value as hex, independent of the order of keys."""
     text = json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def remove_leftovers(folder: str | Path, *, below: bool = False) -> None:
-    """Remove the temporary files of writers that were killed from ``folder``, with ``below`` from all that is
-    under it.
+    """Remove the temporary files of killed writers from ``folder``, with ``below`` from its subfolders too.
 
-    Only for who alone writes there: the temporary files of a living writer look the same.
+    Nothing else may be writing there: the temporary files of a running writer have the same names.
     """
     with os_errors():
         for path in list(Path(folder).rglob(".*") if below else Path(folder).glob(".*")):
@@ -172,29 +170,32 @@ def remove_leftovers(folder: str | Path, *, below: bool = False) -> None:
                 path.unlink(missing_ok=True)
 
 
-# What atomic_path and the shard writer call a file until it is whole.
+# The names that atomic_path and the shard writer give to unfinished files.
 _TEMPORARY = re.compile(r"\..+\.tmp(\.[^.]*)?$")
 
 
-_SMALL = 64 << 20
+def fingerprint(source: str, hashed_whole: int = 64 << 20) -> str:
+    """A hash of an input from outside the run, independent of its path: of a file's bytes; of a folder's file
+    names, sizes and contents; of the name of a Hub id.
 
-
-def fingerprint(source: str) -> str:
-    """What an input from outside is, without its path: of a file its bytes; of a folder its files' names,
-    sizes and the bytes of small ones (large ones give their first MiB, where a checkpoint's shards have their
-    table); of a Hub id its name.
+    Args:
+        source: A file, a folder or a Hub id.
+        hashed_whole: Files of a folder with more bytes than this give only their first MiB, where the shards
+            of a checkpoint have their header.
     """
     path = Path(source)
     if path.is_file():
         return sha256(path)
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.is_file() and not p.name.startswith("."))
-        return digest([[p.relative_to(path).as_posix(), p.stat().st_size, _content(p)] for p in files])
+        return digest(
+            [[p.relative_to(path).as_posix(), p.stat().st_size, _content(p, hashed_whole)] for p in files]
+        )
     return digest(source)
 
 
-def _content(path: Path) -> str:
-    if path.stat().st_size <= _SMALL:
+def _content(path: Path, hashed_whole: int) -> str:
+    if path.stat().st_size <= hashed_whole:
         return sha256(path)
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(1 << 20)).hexdigest()

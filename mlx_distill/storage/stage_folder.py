@@ -1,7 +1,7 @@
-"""Folders that are whole or absent: a stage works beside its folder, and a manifest says what came of it.
+"""Stage folders, which are complete or absent, each with a manifest of its inputs and its files.
 
-A stage works in ``.<name>.partial`` beside its folder and renames it when everything is on the disk. A kill
-leaves either the old folder or a partial one that the next run goes on with, if its key is still the same.
+A stage works in ``.<name>.partial`` beside its folder and renames it when everything is on the disk. A killed
+stage leaves the old folder, or a partial one that the next run resumes if its key is still the same.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a stage's folder is: made from what, by which settings, and the sums of its files.
+    """The manifest of a stage's folder: its inputs, its settings, and the checksums of its files.
 
-    ``key`` decides whether the folder is current; everything under ``recorded`` (times, machine, versions)
-    never does.
+    The folder is current if ``key`` is; ``recorded`` (times, machine, versions) never matters for it.
     """
 
     stage: str
@@ -57,16 +56,16 @@ class Manifest:
 
     @property
     def content(self) -> str:
-        """Hash of names and contents: what children are keyed by."""
+        """Hash of the files' names and contents, part of the keys of the stages that read them."""
         return digest({name: entry.sha256 for name, entry in self.files.items() if name not in _UNKEYED})
 
 
-# Written for people, never read by a later stage.
+# Files for people, which no later stage reads.
 _UNKEYED = frozenset({"metrics.jsonl", "log.txt", "statistics.json", "timing.json", "README.md"})
 
 
 def stage_key(stage: str, format: int, config: Mapping[str, Any], parents: Mapping[str, str]) -> str:
-    """The stage's key: a hash of what can change its result, and nothing else."""
+    """The stage's key: a hash of everything that can change its result."""
     return digest({"stage": stage, "format": format, "config": config, "parents": parents})
 
 
@@ -87,9 +86,9 @@ def read_manifest(folder: str | Path) -> Manifest | None:
 
 
 def check_folder(folder: str | Path, manifest: Manifest, *, verify: bool = False) -> str | None:
-    """None when the files stand as the manifest says, else what is wrong.
+    """None where the files are those of the manifest, else what is wrong.
 
-    Sizes and times decide; a changed time or ``verify`` brings the hash in.
+    Sizes and modification times are compared; contents are hashed where a time differs, or with ``verify``.
     """
     for name, entry in manifest.files.items():
         path = Path(folder) / name
@@ -104,13 +103,13 @@ def check_folder(folder: str | Path, manifest: Manifest, *, verify: bool = False
 
 
 def partial_folder(folder: str | Path) -> Path:
-    """Where the stage that makes ``folder`` works until it is done."""
+    """The folder in which the stage that makes ``folder`` works until it is done."""
     folder = Path(folder)
     return folder.with_name(f".{folder.name}.partial")
 
 
 def finished_name(partial: Path) -> str:
-    """The name that a partial folder's stage will have.
+    """The name of the folder that a partial folder becomes.
 
     >>> finished_name(partial_folder("run/teacher"))
     'teacher'
@@ -119,17 +118,17 @@ def finished_name(partial: Path) -> str:
 
 
 def open_partial(folder: str | Path, key: str) -> Path:
-    """The partial folder for ``folder``, empty or as a killed run with the same key left it."""
+    """The partial folder for ``folder``: empty, or as a killed run with the same key left it."""
     recover(folder)
     partial = partial_folder(folder)
     with os_errors():
-        note = partial / "key"
-        if partial.exists() and not (note.is_file() and note.read_text() == key):
-            note.unlink(missing_ok=True)  # first: what is half removed must never be gone on with
+        key_file = partial / "key"
+        if partial.exists() and not (key_file.is_file() and key_file.read_text() == key):
+            key_file.unlink(missing_ok=True)  # first: a half removed folder must not be resumed
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
-        if not note.is_file():
-            write_text(note, key)
+        if not key_file.is_file():
+            write_text(key_file, key)
     return partial
 
 
@@ -150,8 +149,8 @@ def publish(
     recorded: Mapping[str, Any],
     hashes: Mapping[str, str] | None = None,
 ) -> Manifest:
-    """Hash the partial folder's files (those in ``hashes`` are known), write the manifest, sync, and rename
-    it into place.
+    """Hash the partial folder's files (except those whose hash is in ``hashes``), write the manifest, sync,
+    and rename the folder into place.
     """
     folder, partial = Path(folder), partial_folder(folder)
     remove_leftovers(partial, below=True)
@@ -167,8 +166,8 @@ def publish(
             files[name] = FileEntry(stat.st_size, (hashes or {}).get(name) or sha256(path), stat.st_mtime_ns)
         key = stage_key(stage, format, config, parents)
         manifest = Manifest(stage, format, key, config, parents, files, {**recorded, "finished": time.time()})
-        # From here on the folder is whole, and a kill is finished by recover(); before, its scratch is still
-        # needed.
+        # From here on the folder is complete, and after a kill recover() renames it; before, its scratch
+        # folder is still needed.
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)
     return manifest
@@ -188,8 +187,8 @@ def _swap(partial: Path, folder: Path) -> None:
 
 
 def recover(folder: str | Path) -> None:
-    """Finish a change of folders that a kill cut in two: a partial folder with a manifest is whole, and takes
-    its place.
+    """Finish the renames that a kill interrupted: a partial folder with a manifest is complete, and takes the
+    place of ``folder``.
     """
     folder = Path(folder)
     partial, old = partial_folder(folder), folder.with_name(f".{folder.name}.old")
@@ -204,7 +203,7 @@ def recover(folder: str | Path) -> None:
 
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
-    """One run on a folder at a time; the lock goes with the process, so a kill leaves none behind."""
+    """Allow one run on a folder at a time; the lock ends with the process, also with a killed one."""
     import fcntl
 
     folder = Path(folder)

@@ -1,5 +1,5 @@
-"""The answer schema: an answer to its one canonical text, and any text back to a validated answer or the
-reason why not.
+"""Answers as JSON: an answer to its canonical text, and a text back to a valid answer or the reason why it is
+none.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ _LONGEST_ERROR = 200
 
 
 def dump_answer(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
-    """The canonical JSON text of an answer: one text for one answer, so that a model has one thing to learn.
+    """The canonical JSON text of an answer: equal answers have equal texts, so a model learns one form.
 
-    Keys stand in the order of the schema's ``properties`` (others behind them, as they come), separated by
-    ``", "`` and ``": "``; characters stand for themselves; a whole number is written without a point where
-    the schema says ``integer``.
+    Keys are in the order of the schema's ``properties`` (others behind them, in their own order), separated
+    by ``", "`` and ``": "``; characters are not escaped; a whole number is written without a decimal point
+    where the schema says ``integer``.
 
     Args:
         answer: The answer, of plain JSON values.
         schema: The JSON schema of the answer.
 
     Raises:
-        DataError: a value that JSON does not know (NaN, infinity, half a surrogate pair, a date).
+        DataError: a value that JSON cannot hold (NaN, infinity, half a surrogate pair, a date).
 
     >>> schema = {"properties": {"colour": {"type": "string"}, "score": {"type": "integer"}}}
     >>> dump_answer({"score": 80.0, "colour": "déjà"}, schema)
@@ -58,18 +58,17 @@ def _ordered(value: Any, schema: Any) -> Any:
 
 
 def parse_answer(text: str, schema: Mapping[str, Any]) -> tuple[dict[str, Any] | None, str | None]:
-    """Read an answer strictly: the whole text, without white space at its ends, is one JSON object that fits
-    the schema.
+    """Parse an answer strictly: the whole text, apart from white space at its ends, must be one JSON object
+    that fits the schema.
 
-    Nothing is searched for, mended or guessed; a key that stands twice, NaN, infinity and half surrogate
-    pairs are refused.
+    Nothing is extracted or repaired; duplicate keys, NaN, infinity and half surrogate pairs are refused.
 
     Args:
-        text: What a model wrote.
+        text: The text that a model generated.
         schema: The JSON schema of the answer.
 
     Returns:
-        The answer and None, or None and one short line that says what is wrong.
+        The answer and None, or None and one short line with the reason.
 
     Raises:
         ConfigError: the schema itself is not a JSON schema.
@@ -101,7 +100,7 @@ def parse_answer(text: str, schema: Mapping[str, Any]) -> tuple[dict[str, Any] |
 
 
 def check_answer(answer: Any, schema: Mapping[str, Any]) -> str | None:
-    """None where the answer fits the schema, else one short line with the place and the reason.
+    """None where the answer fits the schema, else one short line with the field and the reason.
 
     >>> check_answer({"score": 101}, {"type": "object", "properties": {"score": {"maximum": 100}}})
     'score: 101 is greater than the maximum of 100'
@@ -109,7 +108,7 @@ def check_answer(answer: Any, schema: Mapping[str, Any]) -> str | None:
     "'colour' is a required property; needed are colour, score"
     """
     if not isinstance(answer, Mapping):
-        return f"a JSON {_kind(answer)}, not an object"
+        return f"a JSON {_type_name(answer)}, not an object"
     try:
         errors = sorted(
             _validator(json.dumps(schema)).iter_errors(answer),
@@ -119,26 +118,29 @@ def check_answer(answer: Any, schema: Mapping[str, Any]) -> str | None:
         return "nested too deeply"
     if not errors:
         return None
-    place = ""
+    path = ""
     for part in errors[0].absolute_path:
-        place += f"[{part}]" if isinstance(part, int) else f".{part}" if place else str(part)
+        if isinstance(part, int):
+            path += f"[{part}]"
+        else:
+            path += f".{part}" if path else str(part)
     reason = errors[0].message
-    if errors[0].validator == "required":  # jsonschema names one of those that are missing
+    if errors[0].validator == "required":  # jsonschema names only one of the missing ones
         reason += f"; needed are {', '.join(errors[0].validator_value)}"
-    return _short(f"{place}: {reason}" if place else reason)
+    return _short(f"{path}: {reason}" if path else reason)
 
 
 def label_prefix(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any] | None = None) -> str:
-    """The canonical text up to where the label's value starts, the opening quote included: what label scoring
-    puts before a class.
+    """The canonical text before the label's value, with its opening quote: label scoring puts it before the
+    classes.
 
     Args:
         schema: The JSON schema of the answer.
         label: The name of the label field, a string.
-        answer: Needed only for what stands before the label; of no use where the label is the first property.
+        answer: The answer, needed where properties precede the label.
 
     Raises:
-        DataError: properties stand before the label and the answer lacks them.
+        DataError: properties precede the label and the answer lacks them.
 
     >>> label_prefix({"properties": {"colour": {}, "score": {}}}, "colour")
     '{"colour": "'
@@ -151,15 +153,16 @@ def label_prefix(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any
             f"the schema has no property {label!r}", fix=f"its properties: {', '.join(properties)}"
         )
     before = properties[: properties.index(label)]
-    given = answer or {}
-    missing = [key for key in before if key in schema.get("required", before) and key not in given]
+    values = answer or {}
+    missing = [key for key in before if key in schema.get("required", before) and key not in values]
     if missing:
         raise DataError(
             f"{label!r} comes after {missing[0]!r} in the schema, and the answer has none",
             fix=f"make {label!r} the schema's first property",
         )
-    head = dump_answer({key: given[key] for key in before if key in given}, schema)[:-1]
-    return f'{head}{", " if len(head) > 1 else ""}{json.dumps(label, ensure_ascii=False)}: "'
+    start = dump_answer({key: values[key] for key in before if key in values}, schema)[:-1]
+    separator = ", " if len(start) > 1 else ""
+    return f'{start}{separator}{json.dumps(label, ensure_ascii=False)}: "'
 
 
 @functools.lru_cache(maxsize=64)
@@ -168,22 +171,23 @@ def _validator(schema_text: str) -> Any:
     from jsonschema.validators import validator_for
 
     schema = json.loads(schema_text)
-    kind = validator_for(schema)
+    validator = validator_for(schema)
     try:
-        kind.check_schema(schema)
+        validator.check_schema(schema)
     except SchemaError as error:
         raise ConfigError(
-            f"the answer schema is not a JSON schema: {_short(error.message)}", fix="mend the task's schema"
+            f"the answer schema is not a JSON schema: {_short(error.message)}",
+            fix="correct the task's schema",
         ) from error
-    return kind(schema)
+    return validator(schema)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     out = dict(pairs)
     if len(out) != len(pairs):
         keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands twice")
+        duplicate = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {duplicate!r} occurs twice")
     return out
 
 
@@ -198,7 +202,7 @@ def _finite(text: str) -> float:
     return value
 
 
-def _kind(value: Any) -> str:
+def _type_name(value: Any) -> str:
     names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
     return names.get(type(value), type(value).__name__)
 

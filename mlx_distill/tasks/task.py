@@ -1,6 +1,6 @@
-"""A task: what is asked, how the answer looks, and which of its fields are measured.
+"""A task: the prompt, the answer's schema, and the fields that are measured.
 
-The library knows no task of its own; a task is a YAML file. Packaged ones lie in ``assets/<name>/task.yaml``.
+A task is a YAML file, packaged in ``assets/<name>/task.yaml`` or written by a user.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlx_distill.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Task:
-    """Prompt, answer schema and measured fields."""
+    """Prompt, answer schema and measured fields of a task."""
 
     name: str = option(help="what it is called")
     system: str = option(help="the system prompt, with {field} for a row's field; empty for none")
@@ -43,14 +43,18 @@ class Task:
 
     @property
     def input_fields(self) -> tuple[str, ...]:
-        """The row fields that the prompt names."""
+        """The fields of a row that the prompt names."""
         import string
 
         names = [name for _, name, _, _ in string.Formatter().parse(self.system + self.user) if name]
         return tuple(dict.fromkeys(names))
 
     def prompt(self, row: Mapping[str, Any]) -> tuple[str, str]:
-        """(system, user) for one row. A missing field is a :class:`DataError` that names it."""
+        """The system and user prompts of one row.
+
+        Raises:
+            DataError: the row lacks a field of the prompt.
+        """
         missing = [name for name in self.input_fields if row.get(name) is None]
         if missing:
             raise DataError(
@@ -60,8 +64,10 @@ class Task:
 
 
 def parse_task(raw: Mapping[str, Any], where: str) -> Task:
-    """A task from a YAML mapping. An unknown or missing key, a label without an enum, or a bad positive class
-    is an error.
+    """A task from a YAML mapping.
+
+    Raises:
+        ConfigError: an unknown or missing key, a label without an enum, an unknown positive class or score.
     """
     task = from_mapping(Task, raw, where)
     properties = task.schema.get("properties") if isinstance(task.schema, Mapping) else None
@@ -89,8 +95,8 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
 
 
 def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:
-    """A packaged task by name, a YAML file by path, or a mapping whose ``name`` is either and whose other
-    keys override it.
+    """Load a packaged task by name or a YAML file by path; a mapping with such a ``name`` overrides its other
+    keys.
     """
     overrides: Mapping[str, Any] = {}
     if isinstance(spec, Mapping):
@@ -109,5 +115,5 @@ def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:
 
 
 def task_names() -> list[str]:
-    """The packaged tasks."""
+    """The names of the packaged tasks."""
     return sorted(p.parent.name for p in ASSETS.glob("*/task.yaml"))

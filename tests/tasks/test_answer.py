@@ -55,7 +55,7 @@ def test_the_canonical_text_is_exact() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), "\ud800", {1, 2}, b"x"])
-def test_what_json_does_not_know_is_not_written(bad: Any) -> None:
+def test_values_that_json_cannot_hold_are_refused(bad: Any) -> None:
     with pytest.raises(DataError, match="not JSON"):
         dump_answer({"verdict": bad}, SCHEMA)
 
@@ -68,8 +68,8 @@ def test_what_json_does_not_know_is_not_written(bad: Any) -> None:
         ('{"verdict', "not JSON: Unterminated string starting at character 2"),
         ('{"verdict": "yes", "score": 1} ok', "not JSON"),
         ('```json\n{"verdict": "yes", "score": 1}\n```', "not JSON"),
-        ('{"verdict": "yes", "verdict": "no", "score": 1}', "'verdict' stands twice"),
-        ('{"verdict": "yes", "score": 1, "themes": [{"a": 1, "a": 2}]}', "'a' stands twice"),
+        ('{"verdict": "yes", "verdict": "no", "score": 1}', "'verdict' occurs twice"),
+        ('{"verdict": "yes", "score": 1, "themes": [{"a": 1, "a": 2}]}', "'a' occurs twice"),
         ('{"verdict": "yes", "score": NaN}', "NaN"),
         ('{"verdict": "yes", "score": -Infinity}', "-Infinity"),
         ('{"verdict": "yes", "score": 1e999}', "too large"),
