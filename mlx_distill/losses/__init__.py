@@ -10,16 +10,10 @@ from __future__ import annotations
 
 from mlx_distill.losses.byte_alignment import align_bytes, align_lengths, token_bytes
 from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, build_token_groups, span_sums, token_group_kl
-from mlx_distill.losses.divergences import forward_kl, js_divergence, reverse_kl, skew_kl, total_variation
+from mlx_distill.losses.divergences import DIVERGENCES, forward_kl, js_divergence, reverse_kl, skew_kl, total_variation
 from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs, label_tokens
-from mlx_distill.losses.tiled import (
-    DIVERGENCES,
-    linear_cross_entropy,
-    linear_divergence,
-    linear_rows,
-    sparse_linear_kl,
-)
-from mlx_distill.losses.topk import sparse_forward_kl
+from mlx_distill.losses.tiled import linear_cross_entropy, linear_divergence, linear_rows
+from mlx_distill.losses.topk import sparse_forward_kl, sparse_linear_kl
 
 __all__ = [
     "DIVERGENCES",

@@ -1,5 +1,6 @@
-"""The output projection of a model, read a tile at a time: dense or quantised, its own layer or the tied
-embedding.
+"""The output head: the projection from hidden states to logits, read a tile of columns at a time.
+
+It may be dense or quantized, a layer of its own or the tied embedding, with or without soft-capped logits.
 """
 
 from __future__ import annotations
@@ -10,15 +11,39 @@ from typing import Any, TypeAlias
 import mlx.core as mx
 import mlx.nn as nn
 from jaxtyping import Float, Int
+from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ModelError
 
-Head: TypeAlias = mx.array | nn.Module
+_PLAIN = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
+
+
+@dataclass(frozen=True)
+class HeadTile:
+    """Some columns of a head in float32: ``weight [c, d]``, ``bias [c]`` (0 without one), and the soft cap."""
+
+    weight: mx.array
+    bias: mx.array | float
+    softcap: float | None
+
+    def logits(self, hidden: Float[mx.array, "n d"]) -> Float[mx.array, "n c"]:
+        """The logits of these columns."""
+        z = hidden @ self.weight.T + self.bias
+        return z if self.softcap is None else soft_capped(z, self.softcap)
+
+    def gradient(
+        self, by_logit: Float[mx.array, "n c"], logits: Float[mx.array, "n c"]
+    ) -> Float[mx.array, "n d"]:
+        """The gradient by the hidden state, from that by the logits and the logits themselves."""
+        return by_uncapped(by_logit, logits, self.softcap) @ self.weight
 
 
 @dataclass(frozen=True)
 class HeadWeight:
-    """The ``[v, d]`` weight of a head, dense or packed; ``scales`` is None where it is dense."""
+    """The ``[v, d]`` weight of a head, dense or quantized (``scales`` is None for a dense one).
+
+    With a ``softcap`` c the logits are ``c * tanh(z / c)`` of the projection z.
+    """
 
     weight: mx.array
     bias: mx.array | None = None
@@ -27,6 +52,7 @@ class HeadWeight:
     group_size: int = 64
     bits: int = 4
     mode: str = "affine"
+    softcap: float | None = None
 
     @property
     def columns(self) -> int:
@@ -39,22 +65,23 @@ class HeadWeight:
         return self.weight.shape[1] if self.scales is None else self.weight.shape[1] * 32 // self.bits
 
     def over(self, temperature: float) -> HeadWeight:
-        """The head whose logits come out divided by T when the hidden state was: only a bias needs it."""
-        if self.bias is None or temperature == 1:
+        """The head that gives logits divided by T for hidden states divided by T."""
+        if temperature == 1:
             return self
-        return replace(self, bias=self.bias.astype(mx.float32) / temperature)
+        return replace(
+            self,
+            bias=None if self.bias is None else self.bias.astype(mx.float32) / temperature,
+            softcap=None if self.softcap is None else self.softcap / temperature,
+        )
 
-    def tile(self, start: int, stop: int) -> Float[mx.array, "c d"]:
-        """Rows ``start`` to ``stop`` of the weight in float32."""
-        return self._dense(slice(start, stop))
+    def tile(self, start: int, stop: int) -> HeadTile:
+        """Columns ``start`` to ``stop``."""
+        bias = 0.0 if self.bias is None else self.bias[start:stop].astype(mx.float32)
+        return HeadTile(self._dense(slice(start, stop)), bias, self.softcap)
 
     def rows(self, ids: Int[mx.array, " n"]) -> Float[mx.array, "n d"]:
-        """The rows of the given tokens in float32."""
+        """The rows of the weight that belong to the given tokens, in float32."""
         return self._dense(ids)
-
-    def bias_tile(self, start: int, stop: int) -> Float[mx.array, " c"] | float:
-        """The bias of the same columns; 0 without one."""
-        return 0.0 if self.bias is None else self.bias[start:stop].astype(mx.float32)
 
     def _dense(self, index: slice | mx.array) -> mx.array:
         w = self.weight[index]
@@ -67,9 +94,16 @@ class HeadWeight:
         return w.astype(mx.float32)
 
 
-def head_weight(head: Head) -> HeadWeight:
-    """Read a head's arrays: an array ``[v, d]``, ``nn.Linear``, ``nn.Embedding`` (tied) or their quantised
-    kin.
+Head: TypeAlias = mx.array | nn.Module | HeadWeight
+
+
+def head_weight(head: Head, softcap: float | None = None) -> HeadWeight:
+    """Read the arrays of a head.
+
+    Args:
+        head: An array ``[v, d]``, ``nn.Linear``, ``nn.Embedding`` (tied), their quantized forms, or a
+            ``HeadWeight``, which is returned as it is.
+        softcap: c, where the logits are ``c * tanh(z / c)``.
 
     Raises:
         ModelError: Anything else, such as a head with adapters on it.
@@ -77,10 +111,12 @@ def head_weight(head: Head) -> HeadWeight:
     >>> head_weight(nn.Embedding(7, 4)).columns
     7
     """
+    if isinstance(head, HeadWeight):
+        return head
     if isinstance(head, mx.array):
         if head.ndim != 2:
             raise ModelError(f"a head of shape {head.shape}", fix="give the weight as [vocabulary, hidden]")
-        return HeadWeight(head)
+        return HeadWeight(head, softcap=softcap)
     if isinstance(head, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return HeadWeight(
             head.weight,
@@ -90,13 +126,24 @@ def head_weight(head: Head) -> HeadWeight:
             group_size=head.group_size,
             bits=head.bits,
             mode=head.mode,
+            softcap=softcap,
         )
     if isinstance(head, nn.Linear | nn.Embedding):
-        return HeadWeight(head.weight, bias=head.get("bias"))
+        return HeadWeight(head.weight, bias=head.get("bias"), softcap=softcap)
     raise ModelError(
         f"a {type(head).__name__} cannot be read as an output projection",
-        fix="give the [vocabulary, hidden] array, or an nn.Linear, nn.Embedding or their quantised form; fuse adapters on the head first",
+        fix=(
+            "give the [vocabulary, hidden] array, or an nn.Linear, nn.Embedding or their quantized form; fuse "
+            "adapters on the head first"
+        ),
     )
+
+
+def is_constant(head: Head) -> bool:
+    """Whether a head can be read in tiles: arrays, or a plain layer without trainable parameters."""
+    if isinstance(head, nn.Module):
+        return isinstance(head, _PLAIN) and not tree_flatten(head.trainable_parameters())
+    return True
 
 
 def project(
@@ -121,3 +168,10 @@ def soft_capped(z: Float[mx.array, "*b v"], cap: float) -> Float[mx.array, "*b v
     [0.0, 30.0]
     """
     return cap * mx.tanh(z / cap)
+
+
+def by_uncapped(
+    by_logit: Float[mx.array, "*b v"], logits: Float[mx.array, "*b v"], cap: float | None
+) -> Float[mx.array, "*b v"]:
+    """The gradient by z from the gradient by ``cap * tanh(z / cap)`` and that value: times ``1 - (value/cap)²``."""
+    return by_logit if cap is None else by_logit * (1 - mx.square(logits / cap))

@@ -1,9 +1,9 @@
 """Forward KL against the teacher's k most probable tokens and one bucket for all the others.
 
 A cache cannot hold 150,000 numbers a position; it holds the top k and, because the log-probabilities are over
-the *whole* vocabulary, the mass outside. Renormalising over the top k alone would give the student's mass
-outside no gradient, and keeping the teacher's zeros outside has a floor above zero. With the bucket the loss
-is zero at equality and never above the full KL.
+the *whole* vocabulary, the mass outside. Renormalising over the top k alone would give no gradient to the
+student's mass outside it; taking the teacher's mass outside as zero gives a minimum above zero. With the
+bucket the loss is zero at equality and never above the full KL.
 """
 
 from __future__ import annotations
@@ -13,21 +13,32 @@ from jaxtyping import Float
 
 from mlx_distill.errors import DataError
 from mlx_distill.losses.numerics import LOWEST, RESOLUTION, check_temperature, row_logsumexp
+from mlx_distill.losses.output_head import Head, head_weight
+from mlx_distill.losses.tiled import (
+    BLOCK_ROWS,
+    check_hidden,
+    detached,
+    flat_rows,
+    gathered_gradient,
+    gathered_logits,
+    tail_logsumexp,
+    with_gradient,
+)
 from mlx_distill.records import TopK
 
 
 def sparse_forward_kl(
     student_logits: Float[mx.array, "*b v"], targets: TopK, *, temperature: float = 1.0
 ) -> Float[mx.array, "*b"]:
-    """Forward KL over the teacher's top k tokens and a bucket that holds the rest of either side.
+    """Forward KL over the teacher's top k tokens and a bucket that holds all other mass of either model.
 
     By the chain rule of KL: ``KL(c_p‖c_q) + c_p · T² · KL(p_T|K ‖ q_T|K)``, where ``c`` is the mass on the
     top k (the first term is a KL of two outcomes, K or not K, at temperature 1) and ``p_T|K`` the
     distribution *within* the top k, softened by T. At T = 1 that is exactly
     ``Σ_K p log(p/q) + r_p log(r_p/r_q)``, ``r = 1 - c``, a lower bound of the full KL; where k is the whole
-    vocabulary it is the full KL at any T. What the tail's mass would be at another temperature cannot be
-    known from a top k, so T never touches it; treating the tail as one token of probability ``r_p^(1/T)``
-    instead would change what the loss pulls towards. Source: the top-k and temperature of
+    vocabulary it is the full KL at any T. The tail's mass at another temperature cannot be computed from a
+    top k, so T is not applied to it; treating the tail as one token of probability ``r_p^(1/T)`` would move
+    the minimum of the loss. Source: the top-k and temperature of
     https://arxiv.org/abs/1503.02531, the bucket as in https://arxiv.org/abs/2503.16870 (section 2).
 
     Args:
@@ -54,10 +65,69 @@ def sparse_forward_kl(
     head = mx.take_along_axis(z, targets.ids, axis=-1)
     if targets.ids.shape[-1] == z.shape[-1]:
         return bucket_kl(head, None, targets.logprobs, temperature=temperature)
-    # The tail is summed without the top k, not as 1 - sum: a confident student's tail would drown in
-    # rounding.
+    # The tail is summed without the top k, not as 1 - sum: for a confident student that would be all rounding.
     tail = mx.put_along_axis(z, targets.ids, mx.array(LOWEST), axis=-1)
     return bucket_kl(head, row_logsumexp(tail), targets.logprobs, temperature=temperature)
+
+
+def sparse_linear_kl(
+    student_hidden: Float[mx.array, "*b d"],
+    student_head: Head,
+    targets: TopK,
+    *,
+    temperature: float = 1.0,
+    block_rows: int = BLOCK_ROWS,
+) -> Float[mx.array, "*b"]:
+    """:func:`~mlx_distill.losses.topk.sparse_forward_kl` from hidden state and head, equal in value and
+    gradient.
+
+    The logits of the k target columns are gathered; the other columns are one online ``logsumexp`` over the
+    tiles, without the k.
+
+    Args:
+        student_hidden: The student's last hidden states, any float type; the gradient goes here.
+        student_head: As in :func:`~mlx_distill.losses.tiled.linear_divergence`; constant.
+        targets: ``ids [*b, k]`` and ``logprobs [*b, k]`` in nats over the whole vocabulary at temperature 1.
+        temperature: T, for the distribution within the top k.
+        block_rows: Positions whose logits of one tile exist at the same time.
+
+    Returns:
+        Nats a position, not averaged.
+
+    Raises:
+        DataError: The targets belong to other positions, or to a wider vocabulary.
+        ModelError: The head does not fit the hidden state.
+
+    >>> h, w = mx.array([[1.0, 2.0]]), mx.array([[0.5, 0.0], [0.0, 0.5], [1.0, 1.0]])
+    >>> logits = h @ w.T
+    >>> logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+    >>> round(abs(sparse_linear_kl(h, w, TopK(mx.array([[2]]), logprobs[:, 2:])).item()), 5)
+    0.0
+    """
+    check_temperature(temperature)
+    head = head_weight(student_head)
+    check_hidden(student_hidden, head)
+    check_targets(student_hidden.shape[:-1], head.columns, targets)
+    rows = flat_rows(student_hidden)
+    n, k = rows.shape[0], targets.ids.shape[-1]
+    if n == 0:
+        return mx.zeros(student_hidden.shape[:-1])
+    x, ids = detached(rows), targets.ids.reshape(n, k)
+    logprobs = mx.stop_gradient(targets.logprobs).reshape(n, k)
+    z = gathered_logits(x, head, ids)
+    if k == head.columns:
+        (value,), (by_logit,) = mx.vjp(
+            lambda z: bucket_kl(z, None, logprobs, temperature=temperature), [z], [mx.ones((n,))]
+        )
+        gradient = gathered_gradient(by_logit, z, head, ids)
+    else:
+        tail, by_hidden = tail_logsumexp(x, head, ids, block_rows=block_rows)
+        (value,), (by_logit, by_tail) = mx.vjp(
+            lambda z, tail: bucket_kl(z, tail, logprobs, temperature=temperature), [z, tail], [mx.ones((n,))]
+        )
+        gradient = gathered_gradient(by_logit, z, head, ids) + by_tail[:, None] * by_hidden
+    mx.eval(value, gradient)
+    return with_gradient(value, gradient, rows).reshape(student_hidden.shape[:-1])
 
 
 def bucket_kl(
@@ -67,13 +137,13 @@ def bucket_kl(
     *,
     temperature: float = 1.0,
 ) -> Float[mx.array, "*b"]:
-    """The loss of :func:`sparse_forward_kl` from its parts: what the dense, the tiled and the cross-tokenizer
-    form have in common.
+    """The formula of :func:`sparse_forward_kl` from its parts, shared by the dense, the tiled and the
+    cross-tokenizer form.
 
     Args:
         head: The student's unnormalised log-probabilities of the teacher's k outcomes.
-        tail: The student's logsumexp of everything else, on the same scale; None where nothing else exists.
-        logprobs: The teacher's log-probabilities of the k outcomes; ``LOWEST`` marks a slot that holds none.
+        tail: The student's logsumexp of all other outcomes, on the same scale; None where there are none.
+        logprobs: The teacher's log-probabilities of the k outcomes; ``LOWEST`` marks an unused slot.
         temperature: T, for the distribution within the k outcomes.
     """
     empty = logprobs <= LOWEST / 2
@@ -83,10 +153,9 @@ def bucket_kl(
     within = _within_kl(head, logprobs, temperature)
     if tail is None:
         return within
-    # Stored log-probabilities are rounded: their mass may come out a little over one.
+    # Stored log-probabilities are rounded: their sum may be a little over one.
     mass_p = mx.minimum(mass_p, 0.0)
-    # A student whose other columns are all masked has no tail at all; the bound keeps its infinity off a mass
-    # of 1e-8.
+    # A student whose other columns are all masked has no tail (-inf); the bound keeps 1e-8 * inf finite.
     log_ratio = mx.maximum(tail - row_logsumexp(head), -1e4)
     in_p, out_p = mx.exp(mass_p), -mx.expm1(mass_p)
     out_p = mx.where(out_p < RESOLUTION, 0.0, out_p)
@@ -94,6 +163,11 @@ def bucket_kl(
         mx.log(mx.maximum(out_p, RESOLUTION)) + _softplus(-log_ratio)
     )
     return binary + in_p * within
+
+
+def rows_of(targets: TopK, at: slice) -> TopK:
+    """The targets of a slice of positions."""
+    return TopK(targets.ids[at], targets.logprobs[at])
 
 
 def check_targets(rows: tuple[int, ...], width: int, targets: TopK) -> None:

@@ -1,4 +1,4 @@
-"""What a training minimizes: terms as sums, their weights from the masks alone."""
+"""Training objectives: terms as sums, with weights from the masks alone."""
 
 from __future__ import annotations
 
@@ -11,29 +11,25 @@ import numpy as np
 from jaxtyping import Float, Int
 from mlx.utils import tree_flatten
 
-from mlx_distill.losses.cross_tokenizer import TokenGroups, token_group_kl
 from mlx_distill.losses.numerics import row_logsumexp
-from mlx_distill.losses.output_head import project
-from mlx_distill.losses.tiled import (
-    ROWS,
-    RowLoss,
-    in_slices,
-    linear_cross_entropy,
-    linear_rows,
-    sparse_linear_kl,
-)
-from mlx_distill.losses.topk import sparse_forward_kl
-from mlx_distill.models.forward import head, hidden_states, segment_caches
-from mlx_distill.records import Batch, TopK
+from mlx_distill.losses.output_head import HeadWeight, head_weight, is_constant, project, soft_capped
+from mlx_distill.losses.tiled import RowLoss, linear_cross_entropy, linear_rows
+from mlx_distill.models.forward import head, hidden_states, segment_caches, softcap
+from mlx_distill.records import Batch
 
-# Logits of at most so many numbers are made at once (64 MiB in float32); of more, no two tiles exist
-# together.
+# Up to so many numbers (64 MiB in float32) the logits of a batch are computed at once, above tile by tile.
 DENSE_LIMIT = 1 << 24
 
 
+# Through a head that trains or has an adapter, the logits of at least so many positions are computed together.
+# Some eight arrays as large as those logits exist in the backward pass, so of more positions only as many as
+# keep the logits below an eighth of the dense limit, or of the head's trainable parameters.
+MIN_ROWS = 32
+
+
 def trunk(model: nn.Module, batch: Batch, positions: Int[mx.array, " a"]) -> Float[mx.array, "a d"]:
-    """The hidden states after the final norm at some places of the flattened inputs, none of a line's rows
-    seeing another.
+    """The hidden states after the final norm at the given positions of the flattened inputs; packed rows do
+    not attend to each other.
     """
     caches = None if batch.segments is None else segment_caches(model, batch.segments)
     hidden = hidden_states(model, batch.inputs, caches)
@@ -41,98 +37,86 @@ def trunk(model: nn.Module, batch: Batch, positions: Int[mx.array, " a"]) -> Flo
 
 
 def is_small(model: nn.Module, count: int, dense_limit: int = DENSE_LIMIT) -> bool:
-    """Whether the logits at ``count`` positions are made at once."""
+    """Whether the logits at ``count`` positions are computed at once."""
     return count * _columns(head(model)) <= dense_limit
 
 
 def _columns(layer: nn.Module) -> int:
-    """Width of a head's logits; an adapter has that of what it stands on, and nothing is known of other
-    kinds.
-    """
+    """Width of a head's logits, also of a head with an adapter; 0 for other modules, where it is unknown."""
     base = layer.get("linear", layer.get("embedding", layer))
     return int(base.weight.shape[0]) if "weight" in base else 0
 
 
 class LogitReader:
-    """The hidden states of a batch at the ``a`` positions that count, and the losses there.
+    """Losses of the logits at the ``a`` positions of a batch that count.
 
-    Dense and tiled agree in value and gradient to rounding. A head that learns, or has an adapter, has no
-    tiles and goes through :func:`in_slices`.
+    Below ``dense_limit`` the logits are computed once and shared by the losses. Above it each loss is
+    computed tile by tile or a few rows at a time, and the logits never exist as a whole. Dense and tiled
+    agree in value and gradient to rounding.
 
     Args:
-        model: Of mlx-lm's cut: ``lm_head`` or the tied embedding is the head.
+        model: An mlx-lm model: its head is ``lm_head`` or the tied embedding.
         hidden: From :func:`trunk`.
-        dense_limit: Numbers in the logits up to which they are made at once.
+        dense_limit: Numbers in the logits up to which they are computed at once.
     """
 
     def __init__(
         self, model: nn.Module, hidden: Float[mx.array, "a d"], dense_limit: int = DENSE_LIMIT
     ) -> None:
         self.hidden = hidden
-        self.head = head(model)
+        self.head, self.softcap = head(model), softcap(model)
         self.small = is_small(model, hidden.shape[0], dense_limit)
-        learns = sum(weight.size for _, weight in tree_flatten(self.head.trainable_parameters()))
-        self.rows = max(ROWS, max(dense_limit, learns) // (8 * max(_columns(self.head), 1)))
-        plain = isinstance(self.head, nn.Linear | nn.Embedding | nn.QuantizedLinear | nn.QuantizedEmbedding)
-        self.tiled = plain and not learns
+        self._constant = head_weight(self.head, self.softcap) if is_constant(self.head) else None
+        trainable = sum(weight.size for _, weight in tree_flatten(self.head.trainable_parameters()))
+        self.rows = max(MIN_ROWS, max(dense_limit, trainable) // (8 * max(_columns(self.head), 1)))
         self._logits: mx.array | None = None
+
+    @property
+    def tiled_head(self) -> HeadWeight | None:
+        """The head for the tiled losses; None where the logits are computed at once, or where the head trains
+        or has an adapter.
+        """
+        return None if self.small else self._constant
 
     def logits(self, index: Int[mx.array, " n"] | None = None) -> Float[mx.array, "n v"]:
         """Logits in float32 at all positions, or at ``index`` among them."""
         if not self.small and index is not None:
-            return project(self.head, self.hidden[index]).astype(mx.float32)
+            return self._project(self.hidden[index])
         if self._logits is None:
-            self._logits = project(self.head, self.hidden).astype(mx.float32)
+            self._logits = self._project(self.hidden)
         return self._logits if index is None else self._logits[index]
 
+    def _project(self, hidden: mx.array) -> mx.array:
+        return project(self.head, hidden, self.softcap).astype(mx.float32)
+
     def cross_entropy(self, labels: Int[mx.array, " a"]) -> Float[mx.array, " a"]:
-        """Nats of each label, at all positions."""
-        if not self.small and self.tiled:
-            return linear_cross_entropy(self.hidden, self.head, labels)
+        """Cross-entropy of the label at each position, in nats."""
+        if self.tiled_head is not None:
+            return linear_cross_entropy(self.hidden, self.tiled_head, labels)
 
         def nats(z: mx.array, at: slice) -> mx.array:
             return row_logsumexp(z) - mx.take_along_axis(z, labels[at, None], axis=1)[:, 0]
 
-        return self._whole(nats, None)
+        return self.row_losses(nats, None)
 
-    def sparse_kl(
-        self, index: Int[mx.array, " n"], targets: TopK, temperature: float
-    ) -> Float[mx.array, " n"]:
-        """:func:`~mlx_distill.losses.topk.sparse_forward_kl` at ``index``."""
-        if not self.small and self.tiled:
-            return sparse_linear_kl(self.hidden[index], self.head, targets, temperature=temperature)
-        return self._whole(
-            lambda z, at: sparse_forward_kl(z, _some(targets, at), temperature=temperature), index
-        )
-
-    def token_group_kl(
-        self, index: Int[mx.array, " n"], targets: TopK, groups: TokenGroups, temperature: float
-    ) -> Float[mx.array, " n"]:
-        """:func:`~mlx_distill.losses.cross_tokenizer.token_group_kl` at ``index``."""
-        return self._whole(
-            lambda z, at: token_group_kl(z, _some(targets, at), groups, temperature=temperature), index
-        )
-
-    def _whole(self, loss: RowLoss, index: mx.array | None) -> mx.array:
-        """A loss of whole rows of logits, at all positions or at some."""
+    def row_losses(self, loss: RowLoss, index: Int[mx.array, " n"] | None) -> Float[mx.array, " n"]:
+        """A loss of whole rows of logits (:func:`~mlx_distill.losses.tiled.linear_rows`), at all positions or
+        at ``index`` among them.
+        """
         if self.small:
             return loss(self.logits(index), slice(None))
         hidden = self.hidden if index is None else self.hidden[index]
-        return (
-            linear_rows(loss, hidden, self.head)
-            if self.tiled
-            else in_slices(loss, hidden, self.head, self.rows)
-        )
-
-
-def _some(targets: TopK, at: slice) -> TopK:
-    return TopK(targets.ids[at], targets.logprobs[at])
+        if self.tiled_head is not None:
+            return linear_rows(loss, hidden, self.tiled_head)
+        cap = self.softcap
+        capped = loss if cap is None else lambda z, at: loss(soft_capped(z, cap), at)
+        return linear_rows(capped, hidden, self.head, rows=self.rows)
 
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """Where an objective's graph can be cut: ``positions`` of the hidden states that ``read`` turns into
-    sums.
+    """An objective in two parts, trunk and head: ``positions`` of the hidden states, and ``read``, which turns
+    them into the terms' sums.
     """
 
     positions: Callable[[Batch], mx.array]
@@ -146,12 +130,11 @@ class Objective:
 
     Args:
         weights: Each term's weight in a micro-batch, from the masks alone, on the host. A term's loss is its
-            sum over the whole window divided by its weight over the whole window.
-        sums: Each term's sum over a micro-batch, a differentiable scalar. Called only where a weight is above
+            sum over the accumulation window divided by its weight over the window.
+        sums: Each term's sum over a micro-batch, a differentiable scalar. Called only if a weight is above
             zero.
-        coefficients: What each term counts in the loss; its keys are the terms.
-        head_split: The same sums in two steps, trunk and head, where they are read off hidden states: see
-            :func:`read_objective`.
+        coefficients: Each term's factor in the loss; its keys are the terms.
+        head_split: The same sums in two steps, trunk and head: see :func:`read_objective`.
     """
 
     weights: Callable[[Batch], Mapping[str, float]]
@@ -167,15 +150,15 @@ def read_objective(
     coefficients: Mapping[str, float],
     dense_limit: int = DENSE_LIMIT,
 ) -> Objective:
-    """An objective whose terms are read off the hidden states at some positions, at once or with the head
-    apart from the trunk.
+    """An objective computed from the hidden states at some positions, in one graph or with head and trunk
+    separate.
 
     Args:
         weights, coefficients: As for :class:`Objective`.
-        positions: The places ``[a]`` in the flattened inputs of a batch that meet the head.
+        positions: The positions ``[a]`` of a batch's flattened inputs that are projected to logits.
         read: Each term's sum, from a reader of those positions.
-        dense_limit: Logits of at most so many numbers are made at once, more tile by tile; both give the same
-            numbers.
+        dense_limit: Up to so many numbers the logits are computed at once, above tile by tile, with equal
+            results.
     """
 
     def sums(model: nn.Module, batch: Batch) -> Mapping[str, mx.array]:
@@ -185,7 +168,7 @@ def read_objective(
 
 
 def trained_tokens(batch: Batch) -> float:
-    """How many labels of a batch are trained on."""
+    """The number of trained labels of a batch."""
     return float(np.array(batch.mask).sum(dtype=np.float64))
 
 
@@ -193,11 +176,11 @@ def sft(*, dense_limit: int = DENSE_LIMIT) -> Objective:
     r"""Supervised fine-tuning: :math:`-\sum \log q(\mathrm{token})` over the trained tokens, in nats; one
     term, ``text``.
 
-    Only the positions that are trained on meet the head.
+    Only the trained positions are projected to logits.
 
     Args:
-        dense_limit: Logits of at most so many numbers are made at once, more tile by tile; both give the same
-            numbers.
+        dense_limit: Up to so many numbers the logits are computed at once, above tile by tile, with equal
+            results.
     """
 
     def positions(batch: Batch) -> mx.array:

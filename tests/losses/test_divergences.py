@@ -1,4 +1,4 @@
-"""The battery: what every divergence must pass. A new one is one line in KINDS."""
+"""The battery: tests that every divergence passes. A new divergence is one line in BATTERY."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pytest
 
 from mlx_distill import losses
 from mlx_distill.errors import ConfigError, ModelError
+from mlx_distill.losses.divergences import pointwise_form, summand, summand_and_derivative
 from mlx_distill.losses.numerics import row_logsumexp, row_sum
 
 N, V, D, E = 5, 300, 16, 24
@@ -30,8 +31,8 @@ def js(p: np.ndarray, q: np.ndarray, beta: float) -> np.ndarray:
     return beta * kl(p, m) + (1 - beta) * kl(q, m)
 
 
-# name, options, the float64 twin on probabilities
-KINDS: list[tuple[str, dict[str, float], Callable[..., np.ndarray]]] = [
+# name, options, the same formula in float64 on probabilities
+BATTERY: list[tuple[str, dict[str, float], Callable[..., np.ndarray]]] = [
     ("forward_kl", {}, kl),
     ("reverse_kl", {}, lambda p, q: kl(q, p)),
     ("js_divergence", {"beta": 0.5}, lambda p, q: js(p, q, 0.5)),
@@ -43,8 +44,8 @@ KINDS: list[tuple[str, dict[str, float], Callable[..., np.ndarray]]] = [
     ("skew_kl", {"lam": 1.0}, lambda p, q: kl(p, p)),
     ("total_variation", {}, lambda p, q: 0.5 * np.abs(p - q).sum(-1)),
 ]
-every_kind = pytest.mark.parametrize(
-    ("name", "options", "twin"), KINDS, ids=[f"{n}-{o}" for n, o, _ in KINDS]
+every_divergence = pytest.mark.parametrize(
+    ("name", "options", "reference"), BATTERY, ids=[f"{n}-{o}" for n, o, _ in BATTERY]
 )
 every_temperature = pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 
@@ -53,22 +54,22 @@ def logits(seed: int, scale: float = 2.0) -> mx.array:
     return mx.array(np.random.default_rng(seed).normal(size=(N, V)).astype(np.float32) * scale)
 
 
-def exact(z_q: mx.array, z_p: mx.array, twin: Callable[..., np.ndarray], t: float) -> np.ndarray:
-    return t**2 * twin(softmax(np.array(z_p, np.float64) / t), softmax(np.array(z_q, np.float64) / t))
+def exact(z_q: mx.array, z_p: mx.array, reference: Callable[..., np.ndarray], t: float) -> np.ndarray:
+    return t**2 * reference(softmax(np.array(z_p, np.float64) / t), softmax(np.array(z_q, np.float64) / t))
 
 
-@every_kind
+@every_divergence
 @every_temperature
-def test_equals_float64(name: str, options: dict[str, float], twin: Any, temperature: float) -> None:
+def test_equals_float64(name: str, options: dict[str, float], reference: Any, temperature: float) -> None:
     z_q, z_p = logits(1), logits(2)
     got = getattr(losses, name)(z_q, z_p, temperature=temperature, **options)
-    np.testing.assert_allclose(np.array(got), exact(z_q, z_p, twin, temperature), rtol=2e-5, atol=2e-6)
+    np.testing.assert_allclose(np.array(got), exact(z_q, z_p, reference, temperature), rtol=2e-5, atol=2e-6)
 
 
-@every_kind
+@every_divergence
 @every_temperature
 def test_gradient_equals_float64_finite_differences(
-    name: str, options: dict[str, float], twin: Any, temperature: float
+    name: str, options: dict[str, float], reference: Any, temperature: float
 ) -> None:
     z_q, z_p = logits(1), logits(2)
     weights = np.arange(1.0, N + 1)
@@ -82,14 +83,14 @@ def test_gradient_equals_float64_finite_differences(
         step = np.zeros_like(base)
         step[row, column] = 1e-6
         p = softmax(np.array(z_p, np.float64) / temperature)
-        ends = [temperature**2 * twin(p, softmax((base + s * step) / temperature)) @ weights for s in (1, -1)]
+        ends = [temperature**2 * reference(p, softmax((base + s * step) / temperature)) @ weights for s in (1, -1)]
         assert grad[row, column].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-3, abs=2e-6)
 
 
-@every_kind
+@every_divergence
 @every_temperature
 def test_zero_with_zero_gradient_at_equality(
-    name: str, options: dict[str, float], twin: Any, temperature: float
+    name: str, options: dict[str, float], reference: Any, temperature: float
 ) -> None:
     z = logits(3, scale=5.0)
     value, grad = mx.value_and_grad(
@@ -100,15 +101,15 @@ def test_zero_with_zero_gradient_at_equality(
         assert mx.abs(grad).max().item() <= 1e-5 * temperature
 
 
-@every_kind
-def test_never_negative_beyond_rounding(name: str, options: dict[str, float], twin: Any) -> None:
+@every_divergence
+def test_never_negative_beyond_rounding(name: str, options: dict[str, float], reference: Any) -> None:
     z = logits(4, scale=8.0)
     for size in (0.0, 1e-4, 1e-2, 1.0, 10.0):
         assert getattr(losses, name)(z + size * logits(5), z, **options).min().item() >= -2e-6
 
 
-@every_kind
-def test_unchanged_by_a_constant_on_either_side(name: str, options: dict[str, float], twin: Any) -> None:
+@every_divergence
+def test_unchanged_by_a_constant_on_either_side(name: str, options: dict[str, float], reference: Any) -> None:
     z_q, z_p = logits(1), logits(2)
     moved = getattr(losses, name)(z_q + 30.0, z_p - 20.0, **options)
     np.testing.assert_allclose(
@@ -116,8 +117,8 @@ def test_unchanged_by_a_constant_on_either_side(name: str, options: dict[str, fl
     )
 
 
-@every_kind
-def test_masked_columns_change_nothing(name: str, options: dict[str, float], twin: Any) -> None:
+@every_divergence
+def test_masked_columns_change_nothing(name: str, options: dict[str, float], reference: Any) -> None:
     z_q, z_p = logits(1), logits(2)
     mask = mx.full((N, 7), -float("inf"))
     padded = [mx.concatenate([z, mask], axis=-1) for z in (z_q, z_p)]
@@ -128,24 +129,24 @@ def test_masked_columns_change_nothing(name: str, options: dict[str, float], twi
     assert mx.abs(grad[:, V:]).max().item() == 0
 
 
-@every_kind
-def test_teacher_gets_no_gradient(name: str, options: dict[str, float], twin: Any) -> None:
+@every_divergence
+def test_teacher_gets_no_gradient(name: str, options: dict[str, float], reference: Any) -> None:
     z_q, z_p = logits(1), logits(2)
     assert mx.abs(mx.grad(lambda p: getattr(losses, name)(z_q, p, **options).sum())(z_p)).max().item() == 0
 
 
-@every_kind
-def test_bfloat16_logits_are_computed_in_float32(name: str, options: dict[str, float], twin: Any) -> None:
+@every_divergence
+def test_bfloat16_logits_are_computed_in_float32(name: str, options: dict[str, float], reference: Any) -> None:
     z_q, z_p = logits(1).astype(mx.bfloat16), logits(2).astype(mx.bfloat16)
     got = getattr(losses, name)(z_q, z_p, **options)
     assert got.dtype == mx.float32
     np.testing.assert_allclose(
-        np.array(got), exact(z_q.astype(mx.float32), z_p.astype(mx.float32), twin, 1.0), rtol=2e-5, atol=2e-6
+        np.array(got), exact(z_q.astype(mx.float32), z_p.astype(mx.float32), reference, 1.0), rtol=2e-5, atol=2e-6
     )
 
 
-@every_kind
-def test_keeps_leading_axes_and_averages_nothing(name: str, options: dict[str, float], twin: Any) -> None:
+@every_divergence
+def test_keeps_leading_axes_and_averages_nothing(name: str, options: dict[str, float], reference: Any) -> None:
     z_q, z_p = logits(1), logits(2)
     plain = getattr(losses, name)(z_q, z_p, **options)
     stacked = getattr(losses, name)(z_q.reshape(1, N, V), z_p.reshape(1, N, V), **options)
@@ -154,19 +155,34 @@ def test_keeps_leading_axes_and_averages_nothing(name: str, options: dict[str, f
     assert getattr(losses, name)(z_q[0], z_p[0], **options).shape == ()
 
 
-@every_kind
-def test_other_vocabulary_is_refused_with_a_cure(name: str, options: dict[str, float], twin: Any) -> None:
+@every_divergence
+def test_other_vocabulary_is_refused_with_a_fix(name: str, options: dict[str, float], reference: Any) -> None:
     with pytest.raises(ModelError, match=r"300 columns and the teacher's 299.*token_group_kl"):
         getattr(losses, name)(logits(1), logits(2)[:, :-1], **options)
 
 
-@every_kind
+@every_divergence
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("inf"), float("nan")])
 def test_impossible_temperature_is_refused(
-    name: str, options: dict[str, float], twin: Any, temperature: float
+    name: str, options: dict[str, float], reference: Any, temperature: float
 ) -> None:
     with pytest.raises(ConfigError, match="temperature"):
         getattr(losses, name)(logits(1), logits(2), temperature=temperature, **options)
+
+
+@every_divergence
+def test_the_derivative_of_the_summand_is_that_of_the_chain_rule(
+    name: str, options: dict[str, float], reference: Any
+) -> None:
+    """Entries of the registry may state their derivative; the tiled form relies on it."""
+    log_q, log_p = (mx.log(mx.softmax(logits(seed), axis=-1)) for seed in (1, 2))
+    _, pointwise = pointwise_form(name, options)
+    f, derivative = summand_and_derivative(pointwise, log_q, log_p)
+    plain, (chain,) = mx.vjp(
+        lambda x: summand(pointwise, x, log_p), [log_q], [mx.ones_like(log_q)]
+    )
+    assert mx.array_equal(f, plain[0])
+    np.testing.assert_allclose(np.array(derivative), np.array(chain), atol=2e-8 + 1e-6 * mx.abs(chain).max().item())
 
 
 def test_impossible_mixing_weight_is_refused() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 
@@ -59,14 +60,26 @@ def test_top_k_with_a_tail_equals_trl() -> None:
 def test_head_and_divergence_in_one_equals_trl(key: str, numbers: list[float]) -> None:
     beta, t = numbers
     h, w, h_t, w_t = (mx.array(GOLDEN[name]) for name in ("h_s", "w_s", "h_t", "w_t"))
+    head, teacher_logits = nn.Linear(w.shape[1], w.shape[0], bias=False), h_t @ w_t.T
 
-    def loss(h: mx.array, w: mx.array) -> mx.array:
+    def frozen(h: mx.array) -> mx.array:
         return losses.linear_divergence(
-            h, w, h_t, w_t, divergence="js_divergence", beta=beta, temperature=t, train_head=True
+            h, w, h_t, w_t, divergence="js_divergence", beta=beta, temperature=t
         )
 
-    assert_close(loss(h, w), GOLDEN[f"{key}.value"], 3e-5)
-    by_hidden, by_head = mx.grad(lambda h, w: loss(h, w).sum(), argnums=(0, 1))(h, w)
+    def trained(h: mx.array, w: mx.array) -> mx.array:
+        head.weight = w
+        return losses.linear_rows(
+            lambda z, at: losses.js_divergence(z, teacher_logits[at], beta=beta, temperature=t),
+            h,
+            head,
+            rows=4,
+        )
+
+    assert_close(frozen(h), GOLDEN[f"{key}.value"], 3e-5)
+    assert_close(mx.grad(lambda h: frozen(h).sum())(h), GOLDEN[f"{key}.grad_h"], 3e-5)
+    assert_close(trained(h, w), GOLDEN[f"{key}.value"], 3e-5)
+    by_hidden, by_head = mx.grad(lambda h, w: trained(h, w).sum(), argnums=(0, 1))(h, w)
     assert_close(by_hidden, GOLDEN[f"{key}.grad_h"], 3e-5)
     assert_close(by_head, GOLDEN[f"{key}.grad_w"], 3e-5)
 

@@ -1,4 +1,4 @@
-"""The tiled forms against their plain twins on logits: value and gradient."""
+"""The tiled losses against their dense forms on logits: value and gradient."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from mlx_distill.losses import (
     linear_rows,
     sparse_forward_kl,
     sparse_linear_kl,
-    tiles,
 )
-from mlx_distill.losses.output_head import head_weight
+from mlx_distill.losses.divergences import Divergence
+from mlx_distill.losses.output_head import head_weight, project, soft_capped
 from mlx_distill.records import TopK
 
 N, V, D, E = 6, 2500, 32, 64  # two tiles of columns, the second not full
@@ -48,39 +48,62 @@ def assert_same(
         assert np.abs(a - b).max() <= tolerance * np.abs(b).max()
 
 
+def trainable_head(weight: mx.array) -> nn.Linear:
+    head = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    head.weight = weight
+    return head
+
+
 def top_k(logits: mx.array, k: int) -> TopK:
     logprobs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     ids = mx.argsort(-logprobs, axis=-1)[..., :k]
     return TopK(ids.astype(mx.int32), mx.take_along_axis(logprobs, ids, axis=-1))
 
 
-@pytest.fixture(params=[512, 4], ids=["one block", "blocks of 4 rows"])
-def blocks(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiles.split, "__defaults__", (request.param,))
+every_block = pytest.mark.parametrize("block_rows", [512, 4], ids=["one block", "blocks of 4 rows"])
 
 
-@pytest.mark.usefixtures("blocks")
+@every_block
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_divergence_equals_the_one_on_logits(name: str, temperature: float) -> None:
+def test_divergence_equals_the_one_on_logits(name: str, temperature: float, block_rows: int) -> None:
     h, t, w, u = normal(N, D), normal(N, E), normal(V, D, scale=0.4), normal(V, E, scale=0.3)
     want = both(lambda h: getattr(losses, name)(h @ w.T, t @ u.T, temperature=temperature), h)
-    got = both(lambda h: linear_divergence(h, w, t, u, divergence=name, temperature=temperature), h)
-    assert_same(got, want)
-
-
-@pytest.mark.usefixtures("blocks")
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-@pytest.mark.parametrize("name", DIVERGENCES)
-def test_trainable_head_gets_its_gradient(name: str, temperature: float) -> None:
-    h, t, w, u = normal(N, D), normal(N, E), normal(V, D, scale=0.4), normal(V, E, scale=0.3)
-    want = both(lambda h, w: getattr(losses, name)(h @ w.T, t @ u.T, temperature=temperature), h, w)
     got = both(
-        lambda h, w: linear_divergence(h, w, t, u, divergence=name, temperature=temperature, train_head=True),
+        lambda h: linear_divergence(
+            h, w, t, u, divergence=name, temperature=temperature, block_rows=block_rows
+        ),
         h,
-        w,
     )
     assert_same(got, want)
+
+
+def test_an_entry_without_a_derivative_is_differentiated(monkeypatch: pytest.MonkeyPatch) -> None:
+    def variance(log_q: mx.array, log_p: mx.array) -> mx.array:
+        return mx.square(mx.exp(log_q) - mx.exp(log_p))
+
+    monkeypatch.setitem(DIVERGENCES, "variance", Divergence(variance))  # type: ignore[arg-type]
+    h, t, w, u = normal(N, D), normal(N, E), normal(V, D, scale=0.4), normal(V, E, scale=0.3)
+    p = mx.softmax(t @ u.T, axis=-1)
+    want = both(lambda h: mx.square(mx.softmax(h @ w.T, axis=-1) - p).sum(axis=-1), h)
+    assert_same(both(lambda h: linear_divergence(h, w, t, u, divergence="variance", block_rows=4), h), want)
+
+
+@pytest.mark.parametrize("rows", [512, 4], ids=["one slice", "slices of 4 rows"])
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_trainable_head_gets_its_gradient(name: str, temperature: float, rows: int) -> None:
+    h, t, w, u = normal(N, D), normal(N, E), normal(V, D, scale=0.4), normal(V, E, scale=0.3)
+    want = both(lambda h, w: getattr(losses, name)(h @ w.T, t @ u.T, temperature=temperature), h, w)
+    head = trainable_head(w)
+
+    def loss(h: mx.array, w: mx.array) -> mx.array:
+        head.weight = w
+        return linear_rows(
+            lambda z, at: getattr(losses, name)(z, t[at] @ u.T, temperature=temperature), h, head, rows=rows
+        )
+
+    assert_same(both(loss, h, w), want)
 
 
 @pytest.mark.parametrize(
@@ -122,22 +145,33 @@ def test_gradient_is_as_exact_as_float32_allows(name: str) -> None:
     assert np.abs(np.array(got) - want).max() <= (5e-6 if name == "forward_kl" else 3e-5) * np.abs(want).max()
 
 
-@pytest.mark.usefixtures("blocks")
+@every_block
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("k", [1, 16, V])
-def test_sparse_equals_the_one_on_logits(k: int, temperature: float) -> None:
+def test_sparse_equals_the_one_on_logits(k: int, temperature: float, block_rows: int) -> None:
     h, w, targets = normal(N, D), normal(V, D, scale=0.4), top_k(normal(N, V, scale=3.0), k)
     want = both(lambda h: sparse_forward_kl(h @ w.T, targets, temperature=temperature), h)
-    got = both(lambda h: sparse_linear_kl(h, w, targets, temperature=temperature), h)
+    got = both(
+        lambda h: sparse_linear_kl(h, w, targets, temperature=temperature, block_rows=block_rows), h
+    )
     assert_same(got, want)
 
 
-@pytest.mark.usefixtures("blocks")
-def test_cross_entropy_equals_the_one_on_logits() -> None:
+@every_block
+def test_cross_entropy_equals_the_one_on_logits(block_rows: int) -> None:
     h, w, labels = normal(N, D), normal(V, D, scale=0.4), mx.array([0, 5, 2047, 2048, V - 1, 5])
     want = both(lambda h, w: nn.losses.cross_entropy(h @ w.T, labels), h, w)
-    assert_same(both(lambda h, w: linear_cross_entropy(h, w, labels, train_head=True), h, w), want)
-    assert_same(both(lambda h: linear_cross_entropy(h, w, labels), h), (want[0], want[1][:1]))
+    got = both(lambda h: linear_cross_entropy(h, w, labels, block_rows=block_rows), h)
+    assert_same(got, (want[0], want[1][:1]))
+    head = trainable_head(w)
+
+    def loss(h: mx.array, w: mx.array) -> mx.array:
+        head.weight = w
+        return linear_rows(
+            lambda z, at: nn.losses.cross_entropy(z, labels[at]), h, head, rows=min(block_rows, N)
+        )
+
+    assert_same(both(loss, h, w), want)
 
 
 def test_rows_give_any_loss_of_logits() -> None:
@@ -172,16 +206,17 @@ def heads() -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("kind", heads())
-def test_any_kind_of_head(kind: str) -> None:
-    head = heads()[kind]
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "soft-capped"])
+@pytest.mark.parametrize("layer", heads())
+def test_any_layer_as_head(layer: str, softcap: float | None) -> None:
+    module = heads()[layer]
+    head = head_weight(module, softcap)
     h, t, u, labels = normal(N, D), normal(N, E), normal(V, E, scale=0.3), mx.random.randint(0, V, (N,))
-    project = head.as_linear if hasattr(head, "as_linear") else head
     targets = top_k(t @ u.T, 8)
     for temperature in (1.0, 2.0):
-        want = both(lambda h: losses.forward_kl(project(h), t @ u.T, temperature=temperature), h)  # noqa: B023
+        want = both(lambda h: losses.forward_kl(project(module, h, softcap), t @ u.T, temperature=temperature), h)  # noqa: B023
         assert_same(both(lambda h: linear_divergence(h, head, t, u, temperature=temperature), h), want, 1e-4)  # noqa: B023
-        want = both(lambda h: losses.js_divergence(project(h), t @ u.T, temperature=temperature), h)  # noqa: B023
+        want = both(lambda h: losses.js_divergence(project(module, h, softcap), t @ u.T, temperature=temperature), h)  # noqa: B023
         assert_same(
             both(
                 lambda h, temperature=temperature: linear_divergence(
@@ -194,16 +229,34 @@ def test_any_kind_of_head(kind: str) -> None:
         )
     assert_same(
         both(lambda h: sparse_linear_kl(h, head, targets), h),
-        both(lambda h: sparse_forward_kl(project(h), targets), h),
+        both(lambda h: sparse_forward_kl(project(module, h, softcap), targets), h),
         1e-4,
     )
-    want = both(lambda h: nn.losses.cross_entropy(project(h), labels), h)
+    want = both(lambda h: nn.losses.cross_entropy(project(module, h, softcap), labels), h)
     assert_same(both(lambda h: linear_cross_entropy(h, head, labels), h), want, 1e-4)
     assert_same(
         both(lambda h: linear_rows(lambda z, at: nn.losses.cross_entropy(z, labels[at]), h, head, rows=4), h),
         want,
         1e-4,
     )
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_soft_capped_logits_of_both_models(name: str, temperature: float) -> None:
+    """Small caps, so that the derivative of tanh is far from 1."""
+    h, t, w, u = normal(N, D), normal(N, E), normal(V, D, scale=0.4), normal(V, E, scale=0.3)
+    loss = getattr(losses, name)
+    want = both(
+        lambda h: loss(soft_capped(h @ w.T, 1.5), soft_capped(t @ u.T, 2.5), temperature=temperature), h
+    )
+    student, teacher = head_weight(w, softcap=1.5), head_weight(u, softcap=2.5)
+    got = both(
+        lambda h: linear_divergence(h, student, t, teacher, divergence=name, temperature=temperature), h
+    )
+    assert_same(got, want)
+    plain = both(lambda h: linear_divergence(h, w, t, u, divergence=name, temperature=temperature), h)
+    assert abs(plain[0] - want[0]) > 0.1 * abs(want[0])
 
 
 def test_gradient_reaches_a_bfloat16_trunk() -> None:
@@ -243,7 +296,12 @@ def test_tied_head_in_training_gets_both_gradients() -> None:
     model, ids, labels = Tied(), mx.random.randint(0, V, (N,)), mx.random.randint(0, V, (N,))
     tiled = nn.value_and_grad(
         model,
-        lambda: linear_cross_entropy(mx.tanh(model.embed(ids)), model.embed, labels, train_head=True).sum(),
+        lambda: linear_rows(
+            lambda z, at: nn.losses.cross_entropy(z, labels[at]),
+            mx.tanh(model.embed(ids)),
+            model.embed,
+            rows=4,
+        ).sum(),
     )()
     plain = nn.value_and_grad(
         model, lambda: nn.losses.cross_entropy(model.embed.as_linear(mx.tanh(model.embed(ids))), labels).sum()
@@ -254,7 +312,7 @@ def test_tied_head_in_training_gets_both_gradients() -> None:
 
 
 @pytest.mark.parametrize("name", ["forward_kl", "js_divergence", "sparse", "cross_entropy"])
-def test_memory_does_not_know_the_vocabulary(name: str) -> None:
+def test_memory_does_not_grow_with_the_vocabulary(name: str) -> None:
     n, v, d = 64, 32_768, 32
     h, w, labels = normal(n, d), normal(v, d, scale=0.3), mx.zeros((n,), mx.int32)
     targets = TopK(mx.broadcast_to(mx.arange(8), (n, 8)), mx.full((n, 8), -3.0))
@@ -280,7 +338,7 @@ def test_keeps_leading_axes_and_takes_no_rows() -> None:
     assert sparse_linear_kl(empty, w, TopK(mx.zeros((0, 4), mx.int32), mx.zeros((0, 4)))).shape == (0,)
 
 
-def test_bad_input_is_refused_with_a_cure() -> None:
+def test_bad_input_is_refused_with_a_fix() -> None:
     h, w, labels = normal(N, D), normal(V, D), mx.zeros((N,), mx.int32)
     with pytest.raises(ModelError, match=r"2500 columns and the teacher's 2499"):
         linear_divergence(h, w, h, w[:-1])
@@ -292,8 +350,8 @@ def test_bad_input_is_refused_with_a_cure() -> None:
         linear_cross_entropy(h, w, labels - 100)
     with pytest.raises(DataError, match="label 2500"):
         linear_cross_entropy(h, w, labels + V)
-    with pytest.raises(ModelError, match="dense head"):
-        linear_cross_entropy(h, heads()["quantised linear"], labels, train_head=True)
+    with pytest.raises(ConfigError, match=r"unknown option 'alpha'.*beta, lam"):
+        linear_divergence(h, w, h, w, alpha=0.5)
     with pytest.raises(ModelError, match="LayerNorm cannot be read"):
         head_weight(nn.LayerNorm(4))
     with pytest.raises(ConfigError, match="rows is 0"):

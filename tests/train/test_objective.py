@@ -103,9 +103,7 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
                 token.append(100 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))))
             continue
         for j, ids, theirs in zip(pair.starts, pair.topk_ids, pair.topk_logprobs, strict=True):
-            if (
-                kind == "token_groups"
-            ):  # its own tests say what it is; here, that it is read at the right place
+            if kind == "token_groups":  # its own tests say what it is; here, that it is read at the right place
                 targets = TopK(mx.array(ids[None]), mx.array(theirs[None]))
                 token.append(
                     token_group_kl(mx.array(logits[j - 1][None].astype(np.float32)), targets, GROUPS).item()

@@ -15,7 +15,7 @@ from helpers.tiny_model import TinyModel, collate, make_model, make_rows, settin
 from mlx.utils import tree_flatten
 
 from mlx_distill.losses.numerics import row_logsumexp
-from mlx_distill.losses.tiled import in_slices
+from mlx_distill.losses.tiled import linear_rows
 from mlx_distill.runtime import random_key
 from mlx_distill.train import make_trainable
 from mlx_distill.train.grad_checkpoint import checkpointed_layers
@@ -169,7 +169,7 @@ def test_slices_give_what_the_whole_gives(method: str, dtype: mx.Dtype) -> None:
         def loss(weights: Any, hidden: mx.array, rows: int = rows) -> mx.array:
             head.update(weights)
             each = (
-                in_slices(nats, hidden, head, rows)
+                linear_rows(nats, hidden, head, rows=rows)
                 if rows
                 else nats(head(hidden).astype(mx.float32), slice(None))
             )
@@ -184,7 +184,7 @@ def test_slices_give_what_the_whole_gives(method: str, dtype: mx.Dtype) -> None:
     for sliced in found[1:]:
         for one, other in zip(sliced, found[0], strict=True):
             assert one.dtype == other.dtype and mx.allclose(one, other, **close)
-    assert in_slices(nats, hidden[:0], head).shape == (0,)
+    assert linear_rows(nats, hidden[:0], head).shape == (0,)
 
 
 def test_a_slice_that_is_computed_again_drops_the_same() -> None:
@@ -198,7 +198,7 @@ def test_a_slice_that_is_computed_again_drops_the_same() -> None:
 
     def loss(scale: mx.array) -> mx.array:
         head.lora_b = weight * scale
-        return in_slices(nats, hidden, head, 4).sum()
+        return linear_rows(nats, hidden, head, rows=4).sum()
 
     def at(scale: float) -> float:
         mx.random.seed((start[0] << 32) | start[1])
@@ -224,7 +224,7 @@ def test_logits_of_a_head_that_learns_are_never_there_together(method: str) -> N
 
     def loss(weights: Any, hidden: mx.array) -> mx.array:
         head.update(weights)
-        return in_slices(nats, hidden, head, 16).sum()
+        return linear_rows(nats, hidden, head, rows=16).sum()
 
     mx.eval(hidden, model.parameters())
     before = mx.get_active_memory()

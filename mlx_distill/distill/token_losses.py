@@ -1,0 +1,104 @@
+"""The token-level losses of distillation: one registry entry each.
+
+A new loss is a function of :class:`TokenLossInput`, an entry of :data:`TOKEN_LOSSES`, and its name in
+:data:`mlx_distill.recipe.TOKEN_LOSSES`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Float
+
+from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, span_sums, token_group_kl
+from mlx_distill.losses.topk import rows_of, sparse_forward_kl, sparse_linear_kl
+from mlx_distill.recipe import DistillConfig
+from mlx_distill.records import TopK
+from mlx_distill.train.objective import LogitReader
+
+
+@dataclass(frozen=True)
+class TokenLossInput:
+    """What a token-level loss is computed from.
+
+    Args:
+        reader: Of the batch's trained positions.
+        extra: The arrays of :func:`~mlx_distill.distill.align.collate_aligned_rows`.
+        cross_entropy: Gives the cross-entropy at all positions of the reader; computed once a batch.
+        groups: The token groups of the two vocabularies, where the loss needs them.
+        temperature: T.
+    """
+
+    reader: LogitReader
+    extra: Mapping[str, mx.array]
+    cross_entropy: Callable[[], mx.array]
+    groups: TokenGroups | None
+    temperature: float
+
+
+@dataclass(frozen=True)
+class TokenLoss:
+    """A token-level loss.
+
+    Args:
+        loss: One number per event.
+        events: The array of ``batch.extra`` whose length is the number of events in a batch.
+        needs: ``same_tokenizer`` for student and teacher, ``token_groups``, or None.
+    """
+
+    loss: Callable[[TokenLossInput], Float[mx.array, " n"]]
+    events: str
+    needs: Literal["same_tokenizer", "token_groups"] | None = None
+
+
+def _top_k_kl(data: TokenLossInput) -> mx.array:
+    index, targets, reader = data.extra["start_index"], _targets(data), data.reader
+    if reader.tiled_head is not None:
+        return sparse_linear_kl(
+            reader.hidden[index], reader.tiled_head, targets, temperature=data.temperature
+        )
+    return reader.row_losses(
+        lambda z, at: sparse_forward_kl(z, rows_of(targets, at), temperature=data.temperature), index
+    )
+
+
+def _token_group_kl(data: TokenLossInput) -> mx.array:
+    targets, groups = _targets(data), data.groups
+    assert groups is not None
+    return data.reader.row_losses(
+        lambda z, at: token_group_kl(z, rows_of(targets, at), groups, temperature=data.temperature),
+        data.extra["start_index"],
+    )
+
+
+def _span_likelihoods(data: TokenLossInput) -> mx.array:
+    spans = span_sums(-data.cross_entropy(), np.array(data.extra["spans"]))
+    return alm(spans, data.extra["span_logprobs"])
+
+
+def _targets(data: TokenLossInput) -> TopK:
+    return TopK(data.extra["topk_ids"], data.extra["topk_logprobs"])
+
+
+TOKEN_LOSSES: Mapping[str, TokenLoss] = {
+    "kl": TokenLoss(_top_k_kl, events="start_index", needs="same_tokenizer"),
+    "token_groups": TokenLoss(_token_group_kl, events="start_index", needs="token_groups"),
+    "alm": TokenLoss(_span_likelihoods, events="spans"),
+}
+
+
+def token_loss_name(settings: DistillConfig, same_tokenizer: bool) -> str | None:
+    """The name of the token-level loss that a recipe asks for, with ``auto`` resolved; None for no such loss.
+
+    >>> token_loss_name(DistillConfig(), same_tokenizer=False)
+    'token_groups'
+    """
+    if settings.token_weight <= 0 or settings.token_loss == "none":
+        return None
+    if settings.token_loss == "auto":
+        return "kl" if same_tokenizer else "token_groups"
+    return settings.token_loss
