@@ -27,12 +27,13 @@ def kd(
     r"""Knowledge distillation from a teacher's soft targets, over batches of
     :func:`~mlx_distill.distill.align.collate_aligned_rows`.
 
-    .. math:: \alpha\, T^2\, \mathrm{KL}_T(\mathrm{label}) + \beta\, D(\mathrm{tokens}) + \gamma\, \mathrm{CE}(\mathrm{text})
+    .. math:: \alpha\, T^2\, \mathrm{KL}_T(\mathrm{label}) + \beta\, D(\mathrm{tokens})
+        + \gamma\, \mathrm{CE}(\mathrm{text})
 
     - ``label``: over the task's classes and all other tokens, where the label's value starts; one event a row
       (Hinton et al., https://arxiv.org/abs/1503.02531);
-    - ``token``: one of :data:`~mlx_distill.distill.token_losses.TOKEN_LOSSES`: ``kl`` over the teacher's top k
-      (same tokenizer) and ``token_groups`` (two tokenizers), one event a common start of tokens, or ``alm``,
+    - ``token``: one of :data:`~mlx_distill.distill.token_losses.TOKEN_LOSSES`: ``kl`` over the teacher's top
+      k (same tokenizer) or ``token_groups`` (two tokenizers), one event a common start of tokens; or ``alm``,
       one event a common span (https://arxiv.org/abs/2503.20083);
     - ``text``: cross-entropy of the teacher's text, one event a token.
 

@@ -1,4 +1,4 @@
-"""Losses: arrays in, one number per token, span or row out. Never averaged; float32; T² inside; zero at equality.
+"""Losses: arrays in, one number per token, span or row out; float32, T² inside, never averaged.
 
 With one tokenizer: the divergences, from logits, from the teacher's top k, or from hidden states
     (``linear_*``), where the logits never exist as a whole.
@@ -10,7 +10,14 @@ from __future__ import annotations
 
 from mlx_distill.losses.byte_alignment import align_bytes, align_lengths, token_bytes
 from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, build_token_groups, span_sums, token_group_kl
-from mlx_distill.losses.divergences import DIVERGENCES, forward_kl, js_divergence, reverse_kl, skew_kl, total_variation
+from mlx_distill.losses.divergences import (
+    DIVERGENCES,
+    forward_kl,
+    js_divergence,
+    reverse_kl,
+    skew_kl,
+    total_variation,
+)
 from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs, label_tokens
 from mlx_distill.losses.tiled import linear_cross_entropy, linear_divergence, linear_rows
 from mlx_distill.losses.topk import sparse_forward_kl, sparse_linear_kl

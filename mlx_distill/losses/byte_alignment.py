@@ -221,5 +221,8 @@ def _difference(left: bytes, right: bytes) -> DataError:
     window = slice(max(0, at - 10), at + 20)
     return DataError(
         f"the two sides differ at byte {at}: student {left[window]!r}, teacher {right[window]!r}",
-        fix="tokenize the same text for both; a tokenizer that normalizes (Qwen: NFC) needs text that is normalized already",
+        fix=(
+            "tokenize the same text for both; a tokenizer that normalizes (Qwen: NFC) needs text that is "
+            "normalized already"
+        ),
     )

@@ -221,7 +221,7 @@ def alm(
 
 
 def _log1mexp(x: mx.array) -> mx.array:
-    """``log(1 - exp(x))`` for x < 0, by the formula that is accurate on each side of -log 2 (Mächler 2012)."""
+    """``log(1 - exp(x))`` for x < 0; on each side of -log 2 the accurate formula (Mächler 2012)."""
     near = x > -0.6931
     return mx.where(
         near, mx.log(-mx.expm1(mx.where(near, x, -0.5))), mx.log1p(-mx.exp(mx.where(near, -1.0, x)))

@@ -20,7 +20,7 @@ _PLAIN = (nn.Linear, nn.Embedding, nn.QuantizedLinear, nn.QuantizedEmbedding)
 
 @dataclass(frozen=True)
 class HeadTile:
-    """Some columns of a head in float32: ``weight [c, d]``, ``bias [c]`` (0 without one), and the soft cap."""
+    """Some columns of a head in float32: ``weight [c, d]``, ``bias [c]`` (0 without one), the soft cap."""
 
     weight: mx.array
     bias: mx.array | float
@@ -133,8 +133,8 @@ def head_weight(head: Head, softcap: float | None = None) -> HeadWeight:
     raise ModelError(
         f"a {type(head).__name__} cannot be read as an output projection",
         fix=(
-            "give the [vocabulary, hidden] array, or an nn.Linear, nn.Embedding or their quantized form; fuse "
-            "adapters on the head first"
+            "give the [vocabulary, hidden] array, or an nn.Linear, nn.Embedding or their quantized form; "
+            "fuse adapters on the head first"
         ),
     )
 
@@ -173,5 +173,5 @@ def soft_capped(z: Float[mx.array, "*b v"], cap: float) -> Float[mx.array, "*b v
 def by_uncapped(
     by_logit: Float[mx.array, "*b v"], logits: Float[mx.array, "*b v"], cap: float | None
 ) -> Float[mx.array, "*b v"]:
-    """The gradient by z from the gradient by ``cap * tanh(z / cap)`` and that value: times ``1 - (value/cap)²``."""
+    """The gradient by z, from that by ``y = cap * tanh(z / cap)`` and y: times ``1 - (y / cap)²``."""
     return by_logit if cap is None else by_logit * (1 - mx.square(logits / cap))

@@ -93,7 +93,7 @@ def linear_divergence(
     check_hidden(teacher_hidden, teacher)
     if student_hidden.shape[:-1] != teacher_hidden.shape[:-1]:
         raise DataError(
-            f"the student has positions {student_hidden.shape[:-1]} and the teacher {teacher_hidden.shape[:-1]}",
+            f"the student has positions {student_hidden.shape[:-1]}, the teacher {teacher_hidden.shape[:-1]}",
             fix="give both models' hidden states of the same tokens",
         )
     rows = flat_rows(student_hidden)
@@ -188,8 +188,8 @@ def linear_rows(
         ModelError: The head does not fit the hidden state.
 
     >>> w = mx.array([[1.0], [2.0]])
-    >>> linear_rows(lambda logits, at: mx.logsumexp(logits, axis=-1), mx.zeros((1, 1)), w).item() == mx.log(mx.array(2.0)).item()
-    True
+    >>> round(linear_rows(lambda logits, at: mx.logsumexp(logits, axis=-1), mx.zeros((1, 1)), w).item(), 4)
+    0.6931
     """
     if rows < 1:
         raise ConfigError(f"rows is {rows}", fix="give a positive number")
@@ -206,9 +206,7 @@ def linear_rows(
     return with_gradient(*_concatenated(parts), flat).reshape(hidden.shape[:-1])
 
 
-def _rows_of_tiles(
-    loss: RowLoss, hidden: mx.array, at: slice, head: HeadWeight
-) -> tuple[mx.array, mx.array]:
+def _rows_of_tiles(loss: RowLoss, hidden: mx.array, at: slice, head: HeadWeight) -> tuple[mx.array, mx.array]:
     """A row loss of one slice through a constant head, and its gradient by the hidden state."""
     columns = []
     for start, stop in column_tiles(head.columns):
@@ -298,7 +296,7 @@ def flat_rows(hidden: Float[mx.array, "*b d"]) -> Float[mx.array, "n d"]:
 def detached(x: mx.array) -> mx.array:
     """The same numbers, evaluated, in no graph.
 
-    A copy through numpy: ``stop_gradient`` and copies in mlx stay in the graph of the differentiated function,
+    A copy through numpy: ``stop_gradient`` and copies in mlx keep the graph of the differentiated function,
     and with it every tile.
     """
     return mx.array(np.array(x.astype(mx.float32), copy=False)).astype(x.dtype)
@@ -320,7 +318,7 @@ def with_gradient(
 
 @dataclass(frozen=True)
 class ModelPair:
-    """Both models at the same positions: hidden states and heads, both divided by T, and the rows per block."""
+    """Both models at the same positions: hidden states and heads, divided by T; rows per block."""
 
     student: mx.array
     student_head: HeadWeight
@@ -433,18 +431,19 @@ def _two_pass(models: ModelPair, pointwise: Pointwise) -> tuple[mx.array, mx.arr
     """A divergence ``Σ f(log q, log p)`` of the logits (already over T) and its gradient by the student's
     hidden state (over T).
 
-    The first pass gives both normalisers; the second sums f, its derivative g by ``log q``, and ``g w``, where
-    w is the derivative of a logit by the hidden state. The gradient is ``Σ g w - E_q[w] Σ g``.
+    The first pass gives both normalisers; the second sums f, its derivative g by ``log q``, and ``g w``, with
+    w the derivative of a logit by the hidden state. The gradient is ``Σ g w - E_q[w] Σ g``.
     """
     log_z_q, mean_w = tail_logsumexp(models.student, models.student_head, block_rows=models.block_rows)
     log_z_p, _ = tail_logsumexp(models.teacher, models.teacher_head, block_rows=models.block_rows)
     states: dict[int, tuple[mx.array, mx.array, mx.array]] = {}
     for block, at, tile, z_q, z_p in models.tiles():
         log_q, log_p = z_q - log_z_q[at][:, None], z_p - log_z_p[at][:, None]
+        del z_q, z_p  # else two more tiles would be in memory
         f, g = summand_and_derivative(pointwise, log_q, log_p)
-        sums = (f.sum(axis=1), g.sum(axis=1), tile.gradient(g, z_q))
+        sums = (f.sum(axis=1), g.sum(axis=1), tile.gradient(g, log_q + log_z_q[at][:, None]))
         if block in states:
-            sums = tuple(old + new for old, new in zip(states[block], sums, strict=True))  # type: ignore[assignment]
+            sums = tuple(old + new for old, new in zip(states[block], sums, strict=True))
         # Inside a differentiated function the vjp keeps what it was made of, unless the sums leave its graph.
         states[block] = tuple(map(detached, sums))
     value, total, weighted = (mx.concatenate(list(part)) for part in zip(*states.values(), strict=True))
@@ -466,7 +465,10 @@ def gathered_logits(
 
 
 def gathered_gradient(
-    by_logit: Float[mx.array, "n k"], logits: Float[mx.array, "n k"], head: HeadWeight, ids: Int[mx.array, "n k"]
+    by_logit: Float[mx.array, "n k"],
+    logits: Float[mx.array, "n k"],
+    head: HeadWeight,
+    ids: Int[mx.array, "n k"],
 ) -> Float[mx.array, "n d"]:
     """The gradient by the hidden state, from that by the logits of :func:`gathered_logits` and the logits."""
     weights, out = by_uncapped(by_logit, logits, head.softcap), []

@@ -65,7 +65,7 @@ def sparse_forward_kl(
     head = mx.take_along_axis(z, targets.ids, axis=-1)
     if targets.ids.shape[-1] == z.shape[-1]:
         return bucket_kl(head, None, targets.logprobs, temperature=temperature)
-    # The tail is summed without the top k, not as 1 - sum: for a confident student that would be all rounding.
+    # The tail is summed without the top k, not as 1 - sum: for a confident student that would be rounding.
     tail = mx.put_along_axis(z, targets.ids, mx.array(LOWEST), axis=-1)
     return bucket_kl(head, row_logsumexp(tail), targets.logprobs, temperature=temperature)
 
@@ -174,7 +174,7 @@ def check_targets(rows: tuple[int, ...], width: int, targets: TopK) -> None:
     """Refuse targets that belong to other positions or to another vocabulary."""
     if targets.ids.shape != targets.logprobs.shape or targets.ids.shape[:-1] != rows:
         raise DataError(
-            f"targets of shape {targets.ids.shape} and {targets.logprobs.shape} for positions of shape {rows}",
+            f"targets of shape {targets.ids.shape} and {targets.logprobs.shape} for positions {rows}",
             fix="give ids and logprobs of shape [positions, k]",
         )
     if targets.ids.shape[-1] > width:

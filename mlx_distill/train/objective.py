@@ -21,9 +21,9 @@ from mlx_distill.records import Batch
 DENSE_LIMIT = 1 << 24
 
 
-# Through a head that trains or has an adapter, the logits of at least so many positions are computed together.
-# Some eight arrays as large as those logits exist in the backward pass, so of more positions only as many as
-# keep the logits below an eighth of the dense limit, or of the head's trainable parameters.
+# Through a head that trains or has an adapter, at least so many positions are projected together; more only
+# while their logits are at most an eighth of the dense limit, or of the head's trainable parameters: in the
+# backward pass some eight arrays as large as those logits exist at once.
 MIN_ROWS = 32
 
 
@@ -115,8 +115,8 @@ class LogitReader:
 
 @dataclass(frozen=True)
 class HeadSplit:
-    """An objective in two parts, trunk and head: ``positions`` of the hidden states, and ``read``, which turns
-    them into the terms' sums.
+    """An objective in two parts, trunk and head: ``positions`` of the hidden states, and ``read``, which
+    computes the terms' sums from them.
     """
 
     positions: Callable[[Batch], mx.array]

@@ -83,7 +83,9 @@ def test_gradient_equals_float64_finite_differences(
         step = np.zeros_like(base)
         step[row, column] = 1e-6
         p = softmax(np.array(z_p, np.float64) / temperature)
-        ends = [temperature**2 * reference(p, softmax((base + s * step) / temperature)) @ weights for s in (1, -1)]
+        ends = [
+            temperature**2 * reference(p, softmax((base + s * step) / temperature)) @ weights for s in (1, -1)
+        ]
         assert grad[row, column].item() == pytest.approx((ends[0] - ends[1]) / 2e-6, rel=1e-3, abs=2e-6)
 
 
@@ -136,17 +138,24 @@ def test_teacher_gets_no_gradient(name: str, options: dict[str, float], referenc
 
 
 @every_divergence
-def test_bfloat16_logits_are_computed_in_float32(name: str, options: dict[str, float], reference: Any) -> None:
+def test_bfloat16_logits_are_computed_in_float32(
+    name: str, options: dict[str, float], reference: Any
+) -> None:
     z_q, z_p = logits(1).astype(mx.bfloat16), logits(2).astype(mx.bfloat16)
     got = getattr(losses, name)(z_q, z_p, **options)
     assert got.dtype == mx.float32
     np.testing.assert_allclose(
-        np.array(got), exact(z_q.astype(mx.float32), z_p.astype(mx.float32), reference, 1.0), rtol=2e-5, atol=2e-6
+        np.array(got),
+        exact(z_q.astype(mx.float32), z_p.astype(mx.float32), reference, 1.0),
+        rtol=2e-5,
+        atol=2e-6,
     )
 
 
 @every_divergence
-def test_keeps_leading_axes_and_averages_nothing(name: str, options: dict[str, float], reference: Any) -> None:
+def test_keeps_leading_axes_and_averages_nothing(
+    name: str, options: dict[str, float], reference: Any
+) -> None:
     z_q, z_p = logits(1), logits(2)
     plain = getattr(losses, name)(z_q, z_p, **options)
     stacked = getattr(losses, name)(z_q.reshape(1, N, V), z_p.reshape(1, N, V), **options)
@@ -178,11 +187,11 @@ def test_the_derivative_of_the_summand_is_that_of_the_chain_rule(
     log_q, log_p = (mx.log(mx.softmax(logits(seed), axis=-1)) for seed in (1, 2))
     _, pointwise = pointwise_form(name, options)
     f, derivative = summand_and_derivative(pointwise, log_q, log_p)
-    plain, (chain,) = mx.vjp(
-        lambda x: summand(pointwise, x, log_p), [log_q], [mx.ones_like(log_q)]
-    )
+    plain, (chain,) = mx.vjp(lambda x: summand(pointwise, x, log_p), [log_q], [mx.ones_like(log_q)])
     assert mx.array_equal(f, plain[0])
-    np.testing.assert_allclose(np.array(derivative), np.array(chain), atol=2e-8 + 1e-6 * mx.abs(chain).max().item())
+    np.testing.assert_allclose(
+        np.array(derivative), np.array(chain), atol=2e-8 + 1e-6 * mx.abs(chain).max().item()
+    )
 
 
 def test_impossible_mixing_weight_is_refused() -> None:

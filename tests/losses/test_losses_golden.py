@@ -63,9 +63,7 @@ def test_head_and_divergence_in_one_equals_trl(key: str, numbers: list[float]) -
     head, teacher_logits = nn.Linear(w.shape[1], w.shape[0], bias=False), h_t @ w_t.T
 
     def frozen(h: mx.array) -> mx.array:
-        return losses.linear_divergence(
-            h, w, h_t, w_t, divergence="js_divergence", beta=beta, temperature=t
-        )
+        return losses.linear_divergence(h, w, h_t, w_t, divergence="js_divergence", beta=beta, temperature=t)
 
     def trained(h: mx.array, w: mx.array) -> mx.array:
         head.weight = w

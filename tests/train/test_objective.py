@@ -1,4 +1,4 @@
-"""Objectives: each term against a plain statement of it, row by row; dense against tiled."""
+"""Objectives: each term against its plain formula, row by row; dense against tiled."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from mlx_distill.losses.labels import LabelTokens
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch, TopK
 from mlx_distill.train import make_trainable
-from mlx_distill.train import objective as reading
 from mlx_distill.train.gradients import global_norm, window_gradients
-from mlx_distill.train.objective import Objective, sft
+from mlx_distill.train.objective import MIN_ROWS, Objective, sft
 
 LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
 TEACHER = 19
@@ -33,20 +32,20 @@ GROUPS = TokenGroups(
 )
 
 
-def make_pairs(count: int, seed: int = 0) -> list[AlignedRow]:
+def make_aligned_rows(count: int, seed: int = 0) -> list[AlignedRow]:
     random = np.random.default_rng(seed)
-    pairs = []
+    rows = []
     for tokens, _ in make_rows(count, seed, low=6, high=11):
         start, answer = 3, len(tokens) - 4
         theirs = answer - 1
-        # The student's last two tokens before the stop are one of the teacher's; all others are alike.
+        # The student's last two tokens before the stop are one token of the teacher; all others are equal.
         spans = np.array(
             [[i, i + 1, i, i + 1] for i in range(theirs - 1)] + [[theirs - 1, answer, theirs - 1, theirs]]
         ).reshape(-1, 4)
         logits = random.normal(size=(theirs + 1, TEACHER))
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         order = np.argsort(-logprobs, axis=1)[:, :4]
-        pairs.append(
+        rows.append(
             align_row(
                 np.array(tokens),
                 start,
@@ -54,20 +53,20 @@ def make_pairs(count: int, seed: int = 0) -> list[AlignedRow]:
                 teacher_logprobs=logprobs[:, 0].astype(np.float32),
                 topk_ids=order.astype(np.int32),
                 topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
-                label_at=start + 1 if len(pairs) % 3 else None,
+                label_at=start + 1 if len(rows) % 3 else None,
                 label_logprobs=np.log(random.dirichlet([1, 1, 1, 1])).tolist(),
             )
         )
-    return pairs
+    return rows
 
 
-PAIRS = make_pairs(6)
+ROWS = make_aligned_rows(6)
 
 
 def batches(size: int) -> list[Batch]:
     return [
-        collate_aligned_rows(PAIRS, list(range(i, min(i + size, len(PAIRS)))), 0, 4, multiple=4)
-        for i in range(0, len(PAIRS), size)
+        collate_aligned_rows(ROWS, list(range(i, min(i + size, len(ROWS)))), 0, 4, multiple=4)
+        for i in range(0, len(ROWS), size)
     ]
 
 
@@ -85,25 +84,25 @@ def softmax(z: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 
 
 def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
-    """The three terms, said row by row in float64."""
+    """The three terms, row by row in float64."""
     label, token, text = [], [], []
-    for pair in PAIRS:
-        logits = np.array(model(mx.array(pair.tokens[None, :-1])))[0].astype(np.float64)
+    for row in ROWS:
+        logits = np.array(model(mx.array(row.tokens[None, :-1])))[0].astype(np.float64)
         logprobs = np.log(np.array([softmax(z) for z in logits]))
-        text += [-logprobs[j - 1, pair.tokens[j]] for j in range(pair.start, len(pair.tokens))]
-        if pair.label_at is not None and pair.label_logprobs is not None:
-            q = np.array([np.exp(logprobs[pair.label_at - 1, list(ids)]).sum() for ids in LABELS.ids])
+        text += [-logprobs[j - 1, row.tokens[j]] for j in range(row.start, len(row.tokens))]
+        if row.label_at is not None and row.label_logprobs is not None:
+            q = np.array([np.exp(logprobs[row.label_at - 1, list(ids)]).sum() for ids in LABELS.ids])
             q = np.append(q, 1 - q.sum())
-            p, q = softmax(pair.label_logprobs.astype(np.float64), 4.0), softmax(np.log(q), 4.0)
+            p, q = softmax(row.label_logprobs.astype(np.float64), 4.0), softmax(np.log(q), 4.0)
             label.append(16 * (p * np.log(p / q)).sum())
         if kind == "alm":
-            for (a, b), theirs in zip(pair.spans, pair.span_logprobs, strict=True):
-                ours = sum(logprobs[j - 1, pair.tokens[j]] for j in range(a, b))
+            for (a, b), theirs in zip(row.spans, row.span_logprobs, strict=True):
+                ours = sum(logprobs[j - 1, row.tokens[j]] for j in range(a, b))
                 p, q = np.exp(theirs / 100 - 1e-6), np.exp(ours / 100 - 1e-6)
                 token.append(100 * (p * np.log(p / q) + (1 - p) * np.log((1 - p) / (1 - q))))
             continue
-        for j, ids, theirs in zip(pair.starts, pair.topk_ids, pair.topk_logprobs, strict=True):
-            if kind == "token_groups":  # its own tests say what it is; here, that it is read at the right place
+        for j, ids, theirs in zip(row.starts, row.topk_ids, row.topk_logprobs, strict=True):
+            if kind == "token_groups":  # tested elsewhere; here only the positions count
                 targets = TopK(mx.array(ids[None]), mx.array(theirs[None]))
                 token.append(
                     token_group_kl(mx.array(logits[j - 1][None].astype(np.float32)), targets, GROUPS).item()
@@ -117,7 +116,7 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
 
 @pytest.mark.parametrize("dense_limit", [0, 1 << 24])
 @pytest.mark.parametrize("kind", ["kl", "token_groups", "alm"])
-def test_each_term_is_the_mean_of_its_plain_statement(kind: str, dense_limit: int) -> None:
+def test_each_term_is_the_mean_of_its_plain_formula(kind: str, dense_limit: int) -> None:
     model = make_model()
     model.lm_head.freeze()
     result = window_gradients(model, batches(2), objective(kind, dense_limit=dense_limit))
@@ -131,7 +130,7 @@ def test_each_term_is_the_mean_of_its_plain_statement(kind: str, dense_limit: in
 
 
 @pytest.mark.parametrize("kind", ["kl", "token_groups", "alm"])
-def test_tiled_equals_dense_in_gradient_and_the_cut_does_not_matter(kind: str) -> None:
+def test_tiled_equals_dense_in_gradient_and_the_batches_do_not_matter(kind: str) -> None:
     model = make_model()
     model.lm_head.freeze()
     plain = window_gradients(model, batches(6), objective(kind))
@@ -144,7 +143,7 @@ def test_tiled_equals_dense_in_gradient_and_the_cut_does_not_matter(kind: str) -
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_head_that_learns_gets_the_same_gradient_from_tiles(tied: bool) -> None:
+def test_a_trainable_head_gets_the_same_gradient_from_tiles(tied: bool) -> None:
     model, batch = make_model(), collate(make_rows(4), [0, 1, 2, 3])
     if tied:
         del model["lm_head"]
@@ -156,23 +155,33 @@ def test_a_head_that_learns_gets_the_same_gradient_from_tiles(tied: bool) -> Non
         assert mx.allclose(tiled.gradients[path], gradient, rtol=1e-3, atol=1e-6), path
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("softcap", [None, 1.0], ids=["", "soft-capped"])
+@pytest.mark.parametrize("method", ["lora", "full", "frozen"])
 @pytest.mark.parametrize("kind", ["kl", "token_groups", "alm"])
-def test_every_term_of_a_head_that_learns_is_the_same_in_slices(
-    kind: str, method: str, monkeypatch: pytest.MonkeyPatch
+def test_every_term_is_the_same_in_tiles_and_slices_for_any_head(
+    kind: str, method: str, softcap: float | None
 ) -> None:
-    monkeypatch.setattr(reading, "ROWS", 5)
     model = make_model()
-    make_trainable(model, training(method=method, target_modules=["up_proj", "lm_head"], lora_dropout=0.0))
-    dense, sliced = (
-        window_gradients(model, [batches(6)[0]], objective(kind, dense_limit=limit)) for limit in (1 << 24, 0)
+    if method == "frozen":
+        model.lm_head.freeze()
+    else:
+        make_trainable(
+            model, training(method=method, target_modules=["up_proj", "lm_head"], lora_dropout=0.0)
+        )
+    batch = collate_aligned_rows(make_aligned_rows(24), list(range(24)), 0, 4, multiple=4)
+    assert min(len(batch.extra[name]) for name in ("positions", "start_index", "spans")) > 3 * MIN_ROWS
+    uncapped = window_gradients(model, [batch], objective(kind))
+    model.final_logit_softcapping = softcap
+    dense, tiled = (
+        window_gradients(model, [batch], objective(kind, dense_limit=limit)) for limit in (1 << 24, 0)
     )
-    assert sliced.terms == pytest.approx(dense.terms, rel=1e-5)
-    assert sliced.gradients.keys() == dense.gradients.keys() and any(
-        "lm_head" in path for path in dense.gradients
-    )
+    if softcap:
+        assert all(abs(dense.terms[term] - value) > 1e-4 for term, value in uncapped.terms.items())
+    assert tiled.terms == pytest.approx(dense.terms, rel=1e-5)
+    assert tiled.gradients.keys() == dense.gradients.keys()
+    assert any("lm_head" in path for path in dense.gradients) == (method != "frozen")
     for path, gradient in dense.gradients.items():
-        assert mx.allclose(sliced.gradients[path], gradient, rtol=1e-3, atol=1e-6), path
+        assert mx.allclose(tiled.gradients[path], gradient, rtol=1e-3, atol=1e-6), path
 
 
 def test_a_head_with_an_adapter_is_read_through_it() -> None:
@@ -210,15 +219,15 @@ def test_terms_without_a_coefficient_are_left_out() -> None:
         ({"label_weight": 0.0, "token_weight": 0.0, "text_weight": 0.0}, {}),
     ],
 )
-def test_what_cannot_be_trained_is_refused_with_a_cure(changes: dict, given: dict) -> None:
+def test_what_cannot_be_trained_is_refused_with_a_fix(changes: dict, given: dict) -> None:
     with pytest.raises(ConfigError) as caught:
         kd(settings(**changes), **given)
     assert caught.value.fix
 
 
 def test_rows_without_a_label_still_train_the_rest() -> None:
-    pairs = [replace(pair, label_at=None, label_logprobs=None) for pair in PAIRS]
-    batch = collate_aligned_rows(pairs, [0, 1], 0, 4)
+    rows = [replace(row, label_at=None, label_logprobs=None) for row in ROWS]
+    batch = collate_aligned_rows(rows, [0, 1], 0, 4)
     result = window_gradients(make_model(), [batch], objective("token_groups"))
     assert (
         result.weights["label"] == 0.0
