@@ -13,6 +13,7 @@ from mlx_distill.storage import open_partial, publish, stage_key, write_json, wr
 from mlx_distill.tasks.task import Task, parse_task
 
 MODELS = ("teacher", "student_before", "student", "quantized", "student_labels", "student_text")
+# How often the teacher gives the true label, and the others the teacher's.
 SKILL = {
     "teacher": 0.93,
     "student_before": 0.35,
@@ -21,7 +22,6 @@ SKILL = {
     "student_labels": 0.7,
     "student_text": 0.85,
 }
-SHOWN = ("teacher", "student", "quantized")
 MACHINE = {
     "system": "Linux 6",
     "processor": "A processor",

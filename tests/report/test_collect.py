@@ -30,12 +30,8 @@ def test_report_is_plain_json_without_nan(run: tuple[Path, dict[str, Any]]) -> N
 
 def test_every_model_has_all_metrics(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
-    assert (report["format"], report["name"], report["task"], report["main_set"]) == (
-        1,
-        "try",
-        "colours",
-        "test",
-    )
+    assert (report["format"], report["name"], report["task"]) == (1, "try", "colours")
+    assert report["main_set"] == "test"
     assert report["sets"] == {"test": 60, "written": 15}
     assert list(report["metrics"]) == list(MODELS)
     for name, figures in report["metrics"].items():
@@ -70,25 +66,22 @@ def test_every_model_has_all_metrics(run: tuple[Path, dict[str, Any]]) -> None:
 def test_metrics_equal_a_plain_count(run: tuple[Path, dict[str, Any]]) -> None:
     """The report against a loop over the file."""
     folder, report = run
-    lines = {
-        m: [
-            json.loads(x)
-            for x in (folder / "evaluations" / m / "predictions.jsonl").read_text().splitlines()[1:]
-        ]
-        for m in MODELS
-    }
+    lines = {}
+    for model in ("teacher", "student"):
+        text = (folder / "evaluations" / model / "predictions.jsonl").read_text()
+        lines[model] = [json.loads(line) for line in text.splitlines()[1:]]
     teacher = {row["id"]: row for row in lines["teacher"]}
     for set_name in ("test", "written"):
         rows = [row for row in lines["student"] if row["set"] == set_name]
-        same = near = right = 0
+        same = near = correct = 0
         for row in rows:
             other = teacher[row["id"]]
             both = row["answer"] and other["answer"] and row["label"] == other["label"]
             same += bool(both)
             near += bool(both and abs(row["score"] - other["score"]) <= 5)
-            right += bool(row["answer"] and row["label"] == row["truth"]["tone"])
+            correct += bool(row["answer"] and row["label"] == row["truth"]["tone"])
         figures = report["by_set"][set_name]["student"]
-        for key, hits in (("verdict_agreement", same), ("agreement", near), ("accuracy", right)):
+        for key, hits in (("verdict_agreement", same), ("agreement", near), ("accuracy", correct)):
             low, high = wilson(hits, len(rows))
             assert figures[key] == {"value": hits / len(rows), "low": low, "high": high, "n": len(rows)}
         assert figures["disagreements"] == len(rows) - same
@@ -96,23 +89,19 @@ def test_metrics_equal_a_plain_count(run: tuple[Path, dict[str, Any]]) -> None:
 
 def test_disagreements_are_listed(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
-    found = report["disagreements"]["quantized"]
-    assert found["of"] == 75
-    assert (
-        found["count"]
-        == len(found["rows"])
-        == sum(report["by_set"][s]["quantized"]["disagreements"] for s in report["sets"])
-    )
-    assert all(
-        row["teacher"]["label"] != row["model"]["label"] or row["model"]["label"] is None
-        for row in found["rows"]
-    )
+    entry = report["disagreements"]["quantized"]
+    counts = [report["by_set"][name]["quantized"]["disagreements"] for name in report["sets"]]
+    assert entry["of"] == 75
+    assert entry["count"] == len(entry["rows"]) == sum(counts)
+    for row in entry["rows"]:
+        assert row["teacher"]["label"] != row["model"]["label"] or row["model"]["label"] is None
 
 
 def test_comparisons(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
     pairs = [(entry["metric"], entry["first"], entry["second"]) for entry in report["comparisons"]]
-    assert pairs[:4] == [("verdict_agreement", "student", other) for other in ("student_before",)] + [
+    assert pairs[:4] == [
+        ("verdict_agreement", "student", "student_before"),
         ("verdict_agreement", "quantized", "student"),
         ("verdict_agreement", "student", "student_labels"),
         ("verdict_agreement", "student", "student_text"),

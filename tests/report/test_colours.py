@@ -24,7 +24,7 @@ def test_colours_are_readable_in_light_and_dark() -> None:
     style = (ASSETS / "report" / "style.css").read_text()
     light, dark = style.split("@media (prefers-color-scheme: dark)")[:2]
     for text in (light, light + dark):
-        found = {
+        colours = {
             name: tuple(int(code[i : i + 2], 16) for i in (0, 2, 4))
             for name, code in re.findall(r"--([\w-]+): #([0-9a-f]{6})", text)
         }
@@ -33,14 +33,14 @@ def test_colours_are_readable_in_light_and_dark() -> None:
             for name, values in re.findall(r"--(yes|no): ([\d, ]+);", text)
         }
         for name in ("ink", "soft", "teacher", "student", "quantized", "control", "bad", "good"):
-            assert contrast(found[name], found["paper"]) >= 4.5, name
-            assert contrast(found[name], found["card"]) >= 4.5, name
+            assert contrast(colours[name], colours["paper"]) >= 4.5, name
+            assert contrast(colours[name], colours["card"]) >= 4.5, name
         for name in ("before", *(f"t{i}" for i in range(6))):
-            assert contrast(found[name], found["paper"]) >= 3, name
+            assert contrast(colours[name], colours["paper"]) >= 3, name
         deep = float(re.findall(r"--deep: ([.\d]+)", text)[-1])
         for name, most in (("yes", 0.5), ("no", 0.05 + deep)):
             for share in np.linspace(0.04, most, 9):
                 shade = tuple(
-                    share * c + (1 - share) * p for c, p in zip(triples[name], found["paper"], strict=True)
+                    share * c + (1 - share) * p for c, p in zip(triples[name], colours["paper"], strict=True)
                 )
-                assert contrast(found["ink"], shade) >= 4.5, (name, share)
+                assert contrast(colours["ink"], shade) >= 4.5, (name, share)

@@ -75,10 +75,12 @@ def test_speed_is_compared_only_between_models_with_the_same_kind_of_weights(
 
 
 def test_settings_that_hold_for_all_models_are_listed_once(mixed: dict[str, Any]) -> None:
-    listed = page_text(mixed).split("Settings of the evaluations")[1].split("Recipe")[0]
-    assert listed.startswith("All modelsbatch size16compute dtypefloat32Teacherquantized weightsdequantized")
-    assert listed.count("batch size") == 1
-    assert listed.endswith("Quantizedquantized weightsas on disk")
+    settings = page_text(mixed).split("Settings of the evaluations")[1].split("Recipe")[0]
+    assert settings.startswith(
+        "All modelsbatch size16compute dtypefloat32Teacherquantized weightsdequantized"
+    )
+    assert settings.count("batch size") == 1
+    assert settings.endswith("Quantizedquantized weightsas on disk")
 
 
 def test_the_size_of_an_adapter_includes_its_base(run: tuple[Path, dict[str, Any]]) -> None:
@@ -88,7 +90,7 @@ def test_the_size_of_an_adapter_includes_its_base(run: tuple[Path, dict[str, Any
 
 
 def test_a_difference_that_does_not_match_the_rounded_rates_is_explained(tmp_path: Path) -> None:
-    """308 and 319 of 320 are shown as 96.2 and 99.7, and differ by 3.4."""
+    """308 and 319 of 320 are shown as 96.2 and 99.7 %, but differ by 3.4 points."""
     task = make_task()
     for wrong, explained in (
         ({"teacher": 12, "quantized": 1}, True),
@@ -119,15 +121,15 @@ def test_groups_of_few_rows_are_flagged_and_their_intervals_fit_the_axis(
     report = build_report(tmp_path, RECIPE, make_task(), make_run(tmp_path, make_task(), sets={"test": n}))
     html = render_html(report)
     assert sentence in Page(html).text
-    part = html.split('id="groups"')[1].split("</section>")[0].split("False negatives")[0]
-    assert part.count("Too few rows") == 1
-    ends = [float(x) for x in re.findall(r'x2="([\d.]+)%" y1="\d+" y2="\d+" class="range"', part)]
-    found = [
-        g["false_positive_rate"]
-        for m in ("teacher", "student", "quantized")
-        for g in report["metrics"][m]["by_group"]["groups"].values()
+    section = html.split('id="groups"')[1].split("</section>")[0].split("False negatives")[0]
+    assert section.count("Too few rows") == 1
+    ends = [float(x) for x in re.findall(r'x2="([\d.]+)%" y1="\d+" y2="\d+" class="range"', section)]
+    rates = [
+        group["false_positive_rate"]
+        for model in ("teacher", "student", "quantized")
+        for group in report["metrics"][model]["by_group"]["groups"].values()
     ]
-    top = max(rate["high"] for rate in found if rate["n"])
+    top = max(rate["high"] for rate in rates if rate["n"])
     assert max(ends) == pytest.approx(100 * top / min(1.0, nice_ticks(0.0, top)[-1]), abs=0.01)
 
 
@@ -205,12 +207,7 @@ def test_a_page_of_one_row(tmp_path: Path) -> None:
     assert report["main_set"] == "odd"
     assert figures["accuracy"] == {"value": None, "low": None, "high": None, "n": 0}
     assert figures["json_valid"]["value"] == 0.0
-    assert (
-        figures["latency_s"]
-        is figures["score_mae"]
-        is figures["peak_memory_gb"]
-        is figures["verdict_agreement"]
-        is None
-    )
+    for key in ("latency_s", "score_mae", "peak_memory_gb", "verdict_agreement"):
+        assert figures[key] is None
     assert_loads_nothing(render_html(report))
     assert "–" in str(RunReport(tmp_path / "report.json", report))

@@ -30,7 +30,7 @@ def test_sizes_count_an_adapter_with_its_base(run: tuple[Path, dict[str, Any]]) 
     }
     assert report["sizes"]["student_before"]["total_bytes"] == 410_000
     assert report["sizes"]["quantized"]["base_bytes"] == 0
-    assert "student_labels" not in report["sizes"]  # nothing on the disk, so no figure
+    assert "student_labels" not in report["sizes"]  # has no weights on disk
 
 
 def test_curves_hold_only_losses_and_are_downsampled(tmp_path: Path) -> None:
@@ -53,11 +53,11 @@ def test_curves_hold_only_losses_and_are_downsampled(tmp_path: Path) -> None:
 
 def test_provenance_comes_from_the_manifests_of_the_evaluations(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
-    found = report["provenance"]
-    assert (found["machine"], found["versions"]) == (MACHINE, VERSIONS)
-    assert found["seeds"] == {"data.seed": 3, "data.sources.0.seed": 5, "distill.seed": 1}
-    assert {entry["folder"] for entry in found["stages"]} == {f"evaluations/{name}" for name in MODELS}
-    assert all(len(entry["key"]) == 64 and entry["seconds"] == 12.5 for entry in found["stages"])
+    provenance = report["provenance"]
+    assert (provenance["machine"], provenance["versions"]) == (MACHINE, VERSIONS)
+    assert provenance["seeds"] == {"data.seed": 3, "data.sources.0.seed": 5, "distill.seed": 1}
+    assert {entry["folder"] for entry in provenance["stages"]} == {f"evaluations/{name}" for name in MODELS}
+    assert all(len(entry["key"]) == 64 and entry["seconds"] == 12.5 for entry in provenance["stages"])
 
 
 def test_the_path_of_the_recipe_is_not_in_the_report(tmp_path: Path) -> None:
