@@ -36,7 +36,6 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         folder,
         "distill" if control is None else "distill (text alone)",
         model,
-        tokenizer,
         "student_base",
         settings,
         kd(settings, **tokenizers),

@@ -1,5 +1,5 @@
-"""Prepared rows to tokens on the disk, a few hundred in memory at a time; a stage that was cut goes on with
-those that it had.
+"""Prepared rows tokenized into a store on disk, a few hundred in memory at a time; a stage that was
+interrupted uses the store again.
 """
 
 from __future__ import annotations
@@ -18,31 +18,38 @@ if TYPE_CHECKING:
     from mlx_distill.data.chat import TokenizedRow
     from mlx_distill.storage.array_store import Store
 
-_SHOWN = 200  # rows between two looks at the clock and at the wish to stop
-
 
 def encoded_rows(
-    context: Context, folder: Path, name: str, split: str, tokenizer: Any, base: str, settings: TrainConfig
+    context: Context,
+    folder: Path,
+    name: str,
+    split: str,
+    tokenizer: Any,
+    base: str,
+    settings: TrainConfig,
+    *,
+    check_every: int = 200,
 ) -> Store[TokenizedRow]:
-    """The rows of a split in a model's tokens.
+    """The rows of a split in a model's tokens; tokenized unless the stage's scratch folder has them.
 
     Args:
         context: Of the run.
-        folder: Where the stage works; the rows lie in its scratch.
-        name: Of the stage, for people.
+        folder: Of the stage; its scratch folder gets the store.
+        name: Of the stage, for the user.
         split: ``train`` or ``valid``; it may be empty.
         tokenizer: Of the model.
         base: The model's folder in the run.
         settings: ``max_length`` and ``loss_on``.
+        check_every: Rows after which progress is shown and a request to stop is checked.
 
     Raises:
-        DataError: there are rows, and none of them can be trained on.
+        DataError: there are rows, but no row with a trained token.
         Interrupted: stopped on request.
     """
     from mlx_distill.data.chat import EncodeReport, TokenizedRow, encode_rows
     from mlx_distill.storage.array_store import Store, StoreWriter, is_stored
 
-    path, place = rows_file(context, split), scratch(folder) / "rows" / split
+    path, rows_folder = rows_file(context, split), scratch(folder) / "rows" / split
     key = digest(
         {
             "rows": sha256(path),
@@ -51,23 +58,20 @@ def encoded_rows(
             "loss_on": settings.loss_on,
         }
     )
-    if not is_stored(place, key):
+    if not is_stored(rows_folder, key):
         report, total = EncodeReport(), count_rows(context, split)
         with (
-            StoreWriter(place, key) as writer,
+            StoreWriter(rows_folder, key) as writer,
             context.progress.task(f"{name}: tokenize {split}", total=total, unit="row") as bar,
         ):
-            examples = _told(context, split, bar)
-            for item in (
-                encode_rows(
-                    examples, tokenizer, settings.max_length, settings.loss_on, report, where=str(path)
-                )
-                if total
-                else ()
-            ):
-                writer.append(int(item.trained.sum()), tokens=item.tokens, trained=item.trained)
+            examples = _read_examples(context, split, bar, check_every)
+            encoded = encode_rows(
+                examples, tokenizer, settings.max_length, settings.loss_on, report, where=str(path)
+            )
+            for row in encoded if total else ():
+                writer.append(int(row.trained.sum()), tokens=row.tokens, trained=row.trained)
             writer.facts = asdict(report)
-    store = Store(place, TokenizedRow)
+    store = Store(rows_folder, TokenizedRow)
     report = EncodeReport(**store.facts)
     if report.left_out:
         limit = f"; max_length is {settings.max_length}" if report.too_long else ""
@@ -75,14 +79,14 @@ def encoded_rows(
     return store
 
 
-def _told(context: Context, split: str, bar: Any) -> Iterator[Example]:
-    """The rows, while progress is told."""
+def _read_examples(context: Context, split: str, bar: Any, check_every: int) -> Iterator[Example]:
+    """The rows; progress is shown and a request to stop checked after every ``check_every``."""
     from mlx_distill.data.rows import from_row
 
-    number = 0
-    for number, row in enumerate(read_rows(context, split), 1):
+    count = 0
+    for count, row in enumerate(read_rows(context, split), 1):
         yield from_row(row)
-        if number % _SHOWN == 0:
+        if count % check_every == 0:
             check_stop(context)
-            bar.update(number)
-    bar.update(number)
+            bar.update(count)
+    bar.update(count)

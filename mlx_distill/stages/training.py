@@ -1,4 +1,4 @@
-"""What the stages that train share: rows into the loop, and the result into a folder."""
+"""What the training stages (teach and distill) share: from stored rows to a trained model in its folder."""
 
 from __future__ import annotations
 
@@ -16,16 +16,28 @@ from mlx_distill.storage import digest, read_jsonl, scratch
 from mlx_distill.text import size
 
 if TYPE_CHECKING:
+    from mlx_distill.records import Batch
     from mlx_distill.storage.array_store import Store
-
-# Rows, the numbers of those in each line of a batch, and what the width is rounded up to.
-Collate = Callable[[Sequence[Any], Sequence[Sequence[int]], int], Any]
+    from mlx_distill.train.batches import BatchSource, Collate, RowDataset
+    from mlx_distill.train.distributed import Ranks
+    from mlx_distill.train.loop import TrainResult
+    from mlx_distill.train.objective import Objective
 
 
 def fine_tune(
     context: Context, folder: Path, name: str, model: Any, tokenizer: Any, base: str, settings: TrainConfig
 ) -> Facts:
-    """Supervised fine-tuning on the rows' own answers."""
+    """Supervised fine-tuning on the rows' own answers.
+
+    Args:
+        context: Of the run.
+        folder: Of the stage; gets the result.
+        name: Of the stage, for the user.
+        model: The base model.
+        tokenizer: Its tokenizer.
+        base: The base model's folder in the run.
+        settings: Of the training.
+    """
     from mlx_distill.data.batching import collate
     from mlx_distill.data.chat import pad_id
     from mlx_distill.train.objective import sft
@@ -34,19 +46,11 @@ def fine_tune(
         encoded_rows(context, folder, name, split, tokenizer, base, settings) for split in ("train", "valid")
     )
     pad = pad_id(tokenizer)
-    return train_rows(
-        context,
-        folder,
-        name,
-        model,
-        tokenizer,
-        base,
-        settings,
-        sft(),
-        rows,
-        valid,
-        lambda pieces, chosen, multiple: collate(pieces, chosen, pad, multiple),
-    )
+
+    def collate_rows(rows: Sequence[Any], sequences: Sequence[Sequence[int]], multiple: int) -> Batch:
+        return collate(rows, sequences, pad, multiple)
+
+    return train_rows(context, folder, name, model, base, settings, sft(), rows, valid, collate_rows)
 
 
 def train_rows(
@@ -54,69 +58,55 @@ def train_rows(
     folder: Path,
     name: str,
     model: Any,
-    tokenizer: Any,
     base: str,
     settings: TrainConfig,
-    objective: Any,
+    objective: Objective,
     rows: Store[Any],
     valid: Store[Any],
     collate: Collate,
 ) -> Facts:
-    """The loop over stored rows; leaves an adapter folder, or a whole model where all its weights moved."""
-    from mlx_distill.models.adapters import save_adapter
-    from mlx_distill.models.load import save_model
-    from mlx_distill.optim import make_optimizer
-    from mlx_distill.train.diagnostics import diagnose_curve
-    from mlx_distill.train.loop import total_steps, train
-    from mlx_distill.train.trainable import adapter_of, make_trainable
+    """Train a model on stored rows and save the result: an adapter folder, or a whole model where the model's
+    own weights were trained.
+
+    Args:
+        context: Of the run.
+        folder: Of the stage; gets the result, and in its scratch folder the checkpoints.
+        name: Of the stage, for the user.
+        model: The base model.
+        base: The base model's folder in the run.
+        settings: Of the training.
+        objective: The loss.
+        rows: The training rows.
+        valid: The validation rows; may be empty.
+        collate: Makes a batch of rows.
+    """
+    from mlx_distill.train.batches import make_dataset, total_steps
+    from mlx_distill.train.distributed import current_ranks
+    from mlx_distill.train.trainable import make_trainable
 
     make_trainable(model, settings)
-    source, look = _batches(context, name, settings, rows, valid, collate)
+    ranks = current_ranks()
+    train_set, valid_set = (make_dataset(store, collate, settings) for store in (rows, valid))
+    for note in batch_notes(settings, train_set, ranks):
+        context.progress.note(f"{name}: {note}")
+    source = train_set.train_batches(settings.batch_size, settings.seed, rank=ranks.rank, size=ranks.size)
     steps = total_steps(settings, len(source))
-    identity = digest(
-        {"train": rows.content, "valid": valid.content, "model": content_of(context.run / base)}
+    content = {"train": rows.content, "valid": valid.content, "model": content_of(context.run / base)}
+    result = _run_training(
+        context,
+        folder,
+        name,
+        model,
+        settings,
+        objective,
+        source,
+        valid_set.fixed_batches(settings.batch_size, settings.seed),
+        steps,
+        digest(content),
     )
-    profile = context.profile
-    with context.progress.task(name, total=steps, unit="step", start=_steps_done(folder)) as bar:
-
-        def show(row: dict[str, Any]) -> None:
-            bar.update(
-                row["step"],
-                loss=row["loss"],
-                tokens_per_second=round(row["tokens_per_second"]),
-                memory=size(row["peak_memory_bytes"]),
-            )
-
-        watchers = [show, *([profile.add] if profile else []), *context.hooks]
-        try:
-            result = train(
-                model,
-                source,
-                objective,
-                make_optimizer(settings, steps),
-                settings,
-                folder=scratch(folder),
-                valid=look,
-                hooks=[_named(name, hook) for hook in watchers],
-                stop=context.stop,
-                watch=profile.watch if profile else None,
-                identity=identity,
-            )
-        finally:
-            if profile:
-                profile.finish()
-    if rank_and_size()[0]:
+    if ranks.rank:
         return {}
-    shutil.copyfile(scratch(folder) / "metrics.jsonl", folder / "metrics.jsonl")
-    for doubt in diagnose_curve(
-        (row for _, row in read_jsonl(folder / "metrics.jsonl")), use_best=settings.use_best
-    ):
-        context.progress.note(f"{name}: {doubt}")
-    adapter = adapter_of(settings)
-    if adapter is not None:
-        save_adapter(model, folder, adapter, context.run / base)
-    else:
-        save_model(model, context.run / base, folder)
+    _save_result(context, folder, name, model, base, settings)
     return {
         "steps": result.steps,
         "rows": len(rows),
@@ -132,27 +122,114 @@ def train_rows(
     }
 
 
+def batch_notes(settings: TrainConfig, dataset: RowDataset, ranks: Ranks) -> list[str]:
+    """How rows are packed and, on the first of several ranks, how many rows a step has."""
+    notes, batch_size = [], settings.batch_size
+    if settings.packing:
+        capacity = settings.max_length
+        full = f"{capacity} tokens, {dataset.plan.fill_ratio(capacity):.1%} full"
+        count = len(dataset.plan.rows)
+        notes.append(
+            f"{len(dataset.store)} rows in {count} sequences of {full}; "
+            f"batch_size {batch_size} counts sequences"
+        )
+    if ranks.size > 1 and ranks.rank == 0:
+        unit = "sequences" if settings.packing else "rows"
+        size, accumulate = ranks.size, settings.accumulate
+        total = f"{batch_size * accumulate * size} {unit} a step"
+        notes.append(f"{size} ranks: batch_size {batch_size} x accumulate {accumulate} x {size} = {total}")
+    return notes
+
+
+def _run_training(
+    context: Context,
+    folder: Path,
+    name: str,
+    model: Any,
+    settings: TrainConfig,
+    objective: Objective,
+    source: BatchSource,
+    valid: Sequence[Batch],
+    steps: int,
+    identity: str,
+) -> TrainResult:
+    """The training loop, with its progress shown, its hooks called and its time measured."""
+    from mlx_distill.optim import make_optimizer
+    from mlx_distill.train.loop import train
+
+    profile = context.profile
+    with context.progress.task(name, total=steps, unit="step", start=_steps_done(folder)) as bar:
+
+        def show(row: dict[str, Any]) -> None:
+            bar.update(
+                row["step"],
+                loss=row["loss"],
+                tokens_per_second=round(row["tokens_per_second"]),
+                memory=size(row["peak_memory_bytes"]),
+            )
+
+        hooks = [show, *([profile.add] if profile else []), *context.hooks]
+        try:
+            return train(
+                model,
+                source,
+                objective,
+                make_optimizer(settings, steps),
+                settings,
+                folder=scratch(folder),
+                valid=valid,
+                hooks=[_with_stage(name, hook) for hook in hooks],
+                stop=context.stop,
+                watch=profile.watch if profile else None,
+                identity=identity,
+            )
+        finally:
+            if profile:
+                profile.finish()
+
+
+def _save_result(
+    context: Context, folder: Path, name: str, model: Any, base: str, settings: TrainConfig
+) -> None:
+    """Write metrics and weights to the stage's folder, and show warnings about the loss curve."""
+    from mlx_distill.models.adapters import save_adapter
+    from mlx_distill.models.load import save_model
+    from mlx_distill.train.diagnostics import diagnose_curve
+    from mlx_distill.train.trainable import adapter_settings
+
+    metrics = folder / "metrics.jsonl"
+    shutil.copyfile(scratch(folder) / "metrics.jsonl", metrics)
+    for warning in diagnose_curve((row for _, row in read_jsonl(metrics)), use_best=settings.use_best):
+        context.progress.note(f"{name}: {warning}")
+    adapter = adapter_settings(settings)
+    if adapter is not None:
+        save_adapter(model, folder, adapter, context.run / base)
+    else:
+        save_model(model, context.run / base, folder)
+
+
 def _steps_done(folder: Path) -> int:
-    """The step that an interrupted training of this folder goes on from; 0 for a fresh start."""
+    """The step of the checkpoint from which a training in this folder is resumed; 0 for a new one."""
     from mlx_distill.train.checkpoint import latest, read_state
 
     path = latest(scratch(folder) / "checkpoints")
     return int(read_state(path)["step"]) if path else 0
 
 
-def _named(stage: str, hook: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+def _with_stage(stage: str, hook: Callable[[dict[str, Any]], None]) -> Callable[[dict[str, Any]], None]:
+    """The hook, called with the stage's name in each row."""
     return lambda row: hook({"stage": stage, **row})
 
 
 def check_training(context: Context, commands: Collection[str]) -> None:
-    """Refuse what the trainings among ``commands`` could not be done with, as far as it shows without loading
-    a weight.
+    """Refuse settings with which a training among ``commands`` cannot work, as far as that can be seen
+    without loading weights.
 
-    A base that is on this machine is asked for its shapes; one that has to be downloaded first is asked when
-    it is here.
+    The settings are compared with the shapes of a base model that is on this machine; one that has to be
+    downloaded is checked when it is there.
 
     Raises:
-        ConfigError, ModelError: settings that contradict each other, an unknown target, a rank above a
+        ConfigError, ModelError: settings that contradict each other, an unknown target module, a rank above a
             dimension.
     """
     from mlx_distill.train.preflight import check_model, check_settings
@@ -166,62 +243,13 @@ def check_training(context: Context, commands: Collection[str]) -> None:
             continue
         check_settings(settings, rank_and_size()[1])
         folders = [context.run / base, Path(resolve_asset(source, recipe.base))]
-        here = next((folder for folder in folders if (folder / "config.json").is_file()), None)
-        if here is not None:
-            check_model(here, settings, dequantize=recipe.dequantize)
-
-
-def _batches(
-    context: Context, name: str, settings: TrainConfig, rows: Store[Any], valid: Store[Any], collate: Collate
-) -> tuple[Any, Sequence[Any]]:
-    """The stream of training batches and the fixed list of validation batches: each row in a line of its own,
-    or packed.
-    """
-    from mlx_distill.data.batching import BatchList, plan_epoch
-    from mlx_distill.data.packing import plan_sequences
-    from mlx_distill.train.batches import RowBatches
-
-    lines, look = (
-        plan_sequences(
-            some.lengths.tolist(),
-            settings.max_length,
-            settings.seed,
-            settings.packing,
-            few_widths=settings.compile,
-        )
-        for some in (rows, valid)
-    )
-    batch_size = settings.batch_size
-    if settings.packing:
-        full = f"{settings.max_length} tokens, {lines.fill_ratio(settings.max_length):.1%} full"
-        context.progress.note(
-            f"{name}: {len(rows)} rows in {len(lines.rows)} lines of {full}; batch_size {batch_size} counts lines"
-        )
-    rank, ranks = rank_and_size()
-    if ranks > 1 and rank == 0:
-        some = f"{batch_size * settings.accumulate * ranks} {'lines' if settings.packing else 'rows'} a step"
-        context.progress.note(
-            f"{name}: {ranks} ranks: batch_size {batch_size} x accumulate {settings.accumulate} x {ranks} = {some}"
-        )
-    weights, looked = (of.sum_rows(some.counted.tolist()) for of, some in ((lines, rows), (look, valid)))
-    source = RowBatches(
-        lines.lengths,
-        lambda chosen: collate(rows, lines.rows_of(chosen), lines.multiple),
-        batch_size,
-        settings.seed,
-        weights=weights,
-        identity=rows.content,
-        rank=rank,
-        size=ranks,
-    )
-    fixed = [
-        look.rows_of(chosen) for chosen in plan_epoch(look.lengths, batch_size, settings.seed, 0, looked)
-    ]
-    return source, BatchList(fixed, lambda chosen: collate(valid, chosen, look.multiple))
+        local = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+        if local is not None:
+            check_model(local, settings, dequantize=recipe.dequantize)
 
 
 def trainable_share(model: Any) -> dict[str, float]:
-    """Trained parameters, all parameters, and the share of them."""
+    """The number of trained parameters, of all parameters, and the ratio of the two."""
     from mlx.utils import tree_flatten
 
     trained = sum(a.size for _, a in tree_flatten(model.trainable_parameters()))
@@ -230,13 +258,12 @@ def trainable_share(model: Any) -> dict[str, float]:
 
 
 def _count(module: Any) -> int:
-    """Weights of one module itself; packed ones count as what they stand for."""
+    """The number of a module's own parameters; a quantized weight counts as the plain one."""
     import mlx.core as mx
 
     own = {name: value for name, value in module.items() if isinstance(value, mx.array)}
     if "scales" in own and hasattr(module, "bits"):
-        packed = own["weight"].size * 32 // module.bits
-        return packed + sum(
-            value.size for name, value in own.items() if name not in ("weight", "scales", "biases")
-        )
-    return sum(value.size for value in own.values())
+        weight = own["weight"].size * 32 // module.bits
+        others = (array for name, array in own.items() if name not in ("weight", "scales", "biases"))
+        return weight + sum(array.size for array in others)
+    return sum(array.size for array in own.values())

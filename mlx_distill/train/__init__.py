@@ -1,9 +1,8 @@
-"""One loop for every training: objectives say what is minimized, sources where batches come from."""
+"""One training loop for all stages: the objective is what it minimizes, the batch source what it reads."""
 
 from __future__ import annotations
 
 from mlx_distill.train.batches import BatchSource as BatchSource
-from mlx_distill.train.batches import ListBatches as ListBatches
 from mlx_distill.train.batches import RowBatches as RowBatches
 from mlx_distill.train.checkpoint import load_weights as load_weights
 from mlx_distill.train.events import Hook as Hook

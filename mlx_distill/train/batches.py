@@ -1,26 +1,30 @@
-"""Micro-batches from encoded rows, epoch after epoch, in an order that a checkpoint can name in two numbers."""
+"""Sources of micro-batches: rows on disk, epoch after epoch, with a position that a checkpoint can store."""
 
 from __future__ import annotations
 
 import math
-import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, runtime_checkable
 
-from mlx_distill.data.batching import batches_per_epoch, plan_epoch
+from mlx_distill.data.batching import BatchList, batches_per_epoch, plan_epoch
+from mlx_distill.data.packing import SequencePlan, plan_sequences
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
+from mlx_distill.storage.array_store import Store
+
+# (rows, numbers of those in each sequence of a batch, what the width is rounded up to) -> batch
+Collate = Callable[[Sequence[Any], Sequence[Sequence[int]], int], Batch]
 
 
 @runtime_checkable
 class BatchSource(Protocol):
     """An endless stream of micro-batches for one rank, epoch after epoch.
 
-    ``len`` is the number of micro-batches an epoch, the same on every rank (a rank that has fewer rows gives
-    batches whose mask is zero). ``state`` is a JSON value that is the same on every rank, and ``restore``
-    refuses one of other data.
+    ``len`` is the number of micro-batches of an epoch, the same on every rank (a rank with fewer rows gets
+    batches whose mask is zero). ``state`` is a JSON value that is the same on every rank; ``restore`` refuses
+    the state of other data.
     """
 
     def __len__(self) -> int: ...
@@ -31,80 +35,20 @@ class BatchSource(Protocol):
         """The position as JSON."""
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from there."""
-
-
-class ListBatches:
-    """Batches that are in memory already, in a new order each epoch.
-
-    Args:
-        batches: The micro-batches of an epoch.
-        seed: Of the order; None keeps the order of the list.
-        rank, size: This rank takes batches ``rank, rank + size, ...`` of each epoch's order.
-
-    >>> import mlx.core as mx
-    >>> batch = Batch(mx.zeros((1, 2), mx.int32), mx.zeros((1, 2), mx.int32), mx.ones((1, 2)), rows=(0,))
-    >>> source = ListBatches([batch, batch])
-    >>> _ = next(source), next(source), next(source)
-    >>> len(source), source.state()["position"]
-    (2, 3)
-    """
-
-    def __init__(
-        self, batches: Sequence[Batch], seed: int | None = 0, *, rank: int = 0, size: int = 1
-    ) -> None:
-        if not batches:
-            raise DataError("no batch to train on", fix="check max_length and the filters of prepare")
-        self.batches, self.seed, self.rank, self.size = list(batches), seed, rank, size
-        self.position = 0
-
-    def __len__(self) -> int:
-        return math.ceil(len(self.batches) / self.size)
-
-    def __iter__(self) -> ListBatches:
-        return self
-
-    def __next__(self) -> Batch:
-        epoch, index = divmod(self.position, len(self))
-        order = list(range(len(self.batches)))
-        if self.seed is not None:
-            random.Random(f"{self.seed}/{epoch}").shuffle(order)
-        self.position += 1
-        place = index * self.size + self.rank
-        if place < len(order):
-            return self.batches[order[place]]
-        spare = self.batches[order[0]]
-        return replace(spare, mask=spare.mask * 0, rows=())
-
-    def state(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
-        return {"position": self.position, "seed": self.seed, "batches": len(self.batches)}
-
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state` was taken.
-
-        Raises:
-            DataError: the state is of other data or of another seed.
-        """
-        if {**state, "position": 0} != {**self.state(), "position": 0}:
-            raise DataError(
-                "the checkpoint is of other batches",
-                fix="restore the data, or delete the checkpoints and start again",
-            )
-        self.position = int(state["position"])
+        """Continue from that position."""
 
 
 class RowBatches:
     """A :class:`~mlx_distill.train.batches.BatchSource` over rows of known lengths.
 
     Args:
-        lengths: Tokens of each row, or of each line of packed rows.
-        collate: Some numbers of them to a batch.
-        batch_size: How many make a micro-batch on average.
-        seed: Of the order; each epoch has its own.
+        lengths: Tokens of each row, or of each sequence of packed rows.
+        collate: Makes a batch of the rows (or sequences) with the given numbers.
+        batch_size: Rows (or sequences) of a micro-batch, on average.
+        seed: Of the order, which differs from epoch to epoch.
         identity: A hash of the rows; a checkpoint of other rows is refused.
-        weights: Trained tokens of each, of which all batches get about as many; by default the lengths.
-        rank, size: This rank takes batches ``rank, rank + size, ...`` of each epoch's plan.
+        weights: Trained tokens of each row (or sequence), balanced over the batches; by default the lengths.
+        rank, size: This rank gets batches ``rank, rank + size, ...`` of each epoch's plan.
     """
 
     def __init__(
@@ -134,22 +78,20 @@ class RowBatches:
 
     def __next__(self) -> Batch:
         if self._plan is None or self._plan[0] != self.epoch:
-            self._plan = (
-                self.epoch,
-                plan_epoch(self.lengths, self.batch_size, self.seed, self.epoch, self.weights),
-            )
+            plan = plan_epoch(self.lengths, self.batch_size, self.seed, self.epoch, self.weights)
+            self._plan = (self.epoch, plan)
         plan = self._plan[1]
-        place = self.index * self.size + self.rank
+        number = self.index * self.size + self.rank
         self.index += 1
         if self.index == len(self):
             self.epoch, self.index = self.epoch + 1, 0
-        if place < len(plan):
-            return self.collate(plan[place])
-        spare = self.collate(plan[0])  # a rank without rows of its own still takes part in every sum
-        return replace(spare, mask=spare.mask * 0, rows=())
+        if number < len(plan):
+            return self.collate(plan[number])
+        # A rank that has no rows left still joins the sums over the ranks.
+        return without_trained_tokens(self.collate(plan[0]))
 
     def state(self) -> dict[str, Any]:
-        """The position, and what it is a position in."""
+        """The position, and the identity of the rows."""
         return {
             "epoch": self.epoch,
             "index": self.index,
@@ -159,13 +101,13 @@ class RowBatches:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where :meth:`state` was taken.
+        """Continue from where :meth:`state` was called.
 
         Raises:
             DataError: the state is of other rows or of another seed.
         """
-        mine = self.state()
-        if any(state.get(name) != mine[name] for name in ("seed", "rows", "identity")):
+        own = self.state()
+        if any(state.get(name) != own[name] for name in ("seed", "rows", "identity")):
             raise DataError(
                 "the checkpoint is of other rows",
                 fix="restore the data, or delete the checkpoints and start again",
@@ -173,9 +115,67 @@ class RowBatches:
         self.epoch, self.index = int(state["epoch"]), int(state["index"])
 
 
+def without_trained_tokens(batch: Batch) -> Batch:
+    """The batch with a mask of zeros and no rows."""
+    return replace(batch, mask=batch.mask * 0, rows=())
+
+
+@dataclass(frozen=True)
+class RowDataset:
+    """Stored rows, how they are arranged in sequences, and how a batch is made of them.
+
+    Args:
+        store: The rows.
+        plan: The rows of each sequence: one, or several where they are packed.
+        collate: Makes a batch of some sequences.
+    """
+
+    store: Store[Any]
+    plan: SequencePlan
+    collate: Collate
+
+    def batch(self, sequences: Sequence[Sequence[int]]) -> Batch:
+        """A batch of sequences that are given by their row numbers."""
+        return self.collate(self.store, sequences, self.plan.multiple)
+
+    def train_batches(self, batch_size: int, seed: int, *, rank: int = 0, size: int = 1) -> RowBatches:
+        """The stream of training batches of one rank."""
+        return RowBatches(
+            self.plan.lengths,
+            lambda chosen: self.batch(self.plan.rows_of(chosen)),
+            batch_size,
+            seed,
+            weights=self._trained_tokens(),
+            identity=self.store.content,
+            rank=rank,
+            size=size,
+        )
+
+    def fixed_batches(self, batch_size: int, seed: int) -> BatchList:
+        """The fixed list of validation batches; each is made when it is accessed."""
+        epoch = plan_epoch(self.plan.lengths, batch_size, seed, 0, self._trained_tokens())
+        return BatchList([self.plan.rows_of(chosen) for chosen in epoch], self.batch)
+
+    def _trained_tokens(self) -> list[int]:
+        """Of each sequence."""
+        return self.plan.sum_rows(self.store.counted.tolist())
+
+
+def make_dataset(store: Store[Any], collate: Collate, settings: TrainConfig) -> RowDataset:
+    """A data set whose rows are packed as the settings say."""
+    plan = plan_sequences(
+        store.lengths.tolist(),
+        settings.max_length,
+        settings.seed,
+        settings.packing,
+        few_widths=settings.compile,
+    )
+    return RowDataset(store, plan, collate)
+
+
 def total_steps(settings: TrainConfig, batches_per_epoch: int) -> int:
-    """Optimizer steps of a run: ``steps``, or what ``epochs`` passes over the micro-batches come to; the tail
-    is a step too.
+    """Optimizer steps of a run: ``steps``, or those of ``epochs`` passes over the micro-batches, the
+    incomplete last step included.
 
     >>> total_steps(TrainConfig(accumulate=4, epochs=1.0), 10)
     3
@@ -186,7 +186,7 @@ def total_steps(settings: TrainConfig, batches_per_epoch: int) -> int:
 
 
 def epoch_batches(settings: TrainConfig, batches_per_epoch: int) -> int:
-    """Micro-batches of a run by epochs; a share of an epoch is rounded.
+    """Micro-batches of a run by epochs; a fraction of an epoch is rounded.
 
     >>> epoch_batches(TrainConfig(epochs=1.5), 10)
     15

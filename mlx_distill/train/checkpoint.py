@@ -1,8 +1,8 @@
-"""Checkpoints from which a run goes on bitwise as if nothing had happened.
+"""Training checkpoints; a run resumed from one is bitwise equal to an uninterrupted run.
 
 ``checkpoints/step-00000050/`` holds ``trainable.safetensors``, ``optimizer.safetensors`` and ``state.json``
-(step, random state by rank, position in the data, place in metrics.jsonl). The folder appears whole, by one
-rename. ``checkpoints/best/`` holds the weights with the lowest validation loss alone.
+(step, random state by rank, position in the data, length of metrics.jsonl). A folder appears complete, by one
+rename. ``checkpoints/best/`` holds only the weights with the lowest validation loss.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ from mlx_distill.storage import digest, fsync_folder, os_errors, read_json
 
 FORMAT = 1
 WEIGHTS, OPTIMIZER, STATE = "trainable.safetensors", "optimizer.safetensors", "state.json"
-_OTHER = "keep the settings, or delete the checkpoints and start again"
+_OTHER_RUN = "keep the settings, or delete the checkpoints and start again"
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Digest of the trainable parameters' names, shapes and types: what a checkpoint fits."""
+    """A hash of the trainable parameters' names, shapes and types, which a checkpoint must match."""
     return digest(
         [[name, list(a.shape), str(a.dtype)] for name, a in tree_flatten(model.trainable_parameters())]
     )
@@ -37,21 +37,20 @@ def fingerprint(model: nn.Module) -> str:
 def save(
     folder: Path, state: Mapping[str, Any], model: nn.Module, optimizer: optim.Optimizer, *, keep: int = 2
 ) -> Path:
-    """Write ``folder/step-N`` whole, then drop all but the newest ``keep``.
+    """Write ``folder/step-N`` atomically, then delete all checkpoints but the newest ``keep``.
 
     Args:
         folder: The folder of the checkpoints.
         state: JSON; ``state["step"]`` names the folder.
         model: Its trainable parameters are saved.
         optimizer: Its whole state is saved.
-        keep: Checkpoints that stay.
+        keep: Number of checkpoints to keep.
 
     Raises:
-        FileError: the disk said no; the older checkpoints stand.
+        FileError: it cannot be written; the older checkpoints are intact.
     """
     arrays = {WEIGHTS: dict(tree_flatten(model.trainable_parameters())), OPTIMIZER: _flat_state(optimizer)}
-    whole = {**state, "format": FORMAT, "fingerprint": fingerprint(model)}
-    path = _write_folder(folder / f"step-{int(state['step']):08d}", arrays, whole)
+    path = _write_folder(folder / f"step-{int(state['step']):08d}", arrays, _versioned(state, model))
     for old in steps(folder)[:-keep]:
         with os_errors():
             shutil.rmtree(old)
@@ -61,18 +60,20 @@ def save(
 def save_best(folder: Path, state: Mapping[str, Any], model: nn.Module) -> Path:
     """Write the trainable weights alone to ``folder/best``."""
     arrays = {WEIGHTS: dict(tree_flatten(model.trainable_parameters()))}
-    return _write_folder(
-        folder / "best", arrays, {**state, "format": FORMAT, "fingerprint": fingerprint(model)}
-    )
+    return _write_folder(folder / "best", arrays, _versioned(state, model))
+
+
+def _versioned(state: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    return {**state, "format": FORMAT, "fingerprint": fingerprint(model)}
 
 
 def steps(folder: Path) -> list[Path]:
-    """The whole checkpoints of a folder, oldest first."""
+    """The complete checkpoints of a folder, oldest first."""
     return sorted(p for p in folder.glob("step-*") if (p / STATE).is_file()) if folder.is_dir() else []
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest whole checkpoint, or None."""
+    """The newest complete checkpoint, or None."""
     return next(reversed(steps(folder)), None)
 
 
@@ -80,7 +81,7 @@ def read_state(path: Path) -> dict[str, Any]:
     """A checkpoint's ``state.json``.
 
     Raises:
-        FileError: it is damaged, or of another version.
+        FileError: it is damaged, or of another format version.
     """
     state = read_json(path / STATE)
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -91,7 +92,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 def load_weights(path: Path, model: nn.Module) -> None:
-    """Put a checkpoint's weights (a step's or the best) into the model.
+    """Load the weights of a checkpoint (of a step, or the best) into the model.
 
     Raises:
         ModelError: the checkpoint is of another model or of other adapters.
@@ -100,14 +101,14 @@ def load_weights(path: Path, model: nn.Module) -> None:
     if read_state(path)["fingerprint"] != fingerprint(model):
         raise ModelError(
             f"{path}: a checkpoint of other trainable weights",
-            fix="give the model that it was made with, or delete it",
+            fix="use the model that it was made with, or delete it",
         )
     flat = _read_arrays(path / WEIGHTS)
-    model.update(_filled(path, flat, model.trainable_parameters()))
+    model.update(_replace_arrays(path, flat, model.trainable_parameters()))
 
 
 def load_optimizer(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> None:
-    """Put a checkpoint's optimizer state back, array by array.
+    """Load the optimizer state of a checkpoint, array by array.
 
     Raises:
         ModelError: the checkpoint is of another optimizer.
@@ -116,20 +117,22 @@ def load_optimizer(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> 
     optimizer.init(model.trainable_parameters())
     names = {name for name, _ in tree_flatten(optimizer.state)}
     if names != set(flat):
-        odd = min(names ^ set(flat))
-        raise ModelError(f"{path}: a checkpoint of another optimizer ({odd})", fix=_OTHER)
-    optimizer.state = _filled(path, flat, optimizer.state)
+        different = min(names ^ set(flat))
+        raise ModelError(f"{path}: a checkpoint of another optimizer ({different})", fix=_OTHER_RUN)
+    optimizer.state = _replace_arrays(path, flat, optimizer.state)
     optimizer.init(model.trainable_parameters())
 
 
-def _filled(path: Path, flat: Mapping[str, mx.array], tree: Any) -> Any:
-    def pick(name: str, array: mx.array) -> mx.array:
-        found = flat.get(name)
-        if found is None or found.shape != array.shape:
-            raise ModelError(f"{path}: {name} does not fit", fix=_OTHER)
-        return found
+def _replace_arrays(path: Path, flat: Mapping[str, mx.array], tree: Any) -> Any:
+    """The tree with the arrays of a checkpoint, which must have the same names and shapes."""
 
-    return tree_map_with_path(pick, tree)
+    def stored(name: str, array: mx.array) -> mx.array:
+        new = flat.get(name)
+        if new is None or new.shape != array.shape:
+            raise ModelError(f"{path}: {name} does not fit", fix=_OTHER_RUN)
+        return new
+
+    return tree_map_with_path(stored, tree)
 
 
 def _flat_state(optimizer: optim.Optimizer) -> dict[str, mx.array]:
@@ -142,7 +145,8 @@ def _read_arrays(path: Path) -> dict[str, mx.array]:
         mx.eval(arrays)
     except (RuntimeError, OSError, ValueError) as error:
         raise FileError(
-            f"{path}: cannot be read: {error}", fix=f"delete {path.parent}: the checkpoint before it is used"
+            f"{path}: cannot be read: {error}",
+            fix=f"delete {path.parent}: the checkpoint before it is used then",
         ) from error
     assert isinstance(arrays, dict)
     return arrays
@@ -158,7 +162,7 @@ def _write_folder(path: Path, arrays: Mapping[str, dict[str, mx.array]], state: 
             temporary.mkdir()
             for name, flat in arrays.items():
                 _save_arrays(temporary / name, flat)
-            # Plain: the folder's rename makes all of it appear at once, and one fsync a file is enough.
+            # Not atomically: the rename of the folder makes all files appear at once.
             (temporary / STATE).write_text(json.dumps(state, indent=2, allow_nan=False), encoding="utf-8")
             _sync(temporary.iterdir())
             fsync_folder(temporary)

@@ -127,11 +127,11 @@ class Ranks:
             backends = ("[ring]", "[mpi]", "[jaccl]", "[nccl]")
             if self.size == 1 or not any(backend in str(error) for backend in backends):
                 raise
-            raise DistillError(
-                f"rank {self.rank}: another rank was lost ({error})",
-                fix="see the errors of the other ranks; launched again, the same command goes on from the last "
-                "checkpoint",
-            ) from error
+            fix = (
+                "see the errors of the other ranks; "
+                "launched again, the same command goes on from the last checkpoint"
+            )
+            raise DistillError(f"rank {self.rank}: another rank was lost ({error})", fix=fix) from error
 
 
 def _sum_group(arrays: dict[str, mx.array], group: list[str]) -> None:
@@ -170,6 +170,6 @@ def agree_on_key(
     if ranks.max(float(bool(key) and own_key is not None and own_key() != key)):
         raise FileError(
             f"{out}: not the same rows and base model for every rank",
-            fix="share the folder, or copy rank 0's to the same place on the other machines, then launch again",
+            fix="share the folder, or copy rank 0's to the same path on the other machines, then launch again",
         )
     return bool(key)

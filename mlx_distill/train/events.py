@@ -1,4 +1,4 @@
-"""metrics.jsonl: a line a step, cut back to the checkpoint when a run goes on."""
+"""What a training reports after each step: a line of metrics.jsonl, and a call of each hook."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from mlx_distill.storage import os_errors
 
 
 class MetricsLog:
-    """Appends rows; ``bytes`` is what a checkpoint remembers.
+    """Appends rows to metrics.jsonl; a checkpoint stores its length, :meth:`bytes`.
 
     Args:
-        path: The file; None writes nothing (the ranks but the first).
-        start: Bytes that belong to the run so far; what a killed run wrote after its last checkpoint is cut
-            off.
+        path: The file; None writes nothing (all ranks except the first).
+        start: Length of the file at the checkpoint from which the run is resumed; the lines after it, which a
+            killed run wrote, are removed.
     """
 
     def __init__(self, path: Path | None, start: int = 0) -> None:
@@ -28,12 +28,11 @@ class MetricsLog:
         with os_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self.file = open(path, "ab+")
-            self.file.truncate(
-                min(start, os.fstat(self.file.fileno()).st_size)
-            )  # longer than it is would fill it with zeros
+            # Not to more than its size, which would append zeros.
+            self.file.truncate(min(start, os.fstat(self.file.fileno()).st_size))
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """One line, handed to the system at once so that a watcher sees it."""
+        """Append one line, flushed so that other processes see it at once."""
         if self.file is None:
             return
         with os_errors(self.path):
@@ -41,7 +40,7 @@ class MetricsLog:
             self.file.flush()
 
     def bytes(self) -> int:
-        """The length of the file, with everything up to it on the disk."""
+        """The length of the file, after an fsync."""
         if self.file is None:
             return 0
         with os_errors(self.path):
@@ -50,10 +49,12 @@ class MetricsLog:
             return os.fstat(self.file.fileno()).st_size
 
     def close(self) -> None:
-        """Give the file back."""
+        """Close the file."""
         if self.file is not None:
-            with os_errors(self.path):  # what a full disk did not take is tried once more
+            with os_errors(self.path):  # closing flushes, which may fail on a full disk
                 self.file.close()
 
 
+# Called after each step with its row of metrics.jsonl and ``steps``, ``terms``, ``eta_s`` and ``timing``. A
+# hook gets a dictionary of its own; an exception that it raises ends the run.
 Hook = Callable[[dict[str, Any]], None]

@@ -1,4 +1,4 @@
-"""Gradient checkpointing: a layer's activations are dropped after the forward pass and computed again in the
+"""Gradient checkpointing: a layer's activations are freed after the forward pass and computed again in the
 backward pass.
 """
 
@@ -15,38 +15,39 @@ import mlx.nn as nn
 
 @contextmanager
 def checkpointed_layers(model: nn.Module) -> Iterator[None]:
-    """Inside, each layer of ``model.layers`` recomputes its activations; values and gradients stay the same,
-    dropout included.
+    """Inside, each layer of ``model.layers`` recomputes its activations in the backward pass; values and
+    gradients are the same, dropout included.
 
-    Each layer *object* gets a class of its own and gives it back at the end: other models of the same class
-    never notice, and a second use does not nest. What a layer drops is dropped again in the second pass: left
-    alone, that pass would drop other units. Random numbers are read as arrays and never on the host, so that
-    a recomputed layer may stand inside ``mx.compile``.
+    The class of each layer *object* is replaced and restored at the end, so other models of the same class
+    are not affected. In the second pass dropout draws the random numbers of the first pass again. They are
+    read as arrays and never on the host, so that a checkpointed layer can be inside ``mx.compile``.
     """
     layers = getattr(model, "layers", None) or getattr(getattr(model, "model", None), "layers", [])
-    plain: list[tuple[Any, Any]] = [(layer, type(layer)) for layer in layers]
+    classes: list[tuple[Any, Any]] = [(layer, type(layer)) for layer in layers]
     try:
-        for layer, cls in plain:
-            object.__setattr__(layer, "__class__", _recomputing(cls))
+        for layer, cls in classes:
+            object.__setattr__(layer, "__class__", _checkpointed_class(cls))
         yield
     finally:
-        for layer, cls in plain:
+        for layer, cls in classes:
             object.__setattr__(layer, "__class__", cls)
 
 
 @functools.cache
-def _recomputing(cls: Any) -> type:
+def _checkpointed_class(cls: Any) -> type:
+    """A subclass of a layer's class whose call is an ``mx.checkpoint``."""
+
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         key = mx.random.state[0]
         first = True
 
         def inner(parameters: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal first
-            again, first = not first, False
+            recomputing, first = not first, False
             self.update(parameters)
-            if not again:
+            if not recomputing:
                 return cls.__call__(self, *args, **kwargs)
-            with _dropping_as_from(key, self):
+            with _dropout_from(key, self):
                 return cls.__call__(self, *args, **kwargs)
 
         return mx.checkpoint(inner)(self.trainable_parameters(), *args, **kwargs)
@@ -54,30 +55,30 @@ def _recomputing(cls: Any) -> type:
     return type(cls.__name__, (cls,), {"__call__": call, "__module__": cls.__module__})
 
 
-class _DropsAgain(nn.Dropout):
-    """A dropout that draws from a chain of keys of its own, split as MLX splits its random state, which stays
-    where it is.
+class _KeyedDropout(nn.Dropout):
+    """A dropout that draws from its own sequence of keys, split as MLX splits its random state, which does
+    not change.
     """
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._p_1 == 1 or not self.training:
             return x
-        chain = self._chain
-        chain[0], key = mx.random.split(chain[0])
+        keys = self._keys
+        keys[0], key = mx.random.split(keys[0])
         return (mx.random.bernoulli(self._p_1, x.shape, key=key) * x) * (1 / self._p_1)
 
 
 @contextmanager
-def _dropping_as_from(key: mx.array, layer: nn.Module) -> Iterator[None]:
-    """Inside, the dropouts of a layer draw what they drew when the random state was ``key``."""
-    found: list[Any] = [module for module in layer.modules() if type(module) is nn.Dropout]
-    chain = [key]
+def _dropout_from(key: mx.array, layer: nn.Module) -> Iterator[None]:
+    """Inside, the dropouts of a layer draw the random numbers that follow the random state ``key``."""
+    dropouts: list[Any] = [module for module in layer.modules() if type(module) is nn.Dropout]
+    keys = [key]
     try:
-        for module in found:
-            object.__setattr__(module, "_chain", chain)
-            object.__setattr__(module, "__class__", _DropsAgain)
+        for module in dropouts:
+            object.__setattr__(module, "_keys", keys)
+            object.__setattr__(module, "__class__", _KeyedDropout)
         yield
     finally:
-        for module in found:
+        for module in dropouts:
             object.__setattr__(module, "__class__", nn.Dropout)
-            object.__delattr__(module, "_chain")
+            object.__delattr__(module, "_keys")

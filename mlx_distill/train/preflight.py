@@ -1,5 +1,5 @@
-"""What can be refused before any weight is loaded: settings that contradict each other, and those that a
-model does not fit.
+"""Checks before any weight is loaded: settings that contradict each other or do not fit the model, and
+checkpoints of an unfinished training with other settings.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
     """Refuse settings that contradict each other.
 
     Raises:
-        ConfigError: no length, a schedule longer than that, gradients streamed and added up at once, patience
-            with nothing to look at, modules to train whole where everything does.
+        ConfigError: no length of the run, a schedule longer than the run, streamed gradients with
+            accumulation, patience without validation, modules_to_save where everything is trained.
 
     >>> check_settings(TrainConfig())
     """
@@ -32,25 +32,25 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
     if settings.method == "full" and settings.modules_to_save:
         raise ConfigError("modules_to_save with method: full, which trains everything", fix="leave it out")
     if not settings.steps and not settings.epochs:
-        raise ConfigError("steps: 0 and epochs: 0", fix="say how long the run is, in one of them")
+        raise ConfigError("steps: 0 and epochs: 0", fix="set the length of the run in one of them")
     for name in ("patience", "use_best"):
         if getattr(settings, name) and not settings.evaluate_every:
             raise ConfigError(
-                f"{name} with evaluate_every: 0", fix="say how often the validation rows are looked at"
+                f"{name} with evaluate_every: 0", fix="set how often the validation rows are evaluated"
             )
 
 
 def check_model(folder: str | Path, settings: TrainConfig, *, dequantize: bool = False) -> list[str]:
-    """Refuse settings that a checkpoint does not fit, from its config and its headers alone; the paths of the
-    modules that would move.
+    """Refuse settings that do not fit a model, by its config and headers alone; the paths of the modules that
+    would be trained.
 
     Args:
-        folder: In the Hugging Face layout or ours.
+        folder: A model in the Hugging Face layout or ours.
         settings: Method, targets and ranks.
         dequantize: Quantized weights will be dequantized.
 
     Raises:
-        ModelError: an unknown target, one with packed weights, or a damaged checkpoint.
+        ModelError: an unknown target module, one with quantized weights, or a damaged checkpoint.
         ConfigError: a rank above a dimension.
     """
     from mlx_distill.models.load import empty_model
@@ -63,38 +63,38 @@ def check_model(folder: str | Path, settings: TrainConfig, *, dequantize: bool =
 
 
 def check_leftover(checkpoints: Path, settings: TrainConfig, command: str, fits: bool) -> None:
-    """Refuse to begin anew over the checkpoints of an unfinished training of other settings, data or another
-    model, or on other ranks.
+    """Refuse to start a new training over the checkpoints of an unfinished one with other settings, data,
+    base model or number of ranks.
 
     Args:
-        checkpoints: What a killed or interrupted stage left.
-        settings: Those wanted now.
-        command: The stage, for the cure.
-        fits: Whether that stage had the key of the one wanted now.
+        checkpoints: Of a killed or interrupted stage.
+        settings: Of the new training.
+        command: The stage's command, for the error message.
+        fits: Whether both trainings have the same key.
 
     Raises:
-        ConfigError: there are some, with what was different.
+        ConfigError: there are such checkpoints; it says what differs.
     """
     path = checkpoint.latest(checkpoints)
     if path is None:
         return
     state = read_json(path / checkpoint.STATE)
-    left = f"{path}: {state.get('step')} steps of an unfinished {command}"
+    unfinished = f"{path}: {state.get('step')} steps of an unfinished {command}"
     ranks = len(state.get("random", []))
     if fits and ranks != rank_and_size()[1]:
         raise ConfigError(
-            f"{left} on {counted(ranks, 'rank')}, not {rank_and_size()[1]}",
+            f"{unfinished} on {counted(ranks, 'rank')}, not {rank_and_size()[1]}",
             fix=f"launch as many as before, or give it up: --from {command}",
         )
     if fits:
         return
     old, new = current_settings(state.get("settings", {})), current_settings(keyed(settings))
-    if changed := changes(
-        {name: old[name] for name in new if name in old}, {name: new[name] for name in new if name in old}
-    ):
+    common = [name for name in new if name in old]
+    changed = changes({name: old[name] for name in common}, {name: new[name] for name in common})
+    if changed:
         what = f"other settings ({', '.join(changed)})"
     else:
         what = "other data or another model" if set(new) <= set(old) else "another version of this package"
     raise ConfigError(
-        f"{left} with {what}", fix=f"restore them to go on from there, or give it up: --from {command}"
+        f"{unfinished} with {what}", fix=f"restore them to go on from there, or give it up: --from {command}"
     )

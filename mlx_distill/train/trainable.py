@@ -1,4 +1,4 @@
-"""Which weights move: what each method of training leaves unfrozen."""
+"""Which parameters each training method makes trainable."""
 
 from __future__ import annotations
 
@@ -14,27 +14,28 @@ from mlx_distill.recipe import TrainConfig
 
 
 def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
-    """Freeze and unfreeze a model, in place, for ``settings.method``.
+    """Freeze and unfreeze a model's parameters, in place, for ``settings.method``.
 
-    - ``lora``, ``dora``: adapters on ``target_modules``, all else frozen;
+    - ``lora``, ``dora``: adapters on ``target_modules``; everything else is frozen;
     - ``galore``, ``apollo``, ``apollo-mini``: the weights of ``target_modules`` themselves, which the
-      optimizer projects; all else frozen;
-    - ``full``: every plain weight; packed ones cannot move.
+      optimizer projects; everything else is frozen;
+    - ``full``: every weight that is not quantized.
 
-    With the first five, ``modules_to_save`` (embeddings, norms, head) move whole beside, by AdamW.
+    With the first five, all parameters of ``modules_to_save`` (embeddings, norms, head) are trainable too,
+    and AdamW updates them.
 
     Args:
         model: As loaded.
         settings: Method, targets, ranks and seed.
 
     Returns:
-        The paths of the modules that move, those that move whole at the end; empty for ``full``.
+        The paths of the trainable modules, those of ``modules_to_save`` at the end; empty for ``full``.
 
     Raises:
-        ModelError: a name that matches nothing, or packed weights.
+        ModelError: a name that matches nothing, or quantized weights.
         ConfigError: a rank above a dimension, or a module named twice.
     """
-    lora = adapter_of(settings)
+    lora = adapter_settings(settings)
     if lora is not None:
         return add_lora(model, lora, settings.seed)
     if settings.method == "full":
@@ -45,21 +46,21 @@ def make_trainable(model: Any, settings: TrainConfig) -> list[str]:
                     keys=[key for key in ("weight", "scales", "biases") if key in module], recurse=False
                 )
         return []
-    found = linear_layers(model, settings.target_modules)
-    paths = [path for path, _ in found]
+    layers = linear_layers(model, settings.target_modules)
+    paths = [path for path, _ in layers]
     whole = find_modules_to_save(model, settings.modules_to_save, paths)
-    _check_plain(found, settings)
+    _check_layers(layers, settings)
     model.freeze()
-    for _, module in found:
+    for _, module in layers:
         module.unfreeze(keys=["weight"], recurse=False)
     return paths + unfreeze_weights(whole)
 
 
-def adapter_of(settings: TrainConfig) -> LoraSettings | None:
-    """What ``settings`` say of the adapters; None where weights of the model itself move.
+def adapter_settings(settings: TrainConfig) -> LoraSettings | None:
+    """The settings of the adapters; None for a method that trains the model's own weights.
 
-    >>> adapter_of(TrainConfig(method="lora", lora_rank=4, lora_alpha=8.0)).scale, adapter_of(TrainConfig(method="full"))
-    (2.0, None)
+    >>> adapter_settings(TrainConfig(method="lora", lora_rank=4, lora_alpha=8.0)).scale
+    2.0
     """
     if settings.method not in ("lora", "dora"):
         return None
@@ -68,12 +69,13 @@ def adapter_of(settings: TrainConfig) -> LoraSettings | None:
     return LoraSettings(rank, alpha, dropout, targets, settings.method, settings.use_rslora, whole)
 
 
-def _check_plain(found: Sequence[tuple[str, nn.Module]], settings: TrainConfig) -> None:
-    for path, module in found:
+def _check_layers(layers: Sequence[tuple[str, nn.Module]], settings: TrainConfig) -> None:
+    """Refuse quantized weights, and a rank above a dimension."""
+    for path, module in layers:
         if module.get("weight") is None or "scales" in module:
             raise ModelError(
-                f"{path}: {settings.method} moves plain weights, and these are packed",
+                f"{path}: {settings.method} trains plain weights, and these are quantized",
                 fix="convert without quantize, or use method: lora, or set dequantize: true",
             )
     rank = {"galore": settings.galore_rank, "apollo": settings.apollo_rank}.get(settings.method, 1)
-    check_rank(found, rank, f"{settings.method}_rank")
+    check_rank(layers, rank, f"{settings.method}_rank")

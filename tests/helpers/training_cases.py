@@ -17,6 +17,7 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
+from helpers.list_batches import ListBatches
 from helpers.tiny_model import VOCABULARY, make_batches, make_model, make_rows, settings
 from mlx_distill.data.chat import TokenizedRow
 from mlx_distill.data.packing import build_batch, plan_sequences
@@ -26,7 +27,6 @@ from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.train import (
     BatchSource,
-    ListBatches,
     RowBatches,
     TrainResult,
     make_trainable,

@@ -92,8 +92,8 @@ def test_each_learns_in_a_plain_mlx_loop(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_each_goes_on_from_its_saved_state_bitwise(name: str, tmp_path: Path) -> None:
-    """Saved and read again: an array of the same numbers that is laid out otherwise is another one to BLAS."""
+def test_each_resumes_bitwise_from_its_saved_state(name: str, tmp_path: Path) -> None:
+    """Saved and read again, so that the memory layout of the arrays, which BLAS rounding depends on, is new."""
     rate = make_schedule("cosine", 0.03, 20)
     whole = make_net()
     learn(whole, ALL[name](rate), 13)

@@ -23,13 +23,15 @@ from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import ConfigError, DataError, Interrupted
 from mlx_distill.models.load import load_tokenizer
 from mlx_distill.runtime import StopFlag
-from mlx_distill.stages import training
 from mlx_distill.stages.context import Context, content_of, read_rows
 from mlx_distill.stages.encoding import encoded_rows
 from mlx_distill.stages.pairing import _joined, _pair, aligned_rows
+from mlx_distill.stages.training import batch_notes
 from mlx_distill.storage import digest, read_jsonl, write_jsonl
 from mlx_distill.storage.array_store import Store
+from mlx_distill.train.batches import make_dataset
 from mlx_distill.train.checkpoint import latest, read_state
+from mlx_distill.train.distributed import Ranks
 
 
 @pytest.fixture
@@ -47,10 +49,13 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return seen
 
 
-def encode(context: Context, folder: Path, split: str = "train", **settings: Any) -> Store[Any]:
+def encode(
+    context: Context, folder: Path, split: str = "train", check_every: int = 200, **changes: Any
+) -> Store[Any]:
     tokenizer = load_tokenizer(context.run / "teacher_base")
+    settings = replace(context.recipe.teach, **changes)
     return encoded_rows(
-        context, folder, "teach", split, tokenizer, "teacher_base", replace(context.recipe.teach, **settings)
+        context, folder, "teach", split, tokenizer, "teacher_base", settings, check_every=check_every
     )
 
 
@@ -99,19 +104,17 @@ def test_rows_that_are_too_long_are_told_with_the_limit(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_the_first_of_several_ranks_says_how_many_rows_a_step_has(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, rank: int
-) -> None:
+def test_the_first_of_several_ranks_notes_how_many_rows_a_step_has(folder: Path, rank: int) -> None:
     context = make_context("teach.batch_size=4", "teach.accumulate=2")
-    rows, valid = (encode(context, folder, split) for split in ("train", "valid"))
+    rows, notes = encode(context, folder), []
     for size, packing in ((1, False), (2, False), (2, True)):
-        monkeypatch.setattr(training, "rank_and_size", lambda size=size: (rank, size))
-        training._batches(
-            context, "teach", replace(context.recipe.teach, packing=packing), rows, valid, lambda *_: None
-        )
-    notes = [note for note in context.progress.notes if "rank" in note]  # type: ignore[attr-defined]
-    whole = "teach: 2 ranks: batch_size 4 x accumulate 2 x 2 = 16"
-    assert notes == ([] if rank else [f"{whole} rows a step", f"{whole} lines a step"])
+        settings = replace(context.recipe.teach, packing=packing)
+        dataset = make_dataset(rows, lambda *_: None, settings)  # type: ignore[arg-type, return-value]
+        notes += batch_notes(settings, dataset, Ranks(rank, size))
+    batch = "2 ranks: batch_size 4 x accumulate 2 x 2 = 16"
+    assert [note for note in notes if "rank" in note] == (
+        [] if rank else [f"{batch} rows a step", f"{batch} sequences a step"]
+    )
 
 
 def test_stored_pairs_are_those_of_a_list(folder: Path) -> None:
@@ -188,13 +191,10 @@ def test_pairs_are_aligned_once_until_something_changes(
     assert len(calls) == 4 * made
 
 
-@pytest.mark.parametrize("work", [encode, pairs])
-def test_stopping_leaves_nothing_half_written(
-    folder: Path, work: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("work", [partial(encode, check_every=7), pairs])
+def test_stopping_leaves_nothing_half_written(folder: Path, work: Any) -> None:
     context = make_context()
     context.stop.set = True
-    monkeypatch.setattr("mlx_distill.stages.encoding._SHOWN", 7)
     with pytest.raises(Interrupted):
         work(context, folder)
     assert not [path for path in (folder / "scratch").rglob("*") if path.is_file()]

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.list_batches import ListBatches
 from helpers.tiny_model import collate, make_batches, make_model, make_rows, settings
 from helpers.training_cases import run_case
 from mlx.utils import tree_map_with_path
@@ -23,7 +24,7 @@ from mlx_distill.optim import make_optimizer
 from mlx_distill.recipe import ATTENTION
 from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key
-from mlx_distill.train import ListBatches, sft, train
+from mlx_distill.train import sft, train
 from mlx_distill.train.grad_checkpoint import checkpointed_layers
 from mlx_distill.train.gradients import differentiate
 from mlx_distill.train.trunk_head import make_trunk

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.list_batches import ListBatches
 from helpers.tiny_model import make_batches, make_model, make_rows, settings
 
 from mlx_distill.errors import DataError
 from mlx_distill.optim import make_optimizer
-from mlx_distill.train import ListBatches, make_trainable, sft, train
+from mlx_distill.train import make_trainable, sft, train
 
 ROWS = make_rows(12)
 BLOWN = {"learning_rate": 1e38, "weight_decay": 100.0}  # their product is out of float32's range

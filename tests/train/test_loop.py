@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import pytest
+from helpers.list_batches import ListBatches
 from helpers.tiny_model import TinyModel, collate, make_batches, make_model, make_rows, settings
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
@@ -21,7 +22,6 @@ from mlx_distill.recipe import TrainConfig
 from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key, set_random_key
 from mlx_distill.train import (
-    ListBatches,
     Objective,
     TrainResult,
     load_weights,
@@ -348,7 +348,7 @@ def test_the_random_state_comes_back() -> None:
 
 @pytest.mark.parametrize("size", [1, 8])
 def test_galore_added_up_in_the_subspace_walks_as_one_big_batch(tmp_path: Path, size: int) -> None:
-    """Across a refresh, with clipping: the norm is that of the projected gradient, however it was added up."""
+    """Across a refresh, with clipping: the norm is that of the projected gradient, accumulated or not."""
     config = settings(method="galore", steps=5, accumulate=8 // size, galore_update_gap=3, clip_norm=0.05)
     model = make_model()
     make_trainable(model, config)

@@ -13,13 +13,14 @@ import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
 import pytest
+from helpers.list_batches import ListBatches
 from helpers.real_models import KINDS, batch_of, make_model, windows
 from helpers.tiny_model import settings
 from helpers.training_cases import LENGTHS, PIECES, packed_source
 
 from mlx_distill.data.packing import build_batch
 from mlx_distill.errors import DataError
-from mlx_distill.train import ListBatches, sft, train
+from mlx_distill.train import sft, train
 from mlx_distill.train.grad_checkpoint import checkpointed_layers
 from mlx_distill.train.gradients import global_norm, window_gradients
 from mlx_distill.train.validation import evaluate

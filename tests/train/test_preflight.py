@@ -10,12 +10,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 import pytest
+from helpers.list_batches import ListBatches
 from helpers.tiny_model import make_batches, make_model, make_rows, settings
 
 from mlx_distill.errors import ConfigError, DistillError
 from mlx_distill.optim import make_optimizer, make_schedule
 from mlx_distill.recipe import TrainConfig
-from mlx_distill.train import ListBatches, make_trainable, sft, train
+from mlx_distill.train import make_trainable, sft, train
 from mlx_distill.train.preflight import check_leftover, check_model, check_settings
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -54,7 +55,11 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
             {"method": "galore", "galore_rank": 2, "target_modules": ["gate"]},
             "'gate' matches nothing",
         ),
-        ("gpt_oss_mxfp4", {"method": "apollo-mini", "target_modules": ["up_proj"]}, "these are packed"),
+        (
+            "gpt_oss_mxfp4",
+            {"method": "apollo-mini", "target_modules": ["up_proj"]},
+            "these are quantized",
+        ),
         (
             "gpt_oss_mxfp4",
             {"target_modules": ["q_proj"], "lora_rank": 2, "modules_to_save": ["up_proj"]},

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from helpers.list_batches import ListBatches
 from helpers.tiny_model import make_batches, make_model, make_rows, settings
 from mlx.utils import tree_flatten
 
 from mlx_distill.optim import make_optimizer
-from mlx_distill.train import ListBatches, Profile, make_trainable, sft, train
+from mlx_distill.train import Profile, make_trainable, sft, train
 from mlx_distill.train.profiling import PARTS, Stopwatch
 
 

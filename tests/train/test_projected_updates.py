@@ -8,13 +8,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from helpers.list_batches import ListBatches
 from helpers.tiny_model import TinyModel, make_batches, make_model, make_rows, settings
 from mlx.utils import tree_flatten
 
 from mlx_distill.optim import AdamW, GaLoreAdamW, make_optimizer
 from mlx_distill.optim.base import array_of
 from mlx_distill.recipe import TrainConfig
-from mlx_distill.train import ListBatches, Objective, make_trainable, sft, train
+from mlx_distill.train import Objective, make_trainable, sft, train
 from mlx_distill.train.distributed import Ranks
 from mlx_distill.train.gradients import window_gradients
 from mlx_distill.train.updates import UpdateContext, apply_update, make_updater

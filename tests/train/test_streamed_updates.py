@@ -9,13 +9,14 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
+from helpers.list_batches import ListBatches
 from helpers.tiny_model import TinyModel, make_batches, make_model, make_rows, settings
 from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.optim import AdamW, make_optimizer
 from mlx_distill.records import Batch
-from mlx_distill.train import ListBatches, Objective, make_trainable, sft, train
+from mlx_distill.train import Objective, make_trainable, sft, train
 from mlx_distill.train.updates import UpdateContext, accumulated_update, make_updater, streamed_update
 
 ROWS = make_rows(16)

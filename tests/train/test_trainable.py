@@ -128,7 +128,7 @@ def test_rank_stabilized_adapters_start_with_a_larger_scale() -> None:
     assert (plain.model.up_proj.scale, stabilized.model.up_proj.scale) == (2.0, 4.0)
 
 
-def test_full_moves_what_is_not_packed() -> None:
+def test_full_trains_what_is_not_quantized() -> None:
     model = make_model(width=32)
     nn.quantize(model.model, 32, 4, class_predicate=lambda path, _: path == "up_proj")
     make_trainable(model, settings())
@@ -162,10 +162,10 @@ def test_targets_and_ranks_that_do_not_fit_are_refused_with_a_cure(
     assert caught.value.fix
 
 
-def test_galore_refuses_packed_weights() -> None:
+def test_galore_refuses_quantized_weights() -> None:
     model = make_model(width=32)
     nn.quantize(model, 32, 4, class_predicate=lambda path, _: "up_proj" in path)
-    with pytest.raises(ModelError, match="packed"):
+    with pytest.raises(ModelError, match="quantized"):
         make_trainable(model, settings(method="galore"))
     with pytest.raises(ModelError, match="up_proj: modules_to_save cannot train quantized weights"):
         make_trainable(

@@ -188,7 +188,7 @@ def test_slices_give_what_the_whole_gives(method: str, dtype: mx.Dtype) -> None:
 
 
 def test_a_slice_that_is_computed_again_drops_the_same() -> None:
-    """The derivative by a scale on the adapter's output, against the difference of values from the same key."""
+    """The derivative by a scale of the adapter's output, against a finite difference with the same key."""
     model = make_model()
     make_trainable(model, settings(method="lora", target_modules=["lm_head"], lora_dropout=0.5))
     head, hidden = model.lm_head, mx.random.normal((11, 16))

@@ -1,4 +1,4 @@
-"""Sources of micro-batches: what every one of them keeps."""
+"""Sources of micro-batches: what every one of them guarantees."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ from collections.abc import Callable
 from itertools import islice
 
 import pytest
+from helpers.list_batches import ListBatches
 from helpers.tiny_model import collate, make_batches, make_rows
 
 from mlx_distill.errors import DataError
-from mlx_distill.train import BatchSource, ListBatches, RowBatches
+from mlx_distill.train import BatchSource, RowBatches
 
 ROWS = make_rows(10)
 
