@@ -86,17 +86,17 @@ def make_rows(count: int) -> Iterator[dict[str, Any]]:
         }
 
 
-# ---- the parts; each imports what it needs, calls ``ready``, and then works in the folder of its rows
+# ---- the parts; each imports what it needs, calls ``start_measuring``, and then works in the folder of its rows
 
 
-def part_make(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
-    ready()
+def part_make(folder: Path, count: int, start_measuring: Callable[[], None]) -> dict[str, Any]:
+    start_measuring()
     with open(folder / "rows.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in make_rows(count))
     return {"rows": count, "bytes": (folder / "rows.jsonl").stat().st_size}
 
 
-def part_prepare(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
+def part_prepare(folder: Path, count: int, start_measuring: Callable[[], None]) -> dict[str, Any]:
     from mlx_distill.data.prepare import prepare
     from mlx_distill.recipe import DataConfig, SourceConfig
     from mlx_distill.tasks.answer import check_answer
@@ -104,7 +104,7 @@ def part_prepare(folder: Path, count: int, ready: Callable[[], None]) -> dict[st
 
     task = Task(**TASK)
     check_answer({"kind": "a"}, task.schema)
-    ready()
+    start_measuring()
     (folder / "data").mkdir()
     config = DataConfig(
         sources=[SourceConfig(path=str(folder / "rows.jsonl"))], stratify=["group"], test_fraction=0.0
@@ -131,14 +131,14 @@ def _encoded(folder: Path, tokenizer: Any, report: Any) -> Iterator[Any]:
     return encode_rows(rows, tokenizer, MAX_LENGTH, "last", report)
 
 
-def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
+def part_tokenize(folder: Path, count: int, start_measuring: Callable[[], None]) -> dict[str, Any]:
     import numpy as np
 
     from mlx_distill.data.chat import EncodeReport, TokenizedRow
     from mlx_distill.storage.array_store import ROWS, Store, StoreWriter
 
     tokenizer, report = _tokenizer(), EncodeReport()
-    ready()
+    start_measuring()
     start = time.perf_counter()
     with StoreWriter(folder / "store") as writer:
         for item in _encoded(folder, tokenizer, report):
@@ -156,7 +156,7 @@ def part_tokenize(folder: Path, count: int, ready: Callable[[], None]) -> dict[s
     }
 
 
-def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
+def part_walk(folder: Path, count: int, start_measuring: Callable[[], None]) -> dict[str, Any]:
     """Two epochs; the bytes that are read from the file of rows while the second epoch is planned and run."""
     import mlx.core as mx
 
@@ -174,7 +174,7 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
 
     os.pread = counting_pread
     mx.eval(mx.zeros(1))
-    ready()
+    start_measuring()
     start = time.perf_counter()
     store = Store(folder / "store", TokenizedRow)
     packs = plan_sequences(store.lengths.tolist(), MAX_LENGTH, SEED, False)
@@ -205,26 +205,26 @@ def part_walk(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, 
     }
 
 
-def part_list(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
+def part_list(folder: Path, count: int, start_measuring: Callable[[], None]) -> dict[str, Any]:
     from mlx_distill.data.chat import EncodeReport
 
     tokenizer, report = _tokenizer(), EncodeReport()
-    ready()
+    start_measuring()
     rows = list(_encoded(folder, tokenizer, report))
     return {"rows": report.kept + report.left_out, "kept": len(rows)}
 
 
-def part_by_itself(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
+def part_by_itself(folder: Path, count: int, start_measuring: Callable[[], None]) -> dict[str, Any]:
     from mlx_distill.data.chat import render
     from mlx_distill.storage import read_jsonl
 
     tokenizer = _tokenizer()
-    ready()
+    start_measuring()
     rows = [render(tokenizer, row["messages"]) for _, row in read_jsonl(folder / "data" / "train.jsonl")]
     return {"rows": len(rows)}
 
 
-def part_datasets(folder: Path, count: int, ready: Callable[[], None]) -> dict[str, Any]:
+def part_datasets(folder: Path, count: int, start_measuring: Callable[[], None]) -> dict[str, Any]:
     os.environ |= {
         "HF_DATASETS_CACHE": str(folder / "cache"),
         "HF_HUB_OFFLINE": "1",
@@ -233,7 +233,7 @@ def part_datasets(folder: Path, count: int, ready: Callable[[], None]) -> dict[s
     from datasets import load_dataset
 
     inner = _tokenizer()._tokenizer
-    ready()
+    start_measuring()
 
     def tokenize(rows: dict[str, list[Any]]) -> dict[str, list[Any]]:
         texts = [
@@ -273,12 +273,12 @@ def resident(name: str) -> int:
 def child(name: str, folder: Path, count: int) -> dict[str, Any]:
     state: dict[str, float] = {}
 
-    def ready() -> None:
+    def start_measuring() -> None:
         if sys.platform == "linux":
             Path("/proc/self/clear_refs").write_text("5")  # reset the peak
         state.update(floor=resident("VmRSS"), start=time.perf_counter(), cpu=time.process_time())
 
-    result = PARTS[name](folder, count, ready)
+    result = PARTS[name](folder, count, start_measuring)
     seconds, cpu = time.perf_counter() - state["start"], time.process_time() - state["cpu"]
     return {
         "seconds": seconds,

@@ -115,18 +115,20 @@ def answer_text(answer: dict) -> str:
     return json.dumps(answer, ensure_ascii=False)
 
 
-def make_tokenizer(kind: str, size: int, folder: Path, corpus: list[str]) -> PreTrainedTokenizerFast:
+def make_tokenizer(model_type: str, size: int, folder: Path, corpus: list[str]) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
-    if kind == "qwen3":
+    if model_type == "qwen3":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(_WORDS % ("" if kind == "qwen3" else "{1,3}")), behavior="isolated"),
+            pre_tokenizers.Split(
+                Regex(_WORDS % ("" if model_type == "qwen3" else "{1,3}")), behavior="isolated"
+            ),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
     tokenizer.decoder = decoders.ByteLevel()
-    special = QWEN_SPECIAL if kind == "qwen3" else GPT_OSS_SPECIAL
+    special = QWEN_SPECIAL if model_type == "qwen3" else GPT_OSS_SPECIAL
     trainer = trainers.BpeTrainer(
         vocab_size=size - len(special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
@@ -134,12 +136,14 @@ def make_tokenizer(kind: str, size: int, folder: Path, corpus: list[str]) -> Pre
     )
     tokenizer.train_from_iterator(corpus, trainer)
     tokenizer.add_special_tokens(special)  # after the vocabulary, as in the original models
-    template = (ASSETS / "templates" / ("chatml.jinja" if kind == "qwen3" else "harmony.jinja")).read_text()
+    template = (
+        ASSETS / "templates" / ("chatml.jinja" if model_type == "qwen3" else "harmony.jinja")
+    ).read_text()
     out = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        eos_token="<|im_end|>" if kind == "qwen3" else "<|return|>",
+        eos_token="<|im_end|>" if model_type == "qwen3" else "<|return|>",
         pad_token="<|endoftext|>",
-        bos_token=None if kind == "qwen3" else "<|startoftext|>",
+        bos_token=None if model_type == "qwen3" else "<|startoftext|>",
         model_max_length=4096,
         clean_up_tokenization_spaces=False,
     )

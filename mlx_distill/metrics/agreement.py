@@ -152,7 +152,7 @@ def by_slice(
     *,
     confidence: float = 0.95,
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy and, given a teacher, agreement with it, for each value of each field.
+    """Accuracy, and agreement with the teacher if there is one, for each value of each field.
 
     Returns:
         ``{field: {value: {"n", "accuracy", "verdict_agreement"}}}``.

@@ -1,4 +1,4 @@
-"""What a run has shown: ``report.json`` for machines, one self-contained ``report.html`` for people."""
+"""The report of a run: ``report.json``, a self-contained ``report.html``, and model cards."""
 
 from __future__ import annotations
 

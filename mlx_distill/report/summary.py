@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import FileError
+from mlx_distill.report.collect import FORMAT
 from mlx_distill.report.markup import el
 from mlx_distill.report.page import render_html
 from mlx_distill.run_models import model_title
@@ -127,6 +128,6 @@ def read_report(run: str | Path) -> RunReport:
     """
     path = Path(run) / "report.json" if Path(run).is_dir() else Path(run)
     report = read_json(path)
-    if not isinstance(report, Mapping) or report.get("format") != 1:
-        raise FileError(f"{path}: not a report of format 1", fix="run the evaluate stage again")
+    if not isinstance(report, Mapping) or report.get("format") != FORMAT:
+        raise FileError(f"{path}: not a report of format {FORMAT}", fix="run the evaluate stage again")
     return RunReport(path, report)

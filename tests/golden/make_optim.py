@@ -69,7 +69,7 @@ def run(
 
 
 def train_adapters(
-    kind: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray
+    method: str, start: dict[str, np.ndarray], x: np.ndarray, y: np.ndarray
 ) -> dict[str, np.ndarray]:
     """Train PEFT's LoRA or DoRA on both matrices, or LoRA on one and the other in full (``whole``)."""
     from peft import LoraConfig, get_peft_model
@@ -84,14 +84,14 @@ def train_adapters(
 
     net = Net()
     net.load_state_dict({name: torch.tensor(start[name]) for name in ("up.weight", "down.weight")})
-    targets, whole = (["up"], ["down"]) if kind == "whole" else (["up", "down"], None)
+    targets, whole = (["up"], ["down"]) if method == "whole" else (["up", "down"], None)
     config = LoraConfig(
         r=3,
         lora_alpha=6,
         lora_dropout=0.0,
         target_modules=targets,
         modules_to_save=whole,
-        use_dora=kind == "dora",
+        use_dora=method == "dora",
     )
     model = get_peft_model(net, config)
     random = np.random.default_rng(1)
@@ -160,8 +160,8 @@ def main(folder: Path) -> None:
     p = network(start)
     optimizer = torch.optim.AdamW(p.values(), lr=0.02, weight_decay=0.01)
     tensors |= {f"adamw.{key}": value for key, value in run(p, optimizer, x, y, lambda step: {}).items()}
-    for kind in ("lora", "dora", "whole"):
-        tensors |= {f"{kind}.{key}": value for key, value in train_adapters(kind, start, x, y).items()}
+    for method in ("lora", "dora", "whole"):
+        tensors |= {f"{method}.{key}": value for key, value in train_adapters(method, start, x, y).items()}
     path = Path(__file__).with_name("optim_trajectories.safetensors")
     save_file({name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}, path)
 
