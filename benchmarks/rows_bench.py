@@ -86,7 +86,7 @@ def make_rows(count: int) -> Iterator[dict[str, Any]]:
         }
 
 
-# ---- the parts; each imports what it needs, calls ``start_measuring``, and then works in the folder of its rows
+# ---- the parts; each imports what it needs, calls ``start_measuring``, then works in the folder of its rows
 
 
 def part_make(folder: Path, count: int, start_measuring: Callable[[], None]) -> dict[str, Any]:
