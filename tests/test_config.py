@@ -1,4 +1,4 @@
-"""From YAML to dataclasses: what is wrong is said with its place and a cure."""
+"""YAML files as dataclasses: errors name the place and the fix."""
 
 from __future__ import annotations
 
@@ -48,13 +48,13 @@ def build(**raw: Any) -> Outer:
     return from_mapping(Outer, {"name": "x", **raw}, "file.yaml")
 
 
-def test_defaults_are_the_fields_and_new_for_each() -> None:
+def test_defaults_are_those_of_the_fields_and_not_shared() -> None:
     one, two = build(), build()
     assert one == Outer(name="x") and one.inner == Inner()
     assert one.names is not two.names and one.columns is not two.columns
 
 
-def test_values_become_what_the_field_says() -> None:
+def test_values_are_converted_to_the_type_of_the_field() -> None:
     made = build(
         mode="fast",
         inner={"rate": "1e-3"},
@@ -65,7 +65,7 @@ def test_values_become_what_the_field_says() -> None:
         inners=[{"rate": 1}],
         anything={"k": [1]},
     )
-    assert made.inner.rate == 1e-3  # YAML reads 1e-3 as text
+    assert made.inner.rate == 1e-3  # YAML reads 1e-3 as a string
     assert (
         made.pair == (1.0, 2.0)
         and made.many == ("a", "b")
@@ -77,7 +77,7 @@ def test_values_become_what_the_field_says() -> None:
 
 
 @pytest.mark.parametrize(
-    ("raw", "place", "fix"),
+    ("raw", "where", "fix"),
     [
         ({"cuont": 1}, "file.yaml: unknown key 'cuont'", "did you mean 'count'?"),
         ({"zzzzzzz": 1}, "file.yaml: unknown key 'zzzzzzz'", "known keys: name, mode"),
@@ -101,14 +101,14 @@ def test_values_become_what_the_field_says() -> None:
         ({"columns": ["a"]}, "columns: a mapping is needed", "key: value"),
     ],
 )
-def test_what_does_not_fit_is_named_with_place_and_cure(raw: dict[str, Any], place: str, fix: str) -> None:
+def test_a_wrong_value_is_refused_with_its_place_and_a_fix(raw: dict[str, Any], where: str, fix: str) -> None:
     with pytest.raises(ConfigError) as caught:
         build(**raw)
-    assert place in caught.value.message and fix in (caught.value.fix or "")
+    assert where in caught.value.message and fix in (caught.value.fix or "")
     assert caught.value.exit_code == 2
 
 
-def test_what_is_missing_is_named() -> None:
+def test_a_missing_key_is_named() -> None:
     with pytest.raises(ConfigError, match="name is missing"):
         from_mapping(Outer, {}, "file.yaml")
     with pytest.raises(ConfigError, match="a mapping is needed, not \\['name'\\]"):
@@ -146,7 +146,7 @@ def test_every_option_of_training_has_help_with_its_meaning() -> None:
         ("other=", {"distill": {"epochs": 1, "rate": 1.0}, "task": "a", "other": None}),
     ],
 )
-def test_overrides_reach_into_the_mapping(text: str, expected: dict[str, Any]) -> None:
+def test_overrides_change_nested_keys(text: str, expected: dict[str, Any]) -> None:
     raw = {"distill": {"epochs": 1, "rate": 1.0}, "task": "a"}
     assert override(raw, [text]) == expected
     assert raw == {"distill": {"epochs": 1, "rate": 1.0}, "task": "a"}  # untouched
@@ -157,7 +157,7 @@ def test_later_overrides_win() -> None:
 
 
 @pytest.mark.parametrize("text", ["novalue", "=1", "a..b=1", "a=[1", ".a=1"])
-def test_an_override_that_is_none_is_refused(text: str) -> None:
+def test_a_malformed_override_is_refused(text: str) -> None:
     with pytest.raises(ConfigError, match="--set"):
         override({}, [text])
 
@@ -177,14 +177,14 @@ def test_yaml_that_cannot_be_read(tmp_path: Path) -> None:
         read_yaml(path)
 
 
-def test_packaged_files_are_found_by_name_and_never_outside() -> None:
+def test_packaged_files_are_found_by_name_but_not_outside_assets() -> None:
     assert (packaged("recipes/tiny.yaml") or Path()).is_file()
     assert packaged("recipes/nope.yaml") is packaged("") is packaged("../__init__.py") is None
     with pytest.raises(ConfigError, match="no packaged file 'asset:nope'"):
         resolve_asset("asset:nope")
 
 
-def test_a_path_is_looked_for_beside_the_recipe_first(tmp_path: Path) -> None:
+def test_a_path_is_relative_to_the_recipe_first(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_text("")
     assert resolve_asset("rows.jsonl", tmp_path) == str(tmp_path / "rows.jsonl")
     assert resolve_asset("org/name", tmp_path) == "org/name"
@@ -223,7 +223,7 @@ def test_a_key_under_both_names_is_refused_unless_the_old_one_replaces_the_value
     assert current_spelling(Renamed, dict(reversed(raw.items())), replace=True)[0] == {"new_key": True}
 
 
-def test_what_is_keyed_keeps_the_old_spelling() -> None:
+def test_keyed_settings_keep_the_old_spelling() -> None:
     assert keyed(Renamed(True, "new")) == {"old_key": True, "mode": "old"}
     assert keyed(Renamed()) == {"old_key": False, "mode": "a"}
     assert to_mapping(Renamed(True, "new")) == {"new_key": True, "mode": "new"}

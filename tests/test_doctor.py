@@ -1,4 +1,4 @@
-"""Doctor: each lack is told with its fix, and only what stops a command makes the machine unfit."""
+"""Doctor: each problem comes with its fix, and only one that stops a command is bad."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_each_state_of_the_blas_has_its_fix(
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no other BLAS is loaded on a Mac")
-def test_mlx_imported_first_is_noticed(tmp_path: Path) -> None:
+def test_loading_the_blas_after_mlx_is_too_late(tmp_path: Path) -> None:
     fake = tmp_path / "libopenblas.so.0"
     fake.touch()
     code = "import mlx.core; from mlx_distill.runtime import load_blas; print(load_blas().state)"

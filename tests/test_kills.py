@@ -1,5 +1,5 @@
-"""kill -9 in the middle of every stage, the same command after each: the result is that of a run that nobody
-disturbed.
+"""A run that is killed in the middle of every stage, and continued by the same command each time, has the
+result of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 from helpers import killed_run
 from helpers.small_chain import STAGES, finished, manifests, whole_stages, write_chain
 
-# In the order of the run: the stage that is hit, and what is about to be put into place when it is.
+# In the order of the run: the stage that is killed, and the path that is about to be renamed into place then.
 KILLS = {
     "data": r"\.data\.partial/valid\.jsonl$",
     "teacher_base": r"\.teacher_base\.partial/config\.json$",
@@ -32,9 +32,7 @@ KILLS = {
 
 @pytest.fixture(scope="module")
 def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[str]]]:
-    """A run that was killed once in every stage and then ended, and which stages could be seen after each
-    kill.
-    """
+    """A run that was killed once in every stage, and the stages that were visible after each kill."""
     folder = tmp_path_factory.mktemp("killed")
     recipe, out = write_chain(folder), folder / "out"
     seen, written = {}, {}
@@ -43,7 +41,7 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, li
         done = subprocess.run(command, capture_output=True, text=True, timeout=400)
         assert done.returncode == (-signal.SIGKILL if pattern else 0), f"{name}: {done.stderr[-3000:]}"
         seen[name] = whole_stages(out)
-        for stage in seen[name]:  # what is whole is not made again
+        for stage in seen[name]:  # a finished stage is not made again
             time = (out / stage / "manifest.json").stat().st_mtime_ns
             assert written.setdefault(stage, time) == time
     return out, seen
@@ -56,7 +54,7 @@ def predictions(folder: Path) -> list[dict[str, Any]]:
     return [{key: value for key, value in row.items() if key != "latency_s"} for row in rows]
 
 
-def test_the_stage_that_is_hit_is_not_seen_and_those_before_it_stand(
+def test_a_killed_stage_is_not_visible_and_those_before_it_are(
     killed: tuple[Path, dict[str, list[str]]],
 ) -> None:
     _, seen = killed
@@ -65,27 +63,26 @@ def test_the_stage_that_is_hit_is_not_seen_and_those_before_it_stand(
         assert visible == sorted(STAGES[: order.index(name)]), name
 
 
-def test_the_result_is_that_of_an_undisturbed_run(killed: tuple[Path, dict[str, list[str]]]) -> None:
-    ours, theirs = manifests(killed[0]), manifests(finished() / "out")
-    assert list(ours) == list(theirs) == list(STAGES)
+def test_the_result_equals_that_of_an_undisturbed_run(killed: tuple[Path, dict[str, list[str]]]) -> None:
+    resumed, undisturbed = manifests(killed[0]), manifests(finished() / "out")
+    assert list(resumed) == list(undisturbed) == list(STAGES)
     for name in STAGES:
-        assert ours[name].key == theirs[name].key, name
+        assert resumed[name].key == undisturbed[name].key, name
         if name.startswith("evaluations/"):
             assert predictions(killed[0] / name) == predictions(finished() / "out" / name)
         else:
-            assert ours[name].content == theirs[name].content, name
+            assert resumed[name].content == undisturbed[name].content, name
 
 
-def test_work_before_a_kill_was_not_done_twice(killed: tuple[Path, dict[str, list[str]]]) -> None:
-    found = manifests(killed[0])
-    assert [found[name].recorded["resumed"] for name in ("teacher", "student")] == [2, 2]
-    assert [manifests(finished() / "out")[name].recorded["resumed"] for name in ("teacher", "student")] == [
-        0,
-        0,
-    ]
+def test_trainings_resumed_from_the_checkpoint_before_the_kill(
+    killed: tuple[Path, dict[str, list[str]]],
+) -> None:
+    for out, resumed in ((killed[0], 2), (finished() / "out", 0)):
+        recorded = [manifests(out)[name].recorded for name in ("teacher", "student")]
+        assert [facts["resumed"] for facts in recorded] == [resumed, resumed]
 
 
-def test_nothing_is_left_over(killed: tuple[Path, dict[str, list[str]]]) -> None:
+def test_no_temporary_files_are_left(killed: tuple[Path, dict[str, list[str]]]) -> None:
     out, _ = killed
     assert [p.relative_to(out).as_posix() for p in out.rglob(".*")] == [".lock"]
     same = {p.relative_to(out).as_posix() for p in out.rglob("*") if p.is_file()}

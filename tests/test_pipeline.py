@@ -1,4 +1,4 @@
-"""What of a run is current: exactly what no changed setting, input or file can have touched."""
+"""Which stages of a run are current: those that no changed setting, input or file has an effect on."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ TEACHER, STUDENT = "evaluations/teacher", "evaluations/student"
 
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
-    """A finished run that may be spoilt."""
+    """A copy of a finished run that may be changed."""
     shutil.copytree(finished(), tmp_path / "copy")
     return tmp_path / "copy"
 
 
 class Counter:
-    """Takes the place of :func:`pipeline.make_stage`: gives each stage back as it was and remembers its name,
-    so that what follows depends on keys alone.
+    """Replaces :func:`pipeline.make_stage`: makes nothing and records the names of the stages, so that the
+    following stages depend on keys alone.
     """
 
     def __init__(self) -> None:
@@ -75,7 +75,7 @@ def to_do(folder: Path, *overrides: str, **options: Any) -> set[str]:
 
 
 def after(*names: str) -> set[str]:
-    """These stages and all that read them, said by hand."""
+    """These stages and all that read them, written by hand."""
     children = {
         "data": {"teacher", "targets", "student", TEACHER, STUDENT},
         "teacher_base": {"teacher", TEACHER},
@@ -109,7 +109,9 @@ def after(*names: str) -> set[str]:
         ("compute_dtype=bfloat16", {"teacher", "targets", "student", "quantized", TEACHER, STUDENT}),
     ],
 )
-def test_a_changed_setting_remakes_what_follows_from_it_and_no_more(override: str, remade: set[str]) -> None:
+def test_a_changed_setting_makes_its_stage_and_those_that_read_it_stale(
+    override: str, remade: set[str]
+) -> None:
     assert to_do(finished(), override) == remade
     assert all(
         state.startswith("to do: ") for name, state in states(finished(), override).items() if name in remade
@@ -129,7 +131,7 @@ def test_a_changed_setting_remakes_what_follows_from_it_and_no_more(override: st
         "task.description=words",
     ],
 )
-def test_what_cannot_change_a_result_remakes_nothing(override: str) -> None:
+def test_settings_that_cannot_change_a_result_make_nothing_stale(override: str) -> None:
     if override.startswith("task."):
         override = "task={name: task.yaml, description: words}"
     assert to_do(finished(), override) == set()
@@ -145,7 +147,7 @@ def test_a_finished_run_stays_current_under_the_old_spelling_of_its_recipe(copie
     assert stream.getvalue() == f"{recipe}: unpack is now called dequantize\n"
 
 
-def test_the_task_is_in_every_stage_that_shows_it_to_a_model() -> None:
+def test_the_task_is_in_the_key_of_every_stage_that_uses_it() -> None:
     changed = "task={name: task.yaml, system: Look for a colour.}"
     assert to_do(finished(), changed) == set(STAGES) - {"teacher_base", "student_base"}
 
@@ -155,13 +157,13 @@ def test_a_new_model_to_measure_or_a_control_adds_stages_and_leaves_the_others()
     assert to_do(finished(), "controls.text=true") == {"student_text", "evaluations/student_text"}
     recipe = load_recipe(finished() / "recipe.yaml", ["controls.labels=true"])
     control = next(stage for stage in graph(recipe, recipe.load_task()) if stage.name == "student_labels")
-    assert "targets" not in control.parents  # it never hears of the teacher
+    assert "targets" not in control.parents  # it is not trained on the teacher
     with pytest.raises(ConfigError, match=r"evaluate\.models: 'teecher'") as caught:
         to_do(finished(), "evaluate.models=[teecher]")
     assert "teacher_before" in caught.value.message
 
 
-def test_an_edited_input_is_noticed_and_a_touched_one_is_not(copied: Path) -> None:
+def test_an_edited_input_makes_stages_stale_and_a_touched_one_does_not(copied: Path) -> None:
     rows = copied / "rows.jsonl"
     os.utime(rows, ns=(1, 1))
     assert to_do(copied) == set()
@@ -170,7 +172,7 @@ def test_an_edited_input_is_noticed_and_a_touched_one_is_not(copied: Path) -> No
     assert states(copied)["data"] == f"to do: {rows} has changed"
 
 
-def test_a_run_that_was_moved_with_or_without_its_times_is_current(
+def test_a_run_that_was_copied_without_its_times_is_current(
     copied: Path, tmp_path: Path, counter: Counter
 ) -> None:
     moved = tmp_path / "elsewhere" / "run"
@@ -184,7 +186,7 @@ def test_a_run_that_was_moved_with_or_without_its_times_is_current(
     ("stage", "file"),
     [("data", "train.jsonl"), ("targets", "rows-00000.jsonl"), ("student", "adapters.safetensors")],
 )
-def test_a_damaged_file_is_noticed(copied: Path, stage: str, file: str) -> None:
+def test_a_damaged_file_makes_its_stage_stale(copied: Path, stage: str, file: str) -> None:
     path = copied / "out" / stage / file
     raw = path.read_bytes()
     path.write_bytes(raw[:100] + b"?" + raw[101:])
@@ -193,7 +195,7 @@ def test_a_damaged_file_is_noticed(copied: Path, stage: str, file: str) -> None:
     assert states(copied)[stage] == f"to do: {path} is missing"
 
 
-def test_a_damaged_stage_is_made_again_and_what_follows_is_not_where_it_comes_out_the_same(
+def test_a_damaged_stage_is_made_again_alone_if_it_comes_out_the_same(
     copied: Path,
 ) -> None:
     before = manifests(copied / "out")
@@ -243,7 +245,7 @@ def test_one_stage_alone(copied: Path, counter: Counter) -> None:
     assert counter.made[3:] == []
 
 
-def test_a_stage_alone_says_what_was_done_and_what_comes_next(tmp_path: Path) -> None:
+def test_the_outcome_of_one_stage_alone_names_the_next_command(tmp_path: Path) -> None:
     recipe, out = write_chain(tmp_path), tmp_path / "out"
     outcome = pipeline.run(recipe, out, only="prepare", overrides=["data.seed=1"])
     assert isinstance(outcome, Outcome)
@@ -270,7 +272,7 @@ def test_a_stage_alone_says_what_was_done_and_what_comes_next(tmp_path: Path) ->
     json.dumps(outcome.to_dict())
 
 
-def test_a_dry_run_marks_what_is_read_and_is_not_there(tmp_path: Path) -> None:
+def test_a_dry_run_marks_inputs_that_do_not_exist(tmp_path: Path) -> None:
     recipe = write_chain(tmp_path, teacher="Org/model", student="models/of/mine")
     sources = "data.sources=[{path: rows.jsonl}, {path: songs.jsonl}, {hub: org/rows}]"
     plan = pipeline.run(recipe, tmp_path / "out", dry_run=True, overrides=[sources])
@@ -284,7 +286,7 @@ def test_a_dry_run_marks_what_is_read_and_is_not_there(tmp_path: Path) -> None:
     assert {"org/rows@main", "Org/model", str(tmp_path / "rows.jsonl")} < set(marked)
 
 
-def test_the_quantized_model_is_planned_as_it_is_measured() -> None:
+def test_the_quantized_model_is_never_dequantized() -> None:
     overrides = ["dequantize=true", "evaluate.models=[student, quantized]"]
     recipe = load_recipe(finished() / "recipe.yaml", overrides)
     found = {stage.name: stage.config.get("unpack") for stage in graph(recipe, recipe.load_task())}
@@ -295,21 +297,19 @@ def test_the_quantized_model_is_planned_as_it_is_measured() -> None:
     )
 
 
-def test_one_stage_alone_without_its_parents_says_what_to_run(tmp_path: Path) -> None:
+def test_one_stage_alone_without_its_parents_names_the_command_to_run(tmp_path: Path) -> None:
     recipe = write_chain(tmp_path)
     with pytest.raises(FileError, match="teacher is not there yet") as caught:
         pipeline.run(recipe, tmp_path / "out", only="targets")
     assert f"mlx-distill prepare {recipe}" in (caught.value.fix or "")
 
 
-def test_one_stage_alone_makes_the_converted_base_that_it_lacks(copied: Path) -> None:
+def test_one_stage_alone_converts_a_missing_base(copied: Path) -> None:
     shutil.rmtree(copied / "out" / "student_base")
     shutil.rmtree(copied / "out" / "teacher_base")
     pipeline.run(copied / "recipe.yaml", copied / "out", only="quantize")
     assert whole_stages(copied / "out") == sorted(set(STAGES) - {"teacher_base"})
-    assert to_do(copied) == after(
-        "teacher_base"
-    )  # not known to be current before the teacher's base is there again
+    assert to_do(copied) == after("teacher_base")  # they cannot be current without the teacher's base
 
 
 def test_without_resume_everything_is_made_again(copied: Path, counter: Counter) -> None:
@@ -362,19 +362,19 @@ def test_two_runs_at_once(copied: Path, counter: Counter) -> None:
             done.returncode == 1
             and f"another run is using this folder (process {os.getpid()})" in done.stderr
         )
-        assert to_do(copied) == set()  # a look is allowed
+        assert to_do(copied) == set()  # reading is allowed
     counter.run(copied)
     assert counter.made == []
 
 
-def test_temporary_files_of_a_killed_report_are_swept(copied: Path, counter: Counter) -> None:
+def test_temporary_files_of_a_killed_report_are_removed(copied: Path, counter: Counter) -> None:
     (copied / "out" / ".report.123.tmp.html").write_text("half")
     counter.run(copied)
     assert [p.name for p in (copied / "out").rglob(".*")] == [".lock"]
 
 
 @pytest.mark.parametrize("options", [{"from_stage": "destill"}, {"only": "report"}])
-def test_a_stage_that_there_is_not(tmp_path: Path, options: dict[str, str]) -> None:
+def test_an_unknown_stage_is_refused(tmp_path: Path, options: dict[str, str]) -> None:
     with pytest.raises(ConfigError, match="no stage") as caught:
         pipeline.run(write_chain(tmp_path), tmp_path / "out", **options)  # type: ignore[arg-type]
     assert "prepare, convert, teach" in (caught.value.fix or "")
@@ -436,7 +436,7 @@ def test_a_server_follows_a_run_by_its_events_and_stops_it_by_a_flag(copied: Pat
 # --- fingerprints -------------------------------------------------------------------------------------------
 
 
-def test_a_fingerprint_is_of_content_and_not_of_place(tmp_path: Path) -> None:
+def test_a_fingerprint_depends_on_contents_and_not_on_the_path(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name / "sub").mkdir(parents=True)
         (tmp_path / name / "config.json").write_text("{}")
@@ -451,7 +451,7 @@ def test_a_fingerprint_is_of_content_and_not_of_place(tmp_path: Path) -> None:
     assert fingerprint("org/name@main") != fingerprint("org/name@v1")
 
 
-def test_a_large_file_is_known_by_size_and_beginning(tmp_path: Path) -> None:
+def test_the_fingerprint_of_a_large_file_covers_its_size_and_beginning(tmp_path: Path) -> None:
     path = tmp_path / "model" / "shard.safetensors"
     path.parent.mkdir()
     raw = bytes(3 << 20)

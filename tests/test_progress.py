@@ -1,4 +1,4 @@
-"""Progress: what is printed, how often, and what the estimate says."""
+"""Progress: which lines are printed, how often, and the estimate of the time left."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def clock() -> _Clock:
     return _Clock()
 
 
-def test_estimate_forgets_a_slow_start(clock: _Clock) -> None:
+def test_the_estimate_ignores_a_slow_first_step(clock: _Clock) -> None:
     estimate = Estimate(total=1000, clock=clock)
     clock.now += 60  # one step took a minute: compilation
     estimate.left(1)
@@ -34,16 +34,16 @@ def test_estimate_forgets_a_slow_start(clock: _Clock) -> None:
     assert left == pytest.approx(900.0)
 
 
-def test_estimate_of_a_resumed_task_counts_this_run_only(clock: _Clock) -> None:
+def test_the_estimate_of_a_resumed_task_counts_this_run_only(clock: _Clock) -> None:
     estimate = Estimate(total=100, start=90, clock=clock)
     clock.now += 10
     assert estimate.left(95) == pytest.approx(10.0)
 
 
-def test_a_jump_at_the_first_step_is_not_taken_for_speed(clock: _Clock) -> None:
+def test_a_jump_in_the_first_update_does_not_count_as_speed(clock: _Clock) -> None:
     estimate = Estimate(total=100, clock=clock)
     clock.now += 1
-    estimate.left(90)  # resumed, and nobody said so
+    estimate.left(90)  # resumed, without start
     clock.now += 2
     assert estimate.left(91) == pytest.approx(18.0)
 
@@ -55,7 +55,7 @@ def test_no_total_no_estimate(total: int | None, clock: _Clock) -> None:
     assert estimate.left(1) is None
 
 
-def test_plain_lines_come_at_most_every_so_often(clock: _Clock) -> None:
+def test_plain_lines_come_at_most_every_few_seconds(clock: _Clock) -> None:
     stream = io.StringIO()
     with PlainProgress(stream, every=10, clock=clock).task("teach", total=100, unit="step") as bar:
         for done in range(1, 101):
@@ -68,7 +68,7 @@ def test_plain_lines_come_at_most_every_so_often(clock: _Clock) -> None:
     assert lines[-1] == "teach: done, 100 steps in 1 min 40 s, loss 0.01"
 
 
-def test_a_task_that_fails_says_where_and_lets_the_error_pass(clock: _Clock) -> None:
+def test_a_task_that_fails_says_where_and_raises(clock: _Clock) -> None:
     stream = io.StringIO()
 
     def convert() -> None:
@@ -81,13 +81,13 @@ def test_a_task_that_fails_says_where_and_lets_the_error_pass(clock: _Clock) -> 
     assert stream.getvalue().splitlines()[-1] == "convert: stopped after 0 s at 3/8"
 
 
-def test_a_resumed_task_says_where_it_goes_on_and_counts_what_was_done(clock: _Clock) -> None:
+def test_a_resumed_task_says_where_it_continues(clock: _Clock) -> None:
     stream = io.StringIO()
     progress = PlainProgress(stream, clock=clock)
     with progress.task("teach", total=32, unit="step", start=25) as bar:
         bar.update(32, loss=0.5)
     with progress.task("teach", total=32, unit="step", start=32):
-        pass  # killed behind the last step
+        pass  # killed after the last step
     assert stream.getvalue().splitlines() == [
         "teach: 32 steps, continuing after step 25",
         "teach: done, 32 steps (25 of them before) in 0 s, loss 0.5",
@@ -96,7 +96,7 @@ def test_a_resumed_task_says_where_it_goes_on_and_counts_what_was_done(clock: _C
     ]
 
 
-def test_off_a_terminal_lines_are_plain_and_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_terminal_lines_are_plain_and_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     progress = make_progress()
     assert isinstance(progress, PlainProgress)
     with progress.task("prepare") as bar:
@@ -119,7 +119,7 @@ def test_the_live_bar_ends_in_the_same_line(capsys: pytest.CaptureFixture[str]) 
     assert "rows [left] out" in captured.err
 
 
-def test_null_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+def test_null_progress_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     progress: Any = NullProgress()
     with progress.task("teach", total=3, unit="step") as bar:
         bar.update(3, loss=0.25)
@@ -127,7 +127,7 @@ def test_null_progress_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def test_measures_have_no_plural() -> None:
+def test_units_of_measurement_have_no_plural() -> None:
     stream = io.StringIO()
     for unit in ("MB", "row"):
         with PlainProgress(stream, clock=lambda: 0.0).task("convert", total=1200, unit=unit):
@@ -138,5 +138,5 @@ def test_measures_have_no_plural() -> None:
     ]
 
 
-def test_durations_round_to_what_a_person_reads() -> None:
+def test_durations_are_rounded() -> None:
     assert [duration(s) for s in (0, 59.4, 59.6, 3599.6)] == ["0 s", "59 s", "1 min 00 s", "1 h 00 min"]

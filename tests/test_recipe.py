@@ -1,4 +1,4 @@
-"""The packaged recipes, and what their numbers must be."""
+"""The packaged recipes and their settings."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import ATTENTION, MLP, DistillConfig, Recipe, TeachConfig, load_recipe, recipe_names
 
 
-def test_the_packaged_recipes_are_these() -> None:
+def test_the_packaged_recipes() -> None:
     assert {"tiny", "tiny-moderation", "qwen3-8b-to-gpt-oss-20b", "qwen3-8b-to-qwen3-0.6b"} <= set(
         recipe_names()
     )
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_packaged_recipe_loads_and_says_what_it_is(name: str) -> None:
+def test_every_packaged_recipe_loads_and_has_a_description(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name and recipe.description.endswith(".") and len(recipe.load_task().labels) >= 2
     assert recipe.base == (ASSETS / "recipes").resolve()
@@ -29,7 +29,7 @@ def test_every_packaged_recipe_loads_and_says_what_it_is(name: str) -> None:
     )
 
 
-def test_the_flagship_has_the_numbers_of_its_user() -> None:
+def test_the_settings_of_qwen3_8b_to_gpt_oss_20b() -> None:
     recipe = load_recipe("qwen3-8b-to-gpt-oss-20b")
     assert (recipe.teacher, recipe.student, recipe.task) == ("Qwen/Qwen3-8B", "openai/gpt-oss-20b", "music")
     for training in (recipe.teach, recipe.distill):
@@ -49,11 +49,11 @@ def test_the_flagship_has_the_numbers_of_its_user() -> None:
         0.3,
     )
     assert recipe.distill.temperature == 1.0 and recipe.distill.token_loss == "auto"
-    assert recipe.distill.target_modules == ATTENTION  # the packed experts pass through untouched
+    assert recipe.distill.target_modules == ATTENTION  # the quantized experts are not trained
     assert recipe.convert.quantize is None and "router" in recipe.quantize.keep
 
 
-def test_the_defaults_are_the_users_numbers_too() -> None:
+def test_the_defaults_of_the_trainings() -> None:
     assert (TeachConfig().learning_rate, DistillConfig().learning_rate) == (2e-5, 1e-5)
     assert TeachConfig().target_modules == ATTENTION + MLP and DistillConfig().target_modules == ATTENTION
     assert (
@@ -76,7 +76,7 @@ def test_the_defaults_are_the_users_numbers_too() -> None:
 
 
 @pytest.mark.parametrize("name", ["tiny", "tiny-moderation"])
-def test_the_demos_hold_their_test_rows_apart(name: str) -> None:
+def test_the_tiny_recipes_separate_their_test_rows(name: str) -> None:
     sources = load_recipe(name).data.sources
     trained = {(s.generator, s.seed) for s in sources if s.generator and s.split is None}
     held_out = [s for s in sources if s.split == "test"]
@@ -88,7 +88,7 @@ def test_the_demos_hold_their_test_rows_apart(name: str) -> None:
     )  # offline
 
 
-def test_only_what_cannot_change_a_result_is_unkeyed() -> None:
+def test_only_settings_that_cannot_change_a_result_are_not_keyed() -> None:
     free = {f.name for f in fields(DistillConfig) if not f.metadata.get("keyed", True)}
     assert free == {"grad_checkpoint", "stream_gradients", "checkpoint_every", "keep_checkpoints"}
     recipe = load_recipe("tiny")
@@ -104,7 +104,7 @@ def test_overrides_are_part_of_the_recipe() -> None:
     assert (recipe.distill.learning_rate, recipe.name, recipe.controls.labels) == (1e-5, "mine", True)
 
 
-def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path: Path) -> None:
+def test_an_unknown_recipe_is_refused_with_the_names_of_the_packaged_ones(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("tyni")
     assert "tiny" in (caught.value.fix or "")
@@ -112,7 +112,7 @@ def test_a_recipe_that_is_not_there_names_those_that_are(tmp_path: Path) -> None
         load_recipe(tmp_path / "nope.yaml")
 
 
-def test_a_file_of_ones_own_is_relative_to_itself(tmp_path: Path) -> None:
+def test_paths_are_relative_to_the_recipe_file(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text("name: mine\ntask: moderation\nteacher: a/b\nstudent: c/d\n")
     recipe = load_recipe(tmp_path / "mine.yaml")
     assert recipe.base == tmp_path.resolve() and recipe.distill == DistillConfig()

@@ -1,6 +1,4 @@
-"""A change of the code must not make a user's finished stages stale: the keys of the packaged recipes are
-committed.
-"""
+"""Changes of the code must not change the keys of stages, or users' finished stages would be made again."""
 
 from __future__ import annotations
 

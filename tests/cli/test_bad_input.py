@@ -1,6 +1,4 @@
-"""What people get wrong, through the entry point: one line, a cure, exit code 1 or 2, and nothing
-half-written.
-"""
+"""Wrong input through the entry point: one error line, a fix, exit code 1 or 2, and nothing half-written."""
 
 from __future__ import annotations
 
@@ -21,7 +19,7 @@ from mlx_distill.storage import lock_folder
 
 @pytest.fixture
 def recipe(tmp_path: Path) -> Path:
-    """A recipe whose rows are good and whose models are never looked for, because only prepare is run."""
+    """A recipe with good rows and models that do not exist, for prepare alone."""
     return write_recipe(tmp_path, model="org/model")
 
 
@@ -34,7 +32,7 @@ def prepare(runner: Any, recipe: Path, tmp_path: Path) -> Callable[..., Any]:
 
 
 def refuses(result: Any, code: int, *parts: str) -> None:
-    """One line of error with all ``parts``, one of cure; nothing on standard output; no traceback."""
+    """Assert an error of one line with all ``parts``, a fix, no output and no traceback."""
     lines = [line for line in result.stderr.splitlines() if line.startswith(("error:", "fix:"))]
     assert result.exit_code == code, result.output
     assert [line.split(":")[0] for line in lines] == ["error", "fix"], result.stderr
@@ -46,7 +44,7 @@ def refuses(result: Any, code: int, *parts: str) -> None:
 
 
 def visible(folder: Path) -> list[str]:
-    """What a run left that is not a hidden, resumable partial folder."""
+    """The files of a folder without hidden ones, such as resumable partial folders."""
     return sorted(p.name for p in folder.iterdir() if not p.name.startswith(".")) if folder.exists() else []
 
 
@@ -100,7 +98,7 @@ def test_bad_rows(
     assert prepare().exit_code == 0
 
 
-def test_a_line_that_is_no_json_is_named_once_with_its_column(
+def test_a_line_that_is_not_json_is_named_once_with_its_column(
     prepare: Callable[..., Any], tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_bytes(
@@ -112,7 +110,7 @@ def test_a_line_that_is_no_json_is_named_once_with_its_column(
     assert "drop_invalid does not cover such a line" in result.stderr
 
 
-def test_rows_that_were_left_out_are_told(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_rows_that_are_left_out_are_reported(prepare: Callable[..., Any], tmp_path: Path) -> None:
     assert "left out" not in prepare().stderr
     with open(tmp_path / "rows.jsonl", "a", encoding="utf-8") as file:
         file.write('{"text": "a red heron"}\n')
@@ -177,7 +175,7 @@ def test_bad_recipe_files(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_model_that_is_not_there_is_said_before_anything_is_made(
+def test_a_missing_model_is_refused_before_anything_is_made(
     runner: Any, recipe: Path, tmp_path: Path
 ) -> None:
     for key in ("teacher", "student"):
@@ -188,9 +186,7 @@ def test_a_model_that_is_not_there_is_said_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_manifest_that_cannot_be_read_is_mended_as_the_error_says(
-    prepare: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_the_fix_for_an_unreadable_manifest_works(prepare: Callable[..., Any], tmp_path: Path) -> None:
     assert prepare().exit_code == 0
     manifest = tmp_path / "out" / "data" / "manifest.json"
     for content in (b"{", b"\xff\x00", b""):
@@ -214,7 +210,7 @@ def test_two_runs_on_one_folder(prepare: Callable[..., Any], tmp_path: Path) -> 
     ("number", "words"),
     [(errno.ENOSPC, "no space left"), (errno.EACCES, "permission denied"), (errno.EROFS, "read-only")],
 )
-def test_a_disk_that_refuses(
+def test_an_error_of_the_disk(
     prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, words: str
 ) -> None:
     def refuse(handle: int) -> None:
@@ -224,10 +220,10 @@ def test_a_disk_that_refuses(
         patch.setattr(os, "fsync", refuse)
         refuses(prepare(), 1, words)
     assert visible(tmp_path / "out") == []
-    assert prepare().exit_code == 0  # the same command goes on
+    assert prepare().exit_code == 0  # the same command continues
 
 
-def test_a_file_where_the_folder_should_be(prepare: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_file_in_the_place_of_the_folder(prepare: Callable[..., Any], tmp_path: Path) -> None:
     (tmp_path / "out").write_text("not a folder", encoding="utf-8")
     refuses(prepare(), 1, "out")
     assert (tmp_path / "out").read_text(encoding="utf-8") == "not a folder"
@@ -236,7 +232,7 @@ def test_a_file_where_the_folder_should_be(prepare: Callable[..., Any], tmp_path
 def test_a_folder_without_write_permission(
     prepare: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Simulated, because the tests may run as root, who may write everywhere.
+    # Simulated, because tests may run as root, who can write everywhere.
     make = os.mkdir
 
     def refuse(path: str | Path, *args: Any, **kwargs: Any) -> None:
@@ -266,7 +262,7 @@ def test_analyze_without_a_model(runner: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", recipe_names())
-def test_every_packaged_recipe_says_offline_what_it_would_do(runner: Any, tmp_path: Path, name: str) -> None:
+def test_a_dry_run_of_every_packaged_recipe_works_offline(runner: Any, tmp_path: Path, name: str) -> None:
     text = runner.invoke(cli, ["run", name, "--out", str(tmp_path / "out"), "--dry-run"])
     assert text.exit_code == 0, text.output
     raw = runner.invoke(cli, ["run", name, "--out", str(tmp_path / "out"), "--dry-run", "--json"])

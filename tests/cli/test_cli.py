@@ -1,4 +1,4 @@
-"""The command line through its entry point: what it prints where, and with which exit code."""
+"""The command line through its entry point: output, error output and exit codes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PUBLIC = """
 
 
 def _fails_with(error: BaseException) -> click.Group:
-    """A command line of ours with one command that fails."""
+    """The command line with one command that fails."""
 
     class Failing(Commands):
         def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
@@ -38,7 +38,7 @@ def _fails_with(error: BaseException) -> click.Group:
     return Failing(params=[click.Option(["--debug"], is_flag=True)])
 
 
-def test_every_public_command_is_there_with_help(runner: Any) -> None:
+def test_every_public_command_has_help(runner: Any) -> None:
     assert set(COMMANDS) == set(PUBLIC)
     for name in COMMANDS:
         result = runner.invoke(cli, [name, "--help"])
@@ -85,7 +85,7 @@ def test_version(runner: Any) -> None:
         (DataError("two\nlines"), 1, ["error: two lines"]),
     ],
 )
-def test_error_is_one_line_with_its_cure_and_code(
+def test_an_error_is_two_lines_and_an_exit_code(
     runner: Any, error: BaseException, code: int, lines: list[str]
 ) -> None:
     result = runner.invoke(_fails_with(error), ["fail"])
@@ -114,7 +114,7 @@ def test_unexpected_error_has_no_traceback_unless_debug(runner: Any) -> None:
     assert runner.invoke(_fails_with(error), ["--debug", "fail"]).exception is error
 
 
-def test_debug_is_taken_behind_the_command_too(runner: Any) -> None:
+def test_debug_may_follow_the_command(runner: Any) -> None:
     assert runner.invoke(cli, ["recipes", "show", "nope"]).exit_code == 2
     for arguments in (["--debug", "recipes", "show", "nope"], ["recipes", "show", "nope", "--debug"]):
         assert isinstance(runner.invoke(cli, arguments).exception, ConfigError)
@@ -156,8 +156,8 @@ def test_doctor_reports_and_succeeds(runner: Any) -> None:
 def test_recipes_are_listed_shown_and_copied(runner: Any, tmp_path: Path) -> None:
     listed = runner.invoke(cli, ["recipes"])
     assert listed.exit_code == 0
-    recipes, _, rest = listed.stdout.partition("\n\n")
-    heading, *tasks = rest.splitlines()
+    recipes, _, remainder = listed.stdout.partition("\n\n")
+    heading, *tasks = remainder.splitlines()
     assert [line.split()[0] for line in recipes.splitlines()] == recipe_names()
     assert heading.startswith("tasks ") and [line.split()[0] for line in tasks] == task_names()
     assert all(line.endswith(".") for line in [*recipes.splitlines(), *tasks])
@@ -172,7 +172,7 @@ def test_recipes_are_listed_shown_and_copied(runner: Any, tmp_path: Path) -> Non
         assert "exists already" in again.stderr
 
 
-def test_a_copied_task_is_what_a_recipe_beside_it_may_name(runner: Any, tmp_path: Path) -> None:
+def test_a_recipe_may_name_a_copied_task_in_its_folder(runner: Any, tmp_path: Path) -> None:
     for name in ("tiny", "music"):
         said = runner.invoke(cli, ["recipes", "copy", name, str(tmp_path / f"my_{name}.yaml")]).stdout
     assert said.endswith("my_music.yaml; edit it; a recipe beside it says task: my_music.yaml\n")
@@ -239,14 +239,14 @@ def test_every_key_of_a_recipe_is_explained_with_its_default(runner: Any) -> Non
         *sections["recipe"],
         *(name for name in sections if "." not in name and name != "recipe"),
     } == known
-    # What is said to be the default is what a recipe that leaves the key out gets.
+    # A recipe without the key gets the default that is shown.
     recipe = load_recipe("tiny", ["distill={}"])
     assert {name: key["default"] for name, key in sections["distill"].items()} == dataclasses.asdict(
         recipe.distill
     )
 
 
-def test_the_keys_of_one_section_and_of_one_that_there_is_not(runner: Any) -> None:
+def test_the_keys_of_one_section_and_an_unknown_section(runner: Any) -> None:
     result = runner.invoke(cli, ["recipes", "keys", "distill"])
     head, *lines = result.stdout.splitlines()
     assert head.startswith("distill: ")

@@ -33,7 +33,7 @@ def converted(runner: Any, tmp_path: Path) -> Path:
     return tmp_path / "converted"
 
 
-def test_convert_says_what_it_would_do_and_does_it(runner: Any, tmp_path: Path) -> None:
+def test_convert_with_and_without_dry_run(runner: Any, tmp_path: Path) -> None:
     arguments = ["convert", str(SOURCE), str(tmp_path / "out"), "--quantize", "affine4"]
     plan = runner.invoke(cli, [*arguments, "--dry-run"])
     assert plan.exit_code == 0, plan.output
@@ -48,7 +48,7 @@ def test_convert_says_what_it_would_do_and_does_it(runner: Any, tmp_path: Path) 
     )
 
 
-def test_inspect_tells_good_from_damaged(runner: Any, converted: Path) -> None:
+def test_inspect_fails_for_a_damaged_model(runner: Any, converted: Path) -> None:
     good = runner.invoke(cli, ["inspect", str(converted), "--verify"])
     assert good.exit_code == 0, good.output
     assert "verified" in good.stdout
@@ -64,7 +64,7 @@ def test_inspect_tells_good_from_damaged(runner: Any, converted: Path) -> None:
     assert shard.name in bad.output
 
 
-def test_export_gives_the_source_back(runner: Any, converted: Path, tmp_path: Path) -> None:
+def test_export_equals_the_source_of_the_conversion(runner: Any, converted: Path, tmp_path: Path) -> None:
     result = runner.invoke(cli, ["export", str(converted), str(tmp_path / "back"), "--to", "hf"])
     assert result.exit_code == 0, result.output
     before, after = _tensors(SOURCE), _tensors(tmp_path / "back")
@@ -81,7 +81,9 @@ def _tensors(folder: Path) -> dict[str, mx.array]:
     }
 
 
-def test_the_card_takes_the_figures_of_the_models_run_or_of_a_named_one(runner: Any, tmp_path: Path) -> None:
+def test_the_model_card_has_the_figures_of_the_models_run_or_of_a_named_one(
+    runner: Any, tmp_path: Path
+) -> None:
     run, rate = tmp_path / "run", {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}
     assert runner.invoke(cli, ["convert", str(SOURCE), str(run / "student_base")]).exit_code == 0
     for folder, model in ((run, "student_base"), (tmp_path, "another")):
@@ -111,7 +113,9 @@ def test_the_card_takes_the_figures_of_the_models_run_or_of_a_named_one(runner: 
     assert not (tmp_path / "new").exists()
 
 
-def test_an_adapter_goes_out_to_peft_and_comes_back(runner: Any, converted: Path, tmp_path: Path) -> None:
+def test_an_adapter_is_exported_to_peft_and_converted_back(
+    runner: Any, converted: Path, tmp_path: Path
+) -> None:
     model, _ = load_model(converted)
     settings = LoraSettings(2, 4.0, 0.0, ("q_proj",))
     paths = add_lora(model, settings)
@@ -137,7 +141,7 @@ def test_an_adapter_goes_out_to_peft_and_comes_back(runner: Any, converted: Path
 
 
 @pytest.mark.parametrize("mode", ["affine1", "mixed-mxfp4"])
-def test_settings_of_a_conversion_reach_it(runner: Any, tmp_path: Path, mode: str) -> None:
+def test_options_of_convert_have_an_effect(runner: Any, tmp_path: Path, mode: str) -> None:
     sizes = [
         "--group-size",
         "0",
@@ -217,7 +221,7 @@ def test_an_unknown_mode_is_refused(runner: Any, tmp_path: Path, option: str, va
         ["export", "{here}/nope", "{here}/out", "--to", "hf"],
     ],
 )
-def test_a_path_that_is_not_there(runner: Any, tmp_path: Path, command: list[str]) -> None:
+def test_a_path_that_does_not_exist(runner: Any, tmp_path: Path, command: list[str]) -> None:
     result = runner.invoke(cli, [part.format(here=tmp_path) for part in command])
     assert result.exit_code == 1, result.output
     assert "nope" in result.stderr.splitlines()[0]
@@ -235,7 +239,7 @@ def test_analyze_answers_every_row(runner: Any, converted: Path, tmp_path: Path)
     assert sum(answers[0]["label_probs"].values()) == pytest.approx(1.0, abs=1e-5)
 
 
-def test_analyze_names_what_a_row_lacks_and_writes_nothing(
+def test_analyze_names_the_missing_field_of_a_row_and_writes_nothing(
     runner: Any, converted: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "rows.jsonl").write_text('{"title": "Rain"}\n', encoding="utf-8")

@@ -1,6 +1,4 @@
-"""A whole run through the entry point: what it prints, that it goes on after an interruption, that nothing is
-made twice.
-"""
+"""A whole run through the entry point: output, interruption, and stages that are current."""
 
 from __future__ import annotations
 
@@ -31,7 +29,7 @@ FOLDERS = [
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
-    """A recipe that has been run once, beside its run, and what the command said."""
+    """A recipe that has been run once, and the result of the command."""
     from click.testing import CliRunner
 
     folder = tmp_path_factory.mktemp("run")
@@ -40,7 +38,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
     return recipe, result
 
 
-def test_a_run_tells_its_progress_and_ends_with_the_report(finished: tuple[Path, Any]) -> None:
+def test_a_run_shows_its_progress_and_ends_with_the_report(finished: tuple[Path, Any]) -> None:
     recipe, result = finished
     out = recipe.parent / "out"
     assert result.exit_code == 0, result.output
@@ -51,7 +49,7 @@ def test_a_run_tells_its_progress_and_ends_with_the_report(finished: tuple[Path,
     assert "Traceback" not in result.output
 
 
-def test_what_is_current_is_not_made_again(runner: Any, finished: tuple[Path, Any]) -> None:
+def test_stages_that_are_current_are_not_made_again(runner: Any, finished: tuple[Path, Any]) -> None:
     recipe, _ = finished
     out = recipe.parent / "out"
     before = {p: p.stat().st_mtime_ns for p in out.rglob("manifest.json")}
@@ -94,7 +92,7 @@ def test_one_stage_alone(runner: Any, finished: tuple[Path, Any]) -> None:
     assert "quantized: current" in result.stderr
 
 
-def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
+def test_ctrl_c_saves_and_the_same_command_continues(tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path)
     command = [
         sys.executable,
@@ -117,12 +115,12 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(tmp_path: Path) -> None:
                 time.sleep(0.5)
                 process.send_signal(signal.SIGINT)
                 break
-        rest, said = process.stderr.read(), process.stdout.read() if process.stdout else ""
-        assert process.wait(timeout=60) == 130, "".join(seen) + rest
-    assert said == ""
-    assert "Traceback" not in rest
-    assert rest.splitlines()[-2].startswith("error:")
-    assert rest.splitlines()[-1].startswith("fix:")
+        errors, output = process.stderr.read(), process.stdout.read() if process.stdout else ""
+        assert process.wait(timeout=60) == 130, "".join(seen) + errors
+    assert output == ""
+    assert "Traceback" not in errors
+    assert errors.splitlines()[-2].startswith("error:")
+    assert errors.splitlines()[-1].startswith("fix:")
     assert not (tmp_path / "out" / "teacher").exists()
     again = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert again.returncode == 0, again.stderr

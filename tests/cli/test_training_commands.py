@@ -1,4 +1,4 @@
-"""Trainings through the door: profiles, hooks, and what is refused before anything is made or thrown away."""
+"""Trainings through the entry point: profiles, resuming, and settings that are refused early."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from mlx_distill.pipeline import run
 
 
 class Enough(Exception):  # noqa: N818 - not an error
-    """Ends a training from a hook."""
+    """Interrupts a training from a hook."""
 
 
 @pytest.fixture(scope="module")
 def cut(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run whose teacher was left after three steps, with a checkpoint of the second."""
+    """A run whose teacher was interrupted after three steps, with a checkpoint of the second."""
     folder = tmp_path_factory.mktemp("cut")
     recipe = write_recipe(folder)
 
@@ -51,7 +51,7 @@ def teach(folder: Path, *more: str) -> Any:
     )
 
 
-def test_a_training_that_goes_on_says_where(copied: Path) -> None:
+def test_a_resumed_training_says_where_it_continues(copied: Path) -> None:
     result = teach(copied)
     assert result.exit_code == 0, result.output
     head, *_, done = [line for line in result.stderr.splitlines() if line.startswith("teach: ")]
@@ -61,12 +61,12 @@ def test_a_training_that_goes_on_says_where(copied: Path) -> None:
     assert result.stdout.splitlines()[-1].startswith("next: mlx-distill targets ")
 
 
-def test_a_profile_says_where_the_time_goes_and_the_work_is_kept(copied: Path) -> None:
+def test_a_profile_is_printed_and_the_training_is_kept(copied: Path) -> None:
     result = teach(copied, "--profile")
     assert result.exit_code == 0, result.output
-    table, _, told = result.stdout.partition("\n\n")
+    table, _, outcome = result.stdout.partition("\n\n")
     head, columns, *parts = table.splitlines()
-    assert told.splitlines()[-1].startswith("next: mlx-distill targets ")
+    assert outcome.splitlines()[-1].startswith("next: mlx-distill targets ")
     assert (
         head.startswith("teach: ")
         and "tokens a second" in head
@@ -76,11 +76,11 @@ def test_a_profile_says_where_the_time_goes_and_the_work_is_kept(copied: Path) -
     assert (copied / "out" / "teacher" / "adapters.safetensors").is_file()
     again = teach(copied, "--profile", "--json")
     assert again.exit_code == 0 and json.loads(again.stdout) == {"stages": []}
-    taken = teach(copied, "--from", "teach", "--profile", "--json")
-    assert json.loads(taken.stdout)["stages"][0]["seconds_per_step"] > 0
+    result = teach(copied, "--from", "teach", "--profile", "--json")
+    assert json.loads(result.stdout)["stages"][0]["seconds_per_step"] > 0
 
 
-def test_unfinished_work_is_seen(copied: Path) -> None:
+def test_inspect_shows_an_unfinished_training(copied: Path) -> None:
     result = CliRunner().invoke(cli, ["inspect", str(copied / "out")])
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stdout.splitlines() if "not finished" in line]
@@ -93,13 +93,13 @@ def test_unfinished_work_is_seen(copied: Path) -> None:
     assert alone.exit_code == 0 and line.split("  ")[-1].strip() in alone.stdout, alone.output
 
 
-def test_a_loss_that_ended_above_where_it_began_is_told(copied: Path) -> None:
+def test_a_loss_that_rose_is_reported(copied: Path) -> None:
     result = teach(copied, "--from", "teach", "--set", "teach.method=full", "--set", "teach.learning_rate=10")
     assert result.exit_code == 0, result.output
     assert "teach: the loss " in result.stderr and "lower the learning rate" in result.stderr
 
 
-def test_a_changed_setting_does_not_throw_unfinished_work_away(copied: Path) -> None:
+def test_a_changed_setting_does_not_discard_an_unfinished_training(copied: Path) -> None:
     changed = ["--set", "teach.learning_rate=1e-3"]
     result = teach(copied, *changed)
     assert result.exit_code == 2, result.output
@@ -116,7 +116,7 @@ def test_a_changed_setting_does_not_throw_unfinished_work_away(copied: Path) -> 
     assert rows == list(range(1, len(rows) + 1))
 
 
-def test_a_changed_data_set_does_not_throw_unfinished_work_away(copied: Path) -> None:
+def test_changed_rows_do_not_discard_an_unfinished_training(copied: Path) -> None:
     run(copied / "recipe.yaml", copied / "out", only="prepare", overrides=["data.test_fraction=0.3"])
     result = teach(copied, "--set", "data.test_fraction=0.3")
     assert (
@@ -137,7 +137,7 @@ def test_a_changed_data_set_does_not_throw_unfinished_work_away(copied: Path) ->
         ("teach.patience=3 teach.evaluate_every=0", "patience with evaluate_every: 0"),
     ],
 )
-def test_what_cannot_be_trained_is_refused_before_anything_is_made(
+def test_settings_that_cannot_work_are_refused_before_anything_is_made(
     tmp_path: Path, override: str, message: str
 ) -> None:
     recipe = write_recipe(tmp_path)
@@ -161,7 +161,7 @@ def test_a_recipe_may_name_any_optimizer(copied: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["galore", "lora"])
-def test_embeddings_and_norms_may_train_whole_beside(copied: Path, method: str) -> None:
+def test_embeddings_and_norms_may_be_trained_fully_besides(copied: Path, method: str) -> None:
     overrides = [f"teach.method={method}", "teach.steps=2", "teach.galore_rank=4", "teach.learning_rate=1e-2"]
     overrides += ["teach.target_modules=[q_proj]", "teach.modules_to_save=[embed_tokens,norm]"]
     run(copied / "recipe.yaml", copied / "out", only="teach", from_stage="teach", overrides=overrides)

@@ -1,9 +1,7 @@
-"""Kills a change of folders before every one of its file operations, and every recovery before every one of
-its own.
+"""Kills the publishing of a stage before each of its file operations, and then its recovery likewise.
 
-crash_points.py FOLDER prints one JSON line a scenario: how many kills there were and what was wrong after any
-of them. Each attempt is a forked child; nothing here imports mlx, so that a fork is safe and takes
-milliseconds.
+crash_points.py FOLDER prints one JSON line a scenario: the number of kills, and what was wrong after any of
+them. Each attempt is a forked child; nothing here imports mlx, so a fork is safe and takes milliseconds.
 """
 
 from __future__ import annotations
@@ -33,8 +31,8 @@ _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.truncate", "op
 
 
 def killed_before(number: int, work: Callable[[], None]) -> bool:
-    """Run ``work`` in a child that dies before its ``number``-th change on the disk; False where it ended
-    before that.
+    """Run ``work`` in a child process that is killed before its ``number``-th change of the disk; False if it
+    ended earlier.
     """
     pid = os.fork()
     if pid == 0:
@@ -64,7 +62,7 @@ def killed_before(number: int, work: Callable[[], None]) -> bool:
 
 
 def make(folder: Path, text: str) -> None:
-    """A stage: it goes on where its checkpoints are, and leaves two files."""
+    """A stage that resumes from checkpoints and writes two files."""
     config = {"text": text}
     partial = open_partial(folder, stage_key("stage", 1, config, {}))
     for number in range(2):
@@ -79,7 +77,7 @@ def make(folder: Path, text: str) -> None:
 
 
 def wrong(folder: Path, allowed: set[str | None]) -> str | None:
-    """What is wrong with the folder, if it is not absent or one of the ``allowed`` texts, whole."""
+    """What is wrong with the folder; None if it holds one of the ``allowed`` texts (None: is absent)."""
     if not folder.exists():
         return None if None in allowed else "absent"
     manifest = read_manifest(folder)
@@ -100,23 +98,23 @@ def wrong(folder: Path, allowed: set[str | None]) -> str | None:
 
 
 def attempt(base: Path, before: str | None, kill: int, second: int) -> tuple[bool, bool, str | None]:
-    """One kill of the stage and one of the recovery behind it: whether either came, and what was wrong."""
+    """Kill the stage and then the recovery: whether each was killed, and what was wrong after either."""
     shutil.rmtree(base, ignore_errors=True)
     folder = base / "stage"
     base.mkdir(parents=True)
     if before is not None:
         make(folder, before)
     hit = killed_before(kill, lambda: make(folder, "new"))
-    found = wrong(folder, {None, before, "new"})
+    problem = wrong(folder, {None, before, "new"})
     hit_again = killed_before(second, lambda: recover(folder))
-    found = found or wrong(folder, {None, before, "new"})
+    problem = problem or wrong(folder, {None, before, "new"})
     recover(folder)
-    found = found or wrong(folder, {before, "new"})
+    problem = problem or wrong(folder, {before, "new"})
     recover(folder)
     make(folder, "new")
-    found = found or wrong(folder, {"new"})
+    problem = problem or wrong(folder, {"new"})
     left = sorted(p.name for p in base.iterdir() if p.name != "stage")
-    return hit, hit_again, found or (f"leaves {left}" if left else None)
+    return hit, hit_again, problem or (f"leaves {left}" if left else None)
 
 
 def main(folder: Path) -> None:
@@ -127,10 +125,10 @@ def main(folder: Path) -> None:
             kill, second, hit_again = kill + 1, 0, True
             while hit_again:
                 second += 1
-                hit, hit_again, found = attempt(folder / "base", before, kill, second)
+                hit, hit_again, problem = attempt(folder / "base", before, kill, second)
                 kills += hit + hit_again
-                if found:
-                    problems.append(f"kill before change {kill}, then {second}: {found}")
+                if problem:
+                    problems.append(f"kill before change {kill}, then {second}: {problem}")
         print(
             json.dumps({"scenario": name, "points": kill - 1, "kills": kills, "problems": problems}),
             flush=True,

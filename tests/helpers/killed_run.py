@@ -1,7 +1,7 @@
-"""A run in a process of its own that kills itself: killed_run.py RECIPE OUT [PATTERN [STAGE]].
+"""A run that kills itself: killed_run.py RECIPE OUT [PATTERN [STAGE]].
 
-Where a file or folder whose path matches the pattern is about to be renamed into place, what was written for
-it is cut in half, as if the kill had come in the middle of writing, and the process gets SIGKILL.
+Just before a file or folder whose path matches the pattern is renamed into place, a file is cut in half, as
+if it had been killed while writing, and the process gets SIGKILL.
 """
 
 from __future__ import annotations

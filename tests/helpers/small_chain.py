@@ -1,5 +1,5 @@
-"""The whole graph at its smallest: two packaged tiny models, a few steps of each training, several parts to
-lose in every stage.
+"""A small run of all stages: two packaged tiny models, a few steps of each training, and several resumable
+parts in every stage.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mlx_distill.stages.distill import distill
 from mlx_distill.stages.teach import teach
 from mlx_distill.storage import Manifest, check_folder, read_manifest
 
-# The functions behind the commands that train.
+# The functions of the commands that train.
 TRAININGS = {"teach": teach, "distill": distill}
 STAGES = (
     "data",
@@ -48,9 +48,7 @@ _TRAINING = {
 
 
 def write_chain(folder: Path, **blocks: Any) -> Path:
-    """``recipe.yaml`` and what it needs: enough rows for two shards of targets and two chunks of an
-    evaluation.
-    """
+    """Write ``recipe.yaml`` and enough rows for two shards of targets and two chunks of an evaluation."""
     settings = {
         "student": "asset:models/tiny-gpt-oss",
         "teach": _TRAINING,
@@ -66,9 +64,7 @@ def write_chain(folder: Path, **blocks: Any) -> Path:
 
 @functools.cache
 def finished() -> Path:
-    """A folder with ``recipe.yaml`` and ``out``, run once a session without interruption; for reading or
-    copying.
-    """
+    """A folder with ``recipe.yaml`` and its finished run ``out``, made once a session; never change it."""
     from mlx_distill.pipeline import run
 
     folder = Path(tempfile.mkdtemp(prefix="chain-"))
@@ -77,8 +73,8 @@ def finished() -> Path:
     return folder
 
 
-class Told(NullProgress):
-    """Remembers the notes, the tasks, and how far each came."""
+class RecordedProgress(NullProgress):
+    """Records the notes, the tasks, and the updates of each."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -97,19 +93,19 @@ class Told(NullProgress):
 def make_context(*overrides: str, run: Path | None = None, **more: Any) -> Context:
     """The context of a stage of the finished run, or of a copy of its folder."""
     recipe = load_recipe(finished() / "recipe.yaml", overrides)
-    return Context(recipe, recipe.load_task(), run or finished() / "out", Told(), StopFlag(), **more)
+    return Context(
+        recipe, recipe.load_task(), run or finished() / "out", RecordedProgress(), StopFlag(), **more
+    )
 
 
 def manifests(out: Path) -> dict[str, Manifest]:
-    """The manifests of all stages that are there."""
-    found = {name: read_manifest(out / name) for name in STAGES}
-    return {name: manifest for name, manifest in found.items() if manifest is not None}
+    """The manifests of all stages that have one."""
+    read = {name: read_manifest(out / name) for name in STAGES}
+    return {name: manifest for name, manifest in read.items() if manifest is not None}
 
 
 def whole_stages(out: Path) -> list[str]:
-    """The stages that can be seen; each must be whole, byte by byte, and nothing else may be seen beside the
-    report.
-    """
+    """The visible stages of a run. Asserts that each is whole and that nothing but the report is beside."""
     visible = [p for p in out.iterdir() if not p.name.startswith(".")]
     folders = [p for p in visible if p.is_dir() and p.name != "evaluations"]
     folders += [p for p in (out / "evaluations").glob("*") if not p.name.startswith(".")]

@@ -1,6 +1,4 @@
-"""A run so small that a test can afford it: one packaged tiny model as its own student, and four dozen
-made-up rows.
-"""
+"""A very small run: one packaged tiny model as its own student, and forty made-up rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage does beyond being killed: which rows it takes, what it refuses, what it leaves."""
+"""Stages: which rows they read, what they refuse, and what they write."""
 
 from __future__ import annotations
 
@@ -35,14 +35,14 @@ def test_the_limit_on_held_out_rows_is_for_each_set(run_copy: Path) -> None:
     assert held_out_rows(make_context(run=run_copy)) == rows
 
 
-def test_without_held_out_rows_there_is_nothing_to_measure(run_copy: Path, folder: Path) -> None:
+def test_an_evaluation_without_held_out_rows_is_refused(run_copy: Path, folder: Path) -> None:
     (run_copy / "data" / "test.jsonl").write_text("")
     with pytest.raises(DataError, match="no held-out rows") as caught:
         evaluate_stage(make_context(run=run_copy), folder, "student", "student")
     assert "test_fraction" in (caught.value.fix or "")
 
 
-def test_predictions_are_one_a_row_in_their_order_and_say_what_was_asked() -> None:
+def test_there_is_a_prediction_for_each_row_in_order_with_the_settings() -> None:
     header, *found = [
         row for _, row in read_jsonl(finished() / "out" / "evaluations" / "student" / "predictions.jsonl")
     ]
@@ -67,13 +67,13 @@ def scored_ids(folder: Path) -> list[str]:
     return [row.id for row in TargetReader(folder)]
 
 
-def test_targets_are_of_the_training_and_validation_rows_and_never_of_the_held_out_ones() -> None:
+def test_targets_are_for_the_training_and_validation_rows_only() -> None:
     wanted = [row["id"] for split in ("train", "valid") for row in read_rows(make_context(), split)]
     found = scored_ids(finished() / "out" / "targets")
     assert found == wanted and not set(found) & {row["id"] for row in read_rows(make_context(), "test")}
 
 
-def test_the_limit_of_targets_is_on_training_rows(folder: Path) -> None:
+def test_targets_max_rows_limits_the_training_rows(folder: Path) -> None:
     context = make_context("targets.max_rows=5", "targets.text=data")
     facts = targets_stage(context, folder)
     valid = [row["id"] for row in read_rows(context, "valid")]
@@ -81,7 +81,7 @@ def test_the_limit_of_targets_is_on_training_rows(folder: Path) -> None:
     assert facts["rows"] == 5 + len(valid) and facts["bytes"] > 0
 
 
-def test_an_answer_that_does_not_fit_gives_way_to_the_datas_own(
+def test_an_answer_that_does_not_fit_is_replaced_by_that_of_the_data(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     context = make_context("targets.max_rows=4")
@@ -104,8 +104,8 @@ def test_an_answer_that_does_not_fit_gives_way_to_the_datas_own(
     assert any("do not fit the task" in note for note in context.progress.notes)  # type: ignore[attr-defined]
 
 
-def test_targets_are_what_the_teacher_says_of_its_own_template(folder: Path) -> None:
-    """One row by hand: the chat through the tokenizer's own template, the whole model, the plain softmax."""
+def test_targets_are_the_teachers_distributions_over_its_own_template(folder: Path) -> None:
+    """One row is computed by hand: the tokenizer's own chat template, the whole model, a plain softmax."""
     import mlx.core as mx
 
     row = next(iter(TargetReader(finished() / "out" / "targets")))
@@ -127,14 +127,14 @@ def test_targets_are_what_the_teacher_says_of_its_own_template(folder: Path) -> 
     for place, ids, theirs in zip(places, row.topk_ids, row.topk_logprobs, strict=True):
         np.testing.assert_allclose(
             theirs, np.sort(logprobs[place])[::-1][:8], atol=2e-2
-        )  # kept in half precision
+        )  # stored in half precision
         np.testing.assert_allclose(theirs, logprobs[place, ids], atol=2e-2)
 
 
 # --- distill ------------------------------------------------------------------------------------------------
 
 
-def test_every_pair_joins_the_same_bytes_of_two_tokenizers(folder: Path) -> None:
+def test_every_aligned_span_has_the_same_bytes_in_both_tokenizers(folder: Path) -> None:
     context, out = make_context(), finished() / "out"
     student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
     ours, theirs = token_bytes(student), token_bytes(teacher)
@@ -164,12 +164,12 @@ def test_every_pair_joins_the_same_bytes_of_two_tokenizers(folder: Path) -> None
         )
 
 
-def test_rows_that_are_too_long_for_the_student_are_told_and_left_out(folder: Path) -> None:
+def test_rows_that_are_too_long_for_the_student_are_reported_and_left_out(folder: Path) -> None:
     context, student = make_context(), load_tokenizer(finished() / "out" / "student_base")
     lengths = sorted(aligned_rows(context, folder, student, context.recipe.distill)[0].lengths.tolist())
     middle = lengths[len(lengths) // 2]
     settings = replace(context.recipe.distill, max_length=middle)
-    for _ in range(2):  # the second time from what was stored
+    for _ in range(2):  # the second time from the stored rows
         context.progress.notes.clear()  # type: ignore[attr-defined]
         train, _, _ = aligned_rows(context, folder, student, settings)
         assert train.lengths.tolist() == [len(pair.tokens) for pair in train] and sorted(train.lengths) == [
@@ -187,7 +187,7 @@ def test_targets_of_another_tokenizer_are_refused(run_copy: Path, folder: Path) 
 
 
 @pytest.mark.parametrize("control", ["labels", "text"])
-def test_a_control_learns_from_one_thing_alone(folder: Path, control: str) -> None:
+def test_a_control_is_trained_on_its_own_term_alone(folder: Path, control: str) -> None:
     facts = distill_stage(make_context("distill.steps=2"), folder, control)
     assert facts["steps"] == 2 and 0 < facts["trainable"]["share"] < 0.2
     row = next(read_jsonl(folder / "metrics.jsonl"))[1]
@@ -195,7 +195,7 @@ def test_a_control_learns_from_one_thing_alone(folder: Path, control: str) -> No
     assert {"adapters.safetensors", "adapter_config.json"} <= {p.name for p in folder.iterdir()}
 
 
-def test_the_distilled_student_is_an_adapter_and_the_quantized_one_a_model_of_its_own() -> None:
+def test_the_student_is_an_adapter_and_the_quantized_one_a_whole_model() -> None:
     out = finished() / "out"
     assert {"adapters.safetensors", "adapter_config.json", "tokenizer.json", "metrics.jsonl"} <= {
         p.name for p in (out / "student").iterdir()
@@ -222,7 +222,7 @@ def test_the_distilled_student_is_an_adapter_and_the_quantized_one_a_model_of_it
     [teach_stage, targets_stage, distill_stage, lambda c, f: evaluate_stage(c, f, "student", "student")],
     ids=["teach", "targets", "distill", "evaluate"],
 )
-def test_the_wish_to_stop_is_heard(folder: Path, stage: Callable[[Context, Path], Any]) -> None:
+def test_a_stage_stops_when_the_stop_flag_is_set(folder: Path, stage: Callable[[Context, Path], Any]) -> None:
     context = make_context()
     context.stop.set = True
     with pytest.raises(Interrupted) as caught:

@@ -1,5 +1,5 @@
-"""A disk that refuses in any stage, and folders that somebody spoilt: one line, a cure that cures, and
-nothing half-written.
+"""A full disk in any stage, and damaged folders: an error of one line, a fix that works, and nothing
+half-written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SHORT = ("distill.steps=2", "distill.evaluate_every=0")
 
 @pytest.fixture
 def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A finished run that may be spoilt, seen from inside its folder as a user sees it."""
+    """A copy of a finished run that may be damaged; its folder is the working directory."""
     shutil.copytree(finished(), tmp_path / "copy")
     monkeypatch.chdir(tmp_path / "copy")
     return tmp_path / "copy"
@@ -35,7 +35,7 @@ def copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def command(runner: Any, copied: Path) -> Callable[..., Any]:
-    """``command("distill", "distill.steps=2")``: a command of that run, and settings."""
+    """``command("distill", "distill.steps=2")`` runs a command of that run with settings."""
 
     def invoke(name: str, *settings: str, more: tuple[str, ...] = ()) -> Any:
         assert name in COMMANDS
@@ -46,7 +46,7 @@ def command(runner: Any, copied: Path) -> Callable[..., Any]:
 
 
 def refusal(result: Any) -> tuple[str, str]:
-    """The error's line and the cure's, and nothing else in the way of an error."""
+    """The lines of the error and of its fix, for a command that failed as it should."""
     lines = result.stderr.splitlines()[-2:]
     assert result.exit_code == 1 and result.stdout == "", result.output
     assert [line.partition(": ")[0] for line in lines] == ["error", "fix"], result.stderr
@@ -59,9 +59,7 @@ def refusal(result: Any) -> tuple[str, str]:
 
 @contextmanager
 def small_disk(limit: int) -> Iterator[None]:
-    """A file stops growing at ``limit`` bytes, whoever writes it: like a full disk, also for what is not
-    written in Python.
-    """
+    """Limit files to ``limit`` bytes: like a full disk, also for code that is not written in Python."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
@@ -70,8 +68,7 @@ def small_disk(limit: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-# Where the disk is full, in bytes of one file, and the file that is cut there: each kind of writer has its
-# turn.
+# The stage, the limit in bytes, and the file that reaches it: one case for each code that writes files.
 _FULL = [
     ("prepare", 4_000, "rows.jsonl: file too large"),
     ("prepare", 4_001, "signatures.bin: file too large"),
@@ -103,7 +100,7 @@ def refused_in_training(stage: str, limit: int, settings: tuple[str, ...]) -> st
 @pytest.mark.parametrize(
     ("stage", "limit", "words"), _FULL, ids=[f"{stage}-{limit}" for stage, limit, _ in _FULL]
 )
-def test_a_disk_that_is_full_in_the_middle_of_a_stage(
+def test_a_full_disk_in_the_middle_of_a_stage(
     copied: Path,
     command: Callable[..., Any],
     stage: str,
@@ -125,14 +122,14 @@ def test_a_disk_that_is_full_in_the_middle_of_a_stage(
         with small_disk(limit):
             error, _ = refusal(command(stage, *settings, more=("--from", stage)))
     assert "out/" in error and words in error
-    assert whole_stages(copied / "out") == sorted(STAGES)  # the old folder stands, whole
+    assert whole_stages(copied / "out") == sorted(STAGES)  # the old folder is still whole
     assert not [p for p in (copied / "out").rglob("*") if ".tmp" in p.name]
     again = command(stage, *settings, more=("--from", stage))
     assert again.exit_code == 0, again.output
     assert whole_stages(copied / "out") == sorted(STAGES)
 
 
-def test_a_disk_that_is_full_while_a_model_is_converted(copied: Path, command: Callable[..., Any]) -> None:
+def test_a_full_disk_during_a_conversion(copied: Path, command: Callable[..., Any]) -> None:
     shutil.rmtree(copied / "out" / "student_base")
     with small_disk(100_000):
         error, _ = refusal(command("distill", *_SHORT))
@@ -145,7 +142,7 @@ def test_a_disk_that_is_full_while_a_model_is_converted(copied: Path, command: C
 # --- parents ------------------------------------------------------------------------------------------------
 
 
-def cut(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-30])
 
 
@@ -156,11 +153,11 @@ def edit(path: Path, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("stage", "damage", "words"),
     [
-        ("prepare", lambda out: cut(out / "data/train.jsonl"), "out/data/train.jsonl has"),
+        ("prepare", lambda out: truncate(out / "data/train.jsonl"), "out/data/train.jsonl has"),
         ("prepare", lambda out: (out / "data/valid.jsonl").unlink(), "out/data/valid.jsonl is missing"),
         (
             "targets",
-            lambda out: cut(out / "targets/tokens-00000.safetensors"),
+            lambda out: truncate(out / "targets/tokens-00000.safetensors"),
             "out/targets/tokens-00000.safetensors has",
         ),
         (
@@ -181,7 +178,7 @@ def test_one_stage_alone_does_not_read_a_damaged_parent(
     again = f"mlx-distill {stage} recipe.yaml --out out --set {_SHORT[0]} --set {_SHORT[1]}"
     assert fix == f"fix: make it again: {again}"
     assert read_manifest(copied / "out" / "student") == before
-    if stage == "prepare":  # the cheap one stands for both
+    if stage == "prepare":  # the cheaper one is tried
         assert command(stage, *_SHORT).exit_code == 0
         assert command("distill", *_SHORT).exit_code == 0
 
@@ -189,10 +186,10 @@ def test_one_stage_alone_does_not_read_a_damaged_parent(
 @pytest.mark.parametrize(
     "damage",
     [
-        lambda base: cut(next(base.glob("*.safetensors"))),
+        lambda base: truncate(next(base.glob("*.safetensors"))),
         lambda base: next(base.glob("*.safetensors")).unlink(),
         lambda base: edit(base / "config.json", model_type="mystery"),
-        lambda base: cut(base / "tokenizer.json"),
+        lambda base: truncate(base / "tokenizer.json"),
     ],
     ids=["truncated", "missing shard", "wrong model_type", "tokenizer"],
 )
@@ -205,7 +202,7 @@ def test_a_damaged_base_is_converted_again(
     assert whole_stages(copied / "out") == sorted(STAGES)
 
 
-def test_targets_of_rows_that_are_gone_are_named(copied: Path, command: Callable[..., Any]) -> None:
+def test_targets_of_rows_that_no_longer_exist_are_named(copied: Path, command: Callable[..., Any]) -> None:
     rows = [row for _, row in read_jsonl(copied / "rows.jsonl")]
     write_jsonl(copied / "rows.jsonl", [{**row, "id": f"new-{row['id']}"} for row in rows])
     assert command("prepare").exit_code == 0
@@ -216,11 +213,11 @@ def test_targets_of_rows_that_are_gone_are_named(copied: Path, command: Callable
     assert "targets: read as it is; data has changed (mlx-distill targets " in result.stderr
 
 
-# --- damage that sizes and times do not show ----------------------------------------------------------------
+# --- damage that sizes and times do not reveal --------------------------------------------------------------
 
 
-def damage_quietly(path: Path, content: bytes) -> None:
-    """Overwrite the beginning and keep size and time, as a failing disk does."""
+def damage_silently(path: Path, content: bytes) -> None:
+    """Overwrite the beginning of a file without changing its size and time, as a failing disk may."""
     stat = path.stat()
     raw = path.read_bytes()
     path.write_bytes(content + raw[len(content) :])
@@ -230,10 +227,10 @@ def damage_quietly(path: Path, content: bytes) -> None:
 @pytest.mark.parametrize(
     "file", ["targets/tokens-00000.safetensors", "targets/rows-00000.jsonl", "targets/index.json"]
 )
-def test_quiet_damage_of_the_targets_is_refused_when_they_are_read(
+def test_silent_damage_of_the_targets_is_found_when_they_are_read(
     copied: Path, command: Callable[..., Any], file: str
 ) -> None:
-    damage_quietly(copied / "out" / file, bytes(40))
+    damage_silently(copied / "out" / file, bytes(40))
     error, _ = refusal(command("distill", *_SHORT))
     assert f"out/{file}" in error
 
@@ -246,12 +243,12 @@ def test_quiet_damage_of_the_targets_is_refused_when_they_are_read(
     [
         (
             ["export", "out/student", "x", "--to", "peft"],
-            lambda out: cut(out / "student/adapters.safetensors"),
+            lambda out: truncate(out / "student/adapters.safetensors"),
             "the file is truncated",
         ),
         (
             ["export", "out/student", "x", "--to", "hf"],
-            lambda out: cut(out / "student/adapters.safetensors"),
+            lambda out: truncate(out / "student/adapters.safetensors"),
             "the file is truncated",
         ),
         (
@@ -266,7 +263,7 @@ def test_quiet_damage_of_the_targets_is_refused_when_they_are_read(
         ),
         (
             ["inspect", "out/quantized"],
-            lambda out: cut(next((out / "quantized").glob("*.safetensors"))),
+            lambda out: truncate(next((out / "quantized").glob("*.safetensors"))),
             "the file is truncated",
         ),
         (
@@ -294,7 +291,7 @@ def test_a_damaged_model_of_a_run_is_named(
 
 
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors", "state.json"])
-def test_a_damaged_checkpoint_is_named_and_the_cure_goes_on_from_the_one_before(
+def test_a_damaged_checkpoint_is_named_and_without_it_the_one_before_is_resumed(
     copied: Path, command: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, file: str
 ) -> None:
     settings = ("distill.steps=4", "distill.evaluate_every=0", "distill.checkpoint_every=1")
@@ -303,7 +300,7 @@ def test_a_damaged_checkpoint_is_named_and_the_cure_goes_on_from_the_one_before(
         refusal(command("distill", *settings))
     checkpoints = copied / "out" / ".student.partial" / "scratch" / "checkpoints"
     newest = sorted(checkpoints.glob("step-*"))[-1]
-    cut(newest / file)
+    truncate(newest / file)
     error, _ = refusal(command("distill", *settings))
     assert f"{newest.relative_to(copied)}/{file}" in error
     shutil.rmtree(newest)
@@ -335,7 +332,7 @@ def test_the_folder_of_another_recipe_is_not_replaced(
     assert owners == {"colours"}
 
 
-def test_a_recipe_of_another_name_may_read_what_is_current_for_it_too(command: Callable[..., Any]) -> None:
+def test_stages_that_are_current_may_belong_to_a_recipe_of_another_name(command: Callable[..., Any]) -> None:
     result = command("run", "name=others")
     assert result.exit_code == 0, result.output
     assert result.stderr.count(": current") == len(STAGES)
