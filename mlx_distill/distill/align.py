@@ -1,43 +1,175 @@
 """The student's side of the teacher's targets: each row rendered for the student, and the two tokenizations
 aligned by bytes.
 
-Nothing of a row depends on the batch it comes in, so the alignment is done once, before training.
+The alignment of a row does not depend on the batch it is in, so all rows are aligned once, before training,
+and kept on disk.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlx_distill.data.chat import TokenizedRow
+from mlx_distill.data.chat import TokenizedRow, answer_ids, render_many
 from mlx_distill.data.packing import as_sequences, build_batch
+from mlx_distill.distill.teacher import answer_label_start
+from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
+from mlx_distill.errors import DataError
+from mlx_distill.losses.byte_alignment import align_bytes
+from mlx_distill.progress import Progress
 from mlx_distill.records import Batch
+from mlx_distill.storage import read_jsonl
+from mlx_distill.storage.array_store import StoreWriter
+from mlx_distill.tasks.task import Task
+
+_CHUNK = 64  # rows that are rendered together
+# split, prepared row, the teacher's targets for it
+JoinedRow = tuple[str, Mapping[str, Any], TeacherTargets]
 
 
 @dataclass(frozen=True)
 class AlignedRow:
-    """One row for the student, with what the teacher says of it.
+    """One row for the student, with the teacher's targets at the student's positions.
 
-    ``tokens [l]`` the student's chat; ``start`` where its answer begins; ``label_at`` the position of the
-    label's first token or None, ``label_logprobs [c]``; ``starts [n]`` positions of student tokens that begin
-    at a common byte boundary, with the teacher's ``topk_ids`` and ``topk_logprobs`` ``[n, k]`` there;
-    ``spans [m, 2]`` student tokens from and to of each common span, with ``span_logprobs [m]`` the teacher's
-    log-probability of its bytes.
+    Args:
+        tokens: ``[l]`` the student's chat, its stop token last.
+        start: Where its answer begins.
+        label_start: The position of the label's first token, or None.
+        label_logprobs: ``[c]`` the teacher's distribution over the labels and all other tokens, or None.
+        starts: ``[n]`` positions of student tokens that begin where a teacher token begins.
+        topk_ids: ``[n, k]`` the teacher's most probable tokens there.
+        topk_logprobs: ``[n, k]`` their log-probabilities.
+        spans: ``[m, 2]`` start and end (exclusive) of the student tokens of each common span.
+        span_logprobs: ``[m]`` the teacher's log-probability of the span's bytes.
     """
 
     tokens: Int[np.ndarray, " l"]
     start: int
-    label_at: int | None
+    label_start: int | None
     label_logprobs: Float[np.ndarray, " c"] | None
     starts: Int[np.ndarray, " n"]
     topk_ids: Int[np.ndarray, "n k"]
     topk_logprobs: Float[np.ndarray, "n k"]
     spans: Int[np.ndarray, "m 2"]
     span_logprobs: Float[np.ndarray, " m"]
+
+
+def write_aligned_rows(
+    folders: Mapping[str, Path],
+    key: str,
+    joined: Iterator[JoinedRow],
+    task: Task,
+    student_tokenizer: Any,
+    teacher_tokenizer: Any,
+    *,
+    max_length: int,
+    total: int,
+    progress: Progress,
+    check_stop: Callable[[], None],
+) -> None:
+    """Align all rows and write them as one array store per split.
+
+    Args:
+        folders: Where the store of ``train`` and that of ``valid`` are written.
+        key: Of both stores.
+        joined: From :func:`join_rows`.
+        task: Its schema and label.
+        student_tokenizer: A byte-level BPE with a chat template.
+        teacher_tokenizer: A byte-level BPE.
+        max_length: Rows of more student tokens are left out; ``too_long`` in the facts of ``train`` is their
+            number.
+        total: The number of rows, for the progress bar.
+        progress: Where progress is shown.
+        check_stop: Called between chunks of rows; raises to stop.
+    """
+    # The text before the label is often the same in every answer.
+    encode = lru_cache(maxsize=256)(partial(answer_ids, student_tokenizer))
+    too_long = done = 0
+    with (
+        StoreWriter(folders["train"], key) as train,
+        StoreWriter(folders["valid"], key) as valid,
+        progress.task("align", total=total, unit="row") as bar,
+    ):
+        writers = {"train": train, "valid": valid}
+        while chunk := list(islice(joined, _CHUNK)):
+            check_stop()
+            chats = [
+                [*row["messages"][:-1], {"role": "assistant", "content": targets.text}]
+                for _, row, targets in chunk
+            ]
+            rendered = render_many(student_tokenizer, chats)
+            for chat, (split, _, targets) in zip(rendered, chunk, strict=True):
+                if len(chat) > max_length:
+                    too_long += 1
+                    continue
+                row = align_answer(chat, targets, task, student_tokenizer, teacher_tokenizer, encode)
+                writers[split].append(len(row.tokens) - row.start, **aligned_row_arrays(row))
+            done += len(chunk)
+            bar.update(done)
+        train.facts = {"too_long": too_long}
+
+
+def join_rows(rows_files: Mapping[str, Path], reader: TargetReader) -> Iterator[JoinedRow]:
+    """Each row's targets with the prepared row; both are in the same order, so neither is held in memory.
+
+    Args:
+        rows_files: The prepared rows of each split, in the order of the targets.
+        reader: The targets.
+
+    Raises:
+        DataError: targets without a row, or in another order than the rows.
+    """
+    rows = ((split, row) for split, path in rows_files.items() for _, row in read_jsonl(path))
+    for targets in reader:
+        # Rows without targets are skipped.
+        match = next(((split, row) for split, row in rows if row["id"] == targets.id), None)
+        if match is None:
+            folder = next(iter(rows_files.values())).parent
+            raise DataError(
+                f"{reader.folder}: row {targets.id!r} is not in {folder}, or not in its order",
+                fix="run: mlx-distill targets",
+            )
+        yield *match, targets
+
+
+def align_answer(
+    chat: TokenizedRow,
+    targets: TeacherTargets,
+    task: Task,
+    student_tokenizer: Any,
+    teacher_tokenizer: Any,
+    encode: Callable[[str], list[int]],
+) -> AlignedRow:
+    """Align the teacher's targets with a chat that is rendered for the student.
+
+    Args:
+        chat: The student's chat; its answer is ``targets.text``.
+        targets: The teacher's.
+        task: Its schema and label.
+        student_tokenizer: A byte-level BPE.
+        teacher_tokenizer: A byte-level BPE.
+        encode: From the beginning of an answer to the student's token ids.
+    """
+    start, end = chat.spans[-1]
+    spans = align_bytes(chat.tokens[start:end], targets.ids[:-1], student_tokenizer, teacher_tokenizer)
+    return align_row(
+        chat.tokens,
+        start,
+        spans,
+        teacher_logprobs=targets.logprobs,
+        topk_ids=targets.topk_ids,
+        topk_logprobs=targets.topk_logprobs,
+        label_start=answer_label_start(chat.tokens.tolist(), start, targets.text, task, encode),
+        label_logprobs=targets.label_logprobs,
+    )
 
 
 def align_row(
@@ -48,30 +180,29 @@ def align_row(
     teacher_logprobs: np.ndarray,
     topk_ids: np.ndarray,
     topk_logprobs: np.ndarray,
-    label_at: int | None,
-    label_logprobs: Sequence[float] | None,
+    label_start: int | None,
+    label_logprobs: Sequence[float] | np.ndarray | None,
 ) -> AlignedRow:
-    """Join a student's row and a teacher's targets.
+    """Gather the teacher's targets at the common boundaries of two tokenizations.
 
     Args:
         tokens: The student's chat, its stop token last.
         start: Where the answer begins.
-        spans: ``align_bytes`` of the two answers without their stop tokens: ``[m, 4]``, counted from the
-            answers' beginnings.
+        spans: ``align_bytes`` of the two answers without their stop tokens: ``[m, 4]``, relative to the
+            beginnings of the answers.
         teacher_logprobs, topk_ids, topk_logprobs: The teacher's targets, its stop token last.
-        label_at, label_logprobs: Position of the label in ``tokens``, and the teacher's distribution over the
-            labels.
+        label_start: The position of the label's first token in ``tokens``.
+        label_logprobs: The teacher's distribution over the labels and all other tokens.
     """
-    answer, theirs = len(tokens) - start - 1, len(teacher_logprobs) - 1
-    stop = np.array(
-        [[answer, answer + 1, theirs, theirs + 1]]
-    )  # both end their answer here: a common event too
+    student_stop, teacher_stop = len(tokens) - start - 1, len(teacher_logprobs) - 1
+    # Both models end their answer at the same place: one more common span.
+    stop = np.array([[student_stop, student_stop + 1, teacher_stop, teacher_stop + 1]])
     spans = np.concatenate([np.asarray(spans).reshape(-1, 4), stop])
     sums = np.concatenate([[0.0], np.cumsum(teacher_logprobs, dtype=np.float64)])
     return AlignedRow(
         tokens=np.asarray(tokens, dtype=np.int32),
         start=start,
-        label_at=label_at if label_logprobs is not None else None,
+        label_start=label_start if label_logprobs is not None else None,
         label_logprobs=np.array(label_logprobs, dtype=np.float32) if label_logprobs is not None else None,
         starts=(spans[:, 0] + start).astype(np.int32),
         topk_ids=topk_ids[spans[:, 2]],
@@ -81,82 +212,89 @@ def align_row(
     )
 
 
-def aligned_row_arrays(pair: AlignedRow) -> dict[str, np.ndarray]:
-    """A pair as named arrays, each with one dimension that differs from pair to pair; :func:`aligned_row_of` is the
-    inverse.
+def aligned_row_arrays(row: AlignedRow) -> dict[str, np.ndarray]:
+    """A row as named arrays for an array store, in which a row's arrays may differ in one dimension.
+
+    :func:`aligned_row_from_arrays` is the inverse.
     """
+    label_start = [] if row.label_start is None else [row.label_start]
+    no_label = np.zeros(0, dtype=np.float32)
     return {
-        "tokens": pair.tokens,
-        "start": np.array([pair.start], dtype=np.int32),
-        "label_at": np.array([] if pair.label_at is None else [pair.label_at], dtype=np.int32),
-        "label_logprobs": np.zeros(0, dtype=np.float32)
-        if pair.label_logprobs is None
-        else pair.label_logprobs,
-        **{
-            name: getattr(pair, name)
-            for name in ("starts", "topk_ids", "topk_logprobs", "spans", "span_logprobs")
-        },
+        "tokens": row.tokens,
+        "start": np.array([row.start], dtype=np.int32),
+        # The names are those of the files on disk.
+        "label_at": np.array(label_start, dtype=np.int32),
+        "label_logprobs": no_label if row.label_logprobs is None else row.label_logprobs,
+        "starts": row.starts,
+        "topk_ids": row.topk_ids,
+        "topk_logprobs": row.topk_logprobs,
+        "spans": row.spans,
+        "span_logprobs": row.span_logprobs,
     }
 
 
-def aligned_row_of(
+def aligned_row_from_arrays(
     *, start: np.ndarray, label_at: np.ndarray, label_logprobs: np.ndarray, **arrays: np.ndarray
 ) -> AlignedRow:
-    """The pair of some arrays of :func:`aligned_row_arrays`."""
-    place = int(label_at[0]) if len(label_at) else None
+    """The row of the arrays of :func:`aligned_row_arrays`."""
     return AlignedRow(
         start=int(start[0]),
-        label_at=place,
+        label_start=int(label_at[0]) if len(label_at) else None,
         label_logprobs=label_logprobs if len(label_logprobs) else None,
         **arrays,
     )
 
 
 def collate_aligned_rows(
-    pairs: Sequence[AlignedRow],
-    rows: Sequence[int | Sequence[int]],
+    rows: Sequence[AlignedRow],
+    chosen: Sequence[int | Sequence[int]],
     pad: int,
     classes: int,
     multiple: int = 16,
 ) -> Batch:
-    """One micro-batch of pairs, right-padded, rows in a tuple sharing a line; token ``j`` of a row is
-    predicted at its input ``j - 1``.
+    """One right-padded micro-batch; token ``j`` of a row is predicted at its input ``j - 1``.
 
     ``extra``: ``positions [a]`` of the trained labels in the flattened ``[b * l]`` inputs, row by row; and,
     as indices into those ``a``: ``label_index [r]`` with ``label_logprobs [r, c]``; ``start_index [n]`` with
-    ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans [m, 2]`` (from, to) with ``span_logprobs [m]``.
+    ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans [m, 2]`` (start, end) with ``span_logprobs [m]``.
+
+    Args:
+        rows: All rows.
+        chosen: The batch's row numbers; rows in a tuple are packed into one sequence.
+        pad: The padding token.
+        classes: Columns of ``label_logprobs``: the task's labels and one for all other tokens.
+        multiple: Sequences are padded to a multiple of this many tokens.
     """
-    lines = as_sequences(rows)
-    numbers = [row for line in lines for row in line]
-    chosen = [pairs[row] for row in numbers]
-    batch = build_batch([[_piece(pairs[row]) for row in line] for line in lines], pad, multiple, numbers)
-    # Where each row's answer begins among the trained positions, as an offset to its token numbers.
-    begins = np.cumsum([0, *(len(p.tokens) - p.start for p in chosen)])[:-1] - np.array(
-        [p.start for p in chosen]
-    )
-    judged = [
-        (begin, p)
-        for begin, p in zip(begins, chosen, strict=True)
-        if p.label_at is not None and p.label_logprobs is not None
+    sequences = as_sequences(chosen)
+    numbers = [number for sequence in sequences for number in sequence]
+    tokenized = [[_tokenized(rows[number]) for number in sequence] for sequence in sequences]
+    batch = build_batch(tokenized, pad, multiple, numbers)
+    members = [rows[number] for number in numbers]
+    # From a row's token numbers to its place among the trained positions: the trained positions of the rows
+    # before it, minus the start of its own answer.
+    before = np.cumsum([0, *(len(row.tokens) - row.start for row in members)])[:-1]
+    offsets = before - np.array([row.start for row in members])
+    labelled = [
+        (offset + row.label_start, row.label_logprobs)
+        for offset, row in zip(offsets, members, strict=True)
+        if row.label_start is not None and row.label_logprobs is not None
     ]
+    starts = [row.starts + offset for offset, row in zip(offsets, members, strict=True)]
+    spans = [row.spans + offset for offset, row in zip(offsets, members, strict=True)]
     extra = {
         "positions": np.flatnonzero(np.array(batch.mask)).astype(np.int32),
-        "label_index": np.array([begin + (p.label_at or 0) for begin, p in judged], dtype=np.int32),
-        "label_logprobs": np.array([p.label_logprobs for _, p in judged], dtype=np.float32).reshape(
-            len(judged), classes
+        "label_index": np.array([index for index, _ in labelled], dtype=np.int32),
+        "label_logprobs": np.array([logprobs for _, logprobs in labelled], dtype=np.float32).reshape(
+            len(labelled), classes
         ),
-        "start_index": np.concatenate(
-            [p.starts + begin for begin, p in zip(begins, chosen, strict=True)]
-        ).astype(np.int32),
-        "topk_ids": np.concatenate([p.topk_ids for p in chosen]),
-        "topk_logprobs": np.concatenate([p.topk_logprobs for p in chosen]),
-        "spans": np.concatenate([p.spans + begin for begin, p in zip(begins, chosen, strict=True)]).astype(
-            np.int32
-        ),
-        "span_logprobs": np.concatenate([p.span_logprobs for p in chosen]),
+        "start_index": np.concatenate(starts).astype(np.int32),
+        "topk_ids": np.concatenate([row.topk_ids for row in members]),
+        "topk_logprobs": np.concatenate([row.topk_logprobs for row in members]),
+        "spans": np.concatenate(spans).astype(np.int32),
+        "span_logprobs": np.concatenate([row.span_logprobs for row in members]),
     }
     return replace(batch, extra={name: mx.array(value) for name, value in extra.items()})
 
 
-def _piece(pair: AlignedRow) -> TokenizedRow:
-    return TokenizedRow(pair.tokens, np.arange(1, len(pair.tokens)) >= pair.start)
+def _tokenized(row: AlignedRow) -> TokenizedRow:
+    return TokenizedRow(row.tokens, np.arange(1, len(row.tokens)) >= row.start)

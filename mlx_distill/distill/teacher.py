@@ -1,129 +1,214 @@
-"""What a teacher says of given answers: token by token, and of the label as a whole.
+"""The teacher's targets for given answers: token by token, and for the label as a whole.
 
-The teacher is run once over each row, prompt and answer together; only the positions that predict the answer
-are projected to the vocabulary, a tile of rows at a time, so ``[rows, length, vocabulary]`` never exists.
+The teacher runs once over each row, prompt and answer together. Only the positions that predict the answer
+are projected to the vocabulary, some hundred at a time, so ``[rows, length, vocabulary]`` never exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from jaxtyping import Float, Int
 
-from mlx_distill.losses.labels import LabelTokens, label_logprobs
-from mlx_distill.losses.output_head import project
-from mlx_distill.models.forward import head, hidden_states
-
-_TILE = 512  # positions projected at a time
+from mlx_distill.data.chat import answer_ids, prompt_ids, render, stop_ids
+from mlx_distill.distill.teacher_cache import TeacherTargets
+from mlx_distill.infer.engine import generate
+from mlx_distill.infer.label_scoring import label_start
+from mlx_distill.losses.labels import LabelTokens, label_logprobs, label_tokens
+from mlx_distill.models.forward import hidden_states, logits
+from mlx_distill.recipe import TargetsConfig
+from mlx_distill.tasks.answer import label_prefix, parse_answer
+from mlx_distill.tasks.task import Task
 
 
 @dataclass(frozen=True)
-class Scored:
-    """One row's score: the answer's ``ids`` and ``logprobs``, the top k, and the distribution over the labels
-    and the rest, or None.
+class TokenizedAnswer:
+    """A rendered chat whose answer is scored.
+
+    Args:
+        tokens: Token ids of prompt, answer and stop token.
+        start: Where the answer begins; the distribution of token ``j`` is read at position ``j - 1``.
+        label_start: The position of the label's first token, or None where it cannot be scored.
+        id: The row's.
+        text: The answer.
     """
 
-    ids: Int[np.ndarray, " n"]
-    logprobs: Float[np.ndarray, " n"]
-    topk_ids: Int[np.ndarray, "n k"]
-    topk_logprobs: Float[np.ndarray, "n k"]
-    label_logprobs: Float[np.ndarray, " c"] | None
+    tokens: Sequence[int]
+    start: int
+    label_start: int | None = None
+    id: str = ""
+    text: str = ""
+
+
+def score_answers(
+    model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], task: Task, settings: TargetsConfig
+) -> tuple[list[TeacherTargets], int]:
+    """The teacher's targets of prepared rows, for its own answers or the data's.
+
+    Args:
+        model: The teacher.
+        tokenizer: The teacher's.
+        rows: Prepared rows: ``id`` and ``messages``, the answer last.
+        task: Its schema and labels.
+        settings: ``text``: ``greedy`` for the teacher's own answers, else the data's; ``top_k``;
+            ``batch_size``.
+
+    Returns:
+        The targets, and how many of the teacher's answers did not fit the task: those rows keep the data's.
+    """
+    texts = [row["messages"][-1]["content"] for row in rows]
+    invalid = 0
+    if settings.text == "greedy":
+        prompts = [row["messages"][:-1] for row in rows]
+        answers = generate_answers(model, tokenizer, prompts, task.max_answer_tokens, settings.batch_size)
+        for i, text in enumerate(answers):
+            if parse_answer(text, task.schema)[0] is None:
+                invalid += 1
+            else:
+                texts[i] = text
+    encode = partial(answer_ids, tokenizer)
+    answers_in_tokens = []
+    for row, text in zip(rows, texts, strict=True):
+        chat = render(tokenizer, [*row["messages"][:-1], {"role": "assistant", "content": text}])
+        tokens, start = chat.tokens.tolist(), chat.spans[-1][0]
+        label = answer_label_start(tokens, start, text, task, encode)
+        answers_in_tokens.append(TokenizedAnswer(tokens, start, label, row["id"], text))
+    labels = label_tokens(tokenizer, task.labels)
+    scored = score(
+        model, answers_in_tokens, top_k=settings.top_k, labels=labels, batch_size=settings.batch_size
+    )
+    return list(scored), invalid
+
+
+def answer_label_start(
+    tokens: Sequence[int], start: int, text: str, task: Task, encode: Callable[[str], list[int]]
+) -> int | None:
+    """The position of the label's first token in a rendered answer, or None: see
+    :func:`~mlx_distill.infer.label_scoring.label_start`.
+
+    Args:
+        tokens: The chat's token ids.
+        start: Where the answer begins.
+        text: The answer.
+        task: Its schema and label.
+        encode: From the beginning of an answer to its token ids.
+    """
+    answer, _ = parse_answer(text, task.schema)
+    return label_start(tokens, start, encode(label_prefix(task.schema, task.label, answer)))
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[Mapping[str, Any]]],
+    max_tokens: int,
+    batch_size: int,
+) -> list[str]:
+    """The teacher's greedy answers to some prompts (lists of messages)."""
+    answers = generate(
+        model,
+        tokenizer,
+        [prompt_ids(tokenizer, messages) for messages in prompts],
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        stop=set(stop_ids(tokenizer)),
+    )
+    return [answer.text for answer in answers]
 
 
 def score(
     model: nn.Module,
-    tokens: Sequence[Sequence[int]],
-    starts: Sequence[int],
+    answers: Sequence[TokenizedAnswer],
     *,
     top_k: int,
     labels: LabelTokens | None = None,
-    label_at: Sequence[int | None] = (),
     batch_size: int = 16,
     multiple: int = 16,
-) -> Iterator[Scored]:
-    """Score rows in their order.
+    tile_rows: int = 512,
+) -> Iterator[TeacherTargets]:
+    """The targets of some answers, in their order.
 
     Args:
         model: The teacher.
-        tokens: Rows of token ids, prompt, answer and stop token.
-        starts: Where each row's answer begins; the distribution of token ``j`` is read at position ``j - 1``.
+        answers: Rendered chats.
         top_k: Tokens kept of each distribution.
         labels: The label's tokens, or None for no label distribution.
-        label_at: For each row the position of the label's first token, or None where it has none.
-        batch_size: Rows at a time.
+        batch_size: Rows per forward pass.
         multiple: Rows are padded to a multiple of this many tokens, so that few shapes occur.
+        tile_rows: Positions projected at a time.
     """
     model.eval()
-    for first in range(0, len(tokens), batch_size):
-        rows = range(first, min(first + batch_size, len(tokens)))
-        length = max(len(tokens[r]) for r in rows)
+    for first in range(0, len(answers), batch_size):
+        batch = answers[first : first + batch_size]
+        length = max(len(answer.tokens) for answer in batch)
         length = -(-length // multiple) * multiple
-        inputs = np.zeros((len(rows), length), dtype=np.int32)
-        for i, r in enumerate(rows):
-            inputs[i, : len(tokens[r])] = tokens[r]
+        inputs = np.zeros((len(batch), length), dtype=np.int32)
+        for line, answer in zip(inputs, batch, strict=True):
+            line[: len(answer.tokens)] = answer.tokens
         hidden = hidden_states(model, mx.array(inputs))
-        where = [(i, j - 1) for i, r in enumerate(rows) for j in range(starts[r], len(tokens[r]))]
-        realised = np.array(
-            [tokens[r][j] for r in rows for j in range(starts[r], len(tokens[r]))], dtype=np.int32
-        )
-        top, top_logprobs, logprobs = _read(model, hidden, where, realised, top_k)
-        places = [label_at[r] if labels is not None and label_at else None for r in rows]
-        label_rows = [i for i, place in enumerate(places) if place is not None]
-        found: dict[int, np.ndarray] = {}
-        if labels is not None and label_rows:
-            at = mx.array([int(places[i] or 0) - 1 for i in label_rows])
-            values = label_logprobs(
-                project(head(model), hidden[mx.array(label_rows), at]).astype(mx.float32), labels, rest=True
-            )
-            found = dict(zip(label_rows, np.array(values), strict=True))
+        ids, topk_ids, topk_logprobs, logprobs = _answer_logprobs(model, hidden, batch, top_k, tile_rows)
+        by_row = {} if labels is None else _label_logprobs(model, hidden, batch, labels)
         begin = 0
-        for i, r in enumerate(rows):
-            end = begin + len(tokens[r]) - starts[r]
-            yield Scored(
-                realised[begin:end],
-                logprobs[begin:end],
-                top[begin:end],
-                top_logprobs[begin:end],
-                found.get(i),
+        for i, answer in enumerate(batch):
+            end = begin + len(answer.tokens) - answer.start
+            at = slice(begin, end)
+            yield TeacherTargets(
+                id=answer.id,
+                text=answer.text,
+                label_logprobs=by_row.get(i),
+                ids=ids[at],
+                logprobs=logprobs[at],
+                topk_ids=topk_ids[at],
+                topk_logprobs=topk_logprobs[at],
             )
             begin = end
 
 
-def _read(
-    model: nn.Module, hidden: mx.array, where: Sequence[tuple[int, int]], realised: np.ndarray, top_k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Top k ids and log-probabilities, and the realised tokens' own, at the given (row, position) pairs."""
-    ids, tops, own = [], [], []
-    rows, positions = np.array(where, dtype=np.int32).reshape(-1, 2).T
-    for first in range(0, len(where), _TILE):
-        part = slice(first, first + _TILE)
-        logits = project(head(model), hidden[mx.array(rows[part]), mx.array(positions[part])]).astype(
-            mx.float32
-        )
-        k = min(top_k, logits.shape[-1])
-        total = mx.logsumexp(logits, axis=-1, keepdims=True)
-        best = mx.argpartition(-logits, kth=k - 1, axis=-1)[:, :k].astype(mx.int32)
-        values = mx.take_along_axis(logits, best, axis=-1)
-        order = mx.argsort(-values, axis=-1)
-        ids.append(mx.take_along_axis(best, order, axis=-1))
-        tops.append(mx.take_along_axis(values, order, axis=-1) - total)
-        own.append((mx.take_along_axis(logits, mx.array(realised[part])[:, None], axis=-1) - total)[:, 0])
-        mx.eval(ids[-1], tops[-1], own[-1])
-    return tuple(np.concatenate([np.array(a) for a in parts]) for parts in (ids, tops, own))  # type: ignore[return-value]
-
-
-def label_position(tokens: Sequence[int], start: int, prefix: Sequence[int]) -> int | None:
-    """Where the label's first token stands, or None where the answer does not begin with the tokens of
-    ``prefix``.
-
-    A tokenizer that merges the label's first letters with what stands before them has no such place.
-
-    >>> label_position([9, 9, 1, 2, 7, 8], 2, [1, 2])
-    4
+def _answer_logprobs(
+    model: nn.Module, hidden: mx.array, batch: Sequence[TokenizedAnswer], top_k: int, tile_rows: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """For all tokens of all answers, one after the other: their ids, the top k ids and log-probabilities, and
+    their own log-probabilities.
     """
-    end = start + len(prefix)
-    return end if list(tokens[start:end]) == list(prefix) and end < len(tokens) else None
+    positions = [(i, j) for i, answer in enumerate(batch) for j in range(answer.start, len(answer.tokens))]
+    tokens = np.array([batch[i].tokens[j] for i, j in positions], dtype=np.int32)
+    rows, columns = np.array(positions, dtype=np.int32).reshape(-1, 2).T
+    parts: list[tuple[mx.array, mx.array, mx.array]] = []
+    for first in range(0, len(positions), tile_rows):
+        at = slice(first, first + tile_rows)
+        z = logits(model, hidden[mx.array(rows[at]), mx.array(columns[at] - 1)])
+        k = min(top_k, z.shape[-1])
+        log_z = mx.logsumexp(z, axis=-1, keepdims=True)
+        best = mx.argpartition(-z, kth=k - 1, axis=-1)[:, :k].astype(mx.int32)
+        values = mx.take_along_axis(z, best, axis=-1)
+        order = mx.argsort(-values, axis=-1)
+        own = (mx.take_along_axis(z, mx.array(tokens[at])[:, None], axis=-1) - log_z)[:, 0]
+        parts.append(
+            (
+                mx.take_along_axis(best, order, axis=-1),
+                mx.take_along_axis(values, order, axis=-1) - log_z,
+                own,
+            )
+        )
+        mx.eval(parts[-1])
+    topk_ids, topk_logprobs, logprobs = (
+        np.concatenate([np.array(part) for part in column]) for column in zip(*parts, strict=True)
+    )
+    return tokens, topk_ids, topk_logprobs, logprobs
+
+
+def _label_logprobs(
+    model: nn.Module, hidden: mx.array, batch: Sequence[TokenizedAnswer], labels: LabelTokens
+) -> dict[int, np.ndarray]:
+    """The distribution over the labels and all other tokens, by row, of the rows that have a label."""
+    starts = {i: answer.label_start for i, answer in enumerate(batch) if answer.label_start is not None}
+    if not starts:
+        return {}
+    at = mx.array([start - 1 for start in starts.values()])
+    values = label_logprobs(logits(model, hidden[mx.array(list(starts)), at]), labels, rest=True)
+    return dict(zip(starts, np.array(values), strict=True))

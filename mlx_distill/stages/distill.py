@@ -3,18 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mlx_distill.errors import DataError
+from mlx_distill.recipe import DistillConfig
 from mlx_distill.stages.context import Context as Context
-from mlx_distill.stages.context import Facts, load_model
-from mlx_distill.stages.pairing import aligned_rows
+from mlx_distill.stages.context import Facts, check_stop, content_of, load_model, rows_file, vocabulary_hash
 from mlx_distill.stages.training import check_training as check_training
 from mlx_distill.stages.training import fine_tune, train_rows
+from mlx_distill.storage import digest, scratch, sha256
+
+if TYPE_CHECKING:
+    from mlx_distill.distill.align import AlignedRow
+    from mlx_distill.storage.array_store import Store
+
+SPLITS = ("train", "valid")
 
 
 def distill(context: Context, folder: Path, control: str | None = None) -> Facts:
-    """Train the student on the teacher's targets; ``control`` trains on one thing alone: ``labels`` or
-    ``text``.
+    """Train the student on the teacher's targets.
+
+    Args:
+        context: Of the run.
+        folder: Where the stage writes.
+        control: Train on the ``labels`` of the data alone, or on the teacher's ``text`` alone.
     """
     from mlx_distill.data.chat import pad_id
     from mlx_distill.distill.align import collate_aligned_rows
@@ -29,8 +43,8 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         )
     if control == "text":
         settings = replace(settings, label_weight=0.0, token_weight=0.0, text_weight=1.0)
-    train_pairs, valid_pairs, tokenizers = aligned_rows(context, folder, tokenizer, settings)
-    pad, classes = pad_id(tokenizer), len(context.task.labels) + 1  # everything else is one too
+    train, valid, inputs = aligned_rows(context, folder, tokenizer, settings)
+    pad, classes = pad_id(tokenizer), len(context.task.labels) + 1  # and one for all other tokens
     return train_rows(
         context,
         folder,
@@ -38,8 +52,89 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         model,
         "student_base",
         settings,
-        kd(settings, **tokenizers),
-        train_pairs,
-        valid_pairs,
-        lambda pairs, rows, multiple: collate_aligned_rows(pairs, rows, pad, classes, multiple),
+        kd(settings, **inputs),
+        train,
+        valid,
+        lambda rows, chosen, multiple: collate_aligned_rows(rows, chosen, pad, classes, multiple),
+    )
+
+
+def aligned_rows(
+    context: Context, folder: Path, tokenizer: Any, settings: DistillConfig
+) -> tuple[Store[AlignedRow], Store[AlignedRow], dict[str, Any]]:
+    """The aligned rows for training and validation, and what the objective needs of the two tokenizers.
+
+    Args:
+        context: Of the run.
+        folder: Where the stage writes; the aligned rows are in its scratch folder, and are reused while
+            nothing that they are made of changes.
+        tokenizer: The student's.
+        settings: ``max_length``.
+
+    Raises:
+        DataError: the targets are of another tokenizer, or of other rows.
+        Interrupted: stopped on request.
+    """
+    from mlx_distill.data.chat import stop_ids
+    from mlx_distill.distill.align import aligned_row_from_arrays, join_rows, write_aligned_rows
+    from mlx_distill.distill.teacher_cache import TargetReader
+    from mlx_distill.losses.cross_tokenizer import build_token_groups
+    from mlx_distill.losses.labels import label_tokens
+    from mlx_distill.models.load import load_tokenizer
+    from mlx_distill.storage.array_store import Store, is_stored
+
+    reader = TargetReader(context.run / "targets")
+    teacher_tokenizer = load_tokenizer(context.run / "teacher")
+    teacher_hash = vocabulary_hash(teacher_tokenizer)
+    if reader.index["teacher_tokenizer"] != teacher_hash:
+        raise DataError(
+            f"{reader.folder}: targets of another tokenizer than {context.run / 'teacher'}",
+            fix="run: mlx-distill targets",
+        )
+    key = _aligned_key(context, reader.folder, teacher_hash, settings.max_length)
+    folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
+    if not all(is_stored(path, key) for path in folders.values()):
+        write_aligned_rows(
+            folders,
+            key,
+            join_rows({split: rows_file(context, split) for split in SPLITS}, reader),
+            context.task,
+            tokenizer,
+            teacher_tokenizer,
+            max_length=settings.max_length,
+            total=len(reader),
+            progress=context.progress,
+            check_stop=partial(check_stop, context),
+        )
+    train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
+    if too_long := train.facts["too_long"]:
+        context.progress.note(
+            f"distill: {too_long} rows are longer than {settings.max_length} tokens for the student and are "
+            "left out"
+        )
+    groups = build_token_groups(
+        tokenizer,
+        teacher_tokenizer,
+        student_stop=stop_ids(tokenizer)[0],
+        teacher_stop=stop_ids(teacher_tokenizer)[0],
+    )
+    inputs = {
+        "labels": label_tokens(tokenizer, context.task.labels),
+        "groups": groups,
+        "same_tokenizer": vocabulary_hash(tokenizer) == teacher_hash,
+    }
+    return train, valid, inputs
+
+
+def _aligned_key(context: Context, targets: Path, teacher_tokenizer: str, max_length: int) -> str:
+    """A hash of all that the aligned rows are made of."""
+    return digest(
+        {
+            "rows": [sha256(rows_file(context, split)) for split in SPLITS],
+            "targets": content_of(targets),
+            "model": content_of(context.run / "student_base"),
+            "teacher_tokenizer": teacher_tokenizer,
+            "max_length": max_length,
+            "answer": [dict(context.task.schema), context.task.label],
+        }
     )

@@ -1,4 +1,4 @@
-"""The targets stage: the teacher's answers and distributions, written once."""
+"""The targets stage: the teacher's answers and distributions."""
 
 from __future__ import annotations
 
@@ -8,31 +8,31 @@ from pathlib import Path
 
 from mlx_distill.stages.context import Context as Context
 from mlx_distill.stages.context import Facts, check_stop, count_rows, load_model, read_rows, vocabulary_hash
-from mlx_distill.stages.scoring import score_shard
 from mlx_distill.stages.training import check_training as check_training
 
 
 def targets(context: Context, folder: Path) -> Facts:
-    """What the teacher says of the training and validation rows, written once."""
+    """Write the teacher's targets of the training and validation rows."""
+    from mlx_distill.distill.teacher import score_answers
     from mlx_distill.distill.teacher_cache import TargetWriter
 
     settings = context.recipe.targets
     model, tokenizer = load_model(context, "teacher")
-    taken = min(count_rows(context, "train"), settings.max_rows or sys.maxsize)
+    train_rows = min(count_rows(context, "train"), settings.max_rows or sys.maxsize)
     writer = TargetWriter(folder)
     rows = islice(
-        chain(islice(read_rows(context, "train"), taken), read_rows(context, "valid")), writer.done, None
+        chain(islice(read_rows(context, "train"), train_rows), read_rows(context, "valid")), writer.done, None
     )
     shard = max(settings.batch_size * 8, 64)
     invalid = 0
     with context.progress.task(
-        "targets", total=taken + count_rows(context, "valid"), unit="row", start=writer.done
+        "targets", total=train_rows + count_rows(context, "valid"), unit="row", start=writer.done
     ) as bar:
-        while some := list(islice(rows, shard)):
+        while chunk := list(islice(rows, shard)):
             check_stop(context)
-            written, bad = score_shard(context, model, tokenizer, some)
-            writer.write(written)
-            invalid += bad
+            scored, invalid_answers = score_answers(model, tokenizer, chunk, context.task, settings)
+            writer.write(scored)
+            invalid += invalid_answers
             bar.update(writer.done)
     if invalid:
         context.progress.note(

@@ -1,4 +1,4 @@
-"""Scoring against a plain statement in float64: one row at a time, the whole vocabulary, no padding."""
+"""Scoring against plain float64: one row at a time, the whole vocabulary, no padding."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import pytest
 from helpers.tiny_model import VOCABULARY, TinyModel, make_model
 
 from mlx_distill.config import resolve_asset
-from mlx_distill.distill import teacher
-from mlx_distill.distill.teacher import Scored, label_position, score
+from mlx_distill.distill.teacher import TokenizedAnswer, score
+from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.losses.labels import LabelTokens
 from mlx_distill.models.load import load
 
@@ -17,20 +17,23 @@ LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
 TOP = 6
 
 
-def make_rows(count: int = 9) -> tuple[list[list[int]], list[int], list[int | None]]:
+def make_answers(count: int = 9) -> list[TokenizedAnswer]:
     random = np.random.default_rng(0)
     tokens = [random.integers(0, VOCABULARY, size=int(random.integers(5, 30))).tolist() for _ in range(count)]
     starts = [int(random.integers(1, len(row) - 1)) for row in tokens]
-    label_at = [start + 1 if i % 3 else None for i, start in enumerate(starts)]
-    return tokens, starts, label_at
+    return [
+        TokenizedAnswer(row, start, start + 1 if i % 3 else None, f"row-{i}", f"text {i}")
+        for i, (row, start) in enumerate(zip(tokens, starts, strict=True))
+    ]
 
 
-TOKENS, STARTS, LABEL_AT = make_rows()
+ANSWERS = make_answers()
 
 
-def plain(model: TinyModel) -> list[Scored]:
+def plain(model: TinyModel) -> list[TeacherTargets]:
     out = []
-    for row, start, at in zip(TOKENS, STARTS, LABEL_AT, strict=True):
+    for answer in ANSWERS:
+        row, start, at = answer.tokens, answer.start, answer.label_start
         logits = np.array(model(mx.array([row])))[0].astype(np.float64)
         logprobs = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
         positions = list(range(start - 1, len(row) - 1))
@@ -41,13 +44,21 @@ def plain(model: TinyModel) -> list[Scored]:
             label = np.log(np.append(mass, 1 - mass.sum()))
         own = np.array([logprobs[j - 1, row[j]] for j in range(start, len(row))])
         out.append(
-            Scored(np.array(row[start:]), own, ids, np.take_along_axis(logprobs[positions], ids, 1), label)
+            TeacherTargets(
+                answer.id,
+                answer.text,
+                label,
+                np.array(row[start:]),
+                own,
+                ids,
+                np.take_along_axis(logprobs[positions], ids, 1),
+            )
         )
     return out
 
 
-def scored(model: TinyModel, **changes: int) -> list[Scored]:
-    return list(score(model, TOKENS, STARTS, top_k=TOP, labels=LABELS, label_at=LABEL_AT, **changes))
+def scored(model: TinyModel, **changes: int) -> list[TeacherTargets]:
+    return list(score(model, ANSWERS, top_k=TOP, labels=LABELS, **changes))
 
 
 @pytest.mark.parametrize(
@@ -55,9 +66,8 @@ def scored(model: TinyModel, **changes: int) -> list[Scored]:
 )
 def test_scores_are_the_plain_ones_whatever_the_batch(changes: dict[str, int]) -> None:
     model = make_model()
-    found = scored(model, **changes)
-    assert len(found) == len(TOKENS)
-    for row, expected in zip(found, plain(model), strict=True):
+    for row, expected in zip(scored(model, **changes), plain(model), strict=True):
+        assert (row.id, row.text) == (expected.id, expected.text)
         assert row.ids.tolist() == expected.ids.tolist()
         assert row.topk_ids.tolist() == expected.topk_ids.tolist()
         np.testing.assert_allclose(row.logprobs, expected.logprobs, atol=1e-5)
@@ -68,16 +78,14 @@ def test_scores_are_the_plain_ones_whatever_the_batch(changes: dict[str, int]) -
             assert np.exp(row.label_logprobs).sum() == pytest.approx(1, abs=1e-5)
 
 
-def test_tiles_of_positions_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = scored(make_model())
-    monkeypatch.setattr(teacher, "_TILE", 7)
-    for one, other in zip(whole, scored(make_model()), strict=True):
+def test_tiles_of_positions_change_nothing() -> None:
+    for one, other in zip(scored(make_model()), scored(make_model(), tile_rows=7), strict=True):
         assert one.topk_ids.tolist() == other.topk_ids.tolist()
         np.testing.assert_allclose(one.topk_logprobs, other.topk_logprobs, atol=1e-6)
 
 
 def test_the_whole_vocabulary_is_all_there_is() -> None:
-    for row in score(make_model(), TOKENS, STARTS, top_k=1000):
+    for row in score(make_model(), ANSWERS, top_k=1000):
         assert row.topk_ids.shape == (len(row.ids), VOCABULARY)
         assert sorted(row.topk_ids[0].tolist()) == list(range(VOCABULARY))
         np.testing.assert_allclose(np.exp(row.topk_logprobs.astype(np.float64)).sum(1), 1, atol=1e-5)
@@ -95,24 +103,8 @@ def test_dropout_is_off() -> None:
 def test_a_packaged_model_scores_the_same_in_any_batch() -> None:
     """Attention too must not see the padding, nor the rows beside it."""
     model, _ = load(resolve_asset("asset:models/tiny-gpt-oss"), dtype="float32")
-    tokens = [[(7 * i + j) % 300 for j in range(5 + 40 * i)] for i in range(4)]
-    one = list(score(model, tokens, [2] * 4, top_k=4, batch_size=1, multiple=1))
-    for alone, beside in zip(one, score(model, tokens, [2] * 4, top_k=4, batch_size=4), strict=True):
+    answers = [TokenizedAnswer([(7 * i + j) % 300 for j in range(5 + 40 * i)], 2) for i in range(4)]
+    one = list(score(model, answers, top_k=4, batch_size=1, multiple=1))
+    for alone, beside in zip(one, score(model, answers, top_k=4, batch_size=4), strict=True):
         np.testing.assert_allclose(beside.logprobs, alone.logprobs, atol=2e-4)
         np.testing.assert_allclose(beside.topk_logprobs, alone.topk_logprobs, atol=2e-4)
-
-
-@pytest.mark.parametrize(
-    ("tokens", "start", "prefix", "expected"),
-    [
-        ([9, 1, 2, 7, 8], 1, [1, 2], 3),
-        ([9, 1, 2, 7], 1, [], 1),
-        ([9, 1, 3, 7], 1, [1, 2], None),
-        ([9, 1, 2], 1, [1, 2], None),
-        ([1], 1, [1], None),
-    ],
-)
-def test_where_the_label_stands(
-    tokens: list[int], start: int, prefix: list[int], expected: int | None
-) -> None:
-    assert label_position(tokens, start, prefix) == expected

@@ -66,7 +66,7 @@ def make_pairs() -> list[AlignedRow]:
                 teacher_logprobs=logprobs[:, 0].astype(np.float32),
                 topk_ids=order.astype(np.int32),
                 topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
-                label_at=start + 1 if number % 3 else None,
+                label_start=start + 1 if number % 3 else None,
                 label_logprobs=np.log(random.dirichlet([1, 1, 1])).tolist(),
             )
         )

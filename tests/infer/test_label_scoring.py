@@ -7,7 +7,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
+from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities, label_start
 from mlx_distill.losses.labels import label_tokens
 from mlx_distill.tasks.task import Task, load_task
 
@@ -38,6 +38,22 @@ def test_the_place_is_where_every_answer_puts_its_label(tokenizer: Any, task: Ta
     assert place is not None
     prefix, labels = place
     assert tokenizer.decode(prefix) == '{"label": "' and labels.labels == task.labels
+
+
+@pytest.mark.parametrize(
+    ("tokens", "start", "prefix", "expected"),
+    [
+        ([9, 1, 2, 7, 8], 1, [1, 2], 3),
+        ([9, 1, 2, 7], 1, [], 1),
+        ([9, 1, 3, 7], 1, [1, 2], None),
+        ([9, 1, 2], 1, [1, 2], None),
+        ([1], 1, [1], None),
+    ],
+)
+def test_where_the_label_starts(
+    tokens: list[int], start: int, prefix: list[int], expected: int | None
+) -> None:
+    assert label_start(tokens, start, prefix) == expected
 
 
 def test_no_distribution_where_one_pass_cannot_tell(chatml: Any, task: Task) -> None:

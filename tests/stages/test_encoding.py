@@ -18,14 +18,14 @@ from helpers.small_chain import TRAININGS, finished, make_context
 from mlx_distill.data import chat as templates
 from mlx_distill.data.chat import EncodeReport, encode_rows
 from mlx_distill.data.rows import from_row
-from mlx_distill.distill.align import aligned_row_arrays
+from mlx_distill.distill.align import align_answer, aligned_row_arrays, join_rows
 from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import ConfigError, DataError, Interrupted
 from mlx_distill.models.load import load_tokenizer
 from mlx_distill.runtime import StopFlag
-from mlx_distill.stages.context import Context, content_of, read_rows
+from mlx_distill.stages.context import Context, content_of, read_rows, rows_file
+from mlx_distill.stages.distill import aligned_rows
 from mlx_distill.stages.encoding import encoded_rows
-from mlx_distill.stages.pairing import _joined, _pair, aligned_rows
 from mlx_distill.stages.training import batch_notes
 from mlx_distill.storage import digest, read_jsonl, write_jsonl
 from mlx_distill.storage.array_store import Store
@@ -45,7 +45,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return whole(tokenizer, chats, **more)
 
     monkeypatch.setattr("mlx_distill.data.chat.render_many", counted)
-    monkeypatch.setattr("mlx_distill.data.chat.render_many", counted)
+    monkeypatch.setattr("mlx_distill.distill.align.render_many", counted)
     return seen
 
 
@@ -117,16 +117,17 @@ def test_the_first_of_several_ranks_notes_how_many_rows_a_step_has(folder: Path,
     )
 
 
-def test_stored_pairs_are_those_of_a_list(folder: Path) -> None:
+def test_stored_aligned_rows_are_those_of_a_list(folder: Path) -> None:
     context, out = make_context(), finished() / "out"
     student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
     plain: dict[str, list[Any]] = {"train": [], "valid": []}
-    for split, row, target in _joined(context, TargetReader(out / "targets")):
+    files = {split: rows_file(context, split) for split in plain}
+    for split, row, target in join_rows(files, TargetReader(out / "targets")):
         chat = templates.render(
             student, [*row["messages"][:-1], {"role": "assistant", "content": target.text}]
         )
         plain[split].append(
-            _pair(context.task, chat, target, student, teacher, partial(templates.answer_ids, student))
+            align_answer(chat, target, context.task, student, teacher, partial(templates.answer_ids, student))
         )
     for store, items in zip(pairs(context, folder), plain.values(), strict=True):
         assert len(store) == len(items) > 0
@@ -174,7 +175,7 @@ def test_rows_are_tokenized_once_until_something_changes(
     assert len(calls) == 5 * made
 
 
-def test_pairs_are_aligned_once_until_something_changes(
+def test_rows_are_aligned_once_until_something_changes(
     run_copy: Path, folder: Path, calls: list[int]
 ) -> None:
     context = make_context(run=run_copy)

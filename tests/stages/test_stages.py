@@ -17,9 +17,9 @@ from mlx_distill.errors import DataError, Interrupted
 from mlx_distill.losses.byte_alignment import token_bytes
 from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.stages.context import Context, held_out_rows, read_rows
+from mlx_distill.stages.distill import aligned_rows
 from mlx_distill.stages.distill import distill as distill_stage
 from mlx_distill.stages.evaluate import evaluate as evaluate_stage
-from mlx_distill.stages.pairing import aligned_rows
 from mlx_distill.stages.targets import targets as targets_stage
 from mlx_distill.stages.teach import teach as teach_stage
 from mlx_distill.storage import read_jsonl, write_jsonl
@@ -87,8 +87,8 @@ def test_an_answer_that_does_not_fit_is_replaced_by_that_of_the_data(
     context = make_context("targets.max_rows=4")
     answers = ['{"colour": "yes"}', "no JSON", '{"colour": "maybe"}', '{"colour": "no"}']
     monkeypatch.setattr(
-        "mlx_distill.stages.scoring._answers",
-        lambda context, model, tokenizer, rows: (answers * 40)[: len(rows)],
+        "mlx_distill.distill.teacher.generate_answers",
+        lambda model, tokenizer, prompts, max_tokens, batch_size: (answers * 40)[: len(prompts)],
     )
     targets_stage(context, folder)
     rows = {
@@ -159,8 +159,9 @@ def test_every_aligned_span_has_the_same_bytes_in_both_tokenizers(folder: Path) 
             assert a == start and b > a and begin in offsets
             assert (ids == target.topk_ids[list(offsets).index(begin)]).all()
         assert (
-            pair.label_at is not None
-            and text[: sum(len(ours[t]) for t in pair.tokens[pair.start : pair.label_at])] == b'{"colour": "'
+            pair.label_start is not None
+            and text[: sum(len(ours[t]) for t in pair.tokens[pair.start : pair.label_start])]
+            == b'{"colour": "'
         )
 
 

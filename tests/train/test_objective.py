@@ -53,7 +53,7 @@ def make_aligned_rows(count: int, seed: int = 0) -> list[AlignedRow]:
                 teacher_logprobs=logprobs[:, 0].astype(np.float32),
                 topk_ids=order.astype(np.int32),
                 topk_logprobs=np.take_along_axis(logprobs, order, 1).astype(np.float32),
-                label_at=start + 1 if len(rows) % 3 else None,
+                label_start=start + 1 if len(rows) % 3 else None,
                 label_logprobs=np.log(random.dirichlet([1, 1, 1, 1])).tolist(),
             )
         )
@@ -90,8 +90,8 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
         logits = np.array(model(mx.array(row.tokens[None, :-1])))[0].astype(np.float64)
         logprobs = np.log(np.array([softmax(z) for z in logits]))
         text += [-logprobs[j - 1, row.tokens[j]] for j in range(row.start, len(row.tokens))]
-        if row.label_at is not None and row.label_logprobs is not None:
-            q = np.array([np.exp(logprobs[row.label_at - 1, list(ids)]).sum() for ids in LABELS.ids])
+        if row.label_start is not None and row.label_logprobs is not None:
+            q = np.array([np.exp(logprobs[row.label_start - 1, list(ids)]).sum() for ids in LABELS.ids])
             q = np.append(q, 1 - q.sum())
             p, q = softmax(row.label_logprobs.astype(np.float64), 4.0), softmax(np.log(q), 4.0)
             label.append(16 * (p * np.log(p / q)).sum())
@@ -226,7 +226,7 @@ def test_what_cannot_be_trained_is_refused_with_a_fix(changes: dict, given: dict
 
 
 def test_rows_without_a_label_still_train_the_rest() -> None:
-    rows = [replace(row, label_at=None, label_logprobs=None) for row in ROWS]
+    rows = [replace(row, label_start=None, label_logprobs=None) for row in ROWS]
     batch = collate_aligned_rows(rows, [0, 1], 0, 4)
     result = window_gradients(make_model(), [batch], objective("token_groups"))
     assert (
