@@ -1,12 +1,12 @@
-"""A training stage on two machines that share nothing but the wire: rank 0 writes, the other trains along on
-what was copied to it.
+"""A training stage on two machines without a shared folder: rank 0 writes the result, rank 1 trains on copies of
+rows and base model.
 """
 
 from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,12 +17,11 @@ from helpers.small_chain import finished, whole_stages
 from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.pipeline import run
 from mlx_distill.storage import read_manifest
-from mlx_distill.train import distributed as together
-from mlx_distill.train.distributed import Ranks
+from mlx_distill.train.distributed import Ranks, agree_on_key
 
 
 def make_machine(folder: Path) -> None:
-    """A folder with a recipe, its rows and the base model, as another machine would get them."""
+    """A folder with a recipe, its rows and the base model, as it would be copied to another machine."""
     folder.mkdir(parents=True)
     for path in finished().iterdir():
         if path.is_file():
@@ -32,14 +31,14 @@ def make_machine(folder: Path) -> None:
 
 
 def launch(folder: Path, killed: str = "") -> list[tuple[int, str]]:
-    """``teach`` on two ranks, each in a folder of its own; rank 0 is killed where it is about to put
-    ``killed`` into place.
+    """``teach`` on two ranks, each in its own folder; rank 0 is killed just before the rename to a path that
+    matches ``killed``.
     """
     runs = [[sys.executable, killed_run.__file__, "recipe.yaml", "out", at, "teach"] for at in (killed, "")]
     return ends_of(folder, runs, [folder / "0", folder / "1"])
 
 
-def test_teach_on_two_machines_goes_on_bitwise_after_a_kill(tmp_path: Path) -> None:
+def test_teach_on_two_machines_resumes_bitwise_after_a_kill(tmp_path: Path) -> None:
     """The second machine has no checkpoint: it gets weights, optimizer and position from the first."""
     cut, whole = tmp_path / "cut", tmp_path / "whole"
     for folder in (cut / "0", cut / "1", whole / "0", whole / "1"):
@@ -55,38 +54,36 @@ def test_teach_on_two_machines_goes_on_bitwise_after_a_kill(tmp_path: Path) -> N
     assert ours.recorded["resumed"] == 2 and theirs.recorded["resumed"] == 0
 
 
-class Told(Ranks):
-    """Rank 1 of two, to which rank 0 says ``word``."""
+@dataclass(frozen=True)
+class SecondRank(Ranks):
+    """Rank 1 of two, which gets ``text`` from rank 0."""
 
-    word = "key"
+    text: str = ""
 
     def broadcast_text(self, text: str) -> str:
-        return self.word
+        return self.text
 
     def max(self, value: float) -> float:
         return value
 
 
 @pytest.mark.parametrize(
-    ("word", "here", "begins"), [("key", "key", True), ("", "key", False), ("key", "other", None)]
+    ("key", "own_key", "starts"), [("key", "key", True), ("", "key", False), ("key", "other", None)]
 )
-def test_ranks_begin_together_on_the_same_rows_and_model(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, word: str, here: str, begins: bool | None
+def test_ranks_start_together_with_the_same_rows_and_model(
+    tmp_path: Path, key: str, own_key: str, starts: bool | None
 ) -> None:
-    ranks = Told(1, 2)
-    monkeypatch.setattr(Told, "word", word)
-    monkeypatch.setattr("mlx_distill.train.distributed.current_ranks", lambda: ranks)
-    key: Callable[[], str] = lambda: here  # noqa: E731
-    if begins is None:
+    ranks = SecondRank(1, 2, key)
+    if starts is None:
         with pytest.raises(FileError, match="not the same rows and base model") as caught:
-            together.agree_on_key(tmp_path, "", key)
+            agree_on_key(tmp_path, "", lambda: own_key, ranks)
         assert "copy" in (caught.value.fix or "")
     else:
-        assert together.agree_on_key(tmp_path, "", key) is begins
+        assert agree_on_key(tmp_path, "", lambda: own_key, ranks) is starts
 
 
 @pytest.mark.parametrize("only", [None, "targets"])
-def test_what_is_no_training_is_for_one_machine(
+def test_only_training_stages_run_on_several_ranks(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, only: str | None
 ) -> None:
     monkeypatch.setattr("mlx_distill.pipeline.rank_and_size", lambda: (1, 2))

@@ -1,4 +1,4 @@
-"""The runner on two ranks: by ``mlx.launch``, or as processes whose ends can be seen."""
+"""Trainings on two ranks: by ``mlx.launch``, or as processes whose exit codes are known."""
 
 from __future__ import annotations
 
@@ -12,14 +12,12 @@ from contextlib import ExitStack
 from pathlib import Path
 
 RUNNER = Path(__file__).with_name("training_process.py")
-ENVIRONMENT = {
-    **os.environ,
-    "OPENBLAS_NUM_THREADS": "1",
-}  # the threads of several processes spin in each other's way
+# With more threads the processes would slow each other down.
+ENVIRONMENT = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
 
 
 def launched(folder: Path, *arguments: str) -> str:
-    """What two ranks of ``mlx.launch`` said; its own exit code says nothing of theirs."""
+    """The output of two ranks of ``mlx.launch``, whose own exit code does not depend on theirs."""
     launcher = Path(sys.executable).with_name("mlx.launch")
     command = [launcher, "-n", "2", "--backend", "ring", "--", sys.executable, RUNNER, folder, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=ENVIRONMENT)
@@ -27,26 +25,26 @@ def launched(folder: Path, *arguments: str) -> str:
 
 
 def two_ranks(folder: Path, *arguments: str) -> list[tuple[int, str]]:
-    """Exit code and stderr of the runner on each of two ranks."""
+    """Exit code and stderr of the process on each of two ranks."""
     return ends_of(folder, [[sys.executable, RUNNER, folder, *arguments]] * 2)
 
 
 def ends_of(
-    folder: Path, commands: Sequence[Sequence[str | Path]], places: Sequence[Path | None] = (None, None)
+    folder: Path, commands: Sequence[Sequence[str | Path]], folders: Sequence[Path | None] = (None, None)
 ) -> list[tuple[int, str]]:
-    """Exit code and stderr of each rank's command, run in its place; they have two minutes."""
+    """Exit code and stderr of each rank's command, run in its folder; they have two minutes."""
     with ExitStack() as stack:
-        doors = [stack.enter_context(socket.socket()) for _ in commands]
-        for door in doors:
-            door.bind(("127.0.0.1", 0))
-        hosts = [[f"127.0.0.1:{door.getsockname()[1]}"] for door in doors]
+        sockets = [stack.enter_context(socket.socket()) for _ in commands]
+        for bound in sockets:
+            bound.bind(("127.0.0.1", 0))
+        hosts = [[f"127.0.0.1:{bound.getsockname()[1]}"] for bound in sockets]
     (folder / "hosts.json").write_text(json.dumps(hosts))
     with ExitStack() as stack:
         ranks = []
-        for rank, (command, place) in enumerate(zip(commands, places, strict=True)):
+        for rank, (command, path) in enumerate(zip(commands, folders, strict=True)):
             environment = {**ENVIRONMENT, "MLX_RANK": str(rank), "MLX_HOSTFILE": str(folder / "hosts.json")}
-            said = stack.enter_context(open(folder / f"stderr-{rank}.txt", "w+"))
-            ranks.append(subprocess.Popen(command, env=environment, stderr=said, cwd=place))
+            stderr = stack.enter_context(open(folder / f"stderr-{rank}.txt", "w+"))
+            ranks.append(subprocess.Popen(command, env=environment, stderr=stderr, cwd=path))
             stack.callback(ranks[-1].kill)
         codes = [rank.wait(120) for rank in ranks]
     return [(code, (folder / f"stderr-{rank}.txt").read_text()) for rank, code in enumerate(codes)]

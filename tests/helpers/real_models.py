@@ -1,5 +1,5 @@
-"""The same rows cut into micro-batches in every way, alone and among ranks, for real attention with windows,
-sinks and experts.
+"""The same rows in micro-batches of every form, on one and two ranks, for real attention with windows, sinks
+and experts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from helpers.tiny_model import VOCABULARY
-from helpers.training_cases import ATTENTION, GOLDEN, LENGTHS, LINES, lines_of_pieces
+from helpers.training_cases import ATTENTION, GOLDEN, LENGTHS, SEQUENCES, batch_of_sequences
 from mlx_distill.distill.align import AlignedRow, align_row, collate_aligned_rows
 from mlx_distill.distill.objective import kd
 from mlx_distill.losses.cross_tokenizer import TokenGroups
@@ -43,7 +43,7 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def make_model(kind: str) -> Any:
-    """A golden model whose attention trains."""
+    """A golden model whose attention weights are trainable."""
     model, _ = load_model(GOLDEN / f"models_{kind}", dtype="float32")
     make_trainable(model, TrainConfig(method="galore", galore_rank=1, target_modules=ATTENTION))
     return model
@@ -77,51 +77,51 @@ PAIRS = make_pairs()
 
 
 def batch_of(lines: Sequence[Sequence[int]], name: str) -> Batch:
-    """Some lines as a batch of what an objective takes."""
+    """Some sequences as a batch for an objective."""
     if name.startswith("sft"):
-        return lines_of_pieces(lines)
+        return batch_of_sequences(lines)
     return collate_aligned_rows(PAIRS, lines, 0, 3)
 
 
 def windows(name: str) -> dict[str, list[Batch]]:
-    """The same rows, cut in every way."""
-    single, packed = [(row,) for row in range(len(LENGTHS))], LINES.rows
+    """The same rows, in micro-batches of every form."""
+    single, packed = [(row,) for row in range(len(LENGTHS))], SEQUENCES.rows
     return {
         "1x8": [batch_of(single, name)],
         "8x1": [batch_of([row], name) for row in single],
-        "one line each": [batch_of([line], name) for line in packed],
-        "all lines": [batch_of(packed, name)],
-        "one line": [batch_of([tuple(range(len(LENGTHS)))], name)],
+        "one sequence each": [batch_of([line], name) for line in packed],
+        "all sequences": [batch_of(packed, name)],
+        "one sequence": [batch_of([tuple(range(len(LENGTHS)))], name)],
     }
 
 
 def shares(name: str, ranks: Ranks) -> dict[str, list[Batch]]:
     """This rank's part of the same rows."""
-    cuts = windows(name)
+    forms = windows(name)
     lonely = RowBatches(
-        LINES.lengths,
-        lambda some: batch_of(LINES.rows_of(some), name),
+        SEQUENCES.lengths,
+        lambda some: batch_of(SEQUENCES.rows_of(some), name),
         8,
         0,
         rank=ranks.rank,
         size=ranks.size,
     )
     return {
-        "two ranks": cuts["8x1"][ranks.rank :: ranks.size],
-        "two ranks, packed": cuts["one line each"][ranks.rank :: ranks.size],
+        "two ranks": forms["8x1"][ranks.rank :: ranks.size],
+        "two ranks, packed": forms["one sequence each"][ranks.rank :: ranks.size],
         "two ranks, one without rows": [next(lonely)],
     }
 
 
 def write_shares(folder: Path, ranks: Ranks) -> None:
-    """What the ranks find together for every model, objective and cut."""
+    """Save the gradients of the ranks together for every model, objective and micro-batching."""
     for kind in KINDS:
         model = make_model(kind)
         for name, objective in OBJECTIVES.items():
-            for cut, batches in shares(name, ranks).items():
+            for form, batches in shares(name, ranks).items():
                 found = window_gradients(model, batches, objective, ranks)
                 if ranks.rank == 0:
-                    here = folder / kind / name / cut
+                    here = folder / kind / name / form
                     here.mkdir(parents=True)
                     mx.save_safetensors(str(here / "gradients.safetensors"), found.gradients)
                     (here / "window.json").write_text(

@@ -1,4 +1,4 @@
-"""A small language model with dropout, its batches, and settings: what the tests of training share."""
+"""A small language model with dropout, its batches, and settings, for the tests of training."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Trunk(nn.Module):
 
 
 class TinyModel(nn.Module):
-    """A trunk and a head, as mlx-lm cuts its models."""
+    """A trunk and a head, with the layout of mlx-lm's models."""
 
     def __init__(self, width: int = 16, dropout: float = 0.0) -> None:
         super().__init__()

@@ -1,7 +1,6 @@
-"""Trainings that are stopped, killed and shared among ranks: one list of settings, and how to run one of
-them.
+"""Trainings that are stopped, killed and distributed over ranks: one list of settings, and how to run one.
 
-A new kind of training that has to go on bitwise is a line in ``CASES``.
+A new kind of training that has to resume bitwise is an entry of ``CASES``.
 """
 
 from __future__ import annotations
@@ -39,12 +38,12 @@ from mlx_distill.train.profiling import Stopwatch
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 LENGTHS = [21, 9, 34, 13, 40, 17, 12, 26]  # of tokens; the golden gpt-oss has a window of 8
-LINES = plan_sequences(LENGTHS, 40, 0, True)  # five, so that two ranks do not come out even
+SEQUENCES = plan_sequences(LENGTHS, 40, 0, True)  # five, so that two ranks do not come out even
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 PACKED: dict[str, Any] = {"packing": True, "target_modules": ATTENTION, "evaluate_every": 0}
 
-# Seven steps of two micro-batches, warmed up and then falling, with dropout, a refresh and a validation after
-# the cut; and what differs.
+# By default seven steps of two micro-batches with warm-up, decay and dropout, and with a refresh of the bases
+# and a validation after the interruption. A case lists what differs.
 CASES: list[dict[str, Any]] = [
     {"method": "lora"},
     {"method": "galore"},
@@ -98,14 +97,14 @@ KILLED = CASES[-3:]
 
 
 def name_of(case: dict[str, Any]) -> str:
-    """What tells a case from the others."""
+    """The test id of a case."""
     return " ".join(
         str(v) if k == "method" else f"{k}={v}" for k, v in case.items() if k not in PACKED or k == "packing"
     )
 
 
-def make_pieces() -> list[TokenizedRow]:
-    """Rows of :data:`LENGTHS`, one of them all prompt."""
+def make_tokenized_rows() -> list[TokenizedRow]:
+    """Rows of :data:`LENGTHS`, one of them without trained tokens."""
     generator = np.random.default_rng(0)
     rows = [
         TokenizedRow(generator.integers(0, VOCABULARY, n).astype(np.int32), generator.random(n - 1) < 0.4)
@@ -115,25 +114,29 @@ def make_pieces() -> list[TokenizedRow]:
     return rows
 
 
-PIECES = make_pieces()
+TOKENIZED = make_tokenized_rows()
 
 
-def lines_of_pieces(lines: Sequence[Sequence[int]]) -> Batch:
-    """Some lines of rows as a batch."""
+def batch_of_sequences(lines: Sequence[Sequence[int]]) -> Batch:
+    """Some sequences of rows as a batch."""
     return build_batch(
-        [[PIECES[row] for row in line] for line in lines], 0, rows=[row for line in lines for row in line]
+        [[TOKENIZED[row] for row in line] for line in lines], 0, rows=[row for line in lines for row in line]
     )
 
 
 def packed_source(batch_size: int = 2, seed: int = 0, **more: Any) -> RowBatches:
-    """Batches of :data:`LINES`."""
+    """Batches of :data:`SEQUENCES`."""
     return RowBatches(
-        LINES.lengths, lambda chosen: lines_of_pieces(LINES.rows_of(chosen)), batch_size, seed, **more
+        SEQUENCES.lengths,
+        lambda chosen: batch_of_sequences(SEQUENCES.rows_of(chosen)),
+        batch_size,
+        seed,
+        **more,
     )
 
 
 def start_of(case: dict[str, Any], dropout: float = 0.2) -> tuple[Any, TrainConfig]:
-    """The model before the first step, what moves in it unfrozen, and its settings."""
+    """The model before the first step, with its trainable parameters unfrozen, and the settings."""
     config = settings(**{"steps": 7, "evaluate_every": 3, "lora_dropout": dropout, **case})
     model = (
         load_model(GOLDEN / "models_gpt_oss", dtype="float32")[0]
@@ -147,7 +150,7 @@ def start_of(case: dict[str, Any], dropout: float = 0.2) -> tuple[Any, TrainConf
 def run_case(
     folder: Path, case: dict[str, Any], dropout: float = 0.2, **more: Any
 ) -> tuple[dict[str, mx.array], TrainResult]:
-    """Train, or go on; the weights and what it came to."""
+    """Train, or resume; the weights and the result."""
     model, config = start_of(case, dropout)
     ranks, rows = current_ranks(), make_rows(24)
     valid = make_batches(rows, 8) if config.evaluate_every else []
@@ -162,7 +165,7 @@ def run_case(
 
 
 def steps_of(folder: Path) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl without what the clock and the machine say."""
+    """The rows of metrics.jsonl without times and memory."""
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [
         {k: v for k, v in row.items() if k not in ("seconds", "tokens_per_second", "peak_memory_bytes")}
@@ -177,7 +180,7 @@ def same(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
 
 @contextmanager
 def hit_after(parts: int, hit: Any) -> Iterator[list[int]]:
-    """Inside, ``hit()`` is called when so many parts of steps have begun; the list counts them."""
+    """Inside, ``hit()`` is called at the start of the given part of the steps; the list counts the parts."""
     plain, begun = Stopwatch.part, [0]
 
     def part(self: Stopwatch, name: str) -> Any:
@@ -209,6 +212,6 @@ def counted_bases() -> Iterator[list[str]]:
         galore.find_basis = plain
 
 
-def somewhere(seed: str, low: int = 1, high: int = 70) -> int:
-    """A number of parts, by chance; no case but the streamed ones has fewer than 74."""
+def random_part(seed: str, low: int = 1, high: int = 70) -> int:
+    """A random number of parts; only the streamed cases have fewer than 74."""
     return random.Random(seed).randrange(low, high)

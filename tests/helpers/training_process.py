@@ -1,12 +1,14 @@
 """Trainings in processes of their own, alone or as ranks, some of which the tests kill.
 
-    training_process.py FOLDER kill|interrupt SEED N CASE...   train the cases one after the other; the N-th
-    is hit where the seed says training_process.py FOLDER lose RANK SEED N CASE...        the same on ranks;
-    it is that rank which is killed training_process.py FOLDER shared CASE...                  train on ranks,
-    with what the tests of ranks look at
+    training_process.py FOLDER kill|interrupt SEED N CASE...
+        train the cases one after the other; the N-th is killed or interrupted at a part that the seed
+        determines
+    training_process.py FOLDER lose RANK SEED N CASE...
+        the same on ranks, of which that one is killed
+    training_process.py FOLDER shared CASE...
+        train on ranks, and save what the tests of ranks compare
 
-A case is its place in ``cases.CASES``, as the name of its folder below FOLDER; for ``shared``, settings as
-JSON.
+A case is an index of ``CASES``, as the name of its folder below FOLDER; for ``shared``, settings as JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ load_blas()
 
 import mlx.core as mx
 
-from helpers.training_cases import CASES, counted_bases, hit_after, run_case, somewhere
+from helpers.training_cases import CASES, counted_bases, hit_after, random_part, run_case
 from mlx_distill.errors import DistillError
 from mlx_distill.train.distributed import current_ranks
 
@@ -43,7 +45,9 @@ def main(folder: Path, how: str, *arguments: str) -> int:
         with ExitStack() as stack:
             if place == int(number) and mine:
                 hit = partial(os.kill, os.getpid(), signal.SIGINT if how == "interrupt" else signal.SIGKILL)
-                stack.enter_context(hit_after(somewhere(f"{seed}/{place}", 40 if how == "lose" else 1), hit))
+                stack.enter_context(
+                    hit_after(random_part(f"{seed}/{place}", 40 if how == "lose" else 1), hit)
+                )
             try:
                 keep(folder / case, run_case(folder / case, CASES[int(Path(case).name)])[0])
             except DistillError as error:
@@ -53,7 +57,7 @@ def main(folder: Path, how: str, *arguments: str) -> int:
 
 
 def keep(folder: Path, weights: dict[str, mx.array]) -> None:
-    """This rank's weights at the end."""
+    """Save this rank's final weights."""
     mx.save_safetensors(str(folder / f"final-{current_ranks().rank}.safetensors"), weights)
 
 
@@ -69,7 +73,7 @@ def shared(folder: Path, *cases: str) -> int:
             keep(folder / str(place), run_case(folder / str(place), json.loads(case), dropout=0.0)[0])
         bases.append(len(found))
     (folder / f"bases-{ranks.rank}.json").write_text(json.dumps(bases))
-    write_shares(folder / "cuts", ranks)
+    write_shares(folder / "windows", ranks)
     print("finished", flush=True)
     return 0
 

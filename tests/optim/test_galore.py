@@ -1,6 +1,4 @@
-"""GaLore and its kin: what is projected, what it costs, what happens at a refresh; and what all of our
-optimizers have in common.
-"""
+"""GaLore: what is projected, the size of its state, refreshes; and what all our optimizers guarantee."""
 
 from __future__ import annotations
 
@@ -93,7 +91,7 @@ def test_each_learns_in_a_plain_mlx_loop(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_each_resumes_bitwise_from_its_saved_state(name: str, tmp_path: Path) -> None:
-    """Saved and read again, so that the memory layout of the arrays, which BLAS rounding depends on, is new."""
+    """Saved and read again, since BLAS rounding depends on the memory layout of the arrays."""
     rate = make_schedule("cosine", 0.03, 20)
     whole = make_net()
     learn(whole, ALL[name](rate), 13)
@@ -138,14 +136,14 @@ def test_each_decays_weights_that_get_no_gradient(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_each_serves_inside_a_multi_optimizer(name: str) -> None:
+def test_each_works_inside_a_multi_optimizer(name: str) -> None:
     model = make_net()
     both = optim.MultiOptimizer([ALL[name](0.03), optim.SGD(0.1)], [lambda path, _: "layers" in path])
     losses = learn(model, both, 20)
     assert losses[-1] < losses[0]
 
 
-def test_embeddings_norms_head_and_biases_stay_out_of_projection() -> None:
+def test_embeddings_norms_head_and_biases_are_not_projected() -> None:
     optimizer = GaLoreAdamW(0.1, 4)
     optimizer.init(make_net().trainable_parameters())
     assert set(optimizer.projected) == {"layers.0.weight", "layers.1.weight"}
@@ -186,7 +184,7 @@ def test_a_stack_of_experts_gets_a_basis_each() -> None:
         assert mx.allclose(together[i], alone, atol=1e-5)
 
 
-def test_state_is_as_small_as_the_formula_says() -> None:
+def test_the_state_has_the_size_of_the_formula() -> None:
     """(ar + 2br) numbers against 2ab; <= 0.40 at rank = dim / 4."""
     parameters = {"q_proj": {"weight": mx.zeros((256, 256))}, "up_proj": {"weight": mx.zeros((512, 256))}}
     galore, full = GaLoreAdamW(0.1, 64), AdamW(0.1)
@@ -227,7 +225,7 @@ def momentum(optimizer: Any) -> mx.array:
     ("moments", "low", "high"), [("project", 0.99, 1.01), ("keep", -1.0, 0.9), ("reset", -0.01, 0.01)]
 )
 def test_only_carried_moments_survive_a_refresh(moments: str, low: float, high: float) -> None:
-    """Momentum before and after a refresh whose basis is the same subspace, turned."""
+    """Momentum before and after a refresh that rotates the basis inside the same subspace."""
     turn = np.linalg.qr(np.random.default_rng(5).normal(size=(3, 3)))[0].astype(np.float32)
     seen: list[mx.array] = []
 
@@ -264,7 +262,7 @@ def test_a_refresh_is_skipped_while_the_old_basis_captures_the_gradient() -> Non
     assert len(found) == 5
 
 
-def test_staggered_refreshes_are_spread_over_the_gap() -> None:
+def test_staggered_refreshes_are_distributed_over_the_gap() -> None:
     parameters = {f"l{i}": {"weight": mx.zeros((8, 6))} for i in range(4)}
     optimizer = GaLoreAdamW(0.1, 2, 8, stagger=True)
     optimizer.init(parameters)
@@ -280,7 +278,7 @@ def array_of(gradient: Any) -> mx.array:
     return gradient.array if isinstance(gradient, ProjectedGradient) else gradient
 
 
-def test_adding_up_in_the_subspace_is_adding_up_in_full() -> None:
+def test_sums_of_projected_gradients_equal_the_projected_sum() -> None:
     parameters = {"w": {"weight": gradient_like(50)}, "norm": {"weight": mx.ones((8,))}}
 
     def gradients(i: int) -> dict[str, mx.array]:
@@ -343,7 +341,7 @@ def test_at_full_rank_gradients_are_projected_in_the_update_alone(rank: int) -> 
     assert mx.abs(new["w"]["weight"]).max().item() > 0
 
 
-def test_bad_settings_are_refused_with_a_cure() -> None:
+def test_bad_settings_are_refused_with_a_fix() -> None:
     for make in (
         lambda: GaLoreAdamW(0.1, 0),
         lambda: GaLoreAdamW(0.1, 2, 0),
@@ -377,7 +375,7 @@ def test_schedules_have_their_shapes(name: str, expected: list[float]) -> None:
     assert rate(100).item() == rate(15).item()
 
 
-def test_wsd_comes_down_over_the_last_fifth() -> None:
+def test_wsd_decays_over_the_last_fifth() -> None:
     rate = make_schedule("wsd", 1.0, 100)
     assert [round(rate(t).item(), 3) for t in (0, 79, 80, 90, 99)] == [1.0, 1.0, 1.0, 0.5, 0.05]
 
@@ -425,7 +423,7 @@ def test_the_recipe_chooses_the_optimizer() -> None:
     assert isinstance(scaled, APOLLO) and scaled.scale == 2.0
 
 
-def test_what_a_recipe_may_choose_is_what_there_is() -> None:
+def test_the_choices_of_a_recipe_are_those_of_the_code() -> None:
     assert set(MOMENTS) == set(recipe.MOMENTS) and set(PROJECTIONS) == set(recipe.PROJECTIONS)
     schedules = next(f for f in fields(TrainConfig) if f.name == "schedule").metadata["choices"]
     assert set(SCHEDULES) == set(schedules)

@@ -1,4 +1,4 @@
-"""Trajectories against the references, and APOLLO against a float64 statement of the paper."""
+"""Trajectories against the references, and APOLLO against a float64 implementation of the paper."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def start() -> dict:
     return {name: {"weight": mx.array(GOLDEN[f"start.{name}.weight"])} for name in ("down", "norm", "up")}
 
 
-def walk(optimizer: Any, before_step: Any = lambda step: None) -> tuple[dict, list[float]]:
-    """The plain MLX loop that any optimizer must serve."""
+def train(optimizer: Any, before_step: Any = lambda step: None) -> tuple[dict, list[float]]:
+    """A plain MLX training loop."""
     parameters, losses = start(), []
     for step in range(STEPS):
         before_step(step)
@@ -51,7 +51,7 @@ def assert_equal(name: str, parameters: dict, losses: list[float]) -> None:
 
 
 @pytest.mark.parametrize("projection", ["std", "reverse_std", "left", "right", "full"])
-def test_galore_walks_as_galore_torch_across_two_refreshes(projection: str) -> None:
+def test_galore_equals_galore_torch_across_two_refreshes(projection: str) -> None:
     """Of a tall matrix, a wide one and a vector; the bases are the reference's, made at the first step and
     twice again.
     """
@@ -70,18 +70,18 @@ def test_galore_walks_as_galore_torch_across_two_refreshes(projection: str) -> N
         return {"right" if found[0].shape[0] == rank else "left": mx.array(found[0])}
 
     optimizer = GaLoreAdamW(0.02, RANK, GAP, 0.25, projection, weight_decay=0.01, basis=reference_basis)
-    assert_equal(projection, *walk(optimizer, note))
+    assert_equal(projection, *train(optimizer, note))
     assert sorted(refreshed) == [(step, f"{name}.weight") for step in (0, 8, 16) for name in ("down", "up")]
 
 
 @pytest.mark.parametrize("method", ["eigh", "svd"])
-def test_galore_walks_as_galore_torch_up_to_the_first_refresh_with_its_own_basis(method: str) -> None:
-    _, losses = walk(GaLoreAdamW(0.02, RANK, GAP, 0.25, weight_decay=0.01, basis=method))
+def test_galore_with_its_own_bases_equals_galore_torch_up_to_the_first_refresh(method: str) -> None:
+    _, losses = train(GaLoreAdamW(0.02, RANK, GAP, 0.25, weight_decay=0.01, basis=method))
     assert np.abs(np.array(losses[: GAP + 1]) - GOLDEN["std.losses"][: GAP + 1]).max() <= 1e-5
 
 
-def test_adamw_walks_as_torch() -> None:
-    assert_equal("adamw", *walk(AdamW(0.02, weight_decay=0.01)))
+def test_adamw_equals_torch() -> None:
+    assert_equal("adamw", *train(AdamW(0.02, weight_decay=0.01)))
 
 
 class Apollo64:
@@ -125,7 +125,7 @@ class Apollo64:
 
 @pytest.mark.parametrize("kind", ["channels", "mini"])
 @pytest.mark.parametrize("name", ["up", "down"])
-def test_apollo_walks_as_the_paper_says_in_float64(kind: str, name: str) -> None:
+def test_apollo_equals_the_paper_in_float64(kind: str, name: str) -> None:
     mini = kind == "mini"
     rank, scale = (1, 128**0.5) if mini else (RANK, 1.0)
     make = APOLLOMini if mini else (lambda rate, gap, **more: APOLLO(rate, RANK, gap, **more))

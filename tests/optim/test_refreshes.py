@@ -19,7 +19,7 @@ from mlx_distill.optim.subspace import captured, find_basis, project
 @pytest.mark.parametrize(
     ("shape", "rank", "kept"), [((2000, 400), 64, 64), ((400, 2000), 64, 64), ((3000, 48), 96, 48)]
 )
-def test_a_random_projection_keeps_norms_in_the_mean(shape: tuple[int, int], rank: int, kept: int) -> None:
+def test_a_random_projection_preserves_norms_on_average(shape: tuple[int, int], rank: int, kept: int) -> None:
     """Gaussian entries of mean 0 and variance 1/r, r cut to the shorter side: within five standard errors of
     each.
     """
@@ -31,7 +31,7 @@ def test_a_random_projection_keeps_norms_in_the_mean(shape: tuple[int, int], ran
 
 
 def test_each_seed_matrix_and_period_has_a_projection_of_its_own() -> None:
-    """The same again for the same numbers, and no two of a grid of others have anything in common."""
+    """The same arguments give the same projection; different ones are uncorrelated."""
     places = [(seed, place, period) for seed in range(2) for place in range(3) for period in range(3)]
     drawn = [np.array(random_basis((256, 64), 16, *place)["right"]).ravel() for place in places]
     assert np.array_equal(drawn[-1], np.array(random_basis((256, 64), 16, *places[-1])["right"]).ravel())
@@ -39,8 +39,8 @@ def test_each_seed_matrix_and_period_has_a_projection_of_its_own() -> None:
     assert np.abs(alike).max() < 5 / drawn[0].size ** 0.5
 
 
-def test_apollo_draws_anew_at_each_gap_and_for_each_matrix() -> None:
-    """Of the identity, first moments without memory are the projection itself."""
+def test_apollo_draws_a_new_projection_at_each_gap_and_for_each_matrix() -> None:
+    """With the identity as gradient and beta_1 = 0 the first moment is the projection itself."""
     gap, eyes = 3, {name: mx.eye(8) for name in ("a", "b")}
     optimizer, seen = APOLLO(0.1, 4, gap, betas=(0.0, 0.999)), []
     for _ in range(2 * gap + 1):
@@ -53,11 +53,11 @@ def test_apollo_draws_anew_at_each_gap_and_for_each_matrix() -> None:
 
 
 def flat(*shape: int, seed: int = 0) -> mx.array:
-    """A matrix all of whose directions are nearly alike: none is found by chance, and r of n hold little."""
+    """A random matrix: its singular values are nearly equal, so no basis captures much of it."""
     return mx.array(np.random.default_rng(seed).normal(size=shape).astype(np.float32))
 
 
-def walk(optimizer: Any, gradients: list[mx.array]) -> list[mx.array]:
+def train(optimizer: Any, gradients: list[mx.array]) -> list[mx.array]:
     weights = [{"w": mx.zeros(gradients[0].shape)}]
     for gradient in gradients:
         weights.append(optimizer.apply_gradients({"w": gradient}, weights[-1]))
@@ -65,16 +65,16 @@ def walk(optimizer: Any, gradients: list[mx.array]) -> list[mx.array]:
     return [w["w"] for w in weights]
 
 
-def test_after_a_reset_it_is_as_at_the_beginning() -> None:
+def test_the_step_after_a_reset_is_that_of_a_new_optimizer() -> None:
     """Moments and correction of their bias: the first step after is that of a new optimizer, not a tenth or
     ten times of it.
     """
     *before, last = [flat(12, 8, seed=i) for i in range(6)]
-    *_, a, b = walk(GaLoreAdamW(0.1, 3, 5, moments="reset"), [*before, last])
-    assert mx.allclose(b - a, walk(GaLoreAdamW(0.1, 3, 5), [last])[1], atol=1e-6)
+    *_, a, b = train(GaLoreAdamW(0.1, 3, 5, moments="reset"), [*before, last])
+    assert mx.allclose(b - a, train(GaLoreAdamW(0.1, 3, 5), [last])[1], atol=1e-6)
 
 
-def test_carried_moments_of_one_gradient_are_those_that_the_new_basis_would_have_seen() -> None:
+def test_carried_moments_equal_those_of_the_new_basis() -> None:
     """Seven times one gradient, the seventh in a basis that is turned: without its bias each moment is the
     projection, or its square.
     """
@@ -87,14 +87,14 @@ def test_carried_moments_of_one_gradient_are_those_that_the_new_basis_would_have
         return find_basis(gradient, rank, kind) if old is None else {"right": turn @ old["right"]}
 
     optimizer = GaLoreAdamW(0.1, 3, 6, moments="project", basis=basis)
-    walk(optimizer, [gradient] * 7)
+    train(optimizer, [gradient] * 7)
     state = optimizer.state["w"]
     low = project(gradient, basis_of(state))
     assert mx.allclose(state["m"] / (1 - 0.9**7), low, atol=1e-4)
     assert mx.allclose(state["v"] / (1 - 0.999**7), mx.square(low), atol=1e-3)
 
 
-def test_what_a_basis_captures_is_measured_by_what_it_captured_when_new() -> None:
+def test_refresh_below_is_relative_to_the_share_captured_by_the_new_basis() -> None:
     """Shares of the gradient on the one axis that every basis is: below half of what the last refresh saw,
     and only there, is the next.
     """
@@ -105,22 +105,20 @@ def test_what_a_basis_captures_is_measured_by_what_it_captured_when_new() -> Non
         return {"right": mx.array([[1.0, 0.0]])}
 
     gradients = [mx.array([[share**0.5, 0.0], [0.0, (1 - share) ** 0.5]]) for share in shares]
-    walk(GaLoreAdamW(0.1, 1, 1, basis=basis, refresh_below=0.5), gradients)
+    train(GaLoreAdamW(0.1, 1, 1, basis=basis, refresh_below=0.5), gradients)
     assert refreshed == [0.4, 0.19, 0.09, 0.04]
 
 
 @pytest.mark.parametrize("projection", ["std", "full"])
 @pytest.mark.parametrize("shape", [(64, 96), (96, 64)])
-def test_refreshes_by_power_iteration_start_from_the_basis_before(
-    shape: tuple[int, int], projection: str
-) -> None:
+def test_power_iteration_starts_from_the_previous_basis(shape: tuple[int, int], projection: str) -> None:
     """Each refresh on one gradient goes on where the last one ended, on either side, until it has what the
     svd has.
     """
     gradient = flat(*shape)
     optimizer, found = GaLoreAdamW(0.1, 4, 1, projection=projection, basis="subspace"), []
     for _ in range(12):
-        walk(optimizer, [gradient])
+        train(optimizer, [gradient])
         found.append(
             [captured(gradient, {side: basis}) for side, basis in basis_of(optimizer.state["w"]).items()]
         )

@@ -1,4 +1,4 @@
-"""Weights of 16 bits: what a step adds stays in the mean, and what it does not touch stays bit for bit."""
+"""Stochastic rounding of 16-bit weights: the expected value of an update is exact."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def key(number: int = 0) -> mx.array:
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_the_result_is_a_neighbour_and_right_in_the_mean(dtype: mx.Dtype) -> None:
+def test_rounding_gives_a_neighbour_with_the_right_mean(dtype: mx.Dtype) -> None:
     x = mx.array(np.random.default_rng(0).normal(0, 0.02, 64).astype(np.float32))
     x = mx.where(mx.abs(x) < 1e-3, 1e-3, x)
     rounded = mx.stack([round_stochastically(x, dtype, key(i)).astype(mx.float32) for i in range(4000)])
@@ -38,7 +38,7 @@ def test_the_result_is_a_neighbour_and_right_in_the_mean(dtype: mx.Dtype) -> Non
 
 
 @pytest.mark.parametrize("dtype", TYPES)
-def test_what_is_exact_or_no_number_stays(dtype: mx.Dtype) -> None:
+def test_exact_and_non_finite_numbers_are_unchanged(dtype: mx.Dtype) -> None:
     exact = mx.array([0.0, -0.0, 1.0, -3.5, 2.0**-10, 60_000.0 if dtype == mx.float16 else 3e38]).astype(
         dtype
     )
@@ -50,13 +50,13 @@ def test_what_is_exact_or_no_number_stays(dtype: mx.Dtype) -> None:
     assert odd[:2].tolist() == [float("inf"), float("-inf")] and mx.all(mx.isnan(odd[2:])).item()
 
 
-def test_float32_is_left_alone() -> None:
+def test_float32_is_not_rounded() -> None:
     x = mx.random.normal((100,))
     assert mx.array_equal(round_stochastically(x, mx.float32, key()), x).item()
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_steps_smaller_than_the_last_bit_move_bfloat16_as_they_move_float32(name: str) -> None:
+def test_small_updates_of_bfloat16_equal_those_of_float32_on_average(name: str) -> None:
     """At a rate of 2e-5 the neighbours of a weight of 0.02 are six steps apart; to the nearest nothing would
     move.
     """
@@ -75,7 +75,7 @@ def test_steps_smaller_than_the_last_bit_move_bfloat16_as_they_move_float32(name
 
 
 @pytest.mark.parametrize("name", MAKERS)
-def test_rounding_is_of_the_seed_the_step_and_the_place(name: str) -> None:
+def test_rounding_depends_on_seed_step_and_parameter(name: str) -> None:
     tree = {"a": mx.full((8, 32), 0.02, mx.bfloat16), "b": mx.full((8, 32), 0.02, mx.bfloat16)}
     gradients = {path: mx.full((8, 32), 0.1, mx.bfloat16) for path in tree}
 

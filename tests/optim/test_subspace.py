@@ -1,4 +1,4 @@
-"""Bases: the energy that they capture, and in and out of them."""
+"""Bases: the share of a gradient that they capture, projecting to the subspace and back."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_basis_is_orthonormal_and_captures_what_the_svd_captures(
         assert captured(g, {side: b}) == pytest.approx(best, rel=2e-2 if method == "subspace" else 1e-4)
 
 
-def test_projecting_back_what_lies_in_the_subspace_loses_nothing() -> None:
+def test_projecting_back_recovers_a_gradient_inside_the_subspace() -> None:
     g = decaying(12, 8)
     for projection in ("std", "reverse_std", "full"):
         basis = find_basis(g, 8, projection)
@@ -50,7 +50,7 @@ def test_projecting_back_what_lies_in_the_subspace_loses_nothing() -> None:
         assert mx.allclose(project(project_back(low, basis), basis), low, atol=1e-5)
 
 
-def test_a_warm_start_is_no_worse_than_a_cold_one() -> None:
+def test_a_warm_start_is_as_good_as_a_random_one() -> None:
     g = decaying(64, 96)
     old = find_basis(g, 8, "std")
     later = g + 0.02 * decaying(64, 96, seed=1)
@@ -65,14 +65,14 @@ def test_a_zero_gradient_still_gives_a_basis() -> None:
         assert np.isfinite(np.array(basis["right"])).all()
 
 
-def test_finding_a_basis_leaves_the_random_state_alone() -> None:
+def test_computing_a_basis_does_not_change_the_random_state() -> None:
     before = mx.random.state[0].tolist()
     find_basis(decaying(16, 24), 4, "std", "subspace")
     assert mx.random.state[0].tolist() == before
 
 
 def test_moments_are_carried_like_mean_and_variance() -> None:
-    """In the same subspace, rotated, nothing is lost; a flipped sign flips the mean and leaves the variance."""
+    """A rotation inside the subspace loses nothing; a flipped sign flips the mean and keeps the variance."""
     g = decaying(12, 8)
     old = find_basis(g, 4, "std")
     m, v = 0.1 * project(g, old), 0.001 * mx.square(project(g, old)) + 0.01
@@ -86,14 +86,14 @@ def test_moments_are_carried_like_mean_and_variance() -> None:
     assert (turned_v >= 0).all()
 
 
-def test_unknown_names_are_refused_with_the_known_ones() -> None:
+def test_unknown_names_are_refused_with_a_list_of_known_ones() -> None:
     with pytest.raises(ConfigError, match="reverse_std"):
         sides_of((2, 2), "diagonal")
     with pytest.raises(ConfigError, match="eigh"):
         find_basis(mx.zeros((2, 2)), 1, "std", "magic")
 
 
-def test_eigh_of_more_than_lapack_can_lay_out_is_refused() -> None:
+def test_eigh_above_the_limit_of_lapack_is_refused() -> None:
     with pytest.raises(ConfigError, match="eigenvectors of 2895") as caught:
         find_basis(mx.zeros((2895, 2895)), 1, "std", "eigh")
     assert "basis: auto" in (caught.value.fix or "")

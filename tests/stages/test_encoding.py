@@ -94,7 +94,7 @@ def test_stored_rows_are_those_of_a_list(folder: Path, split: str) -> None:
     assert (name, total, seen[-1]) == (f"teach: tokenize {split}", len(rows), len(rows))
 
 
-def test_rows_that_are_too_long_are_told_with_the_limit(folder: Path) -> None:
+def test_rows_that_are_too_long_are_noted_with_the_limit(folder: Path) -> None:
     context = make_context()
     longest = int(encode(context, folder).lengths.max())
     assert not context.progress.notes  # type: ignore[attr-defined]

@@ -44,7 +44,7 @@ def test_every_row_comes_once_an_epoch_in_another_order_each(make: Make) -> None
 
 @ALL
 @pytest.mark.parametrize("done", [0, 1, 3, 4, 9])
-def test_a_position_can_be_taken_up_anywhere(make: Make, done: int) -> None:
+def test_a_source_can_be_restored_at_any_position(make: Make, done: int) -> None:
     source, later = make(), make()
     take(source, done)
     later.restore(source.state())
@@ -52,7 +52,7 @@ def test_a_position_can_be_taken_up_anywhere(make: Make, done: int) -> None:
 
 
 @ALL
-def test_a_position_in_other_data_is_refused(make: Make) -> None:
+def test_the_state_of_other_data_is_refused(make: Make) -> None:
     for other in (make(seed=1), make(count=6)):
         with pytest.raises(DataError) as caught:
             other.restore(make().state())
@@ -61,7 +61,7 @@ def test_a_position_in_other_data_is_refused(make: Make) -> None:
 
 @ALL
 @pytest.mark.parametrize("size", [2, 3])
-def test_ranks_share_the_rows_and_have_as_many_batches_each(make: Make, size: int) -> None:
+def test_ranks_share_the_rows_and_have_equally_many_batches(make: Make, size: int) -> None:
     sources = [make(rank=rank, size=size) for rank in range(size)]
     counts = {len(source) for source in sources}
     assert len(counts) == 1
@@ -71,7 +71,7 @@ def test_ranks_share_the_rows_and_have_as_many_batches_each(make: Make, size: in
     assert len({str(sorted(source.state().items())) for source in sources}) == 1
 
 
-def test_nothing_to_train_on_is_an_error_with_a_cure() -> None:
+def test_an_empty_source_is_an_error_with_a_fix() -> None:
     for make in (
         lambda: ListBatches([]),
         lambda: RowBatches([], lambda chosen: collate(ROWS, list(chosen)), 3, 0),

@@ -41,12 +41,12 @@ def test_every_row_once_an_epoch_in_another_order_each_time(size: int) -> None:
         assert epochs[0] != epochs[1] != epochs[2]
 
 
-def test_the_seed_is_the_order() -> None:
+def test_the_seed_determines_the_order() -> None:
     assert epoch(source(seed=3)) == epoch(source(seed=3)) != epoch(source(seed=4))
 
 
 @pytest.mark.parametrize("size", [2, 3, 7])
-def test_ranks_share_an_epoch_and_all_take_part_in_every_step(size: int) -> None:
+def test_ranks_share_an_epoch_and_all_have_a_batch_at_every_step(size: int) -> None:
     ranks = [source(rank=rank, size=size) for rank in range(size)]
     alone = source()
     for _ in range(2):
@@ -60,7 +60,7 @@ def test_ranks_share_an_epoch_and_all_take_part_in_every_step(size: int) -> None
 
 
 @pytest.mark.parametrize("stop", [0, 3, 9, 10, 11, 25])
-def test_a_restored_position_goes_on_with_the_very_next_batch(stop: int) -> None:
+def test_a_restored_source_continues_with_the_next_batch(stop: int) -> None:
     batches = source(rank=1, size=2)
     for _ in range(stop):
         next(batches)
@@ -71,7 +71,7 @@ def test_a_restored_position_goes_on_with_the_very_next_batch(stop: int) -> None
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"identity": "other"}])
-def test_a_position_in_other_rows_is_refused(change: dict) -> None:
+def test_the_state_of_other_rows_is_refused(change: dict) -> None:
     with pytest.raises(DataError, match="other rows") as caught:
         source(**change).restore(source().state())
     assert caught.value.fix
@@ -79,7 +79,7 @@ def test_a_position_in_other_rows_is_refused(change: dict) -> None:
         source().restore({**source().state(), "rows": 36})
 
 
-def test_no_rows_is_an_error_with_a_cure() -> None:
+def test_no_rows_is_an_error_with_a_fix() -> None:
     with pytest.raises(DataError, match="no rows") as caught:
         RowBatches([], collate, 4, 0)
     assert "max_length" in (caught.value.fix or "")

@@ -1,4 +1,4 @@
-"""The compiled trunk: the numbers of the plain one, the same random draws, one trace a shape of batch."""
+"""The compiled trunk: the numbers and random draws of the plain one, one trace for each shape of batch."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ GOLDEN = Path(__file__).parents[1] / "golden"
 ROWS = make_rows(12)
 
 
-def make(kind: str, moves: str) -> Any:
+def make(kind: str, trained: str) -> Any:
     """Adapters with dropout that are no longer zero, or every weight, the head included."""
     model, _ = load_model(GOLDEN / f"models_{kind}", dtype="float32")
     mx.random.seed(1)
-    if moves == "adapters":
+    if trained == "adapters":
         add_lora(model, LoraSettings(2, 4.0, 0.3, ATTENTION))
         model.update(
             tree_map_with_path(lambda _, x: x + 0.1 * mx.random.normal(x.shape), model.trainable_parameters())
@@ -60,16 +60,16 @@ def batch_of(columns: int, lines: list[list[int]], seed: int) -> Batch:
     return build_batch(pieces, 0)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("moves", ["adapters", "everything"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("trained", ["adapters", "everything"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gpt_oss"])
-def test_compiled_equals_the_whole_in_one_piece(kind: str, moves: str, recompute: bool) -> None:
+def test_a_compiled_trunk_equals_one_graph(kind: str, trained: str, checkpointing: bool) -> None:
     """Values, gradients and the place in the random stream, alone and packed, before and after an update of
     the weights.
     """
-    model = make(kind, moves)
+    model = make(kind, trained)
     columns = model.model.embed_tokens.weight.shape[0]
-    with checkpointed_layers(model) if recompute else nullcontext():
+    with checkpointed_layers(model) if checkpointing else nullcontext():
         trunk = make_trunk(model, compiled=True)
         for number, lines in enumerate(([[12], [9]], [[6, 7], [14]], [[13], [11]])):
             batch = batch_of(columns, lines, number)
@@ -100,7 +100,7 @@ def test_compiled_equals_the_whole_in_one_piece(kind: str, moves: str, recompute
             )
 
 
-def test_one_trace_a_shape_and_the_weights_stay_arrays() -> None:
+def test_one_trace_for_each_shape_and_no_tracers_in_the_weights() -> None:
     traces = 0
 
     model = make_model()
@@ -121,7 +121,7 @@ def test_one_trace_a_shape_and_the_weights_stay_arrays() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "galore", "full"])
-def test_a_compiled_run_is_the_plain_one(tmp_path: Path, method: str) -> None:
+def test_a_compiled_run_equals_the_plain_one(tmp_path: Path, method: str) -> None:
     """With dropout, accumulation, a schedule and a refresh of the bases."""
     plain, compiled = (
         run_case(tmp_path / str(on), {"method": method, "compile": on})[0] for on in (False, True)
@@ -130,7 +130,7 @@ def test_a_compiled_run_is_the_plain_one(tmp_path: Path, method: str) -> None:
         assert mx.allclose(compiled[path], weight, rtol=1e-5, atol=1e-5), path
 
 
-def test_an_objective_in_one_piece_cannot_be_compiled(tmp_path: Path) -> None:
+def test_an_objective_without_a_head_split_cannot_be_compiled(tmp_path: Path) -> None:
     config = settings(compile=True)
     with pytest.raises(ConfigError, match="compile: true for an objective in one piece"):
         train(

@@ -1,4 +1,4 @@
-"""What must not change the result: 8 batches of 1, 1 of 8, packed lines, two ranks, two ranks over packed
+"""What must not change the result: 8 batches of 1, 1 of 8, packed sequences, two ranks, two ranks over packed
 lines, however uneven.
 """
 
@@ -12,13 +12,13 @@ import mlx.core as mx
 import pytest
 from helpers.launch import launched
 from helpers.real_models import KINDS, OBJECTIVES, make_model, windows
-from helpers.training_cases import LINES, PACKED, counted_bases, run_case, same, start_of, steps_of
+from helpers.training_cases import PACKED, SEQUENCES, counted_bases, run_case, same, start_of, steps_of
 from mlx.utils import tree_flatten
 
 from mlx_distill.train.gradients import WindowGradients, global_norm, window_gradients
 
-# Two ranks take what one takes in windows of twice as many. Packed: one pass over five lines, so that a rank
-# has none at the end.
+# Two ranks take what one takes in windows of twice as many. Packed: one pass over five sequences, so that a
+# rank has none at the end.
 ONCE: dict[str, Any] = {**PACKED, "accumulate": 1, "steps": 0, "epochs": 1.0}
 TRAININGS: list[dict[str, Any]] = [
     {"method": "full", "steps": 8, "accumulate": 2},
@@ -32,7 +32,7 @@ TRAININGS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All trainings and gradients of two ranks, by one launch."""
+    """All trainings and gradients of two ranks, from one launch."""
     folder = tmp_path_factory.mktemp("two")
     said = launched(folder, "shared", *map(json.dumps, TRAININGS))
     assert said.count("finished") == 2, said
@@ -41,23 +41,23 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OBJECTIVES)
-def test_the_cut_changes_neither_loss_nor_terms_nor_gradient(kind: str, name: str, two: Path) -> None:
-    assert any(len(line) > 1 for line in LINES.rows) and len(LINES.rows) % 2
+def test_micro_batching_changes_neither_loss_nor_terms_nor_gradient(kind: str, name: str, two: Path) -> None:
+    assert any(len(line) > 1 for line in SEQUENCES.rows) and len(SEQUENCES.rows) % 2
     model = make_model(kind)
     found = {
-        cut: window_gradients(model, batches, OBJECTIVES[name]) for cut, batches in windows(name).items()
+        form: window_gradients(model, batches, OBJECTIVES[name]) for form, batches in windows(name).items()
     }
-    found |= {folder.name: read(folder) for folder in (two / "cuts" / kind / name).iterdir()}
+    found |= {folder.name: read(folder) for folder in (two / "windows" / kind / name).iterdir()}
     assert len(found) == 8
     plain = found.pop("1x8")
     norm = global_norm(plain.gradients)
     assert plain.loss > 0 and norm > 0
-    for cut, other in found.items():
-        assert other.loss == pytest.approx(plain.loss, rel=1e-5), cut
-        assert other.terms == pytest.approx(plain.terms, rel=1e-5) and other.weights == plain.weights, cut
-        assert global_norm(other.gradients) == pytest.approx(norm, rel=1e-5), cut
+    for form, other in found.items():
+        assert other.loss == pytest.approx(plain.loss, rel=1e-5), form
+        assert other.terms == pytest.approx(plain.terms, rel=1e-5) and other.weights == plain.weights, form
+        assert global_norm(other.gradients) == pytest.approx(norm, rel=1e-5), form
         for path, gradient in plain.gradients.items():
-            assert mx.abs(other.gradients[path] - gradient).max().item() < 1e-5 * norm, (cut, path)
+            assert mx.abs(other.gradients[path] - gradient).max().item() < 1e-5 * norm, (form, path)
 
 
 def read(folder: Path) -> WindowGradients:
@@ -70,7 +70,7 @@ def read(folder: Path) -> WindowGradients:
     range(len(TRAININGS)),
     ids=[f"{case['method']} {'packed' * ('packing' in case)}" for case in TRAININGS],
 )
-def test_two_ranks_train_as_one(tmp_path: Path, two: Path, place: int) -> None:
+def test_two_ranks_train_as_one_rank(tmp_path: Path, two: Path, place: int) -> None:
     """Losses and norms of every step, and the way gone in all; both ranks end with one model, and each
     computed some of the bases, once.
     """

@@ -80,7 +80,7 @@ def masked() -> Batch:
 
 
 @pytest.mark.parametrize("name", WINDOWS)
-def test_the_cut_into_micro_batches_does_not_change_loss_or_gradient(name: str) -> None:
+def test_micro_batching_does_not_change_loss_or_gradient(name: str) -> None:
     model = make_model()
     plain = mx.value_and_grad(lambda p: mean_loss(model, p, collate(ROWS, list(range(8)))))(
         model.trainable_parameters()
@@ -101,7 +101,7 @@ def mean_loss(model: TinyModel, parameters: Any, batch: Batch) -> mx.array:
     return (losses * batch.mask).sum() / batch.mask.sum()
 
 
-def test_a_window_without_a_trained_token_moves_nothing(tmp_path: Path) -> None:
+def test_a_window_without_a_trained_token_updates_nothing(tmp_path: Path) -> None:
     model, result = run(tmp_path, settings(steps=2), batches=[masked()])
     assert weights(model) == weights(make_model(dropout=0.2))
     assert result.metrics["loss"] == 0.0 and result.metrics["tokens"] == 0
@@ -122,7 +122,7 @@ def test_each_term_is_divided_by_its_own_weight_over_the_window() -> None:
     assert result.loss == pytest.approx(0.3 * result.terms["text"] + 0.7 * result.terms["rows"], rel=1e-6)
 
 
-def test_a_term_without_weight_never_makes_a_nan() -> None:
+def test_a_term_without_weight_never_produces_a_nan() -> None:
     objective = Objective(
         weights=lambda b: {"text": float(b.mask.sum().item()), "label": 0.0},
         sums=lambda m, b: {"text": sft().sums(m, b)["text"], "label": mx.array(math.nan) * m(b.inputs).sum()},
@@ -165,7 +165,7 @@ def test_evaluate_is_the_mean_over_all_trained_tokens() -> None:
     )
 
 
-def test_the_best_weights_can_be_what_is_left(tmp_path: Path) -> None:
+def test_use_best_leaves_the_best_weights_in_the_model(tmp_path: Path) -> None:
     config = settings(
         learning_rate=3.0, schedule="constant", steps=8, evaluate_every=1, clip_norm=0.0, use_best=True
     )
@@ -178,7 +178,7 @@ def test_the_best_weights_can_be_what_is_left(tmp_path: Path) -> None:
     assert weights(other) == weights(model)
 
 
-def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
+def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
     config = settings(learning_rate=0.0, steps=20, evaluate_every=1, patience=3)
     _, result = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8))
     assert result.stopped_early and result.steps == 4 and result.best_step == 1
@@ -189,7 +189,7 @@ def test_patience_ends_a_run_that_no_longer_improves(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("epochs", "accumulate", "expected"), [(1.0, 4, 2), (2.0, 4, 3), (0.5, 1, 3), (1.0, 100, 1)]
 )
-def test_an_epoch_sees_every_row_once_tail_included(
+def test_an_epoch_has_every_row_once_including_the_incomplete_last_step(
     tmp_path: Path, epochs: float, accumulate: int, expected: int
 ) -> None:
     seen: list[int] = []
@@ -220,7 +220,7 @@ def test_gradients_are_clipped_by_the_global_norm(tmp_path: Path) -> None:
     assert rows_of(tmp_path)[0]["grad_norm"] > 0.1
 
 
-def test_nan_stops_before_the_weights_are_touched_and_names_the_rows(tmp_path: Path) -> None:
+def test_nan_stops_before_the_weights_are_updated_and_names_the_rows(tmp_path: Path) -> None:
     objective = sft()
 
     def poisoned(model: TinyModel, batch: Batch) -> dict[str, mx.array]:
@@ -246,7 +246,7 @@ def test_nan_stops_before_the_weights_are_touched_and_names_the_rows(tmp_path: P
 
 
 @pytest.mark.parametrize("change", ["settings", "model", "data", "identity", "optimizer"])
-def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, change: str) -> None:
+def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path, change: str) -> None:
     config = settings(steps=2)
     train(
         make_model(),
@@ -268,7 +268,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path, change: str) 
     assert caught.value.fix
 
 
-def test_a_damaged_checkpoint_is_an_error_with_a_cure(tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_is_an_error_with_a_fix(tmp_path: Path) -> None:
     run(tmp_path, settings(steps=2))
     path = tmp_path / "checkpoints" / "step-00000002" / "trainable.safetensors"
     path.write_bytes(path.read_bytes()[:100])
@@ -277,7 +277,7 @@ def test_a_damaged_checkpoint_is_an_error_with_a_cure(tmp_path: Path) -> None:
     assert "delete" in str(caught.value)
 
 
-def test_a_full_disk_leaves_the_older_checkpoint_and_the_run_goes_on_from_it(
+def test_a_full_disk_leaves_the_older_checkpoint_to_resume_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, _ = run(tmp_path / "whole", settings())
@@ -305,7 +305,7 @@ def test_a_model_without_trainable_weights_is_refused(tmp_path: Path) -> None:
         train(model, ListBatches(make_batches(ROWS, 4)), sft(), optim.SGD(0.1), settings(), folder=tmp_path)
 
 
-def test_hooks_get_what_a_watcher_needs(tmp_path: Path) -> None:
+def test_hooks_get_metrics_and_timing(tmp_path: Path) -> None:
     told: list[dict] = []
     run(tmp_path, settings(steps=3), hooks=[told.append])
     assert [row["step"] for row in told] == [1, 2, 3]
@@ -327,7 +327,7 @@ def test_hooks_get_what_a_watcher_needs(tmp_path: Path) -> None:
     json.dumps(told, allow_nan=False)
 
 
-def test_what_a_hook_raises_ends_the_run_and_leaves_its_checkpoint(tmp_path: Path) -> None:
+def test_an_exception_in_a_hook_ends_the_run_and_leaves_its_checkpoint(tmp_path: Path) -> None:
     def full(row: dict) -> None:
         if row["step"] == 5:
             raise OSError("the sink is full")
@@ -339,7 +339,7 @@ def test_what_a_hook_raises_ends_the_run_and_leaves_its_checkpoint(tmp_path: Pat
     assert result.resumed == 4 and weights(resumed) == weights(whole)
 
 
-def test_the_random_state_comes_back() -> None:
+def test_the_random_state_is_restored() -> None:
     key = random_key()
     first = mx.random.normal((4,)).tolist()
     set_random_key(key)
@@ -347,7 +347,7 @@ def test_the_random_state_comes_back() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 8])
-def test_galore_added_up_in_the_subspace_walks_as_one_big_batch(tmp_path: Path, size: int) -> None:
+def test_accumulated_galore_equals_one_large_batch(tmp_path: Path, size: int) -> None:
     """Across a refresh, with clipping: the norm is that of the projected gradient, accumulated or not."""
     config = settings(method="galore", steps=5, accumulate=8 // size, galore_update_gap=3, clip_norm=0.05)
     model = make_model()
@@ -387,7 +387,7 @@ class Layer(nn.Module):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_recomputing_changes_neither_value_nor_gradient_nor_the_class(dropout: float) -> None:
+def test_gradient_checkpointing_changes_neither_value_nor_gradient(dropout: float) -> None:
     layers = [Layer(dropout) for _ in range(3)]
     model = nn.Sequential(*layers)
     x = mx.random.normal((4, 16))

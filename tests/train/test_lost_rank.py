@@ -1,4 +1,4 @@
-"""A rank that is killed ends the others, soon and with the cure, and the same launch again goes on bitwise."""
+"""A killed rank ends the other ranks with an error, and the same launch again resumes bitwise."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from mlx_distill.errors import DistillError
 from mlx_distill.train import checkpoint
 from mlx_distill.train.distributed import Ranks
 
-# LoRA over packed lines, recomputed, with an uneven tail every epoch; GaLore. Both with dropout, of which
+# LoRA over packed sequences, recomputed, with an uneven tail every epoch; GaLore. Both with dropout, of which
 # each rank draws its own.
 PLACES = [str(CASES.index(case)) for case in KILLED[:0:-1]]
 
 
-def test_a_killed_rank_ends_the_other_and_both_go_on_bitwise(tmp_path: Path) -> None:
+def test_a_killed_rank_ends_the_other_and_both_resume_bitwise(tmp_path: Path) -> None:
     """Rank 1 is lost in the first training, rank 0, which writes the checkpoints, in the second."""
     seed = str(random.randrange(10**6))
     cut, whole = ([f"{name}/{place}" for place in PLACES] for name in ("cut", "whole"))
@@ -58,7 +58,7 @@ def test_a_killed_rank_ends_the_other_and_both_go_on_bitwise(tmp_path: Path) -> 
         lambda ranks: ranks.barrier(),
     ],
 )
-def test_whatever_ranks_do_together_tells_that_one_is_lost(
+def test_every_collective_operation_reports_a_lost_rank(
     monkeypatch: pytest.MonkeyPatch, ask: Callable[[Ranks], Any]
 ) -> None:
     said = "[ring] Receiving from socket 3 failed"

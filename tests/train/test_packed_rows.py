@@ -16,7 +16,7 @@ import pytest
 from helpers.list_batches import ListBatches
 from helpers.real_models import KINDS, batch_of, make_model, windows
 from helpers.tiny_model import settings
-from helpers.training_cases import LENGTHS, PIECES, packed_source
+from helpers.training_cases import LENGTHS, TOKENIZED, packed_source
 
 from mlx_distill.data.packing import build_batch
 from mlx_distill.errors import DataError
@@ -27,20 +27,22 @@ from mlx_distill.train.validation import evaluate
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_rows_can_be_validated_and_recomputed(kind: str) -> None:
+def test_packed_rows_with_validation_and_gradient_checkpointing(kind: str) -> None:
     model = make_model(kind)
-    cuts = windows("sft")
-    plain = window_gradients(model, cuts["1x8"], sft())
-    assert evaluate(model, cuts["one line each"], sft())["loss"] == pytest.approx(plain.loss, rel=1e-5)
+    forms = windows("sft")
+    plain = window_gradients(model, forms["1x8"], sft())
+    assert evaluate(model, forms["one sequence each"], sft())["loss"] == pytest.approx(plain.loss, rel=1e-5)
     with checkpointed_layers(model):
-        again = window_gradients(model, cuts["all lines"], sft())
+        again = window_gradients(model, forms["all sequences"], sft())
     assert again.loss == pytest.approx(plain.loss, rel=1e-5)
     assert global_norm(again.gradients) == pytest.approx(global_norm(plain.gradients), rel=1e-5)
 
 
-def test_a_line_that_is_all_prompt_is_passed_over() -> None:
+def test_a_sequence_without_trained_tokens_is_skipped() -> None:
     model = make_model("qwen3")
-    prompts = build_batch([[replace(piece, trained=np.zeros_like(piece.trained)) for piece in PIECES[:3]]], 0)
+    prompts = build_batch(
+        [[replace(piece, trained=np.zeros_like(piece.trained)) for piece in TOKENIZED[:3]]], 0
+    )
     rest = batch_of([(3, 4)], "sft")
     alone, with_it = (window_gradients(model, batches, sft()) for batches in ([rest], [prompts, rest]))
     assert with_it.loss == alone.loss and global_norm(with_it.gradients) == global_norm(alone.gradients)
@@ -48,7 +50,7 @@ def test_a_line_that_is_all_prompt_is_passed_over() -> None:
     assert empty.loss == 0.0 and not empty.gradients
 
 
-def test_every_row_comes_once_an_epoch_and_ranks_share_them() -> None:
+def test_every_row_is_used_once_an_epoch_and_ranks_share_them() -> None:
     alone, ranks = packed_source(), [packed_source(rank=rank, size=2) for rank in range(2)]
     epochs = [[next(alone).rows for _ in range(len(alone))] for _ in range(3)]
     for epoch in epochs:
@@ -64,7 +66,7 @@ def test_every_row_comes_once_an_epoch_and_ranks_share_them() -> None:
     assert spare.segments is not None and not spare.mask.any().item()
 
 
-def test_a_packed_batch_that_made_a_nan_is_kept_with_its_segments(tmp_path: Path) -> None:
+def test_a_packed_batch_with_a_nan_is_saved_with_its_segments(tmp_path: Path) -> None:
     plain = sft()
     poisoned = replace(plain, sums=lambda model, batch: {"text": plain.sums(model, batch)["text"] * math.nan})
     model, config = make_model("qwen3"), settings(steps=1, accumulate=1)

@@ -1,4 +1,4 @@
-"""Settings that cannot come to anything are refused before a weight is loaded, each with its cure."""
+"""Settings that cannot work are refused before a weight is loaded, each with a fix."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_settings_that_contradict_each_other_are_refused(changes: dict[str, Any]
 def test_settings_that_a_model_does_not_fit_are_refused_without_its_weights(
     tmp_path: Path, model: str, changes: dict[str, Any], message: str
 ) -> None:
-    """The files hold headers and nothing behind them that could be read as weights."""
+    """The files hold headers, and NaN instead of weights."""
     folder = Path(shutil.copytree(GOLDEN / f"models_{model}", tmp_path / model))
     for shard in folder.glob("*.safetensors"):
         shard.write_bytes(hollow(shard.read_bytes()))
@@ -97,7 +97,7 @@ def hollow(shard: bytes) -> bytes:
     ("model", "method"),
     [("qwen3", "lora"), ("gpt_oss", "galore"), ("gpt_oss_mxfp4", "dora"), ("qwen3_moe", "apollo")],
 )
-def test_settings_that_fit_name_what_will_move(model: str, method: str) -> None:
+def test_settings_that_fit_return_the_trainable_modules(model: str, method: str) -> None:
     config = TrainConfig(
         method=method,
         lora_rank=4,
@@ -112,7 +112,7 @@ def test_settings_that_fit_name_what_will_move(model: str, method: str) -> None:
     ]
 
 
-def test_packed_weights_can_move_when_they_will_be_unpacked() -> None:
+def test_quantized_weights_can_be_trained_if_they_will_be_dequantized() -> None:
     config = TrainConfig(method="galore", galore_rank=4, target_modules=["up_proj"])
     assert len(check_model(GOLDEN / "models_gpt_oss_mxfp4", config, dequantize=True)) == 2
 
@@ -128,7 +128,7 @@ def test_a_schedule_of_another_length_than_the_run_is_refused(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("changes", [{"patience": 2}, {"use_best": True}])
-def test_waiting_for_the_best_needs_something_to_look_at(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_patience_and_use_best_need_validation_rows(tmp_path: Path, changes: dict[str, Any]) -> None:
     config = settings(evaluate_every=1, **changes)
     with pytest.raises(ConfigError, match="without a validation row") as caught:
         train(
@@ -153,7 +153,7 @@ def test_waiting_for_the_best_needs_something_to_look_at(tmp_path: Path, changes
         (None, "another version"),
     ],
 )
-def test_unfinished_work_is_not_thrown_away_unasked(
+def test_checkpoints_of_an_unfinished_training_are_not_overwritten(
     tmp_path: Path, change: dict[str, Any] | None, message: str
 ) -> None:
     config = settings()
@@ -178,7 +178,7 @@ def test_unfinished_work_is_not_thrown_away_unasked(
     check_leftover(tmp_path / "nothing", config, "teach", False)
 
 
-def test_unfinished_work_of_more_ranks_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_an_unfinished_training_of_more_ranks_is_not_resumed(tmp_path: Path) -> None:
     config = settings()
     model = make_model()
     make_trainable(model, config)

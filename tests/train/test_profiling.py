@@ -1,4 +1,4 @@
-"""Where the time of a step goes: parts that add up, and a table that says so."""
+"""The time of the parts of a step, and its table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from mlx_distill.train import Profile, make_trainable, sft, train
 from mlx_distill.train.profiling import PARTS, Stopwatch
 
 
-def test_a_part_inside_another_counts_once_and_the_rest_is_other() -> None:
+def test_a_nested_part_counts_once_and_the_remaining_time_is_other() -> None:
     watch = Stopwatch()
     watch.take()
     began = time.perf_counter()
@@ -34,7 +34,7 @@ def test_a_part_inside_another_counts_once_and_the_rest_is_other() -> None:
     assert sum(watch.take().values()) < 0.01
 
 
-def test_what_was_made_is_evaluated_where_it_belongs_only_by_an_exact_watch() -> None:
+def test_only_an_exact_stopwatch_evaluates_results_inside_their_part() -> None:
     for exact in (False, True):
         watch = Stopwatch(exact)
         before = mx.get_active_memory()
@@ -45,7 +45,7 @@ def test_what_was_made_is_evaluated_where_it_belongs_only_by_an_exact_watch() ->
 
 
 @pytest.mark.parametrize("method", ["full", "galore", "lora"])
-def test_a_profiled_training_is_the_same_and_its_parts_add_up(tmp_path: Path, method: str) -> None:
+def test_a_profiled_training_is_unchanged_and_its_parts_add_up(tmp_path: Path, method: str) -> None:
     config = settings(method=method, steps=6, evaluate_every=3, galore_update_gap=2)
     batches, found = make_batches(make_rows(16), 2), []
     profile = Profile()
@@ -64,14 +64,14 @@ def test_a_profiled_training_is_the_same_and_its_parts_add_up(tmp_path: Path, me
     assert stage["steps"] == 5 and set(stage["parts"]) == set(PARTS)
     assert stage["seconds_per_step"] == pytest.approx(sum(stage["parts"].values()))
     assert stage["first_step_seconds"] + 5 * stage["seconds_per_step"] <= seconds
-    moving = {"data", "forward", "backward", "clip", "update", "validate", "save"} | (
+    expected = {"data", "forward", "backward", "clip", "update", "validate", "save"} | (
         {"project"} if method == "galore" else set()
     )
-    assert all(stage["parts"][name] > 0 for name in moving)
+    assert all(stage["parts"][name] > 0 for name in expected)
     shown = {line.split()[0] for line in profile.lines[2:]}
-    assert moving <= shown and ("project" in shown) == (method == "galore") and "ranks" in shown
+    assert expected <= shown and ("project" in shown) == (method == "galore") and "ranks" in shown
 
 
-def test_without_a_step_there_is_nothing_to_tell() -> None:
+def test_a_profile_without_steps_says_so() -> None:
     (line,) = Profile().lines
     assert line.startswith("no step was taken: nothing to measure") and "--from teach" in line

@@ -91,7 +91,7 @@ def test_whole_gradients_of_galore_are_never_in_memory_together(accumulate: int)
     assert whole > 1.0 and low < 0.6, (whole, low)
 
 
-def test_a_rank_without_rows_adds_zeros_of_the_subspace() -> None:
+def test_a_rank_without_rows_adds_projected_zeros() -> None:
     """Joined into one message with the others', they have to be as many numbers."""
     config, batches = settings(**GALORE), make_batches(make_rows(4), 2)
     model, optimizer = prepared(config)

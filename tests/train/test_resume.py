@@ -1,5 +1,5 @@
-"""A run that is stopped or killed anywhere goes on bitwise as if it had not been, and two seeded runs are
-one.
+"""A run that was stopped or killed anywhere and resumed equals an uninterrupted one bitwise, and so do two
+runs with the same seed.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ RUNNER = Path(__file__).parents[1] / "helpers" / "training_process.py"
 
 
 class Killed(BaseException):
-    """Comes where a kill would; no one catches it."""
+    """Raised in place of a kill; nothing catches it."""
 
 
 def outcome(result: TrainResult) -> TrainResult:
-    """What two equal runs have in common."""
+    """The part of a result that is the same in two equal runs."""
     kept = {
         k: v
         for k, v in result.metrics.items()
@@ -36,8 +36,8 @@ def outcome(result: TrainResult) -> TrainResult:
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
-def test_a_run_that_is_cut_goes_on_bitwise(tmp_path: Path, case: dict[str, Any]) -> None:
-    """Stopped after step 5, or cut twice in any part of any step; and not cut at all, once more."""
+def test_an_interrupted_run_resumes_bitwise(tmp_path: Path, case: dict[str, Any]) -> None:
+    """Stopped after step 5, interrupted twice in any part of any step, and once more without interruption."""
     with hit_after(0, None) as parts:
         whole, result = run_case(tmp_path / "whole", case)
     assert result.stopped_early == ("patience" in case) and result.steps > 5
@@ -70,7 +70,7 @@ def kill() -> None:
 
 
 @pytest.mark.parametrize(("how", "code", "cases"), [("kill", -9, KILLED), ("interrupt", 130, KILLED[:1])])
-def test_a_process_that_is_hit_anywhere_goes_on_bitwise(
+def test_a_killed_process_resumes_bitwise(
     tmp_path: Path, how: str, code: int, cases: list[dict[str, Any]]
 ) -> None:
     """kill -9 (or Ctrl-C) of a real process, at a random place of each case's run."""

@@ -1,4 +1,4 @@
-"""Gradients that never live together move the weights exactly as those that do."""
+"""Streamed updates, whose gradients are never in memory together, equal accumulated ones exactly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mlx_distill.train.updates import UpdateContext, accumulated_update, make_up
 ROWS = make_rows(16)
 
 
-def walk(folder: Path, **changes: Any) -> tuple[dict[str, list], list[float]]:
+def run(folder: Path, **changes: Any) -> tuple[dict[str, list], list[float]]:
     config = settings(accumulate=1, steps=4, **changes)
     model, norms = make_model(dropout=0.2), []
     make_trainable(model, config)
@@ -36,8 +36,8 @@ def walk(folder: Path, **changes: Any) -> tuple[dict[str, list], list[float]]:
 @pytest.mark.parametrize("method", ["full", "apollo", "apollo-mini", "galore", "dora"])
 def test_streaming_changes_no_bit(tmp_path: Path, method: str, clip_norm: float) -> None:
     """With dropout, clipped or not: weights, losses and norms."""
-    held = walk(tmp_path / "held", method=method, clip_norm=clip_norm)
-    assert walk(tmp_path / "streamed", method=method, clip_norm=clip_norm, stream_gradients=True) == held
+    held = run(tmp_path / "held", method=method, clip_norm=clip_norm)
+    assert run(tmp_path / "streamed", method=method, clip_norm=clip_norm, stream_gradients=True) == held
 
 
 class Deep(nn.Module):
@@ -113,7 +113,7 @@ def test_a_batch_without_a_trained_token_updates_nothing() -> None:
     )
 
 
-def test_what_is_added_up_cannot_be_streamed(tmp_path: Path) -> None:
+def test_streaming_with_accumulation_is_refused(tmp_path: Path) -> None:
     config = settings(stream_gradients=True, accumulate=2)
     with pytest.raises(ConfigError, match="accumulate: 2") as caught:
         train(

@@ -1,4 +1,4 @@
-"""Which weights move, and LoRA and DoRA against PEFT."""
+"""Which weights each method trains, and LoRA and DoRA against PEFT."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora", "whole"])
-def test_adapters_walk_as_those_of_peft(kind: str) -> None:
-    """``whole`` has an adapter on one matrix and trains the other whole."""
+def test_adapters_train_as_those_of_peft(kind: str) -> None:
+    """``whole`` has an adapter on one matrix and trains all weights of the other."""
     model = Net()
     model.load_weights([(name, mx.array(GOLDEN[f"start.{name}"])) for name in ("up.weight", "down.weight")])
     targets, whole = (["up"], ["down"]) if kind == "whole" else (["up", "down"], [])
@@ -80,15 +80,15 @@ def test_adapters_walk_as_those_of_peft(kind: str) -> None:
         ("apollo-mini", {"model.up_proj.weight"}),
     ],
 )
-def test_a_method_moves_its_own_weights_and_no_others(method: str, expected: set[str]) -> None:
+def test_a_method_trains_its_own_weights_and_no_others(method: str, expected: set[str]) -> None:
     model = make_model()
     assert make_trainable(model, settings(method=method, target_modules=["up_proj"])) == ["model.up_proj"]
     assert {path for path, _ in tree_flatten(model.trainable_parameters())} == expected
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "galore", "apollo", "apollo-mini"])
-def test_modules_to_save_move_whole_beside_by_adamw(method: str) -> None:
-    """Step by step they are where an optimizer puts them that knows nothing of the rest."""
+def test_modules_to_save_are_trained_by_adamw(method: str) -> None:
+    """At every step they equal those of an AdamW that updates only them."""
     config = settings(
         method=method,
         target_modules=["up_proj"],
@@ -98,15 +98,15 @@ def test_modules_to_save_move_whole_beside_by_adamw(method: str) -> None:
     )
     model, rate = make_model(), config.learning_rate
     assert make_trainable(model, config) == ["model.up_proj", "model.embed_tokens", "model.norm"]
-    moving = {path: a.shape for path, a in tree_flatten(model.trainable_parameters())}
-    assert "model.embed_tokens.weight" in moving and "model.norm.weight" in moving
-    assert not any("down_proj" in path or "lm_head" in path for path in moving)
+    trainable = {path: a.shape for path, a in tree_flatten(model.trainable_parameters())}
+    assert "model.embed_tokens.weight" in trainable and "model.norm.weight" in trainable
+    assert not any("down_proj" in path or "lm_head" in path for path in trainable)
     optimizer, alone = make_optimizer(config, 3), AdamW(rate)
     own = {name: model.model[name]["weight"] for name in ("embed_tokens", "norm")}
     random = np.random.default_rng(0)
     for _ in range(3):
         flat = {
-            path: mx.array(random.normal(size=shape).astype(np.float32)) for path, shape in moving.items()
+            path: mx.array(random.normal(size=shape).astype(np.float32)) for path, shape in trainable.items()
         }
         optimizer.update(model, tree_unflatten(list(flat.items())))
         own = alone.apply_gradients({name: flat[f"model.{name}.weight"] for name in own}, own)
@@ -132,9 +132,9 @@ def test_full_trains_what_is_not_quantized() -> None:
     model = make_model(width=32)
     nn.quantize(model.model, 32, 4, class_predicate=lambda path, _: path == "up_proj")
     make_trainable(model, settings())
-    moving = {path for path, _ in tree_flatten(model.trainable_parameters())}
-    assert "model.down_proj.weight" in moving and "lm_head.weight" in moving
-    assert not any("up_proj" in path for path in moving)
+    trainable = {path for path, _ in tree_flatten(model.trainable_parameters())}
+    assert "model.down_proj.weight" in trainable and "lm_head.weight" in trainable
+    assert not any("up_proj" in path for path in trainable)
 
 
 @pytest.mark.parametrize(
@@ -154,7 +154,7 @@ def test_full_trains_what_is_not_quantized() -> None:
         ),
     ],
 )
-def test_targets_and_ranks_that_do_not_fit_are_refused_with_a_cure(
+def test_targets_and_ranks_that_do_not_fit_are_refused_with_a_fix(
     changes: dict, error: type, message: str
 ) -> None:
     with pytest.raises(error, match=message) as caught:

@@ -129,8 +129,8 @@ class DeepModel(nn.Module):
         return self.model.layers
 
 
-def peak(objective: Any, recompute: bool) -> float:
-    """Above the weights, in hidden states of the whole batch."""
+def peak(objective: Any, checkpointing: bool) -> float:
+    """Peak memory above the weights, in units of the hidden states of the whole batch."""
     mx.random.seed(0)
     model = DeepModel()
     inputs = mx.zeros((8, 512), mx.int32)
@@ -138,16 +138,16 @@ def peak(objective: Any, recompute: bool) -> float:
     mx.eval(model.parameters(), vars(batch))
     base = mx.get_active_memory()
     mx.reset_peak_memory()
-    with checkpointed_layers(model) if recompute else nullcontext():
+    with checkpointed_layers(model) if checkpointing else nullcontext():
         gradients, _ = differentiate(model, batch, objective, {"text": 1.0})
         mx.eval(gradients)
     return (mx.get_peak_memory() - base) / (8 * 512 * 64 * 4)
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-def test_only_what_the_backward_pass_needs_is_kept(recompute: bool) -> None:
-    """In one piece the evaluation of the head keeps each array of each layer, recomputed or not."""
-    two_stage, whole = peak(TWO_STAGE, recompute), peak(WHOLE, recompute)
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_only_what_the_backward_pass_needs_is_kept(checkpointing: bool) -> None:
+    """In one graph the evaluation of the head keeps each array of each layer, checkpointed or not."""
+    two_stage, whole = peak(TWO_STAGE, checkpointing), peak(WHOLE, checkpointing)
     assert whole > 80 and two_stage < whole / 3, (two_stage, whole)
 
 
@@ -157,7 +157,7 @@ def nats(z: mx.array, at: slice) -> mx.array:
 
 @pytest.mark.parametrize("method", ["lora", "dora", "full"])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_slices_give_what_the_whole_gives(method: str, dtype: mx.Dtype) -> None:
+def test_slices_equal_the_whole(method: str, dtype: mx.Dtype) -> None:
     """The gradient of the hidden states, and of the head's own parameters."""
     model = make_model()
     model.set_dtype(dtype)
@@ -187,7 +187,7 @@ def test_slices_give_what_the_whole_gives(method: str, dtype: mx.Dtype) -> None:
     assert linear_rows(nats, hidden[:0], head).shape == (0,)
 
 
-def test_a_slice_that_is_computed_again_drops_the_same() -> None:
+def test_a_recomputed_slice_has_the_same_dropout() -> None:
     """The derivative by a scale of the adapter's output, against a finite difference with the same key."""
     model = make_model()
     make_trainable(model, settings(method="lora", target_modules=["lm_head"], lora_dropout=0.5))
@@ -213,7 +213,7 @@ def test_a_slice_that_is_computed_again_drops_the_same() -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_logits_of_a_head_that_learns_are_never_there_together(method: str) -> None:
+def test_logits_of_a_trainable_head_are_never_in_memory_together(method: str) -> None:
     width, columns, positions = 8, 4096, 1024
     base = nn.Linear(width, columns, bias=False)
     model = make_model()
