@@ -170,6 +170,6 @@ def agree_on_key(
     if ranks.max(float(bool(key) and own_key is not None and own_key() != key)):
         raise FileError(
             f"{out}: not the same rows and base model for every rank",
-            fix="share the folder, or copy rank 0's to the same path on the other machines; then launch again",
+            fix="share the folder, or copy rank 0's to the same path on all machines, then launch again",
         )
     return bool(key)
