@@ -184,6 +184,12 @@ def test_early_stopping_ends_a_run_that_no_longer_improves(tmp_path: Path) -> No
     assert result.stopped_early and result.steps == 4 and result.best_step == 1
     _, again = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8))
     assert again.stopped_early and again.steps == 4
+    path = tmp_path / "checkpoints" / "step-00000004" / "state.json"
+    state = json.loads(path.read_text())
+    state["run"]["waiting"] = state["run"].pop("bad_evals")  # as older versions wrote it
+    path.write_text(json.dumps(state))
+    _, again = run(tmp_path, config, dropout=0.0, valid=make_batches(ROWS, 8))
+    assert again.stopped_early and again.steps == 4
 
 
 @pytest.mark.parametrize(
