@@ -2,7 +2,7 @@
 
 The template is rendered once for each sequence of roles, with a marker in place of every content. The text
 between the markers comes from the template: its special tokens become token ids. The contents are inserted
-afterwards as plain text, so nothing that a row says can become a special token, and what stands before the
+afterwards as plain text, so nothing that a row says can become a special token, and what precedes the
 assistant's content is the same in training and at inference::
 
     <|im_start|>user\\n [content] <|im_end|>\\n<|im_start|>assistant\\n [answer] <|im_end|>

@@ -111,12 +111,6 @@ def minhash(hashes: UInt64[np.ndarray, " n"]) -> UInt32[np.ndarray, " p"]:
     return (out >> np.uint64(32)).astype(np.uint32)
 
 
-def jaccard(a: UInt64[np.ndarray, " n"], b: UInt64[np.ndarray, " m"]) -> float:
-    """The exact Jaccard similarity of two sets of shingles, which signatures estimate."""
-    both = len(np.intersect1d(a, b))
-    return both / max(len(a) + len(b) - both, 1)
-
-
 def band_width(threshold: float) -> int:
     """Signature entries of an LSH band: the largest width at which 99 % of the pairs at the threshold are
     still equal in some band.

@@ -70,7 +70,7 @@ def _first_fit(rows: Sequence[int], lengths: Sequence[int], capacity: int) -> li
 
 @dataclass(frozen=True)
 class SequencePlan:
-    """Which rows stand in which sequence of a training: several where they are packed, else one.
+    """The rows of each sequence of a training: several where they are packed, else one.
 
     ``rows[i]`` are the numbers of the rows of sequence i; ``lengths[i]`` its tokens; ``multiple`` what the
     width of a batch is rounded up to.
@@ -81,7 +81,7 @@ class SequencePlan:
     multiple: int
 
     def rows_of(self, sequences: Sequence[int]) -> list[tuple[int, ...]]:
-        """The row numbers of some sequences, sequence by sequence."""
+        """The row numbers of the given sequences, one tuple a sequence."""
         return [self.rows[sequence] for sequence in sequences]
 
     def sum_rows(self, values: Sequence[int]) -> list[int]:

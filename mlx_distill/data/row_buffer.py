@@ -146,7 +146,7 @@ class RowBuffer:
         figures: RowFigures,
     ) -> None:
         """Add one row: ``where`` it is in its source, its normalised user ``text``, its figures for the
-        statistics, and the rest as the attributes are described.
+        statistics, and the values of the attributes of the same names.
         """
         self.text_hash.append(hash64(text))
         self.answer_hash.append(hash64(example.messages[-1].content))

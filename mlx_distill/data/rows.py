@@ -126,7 +126,7 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
 
 
 class _ParsedRow(NamedTuple):
-    """A row taken apart: its own id or None, the turns before the answer, the answer as the row has it or
+    """The parts of a row: its own id or None, the turns before the answer, the answer as the row has it or
     None, and the other columns.
     """
 
@@ -137,7 +137,7 @@ class _ParsedRow(NamedTuple):
 
 
 def _parse_row(row: Row, task: Task, format: str, *, needs_answer: bool) -> _ParsedRow:
-    """Take a row of any format apart. Without ``needs_answer`` a missing or empty answer is no error."""
+    """Parse a row of any format. Without ``needs_answer`` a missing or empty answer is no error."""
     format = _format_of(row, task) if format == "auto" else format
     if format == "plain":
         messages, answer = _plain(row, task, needs_answer)

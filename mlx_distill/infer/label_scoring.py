@@ -44,7 +44,7 @@ def label_probabilities(
         tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int32)
         for line, i in zip(tokens, rows, strict=True):
             line[: len(prompts[i])] = prompts[i]
-        # Padding stands behind the prompts, where the causal mask hides it; the head sees one position a row.
+        # Padding follows the prompts, where the causal mask hides it; the head sees one position a row.
         hidden = hidden_states(model, mx.array(tokens))[mx.arange(len(rows)), mx.array(lengths - 1)]
         out[rows] = np.array(mx.exp(label_logprobs(logits(model, hidden), labels)))
     return out

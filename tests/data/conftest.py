@@ -15,8 +15,8 @@ TEMPLATES = Path(mlx_distill.__file__).parent / "assets" / "templates"
 TEXT = [
     "You judge songs. A song about rain.\n\nThe rain came down, the river rose.",
     '{"verdict": "yes", "score": 10, "why": "because of the rain"} 2024 300 12',
-    "# Instructions\n\nReasoning: low\n\n# Valid channels: analysis, commentary, final. <|im_end|> <|return|> "
-    "<think>",
+    "# Instructions\n\nReasoning: low\n\n# Valid channels: analysis, commentary, final. <|im_end|> "
+    "<|return|> <think>",
 ] * 4
 
 CHATML = {

@@ -10,7 +10,6 @@ from mlx_distill.data.dedup import (
     PERMUTATIONS,
     Clusters,
     band_width,
-    jaccard,
     minhash,
     near_duplicates,
     shingles,
@@ -34,6 +33,12 @@ def changed(rng: random.Random, tokens: list[str], count: int) -> list[str]:
 
 def signatures(texts: list[list[str]]) -> np.ndarray:
     return np.stack([minhash(shingles(tokens)) for tokens in texts])
+
+
+def jaccard(a: np.ndarray, b: np.ndarray) -> float:
+    """The exact similarity of two sets of shingles, which signatures estimate."""
+    both = len(np.intersect1d(a, b))
+    return both / max(len(a) + len(b) - both, 1)
 
 
 def test_words_ignore_case_punctuation_and_width() -> None:
