@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
@@ -18,13 +17,9 @@ from mlx_distill.data.batching import (
     plan_epoch,
     stratified_order,
 )
-from mlx_distill.data.chat import EncodeReport, TokenizedRow, encode_rows
+from mlx_distill.data.chat import TokenizedRow
 from mlx_distill.errors import DataError
-from mlx_distill.records import Batch, Example, Message
-
-
-def example(name: str, user: str, answer: str = '{"verdict": "yes"}') -> Example:
-    return Example(name, (Message("user", user), Message("assistant", answer)))
+from mlx_distill.records import Batch
 
 
 def fake(length: int, trained: int, start: int = 0) -> TokenizedRow:
@@ -112,7 +107,7 @@ def unbounded(
 def test_gaps_between_lengths_make_no_batch_large(
     kinds: list[tuple[int, int]], size: int, seed: int, trained: Callable[[int], int]
 ) -> None:
-    """A mixture of a few kinds of rows, each of about one length, whatever of them is trained."""
+    """A mixture of a few groups of rows, each of about one length, with several shares of trained tokens."""
     lengths = [length + row % 5 for length, count in kinds for row in range(count)]
     weights = [trained(length) for length in lengths]
     plan, free = plan_epoch(lengths, size, seed, 0, weights), unbounded(lengths, size, seed, weights)
@@ -152,7 +147,7 @@ def test_the_limit_holds_for_any_sizes_and_changes_none_within_it(
 
 
 @pytest.mark.parametrize("share", [1, 0.3])
-def test_long_rows_and_short_ones_with_nothing_between_share_no_large_batch(share: float) -> None:
+def test_a_mixture_of_long_and_short_rows_makes_no_large_batch(share: float) -> None:
     """Half 500 tokens, half 20: eight long rows are 4,000 tokens; without a limit one batch has 25,000 and
     more, and the epoch is padded by 15 %.
     """
@@ -198,16 +193,16 @@ def test_neighbours_of_a_stratified_order_come_from_different_parts(count: int) 
     assert count < 4 or len(set(map(tuple, orders))) == 3
     for order, size in itertools.product(orders, (2, 4, 8)):
         for start in range(0, count - size + 1, size):
-            some = sorted(order[start : start + size])
+            group = sorted(order[start : start + size])
             # One of each part; the parts differ by rounding.
             assert all(
                 abs(number - (i + 0.5) * count / size) <= 0.5 * count / size + 1
-                for i, number in enumerate(some)
+                for i, number in enumerate(group)
             )
 
 
 @pytest.mark.parametrize("size", [1, 8])
-def test_a_step_of_several_batches_is_even_in_tokens_and_in_rows(size: int) -> None:
+def test_steps_of_several_batches_have_about_equal_tokens_and_rows(size: int) -> None:
     lengths = CHATS[2000]
     plan = plan_epoch(lengths, size, seed=0, epoch=0)
     steps = [list(itertools.chain(*plan[start : start + 8])) for start in range(0, len(plan) - 7, 8)]
@@ -219,9 +214,7 @@ def test_a_step_of_several_batches_is_even_in_tokens_and_in_rows(size: int) -> N
 @pytest.mark.parametrize(
     ("lengths", "size"), [([7] * 64, 8), ([7] * 1000, 4), ([7] * 10, 4), (CHATS[65], 1), (ALIKE, 8), ([9], 8)]
 )
-def test_rows_of_one_length_and_batches_of_one_row_are_shared_out_by_count(
-    lengths: list[int], size: int
-) -> None:
+def test_rows_of_one_length_make_batches_of_equal_counts(lengths: list[int], size: int) -> None:
     counts = [len(rows) for rows in plan_epoch(lengths, size, seed=3, epoch=1)]
     assert max(counts) - min(counts) == (1 if len(lengths) % size and len(counts) > 1 else 0)
 
@@ -237,7 +230,7 @@ def test_a_plan_depends_on_seed_and_epoch_and_on_nothing_else() -> None:
     assert plan_epoch(lengths, 4, seed=1, epoch=1) != plan != plan_epoch(lengths, 4, seed=2, epoch=0)
 
 
-def test_neighbours_are_of_one_length_so_little_is_padded() -> None:
+def test_batches_hold_rows_of_similar_length_so_little_is_padded() -> None:
     lengths = np.random.default_rng(0).integers(10, 500, 2000).tolist()
 
     def pads(plan: list[tuple[int, ...]]) -> float:
@@ -254,74 +247,32 @@ def test_neighbours_are_of_one_length_so_little_is_padded() -> None:
 
 
 def test_collate_shifts_labels_and_never_trains_padding() -> None:
-    pieces = [fake(5, 2, start=10), fake(20, 3, start=100), fake(8, 8, start=50)]
-    batch = collate(pieces, (2, 0), pad_id=7, multiple=16)
+    tokenized = [fake(5, 2, start=10), fake(20, 3, start=100), fake(8, 8, start=50)]
+    batch = collate(tokenized, (2, 0), pad_id=7, multiple=16)
     inputs, labels, mask = (np.array(x) for x in (batch.inputs, batch.labels, batch.mask))
     assert inputs.shape == labels.shape == mask.shape == (2, 16) and batch.rows == (2, 0)
-    for place, item in enumerate((pieces[2], pieces[0])):
+    for line, item in enumerate((tokenized[2], tokenized[0])):
         n = len(item.tokens) - 1
         assert (
-            inputs[place, :n].tolist() == item.tokens[:-1].tolist()
-            and labels[place, :n].tolist() == item.tokens[1:].tolist()
+            inputs[line, :n].tolist() == item.tokens[:-1].tolist()
+            and labels[line, :n].tolist() == item.tokens[1:].tolist()
         )
-        assert mask[place, :n].tolist() == item.trained.tolist()
-        assert (
-            (inputs[place, n:] == 7).all() and (labels[place, n:] == 7).all() and (mask[place, n:] == 0).all()
-        )
+        assert mask[line, :n].tolist() == item.trained.tolist()
+        assert (inputs[line, n:] == 7).all() and (labels[line, n:] == 7).all() and (mask[line, n:] == 0).all()
     assert labels[1][mask[1] > 0].tolist() == [13, 14]
-    assert collate(pieces, (1,), pad_id=0).inputs.shape == (1, 32)
-    assert collate(pieces, (1,), pad_id=0, multiple=1).inputs.shape == (1, 19)
+    assert collate(tokenized, (1,), pad_id=0).inputs.shape == (1, 32)
+    assert collate(tokenized, (1,), pad_id=0, multiple=1).inputs.shape == (1, 19)
 
 
 def test_padding_changes_no_trained_label() -> None:
     rng = np.random.default_rng(0)
-    pieces = [fake(int(n), int(rng.integers(1, n))) for n in rng.integers(2, 60, 40)]
-    for rows in plan_epoch([len(piece.tokens) for piece in pieces], 8, seed=0, epoch=0):
-        batch = collate(pieces, rows, pad_id=0)
+    tokenized = [fake(int(n), int(rng.integers(1, n))) for n in rng.integers(2, 60, 40)]
+    for rows in plan_epoch([len(piece.tokens) for piece in tokenized], 8, seed=0, epoch=0):
+        batch = collate(tokenized, rows, pad_id=0)
         trained = np.array(batch.labels)[np.array(batch.mask) > 0].tolist()
         assert trained == [
-            token for row in rows for token in pieces[row].tokens[1:][pieces[row].trained].tolist()
+            token for row in rows for token in tokenized[row].tokens[1:][tokenized[row].trained].tolist()
         ]
-
-
-def test_rows_that_are_too_long_are_reported_and_left_out(tokenizer: Any) -> None:
-    rows = [
-        example("a", "rain"),
-        example("b", "rain " * 300),
-        example("c", "river"),
-        example("d", "x", answer=""),
-    ]
-    report = EncodeReport()
-    encoded = list(encode_rows(rows, tokenizer, 150, "last", report))
-    assert [item.id for item in encoded] == ["a", "c"]
-    assert (report.kept, report.too_long, report.nothing_to_train, report.left_out) == (
-        2,
-        1,
-        1,
-        2,
-    ) and report.longest > 150
-    assert str(report).startswith("2 rows, 1 too long and left out")
-    assert all(len(item) <= 150 and item.trained.any() for item in encoded)
-    with pytest.raises(DataError, match="none of 1 rows") as caught:
-        list(encode_rows(rows[:1], tokenizer, 5, "last", EncodeReport(), where="train.jsonl"))
-    assert "raise max_length" in (caught.value.fix or "")
-
-
-def test_encoding_reads_a_few_hundred_rows_ahead_and_no_more(tokenizer: Any) -> None:
-    read = 0
-
-    def rows() -> Iterator[Example]:
-        nonlocal read
-        for number in range(700):
-            read += 1
-            yield example(f"r{number}", f"rain {number}")
-
-    report = EncodeReport()
-    encoded = encode_rows(rows(), tokenizer, 150, "last", report)
-    assert next(encoded).id == "r0" and read == 256
-    assert [item.id for item in encoded] == [
-        f"r{number}" for number in range(1, 700)
-    ] and report.kept == read == 700
 
 
 def test_a_list_of_batches_collates_each_when_it_is_accessed() -> None:

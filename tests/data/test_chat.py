@@ -1,14 +1,25 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import pytest
 
-from mlx_distill.data.chat import TokenizedRow, answer_ids, pad_id, prompt_ids, render, render_many, stop_ids
+from mlx_distill.data.chat import (
+    EncodeReport,
+    TokenizedRow,
+    answer_ids,
+    encode_rows,
+    pad_id,
+    prompt_ids,
+    render,
+    render_many,
+    stop_ids,
+)
 from mlx_distill.errors import DataError, ModelError
-from mlx_distill.records import Message
+from mlx_distill.records import Example, Message
 
 ANSWER = '{"verdict": "yes", "score": 10}'
 CHAT = [
@@ -169,7 +180,7 @@ def test_a_template_that_drops_or_refuses_turns_is_an_error(fresh: Any) -> None:
         render(fresh, CHAT)
 
 
-def test_a_template_without_an_end_gets_the_tokenizers(fresh: Any) -> None:
+def test_a_template_without_an_end_token_gets_the_tokenizers(fresh: Any) -> None:
     fresh.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
     assert render(fresh, CHAT).stop == fresh.eos_token_id
 
@@ -223,7 +234,7 @@ def same(a: TokenizedRow, b: TokenizedRow) -> bool:
 
 
 @pytest.mark.parametrize("loss_on", ["last", "all"])
-def test_many_chats_at_once_are_each_by_itself(tokenizer: Any, loss_on: str) -> None:
+def test_render_many_equals_render_of_each_chat(tokenizer: Any, loss_on: str) -> None:
     chats = [CHAT, ODD, LONG_CHAT, CHAT[1:], SILENT, CHAT]
     ids = [f"r{number}" for number in range(len(chats))]
     many = render_many(tokenizer, chats, loss_on=loss_on, ids=ids)
@@ -247,12 +258,12 @@ def test_many_chats_are_one_call_of_the_tokenizer(
     monkeypatch.setattr(
         kind, "_encode_plus", lambda self, text, **more: (calls.append(text), whole(self, text, **more))[1]
     )
-    found = render_many(asked, [CHAT, LONG_CHAT, CHAT])
+    rendered = render_many(asked, [CHAT, LONG_CHAT, CHAT])
     assert len(calls) == 1 and len(calls[0]) == len(set(calls[0])) > 3
-    assert same(found[1], render(chatml, LONG_CHAT)) and len(calls) > 2
+    assert same(rendered[1], render(chatml, LONG_CHAT)) and len(calls) > 2
 
 
-def test_a_tokenizer_with_an_encode_of_its_own_is_asked_text_by_text(
+def test_a_tokenizer_that_overrides_encode_is_called_text_by_text(
     chatml: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """mlx-lm's tokenizer of lines changes the text in ``encode`` and nowhere else."""
@@ -265,3 +276,50 @@ def test_a_tokenizer_with_an_encode_of_its_own_is_asked_text_by_text(
     plain = [Message("user", "The rain came down."), Message("assistant", "rain")]
     assert same(render_many(chatml, [plain])[0], render(chatml, plain))
     assert "sun" in decode(chatml, render(chatml, plain).tokens)
+
+
+# --- rows of a training -------------------------------------------------------------------------------------
+
+
+def example(name: str, user: str, answer: str = '{"verdict": "yes"}') -> Example:
+    return Example(name, (Message("user", user), Message("assistant", answer)))
+
+
+def test_rows_that_are_too_long_are_reported_and_left_out(tokenizer: Any) -> None:
+    rows = [
+        example("a", "rain"),
+        example("b", "rain " * 300),
+        example("c", "river"),
+        example("d", "x", answer=""),
+    ]
+    report = EncodeReport()
+    encoded = list(encode_rows(rows, tokenizer, 150, "last", report))
+    assert [item.id for item in encoded] == ["a", "c"]
+    assert (report.kept, report.too_long, report.nothing_to_train, report.left_out) == (
+        2,
+        1,
+        1,
+        2,
+    ) and report.longest > 150
+    assert str(report).startswith("2 rows, 1 too long and left out")
+    assert all(len(item) <= 150 and item.trained.any() for item in encoded)
+    with pytest.raises(DataError, match="none of 1 rows") as caught:
+        list(encode_rows(rows[:1], tokenizer, 5, "last", EncodeReport(), where="train.jsonl"))
+    assert "raise max_length" in (caught.value.fix or "")
+
+
+def test_encoding_reads_a_few_hundred_rows_ahead_and_no_more(tokenizer: Any) -> None:
+    read = 0
+
+    def rows() -> Iterator[Example]:
+        nonlocal read
+        for number in range(700):
+            read += 1
+            yield example(f"r{number}", f"rain {number}")
+
+    report = EncodeReport()
+    encoded = encode_rows(rows(), tokenizer, 150, "last", report)
+    assert next(encoded).id == "r0" and read == 256
+    assert [item.id for item in encoded] == [
+        f"r{number}" for number in range(1, 700)
+    ] and report.kept == read == 700

@@ -26,8 +26,8 @@ def text(rng: random.Random, length: int = 120) -> list[str]:
 
 def changed(rng: random.Random, tokens: list[str], count: int) -> list[str]:
     out = list(tokens)
-    for place in rng.sample(range(len(out)), count):
-        out[place] = rng.choice(VOCABULARY)
+    for index in rng.sample(range(len(out)), count):
+        out[index] = rng.choice(VOCABULARY)
     return out
 
 

@@ -89,7 +89,7 @@ TURNS = [
         ),
     ],
 )
-def test_every_shape_becomes_one_chat(row: dict[str, Any], chat: list[tuple[str, str]], task: Task) -> None:
+def test_every_format_becomes_one_chat(row: dict[str, Any], chat: list[tuple[str, str]], task: Task) -> None:
     example = to_example(row, task, "f:1")
     assert [(m.role, m.content) for m in example.messages] == chat
     assert example.answer == ANSWER and list(example.answer) == ["verdict", "score"]
@@ -102,13 +102,13 @@ def test_other_columns_are_kept_and_the_text_is_not_kept_twice(task: Task) -> No
     assert chat.id == "7" and dict(chat.fields) == {"genre": "folk", "decade": 80}
 
 
-def test_a_row_without_an_id_is_called_by_its_content(task: Task) -> None:
+def test_the_id_of_a_row_without_one_is_a_hash_of_its_content(task: Task) -> None:
     first, same = (to_example({"messages": TURNS, "genre": g}, task, "f:1") for g in "ab")
     other = to_example({"messages": [{"role": "user", "content": "B"}, TURNS[1]]}, task, "f:1")
     assert first.id == same.id != other.id and len(first.id) == 16
 
 
-def test_columns_may_be_called_otherwise(task: Task) -> None:
+def test_columns_can_be_mapped_to_fields(task: Task) -> None:
     row = {"name": "Rain", "lyrics": "la", "judgement": "yes", "score": 10}
     example = to_example(
         row, task, "f:1", columns={"title": "name", "text": "lyrics", "verdict": "judgement"}
@@ -120,7 +120,7 @@ def test_columns_may_be_called_otherwise(task: Task) -> None:
     )
 
 
-def test_the_answer_is_brought_to_nfc_once_and_the_song_is_not_touched(task: Task) -> None:
+def test_the_answer_is_normalised_to_nfc_and_the_prompt_is_not(task: Task) -> None:
     decomposed = unicodedata.normalize("NFD", "déjà")
     row = {"title": decomposed, "text": decomposed, "answer": {**ANSWER, "why": decomposed}}
     example = to_example(row, task, "f:1")
@@ -183,9 +183,7 @@ def test_the_answer_is_brought_to_nfc_once_and_the_song_is_not_touched(task: Tas
         ({}, "no assistant turn"),
     ],
 )
-def test_a_bad_row_is_an_error_with_its_place_and_a_cure(
-    row: dict[str, Any], reason: str, task: Task
-) -> None:
+def test_a_bad_row_is_an_error_with_file_line_and_fix(row: dict[str, Any], reason: str, task: Task) -> None:
     with pytest.raises(DataError, match=reason) as caught:
         to_example(row, task, "songs.jsonl:17")
     assert (
@@ -195,14 +193,14 @@ def test_a_bad_row_is_an_error_with_its_place_and_a_cure(
     )
 
 
-def test_a_format_can_be_demanded(task: Task) -> None:
+def test_a_format_can_be_required(task: Task) -> None:
     with pytest.raises(DataError, match="messages: a list of turns is needed"):
         to_example(PLAIN, task, "f:1", format="messages")
     with pytest.raises(DataError, match="unknown role 'tool'"):
         to_example({"messages": [{"role": "tool", "content": "x"}, *TURNS]}, task, "f:1", format="messages")
 
 
-def test_no_row_of_junk_raises_anything_else(task: Task) -> None:
+def test_invalid_rows_raise_nothing_but_data_errors(task: Task) -> None:
     junk = [None, True, 0, -1.5, "", "x", [], [[]], {}, {"role": None}, [{"role": "user"}], {"a": {"b": []}}]
     keys = [
         "messages",
@@ -250,7 +248,9 @@ def test_no_row_of_junk_raises_anything_else(task: Task) -> None:
     ],
 )
 @pytest.mark.parametrize("id_field", ["id", "song"])
-def test_prepare_and_analyze_read_a_row_alike(row: dict[str, Any], id_field: str, task: Task) -> None:
+def test_prepare_and_analyze_read_a_row_in_the_same_way(
+    row: dict[str, Any], id_field: str, task: Task
+) -> None:
     """The same id, prompt and fields; analyze once took ``id`` before the task's id field, and hashed a row
     without an id without its answer.
     """

@@ -39,7 +39,7 @@ def write(folder: Path, name: str, text: str | bytes) -> Path:
         ("r.json", json.dumps({"data": ROWS}, indent=1), ["r.json[0]", "r.json[1]", "r.json[2]"]),
     ],
 )
-def test_files_give_each_row_with_its_place(tmp_path: Path, name: str, text: str, places: list[str]) -> None:
+def test_files_yield_each_row_with_its_line(tmp_path: Path, name: str, text: str, places: list[str]) -> None:
     assert read(write(tmp_path, name, text)) == list(zip(places, ROWS, strict=True))
 
 
@@ -106,7 +106,7 @@ def test_missing_files_folders_and_assets(tmp_path: Path) -> None:
         read(Path("asset:nothing.jsonl"))
 
 
-def test_a_line_that_is_no_json_is_not_covered_by_drop_invalid_and_says_so(tmp_path: Path) -> None:
+def test_a_line_of_invalid_json_is_not_covered_by_drop_invalid(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         read(write(tmp_path, "cut.jsonl", '{"a": '))
     assert "data.drop_invalid does not cover" in (caught.value.fix or "")
@@ -161,7 +161,7 @@ def test_a_hub_data_set_is_streamed_at_its_revision(hub: dict[str, Any]) -> None
     assert "trust_remote_code" not in hub["call"][1]
 
 
-def test_the_hubs_troubles_become_one_line(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_errors_of_the_hub_become_one_line(hub: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     hub["error"] = ConnectionError("could not reach the hub\nlong story")
     with pytest.raises(DataError, match="cannot be read: could not reach the hub") as caught:
         list(read_source(SourceConfig(hub="org/name")))
@@ -174,10 +174,10 @@ def test_the_hubs_troubles_become_one_line(hub: dict[str, Any], monkeypatch: pyt
         list(read_source(SourceConfig(hub="org/name")))
 
 
-def test_only_the_rows_that_are_asked_for(tmp_path: Path) -> None:
+def test_where_selects_rows_by_their_fields(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text('{"a": 1, "b": "x"}\n{"a": 2, "b": "x"}\n{"a": 1, "b": "y"}\n', encoding="utf-8")
-    found = list(read_source(SourceConfig(path=str(path), where={"a": 1})))
-    assert [(where.rsplit(":", 1)[1], row["b"]) for where, row in found] == [("1", "x"), ("3", "y")]
+    rows = list(read_source(SourceConfig(path=str(path), where={"a": 1})))
+    assert [(where.rsplit(":", 1)[1], row["b"]) for where, row in rows] == [("1", "x"), ("3", "y")]
     with pytest.raises(DataError, match="no rows"):
         list(read_source(SourceConfig(path=str(path), where={"a": 3})))

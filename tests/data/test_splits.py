@@ -55,7 +55,7 @@ def test_each_stratum_gives_its_share() -> None:
     assert sum(test.values()) == 120 and sum(valid.values()) == 60
 
 
-def test_strata_too_small_for_a_row_of_their_own_still_give_the_total() -> None:
+def test_strata_too_small_for_a_test_row_still_add_up_to_the_total() -> None:
     strata = [(f"label{i % 2}", f"genre{i}") for i in range(100)]
     order = np.random.default_rng(0).integers(0, 2**64, 100, dtype=np.uint64)
     splits = draw_splits(
@@ -70,8 +70,8 @@ def test_the_draw_does_not_depend_on_the_order_of_the_rows() -> None:
     settings = {"valid_fraction": 0.1, "test_fraction": 0.2, "seed": 7}
     splits = draw_splits(roots, unassigned(600), order, strata, **settings)
     shuffle = np.random.default_rng(0).permutation(600)
-    place = np.argsort(shuffle)
-    moved = place[roots[shuffle]]
+    positions = np.argsort(shuffle)
+    moved = positions[roots[shuffle]]
     again = draw_splits(moved, unassigned(600), order[shuffle], [strata[i] for i in shuffle], **settings)
     assert np.array_equal(again, splits[shuffle])
     other = draw_splits(roots, unassigned(600), order, strata, **{**settings, "seed": 8})
@@ -135,7 +135,7 @@ def plain_draw_splits(
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_the_draw_is_the_plain_one(seed: int) -> None:
+def test_the_draw_equals_the_plain_implementation(seed: int) -> None:
     roots, order, strata = random_rows(seed, clustered=0.5)
     for row in range(1, len(roots)):  # a root is its cluster's first row
         roots[row] = roots[roots[row]]

@@ -84,7 +84,9 @@ def test_answers_are_read_strictly(task: Task) -> None:
     assert chatty.text == texts[2]
 
 
-def test_a_prepared_row_a_mapping_and_a_text_ask_the_same(model: Any, tokenizer: Any, task: Task) -> None:
+def test_a_prepared_row_a_mapping_and_a_text_give_the_same_prompt(
+    model: Any, tokenizer: Any, task: Task
+) -> None:
     answers = [
         predict(model, tokenizer, task, [row], max_tokens=4)[0]
         for row in (prepared(task, ITEMS[1]), ITEMS[1], ITEMS[1]["text"])

@@ -133,7 +133,7 @@ def test_done_counts_up_to_all(model: Any, prompts: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 3.0])
-def test_columns_that_the_tokenizer_cannot_spell_are_never_chosen(
+def test_logits_beyond_the_vocabulary_are_never_chosen(
     model: Any, prompts: list[list[int]], temperature: float
 ) -> None:
     got = generate(model, FewNumbers(), prompts, max_tokens=LONGEST, stop=set(), temperature=temperature)
@@ -141,7 +141,7 @@ def test_columns_that_the_tokenizer_cannot_spell_are_never_chosen(
 
 
 @pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
-def test_a_drawn_answer_depends_on_the_seed_and_not_on_the_batch(
+def test_a_sampled_answer_depends_on_the_seed_and_not_on_the_batch(
     model: Any, prompts: list[list[int]], engine: str
 ) -> None:
     first = tokens_of(run(model, prompts, temperature=1.0, seed=4))
@@ -149,7 +149,7 @@ def test_a_drawn_answer_depends_on_the_seed_and_not_on_the_batch(
     assert tokens_of(run(model, prompts, temperature=1.0, seed=5)) != first
 
 
-def test_tokens_are_drawn_as_often_as_they_are_probable() -> None:
+def test_tokens_are_sampled_with_their_probabilities() -> None:
     logits = mx.array([[0.0, 1.0, -1.0, 2.0, -40.0]])
     count = 4000
     sampler = Sampler(None, 2.0, 0, range(count), 1)

@@ -17,7 +17,7 @@ def task() -> Task:
     return load_task("moderation")
 
 
-def test_it_is_the_softmax_over_the_labels_tokens_one_prompt_at_a_time(
+def test_label_probabilities_are_the_softmax_over_the_labels_tokens(
     model: Any, tokenizer: Any, task: Task
 ) -> None:
     labels = label_tokens(tokenizer, task.labels)
@@ -33,10 +33,10 @@ def test_it_is_the_softmax_over_the_labels_tokens_one_prompt_at_a_time(
     assert np.ptp(got[:, 0]) > 0.01
 
 
-def test_the_place_is_where_every_answer_puts_its_label(tokenizer: Any, task: Task) -> None:
-    place = label_prefix_tokens(tokenizer, task)
-    assert place is not None
-    prefix, labels = place
+def test_the_prefix_is_what_every_answer_has_before_its_label(tokenizer: Any, task: Task) -> None:
+    tokens = label_prefix_tokens(tokenizer, task)
+    assert tokens is not None
+    prefix, labels = tokens
     assert tokenizer.decode(prefix) == '{"label": "' and labels.labels == task.labels
 
 
@@ -56,7 +56,7 @@ def test_where_the_label_starts(
     assert label_start(tokens, start, prefix) == expected
 
 
-def test_no_distribution_where_one_pass_cannot_tell(chatml: Any, task: Task) -> None:
+def test_no_prefix_where_one_pass_cannot_tell_the_labels_apart(chatml: Any, task: Task) -> None:
     properties = task.schema["properties"]
     later = {
         **task.schema,

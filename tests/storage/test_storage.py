@@ -72,7 +72,7 @@ def test_the_temporary_name_keeps_the_ending_and_stays_beside(tmp_path: Path) ->
     assert (tmp_path / "weights.safetensors").read_bytes() == b"whole"
 
 
-def test_leftovers_of_the_dead_go_and_nothing_else(tmp_path: Path) -> None:
+def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:
     keep = ["rows.jsonl", ".lock", ".hidden.json", "a.tmp.json", "sub/.keep"]
     gone = [".rows.123.tmp.jsonl", ".model-00001.safetensors.tmp", ".key.9.tmp"]
     for name in [*keep, *gone, "sub/.one.7.tmp.txt"]:
@@ -119,7 +119,7 @@ def test_jsonl_comes_back_as_it_was_written(tmp_path: Path) -> None:
     assert leftovers(tmp_path) == []
 
 
-def test_a_digest_does_not_know_the_order_of_keys() -> None:
+def test_a_digest_is_independent_of_the_order_of_keys() -> None:
     assert files.digest({"a": 1, "b": [1, 2]}) == files.digest({"b": [1, 2], "a": 1})
     assert files.digest({"a": 1}) != files.digest({"a": 1.5})
     assert files.digest([1, 2]) != files.digest([2, 1])
@@ -142,14 +142,14 @@ def test_a_kill_before_any_change_of_publishing_or_recovering_leaves_old_or_new(
         [sys.executable, crash_points.__file__, str(tmp_path)], capture_output=True, text=True, timeout=400
     )
     assert done.returncode == 0, done.stderr
-    found = [json.loads(line) for line in done.stdout.splitlines()]
-    assert [row["scenario"] for row in found] == ["fresh", "again"]
-    for row in found:
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["scenario"] for row in rows] == ["fresh", "again"]
+    for row in rows:
         assert row["problems"] == []
         assert row["points"] >= 40 and row["kills"] > row["points"]
 
 
-def test_a_published_folder_is_what_its_manifest_says(tmp_path: Path) -> None:
+def test_a_published_folder_has_the_files_of_its_manifest(tmp_path: Path) -> None:
     manifest = publish(tmp_path / "stage", seconds=3)
     assert set(manifest.files) == {"a.txt", "sub/b.txt"}
     assert sorted(os.listdir(tmp_path)) == ["stage"]
@@ -159,7 +159,7 @@ def test_a_published_folder_is_what_its_manifest_says(tmp_path: Path) -> None:
     assert files.read_manifest(tmp_path / "nothing") is None
 
 
-def test_content_is_names_and_bytes_and_neither_times_nor_what_is_for_people(tmp_path: Path) -> None:
+def test_the_content_hash_is_of_names_and_bytes_only(tmp_path: Path) -> None:
     first = publish(tmp_path / "first", seconds=3)
     second = publish(tmp_path / "second", seconds=9)
     assert first.content == second.content
@@ -182,8 +182,8 @@ def test_content_is_names_and_bytes_and_neither_times_nor_what_is_for_people(tmp
 def test_damage_is_found_and_named(tmp_path: Path, damage: Callable[[Path], Any], words: str) -> None:
     manifest = publish(tmp_path / "stage")
     damage(tmp_path / "stage" / "a.txt")
-    found = files.check_folder(tmp_path / "stage", manifest)
-    assert found and "a.txt" in found and words in found
+    error = files.check_folder(tmp_path / "stage", manifest)
+    assert error and "a.txt" in error and words in error
 
 
 def test_a_copy_with_new_times_is_the_same_and_damage_that_keeps_the_time_needs_verify(
@@ -200,7 +200,7 @@ def test_a_copy_with_new_times_is_the_same_and_damage_that_keeps_the_time_needs_
     assert "has changed" in (files.check_folder(tmp_path / "stage", manifest, verify=True) or "")
 
 
-def test_a_partial_folder_is_gone_on_with_only_under_its_own_key(tmp_path: Path) -> None:
+def test_a_partial_folder_is_resumed_only_under_its_own_key(tmp_path: Path) -> None:
     partial = files.open_partial(tmp_path / "stage", "key one")
     files.write_text(files.scratch(partial) / "checkpoint", "1")
     assert (files.scratch(files.open_partial(tmp_path / "stage", "key one")) / "checkpoint").is_file()
@@ -224,7 +224,7 @@ def test_a_full_disk_while_publishing_leaves_the_old_folder_and_the_work(
     assert (files.scratch(files.open_partial(tmp_path / "stage", "two")) / "checkpoint").is_file()
 
 
-def test_a_damaged_manifest_is_an_error_with_a_cure(tmp_path: Path) -> None:
+def test_a_damaged_manifest_is_an_error_with_a_fix(tmp_path: Path) -> None:
     publish(tmp_path / "stage")
     for text in ("{", "[]", '{"files": {}}', '{"files": {"a": {"size": 1}}}'):
         (tmp_path / "stage" / "manifest.json").write_text(text)

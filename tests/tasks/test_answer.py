@@ -113,7 +113,7 @@ def test_a_label_behind_other_properties_needs_them() -> None:
         label_prefix(schema, "label")
 
 
-def test_a_schema_that_is_none_is_a_config_error() -> None:
+def test_an_invalid_schema_is_a_config_error() -> None:
     with pytest.raises(ConfigError, match="not a JSON schema"):
         check_answer({}, {"type": "objekt"})
 

@@ -35,7 +35,7 @@ def schema(**label: Any) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["music", "moderation"])
-def test_the_packaged_tasks_are_whole(name: str) -> None:
+def test_the_packaged_tasks_are_complete(name: str) -> None:
     task = load_task(name)
     assert task.name == name and len(task.labels) >= 2 and task.input_fields
     assert set(task.positive) < set(task.labels)
@@ -79,13 +79,13 @@ def test_the_prompt_is_filled_from_the_row() -> None:
         ({"score_scale": [0]}, "score_scale: 2 values are needed"),
     ],
 )
-def test_a_task_that_cannot_be_is_refused_with_file_and_cure(changes: dict[str, Any], words: str) -> None:
+def test_an_invalid_task_is_refused_with_file_and_fix(changes: dict[str, Any], words: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_task(changed(**changes), "task.yaml")
     assert caught.value.message.startswith("task.yaml") and words in caught.value.message and caught.value.fix
 
 
-def test_a_task_is_a_packaged_name_a_file_or_either_with_changes(tmp_path: Path) -> None:
+def test_a_task_is_loaded_by_name_or_file_with_overrides(tmp_path: Path) -> None:
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(TASK), encoding="utf-8")
     assert load_task("mine.yaml", tmp_path) == load_task(str(tmp_path / "mine.yaml")) == parse_task(TASK, "x")
     assert load_task({"name": "mine.yaml", "max_answer_tokens": 9}, tmp_path).max_answer_tokens == 9
