@@ -1,5 +1,5 @@
-"""Distillation: the teacher scored once, its targets on disk, aligned with the student's tokens, and the
-loss.
+"""Distillation: the teacher's targets, their cache on disk, their alignment with the student's tokens, and
+the loss.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ length) and ``tokens-NNNNN.safetensors`` with the shard's rows concatenated:
     topk_ids       [n, k]  int32    the most probable tokens at that position, descending
     topk_logprobs  [n, k]  float16  natural, over the whole vocabulary: the remaining mass is the tail
 
-Position ``j`` holds the distribution that token ``j`` is drawn from. 6k + 8 bytes a token. The token file of a
-shard is written last and atomically, so a killed writer continues after its last complete shard.
+Position ``j`` holds the distribution that token ``j`` is drawn from. 6k + 8 bytes a token. The token file of
+a shard is written last and atomically, so a killed writer continues after its last complete shard.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class TargetReader:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes of the label log-probabilities, which have one more at the end, for all other tokens."""
+        """The classes of the label log-probabilities, to which one for all other tokens is added."""
         return tuple(self.index["labels"])
 
     def __len__(self) -> int:

@@ -75,8 +75,8 @@ def label_prefix_tokens(tokenizer: Any, task: Task) -> LabelPrefix | None:
     """The tokens that every answer begins with up to the label's value, and the tokens that decide for each
     label there.
 
-    None where one pass cannot tell: the label is not the answer's first property, two labels begin alike, or
-    the tokenizer merges the beginning of a label with what precedes it.
+    None where one pass cannot tell: the label is not the answer's first property, two labels begin with the
+    same byte, or the tokenizer merges the beginning of a label with what precedes it.
     """
     properties = list(task.schema["properties"])
     if properties[0] != task.label:

@@ -1,8 +1,8 @@
-"""Two tokenizations of the same text, laid over each other by their bytes.
+"""Alignment of two tokenizations of the same text by their bytes.
 
-Every byte-level BPE token is a string of bytes, so two tokenizers that cut the same text agree wherever they
-both end a token. Between
-two such places lies a *span*: some tokens of the student and some of the teacher that hold the same bytes.
+Every token of a byte-level BPE is a string of bytes. The *common boundaries* of two tokenizations are the
+byte positions at which both end a token. Between two successive boundaries is a *span*: some tokens of the
+student and some of the teacher that hold the same bytes.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ Ids: TypeAlias = Sequence[int] | np.ndarray | mx.array
 
 
 class Vocabulary(NamedTuple):
-    """What the alignment needs of a tokenizer: bytes and byte length by id, and the special tokens' text by
-    id.
-    """
+    """A tokenizer's bytes and byte lengths by token id, and the text of its special tokens by id."""
 
     tokens: tuple[bytes, ...]
     lengths: np.ndarray
@@ -31,24 +29,24 @@ class Vocabulary(NamedTuple):
     backend: Any
 
 
-# Reading 200,000 tokens takes a fraction of a second, aligning a row microseconds; the tokenizer is kept so
-# that its id stays its own.
-_known: dict[int, Vocabulary] = {}
-_KNOWN_MAX = 8
+# Reading 200,000 tokens takes a fraction of a second, aligning a row microseconds. Keyed by id(); an entry
+# holds its tokenizer, so that no other object can get the same id.
+_cache: dict[int, Vocabulary] = {}
+_CACHE_SIZE = 8
 
 
 def token_bytes(tokenizer: Any) -> list[bytes]:
     """The bytes of every token of a byte-level BPE, by id.
 
-    A token's text is written in GPT-2's alphabet of 256 printable characters, one a byte. Special tokens
-    stand for no text and come back as ``b""``, as do ids that no token has; other added tokens are their own
-    UTF-8. Source: Radford et al. 2019 (GPT-2).
+    A token's text is written in GPT-2's alphabet of 256 printable characters, one per byte. Special tokens
+    have no text and give ``b""``, as do unused ids; other added tokens are their own UTF-8. Source: Radford
+    et al. 2019 (GPT-2).
 
     Args:
         tokenizer: From ``transformers``, ``mlx_lm`` or ``tokenizers``.
 
     Returns:
-        One ``bytes`` an id, up to the highest id.
+        One ``bytes`` per id, up to the highest id.
 
     Raises:
         ModelError: Not a byte-level BPE (SentencePiece, WordPiece, a tokenizer without a ``tokenizer.json``).
@@ -65,10 +63,10 @@ def token_bytes(tokenizer: Any) -> list[bytes]:
 def align_bytes(
     student_ids: Ids, teacher_ids: Ids, student_tokenizer: Any, teacher_tokenizer: Any
 ) -> Int[np.ndarray, "spans 4"]:
-    """The smallest spans of tokens that cover the same bytes on both sides.
+    """The smallest spans of tokens that hold the same bytes in both tokenizations.
 
-    A span ends wherever both sides end a token. Special tokens hold no bytes; at the edge of a span they
-    belong to none. Source: the chunks of Minixhofer et al. 2025 (ALM), https://arxiv.org/abs/2503.20083.
+    A span ends wherever both tokenizations end a token. Special tokens hold no bytes; at the edge of a span
+    they belong to none. Source: the chunks of Minixhofer et al. 2025 (ALM), https://arxiv.org/abs/2503.20083.
 
     Args:
         student_ids: Token ids of a text.
@@ -77,11 +75,10 @@ def align_bytes(
         teacher_tokenizer: The same.
 
     Returns:
-        ``[spans, 4]`` int32: student from, student to, teacher from, teacher to; "to" is exclusive.
+        ``[spans, 4]`` int32: student start, student end, teacher start, teacher end; ends are exclusive.
 
     Raises:
-        DataError: The two sides do not spell the same bytes; says where. An id that its tokenizer does not
-            have.
+        DataError: The two texts differ (the message says where), or an id that its tokenizer does not have.
         ModelError: A tokenizer that is not byte-level.
 
     >>> from tokenizers import Tokenizer, decoders, models
@@ -92,26 +89,24 @@ def align_bytes(
     """
     student, teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
     s, t = _ids(student_ids, student, "student"), _ids(teacher_ids, teacher, "teacher")
-    left, right = (
-        b"".join(student.tokens[i] for i in s.tolist()),
-        b"".join(teacher.tokens[i] for i in t.tolist()),
-    )
-    if left != right:
-        raise _difference(left, right)
+    student_text = b"".join(student.tokens[i] for i in s.tolist())
+    teacher_text = b"".join(teacher.tokens[i] for i in t.tolist())
+    if student_text != teacher_text:
+        raise _difference(student_text, teacher_text)
     return align_lengths(student.lengths[s], teacher.lengths[t])
 
 
 def align_lengths(
     student_lengths: Int[np.ndarray, " l"], teacher_lengths: Int[np.ndarray, " m"]
 ) -> Int[np.ndarray, "spans 4"]:
-    """:func:`align_bytes` from the tokens' byte lengths alone, for callers that know that the bytes agree.
+    """:func:`align_bytes` from the tokens' byte lengths alone, for texts that are known to be equal.
 
     Args:
         student_lengths: Bytes of each student token, 0 for special tokens.
-        teacher_lengths: The same sum on the teacher's side.
+        teacher_lengths: Those of the teacher's tokens, with the same sum.
 
     Returns:
-        ``[spans, 4]`` int32: student from, student to, teacher from, teacher to.
+        ``[spans, 4]`` int32: student start, student end, teacher start, teacher end.
 
     Raises:
         DataError: The sums differ.
@@ -124,7 +119,7 @@ def align_lengths(
     if s_ends[-1:].tolist() != t_ends[-1:].tolist():
         raise DataError(
             f"the student's tokens hold {s_ends[-1:].sum()} bytes and the teacher's {t_ends[-1:].sum()}",
-            fix="give both sides' tokens of the same text",
+            fix="give both models' tokens of the same text",
         )
     shared = np.intersect1d(s_ends, t_ends, assume_unique=True)
     columns = []
@@ -136,18 +131,18 @@ def align_lengths(
 
 
 def vocabulary(tokenizer: Any) -> Vocabulary:
-    """Bytes, byte lengths and special tokens of a tokenizer, read once."""
+    """Bytes, byte lengths and special tokens of a tokenizer; cached."""
     backend = backend_of(tokenizer)
-    known = _known.get(id(backend))
-    if known is None or len(known.tokens) < backend.get_vocab_size():
-        while len(_known) >= _KNOWN_MAX:
-            _known.pop(next(iter(_known)))
-        known = _known[id(backend)] = _read(backend)
-    return known
+    cached = _cache.get(id(backend))
+    if cached is None or len(cached.tokens) < backend.get_vocab_size():
+        while len(_cache) >= _CACHE_SIZE:
+            _cache.pop(next(iter(_cache)))
+        cached = _cache[id(backend)] = _read(backend)
+    return cached
 
 
 def backend_of(tokenizer: Any) -> Any:
-    """The ``tokenizers.Tokenizer`` inside a tokenizer of ``transformers`` or ``mlx_lm``, or that itself."""
+    """The ``tokenizers.Tokenizer`` of a tokenizer from ``transformers`` or ``mlx_lm``, or the argument."""
     for candidate in (
         tokenizer,
         getattr(tokenizer, "backend_tokenizer", None),
@@ -160,7 +155,7 @@ def backend_of(tokenizer: Any) -> Any:
         ):
             return candidate
     raise ModelError(
-        f"a {type(tokenizer).__name__} does not show its vocabulary's bytes",
+        f"a {type(tokenizer).__name__} does not expose the bytes of its tokens",
         fix="use a fast tokenizer: a model folder with a tokenizer.json",
     )
 
@@ -197,30 +192,31 @@ def _read(backend: Any) -> Vocabulary:
 
 def byte_alphabet() -> str:
     """GPT-2's 256 printable characters, in the order of the bytes they stand for."""
-    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    rest = [byte for byte in range(256) if byte not in plain]
-    letters = {byte: chr(byte) for byte in plain} | {byte: chr(256 + i) for i, byte in enumerate(rest)}
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    letters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
     return "".join(letters[byte] for byte in range(256))
 
 
-def _ids(ids: Ids, known: Vocabulary, side: str) -> np.ndarray:
+def _ids(ids: Ids, tokens: Vocabulary, model: str) -> np.ndarray:
     out = np.asarray(ids, dtype=np.int64).reshape(-1)
-    wrong = out[(out < 0) | (out >= len(known.tokens))]
-    if len(wrong):
+    unknown = out[(out < 0) | (out >= len(tokens.tokens))]
+    if len(unknown):
         raise DataError(
-            f"the {side}'s tokenizer has no token {wrong[0]}",
-            fix="give each side's ids together with its own tokenizer",
+            f"the {model}'s tokenizer has no token {unknown[0]}",
+            fix="give each model's ids together with its own tokenizer",
         )
     return out
 
 
-def _difference(left: bytes, right: bytes) -> DataError:
+def _difference(student: bytes, teacher: bytes) -> DataError:
     at = next(
-        (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b), min(len(left), len(right))
+        (i for i, (a, b) in enumerate(zip(student, teacher, strict=False)) if a != b),
+        min(len(student), len(teacher)),
     )
     window = slice(max(0, at - 10), at + 20)
     return DataError(
-        f"the two sides differ at byte {at}: student {left[window]!r}, teacher {right[window]!r}",
+        f"the two texts differ at byte {at}: student {student[window]!r}, teacher {teacher[window]!r}",
         fix=(
             "tokenize the same text for both; a tokenizer that normalizes (Qwen: NFC) needs text that is "
             "normalized already"

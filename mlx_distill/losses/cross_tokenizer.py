@@ -240,7 +240,7 @@ def span_sums(logprobs: Float[mx.array, " l"], spans: Int[np.ndarray, "n 2"]) ->
         The log-likelihood of each span.
 
     Raises:
-        DataError: A span ends behind the last token.
+        DataError: A span ends after the last token.
 
     >>> span_sums(mx.array([-1.0, -2.0, -3.0]), np.array([[0, 1], [1, 3]])).tolist()
     [-1.0, -5.0]

@@ -1,7 +1,7 @@
-"""The distribution over a label's classes where the label's value starts, and its divergence.
+"""The distribution over the classes of a label at the position where its value starts, and its divergence.
 
-One forward pass gives it: the mass of all the tokens that can only be the beginning of one class. It needs no
-common tokenizer, and most of what a teacher knows about the class of a row stands there.
+One forward pass gives it: the mass of all tokens that can only begin one class. Student and teacher need no
+common tokenizer, and most of what the teacher knows about a row's class is in this distribution.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from mlx_distill.losses.numerics import LOWEST
 
 @dataclass(frozen=True)
 class LabelTokens:
-    """For each label the ids of the tokens that mean it and no other. ``ids[i]`` belongs to ``labels[i]``."""
+    """For each label the ids of the tokens that can only begin it: ``ids[i]`` belongs to ``labels[i]``."""
 
     labels: tuple[str, ...]
     ids: tuple[tuple[int, ...], ...]
 
 
 def label_tokens(tokenizer: Any, labels: Sequence[str], *, terminator: str = '"') -> LabelTokens:
-    """The tokens that decide for each label at the place where its value starts.
+    """The tokens that can only begin one label, for each label.
 
-    A token with bytes ``u`` decides for label L when ``u`` is a prefix of ``L + terminator``, or
-    ``L + terminator`` a prefix of ``u``. Since the labels differ in their first byte, no token can fit two of
-    them.
+    A token with bytes ``u`` belongs to label L if ``u`` is a prefix of ``L + terminator``, or
+    ``L + terminator`` a prefix of ``u``. Since the labels differ in their first byte, no token can belong to
+    two of them.
 
     Args:
         tokenizer: A byte-level BPE from ``transformers``, ``mlx_lm`` or ``tokenizers``.
@@ -53,36 +53,35 @@ def label_tokens(tokenizer: Any, labels: Sequence[str], *, terminator: str = '"'
     texts = [label.encode("utf-8") for label in labels]
     _check_labels(labels, texts)
     ends = [text + terminator.encode("utf-8") for text in texts]
-    found: list[list[int]] = [[] for _ in labels]
-    by_byte = {text[0]: i for i, text in enumerate(texts)}
+    ids_of: list[list[int]] = [[] for _ in labels]
+    label_of_byte = {text[0]: i for i, text in enumerate(texts)}
     for i, token in enumerate(vocabulary(tokenizer).tokens):
-        # Labels differ in the first byte, so a token can fit one of them at most.
-        label = by_byte.get(token[0]) if token else None
+        label = label_of_byte.get(token[0]) if token else None
         if label is not None and (ends[label].startswith(token) or token.startswith(ends[label])):
-            found[label].append(i)
-    for name, ids in zip(labels, found, strict=True):
+            ids_of[label].append(i)
+    for name, ids in zip(labels, ids_of, strict=True):
         if not ids:
             raise ModelError(
                 f"the tokenizer has no token that begins {name!r}",
                 fix="use a label whose first character the tokenizer knows",
             )
-    return LabelTokens(tuple(labels), tuple(tuple(ids) for ids in found))
+    return LabelTokens(tuple(labels), tuple(tuple(ids) for ids in ids_of))
 
 
 def label_logprobs(
     logits: Float[mx.array, "*b v"], tokens: LabelTokens, *, rest: bool = False
 ) -> Float[mx.array, "*b c"]:
-    """Log-probabilities of the labels: the mass of each one's tokens, renormalised over the labels, or beside
-    everything else.
+    """Log-probabilities of the labels: the mass of each label's tokens, renormalised over the labels, or with
+    one more class for all other tokens.
 
     ``log Σ_{t∈L} exp z_t - log Z``, where Z sums over all labels' tokens (``rest=False``) or over the whole
-    vocabulary (``rest=True``).
-    To learn from, take ``rest``: without it nothing holds a student's mass inside the labels.
+    vocabulary (``rest=True``). Train with ``rest=True``: without it a loss does not see the student's mass
+    outside the labels.
 
     Args:
         logits: At the position that predicts the first token of the label's value; computed in float32.
         tokens: From :func:`label_tokens` with this model's tokenizer.
-        rest: Make everything that begins no label a class of its own, the last one.
+        rest: Add a last class for all tokens that begin no label.
 
     Returns:
         One log-probability a label, in the order of ``tokens.labels``, and with ``rest`` one more.
@@ -97,21 +96,21 @@ def label_logprobs(
     widest = max(map(len, tokens.ids))
     ids = np.zeros((len(tokens.ids), widest), dtype=np.int32)
     used = np.zeros(ids.shape, dtype=bool)
-    for row, some in enumerate(tokens.ids):
-        ids[row, : len(some)], used[row, : len(some)] = some, True
+    for row, label_ids in enumerate(tokens.ids):
+        ids[row, : len(label_ids)], used[row, : len(label_ids)] = label_ids, True
     if ids.max() >= logits.shape[-1]:
         raise ModelError(
             f"label token {ids.max()} for logits of {logits.shape[-1]} columns",
-            fix="make the label tokens with this model's own tokenizer",
+            fix="build the label tokens with this model's own tokenizer",
         )
     z = mx.take(logits, mx.array(ids.reshape(-1)), axis=-1).astype(mx.float32)
     z = z.reshape(*logits.shape[:-1], *ids.shape)
     mass = mx.logsumexp(mx.where(mx.array(used), z, LOWEST), axis=-1)
     if rest:
-        labelled = np.zeros(logits.shape[-1], dtype=bool)
-        labelled[ids[used]] = True
+        begins_label = np.zeros(logits.shape[-1], dtype=bool)
+        begins_label[ids[used]] = True
         others = mx.logsumexp(
-            mx.where(mx.array(labelled), LOWEST, logits.astype(mx.float32)), axis=-1, keepdims=True
+            mx.where(mx.array(begins_label), LOWEST, logits.astype(mx.float32)), axis=-1, keepdims=True
         )
         mass = mx.concatenate([mass, others], axis=-1)
     return mass - mx.logsumexp(mass, axis=-1, keepdims=True)
@@ -123,8 +122,8 @@ def label_kl(
     *,
     temperature: float = 4.0,
 ) -> Float[mx.array, "*b"]:
-    """Forward KL over the labels (and the rest, where both sides have it), softened: Hinton's loss over
-    classes, as it was meant.
+    """Forward KL over the labels (and the class of all other tokens, if both have it), softened: Hinton's
+    loss over classes.
 
     ``T² KL(softmax(log p / T) ‖ softmax(log q / T))``. Source: Hinton et al. 2015,
     https://arxiv.org/abs/1503.02531.
@@ -154,7 +153,8 @@ def _check_labels(labels: Sequence[str], texts: list[bytes]) -> None:
     for label, text in zip(labels, texts, strict=True):
         if text[0] in seen:
             raise ConfigError(
-                f"the labels {seen[text[0]]!r} and {label!r} begin alike: no single token tells them apart",
+                f"the labels {seen[text[0]]!r} and {label!r} begin with the same byte: no single token tells "
+                "them apart",
                 fix="give the labels different first characters",
             )
         seen[text[0]] = label

@@ -80,7 +80,7 @@ def make_case(number: int) -> Case:
 CASES = [make_case(number) for number in range(len(TEXTS))]
 
 
-def test_the_hand_made_spans_are_the_ones_meant() -> None:
+def test_the_hand_made_spans_are_right() -> None:
     assert CASES[0].spans == [(0, 2, 0, 2), (2, 3, 2, 4)]
     assert CASES[1].spans == [(0, 1, 0, 6)]
     assert CASES[4].spans == [(0, 2, 0, 2), (2, 4, 2, 4)]
@@ -123,7 +123,7 @@ def test_a_label_needs_both_a_position_and_a_distribution() -> None:
     assert row.label_start is None
 
 
-def test_an_answer_without_a_common_boundary_but_its_end() -> None:
+def test_an_answer_whose_only_common_boundary_is_its_end() -> None:
     row = align_row(
         np.array([5, 9]),
         1,

@@ -64,7 +64,7 @@ def scored(model: TinyModel, **changes: int) -> list[TeacherTargets]:
 @pytest.mark.parametrize(
     "changes", [{}, {"batch_size": 1}, {"batch_size": 4}, {"batch_size": 3, "multiple": 1}, {"multiple": 64}]
 )
-def test_scores_are_the_plain_ones_whatever_the_batch(changes: dict[str, int]) -> None:
+def test_scores_equal_the_plain_ones_in_any_batch(changes: dict[str, int]) -> None:
     model = make_model()
     for row, expected in zip(scored(model, **changes), plain(model), strict=True):
         assert (row.id, row.text) == (expected.id, expected.text)
@@ -84,7 +84,7 @@ def test_tiles_of_positions_change_nothing() -> None:
         np.testing.assert_allclose(one.topk_logprobs, other.topk_logprobs, atol=1e-6)
 
 
-def test_the_whole_vocabulary_is_all_there_is() -> None:
+def test_top_k_may_be_the_whole_vocabulary() -> None:
     for row in score(make_model(), ANSWERS, top_k=1000):
         assert row.topk_ids.shape == (len(row.ids), VOCABULARY)
         assert sorted(row.topk_ids[0].tolist()) == list(range(VOCABULARY))
@@ -101,7 +101,7 @@ def test_dropout_is_off() -> None:
 
 
 def test_a_packaged_model_scores_the_same_in_any_batch() -> None:
-    """Attention too must not see the padding, nor the rows beside it."""
+    """Attention must not see the padding or other rows."""
     model, _ = load(resolve_asset("asset:models/tiny-gpt-oss"), dtype="float32")
     answers = [TokenizedAnswer([(7 * i + j) % 300 for j in range(5 + 40 * i)], 2) for i in range(4)]
     one = list(score(model, answers, top_k=4, batch_size=1, multiple=1))

@@ -1,4 +1,4 @@
-"""Soft targets on disk: what was written is read back, an interrupted writer continues, damage is reported."""
+"""Soft targets on disk: written and read back, interrupted and continued, damaged and reported."""
 
 from __future__ import annotations
 

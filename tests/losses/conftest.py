@@ -1,4 +1,4 @@
-"""Two small byte-level tokenizers that cut the same text differently, as the flagship pair does."""
+"""Two small byte-level tokenizers that split the same text differently, as Qwen3 and gpt-oss do."""
 
 from __future__ import annotations
 

@@ -73,12 +73,12 @@ def test_any_text(text: str, tokenizers: Any) -> None:
 
 @settings(max_examples=150, deadline=None)
 @given(cuts=st.tuples(*[st.sets(st.integers(1, 29), max_size=29)] * 2))
-def test_any_two_cuts_of_thirty_bytes(cuts: tuple[set[int], set[int]]) -> None:
+def test_any_two_splits_of_thirty_bytes(cuts: tuple[set[int], set[int]]) -> None:
     lengths = [np.diff([0, *sorted(side), 30]) for side in cuts]
     assert align_lengths(*lengths).tolist() == plain(*[side.tolist() for side in lengths])
 
 
-def test_grouped_digits_meet_single_ones(tokenizers: Any) -> None:
+def test_grouped_and_single_digits_end_together(tokenizers: Any) -> None:
     spans = assert_aligned("12345", tokenizers)
     assert len(spans) < 5
     assert spans[-1].tolist()[1::2] == [len(tokenizers.student.encode("12345").ids), 5]
@@ -103,7 +103,7 @@ def test_lists_and_arrays_of_ids_are_the_same(tokenizers: Any) -> None:
     assert want.dtype == np.int32
 
 
-def test_different_texts_are_refused_and_the_place_is_named(tokenizers: Any) -> None:
+def test_different_texts_are_refused_with_the_position(tokenizers: Any) -> None:
     s, t = (
         tokenizers.student.encode("caf\u00e9 au lait").ids,
         tokenizers.teacher.encode("cafe\u0301 au lait").ids,
@@ -123,13 +123,13 @@ def test_ids_of_another_tokenizer_are_refused(tokenizers: Any) -> None:
         align_bytes([100_000], [1], *tokenizers)
 
 
-def test_alphabet_is_a_bijection_and_spells_space_as_everybody_does() -> None:
+def test_alphabet_is_a_bijection_and_spells_space_as_gpt_2_does() -> None:
     letters = byte_alphabet()
     assert len(set(letters)) == 256
     assert (letters[0x20], letters[0x0A], letters[0x41], letters[0xAD]) == ("Ġ", "Ċ", "A", "Ń")
 
 
-def test_special_tokens_and_holes_have_no_bytes_and_other_added_ones_their_own(tokenizers: Any) -> None:
+def test_special_tokens_and_unused_ids_have_no_bytes_and_added_tokens_their_own(tokenizers: Any) -> None:
     from tokenizers import AddedToken, Tokenizer
 
     tokenizer = Tokenizer.from_str(tokenizers.student.to_str())
@@ -143,7 +143,7 @@ def test_special_tokens_and_holes_have_no_bytes_and_other_added_ones_their_own(t
     assert vocabulary(tokenizer).special[tokenizer.token_to_id("<|call|>")] == "<|call|>"
 
 
-def test_tokenizers_of_transformers_and_mlx_lm_are_taken_too(tokenizers: Any) -> None:
+def test_tokenizers_of_transformers_and_mlx_lm_work_too(tokenizers: Any) -> None:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
     from transformers import PreTrainedTokenizerFast
 
@@ -151,7 +151,7 @@ def test_tokenizers_of_transformers_and_mlx_lm_are_taken_too(tokenizers: Any) ->
     assert token_bytes(fast) == token_bytes(tokenizers.student) == token_bytes(TokenizerWrapper(fast))
 
 
-def test_tokenizers_whose_tokens_are_no_bytes_are_refused() -> None:
+def test_tokenizers_that_are_not_byte_level_are_refused() -> None:
     from tokenizers import Tokenizer, decoders, models
 
     word_piece = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))

@@ -31,9 +31,7 @@ def top_k(logits: mx.array, k: int) -> TopK:
 
 
 def exact(z_q: mx.array, targets: TopK, groups: TokenGroups) -> np.ndarray:
-    """Group by group in float64; unlisted mass fills up, one after the other, the groups that lie below the
-    level.
-    """
+    """Group by group in float64; unlisted mass goes to the lowest ratio p/q first."""
     members = np.bincount(groups.teacher, minlength=groups.count)
     z = np.array(z_q, np.float64)
     q = np.exp(z - z.max(-1, keepdims=True))
@@ -84,9 +82,7 @@ def test_a_tokenizer_with_itself_gives_each_token_its_own_group(tokenizers: Any)
     assert groups.count == len(groups.student) + 1
 
 
-def test_a_shared_token_names_the_group_and_every_member_begins_with_it(
-    tokenizers: Any, groups: TokenGroups
-) -> None:
+def test_every_member_of_a_group_begins_with_its_shared_token(tokenizers: Any, groups: TokenGroups) -> None:
     mine, theirs = token_bytes(tokenizers.student), token_bytes(tokenizers.teacher)
     shared = set(mine) & set(theirs) - {b""}
     assert groups.shared == len(shared)
@@ -130,7 +126,7 @@ def test_a_chain_of_parents_ends_in_a_shared_token() -> None:
     assert groups.teacher[4] == groups.student[1]
 
 
-def test_bytes_that_are_no_text_fall_back_to_the_longest_prefix() -> None:
+def test_invalid_utf_8_falls_back_to_the_longest_prefix() -> None:
     from tokenizers import Tokenizer, decoders, models
 
     def tiny(vocab: list[str], merges: list[tuple[str, str]]) -> Any:
@@ -245,8 +241,8 @@ def test_never_negative_and_never_above_a_finer_divergence(tokenizers: Any) -> N
         assert (coarse <= fine + 1e-5).all().item()
 
 
-def test_unlisted_mass_lowers_the_loss_and_never_raises_it(groups: TokenGroups) -> None:
-    """Fewer targets know less: the bound only falls, whatever groups the unlisted tokens belong to."""
+def test_fewer_targets_never_raise_the_loss(groups: TokenGroups) -> None:
+    """The loss is a lower bound for any distribution of the unlisted mass."""
     v, w = widths(groups)
     z_q, z_p = 2 * mx.random.normal((N, v)), 2 * mx.random.normal((N, w))
     values = [np.array(token_group_kl(z_q, top_k(z_p, k), groups)) for k in (2, 8, 32, 128, w)]
@@ -254,7 +250,7 @@ def test_unlisted_mass_lowers_the_loss_and_never_raises_it(groups: TokenGroups) 
         assert (fewer <= more + 1e-5).all()
 
 
-def test_padding_columns_on_either_side(groups: TokenGroups) -> None:
+def test_padding_columns_of_either_model(groups: TokenGroups) -> None:
     v, w = widths(groups)
     z_q, z_p = mx.random.normal((N, v)), mx.random.normal((N, w))
     low = mx.full((N, 9), -60.0)
@@ -320,7 +316,7 @@ def test_wrong_shapes_are_refused(groups: TokenGroups) -> None:
         token_group_kl(mx.random.normal((N, v - 1)), targets, groups)
 
 
-def test_alm_is_a_divergence_of_two_coins() -> None:
+def test_alm_is_a_kl_of_bernoulli_distributions() -> None:
     l_s, l_t = -mx.array([0.01, 0.5, 3.0, 40.0, 300.0]), -mx.array([0.3, 0.5, 1.0, 80.0, 2.0])
     for tau in (1.0, 100.0):
         a, b = (np.exp(np.array(x, np.float64) / tau - 1e-6) for x in (l_t, l_s))

@@ -111,7 +111,9 @@ def test_never_negative_beyond_rounding(name: str, options: dict[str, float], re
 
 
 @every_divergence
-def test_unchanged_by_a_constant_on_either_side(name: str, options: dict[str, float], reference: Any) -> None:
+def test_unchanged_by_a_constant_added_to_logits(
+    name: str, options: dict[str, float], reference: Any
+) -> None:
     z_q, z_p = logits(1), logits(2)
     moved = getattr(losses, name)(z_q + 30.0, z_p - 20.0, **options)
     np.testing.assert_allclose(
@@ -201,7 +203,7 @@ def test_impossible_mixing_weight_is_refused() -> None:
         losses.skew_kl(logits(1), logits(2), lam=-0.1)
 
 
-def test_bounds_of_the_bounded_ones() -> None:
+def test_upper_bounds() -> None:
     a, b = mx.array([[100.0, 0.0]]), mx.array([[0.0, 100.0]])
     assert losses.total_variation(a, b).item() == pytest.approx(1.0)
     assert losses.js_divergence(a, b).item() == pytest.approx(np.log(2))

@@ -13,7 +13,7 @@ LABELS = ("RECOMMENDED", "ACCEPTABLE", "CONCERNING", "NOT_RECOMMENDED")
 
 
 @pytest.mark.parametrize("side", [0, 1])
-def test_tokens_are_those_that_can_only_begin_one_label(side: int, tokenizers: Any) -> None:
+def test_tokens_can_only_begin_one_label(side: int, tokenizers: Any) -> None:
     tokens = label_tokens(tokenizers[side], LABELS)
     assert tokens.labels == LABELS
     spelled = token_bytes(tokenizers[side])
@@ -26,7 +26,7 @@ def test_tokens_are_those_that_can_only_begin_one_label(side: int, tokenizers: A
     assert len(flat) == len(set(flat))
 
 
-def test_a_token_that_runs_past_the_terminator_counts_and_one_that_leaves_the_label_does_not() -> None:
+def test_a_token_may_continue_after_the_terminator_but_not_differ_from_the_label() -> None:
     from tokenizers import Tokenizer, decoders, models
 
     tokenizer = Tokenizer(models.BPE({"n": 0, "y": 1, 'no"': 2, 'no",': 3, "not": 4, "no": 5}, []))
@@ -35,8 +35,10 @@ def test_a_token_that_runs_past_the_terminator_counts_and_one_that_leaves_the_la
     assert label_tokens(tokenizer, ["no", "yes"], terminator=",").ids == ((0, 5), (1,))
 
 
-def test_labels_that_begin_alike_are_refused_with_a_cure(tokenizers: Any) -> None:
-    with pytest.raises(ConfigError, match=r"'safe' and 'sad' begin alike.*different first characters"):
+def test_labels_with_the_same_first_byte_are_refused(tokenizers: Any) -> None:
+    with pytest.raises(
+        ConfigError, match=r"'safe' and 'sad' begin with the same byte.*different first characters"
+    ):
         label_tokens(tokenizers.student, ["safe", "sad", "x"])
     # The same first byte of two different letters is no way to tell them apart either.
     with pytest.raises(ConfigError, match="different first characters"):
@@ -57,7 +59,7 @@ def test_logprobs_are_the_renormalised_mass_of_each_labels_tokens() -> None:
     np.testing.assert_allclose(np.exp(got), mass / mass.sum(-1, keepdims=True), rtol=1e-5)
 
 
-def test_everything_else_is_one_more_class_on_request() -> None:
+def test_all_other_tokens_are_one_more_class_on_request() -> None:
     tokens = LabelTokens(("a", "b", "c"), ((0, 3, 5), (1,), (2, 7)))
     logits = 3 * mx.random.normal((2, 4, 9))
     p = np.exp(np.array(logits, np.float64))
@@ -70,8 +72,8 @@ def test_everything_else_is_one_more_class_on_request() -> None:
     assert mx.isfinite(alone).all().item() and mx.exp(alone[:, 2]).tolist() == [0, 0]
 
 
-def test_a_student_outside_the_labels_learns_to_come_in() -> None:
-    """Both sides agree among the labels; only the class of everything else tells them apart."""
+def test_mass_outside_the_labels_moves_into_them() -> None:
+    """Both models agree among the labels; they differ only in the class of all other tokens."""
     tokens = LabelTokens(("a", "b"), ((0,), (1,)))
     teacher, student = mx.array([[3.0, 1.0, -9.0]]), mx.array([[3.0, 1.0, 5.0]])
 
@@ -97,7 +99,7 @@ def test_gradient_of_logprobs() -> None:
     np.testing.assert_allclose(grad, inside - every, atol=1e-6)
 
 
-def test_other_tokens_play_no_part_even_when_masked() -> None:
+def test_other_tokens_have_no_influence_even_when_masked() -> None:
     tokens = LabelTokens(("a", "b"), ((0,), (1, 2)))
     base = mx.array([[1.0, 2.0, 3.0, 4.0]])
     other = mx.array([[1.0, 2.0, 3.0, -float("inf")]])
@@ -120,7 +122,7 @@ def test_divergence_over_labels_equals_float64_and_is_zero_at_equality() -> None
         label_kl(q, p[:, :3])
 
 
-def test_two_tokenizers_meet_over_the_labels(tokenizers: Any) -> None:
+def test_two_tokenizers_share_the_distribution_over_labels(tokenizers: Any) -> None:
     """Different tokens, different widths, one distribution."""
     sides = [label_tokens(tokenizer, LABELS) for tokenizer in tokenizers]
     widths = [len(token_bytes(tokenizer)) for tokenizer in tokenizers]

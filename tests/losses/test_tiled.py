@@ -34,7 +34,7 @@ def normal(*shape: int, scale: float = 1.0) -> mx.array:
 
 
 def both(loss: Callable[..., mx.array], *arguments: mx.array) -> tuple[float, list[np.ndarray]]:
-    """Weighted sum, so that a gradient that forgets the cotangent is seen, and its gradients."""
+    """A weighted sum, so that a gradient without the cotangent is noticed, and its gradients."""
     value, grads = mx.value_and_grad(lambda a: (loss(*a) * WEIGHTS).sum())(list(arguments))
     return value.item(), [np.array(g) for g in grads]
 
@@ -66,7 +66,7 @@ every_block = pytest.mark.parametrize("block_rows", [512, 4], ids=["one block", 
 @every_block
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("name", DIVERGENCES)
-def test_divergence_equals_the_one_on_logits(name: str, temperature: float, block_rows: int) -> None:
+def test_divergence_equals_the_dense_form(name: str, temperature: float, block_rows: int) -> None:
     h, t, w, u = normal(N, D), normal(N, E), normal(V, D, scale=0.4), normal(V, E, scale=0.3)
     want = both(lambda h: getattr(losses, name)(h @ w.T, t @ u.T, temperature=temperature), h)
     got = both(
@@ -148,7 +148,7 @@ def test_gradient_is_as_exact_as_float32_allows(name: str) -> None:
 @every_block
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("k", [1, 16, V])
-def test_sparse_equals_the_one_on_logits(k: int, temperature: float, block_rows: int) -> None:
+def test_sparse_equals_the_dense_form(k: int, temperature: float, block_rows: int) -> None:
     h, w, targets = normal(N, D), normal(V, D, scale=0.4), top_k(normal(N, V, scale=3.0), k)
     want = both(lambda h: sparse_forward_kl(h @ w.T, targets, temperature=temperature), h)
     got = both(lambda h: sparse_linear_kl(h, w, targets, temperature=temperature, block_rows=block_rows), h)
@@ -156,7 +156,7 @@ def test_sparse_equals_the_one_on_logits(k: int, temperature: float, block_rows:
 
 
 @every_block
-def test_cross_entropy_equals_the_one_on_logits(block_rows: int) -> None:
+def test_cross_entropy_equals_the_dense_form(block_rows: int) -> None:
     h, w, labels = normal(N, D), normal(V, D, scale=0.4), mx.array([0, 5, 2047, 2048, V - 1, 5])
     want = both(lambda h, w: nn.losses.cross_entropy(h @ w.T, labels), h, w)
     got = both(lambda h: linear_cross_entropy(h, w, labels, block_rows=block_rows), h)
@@ -194,9 +194,9 @@ def heads() -> dict[str, Any]:
         "linear": linear,
         "linear with bias": biased,
         "embedding": embedding,
-        "quantised linear": nn.QuantizedLinear.from_linear(linear, group_size=32, bits=4),
-        "quantised linear with bias": nn.QuantizedLinear.from_linear(biased, group_size=32, bits=8),
-        "quantised embedding": nn.QuantizedEmbedding.from_embedding(embedding, group_size=32, bits=4),
+        "quantized linear": nn.QuantizedLinear.from_linear(linear, group_size=32, bits=4),
+        "quantized linear with bias": nn.QuantizedLinear.from_linear(biased, group_size=32, bits=8),
+        "quantized embedding": nn.QuantizedEmbedding.from_embedding(embedding, group_size=32, bits=4),
         "mxfp4 linear": nn.QuantizedLinear.from_linear(linear, group_size=32, bits=4, mode="mxfp4"),
         "mxfp4 embedding": nn.QuantizedEmbedding.from_embedding(
             embedding, group_size=32, bits=4, mode="mxfp4"
@@ -270,7 +270,7 @@ def test_gradient_reaches_a_bfloat16_trunk() -> None:
 
 
 def test_behind_a_trunk_in_a_module() -> None:
-    """The way a training uses it: parameters traced, head and batch by closure."""
+    """As in training: parameters traced, head and batch by closure."""
     trunk, head, t, u = nn.Linear(8, D), nn.Linear(D, V, bias=False), normal(2, 3, E), normal(V, E, scale=0.3)
     x = normal(2, 3, 8)
     tiled = nn.value_and_grad(trunk, lambda: linear_divergence(mx.tanh(trunk(x)), head, t, u).sum())()
@@ -321,7 +321,7 @@ def test_memory_does_not_grow_with_the_vocabulary(name: str) -> None:
     assert mx.get_peak_memory() - base < n * v * 4  # one copy of the logits; the plain form holds several
 
 
-def test_keeps_leading_axes_and_takes_no_rows() -> None:
+def test_keeps_leading_axes_and_accepts_no_rows() -> None:
     h, w, labels = normal(2, 3, D), normal(V, D), mx.zeros((2, 3), mx.int32)
     assert linear_divergence(h, w, h, w).shape == (2, 3)
     assert linear_cross_entropy(h, w, labels).shape == (2, 3)

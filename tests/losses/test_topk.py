@@ -46,7 +46,7 @@ def test_equals_the_plain_formula(k: int) -> None:
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 4.0])
 @pytest.mark.parametrize("k", [1, 5, 64, V])
 def test_zero_with_zero_gradient_at_equality(k: int, temperature: float) -> None:
-    """The floor that a zero-padded or renormalised top k lacks."""
+    """Unlike for a zero-padded or a renormalised top k."""
     z, _ = pair()
     targets = top_k(z, k)
     value, grad = mx.value_and_grad(lambda q: sparse_forward_kl(q, targets, temperature=temperature).sum())(z)
@@ -116,10 +116,8 @@ def test_masked_student_columns_leave_no_nan() -> None:
     assert np.isfinite(np.array(grad)).all()
 
 
-def test_temperature_leaves_the_mass_of_the_tail_alone() -> None:
-    """Students that agree with the teacher within the top k and on the tail's mass are at the floor at every
-    temperature.
-    """
+def test_temperature_does_not_change_the_mass_of_the_tail() -> None:
+    """A student with the teacher's top k and tail mass has a loss of zero at every temperature."""
     z_q, _ = pair()
     targets = top_k(z_q, 8)
     tail = mx.put_along_axis(mx.zeros((N, V)), targets.ids, mx.array(1.0), axis=-1) == 0

@@ -1,5 +1,5 @@
-"""Rows in tokens on the disk: what training reads is what a list would hold, made once, and a checkpoint
-knows it.
+"""Tokenized and aligned rows on disk: equal to those of a list, made once, and part of a checkpoint's
+identity.
 """
 
 from __future__ import annotations
