@@ -254,7 +254,7 @@ def test_silent_damage_of_the_targets_is_found_when_they_are_read(
         (
             ["export", "out/student", "x", "--to", "hf"],
             lambda out: shutil.rmtree(out / "student_base"),
-            "out/student_base is gone",
+            "out/student_base does not exist",
         ),
         (
             ["export", "out/student", "x", "--to", "hf"],

@@ -1,1 +1,1 @@
-"""Models on disk and in memory: load, convert, adapt, quantize, export."""
+"""Models: loading, conversion, adapters, quantization and export."""

@@ -200,11 +200,12 @@ def adapter_settings(folder: str | Path) -> LoraSettings:
 def load_adapter(model: Any, folder: str | Path) -> list[str]:
     """Add a saved adapter to its base model, in place, and freeze the model; return the adapted paths.
 
-    ``modules_to_save`` replace those of the base model, in the type of its weights, or in the type in which it
-    computes if its weights are quantized.
+    ``modules_to_save`` replace those of the base model, in the type of its weights, or in the type in which
+    it computes if its weights are quantized.
 
     Raises:
-        ModelError: a tensor that belongs to no module of the model, or has another shape: with file and tensor.
+        ModelError: a tensor that belongs to no module of the model, or has another shape: with file and
+            tensor.
     """
     folder = Path(folder)
     settings = adapter_settings(folder)

@@ -1,4 +1,4 @@
-"""The JSON files of a checkpoint: read with care, refused by name."""
+"""The JSON files of model and adapter folders."""
 
 from __future__ import annotations
 
@@ -16,16 +16,17 @@ ADAPTER_FILE = "adapters.safetensors"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and not a model."""
+    """Whether a folder holds an adapter and no model."""
     return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
-    """config.json of a folder, with the end-of-text tokens of generation_config.json; an adapter folder gives
-    its base's.
+    """config.json of a folder, or of the base model of an adapter folder.
+
+    ``eos_token_id`` is that of generation_config.json where it has one.
 
     Raises:
-        ModelError: missing, not JSON, asks for remote code, or of an unknown ``model_type``.
+        ModelError: the file is missing or not JSON, needs remote code, or has an unknown ``model_type``.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file() and (folder / ADAPTER_CONFIG).is_file():
@@ -33,16 +34,20 @@ def load_config(path: str | Path) -> dict[str, Any]:
     config = read_object(folder / "config.json")
     architecture_of(config, str(folder / "config.json"))
     if (folder / "generation_config.json").is_file():
-        stop = read_object(folder / "generation_config.json").get("eos_token_id")
-        if stop is not None:
-            config["eos_token_id"] = stop
+        eos_token_id = read_object(folder / "generation_config.json").get("eos_token_id")
+        if eos_token_id is not None:
+            config["eos_token_id"] = eos_token_id
     return config
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object of a checkpoint; what is wrong with it is a :class:`ModelError`."""
+    """Read a JSON object.
+
+    Raises:
+        ModelError: the file is missing, not JSON, or not an object.
+    """
     if not path.is_file():
-        raise ModelError(f"{path} is missing", fix="give a folder that holds a whole checkpoint")
+        raise ModelError(f"{path} is missing", fix="give a folder that holds a complete checkpoint")
     with os_errors():
         raw = path.read_bytes()
     try:
@@ -57,17 +62,17 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def adapter_base(folder: str | Path) -> Path:
-    """The base folder of an adapter folder, without ``..`` in its path.
+    """The folder of the base model of an adapter folder, without ``..`` in its path.
 
     Raises:
-        ModelError: the config names none, or it is gone.
+        ModelError: the adapter's config has no base model, or its folder does not exist.
     """
     folder = Path(folder)
     config = read_object(folder / ADAPTER_CONFIG)
     if "peft_type" in config:
         raise ModelError(
             f"{folder} holds an adapter in PEFT's format",
-            fix=f"make it one of ours: mlx-distill convert {folder} FOLDER",
+            fix=f"convert it: mlx-distill convert {folder} FOLDER",
         )
     base = config.get("base")
     if not isinstance(base, str) or not base:
@@ -83,7 +88,7 @@ def adapter_base(folder: str | Path) -> Path:
         return (folder / base).resolve()
     if base.startswith(".") or base.count("/") != 1:
         raise ModelError(
-            f"{folder}: its base model {(folder / base).resolve()} is gone",
-            fix=f"bring it back, or correct base in {ADAPTER_CONFIG}",
+            f"{folder}: its base model {(folder / base).resolve()} does not exist",
+            fix=f"restore it, or correct base in {ADAPTER_CONFIG}",
         )
     return resolve(base)

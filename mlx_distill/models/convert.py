@@ -1,7 +1,7 @@
 """Converting a checkpoint to the MLX layout: streamed in bounded memory, resumable, never half-written.
 
-Every weight keeps its type by default, and MXFP4 experts keep their bits. The report has a line for each tensor:
-its source, the rule, the stored type, and the error of the stored values.
+Every weight keeps its type by default, and MXFP4 experts keep their bits. The report has a line for each
+tensor: its source, the rule, the stored type, and the error of the stored values.
 """
 
 from __future__ import annotations
@@ -113,7 +113,8 @@ def convert(
         destination: The folder to write. A killed conversion is resumed by the same call.
         quantize: ``affine1`` to ``affine8``, ``mxfp4``, ``nvfp4``, ``mxfp8``, or a mixed recipe such as
             ``mixed4``; None does not quantize.
-        dtype: ``float32``, ``bfloat16`` or ``float16`` for floating-point tensors; None keeps the type of each.
+        dtype: ``float32``, ``bfloat16`` or ``float16`` for floating-point tensors; None keeps the type of
+            each.
         group_size: Weights that share a scale; 0 for the default of the mode.
         revision: Commit, tag or branch of a Hub model.
         max_shard_bytes: Largest file; a larger tensor has a file of its own.
@@ -329,7 +330,7 @@ def tensor_rows(
 def write_other_files(
     folder: Path, plan: CheckpointPlan, jobs: Sequence[TensorJob], shards: Sequence[ShardResult]
 ) -> None:
-    """Write config.json, the tokenizer, and tensors.json, which holds the rows and the hashes of the shards."""
+    """Write config.json, the tokenizer, and tensors.json with the rows and the hashes of the shards."""
     copy_tokenizer(plan.folder, folder, others=True)
     write_json(folder / "config.json", mlx_config(plan, jobs))
     rows = tensor_rows(plan, jobs, shards)

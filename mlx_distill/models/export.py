@@ -37,8 +37,8 @@ from mlx_distill.text import counted, size
 class ExportReport:
     """What an export wrote.
 
-    ``changed`` has a line for each tensor whose bits differ from the source's; ``kept`` is the number of modules
-    of the adapter that was written beside the model.
+    ``changed`` has a line for each tensor whose bits differ from the source's; ``kept`` is the number of
+    modules of the adapter that was written beside the model.
     """
 
     source: str
@@ -97,8 +97,8 @@ def to_hf(
     """Write a model folder in the Hugging Face layout, which transformers loads with the same logits.
 
     Unquantized tensors and natively quantized experts (MXFP4 in gpt-oss) have the bytes that they had before
-    conversion. Weights that are quantized in a way that the layout has no place for are dequantized to the type
-    of their scales (bfloat16 if those are bytes), which rounds each value once.
+    conversion. Weights that are quantized in a way that the layout has no place for are dequantized to the
+    type of their scales (bfloat16 if those are bytes), which rounds each value once.
 
     Args:
         model: A model folder, or an adapter folder, in the MLX layout.

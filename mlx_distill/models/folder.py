@@ -1,6 +1,4 @@
-"""Folders that this package makes: what they are keyed by, what may be replaced, and how they come into
-place.
-"""
+"""Model folders that conversions, quantization and exports write: their keys, and how they are published."""
 
 from __future__ import annotations
 
@@ -31,10 +29,9 @@ FORMAT = 1
 
 
 def source_key(folder: Path) -> str:
-    """What a source is, without reading its weights: its config and the names, types, shapes and sizes of its
-    tensors.
+    """A hash of a model folder: of its JSON files and the names, types, shapes and places of its tensors.
 
-    An adapter is its own bytes on such a base.
+    Weights are not read. The key of an adapter folder is the hash of its files and of the key of its base.
     """
     if is_adapter(folder):
         return digest(
@@ -55,9 +52,7 @@ def source_key(folder: Path) -> str:
 
 @dataclass(frozen=True)
 class StagedFolder:
-    """A folder in the making: where to write, what the manifest will record, and the hashes that are known
-    already.
-    """
+    """A folder that is being written, with what its manifest will record and the known file hashes."""
 
     folder: Path
     recorded: dict[str, Any] = field(default_factory=dict)
@@ -68,43 +63,41 @@ class StagedFolder:
 def staged_folder(
     destination: Path, source: Path, stage: str, settings: Mapping[str, Any], parents: Mapping[str, str]
 ) -> Iterator[StagedFolder]:
-    """Yield a partial folder, empty or as a killed run left it; it takes the destination's place when the
-    block ends well.
+    """Yield a partial folder, empty or as a killed run left it, and publish it when the block ends without
+    error.
 
     Raises:
-        FileError: the destination is the source, a file, or a folder with other things in it; or another run
-            is making it.
+        FileError: the destination is the source, a file, or a folder with other contents, or another process
+            is writing it.
     """
     recover(destination)
     check_destination(destination, source)
     key = digest([stage_key(stage, FORMAT, settings, parents), str(source.resolve())])
     partial = open_partial(destination, key)
     with lock_folder(scratch(partial)):
-        work = StagedFolder(partial)
-        yield work
-        publish(destination, stage, FORMAT, settings, parents, work.recorded, work.hashes)
+        staged = StagedFolder(partial)
+        yield staged
+        publish(destination, stage, FORMAT, settings, parents, staged.recorded, staged.hashes)
 
 
 def check_destination(destination: Path, source: Path) -> None:
-    """Refuse to replace what this package did not make.
+    """Raise if the destination would replace anything that this package did not write.
 
     Raises:
-        FileError: the destination is the source, a file, or a folder with other things in it.
+        FileError: the destination is the source, a file, or a folder with other contents.
     """
     if destination.resolve() == source.resolve():
         raise FileError(f"{destination} is the source itself", fix="choose another destination")
     if destination.is_file():
-        raise FileError(
-            f"{destination}: a file stands where a folder is needed", fix="choose another destination"
-        )
+        raise FileError(f"{destination}: a file, not a folder", fix="choose another destination")
     if destination.is_dir() and read_manifest(destination) is None and any(destination.iterdir()):
         raise FileError(
-            f"{destination} is not empty and was not made by a conversion",
-            fix="choose another destination, or empty it yourself",
+            f"{destination} is not empty and was not written by a conversion",
+            fix="choose another destination, or empty the folder",
         )
 
 
 def is_current(destination: Path, key: str) -> bool:
-    """Whether a finished conversion with this key stands there, whole."""
+    """Whether the destination is a complete conversion with this key."""
     manifest = read_manifest(destination)
     return manifest is not None and manifest.key == key and check_folder(destination, manifest) is None

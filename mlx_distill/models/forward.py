@@ -2,11 +2,11 @@
 
 Packed sequences are several rows in one sequence of a batch that do not attend to each other. mlx-lm's models
 ask the cache that they are given for the attention mask (``make_mask``), the position of the first token
-(``offset``) and keys and values (``update_and_fetch``); :class:`SegmentCache` returns a block-diagonal mask, 0,
-and the keys and values of this call, so no model class is changed.
+(``offset``) and keys and values (``update_and_fetch``); :class:`SegmentCache` returns a block-diagonal mask,
+0, and the keys and values of this call, so no model class is changed.
 
-Positions run on through a packed sequence and do not restart with each row, since mlx-lm's rope takes one offset
-for each sequence. Attention with rope depends on differences of positions alone (also with YaRN, whose
+Positions run on through a packed sequence and do not restart with each row, since mlx-lm's rope takes one
+offset for each sequence. Attention with rope depends on differences of positions alone (also with YaRN, whose
 frequencies and factor do not depend on the position), so a row gets the same result as alone, up to rounding:
 angles are float32, with an absolute error of about p / 2^24 at p radians. No sequence is longer than
 ``max_length``, so no position is larger than in a row of that length.
@@ -31,8 +31,8 @@ class Segments:
     """The attention masks of a batch of packed sequences, shared by the caches of all layers.
 
     Args:
-        ids: ``[b, l]`` the row that each token belongs to. Padding has an id of its own and attends to itself,
-            so that no softmax is empty.
+        ids: ``[b, l]`` the row that each token belongs to. Padding has an id of its own and attends to
+            itself, so that no softmax is empty.
     """
 
     def __init__(self, ids: Int[mx.array, "b l"]) -> None:

@@ -1,4 +1,4 @@
-"""Where a model comes from: a folder, or the Hugging Face Hub."""
+"""Finding a model in a folder or on the Hugging Face Hub; copying its tokenizer."""
 
 from __future__ import annotations
 
@@ -14,35 +14,37 @@ IGNORED = ("original/*", "metal/*", "onnx/*", "*.bin", "*.py")
 
 
 def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
-    """The folder of a model: the path itself, or a snapshot of a Hub model at a commit, tag or branch.
+    """The folder of a model: the path itself, or a downloaded snapshot of a Hub model.
+
+    Args:
+        path_or_repo: A folder, or a Hub id.
+        revision: Commit, tag or branch of a Hub model.
 
     Raises:
-        ModelError: no such folder, and not a Hub model that can be had.
+        ModelError: no such folder, and no such Hub model, or it cannot be downloaded.
     """
     return find_local(path_or_repo) or _download(str(path_or_repo), revision)
 
 
 def find_local(path_or_repo: str | Path) -> Path | None:
-    """The folder of a path, or None for what can only be the name of a Hub model.
+    """The folder at a path, or None if there is none and the path can be a Hub id.
 
     Raises:
-        ModelError: a file, or neither a folder nor such a name.
+        ModelError: a file, or neither a folder nor a possible Hub id.
     """
     path = Path(path_or_repo).expanduser()
     if path.is_dir():
         return path
     name = str(path_or_repo)
     if path.exists():
-        raise ModelError(
-            f"{path}: a file where a model folder is needed", fix="give the folder that holds config.json"
-        )
+        raise ModelError(f"{path}: a file, not a model folder", fix="give the folder that holds config.json")
     if not is_hub_id(name):
         raise ModelError(f"{name}: no such folder", fix="check the path; a Hub model is written org/name")
     return None
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name that is no folder here can be that of a Hub model.
+    """Whether a string that is not the path of a folder can be a Hub id.
 
     >>> is_hub_id("org/name"), is_hub_id("./name"), is_hub_id("a/folder/here")
     (True, False, False)
@@ -85,12 +87,12 @@ def _download(repo: str, revision: str | None) -> Path:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelError(
             f"{repo}: no such folder, and it cannot be downloaded: {reason}",
-            fix="check the path or the connection; the same command goes on where the download stopped",
+            fix="check the path or the connection; the same command resumes the download",
         ) from error
 
 
 def commit_of(folder: Path) -> str | None:
-    """The commit that a downloaded snapshot stands at, from its path in the cache."""
+    """The commit of a downloaded snapshot, from its path in the cache of the Hub client."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
@@ -109,21 +111,23 @@ OTHER_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
 def copy_tokenizer(source: Path, destination: Path, *, others: bool = False) -> list[str]:
-    """Copy what is there, each whole or not at all; return the names. ``others``: generation settings and
-    licence too.
+    """Copy the tokenizer files of a folder, each atomically; return their names.
+
+    Args:
+        source: Folder that may have them.
+        destination: Folder to copy to.
+        others: Copy the generation config and the licence too.
     """
-    names = [
-        name for name in (*TOKENIZER_FILES, *(OTHER_FILES if others else ())) if (source / name).is_file()
-    ]
-    folder = source / "additional_chat_templates"
-    if folder.is_dir():
-        names += [f"{folder.name}/{p.name}" for p in sorted(folder.glob("*.jinja"))]
+    wanted = (*TOKENIZER_FILES, *(OTHER_FILES if others else ()))
+    names = [name for name in wanted if (source / name).is_file()]
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        names += [f"{templates.name}/{path.name}" for path in sorted(templates.glob("*.jinja"))]
     for name in names:
+        old, new = source / name, destination / name
         with os_errors():
-            if (destination / name).is_file() and (destination / name).read_bytes() == (
-                source / name
-            ).read_bytes():
+            if new.is_file() and new.read_bytes() == old.read_bytes():
                 continue
-        with atomic_path(destination / name) as path:
-            shutil.copyfile(source / name, path)
+        with atomic_path(new) as path:
+            shutil.copyfile(old, path)
     return names

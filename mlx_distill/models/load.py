@@ -43,14 +43,15 @@ def load(
         path_or_repo: A Hub id (``org/name``), a folder in the Hugging Face or the MLX layout, or an adapter
             folder.
         revision: Commit, tag or branch of a Hub model.
-        dtype: Compute in this type (``float32``, ``bfloat16``, ``float16``); None keeps the type of each tensor.
+        dtype: Compute in this type (``float32``, ``bfloat16``, ``float16``); None keeps the type of each
+            tensor.
 
     Returns:
         mlx-lm's model, in evaluation mode, and its ``TokenizerWrapper``.
 
     Raises:
-        ModelError: remote code, pickles, an unknown ``model_type``, damaged shards, or tensors that are missing,
-            unknown or of another shape: with file and tensor.
+        ModelError: remote code, pickles, an unknown ``model_type``, damaged shards, or tensors that are
+            missing, unknown or of another shape: with file and tensor.
     """
     folder = resolve(path_or_repo, revision)
     model, config = load_model(folder, dtype=dtype)

@@ -34,7 +34,8 @@ def linear_layers(model: Any, names: Sequence[str]) -> list[tuple[str, Any]]:
 def find_modules_to_save(
     model: Any, names: Sequence[str], adapted: Collection[str] = ()
 ) -> list[tuple[str, Any]]:
-    """The modules whose path ends in one of ``names`` and whose own weight is trained: PEFT's ``modules_to_save``.
+    """The modules whose path ends in one of ``names`` and whose own weight is trained: PEFT's
+    ``modules_to_save``.
 
     A name is one or more whole components at the end of a path: ``norm`` is the final norm, not ``q_norm``.
     (PEFT compares characters, so its ``norm`` also means ``q_norm``; its files get whole paths from us.)
@@ -119,7 +120,8 @@ def _ends_in(path: str, name: str) -> bool:
 
 
 def dequantized_weight(module: Any, expert: int | None = None) -> Float[mx.array, "*e o i"]:
-    """The weight of a linear layer, a stack of experts or one expert of it, dequantized if needed, in float32.
+    """The weight of a linear layer, a stack of experts or one expert of it, dequantized if needed, in
+    float32.
 
     >>> dequantized(nn.Linear(3, 2)).shape
     (2, 3)
@@ -171,8 +173,8 @@ DTYPES = {"float32": mx.float32, "bfloat16": mx.bfloat16, "float16": mx.float16}
 def cast_model(model: Any, dtype: str | mx.Dtype) -> Any:
     """Cast the floating-point parameters of a model in place, except adapters, and return it.
 
-    Scales and biases of affine quantization are cast too; quantized words are not. bfloat16 to float32 is exact.
-    On the CPU backend bfloat16 is slow, and stacks of unquantized experts compute in float32 only.
+    Scales and biases of affine quantization are cast too; quantized words are not. bfloat16 to float32 is
+    exact. On the CPU backend bfloat16 is slow, and stacks of unquantized experts compute in float32 only.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:

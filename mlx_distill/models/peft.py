@@ -1,6 +1,4 @@
-"""LoRA adapters in PEFT's format: out and in. The matrices are the same ones, transposed; the scale is made
-of alpha and rank alike.
-"""
+"""LoRA and DoRA adapters to PEFT's format and back: the same alpha and rank, transposed matrices."""
 
 from __future__ import annotations
 
@@ -12,8 +10,15 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_distill.errors import ModelError
-from mlx_distill.models.adapters import LoraSettings, adapter_config, adapter_settings, relative_base
+from mlx_distill.models.adapters import (
+    SAVED_LEAVES,
+    LoraSettings,
+    adapter_config,
+    adapter_settings,
+    relative_base,
+)
 from mlx_distill.models.architectures.registry import architecture_of
+from mlx_distill.models.checkpoint.layout import ModuleNames
 from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import read_header
 from mlx_distill.models.config_files import (
@@ -34,10 +39,8 @@ Card = Callable[[str, Path, CheckpointPlan, Sequence[str]], str]
 
 PEFT_FILE = "adapter_model.safetensors"
 _PREFIX = "base_model.model."
-_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
-_WHOLE = ("weight", "bias")
-_OUT = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
-_IN = {
+_TO_PEFT = {"lora_a": "lora_A.weight", "lora_b": "lora_B.weight", "m": "lora_magnitude_vector"}
+_FROM_PEFT = {
     "lora_A.weight": "lora_a",
     "lora_B.weight": "lora_b",
     "lora_magnitude_vector": "m",
@@ -47,9 +50,7 @@ _IN = {
 
 @dataclass(frozen=True)
 class AdapterReport:
-    """An adapter that was written in another format: the paths of its modules, the ``base`` it names, and
-    what is to say of that.
-    """
+    """An adapter that was written in another format: its base model, the paths of its modules, and a note."""
 
     destination: str
     base: str
@@ -58,19 +59,18 @@ class AdapterReport:
 
     @property
     def lines(self) -> list[str]:
-        """For people."""
+        """The report in lines of text."""
         lines = [
             f"written to {self.destination}: adapters of {counted(len(self.modules), 'module')}",
-            f"the base it expects: {self.base}",
+            f"the base model that it expects: {self.base}",
         ]
         return [*lines, self.note] if self.note else lines
 
 
 def original_base(base: Path) -> str:
-    """What other tools find a model of ours under: the Hub id or the Hugging Face folder that it was
-    converted from.
+    """The Hub id or the Hugging Face folder that a model was converted from, for tools that cannot read it.
 
-    Where that is not known any more, the folder's own whole path.
+    If that is not known, the absolute path of the folder itself.
     """
     path, seen = base.resolve(), set[Path]()
     while (
@@ -89,123 +89,127 @@ def original_base(base: Path) -> str:
 def to_peft(
     model: str | Path, destination: str | Path, *, base_model: str | None = None, card: Card | None = None
 ) -> AdapterReport:
-    """Write an adapter folder of ours as PEFT reads it, whole or not at all.
+    """Write an adapter folder in PEFT's format.
 
     Args:
-        model: An adapter folder of ours.
-        destination: The folder to make.
-        base_model: What PEFT will call the base (a Hub id or a folder in the Hugging Face layout); if not
-            given, what our base was converted from: see :func:`original_base`.
+        model: An adapter folder.
+        destination: The folder to write.
+        base_model: The base model for PEFT: a Hub id or a folder in the Hugging Face layout; by default what
+            the adapter's base was converted from, see :func:`original_base`.
         card: Writes the model card (README.md); see :func:`~mlx_distill.report.model_card.card_text`.
 
     Raises:
-        ModelError: not an adapter, or an adapter on experts or routers, which PEFT has no place for.
-        FileError: the disk refused, or the destination holds something else.
+        ModelError: not an adapter, or one on experts or routers, which PEFT's format has no place for.
+        FileError: a failed write, or a destination that holds something else.
     """
     folder, destination = resolve(model), Path(destination)
     weights = peft_weights(folder)
     plan = plan_checkpoint(adapter_base(folder))
     base = base_model or original_base(plan.folder)
-    with staged_folder(
-        destination, folder, "export", {"layout": "peft", "base_model": base}, {"source": source_key(folder)}
-    ) as work:
-        paths = write_peft(folder, work.folder, weights, base)
+    settings, parents = {"layout": "peft", "base_model": base}, {"source": source_key(folder)}
+    with staged_folder(destination, folder, "export", settings, parents) as staged:
+        paths = write_peft(folder, staged.folder, weights, base)
         notes = [f"the adapter alone, of {counted(len(paths), 'module')}, in PEFT's format"]
         if card is not None:
-            write_text(work.folder / "README.md", card(destination.name, folder, plan, notes))
-        work.recorded.update(source=str(model), modules=len(paths))
-    ours = is_mlx_folder(Path(base))
-    note = (
-        f"that folder is in the MLX layout, which PEFT cannot load: mlx-distill export {base} FOLDER --to hf"
-        if ours
-        else None
-    )
+            write_text(staged.folder / "README.md", card(destination.name, folder, plan, notes))
+        staged.recorded.update(source=str(model), modules=len(paths))
+    note = None
+    if is_mlx_folder(Path(base)):
+        command = f"mlx-distill export {base} FOLDER --to hf"
+        note = f"that folder is in the MLX layout, which PEFT cannot load: {command}"
     return AdapterReport(str(destination), base, tuple(paths), note)
 
 
 def is_mlx_folder(folder: Path) -> bool:
-    """Whether a folder is one that this package made, other than an export."""
+    """Whether a folder was written by this package in the MLX layout."""
     manifest = read_manifest(folder)
     return manifest is not None and manifest.stage != "export"
 
 
 def peft_weights(folder: Path) -> dict[str, mx.array]:
-    """The matrices of an adapter folder of ours under PEFT's names.
+    """The arrays of an adapter folder under PEFT's names.
 
     Raises:
         ModelError: not an adapter, or one on modules that are no linear layers in transformers.
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{folder} holds no adapter", fix="export the whole model with --to hf")
-    routers = tuple(f".{name}" for name in architecture_of(load_config(folder), str(folder)).modules.routers)
-    infos, _ = read_header(folder / ADAPTER_FILE)  # says which tensor of a damaged file is cut
-    out = {}
+    config = load_config(folder)
+    names = architecture_of(config, str(folder)).modules
+    routers = tuple(f".{name}" for name in names.routers)
+    infos, _ = read_header(folder / ADAPTER_FILE)  # raises with the name of a truncated tensor
+    weights = {}
     for name, value in mx.load(str(folder / ADAPTER_FILE)).items():
         path, _, leaf = name.rpartition(".")
-        if leaf not in (*_OUT, *_WHOLE):
+        if leaf not in (*_TO_PEFT, *SAVED_LEAVES):
             raise ModelError(f"{infos[name].where} is no matrix of an adapter", fix="train the adapter again")
         if value.ndim == 3 or path.endswith(routers):
-            what = "experts" if value.ndim == 3 else "routers"
-            kind = "adapters on" if leaf in _OUT else "whole"
+            what = "adapters on" if leaf in _TO_PEFT else "fully trained"
+            what += " experts" if value.ndim == 3 else " routers"
             raise ModelError(
-                f"{path}: PEFT's format has no place for {kind} {what}",
+                f"{path}: PEFT's format has no place for {what}",
                 fix="merge it instead: export with --to hf",
             )
-        turned = value.ndim == 2 and leaf in _OUT
-        out[f"{_PREFIX}{path}.{_OUT.get(leaf, leaf)}"] = mx.contiguous(value.T) if turned else value
-    embedding = out.get(f"{_PREFIX}{_EMBEDDING}.weight")
-    if embedding is not None and _tied(
-        folder
-    ):  # PEFT takes the head apart from the embedding, and wants both
-        out[f"{_PREFIX}{_HEAD}.weight"] = embedding
-    return out
+        is_transposed = value.ndim == 2 and leaf in _TO_PEFT
+        weights[f"{_PREFIX}{path}.{_TO_PEFT.get(leaf, leaf)}"] = (
+            mx.contiguous(value.T) if is_transposed else value
+        )
+    embedding = weights.get(f"{_PREFIX}{names.embedding}.weight")
+    if embedding is not None and _is_tied(config):
+        weights[f"{_PREFIX}{names.head}.weight"] = embedding  # PEFT stores both of them
+    return weights
 
 
-def write_peft(folder: Path, into: Path, weights: dict[str, mx.array], base_model: str) -> list[str]:
-    """Write what :func:`peft_weights` gave, with PEFT's config and the tokenizer, into a folder that somebody
-    else publishes.
+def write_peft(folder: Path, destination: Path, weights: dict[str, mx.array], base_model: str) -> list[str]:
+    """Write arrays with PEFT's config and the tokenizer into a folder that the caller publishes.
 
-    Whole modules are named by their paths. A head that is tied to one of them PEFT keeps so only when asked
-    to.
+    Modules are named by their whole paths. PEFT keeps a head tied to an embedding of ``modules_to_save`` only
+    with ``ensure_weight_tying``.
+
+    Args:
+        folder: The adapter folder.
+        destination: Where to write.
+        weights: From :func:`peft_weights`.
+        base_model: The base model for PEFT.
+
+    Returns:
+        The paths of the adapted modules.
     """
-    settings = adapter_settings(folder)
-    endings = tuple(f".{ending}" for ending in _OUT.values())
-    paths = sorted(
-        {
-            name.removeprefix(_PREFIX).removesuffix(ending)
-            for name in weights
-            for ending in endings
-            if name.endswith(ending)
-        }
-    )
-    whole = sorted(
-        {name.removeprefix(_PREFIX).rpartition(".")[0] for name in weights if not name.endswith(endings)}
-    )
-    config = {
+    settings, config = adapter_settings(folder), load_config(folder)
+    embedding = architecture_of(config, str(folder)).modules.embedding
+    paths, saved = set(), set()
+    for name in weights:
+        path = name.removeprefix(_PREFIX)
+        leaf = next((leaf for leaf in _TO_PEFT.values() if path.endswith(f".{leaf}")), None)
+        if leaf is None:
+            saved.add(path.rpartition(".")[0])
+        else:
+            paths.add(path.removesuffix(f".{leaf}"))
+    peft_config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_model,
         "r": settings.rank,
         "lora_alpha": settings.alpha,
         "lora_dropout": settings.dropout,
-        "target_modules": paths,
-        "modules_to_save": whole or None,
-        "ensure_weight_tying": _EMBEDDING in whole and _tied(folder),
+        "target_modules": sorted(paths),
+        "modules_to_save": sorted(saved) or None,
+        "ensure_weight_tying": embedding in saved and _is_tied(config),
         "bias": "none",
         "fan_in_fan_out": False,
         "use_rslora": settings.rslora,
         "use_dora": settings.kind == "dora",
         "inference_mode": True,
     }
-    with atomic_path(into / PEFT_FILE) as temporary:
+    with atomic_path(destination / PEFT_FILE) as temporary:
         mx.save_safetensors(str(temporary), weights, metadata={"format": "pt"})
-    copy_tokenizer(folder, into)
-    write_json(into / ADAPTER_CONFIG, config)
-    return paths
+    copy_tokenizer(folder, destination)
+    write_json(destination / ADAPTER_CONFIG, peft_config)
+    return sorted(paths)
 
 
-def _tied(folder: Path) -> bool:
-    return bool(load_config(folder).get("tie_word_embeddings"))
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    return bool(config.get("tie_word_embeddings"))
 
 
 def is_peft(folder: Path) -> bool:
@@ -214,96 +218,108 @@ def is_peft(folder: Path) -> bool:
 
 
 def from_peft(source: str | Path, destination: str | Path, base: str | Path | None = None) -> AdapterReport:
-    """Read a PEFT LoRA adapter into an adapter folder of ours, whole or not at all.
+    """Convert a LoRA or DoRA adapter in PEFT's format to an adapter folder.
 
     Args:
         source: A folder, or the Hub id of one, with PEFT's ``adapter_config.json`` and
             ``adapter_model.safetensors``.
-        destination: The adapter folder to make.
-        base: The base model: a folder of ours or of the Hugging Face layout, or a Hub id; what PEFT's config
-            calls so if not given.
+        destination: The adapter folder to write.
+        base: The base model: a folder in the MLX or the Hugging Face layout, or a Hub id; by default that of
+            PEFT's config.
 
     Raises:
-        ModelError: not LoRA, or one of PEFT's options that mlx-lm's layers cannot compute.
-        FileError: the disk refused, or the destination holds something else.
+        ModelError: not LoRA, or an option of PEFT that mlx-lm's layers cannot compute.
+        FileError: a failed write, or a destination that holds something else.
     """
     source, destination = resolve(source), Path(destination)
+    file = source / PEFT_FILE
     config = read_object(source / ADAPTER_CONFIG)
-    settings = replace(
-        peft_settings(source / ADAPTER_CONFIG, config), target_modules=()
-    )  # ours are named by what is there
-    if not (source / PEFT_FILE).is_file():
-        raise ModelError(f"{source / PEFT_FILE} is missing", fix="save the adapter as safetensors")
-    out = _renamed(source / PEFT_FILE, settings.modules_to_save, bool(config.get("ensure_weight_tying")))
+    settings = peft_settings(source / ADAPTER_CONFIG, config)
+    tie = bool(config.get("ensure_weight_tying"))
+    if not file.is_file():
+        raise ModelError(f"{file} is missing", fix="save the adapter as safetensors")
     base = base or str(config.get("base_model_name_or_path") or "")
-    if _tied(resolve(base)):
-        _tie(source / PEFT_FILE, out, bool(config.get("ensure_weight_tying")))
-    paths = sorted(
-        {name.rsplit(".", 1)[0] for name in out if not name.endswith(tuple(f".{leaf}" for leaf in _WHOLE))}
-    )
-    settings = replace(
-        settings, modules_to_save=tuple(sorted({name.rsplit(".", 1)[0] for name in out} - set(paths)))
-    )
-    layers = int(load_config(resolve(base))["num_hidden_layers"])
-    ours = adapter_config(settings, paths, layers, relative_base(base, destination))
-    parents = {"source": digest([sha256(source / PEFT_FILE), sha256(source / ADAPTER_CONFIG)])}
-    with staged_folder(
-        destination, source, "import", {"layout": "peft", "base": ours["base"]}, parents
-    ) as work:
-        with atomic_path(work.folder / ADAPTER_FILE) as temporary:
-            mx.save_safetensors(str(temporary), out, metadata={"format": "mlx"})
-        copy_tokenizer(resolve(base), work.folder)
-        write_json(work.folder / ADAPTER_CONFIG, ours)
-        work.recorded.update(source=str(source), commit=commit_of(source))
+    base_folder = resolve(base)
+    base_config = load_config(base_folder)
+    names = architecture_of(base_config, str(base_folder)).modules
+    weights = _from_peft_names(file, settings.modules_to_save, names.head if tie else None)
+    if _is_tied(base_config):
+        _drop_tied_head(file, weights, names, tie)
+    modules: dict[bool, set[str]] = {False: set(), True: set()}
+    for name in weights:
+        path, _, leaf = name.rpartition(".")
+        modules[leaf in SAVED_LEAVES].add(path)
+    paths, saved = sorted(modules[False]), tuple(sorted(modules[True] - modules[False]))
+    # target_modules are left out: the adapter has the paths of its modules.
+    settings = replace(settings, target_modules=(), modules_to_save=saved)
+    layers = int(base_config["num_hidden_layers"])
+    mlx_config = adapter_config(settings, paths, layers, relative_base(base, destination))
+    parents = {"source": digest([sha256(file), sha256(source / ADAPTER_CONFIG)])}
+    key = {"layout": "peft", "base": mlx_config["base"]}
+    with staged_folder(destination, source, "import", key, parents) as staged:
+        with atomic_path(staged.folder / ADAPTER_FILE) as temporary:
+            mx.save_safetensors(str(temporary), weights, metadata={"format": "mlx"})
+        copy_tokenizer(base_folder, staged.folder)
+        write_json(staged.folder / ADAPTER_CONFIG, mlx_config)
+        staged.recorded.update(source=str(source), commit=commit_of(source))
     return AdapterReport(str(destination), str(base), tuple(paths))
 
 
-def _renamed(file: Path, whole: Sequence[str], tied: bool) -> dict[str, mx.array]:
-    """The tensors of a PEFT file under our names; of whole modules those that the config names, and the head
-    that is ``tied`` to them.
+def _from_peft_names(file: Path, saved: Sequence[str], tied_head: str | None) -> dict[str, mx.array]:
+    """The arrays of a PEFT file under the names of an adapter folder.
+
+    Args:
+        file: PEFT's.
+        saved: ``modules_to_save`` of its config; other full weights are not accepted.
+        tied_head: A head that is tied to one of them, so that it is in the file too.
     """
     infos, _ = read_header(file)
-    weights = mx.load(str(file))
-    names = (*whole, _HEAD) if whole and tied else tuple(whole)
-    out = {}
+    arrays = mx.load(str(file))
+    names = (*saved, tied_head) if saved and tied_head else tuple(saved)
+    weights = {}
     for name, info in infos.items():
-        ending = next((ending for ending in (*_IN, *_WHOLE) if name.endswith("." + ending)), "")
-        path = name.removeprefix(_PREFIX).removesuffix("." + ending)
-        if not name.startswith(_PREFIX) or not (ending in _IN or (ending in _WHOLE and path.endswith(names))):
+        leaf = next((leaf for leaf in (*_FROM_PEFT, *SAVED_LEAVES) if name.endswith("." + leaf)), "")
+        path = name.removeprefix(_PREFIX).removesuffix("." + leaf)
+        is_known = leaf in _FROM_PEFT or (leaf in SAVED_LEAVES and path.endswith(names))
+        if not name.startswith(_PREFIX) or not is_known:
             raise ModelError(
-                f"{info.where} is not a LoRA matrix of a linear layer", fix="save a plain LoRA adapter"
+                f"{info.where} is not a LoRA matrix of a linear layer", fix="save a LoRA adapter"
             )
-        turned = weights[name].ndim == 2 and ending in _IN
-        out[f"{path}.{_IN.get(ending, ending)}"] = mx.contiguous(weights[name].T) if turned else weights[name]
-    for name in whole:
-        if not any(path.endswith((f"{name}.weight", f"{name}.bias")) for path in out):
+        is_transposed = arrays[name].ndim == 2 and leaf in _FROM_PEFT
+        value = mx.contiguous(arrays[name].T) if is_transposed else arrays[name]
+        weights[f"{path}.{_FROM_PEFT.get(leaf, leaf)}"] = value
+    for name in saved:
+        if not any(path.endswith((f"{name}.weight", f"{name}.bias")) for path in weights):
             raise ModelError(
                 f"{file} has no tensor of {name!r}, which modules_to_save names",
                 fix="save the adapter with PEFT again",
             )
-    return out
+    return weights
 
 
-def _tie(where: Path, out: dict[str, mx.array], tied: bool) -> None:
-    """Where the base's head is its embedding: leave out the head's copy. PEFT keeps the two together only
-    when asked to.
+def _drop_tied_head(file: Path, weights: dict[str, mx.array], names: ModuleNames, tie: bool) -> None:
+    """Remove the copy of the embedding that PEFT stores as the head of a model whose head is its embedding.
+
+    Raises:
+        ModelError: head and embedding are different weights in the file. PEFT ties them only with
+            ``ensure_weight_tying``, here ``tie``.
     """
-    one, two = (out.get(f"{path}.weight") for path in (_EMBEDDING, _HEAD))
-    if one is None and two is None:
+    embedding, head = (weights.get(f"{path}.weight") for path in (names.embedding, names.head))
+    if embedding is None and head is None:
         return
-    if one is None or not (tied if two is None else mx.array_equal(one, two).item()):
+    if embedding is None or not (tie if head is None else mx.array_equal(embedding, head).item()):
         raise ModelError(
-            f"{where}: embedding and head differ there, and are one in the base",
+            f"{file}: embedding and head differ, and the base model ties them",
             fix="train with ensure_weight_tying: true",
         )
-    out.pop(f"{_HEAD}.weight", None)
+    weights.pop(f"{names.head}.weight", None)
 
 
 def peft_settings(where: Path, config: Mapping[str, Any]) -> LoraSettings:
     """The settings in PEFT's ``adapter_config.json``.
 
     Raises:
-        ModelError: not LoRA, or one of PEFT's options that mlx-lm's layers cannot compute.
+        ModelError: not LoRA, or an option of PEFT that mlx-lm's layers cannot compute.
     """
     if config.get("peft_type") != "LORA":
         raise ModelError(
@@ -332,8 +348,8 @@ def peft_settings(where: Path, config: Mapping[str, Any]) -> LoraSettings:
             raise ModelError(f"{where}: {key} is missing", fix="save the adapter with PEFT again")
     kind, dropout = "dora" if config.get("use_dora") else "lora", float(config.get("lora_dropout") or 0.0)
     targets = config.get("target_modules") or ()
-    names = (targets,) if isinstance(targets, str) else tuple(targets)  # a pattern, or names
-    whole = tuple(config.get("modules_to_save") or ())
+    names = (targets,) if isinstance(targets, str) else tuple(targets)  # a string is a regular expression
+    saved = tuple(config.get("modules_to_save") or ())
     return LoraSettings(
         int(config["r"]),
         float(config["lora_alpha"]),
@@ -341,5 +357,5 @@ def peft_settings(where: Path, config: Mapping[str, Any]) -> LoraSettings:
         names,
         kind,
         bool(config.get("use_rslora")),
-        whole,
+        saved,
     )

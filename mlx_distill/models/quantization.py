@@ -53,7 +53,8 @@ class TensorAction:
         dtype: Safetensors type to cast to (of scales and biases, if it is quantized); None keeps the type.
         quantization: How to quantize; None does not.
         reason: Why, for the report.
-        requantized: The weights were quantized like this before, so they are near values that it can represent.
+        requantized: The weights were quantized like this before, so they are near values that it can
+            represent.
     """
 
     dtype: str | None = None
@@ -116,7 +117,8 @@ def quantization_policy(
     Args:
         architecture: Names the routers, the embedding and the head.
         quantizable: Paths of the modules that can be quantized.
-        quantize: A mode, or a mixed one (``mixed4`` has embedding and head in 8 bits); None does not quantize.
+        quantize: A mode, or a mixed one (``mixed4`` has embedding and head in 8 bits); None does not
+            quantize.
         dtype: Type of the floating-point tensors that are not quantized; None keeps the type of each.
         group_size: Weights that share a scale, 0 for the default of the mode.
         keep: Parts of module names that are not quantized; ``router`` also means the architecture's routers.
@@ -151,7 +153,7 @@ def quantization_policy(
 
 
 def _with_group_size(wanted: Quantization, tensor: TensorPlan, action: TensorAction) -> TensorAction:
-    """Quantize with the largest group size, up to the wanted one, that divides a row; else do not quantize."""
+    """Quantize with the largest group size, up to the wanted one, that divides a row, or not at all."""
     sizes = [wanted.group_size]
     if wanted.mode == "affine":
         sizes = [size for size in AFFINE_GROUP_SIZES if size <= wanted.group_size]
@@ -175,9 +177,10 @@ def quantize_mxfp4(
 ) -> tuple[UInt32[mx.array, "*b w"], UInt8[mx.array, "*b g"]]:
     r"""Words and scales as ``mx.dequantize(..., mode="mxfp4")`` reads them, with the better of two scales.
 
-    For each group it compares the scale of the specification, :math:`2^{\lfloor \log_2 \max |w| \rfloor - 2}`,
-    with which the largest weights may saturate at 6, and the next larger scale, with which none does, and takes
-    the one with the smaller squared error. Weights are rounded to the nearest value, ties to the even code.
+    For each group it compares the scale of the specification,
+    :math:`2^{\lfloor \log_2 \max |w| \rfloor - 2}`, with which the largest weights may saturate at 6, and the
+    next larger scale, with which none does, and takes the one with the smaller squared error. Weights are
+    rounded to the nearest value, ties to the even code.
 
     Args:
         values: Finite weights; ``n`` is a multiple of 32.
@@ -199,7 +202,7 @@ def quantize_mxfp4(
 
 
 def _nearest_codes(sizes: mx.array, exponent: mx.array) -> tuple[mx.array, mx.array]:
-    """Codes of the values nearest to ``sizes / 2 ** exponent``, and the sum of squared errors of each group."""
+    """Codes of the values nearest to ``sizes / 2 ** exponent``, and each group's sum of squared errors."""
     scaled = sizes * ((_EXPONENT_BIAS - exponent).astype(mx.uint32) << 23).view(mx.float32)[..., None]
     codes = mx.zeros(scaled.shape, mx.uint32)
     for i, midpoint in enumerate((a + b) / 2 for a, b in pairwise(E2M1_VALUES)):
@@ -208,7 +211,8 @@ def _nearest_codes(sizes: mx.array, exponent: mx.array) -> tuple[mx.array, mx.ar
 
 
 def with_quantization(config: Mapping[str, Any], quantized: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """The config with ``quantization`` as mlx-lm reads it: the most common settings, then modules that differ.
+    """The config with ``quantization`` as mlx-lm reads it: the most common settings, then modules that
+    differ.
 
     Args:
         config: Of the model, or of the model that it was converted from.

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from mlx_distill.models.forward import head, hidden_states, is_tied, segment_caches
+from mlx_distill.models.forward import head, hidden_size, hidden_states, is_tied, segment_caches
 from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key, set_random_key
 from mlx_distill.train.objective import HeadSplit, LogitReader
@@ -93,7 +93,7 @@ def two_stage_grad(
     parameters, layer, random_before = model.trainable_parameters(), head(model), mx.random.state[0]
     positions = split.positions(batch)
     inputs = [batch.inputs] if batch.segments is None else [batch.inputs, batch.segments]
-    cotangent = mx.array(np.zeros((*batch.inputs.shape, _hidden_size(model)), np.float32))
+    cotangent = mx.array(np.zeros((*batch.inputs.shape, hidden_size(model)), np.float32))
 
     def head_loss(learned: Any, hidden: mx.array) -> tuple[mx.array, dict[str, mx.array]]:
         layer.update(learned)
@@ -151,12 +151,6 @@ def can_fill_in_place(device: str) -> bool:
     except (RuntimeError, TypeError, ValueError):  # no view, or one that cannot be written to
         return False
     return bool((graph == 3.0).all().item())
-
-
-def _hidden_size(model: Any) -> int:
-    """The width of the hidden states, from the embedding, plain or quantized."""
-    embedding = model.model.embed_tokens
-    return int(embedding.dims if hasattr(embedding, "dims") else embedding.weight.shape[-1])
 
 
 def scaled(sums: Mapping[str, mx.array], scales: Mapping[str, float]) -> tuple[mx.array, dict[str, mx.array]]:

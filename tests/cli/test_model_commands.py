@@ -134,7 +134,7 @@ def test_an_adapter_is_exported_to_peft_and_converted_back(
     )
     assert back.exit_code == 0, back.output
     assert f"adapters of {len(paths)} modules" in back.stdout
-    assert back.stdout.splitlines()[-1] == f"the base it expects: {converted}"
+    assert back.stdout.splitlines()[-1] == f"the base model that it expects: {converted}"
     first, second = (mx.load(str(tmp_path / name / "adapters.safetensors")) for name in ("student", "again"))
     assert first.keys() == second.keys()
     assert all(mx.array_equal(first[name], second[name]) for name in first)

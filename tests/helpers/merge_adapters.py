@@ -33,8 +33,8 @@ def has_adapter(model: Any) -> bool:
 def merge(model: Any) -> list[MergedModule]:
     """Add every adapter to its weights, in place.
 
-    The sum is computed in float32 and rounded once: to the type of the weights, or if they are quantized,
-    which the result is not, to the type in which the model computes.
+    The sum is computed in float32 and rounded once, to the type of the weights. Quantized weights become
+    unquantized ones, in the type in which the model computes.
     """
     reports, modules = [], []
     for path, layer in sorted(model.named_modules()):

@@ -221,8 +221,8 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
     card = (tmp_path / "out" / "README.md").read_text()
     plain = card.replace("\u202f", " ")
     assert (
-        "| model | Accuracy | Same first\\|tone as teacher | Valid JSON | Median per row | Rows per minute | Peak memory |"
-        in card
+        "| model | Accuracy | Same first\\|tone as teacher | Valid JSON "
+        "| Median per row | Rows per minute | Peak memory |" in card
     )
     assert "| ours | 87.5 % [80.0–90.0] | 96.2 % [93.6–97.9] | 100 % | 34 ms | 1,935 | 62.3 MB |" in plain
     assert "Of the run `first`, on 40 held-out rows, in brackets 95 % intervals, this is its `ours`." in plain
@@ -328,7 +328,7 @@ def test_peft_is_told_what_the_base_was_converted_from(golden: Any, tmp_path: Pa
     report = to_peft(tmp_path / "run" / "student", tmp_path / "peft")
     named = json.loads((tmp_path / "peft" / "adapter_config.json").read_text())["base_model_name_or_path"]
     assert named == report.base == str(golden("qwen3").resolve())
-    assert report.lines[-1] == f"the base it expects: {named}"
+    assert report.lines[-1] == f"the base model that it expects: {named}"
     from_peft(tmp_path / "peft", tmp_path / "again")
     assert inspect(tmp_path / "again").facts["base"] == named
 

@@ -303,7 +303,10 @@ def test_conversion_does_not_import_mlx_lm(golden: Any, tmp_path: Path) -> None:
     import subprocess
     import sys
 
-    code = "import sys; from mlx_distill import convert; convert(sys.argv[1], sys.argv[2]); assert 'mlx_lm' not in sys.modules"
+    code = (
+        "import sys; from mlx_distill import convert; convert(sys.argv[1], sys.argv[2]); "
+        "assert 'mlx_lm' not in sys.modules"
+    )
     subprocess.run(
         [sys.executable, "-c", code, str(golden("gpt_oss_mxfp4")), str(tmp_path / "out")], check=True
     )

@@ -150,7 +150,7 @@ def test_a_download_that_broke_off_goes_on_and_a_wrong_revision_is_named(
         ):
             load("org/name")
         if caught:
-            assert "goes on where the download stopped" in (caught.value.fix or "")
+            assert "resumes the download" in (caught.value.fix or "")
     assert attempts > 1
     assert sorted(fetched) == sorted(set(fetched)), "no file twice"
     with pytest.raises(ModelError, match="v9"):

@@ -2,8 +2,8 @@
 
 The MXFP4 layout has ``gate_up_proj_blocks [e, 2 i, h / 32, 16]`` with gate and up in alternating rows. The
 unquantized layout has ``gate_up_proj [e, h, 2 i]``, transposed, with gate and up in alternating columns, and
-``down_proj [e, i, h]``, transposed too. ``down_proj`` is square at full size, so a missing transpose would pass
-every check of shapes.
+``down_proj [e, i, h]``, transposed too. ``down_proj`` is square at full size, so a missing transpose would
+pass every check of shapes.
 """
 
 from __future__ import annotations

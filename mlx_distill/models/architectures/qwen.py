@@ -1,4 +1,4 @@
-"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE: mlx-lm's classes with transformers' rope, and the layout of experts."""
+"""Qwen2, Qwen2.5, Qwen3 and Qwen3-MoE: mlx-lm's classes with transformers' rope."""
 
 from __future__ import annotations
 

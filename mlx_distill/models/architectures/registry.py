@@ -58,7 +58,8 @@ def expected_shapes(config: Mapping[str, Any], where: str = "config.json") -> di
 
 
 def build_model(config: Mapping[str, Any], where: str = "config.json") -> Any:
-    """mlx-lm's model for a config, corrected by ``Architecture.patch``, with random weights that are not computed.
+    """mlx-lm's model for a config, corrected by ``Architecture.patch``, with random weights that are not
+    computed.
 
     Raises:
         ModelError: a key is missing or of the wrong type.

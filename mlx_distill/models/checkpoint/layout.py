@@ -1,7 +1,8 @@
 """What is known about a model family, and the mapping of its checkpoint tensors to mlx-lm's, both ways.
 
 An :class:`Architecture` holds a table of :class:`Rule`. :func:`forward_plan` applies it to the tensors of a
-checkpoint, :func:`backward_plan` undoes it. Both only read headers: a :class:`TensorPlan` reads rows on demand.
+checkpoint, :func:`backward_plan` undoes it. Both only read headers: a :class:`TensorPlan` reads rows on
+demand.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ from mlx_distill.models.checkpoint.transforms import Same, Stack, Transform
 class Rule:
     """Tensors named ``source`` in the original layout become the tensors named ``outputs`` in mlx-lm's.
 
-    ``{l}`` stands for a layer number and ``{e}`` for an expert number; a source with ``{e}`` means all experts
-    of a layer. ``quantized`` marks the tensors of quantized weights (words and scales).
+    ``{l}`` stands for a layer number and ``{e}`` for an expert number; a source with ``{e}`` means all
+    experts of a layer. ``quantized`` marks the tensors of quantized weights (words and scales).
     """
 
     source: str
@@ -197,7 +198,8 @@ class Architecture:
 
 
 def check_activation(config: Mapping[str, Any]) -> None:
-    """Raise for an activation other than SiLU, since mlx-lm's classes compute SiLU without reading the config.
+    """Raise for an activation other than SiLU, since mlx-lm's classes compute SiLU without reading the
+    config.
 
     Raises:
         ModelError: another ``hidden_act``.

@@ -22,8 +22,8 @@ _FLOATING_POINT_MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}  
 class CheckpointPlan:
     """A checkpoint in mlx-lm's layout, before it is read.
 
-    ``tensors`` are the plans, ``left_out`` source tensors that are not needed with the reason, ``quantization``
-    the quantization of each module that is quantized in the checkpoint, by path.
+    ``tensors`` are the plans, ``left_out`` source tensors that are not needed with the reason,
+    ``quantization`` the quantization of each module that is quantized in the checkpoint, by path.
     """
 
     folder: Path
@@ -41,7 +41,7 @@ class CheckpointPlan:
         return {name.removesuffix(".weight") for name in matrices} - set(self.quantization)
 
     def parameters(self, tensor: TensorPlan) -> int:
-        """The number of weights in a tensor: 0 for scales, all that the words of a quantized weight encode."""
+        """The number of weights in a tensor: 0 for scales, for quantized words what they encode."""
         path, _, leaf = tensor.name.rpartition(".")
         if path not in self.quantization or leaf == "bias":
             return prod(tensor.shape)
@@ -57,7 +57,8 @@ def plan_checkpoint(folder: Path) -> CheckpointPlan:
     """Read headers and config, and check the name and shape of every tensor against the config.
 
     Raises:
-        ModelError: damaged files; a tensor that is missing, unknown or of another shape: with file and tensor.
+        ModelError: damaged files; a tensor that is missing, unknown or of another shape: with file and
+            tensor.
     """
     config = load_config(folder)
     where = str(folder / "config.json")

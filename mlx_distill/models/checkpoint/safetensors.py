@@ -1,8 +1,8 @@
 """A reader of safetensors checkpoints: headers, shards, and ranges of rows of a tensor.
 
 The format (https://github.com/huggingface/safetensors) is eight bytes with the length of the header, a JSON
-header, and the bytes of the tensors without gaps. It is not read with the safetensors library because numpy has
-no bfloat16, and so that a conversion reads ranges of rows and every error names the file and the tensor.
+header, and the bytes of the tensors without gaps. It is not read with the safetensors library because numpy
+has no bfloat16, and so that a conversion reads ranges of rows and every error names the file and the tensor.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The conversion of one tensor, a block of rows at a time: read, checked, updated, cast or quantized, measured."""
+"""The conversion of one tensor, a block of rows at a time: read, checked, updated, cast or quantized,
+measured.
+"""
 
 from __future__ import annotations
 
@@ -81,8 +83,8 @@ class LowRankUpdate:
         a: ``[r, in]``, or ``[experts, r, in]``.
         b: ``[out, r]``, or ``[experts, out, r]``.
         scale: Factor.
-        magnitude: DoRA's ``[out]``, or ``[experts, out]``: the norm to which each row of the updated weight is
-            scaled; None for LoRA.
+        magnitude: DoRA's ``[out]``, or ``[experts, out]``: the norm to which each row of the updated weight
+            is scaled; None for LoRA.
     """
 
     a: mx.array

@@ -1,9 +1,9 @@
 """How tensors of the original layout become tensors of mlx-lm's layout, and back, by rows, on raw bits.
 
-A transform computes any range of rows of any of its outputs, in both directions, so that no conversion holds a
-whole tensor. ``outputs`` gives types and shapes in mlx-lm's layout and ``rows`` the rows of output ``index``;
-``inputs`` and ``undo_rows`` are the same for the original layout. Rows are those of a tensor seen as a matrix
-over its last dimension.
+A transform computes any range of rows of any of its outputs, in both directions, so that no conversion holds
+a whole tensor. ``outputs`` gives types and shapes in mlx-lm's layout and ``rows`` the rows of output
+``index``; ``inputs`` and ``undo_rows`` are the same for the original layout. Rows are those of a tensor seen
+as a matrix over its last dimension.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class Same:
 
 @dataclass(frozen=True)
 class Mxfp4Words:
-    """MXFP4 blocks of bytes ``[e, r, groups, 16]`` to MLX's 32-bit words ``[e, r, groups * 4]``, the same bytes."""
+    """MXFP4 blocks of bytes ``[e, r, groups, 16]`` to MLX's 32-bit words ``[e, r, groups * 4]``, the same
+    bytes.
+    """
 
     name: ClassVar = "packed"  # in tensors.json since its first version
 
@@ -123,7 +125,7 @@ def _interleave_rows(sources: Sources, start: int, stop: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class SplitColumns:
-    """Alternating columns of gate and up ``[e, 2 c]`` to two tensors ``[e, c]``: the biases of the experts."""
+    """Alternating columns of gate and up ``[e, 2 c]`` to two tensors ``[e, c]``: the experts' biases."""
 
     name: ClassVar = "splitcolumns"
 

@@ -1,4 +1,6 @@
-"""Writing the shards of a checkpoint in bounded memory, hashed while they are written, and resumable by shard."""
+"""Writing the shards of a checkpoint in bounded memory, hashed while they are written, and resumable by
+shard.
+"""
 
 from __future__ import annotations
 
@@ -32,11 +34,11 @@ from mlx_distill.storage import digest, fsync_folder, os_errors, read_json, sha2
 MAX_SHARD_BYTES = 2 << 30
 # Blocks of rows that fit the processor's cache are the fastest: of 4 to 256 MiB, 32 took the least time.
 MEMORY_BYTES = 32 << 20
-# Copies of a block at the same time: as read, twice in float32, quantized, dequantized, and up to three in the
-# queue of the writing thread.
+# Copies of a block at the same time: as read, twice in float32, quantized, dequantized, and those in the
+# queue.
 _COPIES = 8
-_QUEUE = 2  # blocks that wait for the writing thread
-_COPY_BYTES = 1 << 20  # read from a temporary file at a time
+_QUEUE = 2  # blocks that wait to be written and hashed
+_PIECE_BYTES = 1 << 20  # written at a time: whole blocks of 4 MiB cost half as much system time again
 OnBytes = Callable[[int], None]
 Item = TypeVar("Item")
 
@@ -73,7 +75,8 @@ def write_shards(
         memory_bytes: Bound on the working buffers.
         salt: Anything else that the result depends on, such as the hash of an adapter: a finished shard is
             kept only if it is equal.
-        notes: Folder for the records of finished shards, ``folder/scratch`` by default; not part of the result.
+        notes: Folder for the records of finished shards, ``folder/scratch`` by default; not part of the
+            result.
         on_bytes: Called with the source bytes that were processed since the last call.
 
     Raises:
@@ -200,26 +203,26 @@ def _header(outputs: Sequence[Output], metadata: dict[str, str]) -> bytes:
 
 
 class _ShardFile:
-    """A file that is written and hashed in a thread of its own, while the next blocks are computed."""
+    """A file that is written in one thread and hashed in another, while the next blocks are computed."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.hash = path, hashlib.sha256()
         self.file = open(path, "wb", buffering=0)
-        self.thread = ThreadPoolExecutor(1)
+        self.writer, self.hasher = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
         self.pending: list[Future[None]] = []
 
     def put(self, block: np.ndarray | bytes) -> None:
         """Add a block to the end of the file; waits while the queue is full."""
-        while len(self.pending) > _QUEUE:
+        while len(self.pending) >= 2 * _QUEUE:
             self.pending.pop(0).result()
         data = block if isinstance(block, bytes) else np.ascontiguousarray(block).reshape(-1).view(np.uint8)
-        self.pending.append(self.thread.submit(self._write, data))
+        self.pending.append(self.writer.submit(self._write, data))
+        self.pending.append(self.hasher.submit(self.hash.update, data))
 
     def _write(self, data: bytes | np.ndarray) -> None:
         view, done = memoryview(data), 0
         while done < len(view):
-            done += self.file.write(view[done:]) or 0
-        self.hash.update(view)
+            done += self.file.write(view[done : done + _PIECE_BYTES]) or 0
 
     def finish(self) -> str:
         """Wait for all blocks, sync the file, and return its hash."""
@@ -229,8 +232,9 @@ class _ShardFile:
         return self.hash.hexdigest()
 
     def close(self) -> None:
-        """Stop the thread and close the file, also after an error."""
-        self.thread.shutdown(wait=True, cancel_futures=True)
+        """Stop the threads and close the file, also after an error."""
+        for thread in (self.writer, self.hasher):
+            thread.shutdown(wait=True, cancel_futures=True)
         self.file.close()
 
 
@@ -272,6 +276,6 @@ def _write_job(job: TensorJob, file: _ShardFile, block_bytes: int, on_bytes: OnB
                 on_bytes(job.tensor.nbytes * (stop - start) // max(job.tensor.rows, 1))
         for temporary in later:
             temporary.seek(0)
-            while data := temporary.read(_COPY_BYTES):
+            while data := temporary.read(_PIECE_BYTES):
                 file.put(data)
     return table_row(job, errors)
