@@ -3,8 +3,8 @@
     killed_conversion.py SOURCE FOLDER SEED...        prints a JSON line for each scenario
 
 A moment is an event (a block of a shard was computed, a file is about to be renamed), not a time, so that a
-seed means the same on every machine. The shard that is being written is cut to half its size. Each attempt is a
-forked child process; nothing here computes with MLX before a fork.
+seed means the same on every machine. The shard that is being written is cut to half its size. Each attempt is
+a forked child process; nothing here computes with MLX before a fork.
 """
 
 from __future__ import annotations
