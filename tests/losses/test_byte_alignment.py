@@ -162,5 +162,5 @@ def test_tokenizers_that_are_not_byte_level_are_refused() -> None:
     odd.decoder = decoders.ByteLevel()
     with pytest.raises(ModelError, match="byte alphabet"):
         token_bytes(odd)
-    with pytest.raises(ModelError, match="a dict does not show"):
+    with pytest.raises(ModelError, match="a dict does not expose"):
         token_bytes({})
