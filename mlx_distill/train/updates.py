@@ -38,8 +38,8 @@ from mlx_distill.train.objective import Objective
 from mlx_distill.train.profiling import Stopwatch
 from mlx_distill.train.trunk_head import Trunk
 
-# Whole gradients of matrices whose basis is refreshed: at most an eighth of all gradients at once, and these
-# few bytes in any case.
+# Whole gradients of matrices whose basis is refreshed: at most an eighth of all gradients at once, or 64 MiB
+# where that is more.
 _WHOLE_SHARE = 8
 WHOLE_BYTES = 1 << 26
 
@@ -49,7 +49,7 @@ FiniteCheck = Callable[[Sequence[Batch], WindowGradients, float, bool], None]
 
 
 def _no_check(window: Sequence[Batch], result: WindowGradients, norm: float, updated: bool) -> None:
-    """Accept whatever comes."""
+    """Accept every result."""
 
 
 @dataclass(frozen=True)
