@@ -1,4 +1,4 @@
-"""What every test of models stands on."""
+"""Fixtures of all tests of models."""
 
 from __future__ import annotations
 

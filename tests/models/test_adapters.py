@@ -1,4 +1,4 @@
-"""Adapters: on, off, saved, loaded, merged."""
+"""Adapters: added, saved, loaded, merged."""
 
 from __future__ import annotations
 
@@ -141,8 +141,8 @@ def test_rank_stabilized_adapters_are_plain_ones_of_a_larger_alpha(
     assert mx.array_equal(*out)
 
 
-def packed_linear(mode: str, experts: int) -> tuple[Any, list[Any]]:
-    """A stack of experts with biases, packed or not, and the same experts one by one as linear layers."""
+def quantized_linear(mode: str, experts: int) -> tuple[Any, list[Any]]:
+    """A stack of experts with biases, quantized or not, and the same experts one by one as linear layers."""
     import mlx.nn as nn
     from mlx_lm.models.switch_layers import SwitchLinear
 
@@ -165,7 +165,7 @@ def test_dora_on_experts_is_dora_on_each_of_them(mode: str) -> None:
     import mlx.nn as nn
     from mlx_lm.tuner.dora import DoRALinear
 
-    stack, singles = packed_linear(mode, 3)
+    stack, singles = quantized_linear(mode, 3)
     ours = DoRASwitchLinear.from_base(stack, r=4, scale=0.5)
     theirs = [DoRALinear.from_base(single, r=4, scale=0.5) for single in singles]
     ours.lora_b = 0.3 * mx.random.normal(ours.lora_b.shape)
@@ -193,7 +193,7 @@ def test_dora_on_experts_is_dora_on_each_of_them(mode: str) -> None:
 
 @pytest.mark.parametrize("mode", ["affine", "mxfp4", "affine3"])
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_adapters_over_packed_linear_layers_are_those_over_the_unpacked_ones(kind: str, mode: str) -> None:
+def test_adapters_on_quantized_layers_compute_as_on_dequantized_ones(kind: str, mode: str) -> None:
     """Attention and MLP alike: output, then merged."""
     import mlx.nn as nn
 
@@ -204,18 +204,18 @@ def test_adapters_over_packed_linear_layers_are_those_over_the_unpacked_ones(kin
             self.model.norm = nn.RMSNorm(4)
 
     if mode == "affine3":
-        packed = Holder(nn.QuantizedLinear.from_linear(packed_linear("plain", 1)[1][0], 32, 3))
+        quantized = Holder(nn.QuantizedLinear.from_linear(quantized_linear("plain", 1)[1][0], 32, 3))
     else:
-        packed = Holder(packed_linear(mode, 1)[1][0])
+        quantized = Holder(quantized_linear(mode, 1)[1][0])
     plain = Holder(nn.Linear(64, 32))
-    plain.q_proj.weight, plain.q_proj.bias = dequantized_weight(packed.q_proj), packed.q_proj.bias
+    plain.q_proj.weight, plain.q_proj.bias = dequantized_weight(quantized.q_proj), quantized.q_proj.bias
     settings, x = LoraSettings(4, 8.0, 0.0, ("q_proj",), kind), mx.random.normal((7, 64))
-    for holder in (packed, plain):
+    for holder in (quantized, plain):
         trained(holder, settings)
-    adapted = packed.q_proj(x)
+    adapted = quantized.q_proj(x)
     assert mx.allclose(adapted, plain.q_proj(x), atol=1e-4)
-    assert [row.was_quantized for row in merge(packed)] == [True]
-    assert mx.allclose(packed.q_proj(x), adapted, atol=1e-4)
+    assert [row.was_quantized for row in merge(quantized)] == [True]
+    assert mx.allclose(quantized.q_proj(x), adapted, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_settings_that_fit_nothing_are_refused(
 
 
 @pytest.mark.parametrize("quantize", [None, "affine4"])
-def test_the_cure_of_a_rank_fits_every_matrix(quantize: str | None, golden: Any, tmp_path: Path) -> None:
+def test_the_suggested_rank_fits_every_matrix(quantize: str | None, golden: Any, tmp_path: Path) -> None:
     """Not the first matrix's most, which the next one refuses again."""
     convert(golden("qwen3"), tmp_path / "base", quantize=quantize)
     model, _ = load_model(tmp_path / "base")
@@ -297,7 +297,7 @@ def test_stock_mlx_lm_reads_the_adapter(golden: Any, logits: Any, tmp_path: Path
 
 
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_gradients_reach_the_adapter_through_packed_experts(kind: str, golden: Any, logits: Any) -> None:
+def test_gradients_reach_the_adapter_through_quantized_experts(kind: str, golden: Any, logits: Any) -> None:
     import mlx.nn as nn
 
     model, _ = load_model(golden("gpt_oss_mxfp4"), dtype="float32")

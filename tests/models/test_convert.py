@@ -67,7 +67,7 @@ def test_the_size_of_blocks_and_shards_changes_no_bit_of_a_tensor(
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_every_mode_loads_and_packs_as_mlx_does(
+def test_every_mode_loads_and_quantizes_as_mlx_does(
     mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
 ) -> None:
     """The twin: mx.quantize of the whole weight at once."""
@@ -76,12 +76,15 @@ def test_every_mode_loads_and_packs_as_mlx_does(
     prompt, _ = logits("gpt_oss")
     assert mx.all(mx.isfinite(model(prompt))).item()
     source, _ = load_model(golden("gpt_oss"))
-    packed = model.model.layers[0].self_attn.o_proj
+    quantized = model.model.layers[0].self_attn.o_proj
     want = mx.quantize(
-        source.model.layers[0].self_attn.o_proj.weight, packed.group_size, packed.bits, mode=packed.mode
+        source.model.layers[0].self_attn.o_proj.weight,
+        quantized.group_size,
+        quantized.bits,
+        mode=quantized.mode,
     )
-    assert mx.array_equal(packed.weight, want[0])
-    assert mx.array_equal(packed.scales, want[1].astype(packed.scales.dtype))
+    assert mx.array_equal(quantized.weight, want[0])
+    assert mx.array_equal(quantized.scales, want[1].astype(quantized.scales.dtype))
     assert not hasattr(model.model.layers[0].mlp.router, "bits")
     rows = {row.name: row for row in report.rows}
     assert rows["model.layers.0.mlp.router.weight"].note == "kept by 'router'"
@@ -106,11 +109,11 @@ def test_the_errors_in_the_table_are_those_of_the_weights(golden: Any, tmp_path:
 
 def test_mxfp4_experts_pass_through_any_mode_bit_for_bit(golden: Any, tmp_path: Path, tools: Any) -> None:
     convert(golden("gpt_oss_mxfp4"), tmp_path / "plain")
-    convert(golden("gpt_oss_mxfp4"), tmp_path / "packed", "affine4", "float32")
-    plain, packed = tools.all(tmp_path / "plain"), tools.all(tmp_path / "packed")
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "quantized", "affine4", "float32")
+    plain, quantized = tools.all(tmp_path / "plain"), tools.all(tmp_path / "quantized")
     experts = [n for n in plain if ".experts." in n and n.endswith((".weight", ".scales"))]
     assert len(experts) == 12
-    assert all(plain[n] == packed[n] for n in experts)
+    assert all(plain[n] == quantized[n] for n in experts)
 
 
 def test_mixed_recipes_keep_head_and_embeddings_higher(golden: Any, tmp_path: Path) -> None:
@@ -139,7 +142,7 @@ def test_a_tied_head_in_the_source_is_left_out_with_its_reason(copy: Any, tools:
 
 
 @pytest.mark.parametrize(("dtype", "exact"), [("float32", True), ("float16", False)])
-def test_types_change_when_told_and_the_error_is_stated(
+def test_casts_to_another_type_and_reports_the_error(
     dtype: str, exact: bool, golden: Any, logits: Any, tmp_path: Path
 ) -> None:
     report = convert(golden("qwen3"), tmp_path / "out", dtype=dtype)
@@ -245,14 +248,14 @@ def test_the_modes_are_all_that_mlx_has() -> None:
     """Fails once mx.quantize has another one."""
     weight = mx.zeros((32, 128))
 
-    def packs(bits: int) -> bool:
+    def exists(bits: int) -> bool:
         try:
             mx.eval(mx.quantize(weight, 64, bits))
         except ValueError:
             return False
         return True
 
-    assert {f"affine{bits}" for bits in range(1, 17) if packs(bits)} == {
+    assert {f"affine{bits}" for bits in range(1, 17) if exists(bits)} == {
         mode for mode in MODES if mode.startswith("affine")
     }
     named = re.search(r"supported quantization modes are (.*?)\. ", " ".join(mx.quantize.__doc__.split()))

@@ -20,7 +20,7 @@ from mlx_distill.train.preflight import check_model
 
 
 @pytest.mark.parametrize("quantize", [None, "affine4"])
-def test_unpacked_weights_give_the_same_logits_and_gradients(tmp_path: Path, quantize: str | None) -> None:
+def test_dequantized_weights_give_the_same_logits_and_gradients(tmp_path: Path, quantize: str | None) -> None:
     convert(ASSETS / "models" / "tiny-gpt-oss", tmp_path / "model", quantize=quantize)
     tokens = mx.array([[5, 17, 200, 33, 8, 91, 400, 12]])
     results = []
@@ -40,42 +40,42 @@ def test_unpacked_weights_give_the_same_logits_and_gradients(tmp_path: Path, qua
         results.append(
             (model(tokens), value, gradient["model"]["layers"][1]["self_attn"]["q_proj"]["lora_b"])
         )
-    for packed, plain in zip(*results, strict=True):
-        assert mx.abs(packed - plain).max().item() <= 2e-5 * max(mx.abs(plain).max().item(), 1e-3)
+    for quantized, plain in zip(*results, strict=True):
+        assert mx.abs(quantized - plain).max().item() <= 2e-5 * max(mx.abs(plain).max().item(), 1e-3)
     assert mx.abs(results[1][2]).max().item() > 0
 
 
 @pytest.mark.parametrize("quantize", ["affine4", "affine8", "mxfp4"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_yarn"])  # a tied head, and one of its own
-def test_an_embedding_is_unpacked_and_computes_the_same(
+def test_a_dequantized_embedding_computes_the_same(
     name: str, quantize: str, golden: Any, logits: Any, tmp_path: Path
 ) -> None:
     convert(golden(name), tmp_path / "model", quantize=quantize)
-    packed, plain = (load_model(tmp_path / "model", dtype="float32")[0] for _ in range(2))
-    assert isinstance(packed.model.embed_tokens, nn.QuantizedEmbedding)
+    quantized, plain = (load_model(tmp_path / "model", dtype="float32")[0] for _ in range(2))
+    assert isinstance(quantized.model.embed_tokens, nn.QuantizedEmbedding)
     assert "model.embed_tokens" in dequantize_model(plain)
     assert isinstance(plain.model.embed_tokens, nn.Embedding) and not any(
         "scales" in module for module in plain.modules()
     )
     prompt, _ = logits(name)
-    wanted, found = packed(prompt), plain(prompt)
+    wanted, found = quantized(prompt), plain(prompt)
     assert found.dtype == wanted.dtype == mx.float32
     assert mx.abs(found - wanted).max().item() <= 2e-5 * mx.abs(wanted).max().item()
 
 
-def test_weights_are_unpacked_in_the_type_that_is_asked_for(golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_weights_are_dequantized_to_the_given_type(golden: Any, logits: Any, tmp_path: Path) -> None:
     convert(golden("qwen3"), tmp_path / "model", "affine8", dtype="bfloat16")
-    packed, plain = (load_model(tmp_path / "model")[0] for _ in range(2))
+    quantized, plain = (load_model(tmp_path / "model")[0] for _ in range(2))
     dequantize_model(plain, "bfloat16")
     prompt, _ = logits("qwen3")
-    wanted, found = packed(prompt), plain(prompt)
+    wanted, found = quantized(prompt), plain(prompt)
     assert found.dtype == wanted.dtype == plain.model.embed_tokens.weight.dtype == mx.bfloat16
     assert mx.abs(found - wanted).mean().item() < 0.05 * mx.abs(wanted).mean().item()
 
 
 @pytest.mark.parametrize("method", ["full", "lora", "galore"])
-def test_an_unpacked_embedding_can_be_trained(method: str, golden: Any, tmp_path: Path) -> None:
-    """What the refusal of packed weights says is a cure."""
+def test_a_dequantized_embedding_can_be_trained(method: str, golden: Any, tmp_path: Path) -> None:
+    """The fix that the error for quantized weights suggests works."""
     convert(golden("qwen3"), tmp_path / "model", quantize="affine8")
     whole = [] if method == "full" else ["embed_tokens"]
     settings = TrainConfig(

@@ -87,7 +87,7 @@ def test_an_adapter_is_merged_on_the_way_out(
     assert all(before[n] == after[n] for n in experts)
 
 
-def test_an_adapter_on_packed_experts_is_packed_again(
+def test_an_adapter_on_quantized_experts_requantizes_them(
     golden: Any, logits: Any, tmp_path: Path, tools: Any
 ) -> None:
     convert(golden("gpt_oss_mxfp4"), tmp_path / "base")
@@ -105,18 +105,18 @@ def test_an_adapter_on_packed_experts_is_packed_again(
         tmp_path / "student", tmp_path / "ours", "affine8", keep=("proj", "embed", "head", "router")
     )
     assert load_model(tmp_path / "ours")[0](logits("gpt_oss_mxfp4")[0]).shape == (2, 48, 64)
-    packed = load_model(tmp_path / "out")[0].model.layers[0].mlp.experts.down_proj
+    quantized = load_model(tmp_path / "out")[0].model.layers[0].mlp.experts.down_proj
     same = load_model(tmp_path / "ours")[0].model.layers[0].mlp.experts.down_proj
-    assert mx.array_equal(packed.weight, same.weight)
-    assert mx.array_equal(packed.scales, same.scales)
+    assert mx.array_equal(quantized.weight, same.weight)
+    assert mx.array_equal(quantized.scales, same.scales)
 
 
 @pytest.mark.parametrize("mode", ["affine4", "mxfp4"])
-def test_what_the_layout_cannot_hold_is_unpacked_and_said(
+def test_what_the_layout_cannot_hold_is_dequantized_and_reported(
     mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
 ) -> None:
-    convert(golden("gpt_oss_mxfp4"), tmp_path / "packed", mode)
-    report = to_hf(tmp_path / "packed", tmp_path / "out")
+    convert(golden("gpt_oss_mxfp4"), tmp_path / "quantized", mode)
+    report = to_hf(tmp_path / "quantized", tmp_path / "out")
     before, after = tools.all(golden("gpt_oss_mxfp4")), tools.all(tmp_path / "out")
     assert {n: v[:2] for n, v in after.items()} == {n: v[:2] for n, v in before.items()}
     assert all(before[n] == after[n] for n in before if n.endswith(("_blocks", "_scales")))
@@ -124,22 +124,26 @@ def test_what_the_layout_cannot_hold_is_unpacked_and_said(
         f"dequantized from {'affine' if mode == 'affine4' else 'mxfp4'}"
     }
     prompt, _ = logits("gpt_oss_mxfp4")
-    ours, theirs = (load_model(tmp_path / name, dtype="float32")[0](prompt) for name in ("packed", "out"))
+    ours, theirs = (load_model(tmp_path / name, dtype="float32")[0](prompt) for name in ("quantized", "out"))
     assert mx.abs(ours - theirs).mean().item() < 0.2
     if mode == "mxfp4":  # bfloat16 holds every MXFP4 value
         assert all(row.error == 0.0 for row in report.changed)
         assert mx.abs(ours - theirs).max().item() < 1e-4
 
 
-def test_experts_that_were_packed_here_leave_as_mxfp4(golden: Any, tmp_path: Path, tools: Any) -> None:
-    convert(golden("gpt_oss"), tmp_path / "packed", "mxfp4")
-    to_hf(tmp_path / "packed", tmp_path / "out")
+def test_experts_that_were_quantized_here_are_exported_as_mxfp4(
+    golden: Any, tmp_path: Path, tools: Any
+) -> None:
+    convert(golden("gpt_oss"), tmp_path / "quantized", "mxfp4")
+    to_hf(tmp_path / "quantized", tmp_path / "out")
     assert (
         json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["quant_method"]
         == "mxfp4"
     )
     assert "model.layers.0.mlp.experts.gate_up_proj_blocks" in tools.all(tmp_path / "out")
-    first, second = (load_model(tmp_path / name)[0].model.layers[1].mlp.experts for name in ("packed", "out"))
+    first, second = (
+        load_model(tmp_path / name)[0].model.layers[1].mlp.experts for name in ("quantized", "out")
+    )
     assert mx.array_equal(first.gate_proj.weight, second.gate_proj.weight)
 
 
@@ -290,7 +294,7 @@ def test_an_adapter_is_kept_beside_an_untouched_base(
         to_hf(tmp_path / "student", tmp_path / "other", adapter="drop")
 
 
-def test_what_stands_at_the_destination_is_not_mixed_with_an_adapter(
+def test_a_destination_with_files_is_not_mixed_with_an_adapter(
     golden: Any, tmp_path: Path, tools: Any
 ) -> None:
     adapter(tmp_path / "student", golden("qwen3"))
@@ -320,8 +324,8 @@ def test_the_base_that_peft_names_is_taken_where_none_is_given(
     assert mx.array_equal(load_model(tmp_path / "again", dtype="float32")[0](prompt), model(prompt))
 
 
-def test_peft_is_told_what_the_base_was_converted_from(golden: Any, tmp_path: Path) -> None:
-    """A Hub id, or the folder in the layout that PEFT reads; and back without being told the base again."""
+def test_the_peft_config_names_what_the_base_was_converted_from(golden: Any, tmp_path: Path) -> None:
+    """A Hub id, or the folder in the layout that PEFT reads; and back without naming the base again."""
     base = tmp_path / "run" / "student_base"
     convert(golden("qwen3"), base)
     adapter(tmp_path / "run" / "student", base)

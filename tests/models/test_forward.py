@@ -88,7 +88,7 @@ def test_no_row_sees_another(golden: Callable[[str], Path], kind: str, changed: 
         assert (before[~mine] == after[~mine]).all()
 
 
-def test_a_model_with_a_running_state_is_refused() -> None:
+def test_a_recurrent_model_is_refused() -> None:
     from mlx_lm.models.cache import ArraysCache, KVCache
 
     class Recurrent:

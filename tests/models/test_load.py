@@ -1,4 +1,4 @@
-"""Modules that train whole beside an adapter: on disk, merged, packed, and in PEFT."""
+"""Modules that are trained fully beside an adapter: saved, merged, quantized, and in PEFT."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def student(folder: Path, base: Path, whole: tuple[str, ...], kind: str = "lora"
 
 
 @pytest.mark.parametrize(("name", "whole", "kind"), CASES)
-def test_what_trained_whole_survives_the_disk_the_merge_and_the_way_out(
+def test_modules_to_save_survive_saving_merging_and_exporting(
     name: str, whole: tuple[str, ...], kind: str, golden: Any, logits: Any, tmp_path: Path
 ) -> None:
     convert(golden(name), tmp_path / "base", dtype="float32")
@@ -66,7 +66,7 @@ def test_what_trained_whole_survives_the_disk_the_merge_and_the_way_out(
     assert "norm" in inspect(tmp_path / "student").facts["whole"]
 
 
-def test_only_what_was_named_trains_whole(golden: Any) -> None:
+def test_only_modules_to_save_are_trainable(golden: Any) -> None:
     model, _ = load_model(golden("gpt_oss"))
     paths = add_lora(model, LoraSettings(4, 8.0, 0.0, ("q_proj",), modules_to_save=("norm", "o_proj")))
     ends = ("weight", "bias")
@@ -78,7 +78,7 @@ def test_only_what_was_named_trains_whole(golden: Any) -> None:
 
 
 @pytest.mark.parametrize("adapter", ["merge", "keep"])
-def test_whole_modules_are_packed_when_merged_and_plain_when_kept(
+def test_modules_to_save_are_quantized_when_merged_and_not_when_kept(
     adapter: str, golden: Any, logits: Any, tmp_path: Path
 ) -> None:
     convert(golden("qwen3_yarn"), tmp_path / "base", dtype="float32")
@@ -104,10 +104,8 @@ def test_stock_mlx_lm_refuses_what_it_would_not_compute(golden: Any, tmp_path: P
         load_adapters(stock, str(tmp_path / "student"))
 
 
-def test_what_trained_whole_takes_the_place_of_a_packed_module(
-    golden: Any, logits: Any, tmp_path: Path
-) -> None:
-    """An adapter of the plain model on the packed one, which is a twin of packing all the rest."""
+def test_modules_to_save_replace_quantized_modules(golden: Any, logits: Any, tmp_path: Path) -> None:
+    """An adapter of the unquantized model on the quantized one."""
     convert(golden("qwen3"), tmp_path / "plain")
     convert(golden("qwen3"), tmp_path / "base", quantize="affine8")
     student(tmp_path / "student", tmp_path / "plain", ("embed_tokens", "up_proj"))
@@ -123,24 +121,24 @@ def test_what_trained_whole_takes_the_place_of_a_packed_module(
         add_lora(twin, LoraSettings(4, 8.0, 0.0, ("q_proj",), modules_to_save=("embed_tokens",)))
 
 
-def test_on_a_packed_base_the_model_still_computes_in_its_own_type(
+def test_on_a_quantized_base_the_model_computes_in_its_own_type(
     golden: Any, logits: Any, tmp_path: Path
 ) -> None:
     convert(golden("qwen3"), tmp_path / "base", dtype="bfloat16")
     student(tmp_path / "student", tmp_path / "base", ("embed_tokens", "norm"))
     quantize_folder(tmp_path / "student", tmp_path / "small", "affine8", adapter="keep")
-    plain, packed = (load_model(tmp_path / name)[0] for name in ("student", "small"))
+    plain, quantized = (load_model(tmp_path / name)[0] for name in ("student", "small"))
     prompt, _ = logits("qwen3")
-    assert isinstance(packed.layers[0].mlp.up_proj, nn.QuantizedLinear)
+    assert isinstance(quantized.layers[0].mlp.up_proj, nn.QuantizedLinear)
     assert (
         plain(prompt).dtype
-        == packed(prompt).dtype
+        == quantized(prompt).dtype
         == plain.model(prompt).dtype
-        == packed.model(prompt).dtype
+        == quantized.model(prompt).dtype
         == mx.bfloat16
     )
-    assert packed.model.embed_tokens.weight.dtype == mx.bfloat16
-    assert mx.array_equal(packed.model.embed_tokens.weight, plain.model.embed_tokens.weight)
+    assert quantized.model.embed_tokens.weight.dtype == mx.bfloat16
+    assert mx.array_equal(quantized.model.embed_tokens.weight, plain.model.embed_tokens.weight)
 
 
 @pytest.mark.parametrize(

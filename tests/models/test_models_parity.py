@@ -54,7 +54,7 @@ def test_the_head_on_the_hidden_states_gives_the_logits(name: str, golden: Any, 
     assert mx.array_equal(project(head(model), hidden), model(prompt))
 
 
-def test_stored_types_are_kept_unless_told(golden: Any) -> None:
+def test_stored_types_are_kept_by_default(golden: Any) -> None:
     model, _ = load_model(golden("gpt_oss_mxfp4"))
     assert model.model.norm.weight.dtype == mx.bfloat16
     cast_model(model, "float32")
@@ -64,7 +64,7 @@ def test_stored_types_are_kept_unless_told(golden: Any) -> None:
 
 
 def test_stock_mlx_lm_still_rounds_the_correction_range(golden: Any, logits: Any, tmp_path: Path) -> None:
-    """Fails once upstream has mended its YaRN: then rope.py may go."""
+    """Fails once mlx-lm computes YaRN as transformers does: then rope.py can be removed."""
     from mlx_lm.utils import load_model as stock_load
 
     from mlx_distill.models.convert import convert
@@ -96,7 +96,7 @@ PACKED = [
 def test_stock_mlx_lm_computes_the_same_where_nothing_is_said(
     name: str, quantize: str | None, copy: Any, logits: Any, tools: Any, tmp_path: Path
 ) -> None:
-    """With a rope that it knows: plain, packed, mixed with what came in packed."""
+    """With a rope that it computes: unquantized, quantized, and mixed with MXFP4 experts."""
     from mlx_lm.utils import load_model as stock_load
 
     from mlx_distill.models.convert import convert
@@ -189,7 +189,7 @@ def test_experts_as_transformers_holds_them_in_memory_are_the_same_ones(
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
 def test_a_head_of_its_own_and_a_tied_one(name: str, copy: Any, logits: Any, tools: Any) -> None:
-    """The same checkpoint told the other way: a tied one with its head written out, an untied one with the
+    """The same checkpoint in the other form: a tied one with its head written out, an untied one with the
     embedding as its head.
     """
     folder = copy(name)

@@ -61,7 +61,7 @@ def mlx_reads(words: mx.array, scales: mx.array) -> np.ndarray:
         st.floats(-1e4, 1e4, width=32).filter(lambda w: w == 0 or abs(w) > 1e-30), min_size=32, max_size=32
     )
 )
-def test_packing_is_the_better_of_the_two_scales_in_fractions(weights: list[float]) -> None:
+def test_quantization_uses_the_better_of_two_scales_in_exact_fractions(weights: list[float]) -> None:
     words, scales = quantize_mxfp4(mx.array(weights, mx.float32))
     low, high = plain(weights, 0), plain(weights, 1)
     chosen = {low[0]: low, high[0]: high}[scales.item()]
@@ -82,10 +82,10 @@ def test_mlx_reads_every_byte_as_the_specification_says() -> None:
     assert np.array_equal(mlx_reads(words, scales), read(words, scales))
 
 
-def test_packing_what_was_packed_changes_no_weight() -> None:
+def test_requantizing_changes_no_weight() -> None:
     weights = mx.random.normal((64, 256), key=mx.random.key(1)) * 10.0 ** mx.repeat(mx.arange(-3, 5), 32)
-    for packed in (quantize_mxfp4(weights), mx.quantize(weights, 32, 4, mode="mxfp4")):
-        before = mlx_reads(*packed)
+    for quantized in (quantize_mxfp4(weights), mx.quantize(weights, 32, 4, mode="mxfp4")):
+        before = mlx_reads(*quantized)
         assert np.array_equal(mlx_reads(*quantize_mxfp4(mx.array(before))), before)
 
 

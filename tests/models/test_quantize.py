@@ -48,36 +48,39 @@ def test_eight_bits_stay_near_the_adapted_model_and_far_from_its_base(
     model = student(name, golden, tmp_path, kind=kind)
     prompt, plain = logits(name)
     report = quantize_folder(tmp_path / "student", tmp_path / "quantized", "affine8", adapter=adapter)
-    packed, _ = load_model(tmp_path / "quantized", dtype="float32")
+    quantized, _ = load_model(tmp_path / "quantized", dtype="float32")
     adapted = model(prompt)
     # Routers choose other experts now and then, so the mixture is not as near.
-    assert distance(packed(prompt), adapted) < (0.35 if name == "gpt_oss_mxfp4" else 0.1)
-    assert distance(packed(prompt), adapted) < distance(plain, adapted)
+    assert distance(quantized(prompt), adapted) < (0.35 if name == "gpt_oss_mxfp4" else 0.1)
+    assert distance(quantized(prompt), adapted) < distance(plain, adapted)
     assert report.adapter == {"merge": "merged", "keep": "kept"}[adapter]
     assert 0 < report.largest_error < 0.02
     assert (tmp_path / "quantized" / "adapters.safetensors").exists() is (adapter == "keep")
 
 
-def test_merged_before_packing_equals_packing_the_merged_weight(golden: Any, tmp_path: Path) -> None:
+def test_merging_while_quantizing_equals_quantizing_the_merged_weight(golden: Any, tmp_path: Path) -> None:
     """The twin: merge in memory, then mx.quantize."""
     student("qwen3", golden, tmp_path)
     quantize_folder(tmp_path / "student", tmp_path / "quantized", "affine4")
-    packed = load_model(tmp_path / "quantized")[0].model.layers[0].self_attn.o_proj
+    quantized = load_model(tmp_path / "quantized")[0].model.layers[0].self_attn.o_proj
     plain, _ = load_model(tmp_path / "student")
     merge(plain)
     want = mx.quantize(
-        plain.model.layers[0].self_attn.o_proj.weight, packed.group_size, packed.bits, mode=packed.mode
+        plain.model.layers[0].self_attn.o_proj.weight,
+        quantized.group_size,
+        quantized.bits,
+        mode=quantized.mode,
     )
-    assert mx.array_equal(packed.weight, want[0])
-    assert mx.array_equal(packed.scales, want[1])
-    assert mx.array_equal(packed.biases, want[2])
+    assert mx.array_equal(quantized.weight, want[0])
+    assert mx.array_equal(quantized.scales, want[1])
+    assert mx.array_equal(quantized.biases, want[2])
 
 
 @pytest.mark.parametrize(
     ("name", "targets"), [("gpt_oss", ("down_proj", "q_proj")), ("qwen3_moe", ("gate_proj",))]
 )
 @pytest.mark.parametrize("kind", ["lora", "dora"])
-def test_adapters_on_experts_merged_in_slabs_are_those_merged_in_memory(
+def test_adapters_on_experts_merged_in_blocks_equal_those_merged_in_memory(
     name: str, targets: tuple[str, ...], kind: str, golden: Any, logits: Any, tmp_path: Path
 ) -> None:
     model = student(name, golden, tmp_path, targets, kind)
@@ -120,7 +123,7 @@ def test_experts_and_router_are_untouched_bit_for_bit(
     assert rows["lm_head.weight"].bits < 6
 
 
-def test_an_update_of_packed_experts_packs_them_again_and_states_the_error(
+def test_an_update_of_quantized_experts_requantizes_them_and_reports_the_error(
     golden: Any, tmp_path: Path, tools: Any
 ) -> None:
     model = student("gpt_oss_mxfp4", golden, tmp_path, ("down_proj",))
@@ -134,11 +137,11 @@ def test_an_update_of_packed_experts_packs_them_again_and_states_the_error(
         f"{max(r.error / r.update for r in report.rows if r.update):.0%} of the adapter's update"
         in report.lines()[-1]
     )
-    packed = load_model(tmp_path / "quantized")[0].model.layers[0].mlp.experts.down_proj
-    assert (packed.mode, packed.bits, packed.group_size) == ("mxfp4", 4, 32)
+    quantized = load_model(tmp_path / "quantized")[0].model.layers[0].mlp.experts.down_proj
+    assert (quantized.mode, quantized.bits, quantized.group_size) == ("mxfp4", 4, 32)
     base = mx.dequantize(layer.linear.weight, layer.linear.scales, None, 32, 4, "mxfp4", dtype=mx.float32)
     exact = np.array(base + 2.0 * (layer.lora_b @ layer.lora_a))
-    back = np.array(mx.dequantize(packed.weight, packed.scales, None, 32, 4, "mxfp4", dtype=mx.float32))
+    back = np.array(mx.dequantize(quantized.weight, quantized.scales, None, 32, 4, "mxfp4", dtype=mx.float32))
     assert row.update == pytest.approx(
         np.sqrt(np.square(exact - np.array(base)).sum() / np.square(exact).sum()), rel=1e-3
     )
@@ -147,7 +150,7 @@ def test_an_update_of_packed_experts_packs_them_again_and_states_the_error(
     )
 
 
-def test_packed_weights_stay_as_they_are_packed(golden: Any, tmp_path: Path, tools: Any) -> None:
+def test_quantized_weights_are_not_changed(golden: Any, tmp_path: Path, tools: Any) -> None:
     convert(golden("qwen3"), tmp_path / "eight", "affine8")
     quantize_folder(tmp_path / "eight", tmp_path / "four", "affine4")
     assert tools.all(tmp_path / "eight") == tools.all(tmp_path / "four")
@@ -170,7 +173,7 @@ def test_rows_that_do_not_divide_fall_back_or_stay_and_the_report_says_so(
     assert any("kept by 'embed'" in line for line in kept.stayed)
 
 
-def test_the_router_of_qwen3_moe_is_kept_and_its_experts_are_packed(golden: Any, tmp_path: Path) -> None:
+def test_the_router_of_qwen3_moe_is_kept_and_its_experts_are_quantized(golden: Any, tmp_path: Path) -> None:
     quantize_folder(golden("qwen3_moe"), tmp_path / "out", "affine4")
     mlp = load_model(tmp_path / "out")[0].model.layers[0].mlp
     assert not hasattr(mlp.gate, "bits")

@@ -1,4 +1,4 @@
-"""Damaged or hostile checkpoints: the error names file, tensor and cure; the destination is untouched;
+"""Damaged or hostile checkpoints: the error names file, tensor and fix; the destination is not changed;
 nothing half-written stays.
 """
 

@@ -50,7 +50,7 @@ def test_what_is_loaded_again_is_what_was_saved(
     assert type(stock.layers[0].self_attn.q_proj) is type(again.layers[0].self_attn.q_proj)
 
 
-def test_a_model_that_was_unpacked_is_saved_as_a_plain_one(golden: Any, logits: Any, tmp_path: Path) -> None:
+def test_a_dequantized_model_is_saved_unquantized(golden: Any, logits: Any, tmp_path: Path) -> None:
     model = saved(tmp_path, "gpt_oss_mxfp4", None, golden, plain=True)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert "quantization" not in config
@@ -65,7 +65,7 @@ def test_a_model_that_was_unpacked_is_saved_as_a_plain_one(golden: Any, logits: 
     ("name", "quantize"),
     [("gpt_oss_mxfp4", None), ("qwen3", "affine4"), ("qwen3", "mxfp4"), ("qwen3_yarn", "affine8")],
 )
-def test_what_was_unpacked_and_did_not_train_is_saved_packed_bit_for_bit(
+def test_dequantized_modules_that_were_not_trained_are_saved_quantized_bit_for_bit(
     name: str, quantize: str | None, golden: Any, tmp_path: Path
 ) -> None:
     saved(tmp_path, name, quantize, golden, plain=True, trains=False)
@@ -74,12 +74,12 @@ def test_what_was_unpacked_and_did_not_train_is_saved_packed_bit_for_bit(
     )
     assert base.keys() == out.keys()
     assert ("model.embed_tokens.scales" in base) == (quantize is not None)
-    packed = [name for name in base if name.endswith(".scales")]
-    for name in packed:
+    quantized = [name for name in base if name.endswith(".scales")]
+    for name in quantized:
         assert mx.array_equal(base[name], out[name]) and mx.array_equal(
             *(x[name.replace("scales", "weight")] for x in (base, out))
         )
-    assert packed and not mx.array_equal(base["model.norm.weight"], out["model.norm.weight"])
+    assert quantized and not mx.array_equal(base["model.norm.weight"], out["model.norm.weight"])
 
 
 def test_an_embedding_that_trained_is_saved_plain_beside_what_did_not(

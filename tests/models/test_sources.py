@@ -1,4 +1,4 @@
-"""Where models come from: the Hub (its client replaced), folders with tokenizers."""
+"""Sources of models: the Hub (with a mock client), folders with tokenizers."""
 
 from __future__ import annotations
 
@@ -173,12 +173,12 @@ def test_a_hub_model_with_pickles_alone_is_refused(
 def test_a_vocabulary_padded_beyond_the_tokenizer_keeps_its_columns(
     copy: Any, tmp_path: Path, tools: Any
 ) -> None:
-    """28 tokens, 64 columns: in, packed and out again."""
+    """28 tokens, 64 columns: converted, quantized and exported."""
     source = with_tokenizer(copy("qwen3_yarn"))
     convert(source, tmp_path / "ours")
-    convert(source, tmp_path / "packed", "mixed4")
+    convert(source, tmp_path / "quantized", "mixed4")
     to_hf(tmp_path / "ours", tmp_path / "back")
-    for folder in (source, tmp_path / "ours", tmp_path / "packed", tmp_path / "back"):
+    for folder in (source, tmp_path / "ours", tmp_path / "quantized", tmp_path / "back"):
         model, tokenizer = load(folder)
         assert len(tokenizer.get_vocab()) == 28
         assert model(mx.array([tokenizer.encode("hello")])).shape[-1] == 64
