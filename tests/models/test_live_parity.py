@@ -135,7 +135,7 @@ def test_in_and_out_again(kind: str, seed: int, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_mxfp4_experts_in_and_out_again(seed: int, tmp_path: Path, tools: Any) -> None:
-    """Like the published checkpoints: bfloat16, with the experts in blocks and scales, which keep their bits."""
+    """As in the published checkpoints: bfloat16, and experts in blocks and scales that keep their bits."""
     import transformers as tf
 
     save_mxfp4(build("gpt_oss", seed), tmp_path / "theirs", tools)
