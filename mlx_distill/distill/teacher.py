@@ -1,7 +1,7 @@
 """The teacher's targets for given answers: token by token, and for the label as a whole.
 
 The teacher runs once over each row, prompt and answer together. Only the positions that predict the answer
-are projected to the vocabulary, some hundred at a time, so ``[rows, length, vocabulary]`` never exists.
+are projected to the vocabulary, a few hundred at a time, so ``[rows, length, vocabulary]`` never exists.
 """
 
 from __future__ import annotations

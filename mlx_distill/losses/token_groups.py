@@ -50,11 +50,11 @@ def build_token_groups(
     """Partition two byte-level vocabularies into common groups: one group per shared token, every other token
     in the group of a prefix of it.
 
-    The parent of a token that only one side has is the *first token of its re-encoding by the other side's
-    tokenizer* (if its bytes are not valid UTF-8, the other side's longest token that is a proper prefix).
+    The parent of a token that only one model has is the *first token of its re-encoding by the other model's
+    tokenizer* (if its bytes are not valid UTF-8, the other model's longest token that is a proper prefix).
     Parents are followed until a shared token is reached. The re-encoding is used, not the longest prefix,
     because it is what the student's tokenizer writes at that place in the text it is trained on. With the
-    same tokenizer on both sides each token is its own group. Summing mass over byte prefixes is known as
+    same tokenizer for both models each token is its own group. Summing mass over byte prefixes is known as
     byte-prefix marginalisation; the choice of the parent by re-encoding is this library's own.
 
     Args:
@@ -65,7 +65,7 @@ def build_token_groups(
 
     Raises:
         ModelError: A tokenizer that is not byte-level.
-        ConfigError: A stop token that its tokenizer does not have, or a stop on one side only.
+        ConfigError: A stop token that its tokenizer does not have, or stop tokens of one model only.
 
     >>> from tokenizers import Tokenizer, decoders, models
     >>> def tiny(vocab, merges=()):
@@ -117,7 +117,7 @@ def _ids_by_bytes(tokens: Vocabulary) -> dict[bytes, int]:
 def _prefix_parents(
     orphans: dict[int, bytes], other: Vocabulary, other_ids: dict[bytes, int]
 ) -> Iterator[tuple[int, int]]:
-    """For each token that only one side has, the id of the other side's token that its re-encoding starts
+    """For each token that only one model has, the id of the other model's token that its re-encoding starts
     with; nothing for a token without such a prefix.
     """
     texts = {}
@@ -148,7 +148,7 @@ def _join_specials(parent: np.ndarray, student: Vocabulary, teacher: Vocabulary,
 
 
 def _join_stops(parent: np.ndarray, student: list[int], teacher: list[int], width: int) -> None:
-    """All stop tokens of both sides form one group."""
+    """All stop tokens of both models form one group."""
     if bool(student) != bool(teacher):
         raise ConfigError(
             "stop tokens of one model only", fix="give both student_stop and teacher_stop, or neither"
