@@ -36,8 +36,8 @@ class Divergence:
 
     Args:
         pointwise: f of ``log q``, ``log p`` and the options, differentiable by ``log q``. It may return f and
-            its derivative by ``log q`` instead: the tiled form then needs no vjp, which keeps some 30 MiB more
-            per block of rows and, for the Jensen-Shannon divergence, takes 1.7 times as long.
+            its derivative by ``log q`` instead: the tiled form then needs no vjp, which keeps some 30 MiB
+            more per block of rows and, for the Jensen-Shannon divergence, takes 1.7 times as long.
         options: The options' names and defaults; each is a number from 0 to 1.
         limits: Values of the option at which f is degenerate, and the divergence that is used there instead.
     """
