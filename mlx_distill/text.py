@@ -1,7 +1,7 @@
 """Numbers, sizes, durations, plurals and lists as text for people.
 
-Text for the terminal has plain spaces. Text for a page (the report, a model card) has a narrow no-break
-space between a number and its unit, so that no line breaks there: rates always, sizes and durations with
+Text for the terminal has plain spaces. Text for a page (the report, a model card) has a narrow no-break space
+between a number and its unit, so that no line breaks there: rates always, sizes and durations with
 ``page=True``.
 """
 

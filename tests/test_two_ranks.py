@@ -1,5 +1,5 @@
-"""A training stage on two machines without a shared folder: rank 0 writes the result, rank 1 trains on copies of
-rows and base model.
+"""A training stage on two machines without a shared folder: rank 0 writes the result, rank 1 trains on copies
+of rows and base model.
 """
 
 from __future__ import annotations

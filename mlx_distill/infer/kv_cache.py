@@ -8,8 +8,8 @@ one column each, behind the widest prompt::
     row 0     a b c d e | u v        length 5: u has position 5
     row 1     a b c . . | u v        length 3: u has position 3; columns 3 and 4 are masked
 
-Every layer keeps all columns, without rotation: prompts are short. Layers with a sliding window read only
-the columns that some row can still attend to.
+Every layer keeps all columns, without rotation: prompts are short. Layers with a sliding window read only the
+columns that some row can still attend to.
 """
 
 from __future__ import annotations

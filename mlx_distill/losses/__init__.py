@@ -1,9 +1,9 @@
 """Losses: arrays in, one number per token, span or row out; float32, T² inside, never averaged.
 
-With one tokenizer: the divergences, from logits, from the teacher's top k, or from hidden states
-    (``linear_*``), where the logits never exist as a whole.
-With two tokenizers: ``token_group_kl``, ``alm`` and ``label_kl``, over the spans and token groups that
-    ``align_bytes`` and ``build_token_groups`` give.
+- One tokenizer: the divergences, from logits, from the teacher's top k, or from hidden states (``linear_*``),
+  where the logits never exist as a whole.
+- Two tokenizers: ``token_group_kl``, ``alm`` and ``label_kl``, over the spans and token groups that
+  ``align_bytes`` and ``build_token_groups`` give.
 """
 
 from __future__ import annotations

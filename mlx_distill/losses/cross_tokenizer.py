@@ -193,8 +193,7 @@ def alm(
     ``τ [a (log a - log b) + (1-a) (log(1-a) - log(1-b))]`` with ``a = exp(ℓ_t/τ - ε)`` and
     ``b = exp(ℓ_s/τ - ε)``. Zero at equality (the paper's binary cross-entropy keeps the teacher's entropy).
     The factor τ, which the paper leaves to the loss weight, plays the role of T²: the size of the gradient
-    does not depend on τ. Source: Minixhofer et al. 2025,
-    https://arxiv.org/abs/2503.20083.
+    does not depend on τ. Source: Minixhofer et al. 2025, https://arxiv.org/abs/2503.20083.
 
     Args:
         student_span_logprobs: Sums of the student's log-probabilities over each span's tokens

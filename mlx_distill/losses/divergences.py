@@ -4,8 +4,8 @@
 multiplied by T², so that its gradient keeps its size when T changes (Hinton et al. 2015,
 https://arxiv.org/abs/1503.02531), is zero where the two are equal, and gives no gradient to the teacher.
 
-Each divergence is a sum over the columns of the vocabulary. Its summand is in :data:`DIVERGENCES`, the
-only place that knows the formula: the functions below sum it over whole logits, and
+Each divergence is a sum over the columns of the vocabulary. Its summand is in :data:`DIVERGENCES`, the only
+place that knows the formula: the functions below sum it over whole logits, and
 :func:`~mlx_distill.losses.tiled.linear_divergence` over tiles, without ever holding the logits. To add one,
 add an entry to the registry, a public function here, and a line to the battery in
 ``tests/losses/test_divergences.py``.

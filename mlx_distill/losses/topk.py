@@ -38,8 +38,8 @@ def sparse_forward_kl(
     ``Σ_K p log(p/q) + r_p log(r_p/r_q)``, ``r = 1 - c``, a lower bound of the full KL; where k is the whole
     vocabulary it is the full KL at any T. The tail's mass at another temperature cannot be computed from a
     top k, so T is not applied to it; treating the tail as one token of probability ``r_p^(1/T)`` would move
-    the minimum of the loss. Source: the top-k and temperature of
-    https://arxiv.org/abs/1503.02531, the bucket as in https://arxiv.org/abs/2503.16870 (section 2).
+    the minimum of the loss. Source: the top-k and temperature of https://arxiv.org/abs/1503.02531, the bucket
+    as in https://arxiv.org/abs/2503.16870 (section 2).
 
     Args:
         student_logits: Unnormalised, any float type; computed in float32.

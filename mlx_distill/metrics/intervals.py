@@ -53,8 +53,8 @@ def normal_quantile(confidence: float) -> float:
 def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """Wilson's score interval of a proportion ``k / n``.
 
-    ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``. It stays within 0 and 1 and has a
-    positive width at ``k = 0`` and ``k = n``.
+    ``(p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n)``. It stays within 0 and 1 and has a positive
+    width at ``k = 0`` and ``k = n``.
 
     Args:
         k: Number of successes.

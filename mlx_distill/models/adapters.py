@@ -42,10 +42,10 @@ SAVED_LEAVES = ("weight", "bias")  # of modules_to_save
 class LoraSettings:
     r"""``W x + scale * B A dropout(x)`` on the modules whose path ends in one of ``target_modules``.
 
-    The modules of ``modules_to_save`` are trained fully; the names are PEFT's.
-    ``kind`` is ``lora`` (Hu et al., arXiv 2106.09685) or ``dora`` (Liu et al., arXiv 2402.09353). The scale
-    is :math:`\alpha / r`, or with ``rslora`` :math:`\alpha / \sqrt r` (Kalajdzievski, arXiv 2312.03732), with
-    which the learning rate need not change with the rank.
+    The modules of ``modules_to_save`` are trained fully; the names are PEFT's. ``kind`` is ``lora`` (Hu et
+    al., arXiv 2106.09685) or ``dora`` (Liu et al., arXiv 2402.09353). The scale is :math:`\alpha / r`, or
+    with ``rslora`` :math:`\alpha / \sqrt r` (Kalajdzievski, arXiv 2312.03732), with which the learning rate
+    need not change with the rank.
 
     >>> LoraSettings(16, 32.0, 0.0, ["q_proj"]).scale
     2.0

@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import DistillConfig
-from mlx_distill.stages.context import Context as Context
-from mlx_distill.stages.context import Facts, check_stop, content_of, load_model, rows_file, vocabulary_hash
-from mlx_distill.stages.training import check_training as check_training
-from mlx_distill.stages.training import fine_tune, train_rows
+from mlx_distill.stages.context import (
+    Context,
+    Facts,
+    check_stop,
+    content_of,
+    load_model,
+    rows_file,
+    vocabulary_hash,
+)
+from mlx_distill.stages.training import check_training, fine_tune, train_rows
 from mlx_distill.storage import digest, scratch, sha256
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
     """Let a model answer the held-out rows, in chunks: a killed evaluation continues behind its last finished
     chunk.
     """
-    from mlx_distill.data.predictions import write_predictions
+    from mlx_distill.data.predictions import FILE_NAME, write_predictions
     from mlx_distill.infer.analyze import predict
     from mlx_distill.records import Prediction
 
@@ -42,6 +42,6 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
             predictions += [Prediction(**row) for _, row in read_jsonl(path)]
             bar.update(len(predictions))
     write_predictions(
-        folder / "predictions.jsonl", name, context.task, rows, predictions, settings=to_mapping(settings)
+        folder / FILE_NAME, name, context.task, rows, predictions, settings=to_mapping(settings)
     )
     return {"rows": len(rows), "peak_memory_bytes": peak_memory()}

@@ -6,9 +6,15 @@ import sys
 from itertools import chain, islice
 from pathlib import Path
 
-from mlx_distill.stages.context import Context as Context
-from mlx_distill.stages.context import Facts, check_stop, count_rows, load_model, read_rows, vocabulary_hash
-from mlx_distill.stages.training import check_training as check_training
+from mlx_distill.stages.context import (
+    Context,
+    Facts,
+    check_stop,
+    count_rows,
+    load_model,
+    read_rows,
+    vocabulary_hash,
+)
 
 
 def targets(context: Context, folder: Path) -> Facts:

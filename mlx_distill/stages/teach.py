@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_distill.stages.context import Context as Context
-from mlx_distill.stages.context import Facts, load_model
-from mlx_distill.stages.training import check_training as check_training
-from mlx_distill.stages.training import fine_tune
+from mlx_distill.stages.context import Context, Facts, load_model
+from mlx_distill.stages.training import check_training, fine_tune
 
 
 def teach(context: Context, folder: Path) -> Facts:

@@ -74,8 +74,7 @@ def two_stage_grad(
     the trunk's gradient is that of ``(hidden * cotangent).sum()``.
 
     The plain way runs the trunk a second time for the last step, from the same random state. With
-    ``in_place``
-    the graph of the first run is used: it was built with a cotangent of zeros, which
+    ``in_place`` the graph of the first run is used: it was built with a cotangent of zeros, which
     :func:`fill_in_place` overwrites. Both give the same numbers.
 
     Args:

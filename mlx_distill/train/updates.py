@@ -1,6 +1,5 @@
 """One optimizer step on a window of micro-batches, in one of three ways that :func:`make_updater` chooses
-once
-for a run: accumulated, projected or streamed.
+once for a run: accumulated, projected or streamed.
 """
 
 from __future__ import annotations
@@ -323,10 +322,8 @@ def refresh_bases_in_groups(
     group; empty where one group is enough.
 
     A basis is computed from the whole gradient, summed over micro-batches and ranks. At the first step that
-    is
-    the gradient of every matrix, in float32: 28 GB for 7 billion weights. So the window is differentiated
-        once
-    for each eighth of them, with all other parameters frozen and from the same random state: the same
+    is the gradient of every matrix, in float32: 28 GB for 7 billion weights. So the window is differentiated
+    once for each eighth of them, with all other parameters frozen and from the same random state: the same
     gradients in less memory, and a first step that takes up to eight times as long.
 
     Args:

@@ -1,4 +1,4 @@
-"""The type checker of the tests: beartype, with a whole number welcome where a float is asked for (PEP 484)."""
+"""The type checker of the tests: beartype, with PEP 484's numeric tower (an int is accepted as a float)."""
 
 from __future__ import annotations
 
