@@ -44,6 +44,7 @@ def test_modules_fit_on_a_few_screens() -> None:
     assert {name: count for name, count in lines.items() if count > MAX_LINES} == {}
 
 
+@pytest.mark.slow
 def test_functions_fit_on_a_screen() -> None:
     """Of a function's lines its docstring does not count."""
     long = {}
@@ -181,6 +182,7 @@ def test_public_definitions_are_documented_and_typed() -> None:
     assert offences == []
 
 
+@pytest.mark.slow
 def test_linear_algebra_names_the_cpu_stream() -> None:
     """On Metal, ``mx.linalg`` (but for ``norm``) runs on the CPU stream only; a call without it fails there
     and nowhere else.

@@ -22,6 +22,8 @@ from mlx_distill.cli.main import COMMANDS
 from mlx_distill.errors import DistillError
 from mlx_distill.storage import read_jsonl, read_manifest, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 _SHORT = ("distill.steps=2", "distill.evaluate_every=0")
 
 

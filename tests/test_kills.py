@@ -15,6 +15,8 @@ import pytest
 from helpers import killed_run
 from helpers.small_chain import STAGES, finished, manifests, whole_stages, write_chain
 
+pytestmark = pytest.mark.slow
+
 # In the order of the run: the stage that is killed, and the path that is about to be renamed into place then.
 KILLS = {
     "data": r"\.data\.partial/valid\.jsonl$",

@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -23,6 +25,7 @@ def committed() -> dict[str, dict[str, str]]:
     return keys
 
 
+@pytest.mark.slow
 def test_stage_keys_of_the_packaged_recipes_are_the_committed_ones() -> None:
     assert script().stage_keys() == committed()
 

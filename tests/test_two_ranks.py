@@ -19,6 +19,8 @@ from mlx_distill.pipeline import run
 from mlx_distill.storage import read_manifest
 from mlx_distill.train.distributed import Ranks, agree_on_key
 
+pytestmark = pytest.mark.slow
+
 
 def make_machine(folder: Path) -> None:
     """A folder with a recipe, its rows and the base model, as it would be copied to another machine."""

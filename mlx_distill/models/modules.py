@@ -123,7 +123,7 @@ def dequantized_weight(module: Any, expert: int | None = None) -> Float[mx.array
     """The weight of a linear layer, a stack of experts or one expert of it, dequantized if needed, in
     float32.
 
-    >>> dequantized(nn.Linear(3, 2)).shape
+    >>> dequantized_weight(nn.Linear(3, 2)).shape
     (2, 3)
     """
 
@@ -151,7 +151,7 @@ def unquantized_like(module: Any, weight: Float[mx.array, "*e o i"]) -> Any:
 
     The bias of the module is kept.
 
-    >>> plain_like(nn.Linear(32, 2).to_quantized(32, 4), mx.ones((2, 32)))
+    >>> unquantized_like(nn.Linear(32, 2).to_quantized(32, 4), mx.ones((2, 32)))
     Linear(input_dims=32, output_dims=2, bias=True)
     """
     from mlx_lm.models.switch_layers import SwitchLinear

@@ -8,6 +8,8 @@ import pytest
 
 from mlx_distill.pipeline import run
 
+pytestmark = pytest.mark.slow
+
 # The settings of docs/log.md; GaLore trains the weights themselves and needs a larger learning rate.
 GALORE = ("method=galore", "galore_rank=32", "galore_update_gap=20", "galore_scale=1.0", "learning_rate=1e-3")
 

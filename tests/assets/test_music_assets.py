@@ -51,6 +51,7 @@ def written() -> list[dict[str, Any]]:
     return [row for _, row in read_jsonl(ASSETS / "music" / "songs.jsonl")]
 
 
+@pytest.mark.slow
 def test_held_out_songs_share_no_line_title_or_template_with_training_data() -> None:
     held_out = [*sources("test"), *music.generate(2000, seed=5, part="test")]
     learned = [*pretraining(), *sources(None)]
@@ -81,6 +82,7 @@ def filled(templates: Iterable[str], **slots: Iterable[str]) -> set[str]:
     return out
 
 
+@pytest.mark.slow
 def test_no_template_of_one_part_can_render_to_a_text_of_the_other() -> None:
     """Exact, not sampled: every rendering of every template."""
     times = [t.lower() for t in music.TIMES]
@@ -149,6 +151,7 @@ def test_songs_depend_on_the_seed_and_not_on_the_count() -> None:
         next(music.generate(1, part="middle"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["train", "test"])
 def test_answers_are_valid_and_follow_from_subject_and_stance(part: str) -> None:
     task = load_task("music")
@@ -164,6 +167,7 @@ def test_answers_are_valid_and_follow_from_subject_and_stance(part: str) -> None
     assert set(seen) == set(task.labels) and min(seen.values()) > 250
 
 
+@pytest.mark.slow
 def test_the_subject_alone_is_right_on_about_three_songs_in_ten() -> None:
     songs = list(music.generate(4000, seed=2, part="test"))
     correct = sum(

@@ -61,6 +61,7 @@ def test_good_rows_are_prepared(prepare: Callable[..., Any], tmp_path: Path) -> 
     assert json.loads(rows[0]["messages"][-1]["content"]) == rows[0]["answer"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
@@ -154,6 +155,7 @@ def test_bad_options(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "parts"),
     [
@@ -186,6 +188,7 @@ def test_a_missing_model_is_refused_before_anything_is_made(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_the_fix_for_an_unreadable_manifest_works(prepare: Callable[..., Any], tmp_path: Path) -> None:
     assert prepare().exit_code == 0
     manifest = tmp_path / "out" / "data" / "manifest.json"

@@ -140,6 +140,7 @@ def test_an_adapter_is_exported_to_peft_and_converted_back(
     assert all(mx.array_equal(first[name], second[name]) for name in first)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["affine1", "mixed-mxfp4"])
 def test_options_of_convert_have_an_effect(runner: Any, tmp_path: Path, mode: str) -> None:
     sizes = [

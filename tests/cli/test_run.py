@@ -15,6 +15,8 @@ from helpers.small_run import write_recipe
 
 from mlx_distill.cli import cli
 
+pytestmark = pytest.mark.slow
+
 FOLDERS = [
     "data",
     "evaluations",

@@ -51,6 +51,7 @@ def teach(folder: Path, *more: str) -> Any:
     )
 
 
+@pytest.mark.slow
 def test_a_resumed_training_says_where_it_continues(copied: Path) -> None:
     result = teach(copied)
     assert result.exit_code == 0, result.output
@@ -61,6 +62,7 @@ def test_a_resumed_training_says_where_it_continues(copied: Path) -> None:
     assert result.stdout.splitlines()[-1].startswith("next: mlx-distill targets ")
 
 
+@pytest.mark.slow
 def test_a_profile_is_printed_and_the_training_is_kept(copied: Path) -> None:
     result = teach(copied, "--profile")
     assert result.exit_code == 0, result.output
@@ -93,12 +95,14 @@ def test_inspect_shows_an_unfinished_training(copied: Path) -> None:
     assert alone.exit_code == 0 and line.split("  ")[-1].strip() in alone.stdout, alone.output
 
 
+@pytest.mark.slow
 def test_a_loss_that_rose_is_reported(copied: Path) -> None:
     result = teach(copied, "--from", "teach", "--set", "teach.method=full", "--set", "teach.learning_rate=10")
     assert result.exit_code == 0, result.output
     assert "teach: the loss " in result.stderr and "lower the learning rate" in result.stderr
 
 
+@pytest.mark.slow
 def test_a_changed_setting_does_not_discard_an_unfinished_training(copied: Path) -> None:
     changed = ["--set", "teach.learning_rate=1e-3"]
     result = teach(copied, *changed)
@@ -126,6 +130,7 @@ def test_changed_rows_do_not_discard_an_unfinished_training(copied: Path) -> Non
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -147,6 +152,7 @@ def test_settings_that_cannot_work_are_refused_before_anything_is_made(
     assert not [p for p in (tmp_path / "out").iterdir() if p.is_dir()]
 
 
+@pytest.mark.slow
 def test_a_recipe_may_name_any_optimizer(copied: Path) -> None:
     with pytest.raises(ConfigError, match="method"):
         run(copied / "recipe.yaml", copied / "out", only="teach", overrides=["teach.method=lion"])
@@ -160,6 +166,7 @@ def test_a_recipe_may_name_any_optimizer(copied: Path) -> None:
     assert (copied / "out" / "teacher" / "model.safetensors.index.json").is_file()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["galore", "lora"])
 def test_embeddings_and_norms_may_be_trained_fully_besides(copied: Path, method: str) -> None:
     overrides = [f"teach.method={method}", "teach.steps=2", "teach.galore_rank=4", "teach.learning_rate=1e-2"]

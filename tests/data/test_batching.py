@@ -35,6 +35,7 @@ CHATS = {
 ALIKE = [*range(97, 101)] * 16
 
 
+@pytest.mark.slow
 @given(
     lengths=strategies.lists(strategies.integers(0, 1024), max_size=200),
     size=strategies.integers(1, 40),
@@ -94,6 +95,7 @@ def unbounded(
     return plan_epoch(lengths, size, seed, 0, weights, max_padded_tokens=10**9)
 
 
+@pytest.mark.slow
 @given(
     kinds=strategies.lists(
         strategies.tuples(strategies.integers(1, 1024), strategies.integers(1, 150)), min_size=1, max_size=4
@@ -164,6 +166,7 @@ def test_a_mixture_of_long_and_short_rows_makes_no_large_batch(share: float) -> 
     assert np.std(sums) / np.mean(sums) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "lengths", [*CHATS.values(), ALIKE, np.random.default_rng(1).normal(300, 60, 999).astype(int).tolist()]
 )

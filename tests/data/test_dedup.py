@@ -81,6 +81,7 @@ def test_bands_miss_at_most_one_pair_in_a_hundred(threshold: float) -> None:
     assert (1 - threshold**width) ** (PERMUTATIONS // width) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.6, 0.85])
 def test_clusters_equal_those_of_comparing_all_pairs(threshold: float) -> None:
     rng = random.Random(1)
@@ -116,6 +117,7 @@ def test_signatures_in_a_file_are_those_in_memory(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_every_planted_duplicate_is_found() -> None:
     rng = random.Random(2)
     originals = [text(rng, 200) for _ in range(300)]

@@ -96,6 +96,7 @@ def test_every_row_goes_to_one_split_and_is_counted(tmp_path: Path, task: Task) 
     assert not list((tmp_path / "data").rglob("rows.jsonl"))
 
 
+@pytest.mark.slow
 def test_the_split_is_the_same_every_time_and_in_any_order(tmp_path: Path, task: Task) -> None:
     rows = songs(120)
     rows += [{**row, "id": f"copy{row['id']}", "text": row["text"] + " end"} for row in rows[:30]]
@@ -127,6 +128,7 @@ def test_of_rows_with_the_same_text_one_is_kept(tmp_path: Path, task: Task) -> N
     assert "rows.jsonl:" in statistics["dropped"]["duplicate"]["examples"][0]
 
 
+@pytest.mark.slow
 def test_near_duplicates_go_to_one_split(tmp_path: Path, task: Task) -> None:
     rows = songs(60)
     rng = random.Random(0)

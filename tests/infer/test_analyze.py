@@ -100,6 +100,7 @@ def test_a_prepared_row_a_mapping_and_a_text_give_the_same_prompt(
     assert answers[0].id == answers[1].id == "1" and len(answers[2].id) == 16
 
 
+@pytest.mark.slow
 def test_every_row_has_its_distribution_and_batches_do_not_matter(
     model: Any, tokenizer: Any, task: Task
 ) -> None:

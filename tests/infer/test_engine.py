@@ -77,6 +77,7 @@ def tokens_of(generations: list[Generation]) -> list[list[int]]:
     return [list(g.tokens) for g in generations]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
 @pytest.mark.parametrize("batch_size", [1, 4, 16])
 def test_a_batch_gives_the_answers_of_each_prompt_alone(
@@ -92,6 +93,7 @@ def test_the_reference_with_a_cache_equals_one_without(
     assert [without_cache(model, prompt, LONGEST) for prompt in prompts[:4]] == plain[:4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 3, 7])
 def test_the_prefill_step_size_changes_nothing(
     model: Any, prompts: list[list[int]], plain: list[list[int]], width: int
@@ -105,6 +107,7 @@ def test_a_cache_that_grows_keeps_its_content(
     assert tokens_of(run(model, prompts, cache_growth=2)) == plain
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
 @pytest.mark.parametrize("batch_size", [3, 11])
 def test_rows_that_stop_leave_the_batch_and_change_no_other(
@@ -140,6 +143,7 @@ def test_logits_beyond_the_vocabulary_are_never_chosen(
     assert max(token for g in got for token in g.tokens) < 50
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["columns", "mlx_lm"])
 def test_a_sampled_answer_depends_on_the_seed_and_not_on_the_batch(
     model: Any, prompts: list[list[int]], engine: str
@@ -211,6 +215,7 @@ def test_the_mask_covers_the_positions_in_the_window(lengths: list[int], window:
         layout.advance(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0, 2, 5])
 def test_a_logits_hook_reads_the_logits_of_its_step(model: Any, prompts: list[list[int]], step: int) -> None:
     plain = generate(model, Numbers(), prompts, max_tokens=6, batch_size=4, stop=set())

@@ -204,6 +204,7 @@ def heads() -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softcap", [None, 2.0], ids=["", "soft-capped"])
 @pytest.mark.parametrize("layer", heads())
 def test_any_layer_as_head(layer: str, softcap: float | None) -> None:

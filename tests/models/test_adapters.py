@@ -51,6 +51,7 @@ def trained(model: Any, settings: LoraSettings, seed: int = 1) -> list[str]:
     return paths
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "targets", "kind"), CASES)
 def test_an_adapter_survives_the_disk_and_merging_changes_no_logit(
     name: str, targets: tuple[str, ...], kind: str, golden: Any, logits: Any, tmp_path: Path

@@ -27,6 +27,7 @@ def error(found: mx.array, wanted: mx.array) -> float:
     return (mx.abs(found - wanted).max() / mx.abs(wanted).max()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_converted_logits_equal_transformers_and_every_tensor_is_accounted_for(
     name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
@@ -53,6 +54,7 @@ def test_every_source_byte_comes_out_once(golden: Any, tmp_path: Path, tools: An
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "quantize"), [("gpt_oss", None), ("gpt_oss_mxfp4", "affine4"), ("qwen3_moe", "nvfp4")]
 )
@@ -66,6 +68,7 @@ def test_the_size_of_blocks_and_shards_changes_no_bit_of_a_tensor(
     assert tools.all(tmp_path / "whole") == tools.all(tmp_path / "rows")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_every_mode_loads_and_quantizes_as_mlx_does(
     mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
@@ -223,6 +226,7 @@ def test_progress_counts_every_megabyte(golden: Any, tmp_path: Path) -> None:
     assert lines[-1].endswith("would give other logits (it rounds YaRN's correction range)")
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments_it_goes_on_and_ends_the_same(golden: Any, tmp_path: Path) -> None:
     """Thirty kills at moments drawn by seeds, ten in each conversion, and one at each of the last moments of
     another.
@@ -265,6 +269,7 @@ def test_the_modes_are_all_that_mlx_has() -> None:
     assert set(MIXED) == {mode for mode in MODES if mode.startswith("mixed")}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64, 128])
 def test_groups_of_a_chosen_size(size: int, golden: Any, tmp_path: Path) -> None:
     report = convert(golden("qwen3"), tmp_path / "out", "affine4", group_size=size)
@@ -273,6 +278,7 @@ def test_groups_of_a_chosen_size(size: int, golden: Any, tmp_path: Path) -> None
     assert load_model(tmp_path / "out")[0].model.layers[0].mlp.down_proj.group_size == min(size, 64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "affine4"])
 @pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss", "gpt_oss_mxfp4"])
 def test_no_read_is_larger_than_the_setting_allows(

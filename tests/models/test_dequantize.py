@@ -19,6 +19,7 @@ from mlx_distill.train import make_trainable
 from mlx_distill.train.preflight import check_model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", [None, "affine4"])
 def test_dequantized_weights_give_the_same_logits_and_gradients(tmp_path: Path, quantize: str | None) -> None:
     convert(ASSETS / "models" / "tiny-gpt-oss", tmp_path / "model", quantize=quantize)
@@ -45,6 +46,7 @@ def test_dequantized_weights_give_the_same_logits_and_gradients(tmp_path: Path, 
     assert mx.abs(results[1][2]).max().item() > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantize", ["affine4", "affine8", "mxfp4"])
 @pytest.mark.parametrize("name", ["qwen3", "qwen3_yarn"])  # a tied head, and one of its own
 def test_a_dequantized_embedding_computes_the_same(
@@ -73,6 +75,7 @@ def test_weights_are_dequantized_to_the_given_type(golden: Any, logits: Any, tmp
     assert mx.abs(found - wanted).mean().item() < 0.05 * mx.abs(wanted).mean().item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "lora", "galore"])
 def test_a_dequantized_embedding_can_be_trained(method: str, golden: Any, tmp_path: Path) -> None:
     """The fix that the error for quantized weights suggests works."""

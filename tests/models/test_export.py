@@ -34,6 +34,7 @@ def adapter(
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", [4096, 1 << 20])
 @pytest.mark.parametrize("name", NAMES)
 def test_there_and_back_is_byte_identical(
@@ -49,6 +50,7 @@ def test_there_and_back_is_byte_identical(
     assert set(index["weight_map"]) == set(tools.all(golden(name)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_a_folder_in_their_layout_comes_out_as_it_is(
     name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
@@ -69,6 +71,7 @@ def test_a_folder_in_their_layout_comes_out_as_it_is(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss_mxfp4"])
 def test_an_adapter_is_merged_on_the_way_out(
     name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
@@ -87,6 +90,7 @@ def test_an_adapter_is_merged_on_the_way_out(
     assert all(before[n] == after[n] for n in experts)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_quantized_experts_requantizes_them(
     golden: Any, logits: Any, tmp_path: Path, tools: Any
 ) -> None:
@@ -111,6 +115,7 @@ def test_an_adapter_on_quantized_experts_requantizes_them(
     assert mx.array_equal(quantized.scales, same.scales)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["affine4", "mxfp4"])
 def test_what_the_layout_cannot_hold_is_dequantized_and_reported(
     mode: str, golden: Any, logits: Any, tmp_path: Path, tools: Any
@@ -131,6 +136,7 @@ def test_what_the_layout_cannot_hold_is_dequantized_and_reported(
         assert mx.abs(ours - theirs).max().item() < 1e-4
 
 
+@pytest.mark.slow
 def test_experts_that_were_quantized_here_are_exported_as_mxfp4(
     golden: Any, tmp_path: Path, tools: Any
 ) -> None:
@@ -272,6 +278,7 @@ def test_the_card_of_a_runs_model_goes_back_to_what_it_was_made_from(golden: Any
     assert "model.layers.*.self_attn.q_proj.weight: 2 tensors, adapter merged, relative error at most" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3", "gpt_oss_mxfp4"])
 def test_an_adapter_is_kept_beside_an_untouched_base(
     name: str, golden: Any, logits: Any, tmp_path: Path, tools: Any

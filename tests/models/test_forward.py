@@ -48,6 +48,7 @@ def test_of_two_windows_the_smaller_counts_and_each_mask_is_made_once() -> None:
     assert SegmentCache(segments).make_mask(9, return_array=True) is segments.mask(None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_row_in_a_line_gets_what_it_gets_alone(golden: Callable[[str], Path], kind: str) -> None:
     model, _ = load_model(golden(kind), dtype="float32")
@@ -73,6 +74,7 @@ def test_running_positions_are_restarted_ones_far_into_a_line(
     np.testing.assert_allclose(read(model, tokens, ids)[480:], alone, atol=5e-5 * np.abs(alone).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4"])
 @pytest.mark.parametrize("changed", [0, 2, 4])
 def test_no_row_sees_another(golden: Callable[[str], Path], kind: str, changed: int) -> None:

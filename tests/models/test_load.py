@@ -46,6 +46,7 @@ def student(folder: Path, base: Path, whole: tuple[str, ...], kind: str = "lora"
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "whole", "kind"), CASES)
 def test_modules_to_save_survive_saving_merging_and_exporting(
     name: str, whole: tuple[str, ...], kind: str, golden: Any, logits: Any, tmp_path: Path
@@ -77,6 +78,7 @@ def test_only_modules_to_save_are_trainable(golden: Any) -> None:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["merge", "keep"])
 def test_modules_to_save_are_quantized_when_merged_and_not_when_kept(
     adapter: str, golden: Any, logits: Any, tmp_path: Path
@@ -208,6 +210,7 @@ def test_peft_computes_the_same_and_saves_what_we_read(
     assert mx.array_equal(again(prompt), model(prompt))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tied", "head"), [(False, None), (False, 1.0), (True, 1.0), (True, 0.0), (False, 0.0)]
 )

@@ -29,6 +29,7 @@ def test_logits_of_a_whole_prompt_equal_transformers(name: str, golden: Any, log
     assert error(model(prompt), wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("steps", [(1,) * 48, (20, 9, 1, 1, 17)])
 def test_logits_with_a_cache_equal_transformers(
@@ -63,6 +64,7 @@ def test_stored_types_are_kept_by_default(golden: Any) -> None:
     assert (experts.weight.dtype, experts.scales.dtype, experts.mode) == (mx.uint32, mx.uint8, "mxfp4")
 
 
+@pytest.mark.slow
 def test_stock_mlx_lm_still_rounds_the_correction_range(golden: Any, logits: Any, tmp_path: Path) -> None:
     """Fails once mlx-lm computes YaRN as transformers does: then rope.py can be removed."""
     from mlx_lm.utils import load_model as stock_load
@@ -92,6 +94,7 @@ PACKED = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "quantize"), [*((name, None) for name in NAMES), *PACKED])
 def test_stock_mlx_lm_computes_the_same_where_nothing_is_said(
     name: str, quantize: str | None, copy: Any, logits: Any, tools: Any, tmp_path: Path
@@ -121,6 +124,7 @@ def test_stock_mlx_lm_computes_the_same_where_nothing_is_said(
         assert error(found, wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_both_spellings_of_the_rope_give_the_same_logits(
     name: str, copy: Any, logits: Any, tools: Any, tmp_path: Path
@@ -187,6 +191,7 @@ def test_experts_as_transformers_holds_them_in_memory_are_the_same_ones(
     assert error(load_model(folder, dtype="float32")[0](prompt), wanted) < TOLERANCE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen2", "qwen3_moe"])
 def test_a_head_of_its_own_and_a_tied_one(name: str, copy: Any, logits: Any, tools: Any) -> None:
     """The same checkpoint in the other form: a tied one with its head written out, an untied one with the

@@ -55,6 +55,7 @@ def mlx_reads(words: mx.array, scales: mx.array) -> np.ndarray:
     return np.array(mx.dequantize(words, scales, None, 32, 4, "mxfp4", dtype=mx.float32))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(

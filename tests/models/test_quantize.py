@@ -40,6 +40,7 @@ def distance(found: mx.array, wanted: mx.array) -> float:
     return (mx.sqrt(mx.mean(mx.square(found - wanted))) / mx.sqrt(mx.mean(mx.square(wanted)))).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["merge", "keep"])
 @pytest.mark.parametrize(("name", "kind"), [("qwen3", "dora"), ("qwen3", "lora"), ("gpt_oss_mxfp4", "lora")])
 def test_eight_bits_stay_near_the_adapted_model_and_far_from_its_base(
@@ -58,6 +59,7 @@ def test_eight_bits_stay_near_the_adapted_model_and_far_from_its_base(
     assert (tmp_path / "quantized" / "adapters.safetensors").exists() is (adapter == "keep")
 
 
+@pytest.mark.slow
 def test_merging_while_quantizing_equals_quantizing_the_merged_weight(golden: Any, tmp_path: Path) -> None:
     """The twin: merge in memory, then mx.quantize."""
     student("qwen3", golden, tmp_path)
@@ -76,6 +78,7 @@ def test_merging_while_quantizing_equals_quantizing_the_merged_weight(golden: An
     assert mx.array_equal(quantized.biases, want[2])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "targets"), [("gpt_oss", ("down_proj", "q_proj")), ("qwen3_moe", ("gate_proj",))]
 )
@@ -99,6 +102,7 @@ def test_adapters_on_experts_merged_in_blocks_equal_those_merged_in_memory(
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adapter", ["merge", "keep"])
 @pytest.mark.parametrize("mode", ["affine4", "mxfp4"])
 def test_experts_and_router_are_untouched_bit_for_bit(
@@ -123,6 +127,7 @@ def test_experts_and_router_are_untouched_bit_for_bit(
     assert rows["lm_head.weight"].bits < 6
 
 
+@pytest.mark.slow
 def test_an_update_of_quantized_experts_requantizes_them_and_reports_the_error(
     golden: Any, tmp_path: Path, tools: Any
 ) -> None:
@@ -180,6 +185,7 @@ def test_the_router_of_qwen3_moe_is_kept_and_its_experts_are_quantized(golden: A
     assert mlp.switch_mlp.gate_proj.bits == 4
 
 
+@pytest.mark.slow
 def test_a_moved_folder_with_a_kept_adapter_still_loads(golden: Any, logits: Any, tmp_path: Path) -> None:
     student("qwen3", golden, tmp_path)
     quantize_folder(tmp_path / "student", tmp_path / "quantized", "mxfp8", adapter="keep")
@@ -191,6 +197,7 @@ def test_a_moved_folder_with_a_kept_adapter_still_loads(golden: Any, logits: Any
     assert json.loads((tmp_path / "far" / "away" / "q" / "adapter_config.json").read_text())["base"] == "base"
 
 
+@pytest.mark.slow
 def test_a_stage_folder_resumes_and_a_new_adapter_starts_anew(golden: Any, tmp_path: Path) -> None:
     student("qwen3", golden, tmp_path)
     assert quantize_into(tmp_path / "student", tmp_path / "part", "affine4").resumed == 0

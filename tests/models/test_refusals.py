@@ -183,6 +183,7 @@ OF_A_TENSOR = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda d: d.__name__)
 def test_a_damaged_checkpoint_is_named_and_nothing_is_written(
     damage: Damage, copy: Any, tools: Any, tmp_path: Path

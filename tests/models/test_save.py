@@ -31,6 +31,7 @@ def saved(
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "quantize"),
     [("qwen2", None), ("qwen3", "mixed4"), ("gpt_oss_mxfp4", None), ("gpt_oss_mxfp4", "affine8")],
@@ -50,6 +51,7 @@ def test_what_is_loaded_again_is_what_was_saved(
     assert type(stock.layers[0].self_attn.q_proj) is type(again.layers[0].self_attn.q_proj)
 
 
+@pytest.mark.slow
 def test_a_dequantized_model_is_saved_unquantized(golden: Any, logits: Any, tmp_path: Path) -> None:
     model = saved(tmp_path, "gpt_oss_mxfp4", None, golden, plain=True)
     config = json.loads((tmp_path / "out" / "config.json").read_text())
@@ -61,6 +63,7 @@ def test_a_dequantized_model_is_saved_unquantized(golden: Any, logits: Any, tmp_
         assert mx.array_equal(load_model(tmp_path / name)[0](prompt), model(prompt))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "quantize"),
     [("gpt_oss_mxfp4", None), ("qwen3", "affine4"), ("qwen3", "mxfp4"), ("qwen3_yarn", "affine8")],
@@ -82,6 +85,7 @@ def test_dequantized_modules_that_were_not_trained_are_saved_quantized_bit_for_b
     assert quantized and not mx.array_equal(base["model.norm.weight"], out["model.norm.weight"])
 
 
+@pytest.mark.slow
 def test_an_embedding_that_trained_is_saved_plain_beside_what_did_not(
     golden: Any, logits: Any, tmp_path: Path
 ) -> None:

@@ -170,6 +170,7 @@ def test_a_hub_model_with_pickles_alone_is_refused(
         load("org/name")
 
 
+@pytest.mark.slow
 def test_a_vocabulary_padded_beyond_the_tokenizer_keeps_its_columns(
     copy: Any, tmp_path: Path, tools: Any
 ) -> None:

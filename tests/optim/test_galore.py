@@ -83,12 +83,14 @@ def learn(model: Net, optimizer: optim.Optimizer, steps: int, start: int = 0) ->
     return losses
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_each_learns_in_a_plain_mlx_loop(name: str) -> None:
     losses = learn(make_net(), ALL[name](0.03), 40)
     assert losses[-1] < 0.5 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_each_resumes_bitwise_from_its_saved_state(name: str, tmp_path: Path) -> None:
     """Saved and read again, since BLAS rounding depends on the memory layout of the arrays."""
@@ -135,6 +137,7 @@ def test_each_decays_weights_that_get_no_gradient(name: str) -> None:
     assert mx.allclose(new["w"]["weight"], mx.full((6, 8), 0.9), atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_each_works_inside_a_multi_optimizer(name: str) -> None:
     model = make_net()

@@ -25,6 +25,7 @@ def key(number: int = 0) -> mx.array:
     return mx.random.key(number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TYPES)
 def test_rounding_gives_a_neighbour_with_the_right_mean(dtype: mx.Dtype) -> None:
     x = mx.array(np.random.default_rng(0).normal(0, 0.02, 64).astype(np.float32))
@@ -55,6 +56,7 @@ def test_float32_is_not_rounded() -> None:
     assert mx.array_equal(round_stochastically(x, mx.float32, key()), x).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MAKERS)
 def test_small_updates_of_bfloat16_equal_those_of_float32_on_average(name: str) -> None:
     """At a rate of 2e-5 the neighbours of a weight of 0.02 are six steps apart; to the nearest nothing would

@@ -115,6 +115,7 @@ def test_comparisons(run: tuple[Path, dict[str, Any]]) -> None:
     assert gain["p_value"] < 0.001
 
 
+@pytest.mark.slow
 def test_goals_are_checked_against_the_measured_value(run: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = run
     goals = [

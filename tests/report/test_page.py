@@ -51,6 +51,7 @@ def test_page_states_the_result_in_one_sentence(run: tuple[Path, dict[str, Any]]
     assert "Nothing on this page was measured on Metal." in text
 
 
+@pytest.mark.slow
 def test_speed_is_compared_only_between_models_with_the_same_kind_of_weights(
     run: tuple[Path, dict[str, Any]], mixed: dict[str, Any]
 ) -> None:
@@ -89,6 +90,7 @@ def test_the_size_of_an_adapter_includes_its_base(run: tuple[Path, dict[str, Any
     )
 
 
+@pytest.mark.slow
 def test_a_difference_that_does_not_match_the_rounded_rates_is_explained(tmp_path: Path) -> None:
     """308 and 319 of 320 are shown as 96.2 and 99.7 %, but differ by 3.4 points."""
     task = make_task()
@@ -111,6 +113,7 @@ def test_a_difference_that_does_not_match_the_rounded_rates_is_explained(tmp_pat
         assert ("(computed from the exact rates)" in text) == explained
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("n", "sentence"),
     [(60, "Too few rows in every group to"), (130, "Too few rows in all groups except north to")],
@@ -143,6 +146,7 @@ def test_disagreements_are_counted_by_set(run: tuple[Path, dict[str, Any]]) -> N
     assert sentence.replace("(0.0 %)", "(0 %)") in page_text(report)
 
 
+@pytest.mark.slow
 def test_rows_without_a_title_are_named_by_the_start_of_their_input(tmp_path: Path) -> None:
     paths = make_run(tmp_path, make_task())
     for name, path in paths.items():
@@ -155,6 +159,7 @@ def test_rows_without_a_title_are_named_by_the_start_of_their_input(tmp_path: Pa
     assert f"The answers to {row['id']}" not in text
 
 
+@pytest.mark.slow
 def test_report_json_read_back_gives_the_same_page(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
     assert render_html(json.loads(json.dumps(report))) == render_html(report)
@@ -171,6 +176,7 @@ def test_tables_and_charts_are_accessible(run: tuple[Path, dict[str, Any]]) -> N
     assert dict(page.tags)["html"] == {"lang": "en"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

@@ -46,6 +46,7 @@ def one_step(folder: Path, out: Path, stage: str, packing: bool) -> tuple[dict[s
     return row, context.progress.notes  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["teach", "distill"])
 def test_packing_changes_sequences_and_not_the_loss(tmp_path: Path, few_rows: Path, stage: str) -> None:
     plain, quiet = one_step(tmp_path / "plain", few_rows, stage, packing=False)

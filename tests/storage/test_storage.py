@@ -136,6 +136,7 @@ def publish(folder: Path, text: str = "one", **recorded: Any) -> files.Manifest:
     return files.publish(folder, "stage", 1, {"text": text}, {}, recorded)
 
 
+@pytest.mark.slow
 def test_a_kill_before_any_change_of_publishing_or_recovering_leaves_old_or_new(tmp_path: Path) -> None:
     """Every point, in a process of its own, and every point of the recovery behind it."""
     done = subprocess.run(

@@ -60,6 +60,7 @@ def batch_of(columns: int, lines: list[list[int]], seed: int) -> Batch:
     return build_batch(pieces, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("trained", ["adapters", "everything"])
 @pytest.mark.parametrize("kind", ["qwen2", "qwen3", "gpt_oss"])
@@ -120,6 +121,7 @@ def test_one_trace_for_each_shape_and_no_tracers_in_the_weights() -> None:
     assert traces == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "galore", "full"])
 def test_a_compiled_run_equals_the_plain_one(tmp_path: Path, method: str) -> None:
     """With dropout, accumulation, a schedule and a refresh of the bases."""

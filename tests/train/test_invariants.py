@@ -39,6 +39,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_micro_batching_changes_neither_loss_nor_terms_nor_gradient(kind: str, name: str, two: Path) -> None:
@@ -65,6 +66,7 @@ def read(folder: Path) -> WindowGradients:
     return WindowGradients(dict(mx.load(str(folder / "gradients.safetensors"))), loss, terms, weights, [])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "place",
     range(len(TRAININGS)),

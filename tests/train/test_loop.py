@@ -142,6 +142,7 @@ def test_a_finished_run_is_not_trained_again(tmp_path: Path) -> None:
     assert weights(again) == weights(first) and result.steps == 6 and result.metrics["step"] == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keep", [1, 2, 4])
 def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path, keep: int) -> None:
     run(tmp_path, settings(steps=9, evaluate_every=3, keep_checkpoints=keep), valid=make_batches(ROWS, 8))
@@ -149,6 +150,7 @@ def test_the_last_checkpoints_and_the_best_are_kept(tmp_path: Path, keep: int) -
     assert names == ["best", *[f"step-0000000{step}" for step in (4, 6, 8, 9)][-keep:]]
 
 
+@pytest.mark.slow
 def test_validation_disturbs_neither_order_nor_dropout(tmp_path: Path) -> None:
     with_it, _ = run(tmp_path / "a", settings(evaluate_every=1), valid=make_batches(ROWS, 3))
     without, _ = run(tmp_path / "b", settings())
@@ -352,6 +354,7 @@ def test_the_random_state_is_restored() -> None:
     assert mx.random.normal((4,)).tolist() == first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 8])
 def test_accumulated_galore_equals_one_large_batch(tmp_path: Path, size: int) -> None:
     """Across a refresh, with clipping: the norm is that of the projected gradient, accumulated or not."""

@@ -21,6 +21,7 @@ from mlx_distill.train.distributed import Ranks
 PLACES = [str(CASES.index(case)) for case in KILLED[:0:-1]]
 
 
+@pytest.mark.slow
 def test_a_killed_rank_ends_the_other_and_both_resume_bitwise(tmp_path: Path) -> None:
     """Rank 1 is lost in the first training, rank 0, which writes the checkpoints, in the second."""
     seed = str(random.randrange(10**6))

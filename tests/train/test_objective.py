@@ -129,6 +129,7 @@ def test_each_term_is_the_mean_of_its_plain_formula(kind: str, dense_limit: int)
     assert result.weights["label"] == 4.0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["kl", "token_groups", "alm"])
 def test_tiled_equals_dense_in_gradient_and_the_batches_do_not_matter(kind: str) -> None:
     model = make_model()
@@ -155,6 +156,7 @@ def test_a_trainable_head_gets_the_same_gradient_from_tiles(tied: bool) -> None:
         assert mx.allclose(tiled.gradients[path], gradient, rtol=1e-3, atol=1e-6), path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("softcap", [None, 1.0], ids=["", "soft-capped"])
 @pytest.mark.parametrize("method", ["lora", "full", "frozen"])
 @pytest.mark.parametrize("kind", ["kl", "token_groups", "alm"])

@@ -44,6 +44,7 @@ def test_only_an_exact_stopwatch_evaluates_results_inside_their_part() -> None:
         assert (mx.get_active_memory() - before >= 4_000_000) == exact
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["full", "galore", "lora"])
 def test_a_profiled_training_is_unchanged_and_its_parts_add_up(tmp_path: Path, method: str) -> None:
     config = settings(method=method, steps=6, evaluate_every=3, galore_update_gap=2)

@@ -64,6 +64,7 @@ def take_steps(
     return dict(tree_flatten(model.parameters())), results, windows
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stagger", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_groups_of_one_matrix_take_the_steps_of_all_at_once(stagger: bool, compiled: bool) -> None:

@@ -35,6 +35,7 @@ def outcome(result: TrainResult) -> TrainResult:
     return replace(result, metrics=kept, best=None, seconds=0.0, resumed=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=name_of)
 def test_an_interrupted_run_resumes_bitwise(tmp_path: Path, case: dict[str, Any]) -> None:
     """Stopped after step 5, interrupted twice in any part of any step, and once more without interruption."""
@@ -69,6 +70,7 @@ def kill() -> None:
     raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "code", "cases"), [("kill", -9, KILLED), ("interrupt", 130, KILLED[:1])])
 def test_a_killed_process_resumes_bitwise(
     tmp_path: Path, how: str, code: int, cases: list[dict[str, Any]]

@@ -32,6 +32,7 @@ def run(folder: Path, **changes: Any) -> tuple[dict[str, list], list[float]]:
     return {name: a.tolist() for name, a in tree_flatten(model.parameters())}, norms
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip_norm", [0.0, 0.05])
 @pytest.mark.parametrize("method", ["full", "apollo", "apollo-mini", "galore", "dora"])
 def test_streaming_changes_no_bit(tmp_path: Path, method: str, clip_norm: float) -> None:

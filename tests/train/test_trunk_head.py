@@ -212,6 +212,7 @@ def test_a_recomputed_slice_has_the_same_dropout() -> None:
     assert slope.item() == pytest.approx((at(1.01) - at(0.99)) / 0.02, rel=1e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_logits_of_a_trainable_head_are_never_in_memory_together(method: str) -> None:
     width, columns, positions = 8, 4096, 1024
