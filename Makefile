@@ -23,7 +23,7 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest -m 'not slow'
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

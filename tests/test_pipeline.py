@@ -139,6 +139,7 @@ def test_settings_that_cannot_change_a_result_make_nothing_stale(override: str) 
     assert to_do(finished(), override) == set()
 
 
+@pytest.mark.slow
 def test_a_finished_run_stays_current_under_the_old_spelling_of_its_recipe(copied: Path) -> None:
     recipe = copied / "recipe.yaml"
     recipe.write_text(recipe.read_text() + "unpack: false\n")

@@ -63,6 +63,7 @@ def test_held_out_songs_share_no_line_title_or_template_with_training_data() -> 
     assert not used[0] & used[1]
 
 
+@pytest.mark.slow
 def test_hand_written_songs_share_no_line_or_title_with_generated_ones() -> None:
     learned = [*pretraining(), *sources(None)]
     assert not lines(written()) & lines(learned)

@@ -113,6 +113,7 @@ def test_the_model_card_has_the_figures_of_the_models_run_or_of_a_named_one(
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.slow
 def test_an_adapter_is_exported_to_peft_and_converted_back(
     runner: Any, converted: Path, tmp_path: Path
 ) -> None:

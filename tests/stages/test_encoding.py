@@ -33,6 +33,8 @@ from mlx_distill.train.batches import make_dataset
 from mlx_distill.train.checkpoint import latest, read_state
 from mlx_distill.train.distributed import Ranks
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -80,7 +82,6 @@ def change_manifest(folder: Path) -> None:
 # --- what is stored -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "valid"])
 def test_stored_rows_are_those_of_a_list(folder: Path, split: str) -> None:
     context = make_context()
@@ -118,7 +119,6 @@ def test_the_first_of_several_ranks_notes_how_many_rows_a_step_has(folder: Path,
     )
 
 
-@pytest.mark.slow
 def test_stored_aligned_rows_are_those_of_a_list(folder: Path) -> None:
     context, out = make_context(), finished() / "out"
     student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
@@ -141,13 +141,11 @@ def test_stored_aligned_rows_are_those_of_a_list(folder: Path) -> None:
             )
 
 
-@pytest.mark.slow
 def test_an_empty_split_is_an_empty_store(run_copy: Path, folder: Path) -> None:
     (run_copy / "data" / "valid.jsonl").write_text("")
     assert len(encode(make_context(run=run_copy), folder, "valid")) == 0
 
 
-@pytest.mark.slow
 def test_targets_in_another_order_than_the_rows_are_refused(run_copy: Path, folder: Path) -> None:
     rows = [row for _, row in read_jsonl(run_copy / "data" / "train.jsonl")]
     write_jsonl(run_copy / "data" / "train.jsonl", rows[::-1])
@@ -161,7 +159,6 @@ def test_targets_in_another_order_than_the_rows_are_refused(run_copy: Path, fold
 # --- made once ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_rows_are_tokenized_once_until_something_changes(
     run_copy: Path, folder: Path, calls: list[int]
 ) -> None:
@@ -180,7 +177,6 @@ def test_rows_are_tokenized_once_until_something_changes(
     assert len(calls) == 5 * made
 
 
-@pytest.mark.slow
 def test_rows_are_aligned_once_until_something_changes(
     run_copy: Path, folder: Path, calls: list[int]
 ) -> None:
@@ -227,7 +223,6 @@ def start(run_copy: Path, folder: Path, stage: str) -> dict[str, Any]:
     return read_state(path)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stage", ["teach", "distill"])
 def test_a_checkpoint_of_other_rows_or_another_base_is_refused(
     run_copy: Path, folder: Path, stage: str
