@@ -26,6 +26,8 @@ from mlx_distill.runtime import StopFlag
 from mlx_distill.status import Outcome, Plan
 from mlx_distill.storage import Manifest, fingerprint, lock_folder, read_manifest
 
+pytestmark = pytest.mark.slow
+
 TEACHER, STUDENT = "evaluations/teacher", "evaluations/student"
 
 
@@ -90,7 +92,6 @@ def after(*names: str) -> set[str]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("override", "remade"),
     [
@@ -119,7 +120,6 @@ def test_a_changed_setting_makes_its_stage_and_those_that_read_it_stale(
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "override",
     [
@@ -139,7 +139,6 @@ def test_settings_that_cannot_change_a_result_make_nothing_stale(override: str) 
     assert to_do(finished(), override) == set()
 
 
-@pytest.mark.slow
 def test_a_finished_run_stays_current_under_the_old_spelling_of_its_recipe(copied: Path) -> None:
     recipe = copied / "recipe.yaml"
     recipe.write_text(recipe.read_text() + "unpack: false\n")
@@ -150,13 +149,11 @@ def test_a_finished_run_stays_current_under_the_old_spelling_of_its_recipe(copie
     assert stream.getvalue() == f"{recipe}: unpack is now called dequantize\n"
 
 
-@pytest.mark.slow
 def test_the_task_is_in_the_key_of_every_stage_that_uses_it() -> None:
     changed = "task={name: task.yaml, system: Look for a colour.}"
     assert to_do(finished(), changed) == set(STAGES) - {"teacher_base", "student_base"}
 
 
-@pytest.mark.slow
 def test_a_new_model_to_measure_or_a_control_adds_stages_and_leaves_the_others() -> None:
     assert to_do(finished(), "evaluate.models=[student, quantized]") == {"evaluations/quantized"}
     assert to_do(finished(), "controls.text=true") == {"student_text", "evaluations/student_text"}
@@ -200,7 +197,6 @@ def test_a_damaged_file_makes_its_stage_stale(copied: Path, stage: str, file: st
     assert states(copied)[stage] == f"to do: {path} is missing"
 
 
-@pytest.mark.slow
 def test_a_damaged_stage_is_made_again_alone_if_it_comes_out_the_same(
     copied: Path,
 ) -> None:
@@ -216,7 +212,6 @@ def test_a_damaged_stage_is_made_again_alone_if_it_comes_out_the_same(
     assert whole_stages(copied / "out") == sorted(STAGES)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "made"),
     [
@@ -293,7 +288,6 @@ def test_a_dry_run_marks_inputs_that_do_not_exist(tmp_path: Path) -> None:
     assert {"org/rows@main", "Org/model", str(tmp_path / "rows.jsonl")} < set(marked)
 
 
-@pytest.mark.slow
 def test_the_quantized_model_is_never_dequantized() -> None:
     overrides = ["dequantize=true", "evaluate.models=[student, quantized]"]
     recipe = load_recipe(finished() / "recipe.yaml", overrides)
@@ -312,7 +306,6 @@ def test_one_stage_alone_without_its_parents_names_the_command_to_run(tmp_path: 
     assert f"mlx-distill prepare {recipe}" in (caught.value.fix or "")
 
 
-@pytest.mark.slow
 def test_one_stage_alone_converts_a_missing_base(copied: Path) -> None:
     shutil.rmtree(copied / "out" / "student_base")
     shutil.rmtree(copied / "out" / "teacher_base")
@@ -358,7 +351,6 @@ def test_a_stage_that_fails_leaves_the_old_one(copied: Path) -> None:
     assert manifests(copied / "out") == before
 
 
-@pytest.mark.slow
 def test_two_runs_at_once(copied: Path, counter: Counter) -> None:
     code = "import sys; from mlx_distill.pipeline import run; run(sys.argv[1], sys.argv[2])"
     with lock_folder(copied / "out"):
@@ -390,7 +382,6 @@ def test_an_unknown_stage_is_refused(tmp_path: Path, options: dict[str, str]) ->
     assert "prepare, convert, teach" in (caught.value.fix or "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "kinds"),
     [
@@ -407,7 +398,6 @@ def test_a_plan_has_the_kind_of_each_stages_status(options: dict[str, Any], kind
     assert kinds or set(found.values()) == {"current", "missing"}  # the report is always written
 
 
-@pytest.mark.slow
 def test_a_server_follows_a_run_by_its_events_and_stops_it_by_a_flag(copied: Path) -> None:
     stop, seen, handlers = StopFlag(), [], set()
     before = signal.getsignal(signal.SIGINT)

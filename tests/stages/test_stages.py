@@ -24,10 +24,11 @@ from mlx_distill.stages.targets import targets as targets_stage
 from mlx_distill.stages.teach import teach as teach_stage
 from mlx_distill.storage import read_jsonl, write_jsonl
 
+pytestmark = pytest.mark.slow
+
 # --- evaluate -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_the_limit_on_held_out_rows_is_for_each_set(run_copy: Path) -> None:
     rows = [{"id": f"r{i}", "set": "test" if i % 3 else "other"} for i in range(12)]
     write_jsonl(run_copy / "data" / "test.jsonl", rows)
@@ -36,7 +37,6 @@ def test_the_limit_on_held_out_rows_is_for_each_set(run_copy: Path) -> None:
     assert held_out_rows(make_context(run=run_copy)) == rows
 
 
-@pytest.mark.slow
 def test_an_evaluation_without_held_out_rows_is_refused(run_copy: Path, folder: Path) -> None:
     (run_copy / "data" / "test.jsonl").write_text("")
     with pytest.raises(DataError, match="no held-out rows") as caught:
@@ -44,7 +44,6 @@ def test_an_evaluation_without_held_out_rows_is_refused(run_copy: Path, folder: 
     assert "test_fraction" in (caught.value.fix or "")
 
 
-@pytest.mark.slow
 def test_there_is_a_prediction_for_each_row_in_order_with_the_settings() -> None:
     header, *found = [
         row for _, row in read_jsonl(finished() / "out" / "evaluations" / "student" / "predictions.jsonl")
@@ -70,7 +69,6 @@ def scored_ids(folder: Path) -> list[str]:
     return [row.id for row in TargetReader(folder)]
 
 
-@pytest.mark.slow
 def test_targets_are_for_the_training_and_validation_rows_only() -> None:
     wanted = [row["id"] for split in ("train", "valid") for row in read_rows(make_context(), split)]
     found = scored_ids(finished() / "out" / "targets")
@@ -108,7 +106,6 @@ def test_an_answer_that_does_not_fit_is_replaced_by_that_of_the_data(
     assert any("do not fit the task" in note for note in context.progress.notes)  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
 def test_targets_are_the_teachers_distributions_over_its_own_template(folder: Path) -> None:
     """One row is computed by hand: the tokenizer's own chat template, the whole model, a plain softmax."""
     import mlx.core as mx
@@ -139,7 +136,6 @@ def test_targets_are_the_teachers_distributions_over_its_own_template(folder: Pa
 # --- distill ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_every_aligned_span_has_the_same_bytes_in_both_tokenizers(folder: Path) -> None:
     context, out = make_context(), finished() / "out"
     student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
@@ -171,7 +167,6 @@ def test_every_aligned_span_has_the_same_bytes_in_both_tokenizers(folder: Path) 
         )
 
 
-@pytest.mark.slow
 def test_rows_that_are_too_long_for_the_student_are_reported_and_left_out(folder: Path) -> None:
     context, student = make_context(), load_tokenizer(finished() / "out" / "student_base")
     lengths = sorted(aligned_rows(context, folder, student, context.recipe.distill)[0].lengths.tolist())
@@ -186,7 +181,6 @@ def test_rows_that_are_too_long_for_the_student_are_reported_and_left_out(folder
         assert any(f"longer than {middle} tokens" in note for note in context.progress.notes)  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
 def test_targets_of_another_tokenizer_are_refused(run_copy: Path, folder: Path) -> None:
     index = run_copy / "targets" / "index.json"
     index.write_text(json.dumps({**json.loads(index.read_text()), "teacher_tokenizer": "other"}))
@@ -195,7 +189,6 @@ def test_targets_of_another_tokenizer_are_refused(run_copy: Path, folder: Path) 
     assert "mlx-distill targets" in (caught.value.fix or "")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("control", ["labels", "text"])
 def test_a_control_is_trained_on_its_own_term_alone(folder: Path, control: str) -> None:
     facts = distill_stage(make_context("distill.steps=2"), folder, control)
@@ -205,7 +198,6 @@ def test_a_control_is_trained_on_its_own_term_alone(folder: Path, control: str) 
     assert {"adapters.safetensors", "adapter_config.json"} <= {p.name for p in folder.iterdir()}
 
 
-@pytest.mark.slow
 def test_the_student_is_an_adapter_and_the_quantized_one_a_whole_model() -> None:
     out = finished() / "out"
     assert {"adapters.safetensors", "adapter_config.json", "tokenizer.json", "metrics.jsonl"} <= {
@@ -228,7 +220,6 @@ def test_the_student_is_an_adapter_and_the_quantized_one_a_whole_model() -> None
 # --- stopping -----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "stage",
     [teach_stage, targets_stage, distill_stage, lambda c, f: evaluate_stage(c, f, "student", "student")],
