@@ -153,7 +153,7 @@ def convert(
 def _finished_report(source: str, destination: Path, plan: CheckpointPlan) -> ConversionReport:
     """The report of a conversion that was finished before."""
     table = read_object(destination / TENSOR_TABLE)
-    rows = tuple(TensorRow(**{**row, "shape": tuple(row["shape"])}) for row in table["tensors"])
+    rows = tuple(_read_row(row) for row in table["tensors"])
     report = _report(source, destination, plan, [], [], 0.0)
     stored = open_checkpoint(destination).nbytes
     return replace(
@@ -338,9 +338,27 @@ def write_other_files(
         "format": FORMAT,
         "shards": [{"name": s.name, "sha256": s.sha256, "size": s.size} for s in shards],
         "left_out": [list(pair) for pair in plan.left_out],
-        "tensors": [row.to_dict() for row in rows],
+        "tensors": [_stored_row(row) for row in rows],
     }
     write_json(folder / TENSOR_TABLE, table)
+
+
+# tensors.json is part of the folder's content, which keys the stages that read it. So its notes keep the
+# words of the first version: with others, a model that is converted again would make a training stale.
+_STORED_NOTES = {"already quantized": "packed already", "requantized": "packed again"}
+
+
+def _stored_row(row: TensorRow) -> dict[str, Any]:
+    """A row as tensors.json spells it."""
+    notes = [_STORED_NOTES.get(note, note) for note in row.note.split("; ")]
+    return {**row.to_dict(), "note": "; ".join(notes)}
+
+
+def _read_row(stored: dict[str, Any]) -> TensorRow:
+    """The row of :func:`_stored_row`."""
+    spelling = {old: new for new, old in _STORED_NOTES.items()}
+    notes = [spelling.get(note, note) for note in stored["note"].split("; ")]
+    return TensorRow(**{**stored, "shape": tuple(stored["shape"]), "note": "; ".join(notes)})
 
 
 def shard_hashes(folder: Path) -> dict[str, str]:

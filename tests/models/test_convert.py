@@ -304,3 +304,14 @@ def test_no_read_is_larger_than_the_setting_allows(
 def test_modes_by_name() -> None:
     assert parse_mode("affine4", 32).config == {"group_size": 32, "bits": 4, "mode": "affine"}
     assert parse_mode("mxfp4").config == {"group_size": 32, "bits": 4, "mode": "mxfp4"}
+
+
+def test_the_notes_of_tensors_json_keep_the_words_of_the_first_version(golden: Any, tmp_path: Path) -> None:
+    """The file is part of the content that keys later stages; reports say it in today's words."""
+    first = convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
+    text = (tmp_path / "ours" / "tensors.json").read_text(encoding="utf-8")
+    assert '"packed already"' in text
+    assert "already quantized" not in text
+    again = convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
+    assert [row.note for row in again.rows] == [row.note for row in first.rows]
+    assert "already quantized" in {row.note for row in again.rows}
