@@ -28,8 +28,8 @@ os.environ.update(
 )
 
 # The same examples on every machine, and nothing written into the tree.
-hypothesis.settings.register_profile("house", database=None, deadline=None, derandomize=True)
-hypothesis.settings.load_profile("house")
+hypothesis.settings.register_profile("repeatable", database=None, deadline=None, derandomize=True)
+hypothesis.settings.load_profile("repeatable")
 
 
 def _refuse_network(address: Any) -> None:
