@@ -1,6 +1,6 @@
 # make demo        the whole pipeline on tiny models; the last line says where the report is
 # make test        style, types, import layers, all tests
-# make test-fast   the same without the tests marked slow
+# make test-fast   the same in under a minute: without the tests marked slow and without checks of array shapes
 # make lint        style, types, import layers
 # make format      ruff's fixes and formatting
 # Each makes its own environment in .venv: with uv where there is one, else with the newest Python (>= 3.11) that runs.
@@ -8,6 +8,8 @@
 VENV := .venv
 BIN  := $(VENV)/bin
 OUT  ?= demo
+# The options of pyproject.toml less the checker of shapes and types, which doubles the time.
+FAST := --strict-markers --strict-config --import-mode=importlib --doctest-modules --ignore=tests/golden
 
 .PHONY: help demo test test-fast lint format clean
 
@@ -23,7 +25,7 @@ test: $(VENV)/.test
 
 test-fast: $(VENV)/.test
 	@$(MAKE) --no-print-directory lint
-	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n 2 -o addopts='$(FAST)'
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
