@@ -1,4 +1,4 @@
-"""What every test stands on: the fast BLAS, no network, one seed."""
+"""Set up for every test: the fast BLAS, no network, one seed."""
 
 from __future__ import annotations
 

@@ -37,6 +37,13 @@ def test_each_state_of_the_blas_has_its_fix(
     assert diagnosis.healthy
 
 
+def test_on_a_mac_no_other_blas_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(runtime, "_blas", None)
+    monkeypatch.setenv("MLX_DISTILL_BLAS", "/no/such/library")
+    assert runtime.load_blas() == runtime.Blas("not needed")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="no other BLAS is loaded on a Mac")
 def test_loading_the_blas_after_mlx_is_too_late(tmp_path: Path) -> None:
     fake = tmp_path / "libopenblas.so.0"

@@ -142,6 +142,22 @@ def test_patience_and_use_best_need_validation_rows(tmp_path: Path, changes: dic
     assert caught.value.fix
 
 
+def _train_in(folder: Path) -> Any:
+    """Train a small model for its six steps, with checkpoints in ``folder``; the settings."""
+    config = settings()
+    model = make_model()
+    make_trainable(model, config)
+    train(
+        model,
+        ListBatches(make_batches(make_rows(8), 4)),
+        sft(),
+        make_optimizer(config, 6),
+        config,
+        folder=folder,
+    )
+    return config
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -156,17 +172,7 @@ def test_patience_and_use_best_need_validation_rows(tmp_path: Path, changes: dic
 def test_checkpoints_of_an_unfinished_training_are_not_overwritten(
     tmp_path: Path, change: dict[str, Any] | None, message: str
 ) -> None:
-    config = settings()
-    model = make_model()
-    make_trainable(model, config)
-    train(
-        model,
-        ListBatches(make_batches(make_rows(8), 4)),
-        sft(),
-        make_optimizer(config, 6),
-        config,
-        folder=tmp_path,
-    )
+    config = _train_in(tmp_path)
     if change is None:
         path = tmp_path / "checkpoints" / "step-00000006" / "state.json"
         state = json.loads(path.read_text())
@@ -179,17 +185,7 @@ def test_checkpoints_of_an_unfinished_training_are_not_overwritten(
 
 
 def test_an_unfinished_training_of_more_ranks_is_not_resumed(tmp_path: Path) -> None:
-    config = settings()
-    model = make_model()
-    make_trainable(model, config)
-    train(
-        model,
-        ListBatches(make_batches(make_rows(8), 4)),
-        sft(),
-        make_optimizer(config, 6),
-        config,
-        folder=tmp_path,
-    )
+    config = _train_in(tmp_path)
     check_leftover(tmp_path / "checkpoints", config, "teach", True)
     path = tmp_path / "checkpoints" / "step-00000006" / "state.json"
     state = json.loads(path.read_text())
