@@ -27,6 +27,7 @@ def option(
     help: str = "",
     *,
     keyed: bool = True,
+    default_keyed: bool = True,
     choices: Sequence[str] | None = None,
     low: float | None = None,
     high: float | None = None,
@@ -39,6 +40,8 @@ def option(
         default: The default value. A list or dict is copied, and a dataclass type created, for each instance.
         help: One line, with the unit.
         keyed: Whether it can change a stage's result and so is part of the stage's key.
+        default_keyed: Whether it is part of the key at its default too. Not so for an option that was added
+            later and whose default changes nothing: finished stages then stay current.
         choices: The values allowed.
         low, high: The closed range allowed.
         old_name: What the key was called in earlier versions; see :func:`current_spelling`.
@@ -48,6 +51,7 @@ def option(
     metadata = {
         "help": help,
         "keyed": keyed,
+        "default_keyed": default_keyed,
         "choices": choices,
         "low": low,
         "high": high,
@@ -305,11 +309,17 @@ def keyed(value: Any) -> Any:
         return {
             f.metadata.get("old_name") or f.name: _old_value(f, keyed(getattr(value, f.name)))
             for f in dataclasses.fields(value)
-            if f.metadata.get("keyed", True)
+            if f.metadata.get("keyed", True) and not _left_out_at_default(f, getattr(value, f.name))
         }
     if isinstance(value, (list, tuple)):
         return [keyed(item) for item in value]
     return to_mapping(value)
+
+
+def _left_out_at_default(field: dataclasses.Field[Any], value: Any) -> bool:
+    factory = field.default_factory
+    default = field.default if factory is dataclasses.MISSING else factory()
+    return not field.metadata.get("default_keyed", True) and bool(value == default)
 
 
 def _old_value(field: dataclasses.Field[Any], value: Any) -> Any:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.config import ASSETS, keyed, resolve_asset, to_mapping
+from mlx_distill.config import ASSETS, keyed, resolve_asset
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.hub import is_hub_id
 from mlx_distill.recipe import Recipe
@@ -68,14 +68,14 @@ class Stage:
 def graph(recipe: Recipe, task: Task) -> list[Stage]:
     """The stages of a recipe, parents before children."""
     # The part of the keys of all stages that run a model. Keys keep the old name of dequantize.
-    shared = {"task": _task_key(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.dequantize}
+    shared = {"task": keyed(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.dequantize}
     teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))
     out = [
         Stage(
             "data",
             "prepare",
             1,
-            {**keyed(recipe.data), "task": _task_key(task)},
+            {**keyed(recipe.data), "task": keyed(task)},
             (),
             prepare,
             *_sources(recipe),
@@ -152,11 +152,6 @@ def _evaluation(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> S
         lambda context, folder: evaluate(context, folder, model.folder, model.name),
         model=model.name,
     )
-
-
-def _task_key(task: Task) -> dict[str, Any]:
-    raw: dict[str, Any] = to_mapping(task)
-    return {key: value for key, value in raw.items() if key != "description"}
 
 
 def _sources(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:

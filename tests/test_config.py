@@ -223,6 +223,17 @@ def test_a_key_under_both_names_is_refused_unless_the_old_one_replaces_the_value
     assert current_spelling(Renamed, dict(reversed(raw.items())), replace=True)[0] == {"new_key": True}
 
 
+@dataclass(frozen=True)
+class Grown:
+    rate: float = option(0.1)
+    added: list[str] = option([], default_keyed=False)
+
+
+def test_an_option_added_later_is_keyed_only_where_it_is_used() -> None:
+    assert keyed(Grown()) == {"rate": 0.1}
+    assert keyed(Grown(added=["a"])) == {"rate": 0.1, "added": ["a"]}
+
+
 def test_keyed_settings_keep_the_old_spelling() -> None:
     assert keyed(Renamed(True, "new")) == {"old_key": True, "mode": "old"}
     assert keyed(Renamed()) == {"old_key": False, "mode": "a"}

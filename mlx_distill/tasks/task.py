@@ -34,7 +34,7 @@ class Task:
     id: str = option("id", "the field of a row with its name")
     title: str | None = option(None, "the field of a row that the report shows it by")
     max_answer_tokens: int = option(256, "most tokens of an answer")
-    description: str = option("", "one line for the list of tasks")
+    description: str = option("", "one line for the list of tasks", keyed=False)
 
     @property
     def labels(self) -> tuple[str, ...]:
