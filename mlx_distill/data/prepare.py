@@ -212,8 +212,8 @@ def _requested(name: Any, field: str, where: str) -> int:
 
 
 def _stratum(example: Example, values: Mapping[str, Any], task: Task, config: DataConfig) -> tuple[str, ...]:
-    label = (example.answer or {}).get(task.label)
-    return tuple(str(value) for value in (label, *map(values.get, config.stratify)))
+    label = [(example.answer or {}).get(task.label)] if task.label else []
+    return tuple(str(value) for value in (*label, *map(values.get, config.stratify)))
 
 
 def _check_rows(
@@ -335,7 +335,7 @@ def _warnings(statistics: Mapping[str, Any], task: Task, config: DataConfig) -> 
     for split, fraction in (("valid", config.valid_fraction), ("test", config.test_fraction)):
         if not statistics["rows"][split] and fraction:
             out.append(f"no rows in {split}: too few without a split of their own")
-    missing = [label for label in task.labels if not statistics["labels"]["train"].get(label)]
+    missing = [name for name in task.labels if not statistics["labels"]["train"].get(name)]
     if missing:
         out.append(f"no training row is labelled {', '.join(missing)}")
     return out

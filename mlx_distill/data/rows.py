@@ -157,11 +157,20 @@ def _without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
 def _format_of(row: Row, task: Task) -> str:
     if "messages" in row:
         return "openai"
-    if all(name in row for name in task.input_fields) and ("answer" in row or task.label in row):
+    if all(name in row for name in task.input_fields) and ("answer" in row or _has_answer_columns(row, task)):
         return "plain"
     if "instruction" in row and "output" in row:
         return "alpaca"
     return "openai" if "prompt" in row and "completion" in row else "plain"
+
+
+def _has_answer_columns(row: Row, task: Task) -> bool:
+    """Whether a row has the answer's fields as columns: the label, or of a task without one any field that is
+    not one of the prompt's.
+    """
+    if task.label is not None:
+        return task.label in row
+    return any(name in row for name in task.schema["properties"] if name not in task.input_fields)
 
 
 def _fields(row: Row, task: Task, format: str) -> dict[str, Any]:
@@ -217,9 +226,11 @@ def _plain(row: Row, task: Task, needs_answer: bool) -> tuple[list[Message], Any
     if "answer" in row and "answer" not in properties:
         answer = row["answer"]
     else:
-        answer = {key: row[key] for key in properties if key in row} if task.label in row else None
+        columns = {key: row[key] for key in properties if key in row}
+        answer = columns if _has_answer_columns(row, task) else None
     if answer is None and needs_answer:
-        raise DataError("no assistant turn, no 'answer' and no column " + repr(task.label), fix=_DROP)
+        column = task.label or next(iter(properties), "")
+        raise DataError(f"no assistant turn, no 'answer' and no column {column!r}", fix=_DROP)
     system, user = task.prompt(row)
     return [*([Message("system", system)] if system else []), Message("user", user)], answer
 

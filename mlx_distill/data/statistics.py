@@ -41,18 +41,20 @@ class DropCounter:
 
 
 class RowFigures(NamedTuple):
-    """What is counted of one row: its label, the values of the counted fields, and lengths in characters."""
+    """What is counted of one row: its label, None in a task without one, the values of the counted fields,
+    and lengths in characters.
+    """
 
-    label: str
+    label: str | None
     values: Sequence[str]
     prompt_chars: int
     answer_chars: int
 
 
-def row_figures(example: Example, label: str, fields: Sequence[str]) -> RowFigures:
+def row_figures(example: Example, label: str | None, fields: Sequence[str]) -> RowFigures:
     """The figures of a row under the label field ``label`` and the counted ``fields``."""
     return RowFigures(
-        str((example.answer or {}).get(label)),
+        str((example.answer or {}).get(label)) if label else None,
         [str(example.fields.get(field, "")) for field in fields],
         sum(len(message.content) for message in example.messages[:-1]),
         len(example.messages[-1].content),
@@ -83,7 +85,8 @@ class RowStatistics:
         self.rows[split] += 1
         if split == "test":
             self.sets[set_name] += 1
-        self.labels[split][figures.label] += 1
+        if figures.label is not None:
+            self.labels[split][figures.label] += 1
         for field, value in zip(self.fields, figures.values, strict=True):
             self.slices[split][field][value] += 1
         self.lengths[split]["prompt"].append(figures.prompt_chars)

@@ -78,7 +78,7 @@ def score_answers(
         tokens, start = chat.tokens.tolist(), chat.spans[-1][0]
         label = answer_label_start(tokens, start, text, task, encode)
         answers_in_tokens.append(TokenizedAnswer(tokens, start, label, row["id"], text))
-    labels = label_tokens(tokenizer, task.labels)
+    labels = label_tokens(tokenizer, task.labels) if task.label else None
     scored = score(
         model, answers_in_tokens, top_k=settings.top_k, labels=labels, batch_size=settings.batch_size
     )
@@ -98,6 +98,8 @@ def answer_label_start(
         task: Its schema and label.
         encode: From the beginning of an answer to its token ids.
     """
+    if task.label is None:
+        return None
     answer, _ = parse_answer(text, task.schema)
     return label_start(tokens, start, encode(label_prefix(task.schema, task.label, answer)))
 

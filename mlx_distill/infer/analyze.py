@@ -132,7 +132,7 @@ def to_prediction(
     answer, error = parse_answer(generation.text, task.schema)
     if error and generation.finish == "length":
         error = f"cut after {len(generation.tokens)} tokens: {error}"
-    label = answer.get(task.label) if answer else None
+    label = answer.get(task.label) if answer and task.label else None
     score = answer.get(task.score) if answer and task.score else None
     return Prediction(
         id=item.id,

@@ -75,11 +75,12 @@ def label_prefix_tokens(tokenizer: Any, task: Task) -> LabelPrefix | None:
     """The tokens that every answer begins with up to the label's value, and the tokens that decide for each
     label there.
 
-    None where one pass cannot tell: the label is not the answer's first property, two labels begin with the
-    same byte, or the tokenizer merges the beginning of a label with what precedes it.
+    None for a task without a label, and where one pass cannot tell: the label is not the answer's first
+    property, two labels begin with the same byte, or the tokenizer merges the beginning of a label with what
+    precedes it.
     """
     properties = list(task.schema["properties"])
-    if properties[0] != task.label:
+    if task.label is None or properties[0] != task.label:
         return None
     prefix = label_prefix(task.schema, task.label)
     ids = answer_ids(tokenizer, prefix)

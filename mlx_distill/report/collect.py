@@ -136,22 +136,31 @@ def model_metrics(
         task: Names the label, its classes, the positive ones, the score, slices and group.
         confidence: Level of the intervals.
     """
-    label, labels, level = task.label, task.labels, {"confidence": confidence}
-    mae = m.score_mae(rows, task.score, **level)
-    out: dict[str, Any] = {
+    mae = m.score_mae(rows, task.score, confidence=confidence)
+    return {
         "n": len(rows),
+        "score_mae": mae["value"],
+        "score_mae_interval": mae,
+        "score_gap": m.score_gap(rows, teacher, confidence=confidence) if teacher and task.score else None,
+        "json_valid": m.json_valid(rows, confidence=confidence),
+        **m.latency(rows),
+        "peak_memory_gb": None,
+        **(_label_metrics(rows, teacher, task, task.label, confidence) if task.label else {}),
+    }
+
+
+def _label_metrics(
+    rows: Sequence[Row], teacher: Sequence[Row] | None, task: Task, label: str, confidence: float
+) -> dict[str, Any]:
+    """The metrics of a task with a label field."""
+    level = {"confidence": confidence}
+    out: dict[str, Any] = {
         "accuracy": m.accuracy(rows, label, **level),
         "verdict_agreement": None,
         "agreement": None,
-        "score_mae": mae["value"],
-        "score_mae_interval": mae,
-        "score_gap": None,
-        "json_valid": m.json_valid(rows, **level),
-        **m.latency(rows),
-        "peak_memory_gb": None,
-        "macro_f1": m.macro_f1(rows, label, labels, confidence),
-        **_binary_metrics(rows, task, confidence),
-        "confusion": m.confusion(rows, label, labels),
+        "macro_f1": m.macro_f1(rows, label, task.labels, confidence),
+        **_binary_metrics(rows, task, label, confidence),
+        "confusion": m.confusion(rows, label, task.labels),
         "teacher_confusion": None,
         "label_kl": None,
         "label_kl_interval": None,
@@ -159,14 +168,14 @@ def model_metrics(
         "disagreements": None,
         "by_slice": m.by_slice(rows, teacher, label, task.slices, **level),
     }
-    return out | _teacher_metrics(rows, teacher, task, confidence) if teacher else out
+    return out | _teacher_metrics(rows, teacher, task, label, confidence) if teacher else out
 
 
-def _binary_metrics(rows: Sequence[Row], task: Task, confidence: float) -> dict[str, Any]:
+def _binary_metrics(rows: Sequence[Row], task: Task, label: str, confidence: float) -> dict[str, Any]:
     """Precision, recall, F1 and error rates, where the task has positive classes."""
     if not task.positive:
         return {}
-    counts = m.confusion_counts(rows, task.label, task.positive)
+    counts = m.confusion_counts(rows, label, task.positive)
     out: dict[str, Any] = {
         "precision": m.precision(counts, confidence),
         "recall": m.recall(counts, confidence),
@@ -181,21 +190,20 @@ def _binary_metrics(rows: Sequence[Row], task: Task, confidence: float) -> dict[
         },
     }
     if task.group:
-        out["by_group"] = m.by_group(rows, task.label, task.positive, task.group, confidence=confidence)
+        out["by_group"] = m.by_group(rows, label, task.positive, task.group, confidence=confidence)
     return out
 
 
 def _teacher_metrics(
-    rows: Sequence[Row], teacher: Sequence[Row], task: Task, confidence: float
+    rows: Sequence[Row], teacher: Sequence[Row], task: Task, label: str, confidence: float
 ) -> dict[str, Any]:
-    """The metrics of a model against its teacher."""
-    label, labels, level = task.label, task.labels, {"confidence": confidence}
+    """The metrics of a model's labels against its teacher's."""
+    labels, level = task.labels, {"confidence": confidence}
     kl = m.label_kl(rows, teacher, labels, **level)
     tolerance = task.score_tolerance if task.score else None
     return {
         "verdict_agreement": m.verdict_agreement(rows, teacher, **level),
         "agreement": m.agreement(rows, teacher, tolerance=tolerance, **level),
-        "score_gap": m.score_gap(rows, teacher, **level) if task.score else None,
         "teacher_confusion": m.teacher_confusion(rows, teacher, label, labels),
         "label_kl": kl["value"],
         "label_kl_interval": kl,
@@ -212,7 +220,7 @@ def _comparisons(
     Agreement with the teacher: after and before distillation, quantized and not, and against each control.
     Accuracy: each model against the teacher.
     """
-    if TEACHER not in models:
+    if TEACHER not in models or task.label is None:
         return []
     rows = {model: _in_set(predictions, name) for model, predictions in models.items()}
     pairs = [("student", "student_before"), ("quantized", "student")]

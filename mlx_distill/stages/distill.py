@@ -49,6 +49,10 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         )
     if control == "text":
         settings = replace(settings, label_weight=0.0, token_weight=0.0, text_weight=1.0)
+    if context.task.label is None and settings.label_weight:
+        settings = replace(settings, label_weight=0.0)
+        if control is None:
+            context.progress.note("distill: the task has no label, so distill.label_weight has no effect")
     train, valid, inputs = aligned_rows(context, folder, tokenizer, settings)
     pad, classes = pad_id(tokenizer), len(context.task.labels) + 1  # and one for all other tokens
     return train_rows(
@@ -125,7 +129,7 @@ def aligned_rows(
         teacher_stop=stop_ids(teacher_tokenizer)[0],
     )
     inputs = {
-        "labels": label_tokens(tokenizer, context.task.labels),
+        "labels": label_tokens(tokenizer, context.task.labels) if context.task.label else None,
         "groups": groups,
         "same_tokenizer": vocabulary_hash(tokenizer) == teacher_hash,
     }

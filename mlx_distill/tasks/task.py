@@ -24,7 +24,11 @@ class Task:
     schema: Mapping[str, Any] = option(
         help="JSON schema of the answer; the order of its properties is that of the answer"
     )
-    label: str = option(help="the answer's field with the classes, which are its enum in the schema")
+    label: str | None = option(
+        None,
+        "the answer's field with the classes, which are its enum in the schema; none: a task without "
+        "classes, such as a summary",
+    )
     positive: tuple[str, ...] = option((), "classes that count as positive for precision and recall")
     score: str | None = option(None, "the answer's field with a number")
     score_tolerance: float = option(5.0, "how far two scores may lie apart and still agree")
@@ -38,8 +42,8 @@ class Task:
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """The classes, in the schema's order."""
-        return tuple(self.schema["properties"][self.label]["enum"])
+        """The classes, in the schema's order; none for a task without a label."""
+        return tuple(self.schema["properties"][self.label]["enum"]) if self.label else ()
 
     @property
     def input_fields(self) -> tuple[str, ...]:
@@ -67,7 +71,8 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
     """A task from a YAML mapping.
 
     Raises:
-        ConfigError: an unknown or missing key, a label without an enum, an unknown positive class or score.
+        ConfigError: an unknown or missing key, a label without an enum, an unknown positive class or score,
+            or positive classes or a group without a label.
     """
     task = from_mapping(Task, raw, where)
     properties = task.schema.get("properties") if isinstance(task.schema, Mapping) else None
@@ -75,11 +80,28 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
         raise ConfigError(
             f"{where}: schema is not an object with properties", fix="give a JSON schema with type: object"
         )
+    _check_label(task, properties, where)
+    if task.score and task.score not in properties:
+        raise ConfigError(
+            f"{where}: score field {task.score!r} is not in the schema", fix="name a property of the schema"
+        )
+    return task
+
+
+def _check_label(task: Task, properties: Mapping[str, Any], where: str) -> None:
+    if task.label is None:
+        for key in ("positive", "group"):
+            if getattr(task, key):
+                raise ConfigError(
+                    f"{where}: {key} without label",
+                    fix=f"name the field with the classes as label, or remove {key}",
+                )
+        return
     enum = (properties.get(task.label) or {}).get("enum")
     if not enum or len(set(enum)) < 2 or not all(isinstance(name, str) for name in enum):
         raise ConfigError(
             f"{where}: label field {task.label!r} has no enum of two or more strings",
-            fix="list the classes in the schema",
+            fix="list the classes in the schema, or leave out label for a task without classes",
         )
     unknown = [name for name in task.positive if name not in enum]
     if unknown:
@@ -87,11 +109,6 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
             f"{where}: positive class {unknown[0]!r} is not one of {', '.join(enum)}",
             fix="name classes of the label field",
         )
-    if task.score and task.score not in properties:
-        raise ConfigError(
-            f"{where}: score field {task.score!r} is not in the schema", fix="name a property of the schema"
-        )
-    return task
 
 
 def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:

@@ -65,7 +65,8 @@ def test_the_prompt_is_filled_from_the_row() -> None:
     ("changes", "words"),
     [
         ({"lable": "colour"}, "unknown key 'lable'"),
-        ({"label": ...}, "label is missing"),
+        ({"label": ..., "positive": ["red"]}, "positive without label"),
+        ({"label": None, "positive": [], "group": "side"}, "group without label"),
         ({"schema": "text"}, "schema: a mapping is needed"),
         ({"schema": {"type": "array"}}, "schema is not an object with properties"),
         ({"schema": {"type": "object"}}, "schema is not an object with properties"),
@@ -95,3 +96,10 @@ def test_a_task_is_loaded_by_name_or_file_with_overrides(tmp_path: Path) -> None
         with pytest.raises(ConfigError, match="no task") as caught:
             load_task(spec)
         assert "moderation, music" in (caught.value.fix or "")
+
+
+def test_a_task_without_a_label_has_no_classes() -> None:
+    schema = {"type": "object", "properties": {"summary": {"type": "string"}}}
+    raw = {"name": "notes", "system": "", "user": "{text}", "schema": schema}
+    task = parse_task(raw, "task.yaml")
+    assert task.label is None and task.labels == ()
