@@ -74,7 +74,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         Stage(
             "data",
             "prepare",
-            1,
+            2,
             {**keyed(recipe.data), "task": keyed(task)},
             (),
             prepare,

@@ -1,4 +1,4 @@
-"""One row of a user's data as one checked chat: rows of four formats in, :class:`Example` out."""
+"""One row of a user's data as one checked chat: rows of any known layout in, :class:`Example` out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple
 
+from mlx_distill.data.json_values import json_row, json_types
+from mlx_distill.data.layouts import chat_column, chat_of, closest, listed, missing_fields
 from mlx_distill.errors import DataError
 from mlx_distill.records import Example, Message
 from mlx_distill.tasks.answer import check_answer, dump_answer, parse_answer
@@ -18,7 +21,8 @@ Row = Mapping[str, Any]
 _DROP = "drop the row, or leave such rows out with --set data.drop_invalid=true"
 _PREPARED = frozenset({"id", "messages", "fields", "answer", "set"})  # keys of a row of the prepare stage
 # Keys of the chat formats; every other key is one of the row's fields.
-_CHAT_KEYS = _PREPARED | {"instruction", "input", "output", "prompt", "completion", "tools"}
+_CHAT_KEYS = _PREPARED | {"prompt", "completion", "tools", "system"}
+_ALPACA_KEYS = _CHAT_KEYS | {"instruction", "input", "output", "history"}
 _ROLES = ("system", "user", "assistant")
 _OPENAI_ROLES = {"developer": "system", "tool": "user", "function": "user"}
 
@@ -32,9 +36,15 @@ def to_example(
 
     - ``messages``: ``{"messages": [{"role", "content"}, ...]}``, with its own system prompt or none;
     - ``openai``: the same with developer and tool turns and content parts, or ``{"prompt", "completion"}``;
-    - ``alpaca``: ``{"instruction", "input"?, "output", "system"?}``;
+    - ``sharegpt``: the turns under ``conversations`` (or ``conversation``, ``dialogue``, ``dialog``,
+      ``chat``), with ``from`` and ``value`` or with ``role`` and ``content``, and ``system``?;
+    - ``alpaca``: ``{"instruction", "input"?, "output", "system"?, "history"?}``, where ``history`` holds
+      the earlier turns as pairs;
     - ``plain``: the fields that the task's prompt names, and ``answer`` or the answer's own fields as
       columns.
+
+    The answer may be the label alone where the schema needs no other field. Values that JSON has no form for
+    are written as text or left out, see :func:`~mlx_distill.data.json_values.json_row`.
 
     The id is the task's id field, else ``id``, else a hash of the chat. The answer's text is normalised to
     NFC here, and nowhere else.
@@ -44,7 +54,7 @@ def to_example(
         task: Prompt and answer schema.
         where: ``file:line``, the beginning of every error message.
         columns: Field of the task to column of the row, where they differ.
-        format: One of the four, or ``auto``: by the row's keys.
+        format: One of these, or ``auto``: by the row's keys.
 
     Raises:
         DataError: what is wrong with the row, and in which file and line it is.
@@ -57,10 +67,8 @@ def to_example(
     >>> example.messages[-1].content, dict(example.fields)
     ('{"kind": "ham", "sure": 90}', {'sender': 'Ann'})
     """
-    row = dict(raw)
-    for field, column in (columns or {}).items():
-        if column in row:
-            row[field] = row.pop(column)
+    columns = columns or {}
+    row, left_out = json_row(_renamed(raw, columns))
     try:
         parsed = _parse_row(row, task, format, needs_answer=True)
         _check_turns(parsed)
@@ -70,8 +78,30 @@ def to_example(
         chat = (*parsed.prompt, Message("assistant", dump_answer(answer, task.schema)))
         _check_json(parsed.fields, chat)
     except DataError as error:
-        raise DataError(f"{where}: {error.message}", fix=error.fix or _DROP) from error
+        fix = _absent_column(raw, columns) or error.fix or _DROP
+        raise DataError(f"{where}: {error.message}{_about(left_out)}", fix=fix) from error
     return Example(parsed.id or _hash_id(chat), chat, parsed.fields, answer)
+
+
+def _renamed(raw: Row, columns: Mapping[str, str]) -> dict[str, Any]:
+    """The row with its columns under the names of the task's fields."""
+    renamed = {field: raw[column] for field, column in columns.items() if column in raw}
+    return {key: value for key, value in raw.items() if key not in columns.values()} | renamed
+
+
+def _absent_column(raw: Row, columns: Mapping[str, str]) -> str | None:
+    """The fix for a row that lacks a column that ``columns`` names."""
+    absent = [column for column in columns.values() if column not in raw]
+    if not absent:
+        return None
+    near = closest(absent[0], raw)
+    hint = f"; did you mean {near!r}?" if near else ""
+    return f"correct columns: the row has no column {absent[0]!r}, it has {listed(raw)}{hint}"
+
+
+def _about(left_out: Mapping[str, str]) -> str:
+    """What to say of columns that are not text, in the error of a row that may need them."""
+    return "".join(f"; the column {name!r} holds {kind}, not text" for name, kind in left_out.items())
 
 
 class Item(NamedTuple):
@@ -118,10 +148,11 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
     if row.keys() == _PREPARED and row["id"] and row["messages"]:
         prepared = from_row(row)
         return Item(str(prepared.id), _without_answer(prepared.messages), prepared.fields)
+    row, left_out = json_row(row)
     try:
         parsed = _parse_row(row, task, "auto", needs_answer=False)
     except DataError as error:
-        raise DataError(f"item {number}: {error.message}", fix=error.fix) from error
+        raise DataError(f"item {number}: {error.message}{_about(left_out)}", fix=error.fix) from error
     return Item(parsed.id or _item_id(parsed, task), parsed.prompt, parsed.fields)
 
 
@@ -144,7 +175,7 @@ def _parse_row(row: Row, task: Task, format: str, *, needs_answer: bool) -> _Par
     elif format == "alpaca":
         messages, answer = _alpaca(row, needs_answer)
     else:
-        messages = _openai(row, needs_answer) if format == "openai" else _messages(row, needs_answer)
+        messages = _chat(row, task, {} if format == "messages" else _OPENAI_ROLES, needs_answer)
         answer = messages[-1].content if messages and messages[-1].role == "assistant" else None
         messages = list(_without_answer(messages))
     return _ParsedRow(_own_id(row, task), tuple(messages), answer, _fields(row, task, format))
@@ -159,6 +190,8 @@ def _format_of(row: Row, task: Task) -> str:
         return "openai"
     if all(name in row for name in task.input_fields) and ("answer" in row or _has_answer_columns(row, task)):
         return "plain"
+    if chat_column(row):
+        return "sharegpt"
     if "instruction" in row and "output" in row:
         return "alpaca"
     return "openai" if "prompt" in row and "completion" in row else "plain"
@@ -179,7 +212,11 @@ def _fields(row: Row, task: Task, format: str) -> dict[str, Any]:
     """
     kept = {task.title, task.group, *task.slices}
     used = {"answer", "messages", task.id, "id"} | (
-        {*task.input_fields, *task.schema["properties"]} if format == "plain" else _CHAT_KEYS
+        {*task.input_fields, *task.schema["properties"]}
+        if format == "plain"
+        else _ALPACA_KEYS
+        if format == "alpaca"
+        else {*_CHAT_KEYS, chat_column(row)}
     )
     fields = {key: value for key, value in row.items() if key in kept or key not in used}
     if format != "plain" and isinstance(row.get("fields"), Mapping):
@@ -226,13 +263,25 @@ def _plain(row: Row, task: Task, needs_answer: bool) -> tuple[list[Message], Any
     if "answer" in row and "answer" not in properties:
         answer = row["answer"]
     else:
-        columns = {key: row[key] for key in properties if key in row}
-        answer = columns if _has_answer_columns(row, task) else None
-    if answer is None and needs_answer:
-        column = task.label or next(iter(properties), "")
-        raise DataError(f"no assistant turn, no 'answer' and no column {column!r}", fix=_DROP)
+        answer = _answer_of_columns(row, task) if _has_answer_columns(row, task) else None
+    no_answer = answer is None and needs_answer
+    missing = [name for name in task.input_fields if row.get(name) is None]
+    if missing or no_answer:
+        raise missing_fields(row, task, missing, needs_answer=no_answer)
     system, user = task.prompt(row)
     return [*([Message("system", system)] if system else []), Message("user", user)], answer
+
+
+def _answer_of_columns(row: Row, task: Task) -> dict[str, Any]:
+    """The answer's fields among the columns. Null is no value of a field that may be left out: tables have no
+    other way to say so.
+    """
+    required = task.schema.get("required", ())
+    return {
+        key: row[key]
+        for key, schema in task.schema["properties"].items()
+        if key in row and (row[key] is not None or key in required or "null" in json_types(schema))
+    }
 
 
 def _alpaca(row: Row, needs_answer: bool) -> tuple[list[Message], str | None]:
@@ -246,30 +295,61 @@ def _alpaca(row: Row, needs_answer: bool) -> tuple[list[Message], str | None]:
     if empty and needs_answer:
         raise DataError("no assistant turn: output is empty")
     turns = [Message("system", _text(row["system"], "system"))] if row.get("system") else []
+    turns += _history(row.get("history"))
     user = f"{instruction.strip()}\n\n{extra.strip()}".strip()
     return [*turns, Message("user", user)], None if empty else _text(output, "output")
 
 
-def _openai(row: Row, needs_answer: bool) -> list[Message]:
-    turns = row.get("messages")
-    if turns is None and "prompt" in row and "completion" in row:
-        prompt, completion = row["prompt"], row["completion"]
-        before = prompt if isinstance(prompt, list) else [{"role": "user", "content": prompt}]
-        after = completion if isinstance(completion, list) else [{"role": "assistant", "content": completion}]
-        turns = [*before, *after]
-    return _turns(turns, _OPENAI_ROLES, needs_answer)
+def _history(pairs: Any) -> list[Message]:
+    """The earlier turns of an Alpaca row, which are pairs of a question and an answer."""
+    if isinstance(pairs, str) and pairs.strip():
+        with suppress(ValueError, RecursionError):  # a CSV file holds them as JSON text
+            pairs = json.loads(pairs)
+    if not pairs:
+        return []
+    if not isinstance(pairs, list):
+        raise DataError(f"history: a list of pairs is needed, not {_show(pairs)}")
+    turns = []
+    for index, pair in enumerate(pairs):
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise DataError(f"history[{index}]: a question and an answer are needed, not {_show(pair)}")
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append(Message(role, _text(text, f"history[{index}]")))
+    return turns
 
 
-def _messages(row: Row, needs_answer: bool) -> list[Message]:
-    return _turns(row.get("messages"), {}, needs_answer)
+def _chat(row: Row, task: Task, aliases: Mapping[str, str], needs_answer: bool) -> list[Message]:
+    """The turns of a chat, with one system turn: leading system and developer turns are joined."""
+    chat = chat_of(row, task)
+    turns = _turns(chat.turns, aliases, needs_answer, chat.column)
+    if chat.system and chat.system.strip():
+        turns = [Message("system", chat.system.strip()), *turns]
+    count = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
+    if count > 1:
+        turns = [Message("system", "\n\n".join(turn.content for turn in turns[:count])), *turns[count:]]
+    return turns
 
 
-def _turns(turns: Any, aliases: Mapping[str, str], needs_answer: bool) -> list[Message]:
+def _turns(
+    turns: Any, aliases: Mapping[str, str], needs_answer: bool, column: str = "messages"
+) -> list[Message]:
     if not isinstance(turns, list):
-        raise DataError(f"messages: a list of turns is needed, not {_show(turns)}")
+        raise DataError(f"{column}: a list of turns is needed, not {_show(turns)}")
     if not needs_answer and turns and _is_empty_answer(turns[-1]):
         turns = turns[:-1]
-    return [_turn(turn, f"messages[{index}]", aliases) for index, turn in enumerate(turns)]
+    return [
+        _turn(turn, f"{column}[{index}]", aliases)
+        for index, turn in enumerate(turns)
+        if not _is_empty_system(turn)
+    ]
+
+
+def _is_empty_system(turn: Any) -> bool:
+    """Whether a system turn says nothing, which many data sets write for a chat without one."""
+    if not isinstance(turn, Mapping) or turn.get("role") not in ("system", "developer"):
+        return False
+    content = turn.get("content")
+    return not (content.strip() if isinstance(content, str) else content)
 
 
 def _is_empty_answer(turn: Any) -> bool:
@@ -330,8 +410,11 @@ def _check_turns(parsed: _ParsedRow) -> None:
 def _valid_answer(value: Any, task: Task) -> dict[str, Any]:
     """The answer in NFC; a :class:`DataError` where it does not fit the task's schema."""
     if isinstance(value, str):
+        value = _label_alone(value, task)
+    if isinstance(value, str):
         parsed, error = parse_answer(value, task.schema)
         value = parsed if error is None else value
+        error = error and error + _missing_beside_label(value, task)
     else:
         error = check_answer(value, task.schema)
     if error is None and (normal := _nfc(value)) != value:
@@ -343,6 +426,29 @@ def _valid_answer(value: Any, task: Task) -> dict[str, Any]:
     return dict(json.loads(dump_answer(value, task.schema)))
 
 
+def _label_alone(text: str, task: Task) -> Any:
+    """A text that is not JSON as the value of the label, where the schema needs no other field; of a task
+    without a label as the value of the only field.
+    """
+    properties = task.schema["properties"]
+    name = task.label or (next(iter(properties)) if len(properties) == 1 else None)
+    needs_more = {*task.schema.get("required", ())} - {name}
+    if name is None or needs_more or text.lstrip()[:1] in ("{", "[") or not text.strip():
+        return text
+    return {name: text.strip()} if "string" in json_types(properties[name]) else text
+
+
+def _missing_beside_label(text: Any, task: Task) -> str:
+    """The rest of the error about an answer that is a label alone, where the schema needs more."""
+    if not task.label or not isinstance(text, str) or text.strip() not in task.labels:
+        return ""
+    others = [name for name in task.schema.get("required", ()) if name != task.label]
+    return (
+        f"; it is the {task.label} alone, and the schema requires {', '.join(others)} too: add them, or "
+        f"use a task whose schema requires {task.label} alone"
+    )
+
+
 def _nfc(value: Any) -> Any:
     if isinstance(value, str):
         return unicodedata.normalize("NFC", value)
@@ -352,14 +458,14 @@ def _nfc(value: Any) -> Any:
 
 
 def _check_json(fields: Mapping[str, Any], chat: Sequence[Message]) -> None:
-    """Refuse what cannot be written as UTF-8 JSON: NaN, dates, half surrogate pairs."""
-    try:
-        value = [fields, [message.content for message in chat]]
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"a value that cannot be written as JSON: {' '.join(str(error).split())[:120]}", fix=_DROP
-        ) from error
+    """Refuse what cannot be written as UTF-8: half surrogate pairs."""
+    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in fields.items()}
+    texts |= {f"the {message.role}'s turn": message.content for message in chat}
+    for name, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{name}: half a surrogate pair, which no text has", fix=_DROP) from error
 
 
 def _show(value: Any) -> str:
