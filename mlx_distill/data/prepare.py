@@ -36,6 +36,7 @@ from mlx_distill.progress import NullProgress, Progress
 from mlx_distill.recipe import DataConfig
 from mlx_distill.records import Example
 from mlx_distill.storage import atomic_path, os_errors, scratch, write_json
+from mlx_distill.tasks.prompt import parse_prompt
 from mlx_distill.tasks.task import Task
 
 FORMAT = 1
@@ -168,9 +169,7 @@ def _read(
 
 def _constant_shingles(task: Task, cache: dict[str, int]) -> UInt64[np.ndarray, " n"]:
     """The shingles of the prompt's own words: every row has them, so they say nothing about similarity."""
-    import string
-
-    literals = [words(literal) for literal, *_ in string.Formatter().parse(task.user) if literal]
+    literals = [words(part) for part in parse_prompt(task.user) if isinstance(part, str)]
     hashes = [shingles(tokens, cache) for tokens in literals if len(tokens) >= 3]
     return np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.tasks.schema import validator_of
 
 _LONGEST_ERROR = 200
 
@@ -167,19 +168,7 @@ def label_prefix(schema: Mapping[str, Any], label: str, answer: Mapping[str, Any
 
 @functools.lru_cache(maxsize=64)
 def _validator(schema_text: str) -> Any:
-    from jsonschema import SchemaError
-    from jsonschema.validators import validator_for
-
-    schema = json.loads(schema_text)
-    validator = validator_for(schema)
-    try:
-        validator.check_schema(schema)
-    except SchemaError as error:
-        raise ConfigError(
-            f"the answer schema is not a JSON schema: {_short(error.message)}",
-            fix="correct the task's schema",
-        ) from error
-    return validator(schema)
+    return validator_of(json.loads(schema_text))
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

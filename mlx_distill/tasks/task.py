@@ -6,12 +6,14 @@ A task is a YAML file, packaged in ``assets/<name>/task.yaml`` or written by a u
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import ASSETS, from_mapping, option, packaged, read_yaml
 from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.tasks.prompt import Field, parse_prompt, render_prompt
+from mlx_distill.tasks.schema import check_score, open_fields, validator_of
 
 
 @dataclass(frozen=True)
@@ -31,13 +33,18 @@ class Task:
     )
     positive: tuple[str, ...] = option((), "classes that count as positive for precision and recall")
     score: str | None = option(None, "the answer's field with a number")
-    score_tolerance: float = option(5.0, "how far two scores may lie apart and still agree")
+    score_tolerance: float = option(5.0, "how far two scores may lie apart and still agree", low=0.0)
     score_scale: tuple[float, float] = option((0.0, 100.0), "lowest and highest score")
     slices: tuple[str, ...] = option((), "fields of a row by which results are split")
     group: str | None = option(None, "the field of a row between whose values error rates must not differ")
     id: str = option("id", "the field of a row with its name")
     title: str | None = option(None, "the field of a row that the report shows it by")
-    max_answer_tokens: int = option(256, "most tokens of an answer")
+    max_answer_tokens: int = option(256, "most tokens of an answer", low=1)
+    open: tuple[str, ...] = option(
+        (),
+        "fields of the answer whose enum in the schema is only a proposal: any text is valid there",
+        default_keyed=False,
+    )
     description: str = option("", "one line for the list of tasks", keyed=False)
 
     @property
@@ -48,31 +55,33 @@ class Task:
     @property
     def input_fields(self) -> tuple[str, ...]:
         """The fields of a row that the prompt names."""
-        import string
-
-        names = [name for _, name, _, _ in string.Formatter().parse(self.system + self.user) if name]
-        return tuple(dict.fromkeys(names))
+        parts = [
+            *parse_prompt(self.system, f"{self.name}: system"),
+            *parse_prompt(self.user, f"{self.name}: user"),
+        ]
+        return tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Field)))
 
     def prompt(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """The system and user prompts of one row.
 
         Raises:
-            DataError: the row lacks a field of the prompt.
+            DataError: the row lacks a field of the prompt, or has a value that does not suit it.
         """
         missing = [name for name in self.input_fields if row.get(name) is None]
         if missing:
             raise DataError(
                 f"no field {missing[0]!r}", fix=f"the task {self.name!r} needs {', '.join(self.input_fields)}"
             )
-        return self.system.format_map(row).strip(), self.user.format_map(row).strip()
+        return render_prompt(self.system, row).strip(), render_prompt(self.user, row).strip()
 
 
 def parse_task(raw: Mapping[str, Any], where: str) -> Task:
     """A task from a YAML mapping.
 
     Raises:
-        ConfigError: an unknown or missing key, a label without an enum, an unknown positive class or score,
-            or positive classes or a group without a label.
+        ConfigError: an unknown or missing key, a schema that is none, a label without an enum, an unknown
+            positive class, a score that is no number or has other limits than ``score_scale``, braces in a
+            prompt that are not a field, or positive classes or a group without a label.
     """
     task = from_mapping(Task, raw, where)
     properties = task.schema.get("properties") if isinstance(task.schema, Mapping) else None
@@ -80,12 +89,13 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
         raise ConfigError(
             f"{where}: schema is not an object with properties", fix="give a JSON schema with type: object"
         )
+    validator_of(task.schema, f"{where}: schema")
     _check_label(task, properties, where)
-    if task.score and task.score not in properties:
-        raise ConfigError(
-            f"{where}: score field {task.score!r} is not in the schema", fix="name a property of the schema"
-        )
-    return task
+    if task.score:
+        check_score(task.schema, task.score, task.score_scale, where)
+    for key in ("system", "user"):
+        parse_prompt(getattr(task, key), f"{where}: {key}")
+    return replace(task, schema=open_fields(task.schema, task.open, where)) if task.open else task
 
 
 def _check_label(task: Task, properties: Mapping[str, Any], where: str) -> None:
@@ -97,11 +107,20 @@ def _check_label(task: Task, properties: Mapping[str, Any], where: str) -> None:
                     fix=f"name the field with the classes as label, or remove {key}",
                 )
         return
-    enum = (properties.get(task.label) or {}).get("enum")
+    if task.label in task.open:
+        raise ConfigError(
+            f"{where}: open: {task.label!r} is the label, whose classes must be listed",
+            fix="take it out of open, or leave out label for a task without classes",
+        )
+    part = properties.get(task.label)
+    enum = part.get("enum") if isinstance(part, Mapping) else None
     if not enum or len(set(enum)) < 2 or not all(isinstance(name, str) for name in enum):
+        quotes = "put each class in quotes (YAML reads yes and no as true and false)"
         raise ConfigError(
             f"{where}: label field {task.label!r} has no enum of two or more strings",
-            fix="list the classes in the schema, or leave out label for a task without classes",
+            fix=quotes
+            if enum and not all(isinstance(name, str) for name in enum)
+            else "list the classes in the schema, or leave out label for a task without classes",
         )
     unknown = [name for name in task.positive if name not in enum]
     if unknown:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.tasks.answer import check_answer
 from mlx_distill.tasks.task import load_task, parse_task
 
 TASK: dict[str, Any] = {
@@ -78,6 +79,12 @@ def test_the_prompt_is_filled_from_the_row() -> None:
         ({"positive": ["green"]}, "positive class 'green' is not one of red, blue"),
         ({"score": "height"}, "score field 'height' is not in the schema"),
         ({"score_scale": [0]}, "score_scale: 2 values are needed"),
+        ({"score_scale": [100, 0]}, "score_scale: 100 is not below 0"),
+        ({"score": "colour"}, "score field 'colour' is of the type string, not a number"),
+        ({"open": ["hue"]}, "open: no property 'hue' in the schema"),
+        ({"open": ["depth"]}, "open: 'depth' has no enum"),
+        ({"open": ["colour"]}, "open: 'colour' is the label"),
+        ({"max_answer_tokens": 0}, "max_answer_tokens: 0 is below 1"),
     ],
 )
 def test_an_invalid_task_is_refused_with_file_and_fix(changes: dict[str, Any], words: str) -> None:
@@ -103,3 +110,134 @@ def test_a_task_without_a_label_has_no_classes() -> None:
     raw = {"name": "notes", "system": "", "user": "{text}", "schema": schema}
     task = parse_task(raw, "task.yaml")
     assert task.label is None and task.labels == ()
+
+
+def test_an_enum_of_other_things_than_text_is_told_about_quotes() -> None:
+    raw = changed(schema=schema(enum=[True, False]), positive=[])
+    with pytest.raises(ConfigError, match="no enum of two or more strings") as caught:
+        parse_task(raw, "task.yaml")
+    assert "quotes (YAML reads yes and no as true and false)" in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize(
+    ("limits", "scale", "is_valid"),
+    [
+        ({"minimum": 0, "maximum": 100}, [0, 100], True),
+        ({"minimum": 0, "maximum": 10}, [0, 100], False),
+        ({"minimum": 1, "maximum": 100}, [0, 100], False),
+        ({"maximum": 10}, [0, 10], True),
+        ({}, [0, 5], True),
+        ({"enum": [1, 2]}, [1, 2], True),
+        ({"type": ["integer", "null"]}, [0, 5], True),
+        ({"type": "array"}, [0, 5], False),
+        ({"enum": ["1", "2"]}, [1, 2], False),
+    ],
+)
+def test_a_score_is_a_number_with_the_limits_of_its_scale(
+    limits: dict[str, Any], scale: list[int], is_valid: bool
+) -> None:
+    raw = changed(score_scale=scale)
+    raw["schema"]["properties"]["depth"] = limits
+    if is_valid:
+        assert parse_task(raw, "task.yaml").score_scale == tuple(scale)
+        return
+    with pytest.raises(ConfigError, match=r"^task\.yaml: .*score") as caught:
+        parse_task(raw, "task.yaml")
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    ("properties", "words"),
+    [
+        (
+            {"depth": {"type": "nmber"}},
+            "schema.properties.depth.type: not a JSON schema: 'nmber' is not a type",
+        ),
+        ({"depth": {"minimun": 0}}, "schema.properties.depth: unknown keyword 'minimun'"),
+        ({"depth": [1]}, "schema.properties.depth: not a JSON schema"),
+        ({"tags": {"items": {"maxLenght": 3}}}, "schema.properties.tags.items: unknown keyword 'maxLenght'"),
+        ({"tags": {"anyOf": [{}, {"type": 3}]}}, "schema.properties.tags.anyOf[1]"),
+        ({"note": {"pattern": "("}}, "schema.properties.note.pattern: not a JSON schema: '(' is not"),
+        ({"note": {"$ref": "#/$defs/none"}}, "schema.properties.note.$ref: '#/$defs/none' is not a part"),
+        ({"note": {"enum": [float("nan")]}}, "schema cannot be written as JSON"),
+        ({True: {}}, "schema: the name True is not text"),
+    ],
+)
+def test_a_schema_that_is_none_is_refused_with_the_path(properties: dict[Any, Any], words: str) -> None:
+    raw = changed()
+    raw["schema"]["properties"].update(properties)
+    with pytest.raises(ConfigError) as caught:
+        parse_task(raw, "task.yaml")
+    assert caught.value.message.startswith("task.yaml: ") and words in caught.value.message
+    assert caught.value.fix
+
+
+def test_a_schema_that_no_answer_can_fit_is_refused() -> None:
+    raw = changed()
+    raw["schema"] |= {"additionalProperties": False, "required": ["colour", "dept"]}
+    with pytest.raises(ConfigError, match=r"schema\.required: 'dept' is not one of the properties") as caught:
+        parse_task(raw, "task.yaml")
+    assert caught.value.fix == "did you mean 'depth'?"
+
+
+def test_keywords_of_other_vocabularies_and_references_are_left_alone() -> None:
+    raw = changed()
+    raw["schema"] |= {"$defs": {"tag": {"type": "string"}}, "x-origin": "here", "title": "An answer"}
+    raw["schema"]["properties"]["tag"] = {"$ref": "#/$defs/tag", "example": "a", "nullable": True}
+    assert check_answer({"colour": "red", "tag": 3}, parse_task(raw, "task.yaml").schema) is not None
+
+
+def test_open_fields_take_any_text_of_the_same_form() -> None:
+    closed, task = load_task("music"), load_task({"name": "music", "open": ["themes", "emotion"]})
+    answer = {
+        "verdict": "RECOMMENDED",
+        "score": 95,
+        "themes": ["grace"],
+        "sentiment": "positive",
+        "safety": [],
+    }
+    answer |= {"emotion": "awe", "scripture_references": []}
+    assert check_answer(answer, closed.schema) and check_answer(answer, task.schema) is None
+    for wrong in ({"emotion": 3}, {"themes": "grace"}, {"themes": []}, {"sentiment": "awe"}):
+        assert check_answer(answer | wrong, task.schema)
+    assert closed.schema["properties"]["emotion"]["enum"]  # the packaged task is not touched
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words", "fix"),
+    [
+        ('A {"label": "a"}.', 'line 1, character 3: \'{"label": "a"}\'', 'A {{"label": "a"}}.'),
+        ('{"a": {"b": "{text}"}}', "line 1, character 1: a single {", '{{"a": {{"b": "{text}"}}}}'),
+        ('{{"a": {"b": 1}}}', "line 1, character 8", '{{"a": {{"b": 1}}}}'),
+        ("Say:\nUse } and {.", "line 2, character 5: a single }", "Use }} and {{."),
+        ("{} {text}", "'{}' is not a field", "{{}} {text}"),
+        ("{0}", "'{0}' is not a field", "{{0}}"),
+        ("{ text }", "'{ text }' is not a field", "write {text};"),
+        ("{a.b}", "'{a.b}' looks inside of a field", "such as {a}"),
+        ("{a[0]}", "'{a[0]}' looks inside of a field", "such as {a}"),
+        ("{a!r}", "'{a!r}': conversions", "write {a}"),
+        ("{a:{b}}", "a single {", "{{"),
+        ("{a:99999999}", "is not a field", "{{"),
+        ("{a: b}", "is not a field", "{{a: b}}"),
+    ],
+)
+@pytest.mark.parametrize("key", ["system", "user"])
+def test_braces_that_are_not_a_field_are_refused_with_the_corrected_line(
+    prompt: str, words: str, fix: str, key: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_task(changed(**{key: prompt}), "task.yaml")
+    assert caught.value.message.startswith(f"task.yaml: {key}: line") and words in caught.value.message
+    assert fix in (caught.value.fix or "")
+
+
+def test_a_prompt_may_show_json_and_format_numbers() -> None:
+    task = parse_task(
+        changed(system='{{"a": "{thing}"}}', user="{text} {Deep Column} {size:.2f}"), "task.yaml"
+    )
+    assert task.input_fields == ("thing", "text", "Deep Column", "size")
+    row = {"thing": "{x}", "text": "}", "Deep Column": 1, "size": 2}
+    assert task.prompt(row) == ('{"a": "{x}"}', "} 1 2.00")
+    with pytest.raises(DataError, match=r"size: 'big' cannot be written as {size:\.2f}") as caught:
+        task.prompt({**row, "size": "big"})
+    assert caught.value.fix
