@@ -18,6 +18,7 @@ from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
 from mlx_distill.models.checkpoint.tensor_job import check_finite
 from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, read_object
+from mlx_distill.models.convert import plan_notes
 from mlx_distill.models.hub import resolve
 from mlx_distill.models.peft import PEFT_FILE, is_peft, peft_settings
 from mlx_distill.storage import Manifest, check_folder, finished_name, partial_folder, read_manifest, sha256
@@ -231,7 +232,7 @@ def _model(folder: Path, manifest: Manifest | None, problems: list[str], verify:
         "rope": _rope_text(rope.kind, rope.theta, rope.scaling),
         "head": "tied to the embedding" if config.get("tie_word_embeddings") else "not tied",
         "template": _template(folder),
-        "note": plan.architecture.stock_difference(config),
+        "note": "; ".join(plan_notes(plan)) or None,
         **_provenance(manifest),
     }
     return InspectReport(str(folder), "model", facts, tuple(rows), tuple(problems), verify)

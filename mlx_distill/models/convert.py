@@ -32,7 +32,7 @@ class ConversionReport:
     """What a conversion did, or with ``dry_run`` would do: a line for each tensor, and totals.
 
     ``left_out`` are source tensors that are not needed, with the reason; ``resumed`` is the number of shards
-    that an earlier run had finished.
+    that an earlier run had finished; ``notes`` are those of :func:`plan_notes`.
     """
 
     source: str
@@ -45,7 +45,7 @@ class ConversionReport:
     stored_bytes: int
     seconds: float
     resumed: int = 0
-    note: str | None = None
+    notes: tuple[str, ...] = ()
     dry_run: bool = False
 
     @property
@@ -67,7 +67,7 @@ class ConversionReport:
             "source_bytes": self.source_bytes,
             "stored_bytes": self.stored_bytes,
             "largest_error": self.largest_error,
-            "note": self.note,
+            "notes": list(self.notes),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class ConversionReport:
         )
         if self.largest_error:
             out.append(f"largest relative error of a tensor: {self.largest_error:.2e}")
-        return [*out, self.note] if self.note else out
+        return [*out, *self.notes]
 
 
 def convert(
@@ -185,8 +185,9 @@ def convert_into(
     folder = Path(folder)
     plan, jobs = _plan_jobs(resolve(source, revision), quantize, dtype)
     report = _write(str(source), folder, folder, plan, jobs, max_shard_bytes, memory_bytes, progress, name)
-    if report.note and progress:
-        progress.note(f"{name}: {report.note}")
+    if progress:
+        for note in report.notes:
+            progress.note(f"{name}: {note}")
     return report
 
 
@@ -246,9 +247,15 @@ def _report(
         sum(o.nbytes for job in jobs for o in job.outputs),
         seconds,
         sum(s.resumed for s in shards),
-        plan.architecture.stock_difference(plan.config),
+        plan_notes(plan),
         dry_run,
     )
+
+
+def plan_notes(plan: CheckpointPlan) -> tuple[str, ...]:
+    """What a user has to know of a model: how its folder was read, and where stock mlx-lm differs."""
+    difference = plan.architecture.stock_difference(plan.config)
+    return (*plan.notes, difference) if difference else plan.notes
 
 
 TENSOR_TABLE = "tensors.json"
@@ -366,9 +373,17 @@ def shard_hashes(folder: Path) -> dict[str, str]:
     return {shard["name"]: shard["sha256"] for shard in read_object(folder / TENSOR_TABLE)["shards"]}
 
 
+def source_config(plan: CheckpointPlan) -> dict[str, Any]:
+    """config.json of the source, with the tying that its tensors have."""
+    config = dict(read_object(plan.folder / "config.json"))
+    if "tie_word_embeddings" in config:
+        config["tie_word_embeddings"] = plan.config["tie_word_embeddings"]
+    return config
+
+
 def mlx_config(plan: CheckpointPlan, jobs: Sequence[TensorJob]) -> dict[str, Any]:
     """The source's config with the keys that stock mlx-lm needs, and ``quantization`` as mlx-lm writes it."""
-    config = dict(read_object(plan.folder / "config.json"))
+    config = source_config(plan)
     arguments = plan.architecture.arguments(plan.config)
     rope = config.get("rope_parameters")
     if rope and "rope_theta" not in config:

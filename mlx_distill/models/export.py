@@ -21,8 +21,8 @@ from mlx_distill.models.checkpoint.tensor_job import (
     table_row,
 )
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
-from mlx_distill.models.config_files import adapter_base, is_adapter, read_object
-from mlx_distill.models.convert import stream_shards, update_loss_note
+from mlx_distill.models.config_files import adapter_base, is_adapter
+from mlx_distill.models.convert import source_config, stream_shards, update_loss_note
 from mlx_distill.models.folder import source_key, staged_folder
 from mlx_distill.models.hub import copy_tokenizer, resolve
 from mlx_distill.models.peft import Card, from_peft, peft_weights, to_peft, write_peft
@@ -214,7 +214,7 @@ def hf_config(plan: CheckpointPlan, names: Collection[str]) -> dict[str, Any]:
         plan: Of the model.
         names: Of the exported tensors.
     """
-    config = dict(read_object(plan.folder / "config.json"))
+    config = source_config(plan)
     config.pop("quantization", None)
     if config.get("rope_parameters"):
         config.pop("rope_theta", None)

@@ -28,6 +28,7 @@ from mlx_distill.models.config_files import (
     load_config,
     read_object,
 )
+from mlx_distill.models.forward import is_tied
 from mlx_distill.models.hub import copy_tokenizer, resolve
 from mlx_distill.models.modules import cast_model
 from mlx_distill.models.quantization import with_quantization
@@ -177,6 +178,8 @@ def save_model(
         for path, module in modules.items()
         if "scales" in module
     }
+    if "tie_word_embeddings" in config:
+        config["tie_word_embeddings"] = is_tied(model)
     write_json(folder / "config.json", with_quantization(config, settings))
     copy_tokenizer(base, folder, others=True)
 

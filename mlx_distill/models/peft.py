@@ -19,14 +19,13 @@ from mlx_distill.models.adapters import (
 )
 from mlx_distill.models.architectures.registry import architecture_of
 from mlx_distill.models.checkpoint.layout import ModuleNames
-from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint, planned_config
 from mlx_distill.models.checkpoint.safetensors import read_header
 from mlx_distill.models.config_files import (
     ADAPTER_CONFIG,
     ADAPTER_FILE,
     adapter_base,
     is_adapter,
-    load_config,
     read_object,
 )
 from mlx_distill.models.folder import source_key, staged_folder
@@ -134,7 +133,7 @@ def peft_weights(folder: Path) -> dict[str, mx.array]:
     """
     if not (folder / ADAPTER_CONFIG).is_file():
         raise ModelError(f"{folder} holds no adapter", fix="export the whole model with --to hf")
-    config = load_config(folder)
+    config = planned_config(folder)
     names = architecture_of(config, str(folder)).modules
     routers = tuple(f".{name}" for name in names.routers)
     infos, _ = read_header(folder / ADAPTER_FILE)  # raises with the name of a truncated tensor
@@ -175,7 +174,7 @@ def write_peft(folder: Path, destination: Path, weights: dict[str, mx.array], ba
     Returns:
         The paths of the adapted modules.
     """
-    settings, config = adapter_settings(folder), load_config(folder)
+    settings, config = adapter_settings(folder), planned_config(folder)
     embedding = architecture_of(config, str(folder)).modules.embedding
     paths, saved = set(), set()
     for name in weights:
@@ -240,7 +239,7 @@ def from_peft(source: str | Path, destination: str | Path, base: str | Path | No
         raise ModelError(f"{file} is missing", fix="save the adapter as safetensors")
     base = base or str(config.get("base_model_name_or_path") or "")
     base_folder = resolve(base)
-    base_config = load_config(base_folder)
+    base_config = planned_config(base_folder)
     names = architecture_of(base_config, str(base_folder)).modules
     weights = _from_peft_names(file, settings.modules_to_save, names.head if tie else None)
     if _is_tied(base_config):

@@ -80,9 +80,8 @@ def test_stock_mlx_lm_still_rounds_the_correction_range(golden: Any, logits: Any
         model, _ = stock_load(tmp_path / name)
         prompt, wanted = logits(name)
         assert error(cast_model(model, "float32")(prompt), wanted) > 0.1
-        assert report.note is not None
-        assert said in report.note
-        assert report.lines()[-1] == report.note
+        assert said in report.notes[-1]
+        assert report.lines()[-1] == report.notes[-1]
 
 
 PACKED = [
@@ -114,7 +113,7 @@ def test_stock_mlx_lm_computes_the_same_where_nothing_is_said(
             rope_scaling=None,
             rope_theta=None,
         )
-    assert convert(folder, tmp_path / "out", quantize).note is None
+    assert convert(folder, tmp_path / "out", quantize).notes == ()
     stock, _ = stock_load(tmp_path / "out")
     ours, _ = load_model(tmp_path / "out", dtype="float32")
     prompt, wanted = logits(name)

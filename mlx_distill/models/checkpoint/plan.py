@@ -8,14 +8,32 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+import numpy as np
+
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import architecture_of, expected_shapes
-from mlx_distill.models.checkpoint.layout import Architecture, TensorPlan, forward_plan, source_name
-from mlx_distill.models.checkpoint.safetensors import Checkpoint, open_checkpoint
-from mlx_distill.models.config_files import load_config
+from mlx_distill.models.checkpoint.layout import (
+    Architecture,
+    ModuleNames,
+    TensorPlan,
+    forward_plan,
+    source_name,
+)
+from mlx_distill.models.checkpoint.names import plain_names
+from mlx_distill.models.checkpoint.safetensors import (
+    DTYPE_BYTES,
+    FLOATS,
+    Checkpoint,
+    Source,
+    open_checkpoint,
+)
+from mlx_distill.models.checkpoint.tensor_job import from_raw
+from mlx_distill.models.config_files import adapter_base, is_adapter, load_config
 from mlx_distill.models.quantization import Quantization
 
 _FLOATING_POINT_MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}  # by bits and group size
+_COMPARED_BYTES = 1 << 24  # of a tensor at a time
 
 
 @dataclass(frozen=True)
@@ -24,6 +42,7 @@ class CheckpointPlan:
 
     ``tensors`` are the plans, ``left_out`` source tensors that are not needed with the reason,
     ``quantization`` the quantization of each module that is quantized in the checkpoint, by path.
+    ``notes`` say what a user has to know of how the folder was read.
     """
 
     folder: Path
@@ -33,6 +52,7 @@ class CheckpointPlan:
     tensors: list[TensorPlan]
     left_out: list[tuple[str, str]]
     quantization: dict[str, Quantization]
+    notes: tuple[str, ...] = ()
 
     @property
     def quantizable(self) -> set[str]:
@@ -64,11 +84,70 @@ def plan_checkpoint(folder: Path) -> CheckpointPlan:
     where = str(folder / "config.json")
     architecture = architecture_of(config, where)
     checkpoint = open_checkpoint(folder)
-    tensors, left_out = forward_plan(architecture, checkpoint.tensors, config)
+    named, names_note = plain_names(checkpoint.tensors, architecture.modules, checkpoint.listing)
+    sources, config, head_note = _own_head(named, architecture.modules, config, where)
+    tensors, left_out = forward_plan(architecture, sources, config)
     shapes = expected_shapes(config, where)
     quantization = _check_tensors(checkpoint, architecture, shapes, {t.name: t for t in tensors})
     reasons = [(source.name, reason) for source, reason in left_out]
-    return CheckpointPlan(folder, config, architecture, checkpoint, tensors, reasons, quantization)
+    notes = tuple(note for note in (checkpoint.note, names_note, head_note) if note)
+    return CheckpointPlan(folder, config, architecture, checkpoint, tensors, reasons, quantization, notes)
+
+
+def planned_config(folder: Path) -> dict[str, Any]:
+    """The config with which a model folder, or the base of an adapter folder, is computed."""
+    return plan_checkpoint(adapter_base(folder) if is_adapter(folder) else folder).config
+
+
+def _own_head(
+    sources: Mapping[str, Source], modules: ModuleNames, config: dict[str, Any], where: str
+) -> tuple[dict[str, Source], dict[str, Any], str | None]:
+    """A tied model's tensors and config, untied if the checkpoint's head differs from the embedding.
+
+    transformers does the same. A checkpoint that holds only the head of the two, because its writer removed
+    the other name of a shared tensor, has the head as its embedding.
+
+    Returns:
+        The tensors, the config, and a note if the config was wrong.
+    """
+    tensors = dict(sources)
+    head = tensors.get(f"{modules.head}.weight")
+    embedding = tensors.get(f"{modules.embedding}.weight")
+    if not config.get("tie_word_embeddings") or head is None:
+        return tensors, config, None
+    if embedding is None:
+        tensors[f"{modules.embedding}.weight"] = tensors.pop(f"{modules.head}.weight")
+        return tensors, config, None
+    scales = [tensors.get(f"{path}.scales") for path in (modules.head, modules.embedding)]
+    biases = [tensors.get(f"{path}.biases") for path in (modules.head, modules.embedding)]
+    if all(_equal(*pair) for pair in ((head, embedding), scales, biases)):
+        return tensors, config, None
+    note = f"{where}: tie_word_embeddings is true, but {head.where} differs from the embedding: not tied"
+    return tensors, {**config, "tie_word_embeddings": False}, note
+
+
+def _equal(a: Source | None, b: Source | None) -> bool:
+    """Whether two tensors have the same values, compared a few rows at a time."""
+    if a is None or b is None:
+        return a is b
+    if a.shape != b.shape:
+        return False
+    if a.dtype != b.dtype and not {a.dtype, b.dtype} <= set(FLOATS):
+        return False
+    columns = a.shape[-1] if a.shape else 1
+    rows = prod(a.shape[:-1])
+    step = max(_COMPARED_BYTES // max(columns * DTYPE_BYTES[a.dtype], 1), 1)
+    for start in range(0, rows, step):
+        stop = min(start + step, rows)
+        first, second = a.read(start, stop), b.read(start, stop)
+        if a.dtype == b.dtype:
+            same = np.array_equal(first, second)
+        else:
+            values = (from_raw(first, a.dtype), from_raw(second, b.dtype))
+            same = bool(mx.array_equal(*(value.astype(mx.float32) for value in values)))
+        if not same:
+            return False
+    return True
 
 
 def _check_tensors(

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -22,6 +22,7 @@ from mlx_distill.errors import ModelError
 from mlx_distill.storage import os_errors
 
 INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 DTYPE_BYTES = {
     "BOOL": 1,
     "U8": 1,
@@ -201,17 +202,17 @@ def _check_layout(path: Path, tensors: Mapping[str, TensorInfo], base: int, size
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """All tensors of a model folder by name, and its shards."""
+    """All tensors of a model folder by name, and its shards.
+
+    ``listing`` is the file that lists the tensors: the index, or the only shard. ``note`` says which files of
+    the folder are not read, if there are any.
+    """
 
     folder: Path
     tensors: Mapping[str, TensorInfo]
     files: tuple[Path, ...]
-
-    @property
-    def listing(self) -> Path:
-        """The file that lists the tensors: the index, or the only shard."""
-        index = self.folder / INDEX
-        return index if index.is_file() or len(self.files) != 1 else self.files[0]
+    listing: Path
+    note: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -222,15 +223,30 @@ class Checkpoint:
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Read the index and the header of every shard.
 
+    A ``model.safetensors`` that the index does not name is read instead of the index and its shards, as
+    transformers does: it was saved into a folder that held another checkpoint. Other files that the index
+    does not name are not read. Either is said in ``note``.
+
     Raises:
         ModelError: no safetensors, a missing shard, or an index that disagrees with the shards: with file and
             tensor.
     """
     folder = Path(folder)
     index = folder / INDEX
-    if index.is_file():
-        return _open_indexed(folder, index)
     files = sorted(folder.glob("model*.safetensors"))
+    if not index.is_file():
+        return _open_files(folder, files)
+    weight_map = _read_index(index)
+    unnamed = [file.name for file in files if file.name not in weight_map.values()]
+    if SINGLE in unnamed:
+        return _open_single(folder, [INDEX, *(file.name for file in files)])
+    tensors, shards = _open_indexed(folder, index, weight_map, unnamed)
+    note = f"{index} does not name {_few(unnamed)}: not read" if unnamed else None
+    return Checkpoint(folder, tensors, shards, index, note)
+
+
+def _open_files(folder: Path, files: Sequence[Path]) -> Checkpoint:
+    """The tensors of all files of a folder without an index."""
     if not files:
         patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
         pickled = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
@@ -243,29 +259,52 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_header(file)[0].items():
-            if name in tensors:
-                raise ModelError(
-                    f"{info.where} is also in {tensors[name].file.name}", fix="remove the stale shard"
-                )
-            tensors[name] = info
-    return Checkpoint(folder, tensors, tuple(files))
+            if name not in tensors:
+                tensors[name] = info
+                continue
+            if folder / SINGLE in files:
+                return _open_single(folder, [file.name for file in files])
+            raise ModelError(
+                f"{info.where} is also in {tensors[name].file.name}", fix="remove the stale shard"
+            )
+    return Checkpoint(folder, tensors, tuple(files), files[0] if len(files) == 1 else folder)
 
 
-def _open_indexed(folder: Path, index: Path) -> Checkpoint:
+def _open_single(folder: Path, names: Sequence[str]) -> Checkpoint:
+    """The tensors of ``model.safetensors`` alone, in a folder that holds these files."""
+    single = folder / SINGLE
+    ignored = _few([name for name in names if name != SINGLE])
+    note = f"{single} is read, as transformers does; not read: {ignored}"
+    return Checkpoint(folder, read_header(single)[0], (single,), single, note)
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """The shard of each tensor."""
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        shards = sorted(set(weight_map.values()))
+        shards = sorted({str(shard) for shard in weight_map.values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(f"{index}: not an index of shards: {error}", fix=_DOWNLOAD) from error
-    tensors: dict[str, TensorInfo] = {}
     for shard in shards:
         if Path(shard).name != shard or not shard.endswith(".safetensors"):
             raise ModelError(
                 f"{index}: {shard!r} is not the name of a safetensors file in the same folder", fix=_DOWNLOAD
             )
+    return {name: str(shard) for name, shard in weight_map.items()}
+
+
+def _open_indexed(
+    folder: Path, index: Path, weight_map: Mapping[str, str], unnamed: Sequence[str]
+) -> tuple[dict[str, TensorInfo], tuple[Path, ...]]:
+    shards = sorted(set(weight_map.values()))
+    tensors: dict[str, TensorInfo] = {}
+    for shard in shards:
         if not (folder / shard).is_file():
             first = next(name for name, file in weight_map.items() if file == shard)
-            raise ModelError(f"{folder / shard} is missing (it holds {first!r})", fix="download that shard")
+            fix = "download that shard"
+            if unnamed:
+                fix += f", or remove {INDEX} if the weights are those in {_few(unnamed)}"
+            raise ModelError(f"{folder / shard} is missing (it holds {first!r})", fix=fix)
         for name, info in read_header(folder / shard)[0].items():
             if weight_map.get(name) != shard:
                 raise ModelError(
@@ -278,4 +317,10 @@ def _open_indexed(folder: Path, index: Path) -> Checkpoint:
             raise ModelError(
                 f"{folder / shard}: tensor {name!r} is in {INDEX} but not in the file", fix=_DOWNLOAD
             )
-    return Checkpoint(folder, tensors, tuple(folder / shard for shard in shards))
+    return tensors, tuple(folder / shard for shard in shards)
+
+
+def _few(names: Sequence[str]) -> str:
+    """At most three names, and how many more there are."""
+    more = len(names) - 3
+    return ", ".join(names[:3]) + (f" and {more} more" if more > 0 else "")
