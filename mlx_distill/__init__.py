@@ -21,12 +21,15 @@ if TYPE_CHECKING:
     from mlx_distill import losses as losses
     from mlx_distill import metrics as metrics
     from mlx_distill import optim as optim
+    from mlx_distill import progress as progress
     from mlx_distill.errors import ConfigError as ConfigError
     from mlx_distill.errors import DataError as DataError
     from mlx_distill.errors import DistillError as DistillError
     from mlx_distill.errors import FileError as FileError
     from mlx_distill.errors import ModelError as ModelError
+    from mlx_distill.exports import export as export
     from mlx_distill.infer.analyze import analyze as analyze
+    from mlx_distill.inspection import inspect as inspect
     from mlx_distill.models.convert import convert as convert
     from mlx_distill.models.load import load as load
     from mlx_distill.pipeline import run as run
@@ -50,6 +53,8 @@ _NAMES = {
     "load": "models.load:load",
     "convert": "models.convert:convert",
     "analyze": "infer.analyze:analyze",
+    "export": "exports:export",
+    "inspect": "inspection:inspect",
     "load_recipe": "recipe:load_recipe",
     "recipe_names": "recipe:recipe_names",
     "load_task": "tasks.task:load_task",
@@ -58,6 +63,7 @@ _NAMES = {
     "optim": "optim",
     "metrics": "metrics",
     "doctor": "doctor",
+    "progress": "progress",
     # classes
     "Recipe": "recipe:Recipe",
     "Task": "tasks.task:Task",

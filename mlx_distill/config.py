@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import difflib
 import math
 import types
 import typing
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from mlx_distill.errors import ConfigError, from_os_error
+from mlx_distill.text import did_you_mean
 
 T = TypeVar("T")
 
@@ -143,8 +143,7 @@ def from_mapping(cls: type[T], raw: Any, where: str) -> T:
     fields = {f.name: f for f in dataclasses.fields(cls) if f.metadata.get("settable", True)}  # type: ignore[arg-type]
     for key in raw:
         if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1)
-            hint = f"did you mean {near[0]!r}?" if near else f"known keys: {', '.join(fields)}"
+            hint = did_you_mean(str(key), fields) or f"known keys: {', '.join(fields)}"
             raise ConfigError(f"{where}: unknown key {key!r}", fix=hint)
     hints = typing.get_type_hints(cls)
     values: dict[str, Any] = {}
@@ -376,35 +375,98 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     return raw
 
 
-def override(raw: Mapping[str, Any], assignments: Sequence[str]) -> dict[str, Any]:
-    """Apply assignments such as ``distill.learning_rate=1e-5`` to a nested mapping; values are read as YAML.
+Overrides = Sequence[str] | Mapping[str, Any]
+
+
+def override(raw: Mapping[str, Any], overrides: Overrides) -> dict[str, Any]:
+    """Set keys of a nested mapping.
+
+    Args:
+        raw: The mapping, which is not changed.
+        overrides: ``{"distill.epochs": 2}``, or texts such as ``distill.epochs=2``, whose values are read as
+            YAML. A number in a dotted name is the position in a list, counted from 0.
+
+    Raises:
+        ConfigError: a text is not KEY=VALUE, or a list has no such position.
 
     >>> override({"distill": {"epochs": 1}}, ["distill.epochs=2"])
     {'distill': {'epochs': 2}}
+    >>> override({"data": {"sources": [{"count": 9}]}}, {"data.sources.0.count": 5})
+    {'data': {'sources': [{'count': 5}]}}
     """
     import copy
 
-    import yaml
-
     out: dict[str, Any] = copy.deepcopy(dict(raw))
-    for text in assignments:
-        path, equals, value = text.partition("=")
-        keys = [key.strip() for key in path.split(".")]
-        if not equals or not all(keys):
-            raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write --set distill.learning_rate=1e-5")
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {text}: the value is not YAML", fix="quote it") from error
-        node = out
-        for key in keys[:-1]:
-            child = node.get(key)
+    for name, value in (pair for one in override_items(overrides) for pair in one.items()):
+        keys = [key.strip() for key in str(name).split(".")]
+        if not all(keys):
+            raise ConfigError(f"{name}: not the name of a key", fix="write distill.learning_rate")
+        node: Any = out
+        for depth, key in enumerate(keys[:-1]):
+            child = _item(node, key, keys[: depth + 1])
             if isinstance(child, str):  # such as task: music, which is short for task: {name: music}
                 child = {"name": child}
-            node[key] = dict(child) if isinstance(child, Mapping) else {}
-            node = node[key]
-        node[keys[-1]] = parsed
+            elif not isinstance(child, list | Mapping):
+                child = {}
+            child = list(child) if isinstance(child, list) else dict(child)
+            _set_item(node, key, child)
+            node = child
+        _item(node, keys[-1], keys)
+        _set_item(node, keys[-1], value)
     return out
+
+
+def override_items(overrides: Overrides) -> list[Mapping[str, Any]]:
+    """Overrides one by one, each as a mapping of one key.
+
+    >>> override_items(["distill.epochs=2"])
+    [{'distill.epochs': 2}]
+    """
+    pairs = overrides.items() if isinstance(overrides, Mapping) else map(_assignment, overrides)
+    return [{name: value} for name, value in pairs]
+
+
+def override_texts(overrides: Overrides) -> list[str]:
+    """Overrides as texts for the command line.
+
+    >>> override_texts({"distill.epochs": 2, "data.domains": ["a"]})
+    ['distill.epochs=2', 'data.domains=["a"]']
+    """
+    import json
+
+    if not isinstance(overrides, Mapping):
+        return list(overrides)
+    return [f"{name}={json.dumps(to_mapping(value), default=str)}" for name, value in overrides.items()]
+
+
+def _assignment(text: str) -> tuple[str, Any]:
+    import yaml
+
+    path, equals, value = text.partition("=")
+    if not equals or not all(key.strip() for key in path.split(".")):
+        raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write --set distill.learning_rate=1e-5")
+    try:
+        return path, yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--set {text}: the value is not YAML", fix="quote it") from error
+
+
+def _item(node: Any, key: str, path: Sequence[str]) -> Any:
+    """The value under a key of a mapping, or at a position of a list; a scalar has none."""
+    if not isinstance(node, list):
+        return node.get(key)
+    if not key.isdigit() or int(key) >= len(node):
+        where = ".".join(path[:-1])
+        positions = f"0 to {len(node) - 1}" if node else "none, it is empty"
+        raise ConfigError(
+            f"{'.'.join(path)}: {where} is a list and has no position {key!r}",
+            fix=f"positions: {positions}; or set the whole list: {where}=[...]",
+        )
+    return node[int(key)]
+
+
+def _set_item(node: Any, key: str, value: Any) -> None:
+    node[int(key) if isinstance(node, list) else key] = value
 
 
 def packaged(name: str) -> Path | None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.config import to_mapping
+from mlx_distill.config import Overrides, override_texts, to_mapping
 from mlx_distill.errors import ConfigError, DistillError, FileError
 from mlx_distill.graph import Stage, graph
-from mlx_distill.progress import EventProgress, NullProgress, Progress
+from mlx_distill.progress import EventProgress, NullProgress, Progress, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.runtime import StopFlag, machine, rank_and_size, stop_on_signal, versions
 from mlx_distill.stages.context import Context
@@ -46,6 +46,7 @@ from mlx_distill.storage import (
     stage_key,
 )
 from mlx_distill.tasks.task import Task
+from mlx_distill.text import known_names
 
 if TYPE_CHECKING:
     from mlx_distill.report import RunReport
@@ -65,7 +66,7 @@ class Runner:
     task: Task
     out: Path
     stages: Sequence[Stage]
-    arguments: str
+    arguments: str | None
     progress: Progress
     resume: bool = True
     from_stage: str | None = None
@@ -75,7 +76,10 @@ class Runner:
     made: list[str] = field(default_factory=list)
 
     def command_line(self, command: str) -> str:
-        """The command line that makes a stage of this run."""
+        """What makes a stage of this run: a command line, or a call where the recipe is not a file."""
+        if self.arguments is None:
+            only = "" if command == "run" else f", only={command!r}"
+            return f"md.run(recipe, {str(self.out)!r}{only})"
         return f"mlx-distill {command} {self.arguments}"
 
     def emit(self, event: str, stage: Stage, **facts: Any) -> None:
@@ -131,11 +135,11 @@ def check_owner(runner: Runner, folder: Path) -> None:
 
 
 def run(
-    recipe: str | Path,
+    recipe: str | Path | Recipe,
     out: str | Path,
     resume: bool = True,
     *,
-    overrides: Sequence[str] = (),
+    overrides: Overrides = (),
     from_stage: str | None = None,
     only: str | None = None,
     dry_run: bool = False,
@@ -149,15 +153,17 @@ def run(
     """Run every stage of a recipe that is not current, and report.
 
     Args:
-        recipe: A packaged recipe's name or a YAML file.
+        recipe: A packaged recipe's name, a YAML file, or a :class:`~mlx_distill.recipe.Recipe`.
         out: The run's folder. The same call continues a run that was interrupted.
         resume: False makes every stage again.
-        overrides: ``KEY=VALUE`` texts over the recipe, such as ``distill.learning_rate=1e-5``.
+        overrides: Keys of the recipe to set: ``{"distill.epochs": 1, "data.sources.0.count": 50}``, or
+            ``KEY=VALUE`` texts.
         from_stage: Make this stage again, and all that follow from it.
         only: Make this stage alone, from its parents as they are (a converted base that is missing is made
             too).
         dry_run: Return the :class:`Plan` and write nothing.
-        progress: Where progress is shown; silent by default.
+        progress: Where progress is shown: on standard error by default, as a live bar on a terminal.
+            ``md.progress.NullProgress()`` is silent.
         hooks: Called with the row of metrics after every step of every training; see
             :mod:`mlx_distill.train.events`.
         events: Called with every event as a dict. ``event`` is ``stage_started``, ``stage_current`` or
@@ -184,15 +190,24 @@ def run(
     task, out = loaded.load_task(), Path(out)
     for name in (from_stage, only):
         if name is not None and name not in COMMANDS:
-            raise ConfigError(f"no stage {name!r}", fix=f"stages: {', '.join(COMMANDS)}")
-    settings = [part for text in overrides for part in ("--set", text)]
+            raise ConfigError(f"no stage {name!r}", fix=known_names(name, COMMANDS, "stages"))
+    settings = [part for text in override_texts(overrides) for part in ("--set", text)]
     arguments = shlex.join([str(recipe), "--out", str(out), *settings])
-    progress = progress or NullProgress()
+    progress = progress or make_progress()
     if events is not None:
         progress = EventProgress(progress, events)
         hooks = [*hooks, lambda row: events({"event": "training_row", "row": row})]
     runner = Runner(
-        loaded, task, out, graph(loaded, task), arguments, progress, resume, from_stage, only, events
+        loaded,
+        task,
+        out,
+        graph(loaded, task),
+        None if isinstance(recipe, Recipe) else arguments,
+        progress,
+        resume,
+        from_stage,
+        only,
+        events,
     )
     rank, num_ranks = rank_and_size()
     if rank == 0:

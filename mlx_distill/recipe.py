@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import (
     ASSETS,
+    Overrides,
     Section,
     current_spelling,
     from_mapping,
     option,
     override,
+    override_items,
     packaged,
     read_yaml,
     sections,
+    to_mapping,
 )
 from mlx_distill.errors import ConfigError
 from mlx_distill.tasks.task import Task, load_task
+from mlx_distill.text import known_names
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
@@ -336,40 +340,55 @@ class Recipe:
         return load_task(self.task, self.base)
 
 
-def load_recipe(spec: str | Path, assignments: Sequence[str] = (), notes: list[str] | None = None) -> Recipe:
-    """Load a packaged recipe by name or a YAML file by path, with ``KEY=VALUE`` overrides.
+def load_recipe(
+    spec: str | Path | Recipe, overrides: Overrides = (), notes: list[str] | None = None
+) -> Recipe:
+    """Load a packaged recipe by name or a YAML file by path, and set some of its keys.
 
     Args:
-        spec: The name or the path.
-        assignments: The overrides, such as ``distill.epochs=2``.
+        spec: The name, the path, or a recipe that is loaded already.
+        overrides: ``{"distill.epochs": 2}``, or texts such as ``distill.epochs=2``; see
+            :func:`mlx_distill.config.override`.
         notes: A note for each key or value that is spelled in an old way is appended to it.
 
     Raises:
         ConfigError: no such recipe, an unknown key, a value of the wrong type or out of range.
+
+    >>> load_recipe("tiny", {"distill.epochs": 2, "data.sources.0.count": 50}).data.sources[0].count
+    50
     """
-    path = Path(spec)
-    if not path.is_file():
-        packaged_path = packaged(f"recipes/{spec}.yaml")
-        if packaged_path is None:
-            raise ConfigError(
-                f"no recipe {str(spec)!r}",
-                fix=f"packaged: {', '.join(recipe_names())}; or give the path of a YAML file",
-            )
-        path = packaged_path
-    raw, renamed = current_spelling(Recipe, read_yaml(path), str(path))
-    for text in assignments:
-        raw, again = current_spelling(Recipe, override(raw, [text]), "--set", replace=True)
+    if isinstance(spec, Recipe):
+        raw, where, base = to_mapping(spec), f"recipe {spec.name}", spec.base
+        raw.pop("base")
+        renamed: list[str] = []
+    else:
+        path = _recipe_path(spec)
+        where, base = str(path), path.resolve().parent
+        raw, renamed = current_spelling(Recipe, read_yaml(path), where)
+    for one in override_items(overrides):
+        raw, again = current_spelling(Recipe, override(raw, one), "--set", replace=True)
         renamed += again
     if notes is not None:
         notes += renamed
-    recipe = replace(from_mapping(Recipe, raw, str(path)), base=path.resolve().parent)
+    recipe = replace(from_mapping(Recipe, raw, where), base=base)
     if recipe.name in ("", "..") or recipe.name != Path(recipe.name).name:  # it names the run's folder
         raise ConfigError(
-            f"{path}: name: {recipe.name!r} cannot be the name of a folder",
+            f"{where}: name: {recipe.name!r} cannot be the name of a folder",
             fix="a word or two, without slashes",
         )
     recipe.load_task()
     return recipe
+
+
+def _recipe_path(spec: str | Path) -> Path:
+    path = Path(spec)
+    if path.is_file():
+        return path
+    packaged_path = packaged(f"recipes/{spec}.yaml")
+    if packaged_path is None:
+        known = known_names(str(spec), recipe_names(), "packaged")
+        raise ConfigError(f"no recipe {str(spec)!r}", fix=f"{known}; or give the path of a YAML file")
+    return packaged_path
 
 
 def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:

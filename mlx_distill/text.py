@@ -7,7 +7,7 @@ between a number and its unit, so that no line breaks there: rates always, sizes
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -186,6 +186,28 @@ def listed(names: Sequence[str]) -> str:
     'a, b and c'
     """
     return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The question that follows a misspelled name, or an empty text where no name is near.
+
+    >>> did_you_mean("anlyze", ["analyze", "run"]), did_you_mean("x", ["analyze"])
+    ("did you mean 'analyze'?", '')
+    """
+    import difflib
+
+    near = difflib.get_close_matches(name, list(names), n=1)
+    return f"did you mean {near[0]!r}?" if near else ""
+
+
+def known_names(name: str, names: Iterable[str], kind: str) -> str:
+    """The fix for a name that does not exist: the nearest one, and all of them.
+
+    >>> known_names("teech", ["teach", "run"], "stages")
+    "did you mean 'teach'? stages: teach, run"
+    """
+    names = list(names)
+    return f"{did_you_mean(name, names)} {kind}: {', '.join(names)}".strip()
 
 
 def value_text(value: Any) -> str:

@@ -15,6 +15,7 @@ from mlx_distill.config import (
     keyed,
     option,
     override,
+    override_texts,
     packaged,
     read_yaml,
     resolve_asset,
@@ -150,6 +151,25 @@ def test_overrides_change_nested_keys(text: str, expected: dict[str, Any]) -> No
     raw = {"distill": {"epochs": 1, "rate": 1.0}, "task": "a"}
     assert override(raw, [text]) == expected
     assert raw == {"distill": {"epochs": 1, "rate": 1.0}, "task": "a"}  # untouched
+
+
+def test_overrides_reach_into_lists() -> None:
+    raw = {"data": {"sources": [{"path": "a"}, {"path": "b"}], "near": [1, 2]}}
+    out = override(raw, ["data.sources.1.count=50", "data.near.0=7"])
+    assert out == {"data": {"sources": [{"path": "a"}, {"path": "b", "count": 50}], "near": [7, 2]}}
+    assert raw["data"]["sources"][1] == {"path": "b"}
+
+
+@pytest.mark.parametrize("name", ["data.sources.2.count", "data.sources.path", "data.sources.x.count"])
+def test_a_position_that_a_list_does_not_have_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"data\.sources is a list and has no position"):
+        override({"data": {"sources": [{}, {}]}}, {name: 1})
+
+
+def test_overrides_of_a_mapping_are_texts_on_a_command_line() -> None:
+    values = {"distill.epochs": 1.5, "data.domains": ["a b", "c"], "compute_dtype": None}
+    texts = override_texts(values)
+    assert override({}, texts) == override({}, values)
 
 
 def test_later_overrides_win() -> None:

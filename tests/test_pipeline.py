@@ -72,6 +72,16 @@ def states(folder: Path, *overrides: str, **options: Any) -> dict[str, str]:
     }
 
 
+def test_a_loaded_recipe_runs_as_its_file_does(copied: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = load_recipe(copied / "recipe.yaml")
+    plan = pipeline.run(recipe, copied / "out", dry_run=True)
+    assert isinstance(plan, Plan) and {row["status"] for row in plan.stages[:-1]} == {"current"}
+    outcome = pipeline.run(recipe, copied / "out", overrides={"data.seed": 1}, only="prepare")
+    assert isinstance(outcome, Outcome)
+    assert outcome.next == f"md.run(recipe, {str(copied / 'out')!r}, only='teach')"
+    assert "data: made again, seed was 0, is 1" in capsys.readouterr().err  # progress is shown by default
+
+
 def to_do(folder: Path, *overrides: str, **options: Any) -> set[str]:
     return {name for name, state in states(folder, *overrides, **options).items() if state != "current"}
 

@@ -99,6 +99,21 @@ def test_only_settings_that_cannot_change_a_result_are_not_keyed() -> None:
     )
 
 
+def test_a_loaded_recipe_takes_overrides_and_keeps_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("name: r\ntask: moderation\nteacher: a\nstudent: b\n", encoding="utf-8")
+    loaded = load_recipe(tmp_path / "r.yaml")
+    changed = load_recipe(loaded, {"teach.epochs": 2, "task": {"name": "music", "max_answer_tokens": 9}})
+    assert (changed.teach.epochs, changed.load_task().max_answer_tokens) == (2, 9)
+    assert changed.base == loaded.base == tmp_path and loaded.teach.epochs == 1
+    assert load_recipe(loaded) == loaded
+
+
+def test_a_misspelled_recipe_gets_the_nearest_name() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_recipe("tiny-moderatoin")
+    assert "did you mean 'tiny-moderation'?" in str(caught.value.fix)
+
+
 def test_overrides_are_part_of_the_recipe() -> None:
     recipe = load_recipe("tiny", ["distill.learning_rate=1e-5", "name=mine", "controls.labels=true"])
     assert (recipe.distill.learning_rate, recipe.name, recipe.controls.labels) == (1e-5, "mine", True)

@@ -10,6 +10,7 @@ import click
 
 from mlx_distill import __version__
 from mlx_distill.errors import DistillError, from_os_error
+from mlx_distill.text import did_you_mean
 
 # In the order of --help: name -> module:attribute under mlx_distill.cli.
 COMMANDS = {
@@ -43,6 +44,16 @@ class Commands(click.Group):
             return None
         module, _, attribute = COMMANDS[cmd_name].partition(":")
         return _with_debug(getattr(import_module(f"mlx_distill.cli.{module}"), attribute))
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command, or name the nearest one."""
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as error:
+            hint = did_you_mean(args[0], self.list_commands(ctx))
+            raise click.UsageError(f"{error.message} {hint.capitalize()}".strip(), ctx) from error
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command, and turn an error into two lines and an exit code."""

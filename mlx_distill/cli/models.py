@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,29 +81,9 @@ def export(
     MODEL is the folder of an MLX model or adapter.
     """
     from mlx_distill.cli.output import echo
-    from mlx_distill.progress import make_progress
-    from mlx_distill.report.model_card import card_text
-    from mlx_distill.report.summary import read_report
+    from mlx_distill.exports import export as export_model
 
-    path = report or model.resolve().parent / "report.json"
-    figures = read_report(path).report if report or path.is_file() else None
-    if layout == "hf":
-        from mlx_distill.models.export import to_hf
-
-        echo(
-            to_hf(
-                model,
-                destination,
-                adapter=adapter,
-                card=partial(card_text, report=figures),
-                progress=make_progress(),
-            ),
-            as_json,
-        )
-    else:
-        from mlx_distill.models.peft import to_peft
-
-        echo(to_peft(model, destination, card=partial(card_text, report=figures, library="peft")), as_json)
+    echo(export_model(model, destination, layout, adapter=adapter, report=report), as_json)
 
 
 @click.command()
@@ -120,7 +99,7 @@ def inspect(ctx: click.Context, path: Path, verify: bool, as_json: bool) -> None
     PATH is the folder of a model, an adapter, a stage or a run. The exit code is 1 if something is wrong.
     """
     from mlx_distill.cli.output import echo
-    from mlx_distill.inspect import inspect as inspect_folder
+    from mlx_distill.inspection import inspect as inspect_folder
 
     report = inspect_folder(path, verify=verify)
     echo(report, as_json)

@@ -79,12 +79,15 @@ def keys(section: str | None, as_json: bool) -> None:
     from mlx_distill.errors import ConfigError
     from mlx_distill.recipe import recipe_sections
     from mlx_distill.tasks.task import Task
+    from mlx_distill.text import known_names
 
     every = [*recipe_sections(), *sections(Task, "task")]
     shown = [entry for entry in every if section in (None, entry.name)]
     if not shown:
-        names = ", ".join(entry.name for entry in every)
-        raise ConfigError(f"no section {section!r} in a recipe", fix=f"sections: {names}")
+        names = [entry.name for entry in every]
+        raise ConfigError(
+            f"no section {section!r} in a recipe", fix=known_names(str(section), names, "sections")
+        )
     if as_json:
         click.echo(json.dumps(plain({"sections": shown}), ensure_ascii=False, indent=2))
         return
@@ -130,13 +133,15 @@ def _packaged(name: str) -> Path:
     from mlx_distill.errors import ConfigError
     from mlx_distill.recipe import recipe_names
     from mlx_distill.tasks.task import task_names
+    from mlx_distill.text import did_you_mean
 
     if name in recipe_names():
         return ASSETS / "recipes" / f"{name}.yaml"
     if name in task_names():
         return ASSETS / name / "task.yaml"
     known = f"recipes: {', '.join(recipe_names())}; tasks: {', '.join(task_names())}"
-    raise ConfigError(f"no packaged recipe or task {name!r}", fix=known)
+    near = did_you_mean(name, [*recipe_names(), *task_names()])
+    raise ConfigError(f"no packaged recipe or task {name!r}", fix=f"{near} {known}".strip())
 
 
 @click.command()

@@ -16,6 +16,7 @@ from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.recipe import SourceConfig
 from mlx_distill.storage import os_errors, read_jsonl
 from mlx_distill.tasks.task import Task
+from mlx_distill.text import known_names
 
 Row = dict[str, Any]
 
@@ -183,7 +184,7 @@ def _generate(config: SourceConfig) -> Iterator[tuple[str, Row]]:
         known = sorted(
             path.parent.name for path in Path(resolve_asset("asset:templates")).parent.glob("*/generator.py")
         )
-        raise ConfigError(f"no generator {name!r}", fix=f"packaged: {', '.join(known)}")
+        raise ConfigError(f"no generator {name!r}", fix=known_names(name, known, "packaged"))
     options: dict[str, Any] = {"seed": config.seed, "noise": config.noise, "part": config.part or "train"}
     if config.count:
         options["count"] = config.count

@@ -45,9 +45,16 @@ def fsync_folder(path: Path) -> None:
 def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside ``path``; on success it is synced and renamed over it, on failure
     removed.
+
+    A link is followed: the file that it names is replaced. What is not a regular file (a FIFO, a device) is
+    never replaced: it is written to directly, so ``path`` itself is yielded.
     """
     path = Path(path)
     with os_errors(path):
+        path = path.resolve() if path.is_symlink() else path
+        if path.exists() and not path.is_file() and not path.is_dir():
+            yield path
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
         # The suffix is kept: some writers (safetensors in MLX) choose the format by it.
         temporary = path.with_name(f".{path.stem}.{os.getpid()}.tmp{path.suffix}")

@@ -14,6 +14,7 @@ from mlx_distill.config import ASSETS, from_mapping, option, packaged, read_yaml
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.tasks.prompt import Field, parse_prompt, render_prompt
 from mlx_distill.tasks.schema import check_score, open_fields, validator_of
+from mlx_distill.text import known_names
 
 
 @dataclass(frozen=True)
@@ -142,10 +143,8 @@ def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:
     if path is None:
         candidate = (base / spec) if base else Path(spec)
         if not candidate.is_file():
-            raise ConfigError(
-                f"no task {spec!r}",
-                fix=f"packaged tasks: {', '.join(task_names())}; or give the path of a YAML file",
-            )
+            known = known_names(str(spec), task_names(), "packaged tasks")
+            raise ConfigError(f"no task {spec!r}", fix=f"{known}; or give the path of a YAML file")
         path = candidate
     return parse_task({**read_yaml(path), **overrides}, str(path))
 

@@ -14,7 +14,7 @@ from helpers.merge_adapters import merge
 from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.inspect import inspect
+from mlx_distill.inspection import inspect
 from mlx_distill.models.adapters import LoraSettings, adapter_settings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_distill.errors import ModelError
-from mlx_distill.inspect import inspect
+from mlx_distill.inspection import inspect
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import to_hf

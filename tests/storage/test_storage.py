@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,35 @@ def test_the_temporary_name_keeps_the_ending_and_stays_beside(tmp_path: Path) ->
         assert path.parent == tmp_path and path.suffix == ".safetensors" and path.name.startswith(".")
         path.write_bytes(b"whole")
     assert (tmp_path / "weights.safetensors").read_bytes() == b"whole"
+
+
+def test_a_link_is_followed_and_stays(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "real" / "rows.jsonl")
+    for value in (1, 2):  # the file that the link names is created, then replaced
+        files.write_jsonl(tmp_path / "link.jsonl", [{"a": value}])
+        assert (tmp_path / "link.jsonl").is_symlink()
+        assert [row for _, row in files.read_jsonl(tmp_path / "real" / "rows.jsonl")] == [{"a": value}]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["link.jsonl", "real", "rows.jsonl"]
+
+
+def test_a_fifo_is_written_to_and_stays(tmp_path: Path) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    received: list[str] = []
+    reader = threading.Thread(target=lambda: received.append(fifo.read_text(encoding="utf-8")))
+    reader.start()
+    files.write_jsonl(fifo, [{"a": 1}])
+    reader.join(timeout=10)
+    assert received == ['{"a": 1}\n'] and fifo.is_fifo()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_device_is_written_to_and_stays() -> None:
+    with pytest.raises(FileError, match="/dev/full"):
+        files.write_jsonl("/dev/full", [{"a": 1}])
+    assert Path("/dev/full").is_char_device()
+    assert files.write_jsonl("/dev/null", [{"a": 1}]) == 1 and Path("/dev/null").is_char_device()
 
 
 def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import ModelError
-from mlx_distill.inspect import inspect
+from mlx_distill.inspection import inspect
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.load import load_model
