@@ -12,9 +12,9 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from mlx_distill.inspect import inspect
 
 from mlx_distill.errors import ModelError
+from mlx_distill.inspection import inspect
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import to_hf, to_peft
