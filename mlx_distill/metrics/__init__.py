@@ -11,6 +11,16 @@ from mlx_distill.metrics.agreement import label_kl as label_kl
 from mlx_distill.metrics.agreement import score_gap as score_gap
 from mlx_distill.metrics.agreement import teacher_confusion as teacher_confusion
 from mlx_distill.metrics.agreement import verdict_agreement as verdict_agreement
+from mlx_distill.metrics.answers import answer_f1 as answer_f1
+from mlx_distill.metrics.answers import answers_by_slice as answers_by_slice
+from mlx_distill.metrics.answers import compare_answers as compare_answers
+from mlx_distill.metrics.answers import differing_answers as differing_answers
+from mlx_distill.metrics.answers import exact_match as exact_match
+from mlx_distill.metrics.answers import field_f1 as field_f1
+from mlx_distill.metrics.answers import is_free as is_free
+from mlx_distill.metrics.answers import overlap_f1 as overlap_f1
+from mlx_distill.metrics.answers import teacher_pairs as teacher_pairs
+from mlx_distill.metrics.answers import truth_pairs as truth_pairs
 from mlx_distill.metrics.classification import accuracy as accuracy
 from mlx_distill.metrics.classification import by_group as by_group
 from mlx_distill.metrics.classification import confusion as confusion

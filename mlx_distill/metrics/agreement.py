@@ -221,7 +221,7 @@ def disagreements(
     """
     differing = [(a, b) for a, b in pair_by_id(model, teacher) if not same_label(a, b)]
     differing.sort(key=lambda rows: _distance(rows[0], rows[1], labels), reverse=True)
-    return [_side_by_side(a, b, properties) for a, b in differing[:limit]]
+    return [side_by_side(a, b, properties) for a, b in differing[:limit]]
 
 
 def _distance(model: Row, teacher: Row, labels: Sequence[str]) -> tuple[float, float]:
@@ -231,7 +231,10 @@ def _distance(model: Row, teacher: Row, labels: Sequence[str]) -> tuple[float, f
     return kl, abs(a - b) if a is not None and b is not None else 0.0
 
 
-def _side_by_side(model: Row, teacher: Row, properties: Sequence[str]) -> dict[str, Any]:
+def side_by_side(model: Row, teacher: Row, properties: Sequence[str]) -> dict[str, Any]:
+    """One item with the answers of both models and the names of the fields that differ; see
+    :func:`disagreements`.
+    """
     teacher_answer, model_answer = teacher.get("answer") or {}, model.get("answer") or {}
     return {
         **{key: model.get(key) for key in ("id", "set", "title", "input", "fields", "truth")},

@@ -14,7 +14,9 @@ from mlx_distill import metrics as m
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError
 from mlx_distill.metrics.classification import Row
+from mlx_distill.metrics.intervals import Comparison
 from mlx_distill.report import provenance
+from mlx_distill.report.tables import main_metrics
 from mlx_distill.run_models import RESULTS, run_model
 from mlx_distill.tasks.task import Task
 
@@ -137,6 +139,11 @@ def model_metrics(
         confidence: Level of the intervals.
     """
     mae = m.score_mae(rows, task.score, confidence=confidence)
+    of_task = (
+        _label_metrics(rows, teacher, task, task.label, confidence)
+        if task.label
+        else _answer_metrics(rows, teacher, task, confidence)
+    )
     return {
         "n": len(rows),
         "score_mae": mae["value"],
@@ -145,8 +152,55 @@ def model_metrics(
         "json_valid": m.json_valid(rows, confidence=confidence),
         **m.latency(rows),
         "peak_memory_gb": None,
-        **(_label_metrics(rows, teacher, task, task.label, confidence) if task.label else {}),
+        **_field_metrics(rows, teacher, task, confidence),
+        **of_task,
     }
+
+
+def _field_metrics(
+    rows: Sequence[Row], teacher: Sequence[Row] | None, task: Task, confidence: float
+) -> dict[str, Any]:
+    """Whole answers and their fields against the truth and the teacher."""
+    truth, own = m.truth_pairs(rows), m.teacher_pairs(rows, teacher) if teacher else None
+    fields: dict[str, Any] = {}
+    for name, schema in task.schema["properties"].items():
+        free = isinstance(schema, Mapping) and m.is_free(schema)
+        fields[name] = {
+            "exact": m.exact_match(truth, [name], confidence=confidence),
+            "f1": m.field_f1(truth, name, confidence=confidence) if free else None,
+            "teacher_exact": m.exact_match(own, [name], confidence=confidence) if own is not None else None,
+            "teacher_f1": m.field_f1(own, name, confidence=confidence) if free and own is not None else None,
+        }
+    return {
+        "exact_match": m.exact_match(truth, confidence=confidence),
+        "teacher_exact_match": m.exact_match(own, confidence=confidence) if own is not None else None,
+        "fields": fields,
+    }
+
+
+def _answer_metrics(
+    rows: Sequence[Row], teacher: Sequence[Row] | None, task: Task, confidence: float
+) -> dict[str, Any]:
+    """The metrics of a task without a label."""
+    properties, tolerances, level = *_compared(task), {"confidence": confidence}
+    out: dict[str, Any] = {
+        "answer_f1": m.answer_f1(m.truth_pairs(rows), properties, tolerances, **level),
+        "teacher_answer_f1": None,
+        "versus_teacher": None,
+        "disagreements": None,
+        "by_slice": m.answers_by_slice(rows, teacher, task.slices, properties, tolerances, **level),
+    }
+    if teacher:
+        own = m.teacher_pairs(rows, teacher)
+        out["teacher_answer_f1"] = m.answer_f1(own, properties, tolerances, **level)
+        out["versus_teacher"] = m.compare_answers(rows, teacher, None, properties, tolerances, **level)
+        out["disagreements"] = len(m.differing_answers(rows, teacher, properties, tolerances))
+    return out
+
+
+def _compared(task: Task) -> tuple[Mapping[str, Any], dict[str, float]]:
+    """The schemas of the answer's fields, and the tolerance of the score."""
+    return task.schema["properties"], {task.score: task.score_tolerance} if task.score else {}
 
 
 def _label_metrics(
@@ -215,28 +269,40 @@ def _teacher_metrics(
 def _comparisons(
     models: Mapping[str, Sequence[Row]], name: str, task: Task, confidence: float
 ) -> list[dict[str, Any]]:
-    """Paired comparisons on one set.
+    """Paired comparisons on one set; of a task without a label by the F1 of the answers.
 
     Agreement with the teacher: after and before distillation, quantized and not, and against each control.
     Accuracy: each model against the teacher.
     """
-    if TEACHER not in models or task.label is None:
+    if TEACHER not in models:
         return []
     rows = {model: _in_set(predictions, name) for model, predictions in models.items()}
     pairs = [("student", "student_before"), ("quantized", "student")]
     pairs += [("student", model) for model in rows if run_model(model).role == "control"]
+    accuracy, agreement = main_metrics(_task_details(task))
     out = []
     for first, second in pairs:
         if first in rows and second in rows:
-            result = m.agreement_gain(rows[first], rows[second], rows[TEACHER], confidence=confidence)
+            result = _compare(rows[first], rows[second], rows[TEACHER], task, confidence)
             if result:
-                out.append({"metric": "verdict_agreement", "first": first, "second": second, **result})
+                out.append({"metric": agreement, "first": first, "second": second, **result})
     for first in rows:
         if first != TEACHER:
-            result = m.accuracy_gain(rows[first], rows[TEACHER], task.label, confidence=confidence)
+            result = _compare(rows[first], rows[TEACHER], None, task, confidence)
             if result:
-                out.append({"metric": "accuracy", "first": first, "second": TEACHER, **result})
+                out.append({"metric": accuracy, "first": first, "second": TEACHER, **result})
     return out
+
+
+def _compare(
+    first: Sequence[Row], second: Sequence[Row], teacher: Sequence[Row] | None, task: Task, confidence: float
+) -> Comparison | None:
+    """The agreement of two models with the teacher, or without one their accuracy, on the same items."""
+    if task.label is None:
+        return m.compare_answers(first, second, teacher, *_compared(task), confidence=confidence)
+    if teacher is None:
+        return m.accuracy_gain(first, second, task.label, confidence=confidence)
+    return m.agreement_gain(first, second, teacher, confidence=confidence)
 
 
 def _check_goal(goal: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,7 +326,10 @@ def _check_goal(goal: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str
 
 
 def _disagreements(rows: Sequence[Row], teacher: Sequence[Row], task: Task) -> dict[str, Any]:
-    items = m.disagreements(rows, teacher, task.labels, list(task.schema["properties"]))
+    if task.label is None:
+        items = m.differing_answers(rows, teacher, *_compared(task))
+    else:
+        items = m.disagreements(rows, teacher, task.labels, list(task.schema["properties"]))
     return {"count": len(items), "of": len(rows), "rows": items[:MAX_DISAGREEMENTS]}
 
 

@@ -152,11 +152,13 @@ def _gap(name: str, gap: Mapping[str, Any]) -> Html:
     )
 
 
-def confusions(report: Report) -> Html:
+def confusions(report: Report) -> Html | None:
     """The section of confusion matrices: the teacher against the truth, each student against the teacher.
 
-    The others are folded.
+    The others are folded. None for a task without a label.
     """
+    if not report["task_details"]["label"]:
+        return None
     metrics = report["metrics"]
     shown: list[Html] = []
     folded: list[Html] = []
@@ -211,6 +213,8 @@ def _matrix_row(index: int, label: str, counts: Sequence[int], heads: Sequence[s
 def label_distributions(report: Report) -> Html | None:
     """The section of each model's label distribution, and of the KL divergence of its label probabilities."""
     metrics, labels = report["metrics"], report["task_details"]["labels"]
+    if not labels:
+        return None
     classes = [f"l{i % 8}" for i in range(len(labels))]
     names = [words(label) for label in labels]
     rows: list[TableRow] = []

@@ -20,6 +20,8 @@ _RATES = (
     "agreement",
     "false_positive_rate",
     "false_negative_rate",
+    "answer_f1",
+    "teacher_answer_f1",
     "json_valid",
 )
 

@@ -8,10 +8,17 @@ from string import Template
 from typing import Any
 
 from mlx_distill.config import ASSETS
-from mlx_distill.report import errors_section, origin_section, results_section, rows_section, training_section
+from mlx_distill.report import (
+    errors_section,
+    fields_section,
+    origin_section,
+    results_section,
+    rows_section,
+    training_section,
+)
 from mlx_distill.report.charts import bar
 from mlx_distill.report.markup import Html, el, join
-from mlx_distill.report.tables import Report
+from mlx_distill.report.tables import Report, main_metrics, metric_titles
 from mlx_distill.run_models import RESULTS, is_dequantized, model_class, model_phrase, model_title
 from mlx_distill.text import counted, interval, p_value, percent, signed_points, significant, size, words
 
@@ -62,6 +69,7 @@ def _sections(report: Report) -> list[_Section]:
         _Section("errors", "Errors", "Precision, recall, error rates", errors_section.binary_errors(report)),
         _Section("groups", "Groups", "Error rates by group", errors_section.group_errors(report)),
         _Section("confusion", "Confusion", "Confusion matrices", errors_section.confusions(report)),
+        _Section("fields", "Fields", "Fields of the answer", fields_section.fields(report)),
         _Section("slices", "Slices", "Slices", results_section.slices(report)),
         _Section(
             "distributions", "Labels", "Label distributions", errors_section.label_distributions(report)
@@ -89,9 +97,9 @@ def _header(report: Report) -> Html:
     """Name of the run, the final model's main metric, and a paragraph around it."""
     name = final_model(report)
     figures = report["metrics"][name]
-    label = words(report["task_details"]["label"])
-    rate = figures["verdict_agreement"] or figures["accuracy"]
-    reference = f"the teacher’s {label}" if figures["verdict_agreement"] else f"the true {label}"
+    accuracy, agreement = main_metrics(report["task_details"])
+    rate, answer = figures[agreement] or figures[accuracy], words(report["task_details"]["label"] or "answer")
+    owner = "the teacher’s" if figures[agreement] else "the true"
     eyebrow = el(
         "p",
         el("span", "Distillation report"),
@@ -103,21 +111,28 @@ def _header(report: Report) -> Html:
     hero = el(
         "div",
         el("p", percent(rate["value"]), class_="figure"),
-        bar(rate, f"{model_title(name)} gives {reference}"),
+        bar(rate, f"{model_title(name)} against {owner} {answer}"),
         el("p", f"{level} confidence interval {interval(rate)}, n = {rate['n']}", class_="small"),
         class_=f"hero {model_class(name)}",
     )
-    sentence = el(
-        "p",
-        f"{model_phrase(name).capitalize()} gives {reference} on ",
-        el("strong", percent(rate["value"])),
-        f" of {counted(rate['n'], 'held-out row')} [{interval(rate)}].",
-        class_="lead",
-    )
+    sentence = _sentence(report, name, rate, owner)
     description = el("p", report["description"], class_="description") if report["description"] else None
     context = [_before(report, name), _accuracy(report, name), _size(report, name), _speed(report, name)]
     summary = el("div", hero, el("div", sentence, el("p", context)), class_="summary")
     return el("header", eyebrow, el("h1", report["name"]), description, summary)
+
+
+def _sentence(report: Report, name: str, rate: Mapping[str, Any], owner: str) -> Html:
+    """The main metric in words; ``owner`` is whose label or answer it compares with."""
+    label, model = report["task_details"]["label"], model_phrase(name)
+    value = el("strong", percent(rate["value"]))
+    rows = counted(rate["n"], "held-out row")
+    if label:
+        before, after = f"{model} gives {owner} {words(label)} on ", f" of {rows} [{interval(rate)}]."
+    else:
+        before = f"Over {rows}, the answers of {model} have an F1 of "
+        after = f" [{interval(rate)}] to {owner} ones: the mean over the fields of each answer."
+    return el("p", before[0].upper() + before[1:], value, after, class_="lead")
 
 
 def _minute(created: str) -> str:
@@ -127,7 +142,8 @@ def _minute(created: str) -> str:
 
 def _before(report: Report, name: str) -> str | None:
     """Agreement with the teacher before distillation."""
-    before = (report["metrics"].get("student_before") or {}).get("verdict_agreement")
+    _, agreement = main_metrics(report["task_details"])
+    before = (report["metrics"].get("student_before") or {}).get(agreement)
     if not before or before["value"] is None or name not in RESULTS:
         return None
     return f"Before distillation it was {percent(before['value'])}. "
@@ -139,12 +155,14 @@ def _accuracy(report: Report, name: str) -> str | None:
     comparison = metrics[name].get("versus_teacher")
     if not comparison:
         return None
-    teacher, model = metrics["teacher"]["accuracy"]["value"], metrics[name]["accuracy"]["value"]
+    key, _ = main_metrics(report["task_details"])
+    teacher, model = metrics["teacher"][key]["value"], metrics[name][key]["value"]
     gap = comparison["difference"]
     shown = round(round(100 * model, 1) - round(100 * teacher, 1), 1)
+    title = metric_titles(report["task_details"])[key]
     note = "" if shown == round(100 * gap["value"], 1) else " (computed from the exact rates)"
     return (
-        f"Accuracy is {percent(teacher)} for the teacher and {percent(model)} for {model_phrase(name)}: "
+        f"{title} is {percent(teacher)} for the teacher and {percent(model)} for {model_phrase(name)}: "
         f"a difference of {signed_points(gap['value'])} points "
         f"[{signed_points(gap['low'])} to {signed_points(gap['high'])}]{note}, "
         f"{p_value(comparison['p_value'])}. "

@@ -12,6 +12,7 @@ from mlx_distill.report.tables import (
     Report,
     TableRow,
     legend,
+    main_metrics,
     metric_titles,
     model_heading,
     number_cell,
@@ -33,8 +34,23 @@ from mlx_distill.text import (
     words,
 )
 
-_AGREEMENT = "verdict_agreement"
-_AGAINST_TEACHER = (_AGREEMENT, "agreement", "score_gap")
+_AGAINST_TEACHER = (
+    "verdict_agreement",
+    "agreement",
+    "score_gap",
+    "teacher_answer_f1",
+    "teacher_exact_match",
+)
+# The columns of the main table, for tasks with and without a label.
+_LABEL = ["accuracy", "verdict_agreement", "agreement", "json_valid", "macro_f1", "score_gap"]
+_NO_LABEL = [
+    "answer_f1",
+    "teacher_answer_f1",
+    "exact_match",
+    "teacher_exact_match",
+    "json_valid",
+    "score_gap",
+]
 # The names of metrics in a sentence, where the title of their column does not fit.
 _METRIC_NAMES = {
     "latency_s": "median time per row",
@@ -46,6 +62,17 @@ _FORMATS: Mapping[str, Callable[[Any], str]] = {
     "latency_p95_s": partial(duration, page=True),
     "peak_memory_gb": gigabytes,
 }
+
+
+_RATE_NOTE = (
+    "Two models on the same rows: the difference of their rates in percentage points with its "
+    "Bonett–Price interval, and the p-value of McNemar’s test (mid-p). "
+    "Differences are computed from the exact rates."
+)
+_MEAN_NOTE = (
+    "Two models on the same rows: the difference of their means in percentage points with its bootstrap "
+    "interval, and the p-value of a sign test (mid-p)."
+)
 
 
 def results(report: Report) -> Html:
@@ -61,7 +88,7 @@ def results(report: Report) -> Html:
 def _columns(report: Report) -> dict[str, str]:
     """The metrics of the main table and their titles."""
     task = report["task_details"]
-    keys = ["accuracy", _AGREEMENT, "agreement", "json_valid", "macro_f1", "score_gap"]
+    keys = _LABEL if task["label"] else _NO_LABEL
     if not task["score"]:
         keys = [key for key in keys if key not in ("agreement", "score_gap")]
     titles = metric_titles(task)
@@ -134,15 +161,14 @@ def _comparisons(report: Report) -> Html | None:
     if not entries:
         return None
     limit = max(0.1, *(abs(entry["difference"][end]) for entry in entries for end in ("low", "high")))
+    task = report["task_details"]
     captions = {
-        _AGREEMENT: f"Same {words(report['task_details']['label'])} as the teacher (rows gained and lost)",
+        "verdict_agreement": f"Same {words(task['label'] or '')} as the teacher (rows gained and lost)",
         "accuracy": "Accuracy (rows that only the first or only the second model has correct)",
+        "teacher_answer_f1": "F1 of the answers to the teacher’s (rows on which it is higher and lower)",
+        "answer_f1": "F1 of the answers (rows on which it is higher and lower)",
     }
-    note = (
-        "Two models on the same rows: the difference of their rates in percentage points with its "
-        "Bonett–Price interval, and the p-value of McNemar’s test (mid-p). "
-        "Differences are computed from the exact rates."
-    )
+    note = _RATE_NOTE if task["label"] else _MEAN_NOTE
     tables = []
     for metric, caption in captions.items():
         rows = [_comparison(entry, limit) for entry in entries if entry["metric"] == metric]
@@ -170,8 +196,9 @@ def _comparison(entry: Mapping[str, Any], limit: float) -> TableRow:
 def slices(report: Report) -> Html | None:
     """The section of slices: agreement with the teacher, or accuracy without a teacher, by slice field."""
     metrics = report["metrics"]
-    shown = [name for name in STUDENTS if name in metrics and metrics[name][_AGREEMENT]]
-    key = _AGREEMENT if shown else "accuracy"
+    accuracy, agreement = main_metrics(report["task_details"])
+    shown = [name for name in STUDENTS if name in metrics and metrics[name][agreement]]
+    key = agreement if shown else accuracy
     shown = shown or list(metrics)
     tables = [_slice_table(report, field, shown, key) for field in report["task_details"]["slices"]]
     if not any(tables):
@@ -197,9 +224,9 @@ def _slice_table(report: Report, field: str, shown: Sequence[str], key: str) -> 
         ]
         rows.append((value, cells, None))
     rows.append(("", [axis(0.0, 1.0, ticks), "", ""], "axis-row"))
-    label = words(report["task_details"]["label"])
-    metric = f"same {label} as the teacher" if key == _AGREEMENT else "accuracy"
-    heads = [words(field).capitalize(), f"{metric.capitalize()}, %", model_title(shown[-1]), "n"]
+    metric = metric_titles(report["task_details"])[key]
+    metric = metric[0].lower() + metric[1:]
+    heads = [words(field).capitalize(), f"{metric[0].upper()}{metric[1:]}, %", model_title(shown[-1]), "n"]
     return table(f"By {words(field)}: {metric}", heads, rows, class_="dots slices")
 
 

@@ -20,9 +20,9 @@ def disagreements(report: Report) -> Html | None:
     if not models:
         return None
     last = list(models)[-1]
-    label = words(report["task_details"]["label"])
+    label = report["task_details"]["label"]
     note = (
-        f"Rows whose {label} differs from the teacher’s, largest difference first. "
+        f"Rows whose {words(label or 'answer')} differs from the teacher’s, largest difference first. "
         "Fields that differ are marked ≠."
     )
     lists = [_model(report, name, entry, name == last) for name, entry in models.items()]
@@ -54,7 +54,7 @@ def _counts(report: Report, name: str) -> list[str]:
     for set_name, models in report["by_set"].items():
         figures = models.get(name)
         if figures and figures["disagreements"] is not None:
-            count, n = figures["disagreements"], figures["verdict_agreement"]["n"]
+            count, n = figures["disagreements"], figures["teacher_exact_match"]["n"]
             rows = "held-out rows" if set_name == report["main_set"] else f"rows of the set “{set_name}”"
             out.append(f"{count:,} of {n:,} {rows} ({percent(count / n) if n else NONE})")
     return out
@@ -67,17 +67,12 @@ def _title(row: Mapping[str, Any]) -> str:
 def _case(report: Report, name: str, row: Mapping[str, Any]) -> Html:
     """One foldable row: its title, the labels of truth, teacher and model, then the answers' fields."""
     task = report["task_details"]
-    truth = (row["truth"] or {}).get(task["label"])
     fields = row.get("fields") or {}
     context = [str(fields[field]) for field in task["slices"] if fields.get(field) is not None]
     if row["set"] != report["main_set"]:
         context.append(f"set {row['set']}")
     where = el("span", " · ".join(context), class_="where") if context else None
-    chips = [
-        _chip("Truth", NONE if truth is None else words(truth), None, None, "truth"),
-        _answer_chip("Teacher", row["teacher"], truth, "m-teacher"),
-        _answer_chip(model_title(name), row["model"], truth, model_class(name)),
-    ]
+    chips = _label_chips(name, row, task["label"]) if task["label"] else _validity_chips(name, row)
     summary = el(
         "summary",
         el("span", el("span", _title(row), class_="title"), where),
@@ -87,6 +82,22 @@ def _case(report: Report, name: str, row: Mapping[str, Any]) -> Html:
     if row.get("input"):
         source = el("details", el("summary", "Input text"), el("pre", row["input"]), class_="source")
     return el("details", summary, _fields(report, name, row), source, class_="case")
+
+
+def _label_chips(name: str, row: Mapping[str, Any], label: str) -> list[Html]:
+    truth = (row["truth"] or {}).get(label)
+    return [
+        _chip("Truth", NONE if truth is None else words(truth), None, None, "truth"),
+        _answer_chip("Teacher", row["teacher"], truth, "m-teacher"),
+        _answer_chip(model_title(name), row["model"], truth, model_class(name)),
+    ]
+
+
+def _validity_chips(name: str, row: Mapping[str, Any]) -> list[Html]:
+    """The models whose answer is invalid, in a task without a label."""
+    models = (("Teacher", "teacher", "m-teacher"), (model_title(name), "model", model_class(name)))
+    invalid = [(title, css) for title, key, css in models if row[key]["answer"] is None]
+    return [_chip(title, "invalid", None, None, css) for title, css in invalid]
 
 
 def _answer_chip(title: str, answer: Mapping[str, Any], truth: str | None, class_: str) -> Html:

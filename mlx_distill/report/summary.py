@@ -93,9 +93,12 @@ class RunReport:
 def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The heads of the columns, and the rows of the table."""
     task = report["task_details"]
-    rates = [("accuracy", "accuracy"), ("verdict_agreement", f"teacher's {words(task['label'])}")]
-    if task["score"]:
-        rates.append(("agreement", f"and {words(task['score'])}"))
+    if task["label"]:
+        rates = [("accuracy", "accuracy"), ("verdict_agreement", f"teacher's {words(task['label'])}")]
+        if task["score"]:
+            rates.append(("agreement", f"and {words(task['score'])}"))
+    else:
+        rates = [("answer_f1", "answer F1"), ("teacher_answer_f1", "F1 to teacher"), ("exact_match", "exact")]
     rates.append(("json_valid", "valid JSON"))
     rows = []
     for name, figures in report["metrics"].items():

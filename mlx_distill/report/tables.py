@@ -96,6 +96,18 @@ def scroll(content: Html, label: str) -> Html:
     return el("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
 
 
+def main_metrics(task: Mapping[str, Any]) -> tuple[str, str]:
+    """The metrics by which models are compared: against the truth and against the teacher.
+
+    Args:
+        task: The ``task_details`` of a report.
+
+    >>> main_metrics({"label": None})
+    ('answer_f1', 'teacher_answer_f1')
+    """
+    return ("accuracy", "verdict_agreement") if task["label"] else ("answer_f1", "teacher_answer_f1")
+
+
 def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
     """The title of each metric in tables.
 
@@ -112,6 +124,10 @@ def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
         "verdict_agreement": f"Same {label} as teacher",
         "agreement": f"…and {score} within {tolerance:g}" if tolerance is not None else f"…and near {score}",
         "json_valid": "Valid JSON",
+        "exact_match": "Exact match",
+        "teacher_exact_match": "Exact match with teacher",
+        "answer_f1": "Answer F1",
+        "teacher_answer_f1": "Answer F1 to teacher",
         "macro_f1": "Macro F1",
         "score_gap": f"{score.capitalize()} difference from teacher",
         "precision": "Precision",

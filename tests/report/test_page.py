@@ -32,6 +32,7 @@ def test_page_is_complete_and_loads_nothing(run: tuple[Path, dict[str, Any]]) ->
         "errors",
         "groups",
         "confusion",
+        "fields",
         "slices",
         "distributions",
         "sets",
