@@ -13,6 +13,8 @@ from mlx_distill.models.checkpoint.layout import Architecture, ModuleNames
 
 ARCHITECTURES: dict[str, Architecture] = {a.model_type: a for a in (QWEN2, QWEN3, QWEN3_MOE, GPT_OSS)}
 
+_OTHER_MODALITIES = ("vision_config", "audio_config", "text_config", "thinker_config")
+
 
 def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Architecture:
     """The architecture of a config.
@@ -31,7 +33,13 @@ def architecture_of(config: Mapping[str, Any], where: str = "config.json") -> Ar
             )
     name = config.get("model_type")
     if not isinstance(name, str) or name not in ARCHITECTURES:
-        raise ModelError(f"{where}: unknown model_type {name!r}", fix=f"known: {', '.join(ARCHITECTURES)}")
+        known = f"known: {', '.join(ARCHITECTURES)}"
+        if part := next((key for key in _OTHER_MODALITIES if config.get(key)), None):
+            raise ModelError(
+                f"{where}: model_type {name!r} with {part}: a model of several modalities, not of text alone",
+                fix=f"take a checkpoint of a text model; {known}",
+            )
+        raise ModelError(f"{where}: unknown model_type {name!r}", fix=known)
     return ARCHITECTURES[name]
 
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import architecture_of, expected_shapes
+from mlx_distill.models.checkpoint.foreign import check_supported
+from mlx_distill.models.checkpoint.fp8 import dequantize_fp8
 from mlx_distill.models.checkpoint.layout import (
     Architecture,
     ModuleNames,
@@ -33,6 +35,7 @@ from mlx_distill.models.config_files import adapter_base, is_adapter, load_confi
 from mlx_distill.models.quantization import Quantization
 
 _FLOATING_POINT_MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}  # by bits and group size
+_MISSING_HEAD = "download the checkpoint again, or set tie_word_embeddings: true if its head is the embedding"
 _COMPARED_BYTES = 1 << 24  # of a tensor at a time
 
 
@@ -83,14 +86,16 @@ def plan_checkpoint(folder: Path) -> CheckpointPlan:
     config = load_config(folder)
     where = str(folder / "config.json")
     architecture = architecture_of(config, where)
+    check_supported(config, folder, architecture)
     checkpoint = open_checkpoint(folder)
     named, names_note = plain_names(checkpoint.tensors, architecture.modules, checkpoint.listing)
-    sources, config, head_note = _own_head(named, architecture.modules, config, where)
+    plain, fp8_note = dequantize_fp8(named, config, where)
+    sources, config, head_note = _own_head(plain, architecture.modules, config, where)
     tensors, left_out = forward_plan(architecture, sources, config)
     shapes = expected_shapes(config, where)
     quantization = _check_tensors(checkpoint, architecture, shapes, {t.name: t for t in tensors})
     reasons = [(source.name, reason) for source, reason in left_out]
-    notes = tuple(note for note in (checkpoint.note, names_note, head_note) if note)
+    notes = tuple(note for note in (checkpoint.note, names_note, fp8_note, head_note) if note)
     return CheckpointPlan(folder, config, architecture, checkpoint, tensors, reasons, quantization, notes)
 
 
@@ -164,7 +169,9 @@ def _check_tensors(
             missing = source_name(architecture, name, checkpoint.tensors)
             raise ModelError(
                 f"{checkpoint.listing}: tensor {missing!r} is missing",
-                fix="download the checkpoint again, or correct config.json",
+                fix=_MISSING_HEAD
+                if name == f"{architecture.modules.head}.weight"
+                else "download the checkpoint again, or correct config.json",
             )
         tensor, path = tensors[name], name.removesuffix(".weight")
         if tensor.dtype == "U32" and name.endswith(".weight"):
@@ -173,6 +180,11 @@ def _check_tensors(
             known |= {f"{path}.scales"} | ({f"{path}.biases"} if affine else set())
         elif tensor.shape != shape:
             raise _shape_error(tensor, name, shape)
+        elif tensor.dtype not in FLOATS:
+            raise ModelError(
+                f"{tensor.where} has the type {tensor.dtype}; weights are {', '.join(FLOATS)}",
+                fix="take the unquantized checkpoint, or convert it to one of these types with another tool",
+            )
     for name, tensor in tensors.items():
         if name not in known:
             raise ModelError(

@@ -35,11 +35,6 @@ _NAMES = {dtype: name for name, dtype in MLX_TYPES.items()}
 
 def to_mlx(tensor: TensorPlan) -> mx.array:
     """The whole tensor as an array, bit for bit."""
-    if tensor.dtype not in MLX_TYPES:
-        raise ModelError(
-            f"{tensor.where} has the type {tensor.dtype}, which MLX does not have",
-            fix="convert it to a type that MLX has",
-        )
     return from_raw(tensor.read(0, tensor.rows), tensor.dtype).reshape(tensor.shape)
 
 
