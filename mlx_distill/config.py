@@ -18,7 +18,6 @@ from mlx_distill.text import did_you_mean
 T = TypeVar("T")
 
 ASSETS = Path(__file__).parent / "assets"
-_TYPES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 _NEEDED = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
 
 
@@ -62,73 +61,6 @@ def option(
         factory = default if isinstance(default, type) else (lambda: type(default)(default))
         return dataclasses.field(default_factory=factory, metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
-
-
-@dataclasses.dataclass(frozen=True)
-class Key:
-    """A key of a config, for people. ``default`` is in its plain YAML form; ``needed`` says that there is no
-    default.
-    """
-
-    name: str
-    type: str
-    help: str
-    default: Any = None
-    needed: bool = False
-    choices: Sequence[str] | None = None
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """The keys of a config that hold values, under the config's dotted name. Keys that hold configs are
-    sections of their own.
-    """
-
-    name: str
-    help: str
-    keys: Sequence[Key]
-
-
-def sections(cls: type, name: str) -> list[Section]:
-    """Every key of a config and of the configs inside it.
-
-    >>> from mlx_distill.recipe import EvaluateConfig
-    >>> section, = sections(EvaluateConfig, "evaluate")
-    >>> section.name, [key.name for key in section.keys]
-    ('evaluate', ['models', 'batch_size', 'max_rows', 'confidence'])
-    """
-    hints, keys, inside = typing.get_type_hints(cls), [], []
-    for f in dataclasses.fields(cls):
-        if not f.metadata.get("settable", True):
-            continue
-        config = _config_in(hints[f.name])
-        part = f"{name}.{f.name}".removeprefix("recipe.")
-        if config is not None:
-            inside.append((part, config))
-        if config is hints[f.name]:
-            continue
-        factory = f.default_factory
-        default = f.default if factory is dataclasses.MISSING else factory()
-        needed = default is dataclasses.MISSING
-        limits = {limit: f.metadata.get(limit) for limit in ("choices", "low", "high")}
-        text = f"list, see {part}" if config is not None else _type_text(hints[f.name])
-        plain = None if needed else to_mapping(default)
-        keys.append(Key(f.name, text, f.metadata.get("help", ""), plain, needed, **limits))
-    out = [Section(name, (cls.__doc__ or "").strip().split("\n")[0], keys)]
-    for part, config in inside:
-        out += sections(config, part)
-    return out
-
-
-def _type_text(hint: Any) -> str:
-    origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_type_text(arg) for arg in args if arg is not type(None))
-    if origin in (list, tuple):
-        return "list"
-    return "mapping" if isinstance(origin, type) and issubclass(origin, Mapping) else _TYPES[hint]
 
 
 def from_mapping(cls: type[T], raw: Any, where: str) -> T:
@@ -192,7 +124,7 @@ def current_spelling(
             out[name] = value
             continue
         renamed = fields[name].metadata.get("old_values", {})
-        config = _config_in(hints[name])
+        config = config_in(hints[name])
         if isinstance(value, str) and value in renamed:
             notes.append(f"{prefix}{name}: {value} is now called {renamed[value]}")
             value = renamed[value]
@@ -203,7 +135,7 @@ def current_spelling(
     return out, notes
 
 
-def _config_in(hint: Any) -> Any:
+def config_in(hint: Any) -> Any:
     """The config that a field's type names: itself, or inside ``list`` or ``| None``."""
     candidates: tuple[Any, ...] = (hint, *typing.get_args(hint))
     return next((kind for kind in candidates if dataclasses.is_dataclass(kind)), None)
@@ -250,8 +182,16 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(
                 f"{where}: a mapping is needed, not {_show(value)}", fix="write key: value lines"
             )
-        return dict(value)
+        return {
+            (key := _key_text(raw_key)): _coerce(args[1], item, f"{where}.{key}")
+            for raw_key, item in value.items()
+        }
     return _scalar(hint, value, where)
+
+
+def _key_text(key: Any) -> str:
+    """The key of a mapping as text: YAML reads ``0:`` as a number and ``yes:`` as true."""
+    return str(key).lower() if isinstance(key, bool) else "null" if key is None else str(key)
 
 
 def _coerce_union(args: tuple[Any, ...], value: Any, where: str) -> Any:
@@ -310,9 +250,11 @@ def keyed(value: Any) -> Any:
             for f in dataclasses.fields(value)
             if f.metadata.get("keyed", True) and not _left_out_at_default(f, getattr(value, f.name))
         }
+    if isinstance(value, Mapping):
+        return {key: keyed(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [keyed(item) for item in value]
-    return to_mapping(value)
+    return value
 
 
 def _left_out_at_default(field: dataclasses.Field[Any], value: Any) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 from mlx_distill.config import (
     ASSETS,
     Overrides,
-    Section,
     current_spelling,
     from_mapping,
     option,
@@ -18,9 +17,9 @@ from mlx_distill.config import (
     override_items,
     packaged,
     read_yaml,
-    sections,
     to_mapping,
 )
+from mlx_distill.config_sections import Section, sections
 from mlx_distill.errors import ConfigError
 from mlx_distill.tasks.task import Task, load_task
 from mlx_distill.text import known_names
@@ -52,6 +51,21 @@ TOKEN_LOSSES = ["auto", "kl", "token_groups", "alm", "none"]
 
 
 @dataclass(frozen=True)
+class ValueConfig:
+    """What is done with the values of one field of the answer, in this order."""
+
+    field: str | None = option(None, "its name in the rows, where that is another one")
+    split: str | None = option(None, "split a text at each of these into a list, such as ','")
+    wrap: bool = option(False, "make a list of one item of a value that is no list")
+    map: Mapping[str, Any] | None = option(None, "value in the rows: value in the answer, also within lists")
+    others: str = option("error", "values that the map does not have", choices=["error", "keep"])
+    scale: float | None = option(None, "multiply numbers by this; a number that is written as text is read")
+    round: bool = option(False, "round to whole numbers, halves away from zero")
+    default: Any = option(None, "the value in the answer where a row has none")
+    drop: bool = option(False, "leave the field out of the answer")
+
+
+@dataclass(frozen=True)
 class SourceConfig:
     """One source of rows: a file, a packaged generator, or a data set of the Hub."""
 
@@ -74,6 +88,9 @@ class SourceConfig:
         "auto", "format of the rows", choices=["auto", "messages", "sharegpt", "alpaca", "openai", "plain"]
     )
     columns: Mapping[str, str] = option({}, "field of the task: column of the file")
+    values: Mapping[str, ValueConfig] = option(
+        {}, "field of the answer: how its values become those of the task's schema", default_keyed=False
+    )
     where: Mapping[str, Any] = option({}, "keep only rows whose fields have these values")
     split: str | None = option(
         None, "put every row of this source in this split", choices=["train", "valid", "test"]

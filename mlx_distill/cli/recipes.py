@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 if TYPE_CHECKING:
-    from mlx_distill.config import Key
+    from mlx_distill.config_sections import Key
 
 
 @click.group(invoke_without_command=True)
@@ -75,7 +75,7 @@ def keys(section: str | None, as_json: bool) -> None:
     import json
 
     from mlx_distill.cli.output import plain
-    from mlx_distill.config import sections
+    from mlx_distill.config_sections import sections
     from mlx_distill.errors import ConfigError
     from mlx_distill.recipe import recipe_sections
     from mlx_distill.tasks.task import Task

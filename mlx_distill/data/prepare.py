@@ -31,6 +31,7 @@ from mlx_distill.data.splits import (
     draw_splits,
 )
 from mlx_distill.data.statistics import DropCounter, RowStatistics, row_figures
+from mlx_distill.data.values import check_values
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.progress import NullProgress, Progress
 from mlx_distill.recipe import DataConfig
@@ -79,12 +80,14 @@ def prepare(
 
     Raises:
         DataError: a row that does not fit, an empty source, or no rows left to train on.
-        ConfigError: no sources, or a field of ``stratify`` that no row has.
+        ConfigError: no sources, a field of ``stratify`` that no row has, or ``values`` of no field.
     """
     if not config.sources:
         raise ConfigError(
             "data.sources: no sources", fix="name a file, a Hub data set or a generator under data.sources"
         )
+    for number, source in enumerate(config.sources):
+        check_values(source.values, task, f"data.sources[{number}].values")
     progress = progress or NullProgress()
     for leftover in folder.glob(".*.tmp.json*"):  # of a run that was killed
         leftover.unlink(missing_ok=True)
@@ -136,7 +139,7 @@ def _read(
                 if read % 200 == 0:
                     bar.update(read)
                 try:
-                    example = to_example(raw, task, where, source.columns, source.format)
+                    example = to_example(raw, task, where, source.columns, source.format, source.values)
                 except DataError as error:
                     if not config.drop_invalid:
                         raise

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-import unicodedata
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from mlx_distill.data.answers import DROP, answer_columns, valid_answer
 from mlx_distill.data.json_values import json_row, json_types
 from mlx_distill.data.layouts import chat_column, chat_of, closest, listed, missing_fields
 from mlx_distill.errors import DataError
+from mlx_distill.recipe import ValueConfig
 from mlx_distill.records import Example, Message
-from mlx_distill.tasks.answer import check_answer, dump_answer, parse_answer
+from mlx_distill.tasks.answer import dump_answer
 from mlx_distill.tasks.task import Task
 
 Row = Mapping[str, Any]
 
-_DROP = "drop the row, or leave such rows out with --set data.drop_invalid=true"
 _PREPARED = frozenset({"id", "messages", "fields", "answer", "set"})  # keys of a row of the prepare stage
 # Keys of the chat formats; every other key is one of the row's fields.
 _CHAT_KEYS = _PREPARED | {"prompt", "completion", "tools", "system"}
@@ -28,7 +28,12 @@ _OPENAI_ROLES = {"developer": "system", "tool": "user", "function": "user"}
 
 
 def to_example(
-    raw: Row, task: Task, where: str, columns: Mapping[str, str] | None = None, format: str = "auto"
+    raw: Row,
+    task: Task,
+    where: str,
+    columns: Mapping[str, str] | None = None,
+    format: str = "auto",
+    values: Mapping[str, ValueConfig] | None = None,
 ) -> Example:
     """A row of any known format as a checked chat whose last turn is the canonical text of a valid answer.
 
@@ -55,6 +60,7 @@ def to_example(
         where: ``file:line``, the beginning of every error message.
         columns: Field of the task to column of the row, where they differ.
         format: One of these, or ``auto``: by the row's keys.
+        values: Field of the answer to how its values become those of the schema.
 
     Raises:
         DataError: what is wrong with the row, and in which file and line it is.
@@ -67,18 +73,18 @@ def to_example(
     >>> example.messages[-1].content, dict(example.fields)
     ('{"kind": "ham", "sure": 90}', {'sender': 'Ann'})
     """
-    columns = columns or {}
+    columns, values = columns or {}, values or {}
     row, left_out = json_row(_renamed(raw, columns))
     try:
-        parsed = _parse_row(row, task, format, needs_answer=True)
+        parsed = _parse_row(answer_columns(row, values), task, format, needs_answer=True)
         _check_turns(parsed)
-        answer = _valid_answer(parsed.answer, task)
+        answer = valid_answer(parsed.answer, task, values)
         if not any(message.content for message in parsed.prompt if message.role == "user"):
-            raise DataError("the user turn is empty", fix=_DROP)
+            raise DataError("the user turn is empty", fix=DROP)
         chat = (*parsed.prompt, Message("assistant", dump_answer(answer, task.schema)))
         _check_json(parsed.fields, chat)
     except DataError as error:
-        fix = _absent_column(raw, columns) or error.fix or _DROP
+        fix = _absent_column(raw, columns) or error.fix or DROP
         raise DataError(f"{where}: {error.message}{_about(left_out)}", fix=fix) from error
     return Example(parsed.id or _hash_id(chat), chat, parsed.fields, answer)
 
@@ -230,7 +236,7 @@ def _own_id(row: Row, task: Task) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, (str, int)):
-        raise DataError(f"{task.id}: text or a whole number is needed, not {_show(value)}", fix=_DROP)
+        raise DataError(f"{task.id}: text or a whole number is needed, not {_show(value)}", fix=DROP)
     return str(value)
 
 
@@ -243,7 +249,7 @@ def _item_id(parsed: _ParsedRow, task: Task) -> str:
     prompt.
     """
     try:
-        text = dump_answer(_valid_answer(parsed.answer, task), task.schema)
+        text = dump_answer(valid_answer(parsed.answer, task), task.schema)
     except DataError:
         return _hash_id(parsed.prompt)
     return _hash_id((*parsed.prompt, Message("assistant", text)))
@@ -407,56 +413,6 @@ def _check_turns(parsed: _ParsedRow) -> None:
         raise DataError(f"messages[{roles.index('system', 1)}]: a system turn that is not the first")
 
 
-def _valid_answer(value: Any, task: Task) -> dict[str, Any]:
-    """The answer in NFC; a :class:`DataError` where it does not fit the task's schema."""
-    if isinstance(value, str):
-        value = _label_alone(value, task)
-    if isinstance(value, str):
-        parsed, error = parse_answer(value, task.schema)
-        value = parsed if error is None else value
-        error = error and error + _missing_beside_label(value, task)
-    else:
-        error = check_answer(value, task.schema)
-    if error is None and (normal := _nfc(value)) != value:
-        value, error = normal, check_answer(normal, task.schema)
-    if error is not None:
-        raise DataError(
-            f"the answer does not fit the task {task.name!r}: {error}", fix="correct the answer, or " + _DROP
-        )
-    return dict(json.loads(dump_answer(value, task.schema)))
-
-
-def _label_alone(text: str, task: Task) -> Any:
-    """A text that is not JSON as the value of the label, where the schema needs no other field; of a task
-    without a label as the value of the only field.
-    """
-    properties = task.schema["properties"]
-    name = task.label or (next(iter(properties)) if len(properties) == 1 else None)
-    needs_more = {*task.schema.get("required", ())} - {name}
-    if name is None or needs_more or text.lstrip()[:1] in ("{", "[") or not text.strip():
-        return text
-    return {name: text.strip()} if "string" in json_types(properties[name]) else text
-
-
-def _missing_beside_label(text: Any, task: Task) -> str:
-    """The rest of the error about an answer that is a label alone, where the schema needs more."""
-    if not task.label or not isinstance(text, str) or text.strip() not in task.labels:
-        return ""
-    others = [name for name in task.schema.get("required", ()) if name != task.label]
-    return (
-        f"; it is the {task.label} alone, and the schema requires {', '.join(others)} too: add them, or "
-        f"use a task whose schema requires {task.label} alone"
-    )
-
-
-def _nfc(value: Any) -> Any:
-    if isinstance(value, str):
-        return unicodedata.normalize("NFC", value)
-    if isinstance(value, Mapping):
-        return {key: _nfc(item) for key, item in value.items()}
-    return [_nfc(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
 def _check_json(fields: Mapping[str, Any], chat: Sequence[Message]) -> None:
     """Refuse what cannot be written as UTF-8: half surrogate pairs."""
     texts = {key: json.dumps(value, ensure_ascii=False) for key, value in fields.items()}
@@ -465,7 +421,7 @@ def _check_json(fields: Mapping[str, Any], chat: Sequence[Message]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise DataError(f"{name}: half a surrogate pair, which no text has", fix=_DROP) from error
+            raise DataError(f"{name}: half a surrogate pair, which no text has", fix=DROP) from error
 
 
 def _show(value: Any) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mlx_distill.errors import ConfigError
+from mlx_distill.text import known_names
 
 # Keywords whose value is a schema, a list of schemas, or a mapping of names to schemas.
 _ONE = frozenset(
@@ -113,7 +114,7 @@ def _check_part(part: Mapping[str, Any], root: Mapping[str, Any], kind: Any, whe
             if name not in (properties or {}):
                 raise ConfigError(
                     f"{where}.required: {name!r} is not one of the properties, and others are not allowed",
-                    fix=did_you_mean(name, properties or {}),
+                    fix=known_names(name, properties or {}, "the properties are"),
                 )
     if "$ref" in part and not _refers(str(part["$ref"]), root):
         raise ConfigError(
@@ -150,7 +151,8 @@ def open_fields(schema: Mapping[str, Any], names: Sequence[str], where: str) -> 
     for name in names:
         if name not in properties:
             raise ConfigError(
-                f"{where}: open: no property {name!r} in the schema", fix=did_you_mean(name, properties)
+                f"{where}: open: no property {name!r} in the schema",
+                fix=known_names(name, properties, "the properties are"),
             )
         part = properties[name]
         items = part.get("items") if isinstance(part, Mapping) else None
@@ -180,7 +182,8 @@ def check_score(schema: Mapping[str, Any], score: str, scale: tuple[float, float
     properties = schema["properties"]
     if score not in properties:
         raise ConfigError(
-            f"{where}: score field {score!r} is not in the schema", fix=did_you_mean(score, properties)
+            f"{where}: score field {score!r} is not in the schema",
+            fix=known_names(score, properties, "the properties are"),
         )
     part = properties[score] if isinstance(properties[score], Mapping) else {}
     types = part.get("type", [])
@@ -202,18 +205,6 @@ def check_score(schema: Mapping[str, Any], score: str, scale: tuple[float, float
             f"for {score!r}",
             fix=f"write score_scale: [{limits[0]:g}, {limits[1]:g}], or correct the schema",
         )
-
-
-def did_you_mean(name: str, known: Iterator[str] | Sequence[str] | Mapping[str, Any]) -> str:
-    """A fix for a name that is not known: the nearest one, or all of them.
-
-    >>> did_you_mean("chanel", ["channel", "body"]), did_you_mean("lang", ["channel", "body"])
-    ("did you mean 'channel'?", 'there are channel, body')
-    """
-    names = [str(other) for other in known]
-    near = difflib.get_close_matches(name, names, n=1)
-    shown = ", ".join(names[:20]) + (", ..." if len(names) > 20 else "")
-    return f"did you mean {near[0]!r}?" if near else f"there are {shown or 'none'}"
 
 
 def _dotted(path: Sequence[Any]) -> str:

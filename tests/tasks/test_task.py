@@ -177,7 +177,7 @@ def test_a_schema_that_no_answer_can_fit_is_refused() -> None:
     raw["schema"] |= {"additionalProperties": False, "required": ["colour", "dept"]}
     with pytest.raises(ConfigError, match=r"schema\.required: 'dept' is not one of the properties") as caught:
         parse_task(raw, "task.yaml")
-    assert caught.value.fix == "did you mean 'depth'?"
+    assert "did you mean 'depth'?" in (caught.value.fix or "")
 
 
 def test_keywords_of_other_vocabularies_and_references_are_left_alone() -> None:
