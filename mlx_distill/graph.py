@@ -83,7 +83,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         _conversion(recipe, "teacher_base", teacher),
         _conversion(recipe, "student_base", student),
         Stage("teacher", "teach", 1, {**keyed(recipe.teach), **shared}, ("teacher_base", "data"), teach),
-        Stage("targets", "targets", 2, {**keyed(recipe.targets), **shared}, ("teacher", "data"), targets),
+        Stage("targets", "targets", 3, {**keyed(recipe.targets), **shared}, ("teacher", "data"), targets),
         Stage(
             "student",
             "distill",

@@ -242,12 +242,17 @@ def stop_ids(tokenizer: Any) -> tuple[int, ...]:
     return tuple(dict.fromkeys(stops))
 
 
-def pad_id(tokenizer: Any) -> int:
+def pad_id(tokenizer: Any, rows: int = 0) -> int:
     """The token to pad with: the tokenizer's padding token, else its end of text, else 0. Padding is never
     trained.
+
+    Args:
+        tokenizer: As in :func:`render`.
+        rows: Of the model's embedding: a padding token that was added without a row in it (a habit with
+            Llama 2) is not used. 0 for any number.
     """
     for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
+        if token is not None and (not rows or token < rows):
             return int(token)
     return 0
 

@@ -24,6 +24,8 @@ from mlx_distill.distill.teacher import answer_label_start
 from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
 from mlx_distill.errors import DataError
 from mlx_distill.losses.byte_alignment import align_bytes
+from mlx_distill.losses.topk import within_columns
+from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.progress import Progress
 from mlx_distill.records import Batch
 from mlx_distill.storage import read_jsonl
@@ -70,6 +72,8 @@ def write_aligned_rows(
     student_tokenizer: Any,
     teacher_tokenizer: Any,
     *,
+    same_tokenizer: bool,
+    token_rows: int,
     max_length: int,
     total: int,
     progress: Progress,
@@ -82,17 +86,33 @@ def write_aligned_rows(
         key: Of both stores.
         joined: From :func:`join_rows`.
         task: Its schema and label.
-        student_tokenizer: A byte-level BPE with a chat template.
-        teacher_tokenizer: A byte-level BPE.
-        max_length: Rows of more student tokens are left out; ``too_long`` in the facts of ``train`` is their
-            number.
+        student_tokenizer: With a chat template; it spells its tokens' bytes, or is the teacher's.
+        teacher_tokenizer: The same.
+        same_tokenizer: Whether both have the same tokens by id.
+        token_rows: Rows of the student's embedding; 0 for any number.
+        max_length: Rows of more student tokens are left out.
         total: The number of rows, for the progress bar.
         progress: Where progress is shown.
         check_stop: Called between chunks of rows; raises to stop.
+
+    The facts of ``train`` say how many rows of both splits were left out: ``too_long``, and ``not_aligned``
+    with an ``example``, because one of the tokenizers changes their text.
+
+    Raises:
+        DataError: no row is left to train on.
+        ModelError: a token that the student's embedding has no row for, or a tokenizer without bytes.
     """
     # The text before the label is often the same in every answer.
     encode = lru_cache(maxsize=256)(partial(answer_ids, student_tokenizer))
-    too_long = done = 0
+    align = partial(
+        align_answer,
+        task=task,
+        student_tokenizer=student_tokenizer,
+        teacher_tokenizer=teacher_tokenizer,
+        encode=encode,
+    )
+    too_long = not_aligned = done = 0
+    example = ""
     with (
         StoreWriter(folders["train"], key) as train,
         StoreWriter(folders["valid"], key) as valid,
@@ -110,11 +130,28 @@ def write_aligned_rows(
                 if len(chat) > max_length:
                     too_long += 1
                     continue
-                row = align_answer(chat, targets, task, student_tokenizer, teacher_tokenizer, encode)
+                check_token_ids(chat.tokens, token_rows, student_tokenizer)
+                try:
+                    row = align(chat, targets, same_tokenizer=same_tokenizer, columns=token_rows)
+                except DataError as error:
+                    not_aligned += 1
+                    example = example or f"{targets.id}: {error}"
+                    continue
                 writers[split].append(len(row.tokens) - row.start, **aligned_row_arrays(row))
             done += len(chunk)
             bar.update(done)
-        train.facts = {"too_long": too_long}
+        train.facts = {"too_long": too_long, "not_aligned": not_aligned, "example": example}
+        if not train.rows:
+            raise _nothing_left(too_long, max_length, not_aligned, example)
+
+
+def _nothing_left(too_long: int, max_length: int, not_aligned: int, example: str) -> DataError:
+    parts = [f"{too_long} have more than {max_length} tokens"] if too_long else []
+    parts += [f"of {not_aligned} a tokenizer changes the text ({example})"] if not_aligned else []
+    return DataError(
+        f"no row to train on: {', and '.join(parts) or 'there are no targets'}",
+        fix="raise distill.max_length, or use a student whose tokenizer keeps the text as it is",
+    )
 
 
 def join_rows(rows_files: Mapping[str, Path], reader: TargetReader) -> Iterator[JoinedRow]:
@@ -147,6 +184,9 @@ def align_answer(
     student_tokenizer: Any,
     teacher_tokenizer: Any,
     encode: Callable[[str], list[int]],
+    *,
+    same_tokenizer: bool = False,
+    columns: int = 0,
 ) -> AlignedRow:
     """Align the teacher's targets with a chat that is rendered for the student.
 
@@ -154,19 +194,34 @@ def align_answer(
         chat: The student's chat; its answer is ``targets.text``.
         targets: The teacher's.
         task: Its schema and label.
-        student_tokenizer: A byte-level BPE.
-        teacher_tokenizer: A byte-level BPE.
+        student_tokenizer: As in :func:`write_aligned_rows`.
+        teacher_tokenizer: The same.
         encode: From the beginning of an answer to the student's token ids.
+        same_tokenizer: Whether both tokenizers have the same tokens by id. Then equal tokens are aligned one
+            by one, whatever bytes they have, and the top k is limited to the student's columns.
+        columns: The student's; 0 for any number.
+
+    Raises:
+        DataError: the two texts differ.
+        ModelError: a tokenizer whose tokens' bytes are not known.
     """
     start, end = chat.spans[-1]
-    spans = align_bytes(chat.tokens[start:end], targets.ids[:-1], student_tokenizer, teacher_tokenizer)
+    student_ids, teacher_ids = chat.tokens[start:end], targets.ids[:-1]
+    if same_tokenizer and np.array_equal(student_ids, teacher_ids):
+        each = np.arange(len(student_ids))
+        spans = np.stack([each, each + 1, each, each + 1], axis=1)
+    else:
+        spans = align_bytes(student_ids, teacher_ids, student_tokenizer, teacher_tokenizer)
+    topk_ids, topk_logprobs = targets.topk_ids, targets.topk_logprobs
+    if same_tokenizer and columns:
+        topk_ids, topk_logprobs = within_columns(topk_ids, topk_logprobs, columns)
     return align_row(
         chat.tokens,
         start,
         spans,
         teacher_logprobs=targets.logprobs,
-        topk_ids=targets.topk_ids,
-        topk_logprobs=targets.topk_logprobs,
+        topk_ids=topk_ids,
+        topk_logprobs=topk_logprobs,
         label_start=answer_label_start(chat.tokens.tolist(), start, targets.text, task, encode),
         label_logprobs=targets.label_logprobs,
     )

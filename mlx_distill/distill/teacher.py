@@ -20,10 +20,14 @@ from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.infer.engine import generate
 from mlx_distill.infer.label_scoring import label_start
 from mlx_distill.losses.labels import LabelTokens, label_logprobs, label_tokens
-from mlx_distill.models.forward import hidden_states, logits
+from mlx_distill.models.forward import embedding_rows, head_columns, hidden_states
+from mlx_distill.models.token_ids import check_token_ids, token_logits, used_ids
 from mlx_distill.recipe import TargetsConfig
 from mlx_distill.tasks.answer import label_prefix, parse_answer
 from mlx_distill.tasks.task import Task
+
+# From hidden states to logits.
+Project = Callable[[mx.array], mx.array]
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,12 @@ def score_answers(
         answers_in_tokens.append(TokenizedAnswer(tokens, start, label, row["id"], text))
     labels = label_tokens(tokenizer, task.labels) if task.label else None
     scored = score(
-        model, answers_in_tokens, top_k=settings.top_k, labels=labels, batch_size=settings.batch_size
+        model,
+        answers_in_tokens,
+        top_k=settings.top_k,
+        labels=labels,
+        tokenizer=tokenizer,
+        batch_size=settings.batch_size,
     )
     return list(scored), invalid
 
@@ -129,6 +138,7 @@ def score(
     *,
     top_k: int,
     labels: LabelTokens | None = None,
+    tokenizer: Any = None,
     batch_size: int = 16,
     multiple: int = 16,
     tile_rows: int = 512,
@@ -140,11 +150,20 @@ def score(
         answers: Rendered chats.
         top_k: Tokens kept of each distribution.
         labels: The label's tokens, or None for no label distribution.
+        tokenizer: The teacher's: the columns of the head that are none of its tokens take no part in any
+            distribution. None for all columns.
         batch_size: Rows per forward pass.
         multiple: Rows are padded to a multiple of this many tokens, so that few shapes occur.
         tile_rows: Positions projected at a time.
+
+    Raises:
+        ModelError: an answer or its prompt has a token beyond the model's embedding.
     """
     model.eval()
+    check_token_ids([max(answer.tokens) for answer in answers], embedding_rows(model), tokenizer)
+    used = used_ids(tokenizer, head_columns(model))
+    top_k = top_k if used is None else min(top_k, int(used.sum()))
+    project = partial(token_logits, model, used=None if used is None or used.all() else mx.array(used))
     for first in range(0, len(answers), batch_size):
         batch = answers[first : first + batch_size]
         length = max(len(answer.tokens) for answer in batch)
@@ -153,8 +172,8 @@ def score(
         for line, answer in zip(inputs, batch, strict=True):
             line[: len(answer.tokens)] = answer.tokens
         hidden = hidden_states(model, mx.array(inputs))
-        ids, topk_ids, topk_logprobs, logprobs = _answer_logprobs(model, hidden, batch, top_k, tile_rows)
-        by_row = {} if labels is None else _label_logprobs(model, hidden, batch, labels)
+        ids, topk_ids, topk_logprobs, logprobs = _answer_logprobs(project, hidden, batch, top_k, tile_rows)
+        by_row = {} if labels is None else _label_logprobs(project, hidden, batch, labels)
         begin = 0
         for i, answer in enumerate(batch):
             end = begin + len(answer.tokens) - answer.start
@@ -172,7 +191,7 @@ def score(
 
 
 def _answer_logprobs(
-    model: nn.Module, hidden: mx.array, batch: Sequence[TokenizedAnswer], top_k: int, tile_rows: int
+    project: Project, hidden: mx.array, batch: Sequence[TokenizedAnswer], top_k: int, tile_rows: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """For all tokens of all answers, one after the other: their ids, the top k ids and log-probabilities, and
     their own log-probabilities.
@@ -183,7 +202,7 @@ def _answer_logprobs(
     parts: list[tuple[mx.array, mx.array, mx.array]] = []
     for first in range(0, len(positions), tile_rows):
         at = slice(first, first + tile_rows)
-        z = logits(model, hidden[mx.array(rows[at]), mx.array(columns[at] - 1)])
+        z = project(hidden[mx.array(rows[at]), mx.array(columns[at] - 1)])
         k = min(top_k, z.shape[-1])
         log_z = mx.logsumexp(z, axis=-1, keepdims=True)
         best = mx.argpartition(-z, kth=k - 1, axis=-1)[:, :k].astype(mx.int32)
@@ -205,12 +224,12 @@ def _answer_logprobs(
 
 
 def _label_logprobs(
-    model: nn.Module, hidden: mx.array, batch: Sequence[TokenizedAnswer], labels: LabelTokens
+    project: Project, hidden: mx.array, batch: Sequence[TokenizedAnswer], labels: LabelTokens
 ) -> dict[int, np.ndarray]:
     """The distribution over the labels and all other tokens, by row, of the rows that have a label."""
     starts = {i: answer.label_start for i, answer in enumerate(batch) if answer.label_start is not None}
     if not starts:
         return {}
     at = mx.array([start - 1 for start in starts.values()])
-    values = label_logprobs(logits(model, hidden[mx.array(list(starts)), at]), labels, rest=True)
+    values = label_logprobs(project(hidden[mx.array(list(starts)), at]), labels, rest=True)
     return dict(zip(starts, np.array(values), strict=True))

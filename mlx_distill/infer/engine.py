@@ -16,10 +16,12 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Integer
+from jaxtyping import Bool, Float, Integer
 
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout, column_caches, supports_column_cache
+from mlx_distill.models.forward import embedding_rows
+from mlx_distill.models.token_ids import check_token_ids, used_ids
 
 
 class LogitsHook(NamedTuple):
@@ -72,7 +74,8 @@ def generate(
 
     Args:
         model: An mlx-lm model: ``model(tokens [b, l], cache=...) -> logits [b, l, v]``.
-        tokenizer: Any object with ``decode(ids)``; logits beyond its vocabulary are never chosen.
+        tokenizer: Any object with ``decode(ids)``; columns of the logits that are none of its tokens are
+            never chosen.
         prompts: Token ids, one sequence a prompt, none empty.
         max_tokens: Tokens after which an answer is truncated.
         batch_size: Prompts decoded together.
@@ -90,17 +93,19 @@ def generate(
 
     Raises:
         DataError: an empty prompt.
+        ModelError: a token of a prompt, or every token that ends an answer, is beyond the model's embedding.
         ConfigError: ``max_tokens`` or ``batch_size`` below 1, a negative temperature, an unknown engine.
     """
     _check(prompts, max_tokens, batch_size, temperature, engine)
+    _check_ids(model, tokenizer, prompts, stop)
     columns = (engine or ("columns" if supports_column_cache(model) else "mlx_lm")) == "columns"
-    vocabulary = vocabulary_size(tokenizer)
+    used = used_ids(tokenizer)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     out: list[Generation | None] = [None] * len(prompts)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         began = time.perf_counter()
-        sampler = Sampler(vocabulary, temperature, seed, rows, max_tokens)
+        sampler = Sampler(used, temperature, seed, rows, max_tokens)
         batch = [list(prompts[i]) for i in rows]
         hook_outputs: dict[int, np.ndarray] = {}
         if columns:
@@ -129,18 +134,6 @@ def generate(
     return [generation for generation in out if generation is not None]
 
 
-def vocabulary_size(tokenizer: Any) -> int | None:
-    """One more than the highest token id of the tokenizer, or None where it has no ``get_vocab``.
-
-    >>> class Toy:
-    ...     def get_vocab(self): return {"a": 0, "b": 7}
-    >>> vocabulary_size(Toy())
-    8
-    """
-    get_vocab = getattr(tokenizer, "get_vocab", None)
-    return max(get_vocab().values()) + 1 if callable(get_vocab) else None
-
-
 def _check(
     prompts: Sequence[Sequence[int]], max_tokens: int, batch_size: int, temperature: float, engine: str | None
 ) -> None:
@@ -158,12 +151,20 @@ def _check(
         raise ConfigError(f"no engine {engine!r}", fix="columns or mlx_lm")
 
 
+def _check_ids(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], stop: AbstractSet[int]) -> None:
+    """Refuse tokens that the model cannot read, and answers that it cannot end."""
+    rows = embedding_rows(model)
+    check_token_ids([max(prompt) for prompt in prompts], rows, tokenizer)
+    check_token_ids([min(stop)] if stop else [], rows, tokenizer)
+
+
 class Sampler:
     """Chooses the next tokens from logits: the most probable ones, or by inverse transform sampling with
     random numbers that depend on (seed, prompt, step) alone, so the composition of batches does not matter.
 
     Args:
-        vocabulary: Logits from this column on are never chosen; None for all.
+        used: Whether an id is a token; other columns of the logits, and those beyond, are never chosen. None
+            for all.
         temperature: 0 for the most probable token.
         seed: Of the random numbers.
         prompts: The prompt number of each row.
@@ -171,9 +172,15 @@ class Sampler:
     """
 
     def __init__(
-        self, vocabulary: int | None, temperature: float, seed: int, prompts: Sequence[int], max_tokens: int
+        self,
+        used: Bool[np.ndarray, " v"] | None,
+        temperature: float,
+        seed: int,
+        prompts: Sequence[int],
+        max_tokens: int,
     ) -> None:
-        self.vocabulary = vocabulary
+        self.width = None if used is None else len(used)
+        self.used = None if used is None or used.all() else mx.array(used)
         self.temperature = temperature
         if temperature:
             self.uniform = np.stack(
@@ -184,7 +191,9 @@ class Sampler:
         self, logits: Float[mx.array, "b v"], step: int, rows: Integer[np.ndarray, " b"]
     ) -> Integer[mx.array, " b"]:
         """The tokens of step ``step`` of the given rows."""
-        logits = logits[:, : self.vocabulary]
+        logits = logits[:, : self.width]
+        if self.used is not None:
+            logits = mx.where(self.used[: logits.shape[1]], logits, -mx.inf)
         if not self.temperature:
             return mx.argmax(logits, axis=-1)
         cumulative = mx.cumsum(mx.softmax(logits.astype(mx.float32) / self.temperature, axis=-1), axis=-1)

@@ -14,7 +14,8 @@ from jaxtyping import Float
 from mlx_distill.data.chat import answer_ids
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.losses.labels import LabelTokens, label_logprobs, label_tokens
-from mlx_distill.models.forward import hidden_states, logits
+from mlx_distill.models.forward import embedding_rows, hidden_states, logits
+from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.tasks.answer import label_prefix
 from mlx_distill.tasks.task import Task
 
@@ -35,7 +36,11 @@ def label_probabilities(
 
     Returns:
         Probabilities that sum to 1 in each row, in the order of ``labels.labels``.
+
+    Raises:
+        ModelError: a token of a prompt is beyond the model's embedding.
     """
+    check_token_ids([max(prompt) for prompt in prompts], embedding_rows(model))
     out = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch_size):

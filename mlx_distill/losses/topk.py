@@ -9,7 +9,8 @@ bucket the loss is zero at equality and never above the full KL.
 from __future__ import annotations
 
 import mlx.core as mx
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, Int
 
 from mlx_distill.errors import DataError
 from mlx_distill.losses.numerics import LOWEST, RESOLUTION, check_temperature, row_logsumexp
@@ -44,7 +45,8 @@ def sparse_forward_kl(
     Args:
         student_logits: Unnormalised, any float type; computed in float32.
         targets: ``ids [*b, k]``, distinct within a row, and ``logprobs [*b, k]`` in nats over the whole
-            vocabulary at temperature 1.
+            vocabulary at temperature 1. An id that the student has no column for makes the loss NaN:
+            :func:`within_columns` removes such ids.
         temperature: T, for the distribution within the top k.
 
     Returns:
@@ -60,7 +62,7 @@ def sparse_forward_kl(
     0.0
     """
     check_temperature(temperature)
-    check_targets(student_logits.shape[:-1], student_logits.shape[-1], targets)
+    targets = checked_targets(student_logits.shape[:-1], student_logits.shape[-1], targets)
     z = mx.maximum(student_logits.astype(mx.float32), LOWEST)
     head = mx.take_along_axis(z, targets.ids, axis=-1)
     if targets.ids.shape[-1] == z.shape[-1]:
@@ -107,7 +109,7 @@ def sparse_linear_kl(
     check_temperature(temperature)
     head = head_weight(student_head)
     check_hidden(student_hidden, head)
-    check_targets(student_hidden.shape[:-1], head.columns, targets)
+    targets = checked_targets(student_hidden.shape[:-1], head.columns, targets)
     rows = flat_rows(student_hidden)
     n, k = rows.shape[0], targets.ids.shape[-1]
     if n == 0:
@@ -170,8 +172,34 @@ def rows_of(targets: TopK, at: slice) -> TopK:
     return TopK(targets.ids[at], targets.logprobs[at])
 
 
-def check_targets(rows: tuple[int, ...], width: int, targets: TopK) -> None:
-    """Refuse targets that belong to other positions or to another vocabulary."""
+def within_columns(
+    ids: Int[np.ndarray, "n k"], logprobs: Float[np.ndarray, "n k"], columns: int
+) -> tuple[Int[np.ndarray, "n j"], Float[np.ndarray, "n j"]]:
+    """A teacher's top k over the first ``columns`` tokens alone: what it gives to tokens from there on is
+    removed, and the rest divided by its sum.
+
+    A removed entry gets the log-probability ``LOWEST``, which marks an unused slot, and the id of another.
+    Removed entries are last, and no more than ``columns`` entries are returned.
+
+    >>> ids, logprobs = within_columns(np.array([[7, 1]]), np.log([[0.5, 0.25]]), 4)
+    >>> ids.tolist(), np.exp(logprobs).tolist()
+    ([[1, 1]], [[0.5, 0.0]])
+    """
+    beyond = ids >= columns
+    if not beyond.any():
+        return ids, logprobs
+    removed = np.where(beyond, np.exp(logprobs.astype(np.float64)), 0.0).sum(axis=1, keepdims=True)
+    kept = logprobs - np.log(np.maximum(1.0 - removed, RESOLUTION))
+    order = np.argsort(beyond, axis=1, kind="stable")[:, :columns]  # what is removed comes last
+    ids, kept, beyond = (np.take_along_axis(a, order, axis=1) for a in (ids, kept, beyond))
+    other = np.where(beyond[:, :1], 0, ids[:, :1])
+    return np.where(beyond, other, ids), np.where(beyond, LOWEST, kept).astype(logprobs.dtype)
+
+
+def checked_targets(rows: tuple[int, ...], width: int, targets: TopK) -> TopK:
+    """Refuse targets that belong to other positions or to another vocabulary; ids beyond the student's
+    columns, which would be read from the memory behind its logits, get the log-probability NaN.
+    """
     if targets.ids.shape != targets.logprobs.shape or targets.ids.shape[:-1] != rows:
         raise DataError(
             f"targets of shape {targets.ids.shape} and {targets.logprobs.shape} for positions {rows}",
@@ -182,6 +210,8 @@ def check_targets(rows: tuple[int, ...], width: int, targets: TopK) -> None:
             f"{targets.ids.shape[-1]} targets a position, but the student has {width} columns",
             fix="with another tokenizer use token_group_kl",
         )
+    beyond = targets.ids >= width
+    return TopK(mx.where(beyond, 0, targets.ids), mx.where(beyond, mx.nan, targets.logprobs))
 
 
 def _within_kl(head: mx.array, logprobs: mx.array, temperature: float) -> mx.array:

@@ -19,6 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from jaxtyping import Bool, Float, Int
 
 from mlx_distill.errors import ModelError
@@ -120,6 +121,25 @@ def head(model: Any) -> Any:
     """The output head: a linear layer, or the embedding that it is tied to."""
     names = module_names(model)
     return get_module(model, names.embedding if is_tied(model) else names.head)
+
+
+def head_columns(model: Any) -> int:
+    """The width of a model's logits, also of a head with an adapter; 0 for other modules, where it is
+    unknown.
+    """
+    return _rows(head(model))
+
+
+def embedding_rows(model: Any) -> int:
+    """The rows of the embedding, also of one with an adapter: the token ids that a model can read are below
+    this number. 0 where it is unknown.
+    """
+    return _rows(get_module(model, module_names(model).embedding)) if isinstance(model, nn.Module) else 0
+
+
+def _rows(layer: Any) -> int:
+    base = layer.get("linear", layer.get("embedding", layer)) if layer is not None else None
+    return int(base.weight.shape[0]) if base is not None and "weight" in base else 0
 
 
 def is_tied(model: Any) -> bool:

@@ -32,6 +32,7 @@ from mlx_distill.models.forward import is_tied
 from mlx_distill.models.hub import copy_tokenizer, resolve
 from mlx_distill.models.modules import cast_model
 from mlx_distill.models.quantization import with_quantization
+from mlx_distill.models.token_ids import check_added_tokens
 from mlx_distill.storage import atomic_path, write_json
 
 
@@ -83,7 +84,8 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
     """mlx-lm's ``TokenizerWrapper`` of a folder, with its chat template and without remote code.
 
     Raises:
-        ModelError: no tokenizer, a damaged one, or one that needs remote code.
+        ModelError: no tokenizer, a damaged one, one that needs remote code, or one with an added token that
+            is not read under its own number.
     """
     folder = Path(path)
     if config is None:
@@ -102,12 +104,16 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
     from mlx_lm.tokenizer_utils import load as load_wrapper
 
     try:
-        return load_wrapper(folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id"))
+        tokenizer = load_wrapper(
+            folder, {"trust_remote_code": False}, eos_token_ids=config.get("eos_token_id")
+        )
     except Exception as error:  # the parsers of transformers raise many types
         raise ModelError(
             f"{folder}: the tokenizer cannot be read: {error}",
             fix="copy the tokenizer files from the original checkpoint",
         ) from error
+    check_added_tokens(folder, tokenizer, config.get("vocab_size"))
+    return tokenizer
 
 
 def empty_model(folder: str | Path) -> Any:

@@ -23,6 +23,7 @@ from mlx_distill.storage import digest, scratch, sha256
 
 if TYPE_CHECKING:
     from mlx_distill.distill.align import AlignedRow
+    from mlx_distill.losses.cross_tokenizer import TokenGroups
     from mlx_distill.storage.array_store import Store
 
 SPLITS = ("train", "valid")
@@ -39,6 +40,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     from mlx_distill.data.chat import pad_id
     from mlx_distill.distill.align import collate_aligned_rows
     from mlx_distill.distill.objective import kd
+    from mlx_distill.models.forward import embedding_rows
 
     settings = context.recipe.distill
     check_training(context, {"distill"})
@@ -53,8 +55,9 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         settings = replace(settings, label_weight=0.0)
         if control is None:
             context.progress.note("distill: the task has no label, so distill.label_weight has no effect")
-    train, valid, inputs = aligned_rows(context, folder, tokenizer, settings)
-    pad, classes = pad_id(tokenizer), len(context.task.labels) + 1  # and one for all other tokens
+    token_rows = embedding_rows(model)
+    train, valid, inputs = aligned_rows(context, folder, tokenizer, settings, token_rows=token_rows)
+    pad, classes = pad_id(tokenizer, token_rows), len(context.task.labels) + 1  # and one for all other tokens
     return train_rows(
         context,
         folder,
@@ -70,7 +73,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
 
 
 def aligned_rows(
-    context: Context, folder: Path, tokenizer: Any, settings: DistillConfig
+    context: Context, folder: Path, tokenizer: Any, settings: DistillConfig, *, token_rows: int = 0
 ) -> tuple[Store[AlignedRow], Store[AlignedRow], dict[str, Any]]:
     """The aligned rows for training and validation, and what the objective needs of the two tokenizers.
 
@@ -79,16 +82,17 @@ def aligned_rows(
         folder: Where the stage writes; the aligned rows are in its scratch folder, and are reused while
             nothing that they are made of changes.
         tokenizer: The student's.
-        settings: ``max_length``.
+        settings: ``max_length``, and which token-level loss.
+        token_rows: Rows of the student's embedding; 0 for any number.
 
     Raises:
         DataError: the targets are of another tokenizer, or of other rows.
+        ModelError: a token that the student's embedding has no row for.
         Interrupted: stopped on request.
     """
-    from mlx_distill.data.chat import stop_ids
     from mlx_distill.distill.align import aligned_row_from_arrays, join_rows, write_aligned_rows
     from mlx_distill.distill.teacher_cache import TargetReader
-    from mlx_distill.losses.cross_tokenizer import build_token_groups
+    from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
     from mlx_distill.losses.labels import label_tokens
     from mlx_distill.models.load import load_tokenizer
     from mlx_distill.storage.array_store import Store, is_stored
@@ -101,6 +105,7 @@ def aligned_rows(
             f"{reader.folder}: targets of another tokenizer than {context.run / 'teacher'}",
             fix="run: mlx-distill targets",
         )
+    same_tokenizer = vocabulary_hash(tokenizer) == teacher_hash
     key = _aligned_key(context, reader.folder, teacher_hash, settings.max_length)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
     if not all(is_stored(path, key) for path in folders.values()):
@@ -111,29 +116,48 @@ def aligned_rows(
             context.task,
             tokenizer,
             teacher_tokenizer,
+            same_tokenizer=same_tokenizer,
+            token_rows=token_rows,
             max_length=settings.max_length,
             total=len(reader),
             progress=context.progress,
             check_stop=partial(check_stop, context),
         )
     train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
-    if too_long := train.facts["too_long"]:
-        context.progress.note(
-            f"distill: {too_long} rows are longer than {settings.max_length} tokens for the student and are "
-            "left out"
-        )
-    groups = build_token_groups(
-        tokenizer,
-        teacher_tokenizer,
-        student_stop=stop_ids(tokenizer)[0],
-        teacher_stop=stop_ids(teacher_tokenizer)[0],
-    )
+    _note_left_out(context, train.facts, settings.max_length)
+    loss = token_loss_name(settings, same_tokenizer)
+    needs_groups = loss is not None and TOKEN_LOSSES[loss].needs == "token_groups"
     inputs = {
         "labels": label_tokens(tokenizer, context.task.labels) if context.task.label else None,
-        "groups": groups,
-        "same_tokenizer": vocabulary_hash(tokenizer) == teacher_hash,
+        "groups": _token_groups(tokenizer, teacher_tokenizer) if needs_groups else None,
+        "same_tokenizer": same_tokenizer,
     }
     return train, valid, inputs
+
+
+def _note_left_out(context: Context, facts: Facts, max_length: int) -> None:
+    if facts["too_long"]:
+        context.progress.note(
+            f"distill: {facts['too_long']} rows are longer than {max_length} tokens for the student and are "
+            "left out"
+        )
+    if facts.get("not_aligned"):
+        context.progress.note(
+            f"distill: {facts['not_aligned']} rows whose text a tokenizer changes are left out; the first is "
+            f"{facts['example']}"
+        )
+
+
+def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any) -> TokenGroups:
+    from mlx_distill.data.chat import stop_ids
+    from mlx_distill.losses.cross_tokenizer import build_token_groups
+
+    return build_token_groups(
+        student_tokenizer,
+        teacher_tokenizer,
+        student_stop=stop_ids(student_tokenizer)[0],
+        teacher_stop=stop_ids(teacher_tokenizer)[0],
+    )
 
 
 def _aligned_key(context: Context, targets: Path, teacher_tokenizer: str, max_length: int) -> str:

@@ -28,6 +28,7 @@ def encoded_rows(
     base: str,
     settings: TrainConfig,
     *,
+    token_rows: int = 0,
     check_every: int = 200,
 ) -> Store[TokenizedRow]:
     """The rows of a split in a model's tokens; tokenized unless the stage's scratch folder has them.
@@ -40,13 +41,16 @@ def encoded_rows(
         tokenizer: Of the model.
         base: The model's folder in the run.
         settings: ``max_length`` and ``loss_on``.
+        token_rows: Rows of the model's embedding, which the tokens are held against; 0 checks nothing.
         check_every: Rows after which progress is shown and a request to stop is checked.
 
     Raises:
         DataError: there are rows, but no row with a trained token.
+        ModelError: a token that the model's embedding has no row for.
         Interrupted: stopped on request.
     """
     from mlx_distill.data.chat import EncodeReport, TokenizedRow, encode_rows
+    from mlx_distill.models.token_ids import check_token_ids
     from mlx_distill.storage.array_store import Store, StoreWriter, is_stored
 
     path, rows_folder = rows_file(context, split), scratch(folder) / "rows" / split
@@ -69,6 +73,7 @@ def encoded_rows(
                 examples, tokenizer, settings.max_length, settings.loss_on, report, where=str(path)
             )
             for row in encoded if total else ():
+                check_token_ids(row.tokens, token_rows, tokenizer)
                 writer.append(int(row.trained.sum()), tokens=row.tokens, trained=row.trained)
             writer.facts = asdict(report)
     store = Store(rows_folder, TokenizedRow)

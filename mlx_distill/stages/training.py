@@ -40,12 +40,15 @@ def fine_tune(
     """
     from mlx_distill.data.batching import collate
     from mlx_distill.data.chat import pad_id
+    from mlx_distill.models.forward import embedding_rows
     from mlx_distill.train.objective import sft
 
+    token_rows = embedding_rows(model)
     rows, valid = (
-        encoded_rows(context, folder, name, split, tokenizer, base, settings) for split in ("train", "valid")
+        encoded_rows(context, folder, name, split, tokenizer, base, settings, token_rows=token_rows)
+        for split in ("train", "valid")
     )
-    pad = pad_id(tokenizer)
+    pad = pad_id(tokenizer, token_rows)
 
     def collate_rows(rows: Sequence[Any], sequences: Sequence[Sequence[int]], multiple: int) -> Batch:
         return collate(rows, sequences, pad, multiple)

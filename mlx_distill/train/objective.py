@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_distill.losses.numerics import row_logsumexp
 from mlx_distill.losses.output_head import HeadWeight, head_weight, is_constant, project, soft_capped
 from mlx_distill.losses.tiled import RowLoss, linear_cross_entropy, linear_rows
-from mlx_distill.models.forward import head, hidden_states, segment_caches, softcap
+from mlx_distill.models.forward import head, head_columns, hidden_states, segment_caches, softcap
 from mlx_distill.records import Batch
 
 # Up to so many numbers (64 MiB in float32) the logits of a batch are computed at once, above tile by tile.
@@ -38,13 +38,7 @@ def trunk(model: nn.Module, batch: Batch, positions: Int[mx.array, " a"]) -> Flo
 
 def is_small(model: nn.Module, count: int, dense_limit: int = DENSE_LIMIT) -> bool:
     """Whether the logits at ``count`` positions are computed at once."""
-    return count * _columns(head(model)) <= dense_limit
-
-
-def _columns(layer: nn.Module) -> int:
-    """Width of a head's logits, also of a head with an adapter; 0 for other modules, where it is unknown."""
-    base = layer.get("linear", layer.get("embedding", layer))
-    return int(base.weight.shape[0]) if "weight" in base else 0
+    return count * head_columns(model) <= dense_limit
 
 
 class LogitReader:
@@ -68,7 +62,7 @@ class LogitReader:
         self.small = is_small(model, hidden.shape[0], dense_limit)
         self._constant = head_weight(self.head, self.softcap) if is_constant(self.head) else None
         trainable = sum(weight.size for _, weight in tree_flatten(self.head.trainable_parameters()))
-        self.rows = max(MIN_ROWS, max(dense_limit, trainable) // (8 * max(_columns(self.head), 1)))
+        self.rows = max(MIN_ROWS, max(dense_limit, trainable) // (8 * max(head_columns(model), 1)))
         self._logits: mx.array | None = None
 
     @property

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import DataError
-from mlx_distill.losses import forward_kl, sparse_forward_kl
+from mlx_distill.losses import forward_kl, sparse_forward_kl, sparse_linear_kl
+from mlx_distill.losses.topk import within_columns
 from mlx_distill.records import TopK
 
 N, V = 6, 200
@@ -137,3 +138,45 @@ def test_targets_of_other_positions_are_refused() -> None:
         sparse_forward_kl(z_q[:3], top_k(z_p, 4))
     with pytest.raises(DataError, match="token_group_kl"):
         sparse_forward_kl(z_q[:, :3], top_k(z_p, 4))
+
+
+@pytest.mark.parametrize(("k", "t"), [(5, 1.0), (V, 1.0), (V, 4.0)])
+def test_a_teacher_with_more_columns_is_compared_over_the_shared_ones(k: int, t: float) -> None:
+    z_q, z_p = pair()
+    z_p[:, 150] += 6  # likely, and beyond the student's columns
+    wide = top_k(z_p, k)
+    ids, logprobs = within_columns(np.array(wide.ids), np.array(wide.logprobs), 120)
+    assert ids.max() < 120 and (np.array(wide.ids) >= 120).any()
+    p = np.exp(np.array(wide.logprobs, np.float64))
+    beyond = np.array(wide.ids) >= 120
+    p = np.where(beyond, 0, p) / (1 - np.where(beyond, p, 0).sum(-1, keepdims=True))
+    np.testing.assert_allclose(np.exp(logprobs).sum(-1), p.sum(-1), rtol=1e-5)
+    got = np.array(sparse_forward_kl(z_q[:, :120], TopK(mx.array(ids), mx.array(logprobs)), temperature=t))
+    if k == V:
+        wanted = np.array(forward_kl(z_q[:, :120], z_p[:, :120], temperature=t))
+    else:
+        q = np.array(mx.softmax(z_q[:, :120], axis=-1), np.float64)
+        q = np.take_along_axis(q, np.where(beyond, 0, np.array(wide.ids)), -1)
+        terms = np.where(beyond, 0, p * np.log(np.where(beyond, 1, p) / q))
+        r_p, r_q = 1 - p.sum(-1), 1 - np.where(beyond, 0, q).sum(-1)
+        wanted = terms.sum(-1) + r_p * np.log(r_p / r_q)
+    np.testing.assert_allclose(got, wanted, rtol=2e-4, atol=2e-6)
+
+
+def test_a_top_k_wholly_beyond_the_students_columns_says_nothing() -> None:
+    ids, logprobs = within_columns(np.array([[9, 8]]), np.log(np.array([[0.75, 0.25]], np.float32)), 8)
+    value, grad = mx.value_and_grad(
+        lambda z: sparse_forward_kl(z, TopK(mx.array(ids), mx.array(logprobs))).sum()
+    )(mx.random.normal((1, 8)))
+    assert value.item() == 0 and mx.abs(grad).max().item() == 0
+
+
+def test_ids_beyond_the_students_columns_are_not_a_number_instead_of_other_memory() -> None:
+    z_q, z_p = pair()
+    targets = top_k(z_p, 5)
+    targets.ids[2, 1] = V
+    dense = np.array(sparse_forward_kl(z_q, targets))
+    head = mx.random.normal((V, 4))
+    tiled = np.array(sparse_linear_kl(mx.random.normal((N, 4)), head, targets))
+    for values in (dense, tiled):
+        assert np.flatnonzero(np.isnan(values)).tolist() == [2]

@@ -20,7 +20,7 @@ from mlx_distill.data.chat import EncodeReport, encode_rows
 from mlx_distill.data.rows import from_row
 from mlx_distill.distill.align import align_answer, aligned_row_arrays, join_rows
 from mlx_distill.distill.teacher_cache import TargetReader
-from mlx_distill.errors import ConfigError, DataError, Interrupted
+from mlx_distill.errors import ConfigError, DataError, Interrupted, ModelError
 from mlx_distill.models.load import load_tokenizer
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages.context import Context, content_of, read_rows, rows_file
@@ -52,19 +52,31 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def encode(
-    context: Context, folder: Path, split: str = "train", check_every: int = 200, **changes: Any
+    context: Context,
+    folder: Path,
+    split: str = "train",
+    check_every: int = 200,
+    token_rows: int = 0,
+    **changes: Any,
 ) -> Store[Any]:
     tokenizer = load_tokenizer(context.run / "teacher_base")
     settings = replace(context.recipe.teach, **changes)
     return encoded_rows(
-        context, folder, "teach", split, tokenizer, "teacher_base", settings, check_every=check_every
+        context,
+        folder,
+        "teach",
+        split,
+        tokenizer,
+        "teacher_base",
+        settings,
+        check_every=check_every,
+        token_rows=token_rows,
     )
 
 
-def pairs(context: Context, folder: Path) -> tuple[Store[Any], Store[Any]]:
-    return aligned_rows(
-        context, folder, load_tokenizer(context.run / "student_base"), context.recipe.distill
-    )[:2]
+def pairs(context: Context, folder: Path, token_rows: int = 0) -> tuple[Store[Any], Store[Any]]:
+    tokenizer = load_tokenizer(context.run / "student_base")
+    return aligned_rows(context, folder, tokenizer, context.recipe.distill, token_rows=token_rows)[:2]
 
 
 def change_rows(run_copy: Path, split: str = "train") -> None:
@@ -154,6 +166,38 @@ def test_targets_in_another_order_than_the_rows_are_refused(run_copy: Path, fold
     assert "mlx-distill targets" in (caught.value.fix or "") and not list(
         (folder / "scratch" / "pairs").iterdir()
     )
+
+
+def test_tokens_beyond_the_embedding_are_refused_before_training(folder: Path) -> None:
+    context = make_context()
+    highest = max(int(row.tokens.max()) for row in encode(context, folder))
+    shutil.rmtree(folder / "scratch")
+    assert encode(context, folder, token_rows=highest + 1)
+    shutil.rmtree(folder / "scratch")
+    with pytest.raises(ModelError, match=rf"teacher_base: .* number {highest} .* embedding {highest} rows"):
+        encode(context, folder, token_rows=highest)
+    with pytest.raises(ModelError, match=r"student_base: .* the embedding 300 rows"):
+        pairs(context, folder, token_rows=300)
+
+
+def change_target(run_copy: Path, number: int, before: str, after: str) -> None:
+    """Another text in the targets: the teacher's tokens stay those of the old one."""
+    path = sorted((run_copy / "targets").glob("rows-*.jsonl"))[0]
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert before in lines[number]
+    lines[number] = lines[number].replace(before, after)
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+def test_rows_whose_text_a_tokenizer_changes_are_left_out_and_counted(run_copy: Path, folder: Path) -> None:
+    context = make_context(run=run_copy)
+    whole = pairs(context, folder)[0]
+    assert not context.progress.notes  # type: ignore[attr-defined]
+    change_target(run_copy, 3, "colour", "color")
+    shutil.rmtree(folder / "scratch")
+    assert len(pairs(context, folder)[0]) == len(whole) - 1
+    (note,) = context.progress.notes  # type: ignore[attr-defined]
+    assert "distill: 1 rows whose text a tokenizer changes are left out" in note and "differ at byte" in note
 
 
 # --- made once ----------------------------------------------------------------------------------------------
