@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -107,33 +108,68 @@ def inspect(ctx: click.Context, path: Path, verify: bool, as_json: bool) -> None
 
 
 @click.command()
-@click.argument("model")
-@click.argument("input", metavar="INPUT", type=_PATH)
-@click.option("--task", required=True, help="A packaged task, or a YAML file.")
+@click.argument("model", metavar="MODEL-OR-RUN")
+@click.argument("input")
+@click.option(
+    "--task", help="A packaged task, or a YAML file.  [default: the one that the model was trained on]"
+)
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),
     help="The file for the answers, one JSON object a line.  [default: standard output]",
 )
-def analyze(model: str, input: Path, task: str, out: Path | None) -> None:
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Rows that are answered together.",
+)
+@click.option(
+    "--max-prompt-tokens",
+    type=click.IntRange(1),
+    help="Rows with a longer prompt get an error instead of an answer.  [default: the model's own length]",
+)
+def analyze(
+    model: str,
+    input: str,
+    task: str | None,
+    out: Path | None,
+    batch_size: int,
+    max_prompt_tokens: int | None,
+) -> None:
     """Let a model answer every row of a file.
 
-    INPUT is a JSONL file with the fields that the task's prompt uses; the answers are JSONL too.
+    MODEL-OR-RUN is the folder or the Hub id of a model, or the folder of a run, which means its newest usable
+    model. INPUT is a file with rows in any format that prepare reads, or - for JSON lines on standard input.
+    The answers are JSON, one object a line.
     """
     from mlx_distill.cli.output import echo_jsonl, plain
+    from mlx_distill.data.sources import read_source
     from mlx_distill.errors import DataError
-    from mlx_distill.infer.analyze import analyze as analyze_items
+    from mlx_distill.infer.analyze import iter_analysis
+    from mlx_distill.recipe import SourceConfig
     from mlx_distill.storage import read_jsonl, write_jsonl
+    from mlx_distill.text import counted
 
-    items = [row for _, row in read_jsonl(input)]
+    rows = read_jsonl("/dev/stdin") if input == "-" else read_source(SourceConfig(path=input))
+    items = [row for _, row in rows]
     if not items:
-        raise DataError(
-            f"{input}: no rows",
-            fix=f"one JSON object a line is needed, with the fields that the task {task} asks for",
-        )
-    rows = [plain(prediction) for prediction in analyze_items(model, task, items)]
+        raise DataError("standard input: no rows", fix="one JSON object a line is needed")
+    invalid: list[str] = []
+
+    def answers() -> Iterator[dict[str, Any]]:
+        for prediction in iter_analysis(
+            model, task, items, batch_size=batch_size, max_prompt_tokens=max_prompt_tokens
+        ):
+            if prediction.error:
+                invalid.append(f"{prediction.id}: {prediction.error}")
+            yield plain(prediction)
+
     if out:
-        write_jsonl(out, rows)
-        click.echo(f"written to {out}: {len(rows)} answers", err=True)
+        write_jsonl(out, answers())
     else:
-        echo_jsonl(rows)
+        echo_jsonl(answers())
+    where = f"written to {out}: " if out else ""
+    share = f", {len(invalid)} of them invalid (first {invalid[0]})" if invalid else ""
+    click.echo(f"{where}{counted(len(items), 'answer')}{share}", err=True)

@@ -69,8 +69,8 @@ def copy(name: str, file: Path) -> None:
 def keys(section: str | None, as_json: bool) -> None:
     """Explain the keys of recipes and tasks, with their defaults.
 
-    SECTION is one of: recipe (the keys at the top level), data, data.sources, convert, teach, targets,
-    distill, quantize, evaluate, controls; task (a file of its own).
+    SECTION is one of: recipe (the keys at the top level), data, data.sources, data.sources.values,
+    convert, teach, targets, distill, quantize, evaluate, controls; task (a file of its own).
     """
     import json
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,15 +11,25 @@ import numpy as np
 
 from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.data.rows import Item, to_item
-from mlx_distill.errors import DataError
+from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.infer.engine import Generation, LogitsHook, generate
 from mlx_distill.infer.label_scoring import LabelPrefix, label_prefix_tokens, label_probabilities
 from mlx_distill.losses.labels import label_logprobs
+from mlx_distill.models.trained_on import (
+    TrainedOn,
+    is_run,
+    newest_model,
+    prompt_notes,
+    read_trained_on,
+)
+from mlx_distill.progress import Progress, make_progress
 from mlx_distill.records import Message, Prediction
 from mlx_distill.tasks.answer import parse_answer
-from mlx_distill.tasks.task import Task, load_task
+from mlx_distill.tasks.task import Task, load_task, task_names
 
 Row = Mapping[str, Any]
+
+_BATCHES_IN_MEMORY = 16  # whose answers iter_analysis generates before it yields them
 
 
 def predict(
@@ -33,6 +43,7 @@ def predict(
     temperature: float = 0.0,
     seed: int = 0,
     label_probs: bool = True,
+    max_prompt_tokens: int | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> list[Prediction]:
     """Generate an answer for each row. Answers are not repaired: one that does not fit the schema is an error
@@ -51,6 +62,8 @@ def predict(
         label_probs: Return the distribution over the labels too. It is read from the logits of the generation
             where the answer begins as the schema has it, and costs one more pass over the prompt where it
             does not.
+        max_prompt_tokens: Longer prompts are not read: their prediction is an error that says so; the
+            model's own length where None.
         on_done: Called with the number of rows answered so far.
 
     Returns:
@@ -62,7 +75,10 @@ def predict(
     """
     items = [to_item(row, task, number) for number, row in enumerate(rows, 1)]
     # prompt_ids leaves out a last turn of the assistant: the empty one here, never one of the prompt.
-    prompts = [prompt_ids(tokenizer, [*item.messages, Message("assistant", "")]) for item in items]
+    all_prompts = [prompt_ids(tokenizer, [*item.messages, Message("assistant", "")]) for item in items]
+    limit = max_prompt_tokens or context_length(model)
+    fitting = [i for i, prompt in enumerate(all_prompts) if limit is None or len(prompt) <= limit]
+    prompts = [all_prompts[i] for i in fitting]
     prefix = label_prefix_tokens(tokenizer, task) if label_probs else None
     generations = generate(
         model,
@@ -76,13 +92,26 @@ def predict(
         on_done=on_done,
         logits_hook=label_hook(prefix) if prefix else None,
     )
-    distributions: Sequence[dict[str, float] | None] = [None] * len(items)
+    distributions: Sequence[dict[str, float] | None] = [None] * len(prompts)
     if prefix is not None:
         distributions = label_distributions(model, prompts, generations, prefix, batch_size=batch_size)
+    answered = dict(zip(fitting, zip(generations, distributions, strict=True), strict=True))
     return [
-        to_prediction(item, generation, distribution, task)
-        for item, generation, distribution in zip(items, generations, distributions, strict=True)
+        to_prediction(item, *answered[i], task) if i in answered else _unread(item, len(prompt), limit)
+        for i, (item, prompt) in enumerate(zip(items, all_prompts, strict=True))
     ]
+
+
+def context_length(model: Any) -> int | None:
+    """The number of tokens that a model was made for, or None where its config does not say."""
+    length = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _unread(item: Item, length: int, limit: int | None) -> Prediction:
+    """The prediction of an item whose prompt is longer than the model can read."""
+    error = f"the prompt has {length:,} tokens, and at most {limit:,} are read"
+    return Prediction(item.id, "", None, None, None, error=error, prompt_tokens=length, fields=item.fields)
 
 
 def label_hook(prefix: LabelPrefix) -> LogitsHook:
@@ -151,40 +180,118 @@ def to_prediction(
 
 def analyze(
     model: str | Path | tuple[Any, Any],
-    task: str | Path | Task,
+    task: str | Path | Task | None,
     items: Sequence[Mapping[str, Any] | str],
     *,
     batch_size: int = 16,
     max_tokens: int | None = None,
     label_probs: bool = True,
+    max_prompt_tokens: int | None = None,
+    progress: Progress | None = None,
 ) -> list[Prediction]:
     """Generate the model's answer for each item, greedily.
 
     Args:
-        model: A folder or Hub id for ``md.load``, or what that returned: ``(model, tokenizer)``.
-        task: A packaged task's name, the path of a YAML file, or a :class:`~mlx_distill.tasks.task.Task`.
-        items: Mappings with the fields that the task's prompt names; a plain text where it names one field.
+        model: A folder or Hub id for ``md.load``; the folder of a run, which means its newest usable model;
+            or what ``md.load`` returned: ``(model, tokenizer)``.
+        task: A packaged task's name, the path of a YAML file, a :class:`~mlx_distill.tasks.task.Task`, or
+            None for the task that the model was trained on.
+        items: Rows of any format that ``prepare`` reads, with or without an answer; a plain text where the
+            task's prompt names one field.
         batch_size: Items decoded together.
         max_tokens: Longest answer; the task's own where None.
         label_probs: Return the model's distribution over the labels too.
+        max_prompt_tokens: Longer prompts are not read; the model's own length where None.
+        progress: Where progress is shown; on standard error by default. It is told too where task or prompt
+            are others than those that the model was trained on.
 
     Returns:
         One :class:`~mlx_distill.records.Prediction` an item, in the items' order; ``answer`` is None and
-        ``error`` says why where the text does not fit the task's schema.
+        ``error`` says why where the text does not fit the task's schema, or where the prompt is longer than
+        what is read.
 
     Raises:
-        DataError: an item that lacks a field.
-        ConfigError: no such task.
+        DataError: an item that lacks a field, or no items.
+        ConfigError: no such task, or none given and the model does not say what it was trained on.
         ModelError: no such model.
     """
-
     if isinstance(items, (str, Mapping)):
         raise DataError("items: one item alone", fix="give a list: [item]")
-    task = task if isinstance(task, Task) else load_task(str(task))
-    for number, item in enumerate(items, 1):  # before a model is loaded
-        to_item(item, task, number)
-    if not isinstance(model, tuple):
-        from mlx_distill.models.load import load
+    return list(
+        iter_analysis(
+            model,
+            task,
+            items,
+            batch_size=batch_size,
+            max_tokens=max_tokens,
+            label_probs=label_probs,
+            max_prompt_tokens=max_prompt_tokens,
+            progress=progress,
+        )
+    )
 
-        model = load(model)
-    return predict(*model, task, items, batch_size=batch_size, max_tokens=max_tokens, label_probs=label_probs)
+
+def iter_analysis(
+    model: str | Path | tuple[Any, Any],
+    task: str | Path | Task | None,
+    items: Sequence[Mapping[str, Any] | str],
+    *,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    label_probs: bool = True,
+    max_prompt_tokens: int | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Prediction]:
+    """Yield the predictions of :func:`analyze` in the items' order, some batches at a time.
+
+    The arguments are those of :func:`analyze`. The items are checked before the model is loaded.
+    """
+    progress = progress or make_progress()
+    folder = None if isinstance(model, tuple) else _model_folder(model, progress)
+    trained_on = read_trained_on(folder) if folder is not None else None
+    task = _task_of(task, trained_on, folder)
+    checked = [to_item(item, task, number) for number, item in enumerate(items, 1)]
+    systems = ["".join(m.content for m in item.messages[:1] if m.role == "system") for item in checked]
+    for text in prompt_notes(trained_on, task, systems, len(checked)):
+        progress.note(f"note: {text}")
+    loaded, tokenizer = model if isinstance(model, tuple) else _load(folder or model)
+    chunk = batch_size * _BATCHES_IN_MEMORY
+    with progress.task("analyze", total=len(items), unit="item") as bar:
+        for start in range(0, len(items), chunk):
+            yield from predict(
+                loaded,
+                tokenizer,
+                task,
+                items[start : start + chunk],
+                batch_size=batch_size,
+                max_tokens=max_tokens,
+                label_probs=label_probs,
+                max_prompt_tokens=max_prompt_tokens,
+                on_done=lambda done, start=start: bar.update(start + done),  # type: ignore[misc]
+            )
+        bar.update(len(items))
+
+
+def _load(folder: str | Path) -> tuple[Any, Any]:
+    from mlx_distill.models.load import load
+
+    return load(folder)
+
+
+def _model_folder(model: str | Path, progress: Progress) -> str | Path:
+    """The folder or the Hub id of the model to ask; of a run its newest usable model."""
+    return newest_model(model, progress.note) if is_run(model) else model
+
+
+def _task_of(task: str | Path | Task | None, trained_on: TrainedOn | None, folder: str | Path | None) -> Task:
+    if isinstance(task, Task):
+        return task
+    if task is not None:
+        return load_task(str(task))
+    if trained_on is None:
+        where = "a loaded model" if folder is None else str(folder)
+        raise ConfigError(
+            f"{where}: no record of the task that the model was trained on",
+            fix=f"name it: --task TASK; packaged: {', '.join(task_names())}; or a YAML file",
+        )
+    return trained_on.task

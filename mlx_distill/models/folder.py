@@ -11,6 +11,7 @@ from typing import Any
 from mlx_distill.errors import FileError
 from mlx_distill.models.checkpoint.safetensors import open_checkpoint
 from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, is_adapter
+from mlx_distill.models.trained_on import TRAINED_ON
 from mlx_distill.storage import (
     MANIFEST,
     check_folder,
@@ -45,7 +46,7 @@ def source_key(folder: Path) -> str:
     texts = {
         p.name: sha256(p)
         for p in sorted(folder.glob("*.json")) + sorted(folder.glob("*.jinja"))
-        if p.name != MANIFEST
+        if p.name not in (MANIFEST, TRAINED_ON)
     }
     return digest([tensors, texts])
 

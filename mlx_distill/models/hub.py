@@ -107,7 +107,7 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
-OTHER_FILES = ("generation_config.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
+OTHER_FILES = ("generation_config.json", "trained_on.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
 
 
 def copy_tokenizer(source: Path, destination: Path, *, others: bool = False) -> list[str]:
@@ -116,7 +116,7 @@ def copy_tokenizer(source: Path, destination: Path, *, others: bool = False) -> 
     Args:
         source: Folder that may have them.
         destination: Folder to copy to.
-        others: Copy the generation config and the licence too.
+        others: Copy the generation config, the task of the training and the licence too.
     """
     wanted = (*TOKENIZER_FILES, *(OTHER_FILES if others else ()))
     names = [name for name in wanted if (source / name).is_file()]

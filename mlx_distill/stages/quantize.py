@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from mlx_distill.stages.context import Context, Facts
@@ -10,10 +11,13 @@ from mlx_distill.stages.context import Context, Facts
 def quantize(context: Context, folder: Path) -> Facts:
     """Quantize the student's weights, except those that are MXFP4 already."""
     from mlx_distill.models.quantize import quantize_into
+    from mlx_distill.models.trained_on import TRAINED_ON
 
-    settings = context.recipe.quantize
+    settings, student = context.recipe.quantize, context.run / "student"
+    if (student / TRAINED_ON).is_file():
+        shutil.copyfile(student / TRAINED_ON, folder / TRAINED_ON)
     return quantize_into(
-        context.run / "student",
+        student,
         folder,
         settings.mode,
         group_size=settings.group_size,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_distill.config import resolve_asset
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.runtime import rank_and_size
-from mlx_distill.stages.context import Context, Facts, content_of
+from mlx_distill.stages.context import Context, Facts, content_of, read_rows
 from mlx_distill.stages.encoding import encoded_rows
 from mlx_distill.storage import digest, read_jsonl, scratch
 from mlx_distill.text import size
@@ -197,6 +197,7 @@ def _save_result(
     """Write metrics and weights to the stage's folder, and show warnings about the loss curve."""
     from mlx_distill.models.adapters import save_adapter
     from mlx_distill.models.load import save_model
+    from mlx_distill.models.trained_on import write_trained_on
     from mlx_distill.train.diagnostics import diagnose_curve
     from mlx_distill.train.trainable import adapter_settings
 
@@ -209,6 +210,7 @@ def _save_result(
         save_adapter(model, folder, adapter, context.run / base)
     else:
         save_model(model, context.run / base, folder)
+    write_trained_on(folder, context.task, read_rows(context, "train"))
 
 
 def _steps_done(folder: Path) -> int:

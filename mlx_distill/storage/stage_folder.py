@@ -60,8 +60,10 @@ class Manifest:
         return digest({name: entry.sha256 for name, entry in self.files.items() if name not in _UNKEYED})
 
 
-# Files for people, which no later stage reads.
-_UNKEYED = frozenset({"metrics.jsonl", "log.txt", "statistics.json", "timing.json", "README.md"})
+# Files for people and for the use of a model, from which no later stage computes anything.
+_UNKEYED = frozenset(
+    {"metrics.jsonl", "log.txt", "statistics.json", "timing.json", "README.md", "trained_on.json"}
+)
 
 
 def stage_key(stage: str, format: int, config: Mapping[str, Any], parents: Mapping[str, str]) -> str:

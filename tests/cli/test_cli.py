@@ -134,7 +134,7 @@ def test_missing_package_points_to_doctor() -> None:
         ["run", "tiny", "--nope"],
         ["nope"],
         ["export", "a", "b", "--to", "gguf"],
-        ["analyze", "m", "rows.jsonl"],
+        ["analyze", "m"],
     ],
 )
 def test_usage_errors_exit_with_2(runner: Any, arguments: list[str]) -> None:
