@@ -112,6 +112,20 @@ class DataConfig:
     stratify: list[str] = option([], "fields to stratify the splits by, besides the label")
     min_chars: int = option(1, "drop rows with fewer characters of text", low=0)
     max_chars: int = option(100_000, "drop rows with more characters of text", low=1)
+    min_prompt_chars: int = option(
+        0,
+        "drop rows with fewer characters before the answer, the system prompt included",
+        low=0,
+        default_keyed=False,
+    )
+    min_answer_chars: int = option(
+        0, "drop rows with fewer characters of the answer, as JSON", low=0, default_keyed=False
+    )
+    min_share: Mapping[str, float] = option(
+        {},
+        "field: the smallest share of the training rows that each of its values may have; less is an error",
+        default_keyed=False,
+    )
     min_rating: float | None = option(None, "drop rows with a lower rating")
     rating_field: str = option("rating", "the field that holds the rating")
     domains: list[str] = option([], "keep only rows of these domains; empty keeps all")

@@ -54,7 +54,18 @@ def valid_answer(value: Any, task: Task, values: Mapping[str, ValueConfig] | Non
         value, error = normal, check_answer(normal, task.schema)
     if error is not None:
         raise DataError(f"the answer does not fit the task {task.name!r}: {error}", fix=_FIX)
+    _check_scale(value, task)
     return dict(json.loads(dump_answer(value, task.schema)))
+
+
+def _check_scale(answer: Mapping[str, Any], task: Task) -> None:
+    """Refuse a score outside of the task's scale, which the schema need not limit."""
+    score, (low, high) = answer.get(task.score or ""), task.score_scale
+    if isinstance(score, (int, float)) and not low <= score <= high:
+        raise DataError(
+            f"{task.score}: {score:g} is outside of the task's score_scale, {low:g} to {high:g}",
+            fix=f"correct score_scale in the task, scale the scores by values:, or {DROP}",
+        )
 
 
 def _object(value: Any) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8, Int64, UInt64
 
+from mlx_distill.data.checks import FieldsSeen, check_shares, left_out, warnings_of
 from mlx_distill.data.dedup import Clusters, minhash, near_duplicates, shingles, words
 from mlx_distill.data.row_buffer import RowBuffer
 from mlx_distill.data.rows import to_example
@@ -79,8 +80,10 @@ def prepare(
         ``characters``, ``dropped``, ``near_duplicates``, ``renamed_ids``, ``warnings``.
 
     Raises:
-        DataError: a row that does not fit, an empty source, or no rows left to train on.
-        ConfigError: no sources, a field of ``stratify`` that no row has, or ``values`` of no field.
+        DataError: a row that does not fit, an empty source, no rows left to train on, or a value of a field
+            with a smaller share than ``min_share``.
+        ConfigError: no sources, a field that the task or the recipe names and no row has, or ``values`` of no
+            field.
     """
     if not config.sources:
         raise ConfigError(
@@ -94,7 +97,7 @@ def prepare(
     dropped = DropCounter()
     counted = _counted_fields(task, config)
     with RowBuffer(scratch(folder)) as buffer:
-        read = _read(config, task, base, buffer, counted, dropped, progress)
+        read, warnings = _read(config, task, base, buffer, counted, dropped, progress)
         roots = _clusters(buffer, config, dropped)
         splits = _splits(buffer, roots, config, dropped)
         kept, renamed = _write(buffer, splits, counted, config, folder)
@@ -106,16 +109,17 @@ def prepare(
         "near_duplicates": _cluster_sizes(roots, splits),
         "renamed_ids": renamed,
     }
-    statistics["warnings"] = _warnings(statistics, task, config)
+    check_shares(kept, task, config)
+    statistics["warnings"] = [*warnings, *warnings_of(kept, task, config)]
     write_json(folder / "statistics.json", statistics)
-    for text in [*_left_out(statistics), *statistics["warnings"]]:
+    for text in [*left_out(statistics), *(f"warning: {text}" for text in statistics["warnings"])]:
         progress.note(f"prepare: {text}")
     return statistics
 
 
 def _counted_fields(task: Task, config: DataConfig) -> tuple[str, ...]:
     group = [task.group] if task.group else []
-    return tuple(dict.fromkeys([*task.slices, *group, *config.stratify]))
+    return tuple(dict.fromkeys([*task.slices, *group, *config.stratify, *config.min_share]))
 
 
 def _read(
@@ -126,11 +130,11 @@ def _read(
     counted: Sequence[str],
     dropped: DropCounter,
     progress: Progress,
-) -> int:
-    """Fill the buffer with the rows that pass the filters; return how many were read."""
+) -> tuple[int, list[str]]:
+    """Fill the buffer with the rows that pass the filters; return how many were read, and warnings."""
     cache: dict[str, int] = {}
     constant = _constant_shingles(task, cache)
-    fields_seen: set[str] = set()
+    seen = FieldsSeen()
     read = 0
     with progress.task("prepare", total=_total(config), unit="row") as bar:
         for number, source in enumerate(config.sources):
@@ -147,11 +151,11 @@ def _read(
                     continue
                 text = "\n".join(message.content for message in example.messages if message.role == "user")
                 values = {**raw, **example.fields}
-                reason = _filter(text, values, config)
+                seen.add(values, source.columns, task)
+                reason = _filter(text, example, values, config)
                 if reason:
                     dropped.add(reason, where)
                     continue
-                fields_seen.update(name for name in config.stratify if name in values)
                 buffer.append(
                     where,
                     " ".join(words(text, punctuation=True)),
@@ -166,8 +170,11 @@ def _read(
                     own = hashes[~np.isin(hashes, constant)] if len(constant) else hashes
                     buffer.signatures.append(minhash(own if len(own) else hashes))
         bar.update(read)
-    _check_rows(buffer, read, fields_seen, config, dropped)
-    return read
+    warnings = seen.check(task, config)
+    if not len(buffer):
+        reason = next(iter(dropped.summary()), "nothing was read")
+        raise DataError(f"no rows are left of {read}: {reason}", fix="loosen the filters under data")
+    return read, warnings
 
 
 def _constant_shingles(task: Task, cache: dict[str, int]) -> UInt64[np.ndarray, " n"]:
@@ -182,8 +189,13 @@ def _total(config: DataConfig) -> int | None:
     return sum(counts) if all(counts) else None
 
 
-def _filter(text: str, values: Mapping[str, Any], config: DataConfig) -> str | None:
+def _filter(text: str, example: Example, values: Mapping[str, Any], config: DataConfig) -> str | None:
     """Why the row is left out, or None."""
+    *prompt, answer = (len(message.content) for message in example.messages)
+    if sum(prompt) < config.min_prompt_chars:
+        return f"prompt shorter than {config.min_prompt_chars} characters"
+    if answer < config.min_answer_chars:
+        return f"answer shorter than {config.min_answer_chars} characters"
     if len(text) < config.min_chars:
         return f"shorter than {config.min_chars} characters"
     if len(text) > config.max_chars:
@@ -216,20 +228,6 @@ def _requested(name: Any, field: str, where: str) -> int:
 def _stratum(example: Example, values: Mapping[str, Any], task: Task, config: DataConfig) -> tuple[str, ...]:
     label = [(example.answer or {}).get(task.label)] if task.label else []
     return tuple(str(value) for value in (*label, *map(values.get, config.stratify)))
-
-
-def _check_rows(
-    buffer: RowBuffer, read: int, fields_seen: set[str], config: DataConfig, dropped: DropCounter
-) -> None:
-    if not len(buffer):
-        reason = next(iter(dropped.summary()), "nothing was read")
-        raise DataError(f"no rows are left of {read}: {reason}", fix="loosen the filters under data")
-    unknown = [name for name in config.stratify if name not in fields_seen]
-    if unknown:
-        raise ConfigError(
-            f"data.stratify: no row has the field {unknown[0]!r}",
-            fix="name a field of the rows, or leave it out",
-        )
 
 
 def _clusters(buffer: RowBuffer, config: DataConfig, dropped: DropCounter) -> Int64[np.ndarray, " n"]:
@@ -330,27 +328,3 @@ def _cluster_sizes(roots: Int64[np.ndarray, " n"], splits: Int8[np.ndarray, " n"
     _, sizes = np.unique(roots[(roots >= 0) & (splits != DROPPED)], return_counts=True)
     several = sizes[sizes > 1]
     return {"clusters": len(several), "rows": int(several.sum()), "largest": int(several.max(initial=0))}
-
-
-def _warnings(statistics: Mapping[str, Any], task: Task, config: DataConfig) -> list[str]:
-    out = []
-    for split, fraction in (("valid", config.valid_fraction), ("test", config.test_fraction)):
-        if not statistics["rows"][split] and fraction:
-            out.append(f"no rows in {split}: too few without a split of their own")
-    missing = [name for name in task.labels if not statistics["labels"]["train"].get(name)]
-    if missing:
-        out.append(f"no training row is labelled {', '.join(missing)}")
-    return out
-
-
-def _left_out(statistics: Mapping[str, Any]) -> list[str]:
-    """One line with how many rows were left out, why, and where the first is; no line where none was."""
-    dropped = statistics["dropped"]
-    if not dropped:
-        return []
-    lost = sum(entry["count"] for entry in dropped.values())
-    why = "; ".join(f"{reason}: {entry['count']}" for reason, entry in dropped.items())
-    first = next(iter(dropped.values()))["examples"][0]
-    return [
-        f"{lost} of {statistics['read']} rows left out ({why}), such as {first}; statistics.json has more"
-    ]

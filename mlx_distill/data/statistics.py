@@ -52,10 +52,13 @@ class RowFigures(NamedTuple):
 
 
 def row_figures(example: Example, label: str | None, fields: Sequence[str]) -> RowFigures:
-    """The figures of a row under the label field ``label`` and the counted ``fields``."""
+    """The figures of a row under the label field ``label`` and the counted ``fields``, of the row or of its
+    answer.
+    """
+    answer = example.answer or {}
     return RowFigures(
-        str((example.answer or {}).get(label)) if label else None,
-        [str(example.fields.get(field, "")) for field in fields],
+        str(answer.get(label)) if label else None,
+        [str(example.fields.get(field, answer.get(field, ""))) for field in fields],
         sum(len(message.content) for message in example.messages[:-1]),
         len(example.messages[-1].content),
     )

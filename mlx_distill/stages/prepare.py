@@ -14,4 +14,5 @@ def prepare(context: Context, folder: Path) -> Facts:
     statistics = splits.prepare(
         context.recipe.data, context.task, context.recipe.base, folder, context.progress
     )
-    return {"rows": statistics["rows"]} if "rows" in statistics else {}
+    left_out = sum(entry["count"] for entry in statistics["dropped"].values())
+    return {"rows": statistics["rows"], "left_out": left_out, "warnings": statistics["warnings"]}

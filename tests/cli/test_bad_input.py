@@ -119,7 +119,7 @@ def test_rows_that_are_left_out_are_reported(prepare: Callable[..., Any], tmp_pa
     assert result.exit_code == 0, result.output
     (line,) = [line for line in result.stderr.splitlines() if "left out" in line]
     assert line.startswith(
-        "prepare: 1 of 41 rows left out (does not fit the task: 1), such as rows.jsonl:41: no assistant turn"
+        "prepare: 1 of 41 rows left out (does not fit the task: 1), such as rows.jsonl:41: no answer: "
     )
 
 

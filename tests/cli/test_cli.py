@@ -222,6 +222,7 @@ def test_every_key_of_a_recipe_is_explained_with_its_default(runner: Any) -> Non
         "recipe",
         "data",
         "data.sources",
+        "data.sources.values",
         "convert",
         "teach",
         "targets",
@@ -262,7 +263,7 @@ def test_the_keys_of_a_task_are_explained(runner: Any) -> None:
     head, *lines = result.stdout.splitlines()
     assert head.startswith("task: ")
     assert {f.name for f in dataclasses.fields(Task)} <= {line.split()[0] for line in lines}
-    assert any("most tokens of an answer [whole number; default: 256]" in line for line in lines)
+    assert any("most tokens of an answer [whole number; at least 1; default: 256]" in line for line in lines)
 
 
 def test_help_of_from_says_that_an_interrupted_attempt_is_continued(runner: Any) -> None:
