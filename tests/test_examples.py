@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from mlx_distill.recipe import load_recipe
+from mlx_distill.tasks.answer import parse_answer
+
 pytestmark = pytest.mark.slow
 
 QUICKSTART = Path(__file__).parent.parent / "examples" / "01_quickstart" / "quickstart.ipynb"
@@ -44,9 +47,14 @@ def test_notebook_runs_and_shows_the_report(executed: dict) -> None:
     assert any("Student" in table and "valid JSON" in table for table in tables)
 
 
-def test_notebook_asks_the_quantized_student(executed: dict) -> None:
-    lines = _printed(executed, "md.analyze").strip().splitlines()
-    assert [line.split()[0] for line in lines] == ["a", "b"]
+def test_notebook_asks_the_quantized_student_and_gets_valid_answers(executed: dict) -> None:
+    task = load_recipe("tiny").load_task()
+    answers = dict(line.split(" ", 1) for line in _printed(executed, "md.analyze").strip().splitlines())
+    assert list(answers) == ["a", "b"]
+    for text in answers.values():
+        answer, error = parse_answer(text, task.schema)
+        assert error is None and answer is not None and set(answer) == set(task.schema["properties"])
+    assert json.loads(answers["b"])["verdict"] == "NOT_RECOMMENDED"  # one that praises a rigged bet
 
 
 def test_notebook_aligns_the_whole_text(executed: dict) -> None:

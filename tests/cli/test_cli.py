@@ -127,6 +127,19 @@ def test_missing_package_points_to_doctor() -> None:
     assert "doctor" in fix
 
 
+def test_shells_complete_commands_and_options(runner: Any) -> None:
+    def completions(line: str) -> list[str]:
+        words = {"COMP_WORDS": line, "COMP_CWORD": str(line.count(" "))}
+        shell = {"_MLX_DISTILL_COMPLETE": "bash_complete", **words}
+        result = runner.invoke(cli, env=shell, prog_name="mlx-distill")
+        return [entry.partition(",")[2] for entry in result.stdout.splitlines()]
+
+    assert completions("mlx-distill an") == ["analyze"]
+    assert "--max-prompt-tokens" in completions("mlx-distill analyze --max")
+    script = runner.invoke(cli, env={"_MLX_DISTILL_COMPLETE": "zsh_source"}, prog_name="mlx-distill").stdout
+    assert script.startswith("#compdef mlx-distill")
+
+
 @pytest.mark.parametrize(
     "arguments",
     [
