@@ -8,6 +8,14 @@ from typing import Any
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import architecture_of
+from mlx_distill.models.config_fields import (
+    GENERATION_FIELDS,
+    Fields,
+    check_fields,
+    check_model_config,
+    check_stop_tokens,
+    unused_fields,
+)
 from mlx_distill.models.hub import resolve
 from mlx_distill.storage import os_errors
 
@@ -26,18 +34,45 @@ def load_config(path: str | Path) -> dict[str, Any]:
     ``eos_token_id`` is that of generation_config.json where it has one.
 
     Raises:
-        ModelError: the file is missing or not JSON, needs remote code, or has an unknown ``model_type``.
+        ModelError: the file is missing or not JSON, needs remote code, has an unknown ``model_type``, or a
+            field with a value that is not computed.
     """
     folder = Path(path)
     if not (folder / "config.json").is_file() and (folder / ADAPTER_CONFIG).is_file():
         return load_config(adapter_base(folder))
-    config = read_object(folder / "config.json")
-    architecture_of(config, str(folder / "config.json"))
-    if (folder / "generation_config.json").is_file():
-        eos_token_id = read_object(folder / "generation_config.json").get("eos_token_id")
+    where, generation = folder / "config.json", folder / "generation_config.json"
+    config = read_object(where)
+    check_model_config(config, architecture_of(config, str(where)).fields, str(where))
+    if generation.is_file():
+        eos_token_id = _read_generation(folder).get("eos_token_id")
         if eos_token_id is not None:
-            config["eos_token_id"] = eos_token_id
+            config["eos_token_id"], where = eos_token_id, generation
+    check_stop_tokens(config.get("eos_token_id"), config.get("vocab_size"), str(where))
     return config
+
+
+def config_notes(folder: Path, fields: Fields) -> list[str]:
+    """A line of text for each file of a model folder whose fields are not all used.
+
+    Args:
+        folder: Of a model.
+        fields: The table of config.json.
+    """
+    notes = []
+    config = folder / "config.json"
+    if unused := unused_fields(read_object(config), fields):
+        notes.append(f"{config}: not known and not used: {', '.join(unused)}")
+    if unused := unused_fields(_read_generation(folder), GENERATION_FIELDS):
+        where = folder / "generation_config.json"
+        notes.append(f"{where}: not used, since answers are decoded greedily: {', '.join(unused)}")
+    return notes
+
+
+def _read_generation(folder: Path) -> dict[str, Any]:
+    path = folder / "generation_config.json"
+    generation = read_object(path) if path.is_file() else {}
+    check_fields(generation, GENERATION_FIELDS, str(path))
+    return generation
 
 
 def read_object(path: Path) -> dict[str, Any]:

@@ -385,11 +385,11 @@ def mlx_config(plan: CheckpointPlan, jobs: Sequence[TensorJob]) -> dict[str, Any
     """The source's config with the keys that stock mlx-lm needs, and ``quantization`` as mlx-lm writes it."""
     config = source_config(plan)
     arguments = plan.architecture.arguments(plan.config)
-    rope = config.get("rope_parameters")
-    if rope and "rope_theta" not in config:
+    if config.get("rope_parameters") and "rope_theta" not in config:
+        stock_rope = plan.architecture.rope(plan.config).scaling
         config |= {
             "rope_theta": arguments["rope_theta"],
-            "rope_scaling": {k: v for k, v in rope.items() if k != "rope_theta"},
+            "rope_scaling": {k: v for k, v in stock_rope.items() if k != "rope_theta"},
         }
     for key in plan.architecture.config_aliases:
         config.setdefault(key, arguments[key])

@@ -38,7 +38,8 @@ class ExportReport:
     """What an export wrote.
 
     ``changed`` has a line for each tensor whose bits differ from the source's; ``kept`` is the number of
-    modules of the adapter that was written beside the model.
+    modules of the adapter that was written beside the model, and ``source_notes`` are those of how the source
+    was read.
     """
 
     source: str
@@ -49,6 +50,7 @@ class ExportReport:
     changed: tuple[TensorRow, ...]
     kept: int
     seconds: float
+    source_notes: tuple[str, ...] = ()
 
     def facts(self) -> dict[str, Any]:
         """Totals, for a manifest."""
@@ -76,7 +78,7 @@ class ExportReport:
             out.append("every tensor bit for bit")
         if self.kept:
             out.append(f"the adapter of {counted(self.kept, 'module')} beside it, in adapter/, for PEFT")
-        return [*out, *update_loss_note(self.changed)]
+        return [*out, *update_loss_note(self.changed), *self.source_notes]
 
     def lines(self) -> list[str]:
         """The report in lines of text: the notes, then the total."""
@@ -158,6 +160,7 @@ def to_hf(
             tuple(table_row(job, errors) for job, errors in changed),
             len(kept),
             time.perf_counter() - began,
+            plan.notes,
         )
         if card is not None:
             write_text(staged.folder / "README.md", card(destination.name, folder, plan, out.notes()))

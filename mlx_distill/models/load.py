@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from mlx_distill.models.hub import copy_tokenizer, resolve
 from mlx_distill.models.modules import cast_model
 from mlx_distill.models.quantization import with_quantization
 from mlx_distill.models.token_ids import check_added_tokens
-from mlx_distill.storage import atomic_path, write_json
+from mlx_distill.storage import atomic_path, read_manifest, write_json
 
 
 def load(
@@ -63,6 +64,8 @@ def load(
 def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, dict[str, Any]]:
     """Load a model without its tokenizer.
 
+    What a user has to know of how a checkpoint was read is a ``UserWarning``.
+
     Returns:
         The model, and its config; of an adapter folder that of the base model.
     """
@@ -72,6 +75,9 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, di
         load_adapter(model, folder)
     else:
         plan = plan_checkpoint(folder)
+        if read_manifest(folder) is None:  # else the conversion that wrote the folder has said it
+            for note in plan.notes:
+                warnings.warn(note, stacklevel=2)
         model, config = _load_weights(plan), plan.config
     if dtype is not None:
         cast_model(model, dtype)

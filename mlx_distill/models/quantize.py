@@ -54,7 +54,10 @@ from mlx_distill.storage import atomic_path, sha256, write_json
 
 @dataclass(frozen=True)
 class QuantizeReport:
-    """A line for each tensor, and totals. ``adapter`` is ``none``, ``merged`` or ``kept``."""
+    """A line for each tensor, and totals.
+
+    ``adapter`` is ``none``, ``merged`` or ``kept``; ``notes`` say how the source was read.
+    """
 
     source: str
     destination: str
@@ -67,6 +70,7 @@ class QuantizeReport:
     adapter_bytes: int
     seconds: float
     resumed: int = 0
+    notes: tuple[str, ...] = ()
 
     @property
     def bits_per_weight(self) -> float:
@@ -123,6 +127,7 @@ class QuantizeReport:
             f"{self.mode}: {total}{adapter[self.adapter]}",
             f"largest relative error of a tensor: {self.largest_error:.2e}",
             *update_loss_note(self.rows),
+            *self.notes,
         ]
 
 
@@ -244,6 +249,7 @@ def quantize_into(
         (source / ADAPTER_FILE).stat().st_size if has_adapter else 0,
         time.perf_counter() - began,
         sum(s.resumed for s in shards),
+        plan.notes,
     )
 
 

@@ -21,6 +21,8 @@ from mlx_distill.models.export import to_hf, to_peft
 from mlx_distill.models.load import load_model
 from mlx_distill.models.quantize import quantize_folder
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the notes
+
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 PROMPT = mx.array([[1, 5, 9, 2, 60, 33, 7, 7]])

@@ -17,6 +17,8 @@ from mlx_distill.models.convert import convert
 from mlx_distill.models.export import to_hf
 from mlx_distill.models.load import load_model
 
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")  # the notes
+
 BLOCK = (24, 20)  # does not divide the weights
 FP8 = {"quant_method": "fp8", "fmt": "e4m3", "activation_scheme": "dynamic", "weight_block_size": list(BLOCK)}
 UP = "model.layers.0.mlp.up_proj.weight"

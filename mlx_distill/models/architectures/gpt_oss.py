@@ -24,9 +24,24 @@ from mlx_distill.models.checkpoint.layout import (
     ModuleNames,
     NativeQuantization,
     Rule,
-    check_activation,
 )
 from mlx_distill.models.checkpoint.transforms import Mxfp4Words, Same, SplitColumns, SplitRows, Transpose
+from mlx_distill.models.config_fields import ANY, DECODER_FIELDS, OFF, OPTIONAL_SIZE, SIZE, Field, Fields
+
+FIELDS: Fields = {
+    **DECODER_FIELDS,
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm"), OFF),
+    "attention_bias": Field(only=(True,)),
+    "num_local_experts": SIZE,
+    "num_experts": OPTIONAL_SIZE,
+    "head_dim": SIZE,
+    "num_experts_per_tok": SIZE,
+    "experts_per_token": ANY,  # OpenAI's name of num_experts_per_tok
+    "initial_context_length": ANY,  # original_max_position_embeddings of the rope
+    "sliding_window": SIZE,
+    "swiglu_alpha": Field("number", null=True),
+    "swiglu_limit": Field("number", above=0, null=True),
+}
 
 _EXPERTS = "model.layers.{l}.mlp.experts."
 _DEFAULT_ROPE = {
@@ -83,7 +98,6 @@ def layer_types(config: Mapping[str, Any]) -> list[str]:
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    check_activation(config)
     types = layer_types(config)
     if len(types) != config["num_hidden_layers"] or set(types) != {"sliding_attention", "full_attention"}:
         raise ModelError(
@@ -173,4 +187,5 @@ GPT_OSS = Architecture(
         ("model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"),
     ),
     stock_difference=_stock_difference,
+    fields=FIELDS,
 )

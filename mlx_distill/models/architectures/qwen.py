@@ -7,8 +7,46 @@ from typing import Any
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.rope import build_rope, other_logits, rope_settings, stock_difference
-from mlx_distill.models.checkpoint.layout import Architecture, ModuleNames, Rule, check_activation
+from mlx_distill.models.checkpoint.layout import Architecture, ModuleNames, Rule
 from mlx_distill.models.checkpoint.transforms import Same, SplitBlocks, Stack
+from mlx_distill.models.config_fields import (
+    ANY,
+    DECODER_FIELDS,
+    FLAG,
+    OFF,
+    OPTIONAL_SIZE,
+    SIZE,
+    Field,
+    Fields,
+)
+
+# Qwen2 has biases on queries, keys and values and no norms on them, Qwen3 the reverse.
+QWEN2_FIELDS: Fields = {
+    **DECODER_FIELDS,
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm"), OFF),
+    "attention_bias": ANY,  # of no effect in transformers
+    "qkv_bias": Field(only=(True,)),
+    "use_sliding_window": FLAG,
+    "sliding_window": Field("whole", least=0, null=True),
+    "max_window_layers": Field("whole", least=0, null=True),
+    "use_mrope": OFF,
+}
+QWEN3_FIELDS: Fields = {
+    **QWEN2_FIELDS,
+    **dict.fromkeys(("use_qk_norm", "qk_norm", "qk_layernorm"), Field(only=(True,))),
+    "attention_bias": OFF,
+    "qkv_bias": OFF,
+}
+QWEN3_MOE_FIELDS: Fields = {
+    **QWEN3_FIELDS,
+    "num_experts": OPTIONAL_SIZE,
+    "num_local_experts": OPTIONAL_SIZE,
+    "num_experts_per_tok": SIZE,
+    "moe_intermediate_size": SIZE,
+    "decoder_sparse_step": OPTIONAL_SIZE,
+    "mlp_only_layers": Field("list", null=True),
+    "norm_topk_prob": FLAG,
+}
 
 _MLP = "model.layers.{l}.mlp."
 
@@ -46,11 +84,14 @@ def _positions(config: Mapping[str, Any]) -> int:
 
 
 def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    check_activation(config)
     if config.get("use_sliding_window") and config.get("sliding_window") and _has_sliding_layers(config):
         raise ModelError(
             "config.json: use_sliding_window is true, and the MLX class has no sliding window",
             fix="set use_sliding_window to false if the texts are shorter than the window",
+        )
+    if others := [kind for kind in config.get("layer_types") or () if kind != "full_attention"]:
+        raise ModelError(
+            f"config.json: layer_types {others[0]!r} is not supported", fix="only full_attention is"
         )
     if (
         config["model_type"] == "qwen2"
@@ -148,10 +189,22 @@ def _mlp_shapes(a: Mapping[str, Any], layer: int, prefix: str) -> dict[str, tupl
 
 
 QWEN2 = Architecture(
-    "qwen2", _classes("qwen2"), _arguments, _patch, _shapes, stock_difference=_stock_difference
+    "qwen2",
+    _classes("qwen2"),
+    _arguments,
+    _patch,
+    _shapes,
+    stock_difference=_stock_difference,
+    fields=QWEN2_FIELDS,
 )
 QWEN3 = Architecture(
-    "qwen3", _classes("qwen3"), _arguments, _patch, _shapes, stock_difference=_stock_difference
+    "qwen3",
+    _classes("qwen3"),
+    _arguments,
+    _patch,
+    _shapes,
+    stock_difference=_stock_difference,
+    fields=QWEN3_FIELDS,
 )
 QWEN3_MOE = Architecture(
     "qwen3_moe",
@@ -163,4 +216,5 @@ QWEN3_MOE = Architecture(
     modules=ModuleNames(routers=("mlp.gate",), experts=("mlp.switch_mlp",)),
     config_aliases={"num_experts": "num_local_experts"},
     stock_difference=_stock_difference,
+    fields=QWEN3_MOE_FIELDS,
 )

@@ -37,33 +37,67 @@ def rope_settings(
     """Read ``rope_parameters`` (transformers 5) or ``rope_theta`` and ``rope_scaling`` (transformers 4).
 
     Raises:
-        ModelError: a type of rope other than default, linear or yarn.
+        ModelError: a type of rope other than default, linear or yarn, no factor, or two ropes that differ.
 
     >>> rope_settings({"rope_theta": 1e6}).theta
     1000000.0
     >>> rope_settings({"rope_parameters": {"rope_type": "yarn", "rope_theta": 150000, "factor": 32}}).kind
     'yarn'
     """
-    parameters = config.get("rope_parameters") or {}
-    scaling = dict(parameters or config.get("rope_scaling") or default_scaling or {})
-    theta = (
-        parameters.get("rope_theta") or config.get("rope_theta") or scaling.get("rope_theta") or default_theta
-    )
+    given = [(key, dict(config[key])) for key in ("rope_parameters", "rope_scaling") if config.get(key)]
+    settings = [(key, _settings(config, scaling, default_theta)) for key, scaling in given]
+    if len({(s.kind, *sorted(_numbers(s).items())) for _, s in settings}) > 1:
+        raise ModelError(
+            "config.json: rope_parameters and rope_scaling are both there and differ",
+            fix="remove rope_scaling, or write its values into rope_parameters",
+        )
+    return settings[0][1] if settings else _settings(config, dict(default_scaling or {}), default_theta)
+
+
+def _settings(config: Mapping[str, Any], scaling: dict[str, Any], default_theta: float) -> RopeSettings:
+    """The rope of one mapping of a config."""
+    if nested := next((key for key, value in scaling.items() if isinstance(value, Mapping)), None):
+        raise ModelError(
+            f"config.json: a rope for each type of layer ({nested!r}) is not supported",
+            fix="only one rope for all layers is",
+        )
+    theta = scaling.get("rope_theta") or config.get("rope_theta") or default_theta
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "yarn"):
         raise ModelError(
             f"config.json: rope type {kind!r} is not supported", fix="default, linear and yarn are"
         )
-    if kind != "default" and "factor" not in scaling:
+    original = scaling.get("original_max_position_embeddings")
+    outer = config.get("original_max_position_embeddings") or original
+    if kind == "yarn" and outer != original:
+        raise ModelError(
+            f"config.json: original_max_position_embeddings {outer} beside {original} in the rope",
+            fix="write it into the rope alone",
+        )
+    positions = config.get("max_position_embeddings")
+    if kind == "yarn" and "factor" in scaling and scaling["factor"] is None and positions:
+        scaling["factor"] = positions / (original or positions)  # as transformers
+    if kind != "default" and scaling.get("factor") is None:
         raise ModelError(
             f"config.json: rope type {kind!r} without a factor",
             fix="take config.json from the original checkpoint",
         )
-    if (config.get("partial_rotary_factor") or scaling.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise ModelError(
-            "config.json: partial_rotary_factor is not supported", fix="only a rope over the whole head is"
-        )
     return RopeSettings(kind, float(theta), scaling)
+
+
+def _numbers(settings: RopeSettings) -> dict[str, float]:
+    """What is computed with, beside the base."""
+    keys = (
+        "factor",
+        "original_max_position_embeddings",
+        "beta_fast",
+        "beta_slow",
+        "attention_factor",
+        "mscale",
+        "mscale_all_dim",
+        "truncate",
+    )
+    return {key: float(settings.scaling[key]) for key in keys if settings.scaling.get(key) is not None}
 
 
 def yarn_frequencies(

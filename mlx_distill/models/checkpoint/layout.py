@@ -22,6 +22,7 @@ from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.rope import RopeSettings, rope_settings
 from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, Source
 from mlx_distill.models.checkpoint.transforms import Same, Stack, Transform
+from mlx_distill.models.config_fields import DECODER_FIELDS, Fields
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Architecture:
         config_aliases: Keys that stock mlx-lm reads, each with the name that transformers writes instead.
         logit_softcap: ``c`` of a model whose logits are ``c * tanh(z / c)``; None where the family has none.
         stock_difference: Why stock mlx-lm computes other logits for a config; None where it does not.
+        fields: The fields of config.json that are known, and the values that are computed.
     """
 
     model_type: str
@@ -176,6 +178,7 @@ class Architecture:
     config_aliases: Mapping[str, str] = field(default_factory=dict)
     logit_softcap: Callable[[Any], float | None] = final_logit_softcapping
     stock_difference: Callable[[Mapping[str, Any]], str | None] = lambda config: None
+    fields: Fields = field(default_factory=lambda: DECODER_FIELDS)
 
     def unused(self, name: str, config: Mapping[str, Any]) -> str | None:
         """Why a source tensor is not needed, or None if it is."""
@@ -195,19 +198,6 @@ class Architecture:
     def is_quantized_source(self, name: str) -> bool:
         """Whether ``name`` is a tensor of quantized weights in the original layout."""
         return any(rule.quantized and rule.match_source(name) is not None for rule in self.rules)
-
-
-def check_activation(config: Mapping[str, Any]) -> None:
-    """Raise for an activation other than SiLU, since mlx-lm's classes compute SiLU without reading the
-    config.
-
-    Raises:
-        ModelError: another ``hidden_act``.
-    """
-    if config.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise ModelError(
-            f"config.json: hidden_act {config['hidden_act']!r} is not supported", fix="only silu is"
-        )
 
 
 def forward_plan(

@@ -31,7 +31,7 @@ from mlx_distill.models.checkpoint.safetensors import (
     open_checkpoint,
 )
 from mlx_distill.models.checkpoint.tensor_job import from_raw
-from mlx_distill.models.config_files import adapter_base, is_adapter, load_config
+from mlx_distill.models.config_files import adapter_base, config_notes, is_adapter, load_config
 from mlx_distill.models.quantization import Quantization
 
 _FLOATING_POINT_MODES = {(4, 16): "nvfp4", (4, 32): "mxfp4", (8, 32): "mxfp8"}  # by bits and group size
@@ -95,8 +95,11 @@ def plan_checkpoint(folder: Path) -> CheckpointPlan:
     shapes = expected_shapes(config, where)
     quantization = _check_tensors(checkpoint, architecture, shapes, {t.name: t for t in tensors})
     reasons = [(source.name, reason) for source, reason in left_out]
-    notes = tuple(note for note in (checkpoint.note, names_note, fp8_note, head_note) if note)
-    return CheckpointPlan(folder, config, architecture, checkpoint, tensors, reasons, quantization, notes)
+    notes = [note for note in (checkpoint.note, names_note, fp8_note, head_note) if note]
+    notes += config_notes(folder, architecture.fields)
+    return CheckpointPlan(
+        folder, config, architecture, checkpoint, tensors, reasons, quantization, tuple(notes)
+    )
 
 
 def planned_config(folder: Path) -> dict[str, Any]:
