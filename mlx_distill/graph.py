@@ -82,12 +82,12 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         ),
         _conversion(recipe, "teacher_base", teacher),
         _conversion(recipe, "student_base", student),
-        Stage("teacher", "teach", 1, {**keyed(recipe.teach), **shared}, ("teacher_base", "data"), teach),
+        Stage("teacher", "teach", 2, {**keyed(recipe.teach), **shared}, ("teacher_base", "data"), teach),
         Stage("targets", "targets", 3, {**keyed(recipe.targets), **shared}, ("teacher", "data"), targets),
         Stage(
             "student",
             "distill",
-            1,
+            2,
             {**keyed(recipe.distill), **shared},
             ("student_base", "targets", "data"),
             distill,
@@ -120,7 +120,7 @@ def _control(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> Stag
     return Stage(
         model.name,
         "distill",
-        1,
+        2,
         config,
         parents,
         lambda context, folder: distill(context, folder, model.control),
@@ -146,7 +146,7 @@ def _evaluation(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> S
     return Stage(
         f"evaluations/{model.name}",
         "evaluate",
-        1,
+        2,
         config,
         (model.folder, *base, "data"),
         lambda context, folder: evaluate(context, folder, model.folder, model.name),

@@ -12,10 +12,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Message:
-    """One turn of a chat. ``role`` is ``system``, ``user`` or ``assistant``."""
+    """One turn of a chat.
+
+    ``role`` is ``system``, ``user``, ``assistant`` or ``tool``; ``trained`` is False for a turn of the
+    assistant that is shown to the model and never trained; ``extra`` holds what a chat template reads
+    besides: ``tool_calls`` and ``reasoning_content`` of the assistant, ``tool_call_id`` and ``name`` of a
+    tool, and in the first turn the ``tools`` of the whole chat.
+    """
 
     role: str
     content: str
+    trained: bool = True
+    extra: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True)

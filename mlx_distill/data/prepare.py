@@ -149,7 +149,7 @@ def _read(
                         raise
                     dropped.add("does not fit the task", error.message)
                     continue
-                text = "\n".join(message.content for message in example.messages if message.role == "user")
+                text = "\n".join(turn.content for turn in example.messages if turn.role in ("user", "tool"))
                 values = {**raw, **example.fields}
                 seen.add(values, source.columns, task)
                 reason = _filter(text, example, values, config)

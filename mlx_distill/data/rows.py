@@ -11,6 +11,16 @@ from typing import Any, NamedTuple
 from mlx_distill.data.answers import DROP, answer_columns, valid_answer
 from mlx_distill.data.json_values import json_row, json_types
 from mlx_distill.data.layouts import chat_column, chat_of, closest, listed, missing_fields
+from mlx_distill.data.messages import (
+    OPENAI_ROLES,
+    message_from_row,
+    message_to_row,
+    parse_text,
+    parse_turns,
+    show,
+    texts_of,
+    with_tools,
+)
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import ValueConfig
 from mlx_distill.records import Example, Message
@@ -23,8 +33,6 @@ _PREPARED = frozenset({"id", "messages", "fields", "answer", "set"})  # keys of 
 # Keys of the chat formats; every other key is one of the row's fields.
 _CHAT_KEYS = _PREPARED | {"prompt", "completion", "tools", "system"}
 _ALPACA_KEYS = _CHAT_KEYS | {"instruction", "input", "output", "history"}
-_ROLES = ("system", "user", "assistant")
-_OPENAI_ROLES = {"developer": "system", "tool": "user", "function": "user"}
 
 
 def to_example(
@@ -79,8 +87,6 @@ def to_example(
         parsed = _parse_row(answer_columns(row, values), task, format, needs_answer=True)
         _check_turns(parsed)
         answer = valid_answer(parsed.answer, task, values)
-        if not any(message.content for message in parsed.prompt if message.role == "user"):
-            raise DataError("the user turn is empty", fix=DROP)
         chat = (*parsed.prompt, Message("assistant", dump_answer(answer, task.schema)))
         _check_json(parsed.fields, chat)
     except DataError as error:
@@ -157,6 +163,8 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
     row, left_out = json_row(row)
     try:
         parsed = _parse_row(row, task, "auto", needs_answer=False)
+        _check_prompt(parsed.prompt)
+        _check_json({}, parsed.prompt)
     except DataError as error:
         raise DataError(f"item {number}: {error.message}{_about(left_out)}", fix=error.fix) from error
     return Item(parsed.id or _item_id(parsed, task), parsed.prompt, parsed.fields)
@@ -181,10 +189,28 @@ def _parse_row(row: Row, task: Task, format: str, *, needs_answer: bool) -> _Par
     elif format == "alpaca":
         messages, answer = _alpaca(row, needs_answer)
     else:
-        messages = _chat(row, task, {} if format == "messages" else _OPENAI_ROLES, needs_answer)
-        answer = messages[-1].content if messages and messages[-1].role == "assistant" else None
-        messages = list(_without_answer(messages))
+        messages = _chat(row, task, {} if format == "messages" else OPENAI_ROLES, needs_answer)
+        answer = _answer_turn(messages, needs_answer)
+        messages = with_tools(_without_answer(messages), row.get("tools"))
     return _ParsedRow(_own_id(row, task), tuple(messages), answer, _fields(row, task, format))
+
+
+def _answer_turn(messages: Sequence[Message], needs_answer: bool) -> str | None:
+    """The content of the last turn where that is the assistant's. What the turn holds besides is no part of a
+    task's answer: an error where the answer is needed, never dropped.
+    """
+    if not messages or messages[-1].role != "assistant":
+        return None
+    last = messages[-1]
+    if needs_answer and not last.trained:
+        raise DataError("the last turn, which is the answer, is not to be trained (weight 0)", fix=DROP)
+    for key in ("tool_calls", "reasoning_content"):
+        if needs_answer and key in last.extra:
+            raise DataError(
+                f"{key} in the last turn, which is the task's answer and nothing else",
+                fix="remove it from the row's last turn, or " + DROP,
+            )
+    return last.content
 
 
 def _without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
@@ -236,7 +262,7 @@ def _own_id(row: Row, task: Task) -> str | None:
     if value is None or value == "":
         return None
     if not isinstance(value, (str, int)):
-        raise DataError(f"{task.id}: text or a whole number is needed, not {_show(value)}", fix=DROP)
+        raise DataError(f"{task.id}: text or a whole number is needed, not {show(value)}", fix=DROP)
     return str(value)
 
 
@@ -257,14 +283,20 @@ def _item_id(parsed: _ParsedRow, task: Task) -> str:
 
 def chat_digest(messages: Sequence[Message]) -> str:
     """Hex digest of a chat, from which the id of a row without one is made."""
-    text = json.dumps([[message.role, message.content] for message in messages], ensure_ascii=False)
+    turns = [
+        [message.role, message.content]
+        if message.trained and not message.extra
+        else [message.role, message.content, message.trained, message.extra]
+        for message in messages
+    ]
+    text = json.dumps(turns, ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def _plain(row: Row, task: Task, needs_answer: bool) -> tuple[list[Message], Any]:
     for name in task.input_fields:
         if isinstance(row.get(name), (dict, list)):
-            raise DataError(f"{name}: text is needed, not {_show(row[name])}")
+            raise DataError(f"{name}: text is needed, not {show(row[name])}")
     properties = task.schema["properties"]
     if "answer" in row and "answer" not in properties:
         answer = row["answer"]
@@ -293,17 +325,17 @@ def _answer_of_columns(row: Row, task: Task) -> dict[str, Any]:
 def _alpaca(row: Row, needs_answer: bool) -> tuple[list[Message], str | None]:
     instruction, output = row.get("instruction"), row.get("output")
     if not isinstance(instruction, str):
-        raise DataError(f"instruction: text is needed, not {_show(instruction)}")
+        raise DataError(f"instruction: text is needed, not {show(instruction)}")
     extra = row.get("input") or ""
     if not isinstance(extra, str):
-        raise DataError(f"input: text is needed, not {_show(extra)}")
+        raise DataError(f"input: text is needed, not {show(extra)}")
     empty = output is None or output == ""
     if empty and needs_answer:
         raise DataError("no assistant turn: output is empty")
-    turns = [Message("system", _text(row["system"], "system"))] if row.get("system") else []
+    turns = [Message("system", parse_text(row["system"], "system"))] if row.get("system") else []
     turns += _history(row.get("history"))
     user = f"{instruction.strip()}\n\n{extra.strip()}".strip()
-    return [*turns, Message("user", user)], None if empty else _text(output, "output")
+    return [*turns, Message("user", user)], None if empty else parse_text(output, "output")
 
 
 def _history(pairs: Any) -> list[Message]:
@@ -314,90 +346,26 @@ def _history(pairs: Any) -> list[Message]:
     if not pairs:
         return []
     if not isinstance(pairs, list):
-        raise DataError(f"history: a list of pairs is needed, not {_show(pairs)}")
+        raise DataError(f"history: a list of pairs is needed, not {show(pairs)}")
     turns = []
     for index, pair in enumerate(pairs):
         if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"history[{index}]: a question and an answer are needed, not {_show(pair)}")
+            raise DataError(f"history[{index}]: a question and an answer are needed, not {show(pair)}")
         for role, text in zip(("user", "assistant"), pair, strict=True):
-            turns.append(Message(role, _text(text, f"history[{index}]")))
+            turns.append(Message(role, parse_text(text, f"history[{index}]")))
     return turns
 
 
 def _chat(row: Row, task: Task, aliases: Mapping[str, str], needs_answer: bool) -> list[Message]:
     """The turns of a chat, with one system turn: leading system and developer turns are joined."""
     chat = chat_of(row, task)
-    turns = _turns(chat.turns, aliases, needs_answer, chat.column)
+    turns = parse_turns(chat.turns, aliases, needs_answer, chat.column)
     if chat.system and chat.system.strip():
         turns = [Message("system", chat.system.strip()), *turns]
     count = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
     if count > 1:
         turns = [Message("system", "\n\n".join(turn.content for turn in turns[:count])), *turns[count:]]
     return turns
-
-
-def _turns(
-    turns: Any, aliases: Mapping[str, str], needs_answer: bool, column: str = "messages"
-) -> list[Message]:
-    if not isinstance(turns, list):
-        raise DataError(f"{column}: a list of turns is needed, not {_show(turns)}")
-    if not needs_answer and turns and _is_empty_answer(turns[-1]):
-        turns = turns[:-1]
-    return [
-        _turn(turn, f"{column}[{index}]", aliases)
-        for index, turn in enumerate(turns)
-        if not _is_empty_system(turn)
-    ]
-
-
-def _is_empty_system(turn: Any) -> bool:
-    """Whether a system turn says nothing, which many data sets write for a chat without one."""
-    if not isinstance(turn, Mapping) or turn.get("role") not in ("system", "developer"):
-        return False
-    content = turn.get("content")
-    return not (content.strip() if isinstance(content, str) else content)
-
-
-def _is_empty_answer(turn: Any) -> bool:
-    if not isinstance(turn, Mapping) or turn.get("role") != "assistant" or turn.get("tool_calls"):
-        return False
-    content = turn.get("content")
-    return not (content.strip() if isinstance(content, str) else content)
-
-
-def _turn(turn: Any, where: str, aliases: Mapping[str, str]) -> Message:
-    if not isinstance(turn, Mapping):
-        raise DataError(f"{where}: an object with role and content is needed, not {_show(turn)}")
-    role = turn.get("role")
-    role = aliases.get(role, role) if isinstance(role, str) else role
-    if role not in _ROLES:
-        raise DataError(f"{where}: unknown role {_show(role)}", fix=f"use {', '.join([*_ROLES, *aliases])}")
-    content = turn.get("content")
-    if not content and turn.get("tool_calls") and aliases:
-        calls = [call.get("function", call) for call in turn["tool_calls"] if isinstance(call, Mapping)]
-        content = {"tool_calls": calls}
-    return Message(role, _text(content, f"{where}: content"))
-
-
-def _text(content: Any, where: str) -> str:
-    """The content as text without white space at its ends: parts are joined, an object is written as JSON."""
-    if isinstance(content, list) and content:
-        content = "".join(_part_text(part, where) for part in content)
-    if isinstance(content, Mapping):
-        content = json.dumps(content, ensure_ascii=False)
-    if not isinstance(content, str):
-        raise DataError(f"{where}: text is needed, not {_show(content)}")
-    if not content.strip():
-        raise DataError(f"{where} is empty")
-    return content.strip()
-
-
-def _part_text(part: Any, where: str) -> str:
-    text = part.get("text") if isinstance(part, Mapping) else part
-    if not isinstance(text, str):
-        part_type = part.get("type") if isinstance(part, Mapping) else part
-        raise DataError(f"{where}: a part of type {_show(part_type)} is not text")
-    return text
 
 
 def _check_turns(parsed: _ParsedRow) -> None:
@@ -407,16 +375,24 @@ def _check_turns(parsed: _ParsedRow) -> None:
         if "assistant" not in roles:
             raise DataError("no assistant turn")
         raise DataError(f"the last turn is the {roles[-1]}'s, not the assistant's")
+    _check_prompt(parsed.prompt)
+
+
+def _check_prompt(prompt: Sequence[Message]) -> None:
+    """Refuse turns before an answer that ask nothing, or have a system turn that is not the first."""
+    roles = [message.role for message in prompt]
     if "user" not in roles:
-        raise DataError("no user turn")
+        raise DataError("no user turn", fix=DROP)
     if "system" in roles[1:]:
         raise DataError(f"messages[{roles.index('system', 1)}]: a system turn that is not the first")
+    if not any(message.content for message in prompt if message.role == "user"):
+        raise DataError("the user turn is empty", fix=DROP)
 
 
 def _check_json(fields: Mapping[str, Any], chat: Sequence[Message]) -> None:
     """Refuse what cannot be written as UTF-8: half surrogate pairs."""
     texts = {key: json.dumps(value, ensure_ascii=False) for key, value in fields.items()}
-    texts |= {f"the {message.role}'s turn": message.content for message in chat}
+    texts |= {f"the {turn.role}'s turn": "".join(texts_of([turn.content, turn.extra])) for turn in chat}
     for name, text in texts.items():
         try:
             text.encode()
@@ -424,14 +400,9 @@ def _check_json(fields: Mapping[str, Any], chat: Sequence[Message]) -> None:
             raise DataError(f"{name}: half a surrogate pair, which no text has", fix=DROP) from error
 
 
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
 def to_row(example: Example, set_name: str) -> dict[str, Any]:
     """The row of a prepared file. :func:`from_row` is its inverse."""
-    messages = [{"role": message.role, "content": message.content} for message in example.messages]
+    messages = [message_to_row(message) for message in example.messages]
     answer = None if example.answer is None else dict(example.answer)
     return {
         "id": example.id,
@@ -444,5 +415,5 @@ def to_row(example: Example, set_name: str) -> dict[str, Any]:
 
 def from_row(row: Row) -> Example:
     """An example from a row of a prepared file, which is not checked again."""
-    messages = tuple(Message(turn["role"], turn["content"]) for turn in row["messages"])
+    messages = tuple(message_from_row(turn) for turn in row["messages"])
     return Example(row["id"], messages, row.get("fields") or {}, row.get("answer"))

@@ -82,8 +82,8 @@ TURNS = [
             [
                 ("system", "S"),
                 ("user", "A song"),
-                ("assistant", '{"tool_calls": [{"name": "f", "arguments": "{}"}]}'),
-                ("user", "result"),
+                ("assistant", ""),
+                ("tool", "result"),
                 ("assistant", TEXT),
             ],
         ),
@@ -286,7 +286,8 @@ def test_a_row_without_an_id_and_a_valid_answer_has_a_hash_of_its_prompt_as_id(t
     ):
         assert (to_item(row, task).id, to_item(row, task).messages) == (item.id, item.messages)
     assert to_item({**prompt, **ANSWER}, task).id != item.id
-    assert len(to_item({**prompt, "text": "\ud800"}, task).id) == 16
+    with pytest.raises(DataError, match="item 3: the user's turn: half a surrogate"):
+        to_item({**prompt, "text": "\ud800"}, task, 3)
 
 
 def test_the_packaged_songs_and_sentences_fit_their_tasks() -> None:
