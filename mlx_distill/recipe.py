@@ -263,6 +263,14 @@ class TargetsConfig:
         choices=TEXTS,
     )
     top_k: int = option(32, "most probable tokens kept of each distribution", low=1, high=1024)
+    min_valid: float = option(
+        0.5,
+        "quality gate: the least share of the teacher's greedy answers that fit the task; below it the run "
+        "stops with exit code 3, unless --force is given; 0 turns it off",
+        low=0.0,
+        high=1.0,
+        keyed=False,
+    )
     batch_size: int = option(16, "rows at a time", low=1, keyed=False)
     max_rows: int = option(0, "training rows that the teacher answers; 0: all", low=0)
 
