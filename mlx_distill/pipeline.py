@@ -197,8 +197,6 @@ def run(
     for name in (from_stage, only):
         if name is not None and name not in COMMANDS:
             raise ConfigError(f"no stage {name!r}", fix=known_names(name, COMMANDS, "stages"))
-    settings = [part for text in override_texts(overrides) for part in ("--set", text)]
-    arguments = shlex.join([str(recipe), "--out", str(out), *settings])
     progress = progress or make_progress()
     if events is not None:
         progress = EventProgress(progress, events)
@@ -208,7 +206,7 @@ def run(
         task,
         out,
         graph(loaded, task),
-        None if isinstance(recipe, Recipe) else arguments,
+        _arguments(recipe, out, overrides),
         progress,
         resume,
         from_stage,
@@ -235,6 +233,14 @@ def run(
     with lock_folder(out), _stop_flag(stop) as flag:
         context = Context(loaded, task, out, progress, flag, hooks, profile)
         return _run_stages(runner, context, make_stage)
+
+
+def _arguments(recipe: str | Path | Recipe, out: Path, overrides: Overrides) -> str | None:
+    """The arguments of the command line that is this run; None for a recipe that is in no file."""
+    if isinstance(recipe, Recipe):
+        return None
+    settings = [part for text in override_texts(overrides) for part in ("--set", text)]
+    return shlex.join([str(recipe), "--out", str(out), *settings])
 
 
 @contextmanager
