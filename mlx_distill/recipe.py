@@ -67,13 +67,19 @@ class ValueConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of rows: a file, a packaged generator, or a data set of the Hub."""
+    """One source of rows: a file or folder, a SQLite query, a data set of the Hub or a packaged generator."""
 
-    path: str | None = option(None, "a JSONL or JSON file (asset:NAME for a packaged one)")
+    path: str | None = option(
+        None,
+        "a file, or a folder of files: JSONL, JSON, CSV, TSV, Parquet, Arrow, compressed or not, or what "
+        "save_to_disk wrote (asset:NAME for a packaged one)",
+    )
+    sqlite: str | None = option(None, "a SQLite database, with query", default_keyed=False)
+    query: str | None = option(None, "the SELECT that gives the rows of sqlite", default_keyed=False)
     hub: str | None = option(None, "a data set of the Hugging Face Hub: org/name, or org/name:configuration")
     generator: str | None = option(None, "a packaged generator of rows")
     revision: str | None = option(None, "commit of the Hub data set")
-    hub_split: str = option("train", "split of the Hub data set")
+    hub_split: str = option("train", "split of the Hub data set, or of a folder that has several")
     count: int = option(
         0,
         "rows to take: of a generator (0: its own default), or the first of a file or data set (0: all)",
