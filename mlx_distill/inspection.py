@@ -11,16 +11,27 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_distill.errors import DistillError, ModelError
+from mlx_distill.models.adapter_import import check_finite as check_arrays
 from mlx_distill.models.adapters import adapter_settings
 from mlx_distill.models.checkpoint.layout import TensorPlan, wildcard_name
 from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
 from mlx_distill.models.checkpoint.tensor_job import check_finite
-from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_base, read_object
+from mlx_distill.models.config_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILE,
+    PEFT_FILE,
+    is_adapter,
+    named_base,
+    read_object,
+)
 from mlx_distill.models.convert import plan_notes
 from mlx_distill.models.hub import resolve
-from mlx_distill.models.peft import PEFT_FILE, is_peft, peft_settings
+from mlx_distill.models.peft import is_peft
+from mlx_distill.models.peft_config import peft_config
 from mlx_distill.storage import Manifest, check_folder, finished_name, partial_folder, read_manifest, sha256
 from mlx_distill.text import counted, size
 
@@ -99,7 +110,8 @@ class InspectReport:
                 else "no hashes are recorded for these files"
             )
             out.append(
-                f"verified: {hashes}" + ("; no weight is NaN or infinite" if self.kind == "model" else "")
+                f"verified: {hashes}"
+                + ("; no weight is NaN or infinite" if self.kind in ("model", "adapter") else "")
             )
         return out
 
@@ -133,10 +145,10 @@ def inspect(path: str | Path, verify: bool = False) -> InspectReport:
             problems.append(damage)
     elif verify:
         hashed = _snapshot_hashes(folder, problems)
-    if (folder / "config.json").is_file():
-        report = _model(folder, manifest, problems, verify)
-    elif (folder / ADAPTER_CONFIG).is_file():
+    if is_adapter(folder):
         report = _adapter(folder, manifest, problems, verify)
+    elif (folder / "config.json").is_file():
+        report = _model(folder, manifest, problems, verify)
     elif manifest:
         facts = {**_provenance(manifest), "files": len(manifest.files), "size": size(_bytes(manifest))}
         report = InspectReport(str(path), "stage", facts, problems=tuple(problems), verified=verify)
@@ -326,28 +338,44 @@ def _not_finite(tensors: list[TensorPlan]) -> list[str]:
 
 def _adapter(folder: Path, manifest: Manifest | None, problems: list[str], verify: bool) -> InspectReport:
     config, from_peft = read_object(folder / ADAPTER_CONFIG), is_peft(folder)
-    settings = peft_settings(folder / ADAPTER_CONFIG, config) if from_peft else adapter_settings(folder)
     file = folder / (PEFT_FILE if from_peft else ADAPTER_FILE)
     infos: dict[str, TensorInfo] = read_header(file)[0] if file.is_file() else {}
     if not infos:
         problems.append(f"{file} is missing")
-    rows = _adapter_rows(infos)
+    facts: dict[str, Any] = {}
     try:
-        base = str(config.get("base_model_name_or_path") if from_peft else adapter_base(folder))
+        facts = _settings_facts(folder, config, from_peft)
+        if verify and infos:
+            check_arrays(mx.load(str(file)), infos)
     except ModelError as error:
-        base = "missing"
         problems.append(error.message)
-    facts = {
-        "kind": settings.kind + (" in PEFT's format" if from_peft else ""),
-        "rank": settings.rank,
-        "alpha": settings.alpha,
-        "dropout": settings.dropout,
-        "targets": ", ".join(settings.target_modules),
-        **({"whole": ", ".join(settings.modules_to_save)} if settings.modules_to_save else {}),
+    base, revision = str(config.get("base_model_name_or_path")), config.get("revision")
+    try:
+        if not from_peft:
+            base, revision = named_base(folder)
+    except ModelError as error:
+        base, revision = "missing", None
+        problems.append(error.message)
+    rows = _adapter_rows(infos)
+    facts |= {
         "base": base,
+        **({"revision": revision} if revision else {}),
         "parameters": f"{sum(r.parameters for r in rows):,}",
         "size": size(sum(r.bytes for r in rows)),
         "template": _template(folder),
         **_provenance(manifest),
     }
     return InspectReport(str(folder), "adapter", facts, rows, tuple(problems), verify)
+
+
+def _settings_facts(folder: Path, config: Mapping[str, Any], from_peft: bool) -> dict[str, Any]:
+    where = folder / ADAPTER_CONFIG
+    settings = peft_config(where, config).settings if from_peft else adapter_settings(folder)
+    return {
+        "kind": settings.kind + (" in PEFT's format" if from_peft else ""),
+        "rank": settings.rank,
+        "alpha": settings.alpha,
+        "dropout": settings.dropout,
+        "targets": ", ".join(settings.target_modules),
+        **({"whole": ", ".join(settings.modules_to_save)} if settings.modules_to_save else {}),
+    }

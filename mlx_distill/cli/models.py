@@ -23,32 +23,26 @@ _JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON
 )
 @click.option("--group-size", type=int, help="Weights that share a scale.  [default: the mode's own]")
 @click.option("--dtype", metavar="TYPE", help="float32, bfloat16 or float16.  [default: each tensor's own]")
-@click.option("--revision", help="Commit, tag or branch of a Hub model.")
-@click.option("--base", help="The base model of a PEFT adapter.  [default: the one that the adapter names]")
+@click.option("--revision", help="Commit, tag or branch of SOURCE on the Hub.")
+@click.option("--base", help="The base model of an adapter.  [default: the one that the adapter names]")
 @click.option("--max-shard-bytes", type=click.IntRange(1), help="Maximum size of a file.  [default: 2 GiB]")
 @click.option(
     "--memory-bytes", type=click.IntRange(1), help="Maximum size of the buffers.  [default: 32 MiB]"
 )
-@click.option("--dry-run", is_flag=True, help="Show the tensors that would be written, and write nothing.")
+@click.option("--dry-run", is_flag=True, help="Show what would be written, and write nothing.")
 @_JSON
-def convert(source: str, destination: Path, base: str | None, as_json: bool, **options: Any) -> None:
+def convert(source: str, destination: Path, as_json: bool, **options: Any) -> None:
     """Convert a Hugging Face checkpoint to an MLX folder.
 
-    SOURCE is a folder or a Hub id of a model, or a PEFT adapter, which becomes an MLX adapter. The result is
-    numerically the same, unless --quantize or --dtype changes it.
+    SOURCE is a folder or a Hub id of a model, or of an adapter of PEFT or mlx-lm, which becomes an MLX
+    adapter. The result is numerically the same, unless --quantize or --dtype changes it.
     """
     from mlx_distill.cli.output import echo
     from mlx_distill.models.convert import convert as convert_model
-    from mlx_distill.models.hub import resolve
-    from mlx_distill.models.peft import from_peft, is_peft
     from mlx_distill.progress import make_progress
 
     chosen = {name: value for name, value in options.items() if value is not None}
-    folder = resolve(source, options["revision"])
-    if is_peft(folder) and not options["dry_run"]:
-        echo(from_peft(folder, destination, base), as_json)
-    else:
-        echo(convert_model(source, destination, **chosen, progress=make_progress()), as_json)
+    echo(convert_model(source, destination, **chosen, progress=make_progress()), as_json)
 
 
 @click.command()

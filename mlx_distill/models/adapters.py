@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from jaxtyping import Float, Integer
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.errors import ModelError
+from mlx_distill.models.architectures.registry import module_names
 from mlx_distill.models.checkpoint.safetensors import read_header
 from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, read_object
 from mlx_distill.models.forward import compute_dtype
@@ -145,8 +146,24 @@ def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: s
     write_json(folder / ADAPTER_CONFIG, config)
 
 
-def adapter_config(settings: LoraSettings, paths: Sequence[str], layers: int, base: str) -> dict[str, Any]:
+def adapter_config(
+    settings: LoraSettings,
+    paths: Sequence[str],
+    layers: int,
+    base: str,
+    *,
+    revision: str | None = None,
+    vocab_size: int | None = None,
+) -> dict[str, Any]:
     """The content of ``adapter_config.json``: the keys that mlx-lm reads, and keys of ours.
+
+    Args:
+        settings: Of the adapter.
+        paths: Of its modules.
+        layers: Number of layers of the base model.
+        base: A path relative to the adapter, or a Hub id.
+        revision: Commit, tag or branch of a base on the Hub.
+        vocab_size: Columns of the embedding among ``modules_to_save``, where the base has another number.
 
     >>> settings = LoraSettings(4, 8.0, 0.0, ["q_proj"])
     >>> adapter_config(settings, ["model.layers.0.self_attn.q_proj"], 1, "../base")["lora_parameters"]
@@ -167,6 +184,8 @@ def adapter_config(settings: LoraSettings, paths: Sequence[str], layers: int, ba
         "target_modules": list(settings.target_modules) or keys,
         "modules_to_save": list(settings.modules_to_save),
         "base": base,
+        **({"revision": revision} if revision else {}),
+        **({"vocab_size": vocab_size} if vocab_size else {}),
     }
 
 
@@ -184,13 +203,19 @@ def adapter_settings(folder: str | Path) -> LoraSettings:
     """The settings that an adapter folder was written with."""
     path = Path(folder) / ADAPTER_CONFIG
     config = read_object(path)
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in ("lora", "dora"):
+        raise ModelError(
+            f"{path}: fine_tune_type {kind!r} is no adapter of low rank",
+            fix="fuse it with its base (mlx_lm.fuse --model BASE --adapter-path FOLDER), and convert that",
+        )
     try:
         lora = config["lora_parameters"]
         rank, scale = int(lora["rank"]), float(lora["scale"])
         keys = config.get("target_modules") or lora.get("keys") or []
         rslora = bool(config.get("use_rslora"))
         alpha = scale * (math.sqrt(rank) if rslora else rank)  # mlx-lm reads the scale
-        dropout, kind = float(lora.get("dropout", 0.0)), config.get("fine_tune_type", "lora")
+        dropout = float(lora.get("dropout", 0.0))
         saved = tuple(config.get("modules_to_save") or ())
         return LoraSettings(rank, alpha, dropout, tuple(keys), kind, rslora, saved)
     except (KeyError, TypeError, ValueError) as error:
@@ -201,7 +226,8 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
     """Add a saved adapter to its base model, in place, and freeze the model; return the adapted paths.
 
     ``modules_to_save`` replace those of the base model, in the type of its weights, or in the type in which
-    it computes if its weights are quantized.
+    it computes if its weights are quantized. An embedding and a head of another number of columns replace
+    those of the base if the adapter's config names that number.
 
     Raises:
         ModelError: a tensor that belongs to no module of the model, or has another shape: with file and
@@ -217,13 +243,14 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
     saved: set[str] = set()
     for name, info in infos.items():
         path, _, leaf = name.rpartition(".")
-        if path in modules and leaf in ADAPTER_LEAVES:
+        module = modules.get(path)
+        if module is not None and leaf in ADAPTER_LEAVES and not isinstance(module, _EMBEDDINGS):
             adapted.add(path)
         elif (
-            path in modules
+            module is not None
             and leaf in SAVED_LEAVES
-            and leaf in modules[path]
-            and f"{path}.lora_a" not in infos
+            and leaf in module
+            and (leaf == "bias" or f"{path}.lora_a" not in infos)
         ):
             saved.add(path)
         else:
@@ -231,13 +258,22 @@ def load_adapter(model: Any, folder: str | Path) -> list[str]:
                 f"{info.where} fits no module of the base model", fix="check base in adapter_config.json"
             )
     paths = sorted(adapted)
-    check_rank([(path, modules[path]) for path in paths], settings.rank)
-    layers: list[tuple[str, Any]] = [(path, _wrap(modules[path], settings)) for path in paths]
-    layers += [(path, _unquantized(modules[path], compute_dtype(model))) for path in sorted(saved)]
-    _load_arrays(layers, folder / ADAPTER_FILE)
+    weights = mx.load(str(folder / ADAPTER_FILE))
+    dtype = compute_dtype(model)
+    replaced = {
+        path: _unquantized(modules[path], dtype) if f"{path}.weight" in infos else modules[path]
+        for path in sorted(saved)
+    }
+    names = module_names(model)
+    _replace_weights(replaced, weights, folder, (names.embedding, names.head))
+    wrapped = {path: _wrap(replaced.get(path, modules[path]), settings) for path in paths}
+    _set_matrices(wrapped, weights, folder)
     model.freeze()
-    model.update_modules(tree_unflatten(layers))
+    model.update_modules(tree_unflatten(list((replaced | wrapped).items())))
     return paths
+
+
+_EMBEDDINGS = (nn.Embedding, nn.QuantizedEmbedding)
 
 
 def _unquantized(module: Any, dtype: mx.Dtype) -> Any:
@@ -246,20 +282,42 @@ def _unquantized(module: Any, dtype: mx.Dtype) -> Any:
     return unquantized_like(module, dequantized_weight(module).astype(dtype))
 
 
-def _load_arrays(layers: Sequence[tuple[str, Any]], file: Path) -> None:
-    """Set the parameters of adapters and of modules_to_save from a file; the latter keep their type."""
-    weights = mx.load(str(file))
-    for path, layer in layers:
-        for leaf in (*ADAPTER_LEAVES, *SAVED_LEAVES):
-            name = f"{path}.{leaf}"
-            if leaf not in layer:
+def _replace_weights(
+    modules: Mapping[str, Any], weights: Mapping[str, mx.array], folder: Path, resized: Sequence[str]
+) -> None:
+    """Set the weights and biases of modules from the arrays of an adapter, in the type that they have.
+
+    Those of ``resized`` may have the number of rows that the adapter's config names.
+    """
+    columns = read_object(folder / ADAPTER_CONFIG).get("vocab_size")
+    for path, module in modules.items():
+        for leaf in SAVED_LEAVES:
+            value = weights.get(f"{path}.{leaf}")
+            if value is None:
                 continue
-            if name not in weights or weights[name].shape != layer[leaf].shape:
-                raise ModelError(
-                    f"{file}: tensor '{name}' does not fit the base model",
-                    fix="check base in adapter_config.json",
-                )
-            layer[leaf] = weights[name].astype(layer[leaf].dtype) if leaf in SAVED_LEAVES else weights[name]
+            shape = module[leaf].shape
+            if value.shape != shape and (path not in resized or value.shape != (columns, *shape[1:])):
+                raise _misfit(folder, f"{path}.{leaf}")
+            module[leaf] = value.astype(module[leaf].dtype)
+
+
+def _set_matrices(layers: Mapping[str, Any], weights: Mapping[str, mx.array], folder: Path) -> None:
+    """Set the matrices of adapters."""
+    for path, layer in layers.items():
+        for leaf in ADAPTER_LEAVES:
+            value = weights.get(f"{path}.{leaf}")
+            if value is None and leaf not in layer:
+                continue
+            if value is None or leaf not in layer or value.shape != layer[leaf].shape:
+                raise _misfit(folder, f"{path}.{leaf}")
+            layer[leaf] = value
+
+
+def _misfit(folder: Path, name: str) -> ModelError:
+    return ModelError(
+        f"{folder / ADAPTER_FILE}: tensor {name!r} does not fit the base model",
+        fix="check base in adapter_config.json",
+    )
 
 
 class DoRASwitchLinear(nn.Module):

@@ -16,30 +16,48 @@ from mlx_distill.models.config_fields import (
     check_stop_tokens,
     unused_fields,
 )
-from mlx_distill.models.hub import resolve
+from mlx_distill.models.hub import has_tokenizer, is_hub_id, resolve
 from mlx_distill.storage import os_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_FILE = "adapters.safetensors"
+PEFT_FILE = "adapter_model.safetensors"
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter and no model."""
-    return (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file()
+    """Whether a folder holds an adapter and no model; the config.json of its base alone makes no model.
+
+    Raises:
+        ModelError: the weights of an adapter and of a model are in the same folder.
+    """
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return False
+    if not (folder / "config.json").is_file():
+        return True
+    models = sorted(folder.glob("model*.safetensors"))
+    adapters = [name for name in (ADAPTER_FILE, PEFT_FILE) if (folder / name).is_file()]
+    if models and adapters:
+        raise ModelError(
+            f"{folder} holds a model ({models[0].name}) and an adapter ({adapters[0]}), and which of them is "
+            "meant cannot be known",
+            fix="move the adapter, with its adapter_config.json, to a folder of its own",
+        )
+    return not models
 
 
 def load_config(path: str | Path) -> dict[str, Any]:
     """config.json of a folder, or of the base model of an adapter folder.
 
-    ``eos_token_id`` is that of generation_config.json where it has one.
+    ``eos_token_id`` is that of generation_config.json where it has one, and ``vocab_size`` that of an adapter
+    that stores an embedding of another size.
 
     Raises:
         ModelError: the file is missing or not JSON, needs remote code, has an unknown ``model_type``, or a
             field with a value that is not computed.
     """
     folder = Path(path)
-    if not (folder / "config.json").is_file() and (folder / ADAPTER_CONFIG).is_file():
-        return load_config(adapter_base(folder))
+    if is_adapter(folder):
+        return with_vocabulary(load_config(adapter_base(folder)), folder)
     where, generation = folder / "config.json", folder / "generation_config.json"
     config = read_object(where)
     check_model_config(config, architecture_of(config, str(where)).fields, str(where))
@@ -49,6 +67,12 @@ def load_config(path: str | Path) -> dict[str, Any]:
             config["eos_token_id"], where = eos_token_id, generation
     check_stop_tokens(config.get("eos_token_id"), config.get("vocab_size"), str(where))
     return config
+
+
+def with_vocabulary(config: dict[str, Any], adapter: Path) -> dict[str, Any]:
+    """The config of a base model with the number of columns that an adapter's embedding has."""
+    columns = read_object(adapter / ADAPTER_CONFIG).get("vocab_size")
+    return {**config, "vocab_size": int(columns)} if columns else config
 
 
 def config_notes(folder: Path, fields: Fields) -> list[str]:
@@ -99,31 +123,55 @@ def read_object(path: Path) -> dict[str, Any]:
 def adapter_base(folder: str | Path) -> Path:
     """The folder of the base model of an adapter folder, without ``..`` in its path.
 
+    A base on the Hub is downloaded, at the ``revision`` that the adapter's config names.
+
     Raises:
         ModelError: the adapter's config has no base model, or its folder does not exist.
     """
-    folder = Path(folder)
+    name, revision = named_base(Path(folder))
+    return resolve(name, revision)
+
+
+def named_base(folder: Path) -> tuple[str, str | None]:
+    """What the config of an adapter folder names as its base: an absolute path or a Hub id, and a revision.
+
+    ``base`` is a path relative to the adapter. Adapters of mlx-lm have ``model`` instead, which is relative
+    to the folder that the training was started in.
+
+    Raises:
+        ModelError: the config names none, or a folder that does not exist.
+    """
     config = read_object(folder / ADAPTER_CONFIG)
     if "peft_type" in config:
         raise ModelError(
             f"{folder} holds an adapter in PEFT's format",
             fix=f"convert it: mlx-distill convert {folder} FOLDER",
         )
-    base = config.get("base")
+    key = "base" if config.get("base") else "model"
+    base = config.get(key)
     if not isinstance(base, str) or not base:
         raise ModelError(
             f"{folder / ADAPTER_CONFIG}: no base model",
             fix='add "base": the path of the model that the adapter was trained on',
         )
-    if is_adapter(folder / base):
+    paths = [folder / base] if key == "base" else [Path(base).expanduser(), folder / base]
+    for path in paths:
+        if path.is_dir() and path.resolve() != folder.resolve():
+            if is_adapter(path):
+                raise ModelError(
+                    f"{folder}: its base {base!r} is an adapter, not a model",
+                    fix=f"correct {key} in {ADAPTER_CONFIG}",
+                )
+            return str(path.resolve()), None
+    if not is_hub_id(base):
         raise ModelError(
-            f"{folder}: its base {base!r} is an adapter, not a model", fix=f"correct base in {ADAPTER_CONFIG}"
+            f"{folder}: its base model {paths[0].resolve()} does not exist",
+            fix=f"restore it, or correct {key} in {ADAPTER_CONFIG}",
         )
-    if (folder / base).is_dir():
-        return (folder / base).resolve()
-    if base.startswith(".") or base.count("/") != 1:
-        raise ModelError(
-            f"{folder}: its base model {(folder / base).resolve()} does not exist",
-            fix=f"restore it, or correct base in {ADAPTER_CONFIG}",
-        )
-    return resolve(base)
+    revision = config.get("revision")
+    return base, str(revision) if revision else None
+
+
+def tokenizer_folder(folder: Path) -> Path:
+    """The folder itself, or that of the base model of an adapter that comes without a tokenizer."""
+    return adapter_base(folder) if is_adapter(folder) and not has_tokenizer(folder) else folder

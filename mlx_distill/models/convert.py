@@ -13,14 +13,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.errors import ModelError
+from mlx_distill.errors import ConfigError, ModelError
+from mlx_distill.models.adapter_import import AdapterReport, from_mlx_lm
 from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
 from mlx_distill.models.checkpoint.safetensors import open_checkpoint
 from mlx_distill.models.checkpoint.tensor_job import ErrorSums, TensorJob, TensorRow, table_row
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult, write_shards
 from mlx_distill.models.config_files import is_adapter, read_object
 from mlx_distill.models.folder import FORMAT, is_current, source_key, staged_folder
-from mlx_distill.models.hub import commit_of, copy_tokenizer, resolve
+from mlx_distill.models.hub import commit_of, copy_tokenizer, find_local, resolve
+from mlx_distill.models.peft_import import from_peft, is_peft
 from mlx_distill.models.quantization import SAFETENSORS, quantization_policy, with_quantization
 from mlx_distill.progress import Progress
 from mlx_distill.storage import recover, stage_key, write_json
@@ -101,12 +103,14 @@ def convert(
     *,
     group_size: int = 0,
     revision: str | None = None,
+    base: str | Path | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     memory_bytes: int = MEMORY_BYTES,
     dry_run: bool = False,
     progress: Progress | None = None,
-) -> ConversionReport:
-    """Convert a checkpoint in the Hugging Face or the MLX layout to a folder in the MLX layout.
+) -> ConversionReport | AdapterReport:
+    """Convert a checkpoint in the Hugging Face or the MLX layout to a folder in the MLX layout, or an adapter
+    of PEFT or mlx-lm to an adapter folder.
 
     Args:
         source: A Hub id or a folder.
@@ -116,7 +120,9 @@ def convert(
         dtype: ``float32``, ``bfloat16`` or ``float16`` for floating-point tensors; None keeps the type of
             each.
         group_size: Weights that share a scale; 0 for the default of the mode.
-        revision: Commit, tag or branch of a Hub model.
+        revision: Commit, tag or branch of a Hub model, or of an adapter on the Hub. That of an adapter's base
+            stands in its adapter_config.json.
+        base: The base model of an adapter; by default the one that the adapter names.
         max_shard_bytes: Largest file; a larger tensor has a file of its own.
         memory_bytes: Bound on the working buffers; it changes no bit of the result.
         dry_run: Only return the report, write nothing.
@@ -124,9 +130,22 @@ def convert(
 
     Raises:
         ModelError: the source is damaged or not supported; the destination is not changed.
+        ConfigError: an option that an adapter cannot have, or ``base`` for a model.
         FileError: a failed write, or a destination that holds something else.
     """
     folder, destination = resolve(source, revision), Path(destination)
+    if is_adapter(folder):
+        changed = {
+            "quantize": quantize,
+            "dtype": dtype,
+            "group_size": group_size,
+            "max_shard_bytes": max_shard_bytes != MAX_SHARD_BYTES,
+            "memory_bytes": memory_bytes != MEMORY_BYTES,
+            "revision": revision and find_local(source),
+        }
+        return _convert_adapter(folder, destination, base, dry_run, [key for key in changed if changed[key]])
+    if base is not None:
+        raise ConfigError(f"base: {source} is a model, not an adapter", fix="leave it out")
     plan, jobs = _plan_jobs(folder, quantize, dtype, group_size)
     if dry_run:
         return _report(str(source), destination, plan, jobs, [], 0.0, dry_run=True)
@@ -148,6 +167,27 @@ def convert(
         commit = commit_of(folder) or revision
         staged.recorded.update(source=str(source), commit=commit, **report.facts(), seconds=report.seconds)
     return report
+
+
+def _convert_adapter(
+    folder: Path, destination: Path, base: str | Path | None, dry_run: bool, options: Sequence[str]
+) -> AdapterReport:
+    """Convert an adapter; ``options`` are those of a model that were given."""
+    if options:
+        fixes = {
+            "revision": 'it is that of an adapter on the Hub; write that of the base as "revision" into '
+            "adapter_config.json",
+            "quantize": "convert the adapter without it, then quantize it with its base: "
+            "mlx-distill export FOLDER MODEL --to hf, and convert MODEL with it",
+        }
+        raise ConfigError(
+            f"{options[0]}: {folder} holds an adapter, which does not have this option",
+            fix=fixes.get(
+                options[0], "leave it out: the adapter keeps the type of its matrices, in one file"
+            ),
+        )
+    read = from_peft if is_peft(folder) else from_mlx_lm
+    return read(folder, destination, base, dry_run=dry_run)
 
 
 def _finished_report(source: str, destination: Path, plan: CheckpointPlan) -> ConversionReport:
@@ -374,8 +414,8 @@ def shard_hashes(folder: Path) -> dict[str, str]:
 
 
 def source_config(plan: CheckpointPlan) -> dict[str, Any]:
-    """config.json of the source, with the tying that its tensors have."""
-    config = dict(read_object(plan.folder / "config.json"))
+    """config.json of the source, with the tying that its tensors have and the rows that an adapter has."""
+    config = read_object(plan.folder / "config.json") | {"vocab_size": plan.config["vocab_size"]}
     if "tie_word_embeddings" in config:
         config["tie_word_embeddings"] = plan.config["tie_word_embeddings"]
     return config

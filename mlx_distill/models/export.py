@@ -10,7 +10,7 @@ from typing import Any
 
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.checkpoint.layout import backward_plan, wildcard_name
-from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
+from mlx_distill.models.checkpoint.plan import CheckpointPlan
 from mlx_distill.models.checkpoint.safetensors import Source
 from mlx_distill.models.checkpoint.tensor_job import (
     ErrorSums,
@@ -21,13 +21,13 @@ from mlx_distill.models.checkpoint.tensor_job import (
     table_row,
 )
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
-from mlx_distill.models.config_files import adapter_base, is_adapter
+from mlx_distill.models.config_files import is_adapter
 from mlx_distill.models.convert import source_config, stream_shards, update_loss_note
 from mlx_distill.models.folder import source_key, staged_folder
-from mlx_distill.models.hub import copy_tokenizer, resolve
+from mlx_distill.models.hub import copy_tokenizer, replace_tokenizer, resolve
 from mlx_distill.models.peft import Card, from_peft, peft_weights, to_peft, write_peft
 from mlx_distill.models.quantization import TensorAction
-from mlx_distill.models.quantize import adapter_updates, dequantized_plan, plan_jobs
+from mlx_distill.models.quantize import dequantized_plan, plan_jobs, plan_with_adapter
 from mlx_distill.progress import Progress
 from mlx_distill.storage import write_json, write_text
 from mlx_distill.text import counted, size
@@ -124,10 +124,8 @@ def to_hf(
     folder, destination = resolve(model), Path(destination)
     has_adapter = is_adapter(folder)
     kept_weights = peft_weights(folder) if has_adapter and adapter == "keep" else {}
-    plan = plan_checkpoint(adapter_base(folder) if has_adapter else folder)
-    tensors, changed = apply_updates(
-        plan, adapter_updates(folder) if has_adapter and not kept_weights else {}
-    )
+    plan, updates = plan_with_adapter(folder, merges=adapter == "merge")
+    tensors, changed = apply_updates(plan, updates)
     jobs = [TensorJob(tensor) for tensor in backward_plan(plan.architecture, tensors)]
     settings: dict[str, Any] = {"layout": "hf", "adapter": adapter, "max_shard_bytes": max_shard_bytes}
     key = source_key(folder)
@@ -144,7 +142,7 @@ def to_hf(
         )
         copy_tokenizer(plan.folder, staged.folder, others=True)
         if has_adapter:
-            copy_tokenizer(folder, staged.folder)
+            replace_tokenizer(folder, staged.folder)
         write_json(staged.folder / "config.json", hf_config(plan, {job.tensor.name for job in jobs}))
         kept = (
             write_peft(folder, staged.folder / "adapter", kept_weights, destination.name)

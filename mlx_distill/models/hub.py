@@ -13,17 +13,18 @@ ALLOWED = ("*.json", "*.safetensors", "*.jinja", "*.txt", "tokenizer.model", "*.
 IGNORED = ("original/*", "metal/*", "onnx/*", "*.bin", "*.py")
 
 
-def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
+def resolve(path_or_repo: str | Path, revision: str | None = None, *, weights: bool = True) -> Path:
     """The folder of a model: the path itself, or a downloaded snapshot of a Hub model.
 
     Args:
         path_or_repo: A folder, or a Hub id.
         revision: Commit, tag or branch of a Hub model.
+        weights: False downloads the config and the tokenizer alone.
 
     Raises:
         ModelError: no such folder, and no such Hub model, or it cannot be downloaded.
     """
-    return find_local(path_or_repo) or _download(str(path_or_repo), revision)
+    return find_local(path_or_repo) or _download(str(path_or_repo), revision, weights)
 
 
 def find_local(path_or_repo: str | Path) -> Path | None:
@@ -52,7 +53,7 @@ def is_hub_id(name: str) -> bool:
     return not name.startswith(("/", ".", "~")) and name.count("/") == 1
 
 
-def _download(repo: str, revision: str | None) -> Path:
+def _download(repo: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -62,10 +63,11 @@ def _download(repo: str, revision: str | None) -> Path:
         RevisionNotFoundError,
     )
 
+    ignored = IGNORED if weights else (*IGNORED, "*.safetensors")
     try:
         return Path(
             snapshot_download(
-                repo, revision=revision, allow_patterns=list(ALLOWED), ignore_patterns=list(IGNORED)
+                repo, revision=revision, allow_patterns=list(ALLOWED), ignore_patterns=list(ignored)
             )
         )
     except RevisionNotFoundError as error:
@@ -107,7 +109,29 @@ TOKENIZER_FILES = (
     "merges.txt",
     "tokenizer.model",
 )
+TEMPLATES = "additional_chat_templates"
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them is a whole tokenizer
 OTHER_FILES = ("generation_config.json", "trained_on.json", "LICENSE", "LICENSE.txt", "LICENSE.md")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def replace_tokenizer(source: Path, destination: Path) -> None:
+    """Copy the tokenizer files of a folder, if it has a tokenizer, and remove those of another one.
+
+    A chat template of the other one would be read before one inside ``tokenizer_config.json``.
+    """
+    if not has_tokenizer(source):
+        return
+    for path in (destination / name for name in TOKENIZER_FILES):
+        if not (source / path.name).is_file():
+            path.unlink(missing_ok=True)
+    if not (source / TEMPLATES).is_dir():
+        shutil.rmtree(destination / TEMPLATES, ignore_errors=True)
+    copy_tokenizer(source, destination)
 
 
 def copy_tokenizer(source: Path, destination: Path, *, others: bool = False) -> list[str]:
@@ -120,7 +144,7 @@ def copy_tokenizer(source: Path, destination: Path, *, others: bool = False) -> 
     """
     wanted = (*TOKENIZER_FILES, *(OTHER_FILES if others else ()))
     names = [name for name in wanted if (source / name).is_file()]
-    templates = source / "additional_chat_templates"
+    templates = source / TEMPLATES
     if templates.is_dir():
         names += [f"{templates.name}/{path.name}" for path in sorted(templates.glob("*.jinja"))]
     for name in names:

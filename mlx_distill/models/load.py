@@ -28,9 +28,11 @@ from mlx_distill.models.config_files import (
     is_adapter,
     load_config,
     read_object,
+    tokenizer_folder,
+    with_vocabulary,
 )
 from mlx_distill.models.forward import is_tied
-from mlx_distill.models.hub import copy_tokenizer, resolve
+from mlx_distill.models.hub import copy_tokenizer, has_tokenizer, resolve
 from mlx_distill.models.modules import cast_model
 from mlx_distill.models.quantization import with_quantization
 from mlx_distill.models.token_ids import check_added_tokens
@@ -73,6 +75,7 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, di
     if is_adapter(folder):
         model, config = load_model(adapter_base(folder), dtype=dtype)
         load_adapter(model, folder)
+        config = with_vocabulary(config, folder)
     else:
         plan = plan_checkpoint(folder)
         if read_manifest(folder) is None:  # else the conversion that wrote the folder has said it
@@ -89,6 +92,8 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, di
 def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) -> Any:
     """mlx-lm's ``TokenizerWrapper`` of a folder, with its chat template and without remote code.
 
+    Of an adapter folder without a tokenizer it is that of its base model.
+
     Raises:
         ModelError: no tokenizer, a damaged one, one that needs remote code, or one with an added token that
             is not read under its own number.
@@ -97,7 +102,8 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
     if config is None:
         has_config = (folder / "config.json").is_file() or (folder / ADAPTER_CONFIG).is_file()
         config = load_config(folder) if has_config else {}
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+    folder = tokenizer_folder(folder)
+    if not has_tokenizer(folder):
         raise ModelError(
             f"{folder}: no tokenizer.json", fix="copy the tokenizer files from the original checkpoint"
         )

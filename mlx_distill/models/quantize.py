@@ -36,6 +36,7 @@ from mlx_distill.models.config_files import (
     adapter_base,
     is_adapter,
     read_object,
+    with_vocabulary,
 )
 from mlx_distill.models.convert import (
     shard_hashes,
@@ -46,7 +47,7 @@ from mlx_distill.models.convert import (
     write_other_files,
 )
 from mlx_distill.models.folder import source_key, staged_folder
-from mlx_distill.models.hub import copy_tokenizer, resolve
+from mlx_distill.models.hub import replace_tokenizer, resolve
 from mlx_distill.models.quantization import Quantization, TensorAction, quantization_policy
 from mlx_distill.progress import Progress
 from mlx_distill.storage import atomic_path, sha256, write_json
@@ -214,9 +215,8 @@ def quantize_into(
     if adapter not in ("merge", "keep"):
         raise ConfigError(f"adapter: {adapter!r} is not merge or keep", fix="choose one of them")
     has_adapter = is_adapter(source)
-    plan = plan_checkpoint(adapter_base(source) if has_adapter else source)
     merges = has_adapter and adapter == "merge"
-    updates = adapter_updates(source) if merges else {}
+    plan, updates = plan_with_adapter(source, merges)
     jobs = plan_jobs(plan, updates, mode, group_size, keep)
     model_folder = folder / "base" if has_adapter and not merges else folder
     salt = sha256(source / ADAPTER_FILE) if merges else ""
@@ -232,7 +232,7 @@ def quantize_into(
     )
     write_other_files(model_folder, plan, jobs, shards)
     if has_adapter:
-        copy_tokenizer(source, folder)
+        replace_tokenizer(source, folder)
     if model_folder != folder:
         _copy_adapter(source, folder)
     rows = tensor_rows(plan, jobs, shards)
@@ -257,6 +257,39 @@ def _copy_adapter(source: Path, folder: Path) -> None:
     with atomic_path(folder / ADAPTER_FILE) as path:
         shutil.copyfile(source / ADAPTER_FILE, path)
     write_json(folder / ADAPTER_CONFIG, {**read_object(source / ADAPTER_CONFIG), "base": "base"})
+
+
+def plan_with_adapter(folder: Path, merges: bool) -> tuple[CheckpointPlan, dict[str, Update]]:
+    """The plan of a model, or of the base model of an adapter folder, and the updates to merge into it.
+
+    If the adapter stores an embedding with another number of rows, those of the base get as many.
+    """
+    if not is_adapter(folder):
+        return plan_checkpoint(folder), {}
+    plan = plan_checkpoint(adapter_base(folder))
+    return (_resized(plan, folder), adapter_updates(folder)) if merges else (plan, {})
+
+
+def _resized(plan: CheckpointPlan, adapter: Path) -> CheckpointPlan:
+    config, names = with_vocabulary(plan.config, adapter), plan.architecture.modules
+    rows = config["vocab_size"]
+    if rows == plan.config["vocab_size"]:
+        return plan
+    paths = (names.embedding, names.head)
+    tensors = [_with_rows(t, rows) if t.name.rpartition(".")[0] in paths else t for t in plan.tensors]
+    return replace(plan, config=config, tensors=tensors)
+
+
+def _with_rows(tensor: TensorPlan, rows: int) -> TensorPlan:
+    """A matrix cut to a number of rows, or filled up with zeros, which a stored embedding then replaces."""
+
+    def read_rows(start: int, stop: int) -> np.ndarray:
+        first = min(start, tensor.rows)
+        block = tensor.read(first, min(stop, tensor.rows))
+        return np.pad(block, [(0, stop - start - len(block)), (0, 0)])
+
+    shape = (rows, *tensor.shape[1:])
+    return TensorPlan(tensor.name, tensor.dtype, shape, tensor.sources, "resize", read_rows)
 
 
 def adapter_updates(folder: Path) -> dict[str, Update]:

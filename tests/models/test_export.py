@@ -197,7 +197,7 @@ def test_what_peft_cannot_hold_and_what_we_cannot_compute_is_refused(golden: Any
     adapter(tmp_path / "student", golden("qwen3"))
     to_peft(tmp_path / "student", tmp_path / "peft", card=partial(card_text, library="peft"))
     path = tmp_path / "peft" / "adapter_config.json"
-    for change in ({"peft_type": "IA3"}, {"modules_to_save": ["norm"]}, {"bias": "all"}, {"r": None}):
+    for change in ({"peft_type": "IA3"}, {"modules_to_save": ["norm"]}, {"use_qalora": True}, {"r": None}):
         good = json.loads(path.read_text())
         path.write_text(json.dumps({**good, **change}))
         with pytest.raises(ModelError, match=next(iter(change))):
