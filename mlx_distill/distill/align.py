@@ -23,7 +23,7 @@ from mlx_distill.data.packing import as_sequences, build_batch
 from mlx_distill.distill.teacher import answer_label_start
 from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
 from mlx_distill.errors import DataError
-from mlx_distill.losses.byte_alignment import align_bytes
+from mlx_distill.losses.byte_alignment import align_tokens
 from mlx_distill.losses.topk import within_columns
 from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.progress import Progress
@@ -86,7 +86,7 @@ def write_aligned_rows(
         key: Of both stores.
         joined: From :func:`join_rows`.
         task: Its schema and label.
-        student_tokenizer: With a chat template; it spells its tokens' bytes, or is the teacher's.
+        student_tokenizer: With a chat template; its tokens name their bytes, or it is the teacher's.
         teacher_tokenizer: The same.
         same_tokenizer: Whether both have the same tokens by id.
         token_rows: Rows of the student's embedding; 0 for any number.
@@ -206,12 +206,12 @@ def align_answer(
         ModelError: a tokenizer whose tokens' bytes are not known.
     """
     start, end = chat.spans[-1]
-    student_ids, teacher_ids = chat.tokens[start:end], targets.ids[:-1]
+    student_ids, teacher_ids, same_start = chat.tokens[start:end], targets.ids[:-1], True
     if same_tokenizer and np.array_equal(student_ids, teacher_ids):
         each = np.arange(len(student_ids))
         spans = np.stack([each, each + 1, each, each + 1], axis=1)
     else:
-        spans = align_bytes(student_ids, teacher_ids, student_tokenizer, teacher_tokenizer)
+        spans, same_start = align_tokens(student_ids, teacher_ids, student_tokenizer, teacher_tokenizer)
     topk_ids, topk_logprobs = targets.topk_ids, targets.topk_logprobs
     if same_tokenizer and columns:
         topk_ids, topk_logprobs = within_columns(topk_ids, topk_logprobs, columns)
@@ -224,6 +224,7 @@ def align_answer(
         topk_logprobs=topk_logprobs,
         label_start=answer_label_start(chat.tokens.tolist(), start, targets.text, task, encode),
         label_logprobs=targets.label_logprobs,
+        first_start=0 if same_start else 1,
     )
 
 
@@ -237,6 +238,7 @@ def align_row(
     topk_logprobs: np.ndarray,
     label_start: int | None,
     label_logprobs: Sequence[float] | np.ndarray | None,
+    first_start: int = 0,
 ) -> AlignedRow:
     """Gather the teacher's targets at the common boundaries of two tokenizations.
 
@@ -248,6 +250,7 @@ def align_row(
         teacher_logprobs, topk_ids, topk_logprobs: The teacher's targets, its stop token last.
         label_start: The position of the label's first token in ``tokens``.
         label_logprobs: The teacher's distribution over the labels and all other tokens.
+        first_start: The first span at whose beginning both models' distributions are over the same text.
     """
     student_stop, teacher_stop = len(tokens) - start - 1, len(teacher_logprobs) - 1
     # Both models end their answer at the same place: one more common span.
@@ -259,9 +262,9 @@ def align_row(
         start=start,
         label_start=label_start if label_logprobs is not None else None,
         label_logprobs=np.array(label_logprobs, dtype=np.float32) if label_logprobs is not None else None,
-        starts=(spans[:, 0] + start).astype(np.int32),
-        topk_ids=topk_ids[spans[:, 2]],
-        topk_logprobs=topk_logprobs[spans[:, 2]].astype(np.float32),
+        starts=(spans[first_start:, 0] + start).astype(np.int32),
+        topk_ids=topk_ids[spans[first_start:, 2]],
+        topk_logprobs=topk_logprobs[spans[first_start:, 2]].astype(np.float32),
         spans=(spans[:, :2] + start).astype(np.int32),
         span_logprobs=(sums[spans[:, 3]] - sums[spans[:, 2]]).astype(np.float32),
     )

@@ -16,9 +16,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_distill.data.chat import answer_ids, prompt_ids, render, stop_ids
-from mlx_distill.distill.answer_check import AnswerCheck
 from mlx_distill.distill.teacher_cache import TeacherTargets
-from mlx_distill.infer.engine import Generation, generate
+from mlx_distill.infer.engine import generate
 from mlx_distill.infer.label_scoring import label_start
 from mlx_distill.losses.labels import LabelTokens, label_logprobs, label_tokens
 from mlx_distill.models.forward import embedding_rows, head_columns, hidden_states
@@ -52,7 +51,7 @@ class TokenizedAnswer:
 
 def score_answers(
     model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], task: Task, settings: TargetsConfig
-) -> tuple[list[TeacherTargets], AnswerCheck]:
+) -> tuple[list[TeacherTargets], int]:
     """The teacher's targets of prepared rows, for its own answers or the data's.
 
     Args:
@@ -64,19 +63,18 @@ def score_answers(
             ``batch_size``.
 
     Returns:
-        The targets, and the counts of the teacher's own answers; rows whose answer does not fit the task keep
-        the data's.
+        The targets, and how many of the teacher's answers did not fit the task: those rows keep the data's.
     """
     texts = [row["messages"][-1]["content"] for row in rows]
-    check = AnswerCheck()
+    invalid = 0
     if settings.text == "greedy":
         prompts = [row["messages"][:-1] for row in rows]
         answers = generate_answers(model, tokenizer, prompts, task.max_answer_tokens, settings.batch_size)
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            cut = answer.finish == "length"
-            data_tokens = len(answer_ids(tokenizer, texts[i])) if cut else None
-            if check.add(row["id"], answer, task.schema, data_tokens):
-                texts[i] = answer.text
+        for i, text in enumerate(answers):
+            if parse_answer(text, task.schema)[0] is None:
+                invalid += 1
+            else:
+                texts[i] = text
     encode = partial(answer_ids, tokenizer)
     answers_in_tokens = []
     for row, text in zip(rows, texts, strict=True):
@@ -93,7 +91,7 @@ def score_answers(
         tokenizer=tokenizer,
         batch_size=settings.batch_size,
     )
-    return list(scored), check
+    return list(scored), invalid
 
 
 def answer_label_start(
@@ -121,9 +119,9 @@ def generate_answers(
     prompts: Sequence[Sequence[Mapping[str, Any]]],
     max_tokens: int,
     batch_size: int,
-) -> list[Generation]:
+) -> list[str]:
     """The teacher's greedy answers to some prompts (lists of messages)."""
-    return generate(
+    answers = generate(
         model,
         tokenizer,
         [prompt_ids(tokenizer, messages) for messages in prompts],
@@ -131,6 +129,7 @@ def generate_answers(
         batch_size=batch_size,
         stop=set(stop_ids(tokenizer)),
     )
+    return [answer.text for answer in answers]
 
 
 def score(

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from mlx_distill.losses.byte_alignment import align_bytes, align_lengths, token_bytes
+from mlx_distill.losses.byte_alignment import align_bytes, align_lengths
 from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, build_token_groups, span_sums, token_group_kl
 from mlx_distill.losses.divergences import (
     DIVERGENCES,
@@ -20,6 +20,7 @@ from mlx_distill.losses.divergences import (
 )
 from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs, label_tokens
 from mlx_distill.losses.tiled import linear_cross_entropy, linear_divergence, linear_rows
+from mlx_distill.losses.token_bytes import token_bytes
 from mlx_distill.losses.topk import sparse_forward_kl, sparse_linear_kl
 
 __all__ = [

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Float
 
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.losses.byte_alignment import vocabulary
 from mlx_distill.losses.divergences import forward_kl
 from mlx_distill.losses.numerics import LOWEST
+from mlx_distill.losses.token_bytes import vocabulary
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Token groups: a common partition of the tokens of two byte-level vocabularies.
+"""Token groups: a common partition of the tokens of two vocabularies, by their bytes.
 
 Every token that both vocabularies have founds a group. A token that only one vocabulary has belongs to the
 group of a shared token that is a prefix of its bytes. Probabilities over tokens of either vocabulary become
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.losses.byte_alignment import Vocabulary, vocabulary
+from mlx_distill.losses.token_bytes import Vocabulary, first_tokens, vocabulary
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,9 @@ def build_token_groups(
     *,
     student_stop: int | Iterable[int] | None = None,
     teacher_stop: int | Iterable[int] | None = None,
+    student_columns: int = 0,
 ) -> TokenGroups:
-    """Partition two byte-level vocabularies into common groups: one group per shared token, every other token
+    """Partition two vocabularies into common groups: one group per shared token, every other token
     in the group of a prefix of it.
 
     The parent of a token that only one model has is the *first token of its re-encoding by the other model's
@@ -58,13 +59,14 @@ def build_token_groups(
     byte-prefix marginalisation; the choice of the parent by re-encoding is this library's own.
 
     Args:
-        student_tokenizer: A byte-level BPE from ``transformers``, ``mlx_lm`` or ``tokenizers``.
+        student_tokenizer: From ``transformers``, ``mlx_lm`` or ``tokenizers``; its tokens name their bytes.
         teacher_tokenizer: The same.
         student_stop: The token or tokens that end the student's turn; they form one group with the teacher's.
         teacher_stop: The token or tokens that end the teacher's turn.
+        student_columns: The width of the student's logits: its tokens beyond are left out. 0 for all.
 
     Raises:
-        ModelError: A tokenizer that is not byte-level.
+        ModelError: A tokenizer whose tokens do not name their bytes.
         ConfigError: A stop token that its tokenizer does not have, or stop tokens of one model only.
 
     >>> from tokenizers import Tokenizer, decoders, models
@@ -77,6 +79,8 @@ def build_token_groups(
     ([0, 1, 0], 2)
     """
     student, teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
+    if student_columns:
+        student = _within(student, student_columns)
     width = len(student.tokens)
     total = width + len(teacher.tokens)
     # A forest over the student's tokens, then the teacher's, then one node for "outside". Each node points at
@@ -109,6 +113,12 @@ def build_token_groups(
     )
 
 
+def _within(tokens: Vocabulary, columns: int) -> Vocabulary:
+    """The tokens with an id below ``columns``."""
+    special = {i: text for i, text in tokens.special.items() if i < columns}
+    return tokens._replace(tokens=tokens.tokens[:columns], lengths=tokens.lengths[:columns], special=special)
+
+
 def _ids_by_bytes(tokens: Vocabulary) -> dict[bytes, int]:
     """The lowest id of each byte string; tokens without bytes (special ones) are left out."""
     return {token: i for i, token in reversed(list(enumerate(tokens.tokens))) if token}
@@ -126,12 +136,10 @@ def _prefix_parents(
             texts[i] = token.decode("utf-8")
         except UnicodeDecodeError:
             continue
-    encodings = other.backend.encode_batch(list(texts.values()), add_special_tokens=False)
-    first_tokens = {
-        i: other.tokens[encoding.ids[0]] for i, encoding in zip(texts, encodings, strict=True) if encoding.ids
-    }
+    firsts = dict(zip(texts, first_tokens(other, list(texts.values())), strict=True))
     for i, token in orphans.items():
-        prefix = first_tokens.get(i, b"")
+        first = firsts.get(i)
+        prefix = b"" if first is None or first >= len(other.tokens) else other.tokens[first]
         # A normalizer or an added space can make the re-encoding start with other bytes.
         if not prefix or len(prefix) >= len(token) or not token.startswith(prefix):
             prefix = next((token[:n] for n in range(len(token) - 1, 0, -1) if token[:n] in other_ids), b"")

@@ -129,7 +129,7 @@ def aligned_rows(
     needs_groups = loss is not None and TOKEN_LOSSES[loss].needs == "token_groups"
     inputs = {
         "labels": label_tokens(tokenizer, context.task.labels) if context.task.label else None,
-        "groups": _token_groups(tokenizer, teacher_tokenizer) if needs_groups else None,
+        "groups": _token_groups(tokenizer, teacher_tokenizer, token_rows) if needs_groups else None,
         "same_tokenizer": same_tokenizer,
     }
     return train, valid, inputs
@@ -148,7 +148,7 @@ def _note_left_out(context: Context, facts: Facts, max_length: int) -> None:
         )
 
 
-def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any) -> TokenGroups:
+def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_columns: int) -> TokenGroups:
     from mlx_distill.data.chat import stop_ids
     from mlx_distill.losses.cross_tokenizer import build_token_groups
 
@@ -157,6 +157,7 @@ def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any) -> TokenGroups
         teacher_tokenizer,
         student_stop=stop_ids(student_tokenizer)[0],
         teacher_stop=stop_ids(teacher_tokenizer)[0],
+        student_columns=student_columns,
     )
 
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from mlx_distill.errors import DataError, ModelError
 from mlx_distill.losses import align_bytes, align_lengths, token_bytes
-from mlx_distill.losses.byte_alignment import byte_alphabet, vocabulary
+from mlx_distill.losses.token_bytes import byte_alphabet, vocabulary
 
 SAMPLES = [
     'The answer is {"label": "fine", "score": 73}',
@@ -156,7 +156,7 @@ def test_tokenizers_that_are_not_byte_level_are_refused() -> None:
 
     word_piece = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1}, unk_token="[UNK]"))
     word_piece.decoder = decoders.WordPiece()
-    with pytest.raises(ModelError, match="not a byte-level BPE"):
+    with pytest.raises(ModelError, match="WordPiece tokenizer with WordPiece decoder"):
         token_bytes(word_piece)
     odd = Tokenizer(models.BPE({"▁a": 0}, []))
     odd.decoder = decoders.ByteLevel()
