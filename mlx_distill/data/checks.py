@@ -12,6 +12,7 @@ from mlx_distill.data.statistics import RowStatistics
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.recipe import DataConfig
 from mlx_distill.tasks.task import Task
+from mlx_distill.text import counted
 
 FEW_ROWS = 500
 _IMBALANCE = 10  # times that the most frequent class may be more frequent than the rarest
@@ -110,8 +111,11 @@ def warnings_of(kept: RowStatistics, task: Task, config: DataConfig) -> list[str
         if not kept.rows[split] and fractions[split]:
             out.append(f"no rows in {split}: too few without a split of their own")
     total = kept.rows["train"]
-    if total < FEW_ROWS and not all(source.generator for source in config.sources):
-        out.append(f"{total} training rows are few: below {FEW_ROWS}, results vary much; add rows")
+    is_demo = all(source.generator or str(source.path).startswith("asset:") for source in config.sources)
+    if total < FEW_ROWS and not is_demo:
+        out.append(
+            f"{counted(total, 'training row')}: with fewer than {FEW_ROWS}, results vary much; add rows"
+        )
     if task.label:
         out += _label_warnings(kept, task.labels)
     group = [task.group] if task.group else []
@@ -137,8 +141,8 @@ def _label_warnings(kept: RowStatistics, labels: Sequence[str]) -> list[str]:
         rare, common = (find(present, key=lambda name: counts[name]) for find in (min, max))
         if counts[common] > _IMBALANCE * counts[rare]:
             out.append(
-                f"class imbalance: {rare} has {counts[rare]} training rows and {common} {counts[common]}; "
-                "add rows of it, and read F1 rather than accuracy"
+                f"class imbalance: {common} has {counted(counts[common], 'training row')}, {rare} has "
+                f"{counts[rare]}; add rows of {rare}, and read F1 rather than accuracy"
             )
     return out
 

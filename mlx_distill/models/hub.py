@@ -44,6 +44,20 @@ def find_local(path_or_repo: str | Path) -> Path | None:
     return None
 
 
+def find_cached(repo: str, file: str, revision: str | None = None) -> Path | None:
+    """The folder of a Hub model's snapshot in the local cache, if it has a file; nothing is downloaded."""
+    if not is_hub_id(repo):
+        return None
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        path = try_to_load_from_cache(repo, file, revision=revision)
+    except HFValidationError:
+        return None
+    return Path(path).parent if isinstance(path, str) else None
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a string that is not the path of a folder can be a Hub id.
 

@@ -15,7 +15,7 @@ from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import DataConfig, SourceConfig
 from mlx_distill.tasks.task import Task, load_task
 
-FEW = "training rows are few: below 500"
+FEW = "training rows: with fewer than 500, results vary much"
 
 
 def rows(count: int, labels: str = "yn", **extra: Any) -> list[dict[str, Any]]:
@@ -147,7 +147,7 @@ def test_a_slice_that_some_rows_lack_is_counted(tmp_path: Path, task: Task) -> N
         (
             24,
             "y" * 11 + "n" + "y" * 12,
-            [f"24 {FEW}", "class imbalance: no has 1 training rows and yes 23; add rows of it"],
+            [f"24 {FEW}", "class imbalance: yes has 23 training rows, no has 1; add rows of no"],
         ),
         (22, "y" * 10 + "n", [f"22 {FEW}"]),  # ten times as many are no imbalance yet
     ],
