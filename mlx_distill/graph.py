@@ -105,7 +105,7 @@ def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
     return Stage(
         name,
         "convert",
-        1,
+        2,
         keyed(recipe.convert),
         (),
         lambda context, folder: convert(context, folder, source, name),

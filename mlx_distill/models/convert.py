@@ -299,6 +299,7 @@ def plan_notes(plan: CheckpointPlan) -> tuple[str, ...]:
 
 
 TENSOR_TABLE = "tensors.json"
+_TABLE_FORMAT = 1
 
 
 def tensor_table(rows: Sequence[TensorRow]) -> list[str]:
@@ -382,7 +383,7 @@ def write_other_files(
     write_json(folder / "config.json", mlx_config(plan, jobs))
     rows = tensor_rows(plan, jobs, shards)
     table = {
-        "format": FORMAT,
+        "format": _TABLE_FORMAT,
         "shards": [{"name": s.name, "sha256": s.sha256, "size": s.size} for s in shards],
         "left_out": [list(pair) for pair in plan.left_out],
         "tensors": [_stored_row(row) for row in rows],

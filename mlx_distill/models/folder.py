@@ -26,7 +26,7 @@ from mlx_distill.storage import (
     stage_key,
 )
 
-FORMAT = 1
+FORMAT = 2  # raised when a conversion of the same source writes other files
 
 
 def source_key(folder: Path) -> str:
