@@ -7,6 +7,7 @@ and kept on disk.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -20,10 +21,11 @@ from jaxtyping import Float, Int
 
 from mlx_distill.data.chat import TokenizedRow, answer_ids, render_many
 from mlx_distill.data.packing import as_sequences, build_batch
-from mlx_distill.distill.teacher import answer_label_start
+from mlx_distill.distill.teacher import answer_label_place
 from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
 from mlx_distill.errors import DataError
 from mlx_distill.losses.byte_alignment import align_tokens
+from mlx_distill.losses.labels import LabelTrie
 from mlx_distill.losses.topk import within_columns
 from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.progress import Progress
@@ -44,13 +46,15 @@ class AlignedRow:
     Args:
         tokens: ``[l]`` the student's chat, its stop token last.
         start: Where its answer begins.
-        label_start: The position of the label's first token, or None.
-        label_logprobs: ``[c]`` the teacher's distribution over the labels and all other tokens, or None.
+        label_start: The position of the first token behind the root of the labels, or None.
+        label_logprobs: ``[c]`` the teacher's distribution over the labels and everything else, or None.
         starts: ``[n]`` positions of student tokens that begin where a teacher token begins.
         topk_ids: ``[n, k]`` the teacher's most probable tokens there.
         topk_logprobs: ``[n, k]`` their log-probabilities.
         spans: ``[m, 2]`` start and end (exclusive) of the student tokens of each common span.
         span_logprobs: ``[m]`` the teacher's log-probability of the span's bytes.
+        label_node: The last node of the student's labels that its answer reaches: of the nodes behind the
+            root, the row has the logits of those on the path to it.
     """
 
     tokens: Int[np.ndarray, " l"]
@@ -62,6 +66,7 @@ class AlignedRow:
     topk_logprobs: Float[np.ndarray, "n k"]
     spans: Int[np.ndarray, "m 2"]
     span_logprobs: Float[np.ndarray, " m"]
+    label_node: int = 0
 
 
 def write_aligned_rows(
@@ -71,6 +76,7 @@ def write_aligned_rows(
     task: Task,
     student_tokenizer: Any,
     teacher_tokenizer: Any,
+    labels: LabelTrie | None,
     *,
     same_tokenizer: bool,
     token_rows: int,
@@ -88,6 +94,7 @@ def write_aligned_rows(
         task: Its schema and label.
         student_tokenizer: With a chat template; its tokens name their bytes, or it is the teacher's.
         teacher_tokenizer: The same.
+        labels: The labels in the student's tokens, or None for no label loss.
         same_tokenizer: Whether both have the same tokens by id.
         token_rows: Rows of the student's embedding; 0 for any number.
         max_length: Rows of more student tokens are left out.
@@ -110,9 +117,10 @@ def write_aligned_rows(
         student_tokenizer=student_tokenizer,
         teacher_tokenizer=teacher_tokenizer,
         encode=encode,
+        labels=labels,
     )
-    too_long = not_aligned = done = 0
-    example = ""
+    counts: Counter[str] = Counter(too_long=0, not_aligned=0, labelled=0)
+    done, example = 0, ""
     with (
         StoreWriter(folders["train"], key) as train,
         StoreWriter(folders["valid"], key) as valid,
@@ -128,21 +136,22 @@ def write_aligned_rows(
             rendered = render_many(student_tokenizer, chats)
             for chat, (split, _, targets) in zip(rendered, chunk, strict=True):
                 if len(chat) > max_length:
-                    too_long += 1
+                    counts["too_long"] += 1
                     continue
                 check_token_ids(chat.tokens, token_rows, student_tokenizer)
                 try:
                     row = align(chat, targets, same_tokenizer=same_tokenizer, columns=token_rows)
                 except DataError as error:
-                    not_aligned += 1
+                    counts["not_aligned"] += 1
                     example = example or f"{targets.id}: {error}"
                     continue
+                counts["labelled"] += split == "train" and row.label_start is not None
                 writers[split].append(len(row.tokens) - row.start, **aligned_row_arrays(row))
             done += len(chunk)
             bar.update(done)
-        train.facts = {"too_long": too_long, "not_aligned": not_aligned, "example": example}
+        train.facts = {**counts, "example": example}
         if not train.rows:
-            raise _nothing_left(too_long, max_length, not_aligned, example)
+            raise _nothing_left(counts["too_long"], max_length, counts["not_aligned"], example)
 
 
 def _nothing_left(too_long: int, max_length: int, not_aligned: int, example: str) -> DataError:
@@ -184,6 +193,7 @@ def align_answer(
     student_tokenizer: Any,
     teacher_tokenizer: Any,
     encode: Callable[[str], list[int]],
+    labels: LabelTrie | None,
     *,
     same_tokenizer: bool = False,
     columns: int = 0,
@@ -197,6 +207,7 @@ def align_answer(
         student_tokenizer: As in :func:`write_aligned_rows`.
         teacher_tokenizer: The same.
         encode: From the beginning of an answer to the student's token ids.
+        labels: The labels in the student's tokens, or None for no label loss.
         same_tokenizer: Whether both tokenizers have the same tokens by id. Then equal tokens are aligned one
             by one, whatever bytes they have, and the top k is limited to the student's columns.
         columns: The student's; 0 for any number.
@@ -215,6 +226,9 @@ def align_answer(
     topk_ids, topk_logprobs = targets.topk_ids, targets.topk_logprobs
     if same_tokenizer and columns:
         topk_ids, topk_logprobs = within_columns(topk_ids, topk_logprobs, columns)
+    tokens = chat.tokens.tolist()
+    place = answer_label_place(tokens, start, targets.text, task, encode, labels)
+    label_start, label_node = place or (None, 0)
     return align_row(
         chat.tokens,
         start,
@@ -222,9 +236,10 @@ def align_answer(
         teacher_logprobs=targets.logprobs,
         topk_ids=topk_ids,
         topk_logprobs=topk_logprobs,
-        label_start=answer_label_start(chat.tokens.tolist(), start, targets.text, task, encode),
+        label_start=label_start,
         label_logprobs=targets.label_logprobs,
         first_start=0 if same_start else 1,
+        label_node=label_node,
     )
 
 
@@ -239,6 +254,7 @@ def align_row(
     label_start: int | None,
     label_logprobs: Sequence[float] | np.ndarray | None,
     first_start: int = 0,
+    label_node: int = 0,
 ) -> AlignedRow:
     """Gather the teacher's targets at the common boundaries of two tokenizations.
 
@@ -248,9 +264,10 @@ def align_row(
         spans: ``align_bytes`` of the two answers without their stop tokens: ``[m, 4]``, relative to the
             beginnings of the answers.
         teacher_logprobs, topk_ids, topk_logprobs: The teacher's targets, its stop token last.
-        label_start: The position of the label's first token in ``tokens``.
-        label_logprobs: The teacher's distribution over the labels and all other tokens.
+        label_start: The position in ``tokens`` of the first one behind the root of the student's labels.
+        label_logprobs: The teacher's distribution over the labels and everything else.
         first_start: The first span at whose beginning both models' distributions are over the same text.
+        label_node: The last node of the student's labels that its answer reaches.
     """
     student_stop, teacher_stop = len(tokens) - start - 1, len(teacher_logprobs) - 1
     # Both models end their answer at the same place: one more common span.
@@ -267,6 +284,7 @@ def align_row(
         topk_logprobs=topk_logprobs[spans[first_start:, 2]].astype(np.float32),
         spans=(spans[:, :2] + start).astype(np.int32),
         span_logprobs=(sums[spans[:, 3]] - sums[spans[:, 2]]).astype(np.float32),
+        label_node=label_node,
     )
 
 
@@ -275,13 +293,15 @@ def aligned_row_arrays(row: AlignedRow) -> dict[str, np.ndarray]:
 
     :func:`aligned_row_from_arrays` is the inverse.
     """
-    label_start = [] if row.label_start is None else [row.label_start]
+    label_at = [] if row.label_start is None else [row.label_start]
+    if label_at and row.label_node:  # the root is not written
+        label_at.append(row.label_node)
     no_label = np.zeros(0, dtype=np.float32)
     return {
         "tokens": row.tokens,
         "start": np.array([row.start], dtype=np.int32),
         # The names are those of the files on disk.
-        "label_at": np.array(label_start, dtype=np.int32),
+        "label_at": np.array(label_at, dtype=np.int32),
         "label_logprobs": no_label if row.label_logprobs is None else row.label_logprobs,
         "starts": row.starts,
         "topk_ids": row.topk_ids,
@@ -299,6 +319,7 @@ def aligned_row_from_arrays(
         start=int(start[0]),
         label_start=int(label_at[0]) if len(label_at) else None,
         label_logprobs=label_logprobs if len(label_logprobs) else None,
+        label_node=int(label_at[1]) if len(label_at) > 1 else 0,
         **arrays,
     )
 
@@ -313,14 +334,15 @@ def collate_aligned_rows(
     """One right-padded micro-batch; token ``j`` of a row is predicted at its input ``j - 1``.
 
     ``extra``: ``positions [a]`` of the trained labels in the flattened ``[b * l]`` inputs, row by row; and,
-    as indices into those ``a``: ``label_index [r]`` with ``label_logprobs [r, c]``; ``start_index [n]`` with
-    ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans [m, 2]`` (start, end) with ``span_logprobs [m]``.
+    as indices into those ``a``: ``label_index [r]`` (of the labels' root) with ``label_logprobs [r, c]`` and
+    ``label_node [r]``; ``start_index [n]`` with ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans
+    [m, 2]`` (start, end) with ``span_logprobs [m]``.
 
     Args:
         rows: All rows.
         chosen: The batch's row numbers; rows in a tuple are packed into one sequence.
         pad: The padding token.
-        classes: Columns of ``label_logprobs``: the task's labels and one for all other tokens.
+        classes: Columns of ``label_logprobs``: the task's labels and one for everything else.
         multiple: Sequences are padded to a multiple of this many tokens.
     """
     sequences = as_sequences(chosen)
@@ -333,7 +355,7 @@ def collate_aligned_rows(
     before = np.cumsum([0, *(len(row.tokens) - row.start for row in members)])[:-1]
     offsets = before - np.array([row.start for row in members])
     labelled = [
-        (offset + row.label_start, row.label_logprobs)
+        (offset + row.label_start, row.label_logprobs, row.label_node)
         for offset, row in zip(offsets, members, strict=True)
         if row.label_start is not None and row.label_logprobs is not None
     ]
@@ -341,10 +363,11 @@ def collate_aligned_rows(
     spans = [row.spans + offset for offset, row in zip(offsets, members, strict=True)]
     extra = {
         "positions": np.flatnonzero(np.array(batch.mask)).astype(np.int32),
-        "label_index": np.array([index for index, _ in labelled], dtype=np.int32),
-        "label_logprobs": np.array([logprobs for _, logprobs in labelled], dtype=np.float32).reshape(
+        "label_index": np.array([index for index, _, _ in labelled], dtype=np.int32),
+        "label_logprobs": np.array([logprobs for _, logprobs, _ in labelled], dtype=np.float32).reshape(
             len(labelled), classes
         ),
+        "label_node": np.array([node for _, _, node in labelled], dtype=np.int32),
         "start_index": np.concatenate(starts).astype(np.int32),
         "topk_ids": np.concatenate([row.topk_ids for row in members]),
         "topk_logprobs": np.concatenate([row.topk_logprobs for row in members]),

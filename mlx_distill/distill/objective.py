@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from functools import cache
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_distill.distill.token_losses import TOKEN_LOSSES, TokenLossInput, token_loss_name
 from mlx_distill.errors import ConfigError
 from mlx_distill.losses.cross_tokenizer import TokenGroups
-from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs
+from mlx_distill.losses.labels import LabelTrie, class_logprobs, label_kl, label_logprobs, merge_labels
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch
 from mlx_distill.train.objective import DENSE_LIMIT, LogitReader, Objective, read_objective, trained_tokens
@@ -18,7 +19,7 @@ from mlx_distill.train.objective import DENSE_LIMIT, LogitReader, Objective, rea
 
 def kd(
     settings: DistillConfig,
-    labels: LabelTokens | None = None,
+    labels: LabelTrie | None = None,
     groups: TokenGroups | None = None,
     same_tokenizer: bool = False,
     *,
@@ -30,8 +31,9 @@ def kd(
     .. math:: \alpha\, T^2\, \mathrm{KL}_T(\mathrm{label}) + \beta\, D(\mathrm{tokens})
         + \gamma\, \mathrm{CE}(\mathrm{text})
 
-    - ``label``: over the task's classes and all other tokens, where the label's value starts; one event a row
-      (Hinton et al., https://arxiv.org/abs/1503.02531);
+    - ``label``: over the task's classes and everything else, where the label's value starts; one event a row
+      (Hinton et al., https://arxiv.org/abs/1503.02531). Where labels share their first tokens, a row tells
+      apart what the path of its own label does, and takes the others together as classes of labels;
     - ``token``: one of :data:`~mlx_distill.distill.token_losses.TOKEN_LOSSES`: ``kl`` over the teacher's top
       k (same tokenizer) or ``token_groups`` (two tokenizers), one event a common start of tokens; or ``alm``,
       one event a common span (https://arxiv.org/abs/2503.20083);
@@ -43,7 +45,7 @@ def kd(
     Args:
         settings: ``label_weight``, ``token_weight``, ``text_weight``, the temperatures, and which token-level
             loss.
-        labels: The student's tokens for the task's classes, for ``label``.
+        labels: The task's classes in the student's tokens, for ``label``.
         groups: The token groups of the two vocabularies, for ``token_groups``.
         same_tokenizer: Whether the two vocabularies are equal, so that ``auto`` means the plain KL.
         dense_limit: Up to so many numbers the logits are computed at once, above tile by tile, with equal
@@ -79,10 +81,7 @@ def kd(
         if "text" in coefficients:
             out["text"] = cross_entropy().sum()
         if "label" in coefficients and labels is not None and len(extra["label_index"]):
-            student = label_logprobs(reader.logits(extra["label_index"]), labels, rest=True)
-            out["label"] = label_kl(
-                student, extra["label_logprobs"], temperature=settings.label_temperature
-            ).sum()
+            out["label"] = _label_sum(reader, extra, labels, settings.label_temperature)
         if token_loss is not None and len(extra[token_loss.events]):
             data = TokenLossInput(reader, extra, cross_entropy, groups, settings.temperature)
             out["token"] = token_loss.loss(data).sum()
@@ -91,10 +90,37 @@ def kd(
     return read_objective(weights, lambda batch: batch.extra["positions"], read, coefficients, dense_limit)
 
 
+def _label_sum(
+    reader: LogitReader, extra: Mapping[str, mx.array], labels: LabelTrie, temperature: float
+) -> mx.array:
+    """The label term, summed over the rows. The rows' own texts have the logits of all nodes on their paths,
+    so that nothing is computed besides.
+    """
+    total = mx.array(0.0)
+    reached = np.array(extra["label_node"])
+    for node in np.unique(reached).tolist():
+        rows = mx.array(np.flatnonzero(reached == node))
+        index, path = extra["label_index"][rows], labels.chain(node)
+        student = class_logprobs(
+            labels,
+            {
+                n: label_logprobs(
+                    reader.logits(index + len(labels.nodes[n].path)), labels.nodes[n], rest=True
+                )
+                for n in path
+            },
+        )
+        teacher = extra["label_logprobs"][rows]
+        if len(labels.nodes) > 1:
+            teacher = merge_labels(teacher, labels.classes(path))
+        total = total + label_kl(student, teacher, temperature=temperature).sum()
+    return total
+
+
 def _check(
     coefficients: Mapping[str, float],
     token_loss: str | None,
-    labels: LabelTokens | None,
+    labels: LabelTrie | None,
     groups: TokenGroups | None,
     same_tokenizer: bool,
 ) -> None:
@@ -116,6 +142,6 @@ def _check(
         )
     if "label" in coefficients and labels is None:
         raise ConfigError(
-            "label_weight without the label's tokens",
-            fix="give labels=label_tokens(tokenizer, names), or label_weight: 0",
+            "label_weight without the labels' tokens",
+            fix="give labels=task_label_trie(tokenizer, task), or label_weight: 0",
         )

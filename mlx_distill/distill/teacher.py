@@ -18,16 +18,21 @@ import numpy as np
 from mlx_distill.data.chat import answer_ids, prompt_ids, render, stop_ids
 from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.infer.engine import generate
-from mlx_distill.infer.label_scoring import label_start
-from mlx_distill.losses.labels import LabelTokens, label_logprobs, label_tokens
+from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout, column_caches, supports_column_cache
+from mlx_distill.infer.label_scoring import (
+    Project,
+    continued_label_logprobs,
+    label_place,
+    prompt_label_logprobs,
+)
+from mlx_distill.losses.labels import LabelTrie, label_logprobs
 from mlx_distill.models.forward import embedding_rows, head_columns, hidden_states
 from mlx_distill.models.token_ids import check_token_ids, token_logits, used_ids
 from mlx_distill.recipe import TargetsConfig
 from mlx_distill.tasks.answer import label_prefix, parse_answer
 from mlx_distill.tasks.task import Task
 
-# From hidden states to logits.
-Project = Callable[[mx.array], mx.array]
+LabelCache = tuple[ColumnLayout, list[ColumnCache]]
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,8 @@ class TokenizedAnswer:
     Args:
         tokens: Token ids of prompt, answer and stop token.
         start: Where the answer begins; the distribution of token ``j`` is read at position ``j - 1``.
-        label_start: The position of the label's first token, or None where it cannot be scored.
+        label_start: The position of the first token behind the root of the labels, or None where they cannot
+            be scored.
         id: The row's.
         text: The answer.
     """
@@ -50,7 +56,12 @@ class TokenizedAnswer:
 
 
 def score_answers(
-    model: Any, tokenizer: Any, rows: Sequence[Mapping[str, Any]], task: Task, settings: TargetsConfig
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    task: Task,
+    settings: TargetsConfig,
+    labels: LabelTrie | None = None,
 ) -> tuple[list[TeacherTargets], int]:
     """The teacher's targets of prepared rows, for its own answers or the data's.
 
@@ -61,6 +72,7 @@ def score_answers(
         task: Its schema and labels.
         settings: ``text``: ``greedy`` for the teacher's own answers, else the data's; ``top_k``;
             ``batch_size``.
+        labels: The labels in the teacher's tokens, or None for no label distribution.
 
     Returns:
         The targets, and how many of the teacher's answers did not fit the task: those rows keep the data's.
@@ -80,9 +92,8 @@ def score_answers(
     for row, text in zip(rows, texts, strict=True):
         chat = render(tokenizer, [*row["messages"][:-1], {"role": "assistant", "content": text}])
         tokens, start = chat.tokens.tolist(), chat.spans[-1][0]
-        label = answer_label_start(tokens, start, text, task, encode)
-        answers_in_tokens.append(TokenizedAnswer(tokens, start, label, row["id"], text))
-    labels = label_tokens(tokenizer, task.labels) if task.label else None
+        place = answer_label_place(tokens, start, text, task, encode, labels)
+        answers_in_tokens.append(TokenizedAnswer(tokens, start, place and place[0], row["id"], text))
     scored = score(
         model,
         answers_in_tokens,
@@ -94,11 +105,16 @@ def score_answers(
     return list(scored), invalid
 
 
-def answer_label_start(
-    tokens: Sequence[int], start: int, text: str, task: Task, encode: Callable[[str], list[int]]
-) -> int | None:
-    """The position of the label's first token in a rendered answer, or None: see
-    :func:`~mlx_distill.infer.label_scoring.label_start`.
+def answer_label_place(
+    tokens: Sequence[int],
+    start: int,
+    text: str,
+    task: Task,
+    encode: Callable[[str], list[int]],
+    labels: LabelTrie | None,
+) -> tuple[int, int] | None:
+    """Where the labels' root stands in a rendered answer, and the last node that the answer reaches, or None:
+    see :func:`~mlx_distill.infer.label_scoring.label_place`.
 
     Args:
         tokens: The chat's token ids.
@@ -106,11 +122,12 @@ def answer_label_start(
         text: The answer.
         task: Its schema and label.
         encode: From the beginning of an answer to its token ids.
+        labels: The labels in the same tokens; without them there is no place.
     """
-    if task.label is None:
+    if labels is None or task.label is None:
         return None
     answer, _ = parse_answer(text, task.schema)
-    return label_start(tokens, start, encode(label_prefix(task.schema, task.label, answer)))
+    return label_place(tokens, start, encode(label_prefix(task.schema, task.label, answer)), labels)
 
 
 def generate_answers(
@@ -137,7 +154,7 @@ def score(
     answers: Sequence[TokenizedAnswer],
     *,
     top_k: int,
-    labels: LabelTokens | None = None,
+    labels: LabelTrie | None = None,
     tokenizer: Any = None,
     batch_size: int = 16,
     multiple: int = 16,
@@ -149,7 +166,7 @@ def score(
         model: The teacher.
         answers: Rendered chats.
         top_k: Tokens kept of each distribution.
-        labels: The label's tokens, or None for no label distribution.
+        labels: The labels in the teacher's tokens, or None for no label distribution.
         tokenizer: The teacher's: the columns of the head that are none of its tokens take no part in any
             distribution. None for all columns.
         batch_size: Rows per forward pass.
@@ -171,9 +188,10 @@ def score(
         inputs = np.zeros((len(batch), length), dtype=np.int32)
         for line, answer in zip(inputs, batch, strict=True):
             line[: len(answer.tokens)] = answer.tokens
-        hidden = hidden_states(model, mx.array(inputs))
+        cache = _label_cache(model, batch, labels, length)
+        hidden = hidden_states(model, mx.array(inputs), cache and cache[1])
         ids, topk_ids, topk_logprobs, logprobs = _answer_logprobs(project, hidden, batch, top_k, tile_rows)
-        by_row = {} if labels is None else _label_logprobs(project, hidden, batch, labels)
+        by_row = {} if labels is None else _label_logprobs(model, project, hidden, batch, labels, cache)
         begin = 0
         for i, answer in enumerate(batch):
             end = begin + len(answer.tokens) - answer.start
@@ -223,13 +241,42 @@ def _answer_logprobs(
     return tokens, topk_ids, topk_logprobs, logprobs
 
 
+def _label_cache(
+    model: nn.Module, batch: Sequence[TokenizedAnswer], labels: LabelTrie | None, columns: int
+) -> LabelCache | None:
+    """A cache for labels that share tokens, so that each row is read once: to a continuation of a row, the
+    row ends where its label begins.
+    """
+    if labels is None or len(labels.nodes) == 1 or not supports_column_cache(model):
+        return None
+    layout = ColumnLayout([answer.label_start or answer.start for answer in batch], columns)
+    return layout, column_caches(model, layout)
+
+
 def _label_logprobs(
-    project: Project, hidden: mx.array, batch: Sequence[TokenizedAnswer], labels: LabelTokens
+    model: nn.Module,
+    project: Project,
+    hidden: mx.array,
+    batch: Sequence[TokenizedAnswer],
+    labels: LabelTrie,
+    cache: LabelCache | None,
 ) -> dict[int, np.ndarray]:
-    """The distribution over the labels and all other tokens, by row, of the rows that have a label."""
+    """The distribution over the labels and everything else, by row, of the rows that have a label."""
     starts = {i: answer.label_start for i, answer in enumerate(batch) if answer.label_start is not None}
     if not starts:
         return {}
-    at = mx.array([start - 1 for start in starts.values()])
-    values = label_logprobs(project(hidden[mx.array(list(starts)), at]), labels, rest=True)
+    rows = mx.array(list(starts))
+    at_root = project(hidden[rows, mx.array([start - 1 for start in starts.values()])])
+    if len(labels.nodes) == 1:
+        values = label_logprobs(at_root, labels.nodes[0], rest=True)
+    elif cache is None:
+        prompts = [batch[i].tokens[:start] for i, start in starts.items()]
+        values = prompt_label_logprobs(model, prompts, labels, rest=True, project=project)
+    else:
+        layout, caches = cache
+        layout.advance(hidden.shape[1])
+        layout.keep(list(starts))
+        for layer in caches:
+            layer.keep(rows)
+        values = continued_label_logprobs(model, labels, at_root, layout, caches, rest=True, project=project)
     return dict(zip(starts, np.array(values), strict=True))

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.data.rows import Item, to_item
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.infer.engine import Generation, LogitsHook, generate
-from mlx_distill.infer.label_scoring import LabelPrefix, label_prefix_tokens, label_probabilities
-from mlx_distill.losses.labels import label_logprobs
+from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout
+from mlx_distill.infer.label_scoring import (
+    LabelPrefix,
+    continued_label_logprobs,
+    label_prefix_tokens,
+    label_probabilities,
+)
 from mlx_distill.models.trained_on import (
     TrainedOn,
     is_run,
@@ -90,7 +95,7 @@ def predict(
         temperature=temperature,
         seed=seed,
         on_done=on_done,
-        logits_hook=label_hook(prefix) if prefix else None,
+        logits_hook=label_hook(model, prefix) if prefix else None,
     )
     distributions: Sequence[dict[str, float] | None] = [None] * len(prompts)
     if prefix is not None:
@@ -114,11 +119,15 @@ def _unread(item: Item, length: int, limit: int | None) -> Prediction:
     return Prediction(item.id, "", None, None, None, error=error, prompt_tokens=length, fields=item.fields)
 
 
-def label_hook(prefix: LabelPrefix) -> LogitsHook:
+def label_hook(model: Any, prefix: LabelPrefix) -> LogitsHook:
     """A hook that reads the labels' log-probabilities where an answer that begins with ``prefix`` has its
-    label.
+    label. The prompt is not read again: labels that share tokens are continued from the generation's cache.
     """
-    return LogitsHook(len(prefix[0]), partial(label_logprobs, tokens=prefix[1]))
+
+    def read(logits: mx.array, layout: ColumnLayout, caches: Sequence[ColumnCache]) -> mx.array:
+        return continued_label_logprobs(model, prefix[1], logits, layout, caches)
+
+    return LogitsHook(len(prefix[0]), read)
 
 
 def label_distributions(

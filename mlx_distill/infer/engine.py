@@ -25,12 +25,13 @@ from mlx_distill.models.token_ids import check_token_ids, used_ids
 
 
 class LogitsHook(NamedTuple):
-    """Reads the logits of one decoding step: ``read(logits [b, v]) -> [b, c]`` is called with the logits that
-    token ``step`` of the answers is chosen from.
+    """Reads the logits of one decoding step: ``read(logits [b, v], layout, caches) -> [b, c]`` is called with
+    the logits that token ``step`` of the answers is chosen from, and the cache at that step. It may write
+    columns behind those of the cache, and must rewind the layout.
     """
 
     step: int
-    read: Callable[[mx.array], mx.array]
+    read: Callable[[mx.array, ColumnLayout, Sequence[ColumnCache]], mx.array]
 
 
 @dataclass(frozen=True)
@@ -236,7 +237,7 @@ def _decode_columns(
         logits = model(inputs[:, None], cache=caches)[:, -1, :]
         layout.advance(1)
         if logits_hook is not None and step == logits_hook.step:
-            hooked.append((rows, logits_hook.read(logits)))
+            hooked.append((rows, logits_hook.read(logits, layout, caches)))
         out = sampler(logits, step, rows)
         mx.async_eval(out)
         return out

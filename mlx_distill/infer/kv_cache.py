@@ -25,13 +25,17 @@ from jaxtyping import Bool, Float
 class ColumnLayout:
     """Which column holds which position, shared by the caches of all layers.
 
-    ``lengths [b]`` are the prompts' lengths, ``width`` the columns of the longest prompt, ``filled`` the
-    columns written so far.
+    ``lengths [b]`` are the prompts' lengths, ``width`` the columns of the prompts, ``filled`` the columns
+    written so far. Columns of a prompt beyond its length are not attended to, whatever they hold.
+
+    Args:
+        lengths: Of the prompts.
+        width: At least the longest of them, and that where None.
     """
 
-    def __init__(self, lengths: Sequence[int]) -> None:
+    def __init__(self, lengths: Sequence[int], width: int | None = None) -> None:
         self.lengths = np.asarray(lengths, dtype=np.int32)
-        self.width = int(self.lengths.max())
+        self.width = int(self.lengths.max()) if width is None else width
         self.filled = 0
         self._lengths = mx.array(self.lengths)
         self.offset: int | mx.array = 0 if self.width else self._lengths
@@ -40,6 +44,10 @@ class ColumnLayout:
         """Count ``columns`` as written; call it after every forward pass."""
         self.filled += columns
         self.offset = self.filled if self.filled < self.width else self._lengths + (self.filled - self.width)
+
+    def rewind(self, columns: int) -> None:
+        """Forget the last columns: the next ones overwrite them."""
+        self.advance(-columns)
 
     def keep(self, rows: Sequence[int]) -> None:
         """Keep only these rows of the batch."""

@@ -1,10 +1,14 @@
-"""The distribution over a task's labels from one forward pass, and where the label starts in an answer's
-tokens.
+"""The distribution over a task's labels behind a prompt, and where the label stands in an answer's tokens.
+
+Where the labels' first tokens differ, one forward pass gives the distribution. The further nodes of a
+:class:`~mlx_distill.losses.labels.LabelTrie` are short continuations of the prompt: the prompt's keys and
+values stay in the cache, each continuation is written behind them, and the next one overwrites it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -13,25 +17,29 @@ from jaxtyping import Float
 
 from mlx_distill.data.chat import answer_ids
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.losses.labels import LabelTokens, label_logprobs, label_tokens
+from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout, column_caches, supports_column_cache
+from mlx_distill.losses.labels import LabelTrie, class_logprobs, label_logprobs, label_trie
 from mlx_distill.models.forward import embedding_rows, hidden_states, logits
 from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.tasks.answer import label_prefix
 from mlx_distill.tasks.task import Task
 
+# From hidden states to logits.
+Project = Callable[[mx.array], mx.array]
+
 
 def label_probabilities(
-    model: Any, prompts: Sequence[Sequence[int]], labels: LabelTokens, *, batch_size: int = 16
+    model: Any, prompts: Sequence[Sequence[int]], labels: LabelTrie, *, batch_size: int = 16
 ) -> Float[np.ndarray, "n c"]:
-    """The distribution over the labels behind each prompt.
+    """The distribution over the labels behind each prompt, which is read once.
 
-    ``p(L) = Σ_{t in L} exp z_t / Σ_{all labels' t} exp z_t`` at the last token, as
-    :func:`mlx_distill.losses.labels.label_logprobs` has it.
+    A label has the product, over the nodes on its path, of the mass of the tokens that count for its branch
+    (:func:`~mlx_distill.losses.labels.label_logprobs`), renormalised over the labels.
 
     Args:
         model: An mlx-lm model with trunk ``model.model``.
-        prompts: Token ids that end where the label's value starts.
-        labels: From :func:`label_prefix_tokens`, or ``label_tokens`` with this model's tokenizer.
+        prompts: Token ids that end at the root of ``labels``.
+        labels: From :func:`label_prefix_tokens`, with this model's tokenizer.
         batch_size: Prompts a forward pass.
 
     Returns:
@@ -40,58 +48,215 @@ def label_probabilities(
     Raises:
         ModelError: a token of a prompt is beyond the model's embedding.
     """
-    check_token_ids([max(prompt) for prompt in prompts], embedding_rows(model))
+    paths = [node.path for node in labels.nodes if node.path]
+    check_token_ids([max(tokens) for tokens in [*prompts, *paths]], embedding_rows(model))
     out = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        lengths = np.array([len(prompts[i]) for i in rows])
-        tokens = np.zeros((len(rows), int(lengths.max())), dtype=np.int32)
-        for line, i in zip(tokens, rows, strict=True):
-            line[: len(prompts[i])] = prompts[i]
-        # Padding follows the prompts, where the causal mask hides it; the head sees one position a row.
-        hidden = hidden_states(model, mx.array(tokens))[mx.arange(len(rows)), mx.array(lengths - 1)]
-        out[rows] = np.array(mx.exp(label_logprobs(logits(model, hidden), labels)))
+        out[rows] = np.array(mx.exp(prompt_label_logprobs(model, [prompts[i] for i in rows], labels)))
     return out
 
 
-def label_start(tokens: Sequence[int], start: int, prefix: Sequence[int]) -> int | None:
-    """The position of the first token of the label's value, or None where the answer does not begin with the
-    tokens of ``prefix``.
+def prompt_label_logprobs(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    labels: LabelTrie,
+    *,
+    rest: bool = False,
+    cached: bool = True,
+    project: Project | None = None,
+) -> Float[mx.array, "b c"]:
+    """Log-probabilities of the labels behind some prompts, in one batch.
 
-    None too where the tokenizer merges the label's first letters with what precedes them.
+    Args:
+        model: An mlx-lm model.
+        prompts: Token ids that end at the root of ``labels``.
+        labels: The trie for this model's tokenizer.
+        rest: Add a last class for everything else, instead of renormalising over the labels.
+        cached: Read each prompt once, where the model's layers keep plain keys and values. Else each further
+            node costs one more pass over the prompts.
+        project: To the logits; the model's own where None.
+    """
+    project = project or partial(logits, model)
+    if len(labels.nodes) > 1 and cached and supports_column_cache(model):
+        tokens, lengths = _padded(prompts)
+        layout = ColumnLayout(lengths.tolist())
+        caches = column_caches(model, layout, growth=_longest(labels))
+        at_root = project(_last_hidden(model, tokens, lengths, caches))
+        layout.advance(tokens.shape[1])
+        return continued_label_logprobs(model, labels, at_root, layout, caches, rest=rest, project=project)
+    branches = {}
+    for number, node in enumerate(labels.nodes):
+        z = project(_last_hidden(model, *_padded([[*prompt, *node.path] for prompt in prompts])))
+        if len(labels.nodes) == 1:
+            return label_logprobs(z, node, rest=rest)
+        branches[number] = label_logprobs(z, node, rest=True)
+        mx.eval(branches[number])
+    return _whole_labels(labels, branches, rest)
+
+
+def continued_label_logprobs(
+    model: Any,
+    labels: LabelTrie,
+    at_root: Float[mx.array, "b v"],
+    layout: ColumnLayout,
+    caches: Sequence[ColumnCache],
+    *,
+    rest: bool = False,
+    project: Project | None = None,
+) -> Float[mx.array, "b c"]:
+    """Log-probabilities of the labels, from a cache that ends at their root.
+
+    The cache is left as it was: the columns behind the root are overwritten by what comes next.
+
+    Args:
+        model: An mlx-lm model.
+        labels: The trie for this model's tokenizer.
+        at_root: The logits there.
+        layout: Of the caches, with all columns of the prompts written.
+        caches: One a layer.
+        rest: Add a last class for everything else, instead of renormalising over the labels.
+        project: To the logits; the model's own where None.
+    """
+    if len(labels.nodes) == 1:
+        return label_logprobs(at_root, labels.nodes[0], rest=rest)
+    project = project or partial(logits, model)
+    branches: dict[int, mx.array] = {}
+
+    def visit(number: int, z: mx.array) -> None:
+        node = labels.nodes[number]
+        branches[number] = label_logprobs(z, node, rest=True)
+        mx.eval(branches[number])  # so that the logits of one node exist at a time
+        for child in (labels.children.get((number, k)) for k in range(len(node.branches))):
+            if child is None:
+                continue
+            path = labels.nodes[child].path[len(node.path) :]
+            for token in path:
+                hidden = hidden_states(model, mx.full((z.shape[0], 1), token, dtype=mx.int32), caches)
+                layout.advance(1)
+            visit(child, project(hidden[:, -1]))
+            layout.rewind(len(path))
+
+    visit(0, at_root)
+    return _whole_labels(labels, branches, rest)
+
+
+def _whole_labels(labels: LabelTrie, branches: Mapping[int, mx.array], rest: bool) -> mx.array:
+    logprobs = class_logprobs(labels, branches)
+    if rest:
+        return logprobs
+    return logprobs[:, :-1] - mx.logsumexp(logprobs[:, :-1], axis=-1, keepdims=True)
+
+
+def _longest(labels: LabelTrie) -> int:
+    return max(len(node.path) for node in labels.nodes)
+
+
+def _padded(prompts: Sequence[Sequence[int]]) -> tuple[mx.array, np.ndarray]:
+    lengths = np.array([len(prompt) for prompt in prompts])
+    tokens = np.zeros((len(prompts), int(lengths.max())), dtype=np.int32)
+    for line, prompt in zip(tokens, prompts, strict=True):
+        line[: len(prompt)] = prompt
+    return mx.array(tokens), lengths
+
+
+def _last_hidden(model: Any, tokens: mx.array, lengths: np.ndarray, caches: Any = None) -> mx.array:
+    # Padding follows the prompts, where the causal mask hides it; the head sees one position a row.
+    return hidden_states(model, tokens, caches)[mx.arange(len(lengths)), mx.array(lengths - 1)]
+
+
+def label_place(
+    tokens: Sequence[int], start: int, before: Sequence[int], labels: LabelTrie
+) -> tuple[int, int] | None:
+    """The position of the first token behind the root of the labels, and the last node that the answer
+    reaches; None where the answer does not begin as the labels have it.
 
     Args:
         tokens: A chat's token ids.
         start: Where the answer begins.
-        prefix: The tokens of :func:`~mlx_distill.tasks.answer.label_prefix`.
+        before: The tokens of :func:`~mlx_distill.tasks.answer.label_prefix`.
+        labels: The trie for the same tokenizer.
 
-    >>> label_start([9, 9, 1, 2, 7, 8], 2, [1, 2])
-    4
+    >>> from mlx_distill.losses.labels import LabelNode
+    >>> label_place([9, 9, 1, 2, 7, 8], 2, [1, 2], LabelTrie(("a", "b"), (LabelNode((), (), ()),)))
+    (4, 0)
     """
-    end = start + len(prefix)
-    return end if list(tokens[start:end]) == list(prefix) and end < len(tokens) else None
-
-
-LabelPrefix = tuple[list[int], LabelTokens]
-
-
-def label_prefix_tokens(tokenizer: Any, task: Task) -> LabelPrefix | None:
-    """The tokens that every answer begins with up to the label's value, and the tokens that decide for each
-    label there.
-
-    None for a task without a label, and where one pass cannot tell: the label is not the answer's first
-    property, two labels begin with the same byte, or the tokenizer merges the beginning of a label with what
-    precedes it.
-    """
-    properties = list(task.schema["properties"])
-    if task.label is None or properties[0] != task.label:
+    prompt = labels.prompt(before)
+    root = start + len(prompt)
+    if list(tokens[start:root]) != prompt:
         return None
-    prefix = label_prefix(task.schema, task.label)
-    ids = answer_ids(tokenizer, prefix)
-    if any(label_start(answer_ids(tokenizer, f'{prefix}{label}"'), 0, ids) is None for label in task.labels):
+    behind = tuple(tokens[root:])
+    reached = [n for n, node in enumerate(labels.nodes) if behind[: len(node.path)] == node.path != behind]
+    return (root, reached[-1]) if reached else None
+
+
+def task_label_trie(tokenizer: Any, task: Task) -> LabelTrie:
+    """The trie of a task's labels, as a tokenizer writes them in an answer.
+
+    Raises:
+        ConfigError: the task has no label.
+        ModelError: the tokens do not name their bytes, or cannot write a label.
+    """
+    if task.label is None:
+        raise ConfigError(f"the task {task.name!r} has no label", fix="name one in the task")
+    before = label_prefix({"properties": {task.label: {}}}, task.label)
+    after = '"}' if list(task.schema["properties"])[-1] == task.label else '", "'
+    return label_trie(tokenizer, task.labels, partial(answer_ids, tokenizer), before=before, after=after)
+
+
+def find_label_trie(tokenizer: Any, task: Task, label_weight: float = 0.0) -> LabelTrie | None:
+    """:func:`task_label_trie`; None for a task without a label, and where there is no trie and no label loss
+    is asked for.
+
+    Args:
+        tokenizer: The model's.
+        task: Its schema and label.
+        label_weight: Of ``distill``.
+
+    Raises:
+        ModelError: ``label_weight`` is above 0, and the tokenizer has no trie.
+    """
+    if task.label is None:
         return None
     try:
-        return ids, label_tokens(tokenizer, task.labels)
-    except (ConfigError, ModelError):
+        return task_label_trie(tokenizer, task)
+    except (ConfigError, ModelError) as error:
+        if label_weight > 0:
+            raise ModelError(
+                f"no distribution over the labels, which distill.label_weight {label_weight:g} needs: "
+                f"{error.message}",
+                fix=f"{error.fix}; or set distill.label_weight: 0",
+            ) from error
         return None
+
+
+LabelPrefix = tuple[list[int], LabelTrie]
+
+
+def label_prefix_tokens(
+    tokenizer: Any, task: Task, note: Callable[[str], None] | None = None
+) -> LabelPrefix | None:
+    """The tokens that every answer begins with up to the root of the labels, and the labels there.
+
+    None where labels are not scored: the task has none, it is not the answer's first property, or the
+    tokenizer cannot write it.
+
+    Args:
+        tokenizer: The model's.
+        task: Its schema and label.
+        note: Called with the reason, where the task has a label.
+    """
+    if task.label is None:
+        return None
+    reason = f"{task.label!r} is not the first property of the schema"
+    if next(iter(task.schema["properties"])) == task.label:
+        try:
+            labels = task_label_trie(tokenizer, task)
+        except (ConfigError, ModelError) as error:
+            reason = error.message
+        else:
+            return labels.prompt(answer_ids(tokenizer, label_prefix(task.schema, task.label))), labels
+    if note is not None:
+        note(f"no distribution over the labels, only answers as text: {reason}")
+    return None

@@ -18,7 +18,15 @@ from mlx_distill.losses.divergences import (
     skew_kl,
     total_variation,
 )
-from mlx_distill.losses.labels import LabelTokens, label_kl, label_logprobs, label_tokens
+from mlx_distill.losses.labels import (
+    LabelNode,
+    LabelTrie,
+    class_logprobs,
+    label_kl,
+    label_logprobs,
+    label_trie,
+    merge_labels,
+)
 from mlx_distill.losses.tiled import linear_cross_entropy, linear_divergence, linear_rows
 from mlx_distill.losses.token_bytes import token_bytes
 from mlx_distill.losses.topk import sparse_forward_kl, sparse_linear_kl
@@ -26,20 +34,23 @@ from mlx_distill.losses.topk import sparse_forward_kl, sparse_linear_kl
 __all__ = [
     "DIVERGENCES",
     "TokenGroups",
-    "LabelTokens",
+    "LabelNode",
+    "LabelTrie",
     "align_bytes",
     "align_lengths",
     "alm",
     "token_group_kl",
     "build_token_groups",
+    "class_logprobs",
     "forward_kl",
     "js_divergence",
     "label_kl",
     "label_logprobs",
-    "label_tokens",
+    "label_trie",
     "linear_cross_entropy",
     "linear_divergence",
     "linear_rows",
+    "merge_labels",
     "reverse_kl",
     "skew_kl",
     "span_sums",

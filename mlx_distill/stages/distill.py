@@ -57,7 +57,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
             context.progress.note("distill: the task has no label, so distill.label_weight has no effect")
     token_rows = embedding_rows(model)
     train, valid, inputs = aligned_rows(context, folder, tokenizer, settings, token_rows=token_rows)
-    pad, classes = pad_id(tokenizer, token_rows), len(context.task.labels) + 1  # and one for all other tokens
+    pad, classes = pad_id(tokenizer, token_rows), len(context.task.labels) + 1  # and one for everything else
     return train_rows(
         context,
         folder,
@@ -82,18 +82,20 @@ def aligned_rows(
         folder: Where the stage writes; the aligned rows are in its scratch folder, and are reused while
             nothing that they are made of changes.
         tokenizer: The student's.
-        settings: ``max_length``, and which token-level loss.
+        settings: ``max_length``, ``label_weight``, and which token-level loss.
         token_rows: Rows of the student's embedding; 0 for any number.
 
     Raises:
-        DataError: the targets are of another tokenizer, or of other rows.
-        ModelError: a token that the student's embedding has no row for.
+        DataError: the targets are of another tokenizer, or of other rows, or have no label distribution where
+            ``label_weight`` needs one.
+        ModelError: a token that the student's embedding has no row for; or a label that its tokenizer cannot
+            write, where ``label_weight`` is above 0.
         Interrupted: stopped on request.
     """
     from mlx_distill.distill.align import aligned_row_from_arrays, join_rows, write_aligned_rows
     from mlx_distill.distill.teacher_cache import TargetReader
     from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
-    from mlx_distill.losses.labels import label_tokens
+    from mlx_distill.infer.label_scoring import find_label_trie
     from mlx_distill.models.load import load_tokenizer
     from mlx_distill.storage.array_store import Store, is_stored
 
@@ -106,6 +108,7 @@ def aligned_rows(
             fix="run: mlx-distill targets",
         )
     same_tokenizer = vocabulary_hash(tokenizer) == teacher_hash
+    labels = find_label_trie(tokenizer, context.task, settings.label_weight)
     key = _aligned_key(context, reader.folder, teacher_hash, settings.max_length)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
     if not all(is_stored(path, key) for path in folders.values()):
@@ -116,6 +119,7 @@ def aligned_rows(
             context.task,
             tokenizer,
             teacher_tokenizer,
+            labels,
             same_tokenizer=same_tokenizer,
             token_rows=token_rows,
             max_length=settings.max_length,
@@ -125,10 +129,12 @@ def aligned_rows(
         )
     train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
     _note_left_out(context, train.facts, settings.max_length)
+    if settings.label_weight > 0:
+        _check_labelled(context, train, reader.folder)
     loss = token_loss_name(settings, same_tokenizer)
     needs_groups = loss is not None and TOKEN_LOSSES[loss].needs == "token_groups"
     inputs = {
-        "labels": label_tokens(tokenizer, context.task.labels) if context.task.label else None,
+        "labels": labels,
         "groups": _token_groups(tokenizer, teacher_tokenizer, token_rows) if needs_groups else None,
         "same_tokenizer": same_tokenizer,
     }
@@ -146,6 +152,22 @@ def _note_left_out(context: Context, facts: Facts, max_length: int) -> None:
             f"distill: {facts['not_aligned']} rows whose text a tokenizer changes are left out; the first is "
             f"{facts['example']}"
         )
+
+
+def _check_labelled(context: Context, train: Store[AlignedRow], targets: Path) -> None:
+    """Refuse a label loss that no training row has, and note one that some lack."""
+    labelled = train.facts.get("labelled", len(train))
+    if labelled == len(train):
+        return
+    reason = "the teacher's targets have no label distribution, or the answers are not in the schema's order"
+    if not labelled:
+        raise DataError(
+            f"{targets}: no row for distill.label_weight: {reason}",
+            fix="run: mlx-distill targets; or set distill.label_weight: 0",
+        )
+    context.progress.note(
+        f"distill: {len(train) - labelled} of {len(train)} rows are left out of the label loss: {reason}"
+    )
 
 
 def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_columns: int) -> TokenGroups:

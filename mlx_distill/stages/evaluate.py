@@ -17,11 +17,15 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
     """
     from mlx_distill.data.predictions import FILE_NAME, write_predictions
     from mlx_distill.infer.analyze import predict
+    from mlx_distill.infer.label_scoring import label_prefix_tokens
     from mlx_distill.records import Prediction
 
     settings = context.recipe.evaluate
     rows = held_out_rows(context)
     model, tokenizer = load_model(context, model_folder)
+    scored = label_prefix_tokens(
+        tokenizer, context.task, lambda reason: context.progress.note(f"evaluate {name}: {reason}")
+    )
     reset_peak_memory()
     chunk_size = settings.batch_size * 4
     predictions: list[Prediction] = []
@@ -36,6 +40,7 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
                     context.task,
                     rows[first : first + chunk_size],
                     batch_size=settings.batch_size,
+                    label_probs=scored is not None,
                     on_done=lambda count, first=first: bar.update(first + count),  # type: ignore[misc]
                 )
                 write_jsonl(path, (asdict(answer) for answer in answers))

@@ -21,9 +21,11 @@ def targets(context: Context, folder: Path) -> Facts:
     """Write the teacher's targets of the training and validation rows."""
     from mlx_distill.distill.teacher import score_answers
     from mlx_distill.distill.teacher_cache import TargetWriter
+    from mlx_distill.infer.label_scoring import find_label_trie
 
     settings = context.recipe.targets
     model, tokenizer = load_model(context, "teacher")
+    labels = find_label_trie(tokenizer, context.task, context.recipe.distill.label_weight)
     train_rows = min(count_rows(context, "train"), settings.max_rows or sys.maxsize)
     writer = TargetWriter(folder)
     rows = islice(
@@ -36,7 +38,7 @@ def targets(context: Context, folder: Path) -> Facts:
     ) as bar:
         while chunk := list(islice(rows, shard)):
             check_stop(context)
-            scored, invalid_answers = score_answers(model, tokenizer, chunk, context.task, settings)
+            scored, invalid_answers = score_answers(model, tokenizer, chunk, context.task, settings, labels)
             writer.write(scored)
             invalid += invalid_answers
             bar.update(writer.done)

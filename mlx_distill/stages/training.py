@@ -235,7 +235,7 @@ def check_training(context: Context, commands: Collection[str]) -> None:
 
     Raises:
         ConfigError, ModelError: settings that contradict each other, an unknown target module, a rank above a
-            dimension.
+            dimension; a label that a tokenizer cannot write, where ``distill.label_weight`` needs it.
     """
     from mlx_distill.train.preflight import check_model, check_settings
 
@@ -247,10 +247,29 @@ def check_training(context: Context, commands: Collection[str]) -> None:
         if command not in commands:
             continue
         check_settings(settings, rank_and_size()[1])
-        folders = [context.run / base, Path(resolve_asset(source, recipe.base))]
-        local = next((folder for folder in folders if (folder / "config.json").is_file()), None)
+        local = _local_model(context, base, source, "config.json")
         if local is not None:
             check_model(local, settings, dequantize=recipe.dequantize)
+    if "distill" in commands and recipe.distill.label_weight > 0:
+        _check_labels(context)
+
+
+def _check_labels(context: Context) -> None:
+    """Refuse a label loss that a tokenizer cannot have, before hours are spent on the teacher."""
+    from mlx_distill.infer.label_scoring import find_label_trie
+    from mlx_distill.models.load import load_tokenizer
+
+    recipe = context.recipe
+    for base, source in (("teacher_base", recipe.teacher), ("student_base", recipe.student)):
+        local = _local_model(context, base, source, "tokenizer.json")
+        if local is not None:
+            find_label_trie(load_tokenizer(local), context.task, recipe.distill.label_weight)
+
+
+def _local_model(context: Context, base: str, source: str, file: str) -> Path | None:
+    """The folder of a base model, or of the checkpoint that it is made of, if it is on this machine."""
+    folders = [context.run / base, Path(resolve_asset(source, context.recipe.base))]
+    return next((folder for folder in folders if (folder / file).is_file()), None)
 
 
 def trainable_share(model: Any) -> dict[str, float]:

@@ -73,6 +73,7 @@ def make_case(number: int) -> Case:
         topk_logprobs=-top.astype(np.float16),
         label_start=len(question) + 1 if labelled else None,
         label_logprobs=[-0.1 * number, -1.0] if labelled else None,
+        label_node=number if labelled else 0,
     )
     return Case(row, ours, theirs, spans, logprobs, top)
 
@@ -146,8 +147,8 @@ def test_rows_from_a_store_make_the_same_batches(tmp_path: Path) -> None:
             writer.append(**aligned_row_arrays(row))
     store = Store(tmp_path / "store", aligned_row_from_arrays)
     assert store.lengths.tolist() == [len(row.tokens) for row in aligned]
-    assert [(row.start, row.label_start, row.label_logprobs is None) for row in store] == [
-        (row.start, row.label_start, row.label_logprobs is None) for row in aligned
+    assert [(row.start, row.label_start, row.label_node, row.label_logprobs is None) for row in store] == [
+        (row.start, row.label_start, row.label_node, row.label_logprobs is None) for row in aligned
     ]
     for rows in ([0, 2], [(3, 1), (4,)]):
         ours, theirs = (collate_aligned_rows(data, rows, PAD, 2) for data in (store, aligned))

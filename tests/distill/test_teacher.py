@@ -5,15 +5,17 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.labels import Counted, one_node, tokens_behind
 from helpers.tiny_model import VOCABULARY, TinyModel, make_model
 
 from mlx_distill.config import resolve_asset
 from mlx_distill.distill.teacher import TokenizedAnswer, score
 from mlx_distill.distill.teacher_cache import TeacherTargets
-from mlx_distill.losses.labels import LabelTokens
+from mlx_distill.infer.label_scoring import prompt_label_logprobs
+from mlx_distill.losses.labels import LabelNode, LabelTrie
 from mlx_distill.models.load import load
 
-LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
+LABELS = one_node(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
 TOP = 6
 
 
@@ -40,7 +42,7 @@ def plain(model: TinyModel) -> list[TeacherTargets]:
         ids = np.argsort(-logprobs[positions], axis=1)[:, :TOP]
         label = None
         if at is not None:
-            mass = np.array([np.exp(logprobs[at - 1, list(group)]).sum() for group in LABELS.ids])
+            mass = np.array([np.exp(logprobs[at - 1, list(group)]).sum() for group in LABELS.nodes[0].ids])
             label = np.log(np.append(mass, 1 - mass.sum()))
         own = np.array([logprobs[j - 1, row[j]] for j in range(start, len(row))])
         out.append(
@@ -108,3 +110,34 @@ def test_a_packaged_model_scores_the_same_in_any_batch() -> None:
     for alone, beside in zip(one, score(model, answers, top_k=4, batch_size=4), strict=True):
         np.testing.assert_allclose(beside.logprobs, alone.logprobs, atol=2e-4)
         np.testing.assert_allclose(beside.topk_logprobs, alone.topk_logprobs, atol=2e-4)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_labels_that_share_tokens_are_scored_behind_each_answers_beginning(cached: bool) -> None:
+    """A row is read once where its keys and values can be kept, and its own label does not matter."""
+    nodes = (
+        LabelNode((), ((0, 1, 2), (3,)), ((4, 9), (7,))),
+        LabelNode((4,), ((0, 1), (2,)), ((5,), (8, 11)), (0, 0)),
+        LabelNode((4, 5, 6), ((0,), (1,)), ((8,), (9,)), (1, 0)),
+    )
+    labels = LabelTrie(("a", "b", "c", "d"), nodes)
+    inner, _ = load(resolve_asset("asset:models/tiny-gpt-oss"), dtype="float32")
+    model = Counted(inner)
+    if not cached:
+        model.make_cache = lambda: [None]
+    answers = [
+        TokenizedAnswer([(7 * i + 3 * j) % 300 for j in range(9 + 3 * i)], 2 + i, None if i == 1 else 4 + i)
+        for i in range(4)
+    ]
+    plain = list(score(inner, answers, top_k=4))
+    rows = list(score(model, answers, top_k=4, labels=labels))
+    prompts = [answer.tokens[: answer.label_start] for answer in answers if answer.label_start is not None]
+    if cached:
+        assert model.tokens == 4 * 32 + 3 * tokens_behind(labels)
+    expected = iter(np.array(prompt_label_logprobs(inner, prompts, labels, rest=True, cached=False)))
+    for row, other, answer in zip(rows, plain, answers, strict=True):
+        np.testing.assert_allclose(row.logprobs, other.logprobs, atol=1e-4)
+        if answer.label_start is None:
+            assert row.label_logprobs is None
+        else:
+            np.testing.assert_allclose(row.label_logprobs, next(expected), atol=2e-4)

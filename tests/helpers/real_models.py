@@ -12,12 +12,12 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from helpers.labels import one_node
 from helpers.tiny_model import VOCABULARY
 from helpers.training_cases import ATTENTION, GOLDEN, LENGTHS, SEQUENCES, batch_of_sequences
 from mlx_distill.distill.align import AlignedRow, align_row, collate_aligned_rows
 from mlx_distill.distill.objective import kd
 from mlx_distill.losses.cross_tokenizer import TokenGroups
-from mlx_distill.losses.labels import LabelTokens
 from mlx_distill.models.load import load_model
 from mlx_distill.recipe import DistillConfig, TrainConfig
 from mlx_distill.records import Batch
@@ -33,7 +33,7 @@ OBJECTIVES: dict[str, Objective] = {
     **{
         name: kd(
             DistillConfig(token_loss=name),
-            LabelTokens(("a", "b"), ((0, 3), (1,))),
+            one_node(("a", "b"), ((0, 3), (1,))),
             GROUPS,
             same_tokenizer=name == "kl",
         )

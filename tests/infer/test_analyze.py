@@ -7,6 +7,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.labels import LABEL_SETS, Counted, tokens_behind, with_labels
 
 import mlx_distill as md
 from mlx_distill.data.chat import prompt_ids
@@ -15,6 +16,7 @@ from mlx_distill.data.rows import to_item
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.infer.analyze import analyze, label_distributions, label_hook, predict, to_prediction
 from mlx_distill.infer.engine import Generation
+from mlx_distill.infer.kv_cache import ColumnLayout
 from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
 from mlx_distill.records import Prediction
 from mlx_distill.tasks.task import Task, load_task
@@ -125,7 +127,7 @@ def test_distributions_come_from_the_hook_or_from_one_more_pass(
     prefix = label_prefix_tokens(tokenizer, task)
     assert prefix is not None
     ids, labels = prefix
-    hook = label_hook(prefix)
+    hook = label_hook(model, prefix)
     prompts = [prompt_ids(tokenizer, to_item(item, task).messages) for item in ITEMS]
     expected = label_probabilities(model, [[*prompt, *ids] for prompt in prompts], labels)
 
@@ -134,7 +136,7 @@ def test_distributions_come_from_the_hook_or_from_one_more_pass(
         for number, prompt in enumerate(prompts):
             tokens = [*ids, 5] if number % 2 else [5, 6, 7, *ids]
             logits = model(mx.array([[*prompt, *tokens[: hook.step]]]))[:, -1]
-            output = np.array(hook.read(logits))[0] + change
+            output = np.array(hook.read(logits, ColumnLayout([1]), []))[0] + change
             out.append(Generation("", tuple(tokens), len(prompt), "length", 0.0, output))
         return out
 
@@ -172,6 +174,35 @@ def test_an_answer_that_begins_as_the_schema_has_it_costs_no_further_pass(
     predictions = predict(Forced(), tokenizer, task, ITEMS, max_tokens=len(prefix[0]) + 2, batch_size=2)
     for prediction, line in zip(predictions, expected, strict=True):
         assert prediction.text.startswith('{"label": "') and prediction.label_probs is not None
+        np.testing.assert_allclose(list(prediction.label_probs.values()), line, atol=2e-5)
+
+
+def test_labels_that_share_tokens_are_continued_from_the_answers_own_cache(
+    model: Any, tokenizer: Any, task: Task
+) -> None:
+    task = with_labels(task, LABEL_SETS["share more"])
+    prefix = label_prefix_tokens(tokenizer, task)
+    assert prefix is not None and len(prefix[1].nodes) > 1
+    items = [{"text": "Gardeners are kind" + " and so on" * i} for i in range(4)]
+    prompts = [prompt_ids(tokenizer, to_item(item, task).messages) for item in items]
+    chain = [prompts[0][-1], *prefix[0]]
+
+    class Forced(Counted):
+        def __call__(self, inputs: mx.array, cache: Any = None) -> mx.array:
+            logits = super().__call__(inputs, cache)
+            for last, following in itertools.pairwise(chain):
+                logits[..., following] += 1e4 * (inputs == last)
+            return logits
+
+    expected = label_probabilities(model, [[*prompt, *prefix[0]] for prompt in prompts], prefix[1])
+    steps = len(prefix[0]) + 5
+    plain, forced = Forced(model), Forced(model)
+    without = predict(plain, tokenizer, task, items, max_tokens=steps, batch_size=4, label_probs=False)
+    predictions = predict(forced, tokenizer, task, items, max_tokens=steps, batch_size=4)
+    assert forced.tokens - plain.tokens == 4 * tokens_behind(prefix[1])
+    for prediction, other, line in zip(predictions, without, expected, strict=True):
+        assert prediction.text == other.text and prediction.text.startswith('{"label": "')
+        assert prediction.label_probs is not None
         np.testing.assert_allclose(list(prediction.label_probs.values()), line, atol=2e-5)
 
 

@@ -227,7 +227,7 @@ def test_a_logits_hook_reads_the_logits_of_its_step(model: Any, prompts: list[li
         max_tokens=6,
         batch_size=4,
         stop=stop,
-        logits_hook=LogitsHook(step, lambda logits: logits[:, :7]),
+        logits_hook=LogitsHook(step, lambda logits, *_: logits[:, :7]),
     )
     for prompt, answer in zip(prompts, hooked, strict=True):
         assert (answer.hook_output is None) == (len(answer.tokens) < step)

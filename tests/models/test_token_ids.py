@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.labels import one_node
 
 from mlx_distill.config import resolve_asset
 from mlx_distill.data.chat import pad_id
@@ -18,7 +19,6 @@ from mlx_distill.errors import ModelError
 from mlx_distill.infer.analyze import analyze
 from mlx_distill.infer.engine import generate
 from mlx_distill.infer.label_scoring import label_probabilities
-from mlx_distill.losses.labels import LabelTokens
 from mlx_distill.models.forward import embedding_rows, head_columns
 from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.models.token_ids import check_token_ids, used_ids
@@ -26,7 +26,7 @@ from mlx_distill.storage import write_json
 
 TINY = Path(resolve_asset("asset:models/tiny-qwen3"))
 TABLE = "model.embed_tokens.weight"
-LABELS = LabelTokens(("yes", "no"), ((1, 4), (2,)))
+LABELS = one_node(("yes", "no"), ((1, 4), (2,)))
 
 
 def resized(folder: Path, rows: int, padding: Any = None) -> Path:

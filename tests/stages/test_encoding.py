@@ -21,6 +21,7 @@ from mlx_distill.data.rows import from_row
 from mlx_distill.distill.align import align_answer, aligned_row_arrays, join_rows
 from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import ConfigError, DataError, Interrupted, ModelError
+from mlx_distill.infer.label_scoring import task_label_trie
 from mlx_distill.models.load import load_tokenizer
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages.context import Context, content_of, read_rows, rows_file
@@ -134,15 +135,15 @@ def test_the_first_of_several_ranks_notes_how_many_rows_a_step_has(folder: Path,
 def test_stored_aligned_rows_are_those_of_a_list(folder: Path) -> None:
     context, out = make_context(), finished() / "out"
     student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
+    labels = task_label_trie(student, context.task)
     plain: dict[str, list[Any]] = {"train": [], "valid": []}
     files = {split: rows_file(context, split) for split in plain}
     for split, row, target in join_rows(files, TargetReader(out / "targets")):
         chat = templates.render(
             student, [*row["messages"][:-1], {"role": "assistant", "content": target.text}]
         )
-        plain[split].append(
-            align_answer(chat, target, context.task, student, teacher, partial(templates.answer_ids, student))
-        )
+        encode = partial(templates.answer_ids, student)
+        plain[split].append(align_answer(chat, target, context.task, student, teacher, encode, labels))
     for store, items in zip(pairs(context, folder), plain.values(), strict=True):
         assert len(store) == len(items) > 0
         for ours, theirs in zip(map(aligned_row_arrays, store), map(aligned_row_arrays, items), strict=True):

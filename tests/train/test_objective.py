@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.labels import one_node
 from helpers.tiny_model import VOCABULARY, TinyModel, collate, make_model, make_rows
 from helpers.tiny_model import settings as training
 
@@ -15,14 +16,14 @@ from mlx_distill.distill.align import AlignedRow, align_row, collate_aligned_row
 from mlx_distill.distill.objective import kd
 from mlx_distill.errors import ConfigError
 from mlx_distill.losses.cross_tokenizer import TokenGroups, token_group_kl
-from mlx_distill.losses.labels import LabelTokens
+from mlx_distill.losses.labels import LabelNode, LabelTrie
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch, TopK
 from mlx_distill.train import make_trainable
 from mlx_distill.train.gradients import global_norm, window_gradients
 from mlx_distill.train.objective import MIN_ROWS, Objective, sft
 
-LABELS = LabelTokens(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
+LABELS = one_node(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
 TEACHER = 19
 GROUPS = TokenGroups(
     student=np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),
@@ -91,7 +92,8 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
         logprobs = np.log(np.array([softmax(z) for z in logits]))
         text += [-logprobs[j - 1, row.tokens[j]] for j in range(row.start, len(row.tokens))]
         if row.label_start is not None and row.label_logprobs is not None:
-            q = np.array([np.exp(logprobs[row.label_start - 1, list(ids)]).sum() for ids in LABELS.ids])
+            ids = LABELS.nodes[0].ids
+            q = np.array([np.exp(logprobs[row.label_start - 1, list(group)]).sum() for group in ids])
             q = np.append(q, 1 - q.sum())
             p, q = softmax(row.label_logprobs.astype(np.float64), 4.0), softmax(np.log(q), 4.0)
             label.append(16 * (p * np.log(p / q)).sum())
@@ -112,6 +114,57 @@ def plain_terms(model: TinyModel, kind: str) -> dict[str, float]:
             rest_p, rest_q = 1 - p.sum(), 1 - q.sum()
             token.append((p * np.log(p / q)).sum() + rest_p * np.log(rest_p / rest_q))
     return {"label": float(np.mean(label)), "token": float(np.mean(token)), "text": float(np.mean(text))}
+
+
+@pytest.mark.parametrize("dense_limit", [0, 1 << 24])
+def test_a_row_tells_apart_the_labels_on_its_own_path(dense_limit: int) -> None:
+    nodes = (
+        LabelNode((), ((0, 1, 2), (3,)), ((4, 9), (7,))),
+        LabelNode((4,), ((0, 1), (2,)), ((5,), (8, 11)), (0, 0)),
+        LabelNode((4, 5), ((0,), (1,)), ((8,), (9,)), (1, 0)),
+    )
+    trie = LabelTrie(("a", "b", "c", "d"), nodes)
+    classes = {0: [[0, 1, 2], [3]], 1: [[0, 1], [2], [3]], 2: [[0], [1], [2], [3]]}
+    random = np.random.default_rng(3)
+    rows = [
+        replace(
+            row,
+            label_start=row.start + 1,
+            label_node=number % 3,
+            label_logprobs=np.log(random.dirichlet([1] * 5)).astype(np.float32),
+        )
+        for number, row in enumerate(ROWS)
+    ]
+    model = make_model()
+    model.lm_head.freeze()
+    expected = []
+    for row in rows:
+        logits = np.array(model(mx.array(row.tokens[None, :-1])))[0].astype(np.float64)
+        at = [softmax(logits[row.start + len(node.path)]) for node in nodes]
+        top, middle, last = ([p[list(ids)].sum() for ids in n.ids] for p, n in zip(at, nodes, strict=True))
+        of_label = {
+            0: {(0, 1, 2): top[0], (3,): top[1]},
+            1: {(0, 1): top[0] * middle[0], (2,): top[0] * middle[1], (3,): top[1]},
+            2: {
+                (0,): top[0] * middle[0] * last[0],
+                (1,): top[0] * middle[0] * last[1],
+                (2,): top[0] * middle[1],
+                (3,): top[1],
+            },
+        }[row.label_node]
+        q = np.array([of_label[tuple(labels)] for labels in classes[row.label_node]])
+        teacher = np.exp(row.label_logprobs.astype(np.float64))
+        p = np.array([*(teacher[labels].sum() for labels in classes[row.label_node]), teacher[-1]])
+        p, q = softmax(np.log(p), 4.0), softmax(np.log(np.append(q, 1 - q.sum())), 4.0)
+        expected.append(16 * (p * np.log(p / q)).sum())
+    # One batch of all rows, and each row alone.
+    for lines in ([range(len(rows))], [[number] for number in range(len(rows))]):
+        batches = [collate_aligned_rows(rows, list(line), 0, 5, multiple=4) for line in lines]
+        loss = kd(
+            settings(token_weight=0.0, text_weight=0.0), labels=trie, groups=GROUPS, dense_limit=dense_limit
+        )
+        result = window_gradients(model, batches, loss)
+        assert result.terms["label"] == pytest.approx(np.mean(expected), rel=2e-4)
 
 
 @pytest.mark.parametrize("dense_limit", [0, 1 << 24])
