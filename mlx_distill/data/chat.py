@@ -289,7 +289,7 @@ def _plan(encoder: ChatEncoder, messages: Chat, loss_on: str) -> _Plan:
     after = chat.after if end is None else chat.after[: end.start]
     return _Plan(
         tuple(parts),
-        tuple(encoder.pieces(chat.answer, encoder.last_of(chat.before))),
+        tuple(encoder.pieces(chat.answer, encoder.last_of(chat.before, [part.element for part in parts]))),
         tuple(encoder.pieces(after, "text")),
         encoder.end_of_text() if end is None or end.token is None else end.token,
         chat.earlier,

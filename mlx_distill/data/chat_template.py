@@ -309,17 +309,20 @@ class ChatEncoder:
             out[piece] = self.anchors.encode_again(piece[1]) if own is None else own
         return out
 
-    def last_of(self, text: str) -> str:
-        """What a text ends with: ``token``, ``text``, or nothing where it is empty."""
-        if not text:
+    def last_of(self, text: str, elements: Sequence[Element]) -> str:
+        """What a text of these elements ends with: ``token``, ``text``, or nothing where it is empty."""
+        if not elements:
             return ""
-        return "token" if text.endswith(tuple(self.added)) else "text"
+        # Other added tokens than the control tokens are found by the tokenizer, within the text.
+        is_token = elements[-1].token is not None or text.endswith(tuple(self.added))
+        return "token" if is_token else "text"
 
     @cached_property
     def before_answer(self) -> str:
         """What stands before an answer, as :meth:`pieces` needs it."""
         question = [Message("user", "a"), Message("assistant", "")]
-        return self.last_of(self.render(question, ()).before)
+        text = self.render(question, ()).before
+        return self.last_of(text, list(self.elements(text)))
 
     def end_of_text(self) -> int:
         """The tokenizer's own token that ends a text."""
@@ -363,9 +366,9 @@ class _Anchors:
 
     def _behind_token(self, probes: Sequence[str]) -> list[list[int]] | None:
         for content in sorted(self.encoder.control):
-            number, token = self.encoder.added[content]
+            number = self.encoder.added[content][0]
             ids = [self._encode(content + probe) for probe in probes]
-            if not token.rstrip and all(line[:1] == [number] for line in ids):
+            if all(line[:1] == [number] for line in ids):
                 return [line[1:] for line in ids]
         return None
 
