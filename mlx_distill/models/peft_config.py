@@ -34,6 +34,7 @@ HONOURED = (
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "target_parameters",
     "modules_to_save",
     "ensure_weight_tying",
     "init_lora_weights",
@@ -68,7 +69,6 @@ NOT_COMPUTED = (
     "lora_bias",
     "megatron_config",
     "monteclora_config",
-    "target_parameters",
     "trainable_token_indices",
     "use_bdlora",
     "use_qalora",
@@ -151,10 +151,14 @@ class PeftConfig:
         if any(re.match(rf"(^|.*\.){name}($|\..*)", path) for name in values.get("modules_to_save") or ()):
             return False
         if not targets:  # PEFT's list for the family of the model
-            return True
+            return not values.get("target_parameters")
         if isinstance(targets, str):
             return path != head if targets.lower() == "all-linear" else _matches(targets, path)
         return _matches(targets, path) and self._is_in_layers(path)
+
+    def is_parameter(self, path: str) -> bool:
+        """Whether ``target_parameters`` names a parameter, such as ``layers.0.mlp.experts.down_proj``."""
+        return _matches(self.values.get("target_parameters") or [], path)
 
     def _is_in_layers(self, path: str) -> bool:
         layers = self.values.get("layers_to_transform")
@@ -236,6 +240,7 @@ def _check_types(where: Path, values: Mapping[str, Any]) -> None:
         ("target_modules", _is_names, "a list of names, or a regular expression"),
         ("exclude_modules", _is_names, "a list of names, or a regular expression"),
         ("modules_to_save", lambda v: _is_names(v) and not isinstance(v, str), "a list of names"),
+        ("target_parameters", lambda v: _is_names(v) and not isinstance(v, str), "a list of names"),
         ("bias", lambda v: v in (None, "none", "all", "lora_only"), "none, all or lora_only"),
     )
     for key, is_right, needed in checks:

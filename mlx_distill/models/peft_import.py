@@ -26,10 +26,10 @@ from mlx_distill.models.adapter_import import (
 )
 from mlx_distill.models.adapters import LoraSettings
 from mlx_distill.models.checkpoint.safetensors import TensorInfo, read_header
-from mlx_distill.models.checkpoint.transforms import Stack
 from mlx_distill.models.config_files import ADAPTER_CONFIG, PEFT_FILE, is_adapter, read_object
 from mlx_distill.models.hub import resolve
-from mlx_distill.models.peft_config import MERGE, PeftConfig, peft_config
+from mlx_distill.models.peft_config import MERGE, ModuleScale, PeftConfig, peft_config
+from mlx_distill.models.peft_experts import expert_parameter, parameter_path, single_expert, stack_experts
 from mlx_distill.text import counted
 
 PEFT_PREFIX = "base_model.model."
@@ -52,7 +52,8 @@ def from_peft(
     """Convert a LoRA or DoRA adapter in PEFT's format to an adapter folder.
 
     Modules of different ranks and alphas get the largest rank, with zeros, and one scale, which changes their
-    ``B`` by the quotient of the scales. Adapters on single experts are stacked.
+    ``B`` by the quotient of the scales. Adapters on single experts are stacked, and those on parameters of
+    all experts (``target_parameters``) divided.
 
     Args:
         source: A folder, or the Hub id of one, with PEFT's ``adapter_config.json`` and
@@ -112,7 +113,7 @@ def _read(file: Path, config: PeftConfig, base: BaseModel) -> ReadAdapter:
     for name in whole:
         if name.endswith(".bias"):
             check_whole(name, tensors.whole[name], base)
-    settings, low_rank = _scaled(tensors, arrays, config)
+    settings, low_rank = _scaled(tensors, arrays, config, base)
     _merge_into_whole(low_rank, whole, settings, config)
     weights = _in_our_names(low_rank, base) | whole
     paths = require_modules({name.rpartition(".")[0] for name in weights if name not in whole}, file)
@@ -139,7 +140,8 @@ def _sort_tensors(file: Path, config: PeftConfig, base: BaseModel) -> _Tensors:
         inner = name.removeprefix(PEFT_PREFIX)
         ending = next((ending for ending in _LEAVES if inner.endswith(ending)), None)
         if ending is not None:
-            matrices[inner.removesuffix(ending)][_LEAVES[ending]] = info
+            path = parameter_path(inner.removesuffix(ending), info, config, base)
+            matrices[path][_LEAVES[ending]] = info
             continue
         path, _, leaf = inner.rpartition(".")
         path = path.removesuffix(".base_layer")
@@ -177,42 +179,39 @@ def _check_name(name: str, info: TensorInfo) -> None:
 
 
 def _check_matrices(path: str, parts: Mapping[str, TensorInfo], config: PeftConfig, base: BaseModel) -> None:
-    names = base.architecture.modules
-    first = next(iter(parts.values()))
-    ours, expert = _our_path(path, base)
+    names, first = base.architecture.modules, next(iter(parts.values()))
+    rank = _module(path, config, base).rank
+    if parameter := expert_parameter(path, base):
+        check_module(path, parts, parameter.needed(rank, base), base)
+        return
+    ours, expert = single_expert(path, base) or (path, None)
     shape = base.shapes.get(f"{ours}.weight", ())
     if expert is not None and len(shape) == 3 and expert < shape[0]:
         shape = shape[1:]
     if len(shape) != 2 or path == names.embedding:
         raise no_module(first, path, base)
     outputs, inputs = shape
-    rank = config.module(path).rank
     needed: dict[str, tuple[int, ...]] = {"lora_a": (rank, inputs), "lora_b": (outputs, rank)}
     check_module(path, parts, needed | ({"m": (outputs,)} if config.kind == "dora" else {}), base)
-    if not config.is_target(path, names.head):
+    if not config.is_target(path, names.head) and not config.is_parameter(f"{path}.weight"):
         raise ModelError(
             f"{first.where} is of a module that {config.where.name} does not name: PEFT would leave it out",
             fix="correct target_modules, exclude_modules or layers_to_transform",
         )
 
 
-def _our_path(path: str, base: BaseModel) -> tuple[str, int | None]:
-    """The module of mlx-lm's layout that a module of transformers is, and its expert, if it is one of
-    several.
-    """
-    for rule in base.architecture.rules:
-        numbers = rule.match_source(f"{path}.weight")
-        if numbers is not None and isinstance(rule.transform, Stack):
-            output = rule.outputs[0].replace("{l}", numbers["l"])
-            return output.removesuffix(".weight"), int(numbers["e"])
-    return path, None
+def _module(path: str, config: PeftConfig, base: BaseModel) -> ModuleScale:
+    """Rank and scale; the patterns of a module that is named by its parameter are those of the parameter."""
+    is_linear = expert_parameter(path, base) is None
+    is_named = is_linear and config.is_parameter(f"{path}.weight")
+    return config.module(f"{path}.weight" if is_named else path)
 
 
 def _scaled(
-    tensors: _Tensors, arrays: Mapping[str, mx.array], config: PeftConfig
+    tensors: _Tensors, arrays: Mapping[str, mx.array], config: PeftConfig, base: BaseModel
 ) -> tuple[LoraSettings, dict[str, dict[str, mx.array]]]:
     """All matrices with one rank and one scale, in PEFT's orientation, and the settings with these."""
-    modules = {path: config.module(path) for path in tensors.matrices}
+    modules = {path: _module(path, config, base) for path in tensors.matrices}
     settings = config.settings
     scales, rank = {module.scale for module in modules.values()}, settings.rank
     if modules:
@@ -224,12 +223,15 @@ def _scaled(
     out = {}
     for path, module in modules.items():
         parts = {leaf: arrays[info.name] for leaf, info in tensors.matrices[path].items()}
+        if parameter := expert_parameter(path, base):
+            parts = parameter.unstacked(parts, module.rank)
         if module.scale != scale:
             parts["lora_b"] = parts["lora_b"].astype(mx.float32) * (module.scale / scale)
         missing = rank - module.rank
         if missing:
-            parts["lora_a"] = mx.pad(parts["lora_a"], [(0, missing), (0, 0)])
-            parts["lora_b"] = mx.pad(parts["lora_b"], [(0, 0), (0, missing)])
+            others = [(0, 0)] * (parts["lora_a"].ndim - 2)
+            parts["lora_a"] = mx.pad(parts["lora_a"], [*others, (0, missing), (0, 0)])
+            parts["lora_b"] = mx.pad(parts["lora_b"], [*others, (0, 0), (0, missing)])
         out[path] = parts
     return settings, out
 
@@ -252,36 +254,20 @@ def _merge_into_whole(
 
 
 def _in_our_names(low_rank: Mapping[str, Mapping[str, mx.array]], base: BaseModel) -> dict[str, mx.array]:
-    """The matrices under the names of an adapter folder: transposed, or stacked for experts.
-
-    An expert without an adapter gets zeros, which change nothing.
-    """
+    """The matrices under the names of an adapter folder: transposed, or stacked for experts."""
     weights: dict[str, mx.array] = {}
     experts: dict[str, dict[int, Mapping[str, mx.array]]] = defaultdict(dict)
     for path, parts in low_rank.items():
-        ours, expert = _our_path(path, base)
-        if expert is not None:
-            experts[ours][expert] = parts
-            continue
-        for leaf, value in parts.items():
-            weights[f"{ours}.{leaf}"] = mx.contiguous(value.T) if value.ndim == 2 else value
-    for ours, members in experts.items():
-        weights |= _stacked(ours, members, base.shapes[f"{ours}.weight"][0])
+        if parameter := expert_parameter(path, base):
+            weights |= parameter.by_module(parts)
+        elif place := single_expert(path, base):
+            experts[place[0]][place[1]] = parts
+        else:
+            for leaf, value in parts.items():
+                weights[f"{path}.{leaf}"] = mx.contiguous(value.T) if value.ndim == 2 else value
+    for path, members in experts.items():
+        weights |= stack_experts(path, members, base.shapes[f"{path}.weight"][0])
     return weights
-
-
-def _stacked(path: str, members: Mapping[int, Mapping[str, mx.array]], count: int) -> dict[str, mx.array]:
-    first = next(iter(members.values()))
-    missing = next((e for e in range(count) if e not in members), None)
-    if missing is not None and "m" in first:
-        raise ModelError(
-            f"{path}: DoRA on some experts and not on expert {missing}", fix="train all experts, or " + MERGE
-        )
-    out = {}
-    for leaf, example in first.items():
-        values = [members[e][leaf] if e in members else mx.zeros_like(example) for e in range(count)]
-        out[f"{path}.{leaf}"] = mx.stack(values)
-    return out
 
 
 def _drop_tied_head(

@@ -121,7 +121,7 @@ def refusal(source: Path, tmp_path: Path, *named: str) -> str:
         {"init_lora_weights": "something_new"},
         {"lora_bias": True},
         {"layer_replication": [[0, 1]]},
-        {"target_parameters": ["mlp.experts.down_proj"]},
+        {"target_parameters": "mlp.experts.down_proj"},
         {"trainable_token_indices": [1]},
         {"alora_invocation_tokens": [1]},
         {"use_qalora": True},
@@ -245,6 +245,52 @@ def test_adapters_of_single_experts_are_stacked(
     assert_logits(tmp_path / "out", wanted, prompt)
     to_hf(tmp_path / "out", tmp_path / "merged")
     assert_logits(tmp_path / "merged", wanted, prompt)
+
+
+@pytest.mark.parametrize("named", ["both", "down_proj"])
+@pytest.mark.parametrize("name", ["qwen3_moe", "gpt_oss"])
+def test_adapters_on_parameters_of_experts_are_divided(
+    name: str, named: str, golden: Any, logits: Any, tmp_path: Path
+) -> None:
+    """As PEFT writes them since transformers 5: a wrapper for each parameter, gate_up_proj the inner one."""
+    base, (prompt, _) = float32_base(golden(name), tmp_path / "base"), logits(name)
+    mlp = load_model(base)[0].layers[1].mlp
+    modules, path = (
+        (mlp.experts, "model.layers.1.mlp.experts")
+        if name == "gpt_oss"
+        else (mlp.switch_mlp, "model.layers.1.mlp.switch_mlp")
+    )
+    inner, tensors, updates = f"{PREFIX}model.layers.1.mlp.experts", {}, {}
+
+    def factors(experts: int, outputs: int, inputs: int) -> tuple[mx.array, mx.array]:
+        a, b = mx.random.split(mx.random.key(outputs))
+        return (
+            0.3 * mx.random.normal((experts, 2, inputs), key=a),
+            0.3 * mx.random.normal((experts, outputs, 2), key=b),
+        )
+
+    def put(prefix: str, a: mx.array, b: mx.array) -> None:
+        tensors[f"{prefix}.lora_A.weight"] = a.reshape(-1, a.shape[-1])
+        tensors[f"{prefix}.lora_B.weight"] = b.transpose(1, 2, 0).reshape(b.shape[1], -1)
+
+    a, b = factors(*modules.down_proj.weight.shape)
+    put(inner, a, b)
+    updates[f"{path}.down_proj"] = 4.0 * (b @ a)
+    if named == "both":
+        experts, outputs, inputs = modules.gate_proj.weight.shape
+        a, b = factors(experts, 2 * outputs, inputs)
+        put(f"{inner}.base_layer", a, b)
+        gate, up = (b[:, ::2], b[:, 1::2]) if name == "gpt_oss" else mx.split(b, 2, axis=1)
+        updates |= {f"{path}.gate_proj": 4.0 * (gate @ a), f"{path}.up_proj": 4.0 * (up @ a)}
+    names = ["mlp.experts.down_proj", *(["gate_up_proj"] if named == "both" else [])]
+    options: dict[str, Any] = {"target_modules": None, "target_parameters": names}
+    source = peft_folder(tmp_path / "peft", base, tensors, **options)
+    convert(source, tmp_path / "out")
+    assert_logits(tmp_path / "out", merged_logits(base, updates, prompt), prompt)
+    options["target_parameters"] = ["gate_up_proj"]
+    if named == "both":
+        wrong = peft_folder(tmp_path / "wrong", base, tensors, **options)
+        refusal(wrong, tmp_path, "target_parameters")
 
 
 def test_dora_on_some_experts_alone_is_refused(golden: Any, tmp_path: Path) -> None:

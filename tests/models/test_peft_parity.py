@@ -43,6 +43,13 @@ def base_model(kind: str, folder: Path, *, tied: bool = False) -> Path:
         "qwen2": lambda: tf.Qwen2Config(**shape),
         "qwen3": lambda: tf.Qwen3Config(**shape, head_dim=16),
         "qwen3_moe": lambda: tf.Qwen3MoeConfig(**shape, **experts, head_dim=16),
+        "gpt_oss": lambda: tf.GptOssConfig(
+            **{**shape, "tie_word_embeddings": False},
+            head_dim=16,
+            num_local_experts=4,
+            num_experts_per_tok=2,
+            sliding_window=8,
+        ),
     }[kind]()
     torch.manual_seed(0)
     model = tf.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
@@ -133,7 +140,20 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "mica": ("qwen3", {"init_lora_weights": "mica"}),
     "random start": ("qwen3", {"init_lora_weights": False}),
     "head": ("qwen3", {"target_modules": ["q_proj", "lm_head"]}),
+    "experts by name": ("qwen3_moe", {"target_modules": ["q_proj", "gate_proj", "up_proj", "down_proj"]}),
+    "router": ("qwen3_moe", {"target_modules": ["q_proj", "gate"]}),
+    "one parameter of experts": ("qwen3_moe", {"target_parameters": ["mlp.experts.down_proj"]}),
+    "experts of gpt-oss": ("gpt_oss", {"target_parameters": ["gate_up_proj", "experts.down_proj"]}),
+    "experts of one layer": (
+        "gpt_oss",
+        {
+            "target_parameters": ["1.mlp.experts.down_proj", "1.mlp.experts.gate_up_proj"],
+            "rank_pattern": {".*gate_up_proj": 3},
+            "use_rslora": True,
+        },
+    ),
 }
+ON_EXPERTS = [name for name, (kind, _) in VARIANTS.items() if kind in ("qwen3_moe", "gpt_oss")]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
@@ -146,6 +166,10 @@ def test_a_variant_is_computed_as_peft_computes_it(name: str, tmp_path: Path) ->
     assert difference(tmp_path / "ours", wanted) < 1e-4
     to_hf(tmp_path / "ours", tmp_path / "merged")
     assert difference(tmp_path / "merged", wanted) < 1e-4
+    if name in ON_EXPERTS:
+        with pytest.raises(ModelError, match=r"experts|routers"):
+            to_peft(tmp_path / "ours", tmp_path / "back")
+        return
     to_peft(tmp_path / "ours", tmp_path / "back")
     back = peft_logits(base, tmp_path / "back")
     assert np.abs(back - wanted).max() < 1e-4 * np.abs(wanted).max()
