@@ -169,9 +169,48 @@ def test_fp8_without_its_scales_is_refused_by_conversions(copy: Any, tools: Any,
             convert(folder, tmp_path / "out")
         assert UP in caught.value.message and caught.value.fix
         tools.config(folder, quantization_config=None)
-        with pytest.raises(ModelError, match=r"has the type F8_E4M3|not part of"):
+        with pytest.raises(ModelError, match=r"fp8 without quantization_config"):
             convert(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model.layers.0.mlp.up_proj.qweight", "gptq or awq"),
+        ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes"),
+        ("model.layers.0.mlp.up_proj.SCB", "bitsandbytes"),
+        ("model.layers.0.mlp.up_proj.weight_packed", "compressed-tensors"),
+        ("model.layers.0.mlp.up_proj.weight_scale_inv", "fp8 without"),
+        ("model.layers.0.mlp.up_proj.base_layer.weight", "PEFT"),
+        ("score.weight", "classifier"),
+        ("v_head.summary.weight", "value head"),
+    ],
+)
+def test_tensors_tell_what_config_json_does_not(name: str, said: str, copy: Any, tools: Any) -> None:
+    folder = copy("qwen3")
+    file = tools.file_of(folder, UP)
+    tensors = tools.read(file)
+    tensors[name] = tensors.pop(UP)
+    tools.write(file, tensors)
+    index = folder / "model.safetensors.index.json"
+    raw = json.loads(index.read_text())
+    raw["weight_map"][name] = raw["weight_map"].pop(UP)
+    index.write_text(json.dumps(raw))
+    with pytest.raises(ModelError, match=f"tensor '{name}'.*{said}") as caught:
+        load_model(folder)
+    assert "remove" not in (caught.value.fix or "") and caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["model-q4.gguf", "consolidated.safetensors", "weights.npz"])
+def test_weights_of_other_layouts_are_named(name: str, copy: Any) -> None:
+    folder = copy("qwen3")
+    for path in folder.glob("model*"):
+        path.unlink()
+    (folder / name).write_bytes(b"")
+    with pytest.raises(ModelError, match=f"only {name}") as caught:
+        load_model(folder)
+    assert "transformers" in (caught.value.fix or "")
 
 
 @pytest.mark.parametrize("dtype", ["F64", "I8", "U8", "F8_E5M2", "BOOL"])
@@ -188,3 +227,25 @@ def test_a_weight_that_is_no_float_is_refused_by_conversions(
 def test_the_golden_checkpoints_have_nothing_of_this(golden: Any) -> None:
     for name in ("qwen2", "qwen3", "qwen3_moe", "gpt_oss", "gpt_oss_mxfp4"):
         assert plan_checkpoint(golden(name)).notes == ()
+
+
+@pytest.mark.parametrize(
+    ("leaf", "change"),
+    [
+        ("biases", lambda t: (t[0], [t[1][0] // 2, t[1][1] * 2], t[2])),
+        ("biases", lambda t: ("U8", [t[1][0], t[1][1] * 2], t[2])),
+        ("scales", lambda t: ("U16", t[1], t[2])),
+        ("scales", lambda t: (t[0], [t[1][0], t[1][1], 1], t[2])),
+        ("scales", lambda t: (t[0], [1, t[1][0] * t[1][1]], t[2])),
+        ("weight", lambda t: (t[0], [t[1][0] * t[1][1], 1], t[2])),
+    ],
+)
+def test_scales_of_another_form_are_refused(
+    leaf: str, change: Any, golden: Any, tools: Any, tmp_path: Path
+) -> None:
+    convert(golden("qwen3"), tmp_path / "small", "affine4")
+    name = UP.replace("weight", leaf)
+    tools.edit(tmp_path / "small", name, change)
+    with pytest.raises(ModelError, match="up_proj") as caught:
+        load_model(tmp_path / "small")
+    assert caught.value.fix

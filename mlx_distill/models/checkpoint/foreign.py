@@ -6,7 +6,7 @@ types and shapes, of which no message about a single tensor says what is the mat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,32 @@ _SUFFIXES = {
     "nvfp4": "-NVFP4",
     "mxfp8": "-MXFP8",
     "torchao": "-INT4 or -FP8",
+}
+# Ends of tensor names that only such checkpoints have, where config.json does not say so.
+_TENSORS = {
+    ".qweight": "gptq or awq",
+    ".qzeros": "gptq or awq",
+    ".g_idx": "gptq",
+    ".absmax": "bitsandbytes",
+    ".quant_map": "bitsandbytes",
+    ".SCB": "bitsandbytes",
+    ".weight_packed": "compressed-tensors",
+    ".weight_scale": "compressed-tensors",
+    ".weight_scale_inv": "fp8 without quantization_config",
+    ".input_scale": "ModelOpt",
+}
+# The same for what was added to a model by training.
+_ADDED = {
+    ".base_layer.weight": (
+        "an adapter that is not merged (PEFT)",
+        "merge it (merge_and_unload) and save the result",
+    ),
+    ".lora_A.default.weight": (
+        "an adapter that is not merged (PEFT)",
+        "merge it (merge_and_unload) and save it",
+    ),
+    "score.weight": ("the head of a classifier", "take the checkpoint of the causal language model"),
+    "v_head.summary.weight": ("the value head of reinforcement learning", "save the policy alone"),
 }
 _HEADS = {
     "ForSequenceClassification": "a classifier",
@@ -53,6 +79,20 @@ def check_supported(config: Mapping[str, Any], folder: Path, architecture: Archi
     native = architecture.native_quantization
     if method not in (None, FP8, native.mode if native else None):
         raise unsupported_quantization(key, str(method))
+
+
+def check_tensor_names(names: Iterable[str], listing: Path) -> None:
+    """Raise for tensors that tell of another tool's quantization, an adapter or another head.
+
+    Raises:
+        ModelError: with file and tensor.
+    """
+    for name in names:
+        if method := next((method for end, method in _TENSORS.items() if name.endswith(end)), None):
+            raise unsupported_quantization(f"{listing}: tensor {name!r}", method)
+        for end, (what, fix) in _ADDED.items():
+            if name.endswith(end):
+                raise ModelError(f"{listing}: tensor {name!r} is of {what}", fix=fix)
 
 
 def unsupported_quantization(what: str, method: str) -> ModelError:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import architecture_of, expected_shapes
-from mlx_distill.models.checkpoint.foreign import check_supported
+from mlx_distill.models.checkpoint.foreign import check_supported, check_tensor_names
 from mlx_distill.models.checkpoint.fp8 import dequantize_fp8
 from mlx_distill.models.checkpoint.layout import (
     Architecture,
@@ -90,6 +90,7 @@ def plan_checkpoint(folder: Path) -> CheckpointPlan:
     checkpoint = open_checkpoint(folder)
     named, names_note = plain_names(checkpoint.tensors, architecture.modules, checkpoint.listing)
     plain, fp8_note = dequantize_fp8(named, config, where)
+    check_tensor_names(plain, checkpoint.listing)
     sources, config, head_note = _own_head(plain, architecture.modules, config, where)
     tensors, left_out = forward_plan(architecture, sources, config)
     shapes = expected_shapes(config, where)
@@ -192,7 +193,7 @@ def _check_tensors(
         if name not in known:
             raise ModelError(
                 f"{tensor.where} is not part of a {architecture.model_type} with this config",
-                fix="correct config.json, or remove the tensor",
+                fix="take config.json and all shards from one checkpoint",
             )
     return quantization
 
@@ -207,7 +208,7 @@ def _quantization_of(tensors: Mapping[str, TensorPlan], path: str, shape: tuple[
     scales = tensors[f"{path}.scales"]
     bits, group_size = weight.columns * 32 // columns, columns // max(scales.columns, 1)
     mode = "affine" if scales.dtype != "U8" else _FLOATING_POINT_MODES.get((bits, group_size))
-    if mode is None:
+    if mode is None or bits < 1 or group_size < 1:
         raise ModelError(
             f"{weight.where}: {bits} bits in groups of {group_size} are no known quantization",
             fix="convert the checkpoint again",
@@ -215,6 +216,14 @@ def _quantization_of(tensors: Mapping[str, TensorPlan], path: str, shape: tuple[
     words, groups = columns * bits // 32, columns // group_size
     if weight.shape != (*shape[:-1], words) or scales.shape != (*shape[:-1], groups):
         raise _shape_error(weight, f"{path}.weight", shape)
+    if mode == "affine":
+        biases = tensors[f"{path}.biases"]
+        if scales.dtype not in FLOATS or (biases.shape, biases.dtype) != (scales.shape, scales.dtype):
+            raise ModelError(
+                f"{biases.where} is {biases.dtype} {list(biases.shape)} beside scales {scales.dtype} "
+                f"{list(scales.shape)}",
+                fix="convert the checkpoint again",
+            )
     return Quantization(mode, bits, group_size)
 
 

@@ -248,14 +248,7 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
 def _open_files(folder: Path, files: Sequence[Path]) -> Checkpoint:
     """The tensors of all files of a folder without an index."""
     if not files:
-        patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-        pickled = sorted(path.name for pattern in patterns for path in folder.glob(pattern))
-        if pickled:
-            raise ModelError(
-                f"{folder / pickled[0]}: pickled weights are never opened, since they can run code",
-                fix="use a safetensors version of the checkpoint",
-            )
-        raise ModelError(f"{folder}: no model*.safetensors", fix="check the path, or download the weights")
+        raise _no_weights(folder)
     tensors: dict[str, TensorInfo] = {}
     for file in files:
         for name, info in read_header(file)[0].items():
@@ -268,6 +261,25 @@ def _open_files(folder: Path, files: Sequence[Path]) -> Checkpoint:
                 f"{info.where} is also in {tensors[name].file.name}", fix="remove the stale shard"
             )
     return Checkpoint(folder, tensors, tuple(files), files[0] if len(files) == 1 else folder)
+
+
+def _no_weights(folder: Path) -> ModelError:
+    """The error for a folder without ``model*.safetensors``, by what it has instead."""
+    patterns = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+    if pickled := sorted(path.name for pattern in patterns for path in folder.glob(pattern)):
+        return ModelError(
+            f"{folder / pickled[0]}: pickled weights are never opened, since they can run code",
+            fix="use a safetensors version of the checkpoint",
+        )
+    missing = f"{folder}: no model*.safetensors"
+    if others := sorted(
+        path.name for end in ("safetensors", "gguf", "npz", "h5") for path in folder.glob(f"*.{end}")
+    ):
+        return ModelError(
+            f"{missing}, only {_few(others)}",
+            fix="take the checkpoint in the layout of transformers (model.safetensors or its shards)",
+        )
+    return ModelError(missing, fix="check the path, or download the weights")
 
 
 def _open_single(folder: Path, names: Sequence[str]) -> Checkpoint:
