@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from mlx_distill.errors import DistillError as DistillError
     from mlx_distill.errors import FileError as FileError
     from mlx_distill.errors import ModelError as ModelError
+    from mlx_distill.errors import QualityGateError as QualityGateError
     from mlx_distill.exports import export as export
     from mlx_distill.infer.analyze import analyze as analyze
     from mlx_distill.inspection import inspect as inspect
@@ -78,6 +79,7 @@ _NAMES = {
     "DataError": "errors:DataError",
     "ModelError": "errors:ModelError",
     "FileError": "errors:FileError",
+    "QualityGateError": "errors:QualityGateError",
 }
 
 __all__ = [*_NAMES, "__version__"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+from collections.abc import Mapping
+from typing import Any
 
 
 class DistillError(Exception):
@@ -40,6 +42,24 @@ class ConfigError(DistillError):
 
 class FileError(DistillError):
     """A file or folder that cannot be used: the disk is full, or it is not writable, in use or damaged."""
+
+
+class QualityGateError(DistillError):
+    """A result that is too bad to go on with. The stage that made it is finished and kept.
+
+    Args:
+        message: What is wrong and where.
+        fix: How to fix it.
+        facts: What was measured.
+    """
+
+    exit_code = 3
+
+    def __init__(
+        self, message: str, *, fix: str | None = None, facts: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, fix=fix)
+        self.facts = dict(facts or {})
 
 
 class Interrupted(DistillError):  # noqa: N818 - a user's request, not an error

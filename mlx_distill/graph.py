@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import ASSETS, keyed, resolve_asset
+from mlx_distill.data.sqlite import write_ahead_log
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.hub import is_hub_id
 from mlx_distill.recipe import Recipe
@@ -156,13 +157,20 @@ def _evaluation(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> S
 
 def _sources(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """The inputs of the prepare stage, and those of them that cannot be downloaded."""
-    out, hub = [], []
+    out, hub, logs = [], [], []
     for source in recipe.data.sources:
-        if source.path:
-            out.append(resolve_asset(source.path, recipe.base))
+        name = source.path or source.sqlite
+        if name:
+            out.append(resolve_asset(name, recipe.base))
+            log = write_ahead_log(Path(out[-1])) if source.sqlite else None
+            logs += [str(log)] if log else []
         elif source.generator:
             out.append(str(ASSETS / source.generator / "generator.py"))
         elif source.hub:
-            hub.append(f"{source.hub}@{source.revision or 'main'}")
-            out.append(hub[-1])
+            folder = resolve_asset(source.hub.partition(":")[0], recipe.base)
+            if not Path(folder).exists():
+                folder = f"{source.hub}@{source.revision or 'main'}"
+                hub.append(folder)
+            out.append(folder)
+    out += logs  # behind the others, whose numbers then stay the same while a database is written to
     return tuple(out), tuple(name for name in out if name not in hub)

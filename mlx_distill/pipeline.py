@@ -22,6 +22,7 @@ from mlx_distill.graph import Stage, graph
 from mlx_distill.progress import EventProgress, NullProgress, Progress, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.runtime import StopFlag, machine, rank_and_size, stop_on_signal, versions
+from mlx_distill.stages.answers_gate import gate_error
 from mlx_distill.stages.context import Context
 from mlx_distill.status import (
     Outcome,
@@ -72,6 +73,7 @@ class Runner:
     from_stage: str | None = None
     only: str | None = None
     events: Hook | None = None
+    force: bool = False
     manifests: dict[str, Manifest] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
 
@@ -93,7 +95,7 @@ class Runner:
 
     def plan(self) -> Plan:
         """What this run would do."""
-        return make_plan(self.recipe.name, self.out, self.stages, self.is_forced)
+        return make_plan(self.recipe, self.out, self.stages, self.is_forced)
 
 
 MakeStage = Callable[[Runner, Stage, Context], Manifest]
@@ -148,6 +150,7 @@ def run(
     events: Hook | None = None,
     stop: StopFlag | None = None,
     profile: Profile | None = None,
+    force: bool = False,
     make_stage: MakeStage = make_stage,
 ) -> RunReport | Outcome | Plan:
     """Run every stage of a recipe that is not current, and report.
@@ -173,6 +176,7 @@ def run(
         stop: Set it from another thread to stop at the next safe point with :class:`Interrupted`. With it no
             signal handlers are installed; without it Ctrl-C and SIGTERM stop the run.
         profile: Measures the time of every training's parts.
+        force: Go on where a quality gate fails, such as ``targets.min_valid``.
         make_stage: Makes one stage; a test may replace it.
 
     Returns:
@@ -182,6 +186,8 @@ def run(
     Raises:
         ConfigError: the recipe, an override or a stage's name is wrong, or does not fit what an unfinished
             training left.
+        QualityGateError: too few of the teacher's answers fit the task. The targets stage is finished; with
+            ``force`` the same call goes on from there.
         FileError: the folder cannot be written, or another run holds it.
         Interrupted: it was stopped; the same call continues it.
     """
@@ -191,8 +197,6 @@ def run(
     for name in (from_stage, only):
         if name is not None and name not in COMMANDS:
             raise ConfigError(f"no stage {name!r}", fix=known_names(name, COMMANDS, "stages"))
-    settings = [part for text in override_texts(overrides) for part in ("--set", text)]
-    arguments = shlex.join([str(recipe), "--out", str(out), *settings])
     progress = progress or make_progress()
     if events is not None:
         progress = EventProgress(progress, events)
@@ -202,12 +206,13 @@ def run(
         task,
         out,
         graph(loaded, task),
-        None if isinstance(recipe, Recipe) else arguments,
+        _arguments(recipe, out, overrides),
         progress,
         resume,
         from_stage,
         only,
         events,
+        force,
     )
     rank, num_ranks = rank_and_size()
     if rank == 0:
@@ -228,6 +233,14 @@ def run(
     with lock_folder(out), _stop_flag(stop) as flag:
         context = Context(loaded, task, out, progress, flag, hooks, profile)
         return _run_stages(runner, context, make_stage)
+
+
+def _arguments(recipe: str | Path | Recipe, out: Path, overrides: Overrides) -> str | None:
+    """The arguments of the command line that is this run; None for a recipe that is in no file."""
+    if isinstance(recipe, Recipe):
+        return None
+    settings = [part for text in override_texts(overrides) for part in ("--set", text)]
+    return shlex.join([str(recipe), "--out", str(out), *settings])
 
 
 @contextmanager
@@ -319,11 +332,31 @@ def _run_stage(runner: Runner, stage: Stage, context: Context, make: MakeStage) 
         runner.progress.note(f"{stage.name}: current")
         runner.manifests[stage.name] = read_manifest(runner.out / stage.name)  # type: ignore[assignment]
         runner.emit("stage_current", stage)
+        _check_gate(runner, stage)
         return
     _check_unfinished(runner, stage, forced)
     if status.kind == "stale":
         runner.progress.note(f"{stage.name}: made again, {status.reason}")
     _make(runner, stage, context, make)
+    _check_gate(runner, stage)
+
+
+def _check_gate(runner: Runner, stage: Stage) -> None:
+    """Stop behind a finished stage whose result is too bad to go on with."""
+    if stage.command != "targets":
+        return
+    teacher = read_manifest(runner.out / "teacher")
+    error = gate_error(
+        runner.recipe,
+        runner.task,
+        runner.manifests[stage.name].recorded,
+        teacher.recorded if teacher else None,
+    )
+    if error is None:
+        return
+    if not runner.force:
+        raise error
+    runner.progress.note(f"{error.message}; going on, as asked")
 
 
 def _make(runner: Runner, stage: Stage, context: Context, make: MakeStage) -> None:
@@ -396,7 +429,7 @@ def _outcome(runner: Runner) -> Outcome:
         manifest, made = runner.manifests.get(stage.name), stage.name in runner.made
         if manifest is not None and (stage.command == runner.only or made):
             rows.append(outcome_row(stage, runner.out, manifest, made))
-    plan = make_plan(runner.recipe.name, runner.out, runner.stages, lambda stage: False)
+    plan = make_plan(runner.recipe, runner.out, runner.stages, lambda stage: False)
     # The evaluate command writes the report too.
     following = "evaluate" if plan.next == "report" else plan.next
     done = plan.next == "report" and (runner.out / "report.html").is_file()

@@ -67,13 +67,19 @@ class ValueConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of rows: a file, a packaged generator, or a data set of the Hub."""
+    """One source of rows: a file or folder, a SQLite query, a data set of the Hub or a packaged generator."""
 
-    path: str | None = option(None, "a JSONL or JSON file (asset:NAME for a packaged one)")
+    path: str | None = option(
+        None,
+        "a file, or a folder of files: JSONL, JSON, CSV, TSV, Parquet, Arrow, compressed or not, or what "
+        "save_to_disk wrote (asset:NAME for a packaged one)",
+    )
+    sqlite: str | None = option(None, "a SQLite database, with query", default_keyed=False)
+    query: str | None = option(None, "the SELECT that gives the rows of sqlite", default_keyed=False)
     hub: str | None = option(None, "a data set of the Hugging Face Hub: org/name, or org/name:configuration")
     generator: str | None = option(None, "a packaged generator of rows")
     revision: str | None = option(None, "commit of the Hub data set")
-    hub_split: str = option("train", "split of the Hub data set")
+    hub_split: str = option("train", "split of the Hub data set, or of a folder that has several")
     count: int = option(
         0,
         "rows to take: of a generator (0: its own default), or the first of a file or data set (0: all)",
@@ -263,6 +269,14 @@ class TargetsConfig:
         choices=TEXTS,
     )
     top_k: int = option(32, "most probable tokens kept of each distribution", low=1, high=1024)
+    min_valid: float = option(
+        0.5,
+        "quality gate: the least share of the teacher's greedy answers that fit the task; below it the run "
+        "stops with exit code 3, unless --force is given; 0 turns it off",
+        low=0.0,
+        high=1.0,
+        keyed=False,
+    )
     batch_size: int = option(16, "rows at a time", low=1, keyed=False)
     max_rows: int = option(0, "training rows that the teacher answers; 0: all", low=0)
 

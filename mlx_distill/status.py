@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from mlx_distill.config import changes
 from mlx_distill.graph import Stage
-from mlx_distill.recipe import current_settings
+from mlx_distill.recipe import Recipe, current_settings
+from mlx_distill.stages.answers_gate import FACT, gate_text
 from mlx_distill.storage import Manifest, check_folder, fingerprint, read_manifest, stage_key
 from mlx_distill.text import counted, duration, size
 
@@ -107,8 +108,8 @@ def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) ->
 @dataclass(frozen=True)
 class Plan:
     """What a run would do; ``--dry-run`` prints it. Each stage has ``command``, ``writes``, ``reads``,
-    ``absent`` (inputs that do not exist), ``state`` (text), ``status`` (:attr:`StageStatus.kind`) and
-    ``settings``.
+    ``absent`` (inputs that do not exist), ``gate`` (what its result must fulfil, or None), ``state`` (text),
+    ``status`` (:attr:`StageStatus.kind`) and ``settings``.
     """
 
     recipe: str
@@ -127,6 +128,8 @@ class Plan:
             if stage["settings"]:
                 settings = ", ".join(f"{key}={value}" for key, value in stage["settings"].items())
                 lines.append(f"          with   {settings}")
+            if stage["gate"]:
+                lines.append(f"          gate   {stage['gate']}")
         return lines
 
     @property
@@ -145,11 +148,11 @@ class Plan:
         return {"recipe": self.recipe, "out": self.out, "stages": list(self.stages)}
 
 
-def make_plan(recipe: str, out: Path, stages: Sequence[Stage], forced: Callable[[Stage], bool]) -> Plan:
+def make_plan(recipe: Recipe, out: Path, stages: Sequence[Stage], forced: Callable[[Stage], bool]) -> Plan:
     """The plan of a run.
 
     Args:
-        recipe: The recipe's name.
+        recipe: The recipe.
         out: The run's folder.
         stages: The stages, parents before children.
         forced: Whether a stage is made even if it is current.
@@ -170,18 +173,22 @@ def make_plan(recipe: str, out: Path, stages: Sequence[Stage], forced: Callable[
                 "state": status.text,
                 "status": status.kind,
                 "settings": _shown_settings(stage),
+                "gate": gate_text(recipe, manifest.recorded if manifest else None)
+                if stage.command == "targets"
+                else None,
             }
         )
-    report = {
+    report: dict[str, Any] = {
         "command": "report",
         "writes": str(out / "report.html"),
         "state": "to do",
         "status": "missing",
         "settings": {},
+        "gate": None,
         "absent": [],
         "reads": [str(out / stage.name) for stage in stages if stage.command == "evaluate"],
     }
-    return Plan(recipe, str(out), [*rows, report])
+    return Plan(recipe.name, str(out), [*rows, report])
 
 
 def _shown_settings(stage: Stage) -> dict[str, Any]:
@@ -264,6 +271,8 @@ def stage_facts(recorded: Mapping[str, Any], num_bytes: int) -> list[str]:
         facts.append(
             f"best validation loss {recorded['best_loss']:.4g} at step {recorded['best_step']}{aside}"
         )
+    if answers := recorded.get(FACT):
+        facts.append(f"{answers['valid']:,} of {answers['rows']:,} answers fit the task")
     if recorded.get("bits_per_weight") is not None:
         facts.append(
             f"{recorded['parameters']:,} parameters, {recorded['bits_per_weight']:.2f} bits per weight"

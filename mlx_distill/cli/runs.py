@@ -52,7 +52,11 @@ def demo(out: Path) -> None:
     _run("tiny", out)
 
 
+_FORCE = click.option("--force", is_flag=True, help="Go on where a quality gate fails (targets.min_valid).")
+
+
 @click.command()
+@_FORCE
 @_recipe_command
 def run(**options: Any) -> None:
     """Run every stage of a recipe that is not current.
@@ -74,6 +78,8 @@ def _stage_command(name: str, summary: str) -> click.Command:
         command = click.option(
             "--profile", is_flag=True, help="Measure the parts of each step; this makes steps slower."
         )(command)
+    if name == "targets":
+        command = _FORCE(command)
     return click.command(name)(_recipe_command(command))
 
 
@@ -95,6 +101,7 @@ def _run(
     dry_run: bool = False,
     as_json: bool = False,
     profile: bool = False,
+    force: bool = False,
 ) -> None:
     from mlx_distill.cli.output import echo
     from mlx_distill.pipeline import run as run_recipe
@@ -122,6 +129,7 @@ def _run(
             only=only,
             dry_run=dry_run,
             profile=profiler,
+            force=force,
         )
     finally:
         # The profile of an interrupted training is shown too.

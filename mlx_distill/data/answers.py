@@ -47,9 +47,9 @@ def valid_answer(value: Any, task: Task, values: Mapping[str, ValueConfig] | Non
     if isinstance(value, str):
         parsed, error = parse_answer(value, task.schema)
         value = parsed if error is None else value
-        error = error and error + _missing_beside_label(value, task)
     else:
         error = check_answer(value, task.schema)
+    error = error and error + _missing_beside_label(value, task)
     if error is None and (normal := _nfc(value)) != value:
         value, error = normal, check_answer(normal, task.schema)
     if error is not None:
@@ -85,9 +85,12 @@ def _label_alone(text: str, task: Task, values: Mapping[str, ValueConfig]) -> An
     return {name: text.strip()} if "string" in json_types(properties[name]) else text
 
 
-def _missing_beside_label(text: Any, task: Task) -> str:
+def _missing_beside_label(answer: Any, task: Task) -> str:
     """The rest of the error about an answer that is a label alone, where the schema needs more."""
-    if not task.label or not isinstance(text, str) or text.strip() not in task.labels:
+    label = answer.strip() if isinstance(answer, str) else None
+    if isinstance(answer, Mapping) and answer.keys() == {task.label}:
+        label = answer[task.label]
+    if label not in task.labels:
         return ""
     others = [name for name in task.schema.get("required", ()) if name != task.label]
     return (

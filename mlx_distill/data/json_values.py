@@ -175,6 +175,11 @@ def json_types(schema: Any) -> set[str]:
     return types or {"string"}
 
 
+def takes_text(schema: Any) -> bool:
+    """Whether a field's schema has room for text, or for lists or objects that may hold it."""
+    return bool(json_types(schema) & {"string", "array", "object"})
+
+
 def cell_equals(cell: Any, wanted: Any) -> bool:
     """Whether a row's value is the one that ``where`` asks for; a cell of text may be that of a number.
 

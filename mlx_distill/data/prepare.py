@@ -136,9 +136,13 @@ def _read(
     constant = _constant_shingles(task, cache)
     seen = FieldsSeen()
     read = 0
+
+    def say(text: str) -> None:
+        progress.note(f"prepare: {text}")
+
     with progress.task("prepare", total=_total(config), unit="row") as bar:
         for number, source in enumerate(config.sources):
-            for where, raw in read_source(source, task, base):
+            for where, raw in read_source(source, task, base, say):
                 read += 1
                 if read % 200 == 0:
                     bar.update(read)

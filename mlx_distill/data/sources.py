@@ -1,156 +1,179 @@
-"""The sources of rows: JSONL and JSON files, data sets of the Hub, packaged generators. Each row comes with
-its file and line.
+"""The sources of rows: files and folders, SQLite databases, data sets of the Hub, packaged generators. Each
+row comes with its file and line.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import ASSETS, packaged, resolve_asset
+from mlx_distill.data.files import ReadOptions, is_saved_dataset, read_path
+from mlx_distill.data.json_values import cell_equals
+from mlx_distill.data.layouts import closest, listed
+from mlx_distill.data.sqlite import check_query, query_rows
+from mlx_distill.data.tables import Fields, class_names, media_columns
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.recipe import SourceConfig
-from mlx_distill.storage import os_errors, read_jsonl
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import known_names
 
 Row = dict[str, Any]
+Rows = Iterator[tuple[str, Row]]
+_ORIGINS = ("path", "sqlite", "hub", "generator")
+_MOST_VALUES = 12  # of a field that a message lists
 
 
 def read_source(
-    config: SourceConfig, task: Task | None = None, base: Path | None = None
-) -> Iterator[tuple[str, Row]]:
+    config: SourceConfig,
+    task: Task | None = None,
+    base: Path | None = None,
+    note: Callable[[str], None] | None = None,
+) -> Rows:
     """Yield ``(where, row)`` of one source, one row at a time; ``where`` is ``file:line`` or its equivalent.
 
     Args:
-        config: A path, a Hub data set or a generator: exactly one of them.
-        task: The task of the rows, for error messages.
+        config: A path, a database with a query, a Hub data set or a generator: exactly one of them.
+        task: The task of the rows: cells of CSV files and databases are read by its schema.
         base: The folder that relative paths start from: the recipe's.
+        note: Is called with what is left out, such as the other files of a folder.
 
     Raises:
-        ConfigError: none or several of the three are given, or no such generator.
-        DataError: no such file, an empty one, or a line that is not UTF-8 or not a JSON object.
+        ConfigError: none or several of the four are given, no such generator, or ``columns`` names a column
+            that no row has.
+        DataError: no such file, an empty or damaged one, a line that is not UTF-8 or not a JSON object, or no
+            row that fits ``where``.
     """
-    origins = [name for name in ("path", "hub", "generator") if getattr(config, name)]
+    origins = [name for name in _ORIGINS if getattr(config, name)]
     if len(origins) != 1:
-        listed = " and ".join(origins) if origins else "none of them"
+        given = " and ".join(origins) if origins else "none of them"
         raise ConfigError(
-            f"data.sources: a source has one of path, hub and generator, not {listed}",
+            f"data.sources: a source has one of path, sqlite, hub and generator, not {given}",
             fix="write one source for each",
         )
-    if config.generator:
-        name, rows = config.generator, _generate(config)
-    elif config.hub:
-        name, rows = config.hub, _read_hub(config)
-    else:
-        assert config.path is not None
-        name, rows = config.path, _read_file(config.path, base)
+    if config.query and not config.sqlite:
+        raise ConfigError("data.sources: query without sqlite", fix="write sqlite: FILE beside it")
+    name = str(getattr(config, origins[0]))
+    rows = _origin_rows(config, task, base, ReadOptions(_fields(config, task), config.hub_split, note))
     if config.where:
-        rows = (
-            (where, row)
-            for where, row in rows
-            if all(row.get(field) == value for field, value in config.where.items())
-        )
+        rows = _matching(rows, config, name)
     if config.count and not config.generator:
         rows = itertools.islice(rows, config.count)
-    empty = True
+    empty, seen = True, dict[str, None]()
     for where, row in rows:
+        if config.columns:
+            seen.update(dict.fromkeys(row))
         empty = False
         yield where, row
     if empty:
         needs = f" for the task {task.name!r}" if task else ""
         raise DataError(f"{name}: no rows", fix=f"add rows{needs}, or take the source out of data.sources")
+    _check_columns(config, name, seen)
 
 
-def _read_file(spec: str, base: Path | None) -> Iterator[tuple[str, Row]]:
+def _fields(config: SourceConfig, task: Task | None) -> Fields:
+    """For each column that holds a field of the answer the field's schema, and whether it is required."""
+    if task is None:
+        return {}
+    required = task.schema.get("required", ())
+    out = {}
+    for name, schema in task.schema["properties"].items():
+        field = config.values[name].field if name in config.values else None
+        if name not in task.input_fields:
+            out[config.columns.get(field or name, field or name)] = (schema, name in required)
+    return out
+
+
+def _origin_rows(config: SourceConfig, task: Task | None, base: Path | None, options: ReadOptions) -> Rows:
+    if config.generator:
+        return _generate(config)
+    if config.hub:
+        return _read_hub(config, base, options)
+    if config.sqlite:
+        path = _existing(config.sqlite, base)
+        query = check_query(path, config.sqlite, config.query)
+        return query_rows(path, config.sqlite, query, options.fields)
+    return read_path(_existing(str(config.path), base), str(config.path), options)
+
+
+def _existing(spec: str, base: Path | None) -> Path:
+    """The path that a source names."""
     path = Path(resolve_asset(spec, base))
-    if not path.exists():
-        if path.is_absolute():
-            raise DataError(
-                f"{spec}: no such file", fix="put it there, or correct its path under data.sources"
+    if path.exists():
+        return path
+    if path.is_absolute():
+        raise DataError(f"{spec}: no such file", fix="put it there, or correct its path under data.sources")
+    # Nobody keeps rows in the folder of the packaged recipes.
+    folders = [base, Path()] if base is not None and not base.is_relative_to(ASSETS) else [Path()]
+    searched = dict.fromkeys(str(folder.resolve()) for folder in folders)
+    raise DataError(
+        f"{spec}: no such file in {' or '.join(searched)}",
+        fix="put it there, or write its whole path under data.sources",
+    )
+
+
+def _matching(rows: Rows, config: SourceConfig, name: str) -> Rows:
+    """The rows whose fields have the values of ``where``; an error with the values that exist if none has."""
+    found, columns = False, dict[str, None]()
+    values: dict[str, dict[str, None]] = {field: {} for field in config.where}
+    for where, row in rows:
+        own = {field: row.get(_column(field, row, config)) for field in config.where}
+        if all(cell_equals(own[field], value) for field, value in config.where.items()):
+            found = True
+            yield where, row
+        elif not found:
+            columns.update(dict.fromkeys(row))
+            for field, value in own.items():
+                if value is not None and len(values[field]) <= _MOST_VALUES:
+                    values[field][str(value)[:40]] = None
+    if not found and columns:
+        raise _no_match(config, name, columns, values)
+
+
+def _column(field: str, row: Mapping[str, Any], config: SourceConfig) -> str:
+    return field if field in row else config.columns.get(field, field)
+
+
+def _no_match(
+    config: SourceConfig, name: str, columns: Mapping[str, None], values: Mapping[str, Mapping[str, None]]
+) -> DataError:
+    asked = ", ".join(f"{field}: {value}" for field, value in config.where.items())
+    for field, wanted in config.where.items():
+        if _column(field, columns, config) not in columns:
+            near = closest(field, columns)
+            hint = f"; did you mean {near!r}?" if near else ""
+            reason = f"no row has the column {field!r}"
+            return DataError(
+                f"{name}: no row fits where: {asked}: {reason}", fix=f"they have {listed(columns)}{hint}"
             )
-        # Nobody keeps rows in the folder of the packaged recipes.
-        folders = [base, Path()] if base is not None and not base.is_relative_to(ASSETS) else [Path()]
-        searched = dict.fromkeys(str(folder.resolve()) for folder in folders)
-        raise DataError(
-            f"{spec}: no such file in {' or '.join(searched)}",
-            fix="put it there, or write its whole path under data.sources",
+        if str(wanted) not in values[field]:
+            near = closest(str(wanted), values[field])
+            hint = f"; did you mean {near!r}?" if near else ""
+            known = listed(values[field], _MOST_VALUES) or "none"
+            return DataError(f"{name}: no row fits where: {asked}", fix=f"values of {field}: {known}{hint}")
+    return DataError(f"{name}: no row fits where: {asked}", fix="each value occurs, but not in one row")
+
+
+def _check_columns(config: SourceConfig, name: str, seen: Mapping[str, None]) -> None:
+    absent = [column for column in config.columns.values() if column not in seen]
+    if absent:
+        near = closest(absent[0], seen)
+        hint = f"; did you mean {near!r}?" if near else ""
+        raise ConfigError(
+            f"data.sources: {name}: columns: no row has the column {absent[0]!r}",
+            fix=f"they have {listed(seen)}{hint}",
         )
-    if path.is_dir():
-        raise DataError(f"{spec}: a folder, not a file", fix="name the JSONL file inside it")
-    if path.suffix.lower() not in (".jsonl", ".json", ".ndjson"):
-        raise DataError(
-            f"{spec}: {path.suffix or 'no ending'} is not a known file type",
-            fix="convert it to JSONL: one object a line",
-        )
-    if path.suffix.lower() == ".json" and not _is_jsonl(path):
-        yield from _read_json(path, spec)
-        return
-    try:
-        for number, row in read_jsonl(path):
-            yield f"{spec}:{number}", row
-    except DataError as error:
-        raise DataError(
-            error.message, fix=f"{error.fix}; data.drop_invalid does not cover such a line"
-        ) from error
 
 
-def _is_jsonl(path: Path) -> bool:
-    """Whether the first line that is not blank is a whole JSON object: many JSONL files are named .json."""
-    with os_errors(), open(path, "rb") as file:
-        first = next((line for line in file if line.strip()), b"")
-        more = any(line.strip() for line in file)
-    try:
-        return isinstance(json.loads(first), dict) and (more or not _row_list(json.loads(first)))
-    except (ValueError, RecursionError):
-        return False
-
-
-def _row_list(value: Mapping[str, Any]) -> list[Any]:
-    """The list of rows inside an object such as ``{"data": [...]}``."""
-    lists = [
-        item
-        for item in value.values()
-        if isinstance(item, list) and item and all(isinstance(row, dict) for row in item)
-    ]
-    return lists[0] if len(lists) == 1 and len(value) == 1 else []
-
-
-def _read_json(path: Path, spec: str) -> Iterator[tuple[str, Row]]:
-    with os_errors():
-        raw = path.read_bytes()
-    try:
-        value = json.loads(raw.decode("utf-8-sig")) if raw.strip() else []
-    except UnicodeDecodeError as error:
-        line = raw[: error.start].count(b"\n") + 1
-        raise DataError(
-            f"{path}:{line}: not UTF-8 (byte {error.start} of the file)", fix="save the file as UTF-8"
-        ) from error
-    except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{path}: not JSON: {error}", fix="one list of objects is needed, or JSONL: one object a line"
-        ) from error
-    if isinstance(value, dict):
-        value = _row_list(value) or [value]
-    if not isinstance(value, list):
-        raise DataError(
-            f"{path}: no list of objects", fix="write [{...}, {...}], or JSONL: one object a line"
-        )
-    for index, row in enumerate(value):
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{path}[{index}]: a {type(row).__name__}, not an object",
-                fix="one JSON object a row is needed",
-            )
-        yield f"{spec}[{index}]", row
-
-
-def _read_hub(config: SourceConfig) -> Iterator[tuple[str, Row]]:
+def _read_hub(config: SourceConfig, base: Path | None, options: ReadOptions) -> Rows:
     name, _, subset = str(config.hub).partition(":")
+    local = Path(resolve_asset(name, base))
+    if local.is_file() or is_saved_dataset(local):
+        yield from read_path(local, name, options)
+        return
     fix = (
         "check the name, the network and the right to read it (hf auth login); offline, download it and give "
         "its path"
@@ -160,17 +183,25 @@ def _read_hub(config: SourceConfig) -> Iterator[tuple[str, Row]]:
     except ImportError as error:
         raise DataError(f"{name}: the package datasets is missing", fix="pip install datasets") from error
     try:
-        rows = iter(
-            load_dataset(
-                name, subset or None, split=config.hub_split, revision=config.revision, streaming=True
-            )
+        data = load_dataset(
+            str(local) if local.is_dir() else name,
+            subset or None,
+            split=config.hub_split,
+            revision=config.revision,
+            streaming=True,
         )
+        types = getattr(data, "features", None)
+        features = types.to_dict() if types else {}
+        if media := media_columns(features):
+            data = data.remove_columns(media)
+        names = class_names(features, options.fields)
+        rows = iter(data)
         for number in itertools.count(1):
             try:
                 row = next(rows)
             except StopIteration:
                 return
-            yield f"{name}:{number}", dict(row)
+            yield f"{name}:{number}", names(dict(row))
     except DataError:
         raise
     except Exception as error:  # the Hub's client raises dozens of types

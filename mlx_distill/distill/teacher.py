@@ -16,8 +16,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_distill.data.chat import answer_ids, prompt_ids, render, stop_ids
+from mlx_distill.distill.answer_check import AnswerCheck
 from mlx_distill.distill.teacher_cache import TeacherTargets
-from mlx_distill.infer.engine import generate
+from mlx_distill.infer.engine import Generation, generate
 from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout, column_caches, supports_column_cache
 from mlx_distill.infer.label_scoring import (
     Project,
@@ -62,7 +63,7 @@ def score_answers(
     task: Task,
     settings: TargetsConfig,
     labels: LabelTrie | None = None,
-) -> tuple[list[TeacherTargets], int]:
+) -> tuple[list[TeacherTargets], AnswerCheck]:
     """The teacher's targets of prepared rows, for its own answers or the data's.
 
     Args:
@@ -75,18 +76,19 @@ def score_answers(
         labels: The labels in the teacher's tokens, or None for no label distribution.
 
     Returns:
-        The targets, and how many of the teacher's answers did not fit the task: those rows keep the data's.
+        The targets, and the counts of the teacher's own answers; rows whose answer does not fit the task keep
+        the data's.
     """
     texts = [row["messages"][-1]["content"] for row in rows]
-    invalid = 0
+    check = AnswerCheck()
     if settings.text == "greedy":
         prompts = [row["messages"][:-1] for row in rows]
         answers = generate_answers(model, tokenizer, prompts, task.max_answer_tokens, settings.batch_size)
-        for i, text in enumerate(answers):
-            if parse_answer(text, task.schema)[0] is None:
-                invalid += 1
-            else:
-                texts[i] = text
+        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
+            cut = answer.finish == "length"
+            data_tokens = len(answer_ids(tokenizer, texts[i])) if cut else None
+            if check.add(row["id"], answer, task.schema, data_tokens):
+                texts[i] = answer.text
     encode = partial(answer_ids, tokenizer)
     answers_in_tokens = []
     for row, text in zip(rows, texts, strict=True):
@@ -102,7 +104,7 @@ def score_answers(
         tokenizer=tokenizer,
         batch_size=settings.batch_size,
     )
-    return list(scored), invalid
+    return list(scored), check
 
 
 def answer_label_place(
@@ -136,9 +138,9 @@ def generate_answers(
     prompts: Sequence[Sequence[Mapping[str, Any]]],
     max_tokens: int,
     batch_size: int,
-) -> list[str]:
+) -> list[Generation]:
     """The teacher's greedy answers to some prompts (lists of messages)."""
-    answers = generate(
+    return generate(
         model,
         tokenizer,
         [prompt_ids(tokenizer, messages) for messages in prompts],
@@ -146,7 +148,6 @@ def generate_answers(
         batch_size=batch_size,
         stop=set(stop_ids(tokenizer)),
     )
-    return [answer.text for answer in answers]
 
 
 def score(

@@ -163,13 +163,21 @@ def label_distributions(
     return [dict(zip(labels.labels, map(float, line), strict=True)) for line in table]
 
 
+def read_answer(
+    generation: Generation, schema: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, str | None]:
+    """A generated answer, parsed strictly: the answer and None, or None and the reason in one line."""
+    answer, error = parse_answer(generation.text, schema)
+    if error and generation.finish == "length":
+        error = f"cut after {len(generation.tokens)} tokens: {error}"
+    return answer, error
+
+
 def to_prediction(
     item: Item, generation: Generation, label_probs: Mapping[str, float] | None, task: Task
 ) -> Prediction:
     """The prediction of an item: its generated answer, parsed strictly under the task's schema."""
-    answer, error = parse_answer(generation.text, task.schema)
-    if error and generation.finish == "length":
-        error = f"cut after {len(generation.tokens)} tokens: {error}"
+    answer, error = read_answer(generation, task.schema)
     label = answer.get(task.label) if answer and task.label else None
     score = answer.get(task.score) if answer and task.score else None
     return Prediction(

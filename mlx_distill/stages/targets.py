@@ -6,6 +6,7 @@ import sys
 from itertools import chain, islice
 from pathlib import Path
 
+from mlx_distill.stages.answers_gate import FACT
 from mlx_distill.stages.context import (
     Context,
     Facts,
@@ -15,10 +16,12 @@ from mlx_distill.stages.context import (
     read_rows,
     vocabulary_hash,
 )
+from mlx_distill.storage import read_json, scratch, write_json
 
 
 def targets(context: Context, folder: Path) -> Facts:
     """Write the teacher's targets of the training and validation rows."""
+    from mlx_distill.distill.answer_check import joined
     from mlx_distill.distill.teacher import score_answers
     from mlx_distill.distill.teacher_cache import TargetWriter
     from mlx_distill.infer.label_scoring import find_label_trie
@@ -32,17 +35,18 @@ def targets(context: Context, folder: Path) -> Facts:
         chain(islice(read_rows(context, "train"), train_rows), read_rows(context, "valid")), writer.done, None
     )
     shard = max(settings.batch_size * 8, 64)
-    invalid = 0
     with context.progress.task(
         "targets", total=train_rows + count_rows(context, "valid"), unit="row", start=writer.done
     ) as bar:
         while chunk := list(islice(rows, shard)):
             check_stop(context)
-            scored, invalid_answers = score_answers(model, tokenizer, chunk, context.task, settings, labels)
+            scored, check = score_answers(model, tokenizer, chunk, context.task, settings, labels)
+            write_json(_check_file(folder, len(writer.shards)), check.to_dict())
             writer.write(scored)
-            invalid += invalid_answers
             bar.update(writer.done)
-    if invalid:
+    paths = [_check_file(folder, shard) for shard in range(len(writer.shards))]
+    answers = joined([read_json(path) for path in paths if path.is_file()])
+    if invalid := answers["rows"] - answers["valid"]:
         context.progress.note(
             f"targets: {invalid} answers of the teacher do not fit the task; these rows keep the data's own"
         )
@@ -52,4 +56,10 @@ def targets(context: Context, folder: Path) -> Facts:
         text=settings.text,
         top_k=settings.top_k,
     )
-    return {"rows": writer.done, "bytes": sum(p.stat().st_size for p in folder.glob("[rt]*-0*"))}
+    size = sum(p.stat().st_size for p in folder.glob("[rt]*-0*"))
+    return {"rows": writer.done, "bytes": size, **({FACT: answers} if answers["rows"] else {})}
+
+
+def _check_file(folder: Path, shard: int) -> Path:
+    """Where the counts of a shard's answers wait for the end of the stage, which may be in another run."""
+    return scratch(folder) / f"answers-{shard:05d}.json"

@@ -122,33 +122,38 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with os_errors():
         file = open(path, "rb")
     with file:
-        for number, raw in enumerate(file, 1):
-            # Editors on Windows write a byte-order mark before the first line, of an empty file too.
-            raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-            if not raw.strip():
-                continue
-            try:
-                row = json.loads(raw.decode())
-            except UnicodeDecodeError as error:
-                raise DataError(
-                    f"{path}:{number}: not UTF-8 (byte {error.start} of the line)",
-                    fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
-                ) from error
-            except (ValueError, RecursionError) as error:
-                reason = (
-                    f"{error.msg.removesuffix(' at')} at column {error.pos + 1}"
-                    if isinstance(error, json.JSONDecodeError)
-                    else error
-                )
-                raise DataError(
-                    f"{path}:{number}: not JSON: {reason}", fix="one JSON object a line is needed"
-                ) from error
-            if not isinstance(row, dict):
-                raise DataError(
-                    f"{path}:{number}: a {type(row).__name__}, not an object",
-                    fix="one JSON object a line is needed",
-                )
-            yield number, row
+        yield from parse_jsonl(file, path)
+
+
+def parse_jsonl(lines: Iterable[bytes], name: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Like :func:`read_jsonl` for lines that are read already; ``name`` is what messages call their file."""
+    for number, raw in enumerate(lines, 1):
+        # Editors on Windows write a byte-order mark before the first line, of an empty file too.
+        raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+        if not raw.strip():
+            continue
+        try:
+            row = json.loads(raw.decode())
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{name}:{number}: not UTF-8 (byte {error.start} of the line)",
+                fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
+            ) from error
+        except (ValueError, RecursionError) as error:
+            reason = (
+                f"{error.msg.removesuffix(' at')} at column {error.pos + 1}"
+                if isinstance(error, json.JSONDecodeError)
+                else error
+            )
+            raise DataError(
+                f"{name}:{number}: not JSON: {reason}", fix="one JSON object a line is needed"
+            ) from error
+        if not isinstance(row, dict):
+            raise DataError(
+                f"{name}:{number}: a {type(row).__name__}, not an object",
+                fix="one JSON object a line is needed",
+            )
+        yield number, row
 
 
 def sha256(path: str | Path) -> str:
@@ -187,8 +192,8 @@ def fingerprint(source: str, hashed_whole: int = 64 << 20) -> str:
 
     Args:
         source: A file, a folder or a Hub id.
-        hashed_whole: Files of a folder with more bytes than this give only their first MiB, where the shards
-            of a checkpoint have their header.
+        hashed_whole: Weights in a folder with more bytes than this give only their first MiB, where the
+            shards of a checkpoint have their header. All other files, such as rows, are hashed whole.
     """
     path = Path(source)
     if path.is_file():
@@ -201,8 +206,11 @@ def fingerprint(source: str, hashed_whole: int = 64 << 20) -> str:
     return digest(source)
 
 
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".npz", ".h5", ".msgpack", ".onnx")
+
+
 def _content(path: Path, hashed_whole: int) -> str:
-    if path.stat().st_size <= hashed_whole:
+    if path.stat().st_size <= hashed_whole or path.suffix not in _WEIGHTS:
         return sha256(path)
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(1 << 20)).hexdigest()

@@ -68,8 +68,9 @@ def test_sharegpt_with_a_system_prompt_and_a_function(task: Task) -> None:
     assert chat({"system": "Other.", "conversations": own}, task)[0] == ("system", "Judge.")
     assert chat({"system": "", "conversations": turns()}, task) == [QUESTION, ANSWER]
     assert chat({"system": "Judge.", "prompt": "A song", "completion": TEXT}, task)[0][0] == "system"
-    contents = [content for _, content in chat({"conversations": called}, task)]
-    assert contents[0] == "Find it" and contents[2:] == ["la la", TEXT] and "find" in contents[1]
+    messages = to_example({"conversations": called}, task, "f:1").messages
+    assert [message.role for message in messages] == ["user", "assistant", "tool", "assistant"]
+    assert messages[2].content == "la la" and messages[1].extra["tool_calls"][0]["function"] == call
 
 
 def test_a_column_system_that_results_are_sliced_by_is_no_prompt(task: Task) -> None:

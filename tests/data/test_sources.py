@@ -79,7 +79,7 @@ def test_a_path_starts_at_the_recipes_folder(tmp_path: Path) -> None:
         ("list.jsonl", "[1]\n", r"list.jsonl:1: a list, not an object"),
         ("list.json", "[1]", r"list.json\[0\]: a int, not an object"),
         ("text.json", '"hello"', r"no list of objects"),
-        ("rows.csv", "a,b\n1,2\n", r"\.csv is not a known file type"),
+        ("rows.xlsx", "a,b\n1,2\n", r"\.xlsx is not a known file type"),
     ],
 )
 def test_a_bad_file_is_an_error_with_file_and_line(
@@ -93,7 +93,7 @@ def test_a_bad_file_is_an_error_with_file_and_line(
 def test_missing_files_folders_and_assets(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         read(tmp_path / "none.jsonl")
-    with pytest.raises(DataError, match="a folder, not a file"):
+    with pytest.raises(DataError, match="a folder without files of rows"):
         read(tmp_path)
     with pytest.raises(DataError) as caught:
         list(read_source(SourceConfig(path="none.jsonl"), base=tmp_path))
@@ -116,7 +116,7 @@ def test_a_line_of_invalid_json_is_not_covered_by_drop_invalid(tmp_path: Path) -
     "settings", [{}, {"path": "a.jsonl", "hub": "b/c"}, {"generator": "music", "path": "a"}]
 )
 def test_a_source_has_exactly_one_origin(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match="one of path, hub and generator"):
+    with pytest.raises(ConfigError, match="one of path, sqlite, hub and generator"):
         next(read_source(SourceConfig(**settings)))
 
 
@@ -179,5 +179,5 @@ def test_where_selects_rows_by_their_fields(tmp_path: Path) -> None:
     path.write_text('{"a": 1, "b": "x"}\n{"a": 2, "b": "x"}\n{"a": 1, "b": "y"}\n', encoding="utf-8")
     rows = list(read_source(SourceConfig(path=str(path), where={"a": 1})))
     assert [(where.rsplit(":", 1)[1], row["b"]) for where, row in rows] == [("1", "x"), ("3", "y")]
-    with pytest.raises(DataError, match="no rows"):
+    with pytest.raises(DataError, match="no row fits where: a: 3"):
         list(read_source(SourceConfig(path=str(path), where={"a": 3})))

@@ -53,7 +53,7 @@ def write_chain(folder: Path, **blocks: Any) -> Path:
         "student": "asset:models/tiny-gpt-oss",
         "teach": _TRAINING,
         "distill": _TRAINING,
-        "targets": {"top_k": 8, "batch_size": 8},
+        "targets": {"top_k": 8, "batch_size": 8, "min_valid": 0},
         "evaluate": {"models": ["student"], "batch_size": 4},
         **blocks,
     }

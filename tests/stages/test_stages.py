@@ -14,6 +14,7 @@ from helpers.small_chain import finished, make_context, manifests
 
 from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import DataError, Interrupted
+from mlx_distill.infer.engine import Generation
 from mlx_distill.losses.byte_alignment import token_bytes
 from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.stages.context import Context, held_out_rows, read_rows
@@ -88,11 +89,18 @@ def test_an_answer_that_does_not_fit_is_replaced_by_that_of_the_data(
 ) -> None:
     context = make_context("targets.max_rows=4")
     answers = ['{"colour": "yes"}', "no JSON", '{"colour": "maybe"}', '{"colour": "no"}']
+    generations = [
+        Generation(text, (1,) * 12, 9, "length" if text == "no JSON" else "stop", 0.1) for text in answers
+    ]
     monkeypatch.setattr(
         "mlx_distill.distill.teacher.generate_answers",
-        lambda model, tokenizer, prompts, max_tokens, batch_size: (answers * 40)[: len(prompts)],
+        lambda model, tokenizer, prompts, max_tokens, batch_size: (generations * 40)[: len(prompts)],
     )
-    targets_stage(context, folder)
+    facts = targets_stage(context, folder)["teacher_answers"]
+    assert 2 * facts["valid"] == facts["rows"] > 8
+    cut, unknown = (facts["reasons"][kind] for kind in ("cut", "does not fit the schema"))
+    assert cut["error"].startswith("cut after 12 tokens: not JSON") and cut["text"] == "no JSON"
+    assert unknown["count"] == facts["rows"] // 4 and "maybe" in unknown["error"]
     rows = {
         row["id"]: row["messages"][-1]["content"]
         for split in ("train", "valid")

@@ -1,0 +1,82 @@
+"""The teacher's own answers under the task: how many fit, why the others do not, with an example of each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_distill.infer.analyze import read_answer
+from mlx_distill.infer.engine import Generation
+
+CUT, NOT_JSON, NOT_VALID = "cut", "not JSON", "does not fit the schema"
+_LONGEST_TEXT = 300
+
+
+@dataclass
+class AnswerCheck:
+    """Counts of generated answers.
+
+    Attributes:
+        rows: The number of answers.
+        valid: How many fit the task.
+        reasons: For each kind of reason ``count`` and an example (``id``, ``text``, ``error``). Of answers
+            that were cut also ``data_longer``, the number of them whose row's own answer is longer than the
+            limit, and ``data_tokens``, the longest of these.
+    """
+
+    rows: int = 0
+    valid: int = 0
+    reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add(
+        self, id: str, generation: Generation, schema: Mapping[str, Any], data_tokens: int | None
+    ) -> bool:
+        """Count one answer, and return whether it fits.
+
+        Args:
+            id: The row's.
+            generation: The answer.
+            schema: The task's.
+            data_tokens: The length of the row's own answer.
+        """
+        answer, error = read_answer(generation, schema)
+        self.rows += 1
+        if answer is not None:
+            self.valid += 1
+            return True
+        is_cut = generation.finish == "length"
+        kind = CUT if is_cut else NOT_JSON if str(error).startswith("not JSON") else NOT_VALID
+        example = {"id": id, "text": generation.text[:_LONGEST_TEXT], "error": error}
+        reason = self.reasons.setdefault(kind, {"count": 0, **example})
+        reason["count"] += 1
+        if is_cut and data_tokens is not None and data_tokens > len(generation.tokens):
+            reason["data_longer"] = reason.get("data_longer", 0) + 1
+            reason["data_tokens"] = max(reason.get("data_tokens", 0), data_tokens)
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """The counts as plain JSON."""
+        return {"rows": self.rows, "valid": self.valid, "reasons": self.reasons}
+
+
+def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The counts of several :meth:`AnswerCheck.to_dict` together, with the first example of each reason.
+
+    >>> one = {"rows": 2, "valid": 1, "reasons": {"cut": {"count": 1, "id": "a", "text": "{", "error": ""}}}
+    >>> both = joined([one, one])
+    >>> both["rows"], both["reasons"]["cut"]["count"], both["reasons"]["cut"]["id"]
+    (4, 2, 'a')
+    """
+    out = AnswerCheck()
+    for part in parts:
+        out.rows += part["rows"]
+        out.valid += part["valid"]
+        for kind, reason in part["reasons"].items():
+            known = out.reasons.setdefault(kind, {**reason, "count": 0})
+            if known["count"]:
+                for key, add in (("data_longer", sum), ("data_tokens", max)):
+                    if key in reason:
+                        known[key] = add((known.get(key, 0), reason[key]))
+            known["count"] += reason["count"]
+    return out.to_dict()
