@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mlx_distill.config import changes
+from mlx_distill.distill.answer_check import FACT
 from mlx_distill.graph import Stage
 from mlx_distill.recipe import Recipe, current_settings
-from mlx_distill.stages.answers_gate import FACT, gate_text
+from mlx_distill.stages.answers_gate import gate_text
 from mlx_distill.storage import Manifest, check_folder, fingerprint, read_manifest, stage_key
 from mlx_distill.text import counted, duration, size
 

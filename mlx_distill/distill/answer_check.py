@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from mlx_distill.infer.analyze import read_answer
-from mlx_distill.infer.engine import Generation
+if TYPE_CHECKING:
+    from mlx_distill.infer.engine import Generation
 
 CUT, NOT_JSON, NOT_VALID = "cut", "not JSON", "does not fit the schema"
+FACT = "teacher_answers"
+"""The key of the counts among the facts of the targets stage."""
 _LONGEST_TEXT = 300
 
 
@@ -40,6 +42,8 @@ class AnswerCheck:
             schema: The task's.
             data_tokens: The length of the row's own answer.
         """
+        from mlx_distill.infer.analyze import read_answer
+
         answer, error = read_answer(generation, schema)
         self.rows += 1
         if answer is not None:

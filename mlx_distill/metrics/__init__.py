@@ -22,6 +22,7 @@ from mlx_distill.metrics.answers import overlap_f1 as overlap_f1
 from mlx_distill.metrics.answers import teacher_pairs as teacher_pairs
 from mlx_distill.metrics.answers import truth_pairs as truth_pairs
 from mlx_distill.metrics.classification import accuracy as accuracy
+from mlx_distill.metrics.classification import accuracy_by_distribution as accuracy_by_distribution
 from mlx_distill.metrics.classification import by_group as by_group
 from mlx_distill.metrics.classification import confusion as confusion
 from mlx_distill.metrics.classification import confusion_counts as confusion_counts

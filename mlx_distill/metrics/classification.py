@@ -55,6 +55,23 @@ def accuracy(rows: Sequence[Row], label: str, *, confidence: float = 0.95) -> Es
     return rate(sum(hits), len(hits), confidence)
 
 
+def accuracy_by_distribution(rows: Sequence[Row], label: str, *, confidence: float = 0.95) -> Estimate:
+    """Share of the rows whose most probable label, by ``label_probs``, is the true one.
+
+    Beside :func:`accuracy` it tells a model that does not know the label from one that knows it and does not
+    write it. Rows without a true label or without label probabilities are left out.
+
+    >>> row = {"truth": {"kind": "a"}, "answer": None, "label_probs": {"a": 0.8, "b": 0.2}}
+    >>> accuracy_by_distribution([row], "kind")["value"], accuracy([row], "kind")["value"]
+    (1.0, 0.0)
+    """
+    pairs = [(row.get("label_probs"), true_value(row, label)) for row in rows]
+    hits = [
+        max(probs, key=probs.__getitem__) == truth for probs, truth in pairs if probs and truth is not None
+    ]
+    return rate(sum(hits), len(hits), confidence)
+
+
 def correct(rows: Sequence[Row], label: str) -> list[bool]:
     """For each row that has a true label, whether the prediction equals it."""
     truths = [(row, true_value(row, label)) for row in rows]

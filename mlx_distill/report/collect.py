@@ -5,6 +5,8 @@ All metrics are computed from ``predictions.jsonl`` by functions of :mod:`mlx_di
 
 from __future__ import annotations
 
+import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,6 +18,7 @@ from mlx_distill.errors import ConfigError
 from mlx_distill.metrics.classification import Row
 from mlx_distill.metrics.intervals import Comparison
 from mlx_distill.report import provenance
+from mlx_distill.report.diagnosis import diagnose
 from mlx_distill.report.tables import main_metrics
 from mlx_distill.run_models import RESULTS, run_model
 from mlx_distill.tasks.task import Task
@@ -50,8 +53,9 @@ def build_report(
 
     Returns:
         The report as plain JSON values: ``metrics`` (of the set ``test``), ``by_set``, ``comparisons``,
-        ``disagreements``, ``sizes``, ``curves``, ``provenance``. A rate is ``{"value", "low", "high", "n"}``;
-        what was not measured is None.
+        ``disagreements``, ``sizes``, ``curves``, ``provenance``, ``diagnosis`` (what is wrong with the
+        result). A rate is ``{"value", "low", "high", "n"}``; what was not measured is None, and what the task
+        does not have is absent.
 
     Raises:
         DataError: predictions that are empty, of another format, or lack a field, with file and line.
@@ -72,7 +76,7 @@ def build_report(
     by_set = {name: _set_metrics(rows, name, task, confidence) for name in sets}
     for model, figures in by_set[main].items():
         figures["peak_memory_gb"] = provenance.peak_memory_gb(headers[model], folders[model])
-    return {
+    report = {
         "format": FORMAT,
         "name": str(recipe.get("name") or run.resolve().name),
         "description": str(recipe.get("description") or ""),
@@ -97,7 +101,19 @@ def build_report(
         "curves": provenance.curves(run),
         "training": provenance.training(run),
         "provenance": provenance.provenance(run, recipe, headers, folders),
+        "majority": _majority(by_set[main]),
+        "teacher_answers": provenance.teacher_answers(run),
     }
+    return report | {"diagnosis": diagnose(report)}
+
+
+def _majority(metrics: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The most frequent true label of the held-out rows and its share; None without labels."""
+    confusion = next((figures["confusion"] for figures in metrics.values() if "confusion" in figures), None)
+    if not confusion or not confusion["n"]:
+        return None
+    counts = [sum(row) for row in confusion["counts"]]
+    return {"label": confusion["labels"][counts.index(max(counts))], "value": max(counts) / confusion["n"]}
 
 
 def _count_sets(models: Iterable[Sequence[Row]]) -> dict[str, int]:
@@ -150,11 +166,24 @@ def model_metrics(
         "score_mae_interval": mae,
         "score_gap": m.score_gap(rows, teacher, confidence=confidence) if teacher and task.score else None,
         "json_valid": m.json_valid(rows, confidence=confidence),
+        "invalid": _invalid_example(rows),
         **m.latency(rows),
         "peak_memory_gb": None,
         **_field_metrics(rows, teacher, task, confidence),
         **of_task,
     }
+
+
+def _invalid_example(rows: Sequence[Row]) -> dict[str, Any] | None:
+    """The most frequent reason of invalid answers, and the first row with it; None where all are valid."""
+    found = [(row, str(row.get("error") or "no reason given")) for row in rows if row.get("answer") is None]
+    if not found:
+        return None
+    # Without what differs from row to row: the value, the field's place, the number of characters.
+    kinds = [re.sub(r"'[^']*'|\d+", "…", error) for _, error in found]
+    kind, count = Counter(kinds).most_common(1)[0]
+    row, error = found[kinds.index(kind)]
+    return {"reason": kind, "count": count, "id": row["id"], "error": error}
 
 
 def _field_metrics(
@@ -210,6 +239,7 @@ def _label_metrics(
     level = {"confidence": confidence}
     out: dict[str, Any] = {
         "accuracy": m.accuracy(rows, label, **level),
+        "accuracy_by_distribution": m.accuracy_by_distribution(rows, label, **level),
         "verdict_agreement": None,
         "agreement": None,
         "macro_f1": m.macro_f1(rows, label, task.labels, confidence),

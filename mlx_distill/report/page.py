@@ -119,7 +119,18 @@ def _header(report: Report) -> Html:
     description = el("p", report["description"], class_="description") if report["description"] else None
     context = [_before(report, name), _accuracy(report, name), _size(report, name), _speed(report, name)]
     summary = el("div", hero, el("div", sentence, el("p", context)), class_="summary")
-    return el("header", eyebrow, el("h1", report["name"]), description, summary)
+    return el("header", eyebrow, el("h1", report["name"]), description, _diagnosis(report), summary)
+
+
+def _diagnosis(report: Report) -> Html | None:
+    """What is wrong with the result, why, and what to change; None where nothing is."""
+    items = [
+        el("li", el("b", f"{entry['problem']}."), f" {entry['reason']}. ", el("em", f"Fix: {entry['fix']}."))
+        for entry in report.get("diagnosis", ())
+    ]
+    return (
+        el("div", el("h2", "Diagnosis"), el("ul", items), class_="diagnosis", role="note") if items else None
+    )
 
 
 def _sentence(report: Report, name: str, rate: Mapping[str, Any], owner: str) -> Html:

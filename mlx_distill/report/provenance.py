@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill import runtime
+from mlx_distill.distill.answer_check import FACT
 from mlx_distill.errors import DistillError
 from mlx_distill.run_models import is_dequantized, run_model
 from mlx_distill.storage import Manifest, os_errors, read_json, read_jsonl, read_manifest
@@ -92,6 +93,14 @@ def _downsample(points: Sequence[tuple[float, float]]) -> dict[str, list[float]]
         "step": [group[-1][0] for group in groups],
         "value": [sum(value for _, value in group) / len(group) for group in groups],
     }
+
+
+def teacher_answers(run: Path) -> dict[str, Any] | None:
+    """How many of the teacher's own answers fitted the task when its targets were made; None where that is
+    not recorded.
+    """
+    manifest = read_manifest(run / "targets")
+    return manifest.recorded.get(FACT) if manifest else None
 
 
 def training(run: Path) -> dict[str, dict[str, Any]]:

@@ -42,7 +42,15 @@ _AGAINST_TEACHER = (
     "teacher_exact_match",
 )
 # The columns of the main table, for tasks with and without a label.
-_LABEL = ["accuracy", "verdict_agreement", "agreement", "json_valid", "macro_f1", "score_gap"]
+_LABEL = [
+    "accuracy",
+    "accuracy_by_distribution",
+    "verdict_agreement",
+    "agreement",
+    "json_valid",
+    "macro_f1",
+    "score_gap",
+]
 _NO_LABEL = [
     "answer_f1",
     "teacher_answer_f1",
@@ -91,6 +99,10 @@ def _columns(report: Report) -> dict[str, str]:
     keys = _LABEL if task["label"] else _NO_LABEL
     if not task["score"]:
         keys = [key for key in keys if key not in ("agreement", "score_gap")]
+    if not any(
+        (figures.get("accuracy_by_distribution") or {}).get("n") for figures in report["metrics"].values()
+    ):
+        keys = [key for key in keys if key != "accuracy_by_distribution"]
     titles = metric_titles(task)
     return {key: titles[key] for key in keys}
 
@@ -107,6 +119,10 @@ def models_table(report: Report, metrics: Mapping[str, Any], set_name: str) -> H
         f"{title}, n = {report['sets'][set_name]:,}. Rates with {percent(report['confidence'], 0)} "
         "confidence intervals; an invalid answer counts as wrong."
     )
+    if "accuracy_by_distribution" in columns:
+        caption += (
+            " Accuracy is right by the text; right by distribution: its most probable class is the true one."
+        )
     return table(caption, ["Model", *columns.values()], rows, class_="headline")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,12 +36,17 @@ class RunReport:
         """The metrics of each model on the main held-out set; a rate is ``{"value", "low", "high", "n"}``."""
         return self.report["metrics"]
 
+    @property
+    def diagnosis(self) -> Sequence[Mapping[str, str]]:
+        """What is wrong, each with ``problem``, ``reason`` and ``fix``; empty for a good result."""
+        return self.report.get("diagnosis", ())
+
     def to_dict(self) -> dict[str, Any]:
         """The short form for ``--json``: paths, names and metrics, without rows and curves."""
         short = {
             key: self.report[key]
             for key in ("name", "task", "created", "main_set", "sets", "goals", "metrics")
-        }
+        } | {"diagnosis": list(self.diagnosis)}
         return {"report": str(self.path), "html": str(self.html), **short}
 
     def lines(self) -> list[str]:
@@ -62,6 +67,7 @@ class RunReport:
             "",
             *text,
             "",
+            *(line for entry in self.diagnosis for line in _finding_lines(entry)),
             f"report: {self.html}",
         ]
 
@@ -87,7 +93,13 @@ class RunReport:
             f"{self.report['name']}: {total:,} held-out rows",
             style="text-align:left;font-weight:bold;padding-bottom:.4em",
         )
-        return el("table", caption, el("thead", head), el("tbody", body))
+        table = el("table", caption, el("thead", head), el("tbody", body))
+        items = [el("li", " ".join(_finding_lines(entry))) for entry in self.diagnosis]
+        return el("div", table, el("ul", items)) if items else table
+
+
+def _finding_lines(entry: Mapping[str, str]) -> list[str]:
+    return [f"problem: {entry['problem']}.", f"  reason: {entry['reason']}.", f"  fix: {entry['fix']}."]
 
 
 def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

@@ -121,6 +121,7 @@ def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
     tolerance = task.get("score_tolerance")
     return {
         "accuracy": "Accuracy",
+        "accuracy_by_distribution": "Right by distribution",
         "verdict_agreement": f"Same {label} as teacher",
         "agreement": f"…and {score} within {tolerance:g}" if tolerance is not None else f"…and near {score}",
         "json_valid": "Valid JSON",

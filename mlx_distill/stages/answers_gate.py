@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.distill.answer_check import CUT, NOT_JSON
+from mlx_distill.distill.answer_check import CUT, FACT, NOT_JSON
 from mlx_distill.errors import QualityGateError
 from mlx_distill.recipe import Recipe
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import percent, shortened
-
-FACT = "teacher_answers"
-"""The key of the counts among the facts of the targets stage; see :mod:`mlx_distill.distill.answer_check`."""
 
 
 def valid_share(recorded: Mapping[str, Any]) -> float | None:

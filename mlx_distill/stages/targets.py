@@ -6,7 +6,6 @@ import sys
 from itertools import chain, islice
 from pathlib import Path
 
-from mlx_distill.stages.answers_gate import FACT
 from mlx_distill.stages.context import (
     Context,
     Facts,
@@ -21,7 +20,7 @@ from mlx_distill.storage import read_json, scratch, write_json
 
 def targets(context: Context, folder: Path) -> Facts:
     """Write the teacher's targets of the training and validation rows."""
-    from mlx_distill.distill.answer_check import joined
+    from mlx_distill.distill.answer_check import FACT, joined
     from mlx_distill.distill.teacher import score_answers
     from mlx_distill.distill.teacher_cache import TargetWriter
     from mlx_distill.infer.label_scoring import find_label_trie

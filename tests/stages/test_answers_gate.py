@@ -12,12 +12,12 @@ from helpers.small_chain import finished
 from helpers.small_run import TASK
 
 from mlx_distill.cli.main import cli
-from mlx_distill.distill.answer_check import AnswerCheck, joined
+from mlx_distill.distill.answer_check import FACT, AnswerCheck, joined
 from mlx_distill.errors import QualityGateError
 from mlx_distill.infer.engine import Generation
 from mlx_distill.pipeline import run
 from mlx_distill.recipe import load_recipe
-from mlx_distill.stages.answers_gate import FACT, gate_error, gate_text
+from mlx_distill.stages.answers_gate import gate_error, gate_text
 from mlx_distill.tasks.task import parse_task
 
 GOOD = '{"colour": "yes"}'

@@ -1,0 +1,154 @@
+"""What a report says of a run that came to nothing: the case, its reason and its fix."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from helpers.html_page import assert_loads_nothing
+
+from mlx_distill.metrics.intervals import rate
+from mlx_distill.report import write_report
+from mlx_distill.report.diagnosis import diagnose
+from mlx_distill.report.page import render_html
+
+
+def figures(right: int, valid: int = 100, chosen: int | None = None, **more: Any) -> dict[str, Any]:
+    """The metrics of a model that gives the true label and the teacher's on as many of 100 rows."""
+    invalid = {"reason": "not JSON: …", "count": 1, "id": "r3", "error": "cut after 12 tokens: not JSON"}
+    return {
+        "accuracy": rate(right, 100),
+        "accuracy_by_distribution": rate(right if chosen is None else chosen, 100),
+        "verdict_agreement": rate(right, 100),
+        "json_valid": rate(valid, 100),
+        "invalid": None if valid == 100 else invalid,
+        **more,
+    }
+
+
+def report_of(losses: list[float] | None = None, **models: dict[str, Any]) -> dict[str, Any]:
+    series = {"valid_loss": {"step": list(range(len(losses or []))), "value": losses or []}}
+    return {
+        "metrics": models,
+        "majority": {"label": "billing", "value": 0.4},
+        "curves": {"teacher": series},
+        "teacher_answers": None,
+        "task_details": {"label": "queue", "score": None, "score_tolerance": 5.0},
+    }
+
+
+def test_a_good_run_says_nothing() -> None:
+    good = report_of(
+        [2.0, 0.1],
+        teacher=figures(93),
+        student_before=figures(0, 3),
+        student=figures(92),
+        quantized=figures(91),
+    )
+    assert diagnose(good) == []
+    # Already good before: no training could show a difference.
+    assert diagnose(report_of([0.1, 0.1], teacher_before=figures(95), teacher=figures(95))) == []
+
+
+@pytest.mark.parametrize(
+    ("report", "problem", "reason", "fix"),
+    [
+        (
+            report_of(teacher_before=figures(55), teacher=figures(52), student=figures(60)),
+            "The teacher is no better than before fine-tuning",
+            "52.0\u202f% after it and 55.0\u202f% before",
+            "teach.epochs",
+        ),
+        (
+            report_of(teacher=figures(38), student=figures(60)),
+            "The teacher is no better than the answer billing to every row",
+            "40.0\u202f% of the held-out rows",
+            "teach.epochs",
+        ),
+        (
+            report_of([2.0, 2.1], teacher=figures(60), student=figures(60)),
+            "The validation loss of the teacher did not fall",
+            "2.00 at the first validation and 2.10",
+            "teach.learning_rate",
+        ),
+        (
+            report_of(teacher=figures(95), student=figures(10, 12)),
+            "The answers of the student are mostly invalid: 12.0\u202f% fit the task",
+            "row r3: cut after 12 tokens",
+            "raise max_answer_tokens",
+        ),
+        (
+            report_of(teacher=figures(95), student=figures(94), quantized=figures(10, 12)),
+            "The answers of the quantized student are mostly invalid",
+            "not JSON",
+            "quantize.mode",
+        ),
+        (
+            report_of(teacher=figures(95), student=figures(55, chosen=99)),
+            "The student has 99.0\u202f% of the rows right by the distribution",
+            "It knows the queue, and does not spell it",
+            "distill.text_weight",
+        ),
+        (
+            report_of(teacher=figures(95), student_before=figures(50), student=figures(48)),
+            "The student is no better than before distillation",
+            "Same queue as teacher: 48.0",
+            "distill.epochs",
+        ),
+    ],
+)
+def test_each_case_has_its_reason_and_its_fix(
+    report: dict[str, Any], problem: str, reason: str, fix: str
+) -> None:
+    (entry,) = diagnose(report)
+    assert entry["problem"].startswith(problem) and reason in entry["reason"] and fix in entry["fix"], entry
+
+
+def test_columns_of_zeros_with_valid_answers_are_named() -> None:
+    report = report_of(teacher=figures(0), student=figures(0))
+    report["majority"] = None
+    (entry,) = diagnose(report)
+    assert entry["problem"] == "Every model has 0 % in Accuracy and Same queue as teacher"
+
+
+def test_a_gate_that_was_passed_by_force_is_named() -> None:
+    report = report_of(teacher=figures(95), student=figures(94))
+    cut = {"count": 9, "id": "r1", "error": "cut after 8 tokens", "text": "{"}
+    report["teacher_answers"] = {"rows": 10, "valid": 1, "reasons": {"cut": cut}}
+    (entry,) = diagnose(report)
+    assert entry["problem"].startswith("Only 1 of 10 answers") and "row r1: cut after 8" in entry["reason"]
+
+
+def test_the_head_of_the_page_and_the_last_lines_have_the_diagnosis(
+    run: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    report = copy.deepcopy(run[1])
+    assert report["diagnosis"] == [] and "Diagnosis" not in assert_loads_nothing(render_html(report)).text
+    entry = {"problem": "The teacher <b> learnt nothing", "reason": "Too few steps", "fix": "more steps"}
+    report["diagnosis"] = [entry]
+    text = assert_loads_nothing(render_html(report)).text
+    assert text.index("The teacher <b> learnt nothing. Too few steps. Fix: more steps.") < text.index(
+        "Results"
+    )
+    result = write_report(tmp_path, report)
+    assert result.diagnosis == [entry] and result.to_dict()["diagnosis"] == [entry]
+    assert result.lines()[-4:-1] == [
+        "problem: The teacher <b> learnt nothing.",
+        "  reason: Too few steps.",
+        "  fix: more steps.",
+    ]
+    assert "&lt;b&gt; learnt nothing" in result._repr_html_()
+
+
+def test_a_report_measures_the_most_probable_label_and_the_most_frequent_class(
+    run: tuple[Path, dict[str, Any]],
+) -> None:
+    _, report = run
+    student = report["metrics"]["student_before"]
+    assert student["accuracy_by_distribution"]["value"] >= student["accuracy"]["value"]
+    assert student["invalid"]["error"] == student["invalid"]["reason"] == "the text ends inside a string"
+    counts = [sum(row) for row in student["confusion"]["counts"]]
+    assert report["majority"]["value"] == max(counts) / 60
+    assert "Right by distribution" in assert_loads_nothing(render_html(report)).text
