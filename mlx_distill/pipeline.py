@@ -27,9 +27,10 @@ from mlx_distill.stages.context import Context
 from mlx_distill.status import (
     Outcome,
     Plan,
+    check_inputs,
     current_key,
+    input_problems,
     make_plan,
-    missing_parents,
     outcome_row,
     parent_contents,
     stage_status,
@@ -47,7 +48,7 @@ from mlx_distill.storage import (
     stage_key,
 )
 from mlx_distill.tasks.task import Task
-from mlx_distill.text import known_names
+from mlx_distill.text import known_names, listed
 
 if TYPE_CHECKING:
     from mlx_distill.report import RunReport
@@ -228,8 +229,7 @@ def run(
     if rank:
         with _stop_flag(stop) as flag:
             return _follow(runner, Context(loaded, task, out, NullProgress(), flag, hooks, profile))
-    if only is None:
-        _check_model_paths(runner.stages)
+    _check_inputs(runner)
     with lock_folder(out), _stop_flag(stop) as flag:
         context = Context(loaded, task, out, progress, flag, hooks, profile)
         return _run_stages(runner, context, make_stage)
@@ -253,13 +253,20 @@ def _stop_flag(stop: StopFlag | None) -> Iterator[StopFlag]:
         yield flag
 
 
-def _check_model_paths(stages: Sequence[Stage]) -> None:
-    """Refuse a wrong path of a model now, before the rows are prepared."""
-    from mlx_distill.models.hub import find_local
+def _check_inputs(runner: Runner) -> None:
+    """Refuse wrong paths of rows and models before anything is made."""
+    if runner.only is None:
+        check_inputs(runner.plan().problems)
+        return
+    needed = _needed(runner)
+    converted = [stage for stage in runner.stages if stage.command == "convert" and stage.name in needed]
+    missing = [stage for stage in converted if read_manifest(runner.out / stage.name) is None]
+    check_inputs(input_problems([*missing, *(s for s in runner.stages if s.command == runner.only)]))
 
-    for stage in stages:
-        if stage.command == "convert":
-            find_local(stage.inputs[0])
+
+def _needed(runner: Runner) -> set[str]:
+    """The stages that the command which runs alone reads."""
+    return {name for stage in runner.stages if stage.command == runner.only for name in stage.parents}
 
 
 def _run_stages(runner: Runner, context: Context, make: MakeStage) -> RunReport | Outcome:
@@ -270,9 +277,11 @@ def _run_stages(runner: Runner, context: Context, make: MakeStage) -> RunReport 
     remove_leftovers(out)
     missing = {stage.command for stage in stages if read_manifest(out / stage.name) is None}
     check_training(context, missing if only is None else missing & {only})
-    needed = {name for stage in stages if stage.command == only for name in stage.parents}
     for stage in stages:
         recover(out / stage.name)
+    needed = _needed(runner)
+    _require_parents(runner, needed)
+    for stage in stages:
         if only in (None, stage.command):
             _run_stage(runner, stage, context, make)
         else:
@@ -321,8 +330,6 @@ def _agree(runner: Runner, stage: Stage, key: str) -> None:
 
 def _run_stage(runner: Runner, stage: Stage, context: Context, make: MakeStage) -> None:
     """Make a stage if it is not current."""
-    if runner.only is not None:
-        _require_parents(runner, stage)
     # What follows from a stage that was asked for is made again even where its parents came out the same.
     follows = runner.from_stage is not None and any(name in runner.made for name in stage.parents)
     forced = runner.is_forced(stage) or follows
@@ -367,15 +374,19 @@ def _make(runner: Runner, stage: Stage, context: Context, make: MakeStage) -> No
     runner.emit("stage_made", stage, seconds=manifest.recorded.get("seconds"))
 
 
-def _require_parents(runner: Runner, stage: Stage) -> None:
-    """Refuse to make a stage alone whose parents are missing, and name the first command to run."""
-    missing = missing_parents(stage, runner.manifests)
+def _require_parents(runner: Runner, needed: set[str]) -> None:
+    """Refuse to run a command alone whose parents are missing, before a model is converted for it, and name
+    the first command to run.
+    """
+    made = [stage for stage in runner.stages if stage.command != "convert" and stage.name in needed]
+    folders = [runner.out / stage.name for stage in made]
+    missing = [str(folder) for folder in folders if read_manifest(folder) is None]
     if not missing:
         return
     makers = (s for s in runner.stages if s.command not in ("convert", "evaluate"))
     first = next((s.command for s in makers if not (runner.out / s.name).is_dir()), "run")
     raise FileError(
-        f"{runner.out / missing[0]} is not there yet",
+        f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} not there yet",
         fix=f"run first: {runner.command_line(first)} (or run, for all at once)",
     )
 

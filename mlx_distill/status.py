@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mlx_distill.config import changes
 from mlx_distill.distill.answer_check import FACT
+from mlx_distill.errors import FileError
 from mlx_distill.graph import Stage
+from mlx_distill.models.hub import model_problem
 from mlx_distill.recipe import Recipe, current_settings
 from mlx_distill.stages.answers_gate import gate_text
 from mlx_distill.storage import Manifest, check_folder, fingerprint, read_manifest, stage_key
@@ -106,16 +108,38 @@ def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) ->
     return ", ".join(changed[:_MAX_NAMED_CHANGES] + ([f"{more} more"] if more > 0 else []))
 
 
+def input_problems(stages: Iterable[Stage]) -> list[str]:
+    """What is wrong with the inputs of these stages from outside the run, one line each: files and folders
+    that do not exist, folders that are no models.
+    """
+    problems: list[str | None] = []
+    for stage in stages:
+        if stage.command == "convert":
+            problems += [model_problem(stage.inputs[0])]
+        else:
+            problems += [f"{name}: no such file or folder" for name in stage.absent]
+    return list(dict.fromkeys(problem for problem in problems if problem))
+
+
+def check_inputs(problems: Sequence[str]) -> None:
+    """Raise a :class:`FileError` with all of the problems of :func:`input_problems`, if there are any."""
+    if problems:
+        several = f"{len(problems)} inputs cannot be used: " if len(problems) > 1 else ""
+        raise FileError(f"{several}{'; '.join(problems)}", fix="correct the paths in the recipe")
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run would do; ``--dry-run`` prints it. Each stage has ``command``, ``writes``, ``reads``,
     ``absent`` (inputs that do not exist), ``gate`` (what its result must fulfil, or None), ``state`` (text),
-    ``status`` (:attr:`StageStatus.kind`) and ``settings``.
+    ``status`` (:attr:`StageStatus.kind`) and ``settings``. ``problems`` are those of the inputs of the stages
+    that have to be made; see :func:`input_problems`.
     """
 
     recipe: str
     out: str
     stages: Sequence[Mapping[str, Any]]
+    problems: Sequence[str] = ()
 
     @property
     def lines(self) -> list[str]:
@@ -146,7 +170,12 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values."""
-        return {"recipe": self.recipe, "out": self.out, "stages": list(self.stages)}
+        return {
+            "recipe": self.recipe,
+            "out": self.out,
+            "stages": list(self.stages),
+            "problems": list(self.problems),
+        }
 
 
 def make_plan(recipe: Recipe, out: Path, stages: Sequence[Stage], forced: Callable[[Stage], bool]) -> Plan:
@@ -159,9 +188,11 @@ def make_plan(recipe: Recipe, out: Path, stages: Sequence[Stage], forced: Callab
         forced: Whether a stage is made even if it is current.
     """
     manifests: dict[str, Manifest] = {}
-    rows = []
+    rows, to_do = [], list[Stage]()
     for stage in stages:
         status = stage_status(stage, out, manifests, forced(stage))
+        if status.kind != "current":
+            to_do.append(stage)
         manifest = read_manifest(out / stage.name) if status.kind == "current" else None
         if manifest is not None:
             manifests[stage.name] = manifest
@@ -189,7 +220,7 @@ def make_plan(recipe: Recipe, out: Path, stages: Sequence[Stage], forced: Callab
         "absent": [],
         "reads": [str(out / stage.name) for stage in stages if stage.command == "evaluate"],
     }
-    return Plan(recipe.name, str(out), [*rows, report])
+    return Plan(recipe.name, str(out), [*rows, report], input_problems(to_do))
 
 
 def _shown_settings(stage: Stage) -> dict[str, Any]:

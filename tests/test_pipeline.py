@@ -15,9 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from helpers.small_chain import STAGES, finished, manifests, whole_stages, write_chain
 
 from mlx_distill import pipeline
+from mlx_distill.cli.main import cli
 from mlx_distill.errors import ConfigError, FileError, Interrupted
 from mlx_distill.graph import Stage, graph
 from mlx_distill.progress import PlainProgress
@@ -311,9 +313,39 @@ def test_the_quantized_model_is_never_dequantized() -> None:
 
 def test_one_stage_alone_without_its_parents_names_the_command_to_run(tmp_path: Path) -> None:
     recipe = write_chain(tmp_path)
-    with pytest.raises(FileError, match="teacher is not there yet") as caught:
+    with pytest.raises(FileError, match=r"out/data and .*out/teacher are not there yet") as caught:
         pipeline.run(recipe, tmp_path / "out", only="targets")
     assert f"mlx-distill prepare {recipe}" in (caught.value.fix or "")
+
+
+def test_an_evaluation_without_the_models_says_so_before_anything_is_converted(copied: Path) -> None:
+    for name in ("student", "quantized", "student_base", "teacher_base"):
+        shutil.rmtree(copied / "out" / name)
+    with pytest.raises(FileError, match=r"out/student is not there yet") as caught:
+        pipeline.run(copied / "recipe.yaml", copied / "out", only="evaluate")
+    assert "mlx-distill distill" in (caught.value.fix or "")
+    assert not (copied / "out" / "teacher_base").exists()
+
+
+def test_all_missing_inputs_and_folders_that_are_no_models_are_named_at_once(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare" / "config.json").write_text("{}", encoding="utf-8")
+    recipe = write_chain(tmp_path, teacher="empty", student="bare")
+    arguments = [str(recipe), "--out", str(tmp_path / "out"), "--set", "data.sources=[{path: songs.jsonl}]"]
+    plan = CliRunner().invoke(cli, ["run", *arguments, "--dry-run", "--json"])
+    assert plan.exit_code == 1
+    problems = json.loads(plan.stdout)["problems"]
+    assert [text.split(": ", 1)[1] for text in problems] == [
+        "no such file or folder",
+        "no model folder: no config.json",
+        "no model folder: config.json, but no *.safetensors with weights",
+    ]
+    for arguments_of in (["run", *arguments], ["run", *arguments, "--dry-run"]):
+        result = CliRunner().invoke(cli, arguments_of)
+        assert result.exit_code == 1 and "3 inputs cannot be used" in result.stderr
+        assert all(text in result.stderr for text in problems)
+    assert not (tmp_path / "out").exists()
 
 
 def test_one_stage_alone_converts_a_missing_base(copied: Path) -> None:

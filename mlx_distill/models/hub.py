@@ -58,6 +58,24 @@ def find_cached(repo: str, file: str, revision: str | None = None) -> Path | Non
     return Path(path).parent if isinstance(path, str) else None
 
 
+def model_problem(path_or_repo: str | Path) -> str | None:
+    """Why a path is no model, in one line, as far as its files' names tell; None for a model or a Hub id.
+
+    >>> model_problem("org/name"), model_problem("./nothing/here")
+    (None, './nothing/here: no such folder')
+    """
+    try:
+        folder = find_local(path_or_repo)
+    except ModelError as error:
+        return error.message
+    if folder is None or (folder / "adapter_config.json").is_file():
+        return None
+    if not (folder / "config.json").is_file():
+        return f"{folder}: no model folder: no config.json"
+    weights = any(folder.glob("*.safetensors"))
+    return None if weights else f"{folder}: no model folder: config.json, but no *.safetensors with weights"
+
+
 def is_hub_id(name: str) -> bool:
     """Whether a string that is not the path of a folder can be a Hub id.
 
