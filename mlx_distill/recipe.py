@@ -97,6 +97,12 @@ class SourceConfig:
     values: Mapping[str, ValueConfig] = option(
         {}, "field of the answer: how its values become those of the task's schema", default_keyed=False
     )
+    answer_after: str | None = option(
+        None,
+        "a marker within the prompts, such as '### Classification:', behind which the answer stands: the "
+        "prompt ends before it, and what is behind it is the answer of a row that has no other",
+        default_keyed=False,
+    )
     where: Mapping[str, Any] = option({}, "keep only rows whose fields have these values")
     split: str | None = option(
         None, "put every row of this source in this split", choices=["train", "valid", "test"]

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int8, Int64, UInt64
 
+from mlx_distill.data.answer_marker import LeakCounter
 from mlx_distill.data.checks import FieldsSeen, check_shares, left_out, warnings_of
 from mlx_distill.data.dedup import Clusters, minhash, near_duplicates, shingles, words
 from mlx_distill.data.row_buffer import RowBuffer
@@ -35,7 +36,7 @@ from mlx_distill.data.statistics import DropCounter, RowStatistics, row_figures
 from mlx_distill.data.values import check_values
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.progress import NullProgress, Progress
-from mlx_distill.recipe import DataConfig
+from mlx_distill.recipe import DataConfig, SourceConfig
 from mlx_distill.records import Example
 from mlx_distill.storage import atomic_path, os_errors, scratch, write_json
 from mlx_distill.tasks.prompt import parse_prompt
@@ -134,7 +135,7 @@ def _read(
     """Fill the buffer with the rows that pass the filters; return how many were read, and warnings."""
     cache: dict[str, int] = {}
     constant = _constant_shingles(task, cache)
-    seen = FieldsSeen()
+    seen, leaks = FieldsSeen(), LeakCounter(task)
     read = 0
 
     def say(text: str) -> None:
@@ -147,7 +148,7 @@ def _read(
                 if read % 200 == 0:
                     bar.update(read)
                 try:
-                    example = to_example(raw, task, where, source.columns, source.format, source.values)
+                    example = _example(raw, task, where, source)
                 except DataError as error:
                     if not config.drop_invalid:
                         raise
@@ -156,6 +157,7 @@ def _read(
                 text = "\n".join(turn.content for turn in example.messages if turn.role in ("user", "tool"))
                 values = {**raw, **example.fields}
                 seen.add(values, source.columns, task)
+                leaks.add(number, source, where, raw, example)
                 reason = _filter(text, example, values, config)
                 if reason:
                     dropped.add(reason, where)
@@ -174,11 +176,17 @@ def _read(
                     own = hashes[~np.isin(hashes, constant)] if len(constant) else hashes
                     buffer.signatures.append(minhash(own if len(own) else hashes))
         bar.update(read)
-    warnings = seen.check(task, config)
+    warnings = [*seen.check(task, config), *leaks.check()]
     if not len(buffer):
         reason = next(iter(dropped.summary()), "nothing was read")
         raise DataError(f"no rows are left of {read}: {reason}", fix="loosen the filters under data")
     return read, warnings
+
+
+def _example(raw: Mapping[str, Any], task: Task, where: str, source: SourceConfig) -> Example:
+    return to_example(
+        raw, task, where, source.columns, source.format, source.values, answer_after=source.answer_after
+    )
 
 
 def _constant_shingles(task: Task, cache: dict[str, int]) -> UInt64[np.ndarray, " n"]:

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from mlx_distill.data.answer_marker import cut_fields, cut_turns
 from mlx_distill.data.answers import DROP, answer_columns, valid_answer
 from mlx_distill.data.json_values import json_row, json_types
 from mlx_distill.data.layouts import chat_column, chat_of, closest, listed, missing_fields
@@ -24,7 +25,7 @@ from mlx_distill.data.messages import (
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import ValueConfig
 from mlx_distill.records import Example, Message
-from mlx_distill.tasks.answer import dump_answer
+from mlx_distill.tasks.answer import dump_answer, parse_answer
 from mlx_distill.tasks.task import Task
 
 Row = Mapping[str, Any]
@@ -42,6 +43,7 @@ def to_example(
     columns: Mapping[str, str] | None = None,
     format: str = "auto",
     values: Mapping[str, ValueConfig] | None = None,
+    answer_after: str | None = None,
 ) -> Example:
     """A row of any known format as a checked chat whose last turn is the canonical text of a valid answer.
 
@@ -69,6 +71,8 @@ def to_example(
         columns: Field of the task to column of the row, where they differ.
         format: One of these, or ``auto``: by the row's keys.
         values: Field of the answer to how its values become those of the schema.
+        answer_after: A marker at which the prompt is cut; what stands behind it is the answer of a row that
+            has no other.
 
     Raises:
         DataError: what is wrong with the row, and in which file and line it is.
@@ -84,7 +88,11 @@ def to_example(
     columns, values = columns or {}, values or {}
     row, left_out = json_row(_renamed(raw, columns))
     try:
-        parsed = _parse_row(answer_columns(row, values), task, format, needs_answer=True)
+        row = answer_columns(row, values)
+        if answer_after:
+            parsed = _cut_at(row, task, format, answer_after)
+        else:
+            parsed = _parse_row(row, task, format, needs_answer=True)
         _check_turns(parsed)
         answer = valid_answer(parsed.answer, task, values)
         chat = (*parsed.prompt, Message("assistant", dump_answer(answer, task.schema)))
@@ -193,6 +201,32 @@ def _parse_row(row: Row, task: Task, format: str, *, needs_answer: bool) -> _Par
         answer = _answer_turn(messages, needs_answer)
         messages = with_tools(_without_answer(messages), row.get("tools"))
     return _ParsedRow(_own_id(row, task), tuple(messages), answer, _fields(row, task, format))
+
+
+def _cut_at(row: Row, task: Task, format: str, marker: str) -> _ParsedRow:
+    """Parse a row whose prompt holds the answer behind a marker."""
+    behind = None
+    if (_format_of(row, task) if format == "auto" else format) == "plain":
+        row, behind = cut_fields(row, task.input_fields, marker)
+    own = _parse_row(row, task, format, needs_answer=False)
+    if own.answer is not None:
+        own = _parse_row(row, task, format, needs_answer=True)
+    prompt, behind_turn = cut_turns(own.prompt, marker)
+    behind = behind or behind_turn
+    if own.answer is None:
+        if not behind:
+            raise DataError(f"no answer, and none behind {marker!r} in the prompt", fix=DROP)
+        return own._replace(prompt=prompt, answer=behind)
+    said, given = _label_of(behind, task), _label_of(own.answer, task)
+    if behind and task.label and said.casefold() != given.casefold():
+        raise DataError(f"the text behind {marker!r} is {show(said)}, the answer {show(given)}", fix=DROP)
+    return own._replace(prompt=prompt)
+
+
+def _label_of(answer: Any, task: Task) -> str:
+    """The label of an answer as a row has it: an object, its JSON text, or the label alone."""
+    parsed = parse_answer(answer, {})[0] if isinstance(answer, str) else answer
+    return str(parsed.get(task.label or "") if isinstance(parsed, Mapping) else answer)
 
 
 def _answer_turn(messages: Sequence[Message], needs_answer: bool) -> str | None:
