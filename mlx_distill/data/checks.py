@@ -24,20 +24,18 @@ class FieldsSeen:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
-        self.rows_with_fields = 0  # rows whose prompt is made from their fields, not chats
 
-    def add(self, values: Mapping[str, Any], columns: Mapping[str, str], task: Task) -> None:
+    def add(self, values: Mapping[str, Any], columns: Mapping[str, str]) -> None:
         """Note the fields of one row, given with its columns under their own names."""
         present = {name for name, value in values.items() if value is not None}
         present |= {field for field, column in columns.items() if column in present}
         self.names |= present
-        self.rows_with_fields += all(name in present for name in task.input_fields)
 
     def check(self, task: Task, config: DataConfig) -> list[str]:
         """Warnings about fields that no row has.
 
-        A chat often has no other column, so a field that a task names may be missing there without a slip; a
-        row whose fields make the prompt has columns, and then it is an error, as it is beside a similar name.
+        Rows of one's own for a task of somebody else often lack a field that it shows results by, so that is
+        a warning; beside a similar name it is a slip, and an error.
 
         Raises:
             ConfigError: a field that the task or the recipe names and no row has.
@@ -49,15 +47,22 @@ class FieldsSeen:
             if name in self.names:
                 continue
             near = closest(name, self.names - _NOT_FIELDS)
-            if is_needed or near or self.rows_with_fields:
+            known = listed(sorted(self.names))
+            if is_needed or near:
                 hint = f"did you mean {near!r}? " if near else ""
-                known = listed(sorted(self.names))
                 raise ConfigError(
                     f"{key}: no row has the field {name!r}",
                     fix=f"{hint}the rows have {known}; name one of them, or leave it out",
                 )
-            warnings.append(f"{key}: no row has the field {name!r}: results are not shown by it")
+            warnings.append(f"{key}: no row has the field {name!r} (they have {known}): {_without(key)}")
         return warnings
+
+
+def _without(key: str) -> str:
+    """What the run does without a field that a task names."""
+    if key.endswith("group"):
+        return "error rates are not compared by it"
+    return "the rows are named by their text" if key.endswith("id") else "results are not shown by it"
 
 
 def _named_fields(task: Task, config: DataConfig) -> Iterator[tuple[str, str, bool]]:

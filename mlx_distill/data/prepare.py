@@ -156,7 +156,7 @@ def _read(
                     continue
                 text = "\n".join(turn.content for turn in example.messages if turn.role in ("user", "tool"))
                 values = {**raw, **example.fields}
-                seen.add(values, source.columns, task)
+                seen.add(values, source.columns)
                 leaks.add(number, source, where, raw, example)
                 reason = _filter(text, example, values, config)
                 if reason:

@@ -21,7 +21,10 @@ import pytest
 from mlx_distill.data.prepare import prepare
 from mlx_distill.data.sources import read_source
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.recipe import DataConfig, SourceConfig, ValueConfig
+from mlx_distill.graph import graph
+from mlx_distill.recipe import DataConfig, Recipe, SourceConfig, ValueConfig
+from mlx_distill.status import current_key
+from mlx_distill.storage import fingerprint
 from mlx_distill.tasks.task import Task
 
 ROWS = [
@@ -373,3 +376,26 @@ def test_where_that_fits_no_row_says_what_exists(tmp_path: Path, where: dict[str
 def test_where_may_name_a_field_of_the_task(tmp_path: Path) -> None:
     path = write(tmp_path / "r.jsonl")
     assert read(path, where={"style": "folk"}, columns={"style": "genre"}) == ROWS[:1]
+
+
+def test_every_file_of_a_folder_is_part_of_the_key(tmp_path: Path) -> None:
+    def key(source: SourceConfig) -> str:
+        task: Any = "moderation"
+        recipe = Recipe("r", task, "t", "s", data=DataConfig(sources=[source]), base=tmp_path)
+        data = graph(recipe, recipe.load_task())[0]
+        assert data.inputs == data.local == (str(tmp_path / "songs"),)
+        return current_key(data, {})
+
+    write(tmp_path / "songs" / "data" / "train.jsonl", ROWS[:1])
+    sources = [SourceConfig(path="songs"), SourceConfig(hub="songs"), SourceConfig(hub="songs:part")]
+    before = [key(source) for source in sources]
+    write(tmp_path / "songs" / "data" / "train-2.jsonl")
+    assert all(key(source) != old for source, old in zip(sources, before, strict=True))
+
+
+def test_files_of_rows_are_hashed_to_their_end(tmp_path: Path) -> None:
+    hashes = set()
+    for end in (b"a", b"b"):
+        write(tmp_path / "r.jsonl").write_bytes(b"x" * 2_000_000 + end)
+        hashes.add(fingerprint(str(tmp_path), hashed_whole=1000))
+    assert len(hashes) == 2
