@@ -21,9 +21,10 @@ class DistillError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
-        self.message = message
-        self.fix = fix
-        super().__init__(f"{message} ({fix})" if fix else message)
+        # Half surrogate pairs of a row or a file name can be neither printed nor written.
+        self.message = message.encode(errors="backslashreplace").decode()
+        self.fix = fix and fix.encode(errors="backslashreplace").decode()
+        super().__init__(f"{self.message} ({self.fix})" if self.fix else self.message)
 
 
 class DataError(DistillError):

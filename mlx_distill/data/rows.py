@@ -96,7 +96,7 @@ def to_example(
         _check_turns(parsed)
         answer = valid_answer(parsed.answer, task, values)
         chat = (*parsed.prompt, Message("assistant", dump_answer(answer, task.schema)))
-        _check_json(parsed.fields, chat)
+        _check_json({**parsed.fields, task.id: parsed.id}, chat)
     except DataError as error:
         fix = _absent_column(raw, columns) or error.fix or DROP
         raise DataError(f"{where}: {error.message}{_about(left_out)}", fix=fix) from error
@@ -425,7 +425,7 @@ def _check_prompt(prompt: Sequence[Message]) -> None:
 
 def _check_json(fields: Mapping[str, Any], chat: Sequence[Message]) -> None:
     """Refuse what cannot be written as UTF-8: half surrogate pairs."""
-    texts = {key: json.dumps(value, ensure_ascii=False) for key, value in fields.items()}
+    texts = {repr(key)[1:-1]: json.dumps({key: value}, ensure_ascii=False) for key, value in fields.items()}
     texts |= {f"the {turn.role}'s turn": "".join(texts_of([turn.content, turn.extra])) for turn in chat}
     for name, text in texts.items():
         try:

@@ -36,6 +36,8 @@ def check_values(values: Mapping[str, ValueConfig], task: Task, where: str) -> N
                 f"{where}: {name!r} is not a field of the answer",
                 fix=known_names(name, properties, "its fields are"),
             )
+        if value.split == "":
+            raise ConfigError(f"{where}.{name}: split at nothing", fix="write split: ',', or wrap: true")
         if value.others == "keep" and value.map is None:
             raise ConfigError(f"{where}.{name}: others without map", fix="add map, or remove others")
 

@@ -44,10 +44,11 @@ def validator_of(schema: Mapping[str, Any], where: str = "the answer schema") ->
     from jsonschema.validators import validator_for
 
     try:
-        json.dumps(schema, allow_nan=False)
+        json.dumps(schema, allow_nan=False, ensure_ascii=False).encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise ConfigError(
-            f"{where} cannot be written as JSON: {error}", fix="put dates in quotes; use finite numbers"
+            f"{where} cannot be written as JSON: {error}",
+            fix="put dates in quotes; use finite numbers and whole characters",
         ) from error
     for path, part in _parts(schema, ()):
         _check_names(part, f"{where}{_dotted(path)}")

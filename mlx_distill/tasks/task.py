@@ -114,13 +114,14 @@ def _check_label(task: Task, properties: Mapping[str, Any], where: str) -> None:
             fix="take it out of open, or leave out label for a task without classes",
         )
     part = properties.get(task.label)
-    enum = part.get("enum") if isinstance(part, Mapping) else None
-    if not enum or len(set(enum)) < 2 or not all(isinstance(name, str) for name in enum):
+    enum: list[Any] = (part.get("enum") or []) if isinstance(part, Mapping) else []
+    is_text = bool(enum) and all(isinstance(name, str) for name in enum)
+    if not is_text or len(set(enum)) < 2:
         quotes = "put each class in quotes (YAML reads yes and no as true and false)"
         raise ConfigError(
             f"{where}: label field {task.label!r} has no enum of two or more strings",
             fix=quotes
-            if enum and not all(isinstance(name, str) for name in enum)
+            if enum and not is_text
             else "list the classes in the schema, or leave out label for a task without classes",
         )
     unknown = [name for name in task.positive if name not in enum]

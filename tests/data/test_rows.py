@@ -175,6 +175,8 @@ def test_the_answer_is_normalised_to_nfc_and_the_prompt_is_not(task: Task) -> No
         ({**PLAIN, "title": "", "text": " "}, "the user turn is empty"),
         ({**PLAIN, "id": [1]}, "id: text or a whole number"),
         ({**PLAIN, "genre": "\ud800"}, "genre: half a surrogate pair"),
+        ({**PLAIN, "id": "\ud800"}, "id: half a surrogate pair"),
+        ({**PLAIN, "\ud800": 1}, r"\\ud800: half a surrogate pair"),
         ({**PLAIN, "text": "\ud800"}, "the user's turn: half a surrogate pair"),
         ({**PLAIN, "text": b"\xff"}, "no field 'text'; .* the column 'text' holds bytes, not text"),
         ({"instruction": 3, "output": TEXT}, "instruction: text is needed, not 3"),

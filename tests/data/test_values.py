@@ -167,6 +167,7 @@ def test_a_value_that_cannot_be_changed_is_refused(text: str, given: Any, words:
         ),
         ("kind: {drop: true, scale: 1}", "values.kind: drop beside other keys"),
         ("kind: {others: keep}", "values.kind: others without map"),
+        ("kind: {split: ''}", "values.kind: split at nothing"),
     ],
 )
 def test_values_that_make_no_sense_are_refused_before_any_row(text: str, words: str) -> None:

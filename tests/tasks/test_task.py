@@ -76,6 +76,7 @@ def test_the_prompt_is_filled_from_the_row() -> None:
         ({"schema": schema(enum=["red"])}, "has no enum of two or more strings"),
         ({"schema": schema(enum=["red", "red"])}, "has no enum of two or more strings"),
         ({"schema": schema(enum=["red", 1])}, "has no enum of two or more strings"),
+        ({"schema": schema(enum=["red", ["blue"]])}, "has no enum of two or more strings"),
         ({"positive": ["green"]}, "positive class 'green' is not one of red, blue"),
         ({"score": "height"}, "score field 'height' is not in the schema"),
         ({"score_scale": [0]}, "score_scale: 2 values are needed"),
@@ -160,6 +161,7 @@ def test_a_score_is_a_number_with_the_limits_of_its_scale(
         ({"note": {"pattern": "("}}, "schema.properties.note.pattern: not a JSON schema: '(' is not"),
         ({"note": {"$ref": "#/$defs/none"}}, "schema.properties.note.$ref: '#/$defs/none' is not a part"),
         ({"note": {"enum": [float("nan")]}}, "schema cannot be written as JSON"),
+        ({"note": {"enum": ["\ud800"]}}, "schema cannot be written as JSON"),
         ({True: {}}, "schema: the name True is not text"),
     ],
 )
