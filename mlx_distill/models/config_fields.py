@@ -104,6 +104,7 @@ OPTIONAL_SIZE, FLAG, OFF = (
 )
 _POSITIVE = Field("number", above=0, null=True)
 _NOT_NEGATIVE = Field("number", least=0, null=True)
+_OBJECT = Field("object", null=True)
 _ROPE_BASE = Field("number", above=1, null=True)
 
 ROPE_FIELDS: Fields = {
@@ -131,7 +132,7 @@ _INFORMATION = """
     gradient_checkpointing output_router_logits router_aux_loss_coef pretraining_tp use_flash_attention
     attn_implementation use_bfloat16 torchscript return_dict return_dict_in_generate output_attentions
     output_hidden_states output_scores chunk_size_feed_forward tie_encoder_decoder
-    cross_attention_hidden_size is_decoder quantization quantization_config compression_config
+    cross_attention_hidden_size is_decoder
     max_length max_new_tokens min_length do_sample early_stopping num_beams num_beam_groups temperature top_k
     top_p typical_p repetition_penalty length_penalty diversity_penalty no_repeat_ngram_size
     encoder_no_repeat_ngram_size bad_words_ids num_return_sequences forced_bos_token_id forced_eos_token_id
@@ -174,8 +175,9 @@ DECODER_FIELDS: Fields = {
     "max_position_embeddings": OPTIONAL_SIZE,
     "original_max_position_embeddings": _POSITIVE,
     "rope_theta": _ROPE_BASE,
-    "rope_parameters": Field("object", null=True),
-    "rope_scaling": Field("object", null=True),
+    "rope_parameters": _OBJECT,
+    "rope_scaling": _OBJECT,
+    **dict.fromkeys(("quantization", "quantization_config", "compression_config"), _OBJECT),
     "tie_word_embeddings": FLAG,
     "hidden_act": Field(only=("silu", "swish")),
     "layer_types": Field("list", null=True),

@@ -99,6 +99,11 @@ def _read_generation(folder: Path) -> dict[str, Any]:
     return generation
 
 
+def _no_constant(name: str) -> None:
+    """Python's parser reads NaN and Infinity, which JSON does not have and no writer here writes."""
+    raise ValueError(f"{name} is no JSON number")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object.
 
@@ -110,7 +115,7 @@ def read_object(path: Path) -> dict[str, Any]:
     with os_errors():
         raw = path.read_bytes()
     try:
-        value = json.loads(raw)
+        value = json.loads(raw, parse_constant=_no_constant)
     except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{path}: not valid JSON: {error}", fix="download or copy the checkpoint again"

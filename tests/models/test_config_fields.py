@@ -260,7 +260,7 @@ def test_a_value_that_is_not_computed_is_an_error(config: Any, changes: Any, tmp
         ("rms_norm_eps", -1e-6, "rms_norm_eps -1e-06 is less than 0"),
         ("tie_word_embeddings", "true", "tie_word_embeddings 'true' is not true or false"),
         ("rope_theta", 0, "rope_theta 0 is not greater than 1"),
-        ("rope_theta", float("nan"), "rope_theta nan is not a number"),
+        ("rope_theta", float("nan"), "not valid JSON: NaN is no JSON number"),
         ("rope_scaling", "yarn", "rope_scaling 'yarn' is not an object"),
         ("rope_scaling", {"rope_type": "yarn", "factor": "4"}, "rope_scaling.factor '4' is not a number"),
         ("rope_scaling", {"rope_type": "yarn", "factor": 0}, "rope_scaling.factor 0 is not greater than 0"),

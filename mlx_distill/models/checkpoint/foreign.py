@@ -119,11 +119,6 @@ def _method(config: Mapping[str, Any], folder: Path) -> tuple[str, str | None]:
         return f"{where}: compression_config", "compressed-tensors"
     if quantization := config.get("quantization_config"):
         key = f"{where}: quantization_config"
-        if not isinstance(quantization, Mapping):
-            raise ModelError(
-                f"{key} {quantization!r} is not an object",
-                fix="take config.json from the original checkpoint",
-            )
         if method := quantization.get("quant_method"):
             return f"{key}.quant_method", str(method)
         if loaded := next((k for k in ("load_in_4bit", "load_in_8bit") if quantization.get(k)), None):
