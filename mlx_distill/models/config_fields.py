@@ -110,7 +110,7 @@ _ROPE_BASE = Field("number", above=1, null=True)
 ROPE_FIELDS: Fields = {
     "rope_type": Field("text", null=True),
     "type": Field("text", null=True),
-    "rope_theta": _ROPE_BASE,
+    "rope_theta": Field("number", above=1),
     "factor": _POSITIVE,
     "original_max_position_embeddings": _POSITIVE,
     "beta_fast": _NOT_NEGATIVE,

@@ -220,6 +220,8 @@ def test_published_checkpoints_give_no_note(config: Any, generation: Any, tmp_pa
         (_QWEN3_8B, {"head_dim": 127}),
         (_QWEN3_30B, {"num_experts_per_tok": 129}),
         (_QWEN3_30B, {"decoder_sparse_step": 0}),
+        (_QWEN3_8B, {"rope_theta": None}),
+        (_QWEN3_8B, {"rope_parameters": {"rope_type": "default", "rope_theta": None}}),
         (_QWEN3_8B, {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}),
         (_QWEN3_8B, {"rope_parameters": {"full_attention": {"rope_type": "default"}}}),
         (_QWEN3_8B, {"rope_scaling": {"rope_type": "linear", "factor": None}}),
@@ -345,6 +347,14 @@ def test_a_yarn_factor_that_is_null_is_the_ratio_of_the_lengths(
     from mlx_lm.utils import load_model as stock_load
 
     assert stock_load(tmp_path / "ours")[0](prompt).shape == wanted.shape
+
+
+def test_a_default_beyond_the_experts_is_an_error(golden: Any, tmp_path: Path) -> None:
+    config = json.loads((golden("gpt_oss") / "config.json").read_text())
+    del config["num_experts_per_tok"]
+    with pytest.raises(ModelError, match="'num_experts_per_tok' is missing"):
+        expected_shapes({**config, "num_local_experts": 3})
+    assert expected_shapes({**config, "num_local_experts": 4})
 
 
 def test_a_base_inside_the_rope_comes_before_the_one_outside() -> None:

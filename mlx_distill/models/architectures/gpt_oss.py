@@ -104,6 +104,9 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             f"config.json: layer_types {sorted(set(types))} for {config['num_hidden_layers']} layers",
             fix="gpt-oss needs one type for each layer, and both sliding_attention and full_attention",
         )
+    # A default of the family that is more than the experts of a small model.
+    if "num_experts_per_tok" not in config and config["num_local_experts"] < 4:
+        raise KeyError("num_experts_per_tok")
     if config.get("tie_word_embeddings"):
         raise ModelError(
             "config.json: tie_word_embeddings with gpt-oss",

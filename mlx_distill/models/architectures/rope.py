@@ -61,7 +61,12 @@ def _settings(config: Mapping[str, Any], scaling: dict[str, Any], default_theta:
             f"config.json: a rope for each type of layer ({nested!r}) is not supported",
             fix="only one rope for all layers is",
         )
-    theta = scaling.get("rope_theta") or config.get("rope_theta") or default_theta
+    theta = scaling.get("rope_theta") or config.get("rope_theta", default_theta)
+    if theta is None:
+        raise ModelError(
+            "config.json: rope_theta None is not a number",
+            fix="take config.json from the original checkpoint",
+        )
     kind = scaling.get("rope_type") or scaling.get("type") or "default"
     if kind not in ("default", "linear", "yarn"):
         raise ModelError(
