@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.small_run import write_recipe
-from helpers.tokenizer_kinds import make, spelled
+from helpers.tokenizer_kinds import make
 
 from mlx_distill.config import resolve_asset
+from mlx_distill.losses import token_bytes
 from mlx_distill.models.load import load_tokenizer
 from mlx_distill.pipeline import run
 from mlx_distill.progress import NullProgress
@@ -31,7 +32,9 @@ SHORT = {"steps": 3, "accumulate": 1, "batch_size": 4, "lora_rank": 4, "evaluate
 
 
 def model_with(tmp_path: Path, kind: str, template: str = TEMPLATE) -> str:
-    """The packaged Qwen3 with another tokenizer; its weights know nothing of it."""
+    """The packaged Qwen3, with another tokenizer that its weights know nothing of where one is named."""
+    if kind == "asset":
+        return "asset:models/tiny-qwen3"
     folder = tmp_path / kind
     shutil.copytree(TINY, folder, ignore=shutil.ignore_patterns("token*", "chat*", "generation*"))
     make(kind).save(str(folder / "tokenizer.json"))
@@ -53,10 +56,10 @@ def distilled(tmp_path: Path, **blocks: Any) -> list[dict[str, Any]]:
     return [row for _, row in read_jsonl(tmp_path / "out" / "student" / "metrics.jsonl")]
 
 
-def aligned(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
+def aligned(tmp_path: Path, *overrides: str) -> tuple[Any, dict[str, Any]]:
     """The training rows of a finished run, and what the objective needs."""
     (tmp_path / "again").mkdir()
-    recipe, run_folder = load_recipe(tmp_path / "recipe.yaml"), tmp_path / "out"
+    recipe, run_folder = load_recipe(tmp_path / "recipe.yaml", overrides), tmp_path / "out"
     context = Context(recipe, recipe.load_task(), run_folder, NullProgress(), StopFlag())
     tokenizer = load_tokenizer(run_folder / "student_base")
     train, _, inputs = aligned_rows(context, tmp_path / "again", tokenizer, recipe.distill, token_rows=1088)
@@ -64,17 +67,31 @@ def aligned(tmp_path: Path) -> tuple[Any, dict[str, Any]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("teacher", ["asset:models/tiny-qwen3", "gemma"])
-def test_a_sentencepiece_like_student(tmp_path: Path, teacher: str) -> None:
+@pytest.mark.parametrize(("teacher", "student"), [("asset", "llama2"), ("gemma", "asset")])
+def test_word_marks_and_bytes(tmp_path: Path, teacher: str, student: str) -> None:
     """Across tokenizers: the aligned rows hold both texts from beginning to end."""
-    teacher = model_with(tmp_path, teacher) if ":" not in teacher else teacher
-    metrics = distilled(tmp_path, teacher=teacher, student=model_with(tmp_path, "llama2"))
+    metrics = distilled(
+        tmp_path, teacher=model_with(tmp_path, teacher), student=model_with(tmp_path, student)
+    )
     assert all(np.isfinite([row[term] for term in ("token", "text", "label")]).all() for row in metrics)
     rows, inputs = aligned(tmp_path)
     assert len(rows) == 30 and inputs["groups"].shared > 50
+    tokens = token_bytes(load_tokenizer(tmp_path / "out" / "student_base"))
     for row in rows:
-        said = spelled(make("llama2"), row.tokens[row.start : -1])
+        said = b"".join(tokens[i] for i in row.tokens[row.start : -1])
         assert said in (b'{"colour": "yes"}', b'{"colour": "no"}')
         assert [a for a, _ in row.spans[1:]] == [b for _, b in row.spans[:-1]]
         assert row.spans[0, 0] == row.start and row.spans[-1, 1] == len(row.tokens)
         assert row.starts.tolist() == row.spans[:, 0].tolist()
+
+
+@pytest.mark.slow
+def test_one_tokenizer_without_bytes(tmp_path: Path) -> None:
+    """Nothing is aligned between models of one tokenizer."""
+    model = model_with(tmp_path, "word_piece")
+    metrics = distilled(tmp_path, teacher=model, student=model, distill={**SHORT, "label_weight": 0.0})
+    assert all(np.isfinite([row["token"], row["text"]]).all() and "label" not in row for row in metrics)
+    rows, inputs = aligned(tmp_path, "distill.label_weight=0")
+    assert len(rows) == 30 and inputs["same_tokenizer"] and inputs["groups"] is None
+    for row in rows:
+        assert row.spans.tolist() == [[i, i + 1] for i in range(row.start, len(row.tokens))]
