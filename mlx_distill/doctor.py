@@ -76,8 +76,12 @@ class Diagnosis:
         return out
 
 
-def diagnose(folder: str | Path = ".") -> Diagnosis:
+def diagnose(folder: str | Path = ".", recipe: str | Path | None = None) -> Diagnosis:
     """Check the machine, the installation, and the disk of ``folder``.
+
+    Args:
+        folder: Where runs are written.
+        recipe: A recipe whose downloads and disk are stated a stage at a time and held against the free disk.
 
     >>> diagnosis = diagnose()
     >>> diagnosis.healthy, [check.name for check in diagnosis.checks][:3]
@@ -87,7 +91,8 @@ def diagnose(folder: str | Path = ".") -> Diagnosis:
     checks = [_system(), _memory(), _versions(missing)]
     if "mlx" not in missing:
         checks += [_blas(), _device(), _speed()]
-    return Diagnosis([*checks, _disk(Path(folder)), _hub(), *_extras()])
+    checks += [_disk(Path(folder)), _hub(), *_extras()]
+    return Diagnosis([*checks, *(_recipe(recipe, Path(folder)) if recipe else ())])
 
 
 def _installed(module: str) -> bool:
@@ -185,6 +190,24 @@ def _hub() -> Check:
 
     offline = "; offline (HF_HUB_OFFLINE is set)" if constants.HF_HUB_OFFLINE else ""
     return Check("hub", "ok", f"models are kept in {constants.HF_HUB_CACHE}{offline}")
+
+
+def _recipe(spec: str | Path, folder: Path) -> Iterator[Check]:
+    from mlx_distill.graph import graph
+    from mlx_distill.recipe import load_recipe
+    from mlx_distill.resources import stage_resources, total, total_disk
+
+    recipe = load_recipe(spec)
+    out = folder / "runs" / recipe.name
+    needs = stage_resources(recipe, graph(recipe, recipe.load_task()), out)
+    for name, need in needs.items():
+        yield Check(name, "ok", need.text or "nothing to download; disk not known")
+    free = shutil.disk_usage(folder).free
+    text = f"{total(needs)}; {free / _GB:.1f} GB free"
+    if total_disk(needs) > free:
+        yield Check(recipe.name, "bad", text, "free some disk, or give --out a folder on a larger one")
+    else:
+        yield Check(recipe.name, "ok", text)
 
 
 def _extras() -> Iterator[Check]:

@@ -21,6 +21,7 @@ from mlx_distill.errors import ConfigError, DistillError, FileError
 from mlx_distill.graph import Stage, graph
 from mlx_distill.progress import EventProgress, NullProgress, Progress, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.resources import with_resources
 from mlx_distill.runtime import StopFlag, machine, rank_and_size, stop_on_signal, versions
 from mlx_distill.stages.answers_gate import gate_error
 from mlx_distill.stages.context import Context
@@ -220,7 +221,7 @@ def run(
         for text in renamed:
             progress.note(text)
     if dry_run:
-        return runner.plan()
+        return with_resources(runner.plan(), loaded, runner.stages, out)
     if num_ranks > 1 and only not in TRAININGS:
         raise ConfigError(
             f"{only or 'a whole run'} on {num_ranks} ranks",

@@ -132,14 +132,16 @@ def check_inputs(problems: Sequence[str]) -> None:
 class Plan:
     """What a run would do; ``--dry-run`` prints it. Each stage has ``command``, ``writes``, ``reads``,
     ``absent`` (inputs that do not exist), ``gate`` (what its result must fulfil, or None), ``state`` (text),
-    ``status`` (:attr:`StageStatus.kind`) and ``settings``. ``problems`` are those of the inputs of the stages
-    that have to be made; see :func:`input_problems`.
+    ``status`` (:attr:`StageStatus.kind`) and ``settings``; one that has to be made may have ``needs`` (text)
+    and ``resources``, see :mod:`mlx_distill.resources`. ``problems`` are those of the inputs of the stages
+    that have to be made, see :func:`input_problems`; ``total`` is the sum of the resources, for people.
     """
 
     recipe: str
     out: str
     stages: Sequence[Mapping[str, Any]]
     problems: Sequence[str] = ()
+    total: str | None = None
 
     @property
     def lines(self) -> list[str]:
@@ -155,7 +157,9 @@ class Plan:
                 lines.append(f"          with   {settings}")
             if stage["gate"]:
                 lines.append(f"          gate   {stage['gate']}")
-        return lines
+            if stage.get("needs"):
+                lines.append(f"          needs  {stage['needs']}")
+        return [*lines, *([self.total] if self.total else [])]
 
     @property
     def next(self) -> str:
@@ -175,6 +179,7 @@ class Plan:
             "out": self.out,
             "stages": list(self.stages),
             "problems": list(self.problems),
+            "total": self.total,
         }
 
 
@@ -200,7 +205,7 @@ def make_plan(recipe: Recipe, out: Path, stages: Sequence[Stage], forced: Callab
             {
                 "command": stage.command,
                 "writes": str(out / stage.name),
-                "reads": [str(out / name) for name in stage.parents] + list(stage.inputs),
+                "reads": list(dict.fromkeys([*(str(out / name) for name in stage.parents), *stage.inputs])),
                 "absent": stage.absent,
                 "state": status.text,
                 "status": status.kind,

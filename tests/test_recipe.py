@@ -40,7 +40,7 @@ def test_the_settings_of_qwen3_8b_to_gpt_oss_20b() -> None:
             0.1,
         )
         assert (training.batch_size, training.accumulate) == (1, 8)
-    assert recipe.teach.learning_rate == 2e-5 and recipe.distill.learning_rate == 1e-5
+    assert recipe.teach.learning_rate == 2e-4 and recipe.distill.learning_rate == 1e-4  # of adapters
     assert recipe.teach.max_length == 512 and recipe.distill.max_length >= 512
     assert (recipe.teach.galore_rank, recipe.teach.galore_update_gap) == (512, 400)
     assert (recipe.distill.label_temperature, recipe.distill.label_weight, recipe.distill.text_weight) == (
@@ -112,6 +112,29 @@ def test_a_misspelled_recipe_gets_the_nearest_name() -> None:
     with pytest.raises(ConfigError) as caught:
         load_recipe("tiny-moderatoin")
     assert "did you mean 'tiny-moderation'?" in str(caught.value.fix)
+
+
+def smoke_settings(text: str) -> list[str]:
+    """The ``--set`` values of the smoke run in a text, which may go over several commented lines."""
+    start = text.index("--set data.sources.0.count")
+    words = text[start:].replace("\\\n#", " ").splitlines()[0].split()
+    return [value for flag, value in zip(words[::2], words[1::2], strict=True) if flag == "--set"]
+
+
+@pytest.mark.parametrize("name", ["qwen3-8b-to-gpt-oss-20b", "qwen3-8b-galore-to-gpt-oss-20b"])
+def test_the_smoke_run_of_the_flagship_is_documented_and_small(name: str) -> None:
+    documented = smoke_settings((ASSETS / "recipes" / f"{name}.yaml").read_text(encoding="utf-8"))
+    readme = Path(__file__).parent.parent / "README.md"
+    assert smoke_settings(readme.read_text(encoding="utf-8")) == documented
+    recipe = load_recipe(name, documented)
+    assert (recipe.teach.steps, recipe.distill.steps, recipe.evaluate.max_rows) == (2, 2, 4)
+    assert recipe.data.sources[0].count == 60
+
+
+def test_the_galore_flagship_has_the_settings_of_its_user() -> None:
+    teach = load_recipe("qwen3-8b-galore-to-gpt-oss-20b").teach
+    assert (teach.method, teach.galore_rank, teach.galore_update_gap) == ("galore", 512, 400)
+    assert (teach.learning_rate, teach.epochs, teach.grad_checkpoint) == (2e-5, 2, True)
 
 
 def test_overrides_are_part_of_the_recipe() -> None:

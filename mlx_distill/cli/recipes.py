@@ -145,17 +145,19 @@ def _packaged(name: str) -> Path:
 
 
 @click.command()
+@click.argument("recipe", required=False)
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 @click.pass_context
-def doctor(ctx: click.Context, as_json: bool) -> None:
+def doctor(ctx: click.Context, recipe: str | None, as_json: bool) -> None:
     """Check the machine and the installation.
 
-    Device, memory, versions, BLAS, disk and optional packages; each problem with its fix. The exit code is 1
-    if some command cannot run.
+    Device, memory, versions, BLAS, disk and optional packages; each problem with its fix. With a RECIPE also
+    what each of its stages downloads and writes. The exit code is 1 if some command cannot run, or the disk
+    is too small for the recipe.
     """
     from mlx_distill.cli.output import echo
     from mlx_distill.doctor import diagnose
 
-    diagnosis = diagnose()
+    diagnosis = diagnose(recipe=recipe)
     echo(diagnosis, as_json)
     ctx.exit(0 if diagnosis.healthy else 1)

@@ -1,0 +1,205 @@
+"""What a run downloads and writes, a stage at a time, as far as that is known before anything is loaded."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from mlx_distill.config import resolve_asset
+from mlx_distill.graph import Stage
+from mlx_distill.models.hub import ALLOWED, IGNORED, is_hub_id
+from mlx_distill.recipe import Recipe, TrainConfig
+from mlx_distill.status import Plan
+from mlx_distill.storage import read_json
+from mlx_distill.text import size
+
+_TIMEOUT_S = 5.0
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one stage needs.
+
+    Attributes:
+        download: Bytes from the Hub; 0 where nothing is, None where the Hub did not say.
+        disk: Bytes that it writes at most, checkpoints included; None where that is not known.
+        grad_checkpoint: Of a training: whether activations are computed again to save memory.
+        model: The Hub model that is downloaded.
+    """
+
+    download: int | None = 0
+    disk: int | None = None
+    grad_checkpoint: bool | None = None
+    model: str | None = None
+
+    @property
+    def text(self) -> str:
+        """For people; empty where there is nothing to say.
+
+        >>> Resources(16_381_470_720, 16_381_470_720, model="Qwen/Qwen3-8B").text
+        'download of Qwen/Qwen3-8B: 16.4 GB; disk: at most 16.4 GB'
+        """
+        parts = []
+        if self.model:
+            known = "size unknown (the Hub was not reached)" if self.download is None else size(self.download)
+            parts.append(f"download of {self.model}: {known}")
+        if self.disk is not None:
+            parts.append(f"disk: at most {size(self.disk)}")
+        if self.grad_checkpoint is not None:
+            parts.append(f"grad_checkpoint: {str(self.grad_checkpoint).lower()}")
+        return "; ".join(parts)
+
+
+def stage_resources(recipe: Recipe, stages: Sequence[Stage], out: Path) -> dict[str, Resources]:
+    """What each stage that has to be made needs, by its name.
+
+    A converted model takes at most the bytes of its source, a quantized one those of the student; an adapter
+    and its checkpoints (weights and two moments each, in float32) are counted from the model's shapes, where
+    its config is on this machine. Targets and prepared rows depend on the rows and are not estimated.
+
+    Args:
+        recipe: The recipe.
+        stages: Of its graph.
+        out: The run's folder.
+    """
+    sources = {
+        "teacher_base": resolve_asset(recipe.teacher, recipe.base),
+        "student_base": resolve_asset(recipe.student, recipe.base),
+    }
+    bases = {name: _source_resources(source, recipe) for name, source in sources.items()}
+    needs: dict[str, Resources] = {}
+    for stage in stages:
+        if stage.name in bases:
+            needs[stage.name] = bases[stage.name]
+        elif stage.command in ("teach", "distill"):
+            base = stage.parents[0] if stage.parents[0] in bases else "student_base"
+            folders = (out / base, Path(sources[base]))
+            folder = next((path for path in folders if (path / "config.json").is_file()), None)
+            settings = getattr(recipe, stage.command)
+            needs[stage.name] = Resources(
+                disk=_training_bytes(folder, settings, bases[base].disk, recipe.dequantize),
+                grad_checkpoint=settings.grad_checkpoint,
+            )
+        elif stage.command == "quantize":
+            needs[stage.name] = Resources(disk=bases["student_base"].disk)
+    return needs
+
+
+def total(needs: Mapping[str, Resources]) -> str:
+    """The sum of all stages for people.
+
+    >>> total({"a": Resources(2_000_000_000, 1_000_000_000, model="m"), "b": Resources(disk=500_000_000)})
+    'in all: download 2.0 GB, disk at most 1.5 GB'
+    """
+    downloads = {need.model: need.download for need in needs.values() if need.model}
+    known = [value for value in downloads.values() if value is not None]
+    parts = [f"download {size(sum(known)) if len(known) == len(downloads) else 'of unknown size'}"]
+    if disk := sum(need.disk or 0 for need in needs.values()):
+        parts.append(f"disk at most {size(disk)}")
+    if unknown := [name for name, need in needs.items() if need.disk is None]:
+        parts.append(f"disk not known yet for {', '.join(unknown)}")
+    return f"in all: {', '.join(parts)}"
+
+
+def total_disk(needs: Mapping[str, Resources]) -> int:
+    """The bytes that all stages write and download, as far as known. Downloads stay in the Hub's cache."""
+    return sum((need.disk or 0) + (need.download or 0) for need in needs.values())
+
+
+def _source_resources(source: str, recipe: Recipe) -> Resources:
+    """The download and the disk of a base model's conversion."""
+    path = Path(source).expanduser()
+    if not path.is_dir() and is_hub_id(source):
+        cached = _cached(source, recipe.convert.revision)
+        if cached is None:
+            weights = _hub_bytes(source, recipe.convert.revision)
+            return Resources(weights, weights, model=source)
+        path = cached
+    if not path.is_dir():
+        return Resources()
+    return Resources(disk=sum(file.stat().st_size for file in path.glob("*.safetensors")))
+
+
+def _cached(repo: str, revision: str | None) -> Path | None:
+    """The snapshot of a Hub model that is on this machine with all its shards."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (LocalEntryNotFoundError, ValueError, OSError):
+        return None
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        files = set(read_json(index).get("weight_map", {}).values())
+        return folder if all((folder / name).exists() for name in files) else None
+    return folder if any(folder.glob("*.safetensors")) else None
+
+
+def _hub_bytes(repo: str, revision: str | None) -> int | None:
+    """The bytes of the files that a download takes, or None where the Hub cannot be asked."""
+    from huggingface_hub import HfApi
+
+    try:
+        info = HfApi().model_info(repo, revision=revision, files_metadata=True, timeout=_TIMEOUT_S)
+    except Exception:  # offline, or any of the client's dozens of errors: the run itself reports it
+        return None
+    return sum(file.size or 0 for file in info.siblings or () if _is_taken(file.rfilename))
+
+
+def _is_taken(name: str) -> bool:
+    taken, left = (any(fnmatch.fnmatch(name, p) for p in patterns) for patterns in (ALLOWED, IGNORED))
+    return taken and not left
+
+
+def _training_bytes(
+    folder: Path | None, settings: TrainConfig, base: int | None, dequantize: bool
+) -> int | None:
+    """The bytes of a training's result and of its checkpoints."""
+    if folder is None:
+        return None
+    from mlx.utils import tree_flatten
+
+    from mlx_distill.errors import DistillError
+    from mlx_distill.models.load import empty_model
+    from mlx_distill.models.modules import dequantize_model
+    from mlx_distill.train.trainable import adapter_settings, make_trainable
+
+    try:
+        model = empty_model(folder)
+        if dequantize:
+            dequantize_model(model)
+        make_trainable(model, settings)
+    except DistillError:  # the run itself reports it
+        return None
+    trained = [array for _, array in tree_flatten(model.trainable_parameters())]
+    weights = sum(array.nbytes for array in trained)
+    result = weights if adapter_settings(settings) is not None else base or weights
+    # Low-rank optimizers keep smaller moments than AdamW's two, which is an upper bound.
+    moments = 2 * 4 * sum(array.size for array in trained)
+    return result + weights + settings.keep_checkpoints * (weights + moments)
+
+
+def with_resources(plan: Plan, recipe: Recipe, stages: Sequence[Stage], out: Path) -> Plan:
+    """The plan of a run with what each stage that has to be made needs, and the sum.
+
+    Args:
+        plan: The plan, a row a stage and one for the report.
+        recipe: The recipe.
+        stages: Of its graph.
+        out: The run's folder.
+    """
+    needs = stage_resources(recipe, stages, out)
+    to_make = {
+        stage.name: needs[stage.name]
+        for stage, row in zip(stages, plan.stages, strict=False)
+        if stage.name in needs and row["status"] != "current"
+    }
+    rows = [dict(row) for row in plan.stages]
+    for stage, row in zip(stages, rows, strict=False):
+        if stage.name in to_make:
+            row["resources"] = asdict(to_make[stage.name])
+            row["needs"] = to_make[stage.name].text
+    return replace(plan, stages=rows, total=total(to_make) if to_make else None)

@@ -1,0 +1,115 @@
+"""Downloads and disk of a run, stated before anything is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from helpers.small_chain import finished
+
+from mlx_distill import pipeline
+from mlx_distill.config import ASSETS
+from mlx_distill.doctor import diagnose
+from mlx_distill.graph import graph
+from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.resources import Resources, stage_resources, total, total_disk
+from mlx_distill.status import Plan
+
+FLAGSHIP = "qwen3-8b-to-gpt-oss-20b"
+FILES = {
+    "config.json": 700,
+    "model-00001-of-00002.safetensors": 9_000_000_000,
+    "model-00002-of-00002.safetensors": 7_000_000_000,
+    "original/model.safetensors": 5,  # never downloaded
+    "pytorch_model.bin": 5,
+}
+
+
+def needs_of(recipe: Recipe, out: Path) -> dict[str, Resources]:
+    return stage_resources(recipe, graph(recipe, recipe.load_task()), out)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Hub that has the same files under every name."""
+    import huggingface_hub
+
+    def model_info(self: Any, repo: str, **options: Any) -> Any:
+        assert options["files_metadata"] and options["timeout"] > 0
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=n, size=b) for n, b in FILES.items()])
+
+    def nothing_cached(repo: str, **options: Any) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError(repo)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", nothing_cached)
+
+
+def test_models_of_the_hub_state_their_download(hub: None, tmp_path: Path) -> None:
+    needs = needs_of(load_recipe(FLAGSHIP), tmp_path)
+    weights = 16_000_000_700  # what a conversion downloads
+    assert needs["teacher_base"] == Resources(weights, weights, model="Qwen/Qwen3-8B")
+    assert needs["teacher"].grad_checkpoint is True
+    assert "download of Qwen/Qwen3-8B: 16.0 GB" in needs["teacher_base"].text
+    assert total(needs).startswith("in all: download 32.0 GB, disk at most 48.0 GB")
+
+
+def test_a_hub_that_does_not_answer_is_said(
+    hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    def offline(self: Any, repo: str, **options: Any) -> Any:
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", offline)
+    needs = needs_of(load_recipe(FLAGSHIP), tmp_path)
+    assert needs["teacher_base"].download is None and "size unknown" in needs["teacher_base"].text
+    assert total(needs).startswith("in all: download of unknown size, disk not known yet for teacher_base")
+
+
+@pytest.mark.slow
+def test_the_disk_that_is_stated_is_enough(tmp_path: Path) -> None:
+    """Each stage of a finished run is at most as large as stated, and the statement is no wild guess."""
+    recipe = load_recipe(finished() / "recipe.yaml")
+    needs = needs_of(recipe, tmp_path)
+    assert total_disk(needs) > 0
+    for name, need in needs.items():
+        files = list((finished() / "out" / name).rglob("*.safetensors"))
+        written = sum(path.stat().st_size for path in files)
+        assert need.disk is not None and written <= need.disk * 1.01, name
+        assert need.disk <= 12 * written, name
+
+
+def test_the_plan_of_a_run_states_them_for_stages_to_make(tmp_path: Path) -> None:
+    plan = pipeline.run("tiny", tmp_path / "run", dry_run=True)
+    assert isinstance(plan, Plan)
+    lines = "\n".join(plan.lines)
+    stored = (ASSETS / "models" / "tiny-qwen3").glob("*.safetensors")
+    assert plan.stages[1]["resources"]["disk"] == sum(path.stat().st_size for path in stored)
+    assert "needs  disk: at most" in lines and "grad_checkpoint: false" in lines
+    assert plan.lines[-1].startswith("in all: download 0 bytes, disk at most ")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_finished_stages_need_nothing() -> None:
+    plan = pipeline.run(finished() / "recipe.yaml", finished() / "out", dry_run=True)
+    assert isinstance(plan, Plan) and plan.total is None
+    assert not any("needs" in row for row in plan.stages)
+
+
+def test_doctor_holds_a_recipe_against_the_free_disk(
+    hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000_000_000))
+    checks = {check.name: check for check in diagnose(tmp_path, FLAGSHIP).checks}
+    assert checks[FLAGSHIP].state == "ok" and "100.0 GB free" in checks[FLAGSHIP].detail
+    assert checks["teacher"].detail == "grad_checkpoint: true"
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=70_000_000_000))
+    diagnosis = diagnose(tmp_path, FLAGSHIP)
+    assert not diagnosis.healthy and diagnosis.checks[-1].state == "bad" and diagnosis.checks[-1].fix
