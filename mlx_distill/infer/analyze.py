@@ -272,6 +272,7 @@ def iter_analysis(
     for text in prompt_notes(trained_on, task, systems, len(checked)):
         progress.note(f"note: {text}")
     loaded, tokenizer = model if isinstance(model, tuple) else _load(folder or model)
+    label_probs = label_probs and label_prefix_tokens(tokenizer, task, progress.note) is not None
     chunk = batch_size * _BATCHES_IN_MEMORY
     with progress.task("analyze", total=len(items), unit="item") as bar:
         for start in range(0, len(items), chunk):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers.labels import LABEL_SETS, Counted, tokens_behind, with_labels
+from helpers.small_chain import RecordedProgress
 
 import mlx_distill as md
 from mlx_distill.data.chat import prompt_ids
@@ -212,6 +214,22 @@ def test_analyze_takes_what_load_returns(model: Any, tokenizer: Any) -> None:
     )
     assert isinstance(first, Prediction) and first.id == "0" and second.tokens <= 5
     assert md.analyze((model, tokenizer), "moderation", []) == []
+
+
+def test_a_label_that_is_not_scored_is_noted_once(model: Any, tokenizer: Any, task: Task) -> None:
+    properties = task.schema["properties"]
+    later = {"confidence": properties["confidence"], "label": properties["label"]}
+    progress = RecordedProgress()
+    predictions = analyze(
+        (model, tokenizer),
+        replace(task, schema={**task.schema, "properties": later}),
+        ITEMS,
+        max_tokens=2,
+        batch_size=1,
+        progress=progress,
+    )
+    assert [p.label_probs for p in predictions] == [None] * len(ITEMS)
+    assert sum("no distribution over the labels" in note for note in progress.notes) == 1
 
 
 def test_bad_items_are_found_before_a_model_is_loaded() -> None:
