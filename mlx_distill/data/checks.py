@@ -16,6 +16,7 @@ from mlx_distill.text import counted
 
 FEW_ROWS = 500
 _IMBALANCE = 10  # times that the most frequent class may be more frequent than the rarest
+_LISTED = 100  # domains that are kept for an error
 _NOT_FIELDS = {*CHAT_COLUMNS, "instruction", "input", "output", "prompt", "completion", "answer", "fields"}
 
 
@@ -24,9 +25,12 @@ class FieldsSeen:
 
     def __init__(self) -> None:
         self.names: set[str] = set()
+        self.domains: set[str] = set()  # values of data.domain_field, where rows are chosen by it
 
-    def add(self, values: Mapping[str, Any], columns: Mapping[str, str]) -> None:
+    def add(self, values: Mapping[str, Any], columns: Mapping[str, str], config: DataConfig) -> None:
         """Note the fields of one row, given with its columns under their own names."""
+        if config.domains and len(self.domains) < _LISTED:
+            self.domains.add(str(values.get(config.domain_field)))
         present = {name for name, value in values.items() if value is not None}
         present |= {field for field, column in columns.items() if column in present}
         self.names |= present

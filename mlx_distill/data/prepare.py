@@ -19,6 +19,7 @@ from jaxtyping import Int8, Int64, UInt64
 from mlx_distill.data.answer_marker import LeakCounter
 from mlx_distill.data.checks import FieldsSeen, check_shares, left_out, warnings_of
 from mlx_distill.data.dedup import Clusters, minhash, near_duplicates, shingles, words
+from mlx_distill.data.layouts import listed
 from mlx_distill.data.row_buffer import RowBuffer
 from mlx_distill.data.rows import to_example
 from mlx_distill.data.sources import read_source
@@ -156,7 +157,7 @@ def _read(
                     continue
                 text = "\n".join(turn.content for turn in example.messages if turn.role in ("user", "tool"))
                 values = {**raw, **example.fields}
-                seen.add(values, source.columns)
+                seen.add(values, source.columns, config)
                 leaks.add(number, source, where, raw, example)
                 reason = _filter(text, example, values, config)
                 if reason:
@@ -179,7 +180,8 @@ def _read(
     warnings = [*seen.check(task, config), *leaks.check()]
     if not len(buffer):
         reason = next(iter(dropped.summary()), "nothing was read")
-        raise DataError(f"no rows are left of {read}: {reason}", fix="loosen the filters under data")
+        domains = f"; the domains are {listed(sorted(seen.domains))}" if seen.domains else ""
+        raise DataError(f"no rows are left of {read}: {reason}{domains}", fix="loosen the filters under data")
     return read, warnings
 
 

@@ -261,6 +261,8 @@ def test_a_row_that_does_not_fit_stops_or_is_counted(tmp_path: Path, task: Task)
 def test_nothing_left_is_an_error_with_the_commonest_reason(tmp_path: Path, task: Task) -> None:
     with pytest.raises(DataError, match="no rows are left of 5: longer than 10 characters"):
         run(tmp_path, task, songs(5), max_chars=10)
+    with pytest.raises(DataError, match="of another domain; the domains are folk, pop"):
+        run(tmp_path, task, songs(9), domains=["fol"], domain_field="genre")
     with pytest.raises(DataError, match="no rows are left to train on"):
         run(tmp_path, task, songs(5, split="test"))
     with pytest.raises(ConfigError, match="no sources"):
