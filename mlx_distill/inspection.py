@@ -376,6 +376,6 @@ def _settings_facts(folder: Path, config: Mapping[str, Any], from_peft: bool) ->
         "rank": settings.rank,
         "alpha": settings.alpha,
         "dropout": settings.dropout,
-        "targets": ", ".join(settings.target_modules),
+        "targets": ", ".join(map(str, settings.target_modules)),
         **({"whole": ", ".join(settings.modules_to_save)} if settings.modules_to_save else {}),
     }

@@ -25,7 +25,7 @@ from mlx_distill.models.adapters import (
 from mlx_distill.models.architectures.registry import architecture_of, expected_shapes
 from mlx_distill.models.checkpoint.foreign import check_supported
 from mlx_distill.models.checkpoint.layout import Architecture
-from mlx_distill.models.checkpoint.plan import planned_config
+from mlx_distill.models.checkpoint.plan import CheckpointPlan, planned_config
 from mlx_distill.models.checkpoint.safetensors import FLOATS, TensorInfo, read_header
 from mlx_distill.models.config_files import (
     ADAPTER_CONFIG,
@@ -38,6 +38,8 @@ from mlx_distill.models.folder import check_destination, staged_folder
 from mlx_distill.models.hub import commit_of, copy_tokenizer, has_tokenizer, resolve
 from mlx_distill.storage import atomic_path, digest, sha256, write_json
 from mlx_distill.text import counted
+
+_RIGHT_BASE = "name the model that it was trained on: base in adapter_config.json, or --base of convert"
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,7 @@ def check_module(
             raise ModelError(
                 f"{info.where} has the shape {list(info.shape)}; the adapter's rank and {path} of the base "
                 f"model {base.label} need {list(needed[leaf])}",
-                fix="check the rank in adapter_config.json, or name the right base with --base",
+                fix="correct rank or base in adapter_config.json, or convert it with the right --base",
             )
         _check_type(info)
     for leaf in needed:
@@ -231,7 +233,7 @@ def no_module(info: TensorInfo, path: str, base: BaseModel) -> ModelError:
         why = f"a {base.architecture.model_type} has no such matrix"
     return ModelError(
         f"{info.where} does not fit the base model {base.label}: {why}",
-        fix="name the model that the adapter was trained on with --base",
+        fix=_RIGHT_BASE,
     )
 
 
@@ -257,7 +259,7 @@ def check_whole(name: str, info: TensorInfo, base: BaseModel) -> int | None:
     if not is_resized or not info.shape[0]:
         raise ModelError(
             f"{info.where} has the shape {list(info.shape)}; the base model {base.label} needs {list(shape)}",
-            fix="name the model that the adapter was trained on with --base",
+            fix=_RIGHT_BASE,
         )
     return info.shape[0]
 
@@ -396,6 +398,23 @@ def _read_mlx_lm(file: Path, settings: LoraSettings, base: BaseModel) -> ReadAda
     settings = replace(settings, target_modules=(), modules_to_save=saved)
     vocab_size = vocabulary_of(rows, base, file)
     return ReadAdapter(weights, settings, require_modules(modules, file), vocab_size)
+
+
+def check_adapter(folder: Path, plan: CheckpointPlan) -> None:
+    """Hold an adapter folder against its base model by name and shape.
+
+    Args:
+        folder: The adapter's.
+        plan: Of the base model.
+
+    Raises:
+        ModelError: it does not fit, or holds NaN: with file and tensor.
+    """
+    shapes = expected_shapes(plan.config, str(plan.folder / "config.json"))
+    base = BaseModel(str(plan.folder), None, plan.folder, plan.config, plan.architecture, shapes)
+    if not (folder / ADAPTER_FILE).is_file():
+        raise ModelError(f"{folder / ADAPTER_FILE} is missing", fix="train the adapter again")
+    _read_mlx_lm(folder / ADAPTER_FILE, adapter_settings(folder), base)
 
 
 def require_modules(paths: Iterable[str], file: Path) -> tuple[str, ...]:

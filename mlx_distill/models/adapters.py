@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_distill.errors import ModelError
 from mlx_distill.models.architectures.registry import module_names
 from mlx_distill.models.checkpoint.safetensors import read_header
-from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, read_object
+from mlx_distill.models.config_files import ADAPTER_CONFIG, ADAPTER_FILE, adapter_columns, read_object
 from mlx_distill.models.forward import compute_dtype
 from mlx_distill.models.hub import copy_tokenizer
 from mlx_distill.models.modules import (
@@ -217,6 +217,10 @@ def adapter_settings(folder: str | Path) -> LoraSettings:
         alpha = scale * (math.sqrt(rank) if rslora else rank)  # mlx-lm reads the scale
         dropout = float(lora.get("dropout", 0.0))
         saved = tuple(config.get("modules_to_save") or ())
+        if rank < 1 or not math.isfinite(alpha) or not 0 <= dropout < 1:
+            raise ValueError("rank, scale or dropout")
+        if not all(isinstance(name, str) for name in (*keys, *saved)):
+            raise ValueError("keys or modules_to_save")
         return LoraSettings(rank, alpha, dropout, tuple(keys), kind, rslora, saved)
     except (KeyError, TypeError, ValueError) as error:
         raise ModelError(f"{path}: {error} is missing or wrong", fix="write the adapter again") from error
@@ -289,7 +293,7 @@ def _replace_weights(
 
     Those of ``resized`` may have the number of rows that the adapter's config names.
     """
-    columns = read_object(folder / ADAPTER_CONFIG).get("vocab_size")
+    columns = adapter_columns(folder)
     for path, module in modules.items():
         for leaf in SAVED_LEAVES:
             value = weights.get(f"{path}.{leaf}")

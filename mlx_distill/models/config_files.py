@@ -71,8 +71,25 @@ def load_config(path: str | Path) -> dict[str, Any]:
 
 def with_vocabulary(config: dict[str, Any], adapter: Path) -> dict[str, Any]:
     """The config of a base model with the number of columns that an adapter's embedding has."""
-    columns = read_object(adapter / ADAPTER_CONFIG).get("vocab_size")
-    return {**config, "vocab_size": int(columns)} if columns else config
+    columns = adapter_columns(adapter)
+    return {**config, "vocab_size": columns} if columns else config
+
+
+def adapter_columns(adapter: Path) -> int | None:
+    """The number of columns that an adapter's embedding has, where its config names one.
+
+    Raises:
+        ModelError: it names something else than a whole number.
+    """
+    where = adapter / ADAPTER_CONFIG
+    columns = read_object(where).get("vocab_size")
+    if columns is None:
+        return None
+    if not isinstance(columns, int) or isinstance(columns, bool) or columns < 1:
+        raise ModelError(
+            f"{where}: vocab_size {columns!r} is no number of columns", fix="convert the adapter again"
+        )
+    return columns
 
 
 def config_notes(folder: Path, fields: Fields) -> list[str]:

@@ -22,8 +22,8 @@ from mlx_distill.models.config_files import (
     ADAPTER_FILE,
     PEFT_FILE,
     adapter_base,
+    adapter_columns,
     named_base,
-    read_object,
     tokenizer_folder,
 )
 from mlx_distill.models.folder import source_key, staged_folder
@@ -97,7 +97,7 @@ def to_peft(
     if is_mlx_folder(Path(base)):
         command = f"mlx-distill export {base} FOLDER --to hf"
         notes.append(f"that folder is in the MLX layout, which PEFT cannot load: {command}")
-    if columns := read_object(folder / ADAPTER_CONFIG).get("vocab_size"):
+    if columns := adapter_columns(folder):
         notes.append(f"before PEFT loads it: base.resize_token_embeddings({columns})")
     return AdapterReport(str(destination), base, tuple(paths), "; ".join(notes) or None)
 
@@ -129,7 +129,7 @@ def peft_weights(folder: Path) -> dict[str, mx.array]:
             what = "adapters on" if leaf in _TO_PEFT else "fully trained"
             what += " experts" if value.ndim == 3 else " routers"
             raise ModelError(
-                f"{path}: PEFT's format has no place for {what}",
+                f"{path}: {what} are not written in PEFT's format",
                 fix="merge it instead: export with --to hf",
             )
         is_transposed = value.ndim == 2 and leaf in _TO_PEFT

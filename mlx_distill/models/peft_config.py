@@ -236,10 +236,11 @@ def _check_types(where: Path, values: Mapping[str, Any]) -> None:
         ("lora_alpha", is_number, "a number"),
         ("rank_pattern", lambda v: v is None or _is_mapping_of(v, is_rank), "names with whole numbers"),
         ("alpha_pattern", lambda v: v is None or _is_mapping_of(v, is_number), "names with numbers"),
-        ("lora_dropout", lambda v: v is None or is_number(v), "a number"),
+        ("lora_dropout", lambda v: v is None or (is_number(v) and 0 <= v < 1), "a number from 0 to below 1"),
         ("target_modules", _is_names, "a list of names, or a regular expression"),
         ("exclude_modules", _is_names, "a list of names, or a regular expression"),
         ("modules_to_save", lambda v: _is_names(v) and not isinstance(v, str), "a list of names"),
+        ("layers_pattern", _is_names, "a name or a list of names"),
         ("target_parameters", lambda v: _is_names(v) and not isinstance(v, str), "a list of names"),
         ("bias", lambda v: v in (None, "none", "all", "lora_only"), "none, all or lora_only"),
     )

@@ -16,6 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_distill.errors import ConfigError, ModelError
+from mlx_distill.models.adapter_import import check_adapter
 from mlx_distill.models.adapters import SAVED_LEAVES, adapter_settings
 from mlx_distill.models.checkpoint.layout import TensorPlan
 from mlx_distill.models.checkpoint.plan import CheckpointPlan, plan_checkpoint
@@ -267,7 +268,10 @@ def plan_with_adapter(folder: Path, merges: bool) -> tuple[CheckpointPlan, dict[
     if not is_adapter(folder):
         return plan_checkpoint(folder), {}
     plan = plan_checkpoint(adapter_base(folder))
-    return (_resized(plan, folder), adapter_updates(folder)) if merges else (plan, {})
+    if not merges:
+        return plan, {}
+    check_adapter(folder, plan)
+    return _resized(plan, folder), adapter_updates(folder)
 
 
 def _resized(plan: CheckpointPlan, adapter: Path) -> CheckpointPlan:

@@ -134,11 +134,13 @@ def refusal(source: Path, tmp_path: Path, *named: str) -> str:
         {"r": 0},
         {"r": True},
         {"lora_alpha": None},
-        {"lora_alpha": float("nan")},
+        {"lora_dropout": 2},
+        {"lora_alpha": "16"},
         {"rank_pattern": {"q_proj": "2"}},
         {"target_modules": ["q_proj"]},
         {"target_modules": "(q_proj"},
         {"layers_to_transform": [1]},
+        {"layers_pattern": 3},
         {"exclude_modules": ["up_proj"]},
         {"modules_to_save": ["norm"]},
         {"use_dora": True},
@@ -621,6 +623,14 @@ def test_adapters_of_mlx_lm_that_are_not_computed_are_refused(
     refusal(source, tmp_path, "gone/from/here")
     path.write_text(json.dumps({**config, "lora_parameters": {"rank": 5, "scale": 1.0}}))
     refusal(source, tmp_path, "adapters.safetensors", "has the shape")
+    with pytest.raises(ModelError, match="has the shape"):
+        to_hf(source, tmp_path / "merged")
+    for wrong in ({"scale": 1e308}, {"rank": 0}, {"keys": [1]}, {"dropout": 1.5}):
+        path.write_text(json.dumps({**config, "lora_parameters": {"rank": 4, "scale": 1.0, **wrong}}))
+        refusal(source, tmp_path, "adapter_config.json", next(iter(wrong)))
+    path.write_text(json.dumps({**config, "vocab_size": "many"}))
+    with pytest.raises(ModelError, match="vocab_size"):
+        load_model(source)
     embedding = mlx_lm_adapter(golden("qwen3"), tmp_path / "embedding", keys=["model.embed_tokens"])
     refusal(embedding, tmp_path, "embed_tokens")
     with pytest.raises(DistillError):

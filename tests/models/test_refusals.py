@@ -267,16 +267,20 @@ def test_a_weight_that_overflows_its_new_type_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_adapter_that_is_no_number_is_not_merged(golden: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "named"), [(np.nan, "NaN or infinite"), (1e38, "with the adapter merged")])
+def test_an_adapter_that_is_no_number_is_not_merged(
+    value: float, named: str, golden: Any, tmp_path: Path
+) -> None:
     model, _ = load_model(golden("qwen3"))
     settings = LoraSettings(2, 4.0, 0.0, ("q_proj",))
     add_lora(model, settings)
-    model.model.layers[1].self_attn.q_proj.lora_b *= mx.nan
+    layer = model.model.layers[1].self_attn.q_proj
+    layer.lora_a, layer.lora_b = mx.ones_like(layer.lora_a), mx.full(layer.lora_b.shape, value)
     save_adapter(model, tmp_path / "student", settings, golden("qwen3"))
     for write in (to_hf, partial(quantize_folder, mode="affine4")):
-        with pytest.raises(ModelError, match="with the adapter merged") as caught:
+        with pytest.raises(ModelError, match=named) as caught:
             write(tmp_path / "student", tmp_path / "out")
-        assert Q in caught.value.message
+        assert Q.removesuffix(".weight") in caught.value.message
         assert not (tmp_path / "out").exists()
 
 
