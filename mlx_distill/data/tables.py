@@ -36,6 +36,7 @@ def arrow_rows(
     number = 0
     for batch in batches:
         kept = batch.drop_columns(media) if media else batch
+        kept.validate(full=True)  # offsets of a damaged file would point outside its memory
         for start in range(0, kept.num_rows, _ROWS):
             for row in kept.slice(start, _ROWS).to_pylist():
                 number += 1

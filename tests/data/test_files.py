@@ -114,6 +114,19 @@ def test_a_file_that_is_cut_off_is_an_error(tmp_path: Path, name: str) -> None:
     assert "cut off" in (caught.value.fix or "")
 
 
+def test_the_texts_of_a_damaged_table_are_not_read_beyond_its_memory(tmp_path: Path) -> None:
+    table = pa.table({"text": ["ab", "cd"]})
+    path = tmp_path / "r.arrow"
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table)
+    ends = b"\0\0\0\0\2\0\0\0\4\0\0\0"
+    assert path.read_bytes().count(ends) == 1
+    path.write_bytes(path.read_bytes().replace(ends, ends[:-4] + b"\0\xff\xff\x7f"))
+    with pytest.raises(DataError, match=r"r.arrow: cannot be read") as caught:
+        read(path)
+    assert "damaged" in (caught.value.fix or "")
+
+
 def test_a_file_that_is_another_kind_is_an_error(tmp_path: Path) -> None:
     for name in ("r.parquet", "r.arrow"):
         (tmp_path / name).write_text("not a table")
