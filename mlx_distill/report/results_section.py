@@ -41,6 +41,7 @@ _AGAINST_TEACHER = (
     "teacher_answer_f1",
     "teacher_exact_match",
 )
+_SCORES = ("score_mae_interval", "score_gap")
 # The columns of the main table, for tasks with and without a label.
 _LABEL = [
     "accuracy",
@@ -57,6 +58,7 @@ _NO_LABEL = [
     "exact_match",
     "teacher_exact_match",
     "json_valid",
+    "score_mae_interval",
     "score_gap",
 ]
 # The names of metrics in a sentence, where the title of their column does not fit.
@@ -98,7 +100,7 @@ def _columns(report: Report) -> dict[str, str]:
     task = report["task_details"]
     keys = _LABEL if task["label"] else _NO_LABEL
     if not task["score"]:
-        keys = [key for key in keys if key not in ("agreement", "score_gap")]
+        keys = [key for key in keys if key not in ("agreement", *_SCORES)]
     if not any(
         (figures.get("accuracy_by_distribution") or {}).get("n") for figures in report["metrics"].values()
     ):
@@ -130,7 +132,7 @@ def _metric_cell(model: str, figures: Mapping[str, Any], key: str, title: str) -
     if model == "teacher" and key in _AGAINST_TEACHER:
         return el("span", "the reference", class_="none")
     estimate = figures.get(key)
-    if key != "score_gap":
+    if key not in _SCORES:
         return rate_cell(estimate, f"{model_title(model)}, {title}")
     if not estimate or estimate.get("value") is None:
         return number_cell(NONE)

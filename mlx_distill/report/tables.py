@@ -130,6 +130,7 @@ def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
         "answer_f1": "Answer F1",
         "teacher_answer_f1": "Answer F1 to teacher",
         "macro_f1": "Macro F1",
+        "score_mae_interval": f"{score.capitalize()} error",
         "score_gap": f"{score.capitalize()} difference from teacher",
         "precision": "Precision",
         "recall": "Recall",

@@ -100,7 +100,14 @@ def test_what_needs_a_label_is_absent_and_the_fields_are_measured(report: dict[s
 
 def test_the_page_and_the_table_show_them(report: dict[str, Any], tmp_path: Path) -> None:
     text = assert_loads_nothing(render_html(report)).text
-    for words in ("Answer F1", "Exact match with teacher", "F1 to teacher", "People", "not JSON"):
+    for words in (
+        "Answer F1",
+        "Urgency error",
+        "Exact match with teacher",
+        "F1 to teacher",
+        "People",
+        "not JSON",
+    ):
         assert words in text, words
     for words in ("Accuracy", "Confusion", "None", "KL"):
         assert words not in text, words
