@@ -25,7 +25,13 @@ def write_notes(folder: Path) -> Path:
     targets = {"text": "data", "top_k": 8, "batch_size": 8}
     recipe = write_chain(folder, targets=targets, teach=training, distill=training)
     schema = {"type": "object", "properties": {"summary": {"type": "string"}}, "required": ["summary"]}
-    task: dict[str, Any] = {**TASK, "name": "notes", "schema": schema, "slices": ["kind"]}
+    task: dict[str, Any] = {
+        **TASK,
+        "name": "notes",
+        "schema": schema,
+        "slices": ["kind"],
+        "max_answer_tokens": 32,
+    }
     del task["label"]
     (folder / "task.yaml").write_text(yaml.safe_dump(task, sort_keys=False), encoding="utf-8")
     lines = [
