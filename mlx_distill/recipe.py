@@ -67,7 +67,7 @@ class ValueConfig:
 
 @dataclass(frozen=True)
 class SourceConfig:
-    """One source of rows: a file or folder, a SQLite query, a data set of the Hub or a packaged generator."""
+    """One source of rows: files, a SQLite query, a Hub data set or a packaged generator."""
 
     path: str | None = option(
         None,

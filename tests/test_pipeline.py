@@ -268,7 +268,7 @@ def test_the_outcome_of_one_stage_alone_names_the_next_command(tmp_path: Path) -
     assert sum(counts.values()) == 110
     assert re.fullmatch(
         re.escape(f"prepare: {out / 'data'}: made in ")
-        + r"\d+\.\d s; "
+        + r"[\d.]+ s; "
         + ", ".join(f"{n} {name}" for name, n in counts.items())
         + r" rows, .* kB",
         made,
