@@ -15,7 +15,7 @@ from helpers.small_chain import finished, make_context, manifests
 from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import DataError, Interrupted
 from mlx_distill.infer.engine import Generation
-from mlx_distill.losses.byte_alignment import token_bytes
+from mlx_distill.losses import token_bytes
 from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.stages.context import Context, held_out_rows, read_rows
 from mlx_distill.stages.distill import aligned_rows
