@@ -33,7 +33,7 @@ def test_labels_that_begin_alike_go_through_all_stages(tmp_path: Path) -> None:
     recipe = write_chain(
         tmp_path,
         teach=training,
-        targets={"top_k": 4, "batch_size": 8},
+        targets={"top_k": 4, "batch_size": 8, "min_valid": 0.0},
         distill={**training, "learning_rate": 1e-3},
         evaluate={"models": ["student"], "batch_size": 8},
     )
