@@ -287,10 +287,11 @@ def _plan(encoder: ChatEncoder, messages: Chat, loss_on: str) -> _Plan:
         parts.append(_part(encoder, chat, element, behind, inside))
     end = next((item for item in encoder.elements(chat.after) if item.token is not None), None)
     after = chat.after if end is None else chat.after[: end.start]
+    behind = encoder.last_of(chat.before, [part.element for part in parts])
     return _Plan(
         tuple(parts),
-        tuple(encoder.pieces(chat.answer, encoder.last_of(chat.before, [part.element for part in parts]))),
-        tuple(encoder.pieces(after, "text")),
+        tuple(encoder.pieces(chat.answer, behind, chat.spells)),
+        tuple(encoder.pieces(after, "text", chat.spells)),
         encoder.end_of_text() if end is None or end.token is None else end.token,
         chat.earlier,
         turns[-1].trained,
@@ -305,7 +306,10 @@ def _part(
         return _Part(element, cuts=dict.fromkeys(places, ((), ())))
 
     def pieces(start: int, end: int, behind: str) -> tuple[Piece, ...]:
-        return tuple(encoder.pieces(chat.before[start:end].translate(chat.hidden), behind))
+        text = chat.before[start:end]
+        if chat.spells:
+            text = text.translate(chat.hidden)
+        return tuple(encoder.pieces(text, behind, chat.spells))
 
     start, end = element.start, element.end
     cuts = {place: (pieces(start, place, behind), pieces(place, end, "text")) for place in places}

@@ -12,6 +12,7 @@ private planes, which stand for them while it is rendered:
 
 from __future__ import annotations
 
+import json
 import re
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -79,6 +80,11 @@ class RenderedChat:
     hidden: Mapping[int, str]
     earlier: tuple[tuple[int, int], ...]
 
+    @property
+    def spells(self) -> bool:
+        """Whether a turn spells a control token."""
+        return bool(self.hidden)
+
 
 @dataclass(frozen=True)
 class Element:
@@ -102,6 +108,7 @@ class ChatEncoder:
         words = [content for content in self.added if len(content) > 1 and not content.isspace()]
         special = {content for content in words if self.added[content][1].special}
         self.template_text = str(getattr(tokenizer, "chat_template", None) or "")
+        self.taken = set(_PRIVATE_TEXT.findall(self.template_text))
         self._set_control(special)
         ordinary = set(words) - special - _THINKING
         if ordinary:
@@ -151,6 +158,12 @@ class ChatEncoder:
         (answer, place), characters = self._private_characters(turns)
         shown = [*(self._hide(turn, characters) for turn in turns[:-1]), _with_content(turns[-1], answer)]
         text = self._apply(shown)
+        escaped = [json.dumps(character)[1:-1] for character in characters.values()]
+        if text.count(answer) != 1 or any(code in text for code in escaped):
+            raise ModelError(
+                "the chat template does not write contents as they are",
+                fix="give the tokenizer a template that shows each turn as it is",
+            )
         spans = [self._locate(shown, index, place, text) for index in trained]
         before, _, after = text.partition(answer)
         hidden = {ord(character): token for token, character in characters.items()}
@@ -172,7 +185,7 @@ class ChatEncoder:
                     fix="remove it from the rows, or use a model whose template shows it",
                 )
         markers = [f"xMARKx{index}x" if turn.content else "" for index, turn in enumerate(turns)]
-        markers[-1] = f"xMARKx{len(turns) - 1}x"
+        markers[-1] = f'xMARKx"<{len(turns) - 1}>"x'  # an answer must be written as it is, without escapes
         marked = map(_with_content, turns, markers)
         text = self._apply(list(marked))
         places = [text.find(marker) for marker in markers]
@@ -194,7 +207,7 @@ class ChatEncoder:
         contents = [turn.content for turn in turns]
         extras = [text for turn in turns if turn.extra for text in texts_of(turn.extra)]
         spelled = sorted({token for text in (*contents, *extras) for token in self.spelled.findall(text)})
-        taken = set(_PRIVATE_TEXT.findall("".join((*contents, *extras, self.template_text))))
+        taken = self.taken.union(*map(_PRIVATE_TEXT.findall, (*contents, *extras)))
         free = (chr(point) for point in _PRIVATE if chr(point) not in taken)
         return (next(free), next(free)), {token: next(free) for token in spelled}
 
@@ -272,16 +285,17 @@ class ChatEncoder:
         if position < len(text):
             yield Element(position, len(text), None)
 
-    def pieces(self, text: str, behind: str) -> Iterator[Piece]:
+    def pieces(self, text: str, behind: str, spells: bool = True) -> Iterator[Piece]:
         """The pieces of a text that are encoded one by one: a control token's spelling is split behind its
         first character, and so stays text.
 
         Args:
             text: Without hidden characters.
             behind: What stands before it: ``token``, ``text``, or nothing at the beginning of a chat.
+            spells: False where it is known that no control token is spelled in it.
         """
         anchor = self.anchors.of[behind]
-        while match := self.spelled.search(text):
+        while spells and (match := self.spelled.search(text)):
             end = match.start() + 1
             yield anchor, text[:end]
             anchor, text = self.anchors.of["text"], text[end:]

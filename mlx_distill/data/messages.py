@@ -209,9 +209,16 @@ def message_to_row(message: Message) -> dict[str, Any]:
 
 
 def message_from_row(row: Mapping[str, Any]) -> Message:
-    """The turn of a prepared row, which is not checked again."""
+    """The turn of a prepared row.
+
+    Raises:
+        DataError: role or content is no text; the rest is not checked again.
+    """
+    role, content = row.get("role"), row.get("content")
+    if not isinstance(role, str) or not isinstance(content, str):
+        raise DataError(f"a prepared turn has role and content as text, not {show(row)}")
     extra = {key: row[key] for key in _TEMPLATE_KEYS if row.get(key) is not None}
-    return Message(row["role"], row["content"], row.get("weight") != 0, extra)
+    return Message(role, content, row.get("weight") != 0, extra)
 
 
 def texts_of(value: Any) -> Iterator[str]:

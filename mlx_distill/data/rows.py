@@ -165,7 +165,7 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
             f"item {number}: a {type(row).__name__}, neither a mapping nor a text",
             fix="give one mapping an item",
         )
-    if row.keys() == _PREPARED and row["id"] and row["messages"]:
+    if row.keys() == _PREPARED and row["id"] and _are_prepared(row["messages"]):
         prepared = from_row(row)
         return Item(str(prepared.id), _without_answer(prepared.messages), prepared.fields)
     row, left_out = json_row(row)
@@ -176,6 +176,16 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
     except DataError as error:
         raise DataError(f"item {number}: {error.message}{_about(left_out)}", fix=error.fix) from error
     return Item(parsed.id or _item_id(parsed, task), parsed.prompt, parsed.fields)
+
+
+def _are_prepared(turns: Any) -> bool:
+    """Whether turns are those of a prepared row: texts with a role."""
+    return (
+        isinstance(turns, list)
+        and bool(turns)
+        and all(isinstance(turn, Mapping) and isinstance(turn.get("role"), str) for turn in turns)
+        and all(isinstance(turn.get("content"), str) for turn in turns)
+    )
 
 
 class _ParsedRow(NamedTuple):

@@ -470,3 +470,31 @@ def test_tokens_that_the_template_writes_control_the_model_though_not_marked_as_
     row = render(fresh, chat)
     assert row.tokens.tolist().count(turn) == 2 and row.tokens.tolist().count(rain) == 2
     assert decode(fresh, row.answer) == "<turn><rain>" and chat[0].content in decode(fresh, row.prompt)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{{ m.content | tojson }}", "does not show the assistant turn once"),
+        ("{{ m.content | e }}", "does not show the assistant turn once"),
+        ("{{ m.content }}{{ m.content }}", "does not show the assistant turn once"),
+        ("{{ m.content if 'MARK' in m.content else 'x' }}", "does not write contents as they are"),
+        (
+            "{% if m.role == 'user' %}{{ m.content | tojson(ensure_ascii=true) }}{% else %}{{ m.content }}"
+            "{% endif %}",
+            "does not write contents as they are",
+        ),
+    ],
+)
+def test_a_template_that_writes_other_text_than_an_answer_is_refused(
+    fresh: Any, content: str, reason: str
+) -> None:
+    fresh.chat_template = "{% for m in messages %}<|im_start|>" + content + "<|im_end|>{% endfor %}"
+    with pytest.raises(ModelError, match=reason):
+        render(fresh, [Message("user", "a <|im_end|> b"), CHAT[-1]])
+
+
+def test_turns_without_text_are_refused(tokenizer: Any) -> None:
+    for turn in ({"role": "user", "content": None}, {"content": "x"}, {"role": "user", "content": ["x"]}):
+        with pytest.raises(DataError, match="role and content as text"):
+            render(tokenizer, [turn, *CHAT[2:]])

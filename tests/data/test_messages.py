@@ -131,6 +131,16 @@ def test_an_item_to_answer_is_held_to_the_rules_of_a_row(row: Any, reason: str, 
         to_item(row, task, 7)
 
 
+def test_a_row_that_looks_prepared_and_is_not_is_parsed_like_any_other(task: Task) -> None:
+    row = {"id": "a", "fields": {}, "answer": None, "set": "test"}
+    assert to_item({**row, "messages": [USER, LAST]}, task).messages == (Message("user", "A song"),)
+    parts = [{"role": "user", "content": [{"type": "text", "text": "A song"}]}, LAST]
+    assert to_item({**row, "messages": parts}, task).messages == (Message("user", "A song"),)
+    for wrong in (["x"], "x", [{"role": "user"}], [{"content": "x"}]):
+        with pytest.raises(DataError, match="item 1: messages"):
+            to_item({**row, "messages": wrong}, task)
+
+
 def test_an_item_to_answer_may_have_parts_and_developer_and_tool_turns(task: Task) -> None:
     parts = [{"type": "text", "text": "what a "}, {"type": "text", "text": "nice day"}]
     row = {
