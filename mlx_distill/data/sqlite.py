@@ -48,7 +48,7 @@ def query_rows(path: Path, spec: str, query: str, fields: Fields) -> Iterator[tu
             for number, values in enumerate(cursor, 1):
                 row = dict(zip(names, values, strict=True))
                 yield f"{spec}:{number}", {name: _typed(name, value, fields) for name, value in row.items()}
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # of a damaged name of a column
         raise _error(error, path, spec, number) from error
 
 
@@ -70,7 +70,7 @@ def _typed(name: str, value: Any, fields: Fields) -> Any:
     return typed_number(value, schema)
 
 
-def _error(error: sqlite3.Error, path: Path, spec: str, number: int) -> DataError:
+def _error(error: Exception, path: Path, spec: str, number: int) -> DataError:
     reason = " ".join(str(error).split())[:200]
     if isinstance(error, sqlite3.OperationalError) and ("locked" in reason or "busy" in reason):
         return DataError(
@@ -86,6 +86,8 @@ def _error(error: sqlite3.Error, path: Path, spec: str, number: int) -> DataErro
             fix="a program may have left changes in a -journal or -wal file beside it: open and close it "
             f"with that program, or {_COPY}",
         )
+    if isinstance(error, UnicodeDecodeError):
+        return DataError(f"{spec}: the name of a column is not UTF-8", fix="name a SQLite file that is whole")
     if "decode" in reason:
         return DataError(f"{spec}:{number + 1}: {reason}", fix="mend it, or leave the column out of query")
     if "not authorized" in reason:
@@ -96,7 +98,7 @@ def _error(error: sqlite3.Error, path: Path, spec: str, number: int) -> DataErro
 def _tables(path: Path) -> str:
     """The tables of a database with their columns."""
     described = []
-    with suppress(sqlite3.Error), closing(_connect(path)) as database:
+    with suppress(sqlite3.Error, UnicodeDecodeError), closing(_connect(path)) as database:
         names = [name for (name,) in database.execute(_NAMES)]
         for name in names:
             columns = database.execute("SELECT name FROM pragma_table_info(?)", (name,))

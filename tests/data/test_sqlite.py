@@ -116,6 +116,12 @@ def test_what_is_no_database_is_an_error(tmp_path: Path) -> None:
         read(tmp_path / "folder.db")
 
 
+def test_a_damaged_name_of_a_column_is_an_error(songs: Path) -> None:
+    songs.write_bytes(songs.read_bytes().replace(b"lyrics TEXT", b"lyri\xffs TEXT"))
+    with pytest.raises(DataError, match="the name of a column is not UTF-8"):
+        read(songs, "SELECT * FROM songs")
+
+
 def test_a_database_named_by_path_or_a_query_without_one_is_an_error(songs: Path) -> None:
     with pytest.raises(DataError, match="a SQLite database") as caught:
         list(read_source(SourceConfig(path=songs.name), None, songs.parent))
