@@ -217,11 +217,22 @@ def _scalar(wanted: type, value: Any, where: str) -> Any:
         value = float(value)
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {value} is not a finite number", fix="change the value")
+    if isinstance(value, str) and wanted is str and not _is_text(value):
+        raise ConfigError(f"{where}: {_show(value)} holds a character that no text has", fix="remove it")
     if isinstance(value, wanted) and not (wanted in (int, float) and isinstance(value, bool)):
         return value
     unquoted = wanted is str and isinstance(value, (int, float, datetime.date))
     fix = "put it in quotes" if unquoted else "change the value"
     raise ConfigError(f"{where}: {_NEEDED.get(wanted, wanted)} is needed, not {_show(value)}", fix=fix)
+
+
+def _is_text(value: str) -> bool:
+    """Whether a value has neither NUL, which no path may hold, nor half a surrogate pair."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return "\0" not in value
 
 
 def _show(value: Any) -> str:

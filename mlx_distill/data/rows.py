@@ -435,9 +435,9 @@ def _check_prompt(prompt: Sequence[Message]) -> None:
 
 def _check_json(fields: Mapping[str, Any], chat: Sequence[Message]) -> None:
     """Refuse what cannot be written as UTF-8: half surrogate pairs."""
-    texts = {repr(key)[1:-1]: json.dumps({key: value}, ensure_ascii=False) for key, value in fields.items()}
-    texts |= {f"the {turn.role}'s turn": "".join(texts_of([turn.content, turn.extra])) for turn in chat}
-    for name, text in texts.items():
+    texts = [(repr(key)[1:-1], json.dumps({key: value}, ensure_ascii=False)) for key, value in fields.items()]
+    texts += [(f"the {turn.role}'s turn", "".join(texts_of([turn.content, turn.extra]))) for turn in chat]
+    for name, text in texts:
         try:
             text.encode()
         except UnicodeEncodeError as error:

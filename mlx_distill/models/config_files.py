@@ -133,6 +133,8 @@ def read_object(path: Path) -> dict[str, Any]:
         raw = path.read_bytes()
     try:
         value = json.loads(raw, parse_constant=_no_constant)
+        if b"\\u" in raw:  # an escape may be half a surrogate pair, which no file can hold
+            json.dumps(value, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:
         raise ModelError(
             f"{path}: not valid JSON: {error}", fix="download or copy the checkpoint again"
