@@ -399,7 +399,8 @@ def _assignment(text: str) -> tuple[str, Any]:
     if not equals or not all(key.strip() for key in path.split(".")):
         raise ConfigError(f"--set {text}: not KEY=VALUE", fix="write --set distill.learning_rate=1e-5")
     try:
-        return path, yaml.safe_load(value)
+        # On the command line a # begins no comment: '### Label:' is a text.
+        return path, value if value.lstrip().startswith("#") else yaml.safe_load(value)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {text}: the value is not YAML", fix="quote it") from error
 

@@ -145,6 +145,7 @@ def test_every_option_of_training_has_help_with_its_meaning() -> None:
         (" distill . epochs = 3", {"distill": {"epochs": 3, "rate": 1.0}, "task": "a"}),
         ("distill.rate=null", {"distill": {"epochs": 1, "rate": None}, "task": "a"}),
         ("other=", {"distill": {"epochs": 1, "rate": 1.0}, "task": "a", "other": None}),
+        ("task=### Label:", {"distill": {"epochs": 1, "rate": 1.0}, "task": "### Label:"}),
     ],
 )
 def test_overrides_change_nested_keys(text: str, expected: dict[str, Any]) -> None:
