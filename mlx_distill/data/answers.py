@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
@@ -53,9 +54,17 @@ def valid_answer(value: Any, task: Task, values: Mapping[str, ValueConfig] | Non
     if error is None and (normal := _nfc(value)) != value:
         value, error = normal, check_answer(normal, task.schema)
     if error is not None:
-        raise DataError(f"the answer does not fit the task {task.name!r}: {error}", fix=_FIX)
+        raise DataError(f"the answer does not fit the task {task.name!r}: {error}", fix=_fix(error, task))
     _check_scale(value, task)
     return dict(json.loads(dump_answer(value, task.schema)))
+
+
+def _fix(error: str, task: Task) -> str:
+    """How to mend an answer that does not fit; a closed vocabulary may not have been meant as one."""
+    field = re.split(r"[:.\[]", error, maxsplit=1)[0]
+    if " is not one of " in error and field in task.schema["properties"] and field != task.label:
+        return f"{_FIX}; where any text is right: open: [{field}] in the task"
+    return _FIX
 
 
 def _check_scale(answer: Mapping[str, Any], task: Task) -> None:

@@ -241,3 +241,16 @@ def test_a_source_without_values_keeps_its_key() -> None:
     assert "values" not in keyed(SourceConfig(path="rows.jsonl"))
     one, two = (SourceConfig(values={"k": ValueConfig(map={"0": name})}) for name in ("ham", "spam"))
     assert keyed(one) != keyed(two) and json.dumps(keyed(one), sort_keys=True)
+
+
+def test_a_closed_vocabulary_names_both_ways_out() -> None:
+    task = load_recipe("tiny").load_task()
+    answer: dict[str, Any] = {"verdict": "RECOMMENDED", "score": 95, "themes": ["grace?"], "safety": []}
+    answer |= {"sentiment": "positive", "emotion": "joy", "scripture_references": []}
+    row = {"title": "t", "lyrics": "l"}
+    with pytest.raises(DataError, match=r"themes\[0\]: 'grace\?' is not one of") as caught:
+        to_example({**row, "answer": answer}, task, "songs.jsonl:1")
+    assert "values:" in str(caught.value.fix) and "open: [themes] in the task" in str(caught.value.fix)
+    with pytest.raises(DataError, match="verdict: 'GOOD'") as caught:
+        to_example({**row, "answer": {**answer, "themes": ["hope"], "verdict": "GOOD"}}, task, "f:1")
+    assert "open:" not in str(caught.value.fix)  # the label is closed
