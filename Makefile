@@ -21,7 +21,7 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory lint
-	@$(BIN)/python -m pytest
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(VENV)/.test
 	@$(MAKE) --no-print-directory lint

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -117,7 +118,7 @@ def test_a_misspelled_recipe_gets_the_nearest_name() -> None:
 def smoke_settings(text: str) -> list[str]:
     """The ``--set`` values of the smoke run in a text, which may go over several commented lines."""
     start = text.index("--set data.sources.0.count")
-    words = text[start:].replace("\\\n#", " ").splitlines()[0].split()
+    words = re.sub(r"\\\n#?", " ", text[start:]).splitlines()[0].split()
     return [value for flag, value in zip(words[::2], words[1::2], strict=True) if flag == "--set"]
 
 
