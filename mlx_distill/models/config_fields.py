@@ -2,8 +2,8 @@
 
 The rule for all model families: a field that changes the result and is not computed is an error or a named
 note, never silence. A table maps the name of a field to its :class:`Field`; a family's table is part of its
-:class:`~mlx_distill.models.checkpoint.layout.Architecture`. tokenizer_config.json has no table: transformers
-reads it, here as elsewhere.
+:class:`~mlx_distill.models.checkpoint.layout.Architecture`. Those of tokenizer_config.json are in
+:mod:`~mlx_distill.models.tokenizer_fields`.
 """
 
 from __future__ import annotations

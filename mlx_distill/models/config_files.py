@@ -48,8 +48,8 @@ def is_adapter(folder: Path) -> bool:
 def load_config(path: str | Path) -> dict[str, Any]:
     """config.json of a folder, or of the base model of an adapter folder.
 
-    ``eos_token_id`` is that of generation_config.json where it has one, and ``vocab_size`` that of an adapter
-    that stores an embedding of another size.
+    ``eos_token_id`` are the tokens of generation_config.json and those of config.json, each of which ends an
+    answer, and ``vocab_size`` is that of an adapter that stores an embedding of another size.
 
     Raises:
         ModelError: the file is missing or not JSON, needs remote code, has an unknown ``model_type``, or a
@@ -61,12 +61,17 @@ def load_config(path: str | Path) -> dict[str, Any]:
     where, generation = folder / "config.json", folder / "generation_config.json"
     config = read_object(where)
     check_model_config(config, architecture_of(config, str(where)).fields, str(where))
-    if generation.is_file():
-        eos_token_id = _read_generation(folder).get("eos_token_id")
-        if eos_token_id is not None:
-            config["eos_token_id"], where = eos_token_id, generation
-    check_stop_tokens(config.get("eos_token_id"), config.get("vocab_size"), str(where))
+    columns, own = config.get("vocab_size"), _token_list(config.get("eos_token_id"))
+    stops = _token_list(_read_generation(folder).get("eos_token_id"))
+    check_stop_tokens(stops or own, columns, str(generation if stops else where))
+    if stops:
+        own = [token for token in own if not isinstance(columns, int) or 0 <= token < columns]
+        config["eos_token_id"] = list(dict.fromkeys(stops + own))
     return config
+
+
+def _token_list(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else ids
 
 
 def with_vocabulary(config: dict[str, Any], adapter: Path) -> dict[str, Any]:

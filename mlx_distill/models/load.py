@@ -35,7 +35,7 @@ from mlx_distill.models.forward import is_tied
 from mlx_distill.models.hub import copy_tokenizer, has_tokenizer, resolve
 from mlx_distill.models.modules import cast_model
 from mlx_distill.models.quantization import with_quantization
-from mlx_distill.models.token_ids import check_added_tokens
+from mlx_distill.models.tokenizer_fields import check_tokenizer_config, settle_tokenizer
 from mlx_distill.storage import atomic_path, read_manifest, write_json
 
 
@@ -92,7 +92,8 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, di
 def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) -> Any:
     """mlx-lm's ``TokenizerWrapper`` of a folder, with its chat template and without remote code.
 
-    Of an adapter folder without a tokenizer it is that of its base model.
+    Of an adapter folder without a tokenizer it is that of its base model. A field of its files that changes
+    the result elsewhere and not here is a ``UserWarning``.
 
     Raises:
         ModelError: no tokenizer, a damaged one, one that needs remote code, or one with an added token that
@@ -107,12 +108,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
         raise ModelError(
             f"{folder}: no tokenizer.json", fix="copy the tokenizer files from the original checkpoint"
         )
-    tokenizer_config = folder / "tokenizer_config.json"
-    if tokenizer_config.is_file() and read_object(tokenizer_config).get("auto_map"):
-        raise ModelError(
-            f"{tokenizer_config}: auto_map asks to run code that comes with the checkpoint",
-            fix="remote code is never run; use a checkpoint without it",
-        )
+    check_tokenizer_config(folder)
     from mlx_lm.tokenizer_utils import load as load_wrapper
 
     try:
@@ -124,7 +120,8 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
             f"{folder}: the tokenizer cannot be read: {error}",
             fix="copy the tokenizer files from the original checkpoint",
         ) from error
-    check_added_tokens(folder, tokenizer, config.get("vocab_size"))
+    for note in settle_tokenizer(folder, tokenizer, config.get("vocab_size")):
+        warnings.warn(note, stacklevel=2)
     return tokenizer
 
 

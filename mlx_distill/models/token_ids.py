@@ -7,10 +7,7 @@ is no error on any backend of MLX: it reads the memory behind the table.
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Collection
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -79,43 +76,20 @@ def check_token_ids(
         return
     token = int(values.max())
     convert = getattr(tokenizer, "convert_ids_to_tokens", None)
-    raise _beyond(
+    raise beyond_table(
         getattr(tokenizer, "name_or_path", None), token, convert(token) if callable(convert) else None, rows
     )
 
 
-def check_added_tokens(folder: Path, tokenizer: Any, rows: int | None) -> None:
-    """Refuse a ``tokenizer.json`` whose added tokens are not read under their own numbers.
-
-    ``tokenizers`` numbers added tokens that are not in the vocabulary one after the other, whatever the file
-    says. Behind a gap a model would read other rows than those it was trained with.
+def beyond_table(folder: Any, token: int, text: str | None, rows: int) -> ModelError:
+    """The error of a token id that a table of ``rows`` rows has no row for.
 
     Args:
-        folder: With the ``tokenizer.json``; nothing is checked without one.
-        tokenizer: As loaded from it.
-        rows: Of the model's embedding, where it is known.
-
-    Raises:
-        ModelError: with the token and both numbers.
+        folder: Of the tokenizer, where it is known.
+        token: The id.
+        text: Of the token, where it is known.
+        rows: Of the table.
     """
-    path = folder / "tokenizer.json"
-    text = path.read_text(encoding="utf-8") if path.is_file() else ""
-    start = re.search(r'"added_tokens"\s*:\s*(?=\[)', text)
-    added = json.JSONDecoder().raw_decode(text, start.end())[0] if start else []
-    numbers = tokenizer.get_vocab() if added else {}
-    for token in added:
-        content, number = token["content"], token["id"]
-        if number == numbers.get(content, number):
-            continue
-        if rows is not None and number >= rows:
-            raise _beyond(folder, number, content, rows)
-        raise ModelError(
-            f"{path}: the added token {content!r} has number {number} and is read as {numbers[content]}",
-            fix="number the added tokens one after the other, behind the vocabulary",
-        )
-
-
-def _beyond(folder: Any, token: int, text: str | None, rows: int) -> ModelError:
     where = f"{folder}: " if folder else ""
     return ModelError(
         f"{where}the tokenizer has number {token}{f' ({text!r})' if text else ''}, the embedding {rows} rows",
