@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from mlx_distill.errors import DataError
@@ -20,7 +21,7 @@ _WEIGHTS = ("weight", "train", "training")  # OpenAI and Mistral; axolotl
 # What a turn may hold and this library cannot show to a model.
 _REFUSED = (
     *("image", "images", "audio", "audios", "video", "videos", "refusal"),
-    *("train_detail", "training_detail"),
+    *("train_detail", "training_detail", "functions", "function_calls"),
 )
 
 
@@ -51,14 +52,18 @@ def parse_turns(
 
 def _is_empty_system(turn: Any) -> bool:
     """Whether a system turn says nothing, which many data sets write for a chat without one."""
-    if not isinstance(turn, Mapping) or turn.get("role") not in ("system", "developer"):
-        return False
-    content = turn.get("content")
-    return not (content.strip() if isinstance(content, str) else content)
+    return _is_empty(turn, ("system", "developer"))
 
 
 def _is_empty_answer(turn: Any) -> bool:
-    if not isinstance(turn, Mapping) or turn.get("role") != "assistant" or turn.get("tool_calls"):
+    return _is_empty(turn, ("assistant",))
+
+
+def _is_empty(turn: Any, roles: Sequence[str]) -> bool:
+    """Whether a turn of one of some roles has no text, nor anything else that could be shown or refused."""
+    if not isinstance(turn, Mapping) or turn.get("role") not in roles:
+        return False
+    if any(turn.get(key) for key in ("tools", "tool_calls", "function_call", *_REASONING, *_REFUSED)):
         return False
     content = turn.get("content")
     return not (content.strip() if isinstance(content, str) else content)
@@ -146,6 +151,8 @@ def _template_values(turn: Mapping[str, Any], role: str, where: str) -> dict[str
     for key in ("tool_call_id", "name"):
         if turn.get(key) is not None:
             out[key] = turn[key]
+    if tools := _tools(turn.get("tools"), f"{where}: tools"):
+        out["tools"] = tools
     return out
 
 
@@ -182,20 +189,31 @@ def with_tools(messages: Sequence[Message], tools: Any) -> list[Message]:
     Raises:
         DataError: something else.
     """
+    of_turns = [message.extra["tools"] for message in messages if "tools" in message.extra]
+    found = [*of_turns, *filter(None, [_tools(tools, "tools")])]
+    if not found or not messages:
+        return list(messages)
+    if any(other != found[0] for other in found):
+        raise DataError("the row and its turns have different tools", fix="give tools once, in the row")
+    first, *others = (
+        replace(message, extra={k: v for k, v in message.extra.items() if k != "tools"})
+        for message in messages
+    )
+    return [replace(first, extra={**first.extra, "tools": found[0]}), *others]
+
+
+def _tools(tools: Any, where: str) -> list[Any]:
+    """A list of function schemas, or such a list as JSON; empty for nothing."""
     if isinstance(tools, str) and tools.strip():
         try:
             tools = json.loads(tools)
-        except ValueError as error:
-            raise DataError(f"tools: not JSON: {show(tools)}") from error
-    if not tools or not messages:
-        return list(messages)
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"{where}: not JSON: {show(tools)}") from error
+    if not tools or (isinstance(tools, str) and not tools.strip()):
+        return []
     if not isinstance(tools, list) or not all(isinstance(tool, Mapping) for tool in tools):
-        raise DataError(f"tools: a list of function schemas is needed, not {show(tools)}")
-    first = messages[0]
-    return [
-        Message(first.role, first.content, first.trained, {**first.extra, "tools": tools}),
-        *messages[1:],
-    ]
+        raise DataError(f"{where}: a list of function schemas is needed, not {show(tools)}")
+    return tools
 
 
 def message_to_row(message: Message) -> dict[str, Any]:

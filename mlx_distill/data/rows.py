@@ -408,7 +408,9 @@ def _chat(row: Row, task: Task, aliases: Mapping[str, str], needs_answer: bool) 
         turns = [Message("system", chat.system.strip()), *turns]
     count = next((i for i, turn in enumerate(turns) if turn.role != "system"), len(turns))
     if count > 1:
-        turns = [Message("system", "\n\n".join(turn.content for turn in turns[:count])), *turns[count:]]
+        extra = {key: value for turn in turns[:count] for key, value in turn.extra.items()}
+        text = "\n\n".join(turn.content for turn in turns[:count])
+        turns = [Message("system", text, extra=extra), *turns[count:]]
     return turns
 
 

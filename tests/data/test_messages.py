@@ -79,6 +79,18 @@ def test_calls_tools_and_thinking_are_kept(task: Task) -> None:
     assert messages(old, task)[1].extra["tool_calls"] == [{"type": "function", "function": call["function"]}]
 
 
+def test_tools_of_a_turn_are_those_of_the_row(task: Task) -> None:
+    system = {"role": "system", "content": "Judge.", "tools": json.dumps(TOOLS)}
+    developer = {"role": "developer", "content": "Kindly."}
+    for extra in ({}, {"tools": TOOLS}):
+        row = {"messages": [system, developer, USER, LAST], **extra}
+        assert messages(row, task)[0] == Message("system", "Judge.\n\nKindly.", extra={"tools": TOOLS})
+    late = {"messages": [USER, {"role": "assistant", "content": "no"}, {**USER, "tools": TOOLS}, LAST]}
+    assert [m.extra for m in messages(late, task)] == [{"tools": TOOLS}, {}, {}, {}]
+    with pytest.raises(DataError, match="the row and its turns have different tools"):
+        to_example({"messages": [system, USER, LAST], "tools": [*TOOLS, *TOOLS]}, task, "f:1")
+
+
 def test_the_id_of_a_chat_depends_on_all_of_it_and_not_on_how_plain_turns_are_kept() -> None:
     plain = [Message("user", "a"), Message("assistant", "b")]
     # As it always was: ids of prepared rows must not change.
@@ -105,6 +117,12 @@ def test_the_id_of_a_chat_depends_on_all_of_it_and_not_on_how_plain_turns_are_ke
         (turns(last={**LAST, "tool_calls": [CALL]}), "tool_calls in the last turn"),
         (turns(last={**LAST, "reasoning_content": "hm"}), "reasoning_content in the last turn"),
         (turns(tools="look"), "tools: not JSON"),
+        (turns({**USER, "tools": "look"}), r"messages\[1\]: tools: not JSON"),
+        (with_turn(content="no", functions=[1]), "functions: cannot be shown"),
+        (
+            {"messages": [{"role": "system", "content": "", "tool_calls": [CALL]}, USER, LAST]},
+            "of the system",
+        ),
         (turns(tools={"a": 1}), "tools: a list of function schemas"),
     ],
 )
