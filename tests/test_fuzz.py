@@ -10,7 +10,6 @@ import os
 import random
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +17,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import yaml
-from helpers.checkpoints import GOLDEN, Tools
-from helpers.mutations import mutate
+from helpers.checkpoints import GOLDEN
+from helpers.fuzzing import (
+    COUNT,
+    adapter_folder,
+    check_each,
+    difference,
+    mutations,
+    outcome,
+    plain_adapter,
+    write_json_loosely,
+)
 from helpers.small_run import TASK, rows, write_recipe
 
 from mlx_distill import pipeline
@@ -39,7 +47,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*not known and not used"),  # the warning is the right outcome
 ]
 
-COUNT = int(os.environ.get("FUZZ_COUNT", "40"))
 PROMPT = mx.array([[1, 2, 3, 4, 5]])
 
 
@@ -48,44 +55,9 @@ def _without_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
-def mutations(value: Any, kind: str) -> Iterator[tuple[int, Any]]:
-    """Numbered mutations of a value, the same ones in every run."""
-    for seed in range(COUNT):
-        yield seed, mutate(value, random.Random(f"{kind} {seed}"))
-
-
-def check_each(cases: Iterable[Any], check: Callable[..., None]) -> None:
-    """Check all cases, and fail with every one that is wrong."""
-    wrong = []
-    for case in cases:
-        try:
-            check(*case)
-        except AssertionError as error:
-            wrong.append(str(error))
-    assert not wrong, f"{len(wrong)} cases:\n" + "\n".join(wrong[:50])
-
-
-def outcome(what: str, work: Callable[[], Any]) -> Any:
-    """The result, or the error where it is one of ours; any other error fails, and one without a fix."""
-    try:
-        result = work()
-    except DistillError as error:
-        result = error
-    except Exception as error:
-        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
-    if isinstance(result, DistillError):
-        assert result.message and result.fix, f"{what}: no fix: {result}"
-    return result
-
-
 def logits_of(folder: Path) -> np.ndarray:
     model, _ = load_model(folder, dtype="float32")
     return np.array(model(PROMPT)[0].astype(mx.float32))
-
-
-def write_json_loosely(path: Path, value: Any) -> None:
-    """JSON as other tools write it: with NaN and half surrogate pairs."""
-    path.write_text(json.dumps(value), encoding="utf-8")
 
 
 @pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe", "qwen3_yarn", "gpt_oss", "gpt_oss_mxfp4"])
@@ -97,7 +69,7 @@ def test_configs_of_models(name: str, tmp_path: Path) -> None:
         source, out = tmp_path / f"source-{seed}", tmp_path / f"out-{seed}"
         shutil.copytree(GOLDEN / f"models_{name}", source)
         write_json_loosely(source / "config.json", changed)
-        what = f"{name} {seed}: {_difference(config, changed)}"
+        what = f"{name} {seed}: {difference(config, changed)}"
         loaded = outcome(what, lambda: logits_of(source))
         converted = outcome(what, lambda: convert(source, out, progress=NullProgress()))
         if isinstance(converted, DistillError):
@@ -110,50 +82,6 @@ def test_configs_of_models(name: str, tmp_path: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
 
     check_each(mutations(config, name), check)
-
-
-def adapter_folder(folder: Path, config: Any, tensors: Any) -> Path:
-    folder.mkdir()
-    write_json_loosely(folder / "adapter_config.json", config)
-    Tools.write(folder / "adapter_model.safetensors", tensors)
-    return folder
-
-
-def plain_adapter() -> tuple[dict[str, Any], dict[str, Any]]:
-    """PEFT's files of an adapter for the golden qwen3."""
-    base = GOLDEN / "models_qwen3"
-    sizes = {name: shape for name, (_, shape, _) in Tools.all(base).items()}
-    rng = np.random.default_rng(0)
-    tensors = {}
-    for layer in range(2):
-        for module in ("q_proj", "v_proj"):
-            path = f"model.layers.{layer}.self_attn.{module}"
-            out_size, in_size = sizes[f"{path}.weight"]
-            for matrix, shape in (("A", (2, in_size)), ("B", (out_size, 2))):
-                values = rng.standard_normal(shape).astype(np.float32) * 0.1
-                name = f"base_model.model.{path}.lora_{matrix}.weight"
-                tensors[name] = ("F32", list(shape), values.tobytes())
-    config = {
-        "peft_type": "LORA",
-        "base_model_name_or_path": str(base),
-        "r": 2,
-        "lora_alpha": 4,
-        "lora_dropout": 0.0,
-        "target_modules": ["q_proj", "v_proj"],
-        "bias": "none",
-        "task_type": "CAUSAL_LM",
-        "init_lora_weights": True,
-        "use_rslora": False,
-        "use_dora": False,
-        "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "revision": None,
-        "layers_to_transform": None,
-    }
-    return config, tensors
 
 
 def merged_reference(config: dict[str, Any], tensors: dict[str, Any]) -> np.ndarray:
@@ -178,7 +106,7 @@ def test_configs_of_adapters(tmp_path: Path) -> None:
 
     def check(seed: int, changed: Any) -> None:
         source, out = adapter_folder(tmp_path / f"a{seed}", changed, tensors), tmp_path / f"out-{seed}"
-        what = f"adapter {seed}: {_difference(config, changed)}"
+        what = f"adapter {seed}: {difference(config, changed)}"
         result = outcome(what, lambda: from_peft(source, out))
         if isinstance(result, DistillError):
             assert not out.exists(), f"{what}: a folder is left"
@@ -277,7 +205,7 @@ def test_tasks() -> None:
     row = {"text": "a red hen", "group": "birds", "colour": "yes", "id": "1"}
 
     def check(seed: int, changed: Any) -> None:
-        what = f"task {seed}: {_difference(valid, changed)}"
+        what = f"task {seed}: {difference(valid, changed)}"
         task = outcome(what, lambda: parse_task(changed, "task.yaml"))
         if isinstance(task, DistillError):
             assert "task.yaml" in task.message, f"{what}: {task}"
@@ -297,7 +225,7 @@ def test_recipes(tmp_path: Path) -> None:
     assert len(rows()) >= 30
 
     def check(seed: int, changed: Any) -> None:
-        what = f"recipe {seed}: {_difference(valid, changed)}"
+        what = f"recipe {seed}: {difference(valid, changed)}"
         try:
             recipe.write_text(yaml.safe_dump(changed), encoding="utf-8")
         except UnicodeEncodeError:
@@ -314,11 +242,3 @@ def test_recipes(tmp_path: Path) -> None:
         shutil.rmtree(out, ignore_errors=True)
 
     check_each(mutations(valid, "recipe"), check)
-
-
-def _difference(before: Any, after: Any) -> str:
-    """The changed keys, for messages."""
-    if not isinstance(after, dict):
-        return repr(after)[:200]
-    keys = [key for key in {**before, **after} if before.get(key, "<none>") != after.get(key, "<none>")]
-    return ", ".join(f"{key}: {after.get(key, '<none>')!r}"[:160] for key in keys)
