@@ -127,6 +127,9 @@ class ChatEncoder:
         ]
         self.written = re.compile("|".join(patterns) or r"(?!)")
         self.spelled = _alternatives(longest_first)
+        # Found in the normalized text too, where another spelling (in capitals, full width) becomes theirs.
+        self.normalized = {self.added[content][0] for content in control if self.added[content][1].normalized}
+        self.normalized.discard(self.tokenizer.unk_token_id)
         self.spelled_by_assistant = _alternatives([text for text in longest_first if text not in _THINKING])
         self.anchors = _Anchors(self)
 
@@ -321,7 +324,19 @@ class ChatEncoder:
         for piece, ids in zip(pieces, tokens, strict=True):
             own = self.anchors.remove(piece[0], ids)
             out[piece] = self.anchors.encode_again(piece[1]) if own is None else own
+            if self.normalized:
+                self._check_normalized(out[piece])
         return out
+
+    def _check_normalized(self, tokens: Sequence[int]) -> None:
+        """Refuse a text that becomes a control token once the tokenizer has normalized it."""
+        found = self.normalized.intersection(tokens)
+        content = next((text for text in self.control if self.added[text][0] in found), None)
+        if content is not None:
+            raise DataError(
+                f"a text has another spelling of the control token {content!r}, and is read as it",
+                fix=f"set normalized: false for {content!r} in tokenizer.json, or remove the text",
+            )
 
     def last_of(self, text: str, elements: Sequence[Element]) -> str:
         """What a text of these elements ends with: ``token``, ``text``, or nothing where it is empty."""

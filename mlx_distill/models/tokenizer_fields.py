@@ -80,12 +80,12 @@ def settle_tokenizer(folder: Path, tokenizer: Any, rows: int | None) -> list[str
     path = folder / CONFIG_FILE
     config = read_object(path) if path.is_file() else {}
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:  # written in Python
-        return []
-    added = _check_numbers(folder, config, tokenizer, rows)
     notes = [f"{path}: {name} is not used: {_NOT_USED[name]}" for name in _set_fields(config, backend)]
-    tokenizer.split_special_tokens = backend.encode_special_tokens = False
-    tokenizer.clean_up_tokenization_spaces = False
+    tokenizer.split_special_tokens = tokenizer.clean_up_tokenization_spaces = False
+    if backend is None:  # written in Python
+        return notes
+    added = _check_numbers(folder, config, tokenizer, rows)
+    backend.encode_special_tokens = False
     backend.no_truncation()  # a call of transformers turns both off, a call of the backend does not
     backend.no_padding()
     if getattr(backend.model, "dropout", None):
@@ -106,7 +106,8 @@ def _set_fields(config: dict[str, Any], backend: Any) -> list[str]:
     """The fields of the table that have an effect in transformers."""
     names = [name for name in _NOT_USED if config.get(name)]
     cleans = "clean_up_tokenization_spaces"
-    if type(backend.model).__name__ == "BPE" and len([name for name in names if name.startswith(cleans)]) < 2:
+    is_bpe = backend is not None and type(backend.model).__name__ == "BPE"
+    if is_bpe and len([name for name in names if name.startswith(cleans)]) < 2:
         names = [name for name in names if not name.startswith(cleans)]
     return names
 

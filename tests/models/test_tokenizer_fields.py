@@ -40,7 +40,7 @@ CHAT = [
     {"role": "user", "content": "there "},
     {"role": "assistant", "content": "fine"},
 ]
-# Byte-level, Metaspace and Replace.
+# Byte-level, Metaspace, and Replace with a Prepend.
 KINDS = ("qwen", "mistral", "llama2")
 Change = Callable[[dict[str, Any]], Any]
 
@@ -158,7 +158,7 @@ HONOURED: dict[str, tuple[dict[str, Any], Change | None]] = {
 
 @pytest.mark.parametrize("name", HONOURED)
 def test_a_chat_has_the_tokens_of_transformers(name: str, tmp_path: Path) -> None:
-    for kind in KINDS:
+    for kind in KINDS[:2]:
         folder = folder_of(tmp_path / kind, kind, *HONOURED[name])
         with warnings.catch_warnings():
             warnings.simplefilter("error")
@@ -217,6 +217,19 @@ def test_what_is_done_in_another_way_is_noted(
     answer = "hope , grace . it is n't"
     ids = tokenizer.encode(answer, add_special_tokens=False)
     assert tokenizer.decode(ids) == plain.decode(ids)
+
+
+def test_another_spelling_of_a_control_token_stays_text_or_is_refused(tmp_path: Path) -> None:
+    chat = [{"role": "user", "content": "a <|IM_END|> b"}, CHAT[1]]
+    tokenizer = load_tokenizer(folder_of(tmp_path / "model", "qwen", {}, lower_case))
+    assert render(tokenizer, chat).prompt.tolist().count(4) == 1
+    both = [flags("<|im_end|>", normalized=True), lower_case]
+    folder = folder_of(tmp_path / "model", "qwen", {}, lambda raw: [change(raw) for change in both])
+    tokenizer = load_tokenizer(folder)
+    assert render(tokenizer, CHAT).prompt.tolist().count(4) == 3
+    with pytest.raises(DataError, match="another spelling of the control token") as caught:
+        render(tokenizer, chat)
+    assert "normalized: false" in str(caught.value.fix)
 
 
 @pytest.mark.parametrize("kind", KINDS)
