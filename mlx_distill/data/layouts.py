@@ -150,9 +150,20 @@ def missing_fields(row: Row, task: Task, missing: Sequence[str], *, needs_answer
         fix = f"write columns: {{{spelled}}} in the source, if that is what they are; {needs}"
     else:
         fix = f"{needs}, or name the columns with columns: {{FIELD: COLUMN}}"
+    if missing:
+        fix += _corrected_prompt(row, missing[0])
     if missing and needs_answer:
         fix += f"; layouts known: {_KNOWN}"
     return DataError(message, fix=fix)
+
+
+def _corrected_prompt(row: Row, field: str) -> str:
+    """The other fix for a field of the prompt: another spelling of it, or that it is none."""
+    if near := closest(field, row):
+        return f"; or correct the prompt: {{{near}}}, not {{{field}}}"
+    if " " in field:
+        return f"; or correct the prompt: braces that are text are written {{{{{field}}}}}"
+    return ""
 
 
 def _label_column(task: Task) -> list[str]:

@@ -107,7 +107,7 @@ def _parse_field(match: re.Match[str]) -> tuple[Field, str, str | None]:
             f"{shown} looks inside of a field",
             f"give the value a column of its own and name that, such as {{{short or 'text'}}}; {_BRACES}",
         )
-    if not name.strip() or not _is_format(spec):
+    if not name.strip() or "," in name or not _is_format(spec):
         return Field(""), f"{shown} is not a field of the row", None
     return Field(name, spec), "", None
 

@@ -82,7 +82,8 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
     Raises:
         ConfigError: an unknown or missing key, a schema that is none, a label without an enum, an unknown
             positive class, a score that is no number or has other limits than ``score_scale``, braces in a
-            prompt that are not a field, or positive classes or a group without a label.
+            prompt that are not a field, a prompt that names a field of the answer, or positive classes or a
+            group without a label.
     """
     task = from_mapping(Task, raw, where)
     properties = task.schema.get("properties") if isinstance(task.schema, Mapping) else None
@@ -95,8 +96,20 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
     if task.score:
         check_score(task.schema, task.score, task.score_scale, where)
     for key in ("system", "user"):
-        parse_prompt(getattr(task, key), f"{where}: {key}")
+        _check_prompt(getattr(task, key), properties, f"{where}: {key}")
     return replace(task, schema=open_fields(task.schema, task.open, where)) if task.open else task
+
+
+def _check_prompt(prompt: str, properties: Mapping[str, Any], where: str) -> None:
+    """Refuse a prompt into which a row's own answer would be written."""
+    for part in parse_prompt(prompt, where):
+        if isinstance(part, Field) and part.name in properties:
+            raise ConfigError(
+                f"{where}: {{{part.name}}} is a field of the answer, so the prompt would hold it",
+                fix=f"write {{{{{part.name}}}}} for braces that are text; or give the column of the input "
+                f"another name in the prompt, such as {{input_{part.name}}} with columns: "
+                f"{{input_{part.name}: COLUMN}} in the source",
+            )
 
 
 def _check_label(task: Task, properties: Mapping[str, Any], where: str) -> None:

@@ -195,6 +195,18 @@ def test_a_bad_row_is_an_error_with_file_line_and_fix(row: dict[str, Any], reaso
     )
 
 
+@pytest.mark.parametrize(
+    ("field", "fix"),
+    [("txt", "or correct the prompt: {text}, not {txt}"), ("one or two", "{{one or two}}")],
+)
+def test_a_field_of_the_prompt_that_no_column_is_may_be_a_slip_in_the_prompt(
+    field: str, fix: str, task: Task
+) -> None:
+    with pytest.raises(DataError, match=f"no field '{field}'") as caught:
+        to_example(PLAIN, replace(task, user=f"{{title}} {{{field}}}"), "f:1")
+    assert fix in (caught.value.fix or "")
+
+
 def test_a_format_can_be_required(task: Task) -> None:
     with pytest.raises(DataError, match="messages: a list of turns is needed"):
         to_example(PLAIN, task, "f:1", format="messages")

@@ -221,6 +221,7 @@ def test_open_fields_take_any_text_of_the_same_form() -> None:
         ("{a:{b}}", "a single {", "{{"),
         ("{a:99999999}", "is not a field", "{{"),
         ("{a: b}", "is not a field", "{{a: b}}"),
+        ("As {a, b, c}: {text}", "'{a, b, c}' is not a field", "As {{a, b, c}}: {text}"),
     ],
 )
 @pytest.mark.parametrize("key", ["system", "user"])
@@ -231,6 +232,16 @@ def test_braces_that_are_not_a_field_are_refused_with_the_corrected_line(
         parse_task(changed(**{key: prompt}), "task.yaml")
     assert caught.value.message.startswith(f"task.yaml: {key}: line") and words in caught.value.message
     assert fix in (caught.value.fix or "")
+
+
+@pytest.mark.parametrize("key", ["system", "user"])
+def test_a_prompt_that_would_hold_the_answer_is_refused(key: str) -> None:
+    name = next(iter(TASK["schema"]["properties"]))
+    with pytest.raises(ConfigError) as caught:
+        parse_task(changed(**{key: f"About {{text}}, answer {{{name}}}."}), "task.yaml")
+    assert f"task.yaml: {key}: {{{name}}}" in caught.value.message
+    assert f"{{{{{name}}}}}" in (caught.value.fix or "")
+    parse_task(changed(**{key: f"About {{text}}, answer {{{{{name}}}}}."}), "task.yaml")
 
 
 def test_a_prompt_may_show_json_and_format_numbers() -> None:
