@@ -28,8 +28,10 @@ from mlx_distill.stages.context import Context
 from mlx_distill.status import (
     Outcome,
     Plan,
-    check_inputs,
+    check_owner,
+    check_problems,
     current_key,
+    folder_problems,
     input_problems,
     make_plan,
     outcome_row,
@@ -106,7 +108,7 @@ MakeStage = Callable[[Runner, Stage, Context], Manifest]
 def make_stage(runner: Runner, stage: Stage, context: Context) -> Manifest:
     """Make a stage in a partial folder, and publish it as the stage's folder with a manifest."""
     folder = runner.out / stage.name
-    check_owner(runner, folder)
+    check_owner(stage, runner.out, runner.recipe.name)
     parents = parent_contents(stage, runner.manifests)  # as they are before the work begins
     key = stage_key(stage.name, stage.format, stage.config, parents)
     partial = open_partial(folder, key)
@@ -123,19 +125,6 @@ def make_stage(runner: Runner, stage: Stage, context: Context) -> Manifest:
         "recipe": runner.recipe.name,
     }
     return publish(folder, stage.name, stage.format, stage.config, parents, recorded)
-
-
-def check_owner(runner: Runner, folder: Path) -> None:
-    """Refuse to replace, or to continue from, a folder that a recipe of another name made: it may hold hours
-    of training.
-    """
-    manifest = read_manifest(folder)
-    owner = manifest.recorded.get("recipe", runner.recipe.name) if manifest else runner.recipe.name
-    if owner != runner.recipe.name:
-        raise FileError(
-            f"{folder}: made by the recipe {owner!r}, not by {runner.recipe.name!r}",
-            fix=f"choose another --out, or remove {runner.out} first",
-        )
 
 
 def run(
@@ -230,7 +219,7 @@ def run(
     if rank:
         with _stop_flag(stop) as flag:
             return _follow(runner, Context(loaded, task, out, NullProgress(), flag, hooks, profile))
-    _check_inputs(runner)
+    _check_paths(runner)
     with lock_folder(out), _stop_flag(stop) as flag:
         context = Context(loaded, task, out, progress, flag, hooks, profile)
         return _run_stages(runner, context, make_stage)
@@ -254,15 +243,17 @@ def _stop_flag(stop: StopFlag | None) -> Iterator[StopFlag]:
         yield flag
 
 
-def _check_inputs(runner: Runner) -> None:
-    """Refuse wrong paths of rows and models before anything is made."""
+def _check_paths(runner: Runner) -> None:
+    """Refuse wrong paths of rows and models and folders of others before anything is made."""
     if runner.only is None:
-        check_inputs(runner.plan().problems)
+        check_problems(runner.plan().problems)
         return
-    needed = _needed(runner)
+    needed, out = _needed(runner), runner.out
     converted = [stage for stage in runner.stages if stage.command == "convert" and stage.name in needed]
-    missing = [stage for stage in converted if read_manifest(runner.out / stage.name) is None]
-    check_inputs(input_problems([*missing, *(s for s in runner.stages if s.command == runner.only)]))
+    missing = [stage for stage in converted if read_manifest(out / stage.name) is None]
+    to_do = [*missing, *(stage for stage in runner.stages if stage.command == runner.only)]
+    inputs = input_problems(to_do, out, [stage.name for stage in runner.stages])
+    check_problems([*folder_problems(to_do, out, runner.recipe.name), *inputs])
 
 
 def _needed(runner: Runner) -> set[str]:
@@ -427,7 +418,7 @@ def _read_parent(runner: Runner, stage: Stage, context: Context, make: MakeStage
         raise FileError(damage, fix=f"make it again: {runner.command_line(stage.command)}")
     status = stage_status(stage, runner.out, runner.manifests) if needed else None
     if status is not None and status.kind != "current":
-        check_owner(runner, folder)
+        check_owner(stage, runner.out, runner.recipe.name)
         is_converted = stage.command == "convert"
         again = "run, or the stages that read it," if is_converted else runner.command_line(stage.command)
         runner.progress.note(f"{stage.name}: read as it is; {status.reason} ({again} makes it again)")

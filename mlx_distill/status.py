@@ -14,7 +14,14 @@ from mlx_distill.graph import Stage
 from mlx_distill.models.hub import model_problem
 from mlx_distill.recipe import Recipe, current_settings
 from mlx_distill.stages.answers_gate import gate_text
-from mlx_distill.storage import Manifest, check_folder, fingerprint, read_manifest, stage_key
+from mlx_distill.storage import (
+    Manifest,
+    check_folder,
+    check_replaceable,
+    fingerprint,
+    read_manifest,
+    stage_key,
+)
 from mlx_distill.text import counted, duration, size
 
 _MAX_NAMED_CHANGES = 4
@@ -108,12 +115,58 @@ def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) ->
     return ", ".join(changed[:_MAX_NAMED_CHANGES] + ([f"{more} more"] if more > 0 else []))
 
 
-def input_problems(stages: Iterable[Stage]) -> list[str]:
-    """What is wrong with the inputs of these stages from outside the run, one line each: files and folders
-    that do not exist, folders that are no models.
+def check_owner(stage: Stage, out: Path, recipe: str) -> None:
+    """Refuse to replace, or to continue from, a stage's folder that this stage of this recipe has not made:
+    it may hold hours of training, or the user's own files.
+
+    Raises:
+        FileError: another command or a recipe of another name made it, or none has.
     """
+    folder = out / stage.name
+    check_replaceable(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    owner = manifest.recorded.get("recipe", recipe)
+    if manifest.stage != stage.name:
+        raise FileError(
+            f"{folder}: made by {manifest.stage!r}, not by this stage of a run", fix="choose another --out"
+        )
+    if owner != recipe:
+        raise FileError(
+            f"{folder}: made by the recipe {owner!r}, not by {recipe!r}",
+            fix=f"choose another --out, or remove {out} first",
+        )
+
+
+def folder_problems(stages: Iterable[Stage], out: Path, recipe: str) -> list[str]:
+    """Why the folders of these stages cannot be written, one line each, see :func:`check_owner`."""
+    problems = []
+    for stage in stages:
+        try:
+            check_owner(stage, out, recipe)
+        except FileError as error:
+            problems.append(error.message)
+    return problems
+
+
+def input_problems(stages: Iterable[Stage], out: Path, written: Sequence[str]) -> list[str]:
+    """What is wrong with the inputs of these stages from outside the run, one line each: files and folders
+    that do not exist, folders that are no models, and what lies in a folder that the run itself writes.
+
+    Args:
+        stages: The stages that have to be made.
+        out: The run's folder.
+        written: The names of all stages of the run.
+    """
+    folders = [(out / name).resolve() for name in written]
     problems: list[str | None] = []
     for stage in stages:
+        for name in stage.inputs:
+            path = Path(name).expanduser()
+            own = next((f for f in folders if path.exists() and path.resolve().is_relative_to(f)), None)
+            if own is not None:
+                problems.append(f"{name}: lies in {own.relative_to(out.resolve())}, which this run writes")
         if stage.command == "convert":
             problems += [model_problem(stage.inputs[0])]
         else:
@@ -121,11 +174,14 @@ def input_problems(stages: Iterable[Stage]) -> list[str]:
     return list(dict.fromkeys(problem for problem in problems if problem))
 
 
-def check_inputs(problems: Sequence[str]) -> None:
-    """Raise a :class:`FileError` with all of the problems of :func:`input_problems`, if there are any."""
+def check_problems(problems: Sequence[str]) -> None:
+    """Raise a :class:`FileError` with all of the problems of :func:`folder_problems` and
+    :func:`input_problems`, if there are any.
+    """
     if problems:
-        several = f"{len(problems)} inputs cannot be used: " if len(problems) > 1 else ""
-        raise FileError(f"{several}{'; '.join(problems)}", fix="correct the paths in the recipe")
+        several = f"{len(problems)} paths cannot be used: " if len(problems) > 1 else ""
+        fix = "correct the paths in the recipe, or choose another --out"
+        raise FileError(f"{several}{'; '.join(problems)}", fix=fix)
 
 
 @dataclass(frozen=True)
@@ -133,8 +189,9 @@ class Plan:
     """What a run would do; ``--dry-run`` prints it. Each stage has ``command``, ``writes``, ``reads``,
     ``absent`` (inputs that do not exist), ``gate`` (what its result must fulfil, or None), ``state`` (text),
     ``status`` (:attr:`StageStatus.kind`) and ``settings``; one that has to be made may have ``needs`` (text)
-    and ``resources``, see :mod:`mlx_distill.resources`. ``problems`` are those of the inputs of the stages
-    that have to be made, see :func:`input_problems`; ``total`` is the sum of the resources, for people.
+    and ``resources``, see :mod:`mlx_distill.resources`. ``problems`` are those of the folders and
+    inputs of the stages that have to be made, see :func:`folder_problems` and :func:`input_problems`;
+    ``total`` is the sum of the resources, for people.
     """
 
     recipe: str
@@ -225,7 +282,11 @@ def make_plan(recipe: Recipe, out: Path, stages: Sequence[Stage], forced: Callab
         "absent": [],
         "reads": [str(out / stage.name) for stage in stages if stage.command == "evaluate"],
     }
-    return Plan(recipe.name, str(out), [*rows, report], input_problems(to_do))
+    problems = [
+        *folder_problems(to_do, out, recipe.name),
+        *input_problems(to_do, out, [stage.name for stage in stages]),
+    ]
+    return Plan(recipe.name, str(out), [*rows, report], problems)
 
 
 def _shown_settings(stage: Stage) -> dict[str, Any]:

@@ -343,7 +343,7 @@ def test_all_missing_inputs_and_folders_that_are_no_models_are_named_at_once(tmp
     ]
     for arguments_of in (["run", *arguments], ["run", *arguments, "--dry-run"]):
         result = CliRunner().invoke(cli, arguments_of)
-        assert result.exit_code == 1 and "3 inputs cannot be used" in result.stderr
+        assert result.exit_code == 1 and "3 paths cannot be used" in result.stderr
         assert all(text in result.stderr for text in problems)
     assert not (tmp_path / "out").exists()
 

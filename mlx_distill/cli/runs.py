@@ -108,7 +108,7 @@ def _run(
     from mlx_distill.progress import make_progress
     from mlx_distill.recipe import load_recipe
     from mlx_distill.runtime import rank_and_size
-    from mlx_distill.status import Plan, check_inputs
+    from mlx_distill.status import Plan, check_problems
 
     out = out or Path("runs") / load_recipe(recipe, overrides).name
     if os.environ.get("MLX_RANK") == "0":  # it waits for the others without a time limit
@@ -140,4 +140,4 @@ def _run(
     if is_first_rank and not (profiler and as_json):
         echo(result, as_json)
     if isinstance(result, Plan):
-        check_inputs(result.problems)
+        check_problems(result.problems)

@@ -15,6 +15,7 @@ from mlx_distill.models.trained_on import TRAINED_ON
 from mlx_distill.storage import (
     MANIFEST,
     check_folder,
+    check_replaceable,
     digest,
     lock_folder,
     open_partial,
@@ -27,6 +28,7 @@ from mlx_distill.storage import (
 )
 
 FORMAT = 2  # raised when a conversion of the same source writes other files
+STAGES = ("convert", "quantize", "export", "import")  # that write model folders outside of runs
 
 
 def source_key(folder: Path) -> str:
@@ -82,19 +84,19 @@ def staged_folder(
 
 
 def check_destination(destination: Path, source: Path) -> None:
-    """Raise if the destination would replace anything that this package did not write.
+    """Raise if the destination would replace anything that no conversion has written.
 
     Raises:
-        FileError: the destination is the source, a file, or a folder with other contents.
+        FileError: the destination is the source, no folder, a run's stage, or a folder with other contents.
     """
     if destination.resolve() == source.resolve():
         raise FileError(f"{destination} is the source itself", fix="choose another destination")
-    if destination.is_file():
-        raise FileError(f"{destination}: a file, not a folder", fix="choose another destination")
-    if destination.is_dir() and read_manifest(destination) is None and any(destination.iterdir()):
+    check_replaceable(destination)
+    manifest = read_manifest(destination)
+    if manifest is not None and manifest.stage not in STAGES:
         raise FileError(
-            f"{destination} is not empty and was not written by a conversion",
-            fix="choose another destination, or empty the folder",
+            f"{destination}: the stage {manifest.stage!r} of a run, not written by a conversion",
+            fix="choose another folder for the result",
         )
 
 

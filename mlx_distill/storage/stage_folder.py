@@ -83,7 +83,7 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     except (TypeError, KeyError, AttributeError) as error:
         raise FileError(
             f"{path}: not a manifest of this version: {error}",
-            fix="delete the folder and run the command again",
+            fix="choose another folder for the result, or delete this one if a run has written it",
         ) from error
 
 
@@ -102,6 +102,26 @@ def check_folder(folder: str | Path, manifest: Manifest, *, verify: bool = False
         if (verify or stat.st_mtime_ns != entry.mtime_ns) and sha256(path) != entry.sha256:
             return f"{path} has changed since it was written"
     return None
+
+
+def check_replaceable(folder: str | Path) -> None:
+    """Raise unless a stage's folder may take this place: nothing is there, an empty folder, or one with a
+    manifest.
+
+    Raises:
+        FileError: a file, a pipe, a device or a broken link, or a folder that no stage has written.
+    """
+    folder = Path(folder)
+    with os_errors():
+        if not folder.is_dir():
+            wrong = "a file, not a folder" if folder.is_file() else "not a folder"
+            if not os.path.lexists(folder):
+                return
+        elif read_manifest(folder) is not None or not any(folder.iterdir()):
+            return
+        else:
+            wrong = "not empty and not written by this package"
+    raise FileError(f"{folder}: {wrong}", fix="choose another folder for the result")
 
 
 def partial_folder(folder: str | Path) -> Path:
@@ -176,6 +196,7 @@ def publish(
 
 
 def _swap(partial: Path, folder: Path) -> None:
+    check_replaceable(folder)
     shutil.rmtree(partial / "scratch", ignore_errors=True)
     (partial / "key").unlink(missing_ok=True)
     old = folder.with_name(f".{folder.name}.old")

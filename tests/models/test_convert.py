@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_distill.errors import FileError
 from mlx_distill.models.convert import convert, convert_into
 from mlx_distill.models.load import load_model
 from mlx_distill.models.quantization import MIXED, parse_mode
@@ -315,3 +316,21 @@ def test_the_notes_of_tensors_json_keep_the_words_of_the_first_version(golden: A
     again = convert(golden("gpt_oss_mxfp4"), tmp_path / "ours")
     assert [row.note for row in again.rows] == [row.note for row in first.rows]
     assert "already quantized" in {row.note for row in again.rows}
+
+
+@pytest.mark.parametrize("kind", ["pipe", "link to a pipe", "link to nothing", "file"])
+def test_what_is_not_a_folder_is_never_replaced(golden: Any, tmp_path: Path, kind: str) -> None:
+    destination, pipe = tmp_path / "out", tmp_path / "pipe"
+    if kind == "pipe":
+        os.mkfifo(destination)
+    elif kind == "file":
+        destination.write_text("mine", encoding="utf-8")
+    else:
+        if kind == "link to a pipe":
+            os.mkfifo(pipe)
+        destination.symlink_to(pipe)
+    before = destination.lstat()
+    with pytest.raises(FileError, match=r"out: (a file, )?not a folder"):
+        convert(golden("qwen3"), destination)
+    assert destination.lstat() == before
+    assert {path.name for path in tmp_path.iterdir()} <= {"out", "pipe"}
