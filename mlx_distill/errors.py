@@ -6,6 +6,8 @@ import errno
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_distill.text import visible
+
 
 class DistillError(Exception):
     """Base of the errors that this package raises for users.
@@ -21,9 +23,10 @@ class DistillError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, fix: str | None = None) -> None:
-        # Half surrogate pairs of a row or a file name can be neither printed nor written.
-        self.message = message.encode(errors="backslashreplace").decode()
-        self.fix = fix and fix.encode(errors="backslashreplace").decode()
+        # Half surrogate pairs of a row or a file name can be neither printed nor written, and control
+        # characters change what a terminal shows.
+        self.message = visible(message.encode(errors="backslashreplace").decode())
+        self.fix = fix and visible(fix.encode(errors="backslashreplace").decode())
         super().__init__(f"{self.message} ({self.fix})" if self.fix else self.message)
 
 

@@ -442,6 +442,15 @@ def _recipe_path(spec: str | Path) -> Path:
     return packaged_path
 
 
+def length_options(section: str, steps: int | None) -> str:
+    """The options that make a training longer: where ``steps`` is set, ``epochs`` has no effect.
+
+    >>> length_options("teach", 0), length_options("teach", 80)
+    ('teach.epochs or teach.steps', 'teach.steps')
+    """
+    return f"{section}.steps" if steps else f"{section}.epochs or {section}.steps"
+
+
 def current_settings(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The keyed settings of a stage, which keep old spellings, under their current names: for people.
 

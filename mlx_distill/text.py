@@ -7,6 +7,7 @@ between a number and its unit, so that no line breaks there: rates always, sizes
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ NONE = "–"
 """Shown where nothing was measured."""
 NARROW_SPACE = "\u202f"
 MINUS = "\u2212"
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
 def percent(value: float | None, digits: int = 1) -> str:
@@ -225,6 +227,15 @@ def value_text(value: Any) -> str:
     if isinstance(value, Mapping):
         return "; ".join(f"{key}: {value_text(item)}" for key, item in value.items()) or "none"
     return str(value)
+
+
+def visible(text: str) -> str:
+    """A text with its control characters as escapes; line breaks and tabs stay.
+
+    >>> visible("a\\x0eb\\n")
+    'a\\\\u000eb\\n'
+    """
+    return _CONTROL.sub(lambda match: f"\\u{ord(match.group()):04x}", text)
 
 
 def shortened(text: str, limit: int = 90) -> str:

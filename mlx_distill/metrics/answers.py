@@ -290,19 +290,23 @@ def compare_values(
     """Compare a value of two models on the same items: difference of the means with its bootstrap interval,
     and the p-value of a sign test (mid-p) over the items on which they differ.
 
-    >>> compare_values([0.5, 1.0], [0.25, 1.0])["first_only"]
-    1
+    Items of equal value count as ``both``, and as ``neither`` where it is 0: that of an invalid answer.
+
+    >>> result = compare_values([0.5, 1.0, 0.0], [0.25, 1.0, 0.0])
+    >>> result["first_only"], result["both"], result["neither"]
+    (1, 1, 1)
     """
     if not first:
         return None
     differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
     higher, lower = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
     ties = len(differences) - higher - lower
+    zeros = sum(a == b == 0.0 for a, b in zip(first, second, strict=True))
     return {
         "difference": mean_estimate(differences.tolist(), confidence),
         "p_value": mcnemar_mid_p(higher, lower),
-        "both": ties,
+        "both": ties - zeros,
         "first_only": higher,
         "second_only": lower,
-        "neither": 0,
+        "neither": zeros,
     }

@@ -1,9 +1,13 @@
-"""HTML elements from Python. Text is escaped, so text from data cannot become markup."""
+"""HTML elements from Python. Text is escaped, so text from data cannot become markup, and control
+characters, which a page cannot hold, are shown as escapes.
+"""
 
 from __future__ import annotations
 
 from html import escape
 from typing import Any
+
+from mlx_distill.text import visible
 
 _VOID = {"br", "col", "hr", "img", "meta", "path", "line", "rect", "circle", "polyline"}
 
@@ -36,7 +40,7 @@ def el(tag: str, *children: Any, **attributes: Any) -> Html:
 def _attribute(name: str, value: Any) -> str:
     if value is None or value is False:
         return ""
-    return f" {name}" if value is True else f' {name}="{escape(str(value), quote=True)}"'
+    return f" {name}" if value is True else f' {name}="{escape(visible(str(value)), quote=True)}"'
 
 
 def join(children: Any) -> Html:
@@ -51,4 +55,4 @@ def join(children: Any) -> Html:
         return children
     if isinstance(children, list | tuple):
         return Html("".join(join(child) for child in children))
-    return Html(escape(str(children), quote=False))
+    return Html(escape(visible(str(children)), quote=False))

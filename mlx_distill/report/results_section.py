@@ -189,17 +189,34 @@ def _comparisons(report: Report) -> Html | None:
     note = _RATE_NOTE if task["label"] else _MEAN_NOTE
     tables = []
     for metric, caption in captions.items():
-        rows = [_comparison(entry, limit) for entry in entries if entry["metric"] == metric]
+        rows = [_comparison(report, entry, limit) for entry in entries if entry["metric"] == metric]
         if rows:
             heads = ["Model", "Difference", "p-value", "Rows"]
             tables.append(table(caption, heads, rows, class_="compare"))
     return el("div", el("h3", "Paired comparisons"), el("p", note, class_="note"), tables)
 
 
-def _comparison(entry: Mapping[str, Any], limit: float) -> TableRow:
+def _nothing_compared(report: Report, entry: Mapping[str, Any]) -> str:
+    """Why a comparison compares nothing, or an empty text: models of which no answer is valid do not differ,
+    which is no result.
+    """
+    names = [entry["first"], entry["second"]]
+    invalid = [
+        name
+        for name in {*names, "teacher"}
+        if (report["metrics"].get(name, {}).get("json_valid") or {}).get("value") == 0
+    ]
+    if entry["metric"] in _AGAINST_TEACHER and "teacher" in invalid:
+        return "no answer of the teacher fits the task"
+    return "no answer of either model fits the task" if {*names} <= {*invalid} else ""
+
+
+def _comparison(report: Report, entry: Mapping[str, Any], limit: float) -> TableRow:
     """The row of a comparison; ``limit`` is the end of the axis of differences."""
     first, gap = entry["first"], entry["difference"]
     heading = el("span", model_title(first), el("small", f" against {model_phrase(entry['second'])}"))
+    if nothing := _nothing_compared(report, entry):
+        return heading, [el("span", nothing, class_="none"), NONE, NONE], model_class(first)
     ends = f"{signed_points(gap['low'])} to {signed_points(gap['high'])}"
     drawn = strip([(model_class(first), model_title(first), gap)], -limit, limit, zero=0.0)
     difference = el("span", el("b", signed_points(gap["value"])), " ", el("small", ends))

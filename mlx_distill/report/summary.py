@@ -111,7 +111,7 @@ def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
             rates.append(("agreement", f"and {words(task['score'])}"))
     else:
         rates = [("answer_f1", "answer F1"), ("teacher_answer_f1", "F1 to teacher"), ("exact_match", "exact")]
-    rates.append(("json_valid", "valid JSON"))
+    rates.append(("json_valid", "fits the task"))
     rows = []
     for name, figures in report["metrics"].items():
         cells = [_rate(figures.get(key)) for key, _ in rates]

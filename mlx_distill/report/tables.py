@@ -124,7 +124,7 @@ def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
         "accuracy_by_distribution": "Right by distribution",
         "verdict_agreement": f"Same {label} as teacher",
         "agreement": f"…and {score} within {tolerance:g}" if tolerance is not None else f"…and near {score}",
-        "json_valid": "Valid JSON",
+        "json_valid": "Fits the task",
         "exact_match": "Exact match",
         "teacher_exact_match": "Exact match with teacher",
         "answer_f1": "Answer F1",

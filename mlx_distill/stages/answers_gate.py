@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_distill.distill.answer_check import CUT, FACT, NOT_JSON
 from mlx_distill.errors import QualityGateError
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe import Recipe, length_options
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import percent, shortened
 
@@ -57,13 +57,14 @@ def gate_error(
         f"{shortened(reason['text'], 120) or '(empty)'}"
     )
     steps = f" (it had {teach['steps']:,} steps)" if teach and teach.get("steps") else ""
-    fix = f"{_fix(kind, reason, task, steps)}; --force goes on with these targets"
+    options = length_options("teach", recipe.teach.steps)
+    longer = f"train the teacher longer{steps}: {options}, teach.learning_rate"
+    fix = f"{_fix(kind, reason, task, longer)}; --force goes on with these targets"
     return QualityGateError(message, fix=fix, facts={"share": share, "min_valid": limit, **answers})
 
 
-def _fix(kind: str, reason: Mapping[str, Any], task: Task, steps: str) -> str:
+def _fix(kind: str, reason: Mapping[str, Any], task: Task, longer: str) -> str:
     """What to change, by the most frequent reason."""
-    longer = f"train the teacher longer{steps}: teach.epochs or teach.steps, teach.learning_rate"
     if kind == CUT:
         if 2 * reason.get("data_longer", 0) >= reason["count"]:
             return (

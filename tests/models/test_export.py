@@ -231,7 +231,7 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
     card = (tmp_path / "out" / "README.md").read_text()
     plain = card.replace("\u202f", " ")
     assert (
-        "| model | Accuracy | Same first\\|tone as teacher | Valid JSON "
+        "| model | Accuracy | Same first\\|tone as teacher | Fits the task "
         "| Median per row | Rows per minute | Peak memory |" in card
     )
     assert "| ours | 87.5 % [80.0–90.0] | 96.2 % [93.6–97.9] | 100 % | 34 ms | 1,935 | 62.3 MB |" in plain

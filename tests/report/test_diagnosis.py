@@ -88,7 +88,7 @@ def test_a_good_run_says_nothing() -> None:
         (
             report_of(teacher=figures(95), student=figures(55, chosen=99)),
             "The student has 99.0\u202f% of the rows right by the distribution",
-            "It knows the queue, and does not spell it",
+            "The queue is known and not spelled",
             "distill.text_weight",
         ),
         (
@@ -104,6 +104,62 @@ def test_each_case_has_its_reason_and_its_fix(
 ) -> None:
     (entry,) = diagnose(report)
     assert entry["problem"].startswith(problem) and reason in entry["reason"] and fix in entry["fix"], entry
+
+
+def test_a_student_and_its_quantized_copy_are_one_finding_with_the_reason_once() -> None:
+    error = "Additional properties are not allowed ('verdict', 'themes' were unexpected)"
+    invalid = {"reason": error.replace("'verdict', 'themes'", "…, …"), "count": 100, "id": "r1"}
+    models = {
+        name: figures(0, 0, chosen=chosen, invalid={**invalid, "error": error})
+        for name, chosen in (("student", 90), ("quantized", 40))
+    }
+    report = report_of(teacher=figures(95), **models)
+    report["task_details"]["properties"] = ["queue", "reason"]
+    (entry,) = diagnose(report)
+    assert entry["problem"].startswith(
+        "The answers of the student and the quantized student are mostly invalid: 0\u202f% and 0\u202f% fit"
+    )
+    form = "it still answers in the form of another task"
+    assert entry["reason"] == f"Most often, as in row r1: {error}; {form}"
+    assert "label_probs of analyze have the right queue first in 90.0\u202f% of the rows" in entry["fix"]
+    report["task_details"]["properties"] = ["verdict", "queue"]
+    assert diagnose(report)[0]["reason"].endswith("were unexpected)")
+
+
+def test_invalid_models_of_different_reasons_name_both() -> None:
+    other = {"reason": "a JSON list", "count": 9, "id": "r8", "error": "a JSON list, not an object"}
+    report = report_of(teacher=figures(95), student=figures(0, 0), quantized=figures(0, 0, invalid=other))
+    (entry,) = diagnose(report)
+    assert "row r3: cut after 12" in entry["reason"]
+    assert "of the quantized student, as in row r8: a JSON list, not an object" in entry["reason"]
+
+
+def test_a_label_is_known_only_where_it_is_clearly_above_the_most_frequent_class() -> None:
+    few = report_of(teacher=figures(95), student=figures(0, chosen=45))
+    assert not [entry for entry in diagnose(few) if "label_probs" in entry["fix"]]
+    clear = report_of(teacher=figures(95), student=figures(0, chosen=60))
+    assert [entry for entry in diagnose(clear) if "label_probs" in entry["fix"]]
+
+
+@pytest.mark.parametrize(("steps", "fix"), [(0, ": teach.epochs or teach.steps,"), (80, ": teach.steps,")])
+def test_the_advice_names_the_option_that_has_an_effect(steps: int, fix: str) -> None:
+    report = report_of(teacher=figures(38), student=figures(60))
+    report["provenance"] = {"recipe": {"teach": {"steps": steps}}}
+    assert fix in diagnose(report)[0]["fix"]
+
+
+def test_control_characters_are_shown_as_escapes() -> None:
+    invalid = {"reason": "…", "count": 1, "id": "r1", "error": "queue: 'a\x0e' is not one of"}
+    (entry,) = diagnose(report_of(teacher=figures(10, 10, invalid=invalid)))
+    assert "a\\u000e'" in entry["reason"]
+
+
+def test_zeros_are_not_named_where_the_answers_are_invalid_or_another_finding_has_the_cause() -> None:
+    invalid = report_of(teacher=figures(95), student=figures(0, 0), quantized=figures(0, 0))
+    invalid["metrics"]["teacher"]["verdict_agreement"] = None
+    no_better = report_of(teacher=figures(0), student=figures(0), quantized=figures(0))
+    for report in (invalid, no_better):
+        assert not [entry for entry in diagnose(report) if "Same queue as teacher" in entry["problem"]]
 
 
 def test_columns_of_zeros_with_valid_answers_are_named() -> None:

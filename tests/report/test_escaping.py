@@ -84,3 +84,4 @@ def test_text_from_data_cannot_become_markup(tmp_path: Path) -> None:
 
 def test_el_escapes_all_but_markup() -> None:
     assert el("b", "<", Html("<i>"), ["&", None, 0], title='"<') == '<b title="&quot;&lt;">&lt;<i>&amp;0</b>'
+    assert el("b", "a\x0e\n", title="\x7f") == '<b title="\\u007f">a\\u000e\n</b>'

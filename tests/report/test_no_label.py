@@ -124,3 +124,16 @@ def test_a_single_text_and_no_teacher(tmp_path: Path) -> None:
     assert figures["answer_f1"]["value"] == pytest.approx(2 / 3) and figures["answer_f1"]["n"] == 1
     assert figures["teacher_answer_f1"] is None and figures["exact_match"]["value"] == 0.0
     assert "have an F1 of" in assert_loads_nothing(render_html(report)).text
+
+
+def test_models_without_a_valid_answer_are_not_compared(tmp_path: Path) -> None:
+    none: list[Any] = [None, None]
+    models: dict[str, list[Any]] = {"teacher": TEACHER, "student_before": none, "student": none}
+    report = report_of(tmp_path, EXTRACTION, models, TRUTH)
+    before, *others = report["comparisons"]
+    assert (before["second"], before["both"], before["neither"]) == ("student_before", 0, 2)
+    text = assert_loads_nothing(render_html(report)).text
+    assert text.count("no answer of either model fits the task") == 1 and len(others) == 2
+    report = report_of(tmp_path / "teacher", EXTRACTION, models | {"teacher": none}, TRUTH)
+    text = assert_loads_nothing(render_html(report)).text
+    assert "no answer of the teacher fits the task" in text

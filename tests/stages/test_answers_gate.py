@@ -61,6 +61,12 @@ def test_the_error_has_the_share_an_example_its_reason_and_the_fix(
     assert found.facts["share"] == pytest.approx(1 / 3) and found.facts["rows"] == 3
 
 
+def test_the_fix_names_the_option_that_has_an_effect() -> None:
+    found = error(check(("the", "stop")), "teach.steps=9")
+    assert found is not None and "teach.steps, teach.learning_rate" in (found.fix or "")
+    assert "teach.epochs" not in (found.fix or "")
+
+
 def test_enough_valid_answers_no_limit_or_no_counts_pass() -> None:
     half = check((GOOD, "stop"), ("the", "stop"))
     assert error(half) is None and error(check(("the", "stop")), "targets.min_valid=0") is None
