@@ -223,6 +223,9 @@ def _scalar(wanted: type, value: Any, where: str) -> Any:
         return value
     unquoted = wanted is str and isinstance(value, (int, float, datetime.date))
     fix = "put it in quotes" if unquoted else "change the value"
+    if wanted is str and isinstance(value, Mapping) and not any(v is not None for v in value.values()):
+        braces = f'"{{{", ".join(map(str, value))}}}"'  # YAML reads {field} as a mapping
+        fix = f"put it in quotes: {braces}; on a command line --set 'KEY={braces}'"
     raise ConfigError(f"{where}: {_NEEDED.get(wanted, wanted)} is needed, not {_show(value)}", fix=fix)
 
 

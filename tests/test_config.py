@@ -96,6 +96,7 @@ def test_values_are_converted_to_the_type_of_the_field() -> None:
         ({"mode": "medium"}, "mode: 'medium' is not one of fast, slow", "choose"),
         ({"names": "a"}, "names: a list is needed, not 'a'", "[a, b]"),
         ({"names": [1]}, "names[0]: text is needed, not 1", "quotes"),
+        ({"names": [{"body": None}]}, "names[0]: text is needed, not {'body': None}", "'KEY=\"{body}\"'"),
         ({"inner": {"rate": float("nan")}}, "rate: nan is not a finite number", "change"),
         ({"inner": {"rate": "inf"}}, "rate: inf is not a finite number", "change"),
         ({"pair": [1, 2, 3]}, "pair: 2 values are needed, not 3", "[low, high]"),

@@ -139,6 +139,7 @@ def analyze(
     The answers are JSON, one object a line.
     """
     from mlx_distill.cli.output import echo_jsonl, plain
+    from mlx_distill.config import resolve_asset
     from mlx_distill.data.sources import read_source
     from mlx_distill.errors import DataError
     from mlx_distill.infer.analyze import iter_analysis
@@ -146,6 +147,8 @@ def analyze(
     from mlx_distill.storage import read_jsonl, write_jsonl
     from mlx_distill.text import counted
 
+    if input != "-" and not Path(resolve_asset(input)).exists():
+        raise DataError(f"{input}: no such file", fix="check the path; - is standard input")
     rows = read_jsonl("/dev/stdin") if input == "-" else read_source(SourceConfig(path=input))
     items = [row for _, row in rows]
     if not items:

@@ -121,7 +121,9 @@ def _call(text: Any) -> dict[str, Any]:
     return {"content": text}
 
 
-def missing_fields(row: Row, task: Task, missing: Sequence[str], *, needs_answer: bool) -> DataError:
+def missing_fields(
+    row: Row, task: Task, missing: Sequence[str], *, needs_answer: bool, has_columns: bool = True
+) -> DataError:
     """The error of a row that lacks fields of the task's prompt, or its answer, or has no known layout.
 
     Args:
@@ -129,8 +131,11 @@ def missing_fields(row: Row, task: Task, missing: Sequence[str], *, needs_answer
         task: Whose fields it lacks.
         missing: The fields of the prompt that it lacks.
         needs_answer: Whether it lacks an answer too.
+        has_columns: Whether the row is of a recipe's source, which may say ``columns:``.
     """
     keys = _listed(row)
+    if missing and missing[0] in row:
+        return DataError(f"the field {missing[0]!r} is empty (null)", fix="fill it in, or leave the row out")
     if missing:
         message = f"no field {missing[0]!r}; the row has {keys}"
     elif "answer" in row:
@@ -145,7 +150,10 @@ def missing_fields(row: Row, task: Task, missing: Sequence[str], *, needs_answer
         columns = _suggested(row, task, missing, needs_answer)
     wanted = ", ".join(task.input_fields)
     needs = f"the task {task.name!r} needs {wanted}" if missing else "add the answer"
-    if columns:
+    if not has_columns:
+        known = "".join(f", such as {column} to {field}" for field, column in columns.items())
+        fix = f"{needs}; rename the column of the row{known}"
+    elif columns:
         spelled = ", ".join(f"{field}: {column}" for field, column in columns.items())
         fix = f"write columns: {{{spelled}}} in the source, if that is what they are; {needs}"
     else:

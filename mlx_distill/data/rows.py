@@ -349,7 +349,7 @@ def _plain(row: Row, task: Task, needs_answer: bool) -> tuple[list[Message], Any
     no_answer = answer is None and needs_answer
     missing = [name for name in task.input_fields if row.get(name) is None]
     if missing or no_answer:
-        raise missing_fields(row, task, missing, needs_answer=no_answer)
+        raise missing_fields(row, task, missing, needs_answer=no_answer, has_columns=needs_answer)
     system, user = task.prompt(row)
     return [*([Message("system", system)] if system else []), Message("user", user)], answer
 

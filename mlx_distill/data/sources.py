@@ -69,8 +69,8 @@ def read_source(
         empty = False
         yield where, row
     if empty:
-        needs = f" for the task {task.name!r}" if task else ""
-        raise DataError(f"{name}: no rows", fix=f"add rows{needs}, or take the source out of data.sources")
+        in_recipe = f" for the task {task.name!r}, or take the source out of data.sources" if task else ""
+        raise DataError(f"{name}: no rows", fix=f"add rows{in_recipe}")
     _check_columns(config, name, seen)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.data.rows import Item, to_item
-from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.errors import ConfigError, DataError, ModelError
 from mlx_distill.infer.engine import Generation, LogitsHook, generate
 from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout
 from mlx_distill.infer.label_scoring import (
@@ -306,6 +306,10 @@ def _task_of(task: str | Path | Task | None, trained_on: TrainedOn | None, folde
         return task
     if task is not None:
         return load_task(str(task))
+    if folder is not None and not Path(folder).expanduser().is_dir():
+        raise ModelError(
+            f"{folder}: no such folder", fix="check the path; for a Hub model name the task: --task TASK"
+        )
     if trained_on is None:
         where = "a loaded model" if folder is None else str(folder)
         raise ConfigError(

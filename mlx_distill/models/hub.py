@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -79,10 +80,10 @@ def model_problem(path_or_repo: str | Path) -> str | None:
 def is_hub_id(name: str) -> bool:
     """Whether a string that is not the path of a folder can be a Hub id.
 
-    >>> is_hub_id("org/name"), is_hub_id("./name"), is_hub_id("a/folder/here")
-    (True, False, False)
+    >>> is_hub_id("org/name"), is_hub_id("./name"), is_hub_id("a/folder/here"), is_hub_id("my models/one")
+    (True, False, False, False)
     """
-    return not name.startswith(("/", ".", "~")) and name.count("/") == 1
+    return re.fullmatch(r"[A-Za-z0-9_-][\w.-]*/[\w.-]+", name, re.ASCII) is not None
 
 
 def _download(repo: str, revision: str | None, weights: bool) -> Path:

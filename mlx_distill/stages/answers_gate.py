@@ -59,7 +59,7 @@ def gate_error(
     steps = f" (it had {teach['steps']:,} steps)" if teach and teach.get("steps") else ""
     options = length_options("teach", recipe.teach.steps)
     longer = f"train the teacher longer{steps}: {options}, teach.learning_rate"
-    fix = f"{_fix(kind, reason, task, longer)}; --force goes on with these targets"
+    fix = f"{_fix(kind, reason, task, longer)}; --force (in Python force=True) goes on with these targets"
     return QualityGateError(message, fix=fix, facts={"share": share, "min_valid": limit, **answers})
 
 

@@ -230,6 +230,19 @@ def test_a_path_that_does_not_exist(runner: Any, tmp_path: Path, command: list[s
     assert "unexpected" not in result.stderr
 
 
+@pytest.mark.parametrize("content", [None, ""])
+def test_analyze_says_nothing_of_recipes_about_its_input(
+    runner: Any, tmp_path: Path, content: str | None
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content, encoding="utf-8")
+    result = runner.invoke(cli, ["analyze", "any/model", str(path), "--task", "music"])
+    assert result.exit_code == 1
+    assert ("no such file" if content is None else "no rows") in result.stderr
+    assert "data.sources" not in result.stderr
+
+
 def test_analyze_answers_every_row(runner: Any, converted: Path, tmp_path: Path) -> None:
     rows = [{"id": f"s{i}", "title": "Rain", "lyrics": f"Line {i}", "genre": "folk"} for i in range(3)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

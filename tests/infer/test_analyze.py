@@ -15,7 +15,7 @@ import mlx_distill as md
 from mlx_distill.data.chat import prompt_ids
 from mlx_distill.data.predictions import FORMAT, read_predictions, write_predictions
 from mlx_distill.data.rows import to_item
-from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.errors import ConfigError, DataError, ModelError
 from mlx_distill.infer.analyze import analyze, label_distributions, label_hook, predict, to_prediction
 from mlx_distill.infer.engine import Generation
 from mlx_distill.infer.kv_cache import ColumnLayout
@@ -235,10 +235,17 @@ def test_a_label_that_is_not_scored_is_noted_once(model: Any, tokenizer: Any, ta
 def test_bad_items_are_found_before_a_model_is_loaded() -> None:
     with pytest.raises(DataError, match="item 2: no field 'text'"):
         analyze("/no/such/model", "moderation", [ITEMS[0], {"txt": "typo"}])
+    with pytest.raises(DataError, match="item 1: no field 'text'") as caught:
+        analyze("/no/such/model", "moderation", [{"body": "The soup is cold."}])
+    assert "rename the column of the row, such as body to text" in str(caught.value.fix)
+    assert "columns:" not in str(caught.value.fix)
     with pytest.raises(DataError, match="item 1: a text alone"):
         analyze("/no/such/model", "music", ["la la la"])
     with pytest.raises(DataError, match="one item alone"):
         analyze("/no/such/model", "moderation", "The soup is cold.")
+    for model in ("runs/nothere", "/no/such/model", "nothere"):
+        with pytest.raises(ModelError, match=f"{model}: no such folder"):
+            analyze(model, None, ITEMS)
     with pytest.raises(ConfigError, match="no task"):
         analyze("/no/such/model", "astrology", [])
 

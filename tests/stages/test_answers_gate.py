@@ -57,7 +57,7 @@ def test_the_error_has_the_share_an_example_its_reason_and_the_fix(
     found = error(check((GOOD, "stop"), bad, bad, data_tokens=data_tokens))
     assert found is not None and found.exit_code == 3 and found.fix is not None
     assert "1 of 3 answers" in found.message and all(text in found.message for text in words)
-    assert fix in found.fix and "--force" in found.fix
+    assert fix in found.fix and "--force" in found.fix and "force=True" in found.fix
     assert found.facts["share"] == pytest.approx(1 / 3) and found.facts["rows"] == 3
 
 
