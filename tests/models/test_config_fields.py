@@ -416,3 +416,14 @@ def test_stop_tokens_of_generation_config_are_tokens_of_the_model(eos: Any, tmp_
     with pytest.raises(ModelError, match=r"generation_config\.json: eos_token_id") as caught:
         load_config(folder)
     assert caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["qwen2", "qwen3", "qwen3_moe", "gpt_oss"])
+def test_a_norm_without_epsilon_has_the_one_of_transformers(name: str, copy: Any, tmp_path: Path) -> None:
+    folder = copy(name)
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del config["rms_norm_eps"]
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    convert(folder, tmp_path / "out")
+    model, _ = load_model(tmp_path / "out")
+    assert model.args.rms_norm_eps == (1e-5 if name == "gpt_oss" else 1e-6)

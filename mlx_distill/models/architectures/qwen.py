@@ -102,10 +102,12 @@ def _arguments(config: Mapping[str, Any]) -> dict[str, Any]:
             fix="use a Qwen2 with the default head size",
         )
     rope = rope_settings(config)
+    # Those of transformers' configs, where mlx-lm has none.
     defaults = {
         "num_key_value_heads": config["num_attention_heads"],
         "tie_word_embeddings": False,
         "max_position_embeddings": 32_768,
+        "rms_norm_eps": 1e-6,
     }
     # transformers 5 writes num_experts as num_local_experts.
     moe: dict[str, Any] = {
