@@ -149,8 +149,8 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
     >>> schema = {"type": "object", "properties": {"answer": {"enum": ["yes", "no"]}}}
     >>> task = Task("t", system="", user="{text}", schema=schema, label="answer", slices=("group",))
     >>> item = to_item({"text": "Hello.", "group": "none", "id": 7}, task)
-    >>> item.id, dict(item.fields), item.messages
-    ('7', {'group': 'none'}, (Message(role='user', content='Hello.'),))
+    >>> item.id, dict(item.fields), item.messages[0].role, item.messages[0].content
+    ('7', {'group': 'none'}, 'user', 'Hello.')
     """
     if isinstance(row, str):
         if len(task.input_fields) != 1:

@@ -185,7 +185,8 @@ def named_base(folder: Path) -> tuple[str, str | None]:
         )
     paths = [folder / base] if key == "base" else [Path(base).expanduser(), folder / base]
     for path in paths:
-        if path.is_dir() and path.resolve() != folder.resolve():
+        # The model that mlx-lm names may have the name of the folder that holds the adapter.
+        if path.is_dir() and (key == "base" or path.resolve() != folder.resolve()):
             if is_adapter(path):
                 raise ModelError(
                     f"{folder}: its base {base!r} is an adapter, not a model",
