@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from mlx_distill.stages.context import Context
 
 
+TRAININGS = ("teach", "distill")
+
+
 @dataclass(frozen=True)
 class Stage:
     """One stage of a run.

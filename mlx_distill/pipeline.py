@@ -17,8 +17,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import Overrides, override_texts, to_mapping
-from mlx_distill.errors import ConfigError, DistillError, FileError
-from mlx_distill.graph import Stage, graph
+from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.graph import TRAININGS, Stage, graph
 from mlx_distill.progress import EventProgress, NullProgress, Progress, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.resources import with_resources
@@ -37,6 +37,7 @@ from mlx_distill.status import (
     outcome_row,
     parent_contents,
     stage_status,
+    unfinished_error,
 )
 from mlx_distill.storage import (
     Manifest,
@@ -57,7 +58,6 @@ if TYPE_CHECKING:
     from mlx_distill.report import RunReport
     from mlx_distill.train.profiling import Profile
 
-TRAININGS = ("teach", "distill")
 COMMANDS = ("prepare", "convert", "teach", "targets", "distill", "quantize", "evaluate")
 
 Hook = Callable[[dict[str, Any]], None]
@@ -387,19 +387,12 @@ def _check_unfinished(runner: Runner, stage: Stage, forced: bool) -> None:
     """Refuse to start a training that the checkpoints of an unfinished one do not fit, or, where it is
     ``forced``, discard them.
     """
-    key_file = partial_folder(runner.out / stage.name) / "key"
-    if stage.command not in TRAININGS or not key_file.is_file():
+    error = unfinished_error(runner.recipe, stage, runner.out, runner.manifests)
+    if error is None:
         return
-    from mlx_distill.train.preflight import check_leftover
-
-    fits = key_file.read_text(encoding="utf-8") == current_key(stage, runner.manifests)
-    settings = getattr(runner.recipe, stage.command)
-    try:
-        check_leftover(key_file.parent / "scratch" / "checkpoints", settings, stage.command, fits)
-    except DistillError:
-        if not forced:
-            raise
-        key_file.unlink()  # without it nothing is resumed
+    if not forced:
+        raise error
+    (partial_folder(runner.out / stage.name) / "key").unlink()  # without it nothing is resumed
 
 
 def _read_parent(runner: Runner, stage: Stage, context: Context, make: MakeStage, needed: bool) -> None:

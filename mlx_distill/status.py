@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from mlx_distill.config import changes
 from mlx_distill.distill.answer_check import FACT
-from mlx_distill.errors import FileError
-from mlx_distill.graph import Stage
+from mlx_distill.errors import DistillError, FileError
+from mlx_distill.graph import TRAININGS, Stage
 from mlx_distill.models.hub import model_problem
 from mlx_distill.recipe import Recipe, current_settings
 from mlx_distill.stages.answers_gate import gate_text
@@ -19,6 +19,7 @@ from mlx_distill.storage import (
     check_folder,
     check_replaceable,
     fingerprint,
+    partial_folder,
     read_manifest,
     stage_key,
 )
@@ -184,6 +185,26 @@ def check_problems(problems: Sequence[str]) -> None:
         raise FileError(f"{several}{'; '.join(problems)}", fix=fix)
 
 
+def unfinished_error(
+    recipe: Recipe, stage: Stage, out: Path, manifests: Mapping[str, Manifest]
+) -> DistillError | None:
+    """The error of a training that the checkpoints of an unfinished one do not fit; None where there are none
+    or it goes on from them.
+    """
+    key_file = partial_folder(out / stage.name) / "key"
+    if stage.command not in TRAININGS or not key_file.is_file():
+        return None
+    from mlx_distill.train.preflight import check_leftover
+
+    fits = key_file.read_text(encoding="utf-8") == current_key(stage, manifests)
+    settings = getattr(recipe, stage.command)
+    try:
+        check_leftover(key_file.parent / "scratch" / "checkpoints", settings, stage.command, fits)
+    except DistillError as error:
+        return error
+    return None
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a run would do; ``--dry-run`` prints it. Each stage has ``command``, ``writes``, ``reads``,
@@ -255,6 +276,9 @@ def make_plan(recipe: Recipe, out: Path, stages: Sequence[Stage], forced: Callab
         status = stage_status(stage, out, manifests, forced(stage))
         if status.kind != "current":
             to_do.append(stage)
+        state = status.text
+        if status.kind in ("missing", "stale") and (error := unfinished_error(recipe, stage, out, manifests)):
+            state += f"; the run stops here: {error}"
         manifest = read_manifest(out / stage.name) if status.kind == "current" else None
         if manifest is not None:
             manifests[stage.name] = manifest
@@ -264,7 +288,7 @@ def make_plan(recipe: Recipe, out: Path, stages: Sequence[Stage], forced: Callab
                 "writes": str(out / stage.name),
                 "reads": list(dict.fromkeys([*(str(out / name) for name in stage.parents), *stage.inputs])),
                 "absent": stage.absent,
-                "state": status.text,
+                "state": state,
                 "status": status.kind,
                 "settings": _shown_settings(stage),
                 "gate": gate_text(recipe, manifest.recorded if manifest else None)

@@ -120,6 +120,14 @@ def test_a_changed_setting_does_not_discard_an_unfinished_training(copied: Path)
     assert rows == list(range(1, len(rows) + 1))
 
 
+def test_a_dry_run_says_where_an_unfinished_training_stops_the_run(copied: Path) -> None:
+    for overrides, stops in (({}, False), ({"teach.learning_rate": 1e-3}, True)):
+        plan = run(copied / "recipe.yaml", copied / "out", dry_run=True, overrides=overrides)
+        states = {row["command"]: row["state"] for row in plan.to_dict()["stages"]}
+        assert ("the run stops here" in states["teach"]) == stops, states
+        assert ("learning_rate was 2e-05, is 0.001" in states["teach"]) == stops
+
+
 def test_changed_rows_do_not_discard_an_unfinished_training(copied: Path) -> None:
     run(copied / "recipe.yaml", copied / "out", only="prepare", overrides=["data.test_fraction=0.3"])
     result = teach(copied, "--set", "data.test_fraction=0.3")
