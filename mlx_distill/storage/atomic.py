@@ -90,16 +90,14 @@ def write_json(path: str | Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def read_json(path: str | Path) -> Any:
-    """Read a JSON file; invalid JSON is a :class:`FileError` that names the file."""
+def read_json(path: str | Path, fix: str = "delete the file and run the same command again") -> Any:
+    """Read a JSON file; invalid JSON is a :class:`FileError` that names the file and has this fix."""
     with os_errors():
         raw = Path(path).read_bytes()
     try:
         return json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise FileError(
-            f"{path}: not valid JSON: {error}", fix="delete the file and run the same command again"
-        ) from error
+        raise FileError(f"{path}: not valid JSON: {error}", fix=fix) from error
 
 
 def write_jsonl(path: str | Path, rows: Iterable[Mapping[str, Any]]) -> int:

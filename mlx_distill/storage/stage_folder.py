@@ -76,15 +76,13 @@ def read_manifest(folder: str | Path) -> Manifest | None:
     path = Path(folder) / MANIFEST
     if not path.is_file():
         return None
-    raw = read_json(path)
+    fix = f"delete {folder} if a run has written it, and run the same command again"
+    raw = read_json(path, fix)
     try:
         files = {name: FileEntry(**entry) for name, entry in raw.pop("files").items()}
         return Manifest(files=files, **raw)
     except (TypeError, KeyError, AttributeError) as error:
-        raise FileError(
-            f"{path}: not a manifest of this version: {error}",
-            fix="choose another folder for the result, or delete this one if a run has written it",
-        ) from error
+        raise FileError(f"{path}: not a manifest of this version: {error}", fix=fix) from error
 
 
 def check_folder(folder: str | Path, manifest: Manifest, *, verify: bool = False) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -195,7 +196,7 @@ def test_the_fix_for_an_unreadable_manifest_works(prepare: Callable[..., Any], t
     for content in (b"{", b"\xff\x00", b""):
         manifest.write_bytes(content)
         refuses(prepare(), 1, "manifest.json: not valid JSON")
-        manifest.unlink()
+        shutil.rmtree(manifest.parent)
         assert prepare().exit_code == 0
 
 

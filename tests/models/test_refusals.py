@@ -346,7 +346,7 @@ def test_a_tokenizer_with_remote_code_is_refused(copy: Any) -> None:
 def test_what_the_package_did_not_make_is_not_replaced(golden: Any, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "diary.txt").write_text("keep")
-    with pytest.raises(FileError, match="not written by a conversion"):
+    with pytest.raises(FileError, match="not empty and not written by this package"):
         convert(golden("qwen3"), tmp_path / "mine")
     assert (tmp_path / "mine" / "diary.txt").read_text() == "keep"
     with pytest.raises(FileError, match="source itself"):
