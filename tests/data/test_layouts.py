@@ -232,7 +232,8 @@ def test_columns_that_nobody_asks_for_may_hold_anything(task: Task) -> None:
 
 
 def test_the_gaps_of_pandas_are_null() -> None:
-    pandas = pytest.importorskip("pandas")
+    import pandas  # datasets needs it, so it is always there
+
     frame = pandas.DataFrame({"a": [1.0, None], "b": pandas.to_datetime(["2024-05-01", None])})
     rows = frame.astype({"a": "Int64"}).to_dict("records")
     assert json_row(rows[0])[0] == {"a": 1, "b": "2024-05-01T00:00:00"}
