@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from mlx_distill.errors import ModelError as ModelError
     from mlx_distill.errors import QualityGateError as QualityGateError
     from mlx_distill.exports import export as export
+    from mlx_distill.infer.analyze import Analyzer as Analyzer
     from mlx_distill.infer.analyze import analyze as analyze
     from mlx_distill.inspection import inspect as inspect
     from mlx_distill.models.convert import convert as convert
@@ -66,6 +67,7 @@ _NAMES = {
     "doctor": "doctor",
     "progress": "progress",
     # classes
+    "Analyzer": "infer.analyze:Analyzer",
     "Recipe": "recipe:Recipe",
     "Task": "tasks.task:Task",
     "Message": "records:Message",

@@ -75,9 +75,10 @@ class Prediction:
     """A model's answer to one item.
 
     ``text`` is the generated text; ``answer`` the valid answer in it or None; ``error`` the reason why it is
-    None; ``label`` the value of the task's label field in the answer; ``label_probs`` the model's
-    distribution over the labels before it generates one; ``latency_s`` the wall time of its batch divided by
-    the batch's size; ``tokens`` the number of generated tokens.
+    None; ``error_kind`` the kind of that reason, for counts; ``label`` the value of the task's label field in
+    the answer; ``label_probs`` the model's distribution over the labels before it generates one;
+    ``latency_s`` the wall time of its batch divided by the batch's size; ``tokens`` the number of generated
+    tokens.
     """
 
     id: str
@@ -87,6 +88,7 @@ class Prediction:
     score: float | None
     label_probs: Mapping[str, float] | None = None
     error: str | None = None
+    error_kind: str | None = None
     latency_s: float = 0.0
     prompt_tokens: int = 0
     tokens: int = 0

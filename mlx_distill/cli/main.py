@@ -25,7 +25,7 @@ COMMANDS = {
     "convert": "models:convert",
     "export": "models:export",
     "inspect": "models:inspect",
-    "analyze": "models:analyze",
+    "analyze": "analyze:analyze",
     "recipes": "recipes:recipes",
     "doctor": "recipes:doctor",
 }

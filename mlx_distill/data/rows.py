@@ -132,7 +132,7 @@ class Item(NamedTuple):
     fields: Mapping[str, Any]
 
 
-def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
+def to_item(row: Row | str, task: Task, where: int | str = 1) -> Item:
     """A row that a model is to answer: one of any known format, with or without an answer, or a text alone.
 
     Id, prompt and fields are those of :func:`to_example`; the id of a row with neither an id nor a valid
@@ -141,7 +141,7 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
     Args:
         row: The row, or the text of a task whose prompt names one field.
         task: Prompt and answer schema.
-        number: Of the row, for error messages.
+        where: The beginning of every error message: ``file:line``, or the number of the item.
 
     Raises:
         DataError: a field of the prompt is missing, or the row is neither a mapping nor a text.
@@ -152,17 +152,18 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
     >>> item.id, dict(item.fields), item.messages[0].role, item.messages[0].content
     ('7', {'group': 'none'}, 'user', 'Hello.')
     """
+    where = f"item {where}" if isinstance(where, int) else where
     if isinstance(row, str):
         if len(task.input_fields) != 1:
             needed = ", ".join(task.input_fields)
             raise DataError(
-                f"item {number}: a text alone, and the task {task.name!r} needs {needed}",
+                f"{where}: a text alone, and the task {task.name!r} needs {needed}",
                 fix="give a mapping with these fields",
             )
         row = {task.input_fields[0]: row}
     if not isinstance(row, Mapping):
         raise DataError(
-            f"item {number}: a {type(row).__name__}, neither a mapping nor a text",
+            f"{where}: a {type(row).__name__}, neither a mapping nor a text",
             fix="give one mapping an item",
         )
     if row.keys() == _PREPARED and row["id"] and _are_prepared(row["messages"]):
@@ -174,7 +175,7 @@ def to_item(row: Row | str, task: Task, number: int = 1) -> Item:
         _check_prompt(parsed.prompt)
         _check_json({}, parsed.prompt)
     except DataError as error:
-        raise DataError(f"item {number}: {error.message}{_about(left_out)}", fix=error.fix) from error
+        raise DataError(f"{where}: {error.message}{_about(left_out)}", fix=error.fix) from error
     return Item(parsed.id or _item_id(parsed, task), parsed.prompt, parsed.fields)
 
 

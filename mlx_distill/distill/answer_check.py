@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from mlx_distill.tasks.answer import CUT, error_kind
+
 if TYPE_CHECKING:
     from mlx_distill.infer.engine import Generation
 
-CUT, NOT_JSON, NOT_VALID = "cut", "not JSON", "does not fit the schema"
 FACT = "teacher_answers"
 """The key of the counts among the facts of the targets stage."""
 _LONGEST_TEXT = 300
@@ -42,19 +43,18 @@ class AnswerCheck:
             schema: The task's.
             data_tokens: The length of the row's own answer.
         """
-        from mlx_distill.infer.analyze import read_answer
+        from mlx_distill.infer.predict import read_answer
 
         answer, error = read_answer(generation, schema)
         self.rows += 1
         if answer is not None:
             self.valid += 1
             return True
-        is_cut = generation.finish == "length"
-        kind = CUT if is_cut else NOT_JSON if str(error).startswith("not JSON") else NOT_VALID
+        kind = error_kind(generation.finish, str(error))
         example = {"id": id, "text": generation.text[:_LONGEST_TEXT], "error": error}
         reason = self.reasons.setdefault(kind, {"count": 0, **example})
         reason["count"] += 1
-        if is_cut and data_tokens is not None and data_tokens > len(generation.tokens):
+        if kind == CUT and data_tokens is not None and data_tokens > len(generation.tokens):
             reason["data_longer"] = reason.get("data_longer", 0) + 1
             reason["data_tokens"] = max(reason.get("data_tokens", 0), data_tokens)
         return False

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.distill.answer_check import CUT, FACT, NOT_JSON
+from mlx_distill.distill.answer_check import FACT
 from mlx_distill.errors import QualityGateError
 from mlx_distill.recipe import Recipe, length_options
+from mlx_distill.tasks.answer import CUT, NOT_JSON
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import percent, shortened
 

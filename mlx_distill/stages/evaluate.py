@@ -16,8 +16,8 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
     chunk.
     """
     from mlx_distill.data.predictions import FILE_NAME, write_predictions
-    from mlx_distill.infer.analyze import predict
     from mlx_distill.infer.label_scoring import label_prefix_tokens
+    from mlx_distill.infer.predict import predict
     from mlx_distill.records import Prediction
 
     settings = context.recipe.evaluate

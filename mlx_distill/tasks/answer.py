@@ -14,6 +14,8 @@ from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.tasks.schema import validator_of
 
 _LONGEST_ERROR = 200
+CUT, NOT_JSON, NOT_VALID = "cut", "not JSON", "does not fit the schema"
+"""The kinds of reasons why a generated answer is not valid."""
 
 
 def dump_answer(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
@@ -199,3 +201,8 @@ def _type_name(value: Any) -> str:
 def _short(text: str) -> str:
     text = " ".join(text.split())
     return text if len(text) <= _LONGEST_ERROR else text[: _LONGEST_ERROR - 3] + "..."
+
+
+def error_kind(finish: str, error: str) -> str:
+    """The kind of reason why a generated answer is not valid: for counts of such answers."""
+    return CUT if finish == "length" else NOT_JSON if error.startswith("not JSON") else NOT_VALID

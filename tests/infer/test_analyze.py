@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from mlx_distill.data.chat import prompt_ids
 from mlx_distill.data.predictions import FORMAT, read_predictions, write_predictions
 from mlx_distill.data.rows import to_item
 from mlx_distill.errors import ConfigError, DataError, ModelError
-from mlx_distill.infer.analyze import analyze, label_distributions, label_hook, predict, to_prediction
+from mlx_distill.infer.analyze import analyze
 from mlx_distill.infer.engine import Generation
 from mlx_distill.infer.kv_cache import ColumnLayout
 from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
+from mlx_distill.infer.predict import label_distributions, label_hook, predict, to_prediction
 from mlx_distill.records import Prediction
 from mlx_distill.tasks.task import Task, load_task
 
@@ -232,11 +234,40 @@ def test_a_label_that_is_not_scored_is_noted_once(model: Any, tokenizer: Any, ta
     assert sum("no distribution over the labels" in note for note in progress.notes) == 1
 
 
+def test_an_item_that_cannot_be_asked_has_an_error_and_the_others_are_answered(
+    model: Any, tokenizer: Any
+) -> None:
+    items: list[Any] = [ITEMS[0], {"id": "b", "txt": "typo"}, {"text": None}, {"text": ["a"]}, ITEMS[1]]
+    answers = md.analyze((model, tokenizer), "moderation", items, max_tokens=3, max_prompt_tokens=500)
+    alone = md.analyze((model, tokenizer), "moderation", [ITEMS[0], ITEMS[1]], max_tokens=3)
+    assert [answer.id for answer in answers] == ["0", "b", "item 3", "item 4", "1"]
+    assert [answers[0].text, answers[4].text] == [answer.text for answer in alone]
+    assert [answer.error_kind for answer in answers[1:4]] == ["bad row"] * 3
+    for answer, where, words in zip(
+        answers[1:4], (2, 3, 4), ("no field 'text'", "empty", "text is needed"), strict=True
+    ):
+        assert f"item {where}: " in str(answer.error) and words in str(answer.error)
+
+
+def test_one_analyzer_answers_several_threads(model: Any, tokenizer: Any) -> None:
+    analyzer = md.Analyzer((model, tokenizer), "moderation", max_tokens=4, batch_size=2)
+    expected = [prediction.text for prediction in analyzer.analyze(ITEMS)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: analyzer.analyze(ITEMS), range(8)))
+    assert [[prediction.text for prediction in result] for result in results] == [expected] * 8
+
+
+def test_items_are_read_as_they_are_answered(model: Any, tokenizer: Any) -> None:
+    analyzer = md.Analyzer((model, tokenizer), "moderation", max_tokens=2, batch_size=1, label_probs=False)
+    read = itertools.count()
+    answers = analyzer.iter({"text": "a", "id": next(read)} for _ in itertools.repeat(None))
+    assert [next(answers).id for _ in range(3)] == ["0", "1", "2"]
+    assert next(read) == analyzer.chunk_size
+
+
 def test_bad_items_are_found_before_a_model_is_loaded() -> None:
-    with pytest.raises(DataError, match="item 2: no field 'text'"):
-        analyze("/no/such/model", "moderation", [ITEMS[0], {"txt": "typo"}])
     with pytest.raises(DataError, match="item 1: no field 'text'") as caught:
-        analyze("/no/such/model", "moderation", [{"body": "The soup is cold."}])
+        analyze("/no/such/model", "moderation", [{"body": "The soup is cold."}, {"text": None}])
     assert "rename the column of the row, such as body to text" in str(caught.value.fix)
     assert "columns:" not in str(caught.value.fix)
     with pytest.raises(DataError, match="item 1: a text alone"):

@@ -1,0 +1,255 @@
+"""Rows to predictions: prompt, generation, strict parsing, and the distribution over the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_distill.data.chat import prompt_ids, stop_ids
+from mlx_distill.data.rows import Item, to_item
+from mlx_distill.infer.engine import Generation, LogitsHook, generate
+from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout
+from mlx_distill.infer.label_scoring import (
+    LabelPrefix,
+    continued_label_logprobs,
+    label_prefix_tokens,
+    label_probabilities,
+)
+from mlx_distill.records import Message, Prediction
+from mlx_distill.tasks.answer import error_kind, parse_answer
+from mlx_distill.tasks.task import Task
+
+Row = Mapping[str, Any]
+
+# Why an item has no answer.
+BAD_ROW = "bad row"
+LONG_PROMPT = "prompt too long"
+
+
+def predict(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Row | str],
+    *,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    label_probs: bool = True,
+    constrain: bool = False,
+    max_prompt_tokens: int | None = None,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """Generate an answer for each row. Answers are not repaired: one that does not fit the schema is an error
+    of the model.
+
+    Args:
+        model: An mlx-lm model.
+        tokenizer: Its tokenizer, with a chat template.
+        task: Prompt, schema, label and score.
+        rows: Prepared rows (whose last assistant turn is not shown to the model), rows with the fields that
+            the task's prompt names, or plain texts where it names one.
+        batch_size: Rows decoded together.
+        max_tokens: Longest answer; the task's ``max_answer_tokens`` where None.
+        temperature: 0 for greedy decoding.
+        seed: Of sampled answers.
+        label_probs: Return the distribution over the labels too. It is read from the logits of the generation
+            where the answer begins as the schema has it, and costs one more pass over the prompt where it
+            does not.
+        constrain: Let the model write only what fits the task's schema.
+        max_prompt_tokens: Longer prompts are not read: their prediction is an error that says so; the
+            model's own length where None.
+        on_done: Called with the number of rows answered so far.
+
+    Returns:
+        One prediction a row, in the rows' order.
+
+    Raises:
+        DataError: a row that lacks a field of the prompt, or is neither a mapping nor a text; the message has
+            its number.
+    """
+    items = [to_item(row, task, number) for number, row in enumerate(rows, 1)]
+    all_prompts = [item_prompt(tokenizer, item) for item in items]
+    limit = max_prompt_tokens or context_length(model)
+    fitting = [i for i, prompt in enumerate(all_prompts) if limit is None or len(prompt) <= limit]
+    answers = answer_prompts(
+        model,
+        tokenizer,
+        task,
+        [items[i] for i in fitting],
+        [all_prompts[i] for i in fitting],
+        batch_size=batch_size,
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=seed,
+        label_probs=label_probs,
+        constrain=constrain,
+        on_done=on_done,
+    )
+    answered = dict(zip(fitting, answers, strict=True))
+    return [
+        answered.get(i) or unread(item, len(prompt), limit)
+        for i, (item, prompt) in enumerate(zip(items, all_prompts, strict=True))
+    ]
+
+
+def answer_prompts(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    items: Sequence[Item],
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    label_probs: bool = True,
+    constrain: bool = False,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Prediction]:
+    """The predictions of items whose prompts are tokenized and short enough.
+
+    Args:
+        model: An mlx-lm model.
+        tokenizer: Its tokenizer.
+        task: Schema, label and score.
+        items: What is asked.
+        prompts: Their tokens, from :func:`item_prompt`.
+        batch_size: Items decoded together; this and the following are those of :func:`predict`.
+        max_tokens: Longest answer.
+        temperature: 0 for greedy decoding.
+        seed: Of sampled answers.
+        label_probs: Return the distribution over the labels too.
+        constrain: Let the model write only what fits the task's schema.
+        on_done: Called with the number of items answered so far.
+    """
+    prefix = label_prefix_tokens(tokenizer, task) if label_probs else None
+    generations = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=max_tokens or task.max_answer_tokens,
+        batch_size=batch_size,
+        stop=set(stop_ids(tokenizer)),
+        temperature=temperature,
+        seed=seed,
+        on_done=on_done,
+        logits_hook=label_hook(model, prefix) if prefix else None,
+    )
+    distributions: Sequence[dict[str, float] | None] = [None] * len(prompts)
+    if prefix is not None:
+        distributions = label_distributions(model, prompts, generations, prefix, batch_size=batch_size)
+    return [
+        to_prediction(item, generation, distribution, task)
+        for item, generation, distribution in zip(items, generations, distributions, strict=True)
+    ]
+
+
+def item_prompt(tokenizer: Any, item: Item) -> list[int]:
+    """The tokens that a model reads of an item, up to where its answer begins."""
+    # prompt_ids leaves out a last turn of the assistant: the empty one here, never one of the prompt.
+    return prompt_ids(tokenizer, [*item.messages, Message("assistant", "")])
+
+
+def context_length(model: Any) -> int | None:
+    """The number of tokens that a model was made for, or None where its config does not say."""
+    length = getattr(getattr(model, "args", None), "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def unread(item: Item, length: int, limit: int | None) -> Prediction:
+    """The prediction of an item whose prompt is longer than the model can read."""
+    error = f"the prompt has {length:,} tokens, and at most {limit:,} are read"
+    return Prediction(
+        item.id,
+        "",
+        None,
+        None,
+        None,
+        error=error,
+        error_kind=LONG_PROMPT,
+        prompt_tokens=length,
+        fields=item.fields,
+    )
+
+
+def label_hook(model: Any, prefix: LabelPrefix) -> LogitsHook:
+    """A hook that reads the labels' log-probabilities where an answer that begins with ``prefix`` has its
+    label. The prompt is not read again: labels that share tokens are continued from the generation's cache.
+    """
+
+    def read(logits: mx.array, layout: ColumnLayout, caches: Sequence[ColumnCache]) -> mx.array:
+        return continued_label_logprobs(model, prefix[1], logits, layout, caches)
+
+    return LogitsHook(len(prefix[0]), read)
+
+
+def label_distributions(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    generations: Sequence[Generation],
+    prefix: LabelPrefix,
+    *,
+    batch_size: int = 16,
+) -> list[dict[str, float]]:
+    """Each row's distribution over the labels: from :func:`label_hook` where the answer begins with the
+    prefix, else from one more forward pass over prompt and prefix.
+
+    Args:
+        model: An mlx-lm model.
+        prompts: Token ids of the prompts.
+        generations: Their answers, generated with the hook.
+        prefix: From :func:`~mlx_distill.infer.label_scoring.label_prefix_tokens`.
+        batch_size: Prompts a forward pass.
+    """
+    ids, labels = prefix
+    table = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
+    others = []
+    for i, generation in enumerate(generations):
+        if generation.hook_output is not None and list(generation.tokens[: len(ids)]) == ids:
+            table[i] = np.exp(generation.hook_output)
+        else:
+            others.append(i)
+    if others:
+        table[others] = label_probabilities(
+            model, [[*prompts[i], *ids] for i in others], labels, batch_size=batch_size
+        )
+    return [dict(zip(labels.labels, map(float, line), strict=True)) for line in table]
+
+
+def read_answer(
+    generation: Generation, schema: Mapping[str, Any]
+) -> tuple[dict[str, Any] | None, str | None]:
+    """A generated answer, parsed strictly: the answer and None, or None and the reason in one line."""
+    answer, error = parse_answer(generation.text, schema)
+    if error and generation.finish == "length":
+        error = f"cut after {len(generation.tokens)} tokens: {error}"
+    return answer, error
+
+
+def to_prediction(
+    item: Item, generation: Generation, label_probs: Mapping[str, float] | None, task: Task
+) -> Prediction:
+    """The prediction of an item: its generated answer, parsed strictly under the task's schema."""
+    answer, error = read_answer(generation, task.schema)
+    label = answer.get(task.label) if answer and task.label else None
+    score = answer.get(task.score) if answer and task.score else None
+    return Prediction(
+        id=item.id,
+        text=generation.text,
+        answer=answer,
+        label=label if isinstance(label, str) else None,
+        score=float(score) if isinstance(score, (int, float)) and not isinstance(score, bool) else None,
+        label_probs=label_probs,
+        error=error,
+        error_kind=error_kind(generation.finish, error) if error else None,
+        latency_s=generation.seconds,
+        prompt_tokens=generation.prompt_tokens,
+        tokens=len(generation.tokens),
+        fields=item.fields,
+    )
