@@ -111,6 +111,7 @@ def quantization_policy(
     dtype: str | None = None,
     group_size: int = 0,
     keep: Sequence[str] = ("router",),
+    chosen: Mapping[str, Quantization] | None = None,
 ) -> QuantizationPolicy:
     """A function that decides what a conversion does with each tensor.
 
@@ -122,6 +123,7 @@ def quantization_policy(
         dtype: Type of the floating-point tensors that are not quantized; None keeps the type of each.
         group_size: Weights that share a scale, 0 for the default of the mode.
         keep: Parts of module names that are not quantized; ``router`` also means the architecture's routers.
+        chosen: Quantizations of some modules instead, by path.
     """
     if dtype is not None and dtype not in SAFETENSORS:
         raise ConfigError(f"unknown type {dtype!r}", fix=f"one of {', '.join(SAFETENSORS)}")
@@ -146,6 +148,8 @@ def quantization_policy(
             return action
         if part := kept_by(path):
             return replace(action, reason=f"kept by {part!r}")
+        if chosen and path in chosen:
+            return replace(action, quantization=chosen[path])
         mode = outer if path in (names.head, names.embedding) else body
         return _with_group_size(modes[mode or body], tensor, action)
 

@@ -203,13 +203,15 @@ def quantize_into(
     adapter: str = "merge",
     keep: Sequence[str] = ("router",),
     *,
+    chosen: Mapping[str, Quantization] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
 ) -> QuantizeReport:
     """Quantize into the partial folder of a stage, which the caller publishes.
 
-    The arguments are those of :func:`quantize_folder`. Shards that an earlier call finished are kept.
+    The arguments are those of :func:`quantize_folder`; ``chosen`` are quantizations of some modules instead
+    of the mode's, by path. Shards that an earlier call finished are kept.
     """
     began = time.perf_counter()
     source, folder = resolve(source), Path(folder)
@@ -218,7 +220,7 @@ def quantize_into(
     has_adapter = is_adapter(source)
     merges = has_adapter and adapter == "merge"
     plan, updates = plan_with_adapter(source, merges)
-    jobs = plan_jobs(plan, updates, mode, group_size, keep)
+    jobs = plan_jobs(plan, updates, mode, group_size, keep, chosen)
     model_folder = folder / "base" if has_adapter and not merges else folder
     salt = sha256(source / ADAPTER_FILE) if merges else ""
     shards = stream_shards(
@@ -327,8 +329,10 @@ def plan_jobs(
     mode: str | None,
     group_size: int = 0,
     keep: Sequence[str] = ("router",),
+    chosen: Mapping[str, Quantization] | None = None,
+    dtype: str | None = None,
 ) -> list[TensorJob]:
-    """Decide what is done with each tensor.
+    """Decide what is done with each tensor; see :func:`~mlx_distill.models.quantization.quantization_policy`.
 
     Quantized weights keep their bits, unless an update changes them: those are quantized again in their mode.
 
@@ -347,7 +351,15 @@ def plan_jobs(
         for name in updates
         if tensors[name].dtype == "U32"
     }
-    policy = quantization_policy(plan.architecture, plan.quantizable, mode, group_size=group_size, keep=keep)
+    policy = quantization_policy(
+        plan.architecture,
+        plan.quantizable,
+        mode,
+        dtype=dtype,
+        group_size=group_size,
+        keep=keep,
+        chosen=chosen,
+    )
     jobs: list[TensorJob] = []
     for tensor in plan.tensors:
         path, _, leaf = tensor.name.rpartition(".")
