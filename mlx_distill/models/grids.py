@@ -12,7 +12,7 @@ NumPy arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import gcd
 from typing import Any
@@ -424,3 +424,20 @@ def _search_affine(
         scale, bias = xp.where(better, tried[0], scale), xp.where(better, tried[1], bias)
         codes, least = xp.where(better[..., None], new_codes, codes), xp.where(better, loss, least)
     return [scale.astype(xp.float32), bias.astype(xp.float32)]
+
+
+def stored_scales(parts: Mapping[str, mx.array], quantization: Quantization) -> Scales:
+    """The scales in the tensors of :func:`pack`.
+
+    Args:
+        parts: ``scales``, and in the affine modes ``biases``.
+        quantization: Mode, bits and group size.
+
+    >>> from mlx_distill.models.quantization import parse_mode
+    >>> weight, mode = mx.arange(32, dtype=mx.float32)[None], parse_mode("mxfp4")
+    >>> stored_scales(pack(weight, find_scales(weight, mode), mode), mode).scale.tolist()
+    [[8.0]]
+    """
+    if quantization.mode == "affine":
+        return _stored_affine(parts["scales"], parts["biases"])
+    return Scales(_scale_values(parts["scales"], quantization, mx), codes=parts["scales"])
