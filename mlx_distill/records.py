@@ -78,7 +78,8 @@ class Prediction:
     None; ``error_kind`` the kind of that reason, for counts; ``label`` the value of the task's label field in
     the answer; ``label_probs`` the model's distribution over the labels before it generates one;
     ``latency_s`` the wall time of its batch divided by the batch's size; ``tokens`` the number of generated
-    tokens.
+    tokens; ``cut`` what was left out of a prompt that was too long (``field``, ``removed_characters``,
+    ``removed_tokens``), or None.
     """
 
     id: str
@@ -93,3 +94,4 @@ class Prediction:
     prompt_tokens: int = 0
     tokens: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
+    cut: Mapping[str, Any] | None = None

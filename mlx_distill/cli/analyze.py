@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import sys
 from pathlib import Path
 from typing import Any
 
 import click
+
+_COUNT = click.IntRange(1)
 
 
 @click.command()
@@ -17,21 +19,11 @@ import click
 )
 @click.option(
     "--out",
-    type=click.Path(dir_okay=False, path_type=Path),
-    help="The file for the answers, one JSON object a line.  [default: standard output]",
+    type=click.Path(path_type=Path),
+    help="The file for the answers. After an interruption the same command continues it.  [default: standard "
+    "output]",
 )
-@click.option(
-    "--batch-size",
-    type=click.IntRange(1),
-    default=16,
-    show_default=True,
-    help="Rows that are answered together.",
-)
-@click.option(
-    "--max-prompt-tokens",
-    type=click.IntRange(1),
-    help="Rows with a longer prompt get an error instead of an answer.  [default: the model's own length]",
-)
+@click.option("--force", is_flag=True, help="Answer all rows again where --out is finished already.")
 @click.option(
     "--constrain/--no-constrain",
     default=True,
@@ -39,40 +31,35 @@ import click
     help="Let the model write only what fits the task's schema.",
 )
 @click.option("--labels-only", is_flag=True, help="The label and its probabilities, without the answer.")
-def analyze(model: str, input: str, task: str | None, out: Path | None, **settings: Any) -> None:
+@click.option(
+    "--batch-size", type=_COUNT, default=16, show_default=True, help="Rows that are answered together."
+)
+@click.option("--max-tokens", type=_COUNT, help="Longest answer.  [default: the task's max_answer_tokens]")
+@click.option(
+    "--max-prompt-tokens",
+    type=_COUNT,
+    help="Longest prompt.  [default: the model's length, less the longest answer]",
+)
+@click.option(
+    "--long",
+    type=click.Choice(["refuse", "cut"]),
+    default="refuse",
+    show_default=True,
+    help="Rows with a longer prompt: an error, or the middle of their longest text is left out.",
+)
+@click.option("--strict", is_flag=True, help="Exit with 1 where any row has no valid answer.")
+@click.pass_context
+def analyze(ctx: click.Context, model: str, input: str, strict: bool, **settings: Any) -> None:
     """Let a model answer every row of a file.
 
     MODEL-OR-RUN is the folder or the Hub id of a model, or the folder of a run, which means its newest usable
     model. INPUT is a file with rows in any format that prepare reads, or - for JSON lines on standard input.
-    The answers are JSON, one object a line.
+    The answers are JSON, one object a line, in the order of the rows; a row that cannot be answered has an
+    error in its place. The exit code is 1 if no row has a valid answer.
     """
-    from mlx_distill.cli.output import echo_jsonl, plain
-    from mlx_distill.config import resolve_asset
-    from mlx_distill.data.sources import read_source
-    from mlx_distill.errors import DataError
-    from mlx_distill.infer.analyze import iter_analysis
-    from mlx_distill.recipe import SourceConfig
-    from mlx_distill.storage import read_jsonl, write_jsonl
-    from mlx_distill.text import counted
+    from mlx_distill.infer.analyze_file import analyze_file
 
-    if input != "-" and not Path(resolve_asset(input)).exists():
-        raise DataError(f"{input}: no such file", fix="check the path; - is standard input")
-    rows = read_jsonl("/dev/stdin") if input == "-" else read_source(SourceConfig(path=input))
-    items = [row for _, row in rows]
-    if not items:
-        raise DataError("standard input: no rows", fix="one JSON object a line is needed")
-    invalid: list[str] = []
-
-    def answers() -> Iterator[dict[str, Any]]:
-        for prediction in iter_analysis(model, task, items, **settings):
-            if prediction.error:
-                invalid.append(f"{prediction.id}: {prediction.error}")
-            yield plain(prediction)
-
-    if out:
-        write_jsonl(out, answers())
-    else:
-        echo_jsonl(answers())
-    where = f"written to {out}: " if out else ""
-    share = f", {len(invalid)} of them invalid (first {invalid[0]})" if invalid else ""
-    click.echo(f"{where}{counted(len(items), 'answer')}{share}", err=True)
+    rows = sys.stdin.buffer if input == "-" else input
+    summary = analyze_file(model, rows, write=click.echo, **settings)
+    click.echo(summary.line(), err=True)
+    ctx.exit(1 if summary.errors and (strict or summary.errors == summary.answers) else 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, is_dataclass
 from typing import Any
 
@@ -20,12 +20,6 @@ def echo(result: Any, as_json: bool = False) -> None:
     lines = result.lines() if callable(result.lines) else result.lines
     for line in lines:
         click.echo(line)
-
-
-def echo_jsonl(rows: Iterable[Mapping[str, Any]]) -> None:
-    """Print rows as JSON, one object a line."""
-    for row in rows:
-        click.echo(json.dumps(row, ensure_ascii=False))
 
 
 def plain(value: Any) -> Any:

@@ -22,10 +22,11 @@ from mlx_distill.data.json_values import typed_text
 from mlx_distill.data.layouts import listed
 from mlx_distill.data.tables import Fields, arrow_rows, check_names, features_of
 from mlx_distill.errors import DataError
-from mlx_distill.storage import os_errors, parse_jsonl
+from mlx_distill.storage import os_errors, parse_line
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
+RowsAndErrors = Iterator[tuple[str, Row | DataError]]
 
 KINDS = {
     ".jsonl": "JSONL",
@@ -85,7 +86,19 @@ def read_path(path: Path, spec: str, options: ReadOptions) -> Rows:
         options: How it is read.
 
     Raises:
-        DataError: it is not of a known kind, is damaged, or has several splits and not the one asked for.
+        DataError: it is not of a known kind, is damaged, or has several splits and not the one asked for; or
+            a line or a cell of it cannot be read.
+    """
+    for where, row in read_each(path, spec, options):
+        if isinstance(row, DataError):
+            fix = f"{row.fix}; data.drop_invalid does not cover such a line"
+            raise DataError(row.message, fix=fix) from row.__cause__
+        yield where, row
+
+
+def read_each(path: Path, spec: str, options: ReadOptions) -> RowsAndErrors:
+    """Like :func:`read_path`, but a row that cannot be read is an error in its place, and the rows behind it
+    are read.
     """
     if not path.is_dir():
         yield from _read_file(path, spec, options)
@@ -113,7 +126,7 @@ def kind_of(path: Path) -> str | None:
     return KINDS.get(suffixes[-1]) if suffixes else None
 
 
-def _read_file(path: Path, spec: str, options: ReadOptions) -> Rows:
+def _read_file(path: Path, spec: str, options: ReadOptions) -> RowsAndErrors:
     kind = kind_of(path)
     start = _start(path)
     if not path.is_file() and kind is None:  # a pipe
@@ -139,7 +152,7 @@ def _read_file(path: Path, spec: str, options: ReadOptions) -> Rows:
     elif kind == "JSON" and not _is_jsonl(path):
         yield from _read_json(path, spec)
     else:
-        yield from _read_jsonl(path, spec)
+        yield from read_lines(_lines(path), spec)
 
 
 def _files_of(folder: Path, spec: str, options: ReadOptions) -> list[Path]:
@@ -289,14 +302,15 @@ def _lines(path: Path) -> Iterator[bytes]:
             ) from error
 
 
-def _read_jsonl(path: Path, spec: str) -> Rows:
-    try:
-        for number, row in parse_jsonl(_lines(path), path):
+def read_lines(lines: Iterable[bytes], spec: str) -> RowsAndErrors:
+    """Yield ``(where, row)`` of lines of JSON; ``spec`` is what messages call their file."""
+    for number, raw in enumerate(lines, 1):
+        try:
+            row: Row | DataError | None = parse_line(raw, spec, number)
+        except DataError as error:
+            row = error
+        if row is not None:
             yield f"{spec}:{number}", row
-    except DataError as error:
-        raise DataError(
-            error.message, fix=f"{error.fix}; data.drop_invalid does not cover such a line"
-        ) from error
 
 
 def _is_jsonl(path: Path) -> bool:
@@ -321,7 +335,7 @@ def _row_list(value: Mapping[str, Any]) -> list[Any]:
     return lists[0] if len(lists) == 1 and len(value) == 1 else []
 
 
-def _read_json(path: Path, spec: str) -> Rows:
+def _read_json(path: Path, spec: str) -> RowsAndErrors:
     raw = b"".join(_lines(path))
     try:
         value = json.loads(raw.decode("utf-8-sig")) if raw.strip() else []
@@ -342,15 +356,16 @@ def _read_json(path: Path, spec: str) -> Rows:
         )
     for index, row in enumerate(value):
         if not isinstance(row, dict):
-            raise DataError(
-                f"{path}[{index}]: a {type(row).__name__}, not an object",
+            row = DataError(
+                f"{spec}[{index}]: a {type(row).__name__}, not an object",
                 fix="one JSON object a row is needed",
             )
         yield f"{spec}[{index}]", row
 
 
-def _read_csv(path: Path, spec: str, delimiter: str | None, options: ReadOptions) -> Rows:
-    lines = _text_lines(_lines(path), spec)
+def _read_csv(path: Path, spec: str, delimiter: str | None, options: ReadOptions) -> RowsAndErrors:
+    errors: list[DataError] = []  # of the lines of the row that is being read
+    lines = _text_lines(_lines(path), spec, errors)
     first = next(lines, "")
     csv.field_size_limit(1 << 30)
     reader = csv.reader(
@@ -359,33 +374,48 @@ def _read_csv(path: Path, spec: str, delimiter: str | None, options: ReadOptions
         strict=True,  # a stray quote would else swallow the rows behind it
     )
     header: list[str] = []
-    line = 0
-    try:
-        for cells in reader:
-            start, line = line + 1, reader.line_num
-            if not cells:
-                continue
-            if not header:
-                header = [name.strip() for name in cells]
-                check_names([name for name in header if name], spec)
-                continue
-            yield f"{spec}:{start}", _csv_row(header, cells, f"{spec}:{start}", options)
-    except csv.Error as error:
-        raise DataError(
-            f"{spec}:{line + 1}: not CSV: {error}",
-            fix='put texts with commas, quotes or line ends in quotes, and write a quote inside as ""',
-        ) from error
-
-
-def _text_lines(lines: Iterable[bytes], spec: str) -> Iterator[str]:
-    for number, raw in enumerate(lines, 1):
+    while True:
+        start, cells, ended = reader.line_num + 1, list[str](), False
         try:
-            yield raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            ended = reader.line_num > start and "unexpected end" in str(error)
+            errors.append(_not_csv(f"{spec}:{start}", error))
+        if errors and (ended or not header):
+            raise errors[0]
+        if errors:
+            yield f"{spec}:{start}", errors[0]
+            errors.clear()
+        elif cells and not header:
+            header = [name.strip() for name in cells]
+            check_names([name for name in header if name], spec)
+        elif cells:
+            yield f"{spec}:{start}", _csv_row(header, cells, f"{spec}:{start}", options)
+
+
+def _not_csv(where: str, error: csv.Error) -> DataError:
+    return DataError(
+        f"{where}: not CSV: {error}",
+        fix='put texts with commas, quotes or line ends in quotes, and write a quote inside as ""',
+    )
+
+
+def _text_lines(lines: Iterable[bytes], spec: str, errors: list[DataError]) -> Iterator[str]:
+    """The lines as text; of one that is not UTF-8 the error is added to ``errors``."""
+    for number, raw in enumerate(lines, 1):
+        encoding = "utf-8-sig" if number == 1 else "utf-8"
+        try:
+            yield raw.decode(encoding)
         except UnicodeDecodeError as error:
-            raise DataError(
-                f"{spec}:{number}: not UTF-8 (byte {error.start} of the line)",
-                fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
-            ) from error
+            errors.append(
+                DataError(
+                    f"{spec}:{number}: not UTF-8 (byte {error.start} of the line)",
+                    fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
+                )
+            )
+            yield raw.decode(encoding, "replace")
 
 
 def _delimiter(header: str) -> str:
@@ -395,9 +425,9 @@ def _delimiter(header: str) -> str:
     return max(",;\t|", key=header.count) if "," not in header else ","
 
 
-def _csv_row(header: list[str], cells: list[str], where: str, options: ReadOptions) -> Row:
+def _csv_row(header: list[str], cells: list[str], where: str, options: ReadOptions) -> Row | DataError:
     if len(cells) < len(header) or any(cells[len(header) :]):
-        raise DataError(
+        return DataError(
             f"{where}: {len(cells)} cells, and the header has {len(header)}: {listed(header, 5)}",
             fix="put texts with commas in quotes; the first line has the names of the columns",
         )

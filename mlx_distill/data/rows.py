@@ -175,7 +175,8 @@ def to_item(row: Row | str, task: Task, where: int | str = 1) -> Item:
         _check_prompt(parsed.prompt)
         _check_json({}, parsed.prompt)
     except DataError as error:
-        raise DataError(f"{where}: {error.message}{_about(left_out)}", fix=error.fix) from error
+        fix = "correct the row, or leave it out" if error.fix in (None, DROP) else error.fix
+        raise DataError(f"{where}: {error.message}{_about(left_out)}", fix=fix) from error
     return Item(parsed.id or _item_id(parsed, task), parsed.prompt, parsed.fields)
 
 

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_distill.data.rows import Item, to_item
 from mlx_distill.errors import ConfigError, DataError, ModelError
 from mlx_distill.infer.label_scoring import label_prefix_tokens
+from mlx_distill.infer.long_items import CutItem, cut_middle
 from mlx_distill.infer.predict import BAD_ROW, answer_prompts, context_length, item_prompt, unread
 from mlx_distill.models.trained_on import (
     TrainedOn,
@@ -22,10 +25,19 @@ from mlx_distill.models.trained_on import (
 from mlx_distill.progress import Progress, make_progress
 from mlx_distill.records import Prediction
 from mlx_distill.tasks.task import Task, load_task, task_names
+from mlx_distill.text import listed
 
 Row = Mapping[str, Any]
 
+LONG_POLICIES = ("refuse", "cut")
 _BATCHES_IN_CHUNK = 8
+
+
+def chunk_size(batch_size: int) -> int:
+    """The number of rows that are answered together. Chunks are the same in every run, since the composition
+    of a batch can change the last digits of a probability.
+    """
+    return batch_size * _BATCHES_IN_CHUNK
 
 
 class ModelSource(NamedTuple):
@@ -53,11 +65,15 @@ class Analyzer:
         batch_size: Items decoded together.
         max_tokens: Longest answer; the task's own where None.
         label_probs: Return the model's distribution over the labels too.
-        max_prompt_tokens: Longer prompts are not read; the model's own length where None.
+        max_prompt_tokens: The longest prompt that is read; the model's own length less that of the longest
+            answer where None.
+        long: What becomes of items with a longer prompt: ``refuse`` makes them an error, ``cut`` leaves out
+            the middle of their longest text, which ``cut`` of the prediction says.
         progress: Is told where task or prompt are others than those that the model was trained on.
 
     Raises:
-        ConfigError: no such task, or none given and the model does not say what it was trained on.
+        ConfigError: no such task, or none given and the model does not say what it was trained on; or a
+            setting that is out of range.
         ModelError: no such model.
     """
 
@@ -72,15 +88,24 @@ class Analyzer:
         max_tokens: int | None = None,
         label_probs: bool = True,
         max_prompt_tokens: int | None = None,
+        long: str = "refuse",
         progress: Progress | None = None,
     ) -> None:
+        if long not in LONG_POLICIES:
+            raise ConfigError(f"long: {long!r}", fix=f"one of {', '.join(LONG_POLICIES)}")
+        if batch_size < 1 or (max_tokens or 1) < 1 or (max_prompt_tokens or 1) < 1:
+            raise ConfigError("batch_size, max_tokens or max_prompt_tokens below 1", fix="give 1 or more")
         progress = progress or make_progress()
         source = model if isinstance(model, ModelSource) else find_model(model, task, progress)
         self.task = source.task
         self.constrain, self.labels_only, self.batch_size = constrain, labels_only, batch_size
         self.max_tokens = max_tokens or self.task.max_answer_tokens
         self.model, self.tokenizer = source.model if isinstance(source.model, tuple) else _load(source.model)
-        self.max_prompt_tokens = max_prompt_tokens or context_length(self.model)
+        self.long = long
+        length = context_length(self.model)
+        if max_prompt_tokens is None and length is not None:
+            max_prompt_tokens = max(1, length - (0 if labels_only else self.max_tokens))
+        self.max_prompt_tokens = max_prompt_tokens
         self.label_probs = (
             label_probs and label_prefix_tokens(self.tokenizer, self.task, progress.note) is not None
         )
@@ -102,7 +127,7 @@ class Analyzer:
 
     def iter(self, items: Iterable[Mapping[str, Any] | str]) -> Iterator[Prediction]:
         """Yield the predictions of items in their order; a few batches of them are in memory at a time."""
-        return self.iter_rows((f"item {number}", item) for number, item in enumerate(items, 1))
+        return itertools.chain.from_iterable(self.iter_chunks(_numbered(items)))
 
     def classify(self, items: Sequence[Mapping[str, Any] | str]) -> list[Prediction]:
         """The label of each item and its distribution, from one pass over its prompt, without generating."""
@@ -110,33 +135,31 @@ class Analyzer:
 
     @property
     def chunk_size(self) -> int:
-        """The number of rows that are answered together: chunks are the same in every run, since the
-        composition of a batch can change the last digits of a probability.
-        """
-        return self.batch_size * _BATCHES_IN_CHUNK
+        """The number of rows that are answered together."""
+        return chunk_size(self.batch_size)
 
-    def iter_rows(
+    def iter_chunks(
         self,
         rows: Iterable[tuple[str, Row | str | DataError]],
         on_done: Callable[[int], None] | None = None,
-    ) -> Iterator[Prediction]:
-        """Yield the predictions of rows with their places.
+        chunk_size: int | None = None,
+    ) -> Iterator[list[Prediction]]:
+        """Yield the predictions of rows with their places, chunk by chunk.
 
         Args:
             rows: ``(where, row)``, or ``(where, error)`` of a row that could not be read.
             on_done: Called with the number of rows answered so far.
+            chunk_size: Rows a chunk; :attr:`chunk_size` where None.
         """
         iterator, done = iter(rows), 0
-        while chunk := list(itertools.islice(iterator, self.chunk_size)):
+        while chunk := list(itertools.islice(iterator, chunk_size or self.chunk_size)):
             with self._lock:
                 answers = self._answer(
                     chunk,
                     on_done and (lambda count, done=done: on_done(done + count)),  # type: ignore[misc]
                 )
             done += len(chunk)
-            if on_done is not None:
-                on_done(done)
-            yield from answers
+            yield answers
 
     def _answer(
         self,
@@ -145,17 +168,21 @@ class Analyzer:
     ) -> list[Prediction]:
         """The predictions of one chunk."""
         answers: dict[int, Prediction] = {}
-        asked: list[tuple[Item, list[int]]] = []
+        asked: list[tuple[int, Item, list[int]]] = []
+        cuts: dict[int, Mapping[str, Any]] = {}
         for i, (where, row) in enumerate(rows):
             item = self._prompt(row, where)
             if isinstance(item, Prediction):
                 answers[i] = item
-            else:
-                asked.append(item)
-        predictions = iter(
-            self._ask([item for item, _ in asked], [prompt for _, prompt in asked], on_done) if asked else ()
-        )
-        return [answers.get(i) or next(predictions) for i in range(len(rows))]
+                continue
+            asked.append((i, item.item, item.prompt))
+            if item.cut:
+                cuts[i] = item.cut
+        if asked:
+            numbers, items, prompts = zip(*asked, strict=True)
+            for i, prediction in zip(numbers, self._ask(items, prompts, on_done), strict=True):
+                answers[i] = replace(prediction, cut=cuts[i]) if i in cuts else prediction
+        return [answers[i] for i in range(len(rows))]
 
     def _ask(
         self,
@@ -179,20 +206,49 @@ class Analyzer:
             on_done=on_done,
         )
 
-    def _prompt(self, row: Row | str | DataError, where: str) -> tuple[Item, list[int]] | Prediction:
+    def _prompt(self, row: Row | str | DataError, where: str) -> CutItem | Prediction:
         """An item and its prompt, or the prediction of one that cannot be asked."""
         try:
-            if isinstance(row, DataError):
-                raise row
-            item = to_item(row, self.task, where)
+            item = _checked_item(row, self.task, where)
             prompt = item_prompt(self.tokenizer, item)
         except DataError as error:
-            own = row.get(self.task.id, row.get("id")) if isinstance(row, Mapping) else None
-            id = str(own) if isinstance(own, (str, int)) and own != "" else where
-            return Prediction(id, "", None, None, None, error=str(error), error_kind=BAD_ROW)
-        if self.max_prompt_tokens is not None and len(prompt) > self.max_prompt_tokens:
-            return unread(item, len(prompt), self.max_prompt_tokens)
-        return item, prompt
+            return _bad_row(row, self.task, where, error)
+        limit = self.max_prompt_tokens
+        if isinstance(row, DataError) or limit is None or len(prompt) <= limit:
+            return CutItem(item, prompt, {})
+        tokenize = functools.partial(item_prompt, self.tokenizer)
+        short = cut_middle(row, item, self.task, limit, tokenize) if self.long == "cut" else None
+        if short is not None:
+            return short
+        problem = f"the prompt has {len(prompt):,} tokens"
+        fix = "long='cut' (--long cut) leaves out the middle of its text"
+        if self.long == "cut":
+            problem, fix = f"{problem}, too many even without its longest text", "give it less text"
+        message = f"{where}: {problem}, and at most {limit:,} are read ({fix})"
+        return replace(unread(item, len(prompt), limit), error=message)
+
+
+def _checked_item(row: Row | str | DataError, task: Task, where: str) -> Item:
+    """The item of a row, which must have a text."""
+    if isinstance(row, DataError):
+        raise row
+    item = to_item(row, task, where)
+    if isinstance(row, Mapping) and all(name in row for name in task.input_fields):
+        texts = [str(row[name]) for name in task.input_fields]
+        named = listed(task.input_fields)
+    else:
+        texts = [row] if isinstance(row, str) else [m.content for m in item.messages if m.role == "user"]
+        named = "the text"
+    if not any(text.strip() for text in texts):
+        raise DataError(f"{where}: {named}: empty", fix="fill it in, or leave the row out")
+    return item
+
+
+def _bad_row(row: Row | str | DataError, task: Task, where: str, error: DataError) -> Prediction:
+    """The prediction of a row that cannot be asked; without an id of its own it has its place as one."""
+    own = row.get(task.id, row.get("id")) if isinstance(row, Mapping) else None
+    id = str(own) if isinstance(own, (str, int)) and own != "" else where
+    return Prediction(id, "", None, None, None, error=str(error), error_kind=BAD_ROW)
 
 
 def analyze(
@@ -244,11 +300,18 @@ def iter_analysis(
     check_list(items)
     progress = progress or make_progress()
     source = find_model(model, task, progress)
-    check_items(items, source, progress)
+    check_rows(_numbered(items), source, progress)
     analyzer = Analyzer(source, progress=progress, **settings)
     with progress.task("analyze", total=len(items), unit="item") as bar:
-        rows = ((f"item {number}", item) for number, item in enumerate(items, 1))
-        yield from analyzer.iter_rows(rows, bar.update)
+        done = 0
+        for predictions in analyzer.iter_chunks(_numbered(items), bar.update):
+            yield from predictions
+            done += len(predictions)
+            bar.update(done)
+
+
+def _numbered(items: Iterable[Row | str]) -> Iterator[tuple[str, Row | str]]:
+    return ((f"item {number}", item) for number, item in enumerate(items, 1))
 
 
 def check_list(items: Any) -> None:
@@ -257,25 +320,40 @@ def check_list(items: Any) -> None:
         raise DataError("items: one item alone", fix="give a list: [item]")
 
 
-def check_items(items: Sequence[Mapping[str, Any] | str], source: ModelSource, progress: Progress) -> None:
-    """Note where items ask with another prompt than the model was trained on.
+def check_rows(
+    rows: Iterable[tuple[str, Row | str | DataError]], source: ModelSource, progress: Progress
+) -> tuple[int, int]:
+    """Check rows before the model is loaded, and note where they ask with another prompt than it was trained
+    on.
+
+    Returns:
+        The number of rows, and how many of them cannot be asked.
 
     Raises:
-        DataError: none of the items can be asked: that of the first one.
+        DataError: none of them can be asked: that of the first one.
     """
+    total, bad = 0, 0
     first: DataError | None = None
-    systems: list[str] = []
-    for number, row in enumerate(items, 1):
-        try:
-            item = to_item(row, source.task, f"item {number}")
-        except DataError as error:
-            first = first or error
-        else:
-            systems.append("".join(m.content for m in item.messages[:1] if m.role == "system"))
-    if first is not None and not systems:
-        raise first
-    for text in prompt_notes(source.trained_on, source.task, systems, len(systems)):
+
+    def systems() -> Iterator[str]:
+        nonlocal total, bad, first
+        for where, row in rows:
+            total += 1
+            try:
+                item = _checked_item(row, source.task, where)
+            except DataError as error:
+                bad, first = bad + 1, first or error
+            else:
+                yield "".join(m.content for m in item.messages[:1] if m.role == "system")
+
+    notes = prompt_notes(source.trained_on, source.task, systems())
+    if first is not None and bad == total:
+        if total == 1:
+            raise first
+        raise DataError(f"none of the {total:,} rows can be asked: {first.message}", fix=first.fix)
+    for text in notes:
         progress.note(f"note: {text}")
+    return total, bad
 
 
 def find_model(

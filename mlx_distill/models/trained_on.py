@@ -5,17 +5,19 @@ is the newest usable one.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import to_mapping
-from mlx_distill.errors import ModelError
+from mlx_distill.errors import FileError, ModelError
 from mlx_distill.run_models import RUN_MODELS
 from mlx_distill.storage import check_folder, read_json, read_manifest, write_json
 from mlx_distill.tasks.task import Task, parse_task
 
 TRAINED_ON = "trained_on.json"
+_GOOD_SHARE = 0.9  # of valid answers, from which on a report has nothing to say of them
 _MAX_PROMPTS = 8  # more than these, and the rows had prompts of their own
 
 
@@ -77,7 +79,8 @@ def newest_model(run: str | Path, note: Callable[[str], None]) -> Path:
 
     Args:
         run: The run's folder.
-        note: Is told which model it is, and why a later one is not used.
+        note: Is told which model it is, whether few of its answers were valid, and why a later one is
+            not used.
 
     Raises:
         ModelError: the run has no such model.
@@ -94,6 +97,12 @@ def newest_model(run: str | Path, note: Callable[[str], None]) -> Path:
                 problem = problem or f"{parent} was made again since"
         if problem is None:
             note(f"model: {run / name}")
+            share = _valid_share(run, name)
+            if share is not None and share < _GOOD_SHARE:
+                note(
+                    f"note: by the run's report {share:.0%} of this model's unconstrained answers fitted the "
+                    f"task: see {run / 'report.html'}"
+                )
             return run / name
         note(f"{run / name} is passed over: {problem}")
     raise ModelError(
@@ -102,17 +111,28 @@ def newest_model(run: str | Path, note: Callable[[str], None]) -> Path:
     )
 
 
-def prompt_notes(
-    trained_on: TrainedOn | None, task: Task, system_prompts: Iterable[str], num_items: int
-) -> list[str]:
+def _valid_share(run: Path, name: str) -> float | None:
+    """The share of a model's answers that fitted the task when the run evaluated it, or None."""
+    with suppress(FileError, KeyError, TypeError):
+        share = read_json(run / "report.json")["metrics"][name]["json_valid"]["value"]
+        return None if share is None else float(share)
+    return None
+
+
+def prompt_notes(trained_on: TrainedOn | None, task: Task, system_prompts: Iterable[str]) -> list[str]:
     """Why a model may answer worse than it was measured: another task or another prompt than in training.
 
     Args:
         trained_on: What the model was trained on.
         task: What it is asked.
-        system_prompts: That of each item, ``""`` for none.
-        num_items: How many items there are.
+        system_prompts: That of each item, ``""`` for none; all are read.
     """
+    known = trained_on.system_prompts if trained_on is not None else None
+    items, others, example = 0, 0, ""
+    for prompt in system_prompts:
+        items += 1
+        if known is not None and prompt not in known:
+            others, example = others + 1, example if others else prompt
     if trained_on is None:
         return []
     notes, trained = [], trained_on.task
@@ -120,12 +140,10 @@ def prompt_notes(
         notes.append(f"the model was trained to answer the task {trained.name!r}, not {task.name!r}")
     elif trained.user != task.user:
         notes.append(f"the task {task.name!r} asks with another user prompt than the model was trained on")
-    known = trained_on.system_prompts
-    others = [prompt for prompt in system_prompts if known is not None and prompt not in known]
     if others and known is not None:
         notes.append(
-            f"{len(others)} of {num_items} items have another system prompt than the model was trained on: "
-            f"{_quoted(others[0])}, not {_quoted(known[0])}"
+            f"{others:,} of {items:,} items have another system prompt than the model was trained on: "
+            f"{_quoted(example)}, not {_quoted(known[0])}"
         )
     return notes
 

@@ -9,6 +9,7 @@ from mlx_distill.storage.atomic import (
     fsync_folder,
     os_errors,
     parse_jsonl,
+    parse_line,
     read_json,
     read_jsonl,
     remove_leftovers,
@@ -17,6 +18,7 @@ from mlx_distill.storage.atomic import (
     write_jsonl,
     write_text,
 )
+from mlx_distill.storage.line_file import LineFile, finished_lines
 from mlx_distill.storage.stage_folder import (
     MANIFEST,
     FileEntry,
@@ -37,18 +39,21 @@ from mlx_distill.storage.stage_folder import (
 __all__ = [
     "MANIFEST",
     "FileEntry",
+    "LineFile",
     "Manifest",
     "atomic_path",
     "check_folder",
     "check_replaceable",
     "digest",
     "fingerprint",
+    "finished_lines",
     "finished_name",
     "fsync_folder",
     "lock_folder",
     "open_partial",
     "os_errors",
     "parse_jsonl",
+    "parse_line",
     "partial_folder",
     "publish",
     "read_json",

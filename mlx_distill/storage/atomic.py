@@ -126,32 +126,48 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 def parse_jsonl(lines: Iterable[bytes], name: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Like :func:`read_jsonl` for lines that are read already; ``name`` is what messages call their file."""
     for number, raw in enumerate(lines, 1):
-        # Editors on Windows write a byte-order mark before the first line, of an empty file too.
-        raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
-        if not raw.strip():
-            continue
-        try:
-            row = json.loads(raw.decode())
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{name}:{number}: not UTF-8 (byte {error.start} of the line)",
-                fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
-            ) from error
-        except (ValueError, RecursionError) as error:
-            reason = (
-                f"{error.msg.removesuffix(' at')} at column {error.pos + 1}"
-                if isinstance(error, json.JSONDecodeError)
-                else error
-            )
-            raise DataError(
-                f"{name}:{number}: not JSON: {reason}", fix="one JSON object a line is needed"
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(
-                f"{name}:{number}: a {type(row).__name__}, not an object",
-                fix="one JSON object a line is needed",
-            )
-        yield number, row
+        row = parse_line(raw, name, number)
+        if row is not None:
+            yield number, row
+
+
+def parse_line(raw: bytes, name: str | Path, number: int) -> dict[str, Any] | None:
+    """The object in one line of JSONL, or None of a blank line.
+
+    Args:
+        raw: The line.
+        name: What messages call its file.
+        number: Of the line, from 1.
+
+    Raises:
+        DataError: the line is not UTF-8, not JSON, or not an object.
+    """
+    # Editors on Windows write a byte-order mark before the first line, of an empty file too.
+    raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
+    if not raw.strip():
+        return None
+    try:
+        row = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{name}:{number}: not UTF-8 (byte {error.start} of the line)",
+            fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
+        ) from error
+    except (ValueError, RecursionError) as error:
+        reason = (
+            f"{error.msg.removesuffix(' at')} at column {error.pos + 1}"
+            if isinstance(error, json.JSONDecodeError)
+            else error
+        )
+        raise DataError(
+            f"{name}:{number}: not JSON: {reason}", fix="one JSON object a line is needed"
+        ) from error
+    if not isinstance(row, dict):
+        raise DataError(
+            f"{name}:{number}: a {type(row).__name__}, not an object",
+            fix="one JSON object a line is needed",
+        )
+    return row
 
 
 def sha256(path: str | Path) -> str:
