@@ -1,0 +1,395 @@
+"""Answers that always parse: after each token, which tokens may come next under the grammar of the answer.
+
+llguidance keeps the state of each answer and says which tokens are allowed, one bit a token; the bits of a
+step's rows are filled at once, on several threads. The grammar is the canonical JSON of
+:func:`~mlx_distill.tasks.answer.dump_answer`, without other white space, so a model that was trained on this
+form writes the same answer with and without it. Once the answer is complete only a stop token is allowed.
+Text before the answer, such as thinking, is not constrained.
+
+A generation that reaches ``max_tokens`` before its answer is complete does not parse: see ``finish``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Mapping, Sequence
+from functools import cached_property, lru_cache
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from jaxtyping import Float, Int32
+
+from mlx_distill.data.chat import answer_ids, stop_ids
+from mlx_distill.data.chat_template import encoder_of
+from mlx_distill.errors import ModelError
+from mlx_distill.losses.token_bytes import Vocabulary, backend_of, vocabulary
+from mlx_distill.tasks.grammar import JSON_OPTIONS, check_schema, grammar_schema
+
+__all__ = ["AnswerConstraint", "AnswerGrammar", "allow_tokens", "check_schema", "fill_masks"]
+
+_ALL = np.int32(-1)
+# White space that templates and models write between thinking and answer.
+_BEHIND_THINKING = r"[ \n]{0,2}"
+_CACHED_TABLES = 4
+_CACHED_GRAMMARS = 64
+
+
+class TokenTable:
+    """A tokenizer's tokens as llguidance reads them.
+
+    Control tokens (:mod:`mlx_distill.data.chat_template`), stop tokens, tokens without bytes and columns
+    without a token are never part of an answer.
+
+    Args:
+        tokenizer: A transformers tokenizer or mlx-lm's wrapper of one, with a chat template.
+        width: The columns of the logits.
+        stop: The tokens that end an answer; the tokenizer's own where None.
+
+    Raises:
+        ModelError: the tokens do not name their bytes, or no column is a stop token.
+    """
+
+    def __init__(self, tokenizer: Any, width: int, stop: Collection[int] | None = None) -> None:
+        from llguidance import LLTokenizer
+
+        known = _bytes_of(tokenizer)
+        self.stop = frozenset(stop_ids(tokenizer) if stop is None else stop)
+        in_width = sorted(token for token in self.stop if token < width)
+        if not in_width:
+            raise ModelError(
+                f"no token that ends an answer is among the {width} columns of the logits",
+                fix="use the tokenizer that the model was trained with",
+            )
+        encoder = encoder_of(tokenizer)
+        control = {encoder.added[content][0] for content in encoder.control} | self.stop
+        control |= {
+            number
+            for content, (number, _) in encoder.added.items()
+            if content in ("<think>", "</think>")  # may be ordinary tokens, and say where the answer begins
+        }
+        self.width = width
+        self.tokens = [
+            b"" if number in control or number in known.special else token
+            for number, token in enumerate(known.tokens[:width])
+        ]
+        self.tokens += [b""] * (width - len(self.tokens))
+        self.end = in_width[0]
+        self.prefix_space = known.prefix_space and self._begins_with_space(tokenizer)
+        self.added = {content: number for content, (number, _) in encoder.added.items()}
+        self._tokenizer, self._encoder = tokenizer, encoder  # the encoder refers to its tokenizer weakly
+        self.final: tuple[int, ...] = ()  # harmony's header of an answer
+        if {"<|channel|>", "<|message|>"} <= self.added.keys():
+            self.final = (self.added["<|channel|>"], *self.encode("final"), self.added["<|message|>"])
+        self.ll = LLTokenizer(_Described(self))
+
+    def _begins_with_space(self, tokenizer: Any) -> bool:
+        ids = answer_ids(tokenizer, '{"a"')
+        return bool(ids) and ids[0] < self.width and self.tokens[ids[0]].startswith(b" ")
+
+    def encode(self, text: str | bytes) -> list[int]:
+        """The tokens of a text within an answer: the tokenizer's own where they have the text's bytes, else
+        the longest ones from left to right.
+
+        llguidance asks where only one text may follow; its tokens are then the only ones allowed.
+        """
+        data = text if isinstance(text, bytes) else text.encode()
+        pieces = list(self._encoder.pieces(data.decode(), "text"))
+        tokens_of = self._encoder.encode(pieces)
+        ids = [token for piece in pieces for token in tokens_of[piece]]
+        known = all(token < self.width for token in ids)
+        return ids if known and b"".join(self.tokens[i] for i in ids) == data else self._longest_tokens(data)
+
+    def _longest_tokens(self, data: bytes) -> list[int]:
+        out: list[int] = []
+        start = 0
+        while start < len(data):
+            ends = range(min(len(data), start + self._longest), start, -1)
+            end = next((end for end in ends if data[start:end] in self._numbers), None)
+            if end is None:  # a vocabulary without single bytes
+                return out
+            out.append(self._numbers[data[start:end]])
+            start = end
+        return out
+
+    @cached_property
+    def _numbers(self) -> dict[bytes, int]:
+        return {token: number for number, token in enumerate(self.tokens) if token}
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._numbers))
+
+    def bits(self, tokens: Collection[int], allowed: bool = True) -> Int32[np.ndarray, " w"]:
+        """A row of a mask with these tokens, or all that exist but these."""
+        row = np.zeros(-(-self.width // 32) * 32, dtype=bool)
+        if not allowed:
+            row[: self.width] = True
+        row[[token for token in tokens if token < self.width]] = allowed
+        return np.packbits(row, bitorder="little").view(np.int32)
+
+
+def _bytes_of(tokenizer: Any) -> Vocabulary:
+    try:
+        return vocabulary(tokenizer)
+    except ModelError as error:
+        raise ModelError(
+            f"no grammar with this tokenizer: {error.message}",
+            fix="decode without the grammar (--no-constrain)",
+        ) from error
+
+
+class _Described:
+    """What llguidance asks of a tokenizer."""
+
+    is_tokenizer_wrapper = True
+    bos_token_id = None
+
+    def __init__(self, table: TokenTable) -> None:
+        self.eos_token_id = table.end
+        self.tokens = table.tokens
+        self.special_token_ids = [number for number, token in enumerate(table.tokens) if not token]
+        self.encode = table.encode
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return self.encode(text)
+
+
+_tables: dict[tuple[int, int, frozenset[int] | None], TokenTable] = {}
+
+
+def token_table(tokenizer: Any, width: int, stop: Collection[int] | None = None) -> TokenTable:
+    """The :class:`TokenTable` of a tokenizer; cached, since building one takes about a second for 150,000
+    tokens.
+    """
+    # An entry holds its tokenizer, so that no other object can get the same id.
+    key = (id(backend_of(tokenizer)), width, None if stop is None else frozenset(stop))
+    if key not in _tables:
+        while len(_tables) >= _CACHED_TABLES:
+            _tables.pop(next(iter(_tables)))
+        _tables[key] = TokenTable(tokenizer, width, stop)
+    return _tables[key]
+
+
+def _before_answer(
+    added: Mapping[str, int], final: tuple[int, ...], prompt: Sequence[int], thinking: bool
+) -> tuple[int, ...]:
+    """The tokens behind which the answer begins; none where it begins behind the prompt.
+
+    Harmony writes ``<|channel|>final<|message|>`` before it, other families ``</think>`` behind thinking.
+
+    Args:
+        added: The added tokens of the tokenizer.
+        final: The tokens of harmony's header, where the tokenizer has them.
+        prompt: Before the generation.
+        thinking: Whether the model may think first though the prompt does not begin it.
+    """
+
+    def last(text: str) -> int:
+        number = added.get(text, -1)
+        return next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] == number), -1)
+
+    if final:  # harmony
+        start, channel, message = (last(text) for text in ("<|start|>", "<|channel|>", "<|message|>"))
+        if message > start and (channel < start or tuple(prompt[channel : channel + len(final)]) == final):
+            return ()
+        return final
+    if "</think>" in added and (thinking or last("<think>") > last("</think>")):
+        return (added["</think>"],)
+    return ()
+
+
+class AnswerGrammar:
+    """The grammar of a task's answers in the tokens of one model.
+
+    Args:
+        tokenizer: A transformers tokenizer or mlx-lm's wrapper of one, with a chat template.
+        schema: The JSON schema of the answer.
+        width: The columns of the logits that the masks are for
+            (:func:`~mlx_distill.models.forward.head_columns`).
+        stop: The tokens that may follow a complete answer, and end it; the tokenizer's own where None.
+
+    Raises:
+        ConfigError: a keyword that a grammar cannot enforce (:func:`check_schema`).
+        ModelError: the tokens do not name their bytes.
+    """
+
+    def __init__(
+        self, tokenizer: Any, schema: Mapping[str, Any], width: int, stop: Collection[int] | None = None
+    ) -> None:
+        self.table = token_table(tokenizer, width, stop)
+        self.schema = schema
+        self._text = json.dumps(schema)
+        check_schema(schema)
+
+    def constraint(self, prompt: Sequence[int] = (), *, thinking: bool = False) -> AnswerConstraint:
+        """The state of one answer, before its first token.
+
+        Args:
+            prompt: The tokens before it. Where they end within thinking, the answer begins behind it.
+            thinking: Whether the model may think first though the prompt does not begin it.
+        """
+        marker = _before_answer(self.table.added, self.table.final, prompt, thinking)
+        lead = _BEHIND_THINKING if marker else "[ ]?" if self.table.prefix_space else ""
+        matcher = _matcher(self.table, self._text, lead).deep_copy()
+        return AnswerConstraint(self, matcher, marker)
+
+    @cached_property
+    def stop_row(self) -> Int32[np.ndarray, " w"]:
+        """The mask behind a complete answer."""
+        return self.table.bits(self.table.stop)
+
+    @cached_property
+    def free_row(self) -> Int32[np.ndarray, " w"]:
+        """The mask before the answer: all tokens but those that would end it."""
+        return self.table.bits(self.table.stop, allowed=False)
+
+    def accepts(self, tokens: Sequence[int], prompt: Sequence[int] = ()) -> bool:
+        """Whether the tokens, without a stop token, are a complete answer of the grammar: what a greedy
+        constrained generation is too, where a greedy generation has chosen them.
+
+        Args:
+            tokens: A generated answer.
+            prompt: The tokens before it.
+        """
+        constraint = self.constraint(prompt)
+        return constraint.accept_all(tokens) and constraint.done
+
+
+@lru_cache(maxsize=_CACHED_GRAMMARS)
+def _matcher(table: TokenTable, schema_text: str, lead: str) -> Any:
+    """The initial state of a grammar, to copy."""
+    from llguidance import LLMatcher
+
+    schema = grammar_schema(json.loads(schema_text))
+    if lead:
+        answer = json.dumps({"x-guidance": JSON_OPTIONS, **schema}, ensure_ascii=False)
+        grammar = LLMatcher.grammar_from_lark(f"start: LEAD answer\nLEAD: /{lead}/\nanswer: %json {answer}")
+    else:
+        grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
+    matcher = LLMatcher(table.ll, grammar, log_level=0)
+    if matcher.is_error():
+        raise ModelError(
+            f"no grammar with this tokenizer: {' '.join(matcher.get_error().split())[:200]}",
+            fix="decode without the grammar (--no-constrain)",
+        )
+    return matcher
+
+
+class AnswerConstraint:
+    """The state of one answer under its grammar.
+
+    Attributes:
+        done: The answer is complete; only a stop token may follow.
+        error: Why llguidance gave up (limits on the size of a grammar's state), or None.
+    """
+
+    def __init__(self, grammar: AnswerGrammar, matcher: Any, marker: tuple[int, ...]) -> None:
+        self.grammar = grammar
+        self.matcher = matcher
+        self.done = False
+        self.error: str | None = None
+        self._marker = marker
+        self._seen: tuple[int, ...] = ()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the answer has not begun."""
+        return bool(self._marker)
+
+    def accept(self, token: int) -> None:
+        """Take the token that was chosen. Tokens behind a complete answer change nothing: engines that run
+        one token ahead compute them.
+
+        Raises:
+            ModelError: the mask did not allow the token.
+        """
+        if self.done:
+            return
+        if self._marker:
+            self._seen = (*self._seen, token)[-len(self._marker) :]
+            if self._seen == self._marker:
+                self._marker = ()
+            return
+        if not self.matcher.consume_token(token):
+            raise ModelError(
+                f"token {token} does not continue the answer: {_line(self.matcher.get_error())}",
+                fix="choose tokens under the mask of fill_masks",
+            )
+        self.done = bool(self.matcher.is_accepting())
+
+    def accept_all(self, tokens: Sequence[int]) -> bool:
+        """Take tokens as far as they are allowed, and return whether all were."""
+        for token in tokens:
+            if self.done or (not self._marker and self.matcher.validate_tokens([token]) == 0):
+                return False
+            self.accept(token)
+        return True
+
+
+def fill_masks(constraints: Sequence[AnswerConstraint | None], mask: Int32[np.ndarray, "b w"]) -> None:
+    """Fill the mask of each row's next token, in place: bit ``v % 32`` of word ``v // 32`` is set where token
+    ``v`` is allowed.
+
+    Args:
+        constraints: One a row; None allows all.
+        mask: C-contiguous, of at least as many columns as the grammars' tables.
+
+    Raises:
+        ModelError: llguidance gave up on the grammar of a row.
+    """
+    matchers = []
+    for row, constraint in enumerate(constraints):
+        if constraint is None:
+            mask[row] = _ALL
+        elif constraint.done:
+            mask[row] = constraint.grammar.stop_row
+        elif constraint.waiting:
+            mask[row] = constraint.grammar.free_row
+        else:
+            matchers.append((constraint.matcher, row))
+    if len(matchers) == 1:
+        from llguidance.numpy import fill_next_token_bitmask
+
+        fill_next_token_bitmask(matchers[0][0], mask, matchers[0][1])
+    elif matchers:
+        from llguidance.numpy import fill_next_token_bitmask_par
+
+        fill_next_token_bitmask_par(_executor(), matchers, mask)
+    for matcher, row in matchers:
+        if matcher.is_error():
+            raise ModelError(
+                f"no mask for row {row}: {_line(matcher.get_error())}",
+                fix="make the schema simpler, or decode without the grammar (--no-constrain)",
+            )
+
+
+@lru_cache(maxsize=1)
+def _executor() -> Any:
+    from llguidance import LLExecutor
+
+    return LLExecutor()
+
+
+def allow_tokens(
+    logits: Float[mx.array, "b v"], mask: Int32[np.ndarray, "b w"] | Int32[mx.array, "b w"]
+) -> Float[mx.array, "b v"]:
+    """The logits with minus infinity where a mask has no bit. Columns beyond the mask are not allowed.
+
+    Args:
+        logits: Of one step.
+        mask: Of :func:`fill_masks`.
+    """
+    words = mx.array(mask) if isinstance(mask, np.ndarray) else mask
+    return _allow(logits[:, : 32 * words.shape[1]], words)
+
+
+@mx.compile
+def _allow(logits: mx.array, words: mx.array) -> mx.array:
+    # One fused kernel; unpacked on the host it took twice as long (docs/log.md).
+    bits = (words[:, :, None] >> mx.arange(32, dtype=mx.int32)) & 1
+    return mx.where(bits.reshape(words.shape[0], -1)[:, : logits.shape[1]].astype(mx.bool_), logits, -mx.inf)
+
+
+def _line(text: str) -> str:
+    return " ".join(text.split("<state>")[0].split())[:200]
