@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_distill.config import ASSETS, keyed, resolve_asset
 from mlx_distill.data.sqlite import write_ahead_log
 from mlx_distill.errors import ConfigError
+from mlx_distill.models.folder import conversion_format
 from mlx_distill.models.hub import is_hub_id
 from mlx_distill.recipe import Recipe
 from mlx_distill.run_models import CONTROLS, RUN_MODELS, RunModel
@@ -96,7 +97,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
             ("student_base", "targets", "data"),
             distill,
         ),
-        Stage("quantized", "quantize", 1, keyed(recipe.quantize), ("student", "student_base"), quantize),
+        Stage("quantized", "quantize", 2, keyed(recipe.quantize), ("student", "student_base"), quantize),
     ]
     controls = [model for model in CONTROLS if getattr(recipe.controls, model.control or "")]
     out += [_control(recipe, model, shared) for model in controls]
@@ -109,7 +110,7 @@ def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
     return Stage(
         name,
         "convert",
-        2,
+        conversion_format(recipe.convert.quantize),
         keyed(recipe.convert),
         (),
         lambda context, folder: convert(context, folder, source, name),

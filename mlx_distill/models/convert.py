@@ -20,7 +20,7 @@ from mlx_distill.models.checkpoint.safetensors import open_checkpoint
 from mlx_distill.models.checkpoint.tensor_job import ErrorSums, TensorJob, TensorRow, table_row
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES, ShardResult, write_shards
 from mlx_distill.models.config_files import is_adapter, read_object
-from mlx_distill.models.folder import FORMAT, is_current, source_key, staged_folder
+from mlx_distill.models.folder import conversion_format, is_current, source_key, staged_folder
 from mlx_distill.models.hub import commit_of, copy_tokenizer, find_local, resolve
 from mlx_distill.models.peft_import import from_peft, is_peft
 from mlx_distill.models.quantization import SAFETENSORS, quantization_policy, with_quantization
@@ -155,11 +155,11 @@ def convert(
         "dtype": dtype,
         "max_shard_bytes": max_shard_bytes,
     }
-    parents = {"source": source_key(folder)}
+    parents, format = {"source": source_key(folder)}, conversion_format(quantize)
     recover(destination)
-    if is_current(destination, stage_key("convert", FORMAT, settings, parents)):
+    if is_current(destination, stage_key("convert", format, settings, parents)):
         return _finished_report(str(source), destination, plan)
-    with staged_folder(destination, folder, "convert", settings, parents) as staged:
+    with staged_folder(destination, folder, "convert", settings, parents, format) as staged:
         report = _write(
             str(source), destination, staged.folder, plan, jobs, max_shard_bytes, memory_bytes, progress
         )

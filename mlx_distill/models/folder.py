@@ -27,8 +27,20 @@ from mlx_distill.storage import (
     stage_key,
 )
 
-FORMAT = 2  # raised when a conversion of the same source writes other files
+FORMAT = 3  # raised when a conversion of the same source writes other files
+_FORMAT_WITHOUT_SCALES = 2  # of conversions in which no scale of a 4-bit float is chosen
+
 STAGES = ("convert", "quantize", "export", "import")  # that write model folders outside of runs
+
+
+def conversion_format(quantize: str | None) -> int:
+    """The format of what a conversion writes with a quantization mode, or without.
+
+    >>> conversion_format("mixed-nvfp4") > conversion_format("affine4") == conversion_format(None)
+    True
+    """
+    chooses_scales = quantize is not None and quantize.endswith(("mxfp4", "nvfp4"))
+    return FORMAT if chooses_scales else _FORMAT_WITHOUT_SCALES
 
 
 def source_key(folder: Path) -> str:
@@ -64,7 +76,12 @@ class StagedFolder:
 
 @contextmanager
 def staged_folder(
-    destination: Path, source: Path, stage: str, settings: Mapping[str, Any], parents: Mapping[str, str]
+    destination: Path,
+    source: Path,
+    stage: str,
+    settings: Mapping[str, Any],
+    parents: Mapping[str, str],
+    format: int = FORMAT,
 ) -> Iterator[StagedFolder]:
     """Yield a partial folder, empty or as a killed run left it, and publish it when the block ends without
     error.
@@ -75,12 +92,12 @@ def staged_folder(
     """
     recover(destination)
     check_destination(destination, source)
-    key = digest([stage_key(stage, FORMAT, settings, parents), str(source.resolve())])
+    key = digest([stage_key(stage, format, settings, parents), str(source.resolve())])
     partial = open_partial(destination, key)
     with lock_folder(scratch(partial)):
         staged = StagedFolder(partial)
         yield staged
-        publish(destination, stage, FORMAT, settings, parents, staged.recorded, staged.hashes)
+        publish(destination, stage, format, settings, parents, staged.recorded, staged.hashes)
 
 
 def check_destination(destination: Path, source: Path) -> None:

@@ -201,6 +201,35 @@ def pack(
     return {"weight": words, **stored}
 
 
+def quantize(
+    weight: Float[mx.array, "*o i"], quantization: Quantization, dtype: mx.Dtype = mx.bfloat16
+) -> dict[str, mx.array]:
+    """The tensors of a quantized module with the best scales that are known without data.
+
+    ``mxfp4`` and ``nvfp4`` get those of :func:`find_scales`; the other modes those of ``mx.quantize``, which
+    also rounds.
+
+    Args:
+        weight: ``[*lead, out, in]``, finite.
+        quantization: Mode, bits and group size.
+        dtype: In which ``mx.quantize`` gets the weights, and the affine modes store scale and bias.
+
+    >>> from mlx_distill.models.quantization import parse_mode
+    >>> {name: part.shape for name, part in quantize(mx.ones((2, 64)), parse_mode("nvfp4")).items()}
+    {'weight': (2, 8), 'scales': (2, 4)}
+    """
+    q, columns = quantization, weight.shape[-1]
+    if q.mode not in ("mxfp4", "nvfp4"):
+        parts = mx.quantize(weight.astype(dtype), q.group_size, q.bits, mode=q.mode)
+        return dict(zip(("weight", "scales", "biases"), parts, strict=False))
+    rows = weight.reshape(-1, columns)
+    step = max(_BLOCK // columns, 1) if _arrays(None) is np else rows.shape[0]
+    blocks = [rows[block] for block in _row_slices(rows.shape[0], step)]
+    packed = [pack(block, find_scales(block, q), q) for block in blocks]
+    joined = {name: mx.concatenate([block[name] for block in packed]) for name in ("weight", "scales")}
+    return {name: part.reshape(*weight.shape[:-1], -1) for name, part in joined.items()}
+
+
 def round_columns(
     values: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, quantization: Quantization
 ) -> np.ndarray:

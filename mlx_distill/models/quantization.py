@@ -1,14 +1,10 @@
-"""Quantization modes, the policy that decides what happens to each tensor, and the MXFP4 encoder."""
+"""Quantization modes, and the policy that decides what happens to each tensor."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from typing import Any
-
-import mlx.core as mx
-from jaxtyping import Float, UInt8, UInt32
 
 from mlx_distill.errors import ConfigError
 from mlx_distill.models.checkpoint.layout import Architecture, TensorPlan
@@ -169,49 +165,7 @@ def _with_group_size(wanted: Quantization, tensor: TensorPlan, action: TensorAct
     return replace(action, quantization=replace(wanted, group_size=size), reason=reason)
 
 
-MXFP4_GROUP_SIZE = 32
-E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the fourth bit is the sign
 NAN_SCALE = 0xFF
-_EXPONENT_BIAS = 127
-_E2M1_LARGEST_EXPONENT = 2  # 6 = 1.5 * 2 ** 2
-
-
-def quantize_mxfp4(
-    values: Float[mx.array, "*b n"],
-) -> tuple[UInt32[mx.array, "*b w"], UInt8[mx.array, "*b g"]]:
-    r"""Words and scales as ``mx.dequantize(..., mode="mxfp4")`` reads them, with the better of two scales.
-
-    For each group it compares the scale of the specification,
-    :math:`2^{\lfloor \log_2 \max |w| \rfloor - 2}`, with which the largest weights may saturate at 6, and the
-    next larger scale, with which none does, and takes the one with the smaller squared error. Weights are
-    rounded to the nearest value, ties to the even code.
-
-    Args:
-        values: Finite weights; ``n`` is a multiple of 32.
-
-    >>> words, scales = quantize_mxfp4(mx.arange(32, dtype=mx.float32)[None])
-    >>> scales.tolist(), mx.dequantize(words, scales, None, 32, 4, "mxfp4", dtype=mx.float32)[0, :8].tolist()
-    ([[130]], [0.0, 0.0, 0.0, 4.0, 4.0, 4.0, 8.0, 8.0])
-    """
-    groups = values.astype(mx.float32).reshape(*values.shape[:-1], -1, MXFP4_GROUP_SIZE)
-    sizes = mx.abs(groups)
-    # The exponent bits of a float32 are exactly the floor of its logarithm.
-    largest = (mx.max(sizes, axis=-1).view(mx.uint32) >> 23).astype(mx.int32) - _EXPONENT_BIAS
-    low = mx.maximum(largest - _E2M1_LARGEST_EXPONENT, -_EXPONENT_BIAS)
-    (codes, loss), (higher_codes, higher_loss) = (_nearest_codes(sizes, low + step) for step in (0, 1))
-    higher = 4 * higher_loss < loss  # each loss is in units of its own scale, squared
-    codes = mx.where(higher[..., None], higher_codes, codes) | ((groups < 0).astype(mx.uint32) << 3)
-    words = mx.sum(codes.reshape(*codes.shape[:-1], -1, 8) << (4 * mx.arange(8, dtype=mx.uint32)), axis=-1)
-    return words.reshape(*values.shape[:-1], -1), (low + higher + _EXPONENT_BIAS).astype(mx.uint8)
-
-
-def _nearest_codes(sizes: mx.array, exponent: mx.array) -> tuple[mx.array, mx.array]:
-    """Codes of the values nearest to ``sizes / 2 ** exponent``, and each group's sum of squared errors."""
-    scaled = sizes * ((_EXPONENT_BIAS - exponent).astype(mx.uint32) << 23).view(mx.float32)[..., None]
-    codes = mx.zeros(scaled.shape, mx.uint32)
-    for i, midpoint in enumerate((a + b) / 2 for a, b in pairwise(E2M1_VALUES)):
-        codes = codes + (scaled >= midpoint if i % 2 else scaled > midpoint)
-    return codes, mx.sum(mx.square(scaled - mx.array(E2M1_VALUES)[codes]), axis=-1)
 
 
 def with_quantization(config: Mapping[str, Any], quantized: Mapping[str, dict[str, Any]]) -> dict[str, Any]:

@@ -15,8 +15,9 @@ import pytest
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import from_peft, to_hf, to_peft
+from mlx_distill.models.grids import quantize
 from mlx_distill.models.load import load_model
-from mlx_distill.models.quantization import quantize_mxfp4
+from mlx_distill.models.quantization import parse_mode
 
 # The references warn of their own futures.
 pytestmark = [pytest.mark.parity, pytest.mark.filterwarnings("ignore")]
@@ -169,7 +170,8 @@ def save_mxfp4(model: Any, folder: Path, tools: Any) -> None:
             .reshape(experts, inputs, outputs)
             .swapaxes(1, 2)
         )
-        words, scales = (np.array(part) for part in quantize_mxfp4(weight))
+        parts = quantize(weight, parse_mode("mxfp4"))
+        words, scales = np.array(parts["weight"]), np.array(parts["scales"])
         tensors[f"{name}_blocks"] = ("U8", [experts, outputs, inputs // 32, 16], words.tobytes())
         tensors[f"{name}_scales"] = ("U8", [experts, outputs, inputs // 32], scales.tobytes())
     tools.write(folder / "model.safetensors", tensors)

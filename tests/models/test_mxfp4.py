@@ -12,28 +12,36 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_distill.models.quantization import E2M1_VALUES, quantize_mxfp4
+from mlx_distill.models.grids import quantize
+from mlx_distill.models.quantization import parse_mode
+
+E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the fourth bit is the sign
+
+
+def quantize_mxfp4(weights: mx.array) -> tuple[mx.array, mx.array]:
+    """Words and scales."""
+    parts = quantize(weights, parse_mode("mxfp4"))
+    return parts["weight"], parts["scales"]
 
 
 def plain(weights: list[float], step: int) -> tuple[int, list[int], Fraction]:
-    """Scale byte, codes and lost squares of 32 weights, in fractions; ``step`` 0 is the specification's
-    scale, 1 the next one up.
+    """Scale byte, codes and lost squares of 32 weights, in fractions; ``step`` 0 is the smallest scale with
+    which no weight saturates, as ``mx.quantize`` takes it.
     """
-    largest = max(abs(Fraction(w)) for w in weights)
-    exponent = -127
+    largest = max(abs(Fraction(w)) for w in weights) / 6
+    exponent = -126
     if largest:
         exponent = 0
-        while Fraction(2) ** (exponent + 1) <= largest:
-            exponent += 1
-        while Fraction(2) ** exponent > largest:
+        while Fraction(2) ** exponent >= 2 * largest:
             exponent -= 1
-        exponent = max(exponent - 2, -127)
+        while Fraction(2) ** exponent < largest:
+            exponent += 1
     exponent += step
     codes, lost = [], Fraction(0)
     for w in weights:
         x = abs(Fraction(w)) / Fraction(2) ** exponent
         near = min(range(8), key=lambda c: (abs(Fraction(E2M1_VALUES[c]) - x), c % 2))
-        codes.append(near | (8 if w < 0 else 0))
+        codes.append(near | (8 if w < 0 and near else 0))
         lost += ((Fraction(E2M1_VALUES[near]) - x) * Fraction(2) ** exponent) ** 2
     return exponent + 127, codes, lost
 
@@ -62,13 +70,13 @@ def mlx_reads(words: mx.array, scales: mx.array) -> np.ndarray:
         st.floats(-1e4, 1e4, width=32).filter(lambda w: w == 0 or abs(w) > 1e-30), min_size=32, max_size=32
     )
 )
-def test_quantization_uses_the_better_of_two_scales_in_exact_fractions(weights: list[float]) -> None:
+def test_quantization_uses_the_best_of_four_scales_in_exact_fractions(weights: list[float]) -> None:
     words, scales = quantize_mxfp4(mx.array(weights, mx.float32))
-    low, high = plain(weights, 0), plain(weights, 1)
-    chosen = {low[0]: low, high[0]: high}[scales.item()]
+    tried = {result[0]: result for result in (plain(weights, step) for step in range(-2, 2))}
+    chosen = tried[scales.item()] if any(weights) else plain(weights, 0)
     codes = np.array(words).view(np.uint8)
     assert np.stack([codes & 15, codes >> 4], -1).reshape(-1).tolist() == chosen[1]
-    assert float(chosen[2]) <= float(min(low[2], high[2])) * (1 + 1e-5)
+    assert float(chosen[2]) <= float(min(lost for _, _, lost in tried.values())) * (1 + 1e-5)
 
 
 def test_ties_go_to_the_even_code() -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from mlx_distill.errors import ModelError
 from mlx_distill.models.checkpoint.layout import TensorPlan
 from mlx_distill.models.checkpoint.safetensors import DTYPE_BYTES, FLOATS
-from mlx_distill.models.quantization import NAN_SCALE, TensorAction, quantize_mxfp4
+from mlx_distill.models.grids import quantize
+from mlx_distill.models.quantization import NAN_SCALE, TensorAction
 
 MLX_TYPES = {
     "F32": mx.float32,
@@ -248,15 +249,13 @@ def run_block(job: TensorJob, start: int, stop: int, errors: ErrorSums) -> list[
         _check_result(value, job)
         errors.add(source, value)
         return [to_raw(value)]
-    if action.requantized and q.mode == "mxfp4":
-        parts: tuple[mx.array, ...] = quantize_mxfp4(source)
-    else:
-        parts = mx.quantize(value, q.group_size, q.bits, mode=q.mode)
-    biases = parts[2] if len(parts) > 2 else None
-    result = mx.dequantize(parts[0], parts[1], biases, q.group_size, q.bits, q.mode)
+    parts = quantize(source, q, value.dtype)
+    result = mx.dequantize(
+        parts["weight"], parts["scales"], parts.get("biases"), q.group_size, q.bits, q.mode
+    )
     _check_result(result, job)
     errors.add(source, result)
-    return [to_raw(part) for part in parts]
+    return [to_raw(part) for part in parts.values()]
 
 
 def output_plans(job: TensorJob, errors: ErrorSums) -> list[TensorPlan]:
