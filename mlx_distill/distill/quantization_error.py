@@ -253,13 +253,19 @@ def _divergence(
     positions: int,
 ) -> Float[np.ndarray, " n"]:
     """KL(reference || model) at each position, computed ``positions`` at a time."""
+    on_host = mx.default_device() == mx.cpu  # where NumPy's exp takes a tenth of the time of MLX's
+    xp: Any = np if on_host else mx
     out = []
     for first in range(0, len(hidden), positions):
         at = slice(first, first + positions)
         z_p, z_q = of_reference(reference[at]), own(hidden[at])
-        log_p = z_p - mx.logsumexp(z_p, axis=-1, keepdims=True)
-        log_q = z_q - mx.logsumexp(z_q, axis=-1, keepdims=True)
-        out.append(np.array(mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1)))
+        if on_host:
+            z_p, z_q = np.array(z_p), np.array(z_q)
+        z_p, z_q = (z - xp.max(z, axis=-1, keepdims=True) for z in (z_p, z_q))
+        e_p = xp.exp(z_p)
+        sum_p, sum_q = xp.sum(e_p, axis=-1), xp.sum(xp.exp(z_q), axis=-1)
+        kl = xp.sum(e_p * (z_p - z_q), axis=-1) / sum_p - xp.log(sum_p) + xp.log(sum_q)
+        out.append(np.array(kl))
     return np.concatenate(out)
 
 

@@ -41,27 +41,29 @@ def make_options(modules: int, seed: int = 0) -> tuple[PrecisionOptions, Table]:
 
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("budget", [3.6, 4.5, 6.0])
-def test_the_choice_meets_the_budget_near_the_best_one(seed: int, budget: float) -> None:
+def test_the_choice_is_the_best_one_of_all_that_meet_the_budget(seed: int, budget: float) -> None:
     options, costs = make_options(5, seed)
     least = options.bits_per_weight(dict.fromkeys(options.bits, SMALL))
     budget += max(0.0, least - 3.5)
     choice = choose_precision(options, costs, budget)
     assert choice.bits_per_weight == options.bits_per_weight(choice.quantizations) <= budget
     assert choice.cost == pytest.approx(sum(costs[p][q] for p, q in choice.quantizations.items()))
-    every = itertools.product(EVERY, repeat=len(options.bits))
-    fitting = (dict(zip(options.bits, some, strict=True)) for some in every)
-    best = min(
-        sum(costs[p][q] for p, q in one.items()) for one in fitting if options.bits_per_weight(one) <= budget
-    )
-    assert best * (1 - 1e-9) <= choice.cost <= 1.5 * best
+    every = [dict(zip(options.bits, some, strict=True)) for some in itertools.product(EVERY, repeat=5)]
+
+    def best(limit: float) -> float:
+        fitting = (one for one in every if options.bits_per_weight(one) <= limit)
+        return min(sum(costs[p][q] for p, q in one.items()) for one in fitting)
+
+    # Sizes are rounded up to a part of the budget.
+    assert best(budget) * (1 - 1e-9) <= choice.cost <= best(budget - 0.01) * (1 + 1e-9)
 
 
-def test_bits_rise_and_costs_fall_along_the_steps() -> None:
+def test_more_bits_never_cost_more() -> None:
     options, costs = make_options(6)
-    steps = choose_precision(options, costs, 8.5).steps
-    assert len(steps) > 6
-    for before, after in itertools.pairwise(steps):
-        assert after.bits_per_weight > before.bits_per_weight and after.cost < before.cost
+    choices = [choose_precision(options, costs, budget / 4) for budget in range(16, 36)]
+    for before, after in itertools.pairwise(choices):
+        assert after.bits_per_weight >= before.bits_per_weight and after.cost <= before.cost
+    assert choices[-1].cost < choices[0].cost / 100
 
 
 def test_a_budget_that_nothing_meets_names_the_least_possible_one() -> None:
@@ -93,8 +95,8 @@ def test_a_mixed_folder_has_the_planned_size_and_is_read_by_mlx_lm(
         path: {q: (number % 3 + 1) * 4.0**-q.bits for q in some}
         for number, (path, some) in enumerate(options.bits.items())
     }
-    least = min(choose_precision(options, costs, 32.0).steps, key=lambda step: step.bits_per_weight)
-    choice = choose_precision(options, costs, least.bits_per_weight + 0.5)
+    smallest = {path: min(some, key=lambda q: q.bits) for path, some in options.bits.items()}
+    choice = choose_precision(options, costs, options.bits_per_weight(smallest) + 0.5)
     assert len(set(choice.quantizations.values())) > 1
     report = quantize_into(tmp_path / "base", tmp_path / "mixed", "affine4", chosen=choice.quantizations)
     assert report.bits_per_weight == pytest.approx(choice.bits_per_weight, rel=1e-9)
