@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from mlx_distill.exports import export as export
     from mlx_distill.infer.analyze import Analyzer as Analyzer
     from mlx_distill.infer.analyze import analyze as analyze
+    from mlx_distill.infer.classify import classify as classify
     from mlx_distill.inspection import inspect as inspect
     from mlx_distill.models.convert import convert as convert
     from mlx_distill.models.load import load as load
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from mlx_distill.recipe import load_recipe as load_recipe
     from mlx_distill.recipe import recipe_names as recipe_names
     from mlx_distill.records import Batch as Batch
+    from mlx_distill.records import Classification as Classification
     from mlx_distill.records import Example as Example
     from mlx_distill.records import Message as Message
     from mlx_distill.records import Prediction as Prediction
@@ -55,6 +57,7 @@ _NAMES = {
     "load": "models.load:load",
     "convert": "models.convert:convert",
     "analyze": "infer.analyze:analyze",
+    "classify": "infer.classify:classify",
     "export": "exports:export",
     "inspect": "inspection:inspect",
     "load_recipe": "recipe:load_recipe",
@@ -75,6 +78,7 @@ _NAMES = {
     "Batch": "records:Batch",
     "TopK": "records:TopK",
     "Prediction": "records:Prediction",
+    "Classification": "records:Classification",
     # errors
     "DistillError": "errors:DistillError",
     "ConfigError": "errors:ConfigError",

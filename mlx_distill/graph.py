@@ -92,12 +92,19 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         Stage(
             "student",
             "distill",
-            2,
+            3,
             {**keyed(recipe.distill), **shared},
             ("student_base", "targets", "data"),
             distill,
         ),
-        Stage("quantized", "quantize", 2, keyed(recipe.quantize), ("student", "student_base"), quantize),
+        Stage(
+            "quantized",
+            "quantize",
+            3,
+            {**keyed(recipe.quantize), **shared},
+            ("student", "student_base", "data"),
+            quantize,
+        ),
     ]
     controls = [model for model in CONTROLS if getattr(recipe.controls, model.control or "")]
     out += [_control(recipe, model, shared) for model in controls]

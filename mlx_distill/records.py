@@ -95,3 +95,24 @@ class Prediction:
     tokens: int = 0
     fields: Mapping[str, Any] = field(default_factory=dict)
     cut: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A model's label of one item, without a generated answer.
+
+    ``label`` is the most probable one; ``probabilities`` are of all labels and sum to 1; ``calibrated`` says
+    whether they are scaled by the temperature that was fitted to validation rows; ``error`` is the reason why
+    ``label`` and ``probabilities`` are None, ``error_kind`` its kind; ``cut`` says what was left out of a
+    long item.
+    """
+
+    id: str
+    label: str | None
+    probabilities: Mapping[str, float] | None
+    calibrated: bool = False
+    error: str | None = None
+    error_kind: str | None = None
+    prompt_tokens: int = 0
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    cut: Mapping[str, Any] | None = None

@@ -40,7 +40,6 @@ from mlx_distill.progress import NullProgress, Progress
 from mlx_distill.recipe import DataConfig, SourceConfig
 from mlx_distill.records import Example
 from mlx_distill.storage import atomic_path, os_errors, scratch, write_json
-from mlx_distill.tasks.prompt import parse_prompt
 from mlx_distill.tasks.task import Task
 
 FORMAT = 1
@@ -193,7 +192,7 @@ def _example(raw: Mapping[str, Any], task: Task, where: str, source: SourceConfi
 
 def _constant_shingles(task: Task, cache: dict[str, int]) -> UInt64[np.ndarray, " n"]:
     """The shingles of the prompt's own words: every row has them, so they say nothing about similarity."""
-    literals = [words(part) for part in parse_prompt(task.user) if isinstance(part, str)]
+    literals = [words(text) for text in task.user_literals]
     hashes = [shingles(tokens, cache) for tokens in literals if len(tokens) >= 3]
     return np.unique(np.concatenate(hashes)) if hashes else np.zeros(0, dtype=np.uint64)
 

@@ -12,6 +12,13 @@ from typing import Any, NamedTuple
 
 from mlx_distill.data.rows import Item, to_item
 from mlx_distill.errors import ConfigError, DataError, ModelError
+from mlx_distill.infer.label_scorer import (
+    LabelOptions,
+    LabelScorer,
+    check_label_options,
+    folder_temperature,
+    to_classification,
+)
 from mlx_distill.infer.label_scoring import label_prefix_tokens
 from mlx_distill.infer.long_items import CutItem, cut_middle
 from mlx_distill.infer.predict import BAD_ROW, answer_prompts, context_length, item_prompt, unread
@@ -23,7 +30,7 @@ from mlx_distill.models.trained_on import (
     read_trained_on,
 )
 from mlx_distill.progress import Progress, make_progress
-from mlx_distill.records import Prediction
+from mlx_distill.records import Classification, Prediction
 from mlx_distill.tasks.task import Task, load_task, task_names
 from mlx_distill.text import listed
 
@@ -61,10 +68,12 @@ class Analyzer:
         task: A packaged task's name, the path of a YAML file, a :class:`~mlx_distill.tasks.task.Task`, or
             None for the task that the model was trained on.
         constrain: Let the model write only what fits the task's schema.
-        labels_only: Answer with the label and its distribution alone, without generating.
+        labels_only: Answer with a :class:`~mlx_distill.records.Classification`, without generating.
         batch_size: Items decoded together.
         max_tokens: Longest answer; the task's own where None.
         label_probs: Return the model's distribution over the labels too.
+        label_options: How labels are scored without generating: the fields of
+            :class:`~mlx_distill.infer.label_scorer.LabelOptions`.
         max_prompt_tokens: The longest prompt that is read; the model's own length less that of the longest
             answer where None.
         long: What becomes of items with a longer prompt: ``refuse`` makes them an error, ``cut`` leaves out
@@ -87,6 +96,7 @@ class Analyzer:
         batch_size: int = 16,
         max_tokens: int | None = None,
         label_probs: bool = True,
+        label_options: Mapping[str, Any] | None = None,
         max_prompt_tokens: int | None = None,
         long: str = "refuse",
         progress: Progress | None = None,
@@ -97,7 +107,10 @@ class Analyzer:
             raise ConfigError("batch_size, max_tokens or max_prompt_tokens below 1", fix="give 1 or more")
         progress = progress or make_progress()
         source = model if isinstance(model, ModelSource) else find_model(model, task, progress)
-        self.task = source.task
+        self.task, self._source, self._progress = source.task, source.model, progress
+        self.label_options = LabelOptions(**(label_options or {}))
+        if labels_only:
+            check_label_options(self.task, self.label_options)
         self.constrain, self.labels_only, self.batch_size = constrain, labels_only, batch_size
         self.max_tokens = max_tokens or self.task.max_answer_tokens
         self.model, self.tokenizer = source.model if isinstance(source.model, tuple) else _load(source.model)
@@ -109,6 +122,8 @@ class Analyzer:
         self.label_probs = (
             label_probs and label_prefix_tokens(self.tokenizer, self.task, progress.note) is not None
         )
+        self._scorer: LabelScorer | None = None
+        self.calibrated = False  # whether labels are scored at the temperature in the model's folder
         self._lock = threading.Lock()
 
     def analyze(self, items: Sequence[Mapping[str, Any] | str]) -> list[Prediction]:
@@ -129,9 +144,19 @@ class Analyzer:
         """Yield the predictions of items in their order; a few batches of them are in memory at a time."""
         return itertools.chain.from_iterable(self.iter_chunks(_numbered(items)))
 
-    def classify(self, items: Sequence[Mapping[str, Any] | str]) -> list[Prediction]:
-        """The label of each item and its distribution, from one pass over its prompt, without generating."""
-        raise NotImplementedError
+    def classify(self, items: Sequence[Mapping[str, Any] | str]) -> list[Classification]:
+        """The label of each item and the probabilities of all labels, from one pass over its prompt, without
+        generating; see :func:`~mlx_distill.infer.classify.classify`.
+
+        Args:
+            items: As for :meth:`analyze`.
+
+        Raises:
+            ConfigError: labels cannot be scored, see there.
+        """
+        check_list(items)
+        chunks = self._iter_chunks(_numbered(items), self._label, None, self.chunk_size)
+        return list(itertools.chain.from_iterable(chunks))
 
     @property
     def chunk_size(self) -> int:
@@ -143,23 +168,54 @@ class Analyzer:
         rows: Iterable[tuple[str, Row | str | DataError]],
         on_done: Callable[[int], None] | None = None,
         chunk_size: int | None = None,
-    ) -> Iterator[list[Prediction]]:
-        """Yield the predictions of rows with their places, chunk by chunk.
+    ) -> Iterator[list[Any]]:
+        """Yield the predictions of rows with their places, chunk by chunk; the classifications where
+        ``labels_only``.
 
         Args:
             rows: ``(where, row)``, or ``(where, error)`` of a row that could not be read.
             on_done: Called with the number of rows answered so far.
             chunk_size: Rows a chunk; :attr:`chunk_size` where None.
         """
+        answer = self._label if self.labels_only else self._answer
+        return self._iter_chunks(rows, answer, on_done, chunk_size or self.chunk_size)
+
+    def _iter_chunks(
+        self,
+        rows: Iterable[tuple[str, Row | str | DataError]],
+        answer: Callable[[Sequence[Any], Callable[[int], None] | None], list[Any]],
+        on_done: Callable[[int], None] | None,
+        chunk_size: int,
+    ) -> Iterator[list[Any]]:
         iterator, done = iter(rows), 0
-        while chunk := list(itertools.islice(iterator, chunk_size or self.chunk_size)):
+        while chunk := list(itertools.islice(iterator, chunk_size)):
             with self._lock:
-                answers = self._answer(
+                answers = answer(
                     chunk,
                     on_done and (lambda count, done=done: on_done(done + count)),  # type: ignore[misc]
                 )
             done += len(chunk)
             yield answers
+
+    def _label(
+        self,
+        rows: Sequence[tuple[str, Row | str | DataError]],
+        on_done: Callable[[int], None] | None,
+    ) -> list[Classification]:
+        """The classifications of one chunk."""
+        if self._scorer is None:
+            options = self.label_options
+            if options.temperature is None and not isinstance(self._source, tuple):
+                temperature, reason = folder_temperature(self._source, self.task, options)
+                self.calibrated = temperature is not None
+                state = f"calibrated at temperature {temperature:.3g}" if temperature else "not calibrated: "
+                self._progress.note(f"labels: {state}{reason or ''}")
+                options = replace(options, temperature=temperature)
+            self._scorer = LabelScorer(
+                self.model, self.tokenizer, self.task, options, batch_size=self.batch_size
+            )
+        predictions = self._scorer.label_rows(rows, self._prompt, on_done)
+        return [to_classification(prediction, self.calibrated) for prediction in predictions]
 
     def _answer(
         self,
@@ -191,8 +247,6 @@ class Analyzer:
         on_done: Callable[[int], None] | None,
     ) -> list[Prediction]:
         """The model's answers to prompts that are short enough."""
-        if self.labels_only:
-            raise NotImplementedError
         return answer_prompts(
             self.model,
             self.tokenizer,
@@ -206,18 +260,21 @@ class Analyzer:
             on_done=on_done,
         )
 
-    def _prompt(self, row: Row | str | DataError, where: str) -> CutItem | Prediction:
+    def _prompt(
+        self, row: Row | str | DataError, where: str, task: Task | None = None
+    ) -> CutItem | Prediction:
         """An item and its prompt, or the prediction of one that cannot be asked."""
+        task = task or self.task
         try:
-            item = _checked_item(row, self.task, where)
+            item = _checked_item(row, task, where)
             prompt = item_prompt(self.tokenizer, item)
         except DataError as error:
-            return _bad_row(row, self.task, where, error)
+            return _bad_row(row, task, where, error)
         limit = self.max_prompt_tokens
         if isinstance(row, DataError) or limit is None or len(prompt) <= limit:
             return CutItem(item, prompt, {})
         tokenize = functools.partial(item_prompt, self.tokenizer)
-        short = cut_middle(row, item, self.task, limit, tokenize) if self.long == "cut" else None
+        short = cut_middle(row, item, task, limit, tokenize) if self.long == "cut" else None
         if short is not None:
             return short
         problem = f"the prompt has {len(prompt):,} tokens"
@@ -292,8 +349,9 @@ def iter_analysis(
     *,
     progress: Progress | None = None,
     **settings: Any,
-) -> Iterator[Prediction]:
-    """Yield the predictions of :func:`analyze` in the items' order, some batches at a time.
+) -> Iterator[Any]:
+    """Yield the predictions of :func:`analyze` in the items' order, some batches at a time; with
+    ``labels_only=True`` the classifications of :func:`~mlx_distill.infer.classify.classify`.
 
     The arguments are those of :func:`analyze`. The items are checked before the model is loaded.
     """

@@ -21,7 +21,7 @@ from mlx_distill.infer.predict import BAD_ROW
 from mlx_distill.models.config_files import adapter_base, is_adapter
 from mlx_distill.models.hub import resolve
 from mlx_distill.progress import Progress, make_progress
-from mlx_distill.records import Prediction
+from mlx_distill.records import Classification, Prediction
 from mlx_distill.storage import (
     LineFile,
     check_folder,
@@ -167,10 +167,10 @@ def analyze_file(
     return summary
 
 
-def answer_line(prediction: Prediction) -> str:
+def answer_line(prediction: Prediction | Classification) -> str:
     """An answer as one line of JSON, without times, which differ from run to run."""
     values = asdict(prediction)
-    del values["latency_s"]
+    values.pop("latency_s", None)
     try:
         text = json.dumps(values, ensure_ascii=False, allow_nan=False)
         text.encode()

@@ -18,7 +18,15 @@ from jaxtyping import Float
 from mlx_distill.data.chat import answer_ids
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout, column_caches, supports_column_cache
-from mlx_distill.losses.labels import LabelTrie, class_logprobs, label_logprobs, label_trie
+from mlx_distill.losses.labels import (
+    LabelStrings,
+    LabelTrie,
+    class_logprobs,
+    label_logprobs,
+    label_strings,
+    label_trie,
+)
+from mlx_distill.losses.numerics import log_softmax
 from mlx_distill.models.forward import embedding_rows, hidden_states, logits
 from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.tasks.answer import label_prefix
@@ -29,7 +37,12 @@ Project = Callable[[mx.array], mx.array]
 
 
 def label_probabilities(
-    model: Any, prompts: Sequence[Sequence[int]], labels: LabelTrie, *, batch_size: int = 16
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    labels: LabelTrie,
+    *,
+    batch_size: int = 16,
+    on_done: Callable[[int], None] | None = None,
 ) -> Float[np.ndarray, "n c"]:
     """The distribution over the labels behind each prompt, which is read once.
 
@@ -41,6 +54,7 @@ def label_probabilities(
         prompts: Token ids that end at the root of ``labels``.
         labels: From :func:`label_prefix_tokens`, with this model's tokenizer.
         batch_size: Prompts a forward pass.
+        on_done: Called after each batch with the number of prompts scored so far.
 
     Returns:
         Probabilities that sum to 1 in each row, in the order of ``labels.labels``.
@@ -50,11 +64,58 @@ def label_probabilities(
     """
     paths = [node.path for node in labels.nodes if node.path]
     check_token_ids([max(tokens) for tokens in [*prompts, *paths]], embedding_rows(model))
-    out = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
+
+    def score(batch: list[Sequence[int]]) -> mx.array:
+        return prompt_label_logprobs(model, batch, labels)
+
+    scores = _score_batches(prompts, len(labels.labels), score, batch_size, on_done)
+    return np.exp(scores, dtype=np.float32)
+
+
+def label_string_logprobs(
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    strings: LabelStrings,
+    *,
+    batch_size: int = 16,
+    on_done: Callable[[int], None] | None = None,
+) -> Float[np.ndarray, "n c"]:
+    """The log-probability of each whole label behind each prompt: the sum over its tokens, with the one that
+    closes its quote, over the whole vocabulary and not renormalised.
+
+    The arguments are those of :func:`label_probabilities`; the prompts end with ``strings.before``.
+    """
+    check_token_ids([max(tokens) for tokens in [*prompts, *strings.paths]], embedding_rows(model))
+
+    def score(batch: list[Sequence[int]]) -> mx.array:
+        columns = []
+        for path in strings.paths:
+            tokens, lengths = _padded([[*prompt, *path[:-1]] for prompt in batch])
+            places = mx.array(lengths[:, None] + np.arange(-len(path), 0))
+            hidden = hidden_states(model, tokens)[mx.arange(len(batch))[:, None], places]
+            z = log_softmax(logits(model, hidden))
+            columns.append(z[:, mx.arange(len(path)), mx.array(path)].sum(axis=-1))
+            mx.eval(columns)  # so that the logits of one label exist at a time
+        return mx.stack(columns, axis=-1)
+
+    return _score_batches(prompts, len(strings.paths), score, batch_size, on_done)
+
+
+def _score_batches(
+    prompts: Sequence[Sequence[int]],
+    columns: int,
+    score: Callable[[list[Sequence[int]]], mx.array],
+    batch_size: int,
+    on_done: Callable[[int], None] | None,
+) -> Float[np.ndarray, "n c"]:
+    """``score(prompts)`` of prompts of similar length together, in the prompts' order."""
+    out = np.zeros((len(prompts), columns), dtype=np.float32)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        out[rows] = np.array(mx.exp(prompt_label_logprobs(model, [prompts[i] for i in rows], labels)))
+        out[rows] = np.array(score([prompts[i] for i in rows]))
+        if on_done is not None:
+            on_done(start + len(rows))
     return out
 
 
@@ -198,11 +259,23 @@ def task_label_trie(tokenizer: Any, task: Task) -> LabelTrie:
         ConfigError: the task has no label.
         ModelError: the tokens do not name their bytes, or cannot write a label.
     """
+    return label_trie(tokenizer, task.labels, partial(answer_ids, tokenizer), **_around_label(task))
+
+
+def task_label_strings(tokenizer: Any, task: Task) -> LabelStrings:
+    """A task's labels as whole sequences of tokens; errors as in :func:`scored_labels`."""
+    scored_labels(tokenizer, task)
+    return label_strings(tokenizer, task.labels, partial(answer_ids, tokenizer), **_around_label(task))
+
+
+def _around_label(task: Task) -> dict[str, str]:
+    """What an answer has before and behind its label, where that is the first property."""
     if task.label is None:
-        raise ConfigError(f"the task {task.name!r} has no label", fix="name one in the task")
-    before = label_prefix({"properties": {task.label: {}}}, task.label)
+        raise ConfigError(
+            f"the task {task.name!r} has no label", fix="name the field with the classes as label in the task"
+        )
     after = '"}' if list(task.schema["properties"])[-1] == task.label else '", "'
-    return label_trie(tokenizer, task.labels, partial(answer_ids, tokenizer), before=before, after=after)
+    return {"before": label_prefix({"properties": {task.label: {}}}, task.label), "after": after}
 
 
 def find_label_trie(tokenizer: Any, task: Task, label_weight: float = 0.0) -> LabelTrie | None:
@@ -249,14 +322,42 @@ def label_prefix_tokens(
     """
     if task.label is None:
         return None
-    reason = f"{task.label!r} is not the first property of the schema"
-    if next(iter(task.schema["properties"])) == task.label:
-        try:
-            labels = task_label_trie(tokenizer, task)
-        except (ConfigError, ModelError) as error:
-            reason = error.message
-        else:
-            return labels.prompt(answer_ids(tokenizer, label_prefix(task.schema, task.label))), labels
-    if note is not None:
-        note(f"no distribution over the labels, only answers as text: {reason}")
-    return None
+    try:
+        return scored_labels(tokenizer, task)
+    except (ConfigError, ModelError) as error:
+        if note is not None:
+            note(f"no distribution over the labels, only answers as text: {error.message}")
+        return None
+
+
+def scored_labels(tokenizer: Any, task: Task) -> LabelPrefix:
+    """As :func:`label_prefix_tokens`, and an error where labels cannot be scored.
+
+    Raises:
+        ConfigError: the task has no label, or it is not the answer's first property: what stands before it
+            would have to be generated first.
+        ModelError: the tokenizer cannot write it.
+    """
+    check_label_place(task)
+    labels = task_label_trie(tokenizer, task)
+    return labels.prompt(answer_ids(tokenizer, label_prefix(task.schema, task.label or ""))), labels
+
+
+def check_label_place(task: Task) -> None:
+    """Refuse a task whose labels have no distribution before an answer is generated.
+
+    Raises:
+        ConfigError: it has no label, or the label is not the answer's first property.
+    """
+    first = next(iter(task.schema["properties"]))
+    if task.label is None:
+        raise ConfigError(
+            f"the task {task.name!r} has no label", fix="name the field with the classes as label in the task"
+        )
+    if first != task.label:
+        raise ConfigError(
+            f"{task.label!r} is not the first property of the schema, so it has no distribution before the "
+            f"answer's {first!r} is generated",
+            fix=f"make {task.label!r} the first property and train on such answers; or let the model "
+            "generate whole answers: md.analyze, or analyze without --labels-only",
+        )

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import json
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain, takewhile
+from itertools import accumulate, chain, takewhile
 from typing import Any
 
 import mlx.core as mx
@@ -133,11 +134,7 @@ def label_trie(
             f"labels {list(labels)}", fix="give at least two different labels, none of them empty"
         )
     spelled = vocabulary(tokenizer).tokens
-    paths = [encode(f"{before}{_escaped(label)}{after}") for label in labels]
-    ends = [
-        _end_of_label(path, spelled, label, before, after) for path, label in zip(paths, labels, strict=True)
-    ]
-    _check_distinct(labels, paths)
+    paths, ends = _paths(spelled, labels, encode, before, after)
     prefix, root = encode(before), _common(paths)
     kept = min(root, _common([prefix, paths[0]]))
     branchings = _branchings(paths)
@@ -157,6 +154,47 @@ def label_trie(
         path = paths[next(iter(rest))][root:depth]
         nodes.append(LabelNode(tuple(path), tuple(map(tuple, groups.values())), ids, parent))
     return LabelTrie(tuple(labels), tuple(nodes), len(prefix) - kept, tuple(paths[0][kept:root]))
+
+
+@dataclass(frozen=True)
+class LabelStrings:
+    """The labels as whole sequences of tokens, with their closing quotes.
+
+    Attributes:
+        labels: The classes.
+        before: The tokens of the text before the label, without those that some label merges with.
+        paths: The tokens of each label behind these.
+        bytes: The length of each label with its closing quote, as JSON has it.
+    """
+
+    labels: tuple[str, ...]
+    before: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+    bytes: tuple[int, ...]
+
+
+def label_strings(
+    tokenizer: Any,
+    labels: Sequence[str],
+    encode: Callable[[str], list[int]],
+    *,
+    before: str = '{"label": "',
+    after: str = '"}',
+) -> LabelStrings:
+    """The tokens of whole labels, for the sum of their log-probabilities. The last token of a label is the
+    one with its closing quote, whatever else is in it.
+
+    The arguments and errors are those of :func:`label_trie`.
+    """
+    spelled = vocabulary(tokenizer).tokens
+    paths, ends = _paths(spelled, labels, encode, before, after)
+    kept = min(_common([path, encode(before)]) for path in paths)
+    closed = []
+    for path, end in zip(paths, ends, strict=True):
+        lengths = list(accumulate(len(spelled[token]) for token in path))
+        closed.append(tuple(path[kept : bisect_left(lengths, len(end)) + 1]))
+    sizes = tuple(len(_escaped(label).encode()) + 1 for label in labels)
+    return LabelStrings(tuple(labels), tuple(paths[0][:kept]), tuple(closed), sizes)
 
 
 def label_logprobs(
@@ -310,6 +348,24 @@ def _end_of_label(
             fix="use a label of characters that the tokenizer has",
         )
     return data[: len(data) - len(after.encode()) + 1]
+
+
+def _paths(
+    spelled: Sequence[bytes],
+    labels: Sequence[str],
+    encode: Callable[[str], list[int]],
+    before: str,
+    after: str,
+) -> tuple[list[list[int]], list[bytes]]:
+    """The tokens of the text before each label, the label and what follows, and its bytes up to the closing
+    quote.
+    """
+    paths = [encode(f"{before}{_escaped(label)}{after}") for label in labels]
+    ends = [
+        _end_of_label(path, spelled, label, before, after) for path, label in zip(paths, labels, strict=True)
+    ]
+    _check_distinct(labels, paths)
+    return paths, ends
 
 
 def _check_distinct(labels: Sequence[str], paths: Sequence[Sequence[int]]) -> None:

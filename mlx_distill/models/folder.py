@@ -29,7 +29,7 @@ from mlx_distill.storage import (
 
 FORMAT = 3  # raised when a conversion of the same source writes other files
 _FORMAT_WITHOUT_SCALES = 2  # of conversions in which no scale of a 4-bit float is chosen
-
+LABEL_TEMPERATURE = "label_temperature.json"  # what calibrates a model's label probabilities, beside it
 STAGES = ("convert", "quantize", "export", "import")  # that write model folders outside of runs
 
 
@@ -60,7 +60,7 @@ def source_key(folder: Path) -> str:
     texts = {
         p.name: sha256(p)
         for p in sorted(folder.glob("*.json")) + sorted(folder.glob("*.jinja"))
-        if p.name not in (MANIFEST, TRAINED_ON)
+        if p.name not in (MANIFEST, TRAINED_ON, LABEL_TEMPERATURE)
     }
     return digest([tensors, texts])
 

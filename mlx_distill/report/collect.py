@@ -15,6 +15,7 @@ from typing import Any
 from mlx_distill import metrics as m
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError
+from mlx_distill.infer.label_temperature import measured_calibration
 from mlx_distill.metrics.classification import Row
 from mlx_distill.metrics.intervals import Comparison
 from mlx_distill.report import provenance
@@ -76,6 +77,10 @@ def build_report(
     by_set = {name: _set_metrics(rows, name, task, confidence) for name in sets}
     for model, figures in by_set[main].items():
         figures["peak_memory_gb"] = provenance.peak_memory_gb(headers[model], folders[model])
+        if task.label:
+            figures["calibration"] = measured_calibration(
+                _in_set(rows[model], main), run / run_model(model).folder, task
+            )
     report = {
         "format": FORMAT,
         "name": str(recipe.get("name") or run.resolve().name),

@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_distill.config import ASSETS
 from mlx_distill.report import (
+    calibration_section,
     errors_section,
     fields_section,
     origin_section,
@@ -73,6 +74,9 @@ def _sections(report: Report) -> list[_Section]:
         _Section("slices", "Slices", "Slices", results_section.slices(report)),
         _Section(
             "distributions", "Labels", "Label distributions", errors_section.label_distributions(report)
+        ),
+        _Section(
+            "calibration", "Calibration", "Label probabilities", calibration_section.calibration(report)
         ),
         _Section("sets", "Other sets", "Other sets", results_section.other_sets(report)),
         _Section("training", "Training", "Training", training_section.curves(report)),

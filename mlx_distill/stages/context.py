@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -44,14 +45,22 @@ class Context:
     profile: Profile | None = None
 
 
-def load_model(context: Context, name: str) -> tuple[Any, Any]:
+def load_model(context: Context, name: str, folder: Path | None = None) -> tuple[Any, Any]:
     """Load a model of the run and its tokenizer, in the recipe's ``compute_dtype``, and dequantized where the
     recipe says so.
+
+    Args:
+        context: Of the run.
+        name: The model's folder in the run.
+        folder: Where it is before its stage is finished.
     """
     from mlx_distill.models.load import load
     from mlx_distill.models.modules import dequantize_model
 
-    model, tokenizer = load(context.run / name, dtype=context.recipe.compute_dtype)
+    with warnings.catch_warnings():
+        if folder is not None:  # what a user has to know of it was said when it was converted
+            warnings.simplefilter("ignore")
+        model, tokenizer = load(folder or context.run / name, dtype=context.recipe.compute_dtype)
     if context.recipe.dequantizes(name):
         dequantize_model(model, context.recipe.compute_dtype or "float32")
     return model, tokenizer

@@ -18,6 +18,7 @@ from mlx_distill.stages.context import (
     rows_file,
     vocabulary_hash,
 )
+from mlx_distill.stages.label_calibration import calibrate_labels
 from mlx_distill.stages.training import check_training, fine_tune, train_rows
 from mlx_distill.storage import digest, scratch, sha256
 
@@ -58,7 +59,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     token_rows = embedding_rows(model)
     train, valid, inputs = aligned_rows(context, folder, tokenizer, settings, token_rows=token_rows)
     pad, classes = pad_id(tokenizer, token_rows), len(context.task.labels) + 1  # and one for everything else
-    return train_rows(
+    facts = train_rows(
         context,
         folder,
         "distill" if control is None else "distill (text alone)",
@@ -70,6 +71,9 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         valid,
         lambda rows, chosen, multiple: collate_aligned_rows(rows, chosen, pad, classes, multiple),
     )
+    if facts and control is None:  # only the first of several ranks has facts, and writes
+        facts |= calibrate_labels(context, folder, "distill", model, tokenizer)
+    return facts
 
 
 def aligned_rows(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from mlx_distill.stages.context import Context, Facts
+from mlx_distill.stages.context import Context, Facts, load_model
+from mlx_distill.stages.label_calibration import calibrate_labels
 
 
 def quantize(context: Context, folder: Path) -> Facts:
@@ -16,7 +17,7 @@ def quantize(context: Context, folder: Path) -> Facts:
     settings, student = context.recipe.quantize, context.run / "student"
     if (student / TRAINED_ON).is_file():
         shutil.copyfile(student / TRAINED_ON, folder / TRAINED_ON)
-    return quantize_into(
+    facts = quantize_into(
         student,
         folder,
         settings.mode,
@@ -25,3 +26,5 @@ def quantize(context: Context, folder: Path) -> Facts:
         keep=settings.keep,
         progress=context.progress,
     ).facts()
+    model, tokenizer = load_model(context, "quantized", folder)
+    return facts | calibrate_labels(context, folder, "quantize", model, tokenizer)

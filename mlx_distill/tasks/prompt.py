@@ -1,4 +1,6 @@
-"""A task's prompts: ``{field}`` stands for a field of the row, ``{{`` and ``}}`` for braces."""
+"""A task's prompts: ``{field}`` stands for a field of the row, ``{field:options}`` for the values that the
+schema allows in a field of the answer, ``{{`` and ``}}`` for braces.
+"""
 
 from __future__ import annotations
 
@@ -21,9 +23,18 @@ class Field(NamedTuple):
     format: str = ""
 
 
+class Options(NamedTuple):
+    """The place of the list of a field's values in a prompt; the field is one of the answer, with an enum."""
+
+    name: str
+
+
+_OPTIONS = "options"  # no value can be written in this format, so no prompt means a row's field by it
+
+
 @functools.lru_cache(maxsize=256)
-def parse_prompt(prompt: str, where: str = "the prompt") -> tuple[str | Field, ...]:
-    """The parts of a prompt: texts, and the fields between them.
+def parse_prompt(prompt: str, where: str = "the prompt") -> tuple[str | Field | Options, ...]:
+    """The parts of a prompt: texts, and the fields and lists of options between them.
 
     Args:
         prompt: The prompt.
@@ -40,7 +51,7 @@ def parse_prompt(prompt: str, where: str = "the prompt") -> tuple[str | Field, .
     mlx_distill.errors.ConfigError: task.yaml: system: line 1, character 13: '{"label": "ham"}' is not a field
     of the row (braces that are text are written {{ and }}, so the line is: Answer like {{"label": "ham"}}.)
     """
-    parts: list[str | Field] = []
+    parts: list[str | Field | Options] = []
     text, end = "", 0
     for match in _TOKEN.finditer(prompt):
         text, end = text + prompt[end : match.start()], match.end()
@@ -55,22 +66,35 @@ def parse_prompt(prompt: str, where: str = "the prompt") -> tuple[str | Field, .
                 f"{where}: line {line}, character {column}: {problem}",
                 fix=fix or _corrected(prompt, line - 1),
             )
-        parts += [text, field] if text else [field]
+        part = Options(field.name) if field.format == _OPTIONS else field
+        parts += [text, part] if text else [part]
         text = ""
     text += prompt[end:]
     return (*parts, text) if text else tuple(parts)
 
 
-def render_prompt(prompt: str, row: Mapping[str, Any]) -> str:
+def render_prompt(prompt: str, row: Mapping[str, Any], options: Mapping[str, str]) -> str:
     """The prompt of one row, which has all of its fields.
+
+    Args:
+        prompt: The prompt.
+        row: The row.
+        options: The text of each list of options that the prompt has.
 
     Raises:
         ConfigError: see :func:`parse_prompt`.
         DataError: a value that cannot be written in the format that the prompt asks for.
+
+    >>> render_prompt("{text}: {mood:options}?", {"text": "Hello"}, {"mood": "joy, fear"})
+    'Hello: joy, fear?'
     """
-    return "".join(
-        part if isinstance(part, str) else _write(row[part.name], part) for part in parse_prompt(prompt)
-    )
+
+    def write(part: str | Field | Options) -> str:
+        if isinstance(part, Options):
+            return options[part.name]
+        return part if isinstance(part, str) else _write(row[part.name], part)
+
+    return "".join(map(write, parse_prompt(prompt)))
 
 
 def _write(value: Any, field: Field) -> str:
@@ -113,6 +137,8 @@ def _parse_field(match: re.Match[str]) -> tuple[Field, str, str | None]:
 
 
 def _is_format(spec: str) -> bool:
+    if spec == _OPTIONS:
+        return True
     # White space is a format of numbers, but means JSON; a width of five digits would fill the memory.
     if spec != spec.strip() or re.search(r"\d{5}", spec):
         return False

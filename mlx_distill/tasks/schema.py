@@ -138,6 +138,19 @@ def _refers(reference: str, root: Any) -> bool:
     return isinstance(root, (Mapping, bool))
 
 
+def field_options(part: Any) -> list[Any]:
+    """The values that a field's schema lists: those of its enum, or of the items of a list; none without.
+
+    >>> field_options({"enum": ["a", "b"]}), field_options({"items": {"enum": ["c"]}}), field_options({})
+    (['a', 'b'], ['c'], [])
+    """
+    if not isinstance(part, Mapping):
+        return []
+    if isinstance(part.get("enum"), list):
+        return list(part["enum"])
+    return field_options(part.get("items"))
+
+
 def open_fields(schema: Mapping[str, Any], names: Sequence[str], where: str) -> dict[str, Any]:
     """The schema without the enum of some properties, or of the items of such lists: any text fits there.
 

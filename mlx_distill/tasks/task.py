@@ -5,15 +5,15 @@ A task is a YAML file, packaged in ``assets/<name>/task.yaml`` or written by a u
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import ASSETS, from_mapping, option, packaged, read_yaml
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.tasks.prompt import Field, parse_prompt, render_prompt
-from mlx_distill.tasks.schema import check_score, open_fields, validator_of
+from mlx_distill.tasks.prompt import Field, Options, parse_prompt, render_prompt
+from mlx_distill.tasks.schema import check_score, field_options, open_fields, validator_of
 from mlx_distill.text import known_names
 
 
@@ -56,11 +56,44 @@ class Task:
     @property
     def input_fields(self) -> tuple[str, ...]:
         """The fields of a row that the prompt names."""
-        parts = [
+        return tuple(dict.fromkeys(part.name for part in self._parts() if isinstance(part, Field)))
+
+    @property
+    def lists_labels(self) -> bool:
+        """Whether the prompt has a place for the list of classes, ``{label:options}`` with the label's name.
+
+        Only there can they be listed in another order.
+        """
+        return any(isinstance(part, Options) and part.name == self.label for part in self._parts())
+
+    @property
+    def user_literals(self) -> list[str]:
+        """The texts of the user's turn that every row has."""
+        return [
+            self._list_of(part) if isinstance(part, Options) else part
+            for part in parse_prompt(self.user, f"{self.name}: user")
+            if not isinstance(part, Field)
+        ]
+
+    def with_label_order(self, labels: Sequence[str]) -> Task:
+        """The same task with its classes in another order in the prompt and in :attr:`labels`.
+
+        >>> schema = {"type": "object", "properties": {"mood": {"enum": ["joy", "fear"]}}}
+        >>> task = Task("t", system="{mood:options}?", user="{text}", schema=schema, label="mood")
+        >>> task.with_label_order(["fear", "joy"]).prompt({"text": "Hello"})
+        ('fear, joy?', 'Hello')
+        """
+        if self.label is None or sorted(labels) != sorted(self.labels):
+            raise ConfigError(f"{list(labels)} is no order of the classes", fix="give all of them, once each")
+        properties = dict(self.schema["properties"])
+        properties[self.label] = {**properties[self.label], "enum": list(labels)}
+        return replace(self, schema={**self.schema, "properties": properties})
+
+    def _parts(self) -> list[str | Field | Options]:
+        return [
             *parse_prompt(self.system, f"{self.name}: system"),
             *parse_prompt(self.user, f"{self.name}: user"),
         ]
-        return tuple(dict.fromkeys(part.name for part in parts if isinstance(part, Field)))
 
     def prompt(self, row: Mapping[str, Any]) -> tuple[str, str]:
         """The system and user prompts of one row.
@@ -73,7 +106,14 @@ class Task:
             raise DataError(
                 f"no field {missing[0]!r}", fix=f"the task {self.name!r} needs {', '.join(self.input_fields)}"
             )
-        return render_prompt(self.system, row).strip(), render_prompt(self.user, row).strip()
+        options = {part.name: self._list_of(part) for part in self._parts() if isinstance(part, Options)}
+        return (
+            render_prompt(self.system, row, options).strip(),
+            render_prompt(self.user, row, options).strip(),
+        )
+
+    def _list_of(self, part: Options) -> str:
+        return ", ".join(map(str, field_options(self.schema["properties"][part.name])))
 
 
 def parse_task(raw: Mapping[str, Any], where: str) -> Task:
@@ -96,13 +136,23 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
     if task.score:
         check_score(task.schema, task.score, task.score_scale, where)
     for key in ("system", "user"):
-        _check_prompt(getattr(task, key), properties, f"{where}: {key}")
+        _check_prompt(getattr(task, key), properties, task.open, f"{where}: {key}")
     return replace(task, schema=open_fields(task.schema, task.open, where)) if task.open else task
 
 
-def _check_prompt(prompt: str, properties: Mapping[str, Any], where: str) -> None:
-    """Refuse a prompt into which a row's own answer would be written."""
+def _check_prompt(prompt: str, properties: Mapping[str, Any], open: Sequence[str], where: str) -> None:
+    """Refuse a prompt into which a row's own answer would be written, and a list of options of a field
+    without any.
+    """
     for part in parse_prompt(prompt, where):
+        if isinstance(part, Options) and (part.name in open or not field_options(properties.get(part.name))):
+            listed = [name for name in properties if name not in open and field_options(properties[name])]
+            raise ConfigError(
+                f"{where}: {{{part.name}:options}}: the answer has no field {part.name!r} with an enum",
+                fix=known_names(part.name, listed, "fields with an enum are")
+                if listed
+                else "write the options as text",
+            )
         if isinstance(part, Field) and part.name in properties:
             raise ConfigError(
                 f"{where}: {{{part.name}}} is a field of the answer, so the prompt would hold it",

@@ -254,3 +254,20 @@ def test_a_prompt_may_show_json_and_format_numbers() -> None:
     with pytest.raises(DataError, match=r"size: 'big' cannot be written as {size:\.2f}") as caught:
         task.prompt({**row, "size": "big"})
     assert caught.value.fix
+
+
+def test_a_prompt_may_list_the_options_of_a_field_of_the_answer() -> None:
+    task = parse_task(changed(system="One of {colour:options} for {text}.", user="{text}"), "task.yaml")
+    assert task.prompt({"text": "x"})[0] == f"One of {', '.join(task.labels)} for x."
+    assert task.input_fields == ("text",) and task.lists_labels
+    order = task.labels[::-1]
+    turned = task.with_label_order(order)
+    assert turned.prompt({"text": "x"})[0] == f"One of {', '.join(order)} for x." and turned.labels == order
+    assert not parse_task(TASK, "task.yaml").lists_labels
+
+
+@pytest.mark.parametrize("name", ["depth", "text", "color"])
+def test_options_of_a_field_without_any_are_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name}:options.*no field '{name}' with an enum") as caught:
+        parse_task(changed(user=f"{{text}} {{{name}:options}}"), "task.yaml")
+    assert "fields with an enum are: colour" in (caught.value.fix or "")
