@@ -32,6 +32,7 @@ from mlx_distill.distill.refine_training import (
     grid_weight,
     refined_layer,
     run_identity,
+    started,
     train_settings,
 )
 from mlx_distill.models.forward import compute_dtype
@@ -68,7 +69,8 @@ def refine(
     Args:
         student: The unquantized model, its adapter merged. On return it is as before, but frozen.
         quantizations: Of each module to quantize, by path: linear layers, embeddings, stacks of experts.
-        start: The result of calibration for each of them: the scales, and the latent weights to start at.
+        start: The results of calibration: the scales, and the latent weights to start at. Modules that it has
+            not start at their own weights, on the scales that are best without data.
         rows: Token ids of whole chats.
         folder: Gets the targets, the checkpoints, ``metrics.jsonl`` and ``refine.json``.
         settings: Length, rates, memory.
@@ -118,7 +120,7 @@ def _end_to_end(
     targets = student_targets(student, rows, folder / "targets", identity=identity, progress=progress)
     modules = dict(student.named_modules())
     weights = {
-        path: grid_weight(modules[path], start[path], quantization)
+        path: grid_weight(modules[path], started(modules[path], start.get(path), quantization), quantization)
         for path, quantization in quantizations.items()
     }
     config = train_settings(settings)

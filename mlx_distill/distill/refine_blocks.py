@@ -29,6 +29,7 @@ from mlx_distill.distill.refine_training import (
     grid_optimizer,
     grid_weight,
     run_identity,
+    started,
     train_settings,
 )
 from mlx_distill.models.architectures.registry import module_names
@@ -73,7 +74,12 @@ def refine_blocks(
         [run_identity(identity, quantizations), [list(map(int, row)) for row in rows], settings.keyed()]
     )
     inside = {path: _block_of(path, blocks.prefix) for path in quantizations}
-    results = {path: start[path] for path, block in inside.items() if block is None}
+    modules = dict(student.named_modules())
+    results = {
+        path: started(modules[path], start.get(path), quantizations[path])
+        for path, block in inside.items()
+        if block is None
+    }
     plain, facts = blocks.embedded(), []
     with (
         _own_modules_at_the_end(student, quantizations),

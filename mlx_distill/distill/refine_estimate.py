@@ -7,20 +7,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_distill.models.architectures.registry import module_names
+from mlx_distill.models.architectures.registry import architecture_of, build_model, module_names
 from mlx_distill.models.forward import compute_dtype, hidden_size, is_tied
-from mlx_distill.models.modules import matrix_shape
-from mlx_distill.models.quantization import Quantization
+from mlx_distill.models.modules import cast_model, matrix_shape
+from mlx_distill.models.quantization import Quantization, parse_mode
 from mlx_distill.text import size
 from mlx_distill.train.objective import DENSE_LIMIT
 
-# Latent weight and the two moments of Adam in float32; the gradient in float32.
-STATE_BYTES, GRADIENT_BYTES = 12, 4
+# Latent weight and the two moments of Adam in float32; an offset, which needs none; the gradient.
+LATENT_BYTES, OFFSET_BYTES, GRADIENT_BYTES = 12, 4, 4
 # While the weights are rounded: in float32 twice, and once as booleans (inside the range of the grid).
 ROUNDING_BYTES = 9
 LOGIT_ARRAYS = 4  # of the size of the logits, at once
+BLOCK_ARRAYS = 2  # activations and their gradients, which end to end exist of one block at a time
 _LAYER = re.compile(r".*\.layers\.\d+(?=\.)")
 
 
@@ -30,7 +32,8 @@ class RefineEstimate:
 
     Args:
         trained: Weights that train, of all blocks, embedding and head.
-        largest_block: Weights that train in the block that has most.
+        state_bytes: Of what is learned of them, and of its moments.
+        largest_block: Weights that train in the block that has most; block by block they are all latent.
         resident_bytes: The model itself, with the weights that train in their own type.
         activation_bytes: Of one step, end to end.
         hidden_bytes: The hidden states of all rows, twice, where blocks are trained one after the other.
@@ -39,6 +42,7 @@ class RefineEstimate:
     """
 
     trained: int
+    state_bytes: int
     largest_block: int
     resident_bytes: int
     activation_bytes: int
@@ -51,21 +55,27 @@ class RefineEstimate:
     @property
     def end_to_end_bytes(self) -> int:
         """Peak memory where all weights train together."""
-        return self.resident_bytes + self._state(self.trained) + self.activation_bytes
+        return (
+            self.resident_bytes
+            + self.state_bytes
+            + self.trained * self._transient_bytes
+            + self.activation_bytes
+        )
 
     @property
     def block_bytes(self) -> int:
         """Peak memory where blocks are trained one after the other."""
         return (
             self.resident_bytes
-            + self._state(self.largest_block)
+            + self.largest_block * (LATENT_BYTES + self._transient_bytes)
             + self.block_activation_bytes
             + self.hidden_bytes
         )
 
-    def _state(self, weights: int) -> int:
-        each = STATE_BYTES + GRADIENT_BYTES + ROUNDING_BYTES + self.compute_bytes
-        return weights * each
+    @property
+    def _transient_bytes(self) -> int:
+        """Of a weight: its gradient, and while it is rounded."""
+        return GRADIENT_BYTES + ROUNDING_BYTES + self.compute_bytes
 
     def seconds(self, steps: int, flops_per_second: float) -> float:
         """Time of some steps at a rate of arithmetic."""
@@ -73,9 +83,8 @@ class RefineEstimate:
 
     def lines(self, steps: int) -> list[str]:
         """For people."""
-        state = size(self.trained * STATE_BYTES)
         return [
-            f"{self.trained:,} weights train ({state} of weights and moments), {steps} steps of "
+            f"{self.trained:,} weights train ({size(self.state_bytes)} with moments), {steps} steps of "
             f"{self.tokens:,} tokens, {self.step_flops / 1e12:.3g} TFLOP a step",
             f"memory: {size(self.end_to_end_bytes)} end to end, {size(self.block_bytes)} block by block",
         ]
@@ -115,15 +124,57 @@ def estimate_refine(
     attention = 12.0 * tokens * length * hidden * len(inner)
     return RefineEstimate(
         trained=sum(trained.values()),
+        state_bytes=sum(m.state_bytes for m in every),
         largest_block=max((trained[name] for name in inner), default=0),
         resident_bytes=sum(a.nbytes for _, a in tree_flatten(student.parameters())),
         activation_bytes=padded * sum(per_token[name] for name in inner) + logits,
-        block_activation_bytes=padded * max((per_token[name] for name in inner), default=0),
+        block_activation_bytes=BLOCK_ARRAYS * padded * max((per_token[name] for name in inner), default=0),
         hidden_bytes=2 * sum(lengths) * hidden * compute,
         step_flops=attention + tokens * sum(m.flops for m in every),
         tokens=tokens,
         compute_bytes=compute,
     )
+
+
+def predict_refine(
+    config: Mapping[str, Any], lengths: Sequence[int], batch_size: int = 4, mode: str = "mxfp4"
+) -> RefineEstimate:
+    """The estimate for a checkpoint with a config, which need not be on this machine, in bfloat16.
+
+    Experts that the checkpoint stores in MXFP4 keep their bits; all other linear layers, embeddings and
+    stacks of experts train, but the routers.
+
+    Args:
+        config: The ``config.json``.
+        lengths: Tokens of each row.
+        batch_size: Rows a step.
+        mode: Of the weights that train.
+
+    >>> config = {"model_type": "qwen3", "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128,
+    ...           "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "vocab_size": 100,
+    ...           "rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 512,
+    ...           "tie_word_embeddings": True}
+    >>> predict_refine(config, [100] * 8).trained
+    80128
+    """
+    model, names = build_model(config), architecture_of(config).modules
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    quantization = parse_mode(mode)
+
+    def published(path: str, module: Any) -> bool | dict[str, Any]:
+        stored = method == "mxfp4" and any(f".{name}." in f"{path}." for name in names.experts)
+        return parse_mode("mxfp4").config if stored and hasattr(module, "to_quantized") else False
+
+    nn.quantize(model, class_predicate=published)
+    cast_model(model, "bfloat16")
+    routers = tuple(f".{name}" for name in names.routers)
+    trained = {
+        path: quantization
+        for path, module in model.named_modules()
+        if "weight" in module and module.weight.ndim > 1 and "scales" not in module
+        if not path.endswith(routers or "\0")
+    }
+    return estimate_refine(model, trained, lengths, batch_size)
 
 
 @dataclass(frozen=True)
@@ -135,8 +186,20 @@ class _Matrix:
     outputs: int
     used: int
     weights: int
-    trains: bool
+    quantization: Quantization | None  # where it trains
     product: bool  # whether hidden states are multiplied by it: not by an embedding that is not the head
+
+    @property
+    def trains(self) -> bool:
+        """Whether something of it is learned."""
+        return self.quantization is not None
+
+    @property
+    def state_bytes(self) -> int:
+        """Of what is learned end to end, and of its moments."""
+        if self.quantization is None:
+            return 0
+        return self.weights * (OFFSET_BYTES if self.quantization.mode == "affine" else LATENT_BYTES)
 
     @property
     def activations(self) -> int:
@@ -165,7 +228,7 @@ def _matrices(student: Any, quantizations: Mapping[str, Quantization]) -> list[_
                 outputs,
                 min(experts_used, lead) if lead > 1 else 1,
                 lead * outputs * inputs,
-                path in quantizations,
+                quantizations.get(path),
                 path != names.embedding or tied,
             )
         )

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from mlx_distill.models.grid_layers import GridWeight, packed_grid_layer, trained_values
-from mlx_distill.models.grids import stored_scales
+from mlx_distill.models.grids import quantize, stored_scales
 from mlx_distill.models.modules import dequantized_weight
 from mlx_distill.models.quantization import Quantization
 from mlx_distill.models.refined import Refined
@@ -52,6 +52,16 @@ class RefineSettings:
 DEFAULTS = RefineSettings()
 
 
+def started(module: Any, found: Refined | None, quantization: Quantization) -> Refined:
+    """What calibration found for a module, or without it (an embedding that is not the head has no inputs to
+    measure) the scales that are best without data.
+    """
+    if found is not None:
+        return found
+    weight = dequantized_weight(module)
+    return Refined(quantize(weight, quantization), weight)
+
+
 def grid_weight(
     module: Any, start: Refined, quantization: Quantization, *, latent: bool = False
 ) -> GridWeight:
@@ -60,7 +70,8 @@ def grid_weight(
     """
     scales = stored_scales(start.parts, quantization)
     if quantization.mode == "affine" and not latent:
-        return GridWeight(dequantized_weight(module), scales, quantization, learns_offset=True)
+        weight = dequantized_weight(module) if "scales" in module else module.weight
+        return GridWeight(weight, scales, quantization, learns_offset=True)
     return GridWeight(start.latent, scales, quantization)
 
 

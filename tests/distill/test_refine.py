@@ -17,7 +17,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from mlx_distill.distill.quantization_error import quantization_error
 from mlx_distill.distill.refine import refine
 from mlx_distill.distill.refine_blocks import FACTS, Blocks
-from mlx_distill.distill.refine_estimate import estimate_refine
+from mlx_distill.distill.refine_estimate import estimate_refine, predict_refine
 from mlx_distill.distill.refine_targets import student_targets
 from mlx_distill.distill.refine_training import RefineSettings, grid_weight, train_settings
 from mlx_distill.distill.teacher import TokenizedAnswer
@@ -341,10 +341,11 @@ def test_published_experts_keep_their_bits(golden: Golden, tmp_path: Path) -> No
     assert any(value.dtype == mx.uint32 for value in experts.values())
     modes = quantizations(model, "mxfp4")
     assert modes and not any(".experts." in path for path in modes)
-    refined = refine(
-        model, modes, start_of(model, modes), rows(), folder=tmp_path, settings=RefineSettings(**SHORT)
-    )
-    assert refined.keys() == modes.keys()
+    start = start_of(model, modes)
+    del start["model.embed_tokens"]  # not the head, so calibration measures nothing of it
+    for changes in ({}, BY_BLOCKS):
+        settings = RefineSettings(**SHORT, **changes)
+        assert refine(model, modes, start, rows(), folder=tmp_path, settings=settings).keys() == modes.keys()
     now = dict(tree_flatten(model.parameters()))
     assert all(mx.array_equal(value, now[name]).item() for name, value in experts.items())
 
@@ -430,7 +431,35 @@ def test_an_estimate_needs_no_weights_and_counts_what_trains(golden: Golden) -> 
     shapes = estimate_refine(build_model(config), modes, lengths, 4)
     assert (shapes.trained, shapes.step_flops) == (found.trained, found.step_flops)
     assert found.block_bytes < found.end_to_end_bytes
+    assert found.state_bytes == 12 * found.trained
     # Twice as many rows a step are twice the work.
     assert estimate_refine(model, modes, lengths, 8).step_flops == pytest.approx(
         2 * found.step_flops, rel=0.01
     )
+
+
+def test_the_prediction_of_gpt_oss_20b_trains_what_is_not_published_in_mxfp4() -> None:
+    config = {
+        "model_type": "gpt_oss",
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "vocab_size": 201_088,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 12,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 150_000,
+        "tie_word_embeddings": False,
+        "quantization_config": {"quant_method": "mxfp4"},
+    }
+    found = predict_refine(config, [300] * 200)
+    attention, ends = 24 * 2880 * (4096 + 2 * 512 + 4096), 2 * 201_088 * 2880
+    assert found.trained == attention + ends and found.largest_block == attention // 24
+    # Experts of 4.25 bits, and the rest in bfloat16.
+    assert found.resident_bytes == pytest.approx(2 * found.trained + 19.11e9 * 4.25 / 8, rel=0.01)
+    assert predict_refine(config, [300] * 200, mode="affine4").state_bytes == 4 * found.trained
