@@ -19,7 +19,7 @@ from mlx_distill.data.chat import answer_ids, prompt_ids, render, stop_ids
 from mlx_distill.distill.answer_check import AnswerCheck
 from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.infer.engine import Generation, generate
-from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout, column_caches, supports_column_cache
+from mlx_distill.infer.kv_cache import Caches, forward, has_plain_caches, merge, pad_right, row_cache, select
 from mlx_distill.infer.label_scoring import (
     Project,
     continued_label_logprobs,
@@ -32,8 +32,6 @@ from mlx_distill.models.token_ids import check_token_ids, token_logits, used_ids
 from mlx_distill.recipe import TargetsConfig
 from mlx_distill.tasks.answer import label_prefix, parse_answer
 from mlx_distill.tasks.task import Task
-
-LabelCache = tuple[ColumnLayout, list[ColumnCache]]
 
 
 @dataclass(frozen=True)
@@ -184,15 +182,15 @@ def score(
     project = partial(token_logits, model, used=None if used is None or used.all() else mx.array(used))
     for first in range(0, len(answers), batch_size):
         batch = answers[first : first + batch_size]
-        length = max(len(answer.tokens) for answer in batch)
-        length = -(-length // multiple) * multiple
-        inputs = np.zeros((len(batch), length), dtype=np.int32)
-        for line, answer in zip(inputs, batch, strict=True):
-            line[: len(answer.tokens)] = answer.tokens
-        cache = _label_cache(model, batch, labels, length)
-        hidden = hidden_states(model, mx.array(inputs), cache and cache[1])
+        inputs = pad_right([answer.tokens for answer in batch], multiple)
+        caches = _label_caches(model, len(batch), labels)
+        if caches is None:
+            hidden = hidden_states(model, mx.array(inputs))
+        else:  # to a continuation with a label, a row ends where its label begins
+            roots = [answer.label_start or answer.start for answer in batch]
+            hidden = forward(partial(hidden_states, model), caches, inputs, roots)
         ids, topk_ids, topk_logprobs, logprobs = _answer_logprobs(project, hidden, batch, top_k, tile_rows)
-        by_row = {} if labels is None else _label_logprobs(model, project, hidden, batch, labels, cache)
+        by_row = {} if labels is None else _label_logprobs(model, project, hidden, batch, labels, caches)
         begin = 0
         for i, answer in enumerate(batch):
             end = begin + len(answer.tokens) - answer.start
@@ -242,16 +240,11 @@ def _answer_logprobs(
     return tokens, topk_ids, topk_logprobs, logprobs
 
 
-def _label_cache(
-    model: nn.Module, batch: Sequence[TokenizedAnswer], labels: LabelTrie | None, columns: int
-) -> LabelCache | None:
-    """A cache for labels that share tokens, so that each row is read once: to a continuation of a row, the
-    row ends where its label begins.
-    """
-    if labels is None or len(labels.nodes) == 1 or not supports_column_cache(model):
+def _label_caches(model: nn.Module, rows: int, labels: LabelTrie | None) -> Caches | None:
+    """Caches for labels that share tokens, so that each row is read once."""
+    if labels is None or len(labels.nodes) == 1 or not has_plain_caches(model):
         return None
-    layout = ColumnLayout([answer.label_start or answer.start for answer in batch], columns)
-    return layout, column_caches(model, layout)
+    return merge([row_cache(model)] * rows)
 
 
 def _label_logprobs(
@@ -260,7 +253,7 @@ def _label_logprobs(
     hidden: mx.array,
     batch: Sequence[TokenizedAnswer],
     labels: LabelTrie,
-    cache: LabelCache | None,
+    caches: Caches | None,
 ) -> dict[int, np.ndarray]:
     """The distribution over the labels and everything else, by row, of the rows that have a label."""
     starts = {i: answer.label_start for i, answer in enumerate(batch) if answer.label_start is not None}
@@ -270,14 +263,10 @@ def _label_logprobs(
     at_root = project(hidden[rows, mx.array([start - 1 for start in starts.values()])])
     if len(labels.nodes) == 1:
         values = label_logprobs(at_root, labels.nodes[0], rest=True)
-    elif cache is None:
+    elif caches is None:
         prompts = [batch[i].tokens[:start] for i, start in starts.items()]
         values = prompt_label_logprobs(model, prompts, labels, rest=True, project=project)
     else:
-        layout, caches = cache
-        layout.advance(hidden.shape[1])
-        layout.keep(list(starts))
-        for layer in caches:
-            layer.keep(rows)
-        values = continued_label_logprobs(model, labels, at_root, layout, caches, rest=True, project=project)
+        caches = select(caches, list(starts))
+        values = continued_label_logprobs(model, labels, at_root, caches, rest=True, project=project)
     return dict(zip(starts, np.array(values), strict=True))

@@ -1,9 +1,12 @@
-"""Batched generation: prompts of similar length are decoded together, greedily or by sampling.
+"""Continuous batching: requests join and leave while others are being decoded.
 
-Two engines give the same tokens. ``columns`` (:mod:`mlx_distill.infer.kv_cache`) decodes a batch until its
-last row is done, which suits answers of similar length, such as a JSON object of a given schema. ``mlx_lm``
-is mlx-lm's ``BatchGenerator``: it serves architectures whose caches are not plain keys and values
-(state-space layers, for instance), and the tests hold the two together.
+The device is one step ahead of the host. While it computes the logits of the next token, the host reads the
+tokens before them, ends requests, and fills the masks of constrained ones; then it submits two things at
+once: the choice of the next tokens, and the pass behind them. Prompts are read in between, some columns a
+step (:mod:`mlx_distill.infer.prefill`).
+
+The caches are mlx-lm's (:mod:`mlx_distill.infer.kv_cache`), so every architecture that mlx-lm batches is
+served.
 """
 
 from __future__ import annotations
@@ -11,45 +14,374 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Float, Integer
+from jaxtyping import Bool, Float, Int, Integer
 
-from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout, column_caches, supports_column_cache
+from mlx_distill.errors import ConfigError
+from mlx_distill.infer.channels import AnswerStart, channels_of
+from mlx_distill.infer.kv_cache import Caches, select
+from mlx_distill.infer.prefill import PromptReader, PromptRow
+from mlx_distill.infer.prefix_cache import PrefixCache
+from mlx_distill.infer.quantized_cache import check_quantizable, quantize
+from mlx_distill.infer.requests import Constraint as Constraint
+from mlx_distill.infer.requests import (
+    EngineStats,
+    Event,
+    Failed,
+    FillMasks,
+    Finished,
+    Generation,
+    LogitsHook,
+    Request,
+    TokenEvent,
+    check_request,
+)
+from mlx_distill.infer.sampling import choose, unpack_masks
 from mlx_distill.models.forward import embedding_rows
-from mlx_distill.models.token_ids import check_token_ids, used_ids
+from mlx_distill.models.token_ids import used_ids
+
+_KEPT_WHEN_ENDED = 0.75  # rows that are left, below which the others are removed from the caches
+_STEPS_A_CLEARING = 256  # of MLX's buffers
 
 
-class LogitsHook(NamedTuple):
-    """Reads the logits of one decoding step: ``read(logits [b, v], layout, caches) -> [b, c]`` is called with
-    the logits that token ``step`` of the answers is chosen from, and the cache at that step. It may write
-    columns behind those of the cache, and must rewind the layout.
+@dataclass(eq=False)
+class _Row:
+    """A request at work: what was read of its tokens, and what was submitted."""
+
+    id: int
+    request: Request
+    prompt: PromptRow
+    place: AnswerStart
+    uniforms: Float[np.ndarray, " n"] | None
+    detokenizer: Any = None
+    began: float = field(default_factory=time.perf_counter)
+    tokens: list[int] = field(default_factory=list)
+    chosen: int = 0
+    seconds: float = 0.0
+    first_token_seconds: float = 0.0
+    hook_output: tuple[mx.array, int] | None = None
+    ended: bool = False
+
+    @property
+    def leaves(self) -> bool:
+        """Whether no further token of it is to be chosen."""
+        return self.ended or self.chosen >= self.request.max_tokens
+
+    @property
+    def at_hook(self) -> bool:
+        hook, start = self.request.logits_hook, self.place.start
+        return hook is not None and start is not None and len(self.tokens) - start == hook.step
+
+
+class Engine:
+    """Decodes many requests at once. One thread owns it (:mod:`mlx_distill.infer.worker` serves several).
+
+    Args:
+        model: An mlx-lm model: ``model(tokens [b, l], cache=...) -> logits [b, l, v]``.
+        tokenizer: Any object with ``decode(ids)``; columns of the logits that are none of its tokens are
+            never chosen.
+        batch_size: Requests that are read or decoded at the same time.
+        prefill_step_size: Prompt tokens of a row in one pass; of all rows in one pass while others wait for
+            their next token.
+        prefix_cache_tokens: Tokens of shared beginnings of prompts that are kept; 0 for none.
+        kv_bits: Keys and values in 4 or 8 bits; None as they are.
+        kv_group_size: Keys or values that share a scale.
+        fill_masks: Of constrained requests; :func:`mlx_distill.infer.constrained.fill_masks` where None.
+
+    Raises:
+        ConfigError: ``batch_size`` or ``prefill_step_size`` below 1, or a model whose keys and values cannot
+            be quantized.
+
+    >>> engine = Engine(model, tokenizer)                                                # doctest: +SKIP
+    >>> engine.submit(Request([1, 2, 3], max_tokens=9))                                  # doctest: +SKIP
+    >>> while engine.busy: print(engine.step())                                          # doctest: +SKIP
     """
 
-    step: int
-    read: Callable[[mx.array, ColumnLayout, Sequence[ColumnCache]], mx.array]
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        batch_size: int = 16,
+        prefill_step_size: int = 1024,
+        prefix_cache_tokens: int = 8192,
+        kv_bits: int | None = None,
+        kv_group_size: int = 64,
+        fill_masks: FillMasks | None = None,
+    ) -> None:
+        if batch_size < 1 or prefill_step_size < 1:
+            raise ConfigError(
+                f"batch_size {batch_size}, prefill_step_size {prefill_step_size}: below 1",
+                fix="give 1 or more",
+            )
+        if kv_bits is not None:
+            check_quantizable(model, kv_bits, kv_group_size)
+        self.model, self.tokenizer, self.batch_size = model, tokenizer, batch_size
+        self._kv = kv_bits and (kv_bits, kv_group_size)
+        self._fill_masks = fill_masks or _fill_masks
+        self._channels = channels_of(tokenizer)
+        used = used_ids(tokenizer)
+        self._used: np.ndarray | None = used
+        self._allowed: Bool[mx.array, "1 v"] | None = None
+        self._reader = PromptReader(model, PrefixCache(prefix_cache_tokens), prefill_step_size)
+        self._requests: dict[int, _Row] = {}
+        self._rows: list[_Row] = []  # of the caches, some ended
+        self._caches: Caches = []
+        self._logits: mx.array | None = None  # of the rows' next tokens
+        self._chosen: tuple[list[_Row], mx.array] | None = None  # submitted, not read
+        self._tokens = self._steps = self._most_rows = self._next_id = 0
+        self._last = time.perf_counter()
+
+    @property
+    def busy(self) -> bool:
+        """Whether a request has no answer yet."""
+        return bool(self._requests)
+
+    @property
+    def stats(self) -> EngineStats:
+        """Counts since the start."""
+        reader = self._reader
+        return EngineStats(reader.computed, reader.reused, self._tokens, self._steps, self._most_rows)
+
+    def submit(self, request: Request) -> int:
+        """Queue a request; its events carry the number that is returned.
+
+        Raises:
+            DataError: an empty prompt.
+            ModelError: a token of the prompt, or every token that ends an answer, is beyond the model's
+                embedding.
+            ConfigError: ``max_tokens`` below 1, or a negative temperature.
+        """
+        check_request(request, embedding_rows(self.model), self.tokenizer)
+        number, self._next_id = self._next_id, self._next_id + 1
+        if not self._requests:
+            self._last = time.perf_counter()
+        uniforms = None
+        if request.temperature:
+            seed = request.seed if isinstance(request.seed, tuple) else (request.seed,)
+            uniforms = np.random.default_rng(seed).random(request.max_tokens, dtype=np.float32)
+        row = _Row(
+            number,
+            request,
+            PromptRow(np.asarray(request.prompt, dtype=np.int32)),
+            AnswerStart(self._channels, request.prompt),
+            uniforms,
+            _detokenizer(self.tokenizer) if request.stream else None,
+        )
+        self._requests[number] = row.prompt.owner = row
+        self._reader.waiting.append(row.prompt)
+        return number
+
+    def cancel(self, request_id: int) -> None:
+        """Forget a request, which has no further events; nothing happens if it has ended."""
+        row = self._requests.get(request_id)
+        if row is not None:
+            self._end(row)
+            self._reader.drop(row)
+
+    def step(self) -> list[Event]:
+        """One step of decoding of all requests: the tokens that the step before submitted are read, and the
+        next ones submitted.
+        """
+        events = self._read()
+        if self._logits is not None:
+            events += self._call_hooks(self._logits)
+        inputs = self._join(None if self._logits is None else self._choose(self._logits))
+        self._logits = None
+        if inputs is not None:
+            self._logits = self.model(inputs[:, None], cache=self._caches)[:, -1, :]
+            self._steps += 1
+            if self._steps % _STEPS_A_CLEARING == 0:
+                mx.clear_cache()
+        mx.async_eval([] if self._chosen is None else self._chosen[1], self._logits)
+        alive = sum(not row.leaves for row in self._rows)
+        self._most_rows = max(self._most_rows, alive)
+        self._reader.advance(self.batch_size - alive, decoding=alive > 0)
+        self._share_time()
+        return events
+
+    def _read(self) -> list[Event]:
+        """Read the tokens that were submitted, and end the requests that have their last one."""
+        if self._chosen is None:
+            return []
+        (rows, tokens), self._chosen = self._chosen, None
+        events: list[Event] = []
+        for row, token in zip(rows, np.array(tokens).tolist(), strict=True):
+            if not row.ended:
+                events += self._accept(row, token)
+        return events
+
+    def _accept(self, row: _Row, token: int) -> list[Event]:
+        request = row.request
+        self._tokens += 1
+        if not row.tokens and not row.first_token_seconds:
+            row.first_token_seconds = time.perf_counter() - row.began
+        if token in request.stop and row.place.ends(token):
+            return [self._finish(row, "stop")]
+        row.tokens.append(token)
+        row.place.accept(token)
+        events: list[Event] = []
+        if row.detokenizer is not None:
+            row.detokenizer.add_token(token)
+            thinking = row.place.start is None or len(row.tokens) <= row.place.start
+            events.append(TokenEvent(row.id, token, row.detokenizer.last_segment, thinking))
+        if len(row.tokens) == request.max_tokens:
+            return [*events, self._finish(row, "length")]
+        if request.constraint is not None:
+            try:
+                request.constraint.accept(token)
+            except Exception as error:
+                events.append(self._fail(row, error))
+        return events
+
+    def _finish(self, row: _Row, finish: str) -> Finished:
+        self._end(row)
+        tokens, start = row.tokens, row.place.start
+        start = len(tokens) if start is None else start
+        answer = self.tokenizer.decode(tokens[start:]) if tokens[start:] else ""
+        hook_output = None
+        if row.hook_output is not None:
+            output, at = row.hook_output
+            hook_output = np.array(output[at])
+        generation = Generation(
+            answer.lstrip("\n") if start else answer,
+            tuple(tokens),
+            len(row.prompt.tokens),
+            finish,
+            row.seconds + self._elapsed() / max(1, len(self._rows)),
+            hook_output,
+            self.tokenizer.decode(tokens[:start]) if start else "",
+            start,
+            row.first_token_seconds,
+        )
+        return Finished(row.id, generation)
+
+    def _fail(self, row: _Row, error: Exception) -> Failed:
+        self._end(row)
+        return Failed(row.id, error)
+
+    def _end(self, row: _Row) -> None:
+        row.ended = True
+        self._requests.pop(row.id, None)
+
+    def _call_hooks(self, logits: Float[mx.array, "b v"]) -> list[Event]:
+        """Show each hook the logits of the rows that have reached its step."""
+        at_hook: dict[int, list[int]] = {}
+        for place, row in enumerate(self._rows):
+            if not row.leaves and row.at_hook:
+                at_hook.setdefault(id(row.request.logits_hook), []).append(place)
+        events: list[Event] = []
+        for places in at_hook.values():
+            rows = [self._rows[place] for place in places]
+            hook = rows[0].request.logits_hook
+            assert hook is not None
+            everyone = len(places) == len(self._rows)
+            caches = self._caches if everyone else select(self._caches, places)
+            try:
+                output = hook.read(logits if everyone else logits[mx.array(places)], caches)
+                mx.async_eval(output)
+            except Exception as error:
+                events += [self._fail(row, error) for row in rows]
+            else:
+                for at, row in enumerate(rows):
+                    row.hook_output = output, at
+        return events
+
+    def _choose(self, logits: Float[mx.array, "b v"]) -> Integer[mx.array, " _"] | None:
+        """Choose the rows' next tokens, and keep the rows that go on: their inputs, None if there is none."""
+        rows = self._rows
+        temperatures = [0.0 if row.leaves else row.request.temperature for row in rows]
+        uniforms = [0.0] * len(rows)
+        for place, row in enumerate(rows):
+            if row.uniforms is not None and not row.leaves:
+                uniforms[place] = float(row.uniforms[row.chosen])
+        tokens = choose(logits, temperatures, uniforms, self._mask(logits.shape[-1]))
+        for row in rows:
+            row.chosen += 1
+        self._chosen = list(rows), tokens
+        keep = [place for place, row in enumerate(rows) if not row.leaves]
+        if not keep:
+            self._rows, self._caches = [], []
+            return None
+        if len(keep) > (_KEPT_WHEN_ENDED if not self._reader.has_ready else 1) * len(rows) - 1e-9:
+            return tokens
+        index = mx.array(keep)
+        for layer in self._caches:
+            layer.filter(index)
+        self._rows = [rows[place] for place in keep]
+        return tokens[index]
+
+    def _mask(self, width: int) -> Bool[mx.array, "_ v"] | None:
+        """The tokens that may be chosen in each row, or in all."""
+        constraints = [None if row.leaves else row.request.constraint for row in self._rows]
+        if any(constraint is not None for constraint in constraints):
+            masks = np.full((len(constraints), -(-width // 32)), -1, dtype=np.int32)
+            self._fill_masks(constraints, masks)
+            allowed = unpack_masks(masks, width)
+            return mx.array(allowed if self._used is None else allowed & _padded(self._used, width))
+        if self._allowed is None and self._used is not None:
+            self._allowed = mx.array(_padded(self._used, width))
+            if self._used[:width].all() and len(self._used) >= width:
+                self._used = self._allowed = None
+        return self._allowed
+
+    def _join(self, inputs: Integer[mx.array, " _"] | None) -> Integer[mx.array, " _"] | None:
+        """Let the rows whose prompts have been read join, with the last tokens of their prompts."""
+        for prompts, caches in self._reader.ready():
+            keep = [place for place, prompt in enumerate(prompts) if not prompt.owner.ended]
+            if not keep:
+                continue
+            if len(keep) < len(prompts):  # cancelled meanwhile
+                caches = select(caches, keep)
+            if self._kv:
+                caches = quantize(caches, *self._kv)
+            last = mx.array([int(prompts[place].tokens[-1]) for place in keep], dtype=mx.int32)
+            joining = [prompts[place].owner for place in keep]
+            if inputs is None:
+                self._rows, self._caches, inputs = joining, caches, last
+                continue
+            for layer, other in zip(self._caches, caches, strict=True):
+                layer.extend(other)
+            self._rows = [*self._rows, *joining]
+            inputs = mx.concatenate([inputs.astype(mx.int32), last])
+        return inputs
+
+    def _elapsed(self) -> float:
+        return time.perf_counter() - self._last
+
+    def _share_time(self) -> None:
+        """Divide the time since the last step among the requests that were worked on."""
+        active = [row for row in self._rows if not row.ended]
+        active += [prompt.owner for prompt in self._reader.reading]
+        share = self._elapsed() / max(1, len(active))
+        for row in active:
+            row.seconds += share
+        self._last = time.perf_counter()
 
 
-@dataclass(frozen=True)
-class Generation:
-    """One answer.
+def _padded(used: Bool[np.ndarray, " u"], width: int) -> Bool[np.ndarray, "1 v"]:
+    """Which columns of the logits are tokens."""
+    out = np.zeros((1, width), dtype=bool)
+    out[0, : len(used)] = used[:width]
+    return out
 
-    ``text`` is decoded from ``tokens``, which are the answer without the stop token; ``prompt_tokens`` counts
-    the prompt's; ``finish`` is ``stop`` (a stop token came) or ``length`` (``max_tokens`` were reached);
-    ``seconds`` the wall time of its batch divided by the batch's size; ``hook_output`` what the logits hook
-    returned for it, or None.
-    """
 
-    text: str
-    tokens: tuple[int, ...]
-    prompt_tokens: int
-    finish: str
-    seconds: float
-    hook_output: Float[np.ndarray, " c"] | None = None
+def _fill_masks(constraints: Sequence[Any], masks: Int[np.ndarray, "b w"]) -> None:
+    from mlx_distill.infer.constrained import fill_masks
+
+    fill_masks(constraints, masks)
+
+
+def _detokenizer(tokenizer: Any) -> Any:
+    """mlx-lm's streaming detokenizer for a tokenizer."""
+    from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
+
+    own = getattr(tokenizer, "detokenizer", None)
+    return NaiveStreamingDetokenizer(tokenizer) if own is None else own
 
 
 def generate(
@@ -63,31 +395,32 @@ def generate(
     temperature: float = 0.0,
     seed: int = 0,
     on_done: Callable[[int], None] | None = None,
-    engine: str | None = None,
+    constraints: Sequence[Constraint | None] | None = None,
     logits_hook: LogitsHook | None = None,
     prefill_step_size: int = 1024,
-    cache_growth: int = 64,
+    prefix_cache_tokens: int = 8192,
+    kv_bits: int | None = None,
 ) -> list[Generation]:
     """The model's answer to each prompt.
 
-    Batches are made of prompts of similar length; the result does not depend on them, beyond rounding. A
-    sampled answer depends only on the seed and the prompt's place in the list.
+    The result does not depend on which prompts are answered at the same time, beyond rounding. A sampled
+    answer depends only on the seed and the prompt's place in the list.
 
     Args:
-        model: An mlx-lm model: ``model(tokens [b, l], cache=...) -> logits [b, l, v]``.
-        tokenizer: Any object with ``decode(ids)``; columns of the logits that are none of its tokens are
-            never chosen.
+        model: As for :class:`Engine`.
+        tokenizer: As for :class:`Engine`.
         prompts: Token ids, one sequence a prompt, none empty.
-        max_tokens: Tokens after which an answer is truncated.
-        batch_size: Prompts decoded together.
+        max_tokens: Tokens after which an answer is cut.
+        batch_size: Prompts answered at the same time.
         stop: Token ids that end an answer.
         temperature: 0 for greedy decoding, else the logits are divided by it and a token is sampled.
         seed: Of the sampling.
-        on_done: Called after each batch with the number of prompts answered so far.
-        engine: ``columns``, ``mlx_lm``, or None for the first where the model supports it.
-        logits_hook: Is called for each answer that reaches its step. The engine ``mlx_lm`` does not call it.
-        prefill_step_size: Prompt tokens of a row in a forward pass (engine ``columns``).
-        cache_growth: Columns by which the key-value cache grows (engine ``columns``).
+        on_done: Called after each answer with the number of prompts answered so far.
+        constraints: What each answer may consist of, each its own object; None for no constraint.
+        logits_hook: Is called for the answers that reach its step.
+        prefill_step_size: As for :class:`Engine`.
+        prefix_cache_tokens: As for :class:`Engine`.
+        kv_bits: As for :class:`Engine`.
 
     Returns:
         One :class:`Generation` a prompt, in the prompts' order.
@@ -95,210 +428,44 @@ def generate(
     Raises:
         DataError: an empty prompt.
         ModelError: a token of a prompt, or every token that ends an answer, is beyond the model's embedding.
-        ConfigError: ``max_tokens`` or ``batch_size`` below 1, a negative temperature, an unknown engine.
+        ConfigError: ``max_tokens`` or ``batch_size`` below 1, a negative temperature, or keys and values that
+            cannot be quantized.
     """
-    _check(prompts, max_tokens, batch_size, temperature, engine)
-    _check_ids(model, tokenizer, prompts, stop)
-    columns = (engine or ("columns" if supports_column_cache(model) else "mlx_lm")) == "columns"
-    used = used_ids(tokenizer)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
-    out: list[Generation | None] = [None] * len(prompts)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        began = time.perf_counter()
-        sampler = Sampler(used, temperature, seed, rows, max_tokens)
-        batch = [list(prompts[i]) for i in rows]
-        hook_outputs: dict[int, np.ndarray] = {}
-        if columns:
-            layout = ColumnLayout([len(prompt) - 1 for prompt in batch])
-            caches = column_caches(model, layout, cache_growth)
-            _prefill(model, batch, layout, caches, prefill_step_size)
-            written = _decode_columns(
-                model, batch, layout, caches, max_tokens, stop, sampler, logits_hook, hook_outputs
-            )
-        else:
-            written = _decode_mlx_lm(model, batch, max_tokens, stop, sampler)
-        seconds = (time.perf_counter() - began) / len(rows)
-        for row, i in enumerate(rows):
-            tokens, finish = _without_stop(written[row], stop)
-            hooked = logits_hook is not None and len(tokens) >= logits_hook.step
-            out[i] = Generation(
-                tokenizer.decode(tokens) if tokens else "",
-                tuple(tokens),
-                len(prompts[i]),
-                finish,
-                seconds,
-                hook_outputs.get(row) if hooked else None,
-            )
-        if on_done is not None:
-            on_done(start + len(rows))
-    return [generation for generation in out if generation is not None]
-
-
-def _check(
-    prompts: Sequence[Sequence[int]], max_tokens: int, batch_size: int, temperature: float, engine: str | None
-) -> None:
-    for number, prompt in enumerate(prompts):
-        if not len(prompt):
-            raise DataError(f"prompt {number} is empty", fix="give every prompt at least one token")
-    if max_tokens < 1 or batch_size < 1:
-        raise ConfigError(f"max_tokens {max_tokens}, batch_size {batch_size}: below 1", fix="give 1 or more")
-    if temperature < 0:
-        raise ConfigError(
-            f"temperature {temperature} is negative",
-            fix="0 for greedy answers, 1 for the model's own distribution",
-        )
-    if engine not in (None, "columns", "mlx_lm"):
-        raise ConfigError(f"no engine {engine!r}", fix="columns or mlx_lm")
-
-
-def _check_ids(model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], stop: AbstractSet[int]) -> None:
-    """Refuse tokens that the model cannot read, and answers that it cannot end."""
-    rows = embedding_rows(model)
-    check_token_ids([max(prompt) for prompt in prompts], rows, tokenizer)
-    check_token_ids([min(stop)] if stop else [], rows, tokenizer)
-
-
-class Sampler:
-    """Chooses the next tokens from logits: the most probable ones, or by inverse transform sampling with
-    random numbers that depend on (seed, prompt, step) alone, so the composition of batches does not matter.
-
-    Args:
-        used: Whether an id is a token; other columns of the logits, and those beyond, are never chosen. None
-            for all.
-        temperature: 0 for the most probable token.
-        seed: Of the random numbers.
-        prompts: The prompt number of each row.
-        max_tokens: Steps, at most.
-    """
-
-    def __init__(
-        self,
-        used: Bool[np.ndarray, " v"] | None,
-        temperature: float,
-        seed: int,
-        prompts: Sequence[int],
-        max_tokens: int,
-    ) -> None:
-        self.width = None if used is None else len(used)
-        self.used = None if used is None or used.all() else mx.array(used)
-        self.temperature = temperature
-        if temperature:
-            self.uniform = np.stack(
-                [np.random.default_rng((seed, i)).random(max_tokens, dtype=np.float32) for i in prompts]
-            )
-
-    def __call__(
-        self, logits: Float[mx.array, "b v"], step: int, rows: Integer[np.ndarray, " b"]
-    ) -> Integer[mx.array, " b"]:
-        """The tokens of step ``step`` of the given rows."""
-        logits = logits[:, : self.width]
-        if self.used is not None:
-            logits = mx.where(self.used[: logits.shape[1]], logits, -mx.inf)
-        if not self.temperature:
-            return mx.argmax(logits, axis=-1)
-        cumulative = mx.cumsum(mx.softmax(logits.astype(mx.float32) / self.temperature, axis=-1), axis=-1)
-        target = mx.array(self.uniform[rows, step])[:, None] * cumulative[:, -1:]
-        return mx.minimum((cumulative <= target).sum(axis=-1), logits.shape[-1] - 1)
-
-
-def _prefill(
-    model: Any,
-    prompts: list[list[int]],
-    layout: ColumnLayout,
-    caches: list[ColumnCache],
-    step_size: int,
-) -> None:
-    """Fill the caches with all but the last token of each prompt. The logits are never evaluated."""
-    padded = np.zeros((len(prompts), layout.width), dtype=np.int32)
-    for row, prompt in zip(padded, prompts, strict=True):
-        row[: len(prompt) - 1] = prompt[:-1]
-    for start in range(0, layout.width, step_size):
-        columns = padded[:, start : start + step_size]
-        model(mx.array(columns), cache=caches)
-        layout.advance(columns.shape[1])
-        mx.eval([(cache.keys, cache.values) for cache in caches])
-
-
-def _decode_columns(
-    model: Any,
-    prompts: list[list[int]],
-    layout: ColumnLayout,
-    caches: list[ColumnCache],
-    max_tokens: int,
-    stop: AbstractSet[int],
-    sampler: Sampler,
-    logits_hook: LogitsHook | None,
-    hook_outputs: dict[int, np.ndarray],
-) -> list[list[int]]:
-    """The tokens of each answer with its stop token; ``hook_outputs`` is filled by row."""
-
-    def forward(inputs: Integer[mx.array, " b"], step: int, rows: np.ndarray) -> Integer[mx.array, " b"]:
-        logits = model(inputs[:, None], cache=caches)[:, -1, :]
-        layout.advance(1)
-        if logits_hook is not None and step == logits_hook.step:
-            hooked.append((rows, logits_hook.read(logits, layout, caches)))
-        out = sampler(logits, step, rows)
-        mx.async_eval(out)
-        return out
-
-    hooked: list[tuple[np.ndarray, mx.array]] = []
-    rows = np.arange(len(prompts))  # the prompt of each row of the batch; finished rows are removed
-    alive = np.ones(len(prompts), dtype=bool)
-    stops = np.array(sorted(stop), dtype=np.int64)
-    written = np.full((len(prompts), max_tokens), -1, dtype=np.int64)
-    tokens = forward(mx.array([prompt[-1] for prompt in prompts]), 0, rows)
-    for step in range(max_tokens):
-        # The next step is submitted before this one's tokens are read; a row that has just stopped computes
-        # one # token too many.
-        following = forward(tokens, step + 1, rows) if step + 1 < max_tokens else None
-        values = np.array(tokens).astype(np.int64)  # signed: -1 marks what is not written
-        written[rows, step] = np.where(alive, values, -1)
-        alive &= ~np.isin(values, stops)
-        if following is None or not alive.any():
-            break
-        tokens = following
-        if alive.sum() <= 0.75 * len(alive):
-            kept = np.flatnonzero(alive)
-            index = mx.array(kept)
-            layout.keep(kept.tolist())
-            for cache in caches:
-                cache.keep(index)
-            rows, alive, tokens = rows[kept], alive[kept], tokens[index]
-    for hooked_rows, output in hooked:
-        hook_outputs.update(zip(hooked_rows.tolist(), np.array(output), strict=True))
-    return [row[row >= 0].tolist() for row in written]
-
-
-def _decode_mlx_lm(
-    model: Any, prompts: list[list[int]], max_tokens: int, stop: AbstractSet[int], sampler: Sampler
-) -> list[list[int]]:
-    """The tokens of each answer with its stop token."""
-    from mlx_lm.generate import BatchGenerator
-
-    class RowSampler:
-        def __init__(self, row: int) -> None:
-            self.row, self.step = row, 0
-
-        def __call__(self, logprobs: Float[mx.array, "1 v"]) -> Integer[mx.array, " 1"]:
-            self.step += 1  # mlx-lm computes one token beyond the last
-            return sampler(logprobs, min(self.step, max_tokens) - 1, np.array([self.row]))
-
-    n = len(prompts)
-    engine = BatchGenerator(
-        model, stop_tokens=[[token] for token in stop], completion_batch_size=n, prefill_batch_size=n
+    engine = Engine(
+        model,
+        tokenizer,
+        batch_size=batch_size,
+        prefill_step_size=prefill_step_size,
+        prefix_cache_tokens=prefix_cache_tokens,
+        kv_bits=kv_bits,
     )
-    try:
-        ids = engine.insert(prompts, [max_tokens] * n, samplers=[RowSampler(row) for row in range(n)])
-        written: dict[int, list[int]] = {i: [] for i in ids}
-        while responses := engine.next_generated():
-            for response in responses:
-                written[response.uid].append(response.token)
-    finally:
-        engine.close()
-    return [written[i] for i in ids]
-
-
-def _without_stop(tokens: list[int], stop: AbstractSet[int]) -> tuple[list[int], str]:
-    """The answer's tokens and why it ended."""
-    return (tokens[:-1], "stop") if tokens and tokens[-1] in stop else (tokens, "length")
+    requests = [
+        Request(
+            prompt,
+            max_tokens,
+            frozenset(stop),
+            temperature,
+            (seed, number),
+            None if constraints is None else constraints[number],
+            logits_hook,
+        )
+        for number, prompt in enumerate(prompts)
+    ]
+    rows = embedding_rows(model)
+    for number, request in enumerate(requests):
+        check_request(request, rows, tokenizer, f"prompt {number}")
+    # Prompts of similar length are read together.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    places = {engine.submit(requests[i]): i for i in order}
+    out: list[Generation | None] = [None] * len(prompts)
+    done = 0
+    while engine.busy:
+        for event in engine.step():
+            if isinstance(event, Failed):
+                raise event.error
+            if isinstance(event, Finished):
+                out[places[event.request_id]] = event.generation
+                done += 1
+                if on_done is not None:
+                    on_done(done)
+    return [generation for generation in out if generation is not None]

@@ -1,173 +1,178 @@
-"""A key-value cache for a batch of prompts of different lengths that are answered together.
+"""Key-value caches of several rows: mlx-lm's own, for every architecture that it has.
 
-Prompts are padded on the *right*, so a prompt's own columns are computed exactly as they would be alone: the
-causal mask hides the padding, and no row of the attention is ever empty. Generated tokens of all rows share
-one column each, behind the widest prompt::
+A *row cache* is what ``mlx_lm.models.cache.make_prompt_cache`` returns: one object a layer, for one row. A
+*batch cache* is made of several by :func:`merge`: mlx-lm's ``BatchKVCache`` and its relatives, whose rows
+have lengths of their own. While rows of different lengths are read, they are padded on the *right*, so that
+each is computed as it would be alone; afterwards mlx-lm moves them to the right, so that all end in the last
+column, and masks what is left of them.
 
-    columns   0 1 2 3 4 | 5 6 ...
-    row 0     a b c d e | u v        length 5: u has position 5
-    row 1     a b c . . | u v        length 3: u has position 3; columns 3 and 4 are masked
-
-Every layer keeps all columns, without rotation: prompts are short. Layers with a sliding window read only the
-columns that some row can still attend to.
+A copy costs nothing until it is written to (:func:`fork`), so several continuations of one prefix are scored
+by copies of its cache, in every architecture: nothing is ever removed from a cache.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Bool, Float
+from jaxtyping import Float, Int, Integer
+
+from mlx_distill.errors import ModelError
+from mlx_distill.models.forward import hidden_states
+
+Caches = list[Any]  # one object a layer
 
 
-class ColumnLayout:
-    """Which column holds which position, shared by the caches of all layers.
-
-    ``lengths [b]`` are the prompts' lengths, ``width`` the columns of the prompts, ``filled`` the columns
-    written so far. Columns of a prompt beyond its length are not attended to, whatever they hold.
-
-    Args:
-        lengths: Of the prompts.
-        width: At least the longest of them, and that where None.
-    """
-
-    def __init__(self, lengths: Sequence[int], width: int | None = None) -> None:
-        self.lengths = np.asarray(lengths, dtype=np.int32)
-        self.width = int(self.lengths.max()) if width is None else width
-        self.filled = 0
-        self._lengths = mx.array(self.lengths)
-        self.offset: int | mx.array = 0 if self.width else self._lengths
-
-    def advance(self, columns: int) -> None:
-        """Count ``columns`` as written; call it after every forward pass."""
-        self.filled += columns
-        self.offset = self.filled if self.filled < self.width else self._lengths + (self.filled - self.width)
-
-    def rewind(self, columns: int) -> None:
-        """Forget the last columns: the next ones overwrite them."""
-        self.advance(-columns)
-
-    def keep(self, rows: Sequence[int]) -> None:
-        """Keep only these rows of the batch."""
-        self.lengths = self.lengths[list(rows)]
-        self._lengths = mx.array(self.lengths)
-        if not isinstance(self.offset, int):
-            self.offset = self._lengths + (self.filled - self.width)
-
-    def first(self, window: int | None) -> int:
-        """The first column that some row's next token attends to with a sliding ``window``."""
-        if window is None or self.filled < self.width:
-            return 0
-        position = self.lengths + (self.filled - self.width + 1 - window)
-        column = np.where(position < self.lengths, position, position + self.width - self.lengths)
-        return max(0, int(column.min()))
-
-    def mask(
-        self, columns: int, window: int | None, first: int, as_array: bool
-    ) -> Bool[mx.array, ...] | str | None:
-        """The attention mask of the next ``columns`` queries over the columns from ``first`` on; ``window``
-        includes the query's own position.
-        """
-        if self.filled < self.width:
-            return self._prompt_mask(columns, window, as_array)
-        if columns != 1:
-            raise ValueError("generated tokens come one at a time")
-        current = self.lengths + (self.filled - self.width)
-        equal_lengths = bool((self.lengths == self.width).all())
-        if not as_array and equal_lengths and (window is None or int(current[0]) - window < first):
-            return None
-        column = np.arange(first, self.filled + 1)[None]
-        generated = column >= self.width
-        visible = (column < self.lengths[:, None]) | generated
-        if window is not None:
-            position = np.where(generated, self.lengths[:, None] + column - self.width, column)
-            visible &= current[:, None] - position < window
-        return mx.array(visible[:, None, None, :])
-
-    def _prompt_mask(self, columns: int, window: int | None, as_array: bool) -> Bool[mx.array, "q k"] | str:
-        end = self.filled + columns
-        if self.filled == 0 and not as_array and (window is None or end <= window):
-            return "causal"
-        query, key = np.arange(self.filled, end)[:, None], np.arange(end)[None]
-        visible = key <= query
-        if window is not None:
-            visible &= query - key < window
-        return mx.array(visible)
-
-
-class ColumnCache:
-    """One layer's keys and values, with the interface of mlx-lm's caches (``offset``, ``make_mask``,
-    ``update_and_fetch``).
-
-    Args:
-        layout: Of all layers.
-        window: The layer's sliding window in tokens, None for full attention.
-        growth: Columns that are allocated at a time.
-    """
-
-    def __init__(self, layout: ColumnLayout, window: int | None = None, growth: int = 64) -> None:
-        self.layout = layout
-        self.window = window
-        self.growth = growth
-        self.keys: mx.array | None = None
-        self.values: mx.array | None = None
-
-    @property
-    def offset(self) -> Any:
-        """Position of the next token: one number while the prompts are processed, then one a row."""
-        return self.layout.offset
-
-    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None, **_: Any) -> Any:
-        """See :meth:`ColumnLayout.mask`."""
-        window = min(filter(None, (window_size, self.window)), default=None)
-        return self.layout.mask(N, window, self.layout.first(self.window), return_array)
-
-    def update_and_fetch(
-        self, keys: Float[mx.array, "b h l d"], values: Float[mx.array, "b h l e"]
-    ) -> tuple[Float[mx.array, "b h c d"], Float[mx.array, "b h c e"]]:
-        """Store the next columns and return those that :meth:`make_mask` covers."""
-        start = self.layout.filled
-        end = start + keys.shape[2]
-        old_keys, old_values = self.keys, self.values
-        if old_keys is None or old_values is None or end > old_keys.shape[2]:
-            columns = max(end, self.layout.width) + self.growth
-            old_keys = _grow(old_keys, keys, start, columns)
-            old_values = _grow(old_values, values, start, columns)
-        old_keys[..., start:end, :] = keys
-        old_values[..., start:end, :] = values
-        self.keys, self.values = old_keys, old_values
-        first = self.layout.first(self.window)
-        return old_keys[..., first:end, :], old_values[..., first:end, :]
-
-    def keep(self, rows: mx.array) -> None:
-        """Keep only these rows of the batch."""
-        if self.keys is not None and self.values is not None:
-            self.keys, self.values = self.keys[rows], self.values[rows]
-
-
-def _grow(old: mx.array | None, like: mx.array, filled: int, columns: int) -> mx.array:
-    """A larger buffer with the filled columns of the old one."""
-    b, h, _, d = like.shape
-    if old is None:
-        return mx.zeros((b, h, columns, d), like.dtype)
-    return mx.concatenate([old[..., :filled, :], mx.zeros((b, h, columns - filled, d), like.dtype)], axis=2)
-
-
-def supports_column_cache(model: Any) -> bool:
-    """Whether every layer's own cache is plain keys and values, so that a :class:`ColumnCache` can replace
-    it.
-    """
-    from mlx_lm.models.cache import KVCache, RotatingKVCache, make_prompt_cache
-
-    return all(
-        type(c) is KVCache or (type(c) is RotatingKVCache and not c.keep) for c in make_prompt_cache(model)
-    )
-
-
-def column_caches(model: Any, layout: ColumnLayout, growth: int = 64) -> list[ColumnCache]:
-    """One cache a layer, with the sliding window of the model's own cache for that layer."""
+def row_cache(model: Any) -> Caches:
+    """The model's own empty cache, for one row."""
     from mlx_lm.models.cache import make_prompt_cache
 
-    return [ColumnCache(layout, getattr(c, "max_size", None), growth) for c in make_prompt_cache(model)]
+    return list(make_prompt_cache(model))
+
+
+def merge(rows: Sequence[Caches]) -> Caches:
+    """One batch cache of several row caches, which may hold different numbers of tokens, or none. The same
+    row cache may stand there several times, such as that of a prefix that the rows share.
+
+    Raises:
+        ModelError: a layer's cache cannot be batched.
+    """
+    for layer in rows[0]:
+        if not hasattr(layer, "merge"):
+            raise ModelError(
+                f"a model with a {type(layer).__name__} cannot read several rows at once",
+                fix="take a model of another architecture",
+            )
+    return [layers[0].merge(list(layers)) for layers in zip(*rows, strict=True)]
+
+
+def split(caches: Caches, rows: Iterable[int]) -> list[Caches]:
+    """The row caches of some rows of a batch cache that is not empty."""
+    return [[layer.extract(row) for layer in caches] for row in rows]
+
+
+def fork(caches: Caches) -> Caches:
+    """A copy that shares its arrays until one of the two is written to.
+
+    ``cache.keys[..., a:b, :] = x`` changes the Python object ``cache.keys``, not the memory behind it; so a
+    copy needs array objects of its own, and no more.
+    """
+    return copy.deepcopy(caches)
+
+
+def select(caches: Caches, rows: Sequence[int]) -> Caches:
+    """A copy of some rows of a batch cache."""
+    out = fork(caches)
+    keep = mx.array(list(rows))
+    for layer in out:
+        layer.filter(keep)
+    return out
+
+
+def pad_right(rows: Sequence[Sequence[int]], multiple: int = 1) -> Int[np.ndarray, "b l"]:
+    """Rows of tokens as one array, padded with zeros to the longest, or to the next multiple.
+
+    >>> pad_right([[1, 2, 3], [4]], 2).tolist()
+    [[1, 2, 3, 0], [4, 0, 0, 0]]
+    """
+    width = -(-max(map(len, rows)) // multiple) * multiple
+    out = np.zeros((len(rows), width), dtype=np.int32)
+    for line, row in zip(out, rows, strict=True):
+        line[: len(row)] = row
+    return out
+
+
+def forward(
+    call: Callable[..., mx.array], caches: Caches, inputs: Int[np.ndarray, "b l"], lengths: Sequence[int]
+) -> Float[mx.array, "b l _"]:
+    """One pass over tokens that are added to a batch cache.
+
+    Args:
+        call: ``call(tokens [b, l], cache=caches)``, such as a model.
+        caches: From :func:`merge`.
+        inputs: Tokens, padded on the right (:func:`pad_right`).
+        lengths: How many of them each row's cache keeps, 0 too. Where every layer's cache is plain
+            (:func:`has_plain_caches`), what is not kept may be tokens that are read all the same.
+
+    Returns:
+        What ``call`` returned.
+    """
+    padding = [inputs.shape[1] - length for length in lengths]
+    if any(padding):
+        if (
+            inputs.shape[1] == 1
+        ):  # one column is decoding to mlx-lm's rotating cache, which then has no padding
+            inputs, padding = np.pad(inputs, ((0, 0), (0, 1))), [n + 1 for n in padding]
+        for layer in caches:
+            layer.prepare(lengths=list(lengths), right_padding=padding)
+    _before_several_tokens(caches)
+    out = call(mx.array(inputs), cache=caches)
+    if any(padding):
+        for layer in caches:
+            layer.finalize()
+    return out
+
+
+def read(
+    model: Any, caches: Caches, tokens: Sequence[Sequence[int]], *, step_size: int = 1024
+) -> Float[mx.array, "b d"]:
+    """Add tokens to a batch cache, some columns a pass, and return the hidden states of the last ones.
+
+    Args:
+        model: An mlx-lm model.
+        caches: From :func:`merge`.
+        tokens: Of each row, none empty.
+        step_size: Tokens of a row in one pass.
+    """
+    ends = np.array([len(row) for row in tokens])
+    last: mx.array | None = None
+    for start in range(0, int(ends.max()), step_size):
+        part = [row[start : start + step_size] for row in tokens]
+        hidden = forward(partial(hidden_states, model), caches, pad_right(part), [len(row) for row in part])
+        place = np.clip(ends - start - 1, 0, hidden.shape[1] - 1)
+        here = hidden[mx.arange(len(tokens)), mx.array(place)]
+        last = here if last is None else mx.where(mx.array(ends > start)[:, None], here, last)
+        mx.eval(last, [layer.state for layer in caches])
+    assert last is not None
+    return last
+
+
+def continue_from(
+    model: Any, caches: Caches, tokens: Integer[mx.array, "b l"]
+) -> tuple[Float[mx.array, "b d"], Caches]:
+    """The hidden states behind tokens that follow the rows of a batch cache, and a cache that has them too.
+    The cache that is given stays as it is.
+
+    Args:
+        model: An mlx-lm model.
+        caches: From :func:`merge`.
+        tokens: As many for each row.
+    """
+    caches = fork(caches)
+    if tokens.shape[1] > 1:
+        _before_several_tokens(caches)
+    return hidden_states(model, tokens, caches)[:, -1], caches
+
+
+def _before_several_tokens(caches: Caches) -> None:
+    """Mend mlx-lm 0.32.2: behind a sliding-window cache of several rows that was written to token by token
+    until it went round, the mask of several tokens at once hides one token too many of a row that is shorter
+    than the window. In order of time, the mask is right.
+    """
+    for layer in caches:
+        for cache in getattr(layer, "caches", (layer,)):
+            if getattr(cache, "rotated", False):
+                cache._temporal_order()
+
+
+def has_plain_caches(model: Any) -> bool:
+    """Whether every layer keeps keys and values alone, which :func:`forward` can cut behind any token of a
+    row after they were computed. A recurrent state cannot be cut.
+    """
+    from mlx_lm.models.cache import KVCache, RotatingKVCache
+
+    return all(type(c) is KVCache or (type(c) is RotatingKVCache and not c.keep) for c in row_cache(model))

@@ -1,8 +1,8 @@
 """The distribution over a task's labels behind a prompt, and where the label stands in an answer's tokens.
 
 Where the labels' first tokens differ, one forward pass gives the distribution. The further nodes of a
-:class:`~mlx_distill.losses.labels.LabelTrie` are short continuations of the prompt: the prompt's keys and
-values stay in the cache, each continuation is written behind them, and the next one overwrites it.
+:class:`~mlx_distill.losses.labels.LabelTrie` are short continuations of the prompt, which is read once: each
+goes on from a copy of the cache of the node before it (:func:`~mlx_distill.infer.kv_cache.continue_from`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from jaxtyping import Float
 
 from mlx_distill.data.chat import answer_ids
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout, column_caches, supports_column_cache
+from mlx_distill.infer.kv_cache import Caches, continue_from, merge, pad_right, read, row_cache
 from mlx_distill.losses.labels import (
     LabelStrings,
     LabelTrie,
@@ -90,9 +90,9 @@ def label_string_logprobs(
     def score(batch: list[Sequence[int]]) -> mx.array:
         columns = []
         for path in strings.paths:
-            tokens, lengths = _padded([[*prompt, *path[:-1]] for prompt in batch])
-            places = mx.array(lengths[:, None] + np.arange(-len(path), 0))
-            hidden = hidden_states(model, tokens)[mx.arange(len(batch))[:, None], places]
+            rows = [[*prompt, *path[:-1]] for prompt in batch]
+            places = mx.array(np.array([[len(row)] for row in rows]) + np.arange(-len(path), 0))
+            hidden = hidden_states(model, mx.array(pad_right(rows)))[mx.arange(len(batch))[:, None], places]
             z = log_softmax(logits(model, hidden))
             columns.append(z[:, mx.arange(len(path)), mx.array(path)].sum(axis=-1))
             mx.eval(columns)  # so that the logits of one label exist at a time
@@ -135,21 +135,17 @@ def prompt_label_logprobs(
         prompts: Token ids that end at the root of ``labels``.
         labels: The trie for this model's tokenizer.
         rest: Add a last class for everything else, instead of renormalising over the labels.
-        cached: Read each prompt once, where the model's layers keep plain keys and values. Else each further
-            node costs one more pass over the prompts.
+        cached: Read each prompt once. Else each further node costs one more pass over the prompts.
         project: To the logits; the model's own where None.
     """
     project = project or partial(logits, model)
-    if len(labels.nodes) > 1 and cached and supports_column_cache(model):
-        tokens, lengths = _padded(prompts)
-        layout = ColumnLayout(lengths.tolist())
-        caches = column_caches(model, layout, growth=_longest(labels))
-        at_root = project(_last_hidden(model, tokens, lengths, caches))
-        layout.advance(tokens.shape[1])
-        return continued_label_logprobs(model, labels, at_root, layout, caches, rest=rest, project=project)
+    if len(labels.nodes) > 1 and cached:
+        caches = merge([row_cache(model)] * len(prompts))
+        at_root = project(read(model, caches, prompts))
+        return continued_label_logprobs(model, labels, at_root, caches, rest=rest, project=project)
     branches = {}
     for number, node in enumerate(labels.nodes):
-        z = project(_last_hidden(model, *_padded([[*prompt, *node.path] for prompt in prompts])))
+        z = project(_last_hidden(model, [[*prompt, *node.path] for prompt in prompts]))
         if len(labels.nodes) == 1:
             return label_logprobs(z, node, rest=rest)
         branches[number] = label_logprobs(z, node, rest=True)
@@ -161,22 +157,18 @@ def continued_label_logprobs(
     model: Any,
     labels: LabelTrie,
     at_root: Float[mx.array, "b v"],
-    layout: ColumnLayout,
-    caches: Sequence[ColumnCache],
+    caches: Caches,
     *,
     rest: bool = False,
     project: Project | None = None,
 ) -> Float[mx.array, "b c"]:
-    """Log-probabilities of the labels, from a cache that ends at their root.
-
-    The cache is left as it was: the columns behind the root are overwritten by what comes next.
+    """Log-probabilities of the labels, from a cache that ends at their root and is left as it is.
 
     Args:
         model: An mlx-lm model.
         labels: The trie for this model's tokenizer.
         at_root: The logits there.
-        layout: Of the caches, with all columns of the prompts written.
-        caches: One a layer.
+        caches: Of the prompts: a batch cache of :mod:`mlx_distill.infer.kv_cache`.
         rest: Add a last class for everything else, instead of renormalising over the labels.
         project: To the logits; the model's own where None.
     """
@@ -185,21 +177,17 @@ def continued_label_logprobs(
     project = project or partial(logits, model)
     branches: dict[int, mx.array] = {}
 
-    def visit(number: int, z: mx.array) -> None:
+    def visit(number: int, z: mx.array, caches: Caches) -> None:
         node = labels.nodes[number]
         branches[number] = label_logprobs(z, node, rest=True)
         mx.eval(branches[number])  # so that the logits of one node exist at a time
         for child in (labels.children.get((number, k)) for k in range(len(node.branches))):
-            if child is None:
-                continue
-            path = labels.nodes[child].path[len(node.path) :]
-            for token in path:
-                hidden = hidden_states(model, mx.full((z.shape[0], 1), token, dtype=mx.int32), caches)
-                layout.advance(1)
-            visit(child, project(hidden[:, -1]))
-            layout.rewind(len(path))
+            if child is not None:
+                path = mx.array(labels.nodes[child].path[len(node.path) :], dtype=mx.int32)
+                hidden, behind = continue_from(model, caches, mx.broadcast_to(path, (z.shape[0], path.size)))
+                visit(child, project(hidden), behind)
 
-    visit(0, at_root)
+    visit(0, at_root, caches)
     return _whole_labels(labels, branches, rest)
 
 
@@ -210,21 +198,10 @@ def _whole_labels(labels: LabelTrie, branches: Mapping[int, mx.array], rest: boo
     return logprobs[:, :-1] - mx.logsumexp(logprobs[:, :-1], axis=-1, keepdims=True)
 
 
-def _longest(labels: LabelTrie) -> int:
-    return max(len(node.path) for node in labels.nodes)
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[mx.array, np.ndarray]:
-    lengths = np.array([len(prompt) for prompt in prompts])
-    tokens = np.zeros((len(prompts), int(lengths.max())), dtype=np.int32)
-    for line, prompt in zip(tokens, prompts, strict=True):
-        line[: len(prompt)] = prompt
-    return mx.array(tokens), lengths
-
-
-def _last_hidden(model: Any, tokens: mx.array, lengths: np.ndarray, caches: Any = None) -> mx.array:
+def _last_hidden(model: Any, prompts: Sequence[Sequence[int]]) -> mx.array:
     # Padding follows the prompts, where the causal mask hides it; the head sees one position a row.
-    return hidden_states(model, tokens, caches)[mx.arange(len(lengths)), mx.array(lengths - 1)]
+    ends = mx.array([len(prompt) - 1 for prompt in prompts])
+    return hidden_states(model, mx.array(pad_right(prompts)))[mx.arange(len(prompts)), ends]
 
 
 def label_place(

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.data.rows import Item, to_item
 from mlx_distill.infer.engine import Generation, LogitsHook, generate
-from mlx_distill.infer.kv_cache import ColumnCache, ColumnLayout
+from mlx_distill.infer.kv_cache import Caches
 from mlx_distill.infer.label_scoring import (
     LabelPrefix,
     continued_label_logprobs,
@@ -183,8 +183,8 @@ def label_hook(model: Any, prefix: LabelPrefix) -> LogitsHook:
     label. The prompt is not read again: labels that share tokens are continued from the generation's cache.
     """
 
-    def read(logits: mx.array, layout: ColumnLayout, caches: Sequence[ColumnCache]) -> mx.array:
-        return continued_label_logprobs(model, prefix[1], logits, layout, caches)
+    def read(logits: mx.array, caches: Caches) -> mx.array:
+        return continued_label_logprobs(model, prefix[1], logits, caches)
 
     return LogitsHook(len(prefix[0]), read)
 
@@ -211,7 +211,8 @@ def label_distributions(
     table = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
     others = []
     for i, generation in enumerate(generations):
-        if generation.hook_output is not None and list(generation.tokens[: len(ids)]) == ids:
+        answer = generation.tokens[generation.answer_start :]
+        if generation.hook_output is not None and list(answer[: len(ids)]) == ids:
             table[i] = np.exp(generation.hook_output)
         else:
             others.append(i)

@@ -114,7 +114,9 @@ def test_a_packaged_model_scores_the_same_in_any_batch() -> None:
 
 @pytest.mark.parametrize("cached", [True, False])
 def test_labels_that_share_tokens_are_scored_behind_each_answers_beginning(cached: bool) -> None:
-    """A row is read once where its keys and values can be kept, and its own label does not matter."""
+    """A row is read once where its keys and values can be cut, and its own label does not matter."""
+    from mlx_lm.models.cache import KVCache
+
     nodes = (
         LabelNode((), ((0, 1, 2), (3,)), ((4, 9), (7,))),
         LabelNode((4,), ((0, 1), (2,)), ((5,), (8, 11)), (0, 0)),
@@ -124,7 +126,7 @@ def test_labels_that_share_tokens_are_scored_behind_each_answers_beginning(cache
     inner, _ = load(resolve_asset("asset:models/tiny-gpt-oss"), dtype="float32")
     model = Counted(inner)
     if not cached:
-        model.make_cache = lambda: [None]
+        model.make_cache = lambda: [type("Other", (KVCache,), {})() for _ in inner.layers]
     answers = [
         TokenizedAnswer([(7 * i + 3 * j) % 300 for j in range(9 + 3 * i)], 2 + i, None if i == 1 else 4 + i)
         for i in range(4)

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from helpers.cache_kinds import CONFIGS, make_cached_model
 from mlx.utils import tree_map
 
 import mlx_distill
@@ -115,3 +116,9 @@ def tokenizer(kind: str) -> Any:
 @pytest.fixture(scope="session")
 def chatml() -> Any:
     return make_tokenizer("chatml")
+
+
+@pytest.fixture(scope="session", params=[kind for kind in CONFIGS if not kind.endswith("_wide")])
+def any_model(request: pytest.FixtureRequest) -> Any:
+    """Of every architecture, and of others with other kinds of caches."""
+    return make_cached_model(str(request.param))
