@@ -3,7 +3,7 @@
     python benchmarks/analyze_bench.py                  # about 10 minutes on two cores
     python benchmarks/analyze_bench.py --rows 1000 5000
 
-Rows are generated songs of 20 to 200 words, one in a hundred of them broken; the model is a random one of one
+Rows are generated songs of 5 to 40 words, one in a hundred of them broken; the model is a random one of one
 narrow layer with the packaged tiny tokenizer, so that time and memory are those of what is around the model.
 Each analysis is a process of its own, the command ``mlx-distill analyze ROWS --out FILE``; memory is the
 kernel's peak resident memory of that process, imports and all.
@@ -54,7 +54,7 @@ def make_rows(count: int) -> Iterator[str]:
     chance = random.Random(SEED)
     words = "rain roof river light window winter door song heart road fire sea night bell stone".split()
     for number in range(count):
-        lyrics = " ".join(chance.choices(words, k=chance.randint(20, 200)))
+        lyrics = " ".join(chance.choices(words, k=chance.randint(5, 40)))
         row = {"id": f"s{number}", "title": f"Song {number}", "lyrics": lyrics, "year": 1950 + number % 70}
         yield json.dumps(row)[: -1 if number % 100 == 99 else None] + "\n"
 

@@ -20,7 +20,7 @@ from mlx_distill.infer.analyze import Analyzer, check_rows, chunk_size, find_mod
 from mlx_distill.infer.predict import BAD_ROW
 from mlx_distill.models.config_files import adapter_base, is_adapter
 from mlx_distill.models.hub import resolve
-from mlx_distill.progress import Progress, make_progress
+from mlx_distill.progress import Bar, Progress, make_progress
 from mlx_distill.records import Classification, Prediction
 from mlx_distill.storage import (
     LineFile,
@@ -36,6 +36,7 @@ from mlx_distill.text import counted, duration
 
 _FORMAT = 1  # of the answers; another one is not continued
 _HASHED_WHOLE = 64 << 20
+_SHOWN_EVERY = 1000  # rows that are checked
 _HALF_PAIR = re.compile("[\ud800-\udfff]")
 _OTHER = {
     "format": "of another version",
@@ -139,7 +140,9 @@ def analyze_file(
     rows.check_out(out)
     summary, total = Summary(out=out), None
     if rows.path is not None:
-        total, bad = check_rows(rows.read(), source, progress)
+        with progress.task(f"check {rows.name}", unit="row") as bar:
+            total, bad = check_rows(_counted(rows.read(), bar), source, progress)
+            bar.update(total)
         if bad:
             progress.note(f"{rows.name}: {bad:,} of {counted(total, 'row')} cannot be asked")
     key = None
@@ -226,6 +229,14 @@ class _Input:
         with os_errors():
             stats = [(str(path), path.stat()) for path in files if not path.name.startswith(".")]
         return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _counted(rows: RowsAndErrors, bar: Bar) -> RowsAndErrors:
+    """The rows, of which the bar shows how many there were."""
+    for number, row in enumerate(rows):
+        if number % _SHOWN_EVERY == 0:
+            bar.update(number)
+        yield row
 
 
 def _answer(

@@ -5,6 +5,7 @@ A task is a YAML file, packaged in ``assets/<name>/task.yaml`` or written by a u
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,7 +54,7 @@ class Task:
         """The classes, in the schema's order; none for a task without a label."""
         return tuple(self.schema["properties"][self.label]["enum"]) if self.label else ()
 
-    @property
+    @functools.cached_property
     def input_fields(self) -> tuple[str, ...]:
         """The fields of a row that the prompt names."""
         return tuple(dict.fromkeys(part.name for part in self._parts() if isinstance(part, Field)))

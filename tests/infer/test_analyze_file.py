@@ -206,30 +206,34 @@ def test_the_middle_is_cut_at_words_and_not_inside_a_character(model: Path) -> N
 
 
 @pytest.mark.slow
-def test_an_interrupted_analysis_is_continued(tmp_path: Path, model: Path, task: str) -> None:
+@pytest.mark.parametrize("labels_only", [False, True])
+def test_an_interrupted_analysis_is_continued(tmp_path: Path, model: Path, labels_only: bool) -> None:
     rows, out = write_rows(tmp_path / "rows.jsonl", 40), tmp_path / "out.jsonl"
+    task = str(tmp_path / "task.yaml")
+    (tmp_path / "task.yaml").write_text(json.dumps(TASK if labels_only else PLAIN), encoding="utf-8")
     written: list[str] = []
-    ask(model, rows, task, write=written.append)
+    ask(model, rows, task, write=written.append, labels_only=labels_only)
 
     class Stops(RecordedProgress):
         def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Any:
             def update(done: float, **info: Any) -> None:
-                if done >= 20:
+                if name == "analyze" and done >= 20:
                     raise KeyboardInterrupt
 
             return nullcontext(SimpleNamespace(update=update))
 
     settings: dict[str, Any] = {"batch_size": 2, "max_tokens": 2, "constrain": False}
+    settings["labels_only"] = labels_only
     with pytest.raises(Interrupted, match="16 answers") as caught:
         analyze_file(model, rows, task=task, out=out, progress=Stops(), **settings)
     assert caught.value.fix == "the same command continues" and not out.exists()
-    summary, _ = ask(model, rows, task, out=out)
+    summary, _ = ask(model, rows, task, out=out, labels_only=labels_only)
     assert summary.before == 16 and "40 answers, 16 of them from before" in summary.line()
     assert out.read_text(encoding="utf-8").splitlines() == written
-    again, _ = ask(model, rows, task, out=out)
+    again, _ = ask(model, rows, task, out=out, labels_only=labels_only)
     assert again.was_finished and f"{out} is finished: 40 answers" in again.line()
     assert again.kinds == summary.kinds
-    forced, _ = ask(model, rows, task, out=out, force=True)
+    forced, _ = ask(model, rows, task, out=out, force=True, labels_only=labels_only)
     assert not forced.was_finished and forced.before == 0
     with pytest.raises(Interrupted) as caught:
         analyze_file(model, rows, task=task, write=written.append, progress=Stops(), **settings)
