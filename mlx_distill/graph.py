@@ -158,7 +158,7 @@ def _evaluation(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> S
     return Stage(
         f"evaluations/{model.name}",
         "evaluate",
-        2,
+        3,
         config,
         (model.folder, *base, "data"),
         lambda context, folder: evaluate(context, folder, model.folder, model.name),

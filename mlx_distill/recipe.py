@@ -334,6 +334,10 @@ class EvaluateConfig:
     models: list[str] = option(["teacher", "student_before", "student", "quantized"], "models to evaluate")
     batch_size: int = option(16, "rows at a time", low=1)
     max_rows: int = option(0, "held-out rows of each set; 0: all", low=0)
+    constrain: bool = option(
+        True,
+        "measure the answers under the grammar of the task too; only those that differ are generated again",
+    )
     confidence: float = option(0.95, "confidence level of the intervals", low=0.5, high=0.999, keyed=False)
 
 

@@ -15,7 +15,8 @@ from mlx_distill.records import Prediction
 from mlx_distill.storage import read_jsonl, write_jsonl
 from mlx_distill.tasks.task import Task
 
-FORMAT = 1
+FORMAT = 2
+"""1 has no answers under the grammar; it is read too."""
 FILE_NAME = "predictions.jsonl"
 FIELDS = (
     "id",
@@ -34,6 +35,7 @@ FIELDS = (
     "prompt_tokens",
     "tokens",
 )
+CONSTRAINED_FIELDS = ("text", "answer", "error", "label", "score")
 
 _FIX = "run the evaluate stage again"
 
@@ -45,6 +47,7 @@ def write_predictions(
     rows: Sequence[Mapping[str, Any]],
     predictions: Sequence[Prediction],
     *,
+    constrained: Sequence[Prediction | None] | None = None,
     settings: Mapping[str, Any] | None = None,
 ) -> int:
     """Write a model's answers with the prompts and the true answers, atomically; return the number of items.
@@ -55,12 +58,14 @@ def write_predictions(
         task: The task that was asked.
         rows: The prepared rows, with ``set`` and ``answer`` (the true one, or None).
         predictions: One a row, in the same order.
+        constrained: The answers under the grammar of the task, None for each that is the same; None where
+            they were not generated.
         settings: How the answers were made; recorded in the header.
 
     Raises:
         DataError: rows and predictions do not belong together.
     """
-    if len(rows) != len(predictions):
+    if len({len(rows), len(predictions), len(rows if constrained is None else constrained)}) > 1:
         raise DataError(
             f"{len(predictions)} predictions for {len(rows)} rows", fix="give one prediction a row"
         )
@@ -71,9 +76,10 @@ def write_predictions(
         "task": task.name,
         "labels": list(task.labels),
         "set_counts": dict(counts),
+        "constrained": constrained is not None,
         "settings": dict(settings or {}),
     }
-    return write_jsonl(path, _lines(header, task, rows, predictions)) - 1
+    return write_jsonl(path, _lines(header, task, rows, predictions, constrained or [None] * len(rows))) - 1
 
 
 def _lines(
@@ -81,9 +87,10 @@ def _lines(
     task: Task,
     rows: Sequence[Mapping[str, Any]],
     predictions: Sequence[Prediction],
+    constrained: Sequence[Prediction | None],
 ) -> Iterator[Mapping[str, Any]]:
     yield header
-    for number, (row, prediction) in enumerate(zip(rows, predictions, strict=True), 1):
+    for number, (row, prediction, other) in enumerate(zip(rows, predictions, constrained, strict=True), 1):
         item = to_item(row, task, number)
         if item.id != prediction.id:
             raise DataError(
@@ -108,11 +115,15 @@ def _lines(
             "latency_s": prediction.latency_s,
             "prompt_tokens": prediction.prompt_tokens,
             "tokens": prediction.tokens,
+            "constrained": other and {name: getattr(other, name) for name in CONSTRAINED_FIELDS},
         }
 
 
 def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The header and the rows of a file of :func:`write_predictions`, or of the folder that holds it.
+
+    ``constrained`` of a row is None where the answer under the grammar is the same, and where the header's
+    ``constrained`` is false none was generated.
 
     Raises:
         DataError: empty, without a header, of another format number, truncated, without rows, or a row that
@@ -124,7 +135,7 @@ def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, A
     number, header = next(lines, (0, {}))
     if not number:
         raise DataError(f"{path}: empty", fix=_FIX)
-    if header.get("format") != FORMAT:
+    if header.get("format") not in (1, FORMAT):
         described = f"format {header['format']}" if "format" in header else "no header with a format number"
         raise DataError(f"{path}:{number}: {described}, and this version reads format {FORMAT}", fix=_FIX)
     rows = []
@@ -132,10 +143,18 @@ def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, A
         missing = [name for name in FIELDS if name not in row]
         if missing:
             raise DataError(f"{path}:{number}: no field {missing[0]!r}", fix=_FIX)
-        rows.append(row)
+        rows.append({"constrained": None, **row})
+    header.setdefault("constrained", False)
     count = sum(header.get("set_counts", {}).values())
     if count != len(rows):
         raise DataError(f"{path}: {len(rows)} rows, and the header counts {count}", fix=_FIX)
     if not rows:
         raise DataError(f"{path}: no predictions", fix="give the recipe held-out rows, then " + _FIX)
     return header, rows
+
+
+def constrained_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of :func:`read_predictions` with the answers under the grammar of the task in place of the
+    free ones.
+    """
+    return [{**row, **(row["constrained"] or {})} for row in rows]

@@ -31,6 +31,7 @@ from mlx_distill.models.trained_on import (
 )
 from mlx_distill.progress import Progress, make_progress
 from mlx_distill.records import Classification, Prediction
+from mlx_distill.tasks.grammar import check_schema
 from mlx_distill.tasks.task import Task, load_task, task_names
 from mlx_distill.text import listed
 
@@ -67,7 +68,8 @@ class Analyzer:
             what ``md.load`` returned: ``(model, tokenizer)``; or what :func:`find_model` returned.
         task: A packaged task's name, the path of a YAML file, a :class:`~mlx_distill.tasks.task.Task`, or
             None for the task that the model was trained on.
-        constrain: Let the model write only what fits the task's schema.
+        constrain: Let the model write only what fits the task's schema: its canonical JSON, with the listed
+            properties alone. It makes answers parse, it does not make them right.
         labels_only: Answer with a :class:`~mlx_distill.records.Classification`, without generating.
         batch_size: Items decoded together.
         max_tokens: Longest answer; the task's own where None.
@@ -111,6 +113,8 @@ class Analyzer:
         self.label_options = LabelOptions(**(label_options or {}))
         if labels_only:
             check_label_options(self.task, self.label_options)
+        elif constrain:
+            check_schema(self.task.schema, f"task {self.task.name}: schema")
         self.constrain, self.labels_only, self.batch_size = constrain, labels_only, batch_size
         self.max_tokens = max_tokens or self.task.max_answer_tokens
         self.model, self.tokenizer = source.model if isinstance(source.model, tuple) else _load(source.model)

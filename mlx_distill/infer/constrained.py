@@ -23,14 +23,23 @@ from jaxtyping import Float, Int32
 from mlx_distill.data.chat import answer_ids, stop_ids
 from mlx_distill.data.chat_template import encoder_of
 from mlx_distill.errors import ModelError
+from mlx_distill.infer.channels import AnswerStart, channels_of
 from mlx_distill.losses.token_bytes import Vocabulary, backend_of, vocabulary
+from mlx_distill.models.forward import head_columns
 from mlx_distill.tasks.grammar import JSON_OPTIONS, check_schema, grammar_schema
+from mlx_distill.tasks.task import Task
 
-__all__ = ["AnswerConstraint", "AnswerGrammar", "allow_tokens", "check_schema", "fill_masks"]
+__all__ = [
+    "AnswerConstraint",
+    "AnswerGrammar",
+    "allow_tokens",
+    "check_schema",
+    "check_tokenizer",
+    "fill_masks",
+    "task_grammar",
+]
 
 _ALL = np.int32(-1)
-# White space that templates and models write between thinking and answer.
-_BEHIND_THINKING = r"[ \n]{0,2}"
 _CACHED_TABLES = 4
 _CACHED_GRAMMARS = 64
 
@@ -76,11 +85,8 @@ class TokenTable:
         self.tokens += [b""] * (width - len(self.tokens))
         self.end = in_width[0]
         self.prefix_space = known.prefix_space and self._begins_with_space(tokenizer)
-        self.added = {content: number for content, (number, _) in encoder.added.items()}
+        self.channels = channels_of(tokenizer)
         self._tokenizer, self._encoder = tokenizer, encoder  # the encoder refers to its tokenizer weakly
-        self.final: tuple[int, ...] = ()  # harmony's header of an answer
-        if {"<|channel|>", "<|message|>"} <= self.added.keys():
-            self.final = (self.added["<|channel|>"], *self.encode("final"), self.added["<|message|>"])
         self.ll = LLTokenizer(_Described(self))
 
     def _begins_with_space(self, tokenizer: Any) -> bool:
@@ -158,6 +164,15 @@ class _Described:
 _tables: dict[tuple[int, int, frozenset[int] | None], TokenTable] = {}
 
 
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuse a tokenizer whose tokens do not name their bytes.
+
+    Raises:
+        ModelError: it is one.
+    """
+    _bytes_of(tokenizer)
+
+
 def token_table(tokenizer: Any, width: int, stop: Collection[int] | None = None) -> TokenTable:
     """The :class:`TokenTable` of a tokenizer; cached, since building one takes about a second for 150,000
     tokens.
@@ -169,34 +184,6 @@ def token_table(tokenizer: Any, width: int, stop: Collection[int] | None = None)
             _tables.pop(next(iter(_tables)))
         _tables[key] = TokenTable(tokenizer, width, stop)
     return _tables[key]
-
-
-def _before_answer(
-    added: Mapping[str, int], final: tuple[int, ...], prompt: Sequence[int], thinking: bool
-) -> tuple[int, ...]:
-    """The tokens behind which the answer begins; none where it begins behind the prompt.
-
-    Harmony writes ``<|channel|>final<|message|>`` before it, other families ``</think>`` behind thinking.
-
-    Args:
-        added: The added tokens of the tokenizer.
-        final: The tokens of harmony's header, where the tokenizer has them.
-        prompt: Before the generation.
-        thinking: Whether the model may think first though the prompt does not begin it.
-    """
-
-    def last(text: str) -> int:
-        number = added.get(text, -1)
-        return next((i for i in range(len(prompt) - 1, -1, -1) if prompt[i] == number), -1)
-
-    if final:  # harmony
-        start, channel, message = (last(text) for text in ("<|start|>", "<|channel|>", "<|message|>"))
-        if message > start and (channel < start or tuple(prompt[channel : channel + len(final)]) == final):
-            return ()
-        return final
-    if "</think>" in added and (thinking or last("<think>") > last("</think>")):
-        return (added["</think>"],)
-    return ()
 
 
 class AnswerGrammar:
@@ -229,10 +216,8 @@ class AnswerGrammar:
             prompt: The tokens before it. Where they end within thinking, the answer begins behind it.
             thinking: Whether the model may think first though the prompt does not begin it.
         """
-        marker = _before_answer(self.table.added, self.table.final, prompt, thinking)
-        lead = _BEHIND_THINKING if marker else "[ ]?" if self.table.prefix_space else ""
-        matcher = _matcher(self.table, self._text, lead).deep_copy()
-        return AnswerConstraint(self, matcher, marker)
+        matcher = _matcher(self.table, self._text).deep_copy()
+        return AnswerConstraint(self, matcher, AnswerStart(self.table.channels, prompt), thinking)
 
     @cached_property
     def stop_row(self) -> Int32[np.ndarray, " w"]:
@@ -241,30 +226,45 @@ class AnswerGrammar:
 
     @cached_property
     def free_row(self) -> Int32[np.ndarray, " w"]:
-        """The mask before the answer: all tokens but those that would end it."""
-        return self.table.bits(self.table.stop, allowed=False)
+        """The mask within thinking: all tokens but those that end a generation."""
+        channels = self.table.channels
+        return self.table.bits(self.table.stop - {channels.closes if channels else -1}, allowed=False)
 
-    def accepts(self, tokens: Sequence[int], prompt: Sequence[int] = ()) -> bool:
-        """Whether the tokens, without a stop token, are a complete answer of the grammar: what a greedy
-        constrained generation is too, where a greedy generation has chosen them.
+    def allows(self, tokens: Sequence[int], prompt: Sequence[int] = (), *, whole: bool = True) -> bool:
+        """Whether the grammar allows the tokens, one after the other.
 
         Args:
-            tokens: A generated answer.
+            tokens: A generation without its stop token.
             prompt: The tokens before it.
+            whole: They must be a complete answer; False for one that was cut.
         """
         constraint = self.constraint(prompt)
-        return constraint.accept_all(tokens) and constraint.done
+        return constraint.accept_all(tokens) and (constraint.done or not whole)
+
+
+def task_grammar(model: Any, tokenizer: Any, task: Task) -> AnswerGrammar:
+    """The grammar of a task's answers for a model.
+
+    Args:
+        model: mlx-lm's, whose logits have :func:`~mlx_distill.models.forward.head_columns` columns.
+        tokenizer: Its tokenizer.
+        task: Its schema.
+
+    Raises:
+        ConfigError, ModelError: as :class:`AnswerGrammar`.
+    """
+    return AnswerGrammar(tokenizer, task.schema, head_columns(model))
 
 
 @lru_cache(maxsize=_CACHED_GRAMMARS)
-def _matcher(table: TokenTable, schema_text: str, lead: str) -> Any:
+def _matcher(table: TokenTable, schema_text: str) -> Any:
     """The initial state of a grammar, to copy."""
     from llguidance import LLMatcher
 
     schema = grammar_schema(json.loads(schema_text))
-    if lead:
+    if table.prefix_space:
         answer = json.dumps({"x-guidance": JSON_OPTIONS, **schema}, ensure_ascii=False)
-        grammar = LLMatcher.grammar_from_lark(f"start: LEAD answer\nLEAD: /{lead}/\nanswer: %json {answer}")
+        grammar = LLMatcher.grammar_from_lark(f"start: SPACE answer\nSPACE: /[ ]?/\nanswer: %json {answer}")
     else:
         grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=JSON_OPTIONS)
     matcher = LLMatcher(table.ll, grammar, log_level=0)
@@ -281,21 +281,43 @@ class AnswerConstraint:
 
     Attributes:
         done: The answer is complete; only a stop token may follow.
-        error: Why llguidance gave up (limits on the size of a grammar's state), or None.
     """
 
-    def __init__(self, grammar: AnswerGrammar, matcher: Any, marker: tuple[int, ...]) -> None:
+    def __init__(self, grammar: AnswerGrammar, matcher: Any, place: AnswerStart, thinking: bool) -> None:
         self.grammar = grammar
         self.matcher = matcher
         self.done = False
-        self.error: str | None = None
-        self._marker = marker
-        self._seen: tuple[int, ...] = ()
+        self._place = place
+        self._thinking = thinking
+        self._count = 0
 
     @property
     def waiting(self) -> bool:
-        """Whether the answer has not begun."""
-        return bool(self._marker)
+        """Whether the answer has not begun: the model thinks, or a header of its template comes next."""
+        return self._place.start is None or bool(self._place.forced)
+
+    @property
+    def before_answer(self) -> Int32[np.ndarray, " w"]:
+        """The mask while :attr:`waiting`."""
+        forced = self._place.forced
+        return self.grammar.table.bits(forced[:1]) if forced else self.grammar.free_row
+
+    @property
+    def may_open(self) -> frozenset[int]:
+        """The tokens that open thinking, where they may come next."""
+        channels = self.grammar.table.channels
+        may = channels is not None and self._thinking and not self._count and not self.waiting
+        return channels.opens if channels is not None and may else frozenset()
+
+    def allows(self, token: int) -> bool:
+        """Whether the token may come next."""
+        if self.done:
+            return token in self.grammar.table.stop
+        if self._place.forced:
+            return token == self._place.forced[0]
+        if self.waiting:
+            return self._place.ends(token) is False or token not in self.grammar.table.stop
+        return token in self.may_open or self.matcher.validate_tokens([token]) == 1
 
     def accept(self, token: int) -> None:
         """Take the token that was chosen. Tokens behind a complete answer change nothing: engines that run
@@ -306,10 +328,10 @@ class AnswerConstraint:
         """
         if self.done:
             return
-        if self._marker:
-            self._seen = (*self._seen, token)[-len(self._marker) :]
-            if self._seen == self._marker:
-                self._marker = ()
+        before = self.waiting or token in self.may_open
+        self._place.accept(token)
+        self._count += 1
+        if before:
             return
         if not self.matcher.consume_token(token):
             raise ModelError(
@@ -321,18 +343,18 @@ class AnswerConstraint:
     def accept_all(self, tokens: Sequence[int]) -> bool:
         """Take tokens as far as they are allowed, and return whether all were."""
         for token in tokens:
-            if self.done or (not self._marker and self.matcher.validate_tokens([token]) == 0):
+            if self.done or not self.allows(token):
                 return False
             self.accept(token)
         return True
 
 
-def fill_masks(constraints: Sequence[AnswerConstraint | None], mask: Int32[np.ndarray, "b w"]) -> None:
+def fill_masks(constraints: Sequence[Any], mask: Int32[np.ndarray, "b w"]) -> None:
     """Fill the mask of each row's next token, in place: bit ``v % 32`` of word ``v // 32`` is set where token
     ``v`` is allowed.
 
     Args:
-        constraints: One a row; None allows all.
+        constraints: An :class:`AnswerConstraint` a row, or None, which allows all.
         mask: C-contiguous, of at least as many columns as the grammars' tables.
 
     Raises:
@@ -345,7 +367,7 @@ def fill_masks(constraints: Sequence[AnswerConstraint | None], mask: Int32[np.nd
         elif constraint.done:
             mask[row] = constraint.grammar.stop_row
         elif constraint.waiting:
-            mask[row] = constraint.grammar.free_row
+            mask[row] = constraint.before_answer
         else:
             matchers.append((constraint.matcher, row))
     if len(matchers) == 1:
@@ -362,6 +384,9 @@ def fill_masks(constraints: Sequence[AnswerConstraint | None], mask: Int32[np.nd
                 f"no mask for row {row}: {_line(matcher.get_error())}",
                 fix="make the schema simpler, or decode without the grammar (--no-constrain)",
             )
+        constraint = constraints[row]
+        if constraint is not None and constraint.may_open:
+            mask[row] |= constraint.grammar.table.bits(constraint.may_open)
 
 
 @lru_cache(maxsize=1)

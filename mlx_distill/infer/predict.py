@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.data.rows import Item, to_item
+from mlx_distill.infer.constrained import task_grammar
 from mlx_distill.infer.engine import Generation, LogitsHook, generate
 from mlx_distill.infer.kv_cache import Caches
 from mlx_distill.infer.label_scoring import (
@@ -23,6 +24,7 @@ from mlx_distill.tasks.answer import error_kind, parse_answer
 from mlx_distill.tasks.task import Task
 
 Row = Mapping[str, Any]
+Answer = TypeVar("Answer")
 
 # Why an item has no answer.
 BAD_ROW = "bad row"
@@ -35,14 +37,8 @@ def predict(
     task: Task,
     rows: Sequence[Row | str],
     *,
-    batch_size: int = 16,
-    max_tokens: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    label_probs: bool = True,
-    constrain: bool = False,
     max_prompt_tokens: int | None = None,
-    on_done: Callable[[int], None] | None = None,
+    **settings: Any,
 ) -> list[Prediction]:
     """Generate an answer for each row. Answers are not repaired: one that does not fit the schema is an error
     of the model.
@@ -53,17 +49,9 @@ def predict(
         task: Prompt, schema, label and score.
         rows: Prepared rows (whose last assistant turn is not shown to the model), rows with the fields that
             the task's prompt names, or plain texts where it names one.
-        batch_size: Rows decoded together.
-        max_tokens: Longest answer; the task's ``max_answer_tokens`` where None.
-        temperature: 0 for greedy decoding.
-        seed: Of sampled answers.
-        label_probs: Return the distribution over the labels too. It is read from the logits of the generation
-            where the answer begins as the schema has it, and costs one more pass over the prompt where it
-            does not.
-        constrain: Let the model write only what fits the task's schema.
         max_prompt_tokens: Longer prompts are not read: their prediction is an error that says so; the
             model's own length where None.
-        on_done: Called with the number of rows answered so far.
+        **settings: The other arguments of :func:`answer_prompts`.
 
     Returns:
         One prediction a row, in the rows' order.
@@ -71,29 +59,93 @@ def predict(
     Raises:
         DataError: a row that lacks a field of the prompt, or is neither a mapping nor a text; the message has
             its number.
+        ConfigError: ``constrain``, and a schema that a grammar cannot enforce.
     """
-    items = [to_item(row, task, number) for number, row in enumerate(rows, 1)]
-    all_prompts = [item_prompt(tokenizer, item) for item in items]
-    limit = max_prompt_tokens or context_length(model)
-    fitting = [i for i, prompt in enumerate(all_prompts) if limit is None or len(prompt) <= limit]
-    answers = answer_prompts(
-        model,
-        tokenizer,
-        task,
-        [items[i] for i in fitting],
-        [all_prompts[i] for i in fitting],
-        batch_size=batch_size,
-        max_tokens=max_tokens,
-        temperature=temperature,
-        seed=seed,
-        label_probs=label_probs,
-        constrain=constrain,
-        on_done=on_done,
+
+    def answer(items: Sequence[Item], prompts: Sequence[Sequence[int]]) -> list[Prediction]:
+        return answer_prompts(model, tokenizer, task, items, prompts, **settings)
+
+    return _answer_rows(
+        model, tokenizer, task, rows, max_prompt_tokens, answer, lambda prediction: prediction
     )
-    answered = dict(zip(fitting, answers, strict=True))
+
+
+def predict_both(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Row | str],
+    *,
+    max_prompt_tokens: int | None = None,
+    constrain: bool = True,
+    **settings: Any,
+) -> list[tuple[Prediction, Prediction | None]]:
+    """Each row's free answer, and its answer under the grammar of the task; None for the latter where it is
+    the same.
+
+    A greedy answer all of whose tokens the grammar allows is the answer under the grammar too: each of its
+    tokens has the largest logit of all, so also of those that are allowed. Only the others are generated
+    again.
+
+    Args:
+        model: An mlx-lm model; this and the following are those of :func:`predict`.
+        tokenizer: Its tokenizer.
+        task: Prompt, schema, label and score.
+        rows: What is asked.
+        max_prompt_tokens: Longer prompts are not read.
+        constrain: False generates free answers alone.
+        **settings: The other arguments of :func:`answer_prompts`.
+    """
+
+    def answer(
+        items: Sequence[Item], prompts: Sequence[Sequence[int]]
+    ) -> list[tuple[Prediction, Prediction | None]]:
+        generations = generate_answers(model, tokenizer, task, prompts, **settings)
+        free = to_predictions(model, tokenizer, task, items, prompts, generations, **settings)
+        others: list[Prediction | None] = [None] * len(items)
+        if constrain:
+            grammar = task_grammar(model, tokenizer, task)
+            again = [
+                i
+                for i, generation in enumerate(generations)
+                if not grammar.allows(generation.tokens, prompts[i], whole=generation.finish == "stop")
+            ]
+            written = answer_prompts(
+                model,
+                tokenizer,
+                task,
+                [items[i] for i in again],
+                [prompts[i] for i in again],
+                **{**settings, "constrain": True, "label_probs": False, "on_done": None},
+            )
+            for i, prediction in zip(again, written, strict=True):
+                others[i] = prediction
+        return list(zip(free, others, strict=True))
+
+    return _answer_rows(
+        model, tokenizer, task, rows, max_prompt_tokens, answer, lambda prediction: (prediction, None)
+    )
+
+
+def _answer_rows(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Row | str],
+    max_prompt_tokens: int | None,
+    answer: Callable[[Sequence[Item], Sequence[Sequence[int]]], Sequence[Answer]],
+    refused: Callable[[Prediction], Answer],
+) -> list[Answer]:
+    """``answer`` of the rows whose prompts are short enough, ``refused`` of the others."""
+    items = [to_item(row, task, number) for number, row in enumerate(rows, 1)]
+    prompts = [item_prompt(tokenizer, item) for item in items]
+    limit = max_prompt_tokens or context_length(model)
+    fitting = [i for i, prompt in enumerate(prompts) if limit is None or len(prompt) <= limit]
+    answers = iter(answer([items[i] for i in fitting], [prompts[i] for i in fitting]) if fitting else ())
+    read = set(fitting)
     return [
-        answered.get(i) or unread(item, len(prompt), limit)
-        for i, (item, prompt) in enumerate(zip(items, all_prompts, strict=True))
+        next(answers) if i in read else refused(unread(item, len(prompts[i]), limit))
+        for i, item in enumerate(items)
     ]
 
 
@@ -103,14 +155,7 @@ def answer_prompts(
     task: Task,
     items: Sequence[Item],
     prompts: Sequence[Sequence[int]],
-    *,
-    batch_size: int = 16,
-    max_tokens: int | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    label_probs: bool = True,
-    constrain: bool = False,
-    on_done: Callable[[int], None] | None = None,
+    **settings: Any,
 ) -> list[Prediction]:
     """The predictions of items whose prompts are tokenized and short enough.
 
@@ -120,16 +165,45 @@ def answer_prompts(
         task: Schema, label and score.
         items: What is asked.
         prompts: Their tokens, from :func:`item_prompt`.
-        batch_size: Items decoded together; this and the following are those of :func:`predict`.
-        max_tokens: Longest answer.
+        **settings: Those of :func:`generate_answers`.
+    """
+    generations = generate_answers(model, tokenizer, task, prompts, **settings)
+    return to_predictions(model, tokenizer, task, items, prompts, generations, **settings)
+
+
+def generate_answers(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    prompts: Sequence[Sequence[int]],
+    *,
+    batch_size: int = 16,
+    max_tokens: int | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    label_probs: bool = True,
+    constrain: bool = False,
+    on_done: Callable[[int], None] | None = None,
+) -> list[Generation]:
+    """The answers to prompts.
+
+    Args:
+        model: An mlx-lm model.
+        tokenizer: Its tokenizer.
+        task: Schema, label and score.
+        prompts: Token ids, from :func:`item_prompt`.
+        batch_size: Items decoded together.
+        max_tokens: Longest answer; the task's ``max_answer_tokens`` where None.
         temperature: 0 for greedy decoding.
         seed: Of sampled answers.
-        label_probs: Return the distribution over the labels too.
+        label_probs: Read the distribution over the labels too, from the logits of the generation where the
+            answer begins as the schema has it.
         constrain: Let the model write only what fits the task's schema.
         on_done: Called with the number of items answered so far.
     """
     prefix = label_prefix_tokens(tokenizer, task) if label_probs else None
-    generations = generate(
+    grammar = task_grammar(model, tokenizer, task) if constrain and prompts else None
+    return generate(
         model,
         tokenizer,
         prompts,
@@ -139,8 +213,27 @@ def answer_prompts(
         temperature=temperature,
         seed=seed,
         on_done=on_done,
+        constraints=None if grammar is None else [grammar.constraint(prompt) for prompt in prompts],
         logits_hook=label_hook(model, prefix) if prefix else None,
     )
+
+
+def to_predictions(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    items: Sequence[Item],
+    prompts: Sequence[Sequence[int]],
+    generations: Sequence[Generation],
+    *,
+    batch_size: int = 16,
+    label_probs: bool = True,
+    **settings: Any,
+) -> list[Prediction]:
+    """The predictions of :func:`generate_answers`, with the distributions over the labels: one more pass over
+    the prompt where an answer does not begin as the schema has it.
+    """
+    prefix = label_prefix_tokens(tokenizer, task) if label_probs else None
     distributions: Sequence[dict[str, float] | None] = [None] * len(prompts)
     if prefix is not None:
         distributions = label_distributions(model, prompts, generations, prefix, batch_size=batch_size)

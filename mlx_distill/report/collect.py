@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from mlx_distill import metrics as m
-from mlx_distill.data.predictions import read_predictions
+from mlx_distill.data.predictions import constrained_rows, read_predictions
 from mlx_distill.errors import ConfigError
 from mlx_distill.infer.label_temperature import measured_calibration
 from mlx_distill.metrics.classification import Row
@@ -27,6 +27,16 @@ from mlx_distill.tasks.task import Task
 FORMAT = 1
 MAIN_SET = "test"
 TEACHER = "teacher"
+# Of these the answers under the grammar of the task have figures of their own.
+_CONSTRAINED = (
+    "json_valid",
+    "accuracy",
+    "verdict_agreement",
+    "agreement",
+    "answer_f1",
+    "teacher_answer_f1",
+    "exact_match",
+)
 MAX_DISAGREEMENTS = 40
 """The number of disagreements that are listed for each model."""
 
@@ -74,7 +84,8 @@ def build_report(
         folders[name] = path if path.is_dir() else path.parent
     sets = _count_sets(rows.values())
     main = next(iter(sets))
-    by_set = {name: _set_metrics(rows, name, task, confidence) for name in sets}
+    constrained = {name for name, header in headers.items() if header["constrained"]}
+    by_set = {name: _set_metrics(rows, constrained, name, task, confidence) for name in sets}
     for model, figures in by_set[main].items():
         figures["peak_memory_gb"] = provenance.peak_memory_gb(headers[model], folders[model])
         if task.label:
@@ -135,15 +146,19 @@ def _in_set(rows: Sequence[Row], name: str) -> list[Row]:
 
 
 def _set_metrics(
-    models: Mapping[str, Sequence[Row]], name: str, task: Task, confidence: float
+    models: Mapping[str, Sequence[Row]], constrained: Set[str], name: str, task: Task, confidence: float
 ) -> dict[str, Any]:
-    """The metrics of each model that has rows in one set."""
+    """The metrics of each model that has rows in one set; of some also those of the answers under the
+    grammar.
+    """
     teacher = _in_set(models[TEACHER], name) if TEACHER in models else None
     out = {}
     for model, rows in models.items():
         if set_rows := _in_set(rows, name):
             reference = None if model == TEACHER else teacher
             out[model] = model_metrics(set_rows, reference, task, confidence=confidence)
+            if model in constrained:
+                out[model] |= _constrained_metrics(set_rows, reference, task, out[model], confidence)
     return out
 
 
@@ -174,8 +189,42 @@ def model_metrics(
         "invalid": _invalid_example(rows),
         **m.latency(rows),
         "peak_memory_gb": None,
+        **dict.fromkeys(
+            f"{key}_constrained" for key in _CONSTRAINED if key == "json_valid" or key in of_task
+        ),
+        "constraint": None,
         **_field_metrics(rows, teacher, task, confidence),
         **of_task,
+    }
+
+
+def _constrained_metrics(
+    rows: Sequence[Row],
+    teacher: Sequence[Row] | None,
+    task: Task,
+    free: Mapping[str, Any],
+    confidence: float,
+) -> dict[str, Any]:
+    """The metrics of the answers under the grammar of the task, and as paired comparisons what it changes.
+
+    ``constraint`` has ``changed``, the number of rows whose answer it changes; ``invalid`` as in
+    :func:`model_metrics`; and of each compared metric the rate under it minus the free one.
+    """
+    others = constrained_rows(rows)
+    figures = model_metrics(others, teacher, task, confidence=confidence)
+    metrics = [key for key in _CONSTRAINED if key in free]
+    compared = dict(zip(main_metrics(_task_details(task)), (None, teacher), strict=True))
+    return {
+        **{f"{key}_constrained": figures[key] for key in metrics},
+        "constraint": {
+            "changed": sum(row["constrained"] is not None for row in rows),
+            "invalid": figures["invalid"],
+            **{
+                key: _compare(others, rows, reference, task, confidence)
+                for key, reference in compared.items()
+                if reference is not None or free[key] is not None
+            },
+        },
     }
 
 

@@ -105,6 +105,7 @@ def _invalid(report: Report) -> Iterator[Finding]:
         examples = {name: report["metrics"][name].get("invalid") or {} for name in names}
         if any(str(example.get("error", "")).startswith("cut after") for example in examples.values()):
             fix += "; or raise max_answer_tokens of the task"
+        fix += _constrained(report, names)
         if known := [name for name in names if _knows_label(report, name)]:
             label = words(report["task_details"]["label"])
             shares = listed([percent(_value(report, name, "accuracy_by_distribution")) for name in known])
@@ -116,6 +117,18 @@ def _invalid(report: Report) -> Iterator[Finding]:
             _invalid_reason(report, examples),
             fix,
         )
+
+
+def _constrained(report: Report, names: Sequence[str]) -> str:
+    """What the grammar of the task changes, where more answers fit under it."""
+    shares = [_value(report, name, "json_valid_constrained") for name in names]
+    if not all(share is not None and share >= FEW_VALID for share in shares):
+        return ""
+    metric = main_metrics(report["task_details"])[0]
+    title = metric_titles(report["task_details"])[metric]
+    right = [_value(report, name, f"{metric}_constrained") for name in names]
+    fit, correct = (listed([percent(value) for value in values]) for values in (shares, right))
+    return f"; analyze constrains answers to the task: {fit} of them fit then, with {title} {correct}"
 
 
 def _groups(names: Sequence[str]) -> list[list[str]]:

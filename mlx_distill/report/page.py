@@ -10,6 +10,7 @@ from typing import Any
 from mlx_distill.config import ASSETS
 from mlx_distill.report import (
     calibration_section,
+    constrained_section,
     errors_section,
     fields_section,
     origin_section,
@@ -67,6 +68,12 @@ def render_html(report: Report) -> str:
 def _sections(report: Report) -> list[_Section]:
     return [
         _Section("results", "Results", "Results", results_section.results(report)),
+        _Section(
+            "constrained",
+            "Constrained",
+            "Free and constrained answers",
+            constrained_section.constrained(report),
+        ),
         _Section("errors", "Errors", "Precision, recall, error rates", errors_section.binary_errors(report)),
         _Section("groups", "Groups", "Error rates by group", errors_section.group_errors(report)),
         _Section("confusion", "Confusion", "Confusion matrices", errors_section.confusions(report)),

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.distill.answer_check import FACT
-from mlx_distill.errors import QualityGateError
+from mlx_distill.errors import ConfigError, QualityGateError
 from mlx_distill.recipe import Recipe, length_options
 from mlx_distill.tasks.answer import CUT, NOT_JSON
+from mlx_distill.tasks.grammar import check_schema
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import percent, shortened
 
@@ -73,6 +74,21 @@ def _fix(kind: str, reason: Mapping[str, Any], task: Task, longer: str) -> str:
                 f"answers have up to {reason['data_tokens']} tokens"
             )
         return f"{longer}; or raise max_answer_tokens of the task, which is {task.max_answer_tokens}"
+    parses = _PARSES if _has_grammar(task) else ""
     if kind == NOT_JSON:
-        return f"{longer}; or let the student learn the rows' own answers: targets.text: data"
-    return f"{longer}; or correct the task's schema, if this answer should fit; or targets.text: data"
+        return f"{longer}; or let the student learn the rows' own answers: targets.text: data{parses}"
+    return f"{longer}; or correct the task's schema, if this answer should fit; or targets.text: data{parses}"
+
+
+_PARSES = (
+    ". Constrained decoding, as in analyze, would make these answers parse, and not right: the targets are "
+    "what the teacher writes freely"
+)
+
+
+def _has_grammar(task: Task) -> bool:
+    try:
+        check_schema(task.schema)
+    except ConfigError:
+        return False
+    return True

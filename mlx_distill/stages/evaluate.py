@@ -4,20 +4,22 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from mlx_distill.config import to_mapping
+from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.runtime import peak_memory, reset_peak_memory
 from mlx_distill.stages.context import Context, Facts, check_stop, held_out_rows, load_model
 from mlx_distill.storage import read_jsonl, scratch, write_jsonl
 
 
 def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Facts:
-    """Let a model answer the held-out rows, in chunks: a killed evaluation continues behind its last finished
-    chunk.
+    """Let a model answer the held-out rows, freely and under the grammar of the task, in chunks: a killed
+    evaluation continues behind its last finished chunk.
     """
     from mlx_distill.data.predictions import FILE_NAME, write_predictions
     from mlx_distill.infer.label_scoring import label_prefix_tokens
-    from mlx_distill.infer.predict import predict
+    from mlx_distill.infer.predict import predict_both
     from mlx_distill.records import Prediction
 
     settings = context.recipe.evaluate
@@ -26,27 +28,53 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
     scored = label_prefix_tokens(
         tokenizer, context.task, lambda reason: context.progress.note(f"evaluate {name}: {reason}")
     )
+    constrain = settings.constrain and _has_grammar(context, tokenizer, name)
     reset_peak_memory()
     chunk_size = settings.batch_size * 4
     predictions: list[Prediction] = []
+    constrained: list[Prediction | None] = []
     with context.progress.task(f"evaluate {name}", total=len(rows), unit="row") as bar:
         for first in range(0, len(rows), chunk_size):
             path = scratch(folder) / f"predictions-{first:08d}.jsonl"
             if not path.is_file():
                 check_stop(context)
-                answers = predict(
+                answers = predict_both(
                     model,
                     tokenizer,
                     context.task,
                     rows[first : first + chunk_size],
                     batch_size=settings.batch_size,
                     label_probs=scored is not None,
-                    on_done=lambda count, first=first: bar.update(first + count),  # type: ignore[misc]
+                    constrain=constrain,
+                    on_done=lambda count, first=first: bar.update(first + count),
                 )
-                write_jsonl(path, (asdict(answer) for answer in answers))
-            predictions += [Prediction(**row) for _, row in read_jsonl(path)]
+                pairs = ({"own": asdict(own), "other": other and asdict(other)} for own, other in answers)
+                write_jsonl(path, pairs)
+            for _, pair in read_jsonl(path):
+                predictions.append(Prediction(**pair["own"]))
+                constrained.append(pair["other"] and Prediction(**pair["other"]))
             bar.update(len(predictions))
     write_predictions(
-        folder / FILE_NAME, name, context.task, rows, predictions, settings=to_mapping(settings)
+        folder / FILE_NAME,
+        name,
+        context.task,
+        rows,
+        predictions,
+        constrained=constrained if constrain else None,
+        settings=to_mapping(settings),
     )
     return {"rows": len(rows), "peak_memory_bytes": peak_memory()}
+
+
+def _has_grammar(context: Context, tokenizer: Any, name: str) -> bool:
+    """Whether the task and the tokenizer have a grammar; a note says why not."""
+    from mlx_distill.infer.constrained import check_tokenizer
+    from mlx_distill.tasks.grammar import check_schema
+
+    try:
+        check_schema(context.task.schema)
+        check_tokenizer(tokenizer)
+    except (ConfigError, ModelError) as error:
+        context.progress.note(f"evaluate {name}: only free answers are measured: {error.message}")
+        return False
+    return True

@@ -50,7 +50,7 @@ _ENFORCED = _KNOWN | frozenset(
     "dependentSchemas dependencies unevaluatedItems additionalItems $dynamicRef $recursiveRef extends "
     "disallow divisibleBy".split()
 )
-_WITHOUT = "decode without the grammar (--no-constrain)"
+_WITHOUT = "decode without the grammar (--no-constrain; in Python constrain=False)"
 _LARGEST_INTEGER = 10**18 - 1
 _LARGEST_NUMBER = 1e15
 _DIGITS = 15  # of a float that are exact; llguidance's ranges are not beyond them
@@ -74,7 +74,7 @@ def check_schema(schema: Mapping[str, Any], where: str = "the answer schema") ->
     >>> check_schema({"type": "object", "properties": {"tags": {"type": "array", "uniqueItems": True}}})
     Traceback (most recent call last):
     mlx_distill.errors.ConfigError: the answer schema.properties.tags.uniqueItems: a grammar cannot enforce
-    it (drop it, or decode without the grammar (--no-constrain))
+    it (drop it, or decode without the grammar (--no-constrain; in Python constrain=False))
     """
     from llguidance import LLMatcher
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from helpers.small_chain import RecordedProgress
 
 import mlx_distill as md
 from mlx_distill.data.chat import prompt_ids
-from mlx_distill.data.predictions import FORMAT, read_predictions, write_predictions
+from mlx_distill.data.predictions import FORMAT, constrained_rows, read_predictions, write_predictions
 from mlx_distill.data.rows import to_item
 from mlx_distill.errors import ConfigError, DataError, ModelError
 from mlx_distill.infer.analyze import analyze
@@ -295,6 +296,7 @@ def test_predictions_come_back_as_they_were_written(
         "task": "moderation",
         "labels": ["hostile", "fine"],
         "set_counts": {"test": 3, "hand": 2},
+        "constrained": False,
         "settings": {"batch_size": 16},
     }
     for line, row, prediction in zip(lines, rows, predictions, strict=True):
@@ -310,6 +312,39 @@ def test_predictions_come_back_as_they_were_written(
             prediction.error,
         )
         assert line["fields"] == {"group": "gardeners"} and line["title"] is None
+
+
+def test_answers_under_the_grammar_stand_beside_the_free_ones(tmp_path: Path, task: Task) -> None:
+    rows = [prepared(task, item) for item in ITEMS[:3]]
+    free = [Prediction(row["id"], "Fine!", None, None, None, error="not JSON") for row in rows]
+    other = Prediction(rows[1]["id"], "{}", {"label": "fine", "confidence": 7}, "fine", 7.0)
+    path = tmp_path / "p.jsonl"
+    write_predictions(path, "m", task, rows, free, constrained=[None, other, None])
+    header, lines = read_predictions(path)
+    assert header["constrained"] is True
+    assert [line["constrained"] for line in lines] == [
+        None,
+        {"text": "{}", "answer": other.answer, "error": None, "label": "fine", "score": 7.0},
+        None,
+    ]
+    both = constrained_rows(lines)
+    assert [row["label"] for row in both] == [None, "fine", None]
+    assert both[1]["input"] == lines[1]["input"] and both[1]["error"] is None
+    with pytest.raises(DataError, match="one prediction a row"):
+        write_predictions(path, "m", task, rows, free, constrained=[None])
+
+
+def test_a_file_of_format_1_has_free_answers_alone(tmp_path: Path, task: Task) -> None:
+    rows = [prepared(task, item) for item in ITEMS[:2]]
+    path = tmp_path / "p.jsonl"
+    write_predictions(path, "m", task, rows, [Prediction(row["id"], "", None, None, None) for row in rows])
+    old = [json.loads(line) for line in path.read_text().splitlines()]
+    old[0] = {**old[0], "format": 1}
+    for line in old:
+        del line["constrained"]
+    path.write_text("\n".join(map(json.dumps, old)))
+    header, lines = read_predictions(path)
+    assert header["constrained"] is False and [line["constrained"] for line in lines] == [None, None]
 
 
 def test_a_title_is_taken_from_the_fields(tmp_path: Path) -> None:
@@ -343,7 +378,7 @@ def test_a_file_of_another_format_or_a_damaged_one_is_refused(tmp_path: Path, ta
     for lines, message in (
         ([], "empty"),
         (whole[1:], "no header"),
-        ([whole[0].replace('"format": 1', '"format": 2'), *whole[1:]], "format 2"),
+        ([whole[0].replace('"format": 2', '"format": 3'), *whole[1:]], "format 3"),
         (whole[:2], "1 rows, and the header counts 2"),
         ([whole[0], whole[1].replace('"score"', '"scare"'), whole[2]], ":2: no field 'score'"),
     ):

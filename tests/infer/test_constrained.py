@@ -12,11 +12,15 @@ from helpers.schemas import random_schema
 from mlx_distill.data.chat import answer_ids, prompt_ids, stop_ids
 from mlx_distill.errors import ModelError
 from mlx_distill.infer.constrained import AnswerGrammar, allow_tokens, fill_masks
+from mlx_distill.infer.engine import generate
+from mlx_distill.infer.predict import predict, predict_both
 from mlx_distill.losses.token_bytes import token_bytes
 from mlx_distill.models.forward import head_columns
-from mlx_distill.records import Message
+from mlx_distill.records import Message, Prediction
 from mlx_distill.tasks.answer import dump_answer, parse_answer
 from mlx_distill.tasks.task import load_task
+
+from .conftest import make_tokenizer
 
 WIDTH = 400
 SCHEMA = {
@@ -75,7 +79,7 @@ def constrained_greedy(
 def test_what_a_grammar_accepts_the_strict_parse_accepts(chatml: Any) -> None:
     random = np.random.default_rng(3)
     complete = 0
-    for number in range(80):
+    for number in range(40):
         schema = random_schema(random, bounded=number % 3 > 0)
         grammar = AnswerGrammar(chatml, schema, WIDTH)
         for _ in range(2):
@@ -84,8 +88,8 @@ def test_what_a_grammar_accepts_the_strict_parse_accepts(chatml: Any) -> None:
                 text = chatml.decode(tokens)
                 _, error = parse_answer(text, schema)
                 assert error is None, (error, text, json.dumps(schema))
-                assert grammar.accepts(tokens)
-    assert complete > 140
+                assert grammar.allows(tokens)
+    assert complete > 70
 
 
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -120,7 +124,7 @@ def test_a_canonical_answer_in_the_tokens_of_training_is_accepted(kind: str) -> 
         assert answer is not None, error
         text = dump_answer(answer, schema)
         if "e-" not in text:  # a grammar writes small numbers without an exponent
-            assert grammar.accepts(answer_ids(tokenizer, text)), text
+            assert grammar.allows(answer_ids(tokenizer, text)), text
             checked += 1
     assert checked > 7
 
@@ -131,19 +135,74 @@ def test_a_tokenizer_whose_tokens_have_no_bytes_is_refused_with_the_way_out(kind
         AnswerGrammar(chat_tokenizer(kind), SCHEMA, 500)
 
 
+def prompts_of(tokenizer: Any, count: int) -> list[list[int]]:
+    texts = [f"row {number}" + " and more" * (number % 7) for number in range(count)]
+    return [prompt_ids(tokenizer, [Message("user", text), Message("assistant", "")]) for text in texts]
+
+
+def test_a_batch_of_several_schemas_gives_the_answers_of_each_alone(model: Any, tokenizer: Any) -> None:
+    random = np.random.default_rng(5)
+    grammars = [AnswerGrammar(tokenizer, random_schema(random), head_columns(model)) for _ in range(5)]
+    prompts = prompts_of(tokenizer, 7)
+    wanted = [constrained_greedy(model, prompts[i], grammars[i], 24) for i in range(5)]
+    free = generate(model, tokenizer, prompts[5:], max_tokens=24, stop=set(stop_ids(tokenizer)))
+    constraints = [*(grammar.constraint(prompts[i]) for i, grammar in enumerate(grammars)), None, None]
+    got = generate(
+        model, tokenizer, prompts, max_tokens=24, stop=set(stop_ids(tokenizer)), constraints=constraints
+    )
+    assert [(list(g.tokens), g.finish) for g in got[:5]] == wanted
+    assert [g.tokens for g in got[5:]] == [g.tokens for g in free]
+    assert {finish for _, finish in wanted} == {"stop", "length"}
+
+
 @pytest.mark.slow
-def test_an_untrained_model_writes_answers_that_parse(model: Any, tokenizer: Any) -> None:
-    random = np.random.default_rng(0)
-    cut = 0
-    for number in range(6):
-        schema = random_schema(random)
-        grammar = AnswerGrammar(tokenizer, schema, head_columns(model))
-        prompt = prompt_ids(tokenizer, [Message("user", f"row {number}"), Message("assistant", "")])
-        tokens, finish = constrained_greedy(model, prompt, grammar, 70)
-        _, error = parse_answer(tokenizer.decode(tokens), schema)
-        assert (error is None) == (finish == "stop"), (error, tokenizer.decode(tokens))
-        cut += finish == "length"
-    assert cut < 3
+@pytest.mark.parametrize("temperature", [0.0, 1.5])
+def test_all_answers_of_an_untrained_model_parse_but_those_that_are_cut(
+    model: Any, tokenizer: Any, temperature: float
+) -> None:
+    random = np.random.default_rng(11)
+    schemas = [random_schema(random) for _ in range(32)]
+    grammars = [AnswerGrammar(tokenizer, schema, head_columns(model)) for schema in schemas]
+    prompts = prompts_of(tokenizer, len(schemas))
+    generations = generate(
+        model,
+        tokenizer,
+        prompts,
+        max_tokens=120,
+        stop=set(stop_ids(tokenizer)),
+        temperature=temperature,
+        constraints=[g.constraint(prompt) for g, prompt in zip(grammars, prompts, strict=True)],
+    )
+    whole = [(g, schema) for g, schema in zip(generations, schemas, strict=True) if g.finish == "stop"]
+    assert len(whole) > 20
+    errors = [parse_answer(generation.text, schema)[1] for generation, schema in whole]
+    assert errors == [None] * len(whole)
+
+
+@pytest.mark.slow
+def test_an_answer_that_the_grammar_allows_is_not_generated_again(model: Any, chatml: Any) -> None:
+    """A task whose answers are whatever the untrained model writes freely."""
+    task = load_task("moderation")
+    rows = [{"text": f"The soup is cold, {number}."} for number in range(3)]
+    settings: dict[str, Any] = {"max_tokens": 20, "batch_size": 4}
+    both = predict_both(model, chatml, task, rows, **settings)
+    free = predict(model, chatml, task, rows, **settings)
+    alone = predict(model, chatml, task, rows, constrain=True, **settings)
+
+    def facts(prediction: Prediction) -> tuple[Any, ...]:
+        return prediction.text, prediction.answer, prediction.error, prediction.label, prediction.label_probs
+
+    assert [facts(own) for own, _ in both] == [facts(prediction) for prediction in free]
+    assert all(own.answer is None for own, _ in both)  # untrained, so each is generated again
+    assert [other and facts(other)[:4] for _, other in both] == [facts(p)[:4] for p in alone]
+    assert all(p.answer is not None or str(p.error).startswith("cut after 20 tokens") for p in alone)
+    assert [other for _, other in predict_both(model, chatml, task, rows, constrain=False, **settings)] == [
+        None
+    ] * 3
+    grammar = AnswerGrammar(chatml, task.schema, head_columns(model))
+    prompt = prompts_of(chatml, 1)[0]
+    tokens, _ = constrained_greedy(model, prompt, grammar, 20)
+    assert grammar.allows(tokens[:3], prompt, whole=False) and not grammar.allows(tokens[:3], prompt)
 
 
 def test_masks_of_rows_with_several_schemas_are_those_of_each_alone(chatml: Any) -> None:
@@ -217,44 +276,54 @@ def test_thinking_is_free_and_the_answer_behind_it_is_not(chatml: Any) -> None:
     begin, end = (chatml.convert_tokens_to_ids(text) for text in ("<think>", "</think>"))
     grammar = AnswerGrammar(chatml, SCHEMA, WIDTH)
     prompt = answer_ids(chatml, "Which?")
-    answer = answer_ids(chatml, '\n\n{"label": "fine", "score": 1}')
-    assert not grammar.constraint([*prompt, begin, end]).waiting  # thinking is off
+    answer = answer_ids(chatml, '{"label": "fine", "score": 1}')
+    stop = list(stop_ids(chatml))
+    closed = prompt_ids(chatml, [Message("user", "Which?"), Message("assistant", "")])
+    header = closed[closed.index(end) + 1 :]  # white space of the template
+    assert grammar.allows(answer, closed) and grammar.allows(answer, [*prompt, begin, end])  # thinking is off
     for constraint in (grammar.constraint([*prompt, begin]), grammar.constraint(prompt, thinking=True)):
-        for token in [begin, *answer_ids(chatml, "Let me see: {{")]:
+        if not constraint.waiting:
+            assert set(np.flatnonzero(allowed([constraint])[0])) >= {begin, answer[0]}
+            constraint.accept(begin)
+        for token in answer_ids(chatml, "Let me see: {{"):
             row = allowed([constraint])[0]
-            assert row.sum() == WIDTH - len(stop_ids(chatml)) and not row[list(stop_ids(chatml))].any()
+            assert row.sum() == WIDTH - len(stop) and not row[stop].any()
             constraint.accept(token)
         constraint.accept(end)
-        assert constraint.accept_all(answer) and constraint.done
-    assert not grammar.constraint().accept_all(answer)
+        for token in header:
+            assert set(np.flatnonzero(allowed([constraint])[0])) == {token}
+            constraint.accept(token)
+        assert not constraint.waiting and constraint.accept_all(answer) and constraint.done
+    assert not grammar.allows([begin, end, *answer], prompt)
+    with pytest.raises(ModelError):
+        grammar.constraint(prompt).accept(begin)
 
 
 def test_harmony_is_constrained_in_its_final_channel() -> None:
-    from .conftest import make_tokenizer
-
     tokenizer = make_tokenizer("harmony")
     start, channel, message, end = (
         tokenizer.convert_tokens_to_ids(text)
         for text in ("<|start|>", "<|channel|>", "<|message|>", "<|end|>")
     )
-    grammar = AnswerGrammar(tokenizer, SCHEMA, WIDTH, stop=[tokenizer.convert_tokens_to_ids("<|return|>")])
+    grammar = AnswerGrammar(tokenizer, SCHEMA, WIDTH)
     prompt = prompt_ids(tokenizer, [Message("user", "Which?"), Message("assistant", "")])
     answer = answer_ids(tokenizer, '{"label": "fine", "score": 1}')
-    assert channel in prompt and prompt[-1] == message
-    assert grammar.accepts(answer, prompt)
-    opened = prompt[: -1 - prompt[::-1].index(start)]
-    analysis = [
-        start,
-        *answer_ids(tokenizer, "assistant"),
-        channel,
-        *answer_ids(tokenizer, "analysis"),
-        message,
-    ]
-    final = [start, *answer_ids(tokenizer, "assistant"), channel, *answer_ids(tokenizer, "final"), message]
+    assert channel in prompt and prompt[-1] == message and end in stop_ids(tokenizer)
+    assert grammar.allows(answer, prompt)
+    place = len(prompt) - 1 - prompt[::-1].index(start)
+    opened, final = prompt[:place], prompt[place:]
+    analysis = [*final[: final.index(channel) + 1], *answer_ids(tokenizer, "analysis"), message]
+    constraint = grammar.constraint([*opened, *analysis])
+    for token in [*answer_ids(tokenizer, "It says fine."), end]:
+        row = allowed([constraint])[0]
+        assert row[token] and not row[tokenizer.convert_tokens_to_ids("<|return|>")]
+        constraint.accept(token)
+    for token in final:  # the header of the answer is the template's
+        assert set(np.flatnonzero(allowed([constraint])[0])) == {token}
+        constraint.accept(token)
+    assert constraint.accept_all(answer) and constraint.done
     thought = [*answer_ids(tokenizer, "It says fine."), end]
-    assert grammar.accepts([*analysis[2:], *thought, *final, *answer], [*opened, *analysis[:2]])
-    assert grammar.accepts([*thought, *final, *answer], [*opened, *analysis])
-    assert not grammar.accepts([*thought, *final, *thought], [*opened, *analysis])
+    assert not grammar.allows([*thought, *final, *thought], [*opened, *analysis])
 
 
 def test_logits_without_a_bit_are_minus_infinity() -> None:

@@ -137,7 +137,7 @@ def test_goals_are_checked_against_the_measured_value(run: tuple[Path, dict[str,
     ("lines", "message"),
     [
         ([], "predictions.jsonl: empty"),
-        ([{"format": 2}], "format 2, and this version reads format 1"),
+        ([{"format": 3}], "format 3, and this version reads format 2"),
         ([{"format": 1}], "no predictions"),
         ([{"format": 1}, {"id": "a", "set": "test"}], "predictions.jsonl:2: no field 'fields'"),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from helpers.small_chain import finished, make_context, manifests
 
+from mlx_distill.data.predictions import constrained_rows, read_predictions
 from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import DataError, Interrupted
 from mlx_distill.infer.engine import Generation
@@ -61,6 +63,30 @@ def test_there_is_a_prediction_for_each_row_in_order_with_the_settings() -> None
             1, abs=1e-4
         )
         assert (row["answer"] is None) == (row["error"] is not None)
+
+
+def test_each_row_has_its_answer_under_the_grammar_too() -> None:
+    header, found = read_predictions(finished() / "out" / "evaluations" / "student")
+    assert header["constrained"] is True
+    both = constrained_rows(found)
+    # Only what was cut does not parse, and only what is different was generated again.
+    assert all(row["answer"] is not None or row["error"].startswith("cut after") for row in both)
+    assert any(row["answer"] is not None for row in both)
+    assert all(row["constrained"] for row in found if str(row["error"]).startswith("not JSON"))
+
+
+def test_an_evaluation_without_a_grammar_says_so(run_copy: Path, folder: Path) -> None:
+    context = make_context("evaluate.max_rows=2", "evaluate.constrain=false", run=run_copy)
+    evaluate_stage(context, folder, "student", "student")
+    assert read_predictions(folder)[0]["constrained"] is False
+    schema = {**context.task.schema, "not": {"required": ["nothing"]}}
+    context = make_context("evaluate.max_rows=2", run=run_copy)
+    context = replace(context, task=replace(context.task, schema=schema))
+    shutil.rmtree(folder)
+    folder.mkdir()
+    evaluate_stage(context, folder, "student", "student")
+    assert read_predictions(folder)[0]["constrained"] is False
+    assert any("not: a grammar cannot enforce it" in note for note in context.progress.notes)
 
 
 # --- targets ------------------------------------------------------------------------------------------------
