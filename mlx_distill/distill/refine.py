@@ -27,13 +27,15 @@ from mlx_distill.distill.refine_estimate import RefineEstimate, estimate_refine
 from mlx_distill.distill.refine_targets import check_rows, student_targets
 from mlx_distill.distill.refine_training import (
     DEFAULTS,
-    RefineSettings,
     grid_optimizer,
     grid_weight,
     refined_layer,
     run_identity,
     started,
     train_settings,
+)
+from mlx_distill.distill.refine_training import (
+    RefineSettings as RefineSettings,
 )
 from mlx_distill.models.forward import compute_dtype
 from mlx_distill.models.grid_layers import grid_layers

@@ -335,6 +335,21 @@ def test_a_rate_that_is_too_high_is_said(golden: Golden, tmp_path: Path) -> None
     assert any("lower the learning rate" in note for note in notes), notes
 
 
+@pytest.mark.parametrize("changes", [{}, BY_BLOCKS], ids=["end to end", "by blocks"])
+def test_a_student_in_bfloat16_is_trained_in_float32(
+    golden: Golden, tmp_path: Path, changes: Mapping[str, Any]
+) -> None:
+    model = load_model(golden("qwen3"), dtype="bfloat16")[0]
+    modes = quantizations(model, "nvfp4")
+    settings = RefineSettings(steps=12, learning_rate=2e-3, **changes)
+    refined = refine(model, modes, start_of(model, modes), rows(), folder=tmp_path, settings=settings)
+    assert all(part.latent.dtype == mx.float32 for part in refined.values())
+    facts = json.loads((tmp_path / FACTS).read_text())
+    for part in facts.get("blocks", [facts]):
+        assert part["last_loss"] < part.get("first_loss", 1.0)
+    assert model.model.embed_tokens.weight.dtype == mx.bfloat16
+
+
 def test_published_experts_keep_their_bits(golden: Golden, tmp_path: Path) -> None:
     model = loaded(golden, "gpt_oss_mxfp4")
     experts = {name: value for name, value in tree_flatten(model.parameters()) if ".experts." in name}
