@@ -23,6 +23,7 @@ from mlx_distill.infer.label_scoring import (
 from mlx_distill.infer.label_temperature import SMALLEST, read_label_temperature, usable_temperature
 from mlx_distill.infer.long_items import CutItem
 from mlx_distill.infer.predict import BAD_ROW
+from mlx_distill.infer.shared_prefix import SharedPrefix
 from mlx_distill.losses.numerics import check_temperature
 from mlx_distill.metrics.calibration import scale
 from mlx_distill.records import Classification, Prediction
@@ -102,6 +103,7 @@ class LabelScorer:
         self.tasks = [task.with_label_order(order) for order in orders]
         before, self._trie = scored_labels(tokenizer, task)
         self._strings = None if self.normalize == "none" else task_label_strings(tokenizer, task)
+        self._prefix = SharedPrefix(model)
         self._before = list(self._strings.before if self._strings else before)
 
     def log_probabilities(
@@ -117,6 +119,7 @@ class LabelScorer:
         flat = [[*prompt, *self._before] for orders in prompts for prompt in orders]
         settings: dict[str, Any] = {
             "batch_size": self.batch_size,
+            "prefix": self._prefix,
             "on_done": on_done and (lambda done: on_done(done // k)),
         }
         if self._strings is None:

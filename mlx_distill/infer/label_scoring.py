@@ -17,7 +17,17 @@ from jaxtyping import Float
 
 from mlx_distill.data.chat import answer_ids
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.infer.kv_cache import Caches, continue_from, merge, pad_right, read, row_cache
+from mlx_distill.infer.kv_cache import (
+    Caches,
+    continue_from,
+    fork,
+    forward,
+    merge,
+    pad_right,
+    read,
+    row_cache,
+)
+from mlx_distill.infer.shared_prefix import SharedPrefix
 from mlx_distill.losses.labels import (
     LabelStrings,
     LabelTrie,
@@ -42,9 +52,11 @@ def label_probabilities(
     labels: LabelTrie,
     *,
     batch_size: int = 16,
+    prefix: SharedPrefix | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Float[np.ndarray, "n c"]:
-    """The distribution over the labels behind each prompt, which is read once.
+    """The distribution over the labels behind each prompt, which is read once; what all prompts begin with is
+    read once for all of them.
 
     A label has the product, over the nodes on its path, of the mass of the tokens that count for its branch
     (:func:`~mlx_distill.losses.labels.label_logprobs`), renormalised over the labels.
@@ -54,6 +66,7 @@ def label_probabilities(
         prompts: Token ids that end at the root of ``labels``.
         labels: From :func:`label_prefix_tokens`, with this model's tokenizer.
         batch_size: Prompts a forward pass.
+        prefix: Of an earlier call with the same model, whose prompts begin alike.
         on_done: Called after each batch with the number of prompts scored so far.
 
     Returns:
@@ -65,10 +78,10 @@ def label_probabilities(
     paths = [node.path for node in labels.nodes if node.path]
     check_token_ids([max(tokens) for tokens in [*prompts, *paths]], embedding_rows(model))
 
-    def score(batch: list[Sequence[int]]) -> mx.array:
-        return prompt_label_logprobs(model, batch, labels)
+    def score(hidden: mx.array, caches: Caches) -> mx.array:
+        return continued_label_logprobs(model, labels, logits(model, hidden), caches)
 
-    scores = _score_batches(prompts, len(labels.labels), score, batch_size, on_done)
+    scores = _score_batches(model, prompts, len(labels.labels), score, batch_size, prefix, on_done)
     return np.exp(scores, dtype=np.float32)
 
 
@@ -78,6 +91,7 @@ def label_string_logprobs(
     strings: LabelStrings,
     *,
     batch_size: int = 16,
+    prefix: SharedPrefix | None = None,
     on_done: Callable[[int], None] | None = None,
 ) -> Float[np.ndarray, "n c"]:
     """The log-probability of each whole label behind each prompt: the sum over its tokens, with the one that
@@ -87,33 +101,41 @@ def label_string_logprobs(
     """
     check_token_ids([max(tokens) for tokens in [*prompts, *strings.paths]], embedding_rows(model))
 
-    def score(batch: list[Sequence[int]]) -> mx.array:
-        columns = []
+    def score(hidden: mx.array, caches: Caches) -> mx.array:
+        first, columns = log_softmax(logits(model, hidden)), []
         for path in strings.paths:
-            rows = [[*prompt, *path[:-1]] for prompt in batch]
-            places = mx.array(np.array([[len(row)] for row in rows]) + np.arange(-len(path), 0))
-            hidden = hidden_states(model, mx.array(pad_right(rows)))[mx.arange(len(batch))[:, None], places]
-            z = log_softmax(logits(model, hidden))
-            columns.append(z[:, mx.arange(len(path)), mx.array(path)].sum(axis=-1))
-            mx.eval(columns)  # so that the logits of one label exist at a time
+            total = first[:, path[0]]
+            if len(path) > 1:
+                inputs = np.tile(np.array(path[:-1], dtype=np.int32), (len(first), 1))
+                lengths = [len(path) - 1] * len(first)
+                behind = forward(partial(hidden_states, model), fork(caches), inputs, lengths)
+                z = log_softmax(logits(model, behind))
+                total = total + z[:, mx.arange(len(path) - 1), mx.array(path[1:])].sum(axis=-1)
+            mx.eval(total)  # so that the logits of one label exist at a time
+            columns.append(total)
         return mx.stack(columns, axis=-1)
 
-    return _score_batches(prompts, len(strings.paths), score, batch_size, on_done)
+    return _score_batches(model, prompts, len(strings.paths), score, batch_size, prefix, on_done)
 
 
 def _score_batches(
+    model: Any,
     prompts: Sequence[Sequence[int]],
     columns: int,
-    score: Callable[[list[Sequence[int]]], mx.array],
+    score: Callable[[mx.array, Caches], mx.array],
     batch_size: int,
+    prefix: SharedPrefix | None,
     on_done: Callable[[int], None] | None,
 ) -> Float[np.ndarray, "n c"]:
-    """``score(prompts)`` of prompts of similar length together, in the prompts' order."""
+    """``score(hidden [b, d], caches)`` of prompts of similar length together, in the prompts' order."""
     out = np.zeros((len(prompts), columns), dtype=np.float32)
+    prefix = prefix or SharedPrefix(model)
+    if prompts:
+        prefix.prepare(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        out[rows] = np.array(score([prompts[i] for i in rows]))
+        out[rows] = np.array(score(*prefix.read([prompts[i] for i in rows])))
         if on_done is not None:
             on_done(start + len(rows))
     return out

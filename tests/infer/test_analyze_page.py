@@ -33,13 +33,17 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
                 assert "of them invalid: " in result.stderr and "1 bad row" in result.stderr, result.output
     answers = {
         name: [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
-        for name in ("answers.jsonl", "short.jsonl")
+        for name in ("answers.jsonl", "short.jsonl", "labels.jsonl")
     }
-    for rows in answers.values():
+    for name, rows in answers.items():
         assert [row["id"] for row in rows] == ["s1", "s2", "s3", "s4"]
-        assert "no field 'lyrics'" in rows[2]["error"] and rows[1]["tokens"]
+        assert "no field 'lyrics'" in rows[2]["error"] and rows[1]["prompt_tokens"]
+        assert (name == "labels.jsonl") != bool(rows[1].get("tokens"))
     keys = "id text answer label score label_probs error error_kind prompt_tokens tokens fields cut"
     assert set(answers["answers.jsonl"][0]) == set(keys.split())
+    keys = "id label probabilities calibrated error error_kind prompt_tokens fields cut"
+    assert set(answers["labels.jsonl"][0]) == set(keys.split())
+    assert sum(answers["labels.jsonl"][0]["probabilities"].values()) == pytest.approx(1)
     assert answers["answers.jsonl"][3]["cut"] is None
     example = json.loads(re.search(r'"cut": (\{.*\})', PAGE.read_text(encoding="utf-8")).group(1))  # type: ignore[union-attr]
     assert answers["short.jsonl"][3]["cut"] == example

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from helpers.labels import LABEL_SETS, with_labels
+from helpers.labels import LABEL_SETS, Counted, with_labels
 from helpers.small_chain import RecordedProgress
 
 import mlx_distill as md
@@ -25,6 +25,7 @@ from mlx_distill.infer.label_scoring import (
     prompt_label_logprobs,
     task_label_strings,
 )
+from mlx_distill.infer.shared_prefix import SharedPrefix
 from mlx_distill.losses.labels import LabelStrings
 from mlx_distill.tasks.task import Task, load_task
 
@@ -58,26 +59,39 @@ PATHS = ((7, 8, 9), (7, 8, 10, 11, 12), (13,), (14, 7))
 STRINGS = LabelStrings(("a", "b", "c", "d"), (), PATHS, (3, 5, 1, 2))
 
 
-def test_whole_labels_are_the_sum_over_their_tokens_in_full_passes(model: Any) -> None:
+def test_whole_labels_are_the_sum_over_their_tokens_in_full_passes(any_model: Any) -> None:
     """Prompts of different lengths behind a shared prefix, in one batch."""
     prompts = make_prompts(60, 3, 9, 1, 6)
-    expected = [[summed(model, prompt, path) for path in PATHS] for prompt in prompts]
+    expected = [[summed(any_model, prompt, path) for path in PATHS] for prompt in prompts]
     for batch_size in (1, 3, 4):
-        got = label_string_logprobs(model, prompts, STRINGS, batch_size=batch_size)
+        got = label_string_logprobs(any_model, prompts, STRINGS, batch_size=batch_size)
         np.testing.assert_allclose(got, expected, atol=2e-3, rtol=1e-4)
     assert np.ptp(got[:, 0]) > 0.05
 
 
 @pytest.mark.parametrize("names", [LABEL_SETS["differ at once"], LABEL_SETS["share more"]])
-def test_a_shared_prefix_changes_no_probability(model: Any, chatml: Any, names: Sequence[str]) -> None:
+def test_a_shared_prefix_changes_no_probability(any_model: Any, chatml: Any, names: Sequence[str]) -> None:
     prefix = label_prefix_tokens(chatml, with_labels(load_task("moderation"), names))
     assert prefix is not None
     before, labels = prefix
     prompts = [[*prompt, *before] for prompt in make_prompts(60, 3, 9, 1, 6)]
-    alone = [prompt_label_logprobs(model, [prompt], labels, cached=False)[0] for prompt in prompts]
+    alone = [prompt_label_logprobs(any_model, [prompt], labels, cached=False)[0] for prompt in prompts]
     for batch_size in (1, 4):
-        got = label_probabilities(model, prompts, labels, batch_size=batch_size)
+        got = label_probabilities(any_model, prompts, labels, batch_size=batch_size)
         np.testing.assert_allclose(got, np.exp(np.array(mx.stack(alone))), atol=5e-5)
+
+
+def test_the_shared_prefix_is_read_once_for_all_batches_and_calls(model: Any) -> None:
+    counted = Counted(model)
+    prompts = make_prompts(300, 4, 4, 4, 4, 4, 4)
+    prefix = SharedPrefix(counted)
+    single = LabelStrings(("a", "b"), (), ((7,), (8,)), (2, 2))
+    for _ in range(2):
+        label_string_logprobs(counted, prompts, single, batch_size=2, prefix=prefix)
+    assert counted.tokens == len(SYSTEM) + 2 * 6 * 4
+    other = [prompt[5:] for prompt in prompts]
+    label_string_logprobs(counted, other, single, batch_size=2, prefix=prefix)
+    assert counted.tokens == len(SYSTEM) + 2 * 6 * 4 + len(SYSTEM) - 5 + 6 * 4
 
 
 def test_prompts_that_are_one_another_keep_a_token_to_read(model: Any) -> None:
