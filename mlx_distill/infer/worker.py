@@ -1,0 +1,202 @@
+"""One thread that owns an engine, for requests from any thread.
+
+MLX's streams belong to threads, so a model is used by one. Requests of all threads are decoded together.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+from mlx_distill.errors import DistillError
+from mlx_distill.infer.engine import Engine
+from mlx_distill.infer.requests import Event, Failed, Finished, Generation, Request, TokenEvent
+
+
+class Cancelled(DistillError):  # noqa: N818 - asked for, not an error
+    """A request was cancelled, or its worker closed, before it had its answer."""
+
+
+class Handle:
+    """A request that was submitted to a worker.
+
+    Iterating over it gives its :class:`~mlx_distill.infer.requests.TokenEvent` (of a request that streams)
+    and ends with its answer.
+    """
+
+    def __init__(self, worker: EngineWorker, request: Request) -> None:
+        self.request = request
+        self._worker = worker
+        self._events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
+        self._done = threading.Event()
+        self._outcome: Generation | BaseException | None = None
+
+    @property
+    def done(self) -> bool:
+        """Whether it has its answer, or will not get one."""
+        return self._done.is_set()
+
+    def result(self, timeout: float | None = None) -> Generation:
+        """Wait for the answer.
+
+        Args:
+            timeout: Seconds, after which ``TimeoutError`` is raised; None waits.
+
+        Raises:
+            Cancelled: it was cancelled, or the worker closed.
+            Exception: what the request's constraint, its hook or the model raised.
+        """
+        if not self._done.wait(timeout):
+            raise TimeoutError(f"no answer within {timeout} seconds")
+        if isinstance(self._outcome, Generation):
+            return self._outcome
+        assert self._outcome is not None
+        raise self._outcome
+
+    def __iter__(self) -> Iterator[TokenEvent]:
+        while (event := self._events.get()) is not None:
+            yield event
+        if isinstance(self._outcome, BaseException):
+            raise self._outcome
+
+    def cancel(self) -> None:
+        """Give the request up; nothing happens if it has its answer."""
+        self._worker._send(self._worker._cancel, self)
+
+    def _end(self, outcome: Generation | BaseException) -> None:
+        if not self._done.is_set():
+            self._outcome = outcome
+            self._done.set()
+            self._events.put(None)
+
+
+class EngineWorker:
+    """Serves requests from any thread with one engine, in a thread of its own.
+
+    Args:
+        make_engine: Is called in that thread, so that it may load the model there.
+
+    Raises:
+        Exception: what ``make_engine`` raised.
+
+    >>> with EngineWorker(lambda: Engine(*load(folder))) as worker:                      # doctest: +SKIP
+    ...     worker.submit(Request([1, 2, 3], max_tokens=9)).result().text
+    """
+
+    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+        self._commands: queue.SimpleQueue[tuple[Callable[[Any], None], Any] | None] = queue.SimpleQueue()
+        self._handles: dict[int, Handle] = {}
+        self._lock = threading.Lock()  # nothing is sent behind the command that closes
+        self._closed = False
+        self._ready = threading.Event()
+        self._failure: BaseException | None = None
+        self.engine: Engine
+        self._thread = threading.Thread(target=self._run, args=(make_engine,), name="engine", daemon=True)
+        self._thread.start()
+        self._ready.wait()
+        if self._failure is not None:
+            raise self._failure
+
+    def __enter__(self) -> EngineWorker:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request.
+
+        Raises:
+            Cancelled: the worker is closed.
+        """
+        handle = Handle(self, request)
+        if not self._send(self._submit, handle):
+            raise _closed()
+        return handle
+
+    def close(self) -> None:
+        """End the thread; requests without an answer are cancelled."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(None)
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _send(self, command: Callable[[Any], None], argument: Any) -> bool:
+        with self._lock:
+            if self._closed:
+                return False
+            self._commands.put((command, argument))
+            return True
+
+    # What follows runs in the worker's thread.
+
+    def _run(self, make_engine: Callable[[], Engine]) -> None:
+        try:
+            self.engine = make_engine()
+        except BaseException as error:
+            self._failure, self._closed = error, True
+            self._ready.set()
+            return
+        self._ready.set()
+        try:
+            while self._take_commands():
+                for event in self.engine.step():
+                    self._handle(event)
+        except BaseException as error:  # the model's: no request can go on
+            with self._lock:
+                self._closed = True
+            self._end_all(error)
+        else:
+            self._end_all(_closed())
+
+    def _take_commands(self) -> bool:
+        """Do what was asked for; wait for it where there is nothing else to do. False at the end."""
+        while True:
+            try:
+                command = self._commands.get(block=not self.engine.busy)
+            except queue.Empty:
+                return True
+            if command is None:
+                return False
+            command[0](command[1])
+
+    def _submit(self, handle: Handle) -> None:
+        try:
+            self._handles[self.engine.submit(handle.request)] = handle
+        except Exception as error:
+            handle._end(error)
+
+    def _cancel(self, handle: Handle) -> None:
+        for number, other in list(self._handles.items()):
+            if other is handle:
+                self.engine.cancel(number)
+                del self._handles[number]
+                handle._end(Cancelled("the request was cancelled", fix="submit it again"))
+
+    def _handle(self, event: Event) -> None:
+        if isinstance(event, TokenEvent):
+            self._handles[event.request_id]._events.put(event)
+        elif isinstance(event, Finished):
+            self._handles.pop(event.request_id)._end(event.generation)
+        elif isinstance(event, Failed):
+            self._handles.pop(event.request_id)._end(event.error)
+
+    def _end_all(self, error: BaseException) -> None:
+        for handle in self._handles.values():
+            handle._end(error)
+        self._handles.clear()
+        while not self._commands.empty():  # submitted while the thread ended
+            command = self._commands.get()
+            if command is not None and isinstance(command[1], Handle):
+                command[1]._end(error)
+
+
+def _closed() -> Cancelled:
+    return Cancelled("the engine is closed", fix="make another one")
