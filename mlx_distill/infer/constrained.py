@@ -16,9 +16,8 @@ from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
-import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Int32
+from jaxtyping import Int32
 
 from mlx_distill.data.chat import answer_ids, stop_ids
 from mlx_distill.data.chat_template import encoder_of
@@ -32,7 +31,6 @@ from mlx_distill.tasks.task import Task
 __all__ = [
     "AnswerConstraint",
     "AnswerGrammar",
-    "allow_tokens",
     "check_schema",
     "check_tokenizer",
     "fill_masks",
@@ -394,26 +392,6 @@ def _executor() -> Any:
     from llguidance import LLExecutor
 
     return LLExecutor()
-
-
-def allow_tokens(
-    logits: Float[mx.array, "b v"], mask: Int32[np.ndarray, "b w"] | Int32[mx.array, "b w"]
-) -> Float[mx.array, "b v"]:
-    """The logits with minus infinity where a mask has no bit. Columns beyond the mask are not allowed.
-
-    Args:
-        logits: Of one step.
-        mask: Of :func:`fill_masks`.
-    """
-    words = mx.array(mask) if isinstance(mask, np.ndarray) else mask
-    return _allow(logits[:, : 32 * words.shape[1]], words)
-
-
-@mx.compile
-def _allow(logits: mx.array, words: mx.array) -> mx.array:
-    # One fused kernel; unpacked on the host it took twice as long (docs/log.md).
-    bits = (words[:, :, None] >> mx.arange(32, dtype=mx.int32)) & 1
-    return mx.where(bits.reshape(words.shape[0], -1)[:, : logits.shape[1]].astype(mx.bool_), logits, -mx.inf)
 
 
 def _line(text: str) -> str:

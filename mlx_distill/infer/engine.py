@@ -40,7 +40,7 @@ from mlx_distill.infer.requests import (
     TokenEvent,
     check_request,
 )
-from mlx_distill.infer.sampling import choose, unpack_masks
+from mlx_distill.infer.sampling import allow_tokens, choose
 from mlx_distill.models.forward import embedding_rows
 from mlx_distill.models.token_ids import used_ids
 
@@ -126,6 +126,7 @@ class Engine:
         self._channels = channels_of(tokenizer)
         used = used_ids(tokenizer)
         self._used: np.ndarray | None = used
+        self._used_words: Int[np.ndarray, "1 w"] | None = None
         self._allowed: Bool[mx.array, "1 v"] | None = None
         self._reader = PromptReader(model, PrefixCache(prefix_cache_tokens), prefill_step_size)
         self._requests: dict[int, _Row] = {}
@@ -299,7 +300,7 @@ class Engine:
         for place, row in enumerate(rows):
             if row.uniforms is not None and not row.leaves:
                 uniforms[place] = float(row.uniforms[row.chosen])
-        tokens = choose(logits, temperatures, uniforms, self._mask(logits.shape[-1]))
+        tokens = choose(self._allowed_only(logits), temperatures, uniforms)
         for row in rows:
             row.chosen += 1
         self._chosen = list(rows), tokens
@@ -315,19 +316,23 @@ class Engine:
         self._rows = [rows[place] for place in keep]
         return tokens[index]
 
-    def _mask(self, width: int) -> Bool[mx.array, "_ v"] | None:
-        """The tokens that may be chosen in each row, or in all."""
+    def _allowed_only(self, logits: Float[mx.array, "b v"]) -> Float[mx.array, "b v"]:
+        """The logits with minus infinity where a token may not be chosen: in some rows, or in all."""
+        width = logits.shape[-1]
         constraints = [None if row.leaves else row.request.constraint for row in self._rows]
         if any(constraint is not None for constraint in constraints):
             masks = np.full((len(constraints), -(-width // 32)), -1, dtype=np.int32)
             self._fill_masks(constraints, masks)
-            allowed = unpack_masks(masks, width)
-            return mx.array(allowed if self._used is None else allowed & _padded(self._used, width))
+            if self._used is not None:
+                if self._used_words is None:
+                    self._used_words = _words(self._used, width)
+                masks &= self._used_words
+            return allow_tokens(logits, masks)
         if self._allowed is None and self._used is not None:
             self._allowed = mx.array(_padded(self._used, width))
             if self._used[:width].all() and len(self._used) >= width:
                 self._used = self._allowed = None
-        return self._allowed
+        return logits if self._allowed is None else mx.where(self._allowed, logits, -mx.inf)
 
     def _join(self, inputs: Integer[mx.array, " _"] | None) -> Integer[mx.array, " _"] | None:
         """Let the rows whose prompts have been read join, with the last tokens of their prompts."""
@@ -361,6 +366,13 @@ class Engine:
         for row in active:
             row.seconds += share
         self._last = time.perf_counter()
+
+
+def _words(used: Bool[np.ndarray, " u"], width: int) -> Int[np.ndarray, "1 w"]:
+    """:func:`_padded` in words of 32 bits."""
+    bits = np.zeros((1, -(-width // 32) * 32), dtype=bool)
+    bits[:, :width] = _padded(used, width)
+    return np.packbits(bits, axis=1, bitorder="little").view("<i4")
 
 
 def _padded(used: Bool[np.ndarray, " u"], width: int) -> Bool[np.ndarray, "1 v"]:
