@@ -233,7 +233,7 @@ def quantize(
 def round_columns(
     values: np.ndarray, scale: np.ndarray, bias: np.ndarray | None, quantization: Quantization
 ) -> np.ndarray:
-    """:func:`round_to_grid` of NumPy columns ``[out, n]``, with the scale (and bias) of each weight."""
+    """:func:`round_to_grid` of NumPy arrays, with the scale and the bias (or None) of each weight."""
     return np.asarray(
         _from_units(_nearest(_in_units(values, scale, bias, np), quantization, np), scale, bias)
     )
