@@ -35,6 +35,7 @@ def test_page_is_complete_and_loads_nothing(run: tuple[Path, dict[str, Any]]) ->
         "fields",
         "slices",
         "distributions",
+        "calibration",
         "sets",
         "training",
         "disagreements",
