@@ -147,8 +147,10 @@ class _Writer:
 
     def values(self, part: Mapping[str, Any], where: str) -> dict[str, Any]:
         """Of a list of values those that fit the other keywords too."""
-        checked = self.validator.evolve(schema=part)
-        listed = part["enum"] if "enum" in part else [part["const"]]
+        source = "enum" if "enum" in part else "const"
+        listed = part["enum"] if source == "enum" else [part["const"]]
+        # Without the list itself, in which every value would be looked up.
+        checked = self.validator.evolve(schema={key: part[key] for key in part if key != source})
         values = [value for value in listed if checked.is_valid(value)]
         if not values:
             raise ConfigError(

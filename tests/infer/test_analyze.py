@@ -18,7 +18,7 @@ from mlx_distill.data.chat import prompt_ids
 from mlx_distill.data.predictions import FORMAT, constrained_rows, read_predictions, write_predictions
 from mlx_distill.data.rows import to_item
 from mlx_distill.errors import ConfigError, DataError, ModelError
-from mlx_distill.infer.analyze import analyze
+from mlx_distill.infer.analyze import Analyzer, ModelSource, analyze
 from mlx_distill.infer.engine import Generation
 from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
 from mlx_distill.infer.predict import label_distributions, label_hook, predict, to_prediction
@@ -312,6 +312,21 @@ def test_predictions_come_back_as_they_were_written(
             prediction.error,
         )
         assert line["fields"] == {"group": "gardeners"} and line["title"] is None
+
+
+def test_a_schema_without_a_grammar_is_refused_before_the_model_is_loaded(task: Task) -> None:
+    tags = {"type": "array", "items": {"enum": ["a", "b"]}, "uniqueItems": True}
+    properties = {**task.schema["properties"], "tags": tags}
+    task = replace(task, schema={**task.schema, "properties": properties})
+    source = ModelSource("/no/such/model", task)
+    with pytest.raises(
+        ConfigError, match=r"schema\.properties\.tags\.uniqueItems: a grammar cannot"
+    ) as caught:
+        Analyzer(source)
+    assert "constrain=False" in str(caught.value.fix)
+    for settings in ({"constrain": False}, {"labels_only": True}):
+        with pytest.raises(ModelError, match="/no/such/model"):
+            Analyzer(source, **settings)
 
 
 def test_answers_under_the_grammar_stand_beside_the_free_ones(tmp_path: Path, task: Task) -> None:
