@@ -10,7 +10,7 @@ kernel's peak resident memory of that process, imports and all.
 
     answers    two tokens an answer, no distribution over labels
     labels     --labels-only
-    list       what the command did before: all rows read, then all answers, then the file (``md.analyze``)
+    list       md.analyze over a list of all rows
 
 Results go to benchmarks/results/analyze.json.
 """
@@ -22,7 +22,6 @@ import json
 import os
 import platform
 import random
-import resource
 import subprocess
 import sys
 import tempfile
@@ -149,7 +148,6 @@ def write(path: Path, results: list[dict[str, Any]]) -> None:
         "device": str(mx.default_device()),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("mlx", "mlx-lm", "numpy")},
-        "own_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1000,
     }
     path.write_text(json.dumps({"setting": setting, "results": results}, indent=1) + "\n", encoding="utf-8")
 

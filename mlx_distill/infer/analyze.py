@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +21,7 @@ from mlx_distill.infer.label_scorer import (
 from mlx_distill.infer.label_scoring import label_prefix_tokens
 from mlx_distill.infer.long_items import CutItem, cut_middle
 from mlx_distill.infer.predict import BAD_ROW, answer_prompts, context_length, item_prompt, unread
+from mlx_distill.infer.shared_calls import SharedCalls
 from mlx_distill.models.trained_on import (
     TrainedOn,
     is_run,
@@ -61,7 +61,8 @@ class ModelSource(NamedTuple):
 
 
 class Analyzer:
-    """A model that is loaded once and answers items, from several threads too.
+    """A model that is loaded once and answers items, from several threads too: calls that wait for each other
+    are answered together.
 
     Args:
         model: A folder or Hub id for ``md.load``; the folder of a run, which means its newest usable model;
@@ -128,7 +129,7 @@ class Analyzer:
         )
         self._scorer: LabelScorer | None = None
         self.calibrated = False  # whether labels are scored at the temperature in the model's folder
-        self._lock = threading.Lock()
+        self._calls = SharedCalls(self.chunk_size)
 
     def analyze(self, items: Sequence[Mapping[str, Any] | str]) -> list[Prediction]:
         """The predictions of items, in their order. An item that cannot be asked has an error instead of an
@@ -193,11 +194,11 @@ class Analyzer:
     ) -> Iterator[list[Any]]:
         iterator, done = iter(rows), 0
         while chunk := list(itertools.islice(iterator, chunk_size)):
-            with self._lock:
-                answers = answer(
-                    chunk,
-                    on_done and (lambda count, done=done: on_done(done + count)),  # type: ignore[misc]
-                )
+            answers = self._calls(
+                answer,
+                chunk,
+                on_done and (lambda count, done=done: on_done(done + count)),  # type: ignore[misc]
+            )
             done += len(chunk)
             yield answers
 
