@@ -97,14 +97,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
             ("student_base", "targets", "data"),
             distill,
         ),
-        Stage(
-            "quantized",
-            "quantize",
-            3,
-            {**keyed(recipe.quantize), **shared},
-            ("student", "student_base", "data"),
-            quantize,
-        ),
+        _quantization(recipe, shared),
     ]
     controls = [model for model in CONTROLS if getattr(recipe.controls, model.control or "")]
     out += [_control(recipe, model, shared) for model in controls]
@@ -124,6 +117,21 @@ def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
         (source,),
         local,
     )
+
+
+def _quantization(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
+    settings = recipe.quantize
+    needs_rows = {"quantize.refine: distill": settings.refine == "distill"}
+    needs_rows["quantize.bits_per_weight"] = settings.bits_per_weight > 0
+    if settings.adapter == "keep" and recipe.distill.method in ("lora", "dora"):
+        for key, is_set in needs_rows.items():
+            if is_set:
+                raise ConfigError(
+                    f"{key} measures the merged student, and quantize.adapter is keep",
+                    fix="set quantize.adapter: merge",
+                )
+    config = {**keyed(settings), **shared, "max_length": recipe.distill.max_length}
+    return Stage("quantized", "quantize", 3, config, ("student", "student_base", "data"), quantize)
 
 
 def _control(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> Stage:

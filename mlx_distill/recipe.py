@@ -47,6 +47,7 @@ METHODS = ["lora", "dora", "galore", "apollo", "apollo-mini", "full"]
 PROJECTIONS = ["std", "reverse_std", "left", "right", "full"]
 MOMENTS = ["keep", "reset", "project"]
 TEXTS = ["greedy", "data"]
+REFINEMENTS = ["none", "calibrate", "distill"]
 TOKEN_LOSSES = ["auto", "kl", "token_groups", "alm", "none"]
 
 
@@ -325,6 +326,24 @@ class QuantizeConfig:
         "merge", "merge the adapter first, or keep it beside the quantized base", choices=["merge", "keep"]
     )
     keep: list[str] = option(["router"], "modules with one of these in their name are not quantized")
+    bits_per_weight: float = option(
+        0.0,
+        "size budget: stored bits of the whole model for each of its weights, such as 4.3; modules get "
+        "different modes of the family of mode (affine3 to affine8; or mxfp4, nvfp4, mxfp8) so that the "
+        "model loses least; 0: mode everywhere",
+        low=0.0,
+    )
+    refine: str = option(
+        "calibrate",
+        "fit the quantized weights to rows: calibrate (weighted scales and GPTQ, no training), distill (then "
+        "train them towards the unquantized student), or none; kept only where held-out rows lose less",
+        choices=REFINEMENTS,
+    )
+    refine_rows: int = option(128, "training rows that calibrate and distill use", low=8)
+    refine_steps: int = option(50, "steps of distill, of 4 rows each", low=1)
+    refine_learning_rate: float = option(
+        1.5e-4, "learning rate of distill, in units of the weights; ten times as much diverges", low=0.0
+    )
 
 
 @dataclass(frozen=True)

@@ -27,12 +27,14 @@ class Resources:
         disk: Bytes that it writes at most, checkpoints included; None where that is not known.
         grad_checkpoint: Of a training: whether activations are computed again to save memory.
         model: The Hub model that is downloaded.
+        refine: Of the quantization: what is fitted to how many rows.
     """
 
     download: int | None = 0
     disk: int | None = None
     grad_checkpoint: bool | None = None
     model: str | None = None
+    refine: str | None = None
 
     @property
     def text(self) -> str:
@@ -49,6 +51,8 @@ class Resources:
             parts.append(f"disk: at most {size(self.disk)}")
         if self.grad_checkpoint is not None:
             parts.append(f"grad_checkpoint: {str(self.grad_checkpoint).lower()}")
+        if self.refine is not None:
+            parts.append(self.refine)
         return "; ".join(parts)
 
 
@@ -83,7 +87,7 @@ def stage_resources(recipe: Recipe, stages: Sequence[Stage], out: Path) -> dict[
                 grad_checkpoint=settings.grad_checkpoint,
             )
         elif stage.command == "quantize":
-            needs[stage.name] = Resources(disk=bases["student_base"].disk)
+            needs[stage.name] = Resources(disk=bases["student_base"].disk, refine=_refinement(recipe))
     return needs
 
 
@@ -106,6 +110,15 @@ def total(needs: Mapping[str, Resources]) -> str:
 def total_disk(needs: Mapping[str, Resources]) -> int:
     """The bytes that all stages write and download, as far as known. Downloads stay in the Hub's cache."""
     return sum((need.disk or 0) + (need.download or 0) for need in needs.values())
+
+
+def _refinement(recipe: Recipe) -> str:
+    """What the quantize stage does with rows. Time and memory depend on them and are shown when it begins."""
+    settings = recipe.quantize
+    parts = [f"{settings.bits_per_weight:g} bits per weight"] if settings.bits_per_weight else []
+    merged = settings.adapter == "merge"
+    rows = f" on at most {settings.refine_rows} rows" if settings.refine != "none" and merged else ""
+    return ", ".join([*parts, f"refine: {settings.refine if merged else 'none'}{rows}"])
 
 
 def _source_resources(source: str, recipe: Recipe) -> Resources:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -76,11 +76,7 @@ def plan_sensitivity(
         most_for_all: Bound up to which every quantization is measured.
         most: Bound up to which all rows are used for one quantization of each module.
     """
-    parameters = sum(
-        prod(module.weight.shape) * 32 // getattr(module, "bits", 32)
-        for _, module in model.named_modules()
-        if "weight" in module
-    )
+    parameters = count_weights(model)
     tokens, everything = [len(answer.tokens) for answer in answers], sum(map(len, quantizations.values()))
     products = everything * sum(tokens) * parameters
     if products <= most_for_all:
@@ -89,6 +85,15 @@ def plan_sensitivity(
     while rows > _LEAST_ROWS and passes * sum(tokens[:rows]) * parameters > most:
         rows -= 1
     return SensitivityPlan(rows, passes, False, passes * sum(tokens[:rows]) * parameters)
+
+
+def count_weights(model: Any) -> int:
+    """The weights of a model, of quantized layers those that they encode."""
+    return sum(
+        prod(module.weight.shape) * 32 // getattr(module, "bits", 32)
+        for _, module in model.named_modules()
+        if "weight" in module
+    )
 
 
 def measure_sensitivity(
@@ -101,6 +106,7 @@ def measure_sensitivity(
     dequantize: bool = False,
     batch_size: int = 16,
     progress: Progress | None = None,
+    check: Callable[[], None] = lambda: None,
 ) -> Sensitivity:
     """KL(model || the model with one module quantized), for each module and each of its quantizations.
 
@@ -118,17 +124,19 @@ def measure_sensitivity(
         dequantize: Measure with dequantized weights: the same up to rounding, and faster on a CPU.
         batch_size: Rows a forward pass.
         progress: Shows the passes.
+        check: Called before each pass; may raise.
     """
     plan = plan or plan_sensitivity(model, answers, quantizations)
     answers, dtypes = answers[: plan.rows], dtypes or {}
     reference = reference_outputs(model, answers, batch_size=batch_size)
     modules, out = dict(model.named_modules()), {}
     done = 0
-    with (progress or NullProgress()).task("sensitivity", total=plan.passes, unit="pass") as bar:
+    with (progress or NullProgress()).task("sensitivity", total=plan.passes, unit="measurement") as bar:
         for path, options in quantizations.items():
             module, dtype = modules[path], dtypes.get(path, mx.bfloat16)
             kl: dict[Quantization, float] = {}
             for q in options if plan.every else options[:1]:
+                check()
                 layer = quantized_layer(module, q, rounded_parts(module, q, dtype), dequantize=dequantize)
                 kl[q] = _alone(model, path, layer, reference, answers, batch_size)
                 done += 1

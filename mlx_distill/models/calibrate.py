@@ -120,7 +120,7 @@ def calibrate(
     head_path = names.embedding if is_tied(model) else names.head
     blocks = _Blocks(model, names.trunk)
     options = _Options(quantizations, dtype, damping, feedback, finished)
-    with (progress or NullProgress()).task("calibrate", total=len(blocks.layers) + 1, unit="blocks") as bar:
+    with (progress or NullProgress()).task("calibrate", total=len(blocks.layers) + 1, unit="block") as bar:
         states = blocks.inputs(_batches(rows))
         for number, layer in enumerate(blocks.layers):
             inside = _paths_inside(layer, modules, quantizations)

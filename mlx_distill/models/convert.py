@@ -92,6 +92,8 @@ class ConversionReport:
         )
         if self.largest_error:
             out.append(f"largest relative error of a tensor: {self.largest_error:.2e}")
+        if any("groups of" in row.stored and row.note != "bit for bit" for row in self.rows):
+            out.append("quantized by rounding, without rows; quantize.refine of a run fits weights to rows")
         return [*out, *self.notes]
 
 

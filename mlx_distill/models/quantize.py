@@ -5,6 +5,7 @@ Weights that are quantized already keep their bits; the error of every other wei
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 import time
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from mlx_distill.models.checkpoint.tensor_job import (
     TensorRow,
     Update,
     from_raw,
+    safetensors_type,
     to_raw,
 )
 from mlx_distill.models.checkpoint.writer import MAX_SHARD_BYTES, MEMORY_BYTES
@@ -50,6 +52,7 @@ from mlx_distill.models.convert import (
 from mlx_distill.models.folder import source_key, staged_folder
 from mlx_distill.models.hub import replace_tokenizer, resolve
 from mlx_distill.models.quantization import Quantization, TensorAction, quantization_policy
+from mlx_distill.models.refined import Refined
 from mlx_distill.progress import Progress
 from mlx_distill.storage import atomic_path, sha256, write_json
 
@@ -204,6 +207,7 @@ def quantize_into(
     keep: Sequence[str] = ("router",),
     *,
     chosen: Mapping[str, Quantization] | None = None,
+    refined: Mapping[str, Refined] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     memory_bytes: int = MEMORY_BYTES,
     progress: Progress | None = None,
@@ -211,7 +215,11 @@ def quantize_into(
     """Quantize into the partial folder of a stage, which the caller publishes.
 
     The arguments are those of :func:`quantize_folder`; ``chosen`` are quantizations of some modules instead
-    of the mode's, by path. Shards that an earlier call finished are kept.
+    of the mode's, by path, and ``refined`` the tensors of modules that are not rounded. Shards that an
+    earlier call finished are kept.
+
+    Raises:
+        ModelError: a refined tensor of another type or shape than its quantization has.
     """
     began = time.perf_counter()
     source, folder = resolve(source), Path(folder)
@@ -221,8 +229,12 @@ def quantize_into(
     merges = has_adapter and adapter == "merge"
     plan, updates = plan_with_adapter(source, merges)
     jobs = plan_jobs(plan, updates, mode, group_size, keep, chosen)
+    if refined:
+        jobs = [_with_refined(job, refined.get(job.tensor.name.removesuffix(".weight"))) for job in jobs]
     model_folder = folder / "base" if has_adapter and not merges else folder
     salt = sha256(source / ADAPTER_FILE) if merges else ""
+    if refined:
+        salt += _content(refined)
     shards = stream_shards(
         jobs,
         model_folder,
@@ -374,6 +386,32 @@ def plan_jobs(
                 _with_update(TensorJob(dequantized_plan(tensors, path, quantization), action), update)
             )
     return jobs
+
+
+def _with_refined(job: TensorJob, refined: Refined | None) -> TensorJob:
+    if refined is None or not job.tensor.name.endswith(".weight"):
+        return job
+    parts = list(refined.parts.values())
+    fits = job.action.quantization is not None and [(o.dtype, o.shape) for o in job.outputs] == [
+        (safetensors_type(part), part.shape) for part in parts
+    ]
+    if not fits:
+        raise ModelError(
+            f"{job.tensor.where}: refined as {[(str(part.dtype), list(part.shape)) for part in parts]}, "
+            f"planned as {job.action.label}",
+            fix="quantize again from the beginning",
+        )
+    return replace(job, refined=refined.parts)
+
+
+def _content(refined: Mapping[str, Refined]) -> str:
+    """A hash of refined tensors, which the finished shards of an interrupted call depend on."""
+    found = hashlib.sha256()
+    for path, one in sorted(refined.items()):
+        for name, part in one.parts.items():
+            found.update(f"{path}.{name}".encode())
+            found.update(to_raw(part).tobytes())
+    return found.hexdigest()
 
 
 def _with_update(job: TensorJob, update: Update | None) -> TensorJob:

@@ -9,7 +9,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_unflatten
 
-from mlx_distill.models.grids import find_scales, pack
+from mlx_distill.models.grids import quantize
 from mlx_distill.models.modules import dequantized_weight, unquantized_like
 from mlx_distill.models.quantization import Quantization
 
@@ -67,5 +67,4 @@ def rounded_parts(module: Any, quantization: Quantization, dtype: mx.Dtype) -> d
         quantization: Mode, bits and group size.
         dtype: In which the weight, or the scales and biases of the affine modes, are stored.
     """
-    weight = module.weight.astype(dtype)
-    return pack(weight, find_scales(weight, quantization, dtype=dtype), quantization)
+    return quantize(module.weight, quantization, dtype)

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_distill.report.markup import Html, el
-from mlx_distill.text import interval, percent
+from mlx_distill.text import interval, percent, significant
 
 Point = tuple[float, float]
 
@@ -208,6 +208,65 @@ def line_chart(
         role="img",
         aria_label=label + (", logarithmic scale" if log else ""),
     )
+
+
+def points_chart(
+    line: Sequence[tuple[float, float, str]],
+    dots: Sequence[tuple[float, float, str]],
+    unit: str,
+    label: str,
+) -> Html:
+    """Named points joined by a line and other named points beside it, on a logarithmic vertical axis.
+
+    Args:
+        line: (x, y, name) by rising x; y is positive.
+        dots: The same, not joined.
+        unit: Of the horizontal axis.
+        label: Alternative text of the chart.
+    """
+    points = [*line, *dots]
+    xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
+    x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), _log_ticks(min(ys), max(ys))
+    left, right = min(x_ticks), max(x_ticks)
+    bottom, top = min(*y_ticks, *ys) * 0.9, max(*y_ticks, *ys) * 1.1
+
+    def to_pixels(x: float, y: float) -> tuple[float, float]:
+        width, height = (x - left) / (right - left), math.log(y / bottom) / math.log(top / bottom)
+        return (
+            _LEFT + width * (_WIDTH - _LEFT - _RIGHT),
+            _HEIGHT - _BOTTOM - height * (_HEIGHT - _TOP - _BOTTOM),
+        )
+
+    marks = [_y_tick(to_pixels(left, y)[1], y) for y in y_ticks]
+    for x in x_ticks:
+        at = f"{to_pixels(x, top)[0]:.1f}"
+        marks.append(el("text", f"{x:g}", x=at, y=_HEIGHT - 12, text_anchor="middle"))
+    marks.append(el("text", unit, x=_WIDTH - _RIGHT, y=_HEIGHT - 1, text_anchor="end", class_="unit"))
+    joined = el("polyline", points=_polyline([(x, y) for x, y, _ in line], to_pixels), class_="curve")
+    marks.append(el("g", joined, [_named_point(point, to_pixels) for point in line], class_="s0 valid"))
+    marks.append(el("g", [_named_point(point, to_pixels) for point in dots], class_="s1"))
+    named = "; ".join(f"{name} {significant(y, 3)} at {x:.2f}" for x, y, name in points)
+    return el(
+        "svg",
+        marks,
+        class_="lines",
+        viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
+        role="img",
+        aria_label=f"{label}, logarithmic scale: {named}",
+    )
+
+
+def _named_point(point: tuple[float, float, str], to_pixels: Callable[..., Point]) -> list[Html]:
+    x, y = to_pixels(point[0], point[1])
+    near_the_end = x > _WIDTH - 90
+    text = el(
+        "text",
+        point[2],
+        x=f"{x - 6 if near_the_end else x + 6:.1f}",
+        y=f"{y - 5:.1f}",
+        text_anchor="end" if near_the_end else "start",
+    )
+    return [el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.2, class_="mark"), text]
 
 
 def _y_tick(y: float, value: float) -> Html:

@@ -116,6 +116,7 @@ def build_report(
         "sizes": provenance.sizes(run, list(evaluations)),
         "curves": provenance.curves(run),
         "training": provenance.training(run),
+        "quantization": provenance.quantization(run),
         "provenance": provenance.provenance(run, recipe, headers, folders),
         "majority": _majority(by_set[main]),
         "teacher_answers": provenance.teacher_answers(run),

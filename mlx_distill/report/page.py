@@ -14,6 +14,7 @@ from mlx_distill.report import (
     errors_section,
     fields_section,
     origin_section,
+    quantization_section,
     results_section,
     rows_section,
     training_section,
@@ -93,6 +94,7 @@ def _sections(report: Report) -> list[_Section]:
             "Disagreements with the teacher",
             rows_section.disagreements(report),
         ),
+        _Section("quantization", "Quantization", "Quantization", quantization_section.quantization(report)),
         _Section("cost", "Cost", "Size, speed, memory", training_section.cost(report)),
         _Section("origin", "Provenance", "Provenance", origin_section.origin(report)),
     ]

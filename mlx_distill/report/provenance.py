@@ -118,6 +118,20 @@ def training(run: Path) -> dict[str, dict[str, Any]]:
     return out
 
 
+def quantization(run: Path) -> dict[str, Any] | None:
+    """What the quantize stage says of the student's weights: bits a weight, and with rows the candidates, the
+    kept one, the curve and the table of sensitivity; None where there is no quantized student.
+    """
+    manifest = read_manifest(run / "quantized")
+    if manifest is None or "bits_per_weight" not in manifest.recorded:
+        return None
+    return {
+        "mode": manifest.recorded.get("mode"),
+        "bits_per_weight": manifest.recorded["bits_per_weight"],
+        **manifest.recorded.get("refinement", {}),
+    }
+
+
 def _training_logs(run: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The stage and the rows of each ``metrics.jsonl``: teacher, student, then the others by name."""
     order = {"teacher": 0, "student": 1}

@@ -1,4 +1,4 @@
-"""The quantize stage: the student's weights are quantized."""
+"""The quantize stage: the student's weights are quantized, with the student's rows where there are some."""
 
 from __future__ import annotations
 
@@ -13,18 +13,23 @@ def quantize(context: Context, folder: Path) -> Facts:
     """Quantize the student's weights, except those that are MXFP4 already."""
     from mlx_distill.models.quantize import quantize_into
     from mlx_distill.models.trained_on import TRAINED_ON
+    from mlx_distill.stages.refinement import refine_student
 
     settings, student = context.recipe.quantize, context.run / "student"
     if (student / TRAINED_ON).is_file():
         shutil.copyfile(student / TRAINED_ON, folder / TRAINED_ON)
-    facts = quantize_into(
+    refinement = refine_student(context, folder)
+    report = quantize_into(
         student,
         folder,
         settings.mode,
         group_size=settings.group_size,
         adapter=settings.adapter,
         keep=settings.keep,
+        chosen=refinement.quantizations,
+        refined=refinement.refined,
         progress=context.progress,
-    ).facts()
+    )
     model, tokenizer = load_model(context, "quantized", folder)
-    return facts | calibrate_labels(context, folder, "quantize", model, tokenizer)
+    labels = calibrate_labels(context, folder, "quantize", model, tokenizer)
+    return {**report.facts(), **refinement.facts, **labels}

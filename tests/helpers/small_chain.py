@@ -54,6 +54,7 @@ def write_chain(folder: Path, **blocks: Any) -> Path:
         "teach": _TRAINING,
         "distill": _TRAINING,
         "targets": {"top_k": 8, "batch_size": 8, "min_valid": 0},
+        "quantize": {"refine_rows": 8},
         "evaluate": {"models": ["student"], "batch_size": 4},
         **blocks,
     }

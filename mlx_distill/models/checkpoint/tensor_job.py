@@ -4,7 +4,7 @@ measured.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from math import prod, sqrt
 from typing import Any
@@ -44,9 +44,18 @@ def from_raw(block: np.ndarray, dtype: str) -> mx.array:
     return mx.array(block).view(MLX_TYPES[dtype])
 
 
+def safetensors_type(value: mx.array) -> str:
+    """The safetensors type of an array.
+
+    >>> safetensors_type(mx.zeros(1))
+    'F32'
+    """
+    return _NAMES[value.dtype]
+
+
 def to_raw(value: mx.array) -> np.ndarray:
     """The bits of an array as unsigned integers."""
-    name = _NAMES[value.dtype]
+    name = safetensors_type(value)
     if name in FLOATS:
         value = value.view(mx.uint32 if name == "F32" else mx.uint16)
     return np.array(value)
@@ -133,11 +142,16 @@ Update = LowRankUpdate | Replacement
 
 @dataclass(frozen=True)
 class TensorJob:
-    """A tensor, an update that is applied to it first, and what to do with the result."""
+    """A tensor, an update that is applied to it first, and what to do with the result.
+
+    ``refined`` are the quantized tensors to write, by the names ``weight``, ``scales`` and ``biases``, where
+    they were chosen better than by rounding.
+    """
 
     tensor: TensorPlan
     action: TensorAction = field(default_factory=TensorAction)
     update: Update | None = None
+    refined: Mapping[str, mx.array] | None = None
 
     @property
     def outputs(self) -> list[Output]:
@@ -249,7 +263,10 @@ def run_block(job: TensorJob, start: int, stop: int, errors: ErrorSums) -> list[
         _check_result(value, job)
         errors.add(source, value)
         return [to_raw(value)]
-    parts = quantize(source, q, value.dtype)
+    if job.refined is None:
+        parts = quantize(source, q, value.dtype)
+    else:
+        parts = {name: part.reshape(-1, part.shape[-1])[start:stop] for name, part in job.refined.items()}
     result = mx.dequantize(
         parts["weight"], parts["scales"], parts.get("biases"), q.group_size, q.bits, q.mode
     )

@@ -1,0 +1,211 @@
+"""The quantize stage with rows: which weights are kept, that they are what is written, and continuing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from helpers.small_chain import RecordedProgress, make_context
+
+from mlx_distill.distill.quantization_error import QuantizationError, quantization_error
+from mlx_distill.errors import ConfigError, Interrupted
+from mlx_distill.graph import graph
+from mlx_distill.models.load import load_model
+from mlx_distill.models.quantize import quantize_into
+from mlx_distill.models.refined import Refined
+from mlx_distill.recipe import load_recipe
+from mlx_distill.runtime import StopFlag
+from mlx_distill.stages import refined_candidates
+from mlx_distill.stages.context import Context
+from mlx_distill.stages.quantize import quantize
+from mlx_distill.stages.refined_candidates import best_candidate, passes
+from mlx_distill.stages.refinement import Refinement, _open_bench, refine_student
+from mlx_distill.storage import sha256, write_json
+
+GOOD, BAD_ANSWERS, WORSE = (0.01, 0.001, 0), (0.01, 0.0041, 0), (0.03, 0.001, 0)
+BEFORE, FLIPPED = (0.02, 0.002, 1), (0.01, 0.001, 2)
+
+
+def error(figures: tuple[float, float, int]) -> QuantizationError:
+    return QuantizationError(*figures, tokens=100, answer_tokens=10, rows=4, labelled=4)
+
+
+@pytest.mark.parametrize(
+    ("after", "passed"),
+    [(GOOD, True), (BAD_ANSWERS, False), (WORSE, False), (FLIPPED, False), (BEFORE, False)],
+)
+def test_the_gate(after: tuple[float, float, int], passed: bool) -> None:
+    assert passes(error(BEFORE), error(after)) is passed
+
+
+def tiny_context(run: Path, *overrides: str) -> Context:
+    recipe = load_recipe("tiny", overrides)
+    return Context(recipe, recipe.load_task(), run, RecordedProgress(), StopFlag())
+
+
+@dataclass
+class StandIn:
+    """Of the student and the rows: each candidate has a given error."""
+
+    context: Any
+    errors: Mapping[str, tuple[float, float, int]]
+    calibration: tuple[int, ...] = (1, 2)
+
+    def error(self, quantizations: Any, refined: Any = None) -> QuantizationError:
+        return error(self.errors[refined["m"].name if refined else "rounding"])
+
+
+@dataclass(frozen=True)
+class Named:
+    name: str
+
+
+@pytest.mark.parametrize(
+    ("asked", "distill", "calibrate", "weighted", "kept"),
+    [
+        ("distill", GOOD, GOOD, None, "distill"),
+        ("distill", BAD_ANSWERS, GOOD, None, "calibrate"),
+        ("distill", FLIPPED, WORSE, GOOD, "weighted scales"),
+        ("calibrate", None, GOOD, None, "calibrate"),
+        ("calibrate", None, WORSE, GOOD, "weighted scales"),
+        ("calibrate", None, WORSE, FLIPPED, "rounding"),
+        ("none", None, None, None, "rounding"),
+    ],
+)
+def test_the_first_of_the_candidates_that_passes_is_kept(
+    asked: str, distill: Any, calibrate: Any, weighted: Any, kept: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    errors = {"rounding": BEFORE, "distill": distill, "calibrate": calibrate, "weighted scales": weighted}
+    monkeypatch.setattr(
+        refined_candidates,
+        "_candidate",
+        lambda bench, name, *_: refined_candidates.Candidate(
+            name,
+            {"m": Named(name)},  # type: ignore[dict-item]
+            error(errors[name]),
+            1.0,
+        ),
+    )
+    bench: Any = StandIn(tiny_context(Path(), f"quantize.refine={asked}"), errors)
+    refined, facts = best_candidate(bench, Path(), {})
+    assert facts["kept"] == kept
+    assert (refined["m"].name if refined else "rounding") == kept  # type: ignore[union-attr]
+    tried = {one["name"]: one for one in facts["candidates"]}
+    assert set(tried) == {name for name, figures in errors.items() if figures is not None}
+    assert tried["rounding"]["kl"] == BEFORE[0]
+    notes = bench.context.progress.notes
+    assert len(notes) == len(tried) and sum(note.endswith(", kept") for note in notes) == 1
+
+
+def written(context: Any, folder: Path) -> tuple[dict[str, Any], Any]:
+    folder.mkdir()
+    facts = quantize(context, folder)
+    return facts, load_model(folder, dtype="float32")[0]
+
+
+@pytest.mark.slow
+def test_what_is_written_is_what_was_measured(tmp_path: Path) -> None:
+    context = make_context()
+    facts, model = written(context, tmp_path / "q")
+    told = facts["refinement"]
+    assert told["asked"] == "calibrate" and told["calibration_rows"] == 8
+    assert told["bits_per_weight"] == pytest.approx(facts["bits_per_weight"], abs=1e-3)
+    before, after = told["candidates"][0], next(c for c in told["candidates"] if c["name"] == told["kept"])
+    bench = _open_bench(context, tmp_path / "q")
+    assert bench is not None
+    measured = quantization_error(bench.reference, model, bench.held_out, labels=bench.labels)
+    assert measured.kl == pytest.approx(after["kl"], rel=1e-3)
+    assert measured.answer_kl == pytest.approx(after["answer_kl"], rel=1e-2, abs=1e-6)
+    assert after["kl"] <= before["kl"]
+    names = [point["mode"] for point in told["curve"]]
+    assert names == ["affine3", "affine4", "affine5"]
+    assert told["curve"][1]["kl"] == pytest.approx(before["kl"], rel=1e-3)
+    assert set(told["sensitivity"]["kl"]) and told["held_out"]["rows"] == len(bench.held_out)
+    assert any("memory about" in note for note in context.progress.notes)
+
+
+@pytest.mark.slow
+def test_none_writes_what_rounding_without_rows_writes(tmp_path: Path) -> None:
+    context = make_context("quantize.refine=none")
+    (tmp_path / "q").mkdir()
+    facts = quantize(context, tmp_path / "q")
+    assert "refinement" not in facts
+    quantize_into(context.run / "student", tmp_path / "plain", "affine4")
+    files = [path.name for path in (tmp_path / "plain").glob("model*.safetensors")]
+    assert files and all(sha256(tmp_path / "q" / n) == sha256(tmp_path / "plain" / n) for n in files)
+
+
+@pytest.mark.slow
+def test_a_budget_of_bits_gives_modules_different_modes(tmp_path: Path) -> None:
+    facts, model = written(
+        make_context("quantize.refine=none", "quantize.bits_per_weight=4.7"), tmp_path / "q"
+    )
+    told = facts["refinement"]
+    assert told["kept"] == "rounding" and facts["bits_per_weight"] <= 4.7
+    assert facts["bits_per_weight"] == pytest.approx(told["chosen_bits_per_weight"], abs=1e-4)
+    modules = dict(model.named_modules())
+    assert len({modules[path].bits for path in told["chosen"]}) > 1
+    for path, mode in told["chosen"].items():
+        assert f"affine{modules[path].bits}" == mode
+    assert len(told["curve"]) == 5
+
+
+@pytest.mark.slow
+def test_a_stage_that_was_killed_while_it_calibrated_goes_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context()
+    (tmp_path / "whole").mkdir()
+    expected = refine_student(context, tmp_path / "whole")
+    made: list[str] = []
+    save = refined_candidates.save_refined
+
+    def save_some(folder: Path, path: str, refined: Refined, *, latent: bool) -> None:
+        if len(made) == 4:
+            raise Interrupted("killed")
+        made.append(path)
+        save(folder, path, refined, latent=latent)
+
+    (tmp_path / "killed").mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(refined_candidates, "save_refined", save_some)
+        with pytest.raises(Interrupted):
+            refine_student(context, tmp_path / "killed")
+    again: list[str] = []
+
+    def counted(folder: Path, path: str, refined: Refined, *, latent: bool) -> None:
+        again.append(path)
+        save(folder, path, refined, latent=latent)
+
+    monkeypatch.setattr(refined_candidates, "save_refined", counted)
+    found = refine_student(context, tmp_path / "killed")
+    assert not set(again) & set(made)
+    same(found, expected)
+
+
+def same(found: Refinement, expected: Refinement) -> None:
+    assert found.facts["refinement"]["kept"] == expected.facts["refinement"]["kept"]
+    assert (found.refined is None) == (expected.refined is None)
+    for path, one in (expected.refined or {}).items():
+        for name, part in one.parts.items():
+            assert mx.array_equal(found.refined[path].parts[name], part)  # type: ignore[index]
+
+
+def test_an_adapter_beside_the_base_is_rounded_without_rows_and_says_so(tmp_path: Path) -> None:
+    context = tiny_context(tmp_path, "quantize.adapter=keep")
+    for name in ("adapter_config.json", "adapters.safetensors"):
+        write_json(tmp_path / "student" / name, {})
+    assert refine_student(context, tmp_path).refined is None
+    assert isinstance(context.progress, RecordedProgress)
+    assert "adapter is kept" in context.progress.notes[0]
+
+
+@pytest.mark.parametrize("override", ["quantize.refine=distill", "quantize.bits_per_weight=4.5"])
+def test_what_needs_the_merged_student_is_refused_with_an_adapter_beside_the_base(override: str) -> None:
+    recipe = load_recipe("tiny", ["quantize.adapter=keep", override])
+    with pytest.raises(ConfigError, match="merged student"):
+        graph(recipe, recipe.load_task())
