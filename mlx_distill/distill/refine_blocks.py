@@ -33,6 +33,7 @@ from mlx_distill.distill.refine_training import (
     train_settings,
 )
 from mlx_distill.models.architectures.registry import module_names
+from mlx_distill.models.calibrate import dequantized
 from mlx_distill.models.forward import compute_dtype, get_module, hidden_states
 from mlx_distill.models.grid_layers import grid_layers, packed_grid_layer
 from mlx_distill.models.modules import unquantized_like
@@ -119,18 +120,6 @@ def _block_of(path: str, prefix: str) -> int | None:
     """The number of the block that a module is in; None for the embedding and the head."""
     number = path.removeprefix(f"{prefix}.").split(".")[0]
     return int(number) if path.startswith(f"{prefix}.") and number.isdigit() else None
-
-
-def _values(parts: Mapping[str, mx.array], q: Quantization, dtype: mx.Dtype) -> mx.array:
-    return mx.dequantize(
-        parts["weight"],
-        parts["scales"],
-        parts.get("biases"),
-        group_size=q.group_size,
-        bits=q.bits,
-        mode=q.mode,
-        dtype=dtype,
-    )
 
 
 @dataclass(frozen=True)
@@ -238,7 +227,10 @@ def _refined(parts: Mapping[str, dict[str, mx.array]], own: Mapping[str, Quantiz
     """The tensors, with the values on the grid in place of the latent weights, which are not kept: they are
     not computed before they are used.
     """
-    return {path: Refined(found, _values(found, own[path], mx.float32)) for path, found in parts.items()}
+    return {
+        path: Refined(found, dequantized(Refined(found, found["weight"]), own[path]))
+        for path, found in parts.items()
+    }
 
 
 class Blocks:
@@ -356,7 +348,7 @@ def _dequantize_into(
     """Replace modules by unquantized ones that hold the values of quantized tensors, in place."""
     modules = dict(model.named_modules())
     layers = [
-        (path, unquantized_like(modules[path], _values(found.parts, quantizations[path], dtype)))
+        (path, unquantized_like(modules[path], dequantized(found, quantizations[path]).astype(dtype)))
         for path, found in parts.items()
     ]
     model.update_modules(tree_unflatten(layers))

@@ -131,13 +131,15 @@ def dequantized_weight(module: Any, expert: int | None = None) -> Float[mx.array
         array = module.get(name)
         return array if array is None or expert is None else array[expert]
 
-    scales = part("scales")
+    scales, biases = part("scales"), part("biases")
     if scales is None:
         return part("weight").astype(mx.float32)
+    if biases is not None:  # the affine modes compute in the type of their scales, whatever dtype says
+        scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)
     return mx.dequantize(
         part("weight"),
         scales,
-        part("biases"),
+        biases,
         group_size=module.group_size,
         bits=module.bits,
         mode=module.mode,

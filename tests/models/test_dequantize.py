@@ -13,7 +13,7 @@ from mlx_distill.config import ASSETS
 from mlx_distill.models.adapters import LoraSettings, add_lora
 from mlx_distill.models.convert import convert
 from mlx_distill.models.load import load, load_model
-from mlx_distill.models.modules import dequantize_model
+from mlx_distill.models.modules import dequantize_model, dequantized_weight
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.train import make_trainable
 from mlx_distill.train.preflight import check_model
@@ -89,3 +89,14 @@ def test_a_dequantized_embedding_can_be_trained(method: str, golden: Any, tmp_pa
     dequantize_model(model)
     make_trainable(model, settings)
     assert "weight" in model.model.embed_tokens.trainable_parameters()
+
+
+def test_a_dequantized_weight_is_computed_in_float32_whatever_the_type_of_the_scales() -> None:
+    layer = nn.Linear(64, 8, bias=False)
+    layer.weight = layer.weight.astype(mx.bfloat16)
+    found = dequantized_weight(layer.to_quantized(64, 4))
+    words, scales, biases = mx.quantize(layer.weight, 64, 4)
+    exact = mx.dequantize(words, scales.astype(mx.float32), biases.astype(mx.float32), 64, 4)
+    assert mx.array_equal(found, exact).item()
+    # If MLX does so by itself one day, dequantized_weight need not.
+    assert not mx.array_equal(mx.dequantize(words, scales, biases, 64, 4, dtype=mx.float32), exact).item()
