@@ -32,7 +32,9 @@ def quantized_layer(
     q = quantization
     layer = module.to_quantized(q.group_size, q.bits, mode=q.mode)
     for name, value in parts.items():
-        layer[name] = value
+        # As a model is loaded in the type that it computes in: with other scales the products are less exact.
+        is_float = mx.issubdtype(value.dtype, mx.floating)
+        layer[name] = value.astype(module.weight.dtype) if is_float else value
     layer.freeze()
     if not dequantize:
         return layer

@@ -167,7 +167,7 @@ def test_a_stage_that_was_killed_while_it_calibrated_goes_on_to_the_same_bits(
     def save_some(folder: Path, path: str, refined: Refined, *, latent: bool) -> None:
         if len(made) == 4:
             raise Interrupted("killed")
-        made.append(path)
+        made.append(f"{folder.name}/{path}")
         save(folder, path, refined, latent=latent)
 
     (tmp_path / "killed").mkdir()
@@ -178,7 +178,7 @@ def test_a_stage_that_was_killed_while_it_calibrated_goes_on_to_the_same_bits(
     again: list[str] = []
 
     def counted(folder: Path, path: str, refined: Refined, *, latent: bool) -> None:
-        again.append(path)
+        again.append(f"{folder.name}/{path}")
         save(folder, path, refined, latent=latent)
 
     monkeypatch.setattr(refined_candidates, "save_refined", counted)
