@@ -82,9 +82,10 @@ def setup(name: str, folder: Path | None = None) -> Setup:
 
     default = Path(tempfile.gettempdir()) / "mlx-distill-quantization"
     folder = folder or Path(os.environ.get("MLX_DISTILL_SETUP", default))
-    for command in _COMMANDS:
-        run("tiny", folder, only=command)
     model = folder / {"tiny-qwen3": "teacher", "tiny-gpt-oss": "student"}[name]
+    if not (model / "manifest.json").is_file():  # a finished one stays, whichever version has trained it
+        for command in _COMMANDS:
+            run("tiny", folder, only=command)
     tokenizer, task = load_tokenizer(model), load_recipe("tiny").load_task()
     return Setup(name, model, tokenizer, task, find_label_trie(tokenizer, task))
 
