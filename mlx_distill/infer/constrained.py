@@ -343,11 +343,14 @@ class AnswerConstraint:
         for token in tokens:
             if self.done or not self.allows(token):
                 return False
-            self.accept(token)
+            try:
+                self.accept(token)
+            except ModelError:  # llguidance gave up
+                return False
         return True
 
 
-def fill_masks(constraints: Sequence[Any], mask: Int32[np.ndarray, "b w"]) -> None:
+def fill_masks(constraints: Sequence[Any], mask: Int32[np.ndarray, "b w"]) -> dict[int, ModelError]:
     """Fill the mask of each row's next token, in place: bit ``v % 32`` of word ``v // 32`` is set where token
     ``v`` is allowed.
 
@@ -355,9 +358,11 @@ def fill_masks(constraints: Sequence[Any], mask: Int32[np.ndarray, "b w"]) -> No
         constraints: An :class:`AnswerConstraint` a row, or None, which allows all.
         mask: C-contiguous, of at least as many columns as the grammars' tables.
 
-    Raises:
-        ModelError: llguidance gave up on the grammar of a row.
+    Returns:
+        The errors of the rows that llguidance gave up on, whose masks allow all. An answer that went on under
+        such a mask would not be one of the grammar: it is to be ended.
     """
+    errors: dict[int, ModelError] = {}
     matchers = []
     for row, constraint in enumerate(constraints):
         if constraint is None:
@@ -378,13 +383,16 @@ def fill_masks(constraints: Sequence[Any], mask: Int32[np.ndarray, "b w"]) -> No
         fill_next_token_bitmask_par(_executor(), matchers, mask)
     for matcher, row in matchers:
         if matcher.is_error():
-            raise ModelError(
-                f"no mask for row {row}: {_line(matcher.get_error())}",
+            mask[row] = _ALL
+            errors[row] = ModelError(
+                f"the grammar of the answer has no next token: {_line(matcher.get_error())}",
                 fix="make the schema simpler, or decode without the grammar (--no-constrain)",
             )
+            continue
         constraint = constraints[row]
         if constraint is not None and constraint.may_open:
             mask[row] |= constraint.grammar.table.bits(constraint.may_open)
+    return errors
 
 
 @lru_cache(maxsize=1)

@@ -12,7 +12,7 @@ served.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
-from mlx_distill.errors import ConfigError
+from mlx_distill.errors import ConfigError, DistillError
 from mlx_distill.infer.channels import AnswerStart, channels_of
 from mlx_distill.infer.kv_cache import Caches, select
 from mlx_distill.infer.prefill import PromptReader, PromptRow
@@ -191,7 +191,7 @@ class Engine:
         events = self._read()
         if self._logits is not None:
             events += self._call_hooks(self._logits)
-        inputs = self._join(None if self._logits is None else self._choose(self._logits))
+        inputs = self._join(None if self._logits is None else self._choose(self._logits, events))
         self._logits = None
         if inputs is not None:
             self._logits = self.model(inputs[:, None], cache=self._caches)[:, -1, :]
@@ -292,15 +292,17 @@ class Engine:
                     row.hook_output = output, at
         return events
 
-    def _choose(self, logits: Float[mx.array, "b v"]) -> Integer[mx.array, " _"] | None:
-        """Choose the rows' next tokens, and keep the rows that go on: their inputs, None if there is none."""
+    def _choose(self, logits: Float[mx.array, "b v"], events: list[Event]) -> Integer[mx.array, " _"] | None:
+        """Choose the rows' next tokens, and keep the rows that go on: their inputs, None if there is none.
+        Rows whose constraints fail are ended: they are added to the events.
+        """
         rows = self._rows
         temperatures = [0.0 if row.leaves else row.request.temperature for row in rows]
         uniforms = [0.0] * len(rows)
         for place, row in enumerate(rows):
             if row.uniforms is not None and not row.leaves:
                 uniforms[place] = float(row.uniforms[row.chosen])
-        tokens = choose(self._allowed_only(logits), temperatures, uniforms)
+        tokens = choose(self._allowed_only(logits, events), temperatures, uniforms)
         for row in rows:
             row.chosen += 1
         self._chosen = list(rows), tokens
@@ -316,13 +318,14 @@ class Engine:
         self._rows = [rows[place] for place in keep]
         return tokens[index]
 
-    def _allowed_only(self, logits: Float[mx.array, "b v"]) -> Float[mx.array, "b v"]:
+    def _allowed_only(self, logits: Float[mx.array, "b v"], events: list[Event]) -> Float[mx.array, "b v"]:
         """The logits with minus infinity where a token may not be chosen: in some rows, or in all."""
         width = logits.shape[-1]
         constraints = [None if row.leaves else row.request.constraint for row in self._rows]
         if any(constraint is not None for constraint in constraints):
             masks = np.full((len(constraints), -(-width // 32)), -1, dtype=np.int32)
-            self._fill_masks(constraints, masks)
+            errors = self._fill_masks(constraints, masks)
+            events += [self._fail(self._rows[place], error) for place, error in errors.items()]
             if self._used is not None:
                 if self._used_words is None:
                     self._used_words = _words(self._used, width)
@@ -382,10 +385,10 @@ def _padded(used: Bool[np.ndarray, " u"], width: int) -> Bool[np.ndarray, "1 v"]
     return out
 
 
-def _fill_masks(constraints: Sequence[Any], masks: Int[np.ndarray, "b w"]) -> None:
+def _fill_masks(constraints: Sequence[Any], masks: Int[np.ndarray, "b w"]) -> Mapping[int, Exception]:
     from mlx_distill.infer.constrained import fill_masks
 
-    fill_masks(constraints, masks)
+    return fill_masks(constraints, masks)
 
 
 def _detokenizer(tokenizer: Any) -> Any:
@@ -412,6 +415,7 @@ def generate(
     prefill_step_size: int = 1024,
     prefix_cache_tokens: int = 8192,
     kv_bits: int | None = None,
+    keep_failed: bool = False,
 ) -> list[Generation]:
     """The model's answer to each prompt.
 
@@ -433,6 +437,8 @@ def generate(
         prefill_step_size: As for :class:`Engine`.
         prefix_cache_tokens: As for :class:`Engine`.
         kv_bits: As for :class:`Engine`.
+        keep_failed: Answer the others where a constraint or the hook of one raises a ``DistillError``: its
+            generation has it as ``error``. False raises it.
 
     Returns:
         One :class:`Generation` a prompt, in the prompts' order.
@@ -473,11 +479,16 @@ def generate(
     done = 0
     while engine.busy:
         for event in engine.step():
-            if isinstance(event, Failed):
-                raise event.error
+            if isinstance(event, TokenEvent):
+                continue
+            place = places[event.request_id]
             if isinstance(event, Finished):
-                out[places[event.request_id]] = event.generation
-                done += 1
-                if on_done is not None:
-                    on_done(done)
+                out[place] = event.generation
+            elif keep_failed and isinstance(event.error, DistillError):
+                out[place] = Generation("", (), len(prompts[place]), "error", 0.0, error=event.error)
+            else:
+                raise event.error
+            done += 1
+            if on_done is not None:
+                on_done(done)
     return [generation for generation in out if generation is not None]

@@ -198,7 +198,8 @@ def generate_answers(
         seed: Of sampled answers.
         label_probs: Read the distribution over the labels too, from the logits of the generation where the
             answer begins as the schema has it.
-        constrain: Let the model write only what fits the task's schema.
+        constrain: Let the model write only what fits the task's schema. An answer whose grammar fails has an
+            error instead, and the others are answered.
         on_done: Called with the number of items answered so far.
     """
     prefix = label_prefix_tokens(tokenizer, task) if label_probs else None
@@ -215,6 +216,7 @@ def generate_answers(
         on_done=on_done,
         constraints=None if grammar is None else [grammar.constraint(prompt) for prompt in prompts],
         logits_hook=label_hook(model, prefix) if prefix else None,
+        keep_failed=True,
     )
 
 
@@ -320,6 +322,8 @@ def read_answer(
     generation: Generation, schema: Mapping[str, Any]
 ) -> tuple[dict[str, Any] | None, str | None]:
     """A generated answer, parsed strictly: the answer and None, or None and the reason in one line."""
+    if generation.error is not None:
+        return None, str(generation.error)
     answer, error = parse_answer(generation.text, schema)
     if error and generation.finish == "length":
         error = f"cut after {len(generation.tokens)} tokens: {error}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -10,7 +10,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float
 
-from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.errors import ConfigError, DataError, DistillError
 from mlx_distill.infer.kv_cache import Caches
 from mlx_distill.models.token_ids import check_token_ids
 
@@ -38,7 +38,8 @@ class Constraint(Protocol):
         """Take the next token, also those of thinking."""
 
 
-FillMasks = Callable[[Sequence[Constraint | None], np.ndarray], None]
+# Fills the masks of the rows in place, and returns the errors of the rows whose constraints gave up.
+FillMasks = Callable[[Sequence[Constraint | None], np.ndarray], Mapping[int, Exception]]
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ class Generation:
     ``text`` is the answer's, without thinking and without the stop token; ``tokens`` are all that were
     generated but the stop token, the answer's from ``answer_start`` on; ``prompt_tokens`` counts the
     prompt's; ``finish`` is ``stop`` (a stop token came) or ``length`` (``max_tokens`` were reached);
-    ``seconds`` its share of the wall time, which those that were computed at the same time divide among them;
+    ``error``, of :func:`~mlx_distill.infer.engine.generate` with ``keep_failed``, is why it has no answer
+    (``finish`` is ``error`` then); ``seconds`` its share of the wall time, which those that were computed at the same time divide among them;
     ``hook_output`` what the logits hook returned for it, or None; ``thinking`` the text of what precedes the
     answer; ``first_token_seconds`` the time from its submission to its first token.
     """
@@ -87,6 +89,7 @@ class Generation:
     thinking: str = ""
     answer_start: int = 0
     first_token_seconds: float = 0.0
+    error: DistillError | None = None
 
 
 class TokenEvent(NamedTuple):

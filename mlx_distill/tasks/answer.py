@@ -14,7 +14,7 @@ from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.tasks.schema import validator_of
 
 _LONGEST_ERROR = 200
-CUT, NOT_JSON, NOT_VALID = "cut", "not JSON", "does not fit the schema"
+CUT, NOT_JSON, NOT_VALID, FAILED = "cut", "not JSON", "does not fit the schema", "generation failed"
 """The kinds of reasons why a generated answer is not valid."""
 
 
@@ -205,4 +205,5 @@ def _short(text: str) -> str:
 
 def error_kind(finish: str, error: str) -> str:
     """The kind of reason why a generated answer is not valid: for counts of such answers."""
-    return CUT if finish == "length" else NOT_JSON if error.startswith("not JSON") else NOT_VALID
+    kinds = {"length": CUT, "error": FAILED}
+    return kinds.get(finish) or (NOT_JSON if error.startswith("not JSON") else NOT_VALID)

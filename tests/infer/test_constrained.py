@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,10 +11,12 @@ from helpers import tokenizer_kinds
 from helpers.schemas import random_schema
 
 from mlx_distill.data.chat import answer_ids, prompt_ids, stop_ids
+from mlx_distill.data.rows import to_item
 from mlx_distill.errors import ModelError
-from mlx_distill.infer.constrained import AnswerGrammar, fill_masks
+from mlx_distill.infer.analyze import Analyzer
+from mlx_distill.infer.constrained import AnswerConstraint, AnswerGrammar, fill_masks
 from mlx_distill.infer.engine import generate
-from mlx_distill.infer.predict import predict, predict_both
+from mlx_distill.infer.predict import item_prompt, predict, predict_both
 from mlx_distill.infer.sampling import allow_tokens
 from mlx_distill.losses.token_bytes import token_bytes
 from mlx_distill.models.forward import head_columns
@@ -271,6 +274,63 @@ def test_a_token_that_the_mask_forbids_is_an_error(chatml: Any) -> None:
     constraint = AnswerGrammar(chatml, SCHEMA, WIDTH).constraint()
     with pytest.raises(ModelError, match="does not continue the answer"):
         constraint.accept(answer_ids(chatml, "Sure")[0])
+
+
+class GivesUp(AnswerConstraint):
+    """Llguidance's error, where it is asked for the mask of the third token."""
+
+    def accept(self, token: int) -> None:
+        super().accept(token)
+        self.count = getattr(self, "count", 0) + 1
+        if self.count == 2:
+            assert not self.matcher.consume_token(self.grammar.table.end) and self.matcher.is_error()
+
+
+def make_grammar(asked: set[tuple[int, ...]]) -> Any:
+    """A function like ``task_grammar``, whose constraints give up behind some prompts."""
+
+    class Grammar(AnswerGrammar):
+        def constraint(self, prompt: Sequence[int] = (), *, thinking: bool = False) -> AnswerConstraint:
+            constraint = super().constraint(prompt, thinking=thinking)
+            if tuple(prompt) in asked:
+                constraint.__class__ = GivesUp
+            return constraint
+
+    return lambda model, tokenizer, task: Grammar(tokenizer, task.schema, head_columns(model))
+
+
+@pytest.mark.slow
+def test_a_grammar_that_gives_up_is_the_error_of_its_row(
+    model: Any, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    task = load_task("moderation")
+    items = [{"text": f"The soup is cold, {number}."} for number in range(4)]
+    settings: dict[str, Any] = {"max_tokens": 24, "batch_size": 4}
+    wanted = predict(model, tokenizer, task, items, constrain=True, **settings)
+    bad = tuple(item_prompt(tokenizer, to_item(items[2], task)))
+    monkeypatch.setattr("mlx_distill.infer.predict.task_grammar", make_grammar({bad}))
+    analyzer = Analyzer((model, tokenizer), task, **settings)
+    both = predict_both(model, tokenizer, task, items, **settings)
+    got = [other or own for own, other in both]
+    for answers in (
+        predict(model, tokenizer, task, items, constrain=True, **settings),
+        analyzer.analyze(items),
+        got,
+    ):
+        assert [p.answer for p in answers[:2] + answers[3:]] == [p.answer for p in wanted[:2] + wanted[3:]]
+        assert answers[2].answer is None and answers[2].error_kind == "generation failed"
+        assert "no next token" in str(answers[2].error) and answers[2].id == wanted[2].id
+    assert sum(p.answer is not None for p in wanted) > 1
+    constraint = make_grammar({bad})(model, tokenizer, task).constraint(bad)
+    with pytest.raises(ModelError, match="no next token"):
+        generate(
+            model,
+            tokenizer,
+            [list(bad)],
+            max_tokens=9,
+            stop=set(stop_ids(tokenizer)),
+            constraints=[constraint],
+        )
 
 
 def test_thinking_is_free_and_the_answer_behind_it_is_not(chatml: Any) -> None:

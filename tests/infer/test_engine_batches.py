@@ -115,13 +115,13 @@ def test_a_shared_beginning_is_computed_once() -> None:
 
 
 class Only:
-    """A constraint: even tokens alone, and an error behind ``fails`` of them."""
+    """A constraint: even tokens alone, and an error behind ``fails`` of them, or no mask behind ``gives_up``."""
 
     done = False
 
-    def __init__(self, fails: int = 99) -> None:
+    def __init__(self, fails: int = 99, gives_up: int = 99) -> None:
         self.seen: list[int] = []
-        self.fails = fails
+        self.fails, self.gives_up = fails, gives_up
 
     def accept(self, token: int) -> None:
         self.seen.append(token)
@@ -129,11 +129,15 @@ class Only:
             raise ValueError("no more")
 
 
-def fill_even(constraints: Sequence[Any], masks: np.ndarray) -> None:
+def fill_even(constraints: Sequence[Any], masks: np.ndarray) -> dict[int, Exception]:
     assert (masks == -1).all()
-    for constraint, mask in zip(constraints, masks, strict=True):
+    errors: dict[int, Exception] = {}
+    for row, (constraint, mask) in enumerate(zip(constraints, masks, strict=True)):
         if constraint is not None:
             mask[:] = 0x55555555
+            if len(constraint.seen) >= constraint.gives_up:
+                errors[row] = ValueError("no mask")
+    return errors
 
 
 def test_constrained_rows_stand_among_others() -> None:
@@ -159,7 +163,7 @@ def test_constrained_rows_stand_among_others() -> None:
 
 def test_an_error_of_one_request_leaves_the_others(kind: str) -> None:
     model = make_cached_model("qwen3" if kind == "chatml" else "gpt_oss")
-    prompts = make_prompts(5, 9, 3)
+    prompts = make_prompts(5, 9, 3, 4)
 
     def fail(logits: mx.array, caches: Any) -> mx.array:
         raise ValueError("no hook")
@@ -168,11 +172,12 @@ def test_an_error_of_one_request_leaves_the_others(kind: str) -> None:
     engine.submit(Request(prompts[0], 8, constraint=Only(fails=3)))
     engine.submit(Request(prompts[1], 8))
     engine.submit(Request(prompts[2], 8, logits_hook=LogitsHook(2, fail)))
+    engine.submit(Request(prompts[3], 8, constraint=(gives_up := Only(gives_up=2))))
     events = []
     while engine.busy:
         events += engine.step()
     failed = {event.request_id: str(event.error) for event in events if isinstance(event, Failed)}
-    assert failed == {0: "no more", 2: "no hook"}
+    assert failed == {0: "no more", 2: "no hook", 3: "no mask"} and len(gives_up.seen) == 2
     (finished,) = (event for event in events if isinstance(event, Finished))
     assert list(finished.generation.tokens) == alone(model, prompts[1], 8)
 
