@@ -10,6 +10,7 @@ import numpy as np
 
 from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.data.rows import Item, to_item
+from mlx_distill.errors import ConfigError
 from mlx_distill.infer.constrained import task_grammar
 from mlx_distill.infer.engine import Generation, LogitsHook, generate
 from mlx_distill.infer.kv_cache import Caches
@@ -95,7 +96,16 @@ def predict_both(
         max_prompt_tokens: Longer prompts are not read.
         constrain: False generates free answers alone.
         **settings: The other arguments of :func:`answer_prompts`.
+
+    Raises:
+        DataError, ConfigError: as :func:`predict`.
+        ConfigError: ``constrain`` and a temperature: a sampled answer is none under the grammar.
     """
+    if constrain and settings.get("temperature"):
+        raise ConfigError(
+            f"temperature {settings['temperature']}: free and constrained answers are compared greedily",
+            fix="leave out temperature, or constrain=False",
+        )
 
     def answer(
         items: Sequence[Item], prompts: Sequence[Sequence[int]]

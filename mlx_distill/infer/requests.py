@@ -75,9 +75,10 @@ class Generation:
     generated but the stop token, the answer's from ``answer_start`` on; ``prompt_tokens`` counts the
     prompt's; ``finish`` is ``stop`` (a stop token came) or ``length`` (``max_tokens`` were reached);
     ``error``, of :func:`~mlx_distill.infer.engine.generate` with ``keep_failed``, is why it has no answer
-    (``finish`` is ``error`` then); ``seconds`` its share of the wall time, which those that were computed at the same time divide among them;
-    ``hook_output`` what the logits hook returned for it, or None; ``thinking`` the text of what precedes the
-    answer; ``first_token_seconds`` the time from its submission to its first token.
+    (``finish`` is ``error`` then); ``seconds`` its share of the wall time, which those that were computed at
+    the same time divide among them; ``hook_output`` what the logits hook returned for it, or None;
+    ``thinking`` the text of what precedes the answer; ``first_token_seconds`` the time from its submission to
+    its first token.
     """
 
     text: str

@@ -12,7 +12,7 @@ from helpers.schemas import random_schema
 
 from mlx_distill.data.chat import answer_ids, prompt_ids, stop_ids
 from mlx_distill.data.rows import to_item
-from mlx_distill.errors import ModelError
+from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.infer.analyze import Analyzer
 from mlx_distill.infer.constrained import AnswerConstraint, AnswerGrammar, fill_masks
 from mlx_distill.infer.engine import generate
@@ -207,6 +207,16 @@ def test_an_answer_that_the_grammar_allows_is_not_generated_again(model: Any, ch
     prompt = prompts_of(chatml, 1)[0]
     tokens, _ = constrained_greedy(model, prompt, grammar, 20)
     assert grammar.allows(tokens[:3], prompt, whole=False) and not grammar.allows(tokens[:3], prompt)
+
+
+def test_sampled_answers_are_not_taken_for_those_of_the_grammar(model: Any, tokenizer: Any) -> None:
+    task, rows = load_task("moderation"), [{"text": "The soup is cold."}]
+    with pytest.raises(ConfigError, match=r"temperature 0\.5"):
+        predict_both(model, tokenizer, task, rows, max_tokens=2, temperature=0.5)
+    ((free, other),) = predict_both(
+        model, tokenizer, task, rows, max_tokens=2, temperature=0.5, constrain=False, label_probs=False
+    )
+    assert other is None and free.tokens == 2
 
 
 def test_masks_of_rows_with_several_schemas_are_those_of_each_alone(chatml: Any) -> None:

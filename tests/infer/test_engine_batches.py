@@ -115,7 +115,7 @@ def test_a_shared_beginning_is_computed_once() -> None:
 
 
 class Only:
-    """A constraint: even tokens alone, and an error behind ``fails`` of them, or no mask behind ``gives_up``."""
+    """Even tokens alone; behind ``fails`` of them an error, behind ``gives_up`` no mask."""
 
     done = False
 
