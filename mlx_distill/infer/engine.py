@@ -469,9 +469,8 @@ def generate(
         )
         for number, prompt in enumerate(prompts)
     ]
-    rows = embedding_rows(model)
     for number, request in enumerate(requests):
-        check_request(request, rows, tokenizer, f"prompt {number}")
+        check_request(request, embedding_rows(model), tokenizer, f"prompt {number}")
     # Prompts of similar length are read together.
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     places = {engine.submit(requests[i]): i for i in order}
