@@ -34,6 +34,20 @@ class DataError(DistillError):
     """A row, a file of rows or a split that cannot be used."""
 
 
+class NotFiniteError(DataError):
+    """A training whose loss, gradient or weights became NaN or infinite.
+
+    Args:
+        message: What is wrong and where.
+        reason: The same without the paths of files.
+        fix: How to fix it.
+    """
+
+    def __init__(self, message: str, *, reason: str, fix: str | None = None) -> None:
+        super().__init__(message, fix=fix)
+        self.reason = reason
+
+
 class ModelError(DistillError):
     """A checkpoint, a tokenizer or an adapter that cannot be used."""
 

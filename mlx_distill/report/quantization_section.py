@@ -55,6 +55,10 @@ def _summary(facts: Mapping[str, Any]) -> str:
 def _candidates(facts: Mapping[str, Any]) -> Html:
     rows: list[TableRow] = []
     for one in facts["candidates"]:
+        if "failed" in one:
+            cells = [number_cell(NONE)] * 3 + [_time(one), el("span", one["failed"])]
+            rows.append((_NAMES[one["name"]], cells, None))
+            continue
         flips = f"{one['flips']} of {one['labelled']}" if one["labelled"] else NONE
         kept = one["name"] == facts["kept"]
         tried = "passed" if one["passed"] else "failed"
@@ -63,7 +67,7 @@ def _candidates(facts: Mapping[str, Any]) -> Html:
             number_cell(_nats(one["kl"])),
             number_cell(_nats(one["answer_kl"])),
             number_cell(flips),
-            number_cell(duration(one["seconds"], page=True) if one["seconds"] else NONE),
+            _time(one),
             el("span", verdict),
         ]
         rows.append((_NAMES[one["name"]], cells, "best" if kept else None))
@@ -76,6 +80,10 @@ def _candidates(facts: Mapping[str, Any]) -> Html:
     return table(caption, heads, rows, class_="cost")
 
 
+def _time(one: Mapping[str, Any]) -> Html:
+    return number_cell(duration(one["seconds"], page=True) if one["seconds"] else NONE)
+
+
 def _chart(facts: Mapping[str, Any]) -> Html | None:
     """The divergence over the bits a weight: rounding in each mode, and the candidates."""
     curve: Sequence[Mapping[str, Any]] = facts.get("curve", ())
@@ -83,7 +91,7 @@ def _chart(facts: Mapping[str, Any]) -> Html | None:
     own = [
         (facts["bits_per_weight"], 1000 * one["kl"], one["name"])
         for one in facts["candidates"]
-        if one["kl"] > 0 and (one["name"] != "rounding" or facts.get("chosen"))
+        if one.get("kl", 0) > 0 and (one["name"] != "rounding" or facts.get("chosen"))
     ]
     if len(points) < 2:
         return None

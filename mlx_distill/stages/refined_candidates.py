@@ -4,6 +4,7 @@ on disk while the stage runs.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -12,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_distill.errors import NotFiniteError
 from mlx_distill.stages.context import Facts, check_stop, content_of
 from mlx_distill.storage import atomic_path, digest, os_errors, read_json, scratch, write_json
 from mlx_distill.text import counted
@@ -31,24 +33,33 @@ Maker = Callable[["Bench", Path, Mapping[str, "Quantization"]], Iterable[tuple[s
 
 @dataclass(frozen=True)
 class Candidate:
-    """Quantized weights of every module (None: by rounding), their error, and the seconds that they took."""
+    """Quantized weights of every module (None: by rounding), their error, and the seconds that they took.
+
+    A candidate that could not be made or measured has no error; ``failed`` says why.
+    """
 
     name: str
     refined: Parts | None
-    error: QuantizationError
+    error: QuantizationError | None
     seconds: float
+    failed: str | None = None
+
+    def to_dict(self, passed: bool) -> Facts:
+        """For the manifest."""
+        figures = self.error.to_dict() if self.error else {"failed": self.failed}
+        return {"name": self.name, **figures, "passed": passed, "seconds": round(self.seconds, 3)}
 
 
-def passes(before: QuantizationError, after: QuantizationError) -> bool:
+def passes(before: QuantizationError, after: QuantizationError | None) -> bool:
     """The gate: the divergence falls over all tokens, rises by at most 0.002 nats a token over the answers',
-    and no more labels are flipped.
+    and no more labels are flipped. What could not be measured does not pass.
 
     >>> from mlx_distill.distill.quantization_error import QuantizationError
     >>> before, after = (QuantizationError(kl, 0.001, 1, 100, 10, 2, 2) for kl in (0.03, 0.02))
     >>> passes(before, after), passes(after, before)
     (True, False)
     """
-    return (
+    return after is not None and (
         after.kl < before.kl
         and after.answer_kl <= before.answer_kl + ANSWER_TOLERANCE
         and after.flips <= before.flips
@@ -66,15 +77,16 @@ def best_candidate(
         quantizations: Of each module.
     """
     settings = bench.context.recipe.quantize
-    made = [Candidate(ROUNDING, None, bench.error(quantizations), 0.0)]
+    rounded = bench.error(quantizations)
+    made = [Candidate(ROUNDING, None, rounded, 0.0)]
     kept = made[0]
     if settings.refine != "none":
         made += _refined(bench, folder, quantizations)
-        passed = [one for one in reversed(made[1:]) if passes(made[0].error, one.error)]
+        passed = [one for one in reversed(made[1:]) if passes(rounded, one.error)]
         if not passed:
             weighted = partial(_calibrated, feedback=False)
             made.append(_candidate(bench, WEIGHTED, folder, quantizations, weighted))
-            passed = [made[-1]] if passes(made[0].error, made[-1].error) else []
+            passed = [made[-1]] if passes(rounded, made[-1].error) else []
         kept = passed[0] if passed else made[0]
     for one in made:
         bench.context.progress.note(f"quantize: {one.name}: {_line(one)}{', kept' if one is kept else ''}")
@@ -83,21 +95,15 @@ def best_candidate(
         "kept": kept.name,
         "calibration_rows": len(bench.calibration) if settings.refine != "none" else 0,
         "answer_tolerance": ANSWER_TOLERANCE,
-        "candidates": [
-            {
-                "name": one.name,
-                **one.error.to_dict(),
-                "passed": one is not made[0] and passes(made[0].error, one.error),
-                "seconds": round(one.seconds, 3),
-            }
-            for one in made
-        ],
+        "candidates": [one.to_dict(one is not made[0] and passes(rounded, one.error)) for one in made],
     }
     return kept.refined, facts
 
 
 def _line(one: Candidate) -> str:
     error = one.error
+    if error is None:
+        return f"not used: {one.failed}"
     flips = f", {error.flips} of {counted(error.labelled, 'label')} flipped" if error.labelled else ""
     return f"KL {error.kl:.5f}, of the answers {error.answer_kl:.5f} nats a token{flips}"
 
@@ -114,7 +120,9 @@ def _refined(bench: Bench, folder: Path, quantizations: Mapping[str, Quantizatio
 def _candidate(
     bench: Bench, name: str, folder: Path, quantizations: Mapping[str, Quantization], make: Maker
 ) -> Candidate:
-    """Make a candidate, module by module, or read what an interrupted run has made of it; measure it."""
+    """Make a candidate, module by module, or read what an interrupted run has made of it; measure it. One
+    whose training diverges has no error.
+    """
     place = scratch(folder) / name.replace(" ", "-")
     key = digest({path: q.config for path, q in quantizations.items()})
     index = place / "done.json"
@@ -122,12 +130,23 @@ def _candidate(
         began = time.perf_counter()
         # What the weights were rounded from is four bytes a weight, and only distill begins there.
         latent = bench.context.recipe.quantize.refine == DISTILL and name == CALIBRATE
-        for path, one in make(bench, place, quantizations):
-            save_refined(place, path, one, latent=latent)
-            check_stop(bench.context)
-        write_json(index, {"key": key, "seconds": time.perf_counter() - began})
+        failed = None
+        try:
+            for path, one in make(bench, place, quantizations):
+                save_refined(place, path, one, latent=latent)
+                check_stop(bench.context)
+        except NotFiniteError as error:
+            failed = f"its training diverged: {error.reason} (lower quantize.refine_learning_rate)"
+        write_json(index, {"key": key, "seconds": time.perf_counter() - began, "failed": failed})
+    done = read_json(index)
+    if done["failed"]:
+        return Candidate(name, None, None, done["seconds"], done["failed"])
     refined = {path: _read_refined(place, path) for path in quantizations}
-    return Candidate(name, refined, bench.error(quantizations, refined), read_json(index)["seconds"])
+    measured = bench.error(quantizations, refined)
+    if not math.isfinite(measured.kl + measured.answer_kl):
+        failed = "its divergence from the unquantized student is not a number"
+        return Candidate(name, None, None, done["seconds"], failed)
+    return Candidate(name, refined, measured, done["seconds"])
 
 
 def save_refined(folder: Path, path: str, refined: Refined, *, latent: bool = True) -> None:
@@ -193,23 +212,20 @@ def _calibrated(
 def _distilled(
     bench: Bench, folder: Path, quantizations: Mapping[str, Quantization], start: Parts
 ) -> Iterator[tuple[str, Refined]]:
-    """Weights trained towards the unquantized student; the model is consumed and loaded again."""
+    """Weights trained towards the unquantized student."""
     from mlx_distill.distill.refine import RefineSettings, refine
 
     context = bench.context
     settings = context.recipe.quantize
-    try:
-        refined = refine(
-            bench.model,
-            quantizations,
-            start,
-            [answer.tokens for answer in bench.calibration],
-            folder=folder / "training",
-            identity=content_of(context.run / "student"),
-            settings=RefineSettings(steps=settings.refine_steps, learning_rate=settings.refine_learning_rate),
-            progress=context.progress,
-            stop=context.stop,
-        )
-    finally:
-        bench.model = bench.load()
+    refined = refine(
+        bench.model,
+        quantizations,
+        start,
+        [answer.tokens for answer in bench.calibration],
+        folder=folder / "training",
+        identity=content_of(context.run / "student"),
+        settings=RefineSettings(steps=settings.refine_steps, learning_rate=settings.refine_learning_rate),
+        progress=context.progress,
+        stop=context.stop,
+    )
     yield from refined.items()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -54,7 +54,6 @@ class Bench:
 
     Attributes:
         model: The student, its adapter merged.
-        load: Loads it again.
         calibration: Rows to fit to.
         held_out: Rows to measure on, and what they are.
         reference: The unquantized student's outputs on them.
@@ -63,7 +62,6 @@ class Bench:
 
     context: Context
     model: Any
-    load: Callable[[], Any]
     calibration: Sequence[TokenizedAnswer]
     held_out: Sequence[TokenizedAnswer]
     held_out_from: str
@@ -153,19 +151,15 @@ def _open_bench(context: Context, folder: Path) -> Bench | None:
     if not calibration or not held_out:
         return None
 
-    def load() -> Any:
-        model, _ = load_merged(student, dtype=recipe.compute_dtype or "bfloat16")
-        if recipe.dequantize:
-            dequantize_model(model, recipe.compute_dtype or "bfloat16")
-        return model
-
-    model, began = load(), time.perf_counter()
+    model, _ = load_merged(student, dtype=recipe.compute_dtype or "bfloat16")
+    if recipe.dequantize:
+        dequantize_model(model, recipe.compute_dtype or "bfloat16")
+    began = time.perf_counter()
     reference = reference_outputs(model, held_out, labels=labels, folder=scratch(folder) / "reference")
     seconds = time.perf_counter() - began
     return Bench(
         context,
         model,
-        load,
         calibration,
         held_out,
         source,

@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_distill.errors import DataError
+from mlx_distill.errors import NotFiniteError
 from mlx_distill.records import Batch
 from mlx_distill.storage import atomic_path, write_json
 from mlx_distill.train import checkpoint
@@ -49,8 +49,8 @@ def stop_on_nan(
         updated: Whether weights were updated before the norm was known.
 
     Raises:
-        DataError: always, naming the rows of the micro-batches whose loss is not finite, or all rows where
-            only the gradient is not.
+        NotFiniteError: always, naming the rows of the micro-batches whose loss is not finite, or all rows
+            where only the gradient is not.
     """
     bad = [i for i, loss in enumerate(result.losses) if not math.isfinite(loss)] or list(range(len(window)))
     rows = sorted({row for i in bad for row in window[i].rows})
@@ -73,9 +73,10 @@ def stop_on_nan(
     what = "loss" if not math.isfinite(result.loss) else "gradient"
     shown = ", ".join(map(str, rows[:_ROWS_SHOWN])) + (", ..." if len(rows) > _ROWS_SHOWN else "")
     left = "the last checkpoint is intact" if updated else "the weights are those of the step before"
-    raise DataError(
+    raise NotFiniteError(
         f"step {step}: the {what} is not a number (rows {shown or 'unknown'}); "
         f"the batch is in {folder / name}.safetensors",
+        reason=f"the {what} of step {step} is not a number",
         fix=f"check those rows, or lower the learning rate; {left}",
     )
 
@@ -85,7 +86,7 @@ def check_weights(model: nn.Module, folder: Path, step: int) -> None:
     can exceed the range of a 16-bit type.
 
     Raises:
-        DataError: naming the first such parameter.
+        NotFiniteError: naming the first such parameter.
     """
     for path, weight in tree_flatten(model.trainable_parameters()):
         if not mx.isfinite(weight).all().item():
@@ -96,11 +97,12 @@ def stop_on_weights(folder: Path, step: int, what: str) -> NoReturn:
     """End a run whose weights already hold numbers that are not finite.
 
     Raises:
-        DataError: always, saying which checkpoint is intact.
+        NotFiniteError: always, saying which checkpoint is intact.
     """
     last = checkpoint.latest(folder / "checkpoints")
     left = f"the checkpoint {last} is intact" if last else "there is no checkpoint yet"
-    raise DataError(f"after step {step} {what}", fix=f"lower the learning rate and start again; {left}")
+    told = f"after step {step} {what}"
+    raise NotFiniteError(told, reason=told, fix=f"lower the learning rate and start again; {left}")
 
 
 _INCREASE = 1.05  # ratio of two losses that is more than the noise of the rows' order

@@ -72,6 +72,12 @@ def test_why_nothing_was_kept(run: tuple[Path, dict[str, Any]]) -> None:
     assert "nothing that was fitted to 128 training rows passed the gate" in text and "failed" in text
 
 
+def test_a_training_that_diverged_is_said_in_the_table(run: tuple[Path, dict[str, Any]]) -> None:
+    failed = {"name": "distill", "failed": "its training diverged", "passed": False, "seconds": 3.0}
+    text = page_of(run, make_facts(candidates=[*make_facts()["candidates"], failed]))
+    assert "its training diverged" in text and "kept" in text
+
+
 def test_chosen_modes_stand_in_the_table(run: tuple[Path, dict[str, Any]]) -> None:
     chosen = {"model.embed_tokens": "affine5", "model.layers.0.q": "affine3"}
     text = page_of(run, make_facts(chosen=chosen))

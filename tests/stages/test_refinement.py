@@ -16,6 +16,7 @@ from mlx_distill.errors import ConfigError, Interrupted
 from mlx_distill.graph import graph
 from mlx_distill.models.load import load_model
 from mlx_distill.models.quantize import quantize_into
+from mlx_distill.models.quantized_modules import quantized_layer, replaced_layers
 from mlx_distill.models.refined import Refined
 from mlx_distill.recipe import load_recipe
 from mlx_distill.runtime import StopFlag
@@ -27,6 +28,12 @@ from mlx_distill.stages.refinement import Refinement, _open_bench, refine_studen
 from mlx_distill.storage import sha256, write_json
 
 GOOD, BAD_ANSWERS, WORSE = (0.01, 0.001, 0), (0.01, 0.0041, 0), (0.03, 0.001, 0)
+DIVERGING = (
+    "quantize.mode=mxfp4",
+    "quantize.refine=distill",
+    "quantize.refine_steps=3",
+    "quantize.refine_learning_rate=3e38",
+)
 BEFORE, FLIPPED = (0.02, 0.002, 1), (0.01, 0.001, 2)
 
 
@@ -70,6 +77,8 @@ class Named:
         ("distill", GOOD, GOOD, None, "distill"),
         ("distill", BAD_ANSWERS, GOOD, None, "calibrate"),
         ("distill", FLIPPED, WORSE, GOOD, "weighted scales"),
+        ("distill", "diverged", GOOD, None, "calibrate"),
+        ("distill", "diverged", WORSE, WORSE, "rounding"),
         ("calibrate", None, GOOD, None, "calibrate"),
         ("calibrate", None, WORSE, GOOD, "weighted scales"),
         ("calibrate", None, WORSE, FLIPPED, "rounding"),
@@ -86,8 +95,9 @@ def test_the_first_of_the_candidates_that_passes_is_kept(
         lambda bench, name, *_: refined_candidates.Candidate(
             name,
             {"m": Named(name)},  # type: ignore[dict-item]
-            error(errors[name]),
+            error(errors[name]) if isinstance(errors[name], tuple) else None,
             1.0,
+            errors[name] if isinstance(errors[name], str) else None,
         ),
     )
     bench: Any = StandIn(tiny_context(Path(), f"quantize.refine={asked}"), errors)
@@ -97,6 +107,7 @@ def test_the_first_of_the_candidates_that_passes_is_kept(
     tried = {one["name"]: one for one in facts["candidates"]}
     assert set(tried) == {name for name, figures in errors.items() if figures is not None}
     assert tried["rounding"]["kl"] == BEFORE[0]
+    assert tried.get("distill", {}).get("failed") == (distill if isinstance(distill, str) else None)
     notes = bench.context.progress.notes
     assert len(notes) == len(tried) and sum(note.endswith(", kept") for note in notes) == 1
 
@@ -126,6 +137,59 @@ def test_what_is_written_is_what_was_measured(tmp_path: Path) -> None:
     assert told["curve"][1]["kl"] == pytest.approx(before["kl"], rel=1e-3)
     assert set(told["sensitivity"]["kl"]) and told["held_out"]["rows"] == len(bench.held_out)
     assert any("memory about" in note for note in context.progress.notes)
+
+
+@pytest.mark.slow
+def test_a_distilled_student_is_written_as_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(refined_candidates, "passes", lambda before, after: True)
+    context, folder = make_context("quantize.refine=distill", "quantize.refine_steps=3"), tmp_path / "q"
+    folder.mkdir()
+    made = refine_student(context, folder)
+    bench = _open_bench(context, folder)
+    assert bench is not None and made.refined is not None and made.quantizations is not None
+    told = made.facts["refinement"]
+    assert told["kept"] == "distill"
+    assert [one["name"] for one in told["candidates"]] == ["rounding", "calibrate", "distill"]
+    calibrated, distilled = told["candidates"][1:]
+    assert distilled["kl"] != calibrated["kl"]
+    modules = dict(bench.model.named_modules())
+    layers = {
+        path: quantized_layer(modules[path], q, made.refined[path].parts)
+        for path, q in made.quantizations.items()
+    }
+    row = mx.array([bench.held_out[0].tokens])
+    with replaced_layers(bench.model, layers):
+        expected = bench.model(row)
+        mx.eval(expected)
+    quantize(context, folder)  # goes on from what is in the scratch folder
+    model = load_model(folder, dtype="float32")[0]
+    assert mx.allclose(model(row), expected, atol=1e-4).item()
+    measured = quantization_error(bench.reference, model, bench.held_out, labels=bench.labels)
+    assert measured.kl == pytest.approx(distilled["kl"], rel=1e-3)
+
+
+@pytest.mark.slow
+def test_a_training_that_diverges_is_a_candidate_that_is_not_kept(tmp_path: Path) -> None:
+    context = make_context(*DIVERGING)
+    facts, model = written(context, tmp_path / "q")
+    told = facts["refinement"]
+    tried = {one["name"]: one for one in told["candidates"]}
+    assert told["kept"] in tried and told["kept"] != "distill"
+    assert not tried["distill"]["passed"] and "not a number" in tried["distill"]["failed"]
+    assert any(
+        note.startswith("quantize: distill: not used: its training diverged")
+        for note in context.progress.notes
+    )
+    # What was measured afterwards was measured on the student as it was before.
+    bench = _open_bench(context, tmp_path / "q")
+    assert bench is not None
+    measured = quantization_error(bench.reference, model, bench.held_out, labels=bench.labels)
+    assert measured.kl == pytest.approx(tried[told["kept"]]["kl"], rel=1e-3)
+    # An interrupted stage does not train it again.
+    again = refine_student(make_context(*DIVERGING), tmp_path / "q")
+    assert again.facts["refinement"]["candidates"] == told["candidates"]
 
 
 @pytest.mark.slow
