@@ -320,3 +320,29 @@ def test_exit_codes(runner: Any, tmp_path: Path, model: Path, task: str) -> None
     assert "2 of them invalid: 2 cut (first 0: cut after 1 tokens" in result.stderr.splitlines()[-1]
     piped = runner.invoke(cli, ["analyze", str(model), "-", *arguments[3:]], input=rows.read_bytes())
     assert piped.stdout == result.stdout
+
+
+@pytest.mark.slow
+def test_labels_are_scored_as_the_flags_say(runner: Any, tmp_path: Path, model: Path) -> None:
+    rows, out = write_rows(tmp_path / "rows.jsonl", 3), tmp_path / "out.jsonl"
+    listed = {**TASK, "system": "Which of {colour:options}?"}
+    (tmp_path / "task.yaml").write_text(json.dumps(listed), encoding="utf-8")
+    arguments = ["analyze", str(model), str(rows), "--task", str(tmp_path / "task.yaml")]
+    found = []
+    for flags, options in (
+        ([], {}),
+        (["--normalize", "bytes", "--shuffle-options", "3"], {"normalize": "bytes", "shuffle_options": 3}),
+        (["--normalize", "string"], {"normalize": "string"}),
+    ):
+        result = runner.invoke(cli, [*arguments, "--labels-only", "--out", str(out), *flags])
+        assert result.exit_code == 0 and "is finished" not in result.stderr, result.output
+        wanted = md.classify(model, parse_task(listed, "task.yaml"), read(rows), **options)
+        got = [row["probabilities"] for row in read(out)]
+        assert got == [pytest.approx(one.probabilities, abs=1e-6) for one in wanted]
+        found.append(got)
+    assert found[0] != found[1] != found[2] != found[0]
+    again = ["--labels-only", "--out", str(out), "--normalize", "string", "--shuffle-options", "1"]
+    assert "is finished" in runner.invoke(cli, [*arguments, *again]).stderr
+    wrong = runner.invoke(cli, [*arguments, "--normalize", "none", "--shuffle-options", "2"])
+    assert wrong.exit_code == 2
+    assert "--normalize and --shuffle-options: only with --labels-only" in wrong.stderr
