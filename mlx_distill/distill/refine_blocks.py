@@ -15,7 +15,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +32,9 @@ from mlx_distill.distill.refine_training import (
     started,
     train_settings,
 )
-from mlx_distill.models.architectures.registry import module_names
+from mlx_distill.models.blocks import Blocks
 from mlx_distill.models.calibrate import dequantized
-from mlx_distill.models.forward import compute_dtype, get_module, hidden_states
+from mlx_distill.models.forward import compute_dtype
 from mlx_distill.models.grid_layers import grid_layers, packed_grid_layer
 from mlx_distill.models.modules import unquantized_like
 from mlx_distill.models.quantization import Quantization
@@ -70,7 +70,9 @@ def refine_blocks(
     A finished block is kept in ``folder/blocks``; the one that a kill interrupted goes on from its
     checkpoint.
     """
-    blocks, dtype = Blocks(student, rows, _AT_ONCE), compute_dtype(student)
+    blocks, dtype = Blocks(student), compute_dtype(student)
+    padded = PaddedRows(blocks, rows, _AT_ONCE)
+    blocks.check(mx.array(padded.tokens([0])))
     key = digest(
         [run_identity(identity, quantizations), [list(map(int, row)) for row in rows], settings.keyed()]
     )
@@ -81,18 +83,18 @@ def refine_blocks(
         for path, block in inside.items()
         if block is None
     }
-    plain, facts = blocks.embedded(), []
+    plain, facts = padded.embedded(), []
     with (
         _own_modules_at_the_end(student, quantizations),
         progress.task("refine", total=len(blocks) * settings.steps, unit="step") as bar,
     ):
         _dequantize_into(student, results, quantizations, dtype)
-        hidden = blocks.embedded()
+        hidden = padded.embedded()
         for block in range(len(blocks)):
-            target = blocks.outputs(block, plain)
+            target = padded.outputs(block, plain)
             own = {path: quantizations[path] for path, at in inside.items() if at == block}
             if own:
-                data = _BlockData(blocks, block, hidden, target, settings)
+                data = _BlockData(padded, block, hidden, target, settings)
 
                 def show(row: dict[str, Any], done: int = block * settings.steps) -> None:
                     bar.update(done + row["step"], loss=row["loss"])
@@ -104,7 +106,7 @@ def refine_blocks(
                 facts.append(read_json(place.with_suffix(".json")))
                 _dequantize_into(student, found, quantizations, dtype)
                 results |= found
-            hidden, plain = blocks.outputs(block, hidden), target
+            hidden, plain = padded.outputs(block, hidden), target
             bar.update((block + 1) * settings.steps)
     summary = {
         "steps": settings.steps,
@@ -126,7 +128,7 @@ def _block_of(path: str, prefix: str) -> int | None:
 class _BlockData:
     """What a block learns from: of each row the hidden states that it gets, and those that it should give."""
 
-    blocks: Blocks
+    padded: PaddedRows
     block: int
     hidden: Sequence[mx.array]
     target: Sequence[mx.array]
@@ -134,16 +136,16 @@ class _BlockData:
 
     def batch(self, chosen: Sequence[int]) -> Batch:
         """Some rows; there is a target at every real token."""
-        tokens = mx.array(self.blocks.tokens(chosen))
+        tokens = mx.array(self.padded.tokens(chosen))
         extra = {
-            "hidden": self.blocks.padded(self.hidden, chosen),
-            "target": self.blocks.padded(self.target, chosen),
+            "hidden": self.padded.padded(self.hidden, chosen),
+            "target": self.padded.padded(self.target, chosen),
         }
-        return Batch(tokens, tokens, mx.array(self.blocks.mask(chosen)), tuple(chosen), extra)
+        return Batch(tokens, tokens, mx.array(self.padded.mask(chosen)), tuple(chosen), extra)
 
     def batches(self, identity: str) -> RowBatches:
         """The stream of training batches."""
-        lengths = [len(row) for row in self.blocks.rows]
+        lengths = [len(row) for row in self.padded.rows]
         return RowBatches(
             lengths, self.batch, self.settings.batch_size, self.settings.seed, identity=identity
         )
@@ -153,8 +155,8 @@ class _BlockData:
         total, count = 0.0, len(self.hidden)
         for first in range(0, count, _AT_ONCE):
             batch = self.batch(range(first, min(first + _AT_ONCE, count)))
-            total += squared_errors(self.blocks.run(self.block, batch.extra["hidden"]), batch).item()
-        return total / sum(len(row) for row in self.blocks.rows)
+            total += squared_errors(self.padded.blocks.run(self.block, batch.extra["hidden"]), batch).item()
+        return total / sum(len(row) for row in self.padded.rows)
 
 
 def _train_block(
@@ -168,7 +170,8 @@ def _train_block(
     stop: StopFlag | None,
 ) -> dict[str, Refined]:
     """Train the latent weights of one block; its tensors, which are kept in a file too."""
-    layer, prefix = data.blocks.trunk.layers[data.block], f"{data.blocks.prefix}.{data.block}."
+    blocks = data.padded.blocks
+    layer, prefix = blocks.layers[data.block], f"{blocks.prefix}.{data.block}."
     modules = dict(layer.named_modules())
     weights = {
         path.removeprefix(prefix): grid_weight(
@@ -183,7 +186,7 @@ def _train_block(
         result = train(
             layer,
             data.batches(key),
-            block_objective(data.blocks, data.block, error),
+            block_objective(blocks, data.block, error),
             grid_optimizer(weights, settings),
             train_settings(settings),
             folder=place,
@@ -233,51 +236,25 @@ def _refined(parts: Mapping[str, dict[str, mx.array]], own: Mapping[str, Quantiz
     }
 
 
-class Blocks:
-    """The blocks of a model, each of which can be run on its own.
+class PaddedRows:
+    """The rows of a refinement in batches of blocks' hidden states: right-padded, to few widths.
 
     Args:
-        model: mlx-lm's: a trunk that has ``layers``, whose first argument and result are hidden states.
+        blocks: Of the model.
         rows: Token ids.
         batch_size: Rows of a forward pass.
     """
 
-    def __init__(self, model: Any, rows: Sequence[Sequence[int]], batch_size: int) -> None:
-        names = module_names(model)
-        self.model, self.rows, self.batch_size = model, rows, batch_size
-        self.trunk, self.prefix = get_module(model, names.trunk), f"{names.trunk}.layers"
-        self._calls: dict[int, list[_Call]] = {}
-
-    def __len__(self) -> int:
-        return len(self.trunk.layers)
-
-    def _call(self, width: int, block: int) -> _Call:
-        """What the trunk passes to a block besides the hidden states, for sequences of ``width`` tokens."""
-        if width not in self._calls:
-            with _recorded(self.trunk) as recorders:
-                hidden_states(self.model, mx.zeros((1, width), mx.int32))
-            self._calls[width] = [replace(recorder.call, hidden=None) for recorder in recorders]
-        return self._calls[width][block]
-
-    def run(self, block: int, hidden: mx.array) -> mx.array:
-        """The output of a block for padded hidden states ``[b, l, d]``."""
-        call = self._call(hidden.shape[1], block)
-        output: mx.array = self.trunk.layers[block](hidden, *call.args, **call.kwargs)
-        return output
+    def __init__(self, blocks: Blocks, rows: Sequence[Sequence[int]], batch_size: int) -> None:
+        self.blocks, self.rows, self.batch_size = blocks, rows, batch_size
 
     def embedded(self) -> list[mx.array]:
         """The hidden states ``[l, d]`` that the first block gets, of each row."""
-
-        def embed(chosen: Sequence[int]) -> mx.array:
-            with _recorded(self.trunk) as recorders:
-                hidden_states(self.model, mx.array(self.tokens(chosen)))
-            return recorders[0].call.hidden
-
-        return self._by_row(embed)
+        return self._by_row(lambda chosen: self.blocks.embedded(mx.array(self.tokens(chosen))))
 
     def outputs(self, block: int, hidden: Sequence[mx.array]) -> list[mx.array]:
         """The block's output of each row."""
-        return self._by_row(lambda chosen: self.run(block, self.padded(hidden, chosen)))
+        return self._by_row(lambda chosen: self.blocks.run(block, self.padded(hidden, chosen)))
 
     def tokens(self, chosen: Sequence[int]) -> np.ndarray:
         """Some rows, right-padded with token 0."""
@@ -310,36 +287,6 @@ class Blocks:
             mx.eval(own)
             out.update(zip(chosen, own, strict=True))
         return [out[row] for row in range(len(self.rows))]
-
-
-class _Recorder(nn.Module):
-    """Stands for a block: keeps what it is called with, and returns the hidden states as they are."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.call: Any = None
-
-    def __call__(self, hidden: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self.call = _Call(hidden, args, kwargs)
-        return hidden
-
-
-@dataclass(frozen=True)
-class _Call:
-    hidden: mx.array | None
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@contextmanager
-def _recorded(trunk: Any) -> Iterator[list[Any]]:
-    """Inside, the blocks of a trunk are recorders."""
-    layers = trunk.layers
-    trunk.layers = [_Recorder() for _ in layers]
-    try:
-        yield trunk.layers
-    finally:
-        trunk.layers = layers
 
 
 def _dequantize_into(

@@ -12,7 +12,7 @@ embedding that is not tied has no inputs to measure: it is not calibrated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -24,7 +24,8 @@ import numpy as np
 
 from mlx_distill.errors import DataError, ModelError
 from mlx_distill.models.architectures.registry import module_names
-from mlx_distill.models.forward import embedding_rows, get_module, is_tied
+from mlx_distill.models.blocks import Blocks
+from mlx_distill.models.forward import embedding_rows, is_tied
 from mlx_distill.models.gptq import DAMPING, gptq
 from mlx_distill.models.grids import find_scales, pack
 from mlx_distill.models.quantization import Quantization
@@ -118,15 +119,16 @@ def calibrate(
     names, modules = module_names(model), dict(model.named_modules())
     _check(modules, quantizations)
     head_path = names.embedding if is_tied(model) else names.head
-    blocks = _Blocks(model, names.trunk)
+    blocks, batches = Blocks(model), _batches(rows)
+    blocks.check(batches[0])
     options = _Options(quantizations, dtype, damping, feedback, finished)
     with (progress or NullProgress()).task("calibrate", total=len(blocks.layers) + 1, unit="block") as bar:
-        states = blocks.inputs(_batches(rows))
+        states = _evaluated(map(blocks.embedded, batches))
         for number, layer in enumerate(blocks.layers):
             inside = _paths_inside(layer, modules, quantizations)
             with _weights_restored(inside):
                 yield from _refine(inside, options, partial(_measured, blocks, number, states))
-                states = blocks.run(number, states)
+                states = _run(blocks, number, states)
             bar.update(number + 1)
         if head_path in quantizations:
             head = {head_path: modules[head_path]}
@@ -134,7 +136,7 @@ def calibrate(
                 yield from _refine(
                     head,
                     options,
-                    lambda missing: [(list(missing), blocks.head_statistics(states))],
+                    lambda missing: [(list(missing), _head_statistics(blocks, states))],
                     tied=is_tied(model),
                 )
         bar.update(len(blocks.layers) + 1)
@@ -185,11 +187,33 @@ Measured = list[tuple[list[str], "_Statistics"]]  # paths with the same inputs, 
 
 
 def _measured(
-    blocks: _Blocks, number: int, states: Sequence[mx.array], modules: Mapping[str, Any]
+    blocks: Blocks, number: int, states: Sequence[mx.array], modules: Mapping[str, Any]
 ) -> Measured:
     with _recorded(modules) as statistics:
-        blocks.run(number, states)
+        _run(blocks, number, states)
     return statistics
+
+
+def _head_statistics(blocks: Blocks, states: Sequence[mx.array]) -> _Statistics:
+    """The inputs of the output head."""
+    statistics = _Statistics()
+    for x in states:
+        statistics.add(blocks.finished(x))
+    return statistics
+
+
+def _run(blocks: Blocks, number: int, states: Sequence[mx.array]) -> list[mx.array]:
+    """The hidden states of all batches after a block."""
+    return _evaluated(blocks.run(number, x) for x in states)
+
+
+def _evaluated(states: Iterable[mx.array]) -> list[mx.array]:
+    """One batch after the other, so that no more than one is worked on at a time."""
+    out = []
+    for x in states:
+        mx.eval(x)
+        out.append(x)
+    return out
 
 
 def _refine(
@@ -309,79 +333,3 @@ def _subclassed(path: str, module: Any, record: Callable[..., None]) -> Iterator
         yield
     finally:
         module.__class__ = plain
-
-
-class _Stub:
-    """Stands for a block: keeps what it is called with, and returns given states or its input."""
-
-    def __init__(self, layer: Any, result: mx.array | None) -> None:
-        self._layer, self._result = layer, result
-        self.states: Any = None
-        self.arguments: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._layer, name)
-
-    def __call__(self, x: mx.array, *args: Any, **kwargs: Any) -> mx.array:
-        self.states, self.arguments = x, (args, kwargs)
-        return x if self._result is None else self._result
-
-
-class _Blocks:
-    """The blocks of a model, each run alone on the hidden states of all batches."""
-
-    def __init__(self, model: Any, trunk: str) -> None:
-        self.model, self.trunk = model, get_module(model, trunk)
-        self.layers = list(self.trunk.layers)
-        self.batches: list[mx.array] = []
-        self.arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]] = []
-
-    def _through(self, batch: mx.array, result: mx.array | None = None) -> tuple[mx.array, list[_Stub]]:
-        """The trunk with stubs for blocks, the last of which returns ``result``."""
-        stubs = [_Stub(layer, None) for layer in self.layers]
-        stubs[-1] = _Stub(self.layers[-1], result)
-        self.trunk.layers = stubs
-        try:
-            return self.trunk(batch), stubs
-        finally:
-            self.trunk.layers = self.layers
-
-    def inputs(self, batches: Sequence[mx.array]) -> list[mx.array]:
-        """The hidden states before the first block; checks that blocks alone compute what the model does."""
-        self.batches, states = list(batches), []
-        for batch in batches:
-            _, stubs = self._through(batch)
-            self.arguments.append([stub.arguments for stub in stubs])
-            states.append(stubs[0].states)
-        mx.eval(states)
-        self._check(states[:1])
-        return states
-
-    def _check(self, states: list[mx.array]) -> None:
-        for number in range(len(self.layers)):
-            states = self.run(number, states)
-        found = self._through(self.batches[0], states[0])[0].astype(mx.float32)
-        wanted = self.trunk(self.batches[0]).astype(mx.float32)
-        difference = mx.max(mx.abs(found - wanted)).item()
-        if not difference <= 1e-3 * mx.max(mx.abs(wanted)).item():
-            raise ModelError(
-                f"the blocks of {type(self.model).__name__} do not run one after another",
-                fix="refine: none",
-            )
-
-    def run(self, number: int, states: Sequence[mx.array]) -> list[mx.array]:
-        """The hidden states after a block."""
-        out = []
-        for place, x in enumerate(states):
-            args, kwargs = self.arguments[place][number]
-            y = self.layers[number](x, *args, **kwargs)
-            mx.eval(y)
-            out.append(y)
-        return out
-
-    def head_statistics(self, states: Sequence[mx.array]) -> _Statistics:
-        """The inputs of the output head."""
-        statistics = _Statistics()
-        for batch, x in zip(self.batches, states, strict=True):
-            statistics.add(self._through(batch, x)[0])
-        return statistics

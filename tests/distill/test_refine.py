@@ -16,13 +16,14 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.distill.quantization_error import quantization_error
 from mlx_distill.distill.refine import refine
-from mlx_distill.distill.refine_blocks import FACTS, Blocks
+from mlx_distill.distill.refine_blocks import FACTS, PaddedRows
 from mlx_distill.distill.refine_estimate import estimate_refine, predict_refine
 from mlx_distill.distill.refine_targets import student_targets
 from mlx_distill.distill.refine_training import RefineSettings, grid_weight, train_settings
 from mlx_distill.distill.teacher import TokenizedAnswer
 from mlx_distill.errors import DataError
 from mlx_distill.models.architectures.registry import build_model
+from mlx_distill.models.blocks import Blocks
 from mlx_distill.models.forward import hidden_states
 from mlx_distill.models.forward import logits as logits_of
 from mlx_distill.models.grid_layers import GridWeight, grid_layers
@@ -372,13 +373,14 @@ def test_published_experts_keep_their_bits(golden: Golden, tmp_path: Path) -> No
 def test_blocks_run_one_by_one_are_the_trunk(golden: Golden, model_name: str) -> None:
     model = loaded(golden, model_name)
     texts = [*rows(5), list(range(1, 50))]  # longer than the sliding window
-    blocks = Blocks(model, texts, 2)
-    hidden = blocks.embedded()
+    blocks = Blocks(model)
+    rows_of = PaddedRows(blocks, texts, 2)
+    hidden = rows_of.embedded()
     for block in range(len(blocks)):
-        hidden = blocks.outputs(block, hidden)
+        hidden = rows_of.outputs(block, hidden)
     for row, found in zip(texts, hidden, strict=True):
         expected = hidden_states(model, mx.array([row]))[0]
-        assert mx.allclose(model.model.norm(found), expected, atol=2e-5).item()
+        assert mx.allclose(blocks.finished(found[None])[0], expected, atol=2e-5).item()
 
 
 def test_a_block_is_trained_as_by_its_plain_twin(golden: Golden, tmp_path: Path) -> None:
