@@ -41,6 +41,16 @@ class Channels:
     header: tuple[int, ...] = ()
     final: tuple[int, ...] = ()
 
+    def is_final(self, header: Sequence[int]) -> bool:
+        """Whether a header is that of harmony's answer. Behind the channel a model may name the format of the
+        content: ``<|channel|>final <|constrain|>json<|message|>``.
+        """
+        channel, *_, message = self.final
+        if channel not in header or header[-1] != message:
+            return False
+        last = len(header) - 1 - list(reversed(header)).index(channel)
+        return tuple(header[last:][: len(self.final) - 1]) == self.final[:-1]
+
 
 def channels_of(tokenizer: Any) -> Channels | None:
     """How a tokenizer's models mark thinking; None for those that do not.
@@ -104,13 +114,16 @@ class AnswerStart:
     def _read_prompt(self, channels: Channels, prompt: list[int]) -> None:
         begin = max((place for place, token in enumerate(prompt) if token in channels.opens), default=-1)
         behind = prompt[begin:]
-        if begin < 0 or channels.closes in behind or (channels.final and _ends_with(prompt, channels.final)):
+        if begin < 0 or channels.closes in behind:
             return
+        self._state = "thinking"
+        if channels.final:
+            header = behind[: 1 + behind.index(channels.final[-1])] if channels.final[-1] in behind else []
+            if header and channels.is_final(header):
+                self._state = "first token" if header == behind else "answer"
+                return
+            self._state, self._header = ("thinking", []) if header else ("header", behind)
         self.start = None
-        if channels.final and channels.final[-1] not in behind:
-            self._state, self._header = "header", behind
-        else:
-            self._state = "thinking"
 
     def accept(self, token: int) -> None:
         """Take the next token."""
@@ -138,7 +151,7 @@ class AnswerStart:
             self.forced = self._rest(token)
             self._header.append(token)
             if token == channels.final[-1]:
-                final = _ends_with(self._header, channels.final)
+                final = channels.is_final(self._header)
                 self.start = self._count if final else None
                 self._state = "answer" if final else "thinking"
 
@@ -150,10 +163,6 @@ class AnswerStart:
         """Whether a stop token ends the generation here: the end of a message of thinking does not."""
         channels = self.channels
         return not (channels and channels.final and self.start is None and token == channels.closes)
-
-
-def _ends_with(tokens: Sequence[int], ending: Sequence[int]) -> bool:
-    return tuple(tokens[-len(ending) :]) == tuple(ending)
 
 
 def split_thinking(

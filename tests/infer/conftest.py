@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from helpers.cache_kinds import CONFIGS, make_cached_model
+from helpers.chat_families import FAMILIES, template
 from mlx.utils import tree_map
 
 import mlx_distill
@@ -72,8 +73,10 @@ def make_model(kind: str, vocabulary: int = 400) -> Any:
     return model.eval()
 
 
-def make_tokenizer(kind: str) -> Any:
-    """A byte-level BPE that splits words, as the genuine ones do."""
+def make_tokenizer(kind: str, family: str | None = None) -> Any:
+    """A byte-level BPE that splits words, as the genuine ones do; with the tokens and the chat template of a
+    family in tests/helpers, or the packaged ones.
+    """
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     with warnings.catch_warnings():
@@ -90,11 +93,17 @@ def make_tokenizer(kind: str) -> Any:
     core.train_from_iterator(
         TEXT, trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, show_progress=False)
     )
-    core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in SPECIALS[kind]])
+    specials = SPECIALS[kind]
+    if family is not None:
+        tokens = FAMILIES[family]
+        specials = list(dict.fromkeys([tokens.eos, *tokens.special, "<|endoftext|>", "<|constrain|>"]))
+        core.add_tokens([AddedToken(text, normalized=False) for text in tokens.ordinary])
+    core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in specials])
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=core, eos_token=SPECIALS[kind][0], pad_token="<|endoftext|>"
+        tokenizer_object=core, eos_token=specials[0], pad_token="<|endoftext|>"
     )
-    tokenizer.chat_template = (TEMPLATES / f"{kind}.jinja").read_text()
+    packaged = TEMPLATES / f"{kind}.jinja"
+    tokenizer.chat_template = packaged.read_text() if family is None else template(family)
     return tokenizer
 
 

@@ -80,6 +80,12 @@ def test_an_answer_that_begins_otherwise_is_followed(tokenizer: Any, kind: str) 
     assert split_thinking([*thinking, 65], channels, open_prompt(tokenizer)) == (thinking, [65])
     at_once = encode(tokenizer, "<|channel|>final<|message|>")
     assert split_thinking([*at_once, 65], channels, open_prompt(tokenizer)) == (at_once, [65])
+    formatted = encode(tokenizer, "<|channel|>final json<|message|>")  # the format of the content behind it
+    assert split_thinking([*formatted, 65], channels, open_prompt(tokenizer)) == (formatted, [65])
+    assert AnswerStart(channels, [*open_prompt(tokenizer), *formatted]).start == 0
+    within = AnswerStart(channels, [*open_prompt(tokenizer), *formatted, 65])
+    within.accept(66)
+    assert within.start == 0
 
 
 def test_the_end_of_a_message_of_thinking_does_not_end_the_generation(tokenizer: Any, kind: str) -> None:

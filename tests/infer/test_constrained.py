@@ -24,7 +24,7 @@ from mlx_distill.records import Message, Prediction
 from mlx_distill.tasks.answer import dump_answer, parse_answer
 from mlx_distill.tasks.task import load_task
 
-from .conftest import make_tokenizer
+from .conftest import make_model, make_tokenizer
 
 WIDTH = 400
 SCHEMA = {
@@ -368,6 +368,55 @@ def test_thinking_is_free_and_the_answer_behind_it_is_not(chatml: Any) -> None:
     assert not grammar.allows([begin, end, *answer], prompt)
     with pytest.raises(ModelError):
         grammar.constraint(prompt).accept(begin)
+
+
+HARMONY_ANALYSIS = "<|channel|>analysis<|message|>lovely {<|end|>"
+HARMONY_TOOL = "<|start|>assistant<|channel|>commentary to=functions.a<|message|>lovely<|end|>"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("family", "thinks", "more"),
+    [
+        ("harmony", HARMONY_ANALYSIS + "<|return|>", ""),  # wants to end at once
+        ("harmony", HARMONY_ANALYSIS + HARMONY_TOOL + "<|start|>assistant<|channel|>final<|message|>Hi", ""),
+        ("harmony", HARMONY_ANALYSIS, "<|start|>assistant<|channel|>final <|constrain|>json<|message|>Hi"),
+        ("harmony", "<|channel|>final <|constrain|>json<|message|>lovely", ""),
+        ("qwen3", "<think>\nlovely {\n</think><|im_end|>", ""),
+        ("qwen3", "<think>\nlovely {\n</think>\n\nHi", ""),
+        ("qwen3.5", "lovely {\n</think>\n\nHi", ""),
+        ("glm", "lovely {</think>Hi", ""),
+        ("nemotron", "lovely {\n</think><|im_end|>", ""),
+    ],
+)
+def test_a_model_that_thinks_first_goes_on_to_its_answer(family: str, thinks: str, more: str) -> None:
+    """A model that is made to write the text, where the grammar lets it."""
+    tokenizer = make_tokenizer("chatml", family)
+    inner = make_model("chatml", 500)
+    asked = [{"role": "user", "content": "hm"}]
+    text = tokenizer.apply_chat_template(asked, add_generation_prompt=True, tokenize=False)
+    if text.rstrip().endswith("</think>"):  # with thinking on these templates begin the block
+        text = text[: text.rindex("<think>") + len("<think>")]
+    prompt, said = (tokenizer.encode(part, add_special_tokens=False) for part in (text, thinks + more))
+
+    class Scripted:
+        layers, args = inner.layers, inner.args
+
+        def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+            logits = inner(tokens, cache=cache)
+            after = cache[0].offset[:, None, None] - len(prompt)
+            script = mx.array([*said, 0])[mx.clip(after, 0, len(said))]
+            return logits + 1e4 * (mx.arange(logits.shape[-1]) == script)
+
+    stop = stop_ids(tokenizer)
+    schema = {"type": "object", "properties": {"label": {"enum": ["hostile", "fine"]}}, "required": ["label"]}
+    grammar = AnswerGrammar(tokenizer, schema, 500, stop=stop)
+    constraint = grammar.constraint(prompt, thinking=True)
+    (answer,) = generate(
+        Scripted(), tokenizer, [prompt], max_tokens=120, stop=set(stop), constraints=[constraint]
+    )
+    assert answer.finish == "stop" and parse_answer(answer.text, schema)[1] is None, answer
+    assert "lovely" in answer.thinking or "constrain" in thinks and not answer.text.count("lovely")
 
 
 def test_harmony_is_constrained_in_its_final_channel() -> None:
