@@ -77,9 +77,9 @@ class Prediction:
     ``text`` is the generated text; ``answer`` the valid answer in it or None; ``error`` the reason why it is
     None; ``error_kind`` the kind of that reason, for counts; ``label`` the value of the task's label field in
     the answer; ``label_probs`` the model's distribution over the labels before it generates one;
-    ``latency_s`` the wall time of its batch divided by the batch's size; ``tokens`` the number of generated
-    tokens; ``cut`` what was left out of a prompt that was too long (``field``, ``removed_characters``,
-    ``removed_tokens``), or None.
+    ``latency_s`` its share of the wall time, divided among those that were computed at the same time;
+    ``tokens`` the number of generated tokens; ``cut`` what was left out of a prompt that was too long
+    (``field``, ``removed_characters``, ``removed_tokens``), or None.
     """
 
     id: str

@@ -101,6 +101,16 @@ def peak_memory() -> int:
     return int(mx.get_peak_memory())
 
 
+def active_memory() -> int:
+    """Memory of the arrays that are alive, in bytes; what nothing refers to any more is freed first."""
+    import gc
+
+    import mlx.core as mx
+
+    gc.collect()
+    return int(mx.get_active_memory())
+
+
 def reset_peak_memory() -> None:
     """Start a new measurement with :func:`peak_memory`."""
     import mlx.core as mx

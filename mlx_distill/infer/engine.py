@@ -363,8 +363,7 @@ class Engine:
 
     def _share_time(self) -> None:
         """Divide the time since the last step among the requests that were worked on."""
-        active = [row for row in self._rows if not row.ended]
-        active += [prompt.owner for prompt in self._reader.reading]
+        active = [row for row in (*self._rows, *self._reader.owners()) if not row.ended]
         share = self._elapsed() / max(1, len(active))
         for row in active:
             row.seconds += share

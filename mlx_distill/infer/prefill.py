@@ -77,6 +77,11 @@ class PromptReader:
         """Whether rows wait to be decoded."""
         return bool(self._ready)
 
+    def owners(self) -> Iterator[Any]:
+        """Whose prompts are being read, or are read and wait to be decoded."""
+        rows = chain(self.reading, *(rows for rows, _ in self._ready))
+        return (row.owner for row in rows)
+
     def ready(self) -> Iterator[tuple[list[PromptRow], Caches]]:
         """Rows that have been read, each group with its batch cache; they are handed out once."""
         ready, self._ready = self._ready, []

@@ -88,6 +88,7 @@ def build_report(
     by_set = {name: _set_metrics(rows, constrained, name, task, confidence) for name in sets}
     for model, figures in by_set[main].items():
         figures["peak_memory_gb"] = provenance.peak_memory_gb(headers[model], folders[model])
+        figures |= provenance.speed(folders[model])
         if task.label:
             figures["calibration"] = measured_calibration(
                 _in_set(rows[model], main), run / run_model(model).folder, task
@@ -190,6 +191,7 @@ def model_metrics(
         "invalid": _invalid_example(rows),
         **m.latency(rows),
         "peak_memory_gb": None,
+        **dict.fromkeys(provenance.SPEED),
         **dict.fromkeys(
             f"{key}_constrained" for key in _CONSTRAINED if key == "json_valid" or key in of_task
         ),

@@ -35,8 +35,12 @@ def _rate_text(rate: Mapping[str, Any]) -> str:
 _FORMATS: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(_RATES, _rate_text),
     "score_gap": lambda gap: f"{gap['value']:.1f} [{gap['low']:.1f}–{gap['high']:.1f}]",
+    "first_token_s": partial(duration, page=True),
     "latency_s": partial(duration, page=True),
+    "requests_per_second": lambda rate: significant(rate, 3),
     "items_per_minute": lambda rate: significant(rate, 3),
+    "load_s": partial(duration, page=True),
+    "model_memory_gb": gigabytes,
     "peak_memory_gb": gigabytes,
 }
 

@@ -26,7 +26,7 @@ def origin(report: Report) -> Html:
     ]
     return el(
         "div",
-        el("p", _summary(provenance), class_="note"),
+        el("p", measured_on(provenance), class_="note"),
         el("div", lists, class_="lists"),
         _stages(provenance["stages"]),
         _settings(provenance["evaluations"]),
@@ -34,7 +34,7 @@ def origin(report: Report) -> Html:
     )
 
 
-def _summary(provenance: Mapping[str, Any]) -> str:
+def measured_on(provenance: Mapping[str, Any]) -> str:
     """The machine, the MLX version and the device in one sentence."""
     machine, versions = provenance["machine"], provenance["versions"]
     names = [str(name) for name in (machine.get("processor"), machine.get("system")) if name]

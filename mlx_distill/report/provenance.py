@@ -160,6 +160,22 @@ def peak_memory_gb(header: Mapping[str, Any], evaluation: Path) -> float | None:
     return None
 
 
+SPEED = ("load_s", "model_memory_gb", "first_token_s", "requests_per_second")
+"""What :func:`speed` gives."""
+
+
+def speed(evaluation: Path) -> dict[str, float | None]:
+    """What an evaluation's manifest says of loading, the first token and throughput; None where it says
+    nothing.
+    """
+    manifest = _manifest(evaluation)
+    recorded = manifest.recorded if manifest else {}
+    facts: dict[str, Any] = {name: recorded.get(name) for name in SPEED}
+    if _is_number(recorded.get("model_memory_bytes")):
+        facts["model_memory_gb"] = recorded["model_memory_bytes"] / 1e9
+    return {name: float(value) if _is_number(value) else None for name, value in facts.items()}
+
+
 def _manifest(folder: Path) -> Manifest | None:
     try:
         return read_manifest(folder)

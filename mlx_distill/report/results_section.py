@@ -63,6 +63,9 @@ _NO_LABEL = [
 ]
 # The names of metrics in a sentence, where the title of their column does not fit.
 _METRIC_NAMES = {
+    "load_s": "time to load the model",
+    "model_memory_gb": "memory after loading",
+    "first_token_s": "median time to the first token",
     "latency_s": "median time per row",
     "latency_p95_s": "95th percentile of the time per row",
     "items_per_minute": "rows per minute",
@@ -70,6 +73,9 @@ _METRIC_NAMES = {
 _FORMATS: Mapping[str, Callable[[Any], str]] = {
     "latency_s": partial(duration, page=True),
     "latency_p95_s": partial(duration, page=True),
+    "load_s": partial(duration, page=True),
+    "first_token_s": partial(duration, page=True),
+    "model_memory_gb": gigabytes,
     "peak_memory_gb": gigabytes,
 }
 

@@ -137,9 +137,13 @@ def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
         "f1": "F1",
         "false_positive_rate": "False positives",
         "false_negative_rate": "False negatives",
+        "first_token_s": "First token",
         "latency_s": "Median per row",
         "latency_p95_s": "95th percentile",
+        "requests_per_second": "Requests per second",
         "items_per_minute": "Rows per minute",
         "tokens_per_second": "Tokens per second",
+        "load_s": "Loading",
+        "model_memory_gb": "Memory after loading",
         "peak_memory_gb": "Peak memory",
     }

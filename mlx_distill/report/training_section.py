@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from string import Template
 from typing import Any
 
 from mlx_distill.report.charts import line_chart
 from mlx_distill.report.markup import Html, el
+from mlx_distill.report.origin_section import measured_on
 from mlx_distill.report.tables import (
     Report,
     TableRow,
@@ -21,6 +24,34 @@ from mlx_distill.text import NONE, counted, duration, gigabytes, integer, signif
 
 _TOTALS = ("loss", "valid_loss")
 _SERIES_NAMES = {"valid_loss": "validation"}
+_MEMORY = ("size", "load_s", "model_memory_gb", "peak_memory_gb")
+_SPEED = (
+    "first_token_s",
+    "latency_s",
+    "latency_p95_s",
+    "requests_per_second",
+    "items_per_minute",
+    "tokens_per_second",
+)
+
+
+def _three_digits(value: float | None) -> str:
+    return significant(value, 3) if value else NONE
+
+
+_FORMATS: Mapping[str, Callable[[Any], str]] = {
+    **dict.fromkeys(("load_s", "first_token_s", "latency_s", "latency_p95_s"), partial(duration, page=True)),
+    **dict.fromkeys(("model_memory_gb", "peak_memory_gb"), gigabytes),
+    **dict.fromkeys(("requests_per_second", "items_per_minute"), _three_digits),
+    "tokens_per_second": integer,
+}
+_SPEED_NOTE = Template(
+    "Loading: until the weights are in memory; the system may have had the files in its cache. Memory: what "
+    "MLX’s arrays take after loading, and at most during the evaluation. First token: the median of rows "
+    "asked one at a time. Requests per second: rows over the wall time of whole chunks, $rows decoded "
+    "together. Time per row: its share of the wall time, divided among the rows that are decoded together; "
+    "rows per minute are 60 seconds over its mean."
+)
 _WEIGHTS = {True: "weights dequantized", False: "weights quantized", None: ""}
 
 
@@ -75,31 +106,36 @@ def _summary(training: Mapping[str, Any]) -> str:
 
 
 def cost(report: Report) -> Html:
-    """The section of size on disk, latency, throughput and peak memory."""
+    """The section of size on disk, memory and speed."""
+    provenance, metrics = report["provenance"], report["metrics"]
+    settings = provenance["evaluations"]
+    dequantized = dequantization_note({name: settings[name] for name in metrics})
+    together = {settings[name].get("batch_size") for name in metrics} - {None}
+    rows = f"{together.pop()} rows" if len(together) == 1 else "as many rows as the settings say"
+    texts = [measured_on(provenance), _SPEED_NOTE.substitute(rows=rows), dequantized]
+    notes = [el("p", text, class_="note") for text in texts if text]
+    tables = [
+        _figures(report, caption, keys, bool(dequantized))
+        for caption, keys in (("Size and memory", _MEMORY), ("Speed", _SPEED))
+    ]
+    return el("div", notes, tables)
+
+
+def _figures(report: Report, caption: str, keys: Sequence[str], weights: bool) -> Html:
+    """One table of figures of all models; ``weights`` says beside each name what it computed with."""
     titles, settings = metric_titles(report["task_details"]), report["provenance"]["evaluations"]
-    keys = ("latency_s", "latency_p95_s", "items_per_minute", "tokens_per_second", "peak_memory_gb")
-    heads = ["Model", "Weights on disk", *[titles[key] for key in keys]]
-    note = dequantization_note({name: settings[name] for name in report["metrics"]})
     rows: list[TableRow] = []
     for name, figures in report["metrics"].items():
-        rate = figures.get("items_per_minute")
         cells = [
-            _size_cell(report["sizes"].get(name)),
-            number_cell(duration(figures.get("latency_s"), page=True)),
-            number_cell(duration(figures.get("latency_p95_s"), page=True)),
-            number_cell(significant(rate, 3) if rate else NONE),
-            number_cell(integer(figures.get("tokens_per_second"))),
-            number_cell(gigabytes(figures.get("peak_memory_gb"))),
+            _size_cell(report["sizes"].get(name))
+            if key == "size"
+            else number_cell(_FORMATS[key](figures.get(key)))
+            for key in keys
         ]
-        weights = _WEIGHTS[is_dequantized(settings[name])] if note else ""
-        rows.append((model_heading(name, weights), cells, model_class(name)))
-    caption = (
-        "Time per row: the wall time of its batch divided by the batch size. "
-        "Memory: peak of MLX’s allocator during the evaluation."
-    )
-    return el(
-        "div", el("p", note, class_="note") if note else None, table(caption, heads, rows, class_="cost")
-    )
+        note = _WEIGHTS[is_dequantized(settings[name])] if weights else ""
+        rows.append((model_heading(name, note), cells, model_class(name)))
+    heads = ["Model", *(titles.get(key, "Weights on disk") for key in keys)]
+    return table(caption, heads, rows, class_="cost")
 
 
 def _size_cell(sizes: Mapping[str, Any] | None) -> Html:

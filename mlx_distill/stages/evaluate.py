@@ -9,13 +9,15 @@ from typing import Any
 from mlx_distill.config import to_mapping
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.runtime import peak_memory, reset_peak_memory
-from mlx_distill.stages.context import Context, Facts, check_stop, held_out_rows, load_model
+from mlx_distill.stages.context import Context, Facts, check_stop, held_out_rows
+from mlx_distill.stages.speed import Saturation, first_token_seconds, load_and_measure
 from mlx_distill.storage import read_jsonl, scratch, write_jsonl
 
 
 def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Facts:
     """Let a model answer the held-out rows, freely and under the grammar of the task, in chunks: a killed
-    evaluation continues behind its last finished chunk.
+    evaluation continues behind its last finished chunk. The facts on speed and memory are those of this
+    process, None where it answered nothing.
     """
     from mlx_distill.data.predictions import FILE_NAME, write_predictions
     from mlx_distill.infer.label_scoring import label_prefix_tokens
@@ -24,12 +26,14 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
 
     settings = context.recipe.evaluate
     rows = held_out_rows(context)
-    model, tokenizer = load_model(context, model_folder)
+    model, tokenizer, facts = load_and_measure(context, model_folder)
     scored = label_prefix_tokens(
         tokenizer, context.task, lambda reason: context.progress.note(f"evaluate {name}: {reason}")
     )
     constrain = settings.constrain and _has_grammar(context, tokenizer, name)
+    facts["first_token_s"] = first_token_seconds(context, model, tokenizer, rows)
     reset_peak_memory()
+    saturation = Saturation(settings.batch_size)
     chunk_size = settings.batch_size * 4
     predictions: list[Prediction] = []
     constrained: list[Prediction | None] = []
@@ -38,6 +42,12 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
             path = scratch(folder) / f"predictions-{first:08d}.jsonl"
             if not path.is_file():
                 check_stop(context)
+
+                def answered(count: int, first: int = first) -> None:
+                    saturation.answered(count)
+                    bar.update(first + count)
+
+                saturation.begin()
                 answers = predict_both(
                     model,
                     tokenizer,
@@ -46,8 +56,10 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
                     batch_size=settings.batch_size,
                     label_probs=scored is not None,
                     constrain=constrain,
-                    on_done=lambda count, first=first: bar.update(first + count),
+                    on_done=answered,
                 )
+                saturation.end()
+                facts["peak_memory_bytes"] = peak_memory()
                 pairs = ({"own": asdict(own), "other": other and asdict(other)} for own, other in answers)
                 write_jsonl(path, pairs)
             for _, pair in read_jsonl(path):
@@ -63,7 +75,8 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
         constrained=constrained if constrain else None,
         settings=to_mapping(settings),
     )
-    return {"rows": len(rows), "peak_memory_bytes": peak_memory()}
+    facts["requests_per_second"] = saturation.requests_per_second
+    return {"rows": len(rows), "peak_memory_bytes": None, **facts}
 
 
 def _has_grammar(context: Context, tokenizer: Any, name: str) -> bool:

@@ -31,6 +31,12 @@ MACHINE = {
     "blas": "loaded",
 }
 VERSIONS = {"python": "3.11.7", "mlx": "0.32.4", "mlx-distill": "0.1.0"}
+SPEED = {
+    "load_s": 1.25,
+    "model_memory_bytes": 64_000_000,
+    "first_token_s": 0.0421,
+    "requests_per_second": 7319.0,
+}
 
 
 def make_task(**changes: Any) -> Task:
@@ -179,6 +185,7 @@ def write_evaluation(
     config: Mapping[str, Any],
     machine: Mapping[str, Any] = MACHINE,
     versions: Mapping[str, str] = VERSIONS,
+    speed: Mapping[str, float | None] = SPEED,
 ) -> Path:
     """Write an evaluation's folder with its manifest; return its ``predictions.jsonl``."""
     partial = open_partial(folder, stage_key("evaluate", 1, config, {}))
@@ -186,6 +193,7 @@ def write_evaluation(
     recorded = {
         "seconds": 12.5,
         "peak_memory_bytes": 310_000_000,
+        **speed,
         "machine": dict(machine),
         "versions": dict(versions),
     }

@@ -198,6 +198,15 @@ def test_tokens_and_their_text_are_streamed() -> None:
     assert all(g.first_token_seconds > 0 and g.seconds > 0 for g in generations)
 
 
+def test_time_is_shared_by_requests_whose_prompts_are_read_too() -> None:
+    """Also where no request is being decoded: reading prompts is part of their time."""
+    engine = Engine(make_cached_model("qwen3"), Words())
+    for _ in range(2):
+        engine.submit(Request(make_prompts(5)[0], 5))
+    engine.step()
+    assert len(engine._requests) == 2 and all(row.seconds > 0 for row in engine._requests.values())
+
+
 def test_thinking_is_kept_apart(tokenizer: Any, kind: str) -> None:
     """A model that is made to think, and then to answer."""
     text = {

@@ -222,6 +222,9 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
                 "items_per_minute": 1934.564,
                 "latency_s": 0.0341,
                 "peak_memory_gb": 0.0623,
+                "first_token_s": 0.0421,
+                "requests_per_second": 32.24,
+                "load_s": None,
             },
             "other": {"accuracy": None},
         },
@@ -232,9 +235,12 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
     plain = card.replace("\u202f", " ")
     assert (
         "| model | Accuracy | Same first\\|tone as teacher | Fits the task "
-        "| Median per row | Rows per minute | Peak memory |" in card
+        "| First token | Median per row | Requests per second | Rows per minute | Peak memory |" in card
     )
-    assert "| ours | 87.5 % [80.0–90.0] | 96.2 % [93.6–97.9] | 100 % | 34 ms | 1,935 | 62.3 MB |" in plain
+    assert (
+        "| ours | 87.5 % [80.0–90.0] | 96.2 % [93.6–97.9] | 100 % | 42 ms | 34 ms | 32.2 | 1,935 | 62.3 MB |"
+        in plain
+    )
     assert "Of the run `first`, on 40 held-out rows, in brackets 95 % intervals, this is its `ours`." in plain
     assert "do not compare" not in card
     assert "stage `convert`" in card

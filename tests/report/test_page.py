@@ -18,6 +18,7 @@ from helpers.report_runs import (
 
 from mlx_distill.report import RunReport, build_report, render_html
 from mlx_distill.report.charts import nice_ticks
+from mlx_distill.report.provenance import SPEED
 from mlx_distill.storage import write_jsonl
 
 
@@ -53,6 +54,25 @@ def test_page_states_the_result_in_one_sentence(run: tuple[Path, dict[str, Any]]
     assert "Nothing on this page was measured on Metal." in text
 
 
+def test_the_section_on_speed_says_where_and_how_it_was_measured(
+    run: tuple[Path, dict[str, Any]],
+) -> None:
+    page = Page(render_html(run[1]))
+    text = page.text.replace("\u202f", " ")
+    assert "Measured on A processor, Linux 6, MLX 0.32.4 on the CPU." in text
+    assert "rows over the wall time of whole chunks, 16 rows decoded together" in text
+    for title, value in {
+        "Loading": "1.25 s",
+        "Memory after loading": "64.0 MB",
+        "First token": "42 ms",
+        "Requests per second": "7,319",
+    }.items():
+        assert title in text and value in text
+    unmeasured = {name: figures | dict.fromkeys(SPEED) for name, figures in run[1]["metrics"].items()}
+    text = page_text({**run[1], "metrics": unmeasured})
+    assert "7,319" not in text and "64.0 MB" not in text
+
+
 @pytest.mark.slow
 def test_speed_is_compared_only_between_models_with_the_same_kind_of_weights(
     run: tuple[Path, dict[str, Any]], mixed: dict[str, Any]
@@ -74,7 +94,7 @@ def test_speed_is_compared_only_between_models_with_the_same_kind_of_weights(
         "The quantized student computed with quantized weights, all others with dequantized ones: times,"
         in text
     )
-    assert (text.count("weights dequantized"), text.count("weights quantized")) == (3, 1)
+    assert (text.count("weights dequantized"), text.count("weights quantized")) == (6, 2)  # two tables
 
 
 def test_settings_that_hold_for_all_models_are_listed_once(mixed: dict[str, Any]) -> None:

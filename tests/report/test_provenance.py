@@ -6,17 +6,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from helpers.report_runs import (
     MACHINE,
     MODELS,
     RECIPE,
     VERSIONS,
     make_log,
+    make_predictions,
     make_run,
     make_task,
+    write_evaluation,
 )
 
-from mlx_distill.report import build_report
+from mlx_distill.report import build_report, provenance, render_html
 from mlx_distill.storage import write_jsonl
 
 
@@ -64,3 +67,23 @@ def test_the_path_of_the_recipe_is_not_in_the_report(tmp_path: Path) -> None:
     paths = make_run(tmp_path, make_task(), models=("teacher",))
     report = build_report(tmp_path, {**RECIPE, "base": tmp_path / "secret"}, make_task(), paths)
     assert "secret" not in json.dumps(report)
+
+
+def test_speed_and_memory_come_from_the_manifests(run: tuple[Path, dict[str, Any]]) -> None:
+    _, report = run
+    for figures in report["metrics"].values():
+        assert (figures["load_s"], figures["model_memory_gb"]) == (1.25, 0.064)
+        assert (figures["first_token_s"], figures["requests_per_second"]) == (0.0421, 7319.0)
+
+
+@pytest.mark.parametrize("speed", [{}, {"load_s": 1.25, "first_token_s": None, "requests_per_second": None}])
+def test_what_an_evaluation_did_not_measure_is_none(tmp_path: Path, speed: dict[str, Any]) -> None:
+    """Manifests of an older version do not say it; a continued evaluation may have measured nothing."""
+    task = make_task()
+    lines = make_predictions(task, "teacher", {"test": 8})
+    path = write_evaluation(tmp_path / "evaluations" / "teacher", lines, {"model": "teacher"}, speed=speed)
+    report = build_report(tmp_path, RECIPE, task, {"teacher": path})
+    figures = report["metrics"]["teacher"]
+    found = {name: figures[name] for name in provenance.SPEED}
+    assert found == dict.fromkeys(provenance.SPEED) | {name: speed[name] for name in speed}
+    assert "Requests per second" in render_html(report)
