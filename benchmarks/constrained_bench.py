@@ -1,16 +1,17 @@
 """Answers under a grammar: how many parse, what a mask costs, and how much slower decoding becomes.
 
-    python benchmarks/constrained_bench.py                          # about 15 minutes on two cores
+    python benchmarks/constrained_bench.py                          # about 20 minutes on two cores
     python benchmarks/constrained_bench.py --tokenizer FOLDER       # masks and speed with its vocabulary
     python benchmarks/constrained_bench.py --parts valid --generations 200
 
     valid   generations of an untrained model (random weights, the tokenizer of the packaged tiny-qwen3), half
             of them sampled, each with a schema of its own of bounded length, 16 at a time: how many were
             complete, how many of these parse, how many were cut by max_tokens
-    masks   microseconds a row to fill the mask of the next token, by kind of schema, along texts of it; one
-            row at a time, and 16 rows together
+    masks   microseconds a row to fill the mask of the next token, by kind of schema, along texts of it: one
+            row at a time; 8 and 16 rows one after the other and on llguidance's threads, in turns
     speed   tokens per second of one engine, free and under the grammar in turns, for models of random weights
-            whose steps take tens of milliseconds; every answer has the same number of tokens
+            whose steps take tens of milliseconds: wall time and processor time, which other work on the
+            machine changes less and in which nothing overlaps
 
 Without --tokenizer the vocabulary has 48,000 generated tokens. Results go to
 benchmarks/results/constrained.json.
@@ -20,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -170,7 +172,7 @@ def measure_valid(generations: int, max_tokens: int) -> dict[str, Any]:
 
 
 def measure_masks(tokenizer: Any, width: int) -> dict[str, Any]:
-    from mlx_distill.infer.constrained import AnswerGrammar, fill_masks, token_table
+    from mlx_distill.infer.constrained import AnswerGrammar, token_table
 
     began = time.perf_counter()
     token_table(tokenizer, width)
@@ -180,88 +182,116 @@ def measure_masks(tokenizer: Any, width: int) -> dict[str, Any]:
         grammar = AnswerGrammar(tokenizer, schema_of(part), width)
         grammar.constraint()
         compiled = time.perf_counter() - began
-        single = _walk(grammar, 1, 200, fill_masks)
-        batch = _walk(grammar, 16, 60, fill_masks)
+        single = _walk(grammar, 1, 200)[False]
         out["kinds"][name] = {
             "compile_ms": 1e3 * compiled,
             "row_us": {
                 "median": 1e6 * statistics.median(single),
                 "p95": 1e6 * float(np.quantile(single, 0.95)),
             },
-            "row_of_16_us": 1e6 * statistics.median(batch) / 16,
+            **{f"row_of_{rows}_us": _in_turns(grammar, rows) for rows in (8, 16)},
         }
     return out
 
 
-def _walk(grammar: Any, rows: int, steps: int, fill: Any) -> list[float]:
-    """Seconds of each fill along random texts of the grammar, the first ones left out."""
+def _in_turns(grammar: Any, rows: int) -> dict[str, Any]:
+    """Microseconds a row, one row after the other and on threads."""
+    seconds = _walk(grammar, rows, 60)
+    of = {name: np.array(seconds[parallel]) for name, parallel in (("serial", False), ("parallel", True))}
+    out = {
+        name: {
+            "median": 1e6 * float(np.median(values)) / rows,
+            "mean": 1e6 * float(values.mean()) / rows,
+            "p95": 1e6 * float(np.quantile(values, 0.95)) / rows,
+        }
+        for name, values in of.items()
+    }
+    return {**out, "parallel_over_serial": float(np.median(of["parallel"] / of["serial"]))}
+
+
+def _walk(grammar: Any, rows: int, steps: int) -> dict[bool, list[float]]:
+    """Seconds of each fill along the same random texts of the grammar, the first ones left out: on threads
+    (True) and not, each with states of its own, since llguidance keeps what it has computed.
+    """
+    from mlx_distill.infer.constrained import fill_masks
+
     random = np.random.default_rng(0)
-    constraints = [grammar.constraint() for _ in range(rows)]
+    ways = {
+        way: [grammar.constraint() for _ in range(rows)] for way in ((False, True) if rows > 1 else (False,))
+    }
     mask = np.zeros((rows, -(-grammar.table.width // 32)), dtype=np.int32)
-    seconds = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        fill(constraints, mask)
-        seconds.append(time.perf_counter() - began)
+    seconds: dict[bool, list[float]] = {way: [] for way in ways}
+    for step in range(steps):
+        for way in sorted(ways, reverse=step % 2 > 0):
+            began = time.perf_counter()
+            fill_masks(ways[way], mask, parallel=way)
+            seconds[way].append(time.perf_counter() - began)
         bits = np.unpackbits(mask.view(np.uint8), axis=1, bitorder="little")
-        for row, constraint in enumerate(constraints):
-            constraint.accept(int(random.choice(np.flatnonzero(bits[row]))))
-            if constraint.done:
-                constraints[row] = grammar.constraint()
-    return seconds[8:]
+        for row in range(rows):
+            token = int(random.choice(np.flatnonzero(bits[row])))
+            for constraints in ways.values():
+                constraints[row].accept(token)
+                if constraints[row].done:
+                    constraints[row] = grammar.constraint()
+    return {way: values[8:] for way, values in seconds.items()}
 
 
 def measure_speed(
-    tokenizer: Any, width: int, hidden: int, layers: int, tokens: int, rounds: int
-) -> list[Any]:
-    """Free and constrained generations of the same length in turns."""
+    tokenizer: Any, width: int, model: Any, batch: int, tokens: int, rounds: int
+) -> dict[str, Any]:
+    """Free and constrained decoding in turns, by kind of schema: from the step on at which all rows have
+    joined, so without the reading of prompts.
+    """
     from mlx_distill.infer.constrained import AnswerGrammar
-    from mlx_distill.infer.engine import generate
 
-    model, out = make_model(width, hidden, layers), []
-    for batch in (8, 16):
-        prompts = prompts_of(tokenizer, batch)
-        for kind in ("free text", "text, maxLength 500", "integers 0-100"):
-            grammar = AnswerGrammar(tokenizer, schema_of(KINDS[kind]), width)
+    out = {}
+    prompts = prompts_of(tokenizer, batch)
+    for kind in ("free text", "text, maxLength 500", "integers 0-100"):
+        grammar = AnswerGrammar(tokenizer, schema_of(KINDS[kind]), width)
 
-            def run(
-                constrained: bool, prompts: Any = prompts, batch: int = batch, grammar: Any = grammar
-            ) -> float:
-                constraints = [grammar.constraint(prompt) for prompt in prompts] if constrained else None
-                began = time.perf_counter()
-                answers = generate(
-                    model,
-                    tokenizer,
-                    prompts,
-                    max_tokens=tokens,
-                    batch_size=batch,
-                    stop=set() if not constrained else set(grammar.table.stop),
-                    constraints=constraints,
-                )
-                seconds = time.perf_counter() - began
-                assert all(len(answer.tokens) == tokens for answer in answers)
-                return seconds
+        def run(constrained: bool, grammar: Any = grammar) -> np.ndarray:
+            return _decode(model, tokenizer, prompts, tokens, grammar if constrained else None)
 
-            run(False), run(True)
-            pairs = [
-                (run(False), run(True)) if i % 2 else (run(True), run(False))[::-1] for i in range(rounds)
-            ]
-            free, under = (statistics.median(times) for times in zip(*pairs, strict=True))
-            ratios = [a / b for a, b in pairs]
-            out.append(
-                {
-                    "batch": batch,
-                    "schema": kind,
-                    "step_ms": 1e3 * free / tokens,
-                    "free_tokens_per_s": batch * tokens / free,
-                    "constrained_tokens_per_s": batch * tokens / under,
-                    "ratio": statistics.median(ratios),
-                    "ratio_range": [min(ratios), max(ratios)],
-                    "extra_us_a_row_and_step": 1e6 * (under - free) / tokens / batch,
-                }
-            )
-            print(out[-1], file=sys.stderr)
-    return out
+        run(False), run(True)
+        pairs = [(run(False), run(True)) if i % 2 else (run(True), run(False))[::-1] for i in range(rounds)]
+        times = np.array(pairs)  # [rounds, free and constrained, wall and processor]
+        for column, clock in enumerate(("wall", "cpu")):
+            free, under = np.median(times[:, :, column], axis=0)
+            ratios = times[:, 0, column] / times[:, 1, column]
+            out.setdefault(kind, {})[clock] = {
+                "step_ms": 1e3 * free * batch,
+                "free_tokens_per_s": 1 / free,
+                "constrained_tokens_per_s": 1 / under,
+                "ratio": float(np.median(ratios)),
+                "ratio_quartiles": np.quantile(ratios, [0.25, 0.75]).tolist(),
+                "ratio_range": [float(ratios.min()), float(ratios.max())],
+                "extra_us_a_row_and_step": 1e6 * (under - free),
+            }
+        print(batch, kind, json.dumps(out[kind]), file=sys.stderr, flush=True)
+    return {"rounds": rounds, "tokens": tokens, "kinds": out}
+
+
+def _decode(model: Any, tokenizer: Any, prompts: Any, tokens: int, grammar: Any) -> np.ndarray:
+    """Seconds a token of wall and of processor time."""
+    from mlx_distill.infer.engine import Engine
+    from mlx_distill.infer.requests import Finished, Request
+
+    engine = Engine(model, tokenizer, batch_size=len(prompts))
+    stop = frozenset() if grammar is None else grammar.table.stop
+    for prompt in prompts:
+        constraint = None if grammar is None else grammar.constraint(prompt)
+        engine.submit(Request(prompt, tokens, stop, constraint=constraint))
+    events = []
+    while engine.stats.rows < len(prompts):
+        events += engine.step()
+    before, began = engine.stats.tokens, np.array([time.perf_counter(), time.process_time()])
+    while engine.busy:
+        events += engine.step()
+    seconds = np.array([time.perf_counter(), time.process_time()]) - began
+    answers = [event.generation for event in events if isinstance(event, Finished)]
+    assert len(answers) == len(prompts)
+    assert all(len(answer.tokens) == tokens for answer in answers)
+    return seconds / (engine.stats.tokens - before)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -275,8 +305,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, default=48_000, help="of the generated vocabulary")
     parser.add_argument("--hidden", type=int, default=512)
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=40)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 16])
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=9)
     options = parser.parse_args(arguments)
 
     from mlx_distill.runtime import load_blas, machine, versions
@@ -295,14 +326,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if "masks" in options.parts:
         results.setdefault("masks", {})[name] = measure_masks(tokenizer, width)
     if "speed" in options.parts:
-        speeds = measure_speed(
-            tokenizer, width, options.hidden, options.layers, options.tokens, options.rounds
-        )
-        results.setdefault("speed", {})[name] = {
+        model = make_model(width, options.hidden, options.layers)
+        speed = results.setdefault("speed", {}).setdefault(name, {})
+        speed |= {
             "hidden": options.hidden,
             "layers": options.layers,
-            "runs": speeds,
+            "blas_threads": os.environ.get("OPENBLAS_NUM_THREADS"),
         }
+        for batch in options.batches:
+            speed[f"batch {batch}"] = measure_speed(
+                tokenizer, width, model, batch, options.tokens, options.rounds
+            )
     RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(json.dumps(results, indent=1))
 

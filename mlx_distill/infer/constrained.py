@@ -12,7 +12,8 @@ A generation that reaches ``max_tokens`` before its answer is complete does not 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+import os
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -40,6 +41,9 @@ __all__ = [
 _ALL = np.int32(-1)
 _CACHED_TABLES = 4
 _CACHED_GRAMMARS = 64
+_CACHED_TEXTS = 4096
+_CORES_OF_SERIAL = 2  # with no more, llguidance's threads only wait for those that compute the model
+_CORES = os.cpu_count() or 1
 
 
 class TokenTable:
@@ -85,6 +89,8 @@ class TokenTable:
         self.prefix_space = known.prefix_space and self._begins_with_space(tokenizer)
         self.channels = channels_of(tokenizer)
         self._tokenizer, self._encoder = tokenizer, encoder  # the encoder refers to its tokenizer weakly
+        # The rows of a schema ask for the same texts: that of its names of properties, above all.
+        self._encoded: Callable[[str | bytes], list[int]] = lru_cache(maxsize=_CACHED_TEXTS)(self._encode)
         self.ll = LLTokenizer(_Described(self))
 
     def _begins_with_space(self, tokenizer: Any) -> bool:
@@ -97,6 +103,9 @@ class TokenTable:
 
         llguidance asks where only one text may follow; its tokens are then the only ones allowed.
         """
+        return list(self._encoded(text))
+
+    def _encode(self, text: str | bytes) -> list[int]:
         data = text if isinstance(text, bytes) else text.encode()
         pieces = list(self._encoder.pieces(data.decode(), "text"))
         tokens_of = self._encoder.encode(pieces)
@@ -350,13 +359,16 @@ class AnswerConstraint:
         return True
 
 
-def fill_masks(constraints: Sequence[Any], mask: Int32[np.ndarray, "b w"]) -> dict[int, ModelError]:
+def fill_masks(
+    constraints: Sequence[Any], mask: Int32[np.ndarray, "b w"], *, parallel: bool | None = None
+) -> dict[int, ModelError]:
     """Fill the mask of each row's next token, in place: bit ``v % 32`` of word ``v // 32`` is set where token
     ``v`` is allowed.
 
     Args:
         constraints: An :class:`AnswerConstraint` a row, or None, which allows all.
         mask: C-contiguous, of at least as many columns as the grammars' tables.
+        parallel: Fill the rows on several threads; where None on machines with more than two cores.
 
     Returns:
         The errors of the rows that llguidance gave up on, whose masks allow all. An answer that went on under
@@ -373,14 +385,15 @@ def fill_masks(constraints: Sequence[Any], mask: Int32[np.ndarray, "b w"]) -> di
             mask[row] = constraint.before_answer
         else:
             matchers.append((constraint.matcher, row))
-    if len(matchers) == 1:
-        from llguidance.numpy import fill_next_token_bitmask
-
-        fill_next_token_bitmask(matchers[0][0], mask, matchers[0][1])
-    elif matchers:
+    if len(matchers) > 1 and (_CORES > _CORES_OF_SERIAL if parallel is None else parallel):
         from llguidance.numpy import fill_next_token_bitmask_par
 
         fill_next_token_bitmask_par(_executor(), matchers, mask)
+    elif matchers:
+        from llguidance.numpy import fill_next_token_bitmask
+
+        for matcher, row in matchers:
+            fill_next_token_bitmask(matcher, mask, row)
     for matcher, row in matchers:
         if matcher.is_error():
             mask[row] = _ALL

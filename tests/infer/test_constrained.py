@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -16,7 +17,8 @@ from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.infer.analyze import Analyzer
 from mlx_distill.infer.constrained import AnswerConstraint, AnswerGrammar, fill_masks
 from mlx_distill.infer.engine import generate
-from mlx_distill.infer.predict import item_prompt, predict, predict_both
+from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
+from mlx_distill.infer.predict import item_prompt, label_hook, predict, predict_both, to_predictions
 from mlx_distill.infer.sampling import allow_tokens
 from mlx_distill.losses.token_bytes import token_bytes
 from mlx_distill.models.forward import head_columns
@@ -207,6 +209,54 @@ def test_an_answer_that_the_grammar_allows_is_not_generated_again(model: Any, ch
     prompt = prompts_of(chatml, 1)[0]
     tokens, _ = constrained_greedy(model, prompt, grammar, 20)
     assert grammar.allows(tokens[:3], prompt, whole=False) and not grammar.allows(tokens[:3], prompt)
+
+
+@pytest.mark.slow
+def test_the_grammar_leaves_the_distribution_over_the_labels(model: Any, tokenizer: Any) -> None:
+    task = load_task("moderation")
+    prefix = label_prefix_tokens(tokenizer, task)
+    assert prefix is not None
+    ids, labels = prefix
+    items = [{"text": f"Gardeners are kind {number}."} for number in range(3)]
+    prompts = [item_prompt(tokenizer, to_item(item, task)) for item in items]
+    plain = label_probabilities(model, [[*prompt, *ids] for prompt in prompts], labels)
+
+    class Begins:
+        """The model, made to begin with the prefix. It has no trunk, so another pass would fail."""
+
+        layers = model.layers
+        if hasattr(model, "make_cache"):
+            make_cache = staticmethod(model.make_cache)
+
+        def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+            logits = model(tokens, cache=cache)
+            for last, following in itertools.pairwise([prompts[0][-1], *ids]):
+                logits[..., following] += 1e4 * (tokens == last)
+            return logits
+
+    def ask(asked: Any, constrain: bool) -> list[Prediction]:
+        if constrain:
+            grammar = AnswerGrammar(tokenizer, task.schema, head_columns(model))
+            constraints = [grammar.constraint(prompt) for prompt in prompts]
+        generations = generate(
+            asked,
+            tokenizer,
+            prompts,
+            max_tokens=len(ids) + 2,
+            stop=set(stop_ids(tokenizer)),
+            constraints=constraints if constrain else None,
+            logits_hook=label_hook(model, prefix),
+        )
+        parsed = [to_item(item, task) for item in items]
+        return to_predictions(asked, tokenizer, task, parsed, prompts, generations)
+
+    begun = [ask(Begins(), constrain) for constrain in (True, False)]  # from the hook
+    assert all(p.text.startswith('{"label": "') for answers in begun for p in answers)
+    others = [ask(model, constrain) for constrain in (True, False)]
+    assert all(p.text != q.text for p, q in zip(*others, strict=True))
+    for answers in (*begun, *others):
+        found = [list(p.label_probs.values()) for p in answers if p.label_probs is not None]
+        np.testing.assert_allclose(found, plain, atol=2e-5)
 
 
 def test_sampled_answers_are_not_taken_for_those_of_the_grammar(model: Any, tokenizer: Any) -> None:
