@@ -16,6 +16,7 @@ from mlx_distill.storage import read_json
 from mlx_distill.text import size
 
 _TIMEOUT_S = 5.0
+_QUANTIZED_BYTES = 1.125  # a weight at most: eight bits, and a scale and a bias for each group of 32
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,8 @@ class Resources:
 def stage_resources(recipe: Recipe, stages: Sequence[Stage], out: Path) -> dict[str, Resources]:
     """What each stage that has to be made needs, by its name.
 
-    A converted model takes at most the bytes of its source, a quantized one those of the student; an adapter
+    A converted model takes at most the bytes of its source, a quantized one those of the student, and while
+    it is made its candidates (:func:`_candidate_bytes`); an adapter
     and its checkpoints (weights and two moments each, in float32) are counted from the model's shapes, where
     its config is on this machine. Targets and prepared rows depend on the rows and are not estimated.
 
@@ -79,16 +81,24 @@ def stage_resources(recipe: Recipe, stages: Sequence[Stage], out: Path) -> dict[
             needs[stage.name] = bases[stage.name]
         elif stage.command in ("teach", "distill"):
             base = stage.parents[0] if stage.parents[0] in bases else "student_base"
-            folders = (out / base, Path(sources[base]))
-            folder = next((path for path in folders if (path / "config.json").is_file()), None)
+            folder = _folder_of(base, out, sources)
             settings = getattr(recipe, stage.command)
             needs[stage.name] = Resources(
                 disk=_training_bytes(folder, settings, bases[base].disk, recipe.dequantize),
                 grad_checkpoint=settings.grad_checkpoint,
             )
         elif stage.command == "quantize":
-            needs[stage.name] = Resources(disk=bases["student_base"].disk, refine=_refinement(recipe))
+            disk = bases["student_base"].disk
+            if disk is not None:
+                disk += _candidate_bytes(_folder_of("student_base", out, sources), recipe, disk)
+            needs[stage.name] = Resources(disk=disk, refine=_refinement(recipe))
     return needs
+
+
+def _folder_of(base: str, out: Path, sources: Mapping[str, str]) -> Path | None:
+    """The folder with a base model's config, converted or not, where it is on this machine."""
+    folders = (out / base, Path(sources[base]))
+    return next((path for path in folders if (path / "config.json").is_file()), None)
 
 
 def total(needs: Mapping[str, Resources]) -> str:
@@ -119,6 +129,37 @@ def _refinement(recipe: Recipe) -> str:
     merged = settings.adapter == "merge"
     rows = f" on at most {settings.refine_rows} rows" if settings.refine != "none" and merged else ""
     return ", ".join([*parts, f"refine: {settings.refine if merged else 'none'}{rows}"])
+
+
+def _candidate_bytes(folder: Path | None, recipe: Recipe, base: int) -> int:
+    """The bytes of the scratch folder of a quantization with rows: the tensors of each candidate, and with
+    ``distill`` the weights that were rounded and two checkpoints with their moments, all in float32; the
+    hidden states of the rows.
+
+    Of a model whose config is not on this machine all bytes count as weights of two bytes.
+    """
+    from math import prod
+
+    from mlx_distill.errors import DistillError
+    from mlx_distill.models.forward import hidden_size
+    from mlx_distill.models.load import empty_model
+
+    settings = recipe.quantize
+    if settings.refine == "none" or settings.adapter != "merge":
+        return 0
+    weights, hidden = base // 2, 0
+    if folder is not None:
+        try:
+            model = empty_model(folder)
+        except DistillError:  # the run itself reports it
+            return 0
+        modules = [module for _, module in model.named_modules() if "weight" in module]
+        weights = sum(prod(m.weight.shape) for m in modules if m.weight.ndim > 1 and "scales" not in m)
+        hidden = hidden_size(model)
+    distilled = settings.refine == "distill"
+    each = (3 * _QUANTIZED_BYTES + 4 + 2 * 12) if distilled else 2 * _QUANTIZED_BYTES
+    rows = (2 if distilled else 1) * settings.refine_rows * recipe.distill.max_length
+    return int(weights * each) + rows * hidden * 4
 
 
 def _source_resources(source: str, recipe: Recipe) -> Resources:

@@ -53,7 +53,7 @@ def test_models_of_the_hub_state_their_download(hub: None, tmp_path: Path) -> No
     assert needs["teacher_base"] == Resources(weights, weights, model="Qwen/Qwen3-8B")
     assert needs["teacher"].grad_checkpoint is True
     assert "download of Qwen/Qwen3-8B: 16.0 GB" in needs["teacher_base"].text
-    assert total(needs).startswith("in all: download 32.0 GB, disk at most 48.0 GB")
+    assert total(needs).startswith("in all: download 32.0 GB, disk at most 66.0 GB")
 
 
 def test_a_hub_that_does_not_answer_is_said(

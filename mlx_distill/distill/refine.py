@@ -77,7 +77,7 @@ def refine(
         folder: Gets the targets, the checkpoints, ``metrics.jsonl`` and ``refine.json``.
         settings: Length, rates, memory.
         identity: Of the student's weights and of ``start``; checkpoints and targets of another are not used.
-        progress: Shows the estimate and the steps.
+        progress: Shows the steps, and why blocks are trained one after the other.
         stop: Checked after each step.
 
     Returns:
@@ -91,8 +91,6 @@ def refine(
     progress = progress or NullProgress()
     estimate = estimate_refine(student, quantizations, [len(row) for row in rows], settings.batch_size)
     budget = settings.memory_bytes or int(_MEMORY_SHARE * total_memory())
-    for line in estimate.lines(settings.steps):
-        progress.note(f"refine: {line}")
     if budget and estimate.end_to_end_bytes > budget:
         progress.note(
             f"refine: block by block, since end to end needs {size(estimate.end_to_end_bytes)} "

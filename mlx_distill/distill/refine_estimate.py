@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from mlx_distill.models.architectures.registry import architecture_of, build_model, module_names
+from mlx_distill.models.architectures.registry import module_names
+from mlx_distill.models.calibrate_estimate import model_of_config
 from mlx_distill.models.forward import compute_dtype, hidden_size, is_tied
-from mlx_distill.models.modules import cast_model, matrix_shape
-from mlx_distill.models.quantization import Quantization, parse_mode
+from mlx_distill.models.modules import matrix_shape
+from mlx_distill.models.quantization import Quantization
 from mlx_distill.text import size
 from mlx_distill.train.objective import DENSE_LIMIT
 
@@ -157,23 +157,7 @@ def predict_refine(
     >>> predict_refine(config, [100] * 8).trained
     80128
     """
-    model, names = build_model(config), architecture_of(config).modules
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    quantization = parse_mode(mode)
-
-    def published(path: str, module: Any) -> bool | dict[str, Any]:
-        stored = method == "mxfp4" and any(f".{name}." in f"{path}." for name in names.experts)
-        return parse_mode("mxfp4").config if stored and hasattr(module, "to_quantized") else False
-
-    nn.quantize(model, class_predicate=published)
-    cast_model(model, "bfloat16")
-    routers = tuple(f".{name}" for name in names.routers)
-    trained = {
-        path: quantization
-        for path, module in model.named_modules()
-        if "weight" in module and module.weight.ndim > 1 and "scales" not in module
-        if not path.endswith(routers or "\0")
-    }
+    model, trained = model_of_config(config, mode)
     return estimate_refine(model, trained, lengths, batch_size)
 
 

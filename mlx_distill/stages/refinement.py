@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_distill.stages.context import Context, Facts, check_stop, count_rows, read_rows
 from mlx_distill.stages.refined_candidates import best_candidate
 from mlx_distill.storage import scratch
-from mlx_distill.text import duration, size
+from mlx_distill.text import counted, duration, size
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -118,7 +118,7 @@ def refine_student(context: Context, folder: Path) -> Refinement:
     uniform = precision_options(plan[0], [settings.mode], *plan[1:])
     bench.dtypes = {**family.dtypes, **uniform.dtypes}
     quantizations = {path: next(iter(options)) for path, options in uniform.bits.items()}
-    context.progress.note(_estimate(bench, quantizations))
+    _note_estimate(bench, quantizations)
     facts: Facts = {"held_out": {"rows": len(bench.held_out), "from": bench.held_out_from}}
     if settings.bits_per_weight:
         quantizations, chosen = _choose(bench, family)
@@ -171,30 +171,29 @@ def _open_bench(context: Context, folder: Path) -> Bench | None:
     )
 
 
-def _estimate(bench: Bench, quantizations: Mapping[str, Quantization]) -> str:
-    """Time and memory of the calibration, from the reference's pass over the held-out rows.
+def _note_estimate(bench: Bench, quantizations: Mapping[str, Quantization]) -> None:
+    """Say what the refinement will take; the device's rate is that of the pass over the held-out rows."""
+    from mlx_distill.distill.refine_estimate import estimate_refine
+    from mlx_distill.distill.refine_training import RefineSettings
+    from mlx_distill.models.calibrate_estimate import estimate_calibration
 
-    The error feedback of a matrix takes ``out * in ** 2`` products, at some 4.5 billion a second on one core
-    of the machine of docs/log.md, and ``in ** 2`` numbers of eight bytes, three times.
-    """
-    from mlx.utils import tree_flatten
-
-    from mlx_distill.models.modules import matrix_shape
-
-    modules = dict(bench.model.named_modules())
-    shapes = [(modules[path].weight.size, *matrix_shape(modules[path])) for path in quantizations]
-    tokens, held_out = (sum(len(row.tokens) for row in rows) for rows in (bench.calibration, bench.held_out))
-    passes = 3 * bench.reference_seconds * tokens / held_out
-    feedback = sum(weights * columns for weights, _, columns in shapes) / 4.5e9
-    resident = sum(array.nbytes for _, array in tree_flatten(bench.model.parameters()))
-    largest = max((12 * weights + 24 * columns**2 for weights, _, columns in shapes), default=0)
-    states = 3 * tokens * max((columns for _, _, columns in shapes), default=0) * 4
-    return (
-        f"quantize: {len(shapes)} modules, {sum(weights for weights, _, _ in shapes) / 1e6:,.1f} million "
-        f"weights; {len(bench.calibration)} rows of {tokens:,} tokens to fit to, {len(bench.held_out)} "
-        f"{bench.held_out_from} to measure on; calibration about {duration(passes + feedback)}, "
-        f"memory about {size(resident + largest + states)}"
+    settings, progress = bench.context.recipe.quantize, bench.context.progress
+    lengths, held_out = ([len(row.tokens) for row in rows] for rows in (bench.calibration, bench.held_out))
+    found = estimate_calibration(bench.model, quantizations, sum(lengths))
+    rate = sum(held_out) * found.token_flops / bench.reference_seconds
+    progress.note(
+        f"quantize: {counted(len(quantizations), 'module')}, {found.weights / 1e6:,.1f} million weights; "
+        f"{counted(len(lengths), 'row')} of {sum(lengths):,} tokens to fit to, {len(held_out)} "
+        f"{bench.held_out_from} to measure on"
     )
+    if settings.refine != "none":
+        took = duration(found.seconds(rate))
+        progress.note(f"quantize: calibrate: about {took}, memory about {size(found.peak_bytes)}")
+    if settings.refine == "distill":
+        training = estimate_refine(bench.model, quantizations, lengths, RefineSettings().batch_size)
+        took = duration(training.seconds(settings.refine_steps, rate))
+        for line in (f"about {took}", *training.lines(settings.refine_steps)):
+            progress.note(f"quantize: distill: {line}")
 
 
 def _choose_rows(context: Context, count: int) -> tuple[list[Any], list[Any], str]:

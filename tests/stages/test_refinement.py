@@ -136,7 +136,7 @@ def test_what_is_written_is_what_was_measured(tmp_path: Path) -> None:
     assert names == ["affine3", "affine4", "affine5"]
     assert told["curve"][1]["kl"] == pytest.approx(before["kl"], rel=1e-3)
     assert set(told["sensitivity"]["kl"]) and told["held_out"]["rows"] == len(bench.held_out)
-    assert any("memory about" in note for note in context.progress.notes)
+    assert any("calibrate: about" in note for note in context.progress.notes)
 
 
 @pytest.mark.slow
@@ -151,6 +151,9 @@ def test_a_distilled_student_is_written_as_it_was_measured(
     assert bench is not None and made.refined is not None and made.quantizations is not None
     told = made.facts["refinement"]
     assert told["kept"] == "distill"
+    notes = context.progress.notes
+    assert any(note.startswith("quantize: distill: about") for note in notes)
+    assert any("weights train" in note for note in notes)
     assert [one["name"] for one in told["candidates"]] == ["rounding", "calibrate", "distill"]
     calibrated, distilled = told["candidates"][1:]
     assert distilled["kl"] != calibrated["kl"]
