@@ -269,5 +269,6 @@ def test_analyze_names_the_missing_field_of_a_row_and_writes_nothing(
     ]
     result = runner.invoke(cli, arguments)
     assert result.exit_code == 1
-    assert "lyrics" in result.stderr.splitlines()[0]
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert "lyrics" in line and "rows.jsonl:1" in line
     assert not (tmp_path / "answers.jsonl").exists()
