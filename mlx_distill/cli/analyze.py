@@ -81,6 +81,8 @@ def analyze(
     if given and not settings["labels_only"]:
         flags = " and ".join(f"--{name.replace('_', '-')}" for name in given)
         raise click.UsageError(f"{flags}: only with --labels-only")
+    if settings["labels_only"] and settings["max_tokens"]:
+        raise click.UsageError("--max-tokens: not with --labels-only, which generates nothing")
 
     from mlx_distill.infer.analyze_file import analyze_file
     from mlx_distill.infer.label_scorer import LabelOptions

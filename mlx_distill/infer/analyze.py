@@ -24,6 +24,7 @@ from mlx_distill.infer.predict import BAD_ROW, answer_prompts, context_length, i
 from mlx_distill.infer.shared_calls import SharedCalls
 from mlx_distill.models.trained_on import (
     TrainedOn,
+    is_model,
     is_run,
     newest_model,
     prompt_notes,
@@ -446,6 +447,11 @@ def _task_of(task: str | Path | Task | None, trained_on: TrainedOn | None, folde
             f"{folder}: no such folder", fix="check the path; for a Hub model name the task: --task TASK"
         )
     if trained_on is None:
+        if folder is not None and not is_model(folder):
+            raise ModelError(
+                f"{folder}: no model: neither config.json nor adapter_config.json is in it",
+                fix="give the folder of a model, or of a run with finished stages",
+            )
         where = "a loaded model" if folder is None else str(folder)
         raise ConfigError(
             f"{where}: no record of the task that the model was trained on",

@@ -65,10 +65,16 @@ def read_trained_on(folder: str | Path) -> TrainedOn | None:
     return TrainedOn(parse_task(task, f"{folder}/manifest.json")) if isinstance(task, Mapping) else None
 
 
+def is_model(folder: str | Path) -> bool:
+    """Whether a folder holds a model or an adapter."""
+    path = Path(folder).expanduser()
+    return any((path / name).exists() for name in ("config.json", "adapter_config.json"))
+
+
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds finished stages of a run, and no model of its own."""
     path = Path(folder).expanduser()
-    if not path.is_dir() or any((path / name).exists() for name in ("config.json", "adapter_config.json")):
+    if not path.is_dir() or is_model(path):
         return False
     return any((path / name / "manifest.json").is_file() for name in (*RUN_MODELS, "data", "student_base"))
 

@@ -346,3 +346,5 @@ def test_labels_are_scored_as_the_flags_say(runner: Any, tmp_path: Path, model: 
     wrong = runner.invoke(cli, [*arguments, "--normalize", "none", "--shuffle-options", "2"])
     assert wrong.exit_code == 2
     assert "--normalize and --shuffle-options: only with --labels-only" in wrong.stderr
+    cut = runner.invoke(cli, [*arguments, "--labels-only", "--max-tokens", "4"])
+    assert cut.exit_code == 2 and "--max-tokens: not with --labels-only" in cut.stderr

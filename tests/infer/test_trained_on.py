@@ -111,6 +111,11 @@ def test_a_model_that_does_not_know_its_task_needs_one(run: Path) -> None:
     assert "--task" in str(caught.value.fix)
 
 
+def test_a_folder_without_a_model_is_not_asked_for_its_task(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="no model: neither config"):
+        md.analyze(tmp_path, None, [{"text": "x"}])
+
+
 @pytest.mark.slow
 def test_the_command_reads_standard_input_and_counts_invalid_answers(run: Path, tmp_path: Path) -> None:
     rows = [row for _, row in read_jsonl(finished() / "rows.jsonl")][:3]
