@@ -211,7 +211,7 @@ def label_orders(labels: Sequence[str], count: int, seed: int = 0) -> list[tuple
     in whole cycles each label has each place equally often.
 
     >>> label_orders(["a", "b", "c"], 4)
-    [('c', 'a', 'b'), ('a', 'b', 'c'), ('b', 'c', 'a'), ('a', 'c', 'b')]
+    [('c', 'a', 'b'), ('a', 'b', 'c'), ('b', 'c', 'a'), ('c', 'b', 'a')]
     """
     random, out = np.random.default_rng(seed), list[tuple[str, ...]]()
     most = min(count, math.factorial(len(labels)))

@@ -45,6 +45,7 @@ def quantized_layer(
 def replaced_layers(model: Any, layers: Mapping[str, Any]) -> Iterator[None]:
     """Put layers into a model, by path, and the model's own back at the end.
 
+    >>> import mlx.nn as nn
     >>> model = nn.Sequential(nn.Linear(2, 2, bias=False))
     >>> with replaced_layers(model, {"layers.0": nn.Identity()}):
     ...     model(mx.ones((1, 2))).tolist()
