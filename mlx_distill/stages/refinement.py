@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     import mlx.core as mx
 
     from mlx_distill.distill.quantization_error import QuantizationError, ReferenceOutputs
-    from mlx_distill.distill.sensitivity import Sensitivity
+    from mlx_distill.distill.sensitivity import Sensitivity, SensitivityPlan
     from mlx_distill.distill.teacher import TokenizedAnswer
     from mlx_distill.models.mixed_precision import PrecisionOptions
     from mlx_distill.models.quantization import Quantization
@@ -84,6 +84,26 @@ class Bench:
             layers[path] = quantized_layer(modules[path], q, parts, dequantize=self.dequantize)
         with replaced_layers(self.model, layers):
             return quantization_error(self.reference, self.model, self.held_out, labels=self.labels)
+
+    def sensitivity(
+        self,
+        rows: Sequence[TokenizedAnswer],
+        table: Mapping[str, Sequence[Quantization]],
+        plan: SensitivityPlan,
+    ) -> Sensitivity:
+        """The divergence of the student on some rows with each module alone quantized."""
+        from mlx_distill.distill.sensitivity import measure_sensitivity
+
+        return measure_sensitivity(
+            self.model,
+            rows,
+            table,
+            plan,
+            dtypes=self.dtypes,
+            dequantize=self.dequantize,
+            progress=self.context.progress,
+            check=partial(check_stop, self.context),
+        )
 
 
 def refine_student(context: Context, folder: Path) -> Refinement:
@@ -223,7 +243,7 @@ def _spread(rows: Iterator[Any], total: int, count: int) -> list[Any]:
 
 def _choose(bench: Bench, options: PrecisionOptions) -> tuple[dict[str, Quantization], Facts]:
     """The modes that meet the size budget with the least loss."""
-    from mlx_distill.distill.sensitivity import measure_sensitivity, plan_sensitivity
+    from mlx_distill.distill.sensitivity import plan_sensitivity
     from mlx_distill.models.mixed_precision import choose_precision
 
     context, settings = bench.context, bench.context.recipe.quantize
@@ -231,16 +251,7 @@ def _choose(bench: Bench, options: PrecisionOptions) -> tuple[dict[str, Quantiza
     table = {path: list(some) for path, some in options.bits.items()}
     plan = plan_sensitivity(bench.model, rows, table)
     context.progress.note(f"quantize: sensitivity of {len(table)} modules: {plan.text}")
-    measured = measure_sensitivity(
-        bench.model,
-        rows,
-        table,
-        plan,
-        dtypes=bench.dtypes,
-        dequantize=bench.dequantize,
-        progress=context.progress,
-        check=partial(check_stop, context),
-    )
+    measured = bench.sensitivity(rows, table, plan)
     choice = choose_precision(options, measured.kl, settings.bits_per_weight)
     counts = Counter(mode_name(q) for q in choice.quantizations.values())
     modes = ", ".join(f"{count} x {name}" for name, count in sorted(counts.items()))
@@ -255,22 +266,13 @@ def _choose(bench: Bench, options: PrecisionOptions) -> tuple[dict[str, Quantiza
 
 def _uniform_sensitivity(bench: Bench, quantizations: Mapping[str, Quantization]) -> Facts:
     """The table of sensitivity at one quantization of each module, where it takes little time."""
-    from mlx_distill.distill.sensitivity import MAX_PRODUCTS_ALL, measure_sensitivity, plan_sensitivity
+    from mlx_distill.distill.sensitivity import MAX_PRODUCTS_ALL, plan_sensitivity
 
     rows, table = bench.calibration[:_UNIFORM_ROWS], {path: [q] for path, q in quantizations.items()}
     plan = plan_sensitivity(bench.model, rows, table)
     if plan.products > MAX_PRODUCTS_ALL:
         return {}
-    measured = measure_sensitivity(
-        bench.model,
-        rows,
-        table,
-        plan,
-        dtypes=bench.dtypes,
-        dequantize=bench.dequantize,
-        progress=bench.context.progress,
-        check=partial(check_stop, bench.context),
-    )
+    measured = bench.sensitivity(rows, table, plan)
     return {"sensitivity": sensitivity_facts(measured)}
 
 
