@@ -52,6 +52,7 @@ def strip(
     high: float,
     *,
     zero: float | None = None,
+    margin: float | None = None,
     ticks: Sequence[float] = (),
 ) -> Html:
     """Dots with intervals on one axis, one line for each estimate.
@@ -60,6 +61,7 @@ def strip(
         estimates: (CSS class, name, estimate) from top to bottom; the line of one without a value is empty.
         low, high: Ends of the axis.
         zero: Position of a strong vertical line.
+        margin: Position of a dashed vertical line.
         ticks: Positions of faint vertical lines.
     """
 
@@ -68,8 +70,9 @@ def strip(
 
     height = 15 * len(estimates) + 5
     marks = [el("line", x1=position(x), x2=position(x), y1=0, y2=height, class_="grid") for x in ticks]
-    if zero is not None:
-        marks.append(el("line", x1=position(zero), x2=position(zero), y1=0, y2=height, class_="zero"))
+    for at, class_ in ((zero, "zero"), (margin, "margin")):
+        if at is not None:
+            marks.append(el("line", x1=position(at), x2=position(at), y1=0, y2=height, class_=class_))
     for i, (class_, name, estimate) in enumerate(estimates):
         if not estimate or estimate.get("value") is None:
             continue

@@ -7,15 +7,11 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
+from markupsafe import Markup as Html
+
 from mlx_distill.text import visible
 
 _VOID = {"br", "col", "hr", "img", "meta", "path", "line", "rect", "circle", "polyline"}
-
-
-class Html(str):
-    """Text that is markup and is not escaped again."""
-
-    __slots__ = ()
 
 
 def el(tag: str, *children: Any, **attributes: Any) -> Html:
