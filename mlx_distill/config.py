@@ -27,6 +27,7 @@ def option(
     *,
     keyed: bool = True,
     default_keyed: bool = True,
+    keyed_as: Any = dataclasses.MISSING,
     choices: Sequence[str] | None = None,
     low: float | None = None,
     high: float | None = None,
@@ -41,6 +42,8 @@ def option(
         keyed: Whether it can change a stage's result and so is part of the stage's key.
         default_keyed: Whether it is part of the key at its default too. Not so for an option that was added
             later and whose default changes nothing: finished stages then stay current.
+        keyed_as: The value that stands in the key whatever the option is: for one that was keyed in earlier
+            versions and changes no result.
         choices: The values allowed.
         low, high: The closed range allowed.
         old_name: What the key was called in earlier versions; see :func:`current_spelling`.
@@ -51,6 +54,7 @@ def option(
         "help": help,
         "keyed": keyed,
         "default_keyed": default_keyed,
+        "keyed_as": keyed_as,
         "choices": choices,
         "low": low,
         "high": high,
@@ -260,7 +264,7 @@ def keyed(value: Any) -> Any:
     """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            f.metadata.get("old_name") or f.name: _old_value(f, keyed(getattr(value, f.name)))
+            f.metadata.get("old_name") or f.name: _old_value(f, keyed(_keyed_value(f, value)))
             for f in dataclasses.fields(value)
             if f.metadata.get("keyed", True) and not _left_out_at_default(f, getattr(value, f.name))
         }
@@ -269,6 +273,12 @@ def keyed(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return [keyed(item) for item in value]
     return value
+
+
+def _keyed_value(field: dataclasses.Field[Any], config: Any) -> Any:
+    """The value of an option that its stages' keys are computed over."""
+    fixed = field.metadata.get("keyed_as", dataclasses.MISSING)
+    return getattr(config, field.name) if fixed is dataclasses.MISSING else fixed
 
 
 def _left_out_at_default(field: dataclasses.Field[Any], value: Any) -> bool:

@@ -52,7 +52,8 @@ def sections(cls: type, name: str) -> list[Section]:
     >>> from mlx_distill.recipe import EvaluateConfig
     >>> section, = sections(EvaluateConfig, "evaluate")
     >>> section.name, [key.name for key in section.keys]
-    ('evaluate', ['models', 'batch_size', 'max_rows', 'constrain', 'confidence'])
+    ('evaluate', ['models', 'batch_size', 'max_rows', 'constrain', 'confidence', 'repeats',
+    'repeat_temperature', 'costs'])
     """
     hints, keys, inside = typing.get_type_hints(cls), [], []
     for f in dataclasses.fields(cls):

@@ -249,11 +249,16 @@ def test_a_key_under_both_names_is_refused_unless_the_old_one_replaces_the_value
 class Grown:
     rate: float = option(0.1)
     added: list[str] = option([], default_keyed=False)
+    counted: tuple[str, ...] = option((), keyed_as=())
 
 
 def test_an_option_added_later_is_keyed_only_where_it_is_used() -> None:
-    assert keyed(Grown()) == {"rate": 0.1}
-    assert keyed(Grown(added=["a"])) == {"rate": 0.1, "added": ["a"]}
+    assert keyed(Grown()) == {"rate": 0.1, "counted": []}
+    assert keyed(Grown(added=["a"])) == {"rate": 0.1, "added": ["a"], "counted": []}
+
+
+def test_an_option_that_changes_no_result_any_more_keeps_one_value_in_the_key() -> None:
+    assert keyed(Grown(counted=("a",))) == keyed(Grown())
 
 
 def test_keyed_settings_keep_the_old_spelling() -> None:

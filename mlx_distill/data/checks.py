@@ -66,13 +66,20 @@ def _without(key: str) -> str:
     """What the run does without a field that a task names."""
     if key.endswith("group"):
         return "error rates are not compared by it"
+    if key.endswith("cluster"):
+        return "intervals take all rows as independent"
     return "the rows are named by their text" if key.endswith("id") else "results are not shown by it"
 
 
 def _named_fields(task: Task, config: DataConfig) -> Iterator[tuple[str, str, bool]]:
     """The fields that the task and the recipe name: the key, the field, and whether the stage needs it."""
     own = set(task.schema["properties"])
-    for key, names in (("slices", task.slices), ("group", [task.group]), ("title", [task.title])):
+    for key, names in (
+        ("slices", task.slices),
+        ("group", [task.group]),
+        ("title", [task.title]),
+        ("cluster", [task.cluster]),
+    ):
         for name in names:
             if name and name not in own:
                 yield f"task {task.name!r}: {key}", name, False
@@ -131,7 +138,7 @@ def warnings_of(kept: RowStatistics, task: Task, config: DataConfig) -> list[str
     for name in dict.fromkeys([*task.slices, *group]):
         without = sum(kept.slices[split][name][""] for split in SPLITS)
         rows = sum(kept.rows.values())
-        if 0 < without < rows:
+        if 0 < without < rows / 2:  # a field that few rows have is a tag, not one that is missing
             out.append(f"{without} of {rows} rows have no {name!r}: they count under an empty name")
     return out
 

@@ -68,7 +68,7 @@ def chat_of(row: Row, task: Task) -> Chat:
     if isinstance(turns, list):
         turns = [_plain_turn(turn) for turn in turns]
     system = row.get("system")
-    named = {task.title, task.group, *task.slices}
+    named = {task.title, task.group, task.cluster, *task.slices}
     if not isinstance(system, str) or "system" in named or _starts_with_system(turns):
         system = None
     return Chat(column, turns, system)

@@ -288,7 +288,7 @@ def _fields(row: Row, task: Task, format: str) -> dict[str, Any]:
     """The columns that are neither prompt nor answer; the title and the fields by which results are sliced
     are kept in any case.
     """
-    kept = {task.title, task.group, *task.slices}
+    kept = {task.title, task.group, task.cluster, *task.slices}
     used = {"answer", "messages", task.id, "id"} | (
         {*task.input_fields, *task.schema["properties"]}
         if format == "plain"

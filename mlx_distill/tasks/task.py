@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,10 @@ class Task:
         "the answer's field with the classes, which are its enum in the schema; none: a task without "
         "classes, such as a summary",
     )
-    positive: tuple[str, ...] = option((), "classes that count as positive for precision and recall")
+    # Unkeyed: it changes how answers are counted, not what any stage writes.
+    positive: tuple[str, ...] = option(
+        (), "classes that count as positive for precision and recall", keyed_as=()
+    )
     score: str | None = option(None, "the answer's field with a number")
     score_tolerance: float = option(5.0, "how far two scores may lie apart and still agree", low=0.0)
     score_scale: tuple[float, float] = option((0.0, 100.0), "lowest and highest score")
@@ -47,7 +50,35 @@ class Task:
         "fields of the answer whose enum in the schema is only a proposal: any text is valid there",
         default_keyed=False,
     )
+    metrics: tuple[str | Mapping[str, Any], ...] = option(
+        (),
+        "metrics that are measured besides those that every task has: names, or mappings with metric, name "
+        "and options; your own function is module:function",
+        keyed=False,
+    )
+    score_threshold: float | None = option(
+        None, "a score from which on an item counts as positive, for metrics of its own", keyed=False
+    )
+    error_categories: Mapping[str, Mapping[str, Any]] = option(
+        {}, "name: conditions on the answer and the truth under which a row is such an error", keyed=False
+    )
+    cluster: str | None = option(
+        None,
+        "the field of a row that related rows share, such as an artist; their errors are not independent",
+        default_keyed=False,
+    )
+    references: Mapping[str, str | Mapping[str, Any]] = option(
+        {}, "field of the answer: the list of references that its values have to be in", keyed=False
+    )
+    edge_cases: str | None = option(
+        None, "a file of unusual rows with the expected behaviour", default_keyed=False
+    )
     description: str = option("", "one line for the list of tasks", keyed=False)
+    folders: tuple[str, ...] = field(
+        default=(),
+        compare=False,
+        metadata={"keyed": False, "settable": False, "help": "where files that it names are"},
+    )
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -138,7 +169,34 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
         check_score(task.schema, task.score, task.score_scale, where)
     for key in ("system", "user"):
         _check_prompt(getattr(task, key), properties, task.open, f"{where}: {key}")
+    _check_measured(task, properties, where)
     return replace(task, schema=open_fields(task.schema, task.open, where)) if task.open else task
+
+
+def _check_measured(task: Task, properties: Mapping[str, Any], where: str) -> None:
+    """Refuse a threshold without a score, references of unknown fields, and metrics without a name."""
+    if task.score_threshold is not None:
+        low, high = task.score_scale
+        if task.score is None:
+            raise ConfigError(f"{where}: score_threshold without score", fix="name the field with the score")
+        if not low < task.score_threshold <= high:
+            raise ConfigError(
+                f"{where}: score_threshold: {task.score_threshold:g} does not divide the scale "
+                f"{low:g} to {high:g}",
+                fix=f"above {low:g} and at most {high:g}",
+            )
+    for name in task.references:
+        if name not in properties:
+            raise ConfigError(
+                f"{where}: references: the answer has no field {name!r}",
+                fix=known_names(name, list(properties), "fields of the answer"),
+            )
+    for number, metric in enumerate(task.metrics):
+        if isinstance(metric, Mapping) and not isinstance(metric.get("metric"), str):
+            raise ConfigError(
+                f"{where}: metrics[{number}]: a metric without a name",
+                fix="write {metric: NAME, ...} with its options, or the name alone",
+            )
 
 
 def _check_prompt(prompt: str, properties: Mapping[str, Any], open: Sequence[str], where: str) -> None:
@@ -211,7 +269,9 @@ def load_task(spec: str | Mapping[str, Any], base: Path | None = None) -> Task:
             known = known_names(str(spec), task_names(), "packaged tasks")
             raise ConfigError(f"no task {spec!r}", fix=f"{known}; or give the path of a YAML file")
         path = candidate
-    return parse_task({**read_yaml(path), **overrides}, str(path))
+    task = parse_task({**read_yaml(path), **overrides}, str(path))
+    folders = dict.fromkeys([*([str(base)] if base else []), str(path.resolve().parent)])
+    return replace(task, folders=tuple(folders))
 
 
 def task_names() -> list[str]:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from mlx_distill.config import keyed
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.tasks.answer import check_answer
 from mlx_distill.tasks.task import load_task, parse_task
@@ -271,3 +272,26 @@ def test_options_of_a_field_without_any_are_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name}:options.*no field '{name}' with an enum") as caught:
         parse_task(changed(user=f"{{text}} {{{name}:options}}"), "task.yaml")
     assert "fields with an enum are: colour" in (caught.value.fix or "")
+
+
+def test_what_is_measured_changes_no_stage_key() -> None:
+    task = parse_task(TASK, "task.yaml")
+    measured = {
+        "positive": ["blue"],
+        "metrics": ["accuracy"],
+        "error_categories": {"wrong": {"label": "wrong"}},
+    }
+    assert keyed(parse_task({**TASK, **measured}, "task.yaml")) == keyed(task)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"score_threshold": 50}, "score_threshold without score"),
+        ({"references": {"sourcs": "x.txt"}}, "references: the answer has no field 'sourcs'"),
+        ({"metrics": [{"field": "x"}]}, r"metrics\[0\]: a metric without a name"),
+    ],
+)
+def test_wrong_keys_of_what_is_measured_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_task({**{key: value for key, value in TASK.items() if key != "score"}, **change}, "task.yaml")
