@@ -19,20 +19,24 @@ _NEEDED = (
     "mlx",
     "mlx_lm",
     "numpy",
+    "scipy",
     "datasets",
     "huggingface_hub",
     "safetensors",
     "yaml",
+    "jinja2",
     "jsonschema",
     "llguidance",
     "jaxtyping",
     "rich",
 )
 _EXTRAS = {
-    "stats": (("scipy",), "a second implementation of intervals and paired tests"),
     "track": (("trackio",), "a dashboard of the runs' curves"),
     "notebook": (("nbclient", "ipykernel"), "to execute the notebooks of the examples"),
-    "parity": (("torch", "transformers", "peft"), "the references that the tests' golden values come from"),
+    "parity": (
+        ("torch", "transformers", "peft", "sklearn", "statsmodels"),
+        "the references that the tests' golden values come from",
+    ),
 }
 
 

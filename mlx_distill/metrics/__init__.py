@@ -1,4 +1,4 @@
-"""Metrics of predictions with confidence intervals, and significance tests for paired models."""
+"""Metrics of predictions with confidence intervals, tests of differences, and what rows can show."""
 
 from __future__ import annotations
 
@@ -35,11 +35,20 @@ from mlx_distill.metrics.classification import macro_f1 as macro_f1
 from mlx_distill.metrics.classification import precision as precision
 from mlx_distill.metrics.classification import recall as recall
 from mlx_distill.metrics.classification import score_mae as score_mae
-from mlx_distill.metrics.intervals import bonett_price as bonett_price
+from mlx_distill.metrics.clusters import clustered_mean as clustered_mean
+from mlx_distill.metrics.homogeneity import benjamini_hochberg as benjamini_hochberg
+from mlx_distill.metrics.homogeneity import funnel_limits as funnel_limits
+from mlx_distill.metrics.homogeneity import homogeneity_test as homogeneity_test
 from mlx_distill.metrics.intervals import bootstrap_mean as bootstrap_mean
-from mlx_distill.metrics.intervals import compare_paired as compare_paired
-from mlx_distill.metrics.intervals import mcnemar_mid_p as mcnemar_mid_p
 from mlx_distill.metrics.intervals import newcombe as newcombe
 from mlx_distill.metrics.intervals import paired_bootstrap as paired_bootstrap
 from mlx_distill.metrics.intervals import rate as rate
 from mlx_distill.metrics.intervals import wilson as wilson
+from mlx_distill.metrics.paired import bonett_price as bonett_price
+from mlx_distill.metrics.paired import compare_means as compare_means
+from mlx_distill.metrics.paired import compare_paired as compare_paired
+from mlx_distill.metrics.paired import mcnemar_mid_p as mcnemar_mid_p
+from mlx_distill.metrics.paired import relative_margin as relative_margin
+from mlx_distill.metrics.paired import verdict as verdict
+from mlx_distill.metrics.power import provable_margin as provable_margin
+from mlx_distill.metrics.power import rows_needed as rows_needed

@@ -21,7 +21,8 @@ from mlx_distill.metrics.classification import (
     predicted_score,
     true_value,
 )
-from mlx_distill.metrics.intervals import Comparison, Estimate, compare_paired, mean_estimate, rate
+from mlx_distill.metrics.intervals import Estimate, mean_estimate, rate
+from mlx_distill.metrics.paired import Comparison, compare_paired
 
 MIN_PROBABILITY = 1e-12
 """Label probabilities are clipped to this, so that a zero does not make a KL divergence infinite."""
@@ -179,7 +180,7 @@ def accuracy_gain(
     pairs = [(a, b) for a, b in pair_by_id(model, teacher) if true_value(a, label) is not None]
     model_correct = correct([a for a, _ in pairs], label)
     teacher_correct = correct([b for _, b in pairs], label)
-    return compare_paired(model_correct, teacher_correct, confidence)
+    return compare_paired(model_correct, teacher_correct, confidence=confidence) if pairs else None
 
 
 def agreement_gain(
@@ -188,11 +189,8 @@ def agreement_gain(
     """Agreement of ``first`` with the teacher minus that of ``second``, on the items that all three have."""
     reference = _by_id(teacher)
     pairs = [(a, b) for a, b in pair_by_id(first, second) if a["id"] in reference]
-    return compare_paired(
-        [same_label(a, reference[a["id"]]) for a, _ in pairs],
-        [same_label(b, reference[b["id"]]) for _, b in pairs],
-        confidence,
-    )
+    hits = [[same_label(row, reference[row["id"]]) for row in rows] for rows in zip(*pairs, strict=True)]
+    return compare_paired(hits[0], hits[1], confidence=confidence) if hits else None
 
 
 def disagreements(

@@ -12,11 +12,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from mlx_distill.metrics.agreement import pair_by_id, side_by_side
 from mlx_distill.metrics.classification import Row, group_by
-from mlx_distill.metrics.intervals import Comparison, Estimate, mcnemar_mid_p, mean_estimate, rate
+from mlx_distill.metrics.intervals import Estimate, mean_estimate, rate
+from mlx_distill.metrics.paired import Comparison, compare_means
 
 Answer = Mapping[str, Any]
 Pair = tuple[Answer | None, Answer | None]
@@ -250,7 +249,9 @@ def compare_answers(
         x, y = (similarity(row.get("answer"), wanted, properties, tolerances) for row in (a, b))
         if x is not None and y is not None:
             values.append((x, y))
-    return compare_values([x for x, _ in values], [y for _, y in values], confidence)
+    if not values:
+        return None
+    return compare_means([x for x, _ in values], [y for _, y in values], confidence=confidence)
 
 
 def answers_by_slice(
@@ -281,32 +282,4 @@ def answers_by_slice(
             for value, members in group_by(rows, field).items()
         }
         for field in fields
-    }
-
-
-def compare_values(
-    first: Sequence[float], second: Sequence[float], confidence: float = 0.95
-) -> Comparison | None:
-    """Compare a value of two models on the same items: difference of the means with its bootstrap interval,
-    and the p-value of a sign test (mid-p) over the items on which they differ.
-
-    Items of equal value count as ``both``, and as ``neither`` where it is 0: that of an invalid answer.
-
-    >>> result = compare_values([0.5, 1.0, 0.0], [0.25, 1.0, 0.0])
-    >>> result["first_only"], result["both"], result["neither"]
-    (1, 1, 1)
-    """
-    if not first:
-        return None
-    differences = np.asarray(first, dtype=np.float64) - np.asarray(second, dtype=np.float64)
-    higher, lower = int((differences > 1e-12).sum()), int((differences < -1e-12).sum())
-    ties = len(differences) - higher - lower
-    zeros = sum(a == b == 0.0 for a, b in zip(first, second, strict=True))
-    return {
-        "difference": mean_estimate(differences.tolist(), confidence),
-        "p_value": mcnemar_mid_p(higher, lower),
-        "both": ties - zeros,
-        "first_only": higher,
-        "second_only": lower,
-        "neither": zeros,
     }

@@ -1,19 +1,15 @@
-"""Confidence intervals and paired tests, in plain Python and numpy.
-
-Two models that answer the same items are *paired*: only the items on which they differ (the discordant ones)
-carry information about the difference. So McNemar's test and the Bonett-Price interval are used, not the
-chi-squared test of two independent samples.
-"""
+"""Confidence intervals of rates and means. Models on the same items: :mod:`mlx_distill.metrics.paired`."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from statistics import NormalDist
 from typing import TypedDict
 
 import numpy as np
 from jaxtyping import Float
+
+from mlx_distill.errors import DataError
 
 
 class Estimate(TypedDict):
@@ -25,29 +21,65 @@ class Estimate(TypedDict):
     n: int
 
 
-class Comparison(TypedDict):
-    """Two models on the same items: difference of their rates (first minus second), McNemar's mid-p value.
-
-    ``both``, ``first_only``, ``second_only`` and ``neither`` count the items by which model is correct.
-    """
-
-    difference: Estimate
-    p_value: float
-    both: int
-    first_only: int
-    second_only: int
-    neither: int
-
-
 def normal_quantile(confidence: float) -> float:
     """Two-sided critical value of the standard normal distribution: ``z`` with ``P(|Z| <= z) = confidence``.
 
     >>> round(normal_quantile(0.95), 4)
     1.96
     """
+    from scipy.special import ndtri
+
+    return float(ndtri(0.5 + check_confidence(confidence) / 2))
+
+
+def t_quantile(confidence: float, freedom: float) -> float:
+    """Two-sided critical value of Student's t: ``t`` with ``P(|T| <= t) = confidence``.
+
+    Args:
+        confidence: Level, such as 0.95.
+        freedom: Degrees of freedom.
+
+    >>> round(t_quantile(0.95, 9), 4)
+    2.2622
+    """
+    from scipy.special import stdtrit
+
+    return float(stdtrit(freedom, 0.5 + check_confidence(confidence) / 2))
+
+
+def check_confidence(confidence: float) -> float:
+    """The level itself.
+
+    Raises:
+        ValueError: it is not between 0 and 1.
+    """
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence is between 0 and 1, not {confidence}")
-    return NormalDist().inv_cdf(0.5 + confidence / 2)
+    return confidence
+
+
+def finite(values: Sequence[float] | np.ndarray, name: str) -> Float[np.ndarray, " n"]:
+    """The values as float64.
+
+    Args:
+        values: Numbers.
+        name: What they are, for the error.
+
+    Raises:
+        DataError: one of them is None, NaN or infinite.
+
+    >>> finite([1, True, 0.5], "scores").tolist()
+    [1.0, 1.0, 0.5]
+    """
+    array = np.asarray([np.nan if x is None else x for x in values], dtype=np.float64)
+    wrong = np.flatnonzero(~np.isfinite(array))
+    if wrong.size:
+        more = f", and {wrong.size - 1} more" if wrong.size > 1 else ""
+        raise DataError(
+            f"{name}: value {wrong[0] + 1} of {array.size} is {array[wrong[0]]}{more}",
+            fix="leave the row out of every model, or count its answer as wrong",
+        )
+    return array
 
 
 def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -71,14 +103,13 @@ def wilson(k: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
     """
     if not 0 <= k <= n:
         raise ValueError(f"{k} successes in {n} items")
+    check_confidence(confidence)
     if n == 0:
         return 0.0, 1.0
-    z, p = normal_quantile(confidence), k / n
-    denominator = 1 + z * z / n
-    centre = (p + z * z / (2 * n)) / denominator
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / denominator
-    # The ends are exact at k = 0 and k = n; rounding would leave about 1e-17.
-    return (0.0 if k == 0 else max(0.0, centre - half)), (1.0 if k == n else min(1.0, centre + half))
+    from scipy.stats import binomtest
+
+    ends = binomtest(int(k), int(n)).proportion_ci(confidence, method="wilson")
+    return float(ends.low), float(ends.high)
 
 
 def rate(k: int, n: int, confidence: float = 0.95) -> Estimate:
@@ -113,96 +144,6 @@ def newcombe(k1: int, n1: int, k2: int, n2: int, confidence: float = 0.95) -> tu
     return p1 - p2 - math.hypot(p1 - l1, u2 - p2), p1 - p2 + math.hypot(u1 - p1, p2 - l2)
 
 
-def mcnemar_mid_p(b: int, c: int) -> float:
-    """Mid-p value of McNemar's exact test of equal accuracy.
-
-    ``min(1, 2 P(X <= k) - P(X = k))`` with ``X ~ Binomial(b + c, 1/2)`` and ``k = min(b, c)``. The mid-p
-    variant keeps the type I error close to the nominal level, where the exact test is conservative.
-
-    Args:
-        b: Items that only the first model has correct.
-        c: Items that only the second model has correct.
-
-    >>> round(mcnemar_mid_p(1, 8), 4)
-    0.0215
-
-    Fagerland, Lydersen and Laake (2013), "The McNemar test for binary matched-pairs data".
-    """
-    if b < 0 or c < 0:
-        raise ValueError("counts must not be negative")
-    n, k = b + c, min(b, c)
-    if n == 0:
-        return 1.0
-    # In integers: in floats the terms underflow at a few thousand items.
-    term, below = 1, 0
-    for i in range(k):
-        below += term
-        term = term * (n - i) // (i + 1)
-    return min(1.0, (2 * below + term) / 2**n)
-
-
-def bonett_price(b: int, c: int, n: int, confidence: float = 0.95) -> tuple[float, float]:
-    """Interval of the difference ``(b - c) / n`` of two paired rates.
-
-    With ``p = (b+1)/(n+2)`` and ``q = (c+1)/(n+2)``: ``p - q +- z sqrt((p + q - (p-q)^2) / (n+2))``, clipped
-    to -1 and 1.
-
-    Args:
-        b: Items that only the first model has correct.
-        c: Items that only the second model has correct.
-        n: All items.
-
-    Raises:
-        ValueError: no items, or more discordant items than items.
-
-    >>> [round(x, 4) for x in bonett_price(10, 4, 100)]
-    [-0.0172, 0.1348]
-
-    Bonett and Price (2012), "Adjusted Wald confidence interval for a difference of binomial proportions based
-    on paired data".
-    """
-    if n < 1 or b < 0 or c < 0 or b + c > n:
-        raise ValueError(f"{b} and {c} discordant items of {n}")
-    p, q = (b + 1) / (n + 2), (c + 1) / (n + 2)
-    half = normal_quantile(confidence) * math.sqrt((p + q - (p - q) ** 2) / (n + 2))
-    return max(-1.0, p - q - half), min(1.0, p - q + half)
-
-
-def compare_paired(
-    first: Sequence[bool], second: Sequence[bool], confidence: float = 0.95
-) -> Comparison | None:
-    """Compare the rates of two models on the same items: difference, Bonett-Price interval, mid-p value.
-
-    Args:
-        first: Whether the first model is correct, one value per item.
-        second: The same of the second model, in the same order.
-        confidence: Level of the interval.
-
-    Returns:
-        The comparison; None for no items.
-
-    >>> result = compare_paired([True, True, False, True], [True, False, False, False])
-    >>> result["difference"]["value"], result["first_only"], result["p_value"]
-    (0.5, 2, 0.25)
-    """
-    pairs = list(zip(first, second, strict=True))
-    if not pairs:
-        return None
-    n = len(pairs)
-    both, b = sum(x and y for x, y in pairs), sum(x and not y for x, y in pairs)
-    c = sum(y and not x for x, y in pairs)
-    low, high = bonett_price(b, c, n, confidence)
-    difference: Estimate = {"value": (b - c) / n, "low": low, "high": high, "n": n}
-    return {
-        "difference": difference,
-        "p_value": mcnemar_mid_p(b, c),
-        "both": both,
-        "first_only": b,
-        "second_only": c,
-        "neither": n - both - b - c,
-    }
-
-
 def bootstrap_mean(
     values: Float[np.ndarray, " n"], confidence: float = 0.95, *, resamples: int = 10_000, seed: int = 0
 ) -> tuple[float, float]:
@@ -227,6 +168,8 @@ def bootstrap_mean(
 
     Efron (1987), "Better bootstrap confidence intervals".
     """
+    from scipy.special import ndtr, ndtri
+
     values = np.asarray(values, dtype=np.float64)
     n = values.size
     if n == 0:
@@ -237,11 +180,10 @@ def bootstrap_mean(
         return mean, mean
     means = _resampled_means(values, resamples, np.random.default_rng(seed))
     below = (np.sum(means < mean) + np.sum(means <= mean)) / (2 * resamples)
-    normal = NormalDist()
-    bias = normal.inv_cdf(float(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples)))
+    bias = float(ndtri(np.clip(below, 0.5 / resamples, 1 - 0.5 / resamples)))
     acceleration = float(np.sum(deviations**3) / (6 * np.sum(deviations**2) ** 1.5))
     z = normal_quantile(confidence)
-    ends = [normal.cdf(bias + (bias + end) / (1 - acceleration * (bias + end))) for end in (-z, z)]
+    ends = [float(ndtr(bias + (bias + end) / (1 - acceleration * (bias + end)))) for end in (-z, z)]
     low, high = np.quantile(means, ends)
     return float(low), float(high)
 

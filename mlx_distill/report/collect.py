@@ -17,7 +17,7 @@ from mlx_distill.data.predictions import constrained_rows, read_predictions
 from mlx_distill.errors import ConfigError
 from mlx_distill.infer.label_temperature import measured_calibration
 from mlx_distill.metrics.classification import Row
-from mlx_distill.metrics.intervals import Comparison
+from mlx_distill.metrics.paired import Comparison
 from mlx_distill.report import provenance
 from mlx_distill.report.diagnosis import diagnose
 from mlx_distill.report.tables import main_metrics

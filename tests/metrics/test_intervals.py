@@ -9,11 +9,9 @@ import math
 import numpy as np
 import pytest
 
+from mlx_distill.errors import DataError
 from mlx_distill.metrics.intervals import (
-    bonett_price,
     bootstrap_mean,
-    compare_paired,
-    mcnemar_mid_p,
     mean_estimate,
     newcombe,
     normal_quantile,
@@ -21,6 +19,7 @@ from mlx_distill.metrics.intervals import (
     rate,
     wilson,
 )
+from mlx_distill.metrics.paired import bonett_price, compare_paired, mcnemar_mid_p
 
 # stats.binomtest(k, n).proportion_ci(confidence, method="wilson")
 WILSON = [
@@ -57,7 +56,8 @@ def test_no_items_give_no_value() -> None:
     assert wilson(0, 0) == (0.0, 1.0)
     assert rate(0, 0) == {"value": None, "low": None, "high": None, "n": 0}
     assert mean_estimate([])["value"] is None
-    assert compare_paired([], []) is None
+    empty = compare_paired([], [])
+    assert empty["difference"]["value"] is None and empty["p_value"] == 1.0
 
 
 @pytest.mark.parametrize(("k", "n"), [(-1, 3), (4, 3)])
@@ -125,11 +125,10 @@ def test_compare_paired_counts_all_four_cases() -> None:
         [True] * 5 + [False] * 3 + [True] + [False] * 2,
     )
     result = compare_paired(first, second)
-    assert result is not None
     assert (result["both"], result["first_only"], result["second_only"], result["neither"]) == (5, 3, 1, 2)
     assert result["difference"]["value"] == pytest.approx(2 / 11)
     assert result["p_value"] == mcnemar_mid_p(3, 1)
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(DataError, match="1 rows of the first model and 2"):
         compare_paired([True], [True, False])
 
 

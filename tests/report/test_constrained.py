@@ -10,7 +10,8 @@ import pytest
 from helpers.html_page import Page
 from helpers.report_runs import RECIPE, make_run, make_task
 
-from mlx_distill.metrics.intervals import compare_paired, rate
+from mlx_distill.metrics.intervals import rate
+from mlx_distill.metrics.paired import compare_paired
 from mlx_distill.report import build_report, render_html
 from mlx_distill.report.diagnosis import diagnose
 from mlx_distill.tasks.task import Task
