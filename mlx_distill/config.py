@@ -248,9 +248,12 @@ def _show(value: Any) -> str:
 
 
 def to_mapping(value: Any) -> Any:
-    """The plain YAML form of a config: dataclasses become dicts, tuples lists."""
+    """The plain YAML form of a config: dataclasses become dicts, tuples lists. Fields that no YAML file may
+    set are left out.
+    """
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_mapping(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        settable = [f for f in dataclasses.fields(value) if f.metadata.get("settable", True)]
+        return {f.name: to_mapping(getattr(value, f.name)) for f in settable}
     if isinstance(value, Mapping):
         return {key: to_mapping(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -212,7 +212,6 @@ def load_recipe(
     """
     if isinstance(spec, Recipe):
         raw, where, base = to_mapping(spec), f"recipe {spec.name}", spec.base
-        raw.pop("base")
         renamed: list[str] = []
     else:
         path = _recipe_path(spec)

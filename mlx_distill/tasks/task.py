@@ -14,6 +14,7 @@ from typing import Any
 from mlx_distill.config import ASSETS, from_mapping, option, packaged, read_yaml
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.tasks.prompt import Field, Options, parse_prompt, render_prompt
+from mlx_distill.tasks.references import Checker, parse_checkers
 from mlx_distill.tasks.schema import check_score, field_options, open_fields, validator_of
 from mlx_distill.text import known_names
 
@@ -67,8 +68,12 @@ class Task:
         "the field of a row that related rows share, such as an artist; their errors are not independent",
         default_keyed=False,
     )
-    references: Mapping[str, str | Mapping[str, Any]] = option(
-        {}, "field of the answer: the list of references that its values have to be in", keyed=False
+    references: Mapping[str, Any] = option(
+        {},
+        "field of the answer: its checker, or several: {kind: scripture, versification: kjv}, {kind: "
+        "vocabulary, list: file or names}, {kind: support, in: [fields of the row]}, or your own "
+        "module:function",
+        keyed=False,
     )
     edge_cases: str | None = option(
         None, "a file of unusual rows with the expected behaviour", default_keyed=False
@@ -84,6 +89,24 @@ class Task:
     def labels(self) -> tuple[str, ...]:
         """The classes, in the schema's order; none for a task without a label."""
         return tuple(self.schema["properties"][self.label]["enum"]) if self.label else ()
+
+    @property
+    def checkers(self) -> list[Checker]:
+        """The checkers of the answer's fields."""
+        return parse_checkers(self.references, self.schema, f"{self.name}: references")
+
+    def file(self, name: str) -> Path:
+        """The path of a file that the task names: beside the recipe, or beside the task.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        candidates = [Path(folder) / name for folder in (*self.folders, "")]
+        for path in candidates:
+            if path.is_file():
+                return path
+        places = ", ".join(str(path.parent) for path in candidates[:-1]) or "."
+        raise ConfigError(f"{self.name}: no file {name!r}", fix=f"looked in {places}; correct the name")
 
     @functools.cached_property
     def input_fields(self) -> tuple[str, ...]:
@@ -185,12 +208,7 @@ def _check_measured(task: Task, properties: Mapping[str, Any], where: str) -> No
                 f"{low:g} to {high:g}",
                 fix=f"above {low:g} and at most {high:g}",
             )
-    for name in task.references:
-        if name not in properties:
-            raise ConfigError(
-                f"{where}: references: the answer has no field {name!r}",
-                fix=known_names(name, list(properties), "fields of the answer"),
-            )
+    parse_checkers(task.references, task.schema, f"{where}: references")
     for number, metric in enumerate(task.metrics):
         if isinstance(metric, Mapping) and not isinstance(metric.get("metric"), str):
             raise ConfigError(

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from mlx_distill.config import keyed
+from mlx_distill.config import keyed, to_mapping
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.tasks.answer import check_answer
+from mlx_distill.tasks.references import read_names
 from mlx_distill.tasks.task import load_task, parse_task
 
 TASK: dict[str, Any] = {
@@ -288,10 +290,47 @@ def test_what_is_measured_changes_no_stage_key() -> None:
     ("change", "message"),
     [
         ({"score_threshold": 50}, "score_threshold without score"),
-        ({"references": {"sourcs": "x.txt"}}, "references: the answer has no field 'sourcs'"),
         ({"metrics": [{"field": "x"}]}, r"metrics\[0\]: a metric without a name"),
     ],
 )
 def test_wrong_keys_of_what_is_measured_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_task({**{key: value for key, value in TASK.items() if key != "score"}, **change}, "task.yaml")
+
+
+def test_a_task_as_plain_values_is_a_task_again() -> None:
+    """Models keep the task that they were trained on in this form."""
+    for name in ("music", "moderation"):
+        task = load_task(name)
+        assert task.folders and parse_task(to_mapping(task), "trained_on.json") == task
+
+
+@pytest.mark.parametrize(
+    ("references", "words", "fix"),
+    [
+        ({"colours": {"kind": "scripture"}}, "'colours' is no field", "did you mean 'colour'?"),
+        ({"colour": {"kind": "scriptures"}}, "no checker 'scriptures'", "did you mean 'scripture'?"),
+        ({"colour": ["scripture", {"kind": "vocabulary", "list": "a"}]}, "two checkers", "keep one"),
+        ({"colour": {"kind": "vocabulary"}}, "vocabulary without list", "a name a line"),
+        ({"colour": {"kind": "vocabulary", "lists": ["a"]}}, "unknown key 'lists'", "did you mean 'list'?"),
+        ({"colour": {"kind": "vocabulary", "list": [True]}}, "list: [True]", "in quotes"),
+        ({"colour": {"kind": "support", "in": []}}, "in: []", "give texts"),
+        ({"colour": {"kind": "scripture", "versification": 3}}, "versification: 3", "file"),
+        ({"colour": 3}, "3 is no checker", "{kind: scripture"),
+    ],
+)
+def test_checkers_that_are_none_are_refused(references: dict[str, Any], words: str, fix: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_task({**changed(), "references": references}, "task.yaml")
+    assert caught.value.message.startswith("task.yaml: references: ") and words in caught.value.message
+    assert fix in (caught.value.fix or "")
+
+
+def test_files_that_a_task_names_are_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "task.yaml").write_text(json.dumps(changed()))
+    (tmp_path / "words.txt").write_text("# colours\nred\n\nblue\n")
+    task = load_task("task.yaml", tmp_path)
+    assert task.file("words.txt") == tmp_path / "words.txt"
+    assert read_names(task.file("words.txt")) == ["red", "blue"]
+    with pytest.raises(ConfigError, match=r"no file 'word\.txt'"):
+        task.file("word.txt")
