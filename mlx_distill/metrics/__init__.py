@@ -21,6 +21,9 @@ from mlx_distill.metrics.answers import is_free as is_free
 from mlx_distill.metrics.answers import overlap_f1 as overlap_f1
 from mlx_distill.metrics.answers import teacher_pairs as teacher_pairs
 from mlx_distill.metrics.answers import truth_pairs as truth_pairs
+from mlx_distill.metrics.calibration import auto_decidable as auto_decidable
+from mlx_distill.metrics.calibration import reliability as reliability
+from mlx_distill.metrics.calibration import risk_coverage as risk_coverage
 from mlx_distill.metrics.classification import accuracy as accuracy
 from mlx_distill.metrics.classification import accuracy_by_distribution as accuracy_by_distribution
 from mlx_distill.metrics.classification import by_group as by_group
@@ -36,6 +39,15 @@ from mlx_distill.metrics.classification import precision as precision
 from mlx_distill.metrics.classification import recall as recall
 from mlx_distill.metrics.classification import score_mae as score_mae
 from mlx_distill.metrics.clusters import clustered_mean as clustered_mean
+from mlx_distill.metrics.consistency import flip_rate as flip_rate
+from mlx_distill.metrics.consistency import item_means as item_means
+from mlx_distill.metrics.consistency import repeated_rate as repeated_rate
+from mlx_distill.metrics.consistency import right_in_all_runs as right_in_all_runs
+from mlx_distill.metrics.consistency import score_deviation as score_deviation
+from mlx_distill.metrics.corrected import corrected_rate as corrected_rate
+from mlx_distill.metrics.corrected import prediction_powered as prediction_powered
+from mlx_distill.metrics.corrected import upper_limit_of_none as upper_limit_of_none
+from mlx_distill.metrics.cross_validation import nadeau_bengio as nadeau_bengio
 from mlx_distill.metrics.homogeneity import benjamini_hochberg as benjamini_hochberg
 from mlx_distill.metrics.homogeneity import funnel_limits as funnel_limits
 from mlx_distill.metrics.homogeneity import homogeneity_test as homogeneity_test
@@ -52,3 +64,5 @@ from mlx_distill.metrics.paired import relative_margin as relative_margin
 from mlx_distill.metrics.paired import verdict as verdict
 from mlx_distill.metrics.power import provable_margin as provable_margin
 from mlx_distill.metrics.power import rows_needed as rows_needed
+from mlx_distill.metrics.raters import cohen_kappa as cohen_kappa
+from mlx_distill.metrics.raters import gwet_ac1 as gwet_ac1
