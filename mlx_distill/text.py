@@ -57,6 +57,17 @@ def signed_points(value: float | None, digits: int = 1) -> str:
     return ("+" if value > 0 else MINUS) + text
 
 
+def signed_interval(estimate: Mapping[str, Any] | None, digits: int = 1) -> str:
+    """The interval of a difference of two rates in percentage points; empty where it has none.
+
+    >>> signed_interval({"value": -0.004, "low": -0.024, "high": 0.006, "n": 300})
+    '\u22122.4 to +0.6'
+    """
+    if not estimate or estimate.get("low") is None or estimate.get("high") is None:
+        return ""
+    return f"{signed_points(estimate['low'], digits)} to {signed_points(estimate['high'], digits)}"
+
+
 def p_value(value: float | None) -> str:
     """A p-value with two or three decimals.
 

@@ -9,11 +9,14 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from mlx_distill.report.markup import Html, el
+from markupsafe import Markup
+
+from mlx_distill.report.svg import element
 from mlx_distill.text import interval, percent, significant
 
 Point = tuple[float, float]
 
+_ENDS = ("low", "high")
 _WIDTH, _HEIGHT = 460, 232
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 30
 
@@ -22,16 +25,16 @@ def _share(x: float) -> str:
     return f"{100 * min(1.0, max(0.0, x)):.2f}%"
 
 
-def bar(estimate: Mapping[str, Any] | None, label: str) -> Html | None:
+def bar(estimate: Mapping[str, Any] | None, label: str) -> Markup | None:
     """A bar from 0 to 100 % with the interval as a whisker; None where nothing was measured."""
     if not estimate or estimate.get("value") is None:
         return None
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
-    return el(
+    return element(
         "svg",
-        el("title", f"{label}: {percent(value)}, interval {interval(estimate)}, n = {estimate['n']}"),
-        el("rect", x=0, y=3, width="100%", height=8, rx=2, class_="track"),
-        el("rect", x=0, y=3, width=_share(value), height=8, rx=2, class_="fill"),
+        element("title", f"{label}: {percent(value)}, interval {interval(estimate)}, n = {estimate['n']}"),
+        element("rect", x=0, y=3, width="100%", height=8, rx=2, class_="track"),
+        element("rect", x=0, y=3, width=_share(value), height=8, rx=2, class_="fill"),
         _whisker(_share(low), _share(high), 7, 4),
         class_="bar",
         width="100%",
@@ -41,9 +44,9 @@ def bar(estimate: Mapping[str, Any] | None, label: str) -> Html | None:
     )
 
 
-def _whisker(low: str, high: str, y: float, cap: float) -> list[Html]:
-    ends = [el("line", x1=x, x2=x, y1=y - cap, y2=y + cap, class_="whisker") for x in (low, high)]
-    return [el("line", x1=low, x2=high, y1=y, y2=y, class_="whisker"), *ends]
+def _whisker(low: str, high: str, y: float, cap: float) -> list[Markup]:
+    ends = [element("line", x1=x, x2=x, y1=y - cap, y2=y + cap, class_="whisker") for x in (low, high)]
+    return [element("line", x1=low, x2=high, y1=y, y2=y, class_="whisker"), *ends]
 
 
 def strip(
@@ -54,7 +57,7 @@ def strip(
     zero: float | None = None,
     margin: float | None = None,
     ticks: Sequence[float] = (),
-) -> Html:
+) -> Markup:
     """Dots with intervals on one axis, one line for each estimate.
 
     Args:
@@ -69,31 +72,33 @@ def strip(
         return _share((x - low) / (high - low))
 
     height = 15 * len(estimates) + 5
-    marks = [el("line", x1=position(x), x2=position(x), y1=0, y2=height, class_="grid") for x in ticks]
+    marks = [element("line", x1=position(x), x2=position(x), y1=0, y2=height, class_="grid") for x in ticks]
     for at, class_ in ((zero, "zero"), (margin, "margin")):
         if at is not None:
-            marks.append(el("line", x1=position(at), x2=position(at), y1=0, y2=height, class_=class_))
+            marks.append(element("line", x1=position(at), x2=position(at), y1=0, y2=height, class_=class_))
     for i, (class_, name, estimate) in enumerate(estimates):
         if not estimate or estimate.get("value") is None:
             continue
         y = 10 + 15 * i
+        # Of a single row a difference has no interval.
+        ends = [position(estimate["value"] if estimate[end] is None else estimate[end]) for end in _ENDS]
         marks.append(
-            el(
+            element(
                 "g",
-                el("title", f"{name}: {percent(estimate['value'])}, interval {interval(estimate)}"),
-                el(
+                element("title", f"{name}: {percent(estimate['value'])}, interval {interval(estimate)}"),
+                element(
                     "line",
-                    x1=position(estimate["low"]),
-                    x2=position(estimate["high"]),
+                    x1=ends[0],
+                    x2=ends[1],
                     y1=y,
                     y2=y,
                     class_="range",
                 ),
-                el("circle", cx=position(estimate["value"]), cy=y, r=4.5, class_="dot"),
+                element("circle", cx=position(estimate["value"]), cy=y, r=4.5, class_="dot"),
                 class_=class_,
             )
         )
-    return el(
+    return element(
         "svg",
         marks,
         class_="strip",
@@ -114,17 +119,19 @@ def _strip_label(estimates: Sequence[tuple[str, str, Mapping[str, Any] | None]])
     )
 
 
-def axis(low: float, high: float, ticks: Sequence[float]) -> Html:
+def axis(low: float, high: float, ticks: Sequence[float]) -> Markup:
     """The numbers below a column of strips."""
     anchors = ["start" if x <= low else "end" if x >= high else "middle" for x in ticks]
     numbers = [
-        el("text", f"{100 * x:.0f}", x=_share((x - low) / (high - low)), y=11, text_anchor=a)
+        element("text", f"{100 * x:.0f}", x=_share((x - low) / (high - low)), y=11, text_anchor=a)
         for x, a in zip(ticks, anchors, strict=True)
     ]
-    return el("svg", numbers, class_="axis", width="100%", height=15, aria_hidden="true", focusable="false")
+    return element(
+        "svg", numbers, class_="axis", width="100%", height=15, aria_hidden="true", focusable="false"
+    )
 
 
-def stacked(parts: Sequence[tuple[str, str, int]], label: str) -> Html:
+def stacked(parts: Sequence[tuple[str, str, int]], label: str) -> Markup:
     """A bar of stacked counts, each a (CSS class, name, count)."""
     total = sum(count for _, _, count in parts) or 1
     marks, start = [], 0.0
@@ -133,9 +140,9 @@ def stacked(parts: Sequence[tuple[str, str, int]], label: str) -> Html:
         if count:
             text = f"{name}: {count} ({percent(width)})"
             marks.append(
-                el(
+                element(
                     "rect",
-                    el("title", text),
+                    element("title", text),
                     x=_share(start),
                     y=0,
                     width=_share(width),
@@ -145,7 +152,7 @@ def stacked(parts: Sequence[tuple[str, str, int]], label: str) -> Html:
             )
             if width > 0.07:
                 marks.append(
-                    el(
+                    element(
                         "text",
                         count,
                         x=_share(start + width / 2),
@@ -156,7 +163,7 @@ def stacked(parts: Sequence[tuple[str, str, int]], label: str) -> Html:
                 )
         start += width
     summary = "; ".join(f"{name} {count}" for _, name, count in parts)
-    return el(
+    return element(
         "svg",
         marks,
         class_="stacked",
@@ -170,7 +177,7 @@ def stacked(parts: Sequence[tuple[str, str, int]], label: str) -> Html:
 
 def line_chart(
     series: Mapping[str, Mapping[str, Sequence[float]]], classes: Mapping[str, str], label: str
-) -> Html:
+) -> Markup:
     """Losses over steps, on a logarithmic axis where they span more than a factor of 30.
 
     A series of many points is drawn faint, with its moving mean on top; points of a short one are marked.
@@ -198,12 +205,12 @@ def line_chart(
     marks = [_y_tick(to_pixels(first, y)[1], y) for y in ticks]
     for x in [t for t in nice_ticks(first, last) if first <= t <= last and t == int(t)]:
         left = f"{to_pixels(x, top)[0]:.1f}"
-        marks.append(el("text", f"{x:,.0f}", x=left, y=_HEIGHT - 12, text_anchor="middle"))
-    marks.append(el("text", "step", x=_WIDTH - _RIGHT, y=_HEIGHT - 1, text_anchor="end", class_="unit"))
+        marks.append(element("text", f"{x:,.0f}", x=left, y=_HEIGHT - 12, text_anchor="middle"))
+    marks.append(element("text", "step", x=_WIDTH - _RIGHT, y=_HEIGHT - 1, text_anchor="end", class_="unit"))
     for name, curve in series.items():
         points = list(zip(curve["step"], curve["value"], strict=True))
         marks.append(_curve(name, points, classes[name], to_pixels))
-    return el(
+    return element(
         "svg",
         marks,
         class_="lines",
@@ -218,7 +225,7 @@ def points_chart(
     dots: Sequence[tuple[float, float, str]],
     unit: str,
     label: str,
-) -> Html:
+) -> Markup:
     """Named points joined by a line and other named points beside it, on a logarithmic vertical axis.
 
     Args:
@@ -243,13 +250,13 @@ def points_chart(
     marks = [_y_tick(to_pixels(left, y)[1], y) for y in y_ticks]
     for x in x_ticks:
         at = f"{to_pixels(x, top)[0]:.1f}"
-        marks.append(el("text", f"{x:g}", x=at, y=_HEIGHT - 12, text_anchor="middle"))
-    marks.append(el("text", unit, x=_WIDTH - _RIGHT, y=_HEIGHT - 1, text_anchor="end", class_="unit"))
-    joined = el("polyline", points=_polyline([(x, y) for x, y, _ in line], to_pixels), class_="curve")
-    marks.append(el("g", joined, [_named_point(point, to_pixels) for point in line], class_="s0 valid"))
-    marks.append(el("g", [_named_point(point, to_pixels) for point in dots], class_="s1"))
+        marks.append(element("text", f"{x:g}", x=at, y=_HEIGHT - 12, text_anchor="middle"))
+    marks.append(element("text", unit, x=_WIDTH - _RIGHT, y=_HEIGHT - 1, text_anchor="end", class_="unit"))
+    joined = element("polyline", points=_polyline([(x, y) for x, y, _ in line], to_pixels), class_="curve")
+    marks.append(element("g", joined, [_named_point(point, to_pixels) for point in line], class_="s0 valid"))
+    marks.append(element("g", [_named_point(point, to_pixels) for point in dots], class_="s1"))
     named = "; ".join(f"{name} {significant(y, 3)} at {x:.2f}" for x, y, name in points)
-    return el(
+    return element(
         "svg",
         marks,
         class_="lines",
@@ -259,39 +266,39 @@ def points_chart(
     )
 
 
-def _named_point(point: tuple[float, float, str], to_pixels: Callable[..., Point]) -> list[Html]:
+def _named_point(point: tuple[float, float, str], to_pixels: Callable[..., Point]) -> list[Markup]:
     x, y = to_pixels(point[0], point[1])
     near_the_end = x > _WIDTH - 90
-    text = el(
+    text = element(
         "text",
         point[2],
         x=f"{x - 6 if near_the_end else x + 6:.1f}",
         y=f"{y - 5:.1f}",
         text_anchor="end" if near_the_end else "start",
     )
-    return [el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.2, class_="mark"), text]
+    return [element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.2, class_="mark"), text]
 
 
-def _y_tick(y: float, value: float) -> Html:
-    text = el("text", f"{float(f'{value:.3g}'):,g}", x=_LEFT - 7, y=f"{y + 3.5:.1f}", text_anchor="end")
-    return el(
-        "g", el("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"), text
+def _y_tick(y: float, value: float) -> Markup:
+    text = element("text", f"{float(f'{value:.3g}'):,g}", x=_LEFT - 7, y=f"{y + 3.5:.1f}", text_anchor="end")
+    return element(
+        "g", element("line", x1=_LEFT, x2=_WIDTH - _RIGHT, y1=f"{y:.1f}", y2=f"{y:.1f}", class_="grid"), text
     )
 
 
-def _curve(name: str, points: Sequence[Point], class_: str, to_pixels: Callable[..., Point]) -> Html:
+def _curve(name: str, points: Sequence[Point], class_: str, to_pixels: Callable[..., Point]) -> Markup:
     is_validation = name.startswith("valid_")
     as_measured = is_validation or len(points) < 12
     drawn = []
     if not as_measured and len(points) >= 30:
-        drawn.append(el("polyline", points=_polyline(points, to_pixels), class_="raw"))
+        drawn.append(element("polyline", points=_polyline(points, to_pixels), class_="raw"))
     curve = points if as_measured else smoothed(points)
-    drawn.append(el("polyline", points=_polyline(curve, to_pixels), class_="curve"))
+    drawn.append(element("polyline", points=_polyline(curve, to_pixels), class_="curve"))
     if as_measured and len(points) <= 60:
         for point in points:
             x, y = to_pixels(*point)
-            drawn.append(el("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.6, class_="mark"))
-    return el("g", drawn, class_=class_ + (" valid" if is_validation else ""))
+            drawn.append(element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=2.6, class_="mark"))
+    return element("g", drawn, class_=class_ + (" valid" if is_validation else ""))
 
 
 def _polyline(points: Sequence[Point], to_pixels: Callable[..., Point]) -> str:

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_distill import text
 from mlx_distill.config import ASSETS
 from mlx_distill.report import charts
-from mlx_distill.run_models import model_class, model_phrase, model_title
+from mlx_distill.report.quantization_section import nats
+from mlx_distill.report.tables import AGAINST_TEACHER, SCORES
+from mlx_distill.run_models import model_class, model_phrase, model_title, run_model
 
 if TYPE_CHECKING:
     from jinja2 import Environment
@@ -26,13 +28,16 @@ _FILTERS: Mapping[str, Callable[..., Any]] = {
     "integer": text.integer,
     "interval": text.interval,
     "listed": text.listed,
+    "nats": nats,
     "model_class": model_class,
+    "model_note": lambda name: run_model(name).note,
     "model_phrase": model_phrase,
     "model_title": model_title,
     "p_value": text.p_value,
     "percent": text.percent,
     "points": text.signed_points,
     "shortened": text.shortened,
+    "signed_interval": text.signed_interval,
     "significant": text.significant,
     "size": partial(text.size, page=True),
     "value_text": text.value_text,
@@ -72,6 +77,7 @@ def environment() -> Environment:
     made.filters |= _FILTERS
     made.globals |= {chart.__name__: chart for chart in _CHARTS}
     made.globals |= {"NONE": text.NONE, "MINUS": text.MINUS, "file_text": _file_text}
+    made.globals |= {"AGAINST_TEACHER": AGAINST_TEACHER, "SCORES": SCORES}
     return made
 
 

@@ -2,36 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
 import yaml
 
-from mlx_distill.report.markup import Html, el
-from mlx_distill.report.tables import Report, TableRow, table
+from mlx_distill.report.tables import Report
 from mlx_distill.run_models import is_dequantized, model_title
-from mlx_distill.text import NONE, duration, size, value_text, words
+from mlx_distill.text import NONE, size, words
 
 
-def origin(report: Report) -> Html:
+def origin(report: Report) -> dict[str, Any]:
     """The section on where the figures come from."""
     provenance = report["provenance"]
-    versions = {name: value for name, value in provenance["versions"].items() if value != "missing"}
-    recipe = yaml.safe_dump(dict(provenance["recipe"]), sort_keys=False, allow_unicode=True)
-    lists = [
-        _list("Machine", _machine(provenance["machine"])),
-        _list("Versions", versions),
-        _list("Seeds", provenance["seeds"]),
-    ]
-    return el(
-        "div",
-        el("p", measured_on(provenance), class_="note"),
-        el("div", lists, class_="lists"),
-        _stages(provenance["stages"]),
-        _settings(provenance["evaluations"]),
-        el("details", el("summary", "Recipe"), el("pre", recipe)),
-    )
+    return {
+        "measured_on": measured_on(provenance),
+        "lists": {
+            "Machine": _machine(provenance["machine"]),
+            "Versions": {name: value for name, value in provenance["versions"].items() if value != "missing"},
+            "Seeds": provenance["seeds"],
+        },
+        "stages": [stage | {"finished_at": _time(stage["finished"])} for stage in provenance["stages"]],
+        "settings": _settings(provenance["evaluations"]),
+        "recipe": yaml.safe_dump(dict(provenance["recipe"]), sort_keys=False, allow_unicode=True),
+    }
 
 
 def measured_on(provenance: Mapping[str, Any]) -> str:
@@ -61,35 +56,14 @@ def _machine(machine: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def _list(title: str, items: Mapping[str, Any]) -> Html | None:
-    pairs = [el("div", el("dt", name), el("dd", value_text(value))) for name, value in items.items()]
-    return el("div", el("h3", title), el("dl", pairs)) if pairs else None
-
-
-def _stages(stages: Sequence[Mapping[str, Any]]) -> Html | None:
-    if not stages:
-        return None
-    rows: list[TableRow] = []
-    for entry in stages:
-        cells = [
-            duration(entry["seconds"], page=True),
-            size(entry["bytes"], page=True),
-            _time(entry["finished"]),
-            el("code", entry["key"][:12], title=entry["key"]),
-        ]
-        rows.append((entry["folder"], cells, None))
-    caption = "Stages of this run; a key is a hash of everything that can change a stage’s result"
-    return table(caption, ["Folder", "Duration", "Size", "Finished", "Key"], rows, class_="stages")
-
-
 def _time(timestamp: float | None) -> str:
     if not timestamp:
         return NONE
     return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def _settings(evaluations: Mapping[str, Mapping[str, Any]]) -> Html | None:
-    """The settings that all models share, then each model's own."""
+def _settings(evaluations: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The settings that all models share, then each model's own; empty where there are none."""
     models = {model_title(name): _readable(settings) for name, settings in evaluations.items()}
     first = next(iter(models.values()), {})
     shared = {
@@ -97,12 +71,11 @@ def _settings(evaluations: Mapping[str, Mapping[str, Any]]) -> Html | None:
         for key, value in first.items()
         if all(settings.get(key, NONE) == value for settings in models.values())
     }
-    lists = [_list("All models", shared)]
-    for name, settings in models.items():
-        lists.append(_list(name, {key: value for key, value in settings.items() if key not in shared}))
-    if not any(lists):
-        return None
-    return el("details", el("summary", "Settings of the evaluations"), el("div", lists, class_="lists"))
+    own = {
+        name: {key: value for key, value in settings.items() if key not in shared}
+        for name, settings in models.items()
+    }
+    return {name: settings for name, settings in {"All models": shared, **own}.items() if settings}
 
 
 def _readable(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,37 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from string import Template
 from typing import Any
 
-from mlx_distill.config import ASSETS
-from mlx_distill.report import (
-    calibration_section,
-    constrained_section,
-    errors_section,
-    fields_section,
-    origin_section,
-    quantization_section,
-    results_section,
-    rows_section,
-    training_section,
-)
-from mlx_distill.report.charts import bar
-from mlx_distill.report.markup import Html, el, join
+from mlx_distill.report.environment import render
+from mlx_distill.report.sections import SECTIONS
 from mlx_distill.report.tables import Report, main_metrics, metric_titles
-from mlx_distill.run_models import RESULTS, is_dequantized, model_class, model_phrase, model_title
-from mlx_distill.text import counted, interval, p_value, percent, signed_points, significant, size, words
-
-
-@dataclass(frozen=True)
-class _Section:
-    """A section of the page: the anchor, the name in the navigation, the heading, the content."""
-
-    id: str
-    name: str
-    heading: str
-    content: Html | None
+from mlx_distill.run_models import RESULTS, is_dequantized, model_phrase
+from mlx_distill.text import p_value, percent, signed_interval, signed_points, significant, size, words
 
 
 def render_html(report: Report) -> str:
@@ -47,57 +23,8 @@ def render_html(report: Report) -> str:
     Returns:
         A complete HTML document.
     """
-    sections = [section for section in _sections(report) if section.content]
-    links = [el("li", el("a", section.name, href=f"#{section.id}")) for section in sections]
-    contents = [
-        el("section", el("h2", section.heading), section.content, id=section.id) for section in sections
-    ]
-    version = report["provenance"]["versions"].get("mlx-distill", "")
-    body = [
-        _header(report),
-        el("nav", el("ul", links), aria_label="Sections"),
-        el("main", contents),
-        el("footer", f"Written by mlx-distill {version}. This page loads no external files."),
-    ]
-    folder = ASSETS / "report"
-    page = Template((folder / "page.html").read_text(encoding="utf-8"))
-    style = (folder / "style.css").read_text(encoding="utf-8")
-    title = el("title", f"{report['name']}: distillation report")
-    return page.substitute(title=title, style=style, body=join(body))
-
-
-def _sections(report: Report) -> list[_Section]:
-    return [
-        _Section("results", "Results", "Results", results_section.results(report)),
-        _Section(
-            "constrained",
-            "Constrained",
-            "Free and constrained answers",
-            constrained_section.constrained(report),
-        ),
-        _Section("errors", "Errors", "Precision, recall, error rates", errors_section.binary_errors(report)),
-        _Section("groups", "Groups", "Error rates by group", errors_section.group_errors(report)),
-        _Section("confusion", "Confusion", "Confusion matrices", errors_section.confusions(report)),
-        _Section("fields", "Fields", "Fields of the answer", fields_section.fields(report)),
-        _Section("slices", "Slices", "Slices", results_section.slices(report)),
-        _Section(
-            "distributions", "Labels", "Label distributions", errors_section.label_distributions(report)
-        ),
-        _Section(
-            "calibration", "Calibration", "Label probabilities", calibration_section.calibration(report)
-        ),
-        _Section("sets", "Other sets", "Other sets", results_section.other_sets(report)),
-        _Section("training", "Training", "Training", training_section.curves(report)),
-        _Section(
-            "disagreements",
-            "Disagreements",
-            "Disagreements with the teacher",
-            rows_section.disagreements(report),
-        ),
-        _Section("quantization", "Quantization", "Quantization", quantization_section.quantization(report)),
-        _Section("cost", "Cost", "Size, speed, memory", training_section.cost(report)),
-        _Section("origin", "Provenance", "Provenance", origin_section.origin(report)),
-    ]
+    views = [(section, view) for section in SECTIONS if (view := section.of(report))]
+    return render("report.html.j2", report=report, views=views, head=_head(report))
 
 
 def final_model(report: Report) -> str:
@@ -106,62 +33,22 @@ def final_model(report: Report) -> str:
     return next((name for name in reversed(RESULTS) if name in measured), list(measured)[-1])
 
 
-def _header(report: Report) -> Html:
-    """Name of the run, the final model's main metric, and a paragraph around it."""
-    name = final_model(report)
+def _head(report: Report) -> dict[str, Any]:
+    """The final model's main metric and what stands around it; ``owner`` is whose label or answer it is
+    compared with.
+    """
+    name, created = final_model(report), report["created"]
     figures = report["metrics"][name]
     accuracy, agreement = main_metrics(report["task_details"])
-    rate, answer = figures[agreement] or figures[accuracy], words(report["task_details"]["label"] or "answer")
-    owner = "the teacher’s" if figures[agreement] else "the true"
-    eyebrow = el(
-        "p",
-        el("span", "Distillation report"),
-        el("span", report["task"]),
-        el("time", _minute(report["created"]), datetime=report["created"]),
-        class_="eyebrow",
-    )
-    level = percent(report["confidence"], 0)
-    hero = el(
-        "div",
-        el("p", percent(rate["value"]), class_="figure"),
-        bar(rate, f"{model_title(name)} against {owner} {answer}"),
-        el("p", f"{level} confidence interval {interval(rate)}, n = {rate['n']}", class_="small"),
-        class_=f"hero {model_class(name)}",
-    )
-    sentence = _sentence(report, name, rate, owner)
-    description = el("p", report["description"], class_="description") if report["description"] else None
     context = [_before(report, name), _accuracy(report, name), _size(report, name), _speed(report, name)]
-    summary = el("div", hero, el("div", sentence, el("p", context)), class_="summary")
-    return el("header", eyebrow, el("h1", report["name"]), description, _diagnosis(report), summary)
-
-
-def _diagnosis(report: Report) -> Html | None:
-    """What is wrong with the result, why, and what to change; None where nothing is."""
-    items = [
-        el("li", el("b", f"{entry['problem']}."), f" {entry['reason']}. ", el("em", f"Fix: {entry['fix']}."))
-        for entry in report.get("diagnosis", ())
-    ]
-    return (
-        el("div", el("h2", "Diagnosis"), el("ul", items), class_="diagnosis", role="note") if items else None
-    )
-
-
-def _sentence(report: Report, name: str, rate: Mapping[str, Any], owner: str) -> Html:
-    """The main metric in words; ``owner`` is whose label or answer it compares with."""
-    label, model = report["task_details"]["label"], model_phrase(name)
-    value = el("strong", percent(rate["value"]))
-    rows = counted(rate["n"], "held-out row")
-    if label:
-        before, after = f"{model} gives {owner} {words(label)} on ", f" of {rows} [{interval(rate)}]."
-    else:
-        before = f"Over {rows}, the answers of {model} have an F1 of "
-        after = f" [{interval(rate)}] to {owner} ones: the mean over the fields of each answer."
-    return el("p", before[0].upper() + before[1:], value, after, class_="lead")
-
-
-def _minute(created: str) -> str:
-    """An ISO time without seconds."""
-    return created[:16].replace("T", " ") + (" UTC" if created.endswith(("+00:00", "Z")) else "")
+    return {
+        "model": name,
+        "rate": figures[agreement] or figures[accuracy],
+        "owner": "the teacher’s" if figures[agreement] else "the true",
+        "label": words(report["task_details"]["label"] or "answer"),
+        "context": [sentence for sentence in context if sentence],
+        "created": created[:16].replace("T", " ") + (" UTC" if created.endswith(("+00:00", "Z")) else ""),
+    }
 
 
 def _before(report: Report, name: str) -> str | None:
@@ -170,7 +57,7 @@ def _before(report: Report, name: str) -> str | None:
     before = (report["metrics"].get("student_before") or {}).get(agreement)
     if not before or before["value"] is None or name not in RESULTS:
         return None
-    return f"Before distillation it was {percent(before['value'])}. "
+    return f"Before distillation it was {percent(before['value'])}."
 
 
 def _accuracy(report: Report, name: str) -> str | None:
@@ -187,9 +74,8 @@ def _accuracy(report: Report, name: str) -> str | None:
     note = "" if shown == round(100 * gap["value"], 1) else " (computed from the exact rates)"
     return (
         f"{title} is {percent(teacher)} for the teacher and {percent(model)} for {model_phrase(name)}: "
-        f"a difference of {signed_points(gap['value'])} points "
-        f"[{signed_points(gap['low'])} to {signed_points(gap['high'])}]{note}, "
-        f"{p_value(comparison['p_value'])}. "
+        f"a difference of {signed_points(gap['value'])} points [{signed_interval(gap)}]{note}, "
+        f"{p_value(comparison['p_value'])}."
     )
 
 
@@ -202,7 +88,7 @@ def _size(report: Report, name: str) -> str | None:
     share = percent(model["total_bytes"] / teacher["total_bytes"], 0)
     return (
         f"Its weights{_with_adapter(model)} take {size(model['total_bytes'], page=True)} on disk, "
-        f"{share} of the teacher’s {size(teacher['total_bytes'], page=True)}{_with_adapter(teacher)}. "
+        f"{share} of the teacher’s {size(teacher['total_bytes'], page=True)}{_with_adapter(teacher)}."
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_distill.errors import FileError
 from mlx_distill.report.collect import FORMAT
-from mlx_distill.report.markup import el
+from mlx_distill.report.environment import render
 from mlx_distill.report.page import render_html
 from mlx_distill.run_models import model_title
 from mlx_distill.storage import read_json, write_json, write_text
@@ -76,26 +76,7 @@ class RunReport:
 
     def _repr_html_(self) -> str:
         heads, rows = _cells(self.report)
-        left = "text-align:left;padding:.25em .9em .25em 0"
-        cell = "text-align:right;padding:.25em .9em .25em 0;font-variant-numeric:tabular-nums"
-        head = el("tr", el("th", "model", style=left), [el("th", text, style=cell) for text in heads])
-        body = [
-            el(
-                "tr",
-                el("th", row[0], style=left, scope="row"),
-                [el("td", text, style=cell) for text in row[1:]],
-            )
-            for row in rows
-        ]
-        total = self.report["sets"][self.report["main_set"]]
-        caption = el(
-            "caption",
-            f"{self.report['name']}: {total:,} held-out rows",
-            style="text-align:left;font-weight:bold;padding-bottom:.4em",
-        )
-        table = el("table", caption, el("thead", head), el("tbody", body))
-        items = [el("li", " ".join(_finding_lines(entry))) for entry in self.diagnosis]
-        return el("div", table, el("ul", items)) if items else table
+        return render("summary.html.j2", report=self.report, heads=heads, rows=rows, findings=self.diagnosis)
 
 
 def _finding_lines(entry: Mapping[str, str]) -> list[str]:

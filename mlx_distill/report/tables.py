@@ -1,99 +1,24 @@
-"""HTML tables of the report; every cell has its column's name, so that narrow screens can show cards."""
+"""The metrics of a report: which are the main ones, and what each is called."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.report.charts import bar
-from mlx_distill.report.markup import Html, el
-from mlx_distill.run_models import model_class, model_title
-from mlx_distill.text import NONE, interval, percent, words
+from mlx_distill.text import words
 
 Report = Mapping[str, Any]
 """What :func:`mlx_distill.report.collect.build_report` returns."""
-TableRow = tuple[Any, Sequence[Any], str | None]
-"""One row of a table: its heading, its cells, its CSS class."""
-
-
-def table(caption: str, columns: Sequence[str], rows: Sequence[TableRow], *, class_: str = "") -> Html:
-    """A table whose first column holds the headings of its rows.
-
-    Args:
-        caption: The caption, shown above the table.
-        columns: Headings of all columns, the first one included.
-        rows: Heading, cells and CSS class of each row.
-        class_: More CSS classes.
-    """
-    # Explicit roles: some browsers drop those of a table that CSS displays as cards.
-    head = el("tr", [el("th", name, scope="col", role="columnheader") for name in columns], role="row")
-    body = [
-        el(
-            "tr",
-            el("th", first, scope="row", role="rowheader"),
-            [
-                el("td", cell, role="cell", data_label=name)
-                for name, cell in zip(columns[1:], cells, strict=True)
-            ],
-            class_=row_class,
-            role="row",
-        )
-        for first, cells, row_class in rows
-    ]
-    parts = [el("caption", caption), el("thead", head, role="rowgroup"), el("tbody", body, role="rowgroup")]
-    return el("table", parts, class_=f"cards {class_}".strip(), role="table")
-
-
-def rate_cell(estimate: Mapping[str, Any] | None, label: str) -> Html:
-    """A cell with the value, the interval and the bar of a rate."""
-    if not estimate or estimate.get("value") is None:
-        return el("span", NONE, class_="none")
-    return el(
-        "span",
-        el("b", percent(estimate["value"])),
-        " ",
-        el("small", interval(estimate)),
-        bar(estimate, label),
-        class_="rate",
-    )
-
-
-def number_cell(value: str, note: str = "") -> Html:
-    """A cell with a number and a note in small type."""
-    return el(
-        "span",
-        el("b", value) if value != NONE else el("span", NONE, class_="none"),
-        el("small", " ", note) if note else None,
-        class_="number",
-    )
-
-
-def model_heading(name: str, note: str = "") -> Html:
-    """The heading of a model's row: its colour, its name and a note in small type."""
-    return el(
-        "span",
-        el("i", class_="swatch", aria_hidden="true"),
-        model_title(name),
-        el("small", note) if note else None,
-        class_=f"model {model_class(name)}",
-    )
-
-
-def legend(names: Sequence[tuple[str, str]]) -> Html:
-    """A legend of (CSS class, name) pairs."""
-    return el(
-        "ul",
-        [
-            el("li", el("i", class_="swatch", aria_hidden="true"), name, class_=class_)
-            for class_, name in names
-        ],
-        class_="legend",
-    )
-
-
-def scroll(content: Html, label: str) -> Html:
-    """A box that scrolls wide content, also by keyboard, so that the page does not become wider."""
-    return el("div", content, class_="scroll", tabindex=0, role="region", aria_label=label)
+AGAINST_TEACHER = (
+    "verdict_agreement",
+    "agreement",
+    "score_gap",
+    "teacher_answer_f1",
+    "teacher_exact_match",
+)
+"""Metrics that compare a model with the teacher."""
+SCORES = ("score_mae_interval", "score_gap")
+"""Metrics in points of the task's score."""
 
 
 def main_metrics(task: Mapping[str, Any]) -> tuple[str, str]:

@@ -4,22 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from string import Template
 from typing import Any
 
-from mlx_distill.report.charts import line_chart
-from mlx_distill.report.markup import Html, el
 from mlx_distill.report.origin_section import measured_on
-from mlx_distill.report.tables import (
-    Report,
-    TableRow,
-    legend,
-    metric_titles,
-    model_heading,
-    number_cell,
-    table,
-)
-from mlx_distill.run_models import dequantization_note, is_dequantized, model_class, model_title
+from mlx_distill.report.tables import Report, metric_titles
+from mlx_distill.run_models import dequantization_note, is_dequantized
 from mlx_distill.text import NONE, counted, duration, gigabytes, integer, significant, size, words
 
 _TOTALS = ("loss", "valid_loss")
@@ -45,23 +34,19 @@ _FORMATS: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(("requests_per_second", "items_per_minute"), _three_digits),
     "tokens_per_second": integer,
 }
-_SPEED_NOTE = Template(
-    "Loading: until the weights are in memory; the system may have had the files in its cache. Memory: what "
-    "MLX’s arrays take after loading, and at most during the evaluation. First token: the median of rows "
-    "asked one at a time. Requests per second: rows over the wall time of whole chunks, $rows decoded "
-    "together. Time per row: its share of the wall time, divided among the rows that are decoded together; "
-    "rows per minute are 60 seconds over its mean."
-)
 _WEIGHTS = {True: "weights dequantized", False: "weights quantized", None: ""}
 
 
-def curves(report: Report) -> Html | None:
+def curves(report: Report) -> list[dict[str, Any]]:
     """The section of training curves: one chart for each training."""
-    charts = [_chart(report, stage, series) for stage, series in report["curves"].items()]
-    return el("div", charts, class_="charts") if charts else None
+    return [
+        _chart(series) | {"model": stage, "summary": _summary(report["training"].get(stage) or {})}
+        for stage, series in report["curves"].items()
+    ]
 
 
-def _chart(report: Report, stage: str, series: Mapping[str, Any]) -> Html:
+def _chart(series: Mapping[str, Any]) -> dict[str, Any]:
+    """The series that are drawn, the CSS class of each, and (class, name with the last value) pairs."""
     total = series.get("loss")
     totals = [name for name in _TOTALS if name in series]
     # With a single term, the term equals the loss and is not drawn again.
@@ -73,22 +58,11 @@ def _chart(report: Report, stage: str, series: Mapping[str, Any]) -> Html:
     shown = {name: series[name] for name in [*totals, *terms]}
     classes = {name: name.replace("_", "-") for name in totals}
     classes |= {name: f"s{i % 6}" for i, name in enumerate(terms)}
-    names = []
-    for name, values in shown.items():
-        text = f"{_SERIES_NAMES.get(name, words(name))} {significant(values['value'][-1], 3)}"
-        names.append((classes[name], text))
-    title = model_title(stage)
-    label = f"Losses of {title} over the steps; at the end: {', '.join(text for _, text in names)}"
-    caption = el(
-        "figcaption", el("b", title), " ", el("small", _summary(report["training"].get(stage) or {}))
-    )
-    return el(
-        "figure",
-        caption,
-        line_chart(shown, classes, label),
-        legend(names),
-        class_=f"chart {model_class(stage)}",
-    )
+    names = [
+        (classes[name], f"{_SERIES_NAMES.get(name, words(name))} {significant(values['value'][-1], 3)}")
+        for name, values in shown.items()
+    ]
+    return {"series": shown, "classes": classes, "legend": names}
 
 
 def _summary(training: Mapping[str, Any]) -> str:
@@ -105,42 +79,41 @@ def _summary(training: Mapping[str, Any]) -> str:
     return ", ".join(out)
 
 
-def cost(report: Report) -> Html:
+def cost(report: Report) -> dict[str, Any]:
     """The section of size on disk, memory and speed."""
     provenance, metrics = report["provenance"], report["metrics"]
     settings = provenance["evaluations"]
     dequantized = dequantization_note({name: settings[name] for name in metrics})
     together = {settings[name].get("batch_size") for name in metrics} - {None}
-    rows = f"{together.pop()} rows" if len(together) == 1 else "as many rows as the settings say"
-    texts = [measured_on(provenance), _SPEED_NOTE.substitute(rows=rows), dequantized]
-    notes = [el("p", text, class_="note") for text in texts if text]
-    tables = [
-        _figures(report, caption, keys, bool(dequantized))
-        for caption, keys in (("Size and memory", _MEMORY), ("Speed", _SPEED))
-    ]
-    return el("div", notes, tables)
+    return {
+        "measured_on": measured_on(provenance),
+        "rows_together": together.pop() if len(together) == 1 else None,
+        "dequantized": dequantized,
+        "tables": {
+            "Size and memory": _figures(report, _MEMORY),
+            "Speed": _figures(report, _SPEED),
+        },
+        "weights": {
+            name: _WEIGHTS[is_dequantized(settings[name])] if dequantized else "" for name in metrics
+        },
+    }
 
 
-def _figures(report: Report, caption: str, keys: Sequence[str], weights: bool) -> Html:
-    """One table of figures of all models; ``weights`` says beside each name what it computed with."""
-    titles, settings = metric_titles(report["task_details"]), report["provenance"]["evaluations"]
-    rows: list[TableRow] = []
-    for name, figures in report["metrics"].items():
-        cells = [
-            _size_cell(report["sizes"].get(name))
-            if key == "size"
-            else number_cell(_FORMATS[key](figures.get(key)))
-            for key in keys
-        ]
-        note = _WEIGHTS[is_dequantized(settings[name])] if weights else ""
-        rows.append((model_heading(name, note), cells, model_class(name)))
-    heads = ["Model", *(titles.get(key, "Weights on disk") for key in keys)]
-    return table(caption, heads, rows, class_="cost")
+def _figures(report: Report, keys: Sequence[str]) -> dict[str, dict[str, tuple[str, str]]]:
+    """Title of each column to the figure of each model and the note beside it."""
+    titles = metric_titles(report["task_details"])
+    return {
+        titles.get(key, "Weights on disk"): {
+            name: _size(report["sizes"].get(name)) if key == "size" else (_FORMATS[key](figures.get(key)), "")
+            for name, figures in report["metrics"].items()
+        }
+        for key in keys
+    }
 
 
-def _size_cell(sizes: Mapping[str, Any] | None) -> Html:
+def _size(sizes: Mapping[str, Any] | None) -> tuple[str, str]:
     if not sizes:
-        return number_cell(NONE)
+        return NONE, ""
     adapter, base = size(sizes["weights_bytes"], page=True), size(sizes["base_bytes"], page=True)
     parts = f"adapter {adapter} + base {base}" if sizes["base_bytes"] else ""
-    return number_cell(size(sizes["total_bytes"], page=True), parts)
+    return size(sizes["total_bytes"], page=True), parts

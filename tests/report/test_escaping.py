@@ -9,12 +9,13 @@ from helpers.report_runs import (
     make_task,
     write_evaluation,
 )
+from markupsafe import Markup
 
 from mlx_distill.report import RunReport, build_report, render_html
-from mlx_distill.report.markup import Html, el
+from mlx_distill.report.svg import element
 from mlx_distill.storage import write_jsonl
 
-MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;</style></title></pre>"
+MARKUP = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)>&amp;{{ 7 * 7 }}</style></title></pre>"
 
 
 def test_text_from_data_cannot_become_markup(tmp_path: Path) -> None:
@@ -77,11 +78,12 @@ def test_text_from_data_cannot_become_markup(tmp_path: Path) -> None:
     report = build_report(tmp_path, recipe, task, paths)
     page = assert_loads_nothing(render_html(report))
     assert MARKUP in "".join(page.words)
+    assert f"{MARKUP}: distillation report" in "".join(page.words)
     assert_loads_nothing(
         f"<meta content=\"default-src 'none'\"/>{RunReport(tmp_path / 'report.json', report)._repr_html_()}"
     )
 
 
-def test_el_escapes_all_but_markup() -> None:
-    assert el("b", "<", Html("<i>"), ["&", None, 0], title='"<') == '<b title="&quot;&lt;">&lt;<i>&amp;0</b>'
-    assert el("b", "a\x0e\n", title="\x7f") == '<b title="\\u007f">a\\u000e\n</b>'
+def test_svg_escapes_all_but_markup() -> None:
+    made = element("text", "<", Markup("<i>"), ["&", None, 0], class_='"<', x=None)
+    assert made == '<text class="&#34;&lt;">&lt;<i>&amp;0</text>'

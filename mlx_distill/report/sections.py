@@ -1,0 +1,70 @@
+"""The sections of the report, in the order of the page.
+
+Each has a template, ``assets/report/sections/ID.html.j2``. It sees ``report``, the content of
+``report.json``, and ``view``, what the section's function makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_distill.report import (
+    constrained_section,
+    errors_section,
+    fields_section,
+    origin_section,
+    quantization_section,
+    results_section,
+    rows_section,
+    training_section,
+)
+from mlx_distill.report.tables import Report
+
+
+@dataclass(frozen=True)
+class Section:
+    """A section of the report.
+
+    Attributes:
+        id: Its anchor, and the name of its template.
+        name: Its name in the navigation.
+        heading: Its heading.
+        view: What its template shows as ``view``: a function of the report, or a key of ``report.json``.
+            Where that is empty or absent, the page has no such section.
+    """
+
+    id: str
+    name: str
+    heading: str
+    view: str | Callable[[Report], Any]
+
+    def of(self, report: Report) -> Any:
+        """The view of a report."""
+        return report.get(self.view) if isinstance(self.view, str) else self.view(report)
+
+
+def _calibration(report: Report) -> dict[str, Any]:
+    """The calibration of each model that was measured."""
+    metrics = report["metrics"]
+    return {name: entry for name, figures in metrics.items() if (entry := figures.get("calibration"))}
+
+
+SECTIONS = (
+    Section("results", "Results", "Results", results_section.results),
+    Section("constrained", "Constrained", "Free and constrained answers", constrained_section.constrained),
+    Section("errors", "Errors", "Precision, recall, error rates", errors_section.binary_errors),
+    Section("groups", "Groups", "Error rates by group", errors_section.group_errors),
+    Section("confusion", "Confusion", "Confusion matrices", errors_section.confusions),
+    Section("fields", "Fields", "Fields of the answer", fields_section.fields),
+    Section("slices", "Slices", "Slices", results_section.slices),
+    Section("distributions", "Labels", "Label distributions", errors_section.label_distributions),
+    Section("calibration", "Calibration", "Label probabilities", _calibration),
+    Section("sets", "Other sets", "Other sets", results_section.other_sets),
+    Section("training", "Training", "Training", training_section.curves),
+    Section("disagreements", "Disagreements", "Disagreements with the teacher", rows_section.disagreements),
+    Section("quantization", "Quantization", "Quantization", quantization_section.quantization),
+    Section("cost", "Cost", "Size, speed, memory", training_section.cost),
+    Section("origin", "Provenance", "Provenance", origin_section.origin),
+)
