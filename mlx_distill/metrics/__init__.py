@@ -18,6 +18,7 @@ from mlx_distill.metrics.answers import differing_answers as differing_answers
 from mlx_distill.metrics.answers import exact_match as exact_match
 from mlx_distill.metrics.answers import field_f1 as field_f1
 from mlx_distill.metrics.answers import is_free as is_free
+from mlx_distill.metrics.answers import is_same as is_same
 from mlx_distill.metrics.answers import overlap_f1 as overlap_f1
 from mlx_distill.metrics.answers import teacher_pairs as teacher_pairs
 from mlx_distill.metrics.answers import truth_pairs as truth_pairs
@@ -37,7 +38,9 @@ from mlx_distill.metrics.classification import latency as latency
 from mlx_distill.metrics.classification import macro_f1 as macro_f1
 from mlx_distill.metrics.classification import precision as precision
 from mlx_distill.metrics.classification import recall as recall
+from mlx_distill.metrics.classification import score_errors as score_errors
 from mlx_distill.metrics.classification import score_mae as score_mae
+from mlx_distill.metrics.classification import threshold_counts as threshold_counts
 from mlx_distill.metrics.clusters import clustered_mean as clustered_mean
 from mlx_distill.metrics.consistency import flip_rate as flip_rate
 from mlx_distill.metrics.consistency import item_means as item_means

@@ -64,20 +64,22 @@ def overlap_f1(value: Any, reference: Any) -> float | None:
     (0.6666666666666666, 0.6666666666666666)
     """
     if isinstance(reference, str):
-        parts = [Counter(_words(text)) for text in (value, reference)]
+        parts = [Counter(text_words(text)) for text in (value, reference)]
     elif isinstance(reference, (list, tuple)):
-        parts = [Counter(_items(items)) for items in (value, reference)]
+        parts = [Counter(list_items(items)) for items in (value, reference)]
     else:
         return None
     total = sum(counter.total() for counter in parts)
     return 2 * (parts[0] & parts[1]).total() / total if total else 1.0
 
 
-def _words(value: Any) -> list[str]:
+def text_words(value: Any) -> list[str]:
+    """The words of a text in lower case; none of what is no text."""
     return _WORD.findall(value.lower()) if isinstance(value, str) else []
 
 
-def _items(value: Any) -> list[str]:
+def list_items(value: Any) -> list[str]:
+    """The items of a list as texts that are compared: without regard to case; none of what is no list."""
     if not isinstance(value, (list, tuple)):
         return []
     return [

@@ -9,7 +9,7 @@ correct: it has no label and no score, whatever its text is. Comparisons with a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,16 +87,53 @@ def json_valid(rows: Sequence[Row], *, confidence: float = 0.95) -> Estimate:
     return rate(sum(row.get("answer") is not None for row in rows), len(rows), confidence)
 
 
-def score_mae(rows: Sequence[Row], score: str | None, *, confidence: float = 0.95) -> Estimate:
-    """Mean absolute error of the score, in points of the task's scale.
+def score_errors(
+    rows: Sequence[Row], score: str, scale: tuple[float, float] | None = None
+) -> list[float | None]:
+    """Absolute error of each row's score, None where the row has no true score.
 
-    Only rows with a valid answer and a true score count; ``n`` is their number.
+    Args:
+        rows: Predictions.
+        score: The task's score field.
+        scale: Lowest and highest score: an answer that is not valid then has the largest error that its true
+            score allows; None leaves it out.
+
+    >>> score_errors([{"truth": {"s": 70}, "answer": None}], "s", (0, 100))
+    [70.0]
+    """
+    out: list[float | None] = []
+    for row in rows:
+        given, truth = predicted_score(row), true_value(row, score)
+        if truth is None:
+            out.append(None)
+        elif given is not None:
+            out.append(abs(given - float(truth)))
+        else:
+            out.append(None if scale is None else max(abs(float(truth) - end) for end in scale))
+    return out
+
+
+def score_mae(
+    rows: Sequence[Row],
+    score: str | None,
+    *,
+    scale: tuple[float, float] | None = None,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Mean absolute error of the score, in points of the task's scale; ``n`` counts the rows.
+
+    Args:
+        rows: Predictions; rows without a true score are left out.
+        score: The task's score field.
+        scale: Lowest and highest score: an answer that is not valid then has the largest error that its true
+            score allows; None leaves it out.
+        confidence: Level of the interval.
 
     >>> score_mae([{"truth": {"s": 50}, "answer": {"s": 47}, "score": 47}], "s")["value"]
     3.0
     """
-    pairs = [(predicted_score(row), true_value(row, score)) for row in rows] if score else []
-    return mean_estimate([abs(a - float(b)) for a, b in pairs if a is not None and b is not None], confidence)
+    errors = score_errors(rows, score, scale) if score else []
+    return mean_estimate([error for error in errors if error is not None], confidence)
 
 
 @dataclass(frozen=True)
@@ -119,10 +156,28 @@ class ConfusionCounts:
         return self.true_negative + self.false_positive
 
 
+def binary_counts(pairs: Iterable[tuple[bool, bool | None]]) -> ConfusionCounts:
+    """Count true and false positives and negatives of pairs of truth and prediction.
+
+    A prediction of None, that of an answer which is not valid, is wrong: a false positive where the truth is
+    negative, else a false negative. So a model that answers nothing has no good error rate.
+
+    >>> binary_counts([(False, None), (True, None), (True, True)])
+    ConfusionCounts(true_positive=1, false_positive=1, true_negative=0, false_negative=1)
+    """
+    counts = Counter((truth, not truth if given is None else given) for truth, given in pairs)
+    return ConfusionCounts(
+        true_positive=counts[True, True],
+        false_positive=counts[False, True],
+        true_negative=counts[False, False],
+        false_negative=counts[True, False],
+    )
+
+
 def confusion_counts(rows: Sequence[Row], label: str, positive: Sequence[str]) -> ConfusionCounts:
     """Count true and false positives and negatives.
 
-    An invalid answer counts as a negative prediction.
+    An answer that is not valid is wrong, see :func:`binary_counts`.
 
     Args:
         rows: Predictions; rows without a true label are left out.
@@ -134,14 +189,26 @@ def confusion_counts(rows: Sequence[Row], label: str, positive: Sequence[str]) -
     ConfusionCounts(true_positive=0, false_positive=0, true_negative=0, false_negative=1)
     """
     truths = [(row, true_value(row, label)) for row in rows]
-    counts = Counter(
-        (truth in positive, predicted_label(row) in positive) for row, truth in truths if truth is not None
+    return binary_counts(
+        (truth in positive, None if (given := predicted_label(row)) is None else given in positive)
+        for row, truth in truths
+        if truth is not None
     )
-    return ConfusionCounts(
-        true_positive=counts[True, True],
-        false_positive=counts[False, True],
-        true_negative=counts[False, False],
-        false_negative=counts[True, False],
+
+
+def threshold_counts(rows: Sequence[Row], score: str, threshold: float) -> ConfusionCounts:
+    """:func:`binary_counts` of scores of at least ``threshold``, which are positive.
+
+    Args:
+        rows: Predictions; rows without a true score are left out.
+        score: The task's score field.
+        threshold: The lowest positive score.
+    """
+    truths = [(row, true_value(row, score)) for row in rows]
+    return binary_counts(
+        (float(truth) >= threshold, None if (given := predicted_score(row)) is None else given >= threshold)
+        for row, truth in truths
+        if truth is not None
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_distill.evaluate import figures
 from mlx_distill.text import words
 
 Report = Mapping[str, Any]
@@ -30,7 +31,7 @@ def main_metrics(task: Mapping[str, Any]) -> tuple[str, str]:
     >>> main_metrics({"label": None})
     ('answer_f1', 'teacher_answer_f1')
     """
-    return ("accuracy", "verdict_agreement") if task["label"] else ("answer_f1", "teacher_answer_f1")
+    return figures.main_metrics(task["label"])
 
 
 def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:

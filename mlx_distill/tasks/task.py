@@ -60,8 +60,8 @@ class Task:
     score_threshold: float | None = option(
         None, "a score from which on an item counts as positive, for metrics of its own", keyed=False
     )
-    error_categories: Mapping[str, Mapping[str, Any]] = option(
-        {}, "name: conditions on the answer and the truth under which a row is such an error", keyed=False
+    error_categories: Mapping[str, Mapping[str, Any] | list[Mapping[str, Any]]] = option(
+        {}, "name: condition on the answer and the truth under which a row is such an error", keyed=False
     )
     cluster: str | None = option(
         None,

@@ -143,7 +143,8 @@ def test_score_mae_is_against_the_truth_and_score_gap_against_the_teacher() -> N
 
 
 def test_binary_rates_by_hand() -> None:
-    # Positive: b and c. A prediction of the other positive class is a true positive.
+    # Positive: b and c. A prediction of the other positive class is a true positive, an invalid answer is
+    # wrong whatever the truth is.
     data = rows(
         ("b", "b"),
         ("b", "c"),
@@ -157,21 +158,21 @@ def test_binary_rates_by_hand() -> None:
     )
     counts = scores.confusion_counts(data, "kind", ["b", "c"])
     assert counts == scores.ConfusionCounts(
-        true_positive=2, false_positive=1, true_negative=4, false_negative=2
+        true_positive=2, false_positive=2, true_negative=3, false_negative=2
     )
-    assert scores.precision(counts)["value"] == pytest.approx(2 / 3)
+    assert scores.precision(counts)["value"] == 0.5
     assert scores.recall(counts)["value"] == 0.5
     assert scores.false_positive_rate(counts) == {
-        "value": 0.2,
-        "low": wilson(1, 5)[0],
-        "high": wilson(1, 5)[1],
+        "value": 0.4,
+        "low": wilson(2, 5)[0],
+        "high": wilson(2, 5)[1],
         "n": 5,
     }
     assert scores.false_negative_rate(counts)["value"] == 0.5
     f1 = scores.f1(counts)
-    assert f1["value"] == pytest.approx(4 / 7)
-    assert f1["low"] < 4 / 7 < f1["high"]
-    low, high = wilson(2, 5)
+    assert f1["value"] == 0.5
+    assert f1["low"] < 0.5 < f1["high"]
+    low, high = wilson(2, 6)
     assert (f1["low"], f1["high"]) == pytest.approx((2 * low / (1 + low), 2 * high / (1 + high)))
 
 

@@ -158,7 +158,9 @@ def test_no_evaluations_is_an_error_with_a_fix(tmp_path: Path) -> None:
 def test_a_model_that_missed_a_set_is_left_out_of_it(tmp_path: Path) -> None:
     task = make_task()
     paths = make_run(tmp_path, task, models=("teacher", "student"), sets={"test": 10, "more": 5})
-    write_jsonl(paths["student"], make_predictions(task, "student", {"more": 5}))
+    header, *rows = make_predictions(task, "student", {"test": 10, "more": 5})
+    more = [row for row in rows if row["set"] == "more"]
+    write_jsonl(paths["student"], [{**header, "set_counts": {"more": 5}}, *more])
     report = build_report(tmp_path, RECIPE, task, paths)
     assert list(report["metrics"]) == ["teacher"]
     assert list(report["by_set"]["more"]) == ["teacher", "student"]

@@ -1,0 +1,85 @@
+"""One suite over any number of models: the same rows, and invalid answers are wrong everywhere."""
+
+from __future__ import annotations
+
+import pytest
+from helpers.predictions import prediction as row
+from helpers.predictions import tone, tone_task
+
+from mlx_distill.errors import DataError
+from mlx_distill.evaluate.suite import check_same_rows, evaluate_models
+
+
+def test_models_that_answered_other_rows_are_refused_with_counts_and_examples() -> None:
+    rows = [row(i, tone("dark"), tone("dark")) for i in range(8)]
+    with pytest.raises(DataError, match=r"3 of 8 rows of a are not in b \('0', '1', '2'\)"):
+        evaluate_models({"a": rows, "b": rows[3:]}, tone_task())
+    with pytest.raises(DataError, match=r"5 of 8 rows of a are not in c \('0', '1', '2', ...\), 1 of 4"):
+        evaluate_models({"a": rows, "c": [*rows[5:], row(99, None, None)]}, tone_task())
+    with pytest.raises(DataError, match="id '3' occurs twice"):
+        check_same_rows({"a": [*rows, rows[3]]})
+    with pytest.raises(DataError, match="row '2' has other true answers"):
+        check_same_rows({"a": rows, "b": [*rows[:2], row(2, tone("light"), None), *rows[3:]]})
+
+
+def test_the_order_of_rows_changes_nothing() -> None:
+    a = [row(i, tone("dark" if i % 3 else "light", i), tone("dark", 2 * i)) for i in range(12)]
+    b = [{**one, "answer": tone("light", 3), "label": "light", "score": 3} for one in a]
+    first = evaluate_models({"teacher": a, "student": b}, tone_task())
+    again = evaluate_models({"teacher": a[::-1], "student": b[5:] + b[:5]}, tone_task())
+    for name in ("teacher", "student"):
+        ours, theirs = (result["by_set"]["test"][name] for result in (first, again))
+        for key in ("accuracy", "f1", "macro_f1", "confusion", "score_mae", "agreement", "counts"):
+            assert ours[key] == theirs[key] or ours[key] == pytest.approx(theirs[key]), key
+    assert first["comparisons"] == again["comparisons"]
+
+
+def test_an_invalid_answer_is_wrong_in_every_figure() -> None:
+    lists = [
+        {"metric": "list_f1", "field": "themes", "average": kind} for kind in ("micro", "macro", "samples")
+    ]
+    fields = [{"metric": kind, "field": "themes"} for kind in ("field_accuracy", "completeness", "contains")]
+    own = tone_task(
+        score_threshold=60,
+        metrics=["accuracy", "f1", "macro_f1", "score_mae", "exact_match", *lists, *fields],
+    )
+    truths = [tone("dark", 90, "a"), tone("light", 10, "b"), tone("dark", 70, "a", "b")]
+    rows = [row(i, truth, truth) for i, truth in enumerate(truths)]
+    broken = [{**rows[0], "answer": None}, {**rows[1], "answer": None}, rows[2]]
+    result = evaluate_models({"whole": rows, "broken": broken}, own, reference=None)["by_set"]["test"]
+    whole, part = result["whole"], result["broken"]
+    for key in ("accuracy", "macro_f1", "precision", "recall", "f1", "json_valid", "exact_match"):
+        assert (whole[key]["value"], part[key]["value"] < 1) == (1.0, True), key
+    for key in ("false_positive_rate", "false_negative_rate"):
+        assert (whole[key]["value"], part[key]["value"] > 0) == (0.0, True), key
+    for key in ("accuracy", "precision", "recall", "f1"):
+        assert (whole["at_threshold"][key]["value"], part["at_threshold"][key]["value"] < 1) == (1.0, True)
+    assert (whole["score_mae"], part["score_mae"]) == (0.0, pytest.approx((90 + 90 + 0) / 3))
+    for name, figure in whole["task_metrics"].items():
+        value = part["task_metrics"][name]["value"]
+        if name == "score_mae":
+            assert (figure["value"], value) == (0.0, part["score_mae"])
+        else:
+            assert (figure["value"], value < 1) == (1.0, True), name
+
+
+def test_a_threshold_on_the_score_has_figures_of_its_own() -> None:
+    pairs = [(97, 96), (99, 50), (40, 98), (95, 95), (94, 10)]  # answer, truth
+    rows = [row(i, tone("dark", truth), tone("dark", given)) for i, (given, truth) in enumerate(pairs)]
+    figures = evaluate_models({"m": rows}, tone_task(score_threshold=95))["by_set"]["test"]["m"][
+        "at_threshold"
+    ]
+    assert figures["threshold"] == 95
+    assert list(figures["counts"].values()) == [2, 1, 1, 1]  # TP, FP, TN, FN
+    assert figures["accuracy"]["value"] == 0.6
+    for key in ("precision", "recall", "f1"):
+        assert figures[key]["value"] == pytest.approx(2 / 3)
+    assert evaluate_models({"m": rows}, tone_task())["by_set"]["test"]["m"]["at_threshold"] is None
+
+
+def test_the_teacher_is_compared_with_itself_before() -> None:
+    before = [row(i, tone("dark"), tone("light")) for i in range(6)]
+    after = [row(i, tone("dark"), tone("dark")) for i in range(6)]
+    (result,) = evaluate_models({"teacher_before": before, "teacher": after}, tone_task())["comparisons"]
+    names = (result["first"], result["second"], result["difference"]["value"])
+    assert names == ("teacher", "teacher_before", 1.0)
