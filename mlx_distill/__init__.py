@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_distill import metrics as metrics
     from mlx_distill import optim as optim
     from mlx_distill import progress as progress
+    from mlx_distill.comparisons import compare as compare
     from mlx_distill.errors import ConfigError as ConfigError
     from mlx_distill.errors import DataError as DataError
     from mlx_distill.errors import DistillError as DistillError
@@ -58,6 +59,7 @@ _NAMES = {
     "convert": "models.convert:convert",
     "analyze": "infer.analyze:analyze",
     "classify": "infer.classify:classify",
+    "compare": "comparisons:compare",
     "export": "exports:export",
     "inspect": "inspection:inspect",
     "load_recipe": "recipe:load_recipe",

@@ -26,6 +26,7 @@ COMMANDS = {
     "export": "models:export",
     "inspect": "models:inspect",
     "analyze": "analyze:analyze",
+    "compare": "compare:compare",
     "recipes": "recipes:recipes",
     "doctor": "recipes:doctor",
 }

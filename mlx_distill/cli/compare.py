@@ -1,0 +1,48 @@
+"""The command compare."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+
+@click.command()
+@click.argument("a")
+@click.argument("b")
+@click.option("--task", help="A packaged task, or a YAML file.  [default: that of the run or the model]")
+@click.option("--rows", help="The rows that were asked, with id, the task's fields and answer.")
+@click.option(
+    "--margin",
+    metavar="3pt|5%",
+    help="How much worse B may be and still count as good as A: points, or a share of A's value.",
+)
+@click.option(
+    "--metric",
+    metavar="NAME",
+    help="A metric with one value a row.  [default: whether the label is right; without a label, answer_f1]",
+)
+@click.option("--set", "set_name", metavar="NAME", help="The set of held-out rows.  [default: test]")
+@click.option("--constrained", is_flag=True, help="Compare a run's answers under the grammar of the task.")
+@click.option("--gate", is_flag=True, help="Exit with 3 unless B is better or not inferior; needs --margin.")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+@click.pass_context
+def compare(ctx: click.Context, a: str, b: str, gate: bool, as_json: bool, **options: Any) -> None:
+    """Compare two models on the same rows: is B as good as A, how sure is that, and on which rows not?
+
+    A and B are files of predictions (predictions.jsonl, a file of analyze, or JSON lines of any tool with id
+    and text), folders of runs (their final models) or RUN:model, or folders of models, which then answer the
+    rows. Differences are B minus A.
+    """
+    if gate and options["margin"] is None:
+        raise click.UsageError(
+            "--gate: without --margin nothing can be shown to be as good; add --margin 3pt"
+        )
+
+    from mlx_distill.cli.output import echo
+    from mlx_distill.comparisons import compare as compare_models
+    from mlx_distill.progress import make_progress
+
+    result = compare_models(a, b, **options, progress=make_progress())
+    echo(result, as_json)
+    ctx.exit(3 if gate and not result.passed else 0)
