@@ -42,6 +42,7 @@ from mlx_distill.metrics.classification import score_errors as score_errors
 from mlx_distill.metrics.classification import score_mae as score_mae
 from mlx_distill.metrics.classification import threshold_counts as threshold_counts
 from mlx_distill.metrics.clusters import clustered_mean as clustered_mean
+from mlx_distill.metrics.clusters import clustered_rate as clustered_rate
 from mlx_distill.metrics.consistency import flip_rate as flip_rate
 from mlx_distill.metrics.consistency import item_means as item_means
 from mlx_distill.metrics.consistency import repeated_rate as repeated_rate

@@ -61,6 +61,12 @@ def parse_checkers(references: Mapping[str, Any], schema: Mapping[str, Any], whe
             )
         listed = entries if isinstance(entries, (list, tuple)) else [entries]
         checkers = [_checker(name, entry, f"{where}: {name}") for entry in listed]
+        for checker in checkers:
+            if checker.kind == "vocabulary" and "list" not in checker.options and not _enum(properties[name]):
+                raise ConfigError(
+                    f"{where}: {name}: vocabulary without list",
+                    fix="list: [names] or a file with a name a line; a field with an enum needs none",
+                )
         if len([1 for checker in checkers if checker.kind != "support"]) > 1:
             raise ConfigError(
                 f"{where}: {name}: two checkers say whether it is valid",
@@ -95,9 +101,37 @@ def _checker(name: str, entry: Any, where: str) -> Checker:
     for key in ("versification", "checked"):
         if not isinstance(options.get(key, ""), str):
             raise ConfigError(f"{where}: {key}: {options[key]!r}", fix="give the name of a file")
-    if kind == "vocabulary" and "list" not in options:
-        raise ConfigError(f"{where}: vocabulary without list", fix="list: [names] or a file, a name a line")
     return Checker(name, kind, options)
+
+
+def _enum(schema: Any) -> list[str]:
+    """The values that a field, or the items of a list, may have."""
+    for part in (schema, schema.get("items") if isinstance(schema, Mapping) else None):
+        if isinstance(part, Mapping) and isinstance(part.get("enum"), list):
+            return [value for value in part["enum"] if isinstance(value, str)]
+    return []
+
+
+def with_vocabularies(references: Mapping[str, Any], schema: Mapping[str, Any]) -> dict[str, Any]:
+    """The checkers with the schema's enum as the list of each vocabulary that has none.
+
+    >>> with_vocabularies({"mood": {"kind": "vocabulary"}}, {"properties": {"mood": {"enum": ["joy"]}}})
+    {'mood': {'kind': 'vocabulary', 'list': ['joy']}}
+    """
+
+    def filled(name: str, entry: Any) -> Any:
+        kind = entry.get("kind") if isinstance(entry, Mapping) else entry
+        if kind != "vocabulary" or (isinstance(entry, Mapping) and "list" in entry):
+            return entry
+        options = entry if isinstance(entry, Mapping) else {"kind": kind}
+        return {**options, "list": _enum(schema["properties"][name])}
+
+    return {
+        name: [filled(name, entry) for entry in entries]
+        if isinstance(entries, (list, tuple))
+        else filled(name, entries)
+        for name, entries in references.items()
+    }
 
 
 def read_names(path: Path) -> list[str]:

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_distill.config import ASSETS, from_mapping, option, packaged, read_yaml
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.tasks.prompt import Field, Options, parse_prompt, render_prompt
-from mlx_distill.tasks.references import Checker, parse_checkers
+from mlx_distill.tasks.references import Checker, parse_checkers, with_vocabularies
 from mlx_distill.tasks.schema import check_score, field_options, open_fields, validator_of
 from mlx_distill.text import known_names
 
@@ -193,6 +193,8 @@ def parse_task(raw: Mapping[str, Any], where: str) -> Task:
     for key in ("system", "user"):
         _check_prompt(getattr(task, key), properties, task.open, f"{where}: {key}")
     _check_measured(task, properties, where)
+    # Before the enum of an open field is taken out.
+    task = replace(task, references=with_vocabularies(task.references, task.schema))
     return replace(task, schema=open_fields(task.schema, task.open, where)) if task.open else task
 
 

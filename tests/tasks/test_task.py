@@ -311,7 +311,7 @@ def test_a_task_as_plain_values_is_a_task_again() -> None:
         ({"colours": {"kind": "scripture"}}, "'colours' is no field", "did you mean 'colour'?"),
         ({"colour": {"kind": "scriptures"}}, "no checker 'scriptures'", "did you mean 'scripture'?"),
         ({"colour": ["scripture", {"kind": "vocabulary", "list": "a"}]}, "two checkers", "keep one"),
-        ({"colour": {"kind": "vocabulary"}}, "vocabulary without list", "a name a line"),
+        ({"depth": {"kind": "vocabulary"}}, "vocabulary without list", "a name a line"),
         ({"colour": {"kind": "vocabulary", "lists": ["a"]}}, "unknown key 'lists'", "did you mean 'list'?"),
         ({"colour": {"kind": "vocabulary", "list": [True]}}, "list: [True]", "in quotes"),
         ({"colour": {"kind": "support", "in": []}}, "in: []", "give texts"),
