@@ -9,14 +9,23 @@ correct: it has no label and no score, whatever its text is. Comparisons with a 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlx_distill.metrics.intervals import Estimate, mean_estimate, newcombe, rate, wilson
+from mlx_distill.errors import DataError
+from mlx_distill.metrics.clusters import cluster_numbers
+from mlx_distill.metrics.intervals import (
+    Estimate,
+    bootstrap_totals,
+    mean_estimate,
+    newcombe,
+    rate,
+    wilson,
+)
 
 Row = Mapping[str, Any]
 MIN_ITEMS = 30
@@ -249,48 +258,72 @@ def f1(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
     return {"value": value, "low": low, "high": high, "n": n}
 
 
+class MacroF1(Estimate):
+    """A macro F1 with the classes over which it is the mean."""
+
+    classes: list[str]
+
+
 def macro_f1(
     rows: Sequence[Row],
     label: str,
     labels: Sequence[str],
     confidence: float = 0.95,
     *,
+    clusters: Sequence[Hashable] | None = None,
     resamples: int = 10_000,
     seed: int = 0,
-) -> Estimate:
-    """Mean of the F1 of each class, with a percentile bootstrap interval over the items.
+) -> MacroF1:
+    """Mean of the F1 of each class, with a percentile bootstrap interval over the rows or their clusters.
 
-    A class that occurs neither in the true labels nor in the predictions is left out of the mean.
+    The classes are those that occur in the true labels or in the predictions, and the same in every resample:
+    one that a resample has in neither counts there as 0, as scikit-learn's ``zero_division=0`` does. An
+    invalid answer is wrong: it is in the denominator of its true class.
+
+    Args:
+        rows: Predictions; rows without a true label are left out.
+        label: The task's label field.
+        labels: The task's classes.
+        confidence: Level of the interval.
+        clusters: The cluster of each row, which are then resampled as a whole; None for rows on their own.
+        resamples: Number of draws.
+        seed: The same seed gives the same interval.
 
     >>> row = {"truth": {"kind": "a"}, "answer": {"kind": "a"}, "label": "a"}
-    >>> macro_f1([row], "kind", ["a", "b"])["value"]
-    1.0
+    >>> estimate = macro_f1([row], "kind", ["a", "b"])
+    >>> estimate["value"], estimate["classes"]
+    (1.0, ['a'])
     """
-    shape = (len(labels), len(labels) + 1)
-    matrix = np.array(confusion(rows, label, labels)["counts"], dtype=np.int64).reshape(shape)
-    n, value = int(matrix.sum()), float(_mean_f1(matrix[None])[0])
-    if n == 0 or np.isnan(value):
-        return {"value": None, "low": None, "high": None, "n": n}
-    # Drawing n items with replacement draws the counts of the matrix from a multinomial distribution.
-    rng = np.random.default_rng(seed)
-    draws = rng.multinomial(n, matrix.ravel() / n, size=resamples).reshape(resamples, *shape)
-    ends = np.nanquantile(_mean_f1(draws), [0.5 - confidence / 2, 0.5 + confidence / 2])
-    low, high = float(ends[0]), float(ends[1])
+    if clusters is not None and len(clusters) != len(rows):
+        raise DataError(f"{len(clusters)} clusters of {len(rows)} rows", fix="give one cluster per row")
+    index = {name: i for i, name in enumerate(labels)}
+    used = [i for i, row in enumerate(rows) if true_value(row, label) in index]
+    truth = np.array([index[true_value(rows[i], label)] for i in used], dtype=np.int64)
+    answer = np.array([index.get(predicted_label(rows[i]) or "", -1) for i in used], dtype=np.int64)
+    n, every = len(used), np.arange(len(labels))
+    # Of each row and class: whether it is answered rightly, and how often it is the true or predicted one.
+    right = (truth[:, None] == every) & (answer[:, None] == every)
+    sizes = (truth[:, None] == every).astype(np.int64) + (answer[:, None] == every)
+    present = sizes.sum(axis=0) > 0
+    classes = [name for name, occurs in zip(labels, present, strict=True) if occurs]
+    if n == 0:
+        return {"value": None, "low": None, "high": None, "n": 0, "classes": []}
+
+    def statistic(totals: Int[np.ndarray, "r k"]) -> Float[np.ndarray, " r"]:
+        hits, occurrences = np.split(totals, 2, axis=1)
+        return (2 * hits / np.maximum(occurrences, 1)).mean(axis=1)
+
+    tables = np.concatenate([right[:, present], sizes[:, present]], axis=1)
+    if clusters is not None:
+        numbers = cluster_numbers([clusters[i] for i in used], n)
+        by_cluster = np.zeros((int(numbers.max()) + 1, tables.shape[1]), dtype=np.int64)
+        np.add.at(by_cluster, numbers, tables)
+        tables = by_cluster
+    units, value = len(tables), float(statistic(tables.sum(axis=0, keepdims=True))[0])
+    low, high = bootstrap_totals(tables, statistic, confidence, resamples=resamples, seed=seed)
     if low == high:  # all correct or all wrong: every resample has the same F1
-        low, high = wilson(round(value * n), n, confidence)
-    return {"value": value, "low": low, "high": high, "n": n}
-
-
-def _mean_f1(counts: Int[np.ndarray, "r truth answer"]) -> Float[np.ndarray, " r"]:
-    """Mean F1 of each of many confusion matrices ``[r, truth, answer]``; NaN where no class occurs."""
-    columns = []
-    for index in range(counts.shape[1]):
-        occurrences = counts[:, index, :].sum(1) + counts[:, :, index].sum(1)
-        with np.errstate(invalid="ignore"):
-            columns.append(2 * counts[:, index, index] / np.where(occurrences > 0, occurrences, np.nan))
-    scores = np.stack(columns, axis=1)
-    valid = ~np.isnan(scores)
-    return np.where(valid.any(1), np.where(valid, scores, 0).sum(1) / np.maximum(valid.sum(1), 1), np.nan)
+        low, high = wilson(round(value * units), units, confidence)
+    return {"value": value, "low": low, "high": high, "n": n, "classes": classes}
 
 
 def confusion(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypedDict
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mlx_distill.errors import DataError
 
@@ -71,7 +71,10 @@ def finite(values: Sequence[float] | np.ndarray, name: str) -> Float[np.ndarray,
     >>> finite([1, True, 0.5], "scores").tolist()
     [1.0, 1.0, 0.5]
     """
-    array = np.asarray([np.nan if x is None else x for x in values], dtype=np.float64)
+    if isinstance(values, np.ndarray) and values.dtype != object:
+        array = values.astype(np.float64)
+    else:
+        array = np.asarray([np.nan if x is None else x for x in values], dtype=np.float64)
     wrong = np.flatnonzero(~np.isfinite(array))
     if wrong.size:
         more = f", and {wrong.size - 1} more" if wrong.size > 1 else ""
@@ -219,16 +222,76 @@ def paired_bootstrap(
     return bootstrap_mean(first - second, confidence, resamples=resamples, seed=seed)
 
 
+def bootstrap_totals(
+    tables: Int[np.ndarray, "n k"],
+    statistic: Callable[[Int[np.ndarray, "r k"]], Float[np.ndarray, " r"]],
+    confidence: float = 0.95,
+    *,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Percentile bootstrap interval of a statistic of summed counts, such as an F1.
+
+    Args:
+        tables: Counts of each row, or of each cluster of rows: what is drawn with replacement.
+        statistic: Of many sums of drawn tables at once.
+        confidence: Level, such as 0.95.
+        resamples: Number of draws of ``n`` tables.
+        seed: The same seed gives the same interval.
+
+    Raises:
+        ValueError: no tables.
+
+    >>> tables = np.array([[1, 0]] * 30 + [[0, 1]] * 10)
+    >>> low, high = bootstrap_totals(tables, lambda totals: totals[:, 0] / totals.sum(axis=1))
+    >>> 0.55 < low < 0.65 and 0.85 < high < 0.95
+    True
+
+    Efron and Tibshirani (1993), "An introduction to the bootstrap", chapter 13.
+    """
+    if not len(tables):
+        raise ValueError("an interval needs at least one row")
+    # Drawing n tables with replacement draws how often each distinct one occurs from a multinomial
+    # distribution.
+    distinct, counts = np.unique(tables, axis=0, return_counts=True)
+    rng = np.random.default_rng(seed)
+    chunk = max(1, 2_000_000 // max(len(counts), distinct.shape[1]))
+    values = [
+        statistic(rng.multinomial(len(tables), counts / len(tables), size=size) @ distinct)
+        for size in [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
+    ]
+    low, high = np.quantile(np.concatenate(values), [0.5 - confidence / 2, 0.5 + confidence / 2])
+    return float(low), float(high)
+
+
+FEW_VALUES = 30
+"""Below so many values the bootstrap of a mean is too narrow, and the t interval counts too."""
+
+
 def mean_estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
-    """The mean of the values with its bootstrap interval.
+    """The mean of the values with its bootstrap interval (BCa).
+
+    Below :data:`FEW_VALUES` values the ends are the outer ones of the bootstrap and of
+    ``mean +- t s / sqrt(n)``: of 10 normal values the 95 % bootstrap interval held the mean in 91 % of
+    simulations. The ends are None where the values do not vary: nothing says how much others would.
+
+    Raises:
+        DataError: a value is None, NaN or infinite.
 
     >>> mean_estimate([])
     {'value': None, 'low': None, 'high': None, 'n': 0}
     """
-    if not values:
+    array = finite(values, "values")
+    n = array.size
+    if not n:
         return {"value": None, "low": None, "high": None, "n": 0}
-    array = np.asarray(values, dtype=np.float64)
+    mean = float(array.mean())
+    if np.ptp(array) == 0:
+        return {"value": mean, "low": None, "high": None, "n": n}
     # 1e8 draws take about a second; with many items the interval is narrow and needs fewer resamples.
-    resamples = min(10_000, max(1_000, 100_000_000 // array.size))
+    resamples = min(10_000, max(1_000, 100_000_000 // n))
     low, high = bootstrap_mean(array, confidence, resamples=resamples)
-    return {"value": float(array.mean()), "low": low, "high": high, "n": len(values)}
+    if n < FEW_VALUES:
+        half = t_quantile(confidence, n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
+        low, high = min(low, mean - half), max(high, mean + half)
+    return {"value": mean, "low": low, "high": high, "n": n}

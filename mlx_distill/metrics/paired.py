@@ -28,6 +28,8 @@ from mlx_distill.metrics.clusters import (
 from mlx_distill.metrics.intervals import Estimate, finite, normal_quantile, t_quantile
 
 Verdict = Literal["better", "non_inferior", "worse", "inconclusive"]
+MIN_ROWS = 6
+"""Fewer rows show nothing: even if all differ in one direction, chance does the same in ``0.5^5 = 3 %``."""
 
 
 class Comparison(TypedDict):
@@ -289,7 +291,7 @@ def verdict(difference: Estimate, margin: float | None = None) -> Verdict:
     if margin is not None and not (margin > 0 and math.isfinite(margin)):
         raise ConfigError(f"a margin of {margin}", fix="give a margin above 0, such as 0.03 for 3 points")
     low, high = difference["low"], difference["high"]
-    if low is None or high is None:
+    if low is None or high is None or difference["n"] < MIN_ROWS:
         return "inconclusive"
     if math.isnan(low) or math.isnan(high):
         raise DataError("the interval of the difference is NaN", fix="leave out the rows without a value")

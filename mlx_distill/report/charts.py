@@ -35,7 +35,7 @@ def bar(estimate: Mapping[str, Any] | None, label: str) -> Markup | None:
         element("title", f"{label}: {percent(value)}, interval {interval(estimate)}, n = {estimate['n']}"),
         element("rect", x=0, y=3, width="100%", height=8, rx=2, class_="track"),
         element("rect", x=0, y=3, width=_share(value), height=8, rx=2, class_="fill"),
-        _whisker(_share(low), _share(high), 7, 4),
+        [] if low is None or high is None else _whisker(_share(low), _share(high), 7, 4),
         class_="bar",
         width="100%",
         height=14,

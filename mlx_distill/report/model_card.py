@@ -31,10 +31,15 @@ def _rate_text(rate: Mapping[str, Any]) -> str:
     return f"{value} [{ends}]" if ends else value
 
 
+def _score_text(gap: Mapping[str, Any]) -> str:
+    value = f"{gap['value']:.1f}"
+    return value if gap["low"] is None else f"{value} [{gap['low']:.1f}–{gap['high']:.1f}]"
+
+
 # The metrics on the card, and how each is formatted.
 _FORMATS: Mapping[str, Callable[[Any], str]] = {
     **dict.fromkeys(_RATES, _rate_text),
-    "score_gap": lambda gap: f"{gap['value']:.1f} [{gap['low']:.1f}–{gap['high']:.1f}]",
+    "score_gap": _score_text,
     "first_token_s": partial(duration, page=True),
     "latency_s": partial(duration, page=True),
     "requests_per_second": lambda rate: significant(rate, 3),
