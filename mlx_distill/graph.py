@@ -18,6 +18,9 @@ from typing import TYPE_CHECKING, Any
 from mlx_distill.config import ASSETS, keyed, resolve_asset
 from mlx_distill.data.sqlite import write_ahead_log
 from mlx_distill.errors import ConfigError
+from mlx_distill.evaluate.categories import parse_categories
+from mlx_distill.evaluate.goals import check_goals
+from mlx_distill.evaluate.registry import task_metrics
 from mlx_distill.models.folder import conversion_format
 from mlx_distill.models.hub import is_hub_id
 from mlx_distill.recipe import Recipe
@@ -71,7 +74,14 @@ class Stage:
 
 
 def graph(recipe: Recipe, task: Task) -> list[Stage]:
-    """The stages of a recipe, parents before children."""
+    """The stages of a recipe, parents before children.
+
+    Raises:
+        ConfigError: stages, metrics, error categories or goals that do not fit each other or the task.
+    """
+    parse_categories(task)
+    task_metrics(task)
+    check_goals(recipe.goals, task)
     # The part of the keys of all stages that run a model. Keys keep the old name of dequantize.
     shared = {"task": keyed(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.dequantize}
     teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))

@@ -287,7 +287,9 @@ def _write_report(runner: Runner) -> RunReport:
     evaluations = {stage.model: runner.out / stage.name for stage in runner.stages if stage.model is not None}
     confidence = runner.recipe.evaluate.confidence
     recipe = to_mapping(runner.recipe)
-    report = build_report(runner.out, recipe, runner.task, evaluations, confidence=confidence)
+    report = build_report(
+        runner.out, recipe, runner.task, evaluations, confidence=confidence, goals=recipe["goals"]
+    )
     return write_report(runner.out, report)
 
 

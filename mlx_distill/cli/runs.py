@@ -52,11 +52,15 @@ def demo(out: Path) -> None:
     _run("tiny", out)
 
 
+_GATE = click.option(
+    "--gate", is_flag=True, help="Exit with code 3 unless every goal of the recipe is met; see goals."
+)
 _FORCE = click.option("--force", is_flag=True, help="Go on where a quality gate fails (targets.min_valid).")
 
 
 @click.command()
 @_FORCE
+@_GATE
 @_recipe_command
 def run(**options: Any) -> None:
     """Run every stage of a recipe that is not current.
@@ -80,6 +84,8 @@ def _stage_command(name: str, summary: str) -> click.Command:
         )(command)
     if name == "targets":
         command = _FORCE(command)
+    if name == "evaluate":
+        command = _GATE(command)
     return click.command(name)(_recipe_command(command))
 
 
@@ -89,6 +95,16 @@ targets = _stage_command("targets", "Store the teacher's answers on the training
 distill = _stage_command("distill", "Train the student on the teacher's targets.")
 quantize = _stage_command("quantize", "Quantize the student.")
 evaluate = _stage_command("evaluate", "Evaluate every model on held-out rows, and write the report.")
+
+
+def _require_goals_in(recipe: Any) -> None:
+    from mlx_distill.errors import ConfigError
+
+    if not recipe.goals:
+        raise ConfigError(
+            f"--gate: the recipe {recipe.name!r} has no goals",
+            fix="add goals: [{model: student, metric: accuracy, at_least: 0.85}] to it",
+        )
 
 
 def _run(
@@ -102,15 +118,20 @@ def _run(
     as_json: bool = False,
     profile: bool = False,
     force: bool = False,
+    gate: bool = False,
 ) -> None:
     from mlx_distill.cli.output import echo
     from mlx_distill.pipeline import run as run_recipe
     from mlx_distill.progress import make_progress
     from mlx_distill.recipe import load_recipe
+    from mlx_distill.report import RunReport
     from mlx_distill.runtime import rank_and_size
     from mlx_distill.status import Plan, check_problems
 
-    out = out or Path("runs") / load_recipe(recipe, overrides).name
+    loaded = load_recipe(recipe, overrides)
+    out = out or Path("runs") / loaded.name
+    if gate:
+        _require_goals_in(loaded)
     if os.environ.get("MLX_RANK") == "0":  # it waits for the others without a time limit
         click.echo("waiting for the other ranks of mlx.launch", err=True)
     is_first_rank = rank_and_size()[0] == 0
@@ -141,3 +162,5 @@ def _run(
         echo(result, as_json)
     if isinstance(result, Plan):
         check_problems(result.problems)
+    elif gate and isinstance(result, RunReport):
+        result.require_goals()

@@ -14,6 +14,7 @@ from mlx_distill import metrics as m
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate.figures import compared_fields
+from mlx_distill.evaluate.goals import judge_goals
 from mlx_distill.evaluate.suite import TEACHER, evaluate_models, in_set, majority
 from mlx_distill.infer.label_temperature import measured_calibration
 from mlx_distill.metrics.classification import Row
@@ -46,7 +47,7 @@ def build_report(
             the tables. ``teacher`` is the reference of every agreement; :mod:`mlx_distill.run_models` says
             which of the others are controls.
         confidence: Level of the intervals.
-        goals: ``{"model", "metric", "at_least" or "at_most"}``: limits to show as met or missed.
+        goals: ``{"model", "metric", "at_least" or "at_most"}``, see :mod:`mlx_distill.evaluate.goals`.
 
     Returns:
         The report as plain JSON values: ``metrics`` (of the set ``test``), ``by_set``, ``comparisons``,
@@ -70,7 +71,7 @@ def build_report(
         folders[name] = path if path.is_dir() else path.parent
     measured = _measure(run, task, headers, rows, folders, confidence)
     by_set, main = measured["by_set"], measured["main_set"]
-    report = {
+    report: dict[str, Any] = {
         "format": FORMAT,
         "name": str(recipe.get("name") or run.resolve().name),
         "description": str(recipe.get("description") or ""),
@@ -85,7 +86,6 @@ def build_report(
         "metrics": by_set[main],
         "by_set": by_set,
         "comparisons": measured["comparisons"],
-        "goals": [_check_goal(goal, by_set[main]) for goal in goals],
         "disagreements": _disagreements(rows, task),
         "sizes": provenance.sizes(run, list(evaluations)),
         "curves": provenance.curves(run),
@@ -95,6 +95,7 @@ def build_report(
         "majority": majority(by_set[main]),
         "teacher_answers": provenance.teacher_answers(run),
     }
+    report["goals"] = judge_goals(goals, report, task)
     return report | {"diagnosis": diagnose(report)}
 
 
@@ -123,26 +124,6 @@ def _measure(
                 in_set(rows[model], main), run / run_model(model).folder, task
             )
     return measured
-
-
-def _check_goal(goal: Mapping[str, Any], metrics: Mapping[str, Any]) -> dict[str, Any]:
-    """The goal with the measured value and whether it is met; not met where nothing was measured."""
-    bound = "at_least" if "at_least" in goal else "at_most"
-    if "model" not in goal or "metric" not in goal or bound not in goal:
-        raise ConfigError(
-            f"a goal needs model, metric and at_least or at_most, not {sorted(goal)}",
-            fix="correct it in the recipe",
-        )
-    measured = (metrics.get(goal["model"]) or {}).get(goal["metric"])
-    value = measured.get("value") if isinstance(measured, Mapping) else measured
-    met = value is not None and (value >= goal[bound] if bound == "at_least" else value <= goal[bound])
-    return {
-        "model": goal["model"],
-        "metric": goal["metric"],
-        bound: goal[bound],
-        "measured": measured,
-        "met": met,
-    }
 
 
 def _disagreements(models: Mapping[str, Sequence[Row]], task: Task) -> dict[str, Any]:

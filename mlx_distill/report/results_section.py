@@ -6,9 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+from mlx_distill.evaluate.goals import goal_text
 from mlx_distill.report.tables import AGAINST_TEACHER, SCORES, Report, main_metrics, metric_titles
 from mlx_distill.run_models import STUDENTS, model_class, model_title
-from mlx_distill.text import NONE, duration, gigabytes, interval, percent, significant, words
+from mlx_distill.text import duration, gigabytes, words
 
 # The columns of the main table, for tasks with and without a label.
 _LABEL = [
@@ -52,7 +53,7 @@ def results(report: Report) -> dict[str, Any]:
     """The section of results: the columns of the main table, the goals and the paired comparisons."""
     return {
         "columns": _columns(report),
-        "goals": [_goal(report, goal) for goal in report["goals"]],
+        "goals": [{"state": goal["state"], "text": goal_text(goal)} for goal in report["goals"]],
         "comparisons": _comparisons(report),
     }
 
@@ -69,33 +70,6 @@ def _columns(report: Report) -> dict[str, str]:
         keys = [key for key in keys if key != "accuracy_by_distribution"]
     titles = metric_titles(task)
     return {key: titles[key] for key in keys}
-
-
-def _goal(report: Report, goal: Mapping[str, Any]) -> dict[str, str]:
-    """The state of a goal, and its model, metric, measured value and limit in words."""
-    measured = goal["measured"]
-    if isinstance(measured, Mapping):
-        show: Callable[[Any], str] = percent
-        text = f"{percent(measured['value'])} [{interval(measured)}]"
-    else:
-        show = _FORMATS.get(goal["metric"], _number)
-        text = show(measured)
-    bound = "at_least" if "at_least" in goal else "at_most"
-    subject = f"{model_title(goal['model'])}, {_metric_name(report, goal['metric'])}"
-    return {
-        "state": "met" if goal["met"] else "missed",
-        "text": f"{subject}: {text} (goal: {words(bound)} {show(goal[bound])})",
-    }
-
-
-def _number(value: float | None) -> str:
-    return NONE if value is None else significant(value, 3)
-
-
-def _metric_name(report: Report, metric: str) -> str:
-    """A metric's name in a sentence."""
-    titles = {key: title[0].lower() + title[1:] for key, title in _columns(report).items()}
-    return (_METRIC_NAMES | titles).get(metric, words(metric)).replace("…and", "and")
 
 
 def _comparisons(report: Report) -> dict[str, Any] | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import FileError
+from mlx_distill.evaluate.goals import goal_text, require_goals
 from mlx_distill.report.collect import FORMAT
 from mlx_distill.report.environment import render
 from mlx_distill.report.page import render_html
@@ -49,6 +50,10 @@ class RunReport:
         } | {"diagnosis": list(self.diagnosis)}
         return {"report": str(self.path), "html": str(self.html), **short}
 
+    def require_goals(self) -> None:
+        """Raise a :class:`QualityGateError` where a goal of the recipe is not met."""
+        require_goals(self.report["goals"])
+
     def lines(self) -> list[str]:
         """The table for the terminal, then the path of the page."""
         heads, rows = _cells(self.report)
@@ -67,6 +72,8 @@ class RunReport:
             "",
             *text,
             "",
+            *(f"{words(goal['state'])}: {goal_text(goal)}" for goal in self.report["goals"]),
+            *([""] if self.report["goals"] else []),
             *(line for entry in self.diagnosis for line in _finding_lines(entry)),
             f"report: {self.html}",
         ]
