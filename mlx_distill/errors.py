@@ -18,6 +18,8 @@ class DistillError(Exception):
 
     >>> str(DistillError("x.jsonl: empty", fix="add rows"))
     'x.jsonl: empty (add rows)'
+    >>> str(DistillError("x.jsonl:3: not UTF-8 (byte 7)", fix="save it as UTF-8"))
+    'x.jsonl:3: not UTF-8 (byte 7): save it as UTF-8'
     """
 
     exit_code = 1
@@ -27,7 +29,13 @@ class DistillError(Exception):
         # characters change what a terminal shows.
         self.message = visible(message.encode(errors="backslashreplace").decode())
         self.fix = fix and visible(fix.encode(errors="backslashreplace").decode())
-        super().__init__(f"{self.message} ({self.fix})" if self.fix else self.message)
+        if not self.fix:
+            text = self.message
+        elif self.message.endswith(")"):
+            text = f"{self.message}: {self.fix}"
+        else:
+            text = f"{self.message} ({self.fix})"
+        super().__init__(text)
 
 
 class DataError(DistillError):

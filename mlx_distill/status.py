@@ -313,11 +313,27 @@ def make_plan(recipe: Recipe, out: Path, stages: Sequence[Stage], forced: Callab
     return Plan(recipe.name, str(out), [*rows, report], problems)
 
 
+# Settings by the beginnings of their names, and the training methods that read them.
+_OF_METHODS = {
+    "lora_": ("lora", "dora"),
+    "use_rslora": ("lora", "dora"),
+    "galore_": ("galore",),
+    "apollo_": ("apollo", "apollo-mini"),
+}
+
+
 def _shown_settings(stage: Stage) -> dict[str, Any]:
+    """The settings that have an effect and a value, by name."""
+    settings = current_settings(stage.config)
+    method = settings.get("method")
+
+    def of_another_method(name: str) -> bool:
+        return any(name.startswith(start) and method not in own for start, own in _OF_METHODS.items())
+
     return {
         name: value
-        for name, value in current_settings(stage.config).items()
-        if name not in ("task", "sources") and value not in (None, [], {}, "")
+        for name, value in settings.items()
+        if name not in ("task", "sources") and value not in (None, [], {}, "") and not of_another_method(name)
     }
 
 

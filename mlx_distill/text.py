@@ -18,6 +18,16 @@ MINUS = "\u2212"
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]|\r(?!\n)")
 
 
+def not_an_object(value: Any) -> str:
+    """What a JSON value is that should be an object.
+
+    >>> not_an_object("a"), not_an_object(None)
+    ('a JSON string, not an object', 'a JSON null, not an object')
+    """
+    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
+    return f"a JSON {names.get(type(value), type(value).__name__)}, not an object"
+
+
 def percent(value: float | None, digits: int = 1) -> str:
     """A rate as a percentage, for a page.
 

@@ -298,6 +298,8 @@ def test_a_dry_run_marks_inputs_that_do_not_exist(tmp_path: Path) -> None:
     }
     assert [name for name, there in marked.items() if there] == ["songs.jsonl", "models/of/mine"]
     assert {"org/rows@main", "Org/model", str(tmp_path / "rows.jsonl")} < set(marked)
+    (taught,) = [stage["settings"] for stage in plan.stages if stage["command"] == "teach"]
+    assert "lora_rank" in taught and not [name for name in taught if name.startswith(("galore", "apollo"))]
 
 
 def test_the_quantized_model_is_never_dequantized() -> None:

@@ -22,7 +22,8 @@ from mlx_distill.data.json_values import typed_text
 from mlx_distill.data.layouts import listed
 from mlx_distill.data.tables import Fields, arrow_rows, check_names, features_of
 from mlx_distill.errors import DataError
-from mlx_distill.storage import os_errors, parse_line
+from mlx_distill.storage import RepeatedKeyError, os_errors, parse_line, unique_keys
+from mlx_distill.text import not_an_object
 
 Row = dict[str, Any]
 Rows = Iterator[tuple[str, Row]]
@@ -338,12 +339,15 @@ def _row_list(value: Mapping[str, Any]) -> list[Any]:
 def _read_json(path: Path, spec: str) -> RowsAndErrors:
     raw = b"".join(_lines(path))
     try:
-        value = json.loads(raw.decode("utf-8-sig")) if raw.strip() else []
+        text = raw.decode("utf-8-sig")
+        value = json.loads(text, object_pairs_hook=unique_keys) if text.strip() else []
     except UnicodeDecodeError as error:
         line = raw[: error.start].count(b"\n") + 1
         raise DataError(
             f"{path}:{line}: not UTF-8 (byte {error.start} of the file)", fix="save the file as UTF-8"
         ) from error
+    except RepeatedKeyError as error:
+        raise DataError(f"{path}: in one of the objects {error}", fix=error.fix) from error
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path}: not JSON: {error}", fix="one list of objects is needed, or JSONL: one object a line"
@@ -357,7 +361,7 @@ def _read_json(path: Path, spec: str) -> RowsAndErrors:
     for index, row in enumerate(value):
         if not isinstance(row, dict):
             row = DataError(
-                f"{spec}[{index}]: a {type(row).__name__}, not an object",
+                f"{spec}[{index}]: {not_an_object(row)}",
                 fix="one JSON object a row is needed",
             )
         yield f"{spec}[{index}]", row

@@ -135,7 +135,7 @@ def missing_fields(
     """
     keys = _listed(row)
     if missing and missing[0] in row:
-        return DataError(f"the field {missing[0]!r} is empty (null)", fix="fill it in, or leave the row out")
+        return DataError(f"the field {missing[0]!r} is null", fix="fill it in, or leave the row out")
     if missing:
         message = f"no field {missing[0]!r}; the row has {keys}"
     elif "answer" in row:

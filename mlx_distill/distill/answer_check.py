@@ -25,7 +25,8 @@ class AnswerCheck:
         valid: How many fit the task.
         reasons: For each kind of reason ``count`` and an example (``id``, ``text``, ``error``). Of answers
             that were cut also ``data_longer``, the number of them whose row's own answer is longer than the
-            limit, and ``data_tokens``, the longest of these.
+            limit, ``data_tokens``, the longest of these, and ``data_fits``, the number of them whose row's
+            own answer is not.
     """
 
     rows: int = 0
@@ -54,9 +55,12 @@ class AnswerCheck:
         example = {"id": id, "text": generation.text[:_LONGEST_TEXT], "error": error}
         reason = self.reasons.setdefault(kind, {"count": 0, **example})
         reason["count"] += 1
-        if kind == CUT and data_tokens is not None and data_tokens > len(generation.tokens):
-            reason["data_longer"] = reason.get("data_longer", 0) + 1
-            reason["data_tokens"] = max(reason.get("data_tokens", 0), data_tokens)
+        if kind == CUT and data_tokens is not None:
+            longer = data_tokens > len(generation.tokens)
+            name = "data_longer" if longer else "data_fits"
+            reason[name] = reason.get(name, 0) + 1
+            if longer:
+                reason["data_tokens"] = max(reason.get("data_tokens", 0), data_tokens)
         return False
 
     def to_dict(self) -> dict[str, Any]:
@@ -79,7 +83,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for kind, reason in part["reasons"].items():
             known = out.reasons.setdefault(kind, {**reason, "count": 0})
             if known["count"]:
-                for key, add in (("data_longer", sum), ("data_tokens", max)):
+                for key, add in (("data_longer", sum), ("data_fits", sum), ("data_tokens", max)):
                     if key in reason:
                         known[key] = add((known.get(key, 0), reason[key]))
             known["count"] += reason["count"]

@@ -34,7 +34,7 @@ from mlx_distill.progress import Progress, make_progress
 from mlx_distill.records import Classification, Prediction
 from mlx_distill.tasks.grammar import check_schema
 from mlx_distill.tasks.task import Task, load_task, task_names
-from mlx_distill.text import listed
+from mlx_distill.text import counted, listed
 
 Row = Mapping[str, Any]
 
@@ -214,8 +214,10 @@ class Analyzer:
             if options.temperature is None and not isinstance(self._source, tuple):
                 temperature, reason = folder_temperature(self._source, self.task, options)
                 self.calibrated = temperature is not None
-                state = f"calibrated at temperature {temperature:.3g}" if temperature else "not calibrated: "
-                self._progress.note(f"labels: {state}{reason or ''}")
+                state = f"calibrated at temperature {temperature:.3g}"
+                if temperature is None:
+                    state = f"not calibrated, since {reason}"
+                self._progress.note(f"label probabilities: {state}")
                 options = replace(options, temperature=temperature)
             self._scorer = LabelScorer(
                 self.model, self.tokenizer, self.task, options, batch_size=self.batch_size
@@ -388,7 +390,7 @@ def check_rows(
     rows: Iterable[tuple[str, Row | str | DataError]], source: ModelSource, progress: Progress
 ) -> tuple[int, int]:
     """Check rows before the model is loaded, and note where they ask with another prompt than it was trained
-    on.
+    on, and where several have one id.
 
     Returns:
         The number of rows, and how many of them cannot be asked.
@@ -396,11 +398,12 @@ def check_rows(
     Raises:
         DataError: none of them can be asked: that of the first one.
     """
-    total, bad = 0, 0
+    total, bad, repeated, example = 0, 0, 0, ""
     first: DataError | None = None
+    ids = set[int]()  # hashes: a hundred thousand ids would take more memory than a batch
 
     def systems() -> Iterator[str]:
-        nonlocal total, bad, first
+        nonlocal total, bad, first, repeated, example
         for where, row in rows:
             total += 1
             try:
@@ -408,6 +411,9 @@ def check_rows(
             except DataError as error:
                 bad, first = bad + 1, first or error
             else:
+                if hash(item.id) in ids:
+                    repeated, example = repeated + 1, example or item.id
+                ids.add(hash(item.id))
                 yield "".join(m.content for m in item.messages[:1] if m.role == "system")
 
     notes = prompt_notes(source.trained_on, source.task, systems())
@@ -417,6 +423,11 @@ def check_rows(
         raise DataError(f"none of the {total:,} rows can be asked: {first.message}", fix=first.fix)
     for text in notes:
         progress.note(f"note: {text}")
+    if repeated:
+        progress.note(
+            f"note: {counted(repeated, 'row')} with the id of an earlier row, such as {example!r}: their "
+            "answers are told apart by the order alone"
+        )
     return total, bad
 
 

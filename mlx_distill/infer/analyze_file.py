@@ -97,8 +97,8 @@ class Summary:
         if self.seconds:
             parts[0] += f", in {duration(self.seconds)} ({self.items_per_minute:,.0f} items a minute)"
         if self.errors:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
-            parts.append(f"{self.errors:,} of them invalid: {kinds} (first {self.first})")
+            kinds = ", ".join(f"{kind} {count:,}" for kind, count in self.kinds.most_common())
+            parts.append(f"{self.errors:,} of them without a valid answer ({kinds}), the first {self.first}")
         return "; ".join(parts)
 
 

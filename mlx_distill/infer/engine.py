@@ -198,7 +198,9 @@ class Engine:
             self._steps += 1
             if self._steps % _STEPS_A_CLEARING == 0:
                 mx.clear_cache()
-        mx.async_eval([] if self._chosen is None else self._chosen[1], self._logits)
+        # One call's arrays all become readable at its end: the tokens have a call of their own.
+        mx.async_eval([] if self._chosen is None else self._chosen[1])
+        mx.async_eval(self._logits)
         alive = sum(not row.leaves for row in self._rows)
         self._most_rows = max(self._most_rows, alive)
         self._reader.advance(self.batch_size - alive, decoding=alive > 0)

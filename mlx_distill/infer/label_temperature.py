@@ -153,7 +153,7 @@ def usable_temperature(
 ) -> tuple[float | None, str | None]:
     """The temperature for these scores; None and the reason where the folder has none for them."""
     if fitted is None:
-        return None, f"its folder has no {LABEL_TEMPERATURE}"
+        return None, f"the model's folder has no {LABEL_TEMPERATURE}"
     if fitted.temperature is None:
         return None, fitted.reason
     if fitted.asked != what_is_asked(task):

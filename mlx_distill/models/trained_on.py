@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_distill.config import to_mapping
 from mlx_distill.errors import FileError, ModelError
-from mlx_distill.run_models import RUN_MODELS
+from mlx_distill.run_models import RUN_MODELS, run_model
 from mlx_distill.storage import check_folder, read_json, read_manifest, write_json
 from mlx_distill.tasks.task import Task, parse_task
 
@@ -91,10 +91,11 @@ def newest_model(run: str | Path, note: Callable[[str], None]) -> Path:
     Raises:
         ModelError: the run has no such model.
     """
-    run = Path(run).expanduser()
+    run, absent = Path(run).expanduser(), list[str]()
     for name in ("quantized", "student", "teacher"):
         manifest = read_manifest(run / name)
         if manifest is None:
+            absent.append(run_model(name).phrase.removeprefix("the "))
             continue
         problem = check_folder(run / name, manifest)
         for parent, content in manifest.parents.items():
@@ -102,7 +103,8 @@ def newest_model(run: str | Path, note: Callable[[str], None]) -> Path:
             if made_now is not None and made_now.content != content:
                 problem = problem or f"{parent} was made again since"
         if problem is None:
-            note(f"model: {run / name}")
+            without = f", since the run has no {' and no '.join(absent)} yet" if absent else ""
+            note(f"model: {run / name}, {run_model(name).phrase}{without}")
             share = _valid_share(run, name)
             if share is not None and share < _GOOD_SHARE:
                 note(

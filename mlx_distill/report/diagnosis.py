@@ -104,7 +104,7 @@ def _invalid(report: Report) -> Iterator[Finding]:
         fix = _train_longer(report, first)
         examples = {name: report["metrics"][name].get("invalid") or {} for name in names}
         if any(str(example.get("error", "")).startswith("cut after") for example in examples.values()):
-            fix += "; or raise max_answer_tokens of the task"
+            fix += "; or raise max_answer_tokens of the task, if right answers are longer"
         fix += _constrained(report, names)
         if known := [name for name in names if _knows_label(report, name)]:
             label = words(report["task_details"]["label"])

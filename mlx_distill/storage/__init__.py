@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from mlx_distill.storage.atomic import (
+    RepeatedKeyError,
     atomic_path,
     digest,
     fingerprint,
@@ -14,6 +15,7 @@ from mlx_distill.storage.atomic import (
     read_jsonl,
     remove_leftovers,
     sha256,
+    unique_keys,
     write_json,
     write_jsonl,
     write_text,
@@ -41,6 +43,7 @@ __all__ = [
     "FileEntry",
     "LineFile",
     "Manifest",
+    "RepeatedKeyError",
     "atomic_path",
     "check_folder",
     "check_replaceable",
@@ -64,6 +67,7 @@ __all__ = [
     "scratch",
     "sha256",
     "stage_key",
+    "unique_keys",
     "write_json",
     "write_jsonl",
     "write_text",

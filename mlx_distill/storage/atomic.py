@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import FULL_DISK, DataError, FileError, from_os_error
+from mlx_distill.text import not_an_object
 
 
 @contextmanager
@@ -131,6 +132,26 @@ def parse_jsonl(lines: Iterable[bytes], name: str | Path) -> Iterator[tuple[int,
             yield number, row
 
 
+class RepeatedKeyError(ValueError):
+    """A JSON object in which a key occurs twice: readers differ in which value they take."""
+
+    fix = "keep one of the two"
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The ``object_pairs_hook`` of a strict JSON reader.
+
+    Raises:
+        RepeatedKeyError: a key occurs twice.
+    """
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        keys = [key for key, _ in pairs]
+        repeated = next(key for key in keys if keys.count(key) > 1)
+        raise RepeatedKeyError(f"the key {repeated!r} occurs twice")
+    return out
+
+
 def parse_line(raw: bytes, name: str | Path, number: int) -> dict[str, Any] | None:
     """The object in one line of JSONL, or None of a blank line.
 
@@ -140,31 +161,30 @@ def parse_line(raw: bytes, name: str | Path, number: int) -> dict[str, Any] | No
         number: Of the line, from 1.
 
     Raises:
-        DataError: the line is not UTF-8, not JSON, or not an object.
+        DataError: the line is not UTF-8, not JSON, or not an object, or a key occurs in it twice.
     """
     # Editors on Windows write a byte-order mark before the first line, of an empty file too.
     raw = raw.removeprefix(codecs.BOM_UTF8) if number == 1 else raw
     if not raw.strip():
         return None
     try:
-        row = json.loads(raw.decode())
+        row = json.loads(raw.decode(), object_pairs_hook=unique_keys)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{name}:{number}: not UTF-8 (byte {error.start} of the line)",
             fix="save the file as UTF-8, for example with: iconv -f latin1 -t utf-8",
         ) from error
     except (ValueError, RecursionError) as error:
-        reason = (
-            f"{error.msg.removesuffix(' at')} at column {error.pos + 1}"
-            if isinstance(error, json.JSONDecodeError)
-            else error
-        )
-        raise DataError(
-            f"{name}:{number}: not JSON: {reason}", fix="one JSON object a line is needed"
-        ) from error
+        if isinstance(error, json.JSONDecodeError):
+            error_text = f"not JSON: {error.msg.removesuffix(' at')} at column {error.pos + 1}"
+        elif isinstance(error, RepeatedKeyError):
+            raise DataError(f"{name}:{number}: {error}", fix=error.fix) from error
+        else:
+            error_text = f"not JSON: {error}"
+        raise DataError(f"{name}:{number}: {error_text}", fix="one JSON object a line is needed") from error
     if not isinstance(row, dict):
         raise DataError(
-            f"{name}:{number}: a {type(row).__name__}, not an object",
+            f"{name}:{number}: {not_an_object(row)}",
             fix="one JSON object a line is needed",
         )
     return row

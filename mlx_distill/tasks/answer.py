@@ -11,7 +11,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.errors import ConfigError, DataError
+from mlx_distill.storage import unique_keys
 from mlx_distill.tasks.schema import validator_of
+from mlx_distill.text import not_an_object
 
 _LONGEST_ERROR = 200
 CUT, NOT_JSON, NOT_VALID, FAILED = "cut", "not JSON", "does not fit the schema", "generation failed"
@@ -86,7 +88,7 @@ def parse_answer(text: str, schema: Mapping[str, Any]) -> tuple[dict[str, Any] |
     """
     try:
         value = json.loads(
-            text.strip(), object_pairs_hook=_unique, parse_constant=_refuse_constant, parse_float=_finite
+            text.strip(), object_pairs_hook=unique_keys, parse_constant=_refuse_constant, parse_float=_finite
         )
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
@@ -111,7 +113,7 @@ def check_answer(answer: Any, schema: Mapping[str, Any]) -> str | None:
     "'colour' is a required property; needed are colour, score"
     """
     if not isinstance(answer, Mapping):
-        return f"a JSON {_type_name(answer)}, not an object"
+        return not_an_object(answer)
     try:
         errors = sorted(
             _validator(json.dumps(schema)).iter_errors(answer),
@@ -173,15 +175,6 @@ def _validator(schema_text: str) -> Any:
     return validator_of(json.loads(schema_text))
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    out = dict(pairs)
-    if len(out) != len(pairs):
-        keys = [key for key, _ in pairs]
-        duplicate = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {duplicate!r} occurs twice")
-    return out
-
-
 def _refuse_constant(name: str) -> Any:
     raise ValueError(f"{name} is not a JSON number")
 
@@ -191,11 +184,6 @@ def _finite(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"the number {text} is too large")
     return value
-
-
-def _type_name(value: Any) -> str:
-    names = {list: "list", str: "string", bool: "boolean", int: "number", float: "number", type(None): "null"}
-    return names.get(type(value), type(value).__name__)
 
 
 def _short(text: str) -> str:

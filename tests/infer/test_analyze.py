@@ -18,7 +18,7 @@ from mlx_distill.data.chat import prompt_ids
 from mlx_distill.data.predictions import FORMAT, constrained_rows, read_predictions, write_predictions
 from mlx_distill.data.rows import to_item
 from mlx_distill.errors import ConfigError, DataError, ModelError
-from mlx_distill.infer.analyze import Analyzer, ModelSource, analyze
+from mlx_distill.infer.analyze import Analyzer, ModelSource, analyze, check_rows
 from mlx_distill.infer.engine import Generation
 from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
 from mlx_distill.infer.predict import label_distributions, label_hook, predict, to_prediction
@@ -263,6 +263,16 @@ def test_items_are_read_as_they_are_answered(model: Any, tokenizer: Any) -> None
     answers = analyzer.iter({"text": "a", "id": next(read)} for _ in itertools.repeat(None))
     assert [next(answers).id for _ in range(3)] == ["0", "1", "2"]
     assert next(read) == analyzer.chunk_size
+
+
+def test_rows_with_one_id_are_noted_before_a_model_is_loaded(task: Task) -> None:
+    progress = RecordedProgress()
+    rows = [(f"row {i}", {"id": id, "text": f"text {i}"}) for i, id in enumerate("abbcb")]
+    assert check_rows(rows, ModelSource(("model", "tokenizer"), task), progress) == (5, 0)
+    assert progress.notes == [
+        "note: 2 rows with the id of an earlier row, such as 'b': their answers are told apart by the order "
+        "alone"
+    ]
 
 
 def test_bad_items_are_found_before_a_model_is_loaded() -> None:

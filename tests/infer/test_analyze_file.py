@@ -60,8 +60,8 @@ BAD_LINES: dict[str, tuple[bytes, str]] = {
     "no object": (b'["a"]', "rows.jsonl:2: a list, not an object"),
     "not UTF-8": (b'{"text": "\xff"}', "rows.jsonl:2: not UTF-8 (byte 10 of the line)"),
     "no field": (b'{"id": "x", "txt": "a"}', "rows.jsonl:2: no field 'text'; the row has id, txt"),
-    "null": (b'{"text": null}', "rows.jsonl:2: the field 'text' is empty (null)"),
-    "NaN": (b'{"text": NaN}', "rows.jsonl:2: the field 'text' is empty (null)"),
+    "null": (b'{"text": null}', "rows.jsonl:2: the field 'text' is null"),
+    "NaN": (b'{"text": NaN}', "rows.jsonl:2: the field 'text' is null"),
     "nested": (b'{"text": {"a": ["b"]}}', "rows.jsonl:2: text: text is needed, not {'a': ['b']}"),
     "empty": (b'{"text": ""}', "rows.jsonl:2: "),
     "blank": (b'{"text": " \\n\\t\\u3000"}', "rows.jsonl:2: "),
@@ -317,7 +317,8 @@ def test_exit_codes(runner: Any, tmp_path: Path, model: Path, task: str) -> None
     arguments = ["analyze", str(model), str(rows), "--task", task, "--max-tokens", "1", "--no-constrain"]
     result = runner.invoke(cli, arguments)
     assert result.exit_code == 1 and len(result.stdout.splitlines()) == 2, result.output
-    assert "2 of them invalid: 2 cut (first 0: cut after 1 tokens" in result.stderr.splitlines()[-1]
+    last = result.stderr.splitlines()[-1]
+    assert "2 of them without a valid answer (cut 2), the first 0: cut after 1 tokens" in last
     piped = runner.invoke(cli, ["analyze", str(model), "-", *arguments[3:]], input=rows.read_bytes())
     assert piped.stdout == result.stdout
 

@@ -30,7 +30,8 @@ def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.Monkey
         elif language == "sh":
             for line in text.splitlines():
                 result = runner.invoke(cli, shlex.split(line)[1:])
-                assert "of them invalid: " in result.stderr and "1 bad row" in result.stderr, result.output
+                assert "without a valid answer (" in result.stderr, result.output
+                assert "bad row 1" in result.stderr, result.output
     answers = {
         name: [json.loads(line) for line in Path(name).read_text(encoding="utf-8").splitlines()]
         for name in ("answers.jsonl", "short.jsonl", "labels.jsonl")

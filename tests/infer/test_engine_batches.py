@@ -114,6 +114,23 @@ def test_a_shared_beginning_is_computed_once() -> None:
     assert plain.stats.reused_tokens == 0 and plain.stats.prompt_tokens == read + 5 * 50
 
 
+def test_tokens_are_read_while_the_pass_behind_them_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All arrays of one ``async_eval`` become readable when the last of them is."""
+    calls: list[list[mx.array]] = []
+    submit = mx.async_eval
+
+    def recorded(*arrays: Any) -> None:
+        calls.append([array for array in arrays if isinstance(array, mx.array)])
+        submit(*arrays)
+
+    monkeypatch.setattr(mx, "async_eval", recorded)
+    engine = Engine(make_cached_model("qwen3"), Numbers())
+    engine.submit(Request([1, 2, 3], 5))
+    run(engine, {0: 0}, {})
+    kinds = [{array.ndim for array in call} for call in calls]
+    assert {1} in kinds and {2} in kinds and {1, 2} not in kinds
+
+
 class Only:
     """Even tokens alone; behind ``fails`` of them an error, behind ``gives_up`` no mask."""
 

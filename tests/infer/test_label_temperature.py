@@ -94,7 +94,7 @@ def test_a_temperature_for_something_else_is_not_used(task: Task, folder: Path) 
 
 def test_a_classification_says_where_it_is_not_calibrated(task: Task, folder: Path) -> None:
     (found,) = md.classify(folder, task, ITEMS[:1], progress=(progress := RecordedProgress()))
-    assert not found.calibrated and any("labels: not calibrated" in note for note in progress.notes)
+    assert not found.calibrated and any("probabilities: not calibrated" in n for n in progress.notes)
 
 
 def test_too_few_rows_are_recorded_with_the_reason(task: Task, folder: Path) -> None:

@@ -18,6 +18,7 @@ from mlx_distill.storage import read_jsonl
 from mlx_distill.tasks.task import load_task
 
 SYSTEM = "Judge it."
+USED = "model: {}, the quantized student"
 
 
 def notes_of(task: str, systems: list[str], trained: tuple[str, ...] | None = (SYSTEM,)) -> str:
@@ -51,7 +52,7 @@ def run(tmp_path: Path) -> Path:
 def test_a_run_means_its_newest_usable_model(run: Path) -> None:
     assert is_run(run) and not is_run(run / "quantized") and not is_run(run / "nothing")
     told: list[str] = []
-    assert newest_model(run, told.append) == run / "quantized" and told == [f"model: {run / 'quantized'}"]
+    assert newest_model(run, told.append) == run / "quantized" and told == [USED.format(run / "quantized")]
 
     weights = next((run / "quantized").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1])
@@ -61,6 +62,7 @@ def test_a_run_means_its_newest_usable_model(run: Path) -> None:
 
     shutil.rmtree(run / "student")
     assert newest_model(run, told.append) == run / "teacher"
+    assert any(note.endswith("teacher, the teacher, since the run has no student yet") for note in told)
     shutil.rmtree(run / "teacher")
     with pytest.raises(ModelError, match="no trained model in this run yet"):
         newest_model(run, told.append)
@@ -97,7 +99,7 @@ def test_analyze_asks_the_run_in_the_task_of_its_training(run: Path) -> None:
     task = load_task(str(finished() / "task.yaml"))
     (same,) = md.analyze(run / "quantized", task, [row], progress=RecordedProgress())
     assert prediction.text == same.text and prediction.prompt_tokens == same.prompt_tokens
-    assert progress.notes == [f"model: {run / 'quantized'}"] and progress.tasks[0][:2] == ("analyze", 1)
+    assert progress.notes == [USED.format(run / "quantized")] and progress.tasks[0][:2] == ("analyze", 1)
 
     other = RecordedProgress()
     md.analyze(run, "music", [{"title": "Rain", "lyrics": "rain on the roof"}], progress=other)
@@ -130,6 +132,6 @@ def test_the_command_reads_standard_input_and_counts_invalid_answers(run: Path, 
     invalid = sum(row["error"] is not None for row in answers)
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith(f"written to {tmp_path / 'out.jsonl'}: 4 answers, in ")
-    assert f"; {invalid} of them invalid: " in last and "1 prompt too long" in last
+    assert f"; {invalid} of them without a valid answer (" in last and "prompt too long 1" in last
     assert result.returncode == (invalid == 4)
     assert [path.name for path in tmp_path.glob(".*")] == []  # nothing to continue from

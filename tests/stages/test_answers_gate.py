@@ -49,6 +49,7 @@ def error(facts: dict[str, Any], *overrides: str) -> QualityGateError | None:
             "which is 12: the rows' own answers have up to 30",
         ),
         (("the the", "length"), 6, ["cut after 12 tokens"], "train the teacher longer (it had 5 steps)"),
+        (("the the", "length"), None, ["cut after 12 tokens"], "or raise max_answer_tokens of the task"),
     ],
 )
 def test_the_error_has_the_share_an_example_its_reason_and_the_fix(
@@ -59,6 +60,14 @@ def test_the_error_has_the_share_an_example_its_reason_and_the_fix(
     assert "1 of 3 answers" in found.message and all(text in found.message for text in words)
     assert fix in found.fix and "--force" in found.fix and "force=True" in found.fix
     assert found.facts["share"] == pytest.approx(1 / 3) and found.facts["rows"] == 3
+
+
+def test_longer_answers_are_no_fix_where_the_rows_own_answers_fit() -> None:
+    facts = check(("the the", "length"), ("the the", "length"), data_tokens=6)
+    twice = {FACT: joined([facts[FACT], facts[FACT]])}
+    assert twice[FACT]["reasons"]["cut"]["data_fits"] == 4
+    found = error(twice)
+    assert found is not None and "max_answer_tokens" not in (found.fix or "")
 
 
 def test_the_fix_names_the_option_that_has_an_effect() -> None:
