@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -9,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import tokenizer_kinds
+from helpers.labels import LABEL_SETS, with_labels
 from helpers.schemas import random_schema
 
 from mlx_distill.data.chat import answer_ids, prompt_ids, stop_ids
@@ -212,13 +212,15 @@ def test_an_answer_that_the_grammar_allows_is_not_generated_again(model: Any, ch
 
 
 @pytest.mark.slow
-def test_the_grammar_leaves_the_distribution_over_the_labels(model: Any, tokenizer: Any) -> None:
-    task = load_task("moderation")
+@pytest.mark.parametrize("names", ["differ at once", "begin one another", "many"])
+def test_the_grammar_leaves_the_distribution_over_the_labels(model: Any, tokenizer: Any, names: str) -> None:
+    task = with_labels(load_task("moderation"), LABEL_SETS[names])
     prefix = label_prefix_tokens(tokenizer, task)
     assert prefix is not None
     ids, labels = prefix
     items = [{"text": f"Gardeners are kind {number}."} for number in range(3)]
     prompts = [item_prompt(tokenizer, to_item(item, task)) for item in items]
+    assert len({len(prompt) for prompt in prompts}) == 1
     plain = label_probabilities(model, [[*prompt, *ids] for prompt in prompts], labels)
 
     class Begins:
@@ -229,9 +231,12 @@ def test_the_grammar_leaves_the_distribution_over_the_labels(model: Any, tokeniz
             make_cache = staticmethod(model.make_cache)
 
         def __call__(self, tokens: mx.array, cache: Any) -> mx.array:
+            before = cache[0].offset + mx.zeros((len(tokens),), dtype=mx.int32)  # of each row
             logits = model(tokens, cache=cache)
-            for last, following in itertools.pairwise([prompts[0][-1], *ids]):
-                logits[..., following] += 1e4 * (tokens == last)
+            for row, place in enumerate(before.tolist() if tokens.shape[1] == 1 else []):
+                at = place + 1 - len(prompts[row])
+                if 0 <= at < len(ids):
+                    logits[row, :, ids[at]] += 1e4
             return logits
 
     def ask(asked: Any, constrain: bool) -> list[Prediction]:
