@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import signal
+import subprocess
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,23 +13,26 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from helpers.small_chain import RecordedProgress, make_context
+from helpers import killed_run
+from helpers.small_chain import RecordedProgress, finished, make_context
 
 from mlx_distill.distill.quantization_error import QuantizationError, quantization_error
-from mlx_distill.errors import ConfigError, Interrupted
+from mlx_distill.errors import ConfigError
 from mlx_distill.graph import graph
 from mlx_distill.models.load import load_model
 from mlx_distill.models.quantize import quantize_into
 from mlx_distill.models.quantized_modules import quantized_layer, replaced_layers
 from mlx_distill.models.refined import Refined
+from mlx_distill.pipeline import run
+from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import load_recipe
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages import refined_candidates
 from mlx_distill.stages.context import Context
 from mlx_distill.stages.quantize import quantize
 from mlx_distill.stages.refined_candidates import best_candidate, passes
-from mlx_distill.stages.refinement import Refinement, _open_bench, refine_student
-from mlx_distill.storage import sha256, write_json
+from mlx_distill.stages.refinement import _open_bench, refine_student
+from mlx_distill.storage import check_folder, read_manifest, sha256, write_json
 
 GOOD, BAD_ANSWERS, WORSE = (0.01, 0.001, 0), (0.01, 0.0041, 0), (0.03, 0.001, 0)
 DIVERGING = (
@@ -222,44 +229,38 @@ def test_a_budget_of_bits_gives_modules_different_modes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_stage_that_was_killed_while_it_calibrated_goes_on_to_the_same_bits(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_stage_that_is_killed_while_it_calibrates_leaves_the_old_folder_and_goes_on(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = make_context()
-    (tmp_path / "whole").mkdir()
-    expected = refine_student(context, tmp_path / "whole")
-    made: list[str] = []
+    """kill -9: the model that was there stays, and the same command ends with the bits of one that ran
+    through, without calibrating again what was finished.
+    """
+    recipe, old = finished() / "recipe.yaml", run_copy / "quantized" / "manifest.json"
+    manifest = json.loads(old.read_text(encoding="utf-8"))
+    old.write_text(json.dumps({**manifest, "key": "0" * 64}), encoding="utf-8")  # of an earlier student
+    before = read_manifest(run_copy / "quantized")
+    third = r"scratch/calibrate/model\.layers\.2\.self_attn\.k_proj\.safetensors$"
+    command = [sys.executable, killed_run.__file__, str(recipe), str(run_copy), third, "quantize"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert before is not None and read_manifest(run_copy / "quantized") == before
+    assert check_folder(run_copy / "quantized", before, verify=True) is None
+    kept = {path.stem for path in (run_copy / ".quantized.partial/scratch/calibrate").glob("[!.]*")}
+    assert len(kept) > 4
+
+    again: list[str] = []
     save = refined_candidates.save_refined
 
-    def save_some(folder: Path, path: str, refined: Refined, *, latent: bool) -> None:
-        if len(made) == 4:
-            raise Interrupted("killed")
-        made.append(f"{folder.name}/{path}")
-        save(folder, path, refined, latent=latent)
-
-    (tmp_path / "killed").mkdir()
-    with monkeypatch.context() as patch:
-        patch.setattr(refined_candidates, "save_refined", save_some)
-        with pytest.raises(Interrupted):
-            refine_student(context, tmp_path / "killed")
-    again: list[str] = []
-
     def counted(folder: Path, path: str, refined: Refined, *, latent: bool) -> None:
-        again.append(f"{folder.name}/{path}")
+        if folder.name == "calibrate":
+            again.append(path)
         save(folder, path, refined, latent=latent)
 
     monkeypatch.setattr(refined_candidates, "save_refined", counted)
-    found = refine_student(context, tmp_path / "killed")
-    assert not set(again) & set(made)
-    same(found, expected)
-
-
-def same(found: Refinement, expected: Refinement) -> None:
-    assert found.facts["refinement"]["kept"] == expected.facts["refinement"]["kept"]
-    assert (found.refined is None) == (expected.refined is None)
-    for path, one in (expected.refined or {}).items():
-        for name, part in one.parts.items():
-            assert mx.array_equal(found.refined[path].parts[name], part)  # type: ignore[index]
+    run(recipe, run_copy, only="quantize", progress=NullProgress())
+    assert again and not set(again) & kept
+    made, undisturbed = read_manifest(run_copy / "quantized"), read_manifest(finished() / "out/quantized")
+    assert made is not None and undisturbed is not None and made.content == undisturbed.content
 
 
 def test_an_adapter_beside_the_base_is_rounded_without_rows_and_says_so(tmp_path: Path) -> None:
