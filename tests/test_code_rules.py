@@ -5,6 +5,7 @@ of the GPU.
 from __future__ import annotations
 
 import ast
+import os
 import re
 import shutil
 import subprocess
@@ -247,3 +248,14 @@ def test_public_names_import_their_modules() -> None:
     for target in mlx_distill._NAMES.values():
         module, _, attribute = target.partition(":")
         assert not attribute or hasattr(import_module(f"mlx_distill.{module}"), attribute)
+
+
+@pytest.mark.skipif("UNCHECKED_SHAPES" in os.environ, reason="as asked")
+def test_a_call_with_another_shape_is_an_error_in_every_test() -> None:
+    from jaxtyping import TypeCheckError
+
+    from mlx_distill.infer.sampling import choose
+
+    assert choose(mx.zeros((1, 3)), [0.0], [0.0]).tolist() == [0]
+    with pytest.raises(TypeCheckError):
+        choose(mx.zeros((3,)), [0.0], [0.0])
