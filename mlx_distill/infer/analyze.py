@@ -214,9 +214,10 @@ class Analyzer:
             if options.temperature is None and not isinstance(self._source, tuple):
                 temperature, reason = folder_temperature(self._source, self.task, options)
                 self.calibrated = temperature is not None
-                state = f"calibrated at temperature {temperature:.3g}"
                 if temperature is None:
                     state = f"not calibrated, since {reason}"
+                else:
+                    state = f"calibrated at temperature {temperature:.3g}"
                 self._progress.note(f"label probabilities: {state}")
                 options = replace(options, temperature=temperature)
             self._scorer = LabelScorer(
