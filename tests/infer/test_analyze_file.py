@@ -57,7 +57,7 @@ def write_rows(path: Path, count: int) -> Path:
 
 BAD_LINES: dict[str, tuple[bytes, str]] = {
     "not JSON": (b'{"text": "a"', "rows.jsonl:2: not JSON"),
-    "no object": (b'["a"]', "rows.jsonl:2: a list, not an object"),
+    "no object": (b'["a"]', "rows.jsonl:2: a JSON list, not an object"),
     "not UTF-8": (b'{"text": "\xff"}', "rows.jsonl:2: not UTF-8 (byte 10 of the line)"),
     "no field": (b'{"id": "x", "txt": "a"}', "rows.jsonl:2: no field 'text'; the row has id, txt"),
     "null": (b'{"text": null}', "rows.jsonl:2: the field 'text' is null"),
