@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_distill import metrics as m
 from mlx_distill.data.predictions import constrained_rows
+from mlx_distill.evaluate.groups import group_errors
 from mlx_distill.evaluate.latency import latency_intervals
 from mlx_distill.metrics.classification import ConfusionCounts, Row
 from mlx_distill.metrics.paired import Comparison
@@ -201,7 +202,7 @@ def _binary_metrics(rows: Sequence[Row], task: Task, label: str, confidence: flo
         return {}
     out = _binary_figures(m.confusion_counts(rows, label, task.positive), confidence)
     if task.group:
-        out["by_group"] = m.by_group(rows, label, task.positive, task.group, confidence=confidence)
+        out["by_group"] = group_errors(rows, label, task.positive, task.group, confidence=confidence)
     return out
 
 

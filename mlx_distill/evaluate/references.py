@@ -20,8 +20,8 @@ import numpy as np
 
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.evaluate.claims import VERDICTS, Claim
-from mlx_distill.evaluate.own_functions import load_function
 from mlx_distill.evaluate.scripture import check_value, find_references, load_versification
+from mlx_distill.evaluate.user_metrics import load_function
 from mlx_distill.metrics.clusters import cluster_numbers, clustered_rate, effective_rows
 from mlx_distill.metrics.corrected import corrected_rate
 from mlx_distill.metrics.intervals import rate
@@ -56,7 +56,10 @@ def make_checker(checker: Checker, task: Task) -> Check:
         ConfigError: no such file, versification or function.
     """
     if checker.is_function:
-        return _own(load_function(checker.kind, task.folders), checker.kind)
+        return _own(
+            load_function(checker.kind, task.folders, f"{task.name}: references: {checker.field}"),
+            checker.kind,
+        )
     if checker.kind == "scripture":
         name = str(checker.options.get("versification", "kjv"))
         versification = load_versification(str(task.file(name)) if name.endswith(".json") else name)

@@ -9,6 +9,8 @@ from typing import Any
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.evaluate.categories import error_categories
 from mlx_distill.evaluate.figures import compare_models, constrained_metrics, main_metrics, model_metrics
+from mlx_distill.evaluate.groups import group_changes
+from mlx_distill.evaluate.references import reference_metrics
 from mlx_distill.evaluate.registry import compare_metrics, measure, task_metrics
 from mlx_distill.metrics.classification import Row
 from mlx_distill.run_models import run_model
@@ -42,7 +44,9 @@ def evaluate_models(
     Returns:
         ``main_set``; ``sets``: the number of rows of each, the main set first; ``by_set``: set, then model,
         to its figures (:func:`mlx_distill.evaluate.figures.model_metrics`, ``task_metrics`` and
-        ``error_categories``); ``comparisons``: paired, on the main set.
+        ``error_categories``, and those of :func:`mlx_distill.evaluate.references.reference_metrics`);
+        ``comparisons``: paired, on the main set; ``group_changes``: the error rates within each group before
+        and after, see :func:`mlx_distill.evaluate.groups.group_changes`.
 
     Raises:
         DataError: the models did not answer the same rows.
@@ -69,7 +73,18 @@ def evaluate_models(
         "sets": sets,
         "by_set": by_set,
         "comparisons": _comparisons(rows[main], task, reference, confidence),
+        "group_changes": _group_changes(rows[main], task, confidence),
     }
+
+
+def _group_changes(
+    models: Mapping[str, Sequence[Row]], task: Task, confidence: float
+) -> list[dict[str, Any]]:
+    if not (task.label and task.positive and task.group):
+        return []
+    return group_changes(
+        models, task.label, task.positive, task.group, cluster=task.cluster, confidence=confidence
+    )
 
 
 def check_same_rows(models: Mapping[str, Sequence[Row]]) -> None:
@@ -167,6 +182,7 @@ def _set_figures(
             compare_metrics(own_metrics, rows, against, confidence) if against is not None else {}
         )
         figures["error_categories"] = error_categories(rows, task, confidence)
+        figures |= reference_metrics(rows, task, confidence=confidence)
         out[model] = figures
     return out
 

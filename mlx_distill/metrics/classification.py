@@ -1,4 +1,4 @@
-"""Metrics of one model against the true labels: accuracy, F1, error rates by group, latency.
+"""Metrics of one model against the true labels: accuracy, F1, error rates, latency.
 
 A row is a dict of ``predictions.jsonl``: ``id``, ``truth``, ``answer``, ``label``, ``score``,
 ``label_probs``, ``fields``, ``latency_s``, ``tokens``. An invalid answer (``answer`` is None) is never
@@ -22,7 +22,6 @@ from mlx_distill.metrics.intervals import (
     Estimate,
     bootstrap_totals,
     mean_estimate,
-    newcombe,
     rate,
     wilson,
 )
@@ -368,80 +367,6 @@ def group_by(rows: Sequence[Row], field: str) -> dict[str, list[Row]]:
         value = (row.get("fields") or {}).get(field)
         groups.setdefault("(none)" if value is None or value == "" else str(value), []).append(row)
     return dict(sorted(groups.items()))
-
-
-def by_group(
-    rows: Sequence[Row],
-    label: str,
-    positive: Sequence[str],
-    group: str,
-    *,
-    confidence: float = 0.95,
-    min_items: int = MIN_ITEMS,
-) -> dict[str, Any]:
-    """False-positive and false-negative rate of each group, and the largest difference between groups.
-
-    Args:
-        rows: Predictions; rows without a true label are left out.
-        label: The task's label field.
-        positive: Classes that count as positive.
-        group: The row's field that holds the group.
-        confidence: Level of the intervals.
-        min_items: A rate over fewer items is flagged and left out of ``gaps``.
-
-    Returns:
-        ``field``; ``groups``: for each its ``n``, both rates, their counts, and ``few``, the names of the
-        flagged rates; ``gaps``: for each rate the groups with the highest and lowest value, and the
-        difference with Newcombe's interval (None where fewer than two groups have enough items). The interval
-        is not corrected for the choice of the two most extreme of several groups.
-    """
-    groups: dict[str, Any] = {}
-    labelled = [row for row in rows if true_value(row, label) is not None]
-    for name, members in group_by(labelled, group).items():
-        counts = confusion_counts(members, label, positive)
-        sizes = {"false_positive_rate": counts.negatives, "false_negative_rate": counts.positives}
-        groups[name] = {
-            "n": len(members),
-            "false_positive_rate": false_positive_rate(counts, confidence),
-            "false_positives": counts.false_positive,
-            "negatives": counts.negatives,
-            "false_negative_rate": false_negative_rate(counts, confidence),
-            "false_negatives": counts.false_negative,
-            "positives": counts.positives,
-            "few": [rate_name for rate_name, n in sizes.items() if n < min_items],
-        }
-    gaps = {
-        "false_positive_rate": _gap(
-            groups, "false_positive_rate", "false_positives", "negatives", confidence
-        ),
-        "false_negative_rate": _gap(
-            groups, "false_negative_rate", "false_negatives", "positives", confidence
-        ),
-    }
-    return {"field": group, "groups": groups, "gaps": gaps, "few_below": min_items}
-
-
-def _gap(
-    groups: Mapping[str, Any], rate_name: str, errors: str, items: str, confidence: float
-) -> dict[str, Any] | None:
-    """The largest difference of a rate between groups; ``errors`` and ``items`` are keys of its counts."""
-    rates = [
-        (group[rate_name]["value"], name)
-        for name, group in groups.items()
-        if rate_name not in group["few"] and group[rate_name]["n"]
-    ]
-    if len(rates) < 2:
-        return None
-    highest, lowest = max(rates)[1], min(rates)[1]
-    high, low = groups[highest], groups[lowest]
-    ends = newcombe(high[errors], high[items], low[errors], low[items], confidence)
-    return {
-        "highest": highest,
-        "lowest": lowest,
-        "value": high[rate_name]["value"] - low[rate_name]["value"],
-        "low": ends[0],
-        "high": ends[1],
-    }
 
 
 def latency(rows: Sequence[Row]) -> dict[str, Any]:

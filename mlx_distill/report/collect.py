@@ -86,6 +86,7 @@ def build_report(
         "metrics": by_set[main],
         "by_set": by_set,
         "comparisons": measured["comparisons"],
+        "group_changes": measured["group_changes"],
         "disagreements": _disagreements(rows, task),
         "sizes": provenance.sizes(run, list(evaluations)),
         "curves": provenance.curves(run),

@@ -155,7 +155,7 @@ def test_an_own_function_judges(tmp_path: Path) -> None:
     figures = reference_metrics([row(0, {"verses": ["abc", "abcd"]})], load_task("task.yaml", tmp_path))
     assert figures["references"]["verses"]["invalid"] == 1
     assert figures["references"]["verses"]["reasons"] == [{"reason": "r0", "count": 1}]
-    with pytest.raises(ConfigError, match="no module 'nowhere_at_all'"):
+    with pytest.raises(ConfigError, match="'nowhere_at_all' cannot be imported"):
         reference_metrics([row(0, {"verses": []})], task(verses="nowhere_at_all:f"))
 
 

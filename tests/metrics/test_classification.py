@@ -262,40 +262,6 @@ def test_slices_group_by_a_field_of_the_row() -> None:
     assert metrics.by_slice(model, None, "kind", ["genre"])["genre"]["x"]["verdict_agreement"] is None
 
 
-def grouped(group: str, pairs: list[tuple[str, str | None]]) -> list[dict[str, Any]]:
-    return [
-        row(f"{group}{i}", truth, predicted, fields={"g": group})
-        for i, (truth, predicted) in enumerate(pairs)
-    ]
-
-
-def test_error_rates_by_group_with_counts_and_gap() -> None:
-    one = grouped("one", [("a", "b")] * 6 + [("a", "a")] * 4 + [("b", "b")] * 9 + [("b", "a")])
-    two = grouped("two", [("a", "b")] * 1 + [("a", "a")] * 9 + [("b", "b")] * 8 + [("b", None)] * 2)
-    rare = grouped("rare", [("a", "b")] * 2)
-    result = scores.by_group(one + two + rare, "kind", ["b"], "g", min_items=10)
-    first = result["groups"]["one"]
-    assert (
-        first["n"],
-        first["false_positives"],
-        first["negatives"],
-        first["false_negatives"],
-        first["positives"],
-    ) == (20, 6, 10, 1, 10)
-    assert first["false_positive_rate"]["value"] == 0.6
-    assert result["groups"]["two"]["false_negative_rate"]["value"] == 0.2
-    assert result["groups"]["rare"]["few"] == ["false_positive_rate", "false_negative_rate"]
-    assert result["groups"]["rare"]["false_negative_rate"]["value"] is None
-    gap = result["gaps"]["false_positive_rate"]
-    assert (gap["highest"], gap["lowest"]) == (
-        "one",
-        "two",
-    )  # the rare group's rate of 1 is flagged, not compared
-    assert gap["value"] == pytest.approx(0.5)
-    assert 0 < gap["low"] < 0.5 < gap["high"]
-    assert scores.by_group(one, "kind", ["b"], "g")["gaps"]["false_positive_rate"] is None
-
-
 def test_label_divergence_by_hand_and_its_properties() -> None:
     p, q = {"a": 0.7, "b": 0.2, "c": 0.1}, {"a": 0.2, "b": 0.5, "c": 0.3}
     assert label_divergence(p, q, LABELS) == pytest.approx(
