@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from mlx_distill.records import TopK as TopK
     from mlx_distill.tasks.task import Task as Task
     from mlx_distill.tasks.task import load_task as load_task
+    from mlx_distill.validation import validate as validate
 
 __version__ = "0.1.0"
 
@@ -57,6 +58,7 @@ _NAMES = {
     "run": "pipeline:run",
     "load": "models.load:load",
     "convert": "models.convert:convert",
+    "validate": "validation:validate",
     "analyze": "infer.analyze:analyze",
     "classify": "infer.classify:classify",
     "compare": "comparisons:compare",

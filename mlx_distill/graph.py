@@ -10,7 +10,7 @@ Each name is a folder of the run.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ from mlx_distill.stages.quantize import quantize
 from mlx_distill.stages.targets import targets
 from mlx_distill.stages.teach import teach
 from mlx_distill.tasks.task import Task
+from mlx_distill.text import known_names
 
 if TYPE_CHECKING:
     from mlx_distill.stages.context import Context
@@ -113,6 +114,25 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     out += [_control(recipe, model, shared) for model in controls]
     measured = dict.fromkeys(["teacher", *_named_models(recipe), *(model.name for model in controls)])
     return out + [_evaluation(recipe, RUN_MODELS[name], shared) for name in measured]
+
+
+def stages_for(stages: Sequence[Stage], models: Sequence[str]) -> list[Stage]:
+    """The stages that the evaluations of some models need, parents before children.
+
+    Raises:
+        ConfigError: a model that the graph does not evaluate.
+    """
+    by_name = {stage.name: stage for stage in stages}
+    evaluated = [stage.model for stage in stages if stage.model is not None]
+    for model in models:
+        if model not in evaluated:
+            raise ConfigError(
+                f"no model {model!r}", fix=known_names(model, evaluated, "models of this recipe")
+            )
+    needed = [f"evaluations/{model}" for model in models]
+    for name in needed:  # it grows while it is read
+        needed += [parent for parent in by_name[name].parents if parent not in needed]
+    return [stage for stage in stages if stage.name in needed]
 
 
 def _conversion(recipe: Recipe, name: str, source: str) -> Stage:

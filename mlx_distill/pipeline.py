@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import Overrides, override_texts, to_mapping
 from mlx_distill.errors import ConfigError, FileError
-from mlx_distill.graph import TRAININGS, Stage, graph
+from mlx_distill.graph import TRAININGS, Stage, graph, stages_for
 from mlx_distill.progress import EventProgress, NullProgress, Progress, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.resources import with_resources
@@ -135,6 +135,7 @@ def run(
     overrides: Overrides = (),
     from_stage: str | None = None,
     only: str | None = None,
+    models: Sequence[str] | None = None,
     dry_run: bool = False,
     progress: Progress | None = None,
     hooks: Sequence[Hook] = (),
@@ -155,6 +156,7 @@ def run(
         from_stage: Make this stage again, and all that follow from it.
         only: Make this stage alone, from its parents as they are (a converted base that is missing is made
             too).
+        models: Make only what the evaluations of these models need; all that the recipe names by default.
         dry_run: Return the :class:`Plan` and write nothing.
         progress: Where progress is shown: on standard error by default, as a live bar on a terminal.
             ``md.progress.NullProgress()`` is silent.
@@ -196,7 +198,7 @@ def run(
         loaded,
         task,
         out,
-        graph(loaded, task),
+        graph(loaded, task) if models is None else stages_for(graph(loaded, task), models),
         _arguments(recipe, out, overrides),
         progress,
         resume,

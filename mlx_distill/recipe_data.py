@@ -110,3 +110,19 @@ class DataConfig:
     split_field: str = option("split", "the field that holds a row's own split")
     drop_invalid: bool = option(False, "drop and count rows that do not fit the task, instead of failing")
     seed: int = option(0, "seed of the split", low=0)
+    folds: int = option(
+        0,
+        "cross-validation: divide the rows that do not ask for test into so many folds; mlx-distill validate "
+        "sets it; 0: no folds",
+        low=0,
+        default_keyed=False,
+    )
+    fold: int = option(1, "the fold whose rows are the test rows, from 1", low=1, default_keyed=False)
+    train_share: float = option(
+        1.0,
+        "share of the training rows that is kept, stratified, for a learning curve; rows of a smaller share "
+        "are among those of a larger one",
+        low=0.001,
+        high=1.0,
+        default_keyed=False,
+    )

@@ -28,7 +28,9 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 @click.pass_context
 def compare(ctx: click.Context, a: str, b: str, gate: bool, as_json: bool, **options: Any) -> None:
-    """Compare two models on the same rows: is B as good as A, how sure is that, and on which rows not?
+    """Compare two models on the same rows.
+
+    Is B as good as A, how sure is that, and on which rows not?
 
     A and B are files of predictions (predictions.jsonl, a file of analyze, or JSON lines of any tool with id
     and text), folders of runs (their final models) or RUN:model, or folders of models, which then answer the

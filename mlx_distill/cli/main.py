@@ -22,6 +22,7 @@ COMMANDS = {
     "distill": "runs:distill",
     "quantize": "runs:quantize",
     "evaluate": "runs:evaluate",
+    "validate": "validate:validate",
     "convert": "models:convert",
     "export": "models:export",
     "inspect": "models:inspect",

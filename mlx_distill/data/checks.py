@@ -90,6 +90,8 @@ def _named_fields(task: Task, config: DataConfig) -> Iterator[tuple[str, str, bo
     for name in config.min_share:
         if name not in own:
             yield "data.min_share", name, True
+    if config.folds and task.cluster and task.cluster not in own:
+        yield f"task {task.name!r}: cluster", task.cluster, True
     if config.split_field != "split":
         yield "data.split_field", config.split_field, True
     if config.min_rating is not None:

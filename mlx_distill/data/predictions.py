@@ -153,6 +153,33 @@ def read_predictions(path: str | Path) -> tuple[dict[str, Any], list[dict[str, A
     return header, rows
 
 
+def pool_predictions(paths: Sequence[str | Path], path: str | Path) -> list[dict[str, Any]]:
+    """Write the predictions of the folds of a cross-validation as one file; return its rows.
+
+    Args:
+        paths: A model's files of :func:`write_predictions`, or their folders, one a fold.
+        path: The file; each row gets the number of its ``fold``, from 1.
+
+    Raises:
+        DataError: files of different models, tasks or settings, or a row in two of them.
+    """
+    read = [read_predictions(source) for source in paths]
+    header = {**read[0][0], "folds": len(read)}
+    counts: Counter[str] = Counter()
+    pooled: list[dict[str, Any]] = []
+    for fold, (other, rows) in enumerate(read, 1):
+        for key in ("model", "task", "labels", "constrained", "settings"):
+            if other[key] != header[key]:
+                raise DataError(f"{paths[fold - 1]}: {key} is not that of {paths[0]}", fix=_FIX)
+        counts.update(other["set_counts"])
+        pooled += [{**row, "fold": fold} for row in rows]
+    repeated = [id for id, count in Counter(row["id"] for row in pooled).items() if count > 1]
+    if repeated:
+        raise DataError(f"{path}: the row {repeated[0]!r} was answered in two folds", fix=_FIX)
+    write_jsonl(path, [{**header, "set_counts": dict(counts)}, *pooled])
+    return pooled
+
+
 def constrained_rows(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """The rows of :func:`read_predictions` with the answers under the grammar of the task in place of the
     free ones.

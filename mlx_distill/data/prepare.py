@@ -31,7 +31,10 @@ from mlx_distill.data.splits import (
     UNASSIGNED,
     VALID,
     assign_requested,
+    draw_folds,
     draw_splits,
+    merge_clusters,
+    take_share,
 )
 from mlx_distill.data.statistics import DropCounter, RowStatistics, row_figures
 from mlx_distill.data.values import check_values
@@ -67,7 +70,8 @@ def prepare(
     Of rows with the same text one is kept, a held-out one if there is any. Rows with nearly the same text
     (see :func:`~mlx_distill.data.dedup.near_duplicates`) go to one split; where one of them asks for a
     held-out split, those that ask for train are dropped. The other rows are drawn, stratified by label and
-    ``config.stratify``.
+    ``config.stratify``. With ``config.folds`` the test rows are those of one fold, and rows that ask for test
+    are left out.
 
     Args:
         config: Sources, filters, shares and seed.
@@ -83,12 +87,17 @@ def prepare(
     Raises:
         DataError: a row that does not fit, an empty source, no rows left to train on, or a value of a field
             with a smaller share than ``min_share``.
-        ConfigError: no sources, a field that the task or the recipe names and no row has, or ``values`` of no
-            field.
+        ConfigError: no sources, a field that the task or the recipe names and no row has, ``values`` of no
+            field, or no such fold.
     """
     if not config.sources:
         raise ConfigError(
             "data.sources: no sources", fix="name a file, a Hub data set or a generator under data.sources"
+        )
+    if config.folds == 1 or (config.folds and not 1 <= config.fold <= config.folds):
+        raise ConfigError(
+            f"data.fold {config.fold} of data.folds {config.folds}",
+            fix="two folds or more, and one of them, counted from 1",
         )
     for number, source in enumerate(config.sources):
         check_values(source.values, task, f"data.sources[{number}].values")
@@ -171,6 +180,8 @@ def _read(
                     _stratum(example, values, task, config),
                     row_figures(example, task.label, counted),
                 )
+                name = values.get(task.cluster) if task.cluster else None
+                buffer.cluster_names.append(None if name in (None, "") else str(name))
                 if config.near_duplicates:
                     hashes = shingles(words(text), cache)
                     own = hashes[~np.isin(hashes, constant)] if len(constant) else hashes
@@ -277,26 +288,61 @@ def _splits(
 ) -> Int8[np.ndarray, " n"]:
     """The split of each row, or ``DROPPED``."""
     rows = np.flatnonzero(roots >= 0)
-    clusters = np.searchsorted(rows, roots[rows])
-    assigned = assign_requested(clusters, np.array(buffer.requested, dtype=np.int8)[rows])
-    for row in rows[assigned == DROPPED].tolist():
-        dropped.add("near duplicate of a held-out row", partial(buffer.where, row))
-    splits = np.full(len(buffer), DROPPED, dtype=np.int8)
-    splits[rows] = draw_splits(
+    requested = np.array(buffer.requested, dtype=np.int8)[rows]
+    if config.folds:
+        for row in rows[requested == TEST].tolist():
+            dropped.add(
+                "test row of its own, which a cross-validation leaves alone", partial(buffer.where, row)
+            )
+        rows = rows[requested != TEST]
+        clusters, assigned = _fold(buffer, roots[rows], rows, config)
+    else:
+        clusters = np.searchsorted(rows, roots[rows])
+        assigned = assign_requested(clusters, requested)
+        for row in rows[assigned == DROPPED].tolist():
+            dropped.add("near duplicate of a held-out row", partial(buffer.where, row))
+    content = np.array(buffer.chat_hash, dtype=np.uint64)[rows]
+    drawn = draw_splits(
         clusters,
         assigned,
-        np.array(buffer.chat_hash, dtype=np.uint64)[rows],
+        content,
         [buffer.strata[row] for row in rows],
         valid_fraction=config.valid_fraction,
-        test_fraction=config.test_fraction,
+        test_fraction=0.0 if config.folds else config.test_fraction,
         seed=config.seed,
     )
-    if not (splits == TRAIN).any():
+    if not (drawn == TRAIN).any():
         raise DataError(
             "no rows are left to train on",
             fix="lower data.test_fraction and data.valid_fraction, or add rows",
         )
+    if config.train_share < 1:
+        train = np.flatnonzero(drawn == TRAIN)
+        strata = [buffer.strata[row] for row in rows[train]]
+        taken = take_share(
+            clusters[train], content[train], strata, share=config.train_share, seed=config.seed
+        )
+        for row in rows[train[~taken]].tolist():
+            dropped.add("training row beyond data.train_share", partial(buffer.where, row))
+        drawn[train[~taken]] = DROPPED
+    splits = np.full(len(buffer), DROPPED, dtype=np.int8)
+    splits[rows] = drawn
     return splits
+
+
+def _fold(
+    buffer: RowBuffer, roots: Int64[np.ndarray, " m"], rows: Int64[np.ndarray, " m"], config: DataConfig
+) -> tuple[Int64[np.ndarray, " m"], Int8[np.ndarray, " m"]]:
+    """The clusters that stay in one fold, and as assigned splits the test rows of fold ``config.fold``."""
+    clusters = merge_clusters(roots, [buffer.cluster_names[row] for row in rows])
+    folds = draw_folds(
+        clusters,
+        np.array(buffer.chat_hash, dtype=np.uint64)[rows],
+        [buffer.strata[row] for row in rows],
+        folds=config.folds,
+        seed=config.seed,
+    )
+    return clusters, np.where(folds == config.fold - 1, np.int8(TEST), np.int8(UNASSIGNED)).astype(np.int8)
 
 
 def _write(

@@ -109,6 +109,7 @@ class RowBuffer:
         requested: The split that each row asks for, or ``UNASSIGNED``.
         source: The number of its source.
         strata: The values that the splits are balanced by.
+        cluster_names: The value of the task's ``cluster`` field, or None.
         signatures: MinHash signatures of the rows, if near duplicates are looked for.
     """
 
@@ -117,6 +118,7 @@ class RowBuffer:
         self.chat_hash, self.id_hash = array("Q"), array("Q")
         self.requested, self.source = array("b"), array("H")
         self.strata: list[tuple[str, ...]] = []
+        self.cluster_names: list[str | None] = []
         self._known_strata: dict[tuple[str, ...], tuple[str, ...]] = {}  # one tuple for all equal ones
         self._starts = array("Q")
         self._path = folder / "rows.jsonl"

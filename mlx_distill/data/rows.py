@@ -286,7 +286,7 @@ def _has_answer_columns(row: Row, task: Task) -> bool:
 
 def _fields(row: Row, task: Task, format: str) -> dict[str, Any]:
     """The columns that are neither prompt nor answer; the title and the fields by which results are sliced
-    are kept in any case.
+    or clustered are kept in any case.
     """
     kept = {task.title, task.group, task.cluster, *task.slices}
     used = {"answer", "messages", task.id, "id"} | (

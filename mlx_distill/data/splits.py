@@ -1,5 +1,5 @@
-"""Assign rows to train, valid and test: whole clusters of near duplicates, balanced by stratum, the same for
-any order of the rows.
+"""Assign rows to train, valid and test, or to the folds of a cross-validation: whole clusters of near
+duplicates, balanced by stratum, the same for any order of the rows.
 """
 
 from __future__ import annotations
@@ -7,9 +7,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Int8, Int64, UInt64
+from jaxtyping import Bool, Int8, Int64, UInt64
 
-from mlx_distill.data.dedup import hash64
+from mlx_distill.data.dedup import Clusters, hash64
+from mlx_distill.errors import DataError
 
 SPLITS = ("train", "valid", "test")
 DROPPED, UNASSIGNED, TRAIN, VALID, TEST = -2, -1, 0, 1, 2
@@ -93,3 +94,119 @@ def draw_splits(
     out = splits.copy()
     out[unassigned] = drawn[cluster_of]
     return out
+
+
+def merge_clusters(roots: Int64[np.ndarray, " n"], names: Sequence[str | None]) -> Int64[np.ndarray, " n"]:
+    """Clusters joined where their rows have a name in common, such as an artist; a row without a name joins
+    none.
+
+    Args:
+        roots: The cluster of each row.
+        names: Of each row.
+
+    >>> merge_clusters(np.array([0, 1, 1, 3, 4]), ["a", None, "b", "a", "b"]).tolist()
+    [0, 1, 1, 0, 1]
+    """
+    number = {root: i for i, root in enumerate(dict.fromkeys(roots.tolist()))}
+    joined = Clusters(len(number))
+    first: dict[str, int] = {}
+    for root, name in zip(roots.tolist(), names, strict=True):
+        if name is not None:
+            joined.union(first.setdefault(name, number[root]), number[root])
+    of_root = dict(zip(number, joined.roots().tolist(), strict=True))
+    return np.array([of_root[root] for root in roots.tolist()], dtype=np.int64)
+
+
+def draw_folds(
+    roots: Int64[np.ndarray, " n"],
+    order: UInt64[np.ndarray, " n"],
+    strata: Sequence[tuple[str, ...]],
+    *,
+    folds: int,
+    seed: int,
+) -> Int64[np.ndarray, " n"]:
+    r"""The fold of each row, from 0: whole clusters, every stratum spread evenly, the same for any order of
+    the rows.
+
+    Clusters are taken by falling size, equal ones stratum by stratum in the order of a hash of (seed,
+    content), and each goes to the fold where it adds least to :math:`\sum_s \sum_f (n_{sf} / n_s)^2`, with
+    the rows :math:`n_{sf}` of stratum s in fold f: with clusters of one row the folds of a stratum differ by
+    one row at most. Of equal folds the one with fewest rows is taken.
+
+    Args:
+        roots: The cluster of each row.
+        order: A hash of each row's content.
+        strata: (label, further fields) of each row.
+        folds: How many; 2 or more.
+        seed: Of the draw.
+
+    Raises:
+        DataError: fewer clusters than folds.
+    """
+    _, cluster_of = np.unique(roots, return_inverse=True)
+    sizes = np.bincount(cluster_of)
+    if len(sizes) < folds:
+        raise DataError(
+            f"{len(roots)} rows in {len(sizes)} groups that stay together, and {folds} folds",
+            fix="fewer folds, or more rows",
+        )
+    by_cluster = np.lexsort((order, cluster_of))
+    starts = np.flatnonzero(np.diff(cluster_of[by_cluster], prepend=-1))
+    ranks = [hash64(f"{seed}:{int(order[by_cluster[start]])}") for start in starts]
+    names = {stratum: i for i, stratum in enumerate(sorted(set(strata)))}
+    stratum_of = np.array([names[stratum] for stratum in strata], dtype=np.int64)
+    totals = np.bincount(stratum_of).astype(np.float64)
+    counts, rows = np.zeros((len(names), folds)), np.zeros(folds)
+    fold_of = np.zeros(len(sizes), dtype=np.int64)
+    first = stratum_of[by_cluster[starts]]
+    for cluster in sorted(range(len(sizes)), key=lambda c: (-sizes[c], first[c], ranks[c])):
+        members = by_cluster[starts[cluster] : starts[cluster] + sizes[cluster]]
+        present, added = np.unique(stratum_of[members], return_counts=True)
+        # The common term of all folds, that of the cluster alone, is left out.
+        cost = (added / totals[present] ** 2) @ counts[present]
+        fold = int(np.lexsort((rows, np.round(cost, 12)))[0])
+        fold_of[cluster] = fold
+        counts[present, fold] += added
+        rows[fold] += sizes[cluster]
+    return fold_of[cluster_of]
+
+
+def take_share(
+    roots: Int64[np.ndarray, " n"],
+    order: UInt64[np.ndarray, " n"],
+    strata: Sequence[tuple[str, ...]],
+    *,
+    share: float,
+    seed: int,
+) -> Bool[np.ndarray, " n"]:
+    """Which rows belong to a share of all: whole clusters, stratified, and those of a smaller share are among
+    those of a larger one.
+
+    Inside a stratum clusters are taken in the order of a hash of (seed, content), each while the rows before
+    it are fewer than the share.
+
+    Args:
+        roots: The cluster of each row.
+        order: A hash of each row's content.
+        strata: (label, further fields) of each row; a cluster counts as the stratum of its first row in hash
+            order.
+        share: Above 0, at most 1.
+        seed: Of the draw.
+
+    >>> order = np.arange(8, dtype=np.uint64)
+    >>> take_share(np.arange(8), order, [("a",)] * 8, share=0.5, seed=0).sum()
+    np.int64(4)
+    """
+    _, cluster_of = np.unique(roots, return_inverse=True)
+    sizes = np.bincount(cluster_of)
+    by_cluster = np.lexsort((order, cluster_of))
+    first = by_cluster[np.flatnonzero(np.diff(cluster_of[by_cluster], prepend=-1))]
+    ranks = [hash64(f"{seed}:share:{int(order[row])}") for row in first]
+    queues: dict[tuple[str, ...], list[int]] = {}
+    for cluster in sorted(range(len(sizes)), key=ranks.__getitem__):
+        queues.setdefault(strata[first[cluster]], []).append(cluster)
+    taken = np.zeros(len(sizes), dtype=bool)
+    for queue in queues.values():
+        before = np.cumsum([0, *sizes[queue][:-1]])
+        taken[queue] = before + 0.5 <= share * sizes[queue].sum() + 1e-9
+    return taken[cluster_of]

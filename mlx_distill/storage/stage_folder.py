@@ -222,6 +222,32 @@ def recover(folder: str | Path) -> None:
             os.replace(old, folder)
 
 
+def link_stage(source: str | Path, folder: str | Path) -> None:
+    """Make a finished stage a stage of another run too: its files are linked where the file system can, so
+    they take their place on the disk once, and copied elsewhere. No stage changes a published file, so the
+    two folders stay equal until one of them is made again.
+
+    Args:
+        source: The folder of a finished stage.
+        folder: The same stage of the other run; replaced if it is there.
+    """
+    source, partial = Path(source), partial_folder(folder)
+    with os_errors():
+        shutil.rmtree(partial, ignore_errors=True)
+        files = sorted(path for path in source.rglob("*") if path.is_file())
+        for path in sorted(
+            files, key=lambda path: path.name == MANIFEST
+        ):  # it says that all others are there
+            target = partial / path.relative_to(source)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                os.link(path, target)
+            except OSError:
+                shutil.copy2(path, target)
+        fsync_folder(partial)
+    recover(folder)
+
+
 @contextmanager
 def lock_folder(folder: str | Path) -> Iterator[None]:
     """Allow one run on a folder at a time; the lock ends with the process, also with a killed one."""

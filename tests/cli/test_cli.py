@@ -20,7 +20,8 @@ from mlx_distill.recipe import load_recipe, recipe_names
 from mlx_distill.tasks.task import Task, task_names
 
 PUBLIC = """
-    demo run prepare convert teach targets distill quantize evaluate analyze export inspect doctor recipes
+    demo run prepare convert teach targets distill quantize evaluate validate compare analyze export inspect
+    doctor recipes
 """.split()
 
 

@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 
 from mlx_distill.data.dedup import hash64
-from mlx_distill.data.splits import DROPPED, TEST, TRAIN, UNASSIGNED, VALID, assign_requested, draw_splits
+from mlx_distill.data.splits import (
+    DROPPED,
+    TEST,
+    TRAIN,
+    UNASSIGNED,
+    VALID,
+    assign_requested,
+    draw_folds,
+    draw_splits,
+    merge_clusters,
+    take_share,
+)
+from mlx_distill.errors import DataError
 
 
 def random_rows(
@@ -152,3 +164,53 @@ def test_the_draw_equals_the_plain_implementation(seed: int) -> None:
     first = np.array([np.flatnonzero(renumbered == number)[0] for number in range(renumbered.max() + 1)])
     strata = [stratum for stratum, kept in zip(strata, others, strict=True) if kept]
     assert np.array_equal(drawn[others], plain_draw_splits(first[renumbered], order[others], strata, seed))
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_folds_are_balanced_in_every_stratum_and_keep_clusters_whole(folds: int) -> None:
+    roots, order, strata = random_rows(1, clustered=0)
+    fold_of = draw_folds(roots, order, strata, folds=folds, seed=3)
+    assert np.ptp(np.bincount(fold_of)) <= 1
+    for stratum in set(strata):
+        counts = np.bincount(
+            [f for f, s in zip(fold_of, strata, strict=True) if s == stratum], minlength=folds
+        )
+        assert np.ptp(counts) <= 1
+    roots, order, strata = random_rows(1)
+    fold_of = draw_folds(roots, order, strata, folds=folds, seed=3)
+    assert (fold_of == fold_of[roots]).all()
+    assert np.ptp(np.bincount(fold_of)) <= np.bincount(roots).max()
+
+
+def test_folds_do_not_depend_on_the_order_of_rows_and_do_on_the_seed() -> None:
+    roots, order, strata = random_rows(2)
+    shuffled = np.random.default_rng(0).permutation(len(roots))
+    position = np.argsort(shuffled)
+    plain = draw_folds(roots, order, strata, folds=4, seed=0)
+    moved = draw_folds(
+        position[roots[shuffled]], order[shuffled], [strata[i] for i in shuffled], folds=4, seed=0
+    )
+    assert (moved == plain[shuffled]).all()
+    assert (draw_folds(roots, order, strata, folds=4, seed=1) != plain).any()
+
+
+def test_fewer_clusters_than_folds_are_refused() -> None:
+    with pytest.raises(DataError, match="6 rows in 2 groups that stay together, and 3 folds"):
+        draw_folds(np.array([0, 0, 0, 3, 3, 3]), np.arange(6, dtype=np.uint64), [("a",)] * 6, folds=3, seed=0)
+
+
+def test_clusters_with_a_name_in_common_are_one() -> None:
+    roots = np.array([0, 0, 2, 3, 4, 5])
+    joined = merge_clusters(roots, ["x", None, "y", "x", None, "y"])
+    assert joined[0] == joined[1] == joined[3] and joined[2] == joined[5] and len(set(joined.tolist())) == 3
+
+
+def test_a_smaller_share_is_part_of_a_larger_one() -> None:
+    roots, order, strata = random_rows(3)
+    before = np.zeros(len(roots), dtype=bool)
+    for share in (0.25, 0.5, 0.75, 1.0):
+        taken = take_share(roots, order, strata, share=share, seed=0)
+        assert (taken == taken[roots]).all() and (taken | ~before).all()
+        assert abs(taken.mean() - share) < 0.03
+        before = taken
+    assert before.all()

@@ -1,0 +1,74 @@
+"""The command validate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+
+@click.command()
+@click.argument("recipe")
+@click.option("--folds", type=click.IntRange(2), default=5, show_default=True, help="How many folds.")
+@click.option(
+    "--models",
+    default="teacher",
+    show_default=True,
+    metavar="NAMES",
+    help="The models to measure, with commas: teacher_before, teacher, student_before, student, quantized.",
+)
+@click.option(
+    "--learning-curve",
+    is_flag=False,
+    flag_value="one",
+    type=click.Choice(["one", "each"]),
+    help="Train the teacher on 25, 50 and 75 % of the training rows too, of one fold or of each.",
+)
+@click.option("--out", type=click.Path(path_type=Path), help="The folder.  [default: runs/NAME-validation]")
+@click.option(
+    "--set",
+    "overrides",
+    multiple=True,
+    metavar="KEY=VALUE",
+    help="Change one key of the recipe, such as teach.epochs=2.",
+)
+@click.option("--dry-run", is_flag=True, help="Show what it costs, and write nothing.")
+@click.option("--gate", is_flag=True, help="Exit with 3 unless every goal of the recipe is met.")
+@click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+@click.pass_context
+def validate(
+    ctx: click.Context,
+    recipe: str,
+    folds: int,
+    models: str,
+    learning_curve: str | None,
+    out: Path | None,
+    overrides: tuple[str, ...],
+    dry_run: bool,
+    gate: bool,
+    as_json: bool,
+) -> None:
+    """Cross-validate a recipe, one run a fold.
+
+    Every row is tested once, by a model that has not seen it. RECIPE is a YAML file or the name of a packaged
+    recipe (see: mlx-distill recipes). Each fold is a run in a folder of its own; after an interruption the
+    same command continues. What it costs is printed first.
+    """
+    from mlx_distill.cli.output import echo
+    from mlx_distill.progress import make_progress
+    from mlx_distill.validation import validate as validate_recipe
+    from mlx_distill.validation_plan import ValidationPlan
+
+    result = validate_recipe(
+        recipe,
+        out,
+        folds=folds,
+        models=[name.strip() for name in models.split(",")],
+        learning_curve=learning_curve or False,
+        overrides=overrides,
+        dry_run=dry_run,
+        progress=make_progress(),
+    )
+    echo(result, as_json)
+    if gate and not isinstance(result, ValidationPlan):
+        ctx.exit(0 if all(goal["state"] == "met" for goal in result.report["goals"]) else 3)
