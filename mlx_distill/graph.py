@@ -5,6 +5,7 @@
     student -> student_base ------------------------------------------------+-> student -> quantized
     any of these models, and data -> evaluations/<model> -> report.json, report.html
 
+A recipe without a student has the upper half alone, up to ``teacher``, and measures it before and after.
 Each name is a folder of the run.
 """
 
@@ -23,7 +24,7 @@ from mlx_distill.evaluate.goals import check_goals
 from mlx_distill.evaluate.registry import task_metrics
 from mlx_distill.models.folder import conversion_format
 from mlx_distill.models.hub import is_hub_id
-from mlx_distill.recipe import Recipe
+from mlx_distill.recipe import EVALUATED, Recipe
 from mlx_distill.run_models import CONTROLS, RUN_MODELS, RunModel
 from mlx_distill.stages.convert import convert
 from mlx_distill.stages.distill import distill
@@ -85,7 +86,6 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     check_goals(recipe.goals, task)
     # The part of the keys of all stages that run a model. Keys keep the old name of dequantize.
     shared = {"task": keyed(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.dequantize}
-    teacher, student = (resolve_asset(spec, recipe.base) for spec in (recipe.teacher, recipe.student))
     out = [
         Stage(
             "data",
@@ -96,9 +96,17 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
             prepare,
             *_sources(recipe),
         ),
-        _conversion(recipe, "teacher_base", teacher),
-        _conversion(recipe, "student_base", student),
-        Stage("teacher", "teach", 2, {**keyed(recipe.teach), **shared}, ("teacher_base", "data"), teach),
+        _conversion(recipe, "teacher_base", recipe.teacher),
+    ]
+    teaching = Stage(
+        "teacher", "teach", 2, {**keyed(recipe.teach), **shared}, ("teacher_base", "data"), teach
+    )
+    if recipe.student is None:
+        own = _models_without_student(recipe)
+        return [*out, teaching, *(_evaluation(recipe, RUN_MODELS[name], shared) for name in own)]
+    out += [
+        _conversion(recipe, "student_base", recipe.student),
+        teaching,
         Stage("targets", "targets", 3, {**keyed(recipe.targets), **shared}, ("teacher", "data"), targets),
         Stage(
             "student",
@@ -135,7 +143,24 @@ def stages_for(stages: Sequence[Stage], models: Sequence[str]) -> list[Stage]:
     return [stage for stage in stages if stage.name in needed]
 
 
-def _conversion(recipe: Recipe, name: str, source: str) -> Stage:
+def _models_without_student(recipe: Recipe) -> list[str]:
+    """The teacher before and after fine-tuning; another model cannot be named."""
+    own = [name for name, model in RUN_MODELS.items() if model.role == "teacher"]
+    fix = "name a student, or leave it out"
+    for model in CONTROLS:
+        if getattr(recipe.controls, model.control or ""):
+            raise ConfigError(f"controls.{model.control}: the recipe has no student", fix=fix)
+    for name in [] if recipe.evaluate.models == EVALUATED else _named_models(recipe):
+        if name not in own:
+            raise ConfigError(f"evaluate.models: {name!r}, and the recipe has no student", fix=fix)
+    for goal in recipe.goals:
+        if goal.model not in own:
+            raise ConfigError(f"goals: a goal of {goal.model!r}, and the recipe has no student", fix=fix)
+    return own
+
+
+def _conversion(recipe: Recipe, name: str, spec: str) -> Stage:
+    source = resolve_asset(spec, recipe.base)
     local = () if is_hub_id(source) and not Path(source).exists() else (source,)
     return Stage(
         name,

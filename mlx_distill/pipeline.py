@@ -190,6 +190,7 @@ def run(
     for name in (from_stage, only):
         if name is not None and name not in COMMANDS:
             raise ConfigError(f"no stage {name!r}", fix=known_names(name, COMMANDS, "stages"))
+    _check_has_student(loaded, from_stage, only)
     progress = progress or make_progress()
     if events is not None:
         progress = EventProgress(progress, events)
@@ -225,6 +226,16 @@ def run(
     with lock_folder(out), _stop_flag(stop) as flag:
         context = Context(loaded, task, out, progress, flag, hooks, profile)
         return _run_stages(runner, context, make_stage)
+
+
+def _check_has_student(recipe: Recipe, *commands: str | None) -> None:
+    """Refuse to make by name a stage that a recipe without a student does not have."""
+    for command in commands:
+        if recipe.student is None and command in ("targets", "distill", "quantize"):
+            raise ConfigError(
+                f"{command}: the recipe {recipe.name!r} has no student, so its run ends after teach",
+                fix="name a student in the recipe",
+            )
 
 
 def _arguments(recipe: str | Path | Recipe, out: Path, overrides: Overrides) -> str | None:

@@ -34,6 +34,7 @@ from mlx_distill.recipe_training import TrainConfig as TrainConfig
 from mlx_distill.tasks.task import Task, load_task
 from mlx_distill.text import known_names
 
+EVALUATED = ["teacher", "student_before", "student", "quantized"]
 # affineN has N bits; the mixed modes keep embeddings and output head in 8 bits. See models/quantization.py.
 MODES = [
     "affine1",
@@ -101,7 +102,7 @@ class QuantizeConfig:
 class EvaluateConfig:
     """Evaluate: each model answers the held-out rows."""
 
-    models: list[str] = option(["teacher", "student_before", "student", "quantized"], "models to evaluate")
+    models: list[str] = option(EVALUATED, "models to evaluate")
     batch_size: int = option(16, "rows at a time", low=1)
     max_rows: int = option(0, "held-out rows of each set; 0: all", low=0)
     constrain: bool = option(
@@ -155,7 +156,11 @@ class Recipe:
         help="a packaged task, a YAML file, or a mapping with name and overrides"
     )
     teacher: str = option(help="a Hub id, a folder, or asset:NAME")
-    student: str = option(help="a Hub id, a folder, or asset:NAME")
+    student: str | None = option(
+        None,
+        "a Hub id, a folder, or asset:NAME; without a student the run ends after teach, and compares the "
+        "teacher before and after it",
+    )
     description: str = option("", "one line for the list of recipes", keyed=False)
     compute_dtype: str | None = option(
         None,

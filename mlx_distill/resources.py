@@ -70,10 +70,8 @@ def stage_resources(recipe: Recipe, stages: Sequence[Stage], out: Path) -> dict[
         stages: Of its graph.
         out: The run's folder.
     """
-    sources = {
-        "teacher_base": resolve_asset(recipe.teacher, recipe.base),
-        "student_base": resolve_asset(recipe.student, recipe.base),
-    }
+    specs = {"teacher_base": recipe.teacher, "student_base": recipe.student}
+    sources = {name: resolve_asset(spec, recipe.base) for name, spec in specs.items() if spec is not None}
     bases = {name: _source_resources(source, recipe) for name, source in sources.items()}
     needs: dict[str, Resources] = {}
     for stage in stages:

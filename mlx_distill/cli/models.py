@@ -72,7 +72,7 @@ def export(
 ) -> None:
     """Export a model to Hugging Face's or PEFT's format.
 
-    MODEL is the folder of an MLX model or adapter.
+    MODEL is the folder of an MLX model or adapter, or of a run: its last trained model.
     """
     from mlx_distill.cli.output import echo
     from mlx_distill.exports import export as export_model

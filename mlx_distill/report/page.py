@@ -52,8 +52,13 @@ def _head(report: Report) -> dict[str, Any]:
 
 
 def _before(report: Report, name: str) -> str | None:
-    """Agreement with the teacher before distillation."""
-    _, agreement = main_metrics(report["task_details"])
+    """Agreement with the teacher before distillation; of the teacher its figure before fine-tuning."""
+    main, agreement = main_metrics(report["task_details"])
+    if name == "teacher":
+        before = (report["metrics"].get("teacher_before") or {}).get(main)
+        if not before or before["value"] is None:
+            return None
+        return f"Before fine-tuning it was {percent(before['value'])}."
     before = (report["metrics"].get("student_before") or {}).get(agreement)
     if not before or before["value"] is None or name not in RESULTS:
         return None

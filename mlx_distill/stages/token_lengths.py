@@ -60,8 +60,11 @@ def _tokenizer_folder(context: Context, role: str) -> Path | None:
     """The folder with the tokenizer of a model that is converted, on this machine, or in the Hub's cache."""
     from mlx_distill.models.hub import find_cached
 
+    named = getattr(context.recipe, role)
+    if named is None:
+        return None
     converted = context.run / f"{role}_base"
-    spec = resolve_asset(getattr(context.recipe, role), context.recipe.base)
+    spec = resolve_asset(named, context.recipe.base)
     local = Path(spec).expanduser()
     if local.is_dir():
         return local

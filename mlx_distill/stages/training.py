@@ -244,13 +244,13 @@ def check_training(context: Context, commands: Collection[str]) -> None:
         ("teach", recipe.teach, "teacher_base", recipe.teacher),
         ("distill", recipe.distill, "student_base", recipe.student),
     ):
-        if command not in commands:
+        if command not in commands or source is None:
             continue
         check_settings(settings, rank_and_size()[1])
         local = _local_model(context, base, source, "config.json")
         if local is not None:
             check_model(local, settings, dequantize=recipe.dequantize)
-    if "distill" in commands and recipe.distill.label_weight > 0:
+    if "distill" in commands and recipe.student is not None and recipe.distill.label_weight > 0:
         _check_labels(context)
 
 
@@ -261,8 +261,8 @@ def _check_labels(context: Context) -> None:
 
     recipe = context.recipe
     for base, source in (("teacher_base", recipe.teacher), ("student_base", recipe.student)):
-        local = _local_model(context, base, source, "tokenizer.json")
-        if local is not None:
+        local = source and _local_model(context, base, source, "tokenizer.json")
+        if local:
             find_label_trie(load_tokenizer(local), context.task, recipe.distill.label_weight)
 
 
