@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import Overrides, override_texts, to_mapping
 from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.evaluate.compare import parse_margin
 from mlx_distill.graph import TRAININGS, Stage, graph, stages_for
 from mlx_distill.progress import EventProgress, NullProgress, Progress, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
@@ -185,7 +186,7 @@ def run(
         Interrupted: it was stopped; the same call continues it.
     """
     renamed: list[str] = []
-    loaded = load_recipe(recipe, overrides, renamed)
+    loaded = _load_checked(recipe, overrides, renamed)
     task, out = loaded.load_task(), Path(out)
     for name in (from_stage, only):
         if name is not None and name not in COMMANDS:
@@ -236,6 +237,14 @@ def _check_has_student(recipe: Recipe, *commands: str | None) -> None:
                 f"{command}: the recipe {recipe.name!r} has no student, so its run ends after teach",
                 fix="name a student in the recipe",
             )
+
+
+def _load_checked(recipe: str | Path | Recipe, overrides: Overrides, renamed: list[str]) -> Recipe:
+    """The recipe, with an error now and not after the trainings where the report could not read it."""
+    loaded = load_recipe(recipe, overrides, renamed)
+    if loaded.evaluate.margin:
+        parse_margin(loaded.evaluate.margin)
+    return loaded
 
 
 def _arguments(recipe: str | Path | Recipe, out: Path, overrides: Overrides) -> str | None:
@@ -298,10 +307,15 @@ def _write_report(runner: Runner) -> RunReport:
     from mlx_distill.report import build_report, write_report
 
     evaluations = {stage.model: runner.out / stage.name for stage in runner.stages if stage.model is not None}
-    confidence = runner.recipe.evaluate.confidence
-    recipe = to_mapping(runner.recipe)
+    settings, recipe = runner.recipe.evaluate, to_mapping(runner.recipe)
     report = build_report(
-        runner.out, recipe, runner.task, evaluations, confidence=confidence, goals=recipe["goals"]
+        runner.out,
+        recipe,
+        runner.task,
+        evaluations,
+        confidence=settings.confidence,
+        margin=settings.margin,
+        goals=recipe["goals"],
     )
     return write_report(runner.out, report)
 

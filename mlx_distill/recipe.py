@@ -110,6 +110,12 @@ class EvaluateConfig:
         "measure the answers under the grammar of the task too; only those that differ are generated again",
     )
     confidence: float = option(0.95, "confidence level of the intervals", low=0.5, high=0.999, keyed=False)
+    margin: str | None = option(
+        "3pt",
+        "how much worse than the teacher is still as good: points (3pt), or a share of the teacher's value "
+        "(5%); none: no student is called as good",
+        keyed=False,
+    )
     repeats: int = option(
         0,
         "sampled answers to each held-out row, besides the greedy one, to measure how much answers vary",

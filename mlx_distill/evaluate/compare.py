@@ -71,7 +71,7 @@ def parse_margin(text: str) -> Margin:
     match = _MARGIN.fullmatch(str(text).strip())
     if match is None or float(match[1]) == 0:
         raise ConfigError(
-            f"--margin {text}: neither points nor a share above 0",
+            f"margin {text}: neither points nor a share above 0",
             fix="write 3pt for 3 points, or 5% for a share of A's value",
         )
     return Margin(str(text).strip(), float(match[1]), match[2] == "%")

@@ -12,7 +12,7 @@ _VERDICTS = {
     "better": "{b} is better than {a}",
     "non_inferior": "{b} is as good as {a} within {margin}",
     "worse": "{b} is worse than {a}",
-    "inconclusive": "whether {b} is as good as {a} is not shown",
+    "inconclusive": "it is not shown that {b} is as good as {a} within {margin}",
 }
 WORN_AFTER = 20
 """Comparisons on the same held-out rows after which they are worn: the best of many is good by chance too."""
@@ -66,10 +66,8 @@ def sentence(facts: Facts) -> str:
     unit = facts["metric_unit"]
     names = {side: facts[side]["phrase"] for side in "ab"}
     text = _VERDICTS[facts["verdict"]].format(**names, margin=shown_margin(facts) if facts["margin"] else "")
-    if facts["verdict"] == "inconclusive" and facts["margin"]:
-        text += f" within {shown_margin(facts)}"
-    elif facts["verdict"] == "inconclusive":
-        text = f"whether {names['b']} is better or worse than {names['a']} is not shown"
+    if facts["verdict"] == "inconclusive" and not facts["margin"]:
+        text = f"it is not shown whether {names['b']} is better or worse than {names['a']}"
     gap = facts["difference"]
     figures = f"{facts['metric_title']} {shown_points(gap['value'], unit)}, {shown_interval(gap, unit)}"
     level = f"{facts['confidence']:.0%} interval, n = {gap['n']:,}"
@@ -84,6 +82,7 @@ def advice(facts: Facts) -> str | None:
     if facts["verdict"] != "inconclusive":
         return None
     unit, n = facts["metric_unit"], facts["n"]
+    a, b = (facts[side]["phrase"] for side in "ab")
     provable = _points(facts["provable_margin"], unit)
     if facts["margin"] is None:
         more = ""
@@ -93,8 +92,8 @@ def advice(facts: Facts) -> str | None:
                 "would show it (with a probability of 80 %)"
             )
         return (
-            "The interval holds 0. Ask whether B is as good as A within a margin (--margin 3pt): these rows "
-            f"can show that within {provable} at the least{more}."
+            f"The interval holds 0. Ask whether {b} is as good as {a} within a margin (such as 3pt): these "
+            f"rows can show that within {provable} at the least{more}."
         )
     margin = shown_margin(facts)
     if facts["planned_n"] > n:
@@ -108,11 +107,11 @@ def advice(facts: Facts) -> str | None:
         more = max(0, facts["rows_needed"] - n)
         return (
             f"The measured difference is near the margin of {margin}. If it is the true one, about "
-            f"{counted(more, 'more row')} would decide; else train B on, and look at the broken rows."
+            f"{counted(more, 'more row')} would decide; else train {b} on, and look at the broken rows."
         )
     return (
-        f"B measured worse than the margin of {margin}, and more rows are unlikely to change that: look at "
-        "the broken rows, and train B on."
+        f"The measured difference is outside the margin of {margin}, and more rows are unlikely to change "
+        f"that: look at the broken rows, and train {b} on."
     )
 
 

@@ -12,13 +12,14 @@ from typing import Any
 from markupsafe import Markup
 
 from mlx_distill.report.svg import element
-from mlx_distill.text import interval, percent, significant
+from mlx_distill.text import MINUS, interval, percent, significant
 
 Point = tuple[float, float]
 
 _ENDS = ("low", "high")
 _WIDTH, _HEIGHT = 460, 232
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, 10, 10, 30
+_NAME = 70  # width of a point's name
 
 
 def _share(x: float) -> str:
@@ -122,9 +123,10 @@ def _strip_label(estimates: Sequence[tuple[str, str, Mapping[str, Any] | None]])
 def axis(low: float, high: float, ticks: Sequence[float]) -> Markup:
     """The numbers below a column of strips."""
     anchors = ["start" if x <= low else "end" if x >= high else "middle" for x in ticks]
+    texts = [f"{100 * x:.0f}".replace("-", MINUS) for x in ticks]
     numbers = [
-        element("text", f"{100 * x:.0f}", x=_share((x - low) / (high - low)), y=11, text_anchor=a)
-        for x, a in zip(ticks, anchors, strict=True)
+        element("text", text, x=_share((x - low) / (high - low)), y=11, text_anchor=anchor)
+        for x, text, anchor in zip(ticks, texts, anchors, strict=True)
     ]
     return element(
         "svg", numbers, class_="axis", width="100%", height=15, aria_hidden="true", focusable="false"
@@ -237,7 +239,10 @@ def points_chart(
     points = [*line, *dots]
     xs, ys = [x for x, _, _ in points], [y for _, y, _ in points]
     x_ticks, y_ticks = nice_ticks(min(xs), max(xs)), _log_ticks(min(ys), max(ys))
-    left, right = min(x_ticks), max(x_ticks)
+    left = min(x_ticks)
+    # Room for the name to the right of the last point.
+    room = (_WIDTH - _LEFT - _RIGHT) / (_WIDTH - _LEFT - _NAME)
+    right = max(max(x_ticks), left + (max(xs) - left) * room)
     bottom, top = min(*y_ticks, *ys) * 0.9, max(*y_ticks, *ys) * 1.1
 
     def to_pixels(x: float, y: float) -> tuple[float, float]:
@@ -254,28 +259,35 @@ def points_chart(
     marks.append(element("text", unit, x=_WIDTH - _RIGHT, y=_HEIGHT - 1, text_anchor="end", class_="unit"))
     joined = element("polyline", points=_polyline([(x, y) for x, y, _ in line], to_pixels), class_="curve")
     marks.append(element("g", joined, [_named_point(point, to_pixels) for point in line], class_="s0 valid"))
-    marks.append(element("g", [_named_point(point, to_pixels) for point in dots], class_="s1"))
-    named = "; ".join(f"{name} {significant(y, 3)} at {x:.2f}" for x, y, name in points)
+    below = float(_WIDTH)  # height of the names so far; down is more
+    named = []
+    for x, y, name in sorted(dots, key=lambda dot: dot[1]):
+        dot = to_pixels(x, y)
+        below = min(dot[1] + 14, below - 12)  # names of near dots stand one above the other
+        named.append(_named_point((x, y, name), to_pixels, below if dot[0] > _LEFT + _NAME else None))
+    marks.append(element("g", named, class_="s1"))
+    named_values = "; ".join(f"{name} {significant(y, 3)} at {x:.2f}" for x, y, name in points)
     return element(
         "svg",
         marks,
         class_="lines",
         viewBox=f"0 0 {_WIDTH} {_HEIGHT}",
         role="img",
-        aria_label=f"{label}, logarithmic scale: {named}",
+        aria_label=f"{label}, logarithmic scale: {named_values}",
     )
 
 
-def _named_point(point: tuple[float, float, str], to_pixels: Callable[..., Point]) -> list[Markup]:
+def _named_point(
+    point: tuple[float, float, str], to_pixels: Callable[..., Point], left_at: float | None = None
+) -> list[Markup]:
+    """A dot with its name to the upper right, where a falling line leaves room; with ``left_at`` to the left
+    at that height, below the line.
+    """
     x, y = to_pixels(point[0], point[1])
-    near_the_end = x > _WIDTH - 90
-    text = element(
-        "text",
-        point[2],
-        x=f"{x - 6 if near_the_end else x + 6:.1f}",
-        y=f"{y - 5:.1f}",
-        text_anchor="end" if near_the_end else "start",
-    )
+    at = {"x": f"{x + 6:.1f}", "y": f"{y - 5:.1f}", "text_anchor": "start"}
+    if left_at is not None:
+        at = {"x": f"{x - 6:.1f}", "y": f"{left_at:.1f}", "text_anchor": "end"}
+    text = element("text", point[2], **at)
     return [element("circle", cx=f"{x:.1f}", cy=f"{y:.1f}", r=3.2, class_="mark"), text]
 
 

@@ -19,6 +19,7 @@ from mlx_distill.evaluate.suite import TEACHER, evaluate_models, in_set, majorit
 from mlx_distill.infer.label_temperature import measured_calibration
 from mlx_distill.metrics.classification import Row
 from mlx_distill.report import provenance
+from mlx_distill.report.answer import answer, compare_final
 from mlx_distill.report.diagnosis import diagnose
 from mlx_distill.run_models import RESULTS, run_model
 from mlx_distill.tasks.task import Task
@@ -35,6 +36,7 @@ def build_report(
     evaluations: Mapping[str, str | Path],
     *,
     confidence: float = 0.95,
+    margin: str | None = None,
     goals: Sequence[Mapping[str, Any]] = (),
 ) -> dict[str, Any]:
     """Measure every model of a run and collect the facts about it.
@@ -47,10 +49,12 @@ def build_report(
             the tables. ``teacher`` is the reference of every agreement; :mod:`mlx_distill.run_models` says
             which of the others are controls.
         confidence: Level of the intervals.
+        margin: How much worse than the teacher is still as good, such as ``3pt``; None for none.
         goals: ``{"model", "metric", "at_least" or "at_most"}``, see :mod:`mlx_distill.evaluate.goals`.
 
     Returns:
-        The report as plain JSON values: ``metrics`` (of the set ``test``), ``by_set``, ``comparisons``,
+        The report as plain JSON values: ``answer`` (is the final model as good as the one that it replaces),
+        ``metrics`` (of the set ``test``), ``by_set``, ``comparisons``,
         ``disagreements``, ``sizes``, ``curves``, ``provenance``, ``diagnosis`` (what is wrong with the
         result). A rate is ``{"value", "low", "high", "n"}``; what was not measured is None, and what the task
         does not have is absent.
@@ -71,6 +75,7 @@ def build_report(
         folders[name] = path if path.is_dir() else path.parent
     measured = _measure(run, task, headers, rows, folders, confidence)
     by_set, main = measured["by_set"], measured["main_set"]
+    comparison = compare_final(rows, task, main, margin, confidence)
     report: dict[str, Any] = {
         "format": FORMAT,
         "name": str(recipe.get("name") or run.resolve().name),
@@ -83,11 +88,14 @@ def build_report(
         "task_details": _task_details(task),
         "models": list(evaluations),
         "controls": [name for name in evaluations if run_model(name).role == "control"],
+        "answer": answer(comparison),
+        "final_comparison": comparison,
         "metrics": by_set[main],
         "by_set": by_set,
         "comparisons": measured["comparisons"],
         "group_changes": measured["group_changes"],
         "disagreements": _disagreements(rows, task),
+        "data": provenance.data(run),
         "sizes": provenance.sizes(run, list(evaluations)),
         "curves": provenance.curves(run),
         "training": provenance.training(run),

@@ -140,7 +140,9 @@ def _measured(name: str, report: Mapping[str, Any]) -> list[str]:
     keys = [key for key in _FORMATS if any(_cell(figures, key) for figures in metrics.values())]
     if not keys:
         return ["No figures."]
-    lines = [_row(["model", *(_escaped(titles[key]) for key in keys)]), "|---" * (len(keys) + 1) + "|"]
+    answer = report.get("answer")
+    lines = [answer["sentence"], ""] if answer else []
+    lines += [_row(["model", *(_escaped(titles[key]) for key in keys)]), "|---" * (len(keys) + 1) + "|"]
     for model, figures in metrics.items():
         lines.append(_row([_escaped(model), *(_cell(figures, key) for key in keys)]))
     settings = (report.get("provenance") or {}).get("evaluations") or {}

@@ -10,7 +10,7 @@ import yaml
 
 from mlx_distill.report.tables import Report
 from mlx_distill.run_models import is_dequantized, model_title
-from mlx_distill.text import NONE, size, words
+from mlx_distill.text import NONE, counted, percent, size, words
 
 
 def origin(report: Report) -> dict[str, Any]:
@@ -18,6 +18,7 @@ def origin(report: Report) -> dict[str, Any]:
     provenance = report["provenance"]
     return {
         "measured_on": measured_on(provenance),
+        "method": _method(report),
         "lists": {
             "Machine": _machine(provenance["machine"]),
             "Versions": {name: value for name, value in provenance["versions"].items() if value != "missing"},
@@ -27,6 +28,26 @@ def origin(report: Report) -> dict[str, Any]:
         "settings": _settings(provenance["evaluations"]),
         "recipe": yaml.safe_dump(dict(provenance["recipe"]), sort_keys=False, allow_unicode=True),
     }
+
+
+def _method(report: Report) -> dict[str, str]:
+    """The intervals and tests, and hashes of the compared rows and models."""
+    rates = f"Wilson, {percent(report['confidence'], 0)}"
+    out = {"Intervals of rates": rates, "Intervals of means": "bootstrap or t, at the same level"}
+    facts = report.get("final_comparison")
+    if not facts:
+        return out
+    margin = facts["margin_text"] or "none"
+    out |= {
+        "Comparison": facts["method"],
+        "Margin": f"{margin}, by evaluate.margin" if facts["margin_text"] else margin,
+        "Held-out rows": f"{facts['dataset_sha'][:16]} (hash of ids, inputs and true answers)",
+        "Set": facts["split"],
+    }
+    if facts["provable_margin"] is not None:
+        provable = f"{100 * facts['provable_margin']:.1f}" if facts["metric_unit"] == "rate" else "–"
+        out["Provable margin"] = f"{provable} points with {counted(facts['n'], 'row')}, at a power of 80 %"
+    return out
 
 
 def measured_on(provenance: Mapping[str, Any]) -> str:

@@ -132,6 +132,25 @@ def quantization(run: Path) -> dict[str, Any] | None:
     }
 
 
+def data(run: Path) -> dict[str, Any] | None:
+    """What the data stage says of the rows: how many were read, left out and why, duplicates, and the rows of
+    each split; None where it says nothing.
+
+    Returns:
+        ``read``, ``rows``, ``sets``, ``labels``, ``dropped`` and ``near_duplicates`` as in
+        :func:`mlx_distill.data.prepare.prepare`, and ``similarity``, from which on rows count as near
+        duplicates (0: they were not looked for).
+    """
+    path = run / "data" / "statistics.json"
+    if not path.is_file():
+        return None
+    statistics = read_json(path)
+    manifest = _manifest(run / "data")
+    keys = ("read", "rows", "sets", "labels", "dropped", "near_duplicates")
+    similarity = manifest.config.get("near_duplicates") if manifest else None
+    return {key: statistics.get(key) for key in keys} | {"similarity": similarity}
+
+
 def _training_logs(run: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The stage and the rows of each ``metrics.jsonl``: teacher, student, then the others by name."""
     order = {"teacher": 0, "student": 1}

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 from mlx_distill.evaluate.goals import goal_text
+from mlx_distill.metrics.classification import MIN_ITEMS
 from mlx_distill.report.tables import AGAINST_TEACHER, SCORES, Report, main_metrics, metric_titles
 from mlx_distill.run_models import STUDENTS, model_class, model_title
 from mlx_distill.text import duration, gigabytes, words
@@ -123,23 +124,31 @@ def slices(report: Report) -> dict[str, Any] | None:
     key = agreement if shown else accuracy
     shown = shown or list(metrics)
     tables = [
-        {"field": field, "rows": rows}
+        {
+            "field": field,
+            "rows": [row for row in rows if row["n"] >= MIN_ITEMS],
+            "few": [row for row in rows if row["n"] < MIN_ITEMS],
+        }
         for field in report["task_details"]["slices"]
         if (rows := _slice_rows(report, field, shown, key))
     ]
     title = metric_titles(report["task_details"])[key]
-    return {"models": shown, "metric": title[0].lower() + title[1:], "tables": tables} if tables else None
+    view = {"models": shown, "metric": title[0].lower() + title[1:], "tables": tables, "few_below": MIN_ITEMS}
+    return view if tables else None
 
 
 def _slice_rows(report: Report, field: str, shown: Sequence[str], key: str) -> list[dict[str, Any]]:
-    """One row for each value of a field: the estimates of each model, those of the last one, and n."""
+    """One row for each value of a field, the largest n first: the estimates of each model, those of the last
+    one, and n.
+    """
     by_value = {name: report["metrics"][name]["by_slice"].get(field) or {} for name in shown}
     rows = []
     for value, entry in by_value[shown[0]].items():
         estimates = [(by_value[name].get(value) or {}).get(key) for name in shown]
         lines = [(model_class(n), model_title(n), e) for n, e in zip(shown, estimates, strict=True)]
         rows.append({"value": value, "lines": lines, "last": estimates[-1] or {}, "n": entry["n"]})
-    return rows
+    # By size and not by rate: the extremes of a list by rate are its smallest slices.
+    return sorted(rows, key=lambda row: (-row["n"], row["value"]))
 
 
 def other_sets(report: Report) -> dict[str, Any] | None:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_distill.report import (
+    comparison_section,
     constrained_section,
+    data_section,
     errors_section,
     fields_section,
     groups_section,
@@ -53,19 +55,21 @@ def _calibration(report: Report) -> dict[str, Any]:
 
 
 SECTIONS = (
+    Section("data", "Rows", "Rows", data_section.data),
+    Section("comparison", "Comparison", "Against the model that it replaces", comparison_section.comparison),
     Section("results", "Results", "Results", results_section.results),
     Section("constrained", "Constrained", "Free and constrained answers", constrained_section.constrained),
+    Section("disagreements", "Disagreements", "Disagreements with the teacher", rows_section.disagreements),
+    Section("slices", "Slices", "Slices", results_section.slices),
+    Section("confusion", "Confusion", "Confusion matrices", errors_section.confusions),
     Section("errors", "Errors", "Precision, recall, error rates", errors_section.binary_errors),
     Section("groups", "Groups", "Error rates by group", groups_section.groups),
-    Section("confusion", "Confusion", "Confusion matrices", errors_section.confusions),
     Section("fields", "Fields", "Fields of the answer", fields_section.fields),
-    Section("slices", "Slices", "Slices", results_section.slices),
     Section("distributions", "Labels", "Label distributions", errors_section.label_distributions),
     Section("calibration", "Calibration", "Label probabilities", _calibration),
     Section("sets", "Other sets", "Other sets", results_section.other_sets),
-    Section("training", "Training", "Training", training_section.curves),
-    Section("disagreements", "Disagreements", "Disagreements with the teacher", rows_section.disagreements),
+    Section("cost", "Cost", "Speed, size, memory", training_section.cost),
     Section("quantization", "Quantization", "Quantization", quantization_section.quantization),
-    Section("cost", "Cost", "Size, speed, memory", training_section.cost),
-    Section("origin", "Provenance", "Provenance", origin_section.origin),
+    Section("training", "Training", "Training", training_section.curves),
+    Section("origin", "Method", "Method and provenance", origin_section.origin),
 )

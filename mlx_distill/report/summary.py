@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from textwrap import wrap
 from typing import Any
 
 from mlx_distill.errors import FileError
@@ -15,6 +16,8 @@ from mlx_distill.report.page import render_html
 from mlx_distill.run_models import model_title
 from mlx_distill.storage import read_json, write_json, write_text
 from mlx_distill.text import NONE, interval, percent, significant, words
+
+_WIDTH = 110  # columns of a sentence in the terminal
 
 
 @dataclass(frozen=True)
@@ -47,15 +50,22 @@ class RunReport:
         short = {
             key: self.report[key]
             for key in ("name", "task", "created", "main_set", "sets", "goals", "metrics")
-        } | {"diagnosis": list(self.diagnosis)}
+        } | {"answer": self.answer, "diagnosis": list(self.diagnosis)}
         return {"report": str(self.path), "html": str(self.html), **short}
 
     def require_goals(self) -> None:
         """Raise a :class:`QualityGateError` where a goal of the recipe is not met."""
         require_goals(self.report["goals"])
 
+    @property
+    def answer(self) -> Mapping[str, Any] | None:
+        """Whether the final model is as good as the one that it replaces: ``verdict``, ``sentence``,
+        ``advice``, ``margin``, ``difference``; None where nothing was compared.
+        """
+        return self.report.get("answer")
+
     def lines(self) -> list[str]:
-        """The table for the terminal, then the path of the page."""
+        """The answer, the table for the terminal, then the path of the page."""
         heads, rows = _cells(self.report)
         table = [["model", *heads], *rows]
         widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
@@ -68,6 +78,7 @@ class RunReport:
         ]
         total = self.report["sets"][self.report["main_set"]]
         return [
+            *_answer_lines(self.answer),
             f"{self.report['name']}: {total:,} held-out rows, {self.report['confidence']:.0%} intervals",
             "",
             *text,
@@ -83,7 +94,15 @@ class RunReport:
 
     def _repr_html_(self) -> str:
         heads, rows = _cells(self.report)
-        return render("summary.html.j2", report=self.report, heads=heads, rows=rows, findings=self.diagnosis)
+        context = {"report": self.report, "answer": self.answer, "findings": self.diagnosis}
+        return render("summary.html.j2", heads=heads, rows=rows, **context)
+
+
+def _answer_lines(answer: Mapping[str, Any] | None) -> list[str]:
+    if not answer:
+        return []
+    texts = [answer["sentence"], *([answer["advice"]] if answer["advice"] else [])]
+    return [line for text in texts for line in wrap(text, _WIDTH)] + [""]
 
 
 def _finding_lines(entry: Mapping[str, str]) -> list[str]:

@@ -118,7 +118,7 @@ def test_the_advice_names_the_rows_that_are_missing(tmp_path: Path) -> None:
     assert facts["planned_n"] > 60
     assert f"{facts['planned_n'] - 60:,} more rows ({facts['planned_n']:,} in all)" in facts["advice"]
     assert facts["provable_margin"] > 0.03
-    assert "--margin" in compare(files).facts["advice"]
+    assert "margin (such as 3pt)" in compare(files).facts["advice"]
 
 
 def test_a_lower_error_is_better(tmp_path: Path) -> None:

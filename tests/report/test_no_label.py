@@ -90,7 +90,8 @@ def test_what_needs_a_label_is_absent_and_the_fields_are_measured(report: dict[s
     assert student["fields"]["people"]["teacher_exact"]["value"] == 0.0  # "ann" is not "Ann"
     assert student["fields"]["urgency"]["teacher_exact"]["value"] == 0.5
     assert student["fields"]["urgency"]["f1"] is None
-    assert student["score_mae"] == 3.0 and student["score_gap"]["value"] == 0.0
+    # The invalid answer of the second row has the largest error that it can have, 80 of 100.
+    assert student["score_mae"] == (3.0 + 80.0) / 2 and student["score_gap"]["value"] == 0.0
     assert student["json_valid"]["value"] == 0.5 and student["disagreements"] == 2
     assert student["by_slice"]["kind"]["b"]["teacher_answer_f1"]["value"] == 0.0
     assert {entry["metric"] for entry in report["comparisons"]} == {"answer_f1"}

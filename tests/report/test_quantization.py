@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from helpers.html_page import Page, assert_loads_nothing
 
@@ -96,3 +97,25 @@ def test_points_stand_where_their_values_are() -> None:
     (ax, ay), (bx, by), (cx, cy) = circles
     assert ax < cx < bx and ay < cy < by
     assert cy == pytest.approx((ay + by) / 2, abs=0.2)  # the axis is logarithmic
+
+
+def test_names_of_points_stand_clear_of_the_line() -> None:
+    """Above it beside its own points, below it beside the dots, and no name on another."""
+    line = [(3.5, 90.0, "affine3"), (4.5, 20.0, "affine4"), (5.5, 3.0, "affine5")]
+    dots = [(4.52, 12.0, "calibrate"), (4.52, 11.0, "distill")]
+    page = Page(str(points_chart(line, dots, "bits", "label")))
+    points = next(a["points"] for tag, a in page.tags if tag == "polyline")
+    corners = [tuple(map(float, pair.split(","))) for pair in str(points).split()]
+    names = {}
+    texts = [a for tag, a in page.tags if tag == "text" and "y" in a][-5:]
+    for name, a in zip(["affine3", "affine4", "affine5", "distill", "calibrate"], texts, strict=True):
+        x, y, width = float(str(a["x"])), float(str(a["y"])), 6.5 * len(name)
+        start = x - width if a["text-anchor"] == "end" else x
+        names[name] = (start, start + width, y)
+    for name, (start, end, y) in names.items():
+        assert start >= 0 and end <= 460, name
+        for x in np.linspace(start, end, 9):
+            if corners[0][0] <= x <= corners[-1][0]:
+                at = np.interp(x, [c[0] for c in corners], [c[1] for c in corners])
+                assert not y - 9 < at < y + 2, name
+    assert names["distill"][2] - names["calibrate"][2] >= 12
