@@ -304,6 +304,8 @@ def _run_stages(runner: Runner, context: Context, make: MakeStage) -> RunReport 
 
 
 def _write_report(runner: Runner) -> RunReport:
+    from mlx_distill.data.predictions import read_predictions
+    from mlx_distill.evaluate.categories import write_error_rows
     from mlx_distill.report import build_report, write_report
 
     evaluations = {stage.model: runner.out / stage.name for stage in runner.stages if stage.model is not None}
@@ -317,6 +319,9 @@ def _write_report(runner: Runner) -> RunReport:
         margin=settings.margin,
         goals=recipe["goals"],
     )
+    if runner.task.error_categories:
+        rows = {name: read_predictions(path)[1] for name, path in evaluations.items()}
+        write_error_rows(runner.out, rows, runner.task)
     return write_report(runner.out, report)
 
 

@@ -131,8 +131,7 @@ def compare_by(
     x, y = ([values[i] for i in kept] for values in (own, other))
     if not kept:
         return None
-    fields = [pairs[i][0].get("fields") or {} for i in kept]
-    clusters = [str(row.get(cluster) or "") for row in fields] if cluster else None
+    clusters = [(pairs[i][0].get("fields") or {}).get(cluster) for i in kept] if cluster else None
     if all(isinstance(value, bool) for value in (*x, *y)):
         return compare_paired(
             [bool(v) for v in x], [bool(v) for v in y], clusters=clusters, confidence=confidence

@@ -179,7 +179,9 @@ def _set_figures(
             figures |= constrained_metrics(rows, against, task, figures, confidence)
         figures["task_metrics"] = measure(own_metrics, rows, confidence)
         figures["task_comparisons"] = (
-            compare_metrics(own_metrics, rows, against, confidence) if against is not None else {}
+            compare_metrics(own_metrics, rows, against, confidence, cluster=task.cluster)
+            if against is not None
+            else {}
         )
         figures["error_categories"] = error_categories(rows, task, confidence)
         figures |= reference_metrics(rows, task, confidence=confidence)

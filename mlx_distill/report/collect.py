@@ -15,6 +15,7 @@ from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate.figures import compared_fields
 from mlx_distill.evaluate.goals import judge_goals
+from mlx_distill.evaluate.registry import task_metrics
 from mlx_distill.evaluate.suite import TEACHER, evaluate_models, in_set, majority
 from mlx_distill.infer.label_temperature import measured_calibration
 from mlx_distill.metrics.classification import Row
@@ -165,4 +166,10 @@ def _task_details(task: Task) -> dict[str, Any]:
         "group": task.group,
         "title": task.title,
         "properties": list(task.schema["properties"]),
+        "metrics": [
+            {"name": metric.name, "title": metric.title, "unit": metric.unit, "better": metric.better}
+            for metric in task_metrics(task)
+        ],
+        "score_threshold": task.score_threshold,
+        "error_categories": list(task.error_categories),
     }

@@ -9,11 +9,12 @@ from textwrap import wrap
 from typing import Any
 
 from mlx_distill.errors import FileError
+from mlx_distill.evaluate.categories import FOLDER
 from mlx_distill.evaluate.goals import goal_text, require_goals
 from mlx_distill.report.collect import FORMAT
 from mlx_distill.report.environment import render
-from mlx_distill.report.page import render_html
-from mlx_distill.run_models import model_title
+from mlx_distill.report.page import final_model, render_html
+from mlx_distill.run_models import model_phrase, model_title
 from mlx_distill.storage import read_json, write_json, write_text
 from mlx_distill.text import NONE, interval, percent, significant, words
 
@@ -86,8 +87,19 @@ class RunReport:
             *(f"{words(goal['state'])}: {goal_text(goal)}" for goal in self.report["goals"]),
             *([""] if self.report["goals"] else []),
             *(line for entry in self.diagnosis for line in _finding_lines(entry)),
+            *self._error_lines(),
             f"report: {self.html}",
         ]
+
+    def _error_lines(self) -> list[str]:
+        """The errors of the model that the run is for, by kind, and where their rows are."""
+        model = final_model(self.report)
+        categories = self.report["metrics"][model].get("error_categories")
+        if not categories:
+            return []
+        counts = [f"{entry['count']:,} {words(name)}" for name, entry in categories.items() if entry["count"]]
+        folder = self.path.parent / FOLDER / f"{model}.csv"
+        return [f"errors of {model_phrase(model)}: {', '.join(counts) or 'none'}; rows: {folder}"]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())
