@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
+from mlx_distill.config import resolve_asset
 from mlx_distill.errors import ConfigError
+from mlx_distill.evaluate.answer_rows import model_side
 from mlx_distill.evaluate.compare import ModelComparison, compare_sides, parse_margin
+from mlx_distill.evaluate.comparison_export import (
+    check_out,
+    write_comparison_csv,
+    write_comparison_json,
+    write_promptfoo,
+)
 from mlx_distill.evaluate.comparison_inputs import Reference, Side, read_reference, read_side
-from mlx_distill.progress import Progress
+from mlx_distill.models.trained_on import read_trained_on
+from mlx_distill.progress import Progress, make_progress
+from mlx_distill.storage import os_errors, write_text
 from mlx_distill.tasks.task import Task, load_task
 
 
@@ -22,6 +33,10 @@ def compare(
     set_name: str | None = None,
     constrained: bool = False,
     confidence: float = 0.95,
+    answers: str | Path = "comparisons",
+    batch_size: int = 16,
+    out: str | Path | Sequence[str | Path] = (),
+    with_rows: bool = False,
     progress: Progress | None = None,
 ) -> ModelComparison:
     """Compare two models on the same rows. The difference is B minus A.
@@ -38,8 +53,13 @@ def compare(
         metric: A metric with one value a row; by default whether the label is right, or of a task without
             one the F1 of the answer.
         set_name: The set of held-out rows of a run that is compared; ``test`` by default.
-        constrained: Compare the answers under the grammar of the task, of runs that have both.
+        constrained: Compare answers under the grammar of the task: those of runs that have them, and models
+            write only what fits it.
         confidence: Level of the intervals.
+        answers: The folder in which the answers of models are kept: the second time they need not answer.
+        batch_size: Rows that a model answers together.
+        out: Files to write, see :func:`write_comparison`.
+        with_rows: Write titles, inputs and whole answers into them too.
         progress: Where progress is shown.
 
     Returns:
@@ -51,16 +71,28 @@ def compare(
             cannot be read.
         ConfigError: a task, margin or metric that is none, or one that is needed and not given.
     """
+    progress = progress or make_progress()
+    files = [Path(path) for path in ([out] if isinstance(out, str | Path) else out)]
+    for path in files:
+        check_out(path)
     limit = parse_margin(margin) if margin is not None else None
     known = load_task(str(task)) if task is not None and not isinstance(task, Task) else task
     reference = None
     if rows is not None:
+        known = known or next((t for t in map(_trained_task, (a, b)) if t is not None), None)
         if known is None:
             raise ConfigError(f"--rows {rows}: which task are they of?", fix="add --task TASK")
         reference = read_reference(rows, known)
-    sides = [_side(spec, known, reference, constrained) for spec in (a, b)]
-    return compare_sides(
-        *sides,
+    sides = [read_side(spec, known, reference, constrained=constrained) for spec in (a, b)]
+    if None in sides:
+        file, reference = _rows_for_models((a, b), sides, rows, reference, known)
+        settings = {"keep": Path(answers), "constrained": constrained, "batch_size": batch_size}
+        sides = [
+            side or model_side(spec, file, known, **settings, progress=progress)  # type: ignore[arg-type]
+            for spec, side in zip((a, b), sides, strict=True)
+        ]
+    result = compare_sides(
+        *sides,  # type: ignore[arg-type]
         task=known,
         reference=reference,
         metric=metric,
@@ -68,10 +100,72 @@ def compare(
         set_name=set_name,
         confidence=confidence,
     )
+    for path in files:
+        write_comparison(result, path, with_rows=with_rows)
+    return result
 
 
-def _side(spec: str | Path, task: Task | None, reference: Reference | None, constrained: bool) -> Side:
-    side = read_side(spec, task, reference, constrained=constrained)
-    if side is None:
-        raise ConfigError(f"{spec}: a model", fix="let it answer first: mlx-distill analyze")
-    return side
+def write_comparison(result: ModelComparison, path: str | Path, *, with_rows: bool = False) -> None:
+    """Write a comparison as the kind of file that the name says: a page (``.html``), JSON, CSV, or a
+    configuration of promptfoo (``.yaml``, with the test cases beside it, which always have the rows).
+
+    Args:
+        result: The comparison.
+        path: The file.
+        with_rows: Write titles, inputs and whole answers too, not only ids and labels.
+
+    Raises:
+        ConfigError: the name says no such kind.
+    """
+    path = Path(path)
+    check_out(path)
+    kind, facts, cases = path.suffix.lower(), result.facts, result.cases
+    with os_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    if kind == ".json":
+        write_comparison_json(path, facts, cases, with_rows=with_rows)
+    elif kind == ".csv":
+        write_comparison_csv(path, cases, with_rows=with_rows)
+    elif kind == ".yaml":
+        write_promptfoo(path, facts, cases, result.task.schema, result.task.label)
+    else:
+        from mlx_distill.report.comparison_page import render_comparison
+
+        write_text(path, render_comparison(facts, cases, with_rows=with_rows))
+
+
+def _trained_task(spec: str | Path) -> Task | None:
+    """The task that the model in a folder was trained on, if that is one."""
+    path = Path(spec).expanduser()
+    trained_on = read_trained_on(path) if path.is_dir() else None
+    return trained_on.task if trained_on is not None else None
+
+
+def _rows_for_models(
+    specs: tuple[str | Path, str | Path],
+    sides: Sequence[Side | None],
+    rows: str | Path | None,
+    reference: Reference | None,
+    task: Task | None,
+) -> tuple[Path, Reference | None]:
+    """The file with the rows that models answer, and their true answers: those of ``--rows``, else the
+    held-out rows of the run on the other side.
+    """
+    if rows is not None:
+        return Path(resolve_asset(str(rows))), reference
+    run = next((side for side in sides if side is not None and side.run is not None), None)
+    if run is None or run.run is None:
+        model = next(spec for spec, side in zip(specs, sides, strict=True) if side is None)
+        raise ConfigError(
+            f"{model}: a model, and no rows that it could answer",
+            fix="add --rows ROWS, where each row has id, the task's fields and answer; or give a run",
+        )
+    file = run.run / "data" / "test.jsonl"
+    whole = read_reference(file, task or run.task)  # type: ignore[arg-type]
+    asked = {row["id"] for row in run.rows}
+    if len(asked) < len(whole.rows):
+        raise ConfigError(
+            f"{run.source}: only {len(asked):,} of its {len(whole.rows):,} held-out rows were evaluated",
+            fix="evaluate all of them (evaluate.max_rows: 0), or give the rows: --rows",
+        )
+    return file, whole

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -23,7 +24,27 @@ import click
     help="A metric with one value a row.  [default: whether the label is right; without a label, answer_f1]",
 )
 @click.option("--set", "set_name", metavar="NAME", help="The set of held-out rows.  [default: test]")
-@click.option("--constrained", is_flag=True, help="Compare a run's answers under the grammar of the task.")
+@click.option("--constrained", is_flag=True, help="Compare answers under the grammar of the task.")
+@click.option(
+    "--answers",
+    default="comparisons",
+    show_default=True,
+    help="The folder in which the answers of models are kept.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Rows that a model answers together.",
+)
+@click.option(
+    "--out",
+    multiple=True,
+    type=click.Path(path_type=Path),
+    help="A file for the result: .html, .json, .csv, or .yaml for promptfoo. May be given several times.",
+)
+@click.option("--with-rows", is_flag=True, help="Write titles, inputs and whole answers into --out too.")
 @click.option("--gate", is_flag=True, help="Exit with 3 unless B is better or not inferior; needs --margin.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 @click.pass_context

@@ -17,6 +17,7 @@ from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.evaluate.cases import change_counts, change_of, ids_by_change, make_case
 from mlx_distill.evaluate.comparison_inputs import Paired, Reference, Side, pair_sides
 from mlx_distill.evaluate.comparison_text import advice, sentence, text_lines
+from mlx_distill.evaluate.held_out import count_look, leaked_ids
 from mlx_distill.evaluate.row_metrics import RowMetric, find_metric, row_metrics, values_of
 from mlx_distill.metrics.classification import MIN_ITEMS, confusion, group_by, latency
 from mlx_distill.metrics.clusters import clustered_mean
@@ -84,10 +85,12 @@ class ModelComparison:
     Attributes:
         facts: Everything that was measured, as plain JSON values: what ``--json`` prints.
         cases: Each row with the truth, both answers and the change.
+        task: The task that was measured.
     """
 
     facts: Mapping[str, Any] = field(repr=False)
     cases: Sequence[Mapping[str, Any]] = field(repr=False)
+    task: Task = field(repr=False)
 
     @property
     def verdict(self) -> str:
@@ -101,8 +104,10 @@ class ModelComparison:
 
     @property
     def passed(self) -> bool:
-        """Whether a gate opens: B is better, or not worse by more than the margin."""
-        return self.verdict in PASSED
+        """Whether a gate opens: B is better, or not worse by more than the margin, on rows that neither model
+        was trained on.
+        """
+        return self.verdict in PASSED and not self.facts["leaked"]
 
     def to_dict(self) -> dict[str, Any]:
         """The facts, without texts of rows."""
@@ -152,8 +157,6 @@ def compare_sides(
         "task": task.name,
         "a": _side_facts(a, names[0], paired.a, main["a"], confidence),
         "b": _side_facts(b, names[1], paired.b, main["b"], confidence),
-        "dataset_sha": paired.dataset_sha,
-        "split": paired.split,
         "unit": "row" if clusters is None else "cluster",
         "cluster_key": task.cluster if clusters is not None else None,
         "without_truth": len(paired.a) - main["n"],
@@ -167,16 +170,27 @@ def compare_sides(
         "metrics": _all_metrics(paired, task, chosen, clusters, confidence),
         "slices": _slices(paired, task, chosen, confidence),
         "confusions": _confusions(paired, task),
+        "notes": _row_notes(paired, task, clusters),
+        "cases": ids_by_change({case["id"]: case["change"] for case in cases}),
+    }
+    facts |= _circumstances(a, b, paired, facts["id"])
+    facts["sentence"] = sentence(facts)
+    facts["advice"] = advice(facts)
+    return ModelComparison(facts, cases, task)
+
+
+def _circumstances(a: Side, b: Side, paired: Paired, comparison: str) -> dict[str, Any]:
+    """Which rows these are, what was done with them before, and how they were answered."""
+    runs = [side.run for side in (a, b) if side.run is not None]
+    return {
+        "dataset_sha": paired.dataset_sha,
+        "split": paired.split,
         "repeats": 1,
         "serving": _common(a.settings, b.settings),
         "variables": list(paired.variables),
-        "notes": _row_notes(paired, task, clusters),
-        "looked": {"times": None, "first": None, "last": None},
-        "cases": ids_by_change({case["id"]: case["change"] for case in cases}),
+        "leaked": leaked_ids(paired.a, runs),
+        "looked": count_look(runs, paired.dataset_sha, comparison),
     }
-    facts["sentence"] = sentence(facts)
-    facts["advice"] = advice(facts)
-    return ModelComparison(facts, cases)
 
 
 def _result(main: Mapping[str, Any], metric: RowMetric, margin: float | None) -> dict[str, Any]:
@@ -279,7 +293,10 @@ def _estimate(
     if metric.binary and clusters is None:
         return rate(sum(map(bool, values)), len(values), confidence)
     own = clustered_mean([float(v) for v in values], clusters or range(len(values)), confidence)
-    return {"value": own["value"], "low": own["low"], "high": own["high"], "n": own["n"]}
+    low, high = own["low"], own["high"]
+    if metric.unit == "rate" and low is not None and high is not None:
+        low, high = max(0.0, low), min(1.0, high)
+    return {"value": own["value"], "low": low, "high": high, "n": own["n"]}
 
 
 def gain(difference: Mapping[str, Any], higher_is_better: bool) -> Estimate:

@@ -130,6 +130,17 @@ def looked_note(facts: Facts) -> str | None:
     )
 
 
+def leaked_note(facts: Facts) -> str | None:
+    """That rows were trained on; None where none was, or where that is not known."""
+    if not facts["leaked"]:
+        return None
+    count = len(facts["leaked"])
+    return (
+        f"{counted(count, 'row')} of these {facts['n']:,} {'was' if count == 1 else 'were'} trained on, such "
+        f"as {facts['leaked'][0]}: the figures are too good, and a gate stays shut. Compare on other rows."
+    )
+
+
 def text_lines(facts: Facts) -> list[str]:
     """The comparison for the terminal."""
     unit, counts, cases = facts["metric_unit"], facts["counts"], facts["cases"]
@@ -184,5 +195,5 @@ def _notes(facts: Facts) -> list[str]:
     if facts["without_truth"]:
         lines.append(f"note: {counted(facts['without_truth'], 'row')} without a true answer left out")
     lines += [f"note: {text}" for text in (*facts["variables"], *facts["notes"])]
-    lines += [f"note: {text}" for text in (looked_note(facts),) if text]
+    lines += [f"note: {text}" for text in (looked_note(facts), leaked_note(facts)) if text]
     return lines
