@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from mlx_distill.config import resolve_asset
 from mlx_distill.errors import ConfigError
@@ -16,9 +18,11 @@ from mlx_distill.evaluate.comparison_export import (
     write_promptfoo,
 )
 from mlx_distill.evaluate.comparison_inputs import Reference, Side, read_reference, read_side
-from mlx_distill.models.trained_on import read_trained_on
+from mlx_distill.evaluate.token_view import token_view
+from mlx_distill.models.trained_on import is_model, read_trained_on
 from mlx_distill.progress import Progress, make_progress
 from mlx_distill.storage import os_errors, write_text
+from mlx_distill.tasks.answer import dump_answer
 from mlx_distill.tasks.task import Task, load_task
 
 
@@ -37,6 +41,7 @@ def compare(
     batch_size: int = 16,
     out: str | Path | Sequence[str | Path] = (),
     with_rows: bool = False,
+    tokens: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> ModelComparison:
     """Compare two models on the same rows. The difference is B minus A.
@@ -60,6 +65,7 @@ def compare(
         batch_size: Rows that a model answers together.
         out: Files to write, see :func:`write_comparison`.
         with_rows: Write titles, inputs and whole answers into them too.
+        tokens: Ids of rows of which both models score A's answer, token by token.
         progress: Where progress is shown.
 
     Returns:
@@ -100,9 +106,43 @@ def compare(
         set_name=set_name,
         confidence=confidence,
     )
+    if tokens:
+        result = replace(result, tokens=_tokens(result, sides, rows, tokens, progress))  # type: ignore[arg-type]
     for path in files:
         write_comparison(result, path, with_rows=with_rows)
     return result
+
+
+def _tokens(
+    result: ModelComparison,
+    sides: Sequence[Side],
+    rows: str | Path | None,
+    ids: Sequence[str],
+    progress: Progress,
+) -> list[dict[str, Any]]:
+    """What both models give to each piece of A's answers to chosen rows."""
+    models = [side.version for side in sides]
+    if not all(map(is_model, models)):
+        side = next(side for side in sides if not is_model(side.version))
+        raise ConfigError(
+            f"--tokens: {side.source} has answers and no model", fix="compare two models, or models of runs"
+        )
+    run = next((side.run for side in sides if side.run is not None), None)
+    if rows is None and run is None:
+        raise ConfigError("--tokens: the rows are not known", fix="add --rows ROWS")
+    file = run / "data" / "test.jsonl" if rows is None and run is not None else Path(resolve_asset(str(rows)))
+    answers = {case["id"]: case["a"] for case in result.cases}
+    unknown = [id for id in ids if id not in answers]
+    if unknown:
+        raise ConfigError(f"--tokens {unknown[0]}: no such row", fix="name ids of compared rows")
+    texts = {
+        id: answers[id]["text"]
+        if answers[id]["answer"] is None
+        else dump_answer(answers[id]["answer"], result.task.schema)
+        for id in ids
+    }
+    tasks = tuple(side.task or result.task for side in sides)
+    return token_view(tuple(models), file, tasks, texts, progress)  # type: ignore[arg-type]
 
 
 def write_comparison(result: ModelComparison, path: str | Path, *, with_rows: bool = False) -> None:
@@ -131,7 +171,7 @@ def write_comparison(result: ModelComparison, path: str | Path, *, with_rows: bo
     else:
         from mlx_distill.report.comparison_page import render_comparison
 
-        write_text(path, render_comparison(facts, cases, with_rows=with_rows))
+        write_text(path, render_comparison(facts, cases, with_rows=with_rows, tokens=result.tokens))
 
 
 def _trained_task(spec: str | Path) -> Task | None:

@@ -45,6 +45,12 @@ import click
     help="A file for the result: .html, .json, .csv, or .yaml for promptfoo. May be given several times.",
 )
 @click.option("--with-rows", is_flag=True, help="Write titles, inputs and whole answers into --out too.")
+@click.option(
+    "--tokens",
+    multiple=True,
+    metavar="ID",
+    help="A row of which both models score A's answer, token by token. May be given several times.",
+)
 @click.option("--gate", is_flag=True, help="Exit with 3 unless B is better or not inferior; needs --margin.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 @click.pass_context

@@ -16,7 +16,7 @@ import numpy as np
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.evaluate.cases import change_counts, change_of, ids_by_change, make_case
 from mlx_distill.evaluate.comparison_inputs import Paired, Reference, Side, pair_sides
-from mlx_distill.evaluate.comparison_text import advice, sentence, text_lines
+from mlx_distill.evaluate.comparison_text import advice, sentence, text_lines, token_lines
 from mlx_distill.evaluate.held_out import count_look, leaked_ids
 from mlx_distill.evaluate.row_metrics import RowMetric, find_metric, row_metrics, values_of
 from mlx_distill.metrics.classification import MIN_ITEMS, confusion, group_by, latency
@@ -86,11 +86,13 @@ class ModelComparison:
         facts: Everything that was measured, as plain JSON values: what ``--json`` prints.
         cases: Each row with the truth, both answers and the change.
         task: The task that was measured.
+        tokens: Of chosen rows, the probability that both models give to each piece of A's answer.
     """
 
     facts: Mapping[str, Any] = field(repr=False)
     cases: Sequence[Mapping[str, Any]] = field(repr=False)
     task: Task = field(repr=False)
+    tokens: Sequence[Mapping[str, Any]] = field(default=(), repr=False)
 
     @property
     def verdict(self) -> str:
@@ -110,12 +112,12 @@ class ModelComparison:
         return self.verdict in PASSED and not self.facts["leaked"]
 
     def to_dict(self) -> dict[str, Any]:
-        """The facts, without texts of rows."""
-        return dict(self.facts)
+        """The facts, without texts of rows; and the tokens of rows, where they were asked for."""
+        return {**self.facts, "tokens": list(self.tokens)} if self.tokens else dict(self.facts)
 
     def lines(self) -> list[str]:
         """The result for the terminal."""
-        return text_lines(self.facts)
+        return [*text_lines(self.facts), *token_lines(self.tokens)]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_distill.text import MINUS, NONE, counted, significant, size
@@ -14,6 +15,7 @@ _VERDICTS = {
     "worse": "{b} is worse than {a}",
     "inconclusive": "it is not shown that {b} is as good as {a} within {margin}",
 }
+_LOST = 0.2  # of probability: spans that are marked
 WORN_AFTER = 20
 """Comparisons on the same held-out rows after which they are worn: the best of many is good by chance too."""
 
@@ -196,4 +198,17 @@ def _notes(facts: Facts) -> list[str]:
         lines.append(f"note: {counted(facts['without_truth'], 'row')} without a true answer left out")
     lines += [f"note: {text}" for text in (*facts["variables"], *facts["notes"])]
     lines += [f"note: {text}" for text in (looked_note(facts), leaked_note(facts)) if text]
+    return lines
+
+
+def token_lines(tokens: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The token view for the terminal: one line a span, the ones that B lost most marked."""
+    lines: list[str] = []
+    for one in tokens:
+        lines += ["", f"{one['id']}: probability of each piece of A's answer", "     A      B"]
+        for span in one["spans"]:
+            mark = "<" if span["a"] - span["b"] > _LOST else ">" if span["b"] - span["a"] > _LOST else " "
+            lines.append(
+                f" {span['a']:.3f}  {span['b']:.3f} {mark} {json.dumps(span['text'], ensure_ascii=False)}"
+            )
     return lines

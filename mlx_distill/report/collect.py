@@ -13,6 +13,7 @@ from typing import Any
 from mlx_distill import metrics as m
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError
+from mlx_distill.evaluate.attribution import attribute
 from mlx_distill.evaluate.figures import compared_fields
 from mlx_distill.evaluate.goals import judge_goals
 from mlx_distill.evaluate.registry import task_metrics
@@ -95,6 +96,11 @@ def build_report(
         "by_set": by_set,
         "comparisons": measured["comparisons"],
         "group_changes": measured["group_changes"],
+        "attribution": attribute(
+            {name: in_set(predictions, main) for name, predictions in rows.items()},
+            task,
+            confidence=confidence,
+        ),
         "disagreements": _disagreements(rows, task),
         "data": provenance.data(run),
         "sizes": provenance.sizes(run, list(evaluations)),

@@ -101,7 +101,7 @@ def render_comparison(
         "ids": facts["cases"],
         "slices": [_slice_table(name, rows, facts) for name, rows in facts["slices"].items()],
         "both": _both(facts),
-        "tokens": tokens,
+        "tokens": [_tokens(one) for one in tokens],
         "method": _method(facts),
         "version": _version(),
     }
@@ -209,7 +209,7 @@ def _estimate(estimate: Facts, unit: str) -> Markup:
     if estimate["low"] is None:
         return Markup("<b>{}</b>").format(value)
     low, high = (shown_value(estimate[end], unit).removesuffix(" %") for end in ("low", "high"))
-    return Markup("<b>{}</b> <small>{}–{}</small>").format(value, low, high)
+    return Markup("<span><b>{}</b> <small>{}–{}</small></span>").format(value, low, high)
 
 
 def _strip(gap: Facts, limit: float, sign: float, margin: float | None, title: str) -> Markup:
@@ -297,6 +297,21 @@ def _detail(case: Case, with_diff: bool) -> dict[str, Any]:
 
 def _whole(side: Case) -> str:
     return f"invalid ({side['error']}): {side['text']}" if side["error"] else value_text(side["answer"])
+
+
+def _tokens(one: Facts) -> dict[str, Any]:
+    """The spans of one text; the shade is the probability that B lost or gained against A."""
+    spans = [
+        {
+            "text": span["text"],
+            "a": f"{span['a']:.3f}",
+            "b": f"{span['b']:.3f}",
+            "shade": f"{abs(span['a'] - span['b']):.2f}",
+            "class": "lost" if span["b"] < span["a"] else "gained",
+        }
+        for span in one["spans"]
+    ]
+    return {"id": one["id"], "spans": spans}
 
 
 def _both(facts: Facts) -> list[tuple[str, str, str]]:

@@ -59,6 +59,7 @@ SECTIONS = (
     Section("data", "Rows", "Rows", data_section.data),
     Section("comparison", "Comparison", "Against the model that it replaces", comparison_section.comparison),
     Section("results", "Results", "Results", results_section.results),
+    Section("attribution", "Attribution", "Where accuracy is lost", "attribution"),
     Section("constrained", "Constrained", "Free and constrained answers", constrained_section.constrained),
     Section("disagreements", "Disagreements", "Disagreements with the teacher", rows_section.disagreements),
     Section("slices", "Slices", "Slices", results_section.slices),

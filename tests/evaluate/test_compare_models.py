@@ -5,18 +5,25 @@ were trained on, and rows that were looked at often.
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
-from helpers.comparison_files import make_rows, write_lines, write_task
+from helpers.comparison_files import make_rows, write_files, write_lines, write_task
 from helpers.small_model import write_small_model
 
 import mlx_distill as md
+from mlx_distill.data.chat import answer_ids
+from mlx_distill.data.rows import to_item
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate.comparison_text import WORN_AFTER, looked_note
 from mlx_distill.evaluate.held_out import count_look, leaked_ids
+from mlx_distill.evaluate.token_view import token_view
 from mlx_distill.infer.analyze import Analyzer
+from mlx_distill.infer.predict import item_prompt
+from mlx_distill.progress import NullProgress
 
 
 @pytest.fixture(scope="module")
@@ -78,3 +85,26 @@ def test_looks_are_counted_once_for_each_comparison(tmp_path: Path) -> None:
     assert looked_note({"looked": {**looked, "times": WORN_AFTER}}) is None
     assert count_look([], "rows", "c0") == {"times": None, "first": None, "last": None}
     assert json.loads((tmp_path / "looks.json").read_text())["rows"]["c3"]
+
+
+def test_the_pieces_of_a_text_have_the_probability_of_their_tokens(model: Path, tmp_path: Path) -> None:
+    task = md.load_task(str(write_task(tmp_path)))
+    raw = make_rows(2)
+    rows = write_lines(tmp_path / "rows.jsonl", raw)
+    text = json.dumps(raw[1]["answer"])
+    (one,) = token_view((model, model), rows, (task, task), {"r1": text}, NullProgress())
+    assert one["id"] == "r1" and "".join(span["text"] for span in one["spans"]) == text
+    assert all(span["a"] == span["b"] for span in one["spans"]) and len(one["spans"]) > 5
+    loaded, tokenizer = md.load(model)
+    prompt = item_prompt(tokenizer, to_item(raw[1], task))
+    answer = answer_ids(tokenizer, text)
+    logits = loaded(mx.array([[*prompt, *answer]]))[0, len(prompt) - 1 : -1]
+    own = mx.take_along_axis(logits, mx.array(answer)[:, None], axis=-1)[:, 0]
+    expected = (own - mx.logsumexp(logits, axis=-1)).sum().item()
+    assert sum(math.log(span["a"]) for span in one["spans"]) == pytest.approx(expected, rel=1e-3)
+
+
+def test_files_have_no_tokens(tmp_path: Path) -> None:
+    files = write_files(tmp_path, 10)
+    with pytest.raises(ConfigError, match="has answers and no model"):
+        md.compare(files["a"], files["b"], str(files["task"]), files["rows"], tokens=["r1"])
