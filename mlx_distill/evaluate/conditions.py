@@ -25,14 +25,14 @@ _NUMBERS: Mapping[str, Callable[[float, float], bool]] = {
     "above": lambda value, limit: value > limit,
     "below": lambda value, limit: value < limit,
 }
-_VALUES = (*_NUMBERS, "one_of", "none_of", "contains", "lacks", "empty")
+VALUE_TESTS = (*_NUMBERS, "one_of", "none_of", "contains", "lacks", "empty")
 _SHIFTS: Mapping[str, Callable[[float, float], bool]] = {
     "over_by": lambda difference, limit: difference > limit,
     "under_by": lambda difference, limit: -difference > limit,
     "off_by": lambda difference, limit: abs(difference) > limit,
 }
 _LISTS = ("missing", "extra")
-_DIFFERENCES = (*_SHIFTS, *_LISTS, "differs")
+DIFFERENCES = (*_SHIFTS, *_LISTS, "differs")
 
 
 class Condition:
@@ -135,7 +135,7 @@ def _value_test(test: Any, schema: Any, where: str) -> ValueTest:
         return _one_of(test, schema, where)
     tests = [_named_test(str(key), value, schema, where) for key, value in test.items()]
     if not tests:
-        raise ConfigError(f"{where}: no test", fix=f"tests of a value: {', '.join(_VALUES)}")
+        raise ConfigError(f"{where}: no test", fix=f"tests of a value: {', '.join(VALUE_TESTS)}")
     return lambda value: all(one(value) for one in tests)
 
 
@@ -152,7 +152,7 @@ def _named_test(key: str, limit: Any, schema: Any, where: str) -> ValueTest:
         if not isinstance(limit, bool):
             raise ConfigError(f"{where}.empty: {limit!r}", fix="true or false")
         return lambda value: (value is None or value in ("", [], {})) is limit
-    raise ConfigError(f"{where}: unknown test {key!r}", fix=known_names(key, _VALUES, "tests of a value"))
+    raise ConfigError(f"{where}: unknown test {key!r}", fix=known_names(key, VALUE_TESTS, "tests of a value"))
 
 
 def _one_of(wanted: Any, schema: Any, where: str, part: bool = False) -> ValueTest:
@@ -197,7 +197,7 @@ def _difference(field: str, raw: Any, schema: Any, where: str) -> Test:
     if not isinstance(raw, Mapping) or not raw:
         raise ConfigError(
             f"{where}: {raw!r} is no difference",
-            fix=f"one of {', '.join(_DIFFERENCES)}, such as {{over_by: 20}}; a test of the answer alone is "
+            fix=f"one of {', '.join(DIFFERENCES)}, such as {{over_by: 20}}; a test of the answer alone is "
             f"answer: {{{field}: ...}}",
         )
     tests = [_named_difference(str(key), value, schema, where) for key, value in raw.items()]
@@ -229,7 +229,7 @@ def _named_difference(key: str, limit: Any, schema: Any, where: str) -> Callable
 
         return test
     raise ConfigError(
-        f"{where}: unknown difference {key!r}", fix=known_names(key, _DIFFERENCES, "differences")
+        f"{where}: unknown difference {key!r}", fix=known_names(key, DIFFERENCES, "differences")
     )
 
 

@@ -8,6 +8,7 @@ wrong in every metric. A metric joins by one entry of :data:`METRICS`.
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -165,7 +166,13 @@ def _metric(spec: str | Mapping[str, Any], task: Task) -> Metric:
             metric = build(task, **options)
         except _MisfitError as error:
             raise ConfigError(f"{where}: {error}", fix=error.fix) from None
-    return replace(metric, name=str(name), title=words(str(name)).capitalize()) if name else metric
+    return replace(metric, name=str(name), title=_title(str(name))) if name else metric
+
+
+def _title(name: str) -> str:
+    """A name that a user gave as a title: ``theme_f1`` is Theme F1."""
+    text = words(name)
+    return re.sub(r"\b(f1|bleu|rouge)\b", lambda match: match[0].upper(), text[:1].upper() + text[1:])
 
 
 class _MisfitError(Exception):

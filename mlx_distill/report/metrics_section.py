@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.report.tables import Report, metric_titles
-from mlx_distill.text import percent, significant, words
+from mlx_distill.text import percent, words
 
 _THRESHOLD = ("accuracy", "precision", "recall", "f1", "false_positive_rate", "false_negative_rate")
 
@@ -23,11 +23,12 @@ def task_metrics(report: Report) -> list[dict[str, Any]]:
     for metric in details.get("metrics", ()):
         estimates = {name: figures["task_metrics"][metric["name"]] for name, figures in models.items()}
         if all("value" in estimate for estimate in estimates.values()):
-            rows.append({"title": metric["title"], "unit": metric["unit"], "estimates": estimates})
+            unit = {"seconds": " (s)", "points": " (points)"}.get(metric["unit"], "")
+            rows.append({**metric, "title": f"{metric['title']}{unit}", "estimates": estimates})
     threshold = details.get("score_threshold")
     if threshold is not None:
         titles = metric_titles(details)
-        place = f"{words(details['score'])} from {significant(threshold, 3)} on"
+        place = f"{words(details['score'])} from {threshold:g} on"
         for key in _THRESHOLD:
             estimates = {name: figures["at_threshold"][key] for name, figures in models.items()}
             rows.append({"title": f"{titles[key]}, {place}", "unit": "share", "estimates": estimates})
