@@ -51,12 +51,13 @@ _FORMATS: Mapping[str, Callable[[Any], str]] = {
 
 
 def results(report: Report) -> dict[str, Any]:
-    """The section of results: the columns of the main table, the goals and the paired comparisons."""
-    return {
-        "columns": _columns(report),
-        "goals": [{"state": goal["state"], "text": goal_text(goal)} for goal in report["goals"]],
-        "comparisons": _comparisons(report),
-    }
+    """The section of results: the columns of the main table and the paired comparisons."""
+    return {"columns": _columns(report), "comparisons": _comparisons(report)}
+
+
+def goals(report: Report) -> list[dict[str, str]]:
+    """The section of goals: the state of each, and its figure in words."""
+    return [{"state": goal["state"], "text": goal_text(goal)} for goal in report["goals"]]
 
 
 def _columns(report: Report) -> dict[str, str]:

@@ -58,6 +58,7 @@ def _calibration(report: Report) -> dict[str, Any]:
 SECTIONS = (
     Section("data", "Rows", "Rows", data_section.data),
     Section("comparison", "Comparison", "Against the model that it replaces", comparison_section.comparison),
+    Section("goals", "Goals", "Goals", results_section.goals),
     Section("results", "Results", "Results", results_section.results),
     Section("attribution", "Attribution", "Where accuracy is lost", "attribution"),
     Section("constrained", "Constrained", "Free and constrained answers", constrained_section.constrained),

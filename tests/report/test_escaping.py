@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from helpers.html_page import assert_loads_nothing
 from helpers.report_runs import (
@@ -82,6 +83,14 @@ def test_text_from_data_cannot_become_markup(tmp_path: Path) -> None:
     assert_loads_nothing(
         f"<meta content=\"default-src 'none'\"/>{RunReport(tmp_path / 'report.json', report)._repr_html_()}"
     )
+
+
+def test_control_characters_are_shown_as_escapes(run: tuple[Path, dict[str, Any]]) -> None:
+    """A page cannot hold them."""
+    curves = {"a\x0eb": run[1]["curves"]["teacher"]}  # a name in the charts too
+    html = render_html({**run[1], "name": "a\x0eb", "curves": curves})
+    assert "<title>a\\u000eb: distillation report</title>" in html
+    assert "\x0e" not in html and html.count("a\\u000eb") >= 4
 
 
 def test_svg_escapes_all_but_markup() -> None:
