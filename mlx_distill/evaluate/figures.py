@@ -107,12 +107,15 @@ def constrained_metrics(
 def compare_models(
     first: Sequence[Row], second: Sequence[Row], teacher: Sequence[Row] | None, task: Task, confidence: float
 ) -> Comparison | None:
-    """The agreement of two models with the teacher, or without one their accuracy, on the same items."""
+    """The agreement of two models with the teacher, or without one their accuracy, on the same items; with
+    clustered standard errors where the task names a cluster.
+    """
+    level: dict[str, Any] = {"cluster": task.cluster, "confidence": confidence}
     if task.label is None:
-        return m.compare_answers(first, second, teacher, *compared_fields(task), confidence=confidence)
+        return m.compare_answers(first, second, teacher, *compared_fields(task), **level)
     if teacher is None:
-        return m.accuracy_gain(first, second, task.label, confidence=confidence)
-    return m.agreement_gain(first, second, teacher, confidence=confidence)
+        return m.accuracy_gain(first, second, task.label, **level)
+    return m.agreement_gain(first, second, teacher, **level)
 
 
 def _invalid_example(rows: Sequence[Row]) -> dict[str, Any] | None:
@@ -163,7 +166,7 @@ def _answer_metrics(
     if teacher:
         own = m.teacher_pairs(rows, teacher)
         out["teacher_answer_f1"] = m.answer_f1(own, properties, tolerances, **level)
-        out["versus_teacher"] = m.compare_answers(rows, teacher, None, properties, tolerances, **level)
+        out["versus_teacher"] = compare_models(rows, teacher, None, task, confidence)
         out["disagreements"] = len(m.differing_answers(rows, teacher, properties, tolerances))
     return out
 
@@ -183,7 +186,9 @@ def _label_metrics(
         "accuracy_by_distribution": m.accuracy_by_distribution(rows, label, **level),
         "verdict_agreement": None,
         "agreement": None,
-        "macro_f1": m.macro_f1(rows, label, task.labels, confidence),
+        "macro_f1": m.macro_f1(
+            rows, label, task.labels, confidence, clusters=m.clusters_of(rows, task.cluster)
+        ),
         **_binary_metrics(rows, task, label, confidence),
         "confusion": m.confusion(rows, label, task.labels),
         "teacher_confusion": None,
@@ -248,6 +253,6 @@ def _teacher_metrics(
         "teacher_confusion": m.teacher_confusion(rows, teacher, label, labels),
         "label_kl": kl["value"],
         "label_kl_interval": kl,
-        "versus_teacher": m.accuracy_gain(rows, teacher, label, **level),
+        "versus_teacher": compare_models(rows, teacher, None, task, confidence),
         "disagreements": len(m.disagreements(rows, teacher, labels, ())),
     }

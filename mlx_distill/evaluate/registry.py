@@ -43,6 +43,7 @@ class Metric:
         better: Whether higher or lower values are better.
         figure: Its value over rows, at a confidence level: an estimate, or a mapping of estimates.
         values: Its value for each row, None for a row that does not count; None where there is no such value.
+        binary: Whether a row is right or wrong, so that its values are booleans.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Metric:
     better: Literal["higher", "lower"]
     figure: Figure
     values: Values | None = None
+    binary: bool = False
 
 
 def task_metrics(task: Task) -> list[Metric]:
@@ -132,8 +134,8 @@ def compare_by(
     x, y = ([values[i] for i in kept] for values in (own, other))
     if not kept:
         return None
-    clusters = [(pairs[i][0].get("fields") or {}).get(cluster) for i in kept] if cluster else None
-    if all(isinstance(value, bool) for value in (*x, *y)):
+    clusters = m.clusters_of([pairs[i][0] for i in kept], cluster)
+    if metric.binary:
         return compare_paired(
             [bool(v) for v in x], [bool(v) for v in y], clusters=clusters, confidence=confidence
         )
@@ -218,7 +220,8 @@ def _mean(name: str, title: str, values: Values, **kinds: Any) -> Metric:
             return rate(int(sum(kept)), len(kept), confidence)
         return mean_estimate([float(value) for value in kept], confidence)
 
-    return Metric(name, title, kinds.get("unit", "share"), kinds.get("better", "higher"), figure, values)
+    unit, better = kinds.get("unit", "share"), kinds.get("better", "higher")
+    return Metric(name, title, unit, better, figure, values, kinds.get("binary", False))
 
 
 def _pooled(name: str, title: str, figure: Figure, better: Literal["higher", "lower"] = "higher") -> Metric:
@@ -240,6 +243,7 @@ def _accuracy(task: Task) -> Metric:
         "accuracy",
         "Accuracy",
         lambda rows: _where_true(rows, label, lambda row, truth: predicted_label(row) == truth),
+        binary=True,
     )
 
 
@@ -261,7 +265,12 @@ def _binary(kind: str, title: str, task: Task, positive: Sequence[str] | str | N
 
 def _macro_f1(task: Task) -> Metric:
     label = _need(task, "label")
-    return _pooled("macro_f1", "Macro F1", lambda rows, level: m.macro_f1(rows, label, task.labels, level))
+
+    def figure(rows: Sequence[Row], confidence: float) -> Any:
+        clusters = m.clusters_of(rows, task.cluster)
+        return m.macro_f1(rows, label, task.labels, confidence, clusters=clusters)
+
+    return _pooled("macro_f1", "Macro F1", figure)
 
 
 def _by_class(task: Task) -> Metric:
@@ -322,6 +331,7 @@ def _field_accuracy(task: Task, field: str | None = None) -> Metric:
         f"{name}_accuracy",
         f"{words(name).capitalize()} accuracy",
         lambda rows: _where_true(rows, name, lambda row, _: _same(row, name)),
+        binary=True,
     )
 
 
@@ -348,7 +358,7 @@ def _completeness(task: Task, field: str | None = None, expected: bool = False) 
             for row in rows
         ]  # fmt: skip
 
-    return _mean(f"{name}_completeness", f"{words(name).capitalize()} given", values)
+    return _mean(f"{name}_completeness", f"{words(name).capitalize()} given", values, binary=True)
 
 
 def _is_empty(value: Any) -> bool:
@@ -362,6 +372,7 @@ def _exact_match(task: Task) -> Metric:
         lambda rows: [
             None if row.get("truth") is None else m.is_same(row.get("answer"), row["truth"]) for row in rows
         ],
+        binary=True,
     )
 
 
@@ -379,6 +390,7 @@ def _contains(task: Task, field: str | None = None) -> Metric:
         f"{name}_contains",
         f"{words(name).capitalize()} contains the true one",
         lambda rows: _where_true(rows, name, contains),
+        binary=True,
     )
 
 
@@ -416,7 +428,12 @@ def text_of(value: Any) -> str:
 
 
 def _valid(task: Task) -> Metric:
-    return _mean("json_valid", "Fits the task", lambda rows: [row.get("answer") is not None for row in rows])
+    return _mean(
+        "json_valid",
+        "Fits the task",
+        lambda rows: [row.get("answer") is not None for row in rows],
+        binary=True,
+    )
 
 
 def _latency(task: Task, quantile: float = 0.5) -> Metric:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_distill.errors import ConfigError
+from mlx_distill.evaluate.registry import task_metrics
 from mlx_distill.metrics.answers import is_free, is_same, overlap_f1, same_value, similarity
 from mlx_distill.metrics.classification import predicted_label, predicted_score, true_value
 from mlx_distill.tasks.task import Task
@@ -67,7 +68,7 @@ def row_metrics(task: Task) -> dict[str, RowMetric]:
 
 
 def find_metric(task: Task, name: str | None) -> RowMetric:
-    """The metric of that name, or the main one.
+    """The metric of that name, one of those that the task names included, or the main one.
 
     Raises:
         ConfigError: the task has no such metric.
@@ -75,12 +76,29 @@ def find_metric(task: Task, name: str | None) -> RowMetric:
     metrics = row_metrics(task)
     if name is None:
         return next(iter(metrics.values()))
+    metrics = {**_named_by(task), **metrics}
     if name not in metrics:
         raise ConfigError(
             f"--metric {name}: not one with a value a row in the task {task.name!r}",
             fix=known_names(name, metrics, "metrics"),
         )
     return metrics[name]
+
+
+def _named_by(task: Task) -> dict[str, RowMetric]:
+    """The metrics that the task names and that have a value a row."""
+    return {
+        metric.name: RowMetric(
+            metric.name,
+            metric.title,
+            lambda row, values=metric.values: values([row])[0],  # type: ignore[misc]
+            binary=metric.binary,
+            unit="rate" if metric.unit == "share" else metric.unit,
+            higher_is_better=metric.better == "higher",
+        )
+        for metric in task_metrics(task)
+        if metric.values is not None
+    }
 
 
 def _accuracy(label: str) -> RowMetric:

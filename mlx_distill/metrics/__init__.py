@@ -27,6 +27,7 @@ from mlx_distill.metrics.calibration import reliability as reliability
 from mlx_distill.metrics.calibration import risk_coverage as risk_coverage
 from mlx_distill.metrics.classification import accuracy as accuracy
 from mlx_distill.metrics.classification import accuracy_by_distribution as accuracy_by_distribution
+from mlx_distill.metrics.classification import clusters_of as clusters_of
 from mlx_distill.metrics.classification import confusion as confusion
 from mlx_distill.metrics.classification import confusion_counts as confusion_counts
 from mlx_distill.metrics.classification import f1 as f1

@@ -14,6 +14,7 @@ from mlx_distill.errors import DataError
 from mlx_distill.metrics.classification import (
     Row,
     accuracy,
+    clusters_of,
     confusion,
     correct,
     group_by,
@@ -174,23 +175,41 @@ def by_slice(
 
 
 def accuracy_gain(
-    model: Sequence[Row], teacher: Sequence[Row], label: str, *, confidence: float = 0.95
+    model: Sequence[Row],
+    teacher: Sequence[Row],
+    label: str,
+    *,
+    cluster: str | None = None,
+    confidence: float = 0.95,
 ) -> Comparison | None:
-    """Accuracy of the model minus the teacher's, as a paired comparison on the items with a true label."""
+    """Accuracy of the model minus the teacher's, as a paired comparison on the items with a true label; of
+    rows that share a ``cluster``, a field of theirs, with clustered standard errors.
+    """
     pairs = [(a, b) for a, b in pair_by_id(model, teacher) if true_value(a, label) is not None]
     model_correct = correct([a for a, _ in pairs], label)
     teacher_correct = correct([b for _, b in pairs], label)
-    return compare_paired(model_correct, teacher_correct, confidence=confidence) if pairs else None
+    clusters = clusters_of([a for a, _ in pairs], cluster)
+    if not pairs:
+        return None
+    return compare_paired(model_correct, teacher_correct, clusters=clusters, confidence=confidence)
 
 
 def agreement_gain(
-    first: Sequence[Row], second: Sequence[Row], teacher: Sequence[Row], *, confidence: float = 0.95
+    first: Sequence[Row],
+    second: Sequence[Row],
+    teacher: Sequence[Row],
+    *,
+    cluster: str | None = None,
+    confidence: float = 0.95,
 ) -> Comparison | None:
-    """Agreement of ``first`` with the teacher minus that of ``second``, on the items that all three have."""
+    """Agreement of ``first`` with the teacher minus that of ``second``, on the items that all three have;
+    ``cluster`` as in :func:`accuracy_gain`.
+    """
     reference = _by_id(teacher)
     pairs = [(a, b) for a, b in pair_by_id(first, second) if a["id"] in reference]
     hits = [[same_label(row, reference[row["id"]]) for row in rows] for rows in zip(*pairs, strict=True)]
-    return compare_paired(hits[0], hits[1], confidence=confidence) if hits else None
+    clusters = clusters_of([a for a, _ in pairs], cluster)
+    return compare_paired(hits[0], hits[1], clusters=clusters, confidence=confidence) if hits else None
 
 
 def disagreements(

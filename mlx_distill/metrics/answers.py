@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_distill.metrics.agreement import pair_by_id, side_by_side
-from mlx_distill.metrics.classification import Row, group_by
+from mlx_distill.metrics.classification import Row, clusters_of, group_by
 from mlx_distill.metrics.intervals import Estimate, mean_estimate, rate
 from mlx_distill.metrics.paired import Comparison, compare_means
 
@@ -230,6 +230,7 @@ def compare_answers(
     properties: Mapping[str, Any],
     tolerances: Mapping[str, float] | None = None,
     *,
+    cluster: str | None = None,
     confidence: float = 0.95,
 ) -> Comparison | None:
     """:func:`similarity` of two models' answers, as a paired comparison on the items that both have.
@@ -240,10 +241,12 @@ def compare_answers(
         reference: Rows of the teacher; None compares with the true answers.
         properties: The schema of each field.
         tolerances: As in :func:`similarity`.
+        cluster: The field of a row that related rows share.
         confidence: Level of the interval.
     """
     answers = None if reference is None else {row["id"]: row.get("answer") for row in reference}
     values: list[tuple[float, float]] = []
+    compared: list[Row] = []
     for a, b in pair_by_id(first, second):
         if answers is None and a.get("truth") is None or answers is not None and a["id"] not in answers:
             continue
@@ -251,9 +254,12 @@ def compare_answers(
         x, y = (similarity(row.get("answer"), wanted, properties, tolerances) for row in (a, b))
         if x is not None and y is not None:
             values.append((x, y))
+            compared.append(a)
     if not values:
         return None
-    return compare_means([x for x, _ in values], [y for _, y in values], confidence=confidence)
+    clusters = clusters_of(compared, cluster)
+    first_values, second_values = ([pair[i] for pair in values] for i in (0, 1))
+    return compare_means(first_values, second_values, clusters=clusters, confidence=confidence)
 
 
 def answers_by_slice(

@@ -356,6 +356,15 @@ def confusion(
     return {"labels": list(labels), "counts": counts, "n": sum(map(sum, counts)), "left_out": left_out}
 
 
+def clusters_of(rows: Sequence[Row], field: str | None) -> list[Any] | None:
+    """The cluster of each row: the value of one of its fields; None without such a field.
+
+    >>> clusters_of([{"fields": {"artist": "x"}}, {"fields": {}}], "artist")
+    ['x', None]
+    """
+    return None if field is None else [(row.get("fields") or {}).get(field) for row in rows]
+
+
 def group_by(rows: Sequence[Row], field: str) -> dict[str, list[Row]]:
     """Rows grouped by the value of one of their fields, sorted by value; ``(none)`` for rows without one.
 

@@ -16,6 +16,7 @@ from mlx_distill.evaluate import text_metrics
 from mlx_distill.evaluate.latency import latency_quantile
 from mlx_distill.evaluate.multilabel import multilabel_f1
 from mlx_distill.evaluate.registry import METRICS, compare_by, measure, metric_named, task_metrics
+from mlx_distill.evaluate.row_metrics import find_metric
 
 ROWS = [
     row(0, tone("dark", 80, "a", "b", note="the red door"), tone("dark", 70, "B", "c", note="The red door.")),
@@ -206,3 +207,15 @@ def test_a_comparison_by_a_metric_takes_clusters() -> None:
     assert plain is not None and clustered is not None
     assert (plain["clusters"], clustered["clusters"], clustered["few_clusters"]) == (None, 10, True)
     assert plain["difference"]["value"] == clustered["difference"]["value"]
+
+
+def test_compare_finds_the_metrics_that_a_task_names() -> None:
+    own = tone_task(
+        metrics=[{"metric": "list_f1", "field": "themes", "average": "samples", "name": "theme_f1"}]
+    )
+    metric = find_metric(own, "theme_f1")
+    assert [metric.value(one) for one in ROWS] == [0.5, 1.0, 1.0, 0.0]
+    assert (metric.binary, metric.unit, metric.higher_is_better) == (False, "rate", True)
+    assert find_metric(tone_task(metrics=["score_mae"]), "score_mae").higher_is_better is False
+    with pytest.raises(ConfigError, match="theme_f1"):
+        find_metric(tone_task(), "theme_f1")

@@ -83,3 +83,21 @@ def test_the_teacher_is_compared_with_itself_before() -> None:
     (result,) = evaluate_models({"teacher_before": before, "teacher": after}, tone_task())["comparisons"]
     names = (result["first"], result["second"], result["difference"]["value"])
     assert names == ("teacher", "teacher_before", 1.0)
+
+
+@pytest.mark.parametrize("changes", [{}, {"label": None, "positive": []}])
+def test_rows_of_one_cluster_are_not_independent(changes: dict[str, object]) -> None:
+    songs = [(artist, song) for artist in range(30) for song in range(5)]
+    fields = [{"artist": f"a{artist}"} for artist, _ in songs]
+    right = [artist % 4 != 0 for artist, _ in songs]  # all songs of an artist are right, or none
+    before = [row(i, tone("dark"), tone("light"), fields=own) for i, own in enumerate(fields)]
+    after = [
+        row(i, tone("dark"), tone("dark" if hit else "light"), fields=own)
+        for i, (hit, own) in enumerate(zip(right, fields, strict=True))
+    ]
+    models = {"teacher_before": before, "teacher": after}
+    (plain,) = evaluate_models(models, tone_task(**changes))["comparisons"]
+    (clustered,) = evaluate_models(models, tone_task(cluster="artist", **changes))["comparisons"]
+    widths = [one["difference"]["high"] - one["difference"]["low"] for one in (plain, clustered)]
+    assert (plain["clusters"], clustered["clusters"]) == (None, 30)
+    assert widths[1] > 1.7 * widths[0]  # sqrt(5) times for equal clusters of 5
