@@ -1,7 +1,8 @@
 """Models, rows and seeds of the measurements of quantization: the demo's, trained once and kept in a folder.
 
-The teacher (tiny-qwen3, everything packed) and the student (tiny-gpt-oss around its published experts) are
-those of the packaged recipe ``tiny``, made by ``mlx-distill run tiny``. Rows are songs of the same generator
+The teacher (tiny-qwen3, everything quantized) and the student (tiny-gpt-oss around its published experts) are
+those of the packaged recipe ``tiny``, made by ``mlx-distill run tiny``; tiny-qwen3-outliers is the teacher
+with some channels of large activations, its function unchanged. Rows are songs of the same generator
 with other seeds: calibration and training rows of the part ``train``; held out 144 songs of the part
 ``test``, whose templates no model has seen, and 96 other songs of the part ``train``.
 """
@@ -16,7 +17,8 @@ from typing import Any
 
 SEEDS = (0, 1, 2)
 MODES = ("mxfp4", "nvfp4", "affine4", "affine3")
-MODELS = ("tiny-qwen3", "tiny-gpt-oss")
+_FOLDERS = {"tiny-qwen3": "teacher", "tiny-qwen3-outliers": "teacher", "tiny-gpt-oss": "student"}
+MODELS = tuple(_FOLDERS)
 CALIBRATION_ROWS, TRAINING_ROWS = 128, 200
 _HELD_OUT = {"unseen": ("test", 144, 901), "seen": ("train", 96, 902)}  # part, rows, seed
 _COMMANDS = ("prepare", "teach", "targets", "distill")
@@ -42,10 +44,17 @@ class Setup:
     labels: Any
 
     def load(self) -> Any:
-        """The unquantized model in float32, with the adapter merged; published experts stay quantized."""
+        """The unquantized model in float32, with the adapter merged; published experts are dequantized, which
+        is faster on a CPU.
+        """
         from mlx_distill.models.merged import load_merged
+        from mlx_distill.models.modules import dequantize_model
 
-        return load_merged(self.folder)[0]
+        model = load_merged(self.folder)[0]
+        dequantize_model(model)
+        if self.name.endswith("outliers"):
+            put_outliers(model)
+        return model
 
     def calibration(self, seed: int, count: int = CALIBRATION_ROWS) -> list[Any]:
         """Rendered rows to calibrate or train with, other ones for each seed."""
@@ -69,7 +78,7 @@ class Setup:
 
 
 def setup(name: str, folder: Path | None = None) -> Setup:
-    """One of the two models; the demo is trained first where it is not in ``folder``.
+    """One of the models; the demo is trained first where it is not in ``folder``.
 
     Args:
         name: One of :data:`MODELS`.
@@ -82,7 +91,7 @@ def setup(name: str, folder: Path | None = None) -> Setup:
 
     default = Path(tempfile.gettempdir()) / "mlx-distill-quantization"
     folder = folder or Path(os.environ.get("MLX_DISTILL_SETUP", default))
-    model = folder / {"tiny-qwen3": "teacher", "tiny-gpt-oss": "student"}[name]
+    model = folder / _FOLDERS[name]
     if not (model / "manifest.json").is_file():  # a finished one stays, whichever version has trained it
         for command in _COMMANDS:
             run("tiny", folder, only=command)

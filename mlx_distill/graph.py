@@ -186,7 +186,9 @@ def _quantization(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
                     fix="set quantize.adapter: merge",
                 )
     config = {**keyed(settings), **shared, "max_length": recipe.distill.max_length}
-    return Stage("quantized", "quantize", 3, config, ("student", "student_base", "data"), quantize)
+    # Refined weights are others since format 4; rounded ones are not.
+    number = 3 if settings.refine == "none" else 4
+    return Stage("quantized", "quantize", number, config, ("student", "student_base", "data"), quantize)
 
 
 def _control(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> Stage:

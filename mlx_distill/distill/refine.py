@@ -17,32 +17,24 @@ published checkpoint's MXFP4 experts, keep their bits.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from pathlib import Path
-from typing import Any
 
 from mlx_distill.distill.refine_blocks import FACTS, refine_blocks
 from mlx_distill.distill.refine_estimate import RefineEstimate, estimate_refine
 from mlx_distill.distill.refine_targets import check_rows, student_targets
+from mlx_distill.distill.refine_training import RefineJob as RefineJob
+from mlx_distill.distill.refine_training import RefineSettings as RefineSettings
 from mlx_distill.distill.refine_training import (
-    DEFAULTS,
     grid_optimizer,
     grid_weight,
     refined_layer,
-    run_identity,
     started,
     train_settings,
 )
-from mlx_distill.distill.refine_training import (
-    RefineSettings as RefineSettings,
-)
 from mlx_distill.models.forward import compute_dtype
 from mlx_distill.models.grid_layers import grid_layers
-from mlx_distill.models.quantization import Quantization
 from mlx_distill.models.refined import Refined
-from mlx_distill.progress import NullProgress, Progress
-from mlx_distill.runtime import StopFlag, total_memory
+from mlx_distill.runtime import total_memory
 from mlx_distill.storage import read_jsonl, write_json
 from mlx_distill.text import size
 from mlx_distill.train.diagnostics import diagnose_curve
@@ -51,34 +43,14 @@ from mlx_distill.train.loop import train
 _MEMORY_SHARE = 0.7  # of the machine's memory, where the settings name no limit
 
 
-def refine(
-    student: Any,
-    quantizations: Mapping[str, Quantization],
-    start: Mapping[str, Refined],
-    rows: Sequence[Sequence[int]],
-    *,
-    folder: Path,
-    settings: RefineSettings = DEFAULTS,
-    identity: str = "",
-    progress: Progress | None = None,
-    stop: StopFlag | None = None,
-) -> dict[str, Refined]:
+def refine(job: RefineJob) -> dict[str, Refined]:
     """Train what is rounded so that the quantized student answers as the unquantized one.
 
-    A killed call that is repeated with the same arguments goes on from its last checkpoint, and gives the
-    same bits as an uninterrupted one.
+    A killed call that is repeated with the same job goes on from its last checkpoint, and gives the same bits
+    as an uninterrupted one.
 
     Args:
-        student: The unquantized model, its adapter merged. On return it is as before, but frozen.
-        quantizations: Of each module to quantize, by path: linear layers, embeddings, stacks of experts.
-        start: The results of calibration: the scales, and the latent weights to start at. Modules that it has
-            not start at their own weights, on the scales that are best without data.
-        rows: Token ids of whole chats.
-        folder: Gets the targets, the checkpoints, ``metrics.jsonl`` and ``refine.json``.
-        settings: Length, rates, memory.
-        identity: Of the student's weights and of ``start``; checkpoints and targets of another are not used.
-        progress: Shows the steps, and why blocks are trained one after the other.
-        stop: Checked after each step.
+        job: The student, its grids and rows, and the folder.
 
     Returns:
         The tensors of each quantized module, exactly on the grid: never quantize them again.
@@ -87,47 +59,35 @@ def refine(
         DataError: the loss became NaN or infinite, or there is no row to learn from.
         Interrupted: stopped on request, after a checkpoint.
     """
-    check_rows(rows)
-    progress = progress or NullProgress()
-    estimate = estimate_refine(student, quantizations, [len(row) for row in rows], settings.batch_size)
+    check_rows(job.rows)
+    settings, lengths = job.settings, [len(row) for row in job.rows]
+    estimate = estimate_refine(job.student, job.quantizations, lengths, settings.batch_size)
     budget = settings.memory_bytes or int(_MEMORY_SHARE * total_memory())
     if budget and estimate.end_to_end_bytes > budget:
-        progress.note(
+        job.progress.note(
             f"refine: block by block, since end to end needs {size(estimate.end_to_end_bytes)} "
             f"of {size(budget)}"
         )
-        return refine_blocks(
-            student, quantizations, start, rows, folder, settings, identity, progress=progress, stop=stop
-        )
-    return _end_to_end(
-        student, quantizations, start, rows, folder, settings, identity, estimate, progress, stop
-    )
+        return refine_blocks(job)
+    return _end_to_end(job, estimate)
 
 
-def _end_to_end(
-    student: Any,
-    quantizations: Mapping[str, Quantization],
-    start: Mapping[str, Refined],
-    rows: Sequence[Sequence[int]],
-    folder: Path,
-    settings: RefineSettings,
-    identity: str,
-    estimate: RefineEstimate,
-    progress: Progress,
-    stop: StopFlag | None,
-) -> dict[str, Refined]:
+def _end_to_end(job: RefineJob, estimate: RefineEstimate) -> dict[str, Refined]:
     """All weights at once, against the distributions of the unquantized student."""
-    targets = student_targets(student, rows, folder / "targets", identity=identity, progress=progress)
+    student, settings, folder = job.student, job.settings, job.folder
+    targets = student_targets(
+        student, job.rows, folder / "targets", identity=job.identity, progress=job.progress
+    )
     modules = dict(student.named_modules())
     weights = {
-        path: grid_weight(modules[path], started(modules[path], start.get(path), quantization), quantization)
-        for path, quantization in quantizations.items()
+        path: grid_weight(modules[path], started(modules[path], job.start.get(path), q), q)
+        for path, q in job.quantizations.items()
     }
     config = train_settings(settings)
     batches = targets.dataset(config).train_batches(config.batch_size, config.seed)
     with (
         grid_layers(student, weights, compute_dtype(student)) as layers,
-        progress.task("refine", total=settings.steps, unit="step") as bar,
+        job.progress.task("refine", total=settings.steps, unit="step") as bar,
     ):
         result = train(
             student,
@@ -137,13 +97,13 @@ def _end_to_end(
             config,
             folder=folder,
             hooks=[lambda row: bar.update(row["step"], loss=row["loss"])],
-            stop=stop,
-            identity=run_identity(identity, quantizations),
+            stop=job.stop,
+            identity=job.key,
         )
         refined = {path: refined_layer(layer) for path, layer in layers.items()}
     metrics = [row for _, row in read_jsonl(folder / "metrics.jsonl")]
     for warning in diagnose_curve(metrics):
-        progress.note(f"refine: {warning}")
+        job.progress.note(f"refine: {warning}")
     facts = {
         "steps": result.steps,
         "tokens": result.tokens,

@@ -25,10 +25,10 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from mlx_distill.distill.refine_training import (
+    RefineJob,
     RefineSettings,
     grid_optimizer,
     grid_weight,
-    run_identity,
     started,
     train_settings,
 )
@@ -39,9 +39,7 @@ from mlx_distill.models.grid_layers import grid_layers, packed_grid_layer
 from mlx_distill.models.modules import unquantized_like
 from mlx_distill.models.quantization import Quantization
 from mlx_distill.models.refined import Refined
-from mlx_distill.progress import Progress
 from mlx_distill.records import Batch
-from mlx_distill.runtime import StopFlag
 from mlx_distill.storage import atomic_path, digest, read_json, write_json
 from mlx_distill.train.batches import RowBatches
 from mlx_distill.train.loop import train
@@ -52,41 +50,28 @@ _MULTIPLE = 16  # tokens that widths are rounded up to, so that few shapes occur
 _AT_ONCE = 8  # rows of a forward pass without a gradient
 
 
-def refine_blocks(
-    student: Any,
-    quantizations: Mapping[str, Quantization],
-    start: Mapping[str, Refined],
-    rows: Sequence[Sequence[int]],
-    folder: Path,
-    settings: RefineSettings,
-    identity: str,
-    *,
-    progress: Progress,
-    stop: StopFlag | None = None,
-) -> dict[str, Refined]:
-    """Refine one block after the other; the arguments are those of
-    :func:`~mlx_distill.distill.refine.refine`.
+def refine_blocks(job: RefineJob) -> dict[str, Refined]:
+    """Refine one block after the other, as :func:`~mlx_distill.distill.refine.refine` does.
 
     A finished block is kept in ``folder/blocks``; the one that a kill interrupted goes on from its
     checkpoint.
     """
+    student, quantizations, settings = job.student, job.quantizations, job.settings
     blocks, dtype = Blocks(student), compute_dtype(student)
-    padded = PaddedRows(blocks, rows, _AT_ONCE)
+    padded = PaddedRows(blocks, job.rows, _AT_ONCE)
     blocks.check(mx.array(padded.tokens([0])))
-    key = digest(
-        [run_identity(identity, quantizations), [list(map(int, row)) for row in rows], settings.keyed()]
-    )
+    key = digest([job.key, [list(map(int, row)) for row in job.rows], settings.keyed()])
     inside = {path: _block_of(path, blocks.prefix) for path in quantizations}
     modules = dict(student.named_modules())
     results = {
-        path: started(modules[path], start.get(path), quantizations[path])
+        path: started(modules[path], job.start.get(path), quantizations[path])
         for path, block in inside.items()
         if block is None
     }
     plain, facts = padded.embedded(), []
     with (
         _own_modules_at_the_end(student, quantizations),
-        progress.task("refine", total=len(blocks) * settings.steps, unit="step") as bar,
+        job.progress.task("refine", total=len(blocks) * settings.steps, unit="step") as bar,
     ):
         _dequantize_into(student, results, quantizations, dtype)
         hidden = padded.embedded()
@@ -99,10 +84,8 @@ def refine_blocks(
                 def show(row: dict[str, Any], done: int = block * settings.steps) -> None:
                     bar.update(done + row["step"], loss=row["loss"])
 
-                place = folder / "blocks" / f"{block:04d}"
-                found = _read(place, key, own) or _train_block(
-                    data, own, start, dtype, place, key, show, stop
-                )
+                place = job.folder / "blocks" / f"{block:04d}"
+                found = _read(place, key, own) or _train_block(job, data, own, place, key, show)
                 facts.append(read_json(place.with_suffix(".json")))
                 _dequantize_into(student, found, quantizations, dtype)
                 results |= found
@@ -114,7 +97,7 @@ def refine_blocks(
         "tokens": sum(part["tokens"] for part in facts),
         "peak_memory_bytes": max((part["peak_memory_bytes"] for part in facts), default=0),
     }
-    write_json(folder / FACTS, {"by": "block by block", **summary, "blocks": facts})
+    write_json(job.folder / FACTS, {"by": "block by block", **summary, "blocks": facts})
     return results
 
 
@@ -160,14 +143,12 @@ class _BlockData:
 
 
 def _train_block(
+    job: RefineJob,
     data: _BlockData,
     own: Mapping[str, Quantization],
-    start: Mapping[str, Refined],
-    dtype: mx.Dtype,
     place: Path,
     key: str,
     show: Callable[[dict[str, Any]], None],
-    stop: StopFlag | None,
 ) -> dict[str, Refined]:
     """Train the latent weights of one block; its tensors, which are kept in a file too."""
     blocks = data.padded.blocks
@@ -175,13 +156,13 @@ def _train_block(
     modules = dict(layer.named_modules())
     weights = {
         path.removeprefix(prefix): grid_weight(
-            modules[path.removeprefix(prefix)], start[path], q, latent=True
+            modules[path.removeprefix(prefix)], job.start[path], q, latent=True
         )
         for path, q in own.items()
     }
-    settings = data.settings
+    settings = job.settings
     peaks: list[int] = []
-    with grid_layers(layer, weights, dtype) as layers:
+    with grid_layers(layer, weights, compute_dtype(job.student)) as layers:
         error = data.error()
         result = train(
             layer,
@@ -191,7 +172,7 @@ def _train_block(
             train_settings(settings),
             folder=place,
             hooks=[show, lambda row: peaks.append(row["peak_memory_bytes"])],
-            stop=stop,
+            stop=job.stop,
             identity=key,
         )
         parts = {prefix + path: packed_grid_layer(layer) for path, layer in layers.items()}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -17,7 +18,9 @@ from mlx_distill.models.refined import Refined
 from mlx_distill.optim.adamw import AdamW
 from mlx_distill.optim.schedules import make_schedule
 from mlx_distill.optim.sign_descent import SignDescent
+from mlx_distill.progress import NullProgress, Progress
 from mlx_distill.recipe import TrainConfig
+from mlx_distill.runtime import StopFlag
 from mlx_distill.storage import digest
 
 
@@ -50,6 +53,39 @@ class RefineSettings:
 
 
 DEFAULTS = RefineSettings()
+
+
+@dataclass(frozen=True)
+class RefineJob:
+    """A student whose quantized weights are to be trained, and what with.
+
+    Args:
+        student: The unquantized model, its adapter merged. At the end it is as before, but frozen.
+        quantizations: Of each module to quantize, by path: linear layers, embeddings, stacks of experts.
+        start: The results of calibration: the scales, and the latent weights to start at. Modules that it has
+            not start at their own weights, on the scales that are best without data.
+        rows: Token ids of whole chats.
+        folder: Gets the targets, the checkpoints, ``metrics.jsonl`` and ``refine.json``.
+        settings: Length, rates, memory.
+        identity: Of the student's weights and of ``start``; checkpoints and targets of another are not used.
+        progress: Shows the steps, and why blocks are trained one after the other.
+        stop: Checked after each step.
+    """
+
+    student: Any
+    quantizations: Mapping[str, Quantization]
+    start: Mapping[str, Refined]
+    rows: Sequence[Sequence[int]]
+    folder: Path
+    settings: RefineSettings = DEFAULTS
+    identity: str = ""
+    progress: Progress = field(default_factory=NullProgress)
+    stop: StopFlag | None = None
+
+    @property
+    def key(self) -> str:
+        """Names the weights and the grids, which a checkpoint must have been made with."""
+        return digest([self.identity, {path: q.config for path, q in self.quantizations.items()}])
 
 
 def started(module: Any, found: Refined | None, quantization: Quantization) -> Refined:
@@ -110,8 +146,3 @@ def train_settings(settings: RefineSettings) -> TrainConfig:
         grad_checkpoint=settings.grad_checkpoint,
         seed=settings.seed,
     )
-
-
-def run_identity(identity: str, quantizations: Mapping[str, Quantization]) -> str:
-    """Names the weights and the grids, which a checkpoint must have been made with."""
-    return digest([identity, {path: q.config for path, q in quantizations.items()}])

@@ -1,13 +1,16 @@
 """Calibration: the weights of a model are rounded so that the outputs of its layers on real rows stay.
 
-Block by block: the inputs of every linear layer are measured (the Hessian H, the mean of x x^T over the real
-tokens, all tokens alike), scales are chosen by the error weighted with H's diagonal, and the weights are
-rounded with error feedback (:mod:`mlx_distill.models.gptq`). The next block gets what the quantized one
-computes. Held at a time are the hidden states of the rows and one block's Hessians.
+Block by block, and within a block one group of layers with the same inputs after the other, the inputs are
+measured in the unquantized model and in the one whose layers before are rounded already: the Hessian H, the
+mean of x x^T over the real tokens of the latter, all tokens alike, and how the former differ. Weights are
+corrected for that difference, scales are chosen by the error weighted with the inputs, and the weights are
+rounded with error feedback (:mod:`mlx_distill.models.rounding`). Held at a time are the hidden states of the
+rows in both models and the Hessian of one group.
 
-A stack of experts has a Hessian for each expert, over the tokens that the router sent to it. A tied embedding
-has that of the output head plus the mean of its diagonal times the identity, for its use as an embedding. An
-embedding that is not tied has no inputs to measure: it is not calibrated.
+A stack of experts has a Hessian for each expert, over the tokens that the router sent to it, and is not
+corrected, since the routers of the two models choose different experts. A tied embedding has that of the
+output head plus the mean of its diagonal times the identity, for its use as an embedding. An embedding that
+is not tied has no inputs to measure: it is not calibrated.
 """
 
 from __future__ import annotations
@@ -26,10 +29,9 @@ from mlx_distill.errors import DataError, ModelError
 from mlx_distill.models.architectures.registry import module_names
 from mlx_distill.models.blocks import Blocks
 from mlx_distill.models.forward import embedding_rows, is_tied
-from mlx_distill.models.gptq import DAMPING, gptq
-from mlx_distill.models.grids import find_scales, pack
 from mlx_distill.models.quantization import Quantization
 from mlx_distill.models.refined import Refined
+from mlx_distill.models.rounding import DEFAULTS, InputMoments, Rounding, round_weight
 from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.progress import NullProgress, Progress
 
@@ -39,18 +41,22 @@ _LEAST_TOKENS_SHARE = 0.25  # an expert with fewer tokens than this share of its
 
 @dataclass
 class _Statistics:
-    """The sums of x x^T over the inputs of a module; ``[e, i, i]`` and a count for each expert of a stack."""
+    """The sums of x x^T over the inputs of a module, and of (y - x) x^T with y the inputs in the unquantized
+    model; of a stack ``[e, i, i]`` and a count for each expert, without the latter.
+    """
 
     total: mx.array | None = None
+    cross: mx.array | None = None
     count: np.ndarray = field(default_factory=lambda: np.zeros(1))
 
-    def add(self, inputs: mx.array) -> None:
-        """Add inputs ``[..., i]``."""
-        x = inputs.reshape(-1, inputs.shape[-1]).astype(mx.float32)
-        product = x.T @ x
+    def add(self, inputs: mx.array, plain: mx.array) -> None:
+        """Add inputs ``[..., i]`` and those in the unquantized model."""
+        x, y = (part.reshape(-1, part.shape[-1]).astype(mx.float32) for part in (inputs, plain))
+        product, cross = x.T @ x, (y - x).T @ x
         self.total = product if self.total is None else self.total + product
+        self.cross = cross if self.cross is None else self.cross + cross
         self.count = self.count + len(x)
-        mx.eval(self.total)
+        mx.eval(self.total, self.cross)
 
     def add_experts(self, inputs: mx.array, indices: mx.array, experts: int) -> None:
         """Add the inputs of a stack: ``[..., 1, i]`` for ``indices [...]``, or one input for several of
@@ -67,16 +73,23 @@ class _Statistics:
             self.count[expert] += len(own)
         mx.eval(self.total)
 
-    def hessians(self) -> list[np.ndarray]:
-        """The mean of x x^T, in float64; of experts with few tokens that of all experts."""
+    def moments(self, tied: bool = False) -> list[InputMoments]:
+        """The means, in float64; of experts with few tokens that of all experts. That of a ``tied`` embedding
+        is for both of its uses.
+        """
         assert self.total is not None
         totals = np.array(self.total).reshape(len(self.count), *self.total.shape[-2:])
         mean = totals.sum(axis=0, dtype=np.float64) / max(self.count.sum(), 1)
-        least = 1 if len(self.count) == 1 else _LEAST_TOKENS_SHARE * totals.shape[-1]
-        return [
-            total.astype(np.float64) / count if count >= least else mean
-            for total, count in zip(totals, self.count, strict=True)
-        ]
+        if len(self.count) > 1:
+            least = _LEAST_TOKENS_SHARE * totals.shape[-1]
+            return [
+                InputMoments(total.astype(np.float64) / count if count >= least else mean)
+                for total, count in zip(totals, self.count, strict=True)
+            ]
+        if tied:
+            mean += np.mean(np.diag(mean)) * np.eye(len(mean))
+        cross = np.array(self.cross).astype(np.float64) / max(self.count.sum(), 1)
+        return [InputMoments(mean, cross)]
 
 
 def calibrate(
@@ -84,9 +97,7 @@ def calibrate(
     rows: Sequence[Sequence[int]],
     quantizations: Mapping[str, Quantization],
     *,
-    dtype: mx.Dtype = mx.bfloat16,
-    damping: float = DAMPING,
-    feedback: bool = True,
+    rounding: Rounding = DEFAULTS,
     finished: Callable[[str], Refined | None] = lambda path: None,
     progress: Progress | None = None,
 ) -> Iterator[tuple[str, Refined]]:
@@ -97,9 +108,7 @@ def calibrate(
             (:func:`~mlx_distill.models.merged.load_merged`); it is as before when the iterator ends.
         rows: Token ids of whole chats: prompt and answer. 128 of them suffice.
         quantizations: For each path of a module how to quantize it.
-        dtype: In which affine scales and biases are stored.
-        damping: Of :func:`~mlx_distill.models.gptq.gptq`.
-        feedback: Round with GPTQ's error feedback; False: to nearest, with weighted scales alone.
+        rounding: How each module is rounded.
         finished: What an interrupted call has made of a path, or None.
         progress: Gets a task of one unit a block.
 
@@ -121,23 +130,24 @@ def calibrate(
     head_path = names.embedding if is_tied(model) else names.head
     blocks, batches = Blocks(model), _batches(rows)
     blocks.check(batches[0])
-    options = _Options(quantizations, dtype, damping, feedback, finished)
+    options = _Options(quantizations, rounding, finished)
     with (progress or NullProgress()).task("calibrate", total=len(blocks.layers) + 1, unit="block") as bar:
-        states = _evaluated(map(blocks.embedded, batches))
+        plain = _evaluated(map(blocks.embedded, batches))
+        states = list(plain)
         for number, layer in enumerate(blocks.layers):
             inside = _paths_inside(layer, modules, quantizations)
-            with _weights_restored(inside):
-                yield from _refine(inside, options, partial(_measured, blocks, number, states))
+            with _weights_restored(inside) as own:
+                for group in _groups(blocks, number, states[0], inside):
+                    measure = partial(_measured, blocks, number, states, plain, inside, own, group[0])
+                    yield from _refine({path: inside[path] for path in group}, options, measure)
                 states = _run(blocks, number, states)
+            plain = _run(blocks, number, plain)
             bar.update(number + 1)
         if head_path in quantizations:
             head = {head_path: modules[head_path]}
             with _weights_restored(head):
                 yield from _refine(
-                    head,
-                    options,
-                    lambda missing: [(list(missing), _head_statistics(blocks, states))],
-                    tied=is_tied(model),
+                    head, options, partial(_head_statistics, blocks, states, plain), is_tied(model)
                 )
         bar.update(len(blocks.layers) + 1)
 
@@ -145,9 +155,7 @@ def calibrate(
 @dataclass(frozen=True)
 class _Options:
     quantizations: Mapping[str, Quantization]
-    dtype: mx.Dtype
-    damping: float
-    feedback: bool
+    rounding: Rounding
     finished: Callable[[str], Refined | None]
 
 
@@ -183,22 +191,47 @@ def _paths_inside(
     return {path: modules[path] for path in quantizations if id(modules[path]) in own}
 
 
-Measured = list[tuple[list[str], "_Statistics"]]  # paths with the same inputs, and their statistics
+def _groups(blocks: Blocks, number: int, states: mx.array, modules: Mapping[str, Any]) -> list[list[str]]:
+    """The modules of a block that have the same inputs, in the order in which the block calls them."""
+    groups: dict[str, list[str]] = {}
+    for call in _calls(blocks, number, states, modules):
+        groups.setdefault(call.paths[0], call.paths)
+    return list(groups.values())
 
 
 def _measured(
-    blocks: Blocks, number: int, states: Sequence[mx.array], modules: Mapping[str, Any]
-) -> Measured:
-    with _recorded(modules) as statistics:
-        _run(blocks, number, states)
+    blocks: Blocks,
+    number: int,
+    states: Sequence[mx.array],
+    plain: Sequence[mx.array],
+    modules: Mapping[str, Any],
+    own: Mapping[str, mx.array],
+    path: str,
+) -> _Statistics:
+    """The inputs of a module of a block; ``own`` are the unquantized weights. Nothing behind it is computed,
+    since MLX computes what is used.
+    """
+    statistics, module = _Statistics(), modules[path]
+    for x, y in zip(states, plain, strict=True):
+        calls = [call for call in _calls(blocks, number, x, modules) if path in call.paths]
+        if module.weight.ndim == 3:
+            for call in calls:
+                statistics.add_experts(call.inputs, call.indices, module.weight.shape[0])
+            continue
+        with _weights_restored(modules):
+            for name, weight in own.items():
+                modules[name].weight = weight
+            without = [call for call in _calls(blocks, number, y, modules) if path in call.paths]
+        for call, unquantized in zip(calls, without, strict=True):
+            statistics.add(call.inputs, unquantized.inputs)
     return statistics
 
 
-def _head_statistics(blocks: Blocks, states: Sequence[mx.array]) -> _Statistics:
+def _head_statistics(blocks: Blocks, states: Sequence[mx.array], plain: Sequence[mx.array]) -> _Statistics:
     """The inputs of the output head."""
     statistics = _Statistics()
-    for x in states:
-        statistics.add(blocks.finished(x))
+    for x, y in zip(states, plain, strict=True):
+        statistics.add(blocks.finished(x), blocks.finished(y))
     return statistics
 
 
@@ -217,25 +250,16 @@ def _evaluated(states: Iterable[mx.array]) -> list[mx.array]:
 
 
 def _refine(
-    modules: Mapping[str, Any],
-    options: _Options,
-    measure: Callable[[Mapping[str, Any]], Measured],
-    tied: bool = False,
+    modules: Mapping[str, Any], options: _Options, measure: Callable[[], _Statistics], tied: bool = False
 ) -> Iterator[tuple[str, Refined]]:
-    """Measure the inputs of some modules, quantize them, and put the rounded weights in."""
+    """Measure the inputs that some modules share, quantize them, and put the rounded weights in."""
     made = {path: options.finished(path) for path in modules}
-    missing = {path: module for path, module in modules.items() if made[path] is None}
-    hessians: dict[str, list[np.ndarray]] = {}
-    for members, statistics in measure(missing) if missing else []:
-        if statistics.total is not None:
-            means = statistics.hessians()
-            if tied:
-                means = [h + np.mean(np.diag(h)) * np.eye(len(h)) for h in means]
-            hessians.update(dict.fromkeys(members, means))
+    statistics = measure() if None in made.values() else _Statistics()
+    moments = statistics.moments(tied) if statistics.total is not None else []
     for path, module in modules.items():
         q, refined = options.quantizations[path], made[path]
-        if refined is None and path in hessians:
-            refined = _quantized(module.weight, hessians[path], q, options)
+        if refined is None and moments:
+            refined = round_weight(module.weight, moments, q, options.rounding)
             yield path, refined
         if refined is not None:
             module.weight = dequantized(refined, q).astype(module.weight.dtype)
@@ -250,70 +274,45 @@ def dequantized(refined: Refined, quantization: Quantization) -> mx.array:
     return mx.dequantize(parts["weight"], scales, biases, q.group_size, q.bits, q.mode, dtype=mx.float32)
 
 
-def _quantized(
-    weight: mx.array, hessians: Sequence[np.ndarray], quantization: Quantization, options: _Options
-) -> Refined:
-    experts = weight if weight.ndim == 3 else weight[None]
-    parts, latents = [], []
-    for expert, hessian in zip(experts, hessians, strict=True):
-        one = expert.astype(mx.float32)
-        importance = mx.array(np.maximum(np.diag(hessian), 0).astype(np.float32))
-        scales = find_scales(one, quantization, importance, options.dtype)
-        if options.feedback:
-            one = mx.array(gptq(np.array(one), hessian, scales, quantization, damping=options.damping))
-        parts.append(pack(one, scales, quantization))
-        latents.append(one)
-    stacked = {name: mx.stack([part[name] for part in parts]) for name in parts[0]}
-    latent = mx.stack(latents)
-    if weight.ndim == 2:
-        stacked, latent = {name: part[0] for name, part in stacked.items()}, latent[0]
-    mx.eval(stacked, latent)
-    return Refined(stacked, latent)
-
-
 @contextmanager
-def _weights_restored(modules: Mapping[str, Any]) -> Iterator[None]:
+def _weights_restored(modules: Mapping[str, Any]) -> Iterator[dict[str, mx.array]]:
+    """At the end the modules have the weights of the beginning, which are given."""
     before = {path: module.weight for path, module in modules.items()}
     try:
-        yield
+        yield before
     finally:
         for path, weight in before.items():
             modules[path].weight = weight
 
 
-@contextmanager
-def _recorded(modules: Mapping[str, Any]) -> Iterator[Measured]:
-    """Record the inputs of modules while they run; those with the same inputs share one entry.
+@dataclass(frozen=True)
+class _Call:
+    """Modules that were called with the same inputs, and of a stack the experts."""
+
+    paths: list[str]
+    inputs: mx.array
+    indices: mx.array | None
+
+
+def _calls(blocks: Blocks, number: int, states: mx.array, modules: Mapping[str, Any]) -> list[_Call]:
+    """The calls of modules when a block runs, in order; the inputs are not computed yet.
 
     Each module gets a subclass of its own type for the time, so a model keeps its structure.
     """
-    result: Measured = []
-    group: dict[str, tuple[list[str], _Statistics]] = {}
-    last: list[tuple[Any, Any, str]] = []  # the inputs of the latest calls, kept alive
+    calls: list[_Call] = []
 
-    def record(path: str, module: Any, x: mx.array, indices: Any) -> None:
-        leader = next((p for before, i, p in last if before is x and i is indices), None)
-        if path not in group:
-            if leader is not None and leader in group:
-                group[path] = group[leader]
-                group[path][0].append(path)
-            else:
-                group[path] = ([path], _Statistics())
-                result.append(group[path])
-        members, statistics = group[path]
-        if members[0] != path:
-            return
-        last.append((x, indices, path))
-        del last[:-4]
-        if indices is None:
-            statistics.add(x)
+    def record(path: str, x: mx.array, indices: Any) -> None:
+        same = next((call for call in calls if call.inputs is x and call.indices is indices), None)
+        if same is None:
+            calls.append(_Call([path], x, indices))
         else:
-            statistics.add_experts(x, indices, module.weight.shape[0])
+            same.paths.append(path)
 
     with ExitStack() as stack:
         for path, module in modules.items():
             stack.enter_context(_subclassed(path, module, record))
-        yield result
+        blocks.run(number, states)
+    return calls
 
 
 @contextmanager
@@ -325,7 +324,7 @@ def _subclassed(path: str, module: Any, record: Callable[..., None]) -> Iterator
         """A module that tells its inputs."""
 
         def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-            record(path, module, x, args[0] if is_stack else None)
+            record(path, x, args[0] if is_stack else None)
             return plain.__call__(self, x, *args, **kwargs)
 
     module.__class__ = Recording

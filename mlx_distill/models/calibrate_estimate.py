@@ -16,6 +16,7 @@ from mlx_distill.models.architectures.registry import architecture_of, build_mod
 from mlx_distill.models.forward import compute_dtype, hidden_size, is_tied
 from mlx_distill.models.modules import cast_model, matrix_shape
 from mlx_distill.models.quantization import Quantization, parse_mode
+from mlx_distill.models.rounding import SLICE_WEIGHTS
 
 # Layers that get the same input as another layer of their block, and share its Hessian.
 _SHARED = ("k_proj", "v_proj", "up_proj")
@@ -24,8 +25,9 @@ _FACTOR_PRODUCTS = 3  # times columns cubed: a Cholesky factor, and a triangle i
 # the search for scales, which in the affine modes takes most.
 HOST_RATE = 4.5e9
 _SEARCH_SECONDS = 0.4e-6
-_ROUNDING_BYTES = 30  # a weight of the matrix that is rounded, measured: float32 copies, steps and codes
-_STACK_BYTES = 8  # a weight of a whole stack of experts: the compensated weights, one by one and stacked
+_SLICE_BYTES = 30  # a weight of the rows that are rounded at a time, measured: float32 copies, steps, codes
+_LATENT_BYTES = 8  # a weight of a module whose compensated weights are kept: by slices, and joined
+_READ_BYTES = 4  # a weight of a module in a block, whose values are read back in float32
 
 
 @dataclass(frozen=True)
@@ -35,10 +37,11 @@ class CalibrationEstimate:
     Attributes:
         weights: Weights that are calibrated.
         token_flops: Of one token through the blocks.
-        device_flops: Two passes through each block, and the products x x^T, on MLX's device.
+        device_flops: Passes through each block, and the products x x^T, on MLX's device.
         host_products: Of factors and error feedback, on the CPU.
-        states_bytes: Hidden states of the rows, before and after a block.
-        hessian_bytes: The largest Hessians that exist at a time: those of one block, in float32 and float64.
+        states_bytes: Hidden states of the rows in two models, of one before and after a block.
+        hessian_bytes: The largest Hessians that exist at a time: those of layers with the same inputs, in
+            float32 and float64.
         rounding_bytes: While the largest module is rounded.
         resident_bytes: The model itself.
     """
@@ -64,7 +67,7 @@ class CalibrationEstimate:
 
 
 def estimate_calibration(
-    model: Any, quantizations: Mapping[str, Quantization], tokens: int
+    model: Any, quantizations: Mapping[str, Quantization], tokens: int, *, latents: bool = False
 ) -> CalibrationEstimate:
     """Time and memory of a calibration, from shapes: none of the model's arrays is computed.
 
@@ -72,12 +75,14 @@ def estimate_calibration(
         model: mlx-lm's, loaded or of :func:`model_of_config`.
         quantizations: Of the modules that are calibrated, by path.
         tokens: Of all rows together; 128 rows of 160 are 20,480.
+        latents: Whether the compensated weights are kept, for a training that begins with them.
     """
     names, tied = module_names(model), is_tied(model)
     experts_used = int(getattr(model.args, "num_experts_per_tok", 0) or 1)
     weights, per_token, products, host = 0, 0.0, 0.0, 0.0
-    hessians: dict[str, int] = defaultdict(int)
-    largest = rounding = 0
+    groups: dict[str, int] = defaultdict(int)  # of layers with the same inputs, by block
+    measured: dict[str, float] = defaultdict(float)  # products of a token in the layers that are calibrated
+    largest = rounding = hessians = 0
     for path, module in model.named_modules():
         if "weight" not in module or module.weight.ndim < 2:
             continue
@@ -85,30 +90,41 @@ def estimate_calibration(
         stack = module.weight.shape[0] if module.weight.ndim == 3 else 1
         used = min(experts_used, stack)
         in_block = path.startswith(f"{names.trunk}.layers.")
-        if in_block:
-            per_token += 2.0 * outputs * columns * used
+        block = path.removeprefix(f"{names.trunk}.layers.").split(".")[0] if in_block else ""
+        flops = 2.0 * outputs * columns * used
+        per_token += flops * in_block
         if path not in quantizations or (path == names.embedding and not tied):
             continue
         weights += stack * outputs * columns
         host += stack * (float(outputs) * columns**2 + _FACTOR_PRODUCTS * float(columns) ** 3)
         largest = max(largest, columns)
-        whole = _STACK_BYTES * stack * outputs * columns if stack > 1 else 0
-        rounding = max(rounding, _ROUNDING_BYTES * outputs * columns + whole)
+        whole = stack * outputs * columns
+        joined = _packed_bytes(quantizations[path]) + _LATENT_BYTES * latents + _READ_BYTES * in_block
+        sliced = _SLICE_BYTES * max(min(outputs * columns, SLICE_WEIGHTS), columns)
+        rounding = max(rounding, sliced + int(joined * whole))
+        measured[block] += flops * in_block
         if not path.endswith(_SHARED):
-            block = path.removeprefix(f"{names.trunk}.layers.").split(".")[0] if in_block else path
-            products += 2.0 * columns**2 * used
-            hessians[block] += stack * columns**2 * (4 + 8)
+            matrices = 1 if stack > 1 else 2  # H, and for the correction that of the differences
+            products += 2.0 * matrices * columns**2 * used
+            hessians = max(hessians, matrices * stack * columns**2 * (4 + 8))
+            groups[block] += 1
     working = 4 * 8 * largest**2  # the damped matrix, its factor, the identity and the inverse
     return CalibrationEstimate(
         weights=weights,
         token_flops=per_token,
-        device_flops=tokens * (2 * per_token + products),
+        # Both models once, and for each group of layers on average half of what is calibrated.
+        device_flops=tokens * (2 * per_token + products + sum(groups[b] * measured[b] for b in groups)),
         host_products=host,
-        states_bytes=2 * tokens * hidden_size(model) * compute_dtype(model).size,
-        hessian_bytes=max(hessians.values(), default=0) + working,
+        states_bytes=3 * tokens * hidden_size(model) * compute_dtype(model).size,
+        hessian_bytes=hessians + working,
         rounding_bytes=rounding,
         resident_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
     )
+
+
+def _packed_bytes(quantization: Quantization) -> float:
+    """A weight of the packed tensors, by slices and joined; a scale and a bias take at most four bytes."""
+    return 2 * (quantization.bits / 8 + 4 / quantization.group_size)
 
 
 def predict_calibration(config: Mapping[str, Any], tokens: int, mode: str = "mxfp4") -> CalibrationEstimate:

@@ -14,7 +14,8 @@ class Refined:
     Attributes:
         parts: The tensors of the module, exactly on the grid: ``weight``, ``scales``, and in the affine modes
             ``biases``. Never quantize them again: ``mx.quantize`` moves most of them.
-        latent: ``[*lead, out, in]`` float32, what was rounded: GPTQ's compensated weights, or trained ones.
+        latent: ``[*lead, out, in]`` float32, what was rounded: GPTQ's compensated weights, or trained ones;
+            an empty array where it was not kept.
     """
 
     parts: dict[str, mx.array]

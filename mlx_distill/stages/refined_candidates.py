@@ -190,15 +190,16 @@ def _calibrated(
     from mlx_distill.models.calibrate import calibrate
     from mlx_distill.models.quantized_modules import rounded_parts
     from mlx_distill.models.refined import Refined
+    from mlx_distill.models.rounding import Rounding
 
     rows = [answer.tokens for answer in bench.calibration]
     dtype = Counter(bench.dtypes[path] for path in quantizations).most_common(1)[0][0]
+    latents = bench.context.recipe.quantize.refine == DISTILL  # which begins there
     yield from calibrate(
         bench.model,
         rows,
         quantizations,
-        dtype=dtype,
-        feedback=feedback,
+        rounding=Rounding(dtype=dtype, feedback=feedback, latents=latents),
         finished=partial(read_refined, folder),
         progress=bench.context.progress,
     )
@@ -213,19 +214,21 @@ def _distilled(
     bench: Bench, folder: Path, quantizations: Mapping[str, Quantization], start: Parts
 ) -> Iterator[tuple[str, Refined]]:
     """Weights trained towards the unquantized student."""
-    from mlx_distill.distill.refine import RefineSettings, refine
+    from mlx_distill.distill.refine import RefineJob, RefineSettings, refine
 
     context = bench.context
     settings = context.recipe.quantize
     refined = refine(
-        bench.model,
-        quantizations,
-        start,
-        [answer.tokens for answer in bench.calibration],
-        folder=folder / "training",
-        identity=content_of(context.run / "student"),
-        settings=RefineSettings(steps=settings.refine_steps, learning_rate=settings.refine_learning_rate),
-        progress=context.progress,
-        stop=context.stop,
+        RefineJob(
+            bench.model,
+            quantizations,
+            start,
+            [answer.tokens for answer in bench.calibration],
+            folder=folder / "training",
+            identity=content_of(context.run / "student"),
+            settings=RefineSettings(steps=settings.refine_steps, learning_rate=settings.refine_learning_rate),
+            progress=context.progress,
+            stop=context.stop,
+        )
     )
     yield from refined.items()

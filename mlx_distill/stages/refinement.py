@@ -199,7 +199,9 @@ def _note_estimate(bench: Bench, quantizations: Mapping[str, Quantization]) -> N
 
     settings, progress = bench.context.recipe.quantize, bench.context.progress
     lengths, held_out = ([len(row.tokens) for row in rows] for rows in (bench.calibration, bench.held_out))
-    found = estimate_calibration(bench.model, quantizations, sum(lengths))
+    found = estimate_calibration(
+        bench.model, quantizations, sum(lengths), latents=settings.refine == "distill"
+    )
     rate = sum(held_out) * found.token_flops / bench.reference_seconds
     progress.note(
         f"quantize: {counted(len(quantizations), 'module')}, {found.weights / 1e6:,.1f} million weights; "

@@ -15,7 +15,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_distill.distill.quantization_error import quantization_error
-from mlx_distill.distill.refine import refine
+from mlx_distill.distill.refine import RefineJob, refine
 from mlx_distill.distill.refine_blocks import FACTS, PaddedRows
 from mlx_distill.distill.refine_estimate import estimate_refine, predict_refine
 from mlx_distill.distill.refine_targets import student_targets
@@ -193,7 +193,14 @@ def test_the_loss_falls_and_so_does_the_divergence_of_the_packed_model(
     modes = quantizations(model, mode)
     start, answers = start_of(model, modes), [TokenizedAnswer(row, 1) for row in rows()]
     refined = refine(
-        model, modes, start, rows(), folder=tmp_path, settings=RefineSettings(steps=30, learning_rate=1e-3)
+        RefineJob(
+            model,
+            modes,
+            start,
+            rows(),
+            folder=tmp_path,
+            settings=RefineSettings(steps=30, learning_rate=1e-3),
+        )
     )
     facts = json.loads((tmp_path / FACTS).read_text())
     assert facts["last_loss"] < 0.8 * facts["first_loss"] and facts["steps"] == 30
@@ -217,7 +224,9 @@ def test_a_loaded_folder_has_the_logits_of_the_trained_model(
     modes = quantizations(model, mode)
     start = start_of(model, modes)
     refined = refine(
-        model, modes, start, rows(), folder=tmp_path / "work", settings=RefineSettings(**SHORT, **changes)
+        RefineJob(
+            model, modes, start, rows(), folder=tmp_path / "work", settings=RefineSettings(**SHORT, **changes)
+        )
     )
     packed = quantized_layers(model, refined, modes)
     save_model(packed, golden(model_name), tmp_path / "model")
@@ -247,27 +256,28 @@ def test_a_killed_refinement_that_is_repeated_gives_the_same_bits(
 ) -> None:
     settings = RefineSettings(**SHORT, **changes)
 
-    def run(folder: Path, progress: NullProgress | None = None, **options: Any) -> dict[str, Refined]:
+    def run(folder: Path, **options: Any) -> dict[str, Refined]:
         model = loaded(golden, "qwen3")
         modes = quantizations(model, mode, other)
         return refine(
-            model,
-            modes,
-            start_of(model, modes),
-            rows(),
-            folder=folder,
-            settings=settings,
-            progress=progress,
-            **options,
+            RefineJob(
+                model,
+                modes,
+                start_of(model, modes),
+                rows(),
+                folder=folder,
+                settings=settings,
+                **options,
+            )
         )
 
     whole = run(tmp_path / "whole")
     for last in (2, 5) if not changes else (2, 11):
         with pytest.raises(Killed):
-            run(tmp_path / "killed", Dies(last))
+            run(tmp_path / "killed", progress=Dies(last))
     assert same(run(tmp_path / "killed"), whole)
     # Finished: nothing is trained again.
-    assert same(run(tmp_path / "killed", Dies(0) if changes else None), whole)
+    assert same(run(tmp_path / "killed", **({"progress": Dies(0)} if changes else {})), whole)
 
 
 def test_targets_are_computed_once_and_again_for_another_student(golden: Golden, tmp_path: Path) -> None:
@@ -319,7 +329,7 @@ def test_a_loss_that_is_not_a_number_is_an_error_and_nothing_is_kept(
     modes = quantizations(model, "mxfp4")
     settings = RefineSettings(steps=4, learning_rate=3e38, **changes)
     with pytest.raises(DataError, match=r"not a number|not finite"):
-        refine(model, modes, start_of(model, modes), rows(), folder=tmp_path, settings=settings)
+        refine(RefineJob(model, modes, start_of(model, modes), rows(), folder=tmp_path, settings=settings))
     assert not (tmp_path / FACTS).exists() and not list(tmp_path.glob("blocks/*.safetensors"))
     assert mx.isfinite(output(model, rows()[0])).all().item()
 
@@ -331,7 +341,15 @@ def test_a_rate_that_is_too_high_is_said(golden: Golden, tmp_path: Path) -> None
     progress.note = notes.append  # type: ignore[method-assign]
     settings = RefineSettings(steps=6, learning_rate=1.0)
     refine(
-        model, modes, start_of(model, modes), rows(), folder=tmp_path, settings=settings, progress=progress
+        RefineJob(
+            model,
+            modes,
+            start_of(model, modes),
+            rows(),
+            folder=tmp_path,
+            settings=settings,
+            progress=progress,
+        )
     )
     assert any("lower the learning rate" in note for note in notes), notes
 
@@ -343,7 +361,8 @@ def test_a_student_in_bfloat16_is_trained_in_float32(
     model = load_model(golden("qwen3"), dtype="bfloat16")[0]
     modes = quantizations(model, "nvfp4")
     settings = RefineSettings(steps=12, learning_rate=2e-3, **changes)
-    refined = refine(model, modes, start_of(model, modes), rows(), folder=tmp_path, settings=settings)
+    job = RefineJob(model, modes, start_of(model, modes), rows(), folder=tmp_path, settings=settings)
+    refined = refine(job)
     assert all(part.latent.dtype == mx.float32 for part in refined.values())
     facts = json.loads((tmp_path / FACTS).read_text())
     for part in facts.get("blocks", [facts]):
@@ -361,7 +380,10 @@ def test_published_experts_keep_their_bits(golden: Golden, tmp_path: Path) -> No
     del start["model.embed_tokens"]  # not the head, so calibration measures nothing of it
     for changes in ({}, BY_BLOCKS):
         settings = RefineSettings(**SHORT, **changes)
-        assert refine(model, modes, start, rows(), folder=tmp_path, settings=settings).keys() == modes.keys()
+        assert (
+            refine(RefineJob(model, modes, start, rows(), folder=tmp_path, settings=settings)).keys()
+            == modes.keys()
+        )
     now = dict(tree_flatten(model.parameters()))
     assert all(mx.array_equal(value, now[name]).item() for name, value in experts.items())
 
@@ -388,7 +410,7 @@ def test_a_block_is_trained_as_by_its_plain_twin(golden: Golden, tmp_path: Path)
     modes = {p: q for p, q in quantizations(model, "mxfp4").items() if p.startswith("model.layers.0.")}
     start = start_of(model, modes)
     settings = RefineSettings(steps=5, learning_rate=2e-3, **BY_BLOCKS)
-    found = refine(model, modes, start, rows(), folder=tmp_path, settings=settings)
+    found = refine(RefineJob(model, modes, start, rows(), folder=tmp_path, settings=settings))
     # The twin: the same block, one row at a time, Adam in NumPy.
     layer, texts = model.model.layers[0], rows()
     names = [path.removeprefix("model.layers.0.") for path in modes]

@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from mlx_distill.errors import DataError, ModelError
 from mlx_distill.models.calibrate import calibrate, dequantized
 from mlx_distill.models.convert import convert
-from mlx_distill.models.gptq import gptq
+from mlx_distill.models.gptq import column_factor, gptq
 from mlx_distill.models.grids import find_scales, pack, round_to_grid
 from mlx_distill.models.load import load_model
 from mlx_distill.models.quantization import Quantization, parse_mode
@@ -95,7 +95,7 @@ def test_the_first_block_is_rounded_by_the_hessian_of_a_plain_forward(
         (refined,) = dict(calibrate(model, sequences, {path: q})).values()
         weight, hessian = dict(model.named_modules())[path].weight, plain_hessian(model, path, sequences)
         scales = find_scales(weight, q, mx.array(np.diag(hessian).astype(np.float32)))
-        wanted = round_to_grid(mx.array(gptq(np.array(weight), hessian, scales, q)), scales, q)
+        wanted = round_to_grid(mx.array(gptq(np.array(weight), column_factor(hessian), scales, q)), scales, q)
         assert mx.mean((dequantized(refined, q) == wanted).astype(mx.float32)).item() > 0.98
         difference = np.array(weight) - np.array(dequantized(refined, q))
         nearest = np.array(weight) - np.array(round_to_grid(weight, find_scales(weight, q), q))
@@ -113,7 +113,7 @@ def test_each_expert_is_rounded_by_its_own_tokens(golden: Any, tmp_path: Path) -
     for expert in range(len(weight)):
         hessian = plain_hessian(model, path, sequences, expert)
         scales = find_scales(weight[expert], q, mx.array(np.diag(hessian).astype(np.float32)))
-        latent = mx.array(gptq(np.array(weight[expert]), hessian, scales, q))
+        latent = mx.array(gptq(np.array(weight[expert]), column_factor(hessian), scales, q))
         same = pack(latent, scales, q)["weight"] == refined.parts["weight"][expert]
         assert mx.mean(same.astype(mx.float32)).item() > 0.9
 
@@ -129,7 +129,7 @@ def test_a_tied_embedding_is_rounded_as_head_and_as_embedding(golden: Any, tmp_p
     hessian += np.mean(np.diag(hessian)) * np.eye(len(hessian))
     weight = model.model.embed_tokens.weight
     scales = find_scales(weight, q, mx.array(np.diag(hessian).astype(np.float32)))
-    wanted = pack(mx.array(gptq(np.array(weight), hessian, scales, q)), scales, q)["weight"]
+    wanted = pack(mx.array(gptq(np.array(weight), column_factor(hessian), scales, q)), scales, q)["weight"]
     assert mx.mean((refined.parts["weight"] == wanted).astype(mx.float32)).item() > 0.9
 
 
