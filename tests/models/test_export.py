@@ -229,6 +229,7 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
             "other": {"accuracy": None},
         },
         "task_details": {"label": "first|tone"},
+        "answer": {"sentence": "Ours is as good as the teacher within 3 points."},
     }
     to_hf(tmp_path / "ours", tmp_path / "out", card=partial(card_text, report=figures))
     card = (tmp_path / "out" / "README.md").read_text()
@@ -242,6 +243,7 @@ def test_the_card_has_provenance_and_the_reports_figures(golden: Any, tmp_path: 
         in plain
     )
     assert "Of the run `first`, on 40 held-out rows, in brackets 95 % intervals, this is its `ours`." in plain
+    assert "## Measured\n\nOurs is as good as the teacher within 3 points.\n\n| model |" in card
     assert "do not compare" not in card
     assert "stage `convert`" in card
     assert "rounds YaRN's correction range" in card
