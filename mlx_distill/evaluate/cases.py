@@ -7,9 +7,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from mlx_distill.evaluate.conditions import Condition
 from mlx_distill.evaluate.row_metrics import RowMetric
 from mlx_distill.metrics.classification import predicted_label, predicted_score, true_value
 from mlx_distill.tasks.task import Task
+from mlx_distill.text import words
 
 Row = Mapping[str, Any]
 CHANGES = ("fixed", "broken", "both_right", "both_wrong")
@@ -33,8 +35,10 @@ def change_of(a: float | bool | None, b: float | bool | None, metric: RowMetric)
     return "improved" if gain > _EPSILON else "worsened" if gain < -_EPSILON else "same"
 
 
-def make_case(a: Row, b: Row, change: str | None, task: Task) -> dict[str, Any]:
-    """One row as a case.
+def make_case(
+    a: Row, b: Row, change: str | None, task: Task, categories: Mapping[str, Condition]
+) -> dict[str, Any]:
+    """One row as a case; ``categories`` are the error categories of the task.
 
     Returns:
         ``id``, ``title``, ``input``, ``slices``, ``change``, ``truth`` (``label``, ``score``, ``answer``),
@@ -55,15 +59,15 @@ def make_case(a: Row, b: Row, change: str | None, task: Task) -> dict[str, Any]:
             "score": true_value(a, task.score) if task.score else None,
             "answer": truth,
         },
-        "a": _answer(a, task),
-        "b": _answer(b, task),
+        "a": _answer(a, task, categories),
+        "b": _answer(b, task, categories),
         "differs": [
             name for name in task.schema["properties"] if answers[0].get(name) != answers[1].get(name)
         ],
     }
 
 
-def _answer(row: Row, task: Task) -> dict[str, Any]:
+def _answer(row: Row, task: Task, categories: Mapping[str, Condition]) -> dict[str, Any]:
     valid = row.get("answer") is not None
     return {
         "label": predicted_label(row),
@@ -72,16 +76,20 @@ def _answer(row: Row, task: Task) -> dict[str, Any]:
         "error": None if valid else row.get("error") or "invalid",
         "text": None if valid else row.get("text", ""),
         "label_probs": row.get("label_probs"),
-        "error_class": error_class(row, task),
+        "error_class": error_class(row, task, categories),
     }
 
 
-def error_class(row: Row, task: Task) -> str | None:
-    """What kind of error an answer is: ``invalid``, ``false positive``, ``false negative`` or ``wrong
-    label``; None for a right one, and where the row has no true label.
+def error_class(row: Row, task: Task, categories: Mapping[str, Condition]) -> str | None:
+    """What kind of error an answer is: ``invalid``, those of the task's error categories that hold, else
+    ``false positive``, ``false negative`` or ``wrong label``; None for a right one, and where the row has no
+    true label.
     """
     if row.get("answer") is None:
         return "invalid"
+    holding = [name for name, condition in categories.items() if row.get("truth") and condition.holds(row)]
+    if holding:
+        return ", ".join(map(words, holding))
     truth = true_value(row, task.label) if task.label else None
     predicted = predicted_label(row)
     if truth is None or predicted == truth:

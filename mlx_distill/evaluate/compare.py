@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.evaluate.cases import change_counts, change_of, ids_by_change, make_case
+from mlx_distill.evaluate.categories import parse_categories
 from mlx_distill.evaluate.comparison_inputs import Paired, Reference, Side, pair_sides
 from mlx_distill.evaluate.comparison_text import advice, sentence, text_lines, token_lines
 from mlx_distill.evaluate.held_out import count_look, leaked_ids
@@ -148,9 +149,12 @@ def compare_sides(
             f"{a.source}: no row has a true answer for {chosen.title}",
             fix="give rows with true answers: --rows",
         )
+    chosen = main["metric"]
     limit = margin.value(chosen, main["a"]["value"]) if margin else None
     changes = [change_of(x, y, chosen) for x, y in zip(main["values_a"], main["values_b"], strict=True)]
-    cases = [make_case(x, y, change, task) for x, y, change in zip(paired.a, paired.b, changes, strict=True)]
+    rows = zip(paired.a, paired.b, changes, strict=True)
+    categories = parse_categories(task)
+    cases = [make_case(x, y, change, task, categories) for x, y, change in rows]
     names = _names(a, b)
     facts: dict[str, Any] = {
         "format": FORMAT,
@@ -166,19 +170,24 @@ def compare_sides(
         "margin": limit,
         "margin_text": margin.text if margin else None,
         **_result(main, chosen, limit),
-        **_power(main, chosen, _scale(chosen, task), limit, confidence),
+        **_power(main, chosen, _scale(chosen, task, main), limit, confidence),
         "counts": change_counts(changes, chosen),
         "score": _score_moves(paired, task),
         "metrics": _all_metrics(paired, task, chosen, clusters, confidence),
-        "slices": _slices(paired, task, chosen, confidence),
+        "slices": _slices(paired, task, chosen, clusters, confidence),
         "confusions": _confusions(paired, task),
         "notes": _row_notes(paired, task, clusters),
         "cases": ids_by_change({case["id"]: case["change"] for case in cases}),
     }
     facts |= _circumstances(a, b, paired, facts["id"])
-    facts["sentence"] = sentence(facts)
-    facts["advice"] = advice(facts)
-    return ModelComparison(facts, cases, task)
+    return ModelComparison(_concluded(facts), cases, task)
+
+
+def _concluded(facts: dict[str, Any]) -> dict[str, Any]:
+    """The facts with the sentence and the advice that follow from them."""
+    if facts["a"]["json_valid"]["value"] == 0:
+        facts["verdict"] = "inconclusive"  # to be as good as a model that answers nothing shows nothing
+    return {**facts, "sentence": sentence(facts), "advice": advice(facts)}
 
 
 def _circumstances(a: Side, b: Side, paired: Paired, comparison: str) -> dict[str, Any]:
@@ -218,10 +227,13 @@ def _result(main: Mapping[str, Any], metric: RowMetric, margin: float | None) ->
     }
 
 
-def _scale(metric: RowMetric, task: Task) -> float:
-    """The largest difference that two values of a metric can have."""
+def _scale(metric: RowMetric, task: Task, main: Mapping[str, Any]) -> float:
+    """The largest difference that two values of a metric can have, or at least have here."""
+    if metric.unit == "rate":
+        return 1.0
     low, high = task.score_scale
-    return 1.0 if metric.unit == "rate" else high - low
+    values = [value for side in "ab" for value in main[f"values_{side}"] if value is not None]
+    return max(high - low, max(values) - min(values))
 
 
 def _names(a: Side, b: Side) -> list[dict[str, str]]:
@@ -274,9 +286,12 @@ def _measure(
     x: list[Any] = [first[i] for i in kept]
     y: list[Any] = [second[i] for i in kept]
     groups = None if clusters is None else [clusters[i] for i in kept]
+    if all(isinstance(value, bool) for value in (*x, *y)):
+        metric = replace(metric, binary=True)
     test = compare_paired if metric.binary else compare_means
     result = test(y, x, clusters=groups, confidence=confidence)
     return {
+        "metric": metric,
         "n": len(kept),
         "a": _estimate(x, metric, groups, confidence),
         "b": _estimate(y, metric, groups, confidence),
@@ -417,7 +432,7 @@ def _all_metrics(
 
 
 def _slices(
-    paired: Paired, task: Task, metric: RowMetric, confidence: float
+    paired: Paired, task: Task, metric: RowMetric, clusters: Sequence[Any] | None, confidence: float
 ) -> dict[str, list[dict[str, Any]]]:
     """The main metric for each value of each slice field, the largest first; ``few`` below 30 rows."""
     positions = {row["id"]: i for i, row in enumerate(paired.a)}
@@ -427,7 +442,8 @@ def _slices(
         for value, members in group_by(paired.a, name).items():
             index = [positions[row["id"]] for row in members]
             part = Paired([paired.a[i] for i in index], [paired.b[i] for i in index], "", "", ())
-            measured = _measure(metric, part, None, confidence)
+            groups = None if clusters is None else [clusters[i] for i in index]
+            measured = _measure(metric, part, groups, confidence)
             if measured is not None:
                 few = measured["n"] < MIN_ITEMS
                 kept = {key: measured[key] for key in ("n", "a", "b", "difference")}

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_distill.text import MINUS, NONE, counted, significant, size
+from mlx_distill.text import MINUS, NONE, counted, listed, significant, size
 
 Facts = Mapping[str, Any]
 _VERDICTS = {
@@ -66,6 +66,9 @@ def _trimmed(number: str) -> str:
 def sentence(facts: Facts) -> str:
     """The answer in one sentence, with the difference, its interval and the number of rows."""
     unit = facts["metric_unit"]
+    if facts["a"]["json_valid"]["value"] == 0:
+        invalid = [facts[side]["phrase"] for side in "ab" if facts[side]["json_valid"]["value"] == 0]
+        return f"Nothing is shown: no answer of {listed(invalid)} fits the task."
     names = {side: facts[side]["phrase"] for side in "ab"}
     text = _VERDICTS[facts["verdict"]].format(**names, margin=shown_margin(facts) if facts["margin"] else "")
     if facts["verdict"] == "inconclusive" and not facts["margin"]:
@@ -83,6 +86,8 @@ def advice(facts: Facts) -> str | None:
     """What to do where nothing is shown; None where something is."""
     if facts["verdict"] != "inconclusive":
         return None
+    if facts["a"]["json_valid"]["value"] == 0:
+        return "Read some of the answers, look at the prompt, and compare constrained answers."
     unit, n = facts["metric_unit"], facts["n"]
     a, b = (facts[side]["phrase"] for side in "ab")
     provable = _points(facts["provable_margin"], unit)

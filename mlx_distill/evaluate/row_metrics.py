@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.evaluate.registry import task_metrics
+from mlx_distill.evaluate.registry import METRICS, Metric, metric_named, task_metrics
 from mlx_distill.metrics.answers import is_free, is_same, overlap_f1, same_value, similarity
 from mlx_distill.metrics.classification import predicted_label, predicted_score, true_value
 from mlx_distill.tasks.task import Task
@@ -27,7 +27,8 @@ class RowMetric:
     Attributes:
         name: Its name on the command line and in files.
         title: Its name in tables.
-        value: Its value of a row; None for a row without the true answer that it needs.
+        value: Its value of a row; None for a row without the true answer that it needs. A metric that looks
+            at all rows at once has ``column`` instead.
         binary: Whether a row is right or wrong; else its value is a number.
         unit: ``rate`` for values from 0 to 1, shown in percent and percentage points; ``points`` for values
             on the task's scale.
@@ -36,10 +37,11 @@ class RowMetric:
 
     name: str
     title: str
-    value: Callable[[Row], float | bool | None]
+    value: Callable[[Row], float | bool | None] | None
     binary: bool = False
     unit: str = "rate"
     higher_is_better: bool = True
+    column: Callable[[Sequence[Row]], Sequence[float | bool | None]] | None = None
 
     @property
     def point(self) -> float:
@@ -64,11 +66,22 @@ def row_metrics(task: Task) -> dict[str, RowMetric]:
     metrics.append(
         RowMetric("json_valid", "Fits the task", lambda row: row.get("answer") is not None, binary=True)
     )
+    for own in task_metrics(task):  # those that the task names
+        if own.values is not None and own.name not in {metric.name for metric in metrics}:
+            metrics.append(_registered(own))
     return {metric.name: metric for metric in metrics}
 
 
+def _registered(metric: Metric) -> RowMetric:
+    """A metric of the registry that has a value a row."""
+    unit = "rate" if metric.unit == "share" else "points"
+    higher = metric.better == "higher"
+    return RowMetric(metric.name, metric.title, None, metric.binary, unit, higher, metric.values)
+
+
 def find_metric(task: Task, name: str | None) -> RowMetric:
-    """The metric of that name, one of those that the task names included, or the main one.
+    """The metric of that name, or the main one: one of :func:`row_metrics`, of the registry, or the user's
+    own ``module:function``.
 
     Raises:
         ConfigError: the task has no such metric.
@@ -76,29 +89,16 @@ def find_metric(task: Task, name: str | None) -> RowMetric:
     metrics = row_metrics(task)
     if name is None:
         return next(iter(metrics.values()))
-    metrics = {**_named_by(task), **metrics}
-    if name not in metrics:
-        raise ConfigError(
-            f"--metric {name}: not one with a value a row in the task {task.name!r}",
-            fix=known_names(name, metrics, "metrics"),
-        )
-    return metrics[name]
-
-
-def _named_by(task: Task) -> dict[str, RowMetric]:
-    """The metrics that the task names and that have a value a row."""
-    return {
-        metric.name: RowMetric(
-            metric.name,
-            metric.title,
-            lambda row, values=metric.values: values([row])[0],  # type: ignore[misc]
-            binary=metric.binary,
-            unit="rate" if metric.unit == "share" else metric.unit,
-            higher_is_better=metric.better == "higher",
-        )
-        for metric in task_metrics(task)
-        if metric.values is not None
-    }
+    if name in metrics:
+        return metrics[name]
+    if name in METRICS or ":" in name:
+        registered = metric_named(task, name)
+        if registered.values is not None:
+            return _registered(registered)
+    raise ConfigError(
+        f"--metric {name}: not one with a value a row in the task {task.name!r}",
+        fix=known_names(name, metrics, "metrics"),
+    )
 
 
 def _accuracy(label: str) -> RowMetric:
@@ -153,4 +153,7 @@ def _field(name: str, schema: Mapping[str, Any]) -> RowMetric:
 
 def values_of(metric: RowMetric, rows: Sequence[Row]) -> list[float | bool | None]:
     """The metric of each row."""
+    if metric.column is not None:
+        return list(metric.column(rows))
+    assert metric.value is not None, metric.name
     return [metric.value(row) for row in rows]

@@ -9,9 +9,8 @@ from mlx_distill.errors import DataError
 from mlx_distill.evaluate.compare import compare_sides, parse_margin
 from mlx_distill.evaluate.comparison_inputs import Side
 from mlx_distill.metrics.classification import Row
-from mlx_distill.run_models import RESULTS, model_phrase
+from mlx_distill.run_models import RESULTS
 from mlx_distill.tasks.task import Task
-from mlx_distill.text import listed
 
 _ANSWER = (
     "verdict",
@@ -73,17 +72,7 @@ def compare_final(
         )
     except DataError:
         return None
-    facts = found.to_dict() | {"models": list(pair)}
-    invalid = [name for name, side in zip(pair, "ab", strict=True) if facts[side]["json_valid"]["value"] == 0]
-    if pair[0] in invalid:
-        # Models that answer nothing do not differ, which is no result.
-        names = listed([model_phrase(name) for name in invalid])
-        facts |= {
-            "verdict": "inconclusive",
-            "sentence": f"Nothing is shown: no answer of {names} fits the task.",
-            "advice": None,
-        }
-    return facts
+    return found.to_dict() | {"models": list(pair)}
 
 
 def answer(comparison: Mapping[str, Any] | None) -> dict[str, Any] | None:

@@ -249,3 +249,27 @@ def test_two_files_are_compared_without_mlx(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and done.stdout == "\n", done.stderr + done.stdout
+
+
+def test_a_model_that_answers_nothing_is_no_measure(tmp_path: Path) -> None:
+    files = write_files(tmp_path, 40, a={"invalid": range(40)}, b={"invalid": range(40)})
+    result = compare(files, margin="30pt")
+    assert (
+        result.verdict == "inconclusive" and "no answer of before and after fits" in result.facts["sentence"]
+    )
+
+
+def test_metrics_and_error_categories_of_the_task(tmp_path: Path) -> None:
+    extra = """
+metrics: [{metric: field_accuracy, name: points_right, field: points}]
+error_categories:
+  far_off: {points: {over_by: 20}}
+"""
+    files = write_files(tmp_path, 40, b={"shift": {3: 50, 4: 5}}, task=extra)
+    result = compare(files, metric="points_right")
+    assert result.facts["cases"]["broken"] and result.facts["metric_title"] == "Points right"
+    classes = {case["id"]: case["b"]["error_class"] for case in result.cases}
+    assert classes["r3"] == "far off" and classes["r4"] is None
+    assert "points_right" in {entry["metric"] for entry in compare(files).facts["metrics"]}
+    with pytest.raises(ConfigError, match=r"--metric f1: not one with a value a row"):
+        compare(files, metric="f1")

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import itertools
 import json
+import math
 import random
 from typing import Any
 
@@ -122,3 +124,26 @@ def test_an_invalid_schema_is_a_config_error() -> None:
 def test_the_packaged_tasks_begin_with_their_label(name: str) -> None:
     task = load_task(name)
     assert label_prefix(task.schema, task.label) == '{"' + task.label + '": "'
+
+
+VALUES = [0, 1, 3.0, -1, 200, True, None, "x", "long" * 80, "joy", [], ["a"], ["a", "b", "c"], [1], {"a": 1}]
+VALUES += [math.nan]
+SCHEMAS: list[dict[str, Any]] = [
+    {"properties": {"a": {"type": "integer", "maximum": 100}, "b": {"enum": ["joy", 1]}}, "required": ["a"]},
+    {"properties": {"a": {"type": "array", "items": {"enum": ["a", "b"]}, "maxItems": 2}, "b": {}}},
+    {"properties": {"a": {"type": ["number", "null"]}}, "additionalProperties": False},
+    {"properties": {"a": {"const": 1}}, "additionalProperties": {"type": "string"}},
+    {"properties": {"a": {"type": "string"}}, "minProperties": 2},
+    {"properties": {"a": {"$ref": "#/properties/b"}, "b": {"type": "string"}}},
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_a_check_field_by_field_is_that_of_the_whole_schema(schema: dict[str, Any]) -> None:
+    import jsonschema
+
+    schema = {"type": "object", **schema}
+    whole = jsonschema.validators.validator_for(schema)(schema)
+    for a, b in itertools.product(VALUES, VALUES):
+        for answer in ({"a": a, "b": b}, {"a": a}, {"b": b, "c": a}):
+            assert (check_answer(answer, schema) is None) == whole.is_valid(answer), answer
