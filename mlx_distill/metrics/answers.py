@@ -63,6 +63,8 @@ def overlap_f1(value: Any, reference: Any) -> float | None:
     >>> overlap_f1(["grace", "hope"], ["Hope"]), overlap_f1("a red door", "The red door.")
     (0.6666666666666666, 0.6666666666666666)
     """
+    if value == reference and isinstance(reference, (str, list, tuple)):
+        return 1.0
     if isinstance(reference, str):
         parts = [Counter(text_words(text)) for text in (value, reference)]
     elif isinstance(reference, (list, tuple)):

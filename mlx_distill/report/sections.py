@@ -60,7 +60,7 @@ SECTIONS = (
     Section("comparison", "Comparison", "Against the model that it replaces", comparison_section.comparison),
     Section("goals", "Goals", "Goals", results_section.goals),
     Section("results", "Results", "Results", results_section.results),
-    Section("attribution", "Attribution", "Where accuracy is lost", "attribution"),
+    Section("attribution", "Attribution", "From teacher to quantized student", "attribution"),
     Section("constrained", "Constrained", "Free and constrained answers", constrained_section.constrained),
     Section("disagreements", "Disagreements", "Disagreements with the teacher", rows_section.disagreements),
     Section("slices", "Slices", "Slices", results_section.slices),
