@@ -179,7 +179,7 @@ def compare_sides(
         "notes": _row_notes(paired, task, clusters),
         "cases": ids_by_change({case["id"]: case["change"] for case in cases}),
     }
-    facts |= _circumstances(a, b, paired, facts["id"])
+    facts |= _circumstances(a, b, paired)
     return ModelComparison(_concluded(facts), cases, task)
 
 
@@ -190,7 +190,7 @@ def _concluded(facts: dict[str, Any]) -> dict[str, Any]:
     return {**facts, "sentence": sentence(facts), "advice": advice(facts)}
 
 
-def _circumstances(a: Side, b: Side, paired: Paired, comparison: str) -> dict[str, Any]:
+def _circumstances(a: Side, b: Side, paired: Paired) -> dict[str, Any]:
     """Which rows these are, what was done with them before, and how they were answered."""
     runs = [side.run for side in (a, b) if side.run is not None]
     return {
@@ -200,7 +200,7 @@ def _circumstances(a: Side, b: Side, paired: Paired, comparison: str) -> dict[st
         "serving": _common(a.settings, b.settings),
         "variables": list(paired.variables),
         "leaked": leaked_ids(paired.a, runs),
-        "looked": count_look(runs, paired.dataset_sha, comparison),
+        "looked": count_look(runs, paired.dataset_sha, digest([a.sha, b.sha])[:16]),
     }
 
 
