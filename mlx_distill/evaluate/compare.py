@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -20,7 +20,9 @@ from mlx_distill.evaluate.comparison_inputs import Paired, Reference, Side, pair
 from mlx_distill.evaluate.comparison_text import advice, sentence, text_lines, token_lines
 from mlx_distill.evaluate.held_out import count_look, leaked_ids
 from mlx_distill.evaluate.row_metrics import RowMetric, find_metric, row_metrics, values_of
-from mlx_distill.metrics.classification import MIN_ITEMS, confusion, group_by, latency
+from mlx_distill.metrics.agreement import MIN_PROBABILITY
+from mlx_distill.metrics.calibration import calibration_error, class_numbers
+from mlx_distill.metrics.classification import MIN_ITEMS, confusion, group_by, latency, true_value
 from mlx_distill.metrics.clusters import clustered_mean
 from mlx_distill.metrics.intervals import Estimate, normal_quantile, rate
 from mlx_distill.metrics.paired import compare_means, compare_paired, relative_margin, verdict
@@ -176,6 +178,7 @@ def compare_sides(
         "metrics": _all_metrics(paired, task, chosen, clusters, confidence),
         "slices": _slices(paired, task, chosen, clusters, confidence),
         "confusions": _confusions(paired, task),
+        "calibration": _calibration(paired, task),
         "notes": _row_notes(paired, task, clusters),
         "cases": ids_by_change({case["id"]: case["change"] for case in cases}),
     }
@@ -378,6 +381,27 @@ def _side_facts(
 def _mean_of(rows: Sequence[Row], key: str) -> float | None:
     values = [row[key] for row in rows if row.get(key)]
     return sum(values) / len(values) if values else None
+
+
+def _calibration(paired: Paired, task: Task) -> dict[str, dict[str, float]] | None:
+    """How well the label probabilities of both sides fit the truth (``nll``, ``ece``, ``brier``), on the rows
+    on which both have them; None where there are none.
+    """
+    pairs = [
+        (x["label_probs"], y["label_probs"], true_value(x, task.label))
+        for x, y in zip(paired.a, paired.b, strict=True)
+        if task.label and x.get("label_probs") and y.get("label_probs")
+    ]
+    pairs = [pair for pair in pairs if pair[2] in task.labels]
+    if not pairs:
+        return None
+    truth = class_numbers([label for _, _, label in pairs], task.labels)
+    out: dict[str, dict[str, float]] = {}
+    for i, side in enumerate("ab"):
+        table = [[float(pair[i].get(name, 0.0)) for name in task.labels] for pair in pairs]
+        log_probs = np.log(np.maximum(np.array(table), MIN_PROBABILITY))
+        out[side] = {"n": len(pairs), **asdict(calibration_error(log_probs, truth))}
+    return out
 
 
 def _common(first: Mapping[str, Any], second: Mapping[str, Any]) -> dict[str, Any]:

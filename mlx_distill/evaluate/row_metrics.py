@@ -27,8 +27,7 @@ class RowMetric:
     Attributes:
         name: Its name on the command line and in files.
         title: Its name in tables.
-        value: Its value of a row; None for a row without the true answer that it needs. A metric that looks
-            at all rows at once has ``column`` instead.
+        value: Its value of a row; None for a row without the true answer that it needs.
         binary: Whether a row is right or wrong; else its value is a number.
         unit: ``rate`` for values from 0 to 1, shown in percent and percentage points; ``points`` for values
             on the task's scale.
@@ -37,11 +36,10 @@ class RowMetric:
 
     name: str
     title: str
-    value: Callable[[Row], float | bool | None] | None
+    value: Callable[[Row], float | bool | None]
     binary: bool = False
     unit: str = "rate"
     higher_is_better: bool = True
-    column: Callable[[Sequence[Row]], Sequence[float | bool | None]] | None = None
 
     @property
     def point(self) -> float:
@@ -74,9 +72,16 @@ def row_metrics(task: Task) -> dict[str, RowMetric]:
 
 def _registered(metric: Metric) -> RowMetric:
     """A metric of the registry that has a value a row."""
-    unit = "rate" if metric.unit == "share" else "points"
-    higher = metric.better == "higher"
-    return RowMetric(metric.name, metric.title, None, metric.binary, unit, higher, metric.values)
+    values = metric.values
+    assert values is not None, metric.name
+    return RowMetric(
+        metric.name,
+        metric.title,
+        lambda row: values([row])[0],
+        binary=metric.binary,
+        unit="rate" if metric.unit == "share" else "points",
+        higher_is_better=metric.better == "higher",
+    )
 
 
 def find_metric(task: Task, name: str | None) -> RowMetric:
@@ -153,7 +158,4 @@ def _field(name: str, schema: Mapping[str, Any]) -> RowMetric:
 
 def values_of(metric: RowMetric, rows: Sequence[Row]) -> list[float | bool | None]:
     """The metric of each row."""
-    if metric.column is not None:
-        return list(metric.column(rows))
-    assert metric.value is not None, metric.name
     return [metric.value(row) for row in rows]

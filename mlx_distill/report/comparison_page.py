@@ -327,6 +327,10 @@ def _both(facts: Facts) -> list[tuple[str, str, str]]:
         "Peak memory": lambda side: size(side["peak_memory_bytes"], page=True),
     }
     rows = [(name, show(facts["a"]), show(facts["b"])) for name, show in shown.items()]
+    names = {"nll": "Label log loss", "ece": "Calibration error", "brier": "Brier score"}
+    for key, name in names.items() if facts["calibration"] else ():
+        first, second = (f"{facts['calibration'][side][key]:.3f}" for side in "ab")
+        rows.insert(1, (name, first, second))
     return [row for row in rows if set(row[1:]) != {NONE}]
 
 

@@ -206,6 +206,7 @@ def test_two_models_of_a_run(tmp_path: Path, runner: Any) -> None:
     assert facts["a"]["name"] == "Teacher" and facts["b"]["name"] == "Quantized" and facts["n"] == 60
     assert facts["b"]["size_bytes"] == 150_000 and facts["a"]["size_bytes"] == 670_000
     assert facts["a"]["latency_s"] > 0 and facts["split"] == "test"
+    assert all(facts["calibration"][side]["nll"] > 0 for side in "ab")
     missing = runner.invoke(cli, [*arguments[:2], f"{tmp_path}/run:student_text", *arguments[3:]])
     assert missing.exit_code == 1 and "no evaluation of student_text" in missing.stderr
 
