@@ -90,7 +90,7 @@ def render_comparison(
         "margin": shown_margin(facts) if facts["margin"] else None,
         "metrics": _metric_tables(facts),
         "tiles": _tiles(facts),
-        "churn": f"The two differ in being right on {facts['churn']:.1%} of the rows (churn)."
+        "churn": f"The two differ in being right on {percent(facts['churn'])} of the rows (churn)."
         if "fixed" in facts["counts"]
         else "",
         "labels": facts["confusions"]["a"]["labels"] if facts["confusions"] else [],
