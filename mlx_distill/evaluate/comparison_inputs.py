@@ -6,9 +6,8 @@ Nothing here imports mlx. Rows have the keys of ``predictions.jsonl``.
 
 from __future__ import annotations
 
-import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,10 +18,10 @@ from mlx_distill.data.files import ReadOptions, read_path
 from mlx_distill.data.predictions import FILE_NAME, constrained_rows, read_predictions
 from mlx_distill.data.rows import to_item
 from mlx_distill.errors import ConfigError, DataError, ModelError
+from mlx_distill.evaluate.other_tools import answer_row, strict_parser
 from mlx_distill.models.trained_on import is_model, is_run, read_trained_on
 from mlx_distill.run_models import RESULTS, RUN_MODELS, run_model
 from mlx_distill.storage import Manifest, digest, os_errors, read_json, read_jsonl, read_manifest, sha256
-from mlx_distill.tasks.answer import parse_answer
 from mlx_distill.tasks.task import Task, load_task, parse_task, task_names
 from mlx_distill.text import counted, listed
 
@@ -167,8 +166,8 @@ def file_side(
             f"{path}: not written by evaluate, so it does not say what was asked: {missing} missing",
             fix="add --task TASK --rows ROWS, where each row has id, the task's fields and answer",
         )
-    parse = _parser(task)
-    rows = [_foreign_row(raw, f"{path}:{number}", task, parse) for number, raw in read_jsonl(path)]
+    parse = strict_parser(task)
+    rows = [answer_row(raw, f"{path}:{number}", task, parse) for number, raw in read_jsonl(path)]
     if not rows:
         raise DataError(f"{path}: empty", fix="give one JSON object a line, with id and text")
     return Side(name or path.stem, str(path), "file", rows, task, path.name, sha256(path))
@@ -179,51 +178,6 @@ def _header(path: Path) -> Mapping[str, Any] | None:
     for _, first in read_jsonl(path):
         return first if "format" in first and "set_counts" in first else None
     return None
-
-
-Parse = Callable[[str], tuple[Mapping[str, Any] | None, str | None]]
-
-
-def _parser(task: Task) -> Parse:
-    """A strict parser that reads equal texts once: models often give the same answer to many rows."""
-    return functools.lru_cache(maxsize=None)(functools.partial(parse_answer, schema=task.schema))
-
-
-def _foreign_row(raw: Row, where: str, task: Task, parse: Parse) -> Row:
-    """A line of a file of any tool as a row of predictions, its text parsed strictly."""
-    if raw.get("id") in (None, ""):
-        raise DataError(f"{where}: no id", fix="give every line the id of its row")
-    text = raw.get("text")
-    label_alone = text is None and isinstance(raw.get("probabilities"), Mapping)
-    answer: Mapping[str, Any] | None = None
-    error = raw.get("error")
-    if label_alone:  # of analyze --labels-only
-        answer = None if raw.get("label") is None else {str(task.label): raw["label"]}
-    elif isinstance(text, str):
-        answer, parse_error = parse(text)
-        error = parse_error and (error or parse_error)
-    elif text is None and error:
-        pass  # a row that could not be asked
-    else:
-        names = ", ".join(sorted(raw))
-        raise DataError(
-            f"{where}: no text; the line has {names}", fix="name the model's answer text: a string"
-        )
-    label = answer.get(task.label) if answer and task.label else None
-    score = answer.get(task.score) if answer and task.score else None
-    return {
-        "id": str(raw["id"]),
-        "text": text or "",
-        "answer": answer,
-        "error": error or (None if answer is not None else "no answer"),
-        "label": label,
-        "score": float(score) if isinstance(score, (int, float)) and not isinstance(score, bool) else None,
-        "label_probs": raw.get("probabilities") if label_alone else raw.get("label_probs"),
-        "latency_s": raw.get("latency_s"),
-        "prompt_tokens": raw.get("prompt_tokens"),
-        "tokens": raw.get("tokens"),
-        "label_alone": label_alone,
-    }
 
 
 def _predictions_side(path: Path, task: Task | None, name: str | None, constrained: bool) -> Side:

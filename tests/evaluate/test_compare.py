@@ -274,3 +274,23 @@ error_categories:
     assert "points_right" in {entry["metric"] for entry in compare(files).facts["metrics"]}
     with pytest.raises(ConfigError, match=r"--metric f1: not one with a value a row"):
         compare(files, metric="f1")
+
+
+def test_what_a_tool_means_by_odd_values_is_not_guessed(tmp_path: Path) -> None:
+    files = write_files(tmp_path, 12, b={"latency_s": "fast", "label_probs": [0.5, 0.5], "tokens": -1})
+    facts = compare(files).facts
+    assert facts["b"]["latency_s"] is None and facts["b"]["tokens"] is None and facts["calibration"] is None
+
+
+def test_labels_alone_are_compared_by_label(tmp_path: Path) -> None:
+    files = write_files(tmp_path, 12)
+    rows = make_rows(12)
+    labels = [
+        {"id": row["id"], "label": row["answer"]["colour"], "probabilities": {"light": 0.5, "dark": 0.5}}
+        for row in rows
+    ]
+    labels[5]["label"] = "light"
+    write_lines(files["b"], labels)
+    assert compare(files).facts["cases"]["broken"] == ["r5"]
+    with pytest.raises(ConfigError, match="labels alone"):
+        compare(files, metric="exact_match")

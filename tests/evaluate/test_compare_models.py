@@ -12,6 +12,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from helpers.comparison_files import make_rows, write_files, write_lines, write_task
+from helpers.report_runs import make_run, make_task
 from helpers.small_model import write_small_model
 
 import mlx_distill as md
@@ -109,3 +110,28 @@ def test_files_have_no_tokens(tmp_path: Path) -> None:
     files = write_files(tmp_path, 10)
     with pytest.raises(ConfigError, match="has answers and no model"):
         md.compare(files["a"], files["b"], str(files["task"]), files["rows"], tokens=["r1"])
+
+
+def test_a_model_answers_the_held_out_rows_of_a_run(model: Path, tmp_path: Path) -> None:
+    task = make_task(max_answer_tokens=2)
+    run = tmp_path / "run"
+    make_run(run, task, models=("teacher",), sets={"test": 3})
+    lines = (run / "evaluations" / "teacher" / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    (run / "data").mkdir()
+    write_lines(
+        run / "data" / "test.jsonl",
+        [
+            {
+                "id": row["id"],
+                "messages": [{"role": "user", "content": row["input"]}],
+                "fields": row["fields"],
+                "answer": row["truth"],
+                "set": "test",
+            }
+            for row in map(json.loads, lines[1:])
+        ],
+    )
+    result = md.compare(run, model, task, answers=tmp_path / "kept")
+    assert result.facts["n"] == 3 and result.facts["a"]["name"] == "Teacher"
+    assert result.facts["b"]["name"] == "small" and result.facts["b"]["json_valid"]["value"] == 0
+    assert result.facts["looked"]["times"] == 1 and (run / "looks.json").is_file()
