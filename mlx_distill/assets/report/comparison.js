@@ -70,6 +70,22 @@
   form.elements.back.addEventListener("click", () => turn(-1));
   form.elements.next.addEventListener("click", () => turn(1));
   window.addEventListener("hashchange", read);
+  // A cell of a confusion matrix shows its rows; the selects hold the labels in the order of the matrix.
+  document.querySelectorAll("#confusion table.matrix").forEach((matrix, side) => {
+    [...matrix.tBodies[0].rows].forEach((row, truth) => {
+      row.querySelectorAll("td.yes, td.no").forEach((cell, answer) => {
+        cell.style.cursor = "pointer";
+        cell.addEventListener("click", () => {
+          fields.forEach((field) => { field.value = ""; });
+          form.elements.truth.selectedIndex = truth + 1;
+          form.elements[side ? "b" : "a"].selectedIndex = answer + 1;
+          filter(0);
+          remember();
+          document.getElementById("cases").scrollIntoView();
+        });
+      });
+    });
+  });
   document.addEventListener("keydown", (event) => {
     if (event.ctrlKey || event.metaKey || event.altKey || event.target.closest("input, select, textarea")) return;
     const bodies = [...table.tBodies];
