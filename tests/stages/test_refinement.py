@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,10 +16,12 @@ import mlx.core as mx
 import pytest
 from helpers import killed_run
 from helpers.small_chain import RecordedProgress, finished, make_context
+from helpers.small_model import write_small_model
 
 from mlx_distill.distill.quantization_error import QuantizationError, quantization_error
 from mlx_distill.errors import ConfigError
 from mlx_distill.graph import graph
+from mlx_distill.models.convert import convert
 from mlx_distill.models.load import load_model
 from mlx_distill.models.quantize import quantize_into
 from mlx_distill.models.quantized_modules import quantized_layer, replaced_layers
@@ -119,6 +122,17 @@ def test_the_first_of_the_candidates_that_passes_is_kept(
     assert len(notes) == len(tried) and sum(note.endswith(", kept") for note in notes) == 1
 
 
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run whose student is a model of one narrow layer."""
+    folder = tmp_path_factory.mktemp("small")
+    size = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 32}
+    write_small_model(folder / "model", **size)
+    convert(folder / "model", folder / "run" / "student", progress=NullProgress())
+    shutil.copytree(finished() / "out" / "data", folder / "run" / "data")
+    return folder / "run"
+
+
 def written(context: Any, folder: Path) -> tuple[dict[str, Any], Any]:
     folder.mkdir()
     facts = quantize(context, folder)
@@ -148,10 +162,11 @@ def test_what_is_written_is_what_was_measured(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_distilled_student_is_written_as_it_was_measured(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, small: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(refined_candidates, "passes", lambda before, after: True)
-    context, folder = make_context("quantize.refine=distill", "quantize.refine_steps=3"), tmp_path / "q"
+    context = make_context("quantize.refine=distill", "quantize.refine_steps=3", run=small)
+    folder = tmp_path / "q"
     folder.mkdir()
     made = refine_student(context, folder)
     bench = _open_bench(context, folder)
@@ -181,8 +196,8 @@ def test_a_distilled_student_is_written_as_it_was_measured(
 
 
 @pytest.mark.slow
-def test_a_training_that_diverges_is_a_candidate_that_is_not_kept(tmp_path: Path) -> None:
-    context = make_context(*DIVERGING)
+def test_a_training_that_diverges_is_a_candidate_that_is_not_kept(tmp_path: Path, small: Path) -> None:
+    context = make_context(*DIVERGING, run=small)
     facts, model = written(context, tmp_path / "q")
     told = facts["refinement"]
     tried = {one["name"]: one for one in told["candidates"]}
@@ -198,13 +213,13 @@ def test_a_training_that_diverges_is_a_candidate_that_is_not_kept(tmp_path: Path
     measured = quantization_error(bench.reference, model, bench.held_out, labels=bench.labels)
     assert measured.kl == pytest.approx(tried[told["kept"]]["kl"], rel=1e-3)
     # An interrupted stage does not train it again.
-    again = refine_student(make_context(*DIVERGING), tmp_path / "q")
+    again = refine_student(make_context(*DIVERGING, run=small), tmp_path / "q")
     assert again.facts["refinement"]["candidates"] == told["candidates"]
 
 
 @pytest.mark.slow
-def test_none_writes_what_rounding_without_rows_writes(tmp_path: Path) -> None:
-    context = make_context("quantize.refine=none")
+def test_none_writes_what_rounding_without_rows_writes(tmp_path: Path, small: Path) -> None:
+    context = make_context("quantize.refine=none", run=small)
     (tmp_path / "q").mkdir()
     facts = quantize(context, tmp_path / "q")
     assert "refinement" not in facts
@@ -214,10 +229,9 @@ def test_none_writes_what_rounding_without_rows_writes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_budget_of_bits_gives_modules_different_modes(tmp_path: Path) -> None:
-    facts, model = written(
-        make_context("quantize.refine=none", "quantize.bits_per_weight=4.7"), tmp_path / "q"
-    )
+def test_a_budget_of_bits_gives_modules_different_modes(tmp_path: Path, small: Path) -> None:
+    settings = "quantize.refine=none", "quantize.bits_per_weight=4.7"
+    facts, model = written(make_context(*settings, run=small), tmp_path / "q")
     told = facts["refinement"]
     assert told["kept"] == "rounding" and facts["bits_per_weight"] <= 4.7
     assert facts["bits_per_weight"] == pytest.approx(told["chosen_bits_per_weight"], abs=1e-4)
