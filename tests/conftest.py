@@ -127,3 +127,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     left_out = [item for item in items if item.get_closest_marker("parity")]
     config.hook.pytest_deselected(items=left_out)
     items[:] = [item for item in items if item not in left_out]
+
+
+def _remove_shared(config: pytest.Config) -> None:
+    """Remove what the processes of a session share, unless this process is one of several."""
+    from helpers.small_chain import session_folder
+
+    if not hasattr(config, "workerinput"):
+        shutil.rmtree(session_folder(worker=False), ignore_errors=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Begin without what a killed session of the same number has left."""
+    _remove_shared(config)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Remove it, when all processes have ended."""
+    _remove_shared(config)

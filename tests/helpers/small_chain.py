@@ -4,10 +4,10 @@ parts in every stage.
 
 from __future__ import annotations
 
-import atexit
+import fcntl
 import functools
 import json
-import shutil
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -65,13 +65,28 @@ def write_chain(folder: Path, **blocks: Any) -> Path:
 
 @functools.cache
 def finished() -> Path:
-    """A folder with ``recipe.yaml`` and its finished run ``out``, made once a session; never change it."""
+    """A folder with ``recipe.yaml`` and its finished run ``out``, made once a session by whoever needs it
+    first; never change it.
+    """
     from mlx_distill.pipeline import run
 
-    folder = Path(tempfile.mkdtemp(prefix="chain-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    run(write_chain(folder), folder / "out")
+    folder = session_folder("PYTEST_XDIST_WORKER" in os.environ)
+    folder.mkdir(exist_ok=True)
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (folder / "whole").exists():
+            run(write_chain(folder), folder / "out")
+            (folder / "whole").touch()
     return folder
+
+
+def session_folder(worker: bool) -> Path:
+    """Where a session of pytest keeps what its processes share; conftest.py removes it.
+
+    Args:
+        worker: Whether this process is a worker of pytest-xdist, whose parent is the session's.
+    """
+    return Path(tempfile.gettempdir()) / f"mlx-distill-tests-{os.getppid() if worker else os.getpid()}"
 
 
 class RecordedProgress(NullProgress):
