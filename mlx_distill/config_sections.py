@@ -53,7 +53,7 @@ def sections(cls: type, name: str) -> list[Section]:
     >>> section, = sections(EvaluateConfig, "evaluate")
     >>> section.name, [key.name for key in section.keys]
     ('evaluate', ['models', 'batch_size', 'max_rows', 'constrain', 'confidence', 'repeats',
-    'repeat_temperature', 'costs'])
+    'repeat_temperature', 'edge_cases', 'costs'])
     """
     hints, keys, inside = typing.get_type_hints(cls), [], []
     for f in dataclasses.fields(cls):

@@ -20,6 +20,7 @@ from mlx_distill.config import ASSETS, keyed, resolve_asset
 from mlx_distill.data.sqlite import write_ahead_log
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate.categories import parse_categories
+from mlx_distill.evaluate.edge_cases import edge_case_file
 from mlx_distill.evaluate.goals import check_goals
 from mlx_distill.evaluate.registry import task_metrics
 from mlx_distill.models.folder import conversion_format
@@ -84,6 +85,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     parse_categories(task)
     task_metrics(task)
     check_goals(recipe.goals, task)
+    edge_cases = (str(edge_case_file(task)),) if recipe.evaluate.edge_cases else ()
     # The part of the keys of all stages that run a model. Keys keep the old name of dequantize.
     shared = {"task": keyed(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.dequantize}
     out = [
@@ -103,7 +105,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     )
     if recipe.student is None:
         own = _models_without_student(recipe)
-        return [*out, teaching, *(_evaluation(recipe, RUN_MODELS[name], shared) for name in own)]
+        return [*out, teaching, *(_evaluation(recipe, RUN_MODELS[name], shared, edge_cases) for name in own)]
     out += [
         _conversion(recipe, "student_base", recipe.student),
         teaching,
@@ -121,7 +123,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     controls = [model for model in CONTROLS if getattr(recipe.controls, model.control or "")]
     out += [_control(recipe, model, shared) for model in controls]
     measured = dict.fromkeys(["teacher", *_named_models(recipe), *(model.name for model in controls)])
-    return out + [_evaluation(recipe, RUN_MODELS[name], shared) for name in measured]
+    return out + [_evaluation(recipe, RUN_MODELS[name], shared, edge_cases) for name in measured]
 
 
 def stages_for(stages: Sequence[Stage], models: Sequence[str]) -> list[Stage]:
@@ -216,7 +218,9 @@ def _named_models(recipe: Recipe) -> list[str]:
     return recipe.evaluate.models
 
 
-def _evaluation(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> Stage:
+def _evaluation(
+    recipe: Recipe, model: RunModel, shared: Mapping[str, Any], edge_cases: tuple[str, ...]
+) -> Stage:
     settings = {k: v for k, v in keyed(recipe.evaluate).items() if k != "models"}
     config = {**settings, **shared, "unpack": recipe.dequantizes(model.folder), "model": model.name}
     base = (model.base,) if model.base else ()
@@ -227,6 +231,7 @@ def _evaluation(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> S
         config,
         (model.folder, *base, "data"),
         lambda context, folder: evaluate(context, folder, model.folder, model.name),
+        edge_cases,
         model=model.name,
     )
 

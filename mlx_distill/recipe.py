@@ -125,6 +125,11 @@ class EvaluateConfig:
     repeat_temperature: float = option(
         0.7, "sampling temperature of the repeated answers", low=0.0, default_keyed=False
     )
+    edge_cases: bool = option(
+        False,
+        "let each model answer the task's edge cases too: unusual rows with the behaviour that is expected",
+        default_keyed=False,
+    )
     costs: str | None = option(
         None,
         "a YAML file of prices: hardware, watts, electricity, an API's tokens, labelling",

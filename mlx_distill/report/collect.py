@@ -14,6 +14,8 @@ from mlx_distill import metrics as m
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate.attribution import attribute
+from mlx_distill.evaluate.edge_cases import FILE_NAME as EDGE_CASES
+from mlx_distill.evaluate.edge_cases import edge_case_metrics
 from mlx_distill.evaluate.figures import compared_fields
 from mlx_distill.evaluate.goals import judge_goals
 from mlx_distill.evaluate.registry import task_metrics
@@ -24,6 +26,7 @@ from mlx_distill.report import provenance
 from mlx_distill.report.answer import answer, compare_final
 from mlx_distill.report.diagnosis import diagnose
 from mlx_distill.run_models import RESULTS, run_model
+from mlx_distill.storage import read_jsonl
 from mlx_distill.tasks.task import Task
 
 FORMAT = 1
@@ -135,11 +138,20 @@ def _measure(
     for model, figures in measured["by_set"][main].items():
         figures["peak_memory_gb"] = provenance.peak_memory_gb(headers[model], folders[model])
         figures |= provenance.speed(folders[model])
+        figures |= _edge_cases(folders[model], confidence)
         if task.label:
             figures["calibration"] = measured_calibration(
                 in_set(rows[model], main), run / run_model(model).folder, task
             )
     return measured
+
+
+def _edge_cases(folder: Path, confidence: float) -> dict[str, Any]:
+    """How a model handled the edge cases; empty where it was not asked."""
+    path = folder / EDGE_CASES
+    if not path.is_file():
+        return {}
+    return {"edge_cases": edge_case_metrics([line for _, line in read_jsonl(path)], confidence=confidence)}
 
 
 def _disagreements(models: Mapping[str, Sequence[Row]], task: Task) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from mlx_distill.report import (
     metrics_section,
     origin_section,
     quantization_section,
+    references_section,
     results_section,
     rows_section,
     training_section,
@@ -49,6 +50,12 @@ class Section:
         return report.get(self.view) if isinstance(self.view, str) else self.view(report)
 
 
+def _edge_cases(report: Report) -> dict[str, Any]:
+    """How each model that was asked the edge cases handled them."""
+    metrics = report["metrics"]
+    return {name: entry for name, figures in metrics.items() if (entry := figures.get("edge_cases"))}
+
+
 def _calibration(report: Report) -> dict[str, Any]:
     """The calibration of each model that was measured."""
     metrics = report["metrics"]
@@ -69,6 +76,8 @@ SECTIONS = (
     Section("metrics", "Metrics", "Metrics of the task", metrics_section.task_metrics),
     Section("categories", "Kinds of errors", "Errors by kind", metrics_section.error_categories),
     Section("groups", "Groups", "Error rates by group", groups_section.groups),
+    Section("references", "References", "Invalid claims", references_section.references),
+    Section("edge-cases", "Edge cases", "Edge cases", _edge_cases),
     Section("fields", "Fields", "Fields of the answer", fields_section.fields),
     Section("distributions", "Labels", "Label distributions", errors_section.label_distributions),
     Section("calibration", "Calibration", "Label probabilities", _calibration),

@@ -76,7 +76,7 @@ class Task:
         keyed=False,
     )
     edge_cases: str | None = option(
-        None, "a file of unusual rows with the expected behaviour", default_keyed=False
+        None, "a file of unusual rows with the expected behaviour, for evaluate.edge_cases", keyed=False
     )
     description: str = option("", "one line for the list of tasks", keyed=False)
     folders: tuple[str, ...] = field(
