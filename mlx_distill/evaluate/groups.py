@@ -58,7 +58,7 @@ def group_errors(
     """False-positive and false-negative rate of each group, and one test that a rate is the same in all.
 
     Args:
-        rows: Predictions; rows without a true label are left out, and an invalid answer is negative.
+        rows: Predictions; rows without a true label are left out, and an invalid answer is wrong.
         label: The task's label field.
         positive: Classes that count as positive.
         group: The row's field that holds the group. Rows without one are shown as ``(none)`` and not tested.
@@ -119,9 +119,12 @@ def _group(
 
 
 def _errors(rows: Sequence[Row], rate: ErrorRate, label: str, positive: Sequence[str]) -> dict[str, bool]:
-    """Of each row that can have the error whether it has it."""
+    """Of each row that can have the error whether it has it: an answer that is not valid is wrong, as in
+    :func:`mlx_distill.metrics.classification.confusion_counts`.
+    """
     return {
-        str(row.get("id", number)): (predicted_label(row) in positive) != rate.of_positives
+        str(row.get("id", number)): (given := predicted_label(row)) is None
+        or (given in positive) != rate.of_positives
         for number, row in enumerate(rows)
         if (true_value(row, label) in positive) == rate.of_positives
     }

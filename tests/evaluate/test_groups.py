@@ -36,7 +36,7 @@ def errors(rows: list[Any], **settings: Any) -> dict[str, Any]:
 def test_rates_counts_and_what_is_too_few() -> None:
     rows = rows_of("one", 6, 40, 1, 35) + rows_of("two", 4, 40, 2, 29) + rows_of("rare", 2, 2, 0, 0)
     rows += rows_of(None, 30, 50, 0, 50)
-    rows[-1] = row(None, 99, "b", None)  # invalid: a negative prediction
+    rows[-1] = row(None, 99, "b", None)  # invalid: wrong
     result = errors(rows)
     one = result["groups"]["one"]
     assert (one["n"], one["false_positives"], one["negatives"], one["false_negatives"]) == (75, 6, 40, 1)
@@ -51,6 +51,19 @@ def test_rates_counts_and_what_is_too_few() -> None:
     assert "gaps" not in result and "limits" in result["groups"]["rare"]
     assert result["groups"]["rare"]["limits"] == {} == result["groups"]["(none)"]["limits"]
     json.dumps(result)
+
+
+def test_an_invalid_answer_is_wrong_in_both_rates() -> None:
+    rows = rows_of("one", 0, 40, 0, 40) + rows_of("two", 0, 40, 0, 40)
+    for i in (0, 1, 2, 40, 41):
+        rows[i] = {**rows[i], "answer": None, "label": None}
+    result = errors(rows)
+    for name, errors_of_one in (("false_positive", 3), ("false_negative", 2)):
+        assert result["groups"]["one"][f"{name}s"] == errors_of_one
+        assert result["tests"][f"{name}_rate"]["pooled"]["value"] == errors_of_one / 80
+    clean = rows_of("one", 0, 40, 0, 40) + rows_of("two", 0, 40, 0, 40)
+    (change,) = group_changes({"teacher_before": clean, "teacher": rows}, "kind", ["b"], "g")
+    assert change["rates"]["false_positive_rate"]["one"]["broken"] == 3
 
 
 def test_a_group_made_three_times_worse_is_found() -> None:
