@@ -76,17 +76,20 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
         settings=to_mapping(settings),
     )
     facts["requests_per_second"] = saturation.requests_per_second
-    if settings.edge_cases:
-        _answer_edge_cases(context, folder, (model, tokenizer), name, constrain)
+    _answer_edge_cases(context, folder, (model, tokenizer), name, constrain)
     return {"rows": len(rows), "peak_memory_bytes": None, **facts}
 
 
 def _answer_edge_cases(
     context: Context, folder: Path, model: tuple[Any, Any], name: str, constrain: bool
 ) -> None:
-    """Let a model answer the task's edge cases as ``analyze`` does, and write what it did."""
+    """Let a model answer the task's edge cases as ``analyze`` does, where the recipe says so, and write what
+    it did.
+    """
     from mlx_distill.evaluate.edge_cases import FILE_NAME, run_edge_cases
 
+    if not context.recipe.evaluate.edge_cases:
+        return
     check_stop(context)
     context.progress.note(f"evaluate {name}: edge cases")
     outcomes = run_edge_cases(
