@@ -1,7 +1,7 @@
 """How much a model's answers to the same item vary between runs.
 
 ``R`` runs of ``n`` items are not ``n R`` items: counted so, the 95 % interval of 5 runs held the true value
-in 78 % of simulations, averaged by item first in 95 % (``benchmarks/statistics_bench.py``). All functions
+in 78 % of simulations, averaged by item first in 94 % (``benchmarks/statistics_bench.py``). All functions
 take one sequence per item with its value in each run.
 """
 

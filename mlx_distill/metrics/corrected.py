@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import numpy as np
 
 from mlx_distill.errors import DataError
-from mlx_distill.metrics.intervals import Estimate, finite, normal_quantile, rate, t_quantile
+from mlx_distill.metrics.intervals import Estimate, Values, finite, normal_quantile, rate, t_quantile
 
 
 class CorrectedRate(Estimate):
@@ -122,9 +121,9 @@ def upper_limit_of_none(n: int, confidence: float = 0.95) -> float:
 
 
 def prediction_powered(
-    judged: Sequence[float],
-    judged_checked: Sequence[float],
-    human: Sequence[float],
+    judged: Values,
+    judged_checked: Values,
+    human: Values,
     *,
     bounds: tuple[float, float] = (0.0, 1.0),
     confidence: float = 0.95,

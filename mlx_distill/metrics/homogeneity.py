@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.metrics.intervals import Estimate, check_confidence, finite, rate
+from mlx_distill.metrics.intervals import Estimate, Values, check_confidence, finite, rate
 
 
 class HomogeneityTest(TypedDict):
@@ -32,7 +32,7 @@ class HomogeneityTest(TypedDict):
 
 
 def homogeneity_test(
-    events: Sequence[bool], groups: Sequence[Hashable], *, permutations: int = 9_999, seed: int = 0
+    events: Values, groups: Sequence[Hashable], *, permutations: int = 9_999, seed: int = 0
 ) -> HomogeneityTest:
     """Test that the rate of an event is the same in all groups, by permuting the group labels.
 
@@ -87,7 +87,7 @@ def homogeneity_test(
 
 
 def _rows(
-    events: Sequence[bool], groups: Sequence[Hashable]
+    events: Values, groups: Sequence[Hashable]
 ) -> tuple[Float[np.ndarray, " n"], Int[np.ndarray, " n"]]:
     if len(events) != len(groups):
         raise DataError(f"{len(events)} events and {len(groups)} groups", fix="give one group per row")
@@ -107,7 +107,7 @@ def _chi_squared(counts: np.ndarray, sizes: Int[np.ndarray, " g"], k: int, n: in
     return ((counts - sizes * p) ** 2 / sizes).sum(axis=1) / (p * (1 - p))
 
 
-def benjamini_hochberg(p_values: Sequence[float]) -> list[float]:
+def benjamini_hochberg(p_values: Values) -> list[float]:
     """P-values adjusted for testing several hypotheses: below 0.05, at most 5 % of the findings are false.
 
     The i-th smallest of m becomes ``min_{j >= i} p_j m / j``, at most 1. In the order of the input.

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TypedDict
+from typing import Any, TypedDict
 
 import numpy as np
 from jaxtyping import Float, Int
 
 from mlx_distill.errors import DataError
+
+Values = Sequence[Any] | np.ndarray
+"""Numbers or booleans, one per row; functions that take them refuse None, NaN and infinite ones."""
 
 
 class Estimate(TypedDict):
@@ -58,7 +61,7 @@ def check_confidence(confidence: float) -> float:
     return confidence
 
 
-def finite(values: Sequence[float] | np.ndarray, name: str) -> Float[np.ndarray, " n"]:
+def finite(values: Values, name: str) -> Float[np.ndarray, " n"]:
     """The values as float64.
 
     Args:
@@ -268,7 +271,7 @@ FEW_VALUES = 30
 """Below so many values the bootstrap of a mean is too narrow, and the t interval counts too."""
 
 
-def mean_estimate(values: Sequence[float], confidence: float = 0.95) -> Estimate:
+def mean_estimate(values: Values, confidence: float = 0.95) -> Estimate:
     """The mean of the values with its bootstrap interval (BCa).
 
     Below :data:`FEW_VALUES` values the ends are the outer ones of the bootstrap and of

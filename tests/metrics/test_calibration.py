@@ -1,16 +1,21 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import pytest
 
 from mlx_distill.errors import DataError
 from mlx_distill.metrics.calibration import (
     MIN_ROWS,
+    auto_decidable,
     brier_score,
     calibration_error,
     class_numbers,
     expected_calibration_error,
     fit_temperature,
+    reliability,
+    risk_coverage,
     scale,
 )
 
@@ -93,3 +98,94 @@ def test_brier_of_certainty_and_of_the_opposite() -> None:
 
 def test_a_label_that_is_none_of_the_classes_has_no_number() -> None:
     assert class_numbers(["x", "a", None], ["a"]).tolist() == [-1, 0, -1]
+
+
+def calibrated(n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    logits, truth = sample(n, 1.0, seed=seed)
+    return np.exp(scale(logits, 1.0)), truth
+
+
+def test_reliability_has_the_calibration_error_over_its_bins() -> None:
+    probabilities, truth = calibrated(600)
+    result = reliability(probabilities, truth)
+    assert result.ece == pytest.approx(expected_calibration_error(probabilities, truth), abs=1e-12)
+    assert sum(part.n for part in result.bins) == result.n == 600
+    gaps = [part.n / 600 * abs(part.accuracy["value"] - part.confidence) for part in result.bins]
+    assert sum(gaps) == pytest.approx(result.ece)
+    confidences = [part.confidence for part in result.bins]
+    assert confidences == sorted(confidences)
+    assert all(part.null_low <= part.confidence <= part.null_high for part in result.bins)
+    assert reliability(probabilities, truth) == result
+
+
+def test_an_overconfident_model_is_outside_the_band_and_a_calibrated_one_is_not() -> None:
+    logits, truth = sample(600, 3.0)
+    wrong = reliability(np.exp(scale(logits, 1.0)), truth)
+    assert wrong.ece > 2 * wrong.null_high
+    assert wrong.bins[-1].accuracy["value"] < wrong.bins[-1].null_low
+    right = reliability(*calibrated(600))
+    assert 0 < right.null_mean < right.null_high < 0.12
+
+
+def test_the_risk_coverage_curve_by_counting() -> None:
+    probabilities, truth = calibrated(200)
+    curve = risk_coverage(probabilities, truth)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == truth
+    for threshold, coverage, risk in zip(curve.thresholds, curve.coverage, curve.risk, strict=True):
+        decided = confidence >= threshold
+        assert coverage == pytest.approx(decided.mean()) and risk == pytest.approx(1 - right[decided].mean())
+    assert curve.coverage[-1] == 1.0
+    assert curve.area == pytest.approx(np.mean(curve.risk))
+
+
+def test_auto_decidable_takes_the_largest_allowed_coverage() -> None:
+    from scipy import stats
+
+    logits, truth = sample(900, 1.0)
+    probabilities = np.exp(scale(4 * logits, 1.0))
+    truth = np.where(np.random.default_rng(0).random(900) < 0.7, probabilities.argmax(1), truth)
+    result = auto_decidable(probabilities[:600], truth[:600], probabilities[600:], truth[600:], max_error=0.1)
+    confidence = probabilities[:600].max(1)
+    wrong = probabilities[:600].argmax(1) != truth[:600]
+    allowed = []
+    for threshold in np.unique(confidence):
+        decided = confidence >= threshold
+        k, n = int(wrong[decided].sum()), int(decided.sum())
+        limit = stats.binomtest(k, n, alternative="less").proportion_ci(0.95, method="exact").high
+        if limit <= 0.1:
+            allowed.append((n, threshold, limit))
+    n, threshold, limit = max(allowed)
+    assert 0 < n < 600
+    assert result.threshold == threshold and result.valid_coverage["value"] == n / 600
+    assert result.valid_limit == pytest.approx(limit)
+    decided = probabilities[600:].max(1) >= threshold
+    assert result.coverage["value"] == pytest.approx(decided.mean())
+    assert result.error["n"] == decided.sum()
+
+
+def test_too_few_rows_or_too_many_errors_decide_nothing() -> None:
+    probabilities, truth = np.array([[0.9, 0.1]] * 40), np.zeros(40, dtype=np.int64)
+    result = auto_decidable(
+        probabilities, truth, probabilities, truth
+    )  # 40 right rows: up to 7 % may be wrong
+    assert result.threshold is None and result.coverage["value"] == 0.0 and result.error["value"] is None
+    many = np.repeat(probabilities, 2, axis=0), np.zeros(80, dtype=np.int64)
+    assert auto_decidable(*many, *many).coverage["value"] == 1.0
+
+
+@pytest.mark.parametrize("function", [reliability, risk_coverage, expected_calibration_error, brier_score])
+def test_rows_that_cannot_be_measured_are_errors(function: Callable[..., object]) -> None:
+    probabilities, truth = calibrated(60)
+    with pytest.raises(DataError, match="no rows"):
+        function(probabilities[:0], truth[:0])
+    with pytest.raises(DataError, match="none of the classes"):
+        function(probabilities, np.where(np.arange(60) == 3, -1, truth))
+    probabilities[5, 0] = np.nan
+    with pytest.raises(DataError, match="NaN"):
+        function(probabilities, truth)
+
+
+def test_one_row_is_measured() -> None:
+    result = reliability(np.array([[0.8, 0.2]]), np.array([0]))
+    assert result.ece == pytest.approx(0.2) and len(result.bins) == 1
+    assert result.bins[0].accuracy["low"] < 0.3
