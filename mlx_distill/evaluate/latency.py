@@ -17,6 +17,9 @@ def latency_quantile(rows: Sequence[Row], quantile: float, confidence: float = 0
     ``quantile`` leaves outside with at most ``(1 - confidence) / 2`` each; no assumption on the distribution
     of times. Where so few rows have no such rank, that end is None: it is not bounded.
 
+    The rows are taken as independent. Rows that were answered together share a batch and have similar times,
+    so with few batches the true interval is wider.
+
     Args:
         rows: Predictions; those without a time are left out.
         quantile: 0.5 for the median.
