@@ -20,6 +20,7 @@ from mlx_distill.evaluate.comparison_inputs import Paired, Reference, Side, pair
 from mlx_distill.evaluate.comparison_text import advice, sentence, text_lines, token_lines
 from mlx_distill.evaluate.held_out import count_look, leaked_ids
 from mlx_distill.evaluate.row_metrics import RowMetric, find_metric, row_metrics, values_of
+from mlx_distill.metrics import present_fields
 from mlx_distill.metrics.agreement import MIN_PROBABILITY
 from mlx_distill.metrics.calibration import calibration_error, class_numbers
 from mlx_distill.metrics.classification import MIN_ITEMS, confusion, group_by, latency, true_value
@@ -461,7 +462,7 @@ def _slices(
     """The main metric for each value of each slice field, the largest first; ``few`` below 30 rows."""
     positions = {row["id"]: i for i, row in enumerate(paired.a)}
     out: dict[str, list[dict[str, Any]]] = {}
-    for name in task.slices:
+    for name in present_fields(paired.a, task.slices):
         entries = []
         for value, members in group_by(paired.a, name).items():
             index = [positions[row["id"]] for row in members]

@@ -156,12 +156,13 @@ def _answer_metrics(
 ) -> dict[str, Any]:
     """The metrics of a task without a label."""
     properties, tolerances, level = *compared_fields(task), {"confidence": confidence}
+    slices = m.present_fields(rows, task.slices)
     out: dict[str, Any] = {
         "answer_f1": m.answer_f1(m.truth_pairs(rows), properties, tolerances, **level),
         "teacher_answer_f1": None,
         "versus_teacher": None,
         "disagreements": None,
-        "by_slice": m.answers_by_slice(rows, teacher, task.slices, properties, tolerances, **level),
+        "by_slice": m.answers_by_slice(rows, teacher, slices, properties, tolerances, **level),
     }
     if teacher:
         own = m.teacher_pairs(rows, teacher)
@@ -196,7 +197,7 @@ def _label_metrics(
         "label_kl_interval": None,
         "versus_teacher": None,
         "disagreements": None,
-        "by_slice": m.by_slice(rows, teacher, label, task.slices, **level),
+        "by_slice": m.by_slice(rows, teacher, label, m.present_fields(rows, task.slices), **level),
     }
     return out | _teacher_metrics(rows, teacher, task, label, confidence) if teacher else out
 

@@ -37,6 +37,7 @@ from mlx_distill.metrics.classification import json_valid as json_valid
 from mlx_distill.metrics.classification import latency as latency
 from mlx_distill.metrics.classification import macro_f1 as macro_f1
 from mlx_distill.metrics.classification import precision as precision
+from mlx_distill.metrics.classification import present_fields as present_fields
 from mlx_distill.metrics.classification import recall as recall
 from mlx_distill.metrics.classification import score_errors as score_errors
 from mlx_distill.metrics.classification import score_mae as score_mae

@@ -365,6 +365,17 @@ def clusters_of(rows: Sequence[Row], field: str | None) -> list[Any] | None:
     return None if field is None else [(row.get("fields") or {}).get(field) for row in rows]
 
 
+def present_fields(rows: Sequence[Row], fields: Sequence[str]) -> list[str]:
+    """The fields of which some row has a value.
+
+    >>> present_fields([{"fields": {"kind": "a", "tag": ""}}, {"fields": {}}], ["kind", "tag"])
+    ['kind']
+    """
+    return [
+        name for name in fields if any((row.get("fields") or {}).get(name) not in (None, "") for row in rows)
+    ]
+
+
 def group_by(rows: Sequence[Row], field: str) -> dict[str, list[Row]]:
     """Rows grouped by the value of one of their fields, sorted by value; ``(none)`` for rows without one.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -129,20 +129,35 @@ def slices(report: Report) -> dict[str, Any] | None:
             "field": field,
             "rows": [row for row in rows if row["n"] >= MIN_ITEMS],
             "few": [row for row in rows if row["n"] < MIN_ITEMS],
+            "set": name,
         }
         for field in report["task_details"]["slices"]
-        if (rows := _slice_rows(report, field, shown, key))
+        for name, rows in _first_with(report, field, shown, key)
     ]
     title = metric_titles(report["task_details"])[key]
     view = {"models": shown, "metric": title[0].lower() + title[1:], "tables": tables, "few_below": MIN_ITEMS}
     return view if tables else None
 
 
-def _slice_rows(report: Report, field: str, shown: Sequence[str], key: str) -> list[dict[str, Any]]:
+def _first_with(
+    report: Report, field: str, shown: Sequence[str], key: str
+) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The rows of the main set, or of the first other set that has the field, with the name of that set,
+    empty for the main one; nothing where no set has it.
+    """
+    for name, metrics in report["by_set"].items():
+        if all(model in metrics for model in shown) and (rows := _slice_rows(metrics, field, shown, key)):
+            yield "" if name == report["main_set"] else name, rows
+            return
+
+
+def _slice_rows(
+    metrics: Mapping[str, Any], field: str, shown: Sequence[str], key: str
+) -> list[dict[str, Any]]:
     """One row for each value of a field, the largest n first: the estimates of each model, those of the last
     one, and n.
     """
-    by_value = {name: report["metrics"][name]["by_slice"].get(field) or {} for name in shown}
+    by_value = {name: metrics[name]["by_slice"].get(field) or {} for name in shown}
     rows = []
     for value, entry in by_value[shown[0]].items():
         estimates = [(by_value[name].get(value) or {}).get(key) for name in shown]

@@ -101,3 +101,15 @@ def test_rows_of_one_cluster_are_not_independent(changes: dict[str, object]) -> 
     widths = [one["difference"]["high"] - one["difference"]["low"] for one in (plain, clustered)]
     assert (plain["clusters"], clustered["clusters"]) == (None, 30)
     assert widths[1] > 1.7 * widths[0]  # sqrt(5) times for equal clusters of 5
+
+
+def test_a_slice_that_a_set_does_not_have_is_no_slice_of_it() -> None:
+    own = tone_task(slices=["genre", "hard_case"])
+    rows = [row(i, tone("dark"), tone("dark"), fields={"genre": "folk"}) for i in range(4)]
+    rows += [
+        row(i, tone("dark"), tone("dark"), set="written", fields={"genre": "folk", "hard_case": kind})
+        for i, kind in enumerate(["irony", None])
+    ]
+    by_set = evaluate_models({"student": rows}, own)["by_set"]
+    assert list(by_set["test"]["student"]["by_slice"]) == ["genre"]
+    assert list(by_set["written"]["student"]["by_slice"]["hard_case"]) == ["(none)", "irony"]
