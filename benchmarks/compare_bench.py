@@ -158,7 +158,7 @@ def main() -> None:
                     result |= open_page(browser, folder / "page.html", arguments.rows, arguments.rounds)
                 print(result, flush=True)
                 results.append(result)
-    write(arguments.out, results, browser)
+                write(arguments.out, results, browser)
 
 
 def write(path: Path, results: list[dict[str, Any]], browser: str | None) -> None:
