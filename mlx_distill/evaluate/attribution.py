@@ -13,7 +13,7 @@ from itertools import pairwise, product
 from typing import Any
 
 from mlx_distill.errors import DataError
-from mlx_distill.evaluate.row_metrics import RowMetric, find_metric, values_of
+from mlx_distill.evaluate.row_metrics import RowMetric, find_metric, row_clusters, values_of
 from mlx_distill.metrics.agreement import label_kl
 from mlx_distill.metrics.paired import compare_means, compare_paired
 from mlx_distill.tasks.task import Task
@@ -63,7 +63,7 @@ def attribute(
         return None
     measured = [[column[i] for i in kept] for column in values]
     rows = [[members[i] for i in kept] for members in rows]
-    clusters = _clusters(rows[0], task)
+    clusters = row_clusters(rows[0], task)
 
     def step(first: int, second: int) -> dict[str, Any]:
         result = _step(metric, measured[first], measured[second], clusters, confidence)
@@ -95,13 +95,6 @@ def _aligned(models: Sequence[Sequence[Row]]) -> list[list[Row]]:
             "the models of an attribution answered different rows", fix="run the evaluate stage again"
         )
     return [[rows[id] for id in by_id[0]] for rows in by_id]
-
-
-def _clusters(rows: Sequence[Row], task: Task) -> list[Any] | None:
-    if not task.cluster:
-        return None
-    names = [(row.get("fields") or {}).get(task.cluster) for row in rows]
-    return names if any(name not in (None, "") for name in names) else None
 
 
 def _step(

@@ -19,7 +19,7 @@ from mlx_distill.evaluate.categories import parse_categories
 from mlx_distill.evaluate.comparison_inputs import Paired, Reference, Side, pair_sides
 from mlx_distill.evaluate.comparison_text import advice, sentence, text_lines, token_lines
 from mlx_distill.evaluate.held_out import count_look, leaked_ids
-from mlx_distill.evaluate.row_metrics import RowMetric, find_metric, row_metrics, values_of
+from mlx_distill.evaluate.row_metrics import RowMetric, find_metric, row_clusters, row_metrics, values_of
 from mlx_distill.metrics import present_fields
 from mlx_distill.metrics.agreement import MIN_PROBABILITY
 from mlx_distill.metrics.calibration import calibration_error, class_numbers
@@ -145,7 +145,7 @@ def compare_sides(
         raise ConfigError("the task of the answers is not known", fix="name it: --task TASK")
     chosen = find_metric(task, metric)
     _check_labels_alone(paired, chosen, task)
-    clusters = _clusters(paired, task)
+    clusters = row_clusters(paired.a, task)
     main = _measure(chosen, paired, clusters, confidence)
     if main is None:
         raise DataError(
@@ -262,14 +262,6 @@ def _check_labels_alone(paired: Paired, metric: RowMetric, task: Task) -> None:
             f"--metric {metric.name}: a file has labels alone, without answers",
             fix="leave --metric out, or let the model answer: mlx-distill analyze without --labels-only",
         )
-
-
-def _clusters(paired: Paired, task: Task) -> list[Any] | None:
-    """The cluster of each row, None where the task has none or no row says it."""
-    if not task.cluster:
-        return None
-    names = [(row.get("fields") or {}).get(task.cluster) for row in paired.a]
-    return names if any(name not in (None, "") for name in names) else None
 
 
 def _row_notes(paired: Paired, task: Task, clusters: Sequence[Any] | None) -> list[str]:

@@ -159,3 +159,11 @@ def _field(name: str, schema: Mapping[str, Any]) -> RowMetric:
 def values_of(metric: RowMetric, rows: Sequence[Row]) -> list[float | bool | None]:
     """The metric of each row."""
     return [metric.value(row) for row in rows]
+
+
+def row_clusters(rows: Sequence[Row], task: Task) -> list[Any] | None:
+    """The cluster of each row; None where the task names no field for it, or no row has the field."""
+    if not task.cluster:
+        return None
+    names = [(row.get("fields") or {}).get(task.cluster) for row in rows]
+    return names if any(name not in (None, "") for name in names) else None
