@@ -18,6 +18,7 @@ from mlx_distill.evaluate.comparison_export import (
     write_promptfoo,
 )
 from mlx_distill.evaluate.comparison_inputs import Reference, Side, read_reference, read_side
+from mlx_distill.evaluate.comparison_people import add_extras, read_extras
 from mlx_distill.evaluate.token_view import token_view
 from mlx_distill.models.trained_on import is_model, read_trained_on
 from mlx_distill.progress import Progress, make_progress
@@ -42,6 +43,10 @@ def compare(
     out: str | Path | Sequence[str | Path] = (),
     with_rows: bool = False,
     tokens: Sequence[str] = (),
+    costs: str | Path | None = None,
+    ratings: str | Path | None = None,
+    judge: str | Path | None = None,
+    judgements: str | Path | None = None,
     progress: Progress | None = None,
 ) -> ModelComparison:
     """Compare two models on the same rows. The difference is B minus A.
@@ -66,6 +71,12 @@ def compare(
         out: Files to write, see :func:`write_comparison`.
         with_rows: Write titles, inputs and whole answers into them too.
         tokens: Ids of rows of which both models score A's answer, token by token.
+        costs: A YAML file of prices (docs/costs.md): what a call of both costs, and what errors cost.
+        ratings: A table of people's ratings: ``id``, ``model`` (``a``, ``b``, or as the comparison names
+            them), ``rating`` from 1 to 5, ``rater``, ``gold_star``.
+        judge: A model that says which answer is better, asked with both orders of the answers.
+        judgements: A table of people's judgements of a random sample of the rows, ``id`` and ``better``
+            (``a``, ``b``, ``tie``), by which the judge's are corrected: without it there is no judge.
         progress: Where progress is shown.
 
     Returns:
@@ -81,6 +92,7 @@ def compare(
     files = [Path(path) for path in ([out] if isinstance(out, str | Path) else out)]
     for path in files:
         check_out(path)
+    extras = read_extras(costs, ratings, judge, judgements)
     limit = parse_margin(margin) if margin is not None else None
     known = load_task(str(task)) if task is not None and not isinstance(task, Task) else task
     reference = None
@@ -108,6 +120,7 @@ def compare(
     )
     if tokens:
         result = replace(result, tokens=_tokens(result, sides, rows, tokens, progress))  # type: ignore[arg-type]
+    result = add_extras(result, extras, batch_size=batch_size, progress=progress)
     for path in files:
         write_comparison(result, path, with_rows=with_rows)
     return result

@@ -16,9 +16,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.config import Overrides, override_texts, to_mapping
+from mlx_distill.config import Overrides, override_texts, resolve_asset, to_mapping
 from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.evaluate.compare import parse_margin
+from mlx_distill.evaluate.costs import Prices, read_prices
 from mlx_distill.graph import TRAININGS, Stage, graph, stages_for
 from mlx_distill.progress import EventProgress, NullProgress, Progress, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
@@ -244,7 +245,13 @@ def _load_checked(recipe: str | Path | Recipe, overrides: Overrides, renamed: li
     loaded = load_recipe(recipe, overrides, renamed)
     if loaded.evaluate.margin:
         parse_margin(loaded.evaluate.margin)
+    _prices(loaded)
     return loaded
+
+
+def _prices(recipe: Recipe) -> Prices | None:
+    path = recipe.evaluate.costs
+    return read_prices(resolve_asset(path, recipe.base)) if path else None
 
 
 def _arguments(recipe: str | Path | Recipe, out: Path, overrides: Overrides) -> str | None:
@@ -318,6 +325,7 @@ def _write_report(runner: Runner) -> RunReport:
         confidence=settings.confidence,
         margin=settings.margin,
         goals=recipe["goals"],
+        prices=_prices(runner.recipe),
     )
     if runner.task.error_categories:
         rows = {name: read_predictions(path)[1] for name, path in evaluations.items()}

@@ -164,6 +164,16 @@ def significant(value: float, digits: int) -> str:
     return f"{value:,.{places}f}"
 
 
+def signed_number(value: float, digits: int = 3) -> str:
+    """A number rounded to significant digits, with its sign.
+
+    >>> signed_number(-12.345), signed_number(0.5), signed_number(0.0)
+    ('−12.3', '+0.500', '0')
+    """
+    text = significant(abs(value), digits)
+    return text if value == 0 else f"{MINUS if value < 0 else '+'}{text}"
+
+
 def integer(value: float | None) -> str:
     """A number rounded to an integer, with thousands separators."""
     return NONE if value is None else f"{value:,.0f}"

@@ -51,6 +51,14 @@ import click
     metavar="ID",
     help="A row of which both models score A's answer, token by token. May be given several times.",
 )
+@click.option("--costs", metavar="FILE", help="A YAML file of prices; see docs/costs.md.")
+@click.option("--ratings", metavar="FILE", help="People's ratings: id, model (a or b), rating 1 to 5, rater.")
+@click.option("--judge", metavar="MODEL", help="A model that judges answers; needs --judgements.")
+@click.option(
+    "--judgements",
+    metavar="FILE",
+    help="People's judgements of a random sample of the rows: id and better (a, b, tie).",
+)
 @click.option("--gate", is_flag=True, help="Exit with 3 unless B is better or not inferior; needs --margin.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 @click.pass_context

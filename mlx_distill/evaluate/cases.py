@@ -41,9 +41,10 @@ def make_case(
     """One row as a case; ``categories`` are the error categories of the task.
 
     Returns:
-        ``id``, ``title``, ``input``, ``slices``, ``change``, ``truth`` (``label``, ``score``, ``answer``),
-        ``a`` and ``b`` (each ``label``, ``score``, ``answer``, ``error``, ``text`` where the answer is
-        invalid, ``label_probs``, ``error_class``), and ``differs``, the fields in which the answers differ.
+        ``id``, ``title``, ``input``, ``slices``, ``cluster``, ``change``, ``truth`` (``label``, ``score``,
+        ``answer``), ``a`` and ``b`` (each ``label``, ``score``, ``answer``, ``error``, ``text`` where the
+        answer is invalid, ``label_probs``, ``error_class``), and ``differs``, the fields in which the answers
+        differ.
     """
     fields = a.get("fields") or {}
     truth = a.get("truth")
@@ -53,6 +54,7 @@ def make_case(
         "title": a.get("title"),
         "input": a.get("input") or "",
         "slices": {name: fields.get(name) for name in task.slices},
+        "cluster": fields.get(task.cluster) if task.cluster else None,
         "change": change,
         "truth": {
             "label": true_value(a, task.label) if task.label else None,

@@ -19,6 +19,7 @@ from mlx_distill.evaluate.categories import parse_categories
 from mlx_distill.evaluate.comparison_inputs import Paired, Reference, Side, pair_sides
 from mlx_distill.evaluate.comparison_text import advice, sentence, text_lines, token_lines
 from mlx_distill.evaluate.held_out import count_look, leaked_ids
+from mlx_distill.evaluate.people_text import people_lines
 from mlx_distill.evaluate.row_metrics import RowMetric, find_metric, row_clusters, row_metrics, values_of
 from mlx_distill.metrics import present_fields
 from mlx_distill.metrics.agreement import MIN_PROBABILITY
@@ -121,7 +122,7 @@ class ModelComparison:
 
     def lines(self) -> list[str]:
         """The result for the terminal."""
-        return [*text_lines(self.facts), *token_lines(self.tokens)]
+        return [*text_lines(self.facts), *people_lines(self.facts), *token_lines(self.tokens)]
 
     def __str__(self) -> str:
         return "\n".join(self.lines())

@@ -14,6 +14,7 @@ from mlx_distill import metrics as m
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate.attribution import attribute
+from mlx_distill.evaluate.costs import Prices, run_costs
 from mlx_distill.evaluate.edge_cases import FILE_NAME as EDGE_CASES
 from mlx_distill.evaluate.edge_cases import edge_case_metrics
 from mlx_distill.evaluate.figures import compared_fields
@@ -23,7 +24,7 @@ from mlx_distill.evaluate.suite import TEACHER, evaluate_models, in_set, majorit
 from mlx_distill.infer.label_temperature import measured_calibration
 from mlx_distill.metrics.classification import Row
 from mlx_distill.report import provenance
-from mlx_distill.report.answer import answer, compare_final
+from mlx_distill.report.answer import answer, compare_final, final_pair
 from mlx_distill.report.diagnosis import diagnose
 from mlx_distill.run_models import RESULTS, run_model
 from mlx_distill.storage import read_jsonl
@@ -43,6 +44,7 @@ def build_report(
     confidence: float = 0.95,
     margin: str | None = None,
     goals: Sequence[Mapping[str, Any]] = (),
+    prices: Prices | None = None,
 ) -> dict[str, Any]:
     """Measure every model of a run and collect the facts about it.
 
@@ -56,6 +58,7 @@ def build_report(
         confidence: Level of the intervals.
         margin: How much worse than the teacher is still as good, such as ``3pt``; None for none.
         goals: ``{"model", "metric", "at_least" or "at_most"}``, see :mod:`mlx_distill.evaluate.goals`.
+        prices: Of :func:`mlx_distill.evaluate.costs.read_prices`; None: no costs.
 
     Returns:
         The report as plain JSON values: ``answer`` (is the final model as good as the one that it replaces),
@@ -80,6 +83,7 @@ def build_report(
         folders[name] = path if path.is_dir() else path.parent
     measured = _measure(run, task, headers, rows, folders, confidence)
     by_set, main = measured["by_set"], measured["main_set"]
+    own = {name: in_set(predictions, main) for name, predictions in rows.items()}
     comparison = compare_final(rows, task, main, margin, confidence)
     report: dict[str, Any] = {
         "format": FORMAT,
@@ -99,11 +103,7 @@ def build_report(
         "by_set": by_set,
         "comparisons": measured["comparisons"],
         "group_changes": measured["group_changes"],
-        "attribution": attribute(
-            {name: in_set(predictions, main) for name, predictions in rows.items()},
-            task,
-            confidence=confidence,
-        ),
+        "attribution": attribute(own, task, confidence=confidence),
         "disagreements": _disagreements(rows, task),
         "data": provenance.data(run),
         "sizes": provenance.sizes(run, list(evaluations)),
@@ -114,6 +114,9 @@ def build_report(
         "majority": majority(by_set[main]),
         "teacher_answers": provenance.teacher_answers(run),
     }
+    if prices is not None:
+        own = {name: predictions for name, predictions in own.items() if predictions}
+        report["costs"] = run_costs(prices, report, own, task, final_pair(list(own)))
     report["goals"] = judge_goals(goals, report, task)
     return report | {"diagnosis": diagnose(report)}
 

@@ -20,6 +20,7 @@ from mlx_distill.evaluate.comparison_text import (
     shown_points,
     shown_value,
 )
+from mlx_distill.evaluate.people_text import cost_lines, people_lines
 from mlx_distill.report.environment import FOLDER, render
 from mlx_distill.report.svg import element
 from mlx_distill.text import (
@@ -102,6 +103,8 @@ def render_comparison(
         "slices": [_slice_table(name, rows, facts) for name, rows in facts["slices"].items()],
         "both": _both(facts),
         "tokens": [_tokens(one) for one in tokens],
+        "people": people_lines({**facts, "costs": None}),
+        "costs": cost_lines(facts["costs"]) if facts.get("costs") else [],
         "method": _method(facts),
         "version": _version(),
     }
@@ -129,6 +132,8 @@ def _sections(facts: Facts, view: Facts) -> list[tuple[str, str]]:
         "slices": "Slices" if view["slices"] else None,
         "confusion": "Confusion" if facts["confusions"] else None,
         "cost": "Speed and size",
+        "people": "People" if view["people"] else None,
+        "costs": "Costs" if view["costs"] else None,
         "tokens": "Tokens" if view["tokens"] else None,
         "method": "Method",
     }

@@ -13,6 +13,7 @@ from typing import Any
 from mlx_distill.report import (
     comparison_section,
     constrained_section,
+    costs_section,
     data_section,
     errors_section,
     fields_section,
@@ -83,6 +84,7 @@ SECTIONS = (
     Section("calibration", "Calibration", "Label probabilities", _calibration),
     Section("sets", "Other sets", "Other sets", results_section.other_sets),
     Section("cost", "Cost", "Speed, size, memory", training_section.cost),
+    Section("costs", "Prices", "What it costs", costs_section.costs),
     Section("quantization", "Quantization", "Quantization", quantization_section.quantization),
     Section("training", "Training", "Training", training_section.curves),
     Section("origin", "Method", "Method and provenance", origin_section.origin),
