@@ -32,6 +32,7 @@ _NEEDED = (
 )
 _EXTRAS = {
     "track": (("trackio",), "a dashboard of the runs' curves"),
+    "text-metrics": (("rouge_score", "sacrebleu"), "the metrics rouge and bleu of a task"),
     "notebook": (("nbclient", "ipykernel"), "to execute the notebooks of the examples"),
     "parity": (
         ("torch", "transformers", "peft", "sklearn", "statsmodels"),
