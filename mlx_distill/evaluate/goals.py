@@ -55,13 +55,22 @@ def check_goals(goals: Sequence[Any], task: Task) -> None:
                 fix=known_names(goal.model, RUN_MODELS, "models of a run"),
             )
         root = goal.metric.partition(".")[0]
-        if root in OTHER_FIGURES or _lookup(figures, goal.metric)[0]:
+        if root in OTHER_FIGURES or _is_group_rate(goal.metric, task) or _lookup(figures, goal.metric)[0]:
             continue
         names = sorted({*figures["task_metrics"], *figures["error_categories"], *_named(figures)})
         raise ConfigError(
             f"{where}: no figure {goal.metric!r}",
             fix=known_names(goal.metric, [*names, *OTHER_FIGURES], "figures"),
         )
+
+
+def _is_group_rate(metric: str, task: Task) -> bool:
+    """Whether it is an error rate of one group, such as ``by_group.groups.women.false_positive_rate``. Which
+    groups there are only the rows say.
+    """
+    root, _, rest = metric.partition(".groups.")
+    rates = ("false_positive_rate", "false_negative_rate")
+    return root == "by_group" and bool(task.group and task.positive) and rest.rpartition(".")[2] in rates
 
 
 def _named(figures: Mapping[str, Any]) -> list[str]:

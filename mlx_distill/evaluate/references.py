@@ -186,8 +186,9 @@ def reference_metrics(rows: Sequence[Row], task: Task, *, confidence: float = 0.
           the effective number of claims, since claims of one answer are not independent;
         - ``hallucinated_answers``: answers with an invalid claim / answers that can be read;
         - ``references``: by field ``claims``, the counts ``valid``, ``invalid`` and ``not_checkable``, the
-          same two rates as ``per_claim`` and ``per_answer``, ``answers_with_claims``, the most frequent
-          ``reasons``, ``rows`` with invalid claims, ``corrected`` (see below), and ``support``;
+          same two rates as ``per_claim`` and ``per_answer``, ``answers_with_claims`` and
+          ``answers_with_invalid_claims``, the most frequent ``reasons``, the first ``rows`` with invalid
+          claims, ``corrected`` (see below), and ``support``;
         - ``unreadable_answers``.
 
         ``corrected`` is the rate of claims corrected by the checker's own errors on the sample ``checked``,
@@ -264,6 +265,7 @@ def _field(found: Sequence[Checked], checker: Checker, confidence: float) -> dic
         "not_checkable": counts["not checkable"],
         "answers": len(found),
         "answers_with_claims": sum(bool(entry.claims) for entry in found),
+        "answers_with_invalid_claims": sum(_is_invalid(entry.claims) for entry in found),
         "per_claim": _per_claim(found, confidence),
         "per_answer": _per_answer(found, confidence),
         "reasons": [{"reason": reason, "count": count} for reason, count in reasons.most_common(8)],

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from mlx_distill.errors import ConfigError
+from mlx_distill.evaluate.goals import check_goals, judge_goals
 from mlx_distill.evaluate.groups import group_changes, group_errors
+from mlx_distill.recipe import GoalConfig
+from mlx_distill.tasks.task import load_task
 
 
 def row(group: str | None, number: int, truth: str, label: str | None) -> dict[str, Any]:
@@ -138,3 +142,19 @@ def test_rows_that_share_a_cluster_widen_the_interval() -> None:
         return float(difference["high"] - difference["low"])
 
     assert width("artist") > 1.3 * width(None)
+
+
+def test_a_groups_rate_can_be_a_goal() -> None:
+    task = load_task("moderation")
+    metric = "by_group.groups.women.false_positive_rate"
+    check_goals([GoalConfig(model="teacher", metric=metric, at_most=0.35)], task)
+    for wrong, of_task in ((metric + "s", task), (metric, load_task("music"))):
+        with pytest.raises(ConfigError, match="no figure"):
+            check_goals([GoalConfig(model="teacher", metric=wrong, at_most=0.35)], of_task)
+    figures = {"by_group": errors(rows_of("women", 2, 40, 0, 40) + rows_of("men", 30, 40, 0, 40))}
+    report = {"metrics": {"teacher": figures}}
+    goals = [
+        {"model": "teacher", "metric": f"by_group.groups.{who}.false_positive_rate", "at_most": 0.35}
+        for who in ("women", "men", "others")
+    ]
+    assert [goal["state"] for goal in judge_goals(goals, report, task)] == ["met", "missed", "not_measured"]
