@@ -227,7 +227,7 @@ def _evaluation(
     return Stage(
         f"evaluations/{model.name}",
         "evaluate",
-        3,
+        4,
         config,
         (model.folder, *base, "data"),
         lambda context, folder: evaluate(context, folder, model.folder, model.name),

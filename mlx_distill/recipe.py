@@ -118,12 +118,26 @@ class EvaluateConfig:
     )
     repeats: int = option(
         0,
-        "sampled answers to each held-out row, besides the greedy one, to measure how much answers vary",
+        "runs in which the held-out rows are answered again, to measure how much answers vary: greedily in "
+        "shuffled batches, and as many times with sampling; 2 or more; 0: none",
         low=0,
         default_keyed=False,
     )
     repeat_temperature: float = option(
-        0.7, "sampling temperature of the repeated answers", low=0.0, default_keyed=False
+        0.7,
+        "temperature of the sampled runs of repeats; 0: shuffled batches alone",
+        low=0.0,
+        default_keyed=False,
+    )
+    repeat_rows: int = option(
+        0, "held-out rows that the repeats answer, drawn at random; 0: all", low=0, default_keyed=False
+    )
+    shuffle_options: int = option(
+        0,
+        "orders of the task's labels in the prompt in which the held-out rows' labels are scored, to count "
+        "how often the order decides; 2 or more; 0: none",
+        low=0,
+        default_keyed=False,
     )
     edge_cases: bool = option(
         False,

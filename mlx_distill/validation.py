@@ -6,7 +6,7 @@ resumed, inspected and made again as any run. Converted models are made once and
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,7 +22,10 @@ from mlx_distill.evaluate.cross_validation import (
     learning_curve,
     pooled_figures,
 )
+from mlx_distill.evaluate.goals import goal_text, judge_goals
+from mlx_distill.evaluate.suite import MAIN_SET, evaluate_models
 from mlx_distill.graph import Stage
+from mlx_distill.metrics.classification import Row
 from mlx_distill.pipeline import run
 from mlx_distill.progress import Bar, NullProgress, Progress, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
@@ -31,6 +34,7 @@ from mlx_distill.run_models import RUN_MODELS
 from mlx_distill.runtime import StopFlag, machine, stop_on_signal, versions
 from mlx_distill.status import current_key
 from mlx_distill.storage import link_stage, lock_folder, read_manifest, recover
+from mlx_distill.tasks.task import Task
 from mlx_distill.text import counted, duration, known_names, listed
 from mlx_distill.validation_plan import (
     FoldRun,
@@ -230,24 +234,41 @@ def _result(validation: FoldRuns) -> dict[str, Any]:
         )
         for model in validation.models
     }
+    recipe = to_mapping(validation.recipe)
     train_rows = [validation.counts[one.folder]["train"] for one in whole]
+    compared = pooled_figures(pooled, task, train_rows, confidence=confidence)
+    metric, figures = "accuracy" if task.label else "answer_f1", _metrics(pooled, task, confidence)
+    for name, figure in compared["figures"].items():  # over clusters, where the task has some
+        figures[name][metric] = figure["estimate"]
     return {
         "format": FORMAT,
         "name": validation.recipe.name,
         "task": task.name,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "confidence": confidence,
-        "metric": "accuracy" if task.label else "answer_f1",
+        "metric": metric,
         "cluster": task.cluster,
         "models": list(validation.models),
         "folds": [_fold_facts(validation, one) for one in whole],
-        **pooled_figures(pooled, task, train_rows, confidence=confidence),
-        "goals": [],
+        **compared,
+        "metrics": figures,
+        "goals": [
+            goal | {"text": goal_text(goal)}
+            for goal in judge_goals(recipe["goals"], {"metrics": figures}, task)
+            if goal["model"] in validation.models
+        ],
         "learning_curve": _curve(validation) if validation.curve else None,
-        "settings": to_mapping(validation.recipe),
+        "settings": recipe,
         "versions": versions(),
         "machine": machine(),
     }
+
+
+def _metrics(models: Mapping[str, Sequence[Row]], task: Task, confidence: float) -> dict[str, Any]:
+    """All metrics of each model over the pooled rows of all sets."""
+    one_set = {name: [{**row, "set": MAIN_SET} for row in rows] for name, rows in models.items()}
+    measured = evaluate_models(one_set, task, confidence=confidence)
+    return dict(measured["by_set"][MAIN_SET])
 
 
 def _fold_facts(validation: FoldRuns, one: FoldRun) -> dict[str, Any]:

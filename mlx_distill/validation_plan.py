@@ -100,6 +100,8 @@ class ValidationPlan:
     def _time(self) -> str:
         if self.seconds is None:
             return "not known before the first fold is done: nothing of it was measured on this machine"
+        if not self.measured:
+            return "none, every stage is current"
         return f"about {duration(self.seconds)}, as {self.measured} took"
 
     def to_dict(self) -> dict[str, Any]:
@@ -258,7 +260,7 @@ def _time_left(validation: FoldRuns) -> tuple[float | None, str | None]:
                     break
             else:
                 return None, None
-    return left, listed(list(dict.fromkeys(names))) or "nothing"
+    return left, listed(list(dict.fromkeys(names))) or None
 
 
 def _same_stage_seconds(folder: Path, stage: Stage) -> float | None:

@@ -33,7 +33,7 @@ import click
     help="Change one key of the recipe, such as teach.epochs=2.",
 )
 @click.option("--dry-run", is_flag=True, help="Show what it costs, and write nothing.")
-@click.option("--gate", is_flag=True, help="Exit with 3 unless every goal of the recipe is met.")
+@click.option("--gate", is_flag=True, help="Exit with 3 unless every goal for these models is met.")
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 @click.pass_context
 def validate(

@@ -24,6 +24,7 @@ State = Literal["met", "missed", "undecided", "not_measured"]
 OTHER_FIGURES = (
     "calibration",
     "first_token_s",
+    "label_orders",
     "load_s",
     "model_memory_gb",
     "peak_memory_gb",
@@ -197,7 +198,7 @@ def _unit(metric: str, task: Task) -> str:
         if own.name == metric:
             return {"seconds": "s"}.get(own.unit, own.unit)
     last = metric.rpartition(".")[2].removesuffix("_interval")
-    if last.startswith("score_"):
+    if last.startswith("score_") and last != "score_deviation":  # that one is a share of the scale
         return "points"
     if last in _PLAIN:
         return "number"

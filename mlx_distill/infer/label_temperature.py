@@ -120,34 +120,6 @@ def read_label_temperature(folder: str | Path) -> LabelTemperature | None:
     return LabelTemperature(**{**raw, "labels": tuple(raw["labels"])})
 
 
-def measured_calibration(
-    rows: Sequence[Mapping[str, Any]], folder: str | Path, task: Task
-) -> dict[str, Any] | None:
-    """Likelihood and calibration of a model's label probabilities on held-out rows, before and after they are
-    scaled by the temperature in its folder; None where no row has probabilities and a true label.
-
-    Args:
-        rows: Predictions with ``label_probs`` and ``truth``.
-        folder: Of the model.
-        task: Of the predictions.
-    """
-    truth = class_numbers([(row.get("truth") or {}).get(task.label) for row in rows], task.labels)
-    used = [i for i, row in enumerate(rows) if row.get("label_probs") and truth[i] >= 0]
-    if not used:
-        return None
-    table, truth = log_table([rows[i]["label_probs"] for i in used], task.labels), truth[used]
-    fitted = read_label_temperature(folder)
-    temperature, reason = usable_temperature(fitted, folder, task, "none")
-    return {
-        "n": len(used),
-        "temperature": temperature,
-        "reason": reason,
-        "fitted_rows": fitted.rows if fitted else None,
-        "before": asdict(calibration_error(table, truth)),
-        "after": asdict(calibration_error(table, truth, temperature)) if temperature else None,
-    }
-
-
 def usable_temperature(
     fitted: LabelTemperature | None, folder: str | Path, task: Task, normalize: str
 ) -> tuple[float | None, str | None]:

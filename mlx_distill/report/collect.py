@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill import metrics as m
+from mlx_distill.data.evaluation_files import LABEL_ORDERS, REPEATS, read_lines
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate.attribution import attribute
+from mlx_distill.evaluate.calibration import calibration_figures
 from mlx_distill.evaluate.costs import Prices, run_costs
 from mlx_distill.evaluate.edge_cases import FILE_NAME as EDGE_CASES
 from mlx_distill.evaluate.edge_cases import edge_case_metrics
 from mlx_distill.evaluate.figures import compared_fields
 from mlx_distill.evaluate.goals import judge_goals
 from mlx_distill.evaluate.registry import task_metrics
+from mlx_distill.evaluate.repeats import order_figures, repeat_figures
 from mlx_distill.evaluate.suite import TEACHER, evaluate_models, in_set, majority
-from mlx_distill.infer.label_temperature import measured_calibration
 from mlx_distill.metrics.classification import Row
 from mlx_distill.report import provenance
 from mlx_distill.report.answer import answer, compare_final, final_pair
@@ -142,11 +144,28 @@ def _measure(
         figures["peak_memory_gb"] = provenance.peak_memory_gb(headers[model], folders[model])
         figures |= provenance.speed(folders[model])
         figures |= _edge_cases(folders[model], confidence)
-        if task.label:
-            figures["calibration"] = measured_calibration(
-                in_set(rows[model], main), run / run_model(model).folder, task
-            )
+        figures |= _variation(folders[model], in_set(rows[model], main), task, confidence)
+    if task.label:
+        calibrated = calibration_figures(
+            {model: in_set(rows[model], main) for model in measured["by_set"][main]},
+            folders,
+            {model: run / run_model(model).folder for model in rows},
+            task,
+            confidence=confidence,
+        )
+        for model, entry in calibrated.items():
+            measured["by_set"][main][model]["calibration"] = entry
     return measured
+
+
+def _variation(folder: Path, rows: Sequence[Row], task: Task, confidence: float) -> dict[str, Any]:
+    """What an evaluation kept of repeated answers, and of other orders of the labels."""
+    out: dict[str, Any] = {}
+    if repeats := read_lines(folder / REPEATS):
+        out["repeats"] = repeat_figures(*repeats, rows, task, confidence=confidence)
+    if orders := read_lines(folder / LABEL_ORDERS):
+        out["label_orders"] = order_figures(*orders, rows, confidence=confidence)
+    return out
 
 
 def _edge_cases(folder: Path, confidence: float) -> dict[str, Any]:

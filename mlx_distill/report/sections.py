@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_distill.report import (
+    calibration_section,
     comparison_section,
     constrained_section,
     costs_section,
@@ -57,12 +58,6 @@ def _edge_cases(report: Report) -> dict[str, Any]:
     return {name: entry for name, figures in metrics.items() if (entry := figures.get("edge_cases"))}
 
 
-def _calibration(report: Report) -> dict[str, Any]:
-    """The calibration of each model that was measured."""
-    metrics = report["metrics"]
-    return {name: entry for name, figures in metrics.items() if (entry := figures.get("calibration"))}
-
-
 SECTIONS = (
     Section("data", "Rows", "Rows", data_section.data),
     Section("comparison", "Comparison", "Against the model that it replaces", comparison_section.comparison),
@@ -81,7 +76,8 @@ SECTIONS = (
     Section("edge-cases", "Edge cases", "Edge cases", _edge_cases),
     Section("fields", "Fields", "Fields of the answer", fields_section.fields),
     Section("distributions", "Labels", "Label distributions", errors_section.label_distributions),
-    Section("calibration", "Calibration", "Label probabilities", _calibration),
+    Section("calibration", "Calibration", "Label probabilities", calibration_section.calibration),
+    Section("repeats", "Repeats", "Repeated answers", calibration_section.repeats),
     Section("sets", "Other sets", "Other sets", results_section.other_sets),
     Section("cost", "Cost", "Speed, size, memory", training_section.cost),
     Section("costs", "Prices", "What it costs", costs_section.costs),

@@ -63,7 +63,7 @@ class ValidationReport:
             points = [f"{p['rows']:,}: {_plain(percent(p['estimate']['value']))}" for p in curve["points"]]
             lines.append(f"learning curve, training rows: {', '.join(points)}. {curve['sentence']}")
         for goal in report["goals"]:
-            lines.append(f"goal {goal['model']} {goal['metric']}: {goal['state']}")
+            lines.append(f"goal {words(goal['state'])}: {goal['text']}")
         return [*lines, f"page: {self.html}"]
 
 

@@ -8,8 +8,10 @@ from typing import Any
 
 from mlx_distill.config import to_mapping
 from mlx_distill.errors import ConfigError, ModelError
+from mlx_distill.records import Prediction
 from mlx_distill.runtime import peak_memory, reset_peak_memory
-from mlx_distill.stages.context import Context, Facts, check_stop, held_out_rows
+from mlx_distill.stages.context import Context, Facts, check_stop
+from mlx_distill.stages.evaluate_more import checked_rows, measure_more
 from mlx_distill.stages.speed import Saturation, first_token_seconds, load_and_measure
 from mlx_distill.storage import read_jsonl, scratch, write_jsonl
 
@@ -22,10 +24,9 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
     from mlx_distill.data.predictions import FILE_NAME, write_predictions
     from mlx_distill.infer.label_scoring import label_prefix_tokens
     from mlx_distill.infer.predict import predict_both
-    from mlx_distill.records import Prediction
 
     settings = context.recipe.evaluate
-    rows = held_out_rows(context)
+    rows = checked_rows(context)
     model, tokenizer, facts = load_and_measure(context, model_folder)
     scored = label_prefix_tokens(
         tokenizer, context.task, lambda reason: context.progress.note(f"evaluate {name}: {reason}")
@@ -60,8 +61,7 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
                 )
                 saturation.end()
                 facts["peak_memory_bytes"] = peak_memory()
-                pairs = ({"own": asdict(own), "other": other and asdict(other)} for own, other in answers)
-                write_jsonl(path, pairs)
+                write_jsonl(path, map(_pair, answers))
             for _, pair in read_jsonl(path):
                 predictions.append(Prediction(**pair["own"]))
                 constrained.append(pair["other"] and Prediction(**pair["other"]))
@@ -77,6 +77,7 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
     )
     facts["requests_per_second"] = saturation.requests_per_second
     _answer_edge_cases(context, folder, (model, tokenizer), name, constrain)
+    measure_more(context, folder, name, model, tokenizer, rows, has_labels=scored is not None)
     return {"rows": len(rows), "peak_memory_bytes": None, **facts}
 
 
@@ -100,6 +101,12 @@ def _answer_edge_cases(
         progress=context.progress,
     )
     write_jsonl(folder / FILE_NAME, outcomes)
+
+
+def _pair(answers: tuple[Prediction, Prediction | None]) -> dict[str, Any]:
+    """The free answer to a row and the one under the grammar, for the file of a chunk."""
+    own, other = answers
+    return {"own": asdict(own), "other": other and asdict(other)}
 
 
 def _has_grammar(context: Context, tokenizer: Any, name: str) -> bool:

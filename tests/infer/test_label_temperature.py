@@ -17,12 +17,11 @@ from mlx_distill.infer.label_temperature import (
     LABEL_TEMPERATURE,
     LabelTemperature,
     fit_label_temperature,
-    measured_calibration,
     read_label_temperature,
     usable_temperature,
     write_label_temperature,
 )
-from mlx_distill.metrics.calibration import MIN_ROWS, calibration_error, fit_temperature
+from mlx_distill.metrics.calibration import MIN_ROWS
 from mlx_distill.models.folder import source_key
 from mlx_distill.tasks.task import Task, load_task
 
@@ -116,23 +115,3 @@ def test_a_file_of_another_format_is_refused(folder: Path) -> None:
     (folder / LABEL_TEMPERATURE).write_text(json.dumps({"format": 0}))
     with pytest.raises(DataError, match="format 1"):
         read_label_temperature(folder)
-
-
-def test_the_report_measures_held_out_rows_at_the_temperature(task: Task, folder: Path) -> None:
-    known = fitted(task, folder)
-    write_label_temperature(folder, known)
-    probabilities, truth = distributions(task, 300, 2.0)
-    rows = [{"label_probs": p, "truth": {"label": y}} for p, y in zip(probabilities, truth, strict=True)]
-    rows.append({"label_probs": None, "truth": {"label": "fine"}})
-    rows.append({"label_probs": probabilities[0], "truth": None})
-    measured = measured_calibration(rows, folder, task)
-    assert measured is not None and measured["n"] == 300 and measured["temperature"] == known.temperature
-    logs = np.log([[p[label] for label in task.labels] for p in probabilities])
-    numbers = np.array([task.labels.index(y) for y in truth])
-    assert known.temperature
-    for key, temperature in (("before", 1.0), ("after", known.temperature)):
-        expected = calibration_error(logs, numbers, temperature)
-        assert measured[key]["nll"] == pytest.approx(expected.nll)
-        assert measured[key]["ece"] == pytest.approx(expected.ece)
-    assert fit_temperature(logs, numbers) == pytest.approx(2.0, rel=0.3)
-    assert measured_calibration(rows[-1:], folder, task) is None
