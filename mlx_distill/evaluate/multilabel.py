@@ -88,11 +88,13 @@ def _resampled_f1(
     counts: Float[np.ndarray, "rows labels counts"], resamples: int, rng: np.random.Generator
 ) -> Float[np.ndarray, " resamples"]:
     n, labels, _ = counts.shape
-    matrix, chunk, out = counts.reshape(n, -1), max(1, _CHUNK // n), []
+    # Rows with the same counts are interchangeable, so that the number of each kind is drawn.
+    kinds, numbers = np.unique(counts.reshape(n, -1), axis=0, return_counts=True)
+    chunk, out = max(1, _CHUNK // len(kinds)), []
     for start in range(0, resamples, chunk):
         size = min(chunk, resamples - start)
-        times = rng.multinomial(n, np.full(n, 1 / n), size=size)
-        out.append(_mean_f1((times @ matrix).reshape(size, labels, 3)))
+        times = rng.multinomial(n, numbers / n, size=size).astype(np.float64)
+        out.append(_mean_f1((times @ kinds).reshape(size, labels, 3)))
     return np.concatenate(out)
 
 
