@@ -122,7 +122,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """
     from importlib.util import find_spec
 
-    if all(find_spec(name) for name in ("torch", "transformers", "peft")):
+    if all(find_spec(name) for name in ("torch", "transformers", "peft", "sklearn", "statsmodels")):
         return
     left_out = [item for item in items if item.get_closest_marker("parity")]
     config.hook.pytest_deselected(items=left_out)

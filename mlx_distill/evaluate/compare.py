@@ -306,7 +306,10 @@ def _estimate(
     """A side's own value: Wilson's interval of a rate, that of the mean of a number or of clusters."""
     if metric.binary and clusters is None:
         return rate(sum(map(bool, values)), len(values), confidence)
-    own = clustered_mean([float(v) for v in values], clusters or range(len(values)), confidence)
+    spread = 1.0 if metric.unit == "rate" else None
+    own = clustered_mean(
+        [float(v) for v in values], clusters or range(len(values)), confidence, spread=spread
+    )
     low, high = own["low"], own["high"]
     if metric.unit == "rate" and low is not None and high is not None:
         low, high = max(0.0, low), min(1.0, high)

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from mlx_distill.metrics.answers import list_items
 from mlx_distill.metrics.classification import Row, true_value
-from mlx_distill.metrics.intervals import Estimate, wilson
+from mlx_distill.metrics.intervals import Estimate, bootstrap_totals, wilson
 
-Average = Literal["micro", "macro", "samples"]
+Average = Literal["micro", "macro"]
 AVERAGES = ("micro", "macro", "samples")
-_CHUNK = 2_000_000  # resampled rows at a time: 16 MB
 
 
 def multilabel_counts(
@@ -63,45 +62,27 @@ def multilabel_f1(
     """F1 of a field that holds a list of labels, with a percentile bootstrap interval over the rows.
 
     ``micro``: ``2 TP / (2 TP + FP + FN)`` over all labels of all rows; ``macro``: the mean of the F1 of each
-    label that occurs in any true or given answer. The labels are fixed: one that a resample lacks is left out
-    of that resample's mean. For ``samples``, the mean over rows, see
-    :func:`mlx_distill.metrics.answers.field_f1`.
+    label that occurs in any true or given answer. The labels are the same in every resample: one that a
+    resample lacks counts there as 0, as in :func:`mlx_distill.metrics.classification.macro_f1`. For the mean
+    over rows (``samples``) see :func:`mlx_distill.metrics.answers.field_f1`.
 
     >>> rows = [{"truth": {"t": ["a", "b"]}, "answer": {"t": ["b", "c"]}}, {"truth": {"t": ["a"]}}]
     >>> round(multilabel_f1(rows, "t")["value"], 3), round(multilabel_f1(rows, "t", "macro")["value"], 3)
     (0.4, 0.333)
     """
-    _, counts = multilabel_counts(rows, field)
+    labels, counts = multilabel_counts(rows, field)
     n = counts.shape[0]
-    flat = counts.sum(axis=1, keepdims=True) if average == "micro" else counts
-    value = float(_mean_f1(flat.sum(axis=0)[None])[0]) if flat.size else float("nan")
-    if np.isnan(value):
+    if not labels:
         return {"value": None, "low": None, "high": None, "n": n}
-    means = _resampled_f1(flat.astype(np.float64), resamples, np.random.default_rng(seed))
-    low, high = (float(end) for end in np.nanquantile(means, [0.5 - confidence / 2, 0.5 + confidence / 2]))
+    tables = counts.sum(axis=1) if average == "micro" else counts.reshape(n, -1)
+    value = float(_mean_f1(tables.sum(axis=0, keepdims=True))[0])
+    low, high = bootstrap_totals(tables, _mean_f1, confidence, resamples=resamples, seed=seed)
     if low == high:  # all right or all wrong: every resample has the same F1
         low, high = wilson(round(value * n), n, confidence)
     return {"value": value, "low": low, "high": high, "n": n}
 
 
-def _resampled_f1(
-    counts: Float[np.ndarray, "rows labels counts"], resamples: int, rng: np.random.Generator
-) -> Float[np.ndarray, " resamples"]:
-    n, labels, _ = counts.shape
-    # Rows with the same counts are interchangeable, so that the number of each kind is drawn.
-    kinds, numbers = np.unique(counts.reshape(n, -1), axis=0, return_counts=True)
-    chunk, out = max(1, _CHUNK // len(kinds)), []
-    for start in range(0, resamples, chunk):
-        size = min(chunk, resamples - start)
-        times = rng.multinomial(n, numbers / n, size=size).astype(np.float64)
-        out.append(_mean_f1((times @ kinds).reshape(size, labels, 3)))
-    return np.concatenate(out)
-
-
-def _mean_f1(counts: Any) -> Float[np.ndarray, " resamples"]:
-    """Mean over the labels of the F1 of counts ``[resamples, labels, 3]``; NaN where no label occurs."""
-    weights = 2 * counts[..., 0] + counts[..., 1] + counts[..., 2]
-    present = weights > 0
-    f1 = np.where(present, 2 * counts[..., 0] / np.where(present, weights, 1), 0.0)
-    total = present.sum(axis=1)
-    return np.where(total > 0, f1.sum(axis=1) / np.maximum(total, 1), np.nan)
+def _mean_f1(totals: Real[np.ndarray, "resamples counts"]) -> Float[np.ndarray, " resamples"]:
+    """Mean over the labels of the F1 of TP, FP and FN of each label in turn."""
+    right, false, missed = np.moveaxis(totals.reshape(len(totals), -1, 3), 2, 0)
+    return (2 * right / np.maximum(2 * right + false + missed, 1)).mean(axis=1)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Real
 
 from mlx_distill.errors import DataError
 from mlx_distill.metrics.clusters import cluster_numbers
@@ -308,7 +308,7 @@ def macro_f1(
     if n == 0:
         return {"value": None, "low": None, "high": None, "n": 0, "classes": []}
 
-    def statistic(totals: Int[np.ndarray, "r k"]) -> Float[np.ndarray, " r"]:
+    def statistic(totals: Real[np.ndarray, "r k"]) -> Float[np.ndarray, " r"]:
         hits, occurrences = np.split(totals, 2, axis=1)
         return (2 * hits / np.maximum(occurrences, 1)).mean(axis=1)
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypedDict
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from mlx_distill.errors import DataError
 
@@ -227,7 +227,7 @@ def paired_bootstrap(
 
 def bootstrap_totals(
     tables: Int[np.ndarray, "n k"],
-    statistic: Callable[[Int[np.ndarray, "r k"]], Float[np.ndarray, " r"]],
+    statistic: Callable[[Real[np.ndarray, "r k"]], Float[np.ndarray, " r"]],
     confidence: float = 0.95,
     *,
     resamples: int = 10_000,
@@ -257,10 +257,11 @@ def bootstrap_totals(
     # Drawing n tables with replacement draws how often each distinct one occurs from a multinomial
     # distribution.
     distinct, counts = np.unique(tables, axis=0, return_counts=True)
+    distinct = distinct.astype(np.float64)  # products of integers are slow
     rng = np.random.default_rng(seed)
     chunk = max(1, 2_000_000 // max(len(counts), distinct.shape[1]))
     values = [
-        statistic(rng.multinomial(len(tables), counts / len(tables), size=size) @ distinct)
+        statistic(rng.multinomial(len(tables), counts / len(tables), size=size).astype(np.float64) @ distinct)
         for size in [min(chunk, resamples - start) for start in range(0, resamples, chunk)]
     ]
     low, high = np.quantile(np.concatenate(values), [0.5 - confidence / 2, 0.5 + confidence / 2])

@@ -190,6 +190,20 @@ def test_macro_f1_by_hand() -> None:
     assert scores.macro_f1(data, "kind", [*LABELS, "unused"])["value"] == pytest.approx((0.5 + 2 / 3 + 0) / 3)
 
 
+def test_macro_f1_by_clusters_and_over_fixed_classes() -> None:
+    one = [("a", "a")] * 5 + [("b", "b")] * 2 + [("b", "a")]
+    data = rows(*one * 6)
+    plain = scores.macro_f1(data, "kind", LABELS)
+    alike = scores.macro_f1(data, "kind", LABELS, clusters=[i % 8 for i in range(48)])
+    assert plain["classes"] == alike["classes"] == ["a", "b"]
+    assert alike["value"] == plain["value"] and alike["high"] - alike["low"] > plain["high"] - plain["low"]
+    # A class with a single row is missing in a third of the resamples, and then counts 0 there.
+    rare = scores.macro_f1(rows(*[("a", "a")] * 30, ("c", "c")), "kind", LABELS)
+    assert (rare["value"], rare["low"], rare["classes"]) == (1.0, 0.5, ["a", "c"])
+    with pytest.raises(DataError, match="1 clusters of 48 rows"):
+        scores.macro_f1(data, "kind", LABELS, clusters=["x"])
+
+
 def test_interval_of_macro_f1_equals_resampling_the_rows() -> None:
     rng = np.random.default_rng(1)
     truth, predicted = rng.integers(0, 2, 80), rng.integers(0, 2, 80)

@@ -1,6 +1,4 @@
-"""Intervals and paired tests against scipy's values (scipy 1.17.1; the constants are committed, scipy is not
-needed).
-"""
+"""Intervals and paired tests against scipy's and published values (constants by scipy 1.17.1)."""
 
 from __future__ import annotations
 
@@ -12,6 +10,7 @@ import pytest
 from mlx_distill.errors import DataError
 from mlx_distill.metrics.intervals import (
     bootstrap_mean,
+    bootstrap_totals,
     mean_estimate,
     newcombe,
     normal_quantile,
@@ -142,6 +141,38 @@ def test_bootstrap_is_near_scipys_bca_and_seeded() -> None:
     assert paired_bootstrap(x, y, seed=1) != paired_bootstrap(x, y)
     low, high = paired_bootstrap(x, y)
     assert low < (x - y).mean() < high
+
+
+@pytest.mark.parametrize("n", [2, 30, 400])
+def test_bootstrap_equals_scipys_from_the_same_draws(n: int) -> None:
+    from scipy import stats
+
+    values = np.random.default_rng(n).exponential(2.0, n)
+    theirs = stats.bootstrap(
+        (values,), np.mean, n_resamples=2_000, method="BCa", batch=2_000, rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert bootstrap_mean(values, resamples=2_000) == pytest.approx((theirs.low, theirs.high), rel=1e-9)
+
+
+def test_a_mean_of_few_or_equal_values_claims_no_more_than_it_knows() -> None:
+    few = np.random.default_rng(0).normal(size=8)
+    estimate, (low, high) = mean_estimate(few), bootstrap_mean(few)
+    assert estimate["low"] < low and estimate["high"] > high
+    for values in ([2.0], [2.0] * 50):
+        assert mean_estimate(values) == {"value": 2.0, "low": None, "high": None, "n": len(values)}
+    with pytest.raises(DataError, match="value 2 of 2 is nan"):
+        mean_estimate([1.0, float("nan")])
+
+
+def test_bootstrap_of_totals_draws_rows() -> None:
+    rows = np.array([[1, 1]] * 60 + [[0, 1]] * 40)
+    low, high = bootstrap_totals(rows, lambda totals: totals[:, 0] / totals[:, 1])
+    assert (low, high) == pytest.approx((0.504, 0.696), abs=0.015)
+    # Ten rows in each cluster, all alike: the clusters are what is drawn.
+    wide = bootstrap_totals(rows.reshape(10, 10, 2).sum(axis=1), lambda t: t[:, 0] / t[:, 1])
+    assert wide[1] - wide[0] > 2 * (high - low)
+    with pytest.raises(ValueError, match="at least one row"):
+        bootstrap_totals(rows[:0], lambda totals: totals[:, 0])
 
 
 def test_bootstrap_in_chunks() -> None:
