@@ -4,8 +4,8 @@ Block by block, and within a block one group of layers with the same inputs afte
 measured in the unquantized model and in the one whose layers before are rounded already: the Hessian H, the
 mean of x x^T over the real tokens of the latter, all tokens alike, and how the former differ. Weights are
 corrected for that difference, scales are chosen by the error weighted with the inputs, and the weights are
-rounded with error feedback (:mod:`mlx_distill.models.rounding`). Held at a time are the hidden states of the
-rows in both models and the Hessian of one group.
+rounded with error feedback (:mod:`mlx_distill.models.rounding`). Held at a time are, of the rows in both
+models, the hidden states and the inputs in one block, and the Hessian of one group.
 
 A stack of experts has a Hessian for each expert, over the tokens that the router sent to it, and is not
 corrected, since the routers of the two models choose different experts. A tied embedding has that of the
@@ -15,7 +15,7 @@ is not tied has no inputs to measure: it is not calibrated.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -136,12 +136,8 @@ def calibrate(
         states = list(plain)
         for number, layer in enumerate(blocks.layers):
             inside = _paths_inside(layer, modules, quantizations)
-            with _weights_restored(inside) as own:
-                for group in _groups(blocks, number, states[0], inside):
-                    measure = partial(_measured, blocks, number, states, plain, inside, own, group[0])
-                    yield from _refine({path: inside[path] for path in group}, options, measure)
-                states = _run(blocks, number, states)
-            plain = _run(blocks, number, plain)
+            block = _Block(blocks, number, inside, [{} for _ in states])
+            states, plain = yield from _refine_block(block, states, plain, options)
             bar.update(number + 1)
         if head_path in quantizations:
             head = {head_path: modules[head_path]}
@@ -191,40 +187,100 @@ def _paths_inside(
     return {path: modules[path] for path in quantizations if id(modules[path]) in own}
 
 
-def _groups(blocks: Blocks, number: int, states: mx.array, modules: Mapping[str, Any]) -> list[list[str]]:
-    """The modules of a block that have the same inputs, in the order in which the block calls them."""
-    groups: dict[str, list[str]] = {}
-    for call in _calls(blocks, number, states, modules):
-        groups.setdefault(call.paths[0], call.paths)
-    return list(groups.values())
+@dataclass(frozen=True)
+class _Call:
+    """Modules that were called with the same inputs, and of a stack the experts."""
+
+    paths: list[str]
+    inputs: mx.array
+    indices: mx.array | None
 
 
-def _measured(
-    blocks: Blocks,
-    number: int,
-    states: Sequence[mx.array],
-    plain: Sequence[mx.array],
-    modules: Mapping[str, Any],
-    own: Mapping[str, mx.array],
-    path: str,
-) -> _Statistics:
-    """The inputs of a module of a block; ``own`` are the unquantized weights. Nothing behind it is computed,
-    since MLX computes what is used.
+Inputs = dict[str, list[mx.array]]  # of modules by path, one for each call
+
+
+@dataclass(frozen=True)
+class _Block:
+    """A block whose modules are measured and rounded one group after the other.
+
+    ``known`` has for each batch the inputs that were measured in the quantized model. They do not change any
+    more, so a later pass begins with them: MLX does not compute what was before.
     """
-    statistics, module = _Statistics(), modules[path]
-    for x, y in zip(states, plain, strict=True):
-        calls = [call for call in _calls(blocks, number, x, modules) if path in call.paths]
-        if module.weight.ndim == 3:
+
+    blocks: Blocks
+    number: int
+    modules: Mapping[str, Any]
+    known: list[dict[str, mx.array]]
+
+    def groups(self, states: mx.array) -> list[list[str]]:
+        """The modules that have the same inputs, in the order in which the block calls them."""
+        groups: dict[str, list[str]] = {}
+        for call in self._calls(states, {})[0]:
+            groups.setdefault(call.paths[0], call.paths)
+        return list(groups.values())
+
+    def whole(self, states: Sequence[mx.array]) -> tuple[list[Inputs], list[mx.array]]:
+        """The inputs of the modules but of stacks, and the output of the block, of each batch."""
+        found, outputs = [], []
+        for x, known in zip(states, self.known, strict=True):
+            calls, output = self._calls(x, known)
+            inputs: Inputs = {}
             for call in calls:
-                statistics.add_experts(call.inputs, call.indices, module.weight.shape[0])
-            continue
-        with _weights_restored(modules):
-            for name, weight in own.items():
-                modules[name].weight = weight
-            without = [call for call in _calls(blocks, number, y, modules) if path in call.paths]
-        for call, unquantized in zip(calls, without, strict=True):
-            statistics.add(call.inputs, unquantized.inputs)
-    return statistics
+                if call.indices is None:
+                    inputs.setdefault(call.paths[0], []).append(call.inputs)
+            mx.eval(output, inputs)
+            found.append(inputs)
+            outputs.append(output)
+        return found, outputs
+
+    def measured(self, path: str, states: Sequence[mx.array], unquantized: Sequence[Inputs]) -> _Statistics:
+        """The inputs of a group with the first module ``path``; what is behind it is not computed."""
+        statistics, module = _Statistics(), self.modules[path]
+        for x, plain, known in zip(states, unquantized, self.known, strict=True):
+            calls = [call for call in self._calls(x, known)[0] if call.paths[0] == path]
+            if module.weight.ndim == 3:
+                for call in calls:
+                    statistics.add_experts(call.inputs, call.indices, module.weight.shape[0])
+                continue
+            for call, inputs in zip(calls, plain[path], strict=True):
+                statistics.add(call.inputs, inputs)
+            if len(calls) == 1:
+                known.update(dict.fromkeys(calls[0].paths, calls[0].inputs))
+        return statistics
+
+    def _calls(self, states: mx.array, known: Mapping[str, mx.array]) -> tuple[list[_Call], mx.array]:
+        """The calls of modules when the block runs, in order, and its output; nothing is computed yet.
+
+        Each module gets a subclass of its own type for the time, so a model keeps its structure.
+        """
+        calls: list[_Call] = []
+
+        def record(path: str, x: mx.array, indices: Any) -> mx.array:
+            x = known.get(path, x)
+            same = next((call for call in calls if call.inputs is x and call.indices is indices), None)
+            if same is None:
+                calls.append(_Call([path], x, indices))
+            else:
+                same.paths.append(path)
+            return x
+
+        with ExitStack() as stack:
+            for path, module in self.modules.items():
+                stack.enter_context(_subclassed(path, module, record))
+            output = self.blocks.run(self.number, states)
+        return calls, output
+
+
+def _refine_block(
+    block: _Block, states: Sequence[mx.array], plain: Sequence[mx.array], options: _Options
+) -> Generator[tuple[str, Refined], None, tuple[list[mx.array], list[mx.array]]]:
+    """Round the modules of a block; its outputs in the quantized and in the unquantized model."""
+    unquantized, plain_outputs = block.whole(plain)
+    with _weights_restored(block.modules):
+        for group in block.groups(states[0]):
+            measure = partial(block.measured, group[0], states, unquantized)
+            yield from _refine({path: block.modules[path] for path in group}, options, measure)
+        return block.whole(states)[1], plain_outputs
 
 
 def _head_statistics(blocks: Blocks, states: Sequence[mx.array], plain: Sequence[mx.array]) -> _Statistics:
@@ -233,11 +289,6 @@ def _head_statistics(blocks: Blocks, states: Sequence[mx.array], plain: Sequence
     for x, y in zip(states, plain, strict=True):
         statistics.add(blocks.finished(x), blocks.finished(y))
     return statistics
-
-
-def _run(blocks: Blocks, number: int, states: Sequence[mx.array]) -> list[mx.array]:
-    """The hidden states of all batches after a block."""
-    return _evaluated(blocks.run(number, x) for x in states)
 
 
 def _evaluated(states: Iterable[mx.array]) -> list[mx.array]:
@@ -275,56 +326,25 @@ def dequantized(refined: Refined, quantization: Quantization) -> mx.array:
 
 
 @contextmanager
-def _weights_restored(modules: Mapping[str, Any]) -> Iterator[dict[str, mx.array]]:
-    """At the end the modules have the weights of the beginning, which are given."""
+def _weights_restored(modules: Mapping[str, Any]) -> Iterator[None]:
     before = {path: module.weight for path, module in modules.items()}
     try:
-        yield before
+        yield
     finally:
         for path, weight in before.items():
             modules[path].weight = weight
 
 
-@dataclass(frozen=True)
-class _Call:
-    """Modules that were called with the same inputs, and of a stack the experts."""
-
-    paths: list[str]
-    inputs: mx.array
-    indices: mx.array | None
-
-
-def _calls(blocks: Blocks, number: int, states: mx.array, modules: Mapping[str, Any]) -> list[_Call]:
-    """The calls of modules when a block runs, in order; the inputs are not computed yet.
-
-    Each module gets a subclass of its own type for the time, so a model keeps its structure.
-    """
-    calls: list[_Call] = []
-
-    def record(path: str, x: mx.array, indices: Any) -> None:
-        same = next((call for call in calls if call.inputs is x and call.indices is indices), None)
-        if same is None:
-            calls.append(_Call([path], x, indices))
-        else:
-            same.paths.append(path)
-
-    with ExitStack() as stack:
-        for path, module in modules.items():
-            stack.enter_context(_subclassed(path, module, record))
-        blocks.run(number, states)
-    return calls
-
-
 @contextmanager
-def _subclassed(path: str, module: Any, record: Callable[..., None]) -> Iterator[None]:
+def _subclassed(path: str, module: Any, record: Callable[..., mx.array]) -> Iterator[None]:
     plain = type(module)
     is_stack = module.weight.ndim == 3
 
     class Recording(plain):  # type: ignore[misc, valid-type]
-        """A module that tells its inputs."""
+        """A module that tells its inputs, and may get others."""
 
         def __call__(self, x: Any, *args: Any, **kwargs: Any) -> Any:
-            record(path, x, args[0] if is_stack else None)
+            x = record(path, x, args[0] if is_stack else None)
             return plain.__call__(self, x, *args, **kwargs)
 
     module.__class__ = Recording

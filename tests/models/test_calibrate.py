@@ -19,6 +19,7 @@ from mlx_distill.models.grids import find_scales, pack, round_to_grid
 from mlx_distill.models.load import load_model
 from mlx_distill.models.quantization import Quantization, parse_mode
 from mlx_distill.models.refined import Refined
+from mlx_distill.models.rounding import InputMoments, round_weight
 
 VOCABULARY = 64  # of the smallest golden model
 
@@ -47,8 +48,8 @@ def rows(count: int = 12, vocabulary: int = VOCABULARY, seed: int = 0) -> list[l
     return [random.integers(0, vocabulary, random.integers(5, 40)).tolist() for _ in range(count)]
 
 
-def plain_hessian(model: Any, path: str, sequences: list[list[int]], expert: int | None = None) -> np.ndarray:
-    """The mean of x x^T by one row at a time through the whole model."""
+def recorded(model: Any, path: str, sequences: list[list[int]], expert: int | None = None) -> np.ndarray:
+    """The inputs of a module, by one row at a time through the whole model."""
     module, found = dict(model.named_modules())[path], []
     kind = type(module)
 
@@ -65,7 +66,12 @@ def plain_hessian(model: Any, path: str, sequences: list[list[int]], expert: int
     for row in sequences:
         mx.eval(model(mx.array([row])))
     module.__class__ = kind
-    x = np.concatenate(found).astype(np.float64)
+    return np.concatenate(found).astype(np.float64)
+
+
+def plain_hessian(model: Any, path: str, sequences: list[list[int]], expert: int | None = None) -> np.ndarray:
+    """The mean of x x^T."""
+    x = recorded(model, path, sequences, expert)
     return x.T @ x / len(x)
 
 
@@ -141,6 +147,28 @@ def test_the_blocks_behind_get_what_the_quantized_ones_compute(golden: Any, tmp_
     alone = dict(calibrate(model, sequences, {path: wanted[path]}))[path]
     behind = dict(calibrate(model, sequences, wanted))[path]
     assert not mx.array_equal(alone.parts["weight"], behind.parts["weight"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["qwen3", "gpt_oss_mxfp4"])
+def test_a_layer_gets_what_the_rounded_layers_before_it_compute(
+    name: str, golden: Any, tmp_path: Path
+) -> None:
+    """Against whole forwards, one row at a time, of the unquantized and of a partly rounded model."""
+    model, sequences = loaded(golden, tmp_path, name), rows()
+    path = {"qwen3": "model.layers.1.mlp.down_proj", "gpt_oss_mxfp4": "model.layers.1.self_attn.o_proj"}[name]
+    wanted, modules = settings(model, "affine3"), dict(model.named_modules())
+    found = dict(calibrate(model, sequences, wanted))
+    plain, weight = recorded(model, path, sequences), modules[path].weight
+    for before in list(found)[: list(found).index(path)]:
+        modules[before].weight = dequantized(found[before], wanted[before])
+    x = recorded(model, path, sequences)
+    moments = InputMoments(x.T @ x / len(x), (plain - x).T @ x / len(x))
+    expected = round_weight(weight, [moments], wanted[path])
+    same = found[path].parts["weight"] == expected.parts["weight"]
+    assert mx.mean(same.astype(mx.float32)).item() > 0.9
+    without = round_weight(weight, [InputMoments(moments.hessian)], wanted[path])
+    assert mx.mean((without.parts["weight"] == expected.parts["weight"]).astype(mx.float32)).item() < 0.8
 
 
 @pytest.mark.slow
