@@ -40,6 +40,7 @@ Row = Mapping[str, Any]
 
 LONG_POLICIES = ("refuse", "cut")
 _BATCHES_IN_CHUNK = 8
+_LONG_PROMPT = 8192  # tokens, from which on reading a prompt takes minutes on slow machines
 
 
 def chunk_size(batch_size: int) -> int:
@@ -131,6 +132,7 @@ class Analyzer:
         self._scorer: LabelScorer | None = None
         self.calibrated = False  # whether labels are scored at the temperature in the model's folder
         self._calls = SharedCalls(self.chunk_size)
+        self._longest = _LONG_PROMPT // 2  # prompt that was noted
 
     def analyze(self, items: Sequence[Mapping[str, Any] | str]) -> list[Prediction]:
         """The predictions of items, in their order. An item that cannot be asked has an error instead of an
@@ -281,6 +283,11 @@ class Analyzer:
             return _bad_row(row, task, where, error)
         limit = self.max_prompt_tokens
         if isinstance(row, DataError) or limit is None or len(prompt) <= limit:
+            if len(prompt) >= 2 * self._longest:
+                self._longest = len(prompt)
+                self._progress.note(
+                    f"note: {where}: a prompt of {len(prompt):,} tokens, which takes long to read"
+                )
             return CutItem(item, prompt, {})
         tokenize = functools.partial(item_prompt, self.tokenizer)
         short = cut_middle(row, item, task, limit, tokenize) if self.long == "cut" else None

@@ -17,7 +17,7 @@ import mlx_distill as md
 from mlx_distill.data.chat import prompt_ids
 from mlx_distill.data.predictions import FORMAT, constrained_rows, read_predictions, write_predictions
 from mlx_distill.data.rows import to_item
-from mlx_distill.errors import ConfigError, DataError, ModelError
+from mlx_distill.errors import ConfigError, DataError, Interrupted, ModelError
 from mlx_distill.infer.analyze import Analyzer, ModelSource, analyze, check_rows
 from mlx_distill.infer.engine import Generation
 from mlx_distill.infer.label_scoring import label_prefix_tokens, label_probabilities
@@ -263,6 +263,17 @@ def test_items_are_read_as_they_are_answered(model: Any, tokenizer: Any) -> None
     answers = analyzer.iter({"text": "a", "id": next(read)} for _ in itertools.repeat(None))
     assert [next(answers).id for _ in range(3)] == ["0", "1", "2"]
     assert next(read) == analyzer.chunk_size
+
+
+def test_a_prompt_that_takes_long_to_read_is_noted_before(model: Any, tokenizer: Any, task: Task) -> None:
+    class Stops(RecordedProgress):
+        def note(self, text: str) -> None:
+            if "takes long to read" in text:
+                raise Interrupted(text)
+
+    analyzer = Analyzer((model, tokenizer), task, progress=Stops(), max_prompt_tokens=20_000)
+    with pytest.raises(Interrupted, match="item 2: a prompt of "):
+        analyzer.analyze([{"id": i, "text": text} for i, text in enumerate(["a", "\u0394" * 6000])])
 
 
 def test_rows_with_one_id_are_noted_before_a_model_is_loaded(task: Task) -> None:
