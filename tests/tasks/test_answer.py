@@ -147,3 +147,12 @@ def test_a_check_field_by_field_is_that_of_the_whole_schema(schema: dict[str, An
     for a, b in itertools.product(VALUES, VALUES):
         for answer in ({"a": a, "b": b}, {"a": a}, {"b": b, "c": a}):
             assert (check_answer(answer, schema) is None) == whole.is_valid(answer), answer
+
+
+def test_a_schema_that_was_changed_is_read_again() -> None:
+    schema: dict[str, Any] = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 5}}}
+    assert check_answer({"n": 7}, schema) is not None
+    schema["properties"]["n"]["maximum"] = 9
+    assert check_answer({"n": 7}, schema) is None
+    assert check_answer({"n": True}, schema) is not None
+    assert check_answer({"n": 1}, schema) is None
