@@ -39,7 +39,8 @@ class CalibrationEstimate:
         token_flops: Of one token through the blocks.
         device_flops: Passes through each block, and the products x x^T, on MLX's device.
         host_products: Of factors and error feedback, on the CPU.
-        states_bytes: Hidden states of the rows in two models, of one before and after a block.
+        states_bytes: Hidden states of the rows in two models, of one before and after a block, and the inputs
+            of the layers of a block in both.
         hessian_bytes: The largest Hessians that exist at a time: those of layers with the same inputs, in
             float32 and float64.
         rounding_bytes: While the largest module is rounded.
@@ -82,6 +83,7 @@ def estimate_calibration(
     weights, per_token, products, host = 0, 0.0, 0.0, 0.0
     groups: dict[str, int] = defaultdict(int)  # of layers with the same inputs, by block
     measured: dict[str, float] = defaultdict(float)  # products of a token in the layers that are calibrated
+    kept: dict[str, int] = defaultdict(int)  # inputs of a token that are kept in a block
     largest = rounding = hessians = 0
     for path, module in model.named_modules():
         if "weight" not in module or module.weight.ndim < 2:
@@ -108,6 +110,7 @@ def estimate_calibration(
             products += 2.0 * matrices * columns**2 * used
             hessians = max(hessians, matrices * stack * columns**2 * (4 + 8))
             groups[block] += 1
+            kept[block] += columns * in_block * (stack == 1)
     working = 4 * 8 * largest**2  # the damped matrix, its factor, the identity and the inverse
     return CalibrationEstimate(
         weights=weights,
@@ -115,7 +118,9 @@ def estimate_calibration(
         # Both models once, and for each group of layers on average half of what is calibrated.
         device_flops=tokens * (2 * per_token + products + sum(groups[b] * measured[b] for b in groups)),
         host_products=host,
-        states_bytes=3 * tokens * hidden_size(model) * compute_dtype(model).size,
+        states_bytes=tokens
+        * (3 * hidden_size(model) + 2 * max(kept.values(), default=0))
+        * compute_dtype(model).size,
         hessian_bytes=hessians + working,
         rounding_bytes=rounding,
         resident_bytes=sum(array.nbytes for _, array in tree_flatten(model.parameters())),
