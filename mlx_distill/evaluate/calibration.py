@@ -198,9 +198,9 @@ def transferred(table: LabelTable, own: float, teacher: float, confidence: float
     }
 
 
-def _thinned(coverage: Sequence[float], risk: Sequence[float]) -> list[tuple[float, float]]:
+def _thinned(coverage: Sequence[float], risk: Sequence[float]) -> list[list[float]]:
     """At most :data:`CURVE_POINTS` points of the curve, evenly by coverage, the last one among them."""
-    points = list(zip(coverage, risk, strict=True))
+    points = [[x, y] for x, y in zip(coverage, risk, strict=True)]
     if len(points) <= CURVE_POINTS:
         return points
     wanted = np.searchsorted(coverage, np.linspace(0, 1, CURVE_POINTS), side="left")
