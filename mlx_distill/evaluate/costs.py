@@ -13,6 +13,7 @@ from typing import Any
 
 from mlx_distill.config import from_mapping, option, read_yaml
 from mlx_distill.errors import ConfigError
+from mlx_distill.evaluate.row_metrics import row_clusters
 from mlx_distill.metrics.classification import Row, predicted_label, true_value
 from mlx_distill.metrics.intervals import Estimate
 from mlx_distill.metrics.paired import compare_means
@@ -263,8 +264,7 @@ def run_costs(
     costs["errors"] = None
     if pair is not None:
         a, b = (rows[name] for name in pair)
-        names = [(row.get("fields") or {}).get(task.cluster) for row in a] if task.cluster else []
-        clusters = names if any(name not in (None, "") for name in names) else None
+        clusters = row_clusters(a, task)
         costs["errors"] = error_cost(a, b, task, prices, clusters=clusters, confidence=report["confidence"])
         costs["pair"] = list(pair)
     return costs

@@ -33,6 +33,7 @@ def costs(report: Report) -> dict[str, Any] | None:
             *map("Paid back against {}".format, replaced),
         ],
         "models": {name: _model(own, replaced) for name, own in facts["models"].items()},
+        "replaced": {name: _replaced(facts, name, len(replaced)) for name in replaced},
         "once": {
             **{f"Training of {model_phrase(name)}": _training(e) for name, e in facts["trainings"].items()},
             f"Labelling of {counted(facts['labelled_rows'], 'row')}": _price(facts["fixed"]["labelling"]),
@@ -57,6 +58,12 @@ def _model(own: Mapping[str, Any], replaced: list[str]) -> list[str]:
         _price(call["million_tokens"]),
         *(_paid_back(own, name) for name in replaced),
     ]
+
+
+def _replaced(facts: Mapping[str, Any], name: str, columns: int) -> list[str]:
+    """The row of a system that may be replaced, by the tokens of the last model with known ones."""
+    known = [own["replaced"][name] for own in facts["models"].values() if own["replaced"][name] is not None]
+    return [NONE, _price(known[-1] if known else None), *[NONE] * (1 + columns)]
 
 
 def _paid_back(own: Mapping[str, Any], name: str) -> str:
