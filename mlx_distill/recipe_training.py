@@ -64,6 +64,9 @@ class TrainConfig:
     warmup: float = option(
         0.03, "share of the steps in which the learning rate rises linearly", low=0.0, high=1.0
     )
+    warmup_steps: int = option(
+        0, "steps in which it rises; 0: the share that warmup says", low=0, default_keyed=False
+    )
     weight_decay: float = option(0.0, "decoupled weight decay", low=0.0)
     clip_norm: float = option(1.0, "maximum global gradient norm; 0 turns clipping off", low=0.0)
     batch_size: int = option(

@@ -160,7 +160,11 @@ def judge_goals(
 
 
 def _measured(report: Mapping[str, Any], model: str, metric: str) -> Any:
-    found, value = _lookup(report["metrics"].get(model) or {}, metric)
+    figures = report["metrics"].get(model) or {}
+    found, value = _lookup(figures, metric)
+    if not found and metric.startswith("by_group.groups."):  # the name of a group may have dots
+        name, _, rate = metric.removeprefix("by_group.groups.").rpartition(".")
+        found, value = _lookup(((figures.get("by_group") or {}).get("groups") or {}).get(name) or {}, rate)
     section, _, path = metric.partition(".")
     if not found and path and isinstance(report.get(section), Mapping):
         found, value = _lookup(report[section].get(model) or {}, path)

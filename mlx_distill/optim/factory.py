@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.optimizers as optim
 
+from mlx_distill.errors import ConfigError
 from mlx_distill.optim.adamw import AdamW
 from mlx_distill.optim.apollo import APOLLO, MINI_SCALE, APOLLOMini
 from mlx_distill.optim.base import by_modules
@@ -12,6 +13,7 @@ from mlx_distill.optim.galore import GaLoreAdamW
 from mlx_distill.optim.schedules import make_schedule
 from mlx_distill.recipe import TrainConfig
 from mlx_distill.runtime import rank_and_size
+from mlx_distill.text import counted
 
 
 def make_optimizer(config: TrainConfig, total_steps: int) -> optim.Optimizer:
@@ -27,12 +29,22 @@ def make_optimizer(config: TrainConfig, total_steps: int) -> optim.Optimizer:
         total_steps: Optimizer steps of the run, which the schedule spans.
 
     Raises:
-        ConfigError: an invalid schedule.
+        ConfigError: an invalid schedule, or warm-up steps that leave no step after them.
 
     >>> type(make_optimizer(TrainConfig(method="galore"), 100)).__name__
     'GaLoreAdamW'
     """
-    rate = make_schedule(config.schedule, config.learning_rate, total_steps, warmup=config.warmup)
+    warmup = config.warmup
+    if config.warmup_steps:
+        if config.warmup_steps >= total_steps:
+            raise ConfigError(
+                f"warmup_steps: {config.warmup_steps:,} in a training of {counted(total_steps, 'step')}",
+                fix="fewer warm-up steps, more rows or epochs, or warmup, a share of the steps, "
+                "instead of warmup_steps",
+            )
+        # The schedule rounds up; the half keeps the quotient from being rounded to a step more.
+        warmup = (config.warmup_steps - 0.5) / total_steps
+    rate = make_schedule(config.schedule, config.learning_rate, total_steps, warmup=warmup)
     decay, seed, targets = config.weight_decay, config.seed, by_modules(config.target_modules)
     if config.method == "galore":
         return GaLoreAdamW(

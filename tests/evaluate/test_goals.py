@@ -12,6 +12,7 @@ from mlx_distill.errors import ConfigError, QualityGateError
 from mlx_distill.evaluate.goals import check_goals, goal_state, goal_text, judge_goals, require_goals
 from mlx_distill.evaluate.suite import evaluate_models
 from mlx_distill.recipe import GoalConfig
+from mlx_distill.tasks.task import load_task
 
 TASK = tone_task(
     score_threshold=60,
@@ -99,6 +100,25 @@ def test_unknown_models_and_figures_are_refused_before_a_run() -> None:
         check_goals([GoalConfig("student", "confusion", at_least=0.9)], TASK)
     names = ["theme_f1", "overestimate", "accuracy_constrained", "fields.themes.f1", "agreement", "repeats.x"]
     check_goals([GoalConfig("student", name, at_least=0.9) for name in names], TASK)
+
+
+def test_a_rate_of_one_group_can_be_a_goal() -> None:
+    task = load_task("moderation")
+    name = "by_group.groups.St. Ives.false_positive_rate"
+    check_goals([GoalConfig("teacher", name, at_most=0.35)], task)
+    for wrong in ("by_group.groups.cyclists.false_positives", "by_group.groups.f1"):
+        with pytest.raises(ConfigError, match="no figure"):
+            check_goals([GoalConfig("teacher", wrong, at_most=0.35)], task)
+    with pytest.raises(ConfigError, match="no figure"):  # a task without groups
+        check_goals([GoalConfig("teacher", "by_group.groups.folk.false_positive_rate", at_most=0.35)], TASK)
+    rates = {"false_positive_rate": {"value": 0.2, "low": 0.1, "high": 0.3, "n": 60}}
+    measured = {"metrics": {"teacher": {"by_group": {"groups": {"cyclists": rates, "St. Ives": rates}}}}}
+    goals = [
+        {"model": "teacher", "metric": f"by_group.groups.{group}.false_positive_rate", "at_most": 0.35}
+        for group in ("cyclists", "St. Ives", "sailors")
+    ]
+    judged = judge_goals(goals, measured, task)
+    assert [goal["state"] for goal in judged] == ["met", "met", "not_measured"]
 
 
 def test_the_gate_names_what_is_not_met() -> None:

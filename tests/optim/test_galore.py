@@ -378,6 +378,23 @@ def test_schedules_have_their_shapes(name: str, expected: list[float]) -> None:
     assert rate(100).item() == rate(15).item()
 
 
+@pytest.mark.parametrize("total", [101, 147, 3000])
+def test_warm_up_in_steps_has_as_many(total: int) -> None:
+    config = TrainConfig(learning_rate=1.0, schedule="constant", warmup=0.5, warmup_steps=100)
+    optimizer = make_optimizer(config, total)
+    rates = []
+    for step in (0, 98, 99, 100):
+        optimizer.state["step"] = mx.array(step, mx.uint64)
+        rates.append(optimizer._schedulers["learning_rate"](optimizer.step).item())
+    assert rates == pytest.approx([1 / 101, 99 / 101, 100 / 101, 1.0])
+
+
+def test_warm_up_that_leaves_no_step_is_refused() -> None:
+    with pytest.raises(ConfigError, match="warmup_steps: 100 in a training of 100 steps") as caught:
+        make_optimizer(TrainConfig(warmup_steps=100), 100)
+    assert caught.value.fix
+
+
 def test_wsd_decays_over_the_last_fifth() -> None:
     rate = make_schedule("wsd", 1.0, 100)
     assert [round(rate(t).item(), 3) for t in (0, 79, 80, 90, 99)] == [1.0, 1.0, 1.0, 0.5, 0.05]
