@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,7 +14,8 @@ from mlx_distill.tasks.answer import parse_answer
 
 pytestmark = pytest.mark.slow
 
-QUICKSTART = Path(__file__).parent.parent / "examples" / "01_quickstart" / "quickstart.ipynb"
+EXAMPLES = Path(__file__).parent.parent / "examples"
+QUICKSTART = EXAMPLES / "01_quickstart" / "quickstart.ipynb"
 FEW = [
     "data.sources=[{generator: music, part: train, count: 64, seed: 7}, "
     "{generator: music, part: test, count: 16, seed: 8, split: test}]",
@@ -61,3 +64,56 @@ def test_notebook_aligns_the_whole_text(executed: dict) -> None:
     lines = _printed(executed, "align_bytes").strip().splitlines()
     assert len(lines) > 10
     assert any(not line.endswith(" 1 student tokens, 1 of the teacher") for line in lines)
+
+
+def _execute(folder: Path, name: str, few: list[str]) -> dict:
+    """An example's notebook, executed in a copy of its folder."""
+    import nbformat
+    from nbclient import NotebookClient
+
+    shutil.copytree(EXAMPLES / name, folder)
+    (path,) = folder.glob("*.ipynb")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EXAMPLE_OVERRIDES", json.dumps(few))
+        patch.setenv("EXAMPLE_FOLDS", "2")
+        notebook = nbformat.read(path, as_version=4)
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(folder)}}).execute()
+    executed: dict[str, Any] = json.loads(nbformat.writes(notebook))
+    return executed
+
+
+def test_moderation_compares_the_teacher_before_and_after_by_group(tmp_path: Path) -> None:
+    folder = tmp_path / "moderation"
+    few = [
+        "data.sources=[{generator: moderation, part: train, count: 96, seed: 7}, "
+        "{generator: moderation, part: test, count: 48, seed: 8, split: test}]",
+        "teach.steps=4",
+        "teach.warmup_steps=1",
+        "teach.evaluate_every=2",
+        "evaluate.constrain=false",
+    ]
+    notebook = _execute(folder, "02_moderation", few)
+    report = json.loads((folder / "moderation-run" / "report.json").read_text("utf-8"))
+    assert list(report["metrics"]) == ["teacher_before", "teacher"]
+    protocol = dict(line.split() for line in _printed(notebook, "lora_rank").splitlines())
+    assert protocol == {
+        "lora_rank": "32",
+        "lora_alpha": "64.0",
+        "lora_dropout": "0.1",
+        "epochs": "3.0",
+        "batch_size": "4",
+        "accumulate": "2",
+        "learning_rate": "0.0002",
+        "warmup_steps": "100",
+        "use_best": "True",
+    }
+    groups = [line.split()[0] for line in _printed(notebook, "group_changes").splitlines() if "->" in line]
+    assert groups == sorted(report["metrics"]["teacher"]["by_group"]["groups"]) and len(groups) == 6
+    assert [goal["state"] for goal in report["goals"]] != ["not_measured"] * 2
+    goals = _printed(notebook, "goal_text(goal)").splitlines()
+    assert [line.split()[0] for line in goals] == [goal["state"] for goal in report["goals"]]
+    (change,) = report["group_changes"]
+    fixed = int(_printed(notebook, '("fixed", "broken")').split("fixed: ")[1].split()[0])
+    compared = report["final_comparison"]
+    assert fixed == len(compared["cases"]["fixed"]) and change["field"] == "group"
+    assert "<html" in (folder / "moderation.html").read_text("utf-8")
