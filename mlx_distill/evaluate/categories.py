@@ -6,12 +6,14 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.evaluate.conditions import INVALID, Condition
-from mlx_distill.metrics.classification import Row
-from mlx_distill.metrics.intervals import rate
+from mlx_distill.metrics.classification import Row, clusters_of
+from mlx_distill.metrics.clusters import share_estimate
+from mlx_distill.metrics.intervals import Estimate
 from mlx_distill.storage import write_jsonl, write_text
 from mlx_distill.tasks.task import Task
 
@@ -54,15 +56,21 @@ def error_categories(rows: Sequence[Row], task: Task, confidence: float = 0.95) 
     out = {}
     for name, condition in parse_categories(task).items():
         counted = [row for row in rows if row.get("truth") is not None or name == INVALID]
+        possible = [row for row in counted if condition.applies(row)]
         errors = [row for row in counted if condition.holds(row)]
-        possible = sum(condition.applies(row) for row in counted)
+        share = partial(_share, condition, task=task, confidence=confidence)
         out[name] = {
             "count": len(errors),
-            "rate": rate(len(errors), len(counted), confidence),
-            "rate_where_possible": rate(len(errors), possible, confidence) if condition.has_truth else None,
+            "rate": share(counted),
+            "rate_where_possible": share(possible) if condition.has_truth else None,
             "ids": [row["id"] for row in errors[:MAX_IDS]],
         }
     return out
+
+
+def _share(condition: Condition, rows: Sequence[Row], task: Task, confidence: float) -> Estimate:
+    holds = [condition.holds(row) for row in rows]
+    return share_estimate(holds, clusters_of(rows, task.cluster), confidence)
 
 
 def error_rows(rows: Sequence[Row], task: Task) -> list[dict[str, Any]]:

@@ -5,6 +5,7 @@ The difference is always B minus A. Nothing here imports mlx, except where a mod
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -25,8 +26,8 @@ from mlx_distill.metrics import present_fields
 from mlx_distill.metrics.agreement import MIN_PROBABILITY
 from mlx_distill.metrics.calibration import calibration_error, class_numbers
 from mlx_distill.metrics.classification import MIN_ITEMS, confusion, group_by, latency, true_value
-from mlx_distill.metrics.clusters import clustered_mean
-from mlx_distill.metrics.intervals import Estimate, normal_quantile, rate
+from mlx_distill.metrics.clusters import clustered_mean, share_estimate
+from mlx_distill.metrics.intervals import Estimate, clip_ends, normal_quantile, rate
 from mlx_distill.metrics.paired import compare_means, compare_paired, relative_margin, verdict
 from mlx_distill.metrics.power import provable_margin, rows_needed
 from mlx_distill.run_models import RUN_MODELS, model_phrase, model_title
@@ -303,17 +304,19 @@ def _measure(
 def _estimate(
     values: Sequence[Any], metric: RowMetric, clusters: Sequence[Any] | None, confidence: float
 ) -> Estimate:
-    """A side's own value: Wilson's interval of a rate, that of the mean of a number or of clusters."""
-    if metric.binary and clusters is None:
-        return rate(sum(map(bool, values)), len(values), confidence)
-    spread = 1.0 if metric.unit == "rate" else None
+    """A side's own value: Wilson's interval of a rate, else that of a mean; both over clusters, if any."""
+    if metric.binary:
+        return _plain(share_estimate([bool(value) for value in values], clusters, confidence))
+    spread, top = (1.0, 1.0) if metric.unit == "rate" else (None, math.inf)
     own = clustered_mean(
         [float(v) for v in values], clusters or range(len(values)), confidence, spread=spread
     )
-    low, high = own["low"], own["high"]
-    if metric.unit == "rate" and low is not None and high is not None:
-        low, high = max(0.0, low), min(1.0, high)
-    return {"value": own["value"], "low": low, "high": high, "n": own["n"]}
+    return _plain(clip_ends(own, (0.0, top)))
+
+
+def _plain(estimate: Estimate) -> Estimate:
+    """Without the number of clusters, which a comparison states once."""
+    return {"value": estimate["value"], "low": estimate["low"], "high": estimate["high"], "n": estimate["n"]}
 
 
 def gain(difference: Mapping[str, Any], higher_is_better: bool) -> Estimate:

@@ -18,9 +18,8 @@ from mlx_distill.data.dedup import hash64, words
 from mlx_distill.errors import DataError
 from mlx_distill.metrics.answers import similarity
 from mlx_distill.metrics.classification import Row, predicted_label, true_value
-from mlx_distill.metrics.clusters import clustered_mean
+from mlx_distill.metrics.clusters import share_estimate
 from mlx_distill.metrics.cross_validation import nadeau_bengio
-from mlx_distill.metrics.intervals import mean_estimate
 from mlx_distill.metrics.paired import Comparison, compare_means, compare_paired, verdict
 from mlx_distill.run_models import model_phrase
 from mlx_distill.storage import read_jsonl
@@ -169,25 +168,10 @@ def _scored(rows: Sequence[Row], task: Task) -> list[dict[str, Any]]:
     return sorted(out, key=lambda row: str(row["id"]))
 
 
-def _clusters(rows: Sequence[Row], task: Task | None) -> list[Any] | None:
-    """The cluster of each row, None of one without a value; None where the task names no field."""
-    if task is None or task.cluster is None:
-        return None
-    return [row["fields"].get(task.cluster) for row in rows]
-
-
 def _estimate(rows: Sequence[Row], task: Task | None, confidence: float) -> dict[str, Any]:
     """The mean of ``correct`` with its interval; over clusters their number too."""
-    values, clusters = [row["correct"] for row in rows], _clusters(rows, task)
-    if clusters is not None:
-        found: dict[str, Any] = {**clustered_mean(values, clusters, confidence)}
-        # The values are between 0 and 1, and so is their mean.
-        if found["low"] is not None:
-            found |= {"low": max(0.0, found["low"]), "high": min(1.0, found["high"])}
-        return found
-    if all(value in (0.0, 1.0) for value in values):
-        return {**m.rate(int(sum(values)), len(values), confidence)}
-    return {**mean_estimate(values, confidence)}
+    clusters = m.clusters_of(rows, task.cluster if task else None)
+    return {**share_estimate([row["correct"] for row in rows], clusters, confidence)}
 
 
 def _compare(
@@ -224,7 +208,7 @@ def _compare(
 def _paired(first: Sequence[Row], second: Sequence[Row], task: Task, confidence: float) -> Comparison:
     """The first model minus the second on the same rows."""
     values = [[row["correct"] for row in rows] for rows in (first, second)]
-    clusters = _clusters(first, task)
+    clusters = m.clusters_of(first, task.cluster)
     if task.label:
         hits = [[value == 1.0 for value in own] for own in values]
         return compare_paired(*hits, clusters=clusters, confidence=confidence)

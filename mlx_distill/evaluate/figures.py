@@ -11,7 +11,7 @@ from mlx_distill import metrics as m
 from mlx_distill.data.predictions import constrained_rows
 from mlx_distill.evaluate.groups import group_errors
 from mlx_distill.evaluate.latency import latency_intervals
-from mlx_distill.metrics.classification import ConfusionCounts, Row
+from mlx_distill.metrics.classification import OUTCOMES, ConfusionCounts, Row
 from mlx_distill.metrics.paired import Comparison
 from mlx_distill.tasks.task import Task
 
@@ -51,7 +51,8 @@ def model_metrics(
         task: Names the label, its classes, the positive ones, the score, slices and group.
         confidence: Level of the intervals.
     """
-    mae = m.score_mae(rows, task.score, scale=task.score_scale, confidence=confidence)
+    level = _level(task, confidence)
+    mae = m.score_mae(rows, task.score, scale=task.score_scale, **level)
     of_task = (
         _label_metrics(rows, teacher, task, task.label, confidence)
         if task.label
@@ -61,8 +62,10 @@ def model_metrics(
         "n": len(rows),
         "score_mae": mae["value"],
         "score_mae_interval": mae,
-        "score_gap": m.score_gap(rows, teacher, confidence=confidence) if teacher and task.score else None,
-        "json_valid": m.json_valid(rows, confidence=confidence),
+        "score_gap": m.score_gap(rows, teacher, scale=task.score_scale, **level)
+        if teacher and task.score
+        else None,
+        "json_valid": m.json_valid(rows, **level),
         "invalid": _invalid_example(rows),
         **m.latency(rows),
         **latency_intervals(rows, confidence),
@@ -72,6 +75,11 @@ def model_metrics(
         **_field_metrics(rows, teacher, task, confidence),
         **of_task,
     }
+
+
+def _level(task: Task, confidence: float) -> dict[str, Any]:
+    """The level of intervals, and the field by which rows are clustered."""
+    return {"cluster": task.cluster, "confidence": confidence}
 
 
 def constrained_metrics(
@@ -110,7 +118,7 @@ def compare_models(
     """The agreement of two models with the teacher, or without one their accuracy, on the same items; with
     clustered standard errors where the task names a cluster.
     """
-    level: dict[str, Any] = {"cluster": task.cluster, "confidence": confidence}
+    level = _level(task, confidence)
     if task.label is None:
         return m.compare_answers(first, second, teacher, *compared_fields(task), **level)
     if teacher is None:
@@ -135,18 +143,23 @@ def _field_metrics(
 ) -> dict[str, Any]:
     """Whole answers and their fields against the truth and the teacher."""
     truth, own = m.truth_pairs(rows), m.teacher_pairs(rows, teacher) if teacher else None
+    level: dict[str, Any] = {
+        "clusters": m.truth_clusters(rows, task.cluster),
+        "confidence": confidence,
+    }
+    own_level = level | {"clusters": m.teacher_clusters(rows, teacher, task.cluster) if teacher else None}
     fields: dict[str, Any] = {}
     for name, schema in task.schema["properties"].items():
         free = isinstance(schema, Mapping) and m.is_free(schema)
         fields[name] = {
-            "exact": m.exact_match(truth, [name], confidence=confidence),
-            "f1": m.field_f1(truth, name, confidence=confidence) if free else None,
-            "teacher_exact": m.exact_match(own, [name], confidence=confidence) if own is not None else None,
-            "teacher_f1": m.field_f1(own, name, confidence=confidence) if free and own is not None else None,
+            "exact": m.exact_match(truth, [name], **level),
+            "f1": m.field_f1(truth, name, **level) if free else None,
+            "teacher_exact": m.exact_match(own, [name], **own_level) if own is not None else None,
+            "teacher_f1": m.field_f1(own, name, **own_level) if free and own is not None else None,
         }
     return {
-        "exact_match": m.exact_match(truth, confidence=confidence),
-        "teacher_exact_match": m.exact_match(own, confidence=confidence) if own is not None else None,
+        "exact_match": m.exact_match(truth, **level),
+        "teacher_exact_match": m.exact_match(own, **own_level) if own is not None else None,
         "fields": fields,
     }
 
@@ -155,20 +168,25 @@ def _answer_metrics(
     rows: Sequence[Row], teacher: Sequence[Row] | None, task: Task, confidence: float
 ) -> dict[str, Any]:
     """The metrics of a task without a label."""
-    properties, tolerances, level = *compared_fields(task), {"confidence": confidence}
+    fields, level = compared_fields(task), _level(task, confidence)
     slices = m.present_fields(rows, task.slices)
     out: dict[str, Any] = {
-        "answer_f1": m.answer_f1(m.truth_pairs(rows), properties, tolerances, **level),
+        "answer_f1": m.answer_f1(
+            m.truth_pairs(rows),
+            *fields,
+            clusters=m.truth_clusters(rows, task.cluster),
+            confidence=confidence,
+        ),
         "teacher_answer_f1": None,
         "versus_teacher": None,
         "disagreements": None,
-        "by_slice": m.answers_by_slice(rows, teacher, slices, properties, tolerances, **level),
+        "by_slice": m.answers_by_slice(rows, teacher, slices, *fields, **level),
     }
     if teacher:
-        own = m.teacher_pairs(rows, teacher)
-        out["teacher_answer_f1"] = m.answer_f1(own, properties, tolerances, **level)
+        own, clusters = m.teacher_pairs(rows, teacher), m.teacher_clusters(rows, teacher, task.cluster)
+        out["teacher_answer_f1"] = m.answer_f1(own, *fields, clusters=clusters, confidence=confidence)
         out["versus_teacher"] = compare_models(rows, teacher, None, task, confidence)
-        out["disagreements"] = len(m.differing_answers(rows, teacher, properties, tolerances))
+        out["disagreements"] = len(m.differing_answers(rows, teacher, *fields))
     return out
 
 
@@ -181,7 +199,7 @@ def _label_metrics(
     rows: Sequence[Row], teacher: Sequence[Row] | None, task: Task, label: str, confidence: float
 ) -> dict[str, Any]:
     """The metrics of a task with a label field."""
-    level = {"confidence": confidence}
+    level = _level(task, confidence)
     out: dict[str, Any] = {
         "accuracy": m.accuracy(rows, label, **level),
         "accuracy_by_distribution": m.accuracy_by_distribution(rows, label, **level),
@@ -206,9 +224,11 @@ def _binary_metrics(rows: Sequence[Row], task: Task, label: str, confidence: flo
     """Precision, recall, F1 and error rates, where the task has positive classes."""
     if not task.positive:
         return {}
-    out = _binary_figures(m.confusion_counts(rows, label, task.positive), confidence)
+    counts = m.confusion_counts(rows, label, task.positive, cluster=task.cluster)
+    out = _binary_figures(counts, confidence)
     if task.group:
-        out["by_group"] = group_errors(rows, label, task.positive, task.group, confidence=confidence)
+        level = _level(task, confidence)
+        out["by_group"] = group_errors(rows, label, task.positive, task.group, **level)
     return out
 
 
@@ -232,11 +252,11 @@ def _threshold_figures(rows: Sequence[Row], task: Task, confidence: float) -> di
     """Accuracy, precision, recall, F1 and error rates of scores from ``score_threshold`` on; None without."""
     if task.score is None or task.score_threshold is None:
         return None
-    counts = m.threshold_counts(rows, task.score, task.score_threshold)
-    right, n = counts.true_positive + counts.true_negative, counts.positives + counts.negatives
+    counts = m.threshold_counts(rows, task.score, task.score_threshold, cluster=task.cluster)
+    right = ["true_positive", "true_negative"]
     return {
         "threshold": task.score_threshold,
-        "accuracy": m.rate(right, n, confidence),
+        "accuracy": counts.share(right, list(OUTCOMES.values()), confidence),
         **_binary_figures(counts, confidence),
     }
 
@@ -245,7 +265,7 @@ def _teacher_metrics(
     rows: Sequence[Row], teacher: Sequence[Row], task: Task, label: str, confidence: float
 ) -> dict[str, Any]:
     """The metrics of a model's labels against its teacher's."""
-    labels, level = task.labels, {"confidence": confidence}
+    labels, level = task.labels, _level(task, confidence)
     kl = m.label_kl(rows, teacher, labels, **level)
     tolerance = task.score_tolerance if task.score else None
     return {

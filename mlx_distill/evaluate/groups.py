@@ -50,6 +50,7 @@ def group_errors(
     positive: Sequence[str],
     group: str,
     *,
+    cluster: str | None = None,
     confidence: float = 0.95,
     min_items: int = MIN_ITEMS,
     permutations: int = 9_999,
@@ -62,6 +63,8 @@ def group_errors(
         label: The task's label field.
         positive: Classes that count as positive.
         group: The row's field that holds the group. Rows without one are shown as ``(none)`` and not tested.
+        cluster: The row's field that related rows share, or None: the intervals are then those of clusters;
+            the test and the limits take rows as independent.
         confidence: Level of the intervals, and of the tests.
         min_items: A rate over fewer items is flagged as few and left out of the test.
         permutations: Draws of the test.
@@ -86,7 +89,9 @@ def group_errors(
     """
     labelled = [row for row in rows if true_value(row, label) is not None]
     members = group_by(labelled, group)
-    groups = {name: _group(own, label, positive, confidence, min_items) for name, own in members.items()}
+    groups = {
+        name: _group(own, label, positive, cluster, confidence, min_items) for name, own in members.items()
+    }
     tests = {
         rate.name: _test(members, groups, rate, label, positive, permutations, seed) for rate in ERROR_RATES
     }
@@ -100,10 +105,15 @@ def group_errors(
 
 
 def _group(
-    rows: Sequence[Row], label: str, positive: Sequence[str], confidence: float, min_items: int
+    rows: Sequence[Row],
+    label: str,
+    positive: Sequence[str],
+    cluster: str | None,
+    confidence: float,
+    min_items: int,
 ) -> dict[str, Any]:
     """Rates and counts of one group."""
-    counts = confusion_counts(rows, label, positive)
+    counts = confusion_counts(rows, label, positive, cluster=cluster)
     sizes = {"false_positive_rate": counts.negatives, "false_negative_rate": counts.positives}
     return {
         "n": len(rows),

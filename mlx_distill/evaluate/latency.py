@@ -47,7 +47,7 @@ def latency_intervals(rows: Sequence[Row], confidence: float = 0.95) -> dict[str
     """Estimates beside the plain numbers of :func:`mlx_distill.metrics.latency`: median, 95th percentile and
     rows per minute, each under its name and ``_interval``.
     """
-    mean = mean_estimate(_times(rows), confidence)
+    mean = mean_estimate(_times(rows), confidence, bounds=(0.0, math.inf))
     per_minute: Estimate = {
         "value": _per_minute(mean["value"]),
         "low": _per_minute(mean["high"]),
@@ -66,4 +66,4 @@ def _times(rows: Sequence[Row]) -> list[float]:
 
 
 def _per_minute(seconds: float | None) -> float | None:
-    return None if seconds is None else 60 / seconds
+    return 60 / seconds if seconds else None  # an end of 0 seconds is no upper end

@@ -9,7 +9,8 @@ import numpy as np
 from jaxtyping import Float, Int, Real
 
 from mlx_distill.metrics.answers import list_items
-from mlx_distill.metrics.classification import Row, true_value
+from mlx_distill.metrics.classification import Row, clusters_of, true_value
+from mlx_distill.metrics.clusters import cluster_sums
 from mlx_distill.metrics.intervals import Estimate, bootstrap_totals, wilson
 
 Average = Literal["micro", "macro"]
@@ -56,10 +57,12 @@ def multilabel_f1(
     average: Average = "micro",
     confidence: float = 0.95,
     *,
+    cluster: str | None = None,
     resamples: int = 2_000,
     seed: int = 0,
 ) -> Estimate:
-    """F1 of a field that holds a list of labels, with a percentile bootstrap interval over the rows.
+    """F1 of a field that holds a list of labels, with a percentile bootstrap interval over the rows, or
+    over the clusters of rows that share a field of theirs (``cluster``).
 
     ``micro``: ``2 TP / (2 TP + FP + FN)`` over all labels of all rows; ``macro``: the mean of the F1 of each
     label that occurs in any true or given answer. The labels are the same in every resample: one that a
@@ -76,9 +79,11 @@ def multilabel_f1(
         return {"value": None, "low": None, "high": None, "n": n}
     tables = counts.sum(axis=1) if average == "micro" else counts.reshape(n, -1)
     value = float(_mean_f1(tables.sum(axis=0, keepdims=True))[0])
+    counted = [row for row in rows if isinstance(true_value(row, field), (list, tuple))]
+    tables = cluster_sums(tables, clusters_of(counted, cluster))
     low, high = bootstrap_totals(tables, _mean_f1, confidence, resamples=resamples, seed=seed)
     if low == high:  # all right or all wrong: every resample has the same F1
-        low, high = wilson(round(value * n), n, confidence)
+        low, high = wilson(round(value * len(tables)), len(tables), confidence)
     return {"value": value, "low": low, "high": high, "n": n}
 
 

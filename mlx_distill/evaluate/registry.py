@@ -18,12 +18,19 @@ from mlx_distill import metrics as m
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate import text_metrics
 from mlx_distill.evaluate.latency import latency_quantile
-from mlx_distill.evaluate.multilabel import AVERAGES, multilabel_f1
+from mlx_distill.evaluate.multilabel import AVERAGES, Average, multilabel_f1
 from mlx_distill.evaluate.user_metrics import user_values
 from mlx_distill.metrics.agreement import pair_by_id
 from mlx_distill.metrics.answers import list_items, overlap_f1, same_value
-from mlx_distill.metrics.classification import Row, confusion_counts, predicted_label, true_value
-from mlx_distill.metrics.intervals import Estimate, mean_estimate, rate
+from mlx_distill.metrics.classification import (
+    Row,
+    confusion_counts,
+    distance_bounds,
+    predicted_label,
+    true_value,
+)
+from mlx_distill.metrics.clusters import number_estimate, share_estimate
+from mlx_distill.metrics.intervals import Estimate
 from mlx_distill.metrics.paired import Comparison, compare_means, compare_paired
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import known_names, words
@@ -151,7 +158,7 @@ def _metric(spec: str | Mapping[str, Any], task: Task) -> Metric:
     where = f"task {task.name!r}: metrics: {kind}"
     if ":" in kind:
         values = user_values(kind, options, task.folders, where)
-        metric = _mean(kind, words(kind.partition(":")[2]), values)
+        metric = _mean(task, kind, words(kind.partition(":")[2]), values)
     else:
         build = METRICS.get(kind)
         if build is None:
@@ -211,16 +218,20 @@ def _choice(value: str, choices: Sequence[str], option: str) -> str:
     return value
 
 
-def _mean(name: str, title: str, values: Values, **kinds: Any) -> Metric:
+def _mean(task: Task, name: str, title: str, values: Values, **kinds: Any) -> Metric:
     """A metric that is the mean of its values; of booleans a rate."""
+    unit, better = kinds.get("unit", "share"), kinds.get("better", "higher")
 
     def figure(rows: Sequence[Row], confidence: float) -> Estimate:
-        kept = [value for value in values(rows) if value is not None]
-        if all(value in (0, 1) for value in kept) and kinds.get("unit", "share") == "share":
-            return rate(int(sum(kept)), len(kept), confidence)
-        return mean_estimate([float(value) for value in kept], confidence)
+        found = values(rows)
+        kept = [float(value) for value in found if value is not None]
+        counted = [row for row, value in zip(rows, found, strict=True) if value is not None]
+        clusters = m.clusters_of(counted, task.cluster)
+        if unit == "share":
+            return share_estimate(kept, clusters, confidence)
+        bounds = distance_bounds(task.score_scale)
+        return number_estimate(kept, clusters, confidence, bounds=bounds)
 
-    unit, better = kinds.get("unit", "share"), kinds.get("better", "higher")
     return Metric(name, title, unit, better, figure, values, kinds.get("binary", False))
 
 
@@ -240,6 +251,7 @@ def _where_true(rows: Sequence[Row], field: str, value: Callable[[Row, Any], flo
 def _accuracy(task: Task) -> Metric:
     label = _need(task, "label")
     return _mean(
+        task,
         "accuracy",
         "Accuracy",
         lambda rows: _where_true(rows, label, lambda row, truth: predicted_label(row) == truth),
@@ -258,7 +270,9 @@ def _binary(kind: str, title: str, task: Task, positive: Sequence[str] | str | N
     return _pooled(
         kind,
         title,
-        lambda rows, confidence: of_counts(confusion_counts(rows, label, names), confidence),
+        lambda rows, confidence: of_counts(
+            confusion_counts(rows, label, names, cluster=task.cluster), confidence
+        ),
         "lower" if kind.endswith("_rate") else "higher",
     )
 
@@ -280,7 +294,7 @@ def _by_class(task: Task) -> Metric:
     def figure(rows: Sequence[Row], confidence: float) -> dict[str, Any]:
         out = {}
         for name in task.labels:
-            counts = confusion_counts(rows, label, [name])
+            counts = confusion_counts(rows, label, [name], cluster=task.cluster)
             kinds = {kind: getattr(m, kind)(counts, confidence) for kind in ("precision", "recall", "f1")}
             out[name] = {**kinds, "n": counts.positives}
         return out
@@ -296,6 +310,7 @@ def _confusion(task: Task) -> Metric:
 def _score_mae(task: Task) -> Metric:
     score = _need(task, "score")
     return _mean(
+        task,
         "score_mae",
         f"{words(score).capitalize()} error",
         lambda rows: m.score_errors(rows, score, task.score_scale),
@@ -308,11 +323,12 @@ def _list_f1(task: Task, field: str | None = None, average: str = "micro") -> Me
     name, average = _field(task, field), _choice(average, AVERAGES, "average")
     title = f"{words(name).capitalize()} F1" + ("" if average == "samples" else f" ({average})")
     if average == "samples":
-        return _mean(f"{name}_f1_samples", title, lambda rows: _overlaps(rows, name))
+        return _mean(task, f"{name}_f1_samples", title, lambda rows: _overlaps(rows, name))
+    kind: Average = "micro" if average == "micro" else "macro"
     return _pooled(
         f"{name}_f1_{average}",
         title,
-        lambda rows, level: multilabel_f1(rows, name, average, level),  # type: ignore[arg-type]
+        lambda rows, level: multilabel_f1(rows, name, kind, level, cluster=task.cluster),
     )
 
 
@@ -328,6 +344,7 @@ def _overlaps(rows: Sequence[Row], field: str) -> list[float | None]:
 def _field_accuracy(task: Task, field: str | None = None) -> Metric:
     name = _field(task, field)
     return _mean(
+        task,
         f"{name}_accuracy",
         f"{words(name).capitalize()} accuracy",
         lambda rows: _where_true(rows, name, lambda row, _: _same(row, name)),
@@ -358,7 +375,7 @@ def _completeness(task: Task, field: str | None = None, expected: bool = False) 
             for row in rows
         ]  # fmt: skip
 
-    return _mean(f"{name}_completeness", f"{words(name).capitalize()} given", values, binary=True)
+    return _mean(task, f"{name}_completeness", f"{words(name).capitalize()} given", values, binary=True)
 
 
 def _is_empty(value: Any) -> bool:
@@ -367,6 +384,7 @@ def _is_empty(value: Any) -> bool:
 
 def _exact_match(task: Task) -> Metric:
     return _mean(
+        task,
         "exact_match",
         "Exact match",
         lambda rows: [
@@ -387,6 +405,7 @@ def _contains(task: Task, field: str | None = None) -> Metric:
         return value is not None and str(truth).strip().lower() in str(value).lower()
 
     return _mean(
+        task,
         f"{name}_contains",
         f"{words(name).capitalize()} contains the true one",
         lambda rows: _where_true(rows, name, contains),
@@ -402,7 +421,7 @@ def _rouge(task: Task, field: str | None = None, type: str = "rougeL", stem: boo
         return score(text_of((row.get("answer") or {}).get(name)), text_of(truth))
 
     title = f"{words(name).capitalize()} {type.replace('rouge', 'ROUGE-')}"
-    return _mean(f"{name}_{type}", title, lambda rows: _where_true(rows, name, of_row))
+    return _mean(task, f"{name}_{type}", title, lambda rows: _where_true(rows, name, of_row))
 
 
 def _bleu(task: Task, field: str | None = None, tokenize: str = "13a") -> Metric:
@@ -410,12 +429,11 @@ def _bleu(task: Task, field: str | None = None, tokenize: str = "13a") -> Metric
     corpus = text_metrics.bleu(tokenize)
 
     def figure(rows: Sequence[Row], confidence: float) -> Estimate:
+        kept = [row for row in rows if true_value(row, name) is not None]
         pairs = [
-            (text_of((row.get("answer") or {}).get(name)), text_of(true_value(row, name)))
-            for row in rows
-            if true_value(row, name) is not None
+            (text_of((row.get("answer") or {}).get(name)), text_of(true_value(row, name))) for row in kept
         ]
-        return corpus(pairs, confidence)
+        return corpus(pairs, confidence, m.clusters_of(kept, task.cluster))
 
     return _pooled(f"{name}_bleu", f"{words(name).capitalize()} BLEU", figure)
 
@@ -429,6 +447,7 @@ def text_of(value: Any) -> str:
 
 def _valid(task: Task) -> Metric:
     return _mean(
+        task,
         "json_valid",
         "Fits the task",
         lambda rows: [row.get("answer") is not None for row in rows],

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
 from mlx_distill.errors import ConfigError
 from mlx_distill.metrics.answers import text_words
+from mlx_distill.metrics.clusters import cluster_sums
 from mlx_distill.metrics.intervals import Estimate
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL", "rougeLsum")
@@ -62,9 +63,9 @@ def rouge(type: str, stem: bool = False) -> Callable[[str, str], float]:
     return score
 
 
-def bleu(tokenize: str = "13a") -> Callable[[Sequence[tuple[str, str]], float], Estimate]:
+def bleu(tokenize: str = "13a") -> Callable[..., Estimate]:
     """Corpus BLEU, between 0 and 1, of pairs of a text and its reference, with a percentile bootstrap
-    interval over the pairs.
+    interval over the pairs, or over their clusters: a function of pairs, confidence and clusters or None.
 
     Args:
         tokenize: A tokenizer of sacrebleu.
@@ -83,7 +84,9 @@ def bleu(tokenize: str = "13a") -> Callable[[Sequence[tuple[str, str]], float], 
         )
     scorer = BLEU(tokenize=tokenize, effective_order=True)
 
-    def score(pairs: Sequence[tuple[str, str]], confidence: float) -> Estimate:
+    def score(
+        pairs: Sequence[tuple[str, str]], confidence: float, clusters: Sequence[Hashable] | None = None
+    ) -> Estimate:
         import numpy as np
 
         n = len(pairs)
@@ -91,8 +94,10 @@ def bleu(tokenize: str = "13a") -> Callable[[Sequence[tuple[str, str]], float], 
             return {"value": None, "low": None, "high": None, "n": 0}
         counts = np.array([_counts(scorer.sentence_score(text, [truth])) for text, truth in pairs])
         value = _corpus_bleu(counts.sum(axis=0))
-        rng = np.random.default_rng(0)
-        scores = [_corpus_bleu(rng.multinomial(n, np.full(n, 1 / n)) @ counts) for _ in range(_RESAMPLES)]
+        counts = cluster_sums(counts, clusters)
+        units, rng = len(counts), np.random.default_rng(0)
+        even = np.full(units, 1 / units)
+        scores = [_corpus_bleu(rng.multinomial(units, even) @ counts) for _ in range(_RESAMPLES)]
         low, high = np.quantile(scores, [0.5 - confidence / 2, 0.5 + confidence / 2])
         return {"value": value, "low": float(low), "high": float(high), "n": n}
 

@@ -20,7 +20,9 @@ from mlx_distill.metrics.answers import field_f1 as field_f1
 from mlx_distill.metrics.answers import is_free as is_free
 from mlx_distill.metrics.answers import is_same as is_same
 from mlx_distill.metrics.answers import overlap_f1 as overlap_f1
+from mlx_distill.metrics.answers import teacher_clusters as teacher_clusters
 from mlx_distill.metrics.answers import teacher_pairs as teacher_pairs
+from mlx_distill.metrics.answers import truth_clusters as truth_clusters
 from mlx_distill.metrics.answers import truth_pairs as truth_pairs
 from mlx_distill.metrics.calibration import auto_decidable as auto_decidable
 from mlx_distill.metrics.calibration import reliability as reliability

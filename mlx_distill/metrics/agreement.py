@@ -17,12 +17,14 @@ from mlx_distill.metrics.classification import (
     clusters_of,
     confusion,
     correct,
+    distance_bounds,
     group_by,
     predicted_label,
     predicted_score,
     true_value,
 )
-from mlx_distill.metrics.intervals import Estimate, mean_estimate, rate
+from mlx_distill.metrics.clusters import number_estimate, share_estimate
+from mlx_distill.metrics.intervals import Estimate
 from mlx_distill.metrics.paired import Comparison, compare_paired
 
 MIN_PROBABILITY = 1e-12
@@ -60,19 +62,28 @@ def same_label(model: Row, teacher: Row) -> bool:
     return predicted_label(model) is not None and predicted_label(model) == predicted_label(teacher)
 
 
-def verdict_agreement(model: Sequence[Row], teacher: Sequence[Row], *, confidence: float = 0.95) -> Estimate:
-    """Share of the items on which the model gives the teacher's label.
+def verdict_agreement(
+    model: Sequence[Row], teacher: Sequence[Row], *, cluster: str | None = None, confidence: float = 0.95
+) -> Estimate:
+    """Share of the items on which the model gives the teacher's label; with a ``cluster``, the field of a row
+    that related rows share, the interval is that of clusters.
 
     >>> row = {"id": "x", "answer": {}, "label": "a"}
     >>> verdict_agreement([row], [{**row, "label": "b"}])["value"]
     0.0
     """
-    hits = [same_label(a, b) for a, b in pair_by_id(model, teacher)]
-    return rate(sum(hits), len(hits), confidence)
+    pairs = pair_by_id(model, teacher)
+    clusters = clusters_of([a for a, _ in pairs], cluster)
+    return share_estimate([same_label(a, b) for a, b in pairs], clusters, confidence)
 
 
 def agreement(
-    model: Sequence[Row], teacher: Sequence[Row], *, tolerance: float | None, confidence: float = 0.95
+    model: Sequence[Row],
+    teacher: Sequence[Row],
+    *,
+    tolerance: float | None,
+    cluster: str | None = None,
+    confidence: float = 0.95,
 ) -> Estimate:
     """Share of the items with the teacher's label and a score within ``tolerance`` points of the teacher's.
 
@@ -80,14 +91,17 @@ def agreement(
         model: The model's rows.
         teacher: The teacher's rows.
         tolerance: In points of the task's scale; None compares the label only (a task without a score).
+        cluster: As in :func:`verdict_agreement`.
         confidence: Level of the interval.
 
     >>> row = {"id": "x", "answer": {}, "label": "a", "score": 60}
     >>> agreement([row], [{**row, "score": 65}], tolerance=5.0)["value"]
     1.0
     """
-    hits = [same_label(a, b) and _within(a, b, tolerance) for a, b in pair_by_id(model, teacher)]
-    return rate(sum(hits), len(hits), confidence)
+    pairs = pair_by_id(model, teacher)
+    clusters = clusters_of([a for a, _ in pairs], cluster)
+    hits = [same_label(a, b) and _within(a, b, tolerance) for a, b in pairs]
+    return share_estimate(hits, clusters, confidence)
 
 
 def _within(model: Row, teacher: Row, tolerance: float | None) -> bool:
@@ -97,17 +111,27 @@ def _within(model: Row, teacher: Row, tolerance: float | None) -> bool:
     return a is not None and b is not None and abs(a - b) <= tolerance + 1e-9
 
 
-def score_gap(model: Sequence[Row], teacher: Sequence[Row], *, confidence: float = 0.95) -> Estimate:
+def score_gap(
+    model: Sequence[Row],
+    teacher: Sequence[Row],
+    *,
+    scale: tuple[float, float] | None = None,
+    cluster: str | None = None,
+    confidence: float = 0.95,
+) -> Estimate:
     """Mean absolute difference between the model's and the teacher's score, in points.
 
-    Only items for which both models gave a score count.
+    Only items for which both models gave a score count. With the lowest and highest score (``scale``) the
+    interval stays within them; ``cluster`` as in :func:`verdict_agreement`.
 
     >>> row = {"id": "x", "answer": {}, "label": "a", "score": 60}
     >>> score_gap([row], [{**row, "score": 65}])["value"]
     5.0
     """
-    pairs = [(predicted_score(a), predicted_score(b)) for a, b in pair_by_id(model, teacher)]
-    return mean_estimate([abs(a - b) for a, b in pairs if a is not None and b is not None], confidence)
+    pairs = [(row, predicted_score(row), predicted_score(b)) for row, b in pair_by_id(model, teacher)]
+    gaps = [(row, abs(a - b)) for row, a, b in pairs if a is not None and b is not None]
+    clusters = clusters_of([row for row, _ in gaps], cluster)
+    return number_estimate([gap for _, gap in gaps], clusters, confidence, bounds=distance_bounds(scale))
 
 
 def label_divergence(
@@ -128,14 +152,22 @@ def label_divergence(
 
 
 def label_kl(
-    model: Sequence[Row], teacher: Sequence[Row], labels: Sequence[str], *, confidence: float = 0.95
+    model: Sequence[Row],
+    teacher: Sequence[Row],
+    labels: Sequence[str],
+    *,
+    cluster: str | None = None,
+    confidence: float = 0.95,
 ) -> Estimate:
     """Mean KL divergence in nats from the teacher's label distribution to the model's.
 
-    Only items for which both models have label probabilities count.
+    Only items for which both models have label probabilities count; ``cluster`` as in
+    :func:`verdict_agreement`.
     """
-    pairs = [(b.get("label_probs"), a.get("label_probs")) for a, b in pair_by_id(model, teacher)]
-    return mean_estimate([label_divergence(p, q, labels) for p, q in pairs if p and q], confidence)
+    pairs = [(a, b) for a, b in pair_by_id(model, teacher) if a.get("label_probs") and b.get("label_probs")]
+    values = [label_divergence(b["label_probs"], a["label_probs"], labels) for a, b in pairs]
+    clusters = clusters_of([a for a, _ in pairs], cluster)
+    return number_estimate(values, clusters, confidence, bounds=(0.0, math.inf))
 
 
 def teacher_confusion(
@@ -152,9 +184,11 @@ def by_slice(
     label: str,
     fields: Sequence[str],
     *,
+    cluster: str | None = None,
     confidence: float = 0.95,
 ) -> dict[str, dict[str, Any]]:
-    """Accuracy, and agreement with the teacher if there is one, for each value of each field.
+    """Accuracy, and agreement with the teacher if there is one, for each value of each field; ``cluster`` as
+    in :func:`verdict_agreement`.
 
     Returns:
         ``{field: {value: {"n", "accuracy", "verdict_agreement"}}}``.
@@ -164,10 +198,10 @@ def by_slice(
         out[field] = {
             value: {
                 "n": len(members),
-                "accuracy": accuracy(members, label, confidence=confidence),
+                "accuracy": accuracy(members, label, cluster=cluster, confidence=confidence),
                 "verdict_agreement": None
                 if teacher is None
-                else verdict_agreement(members, teacher, confidence=confidence),
+                else verdict_agreement(members, teacher, cluster=cluster, confidence=confidence),
             }
             for value, members in group_by(rows, field).items()
         }

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 from mlx_distill.metrics.agreement import pair_by_id, side_by_side
 from mlx_distill.metrics.classification import Row, clusters_of, group_by
-from mlx_distill.metrics.intervals import Estimate, mean_estimate, rate
+from mlx_distill.metrics.clusters import share_estimate
+from mlx_distill.metrics.intervals import Estimate
 from mlx_distill.metrics.paired import Comparison, compare_means
 
 Answer = Mapping[str, Any]
@@ -34,6 +35,25 @@ def truth_pairs(rows: Sequence[Row]) -> list[Pair]:
 def teacher_pairs(model: Sequence[Row], teacher: Sequence[Row]) -> list[Pair]:
     """The model's and the teacher's answer of each item that both have."""
     return [(a.get("answer"), b.get("answer")) for a, b in pair_by_id(model, teacher)]
+
+
+def truth_clusters(rows: Sequence[Row], cluster: str | None) -> list[Any] | None:
+    """The cluster of each of :func:`truth_pairs`; None without a field of clusters."""
+    return clusters_of([row for row in rows if row.get("truth") is not None], cluster)
+
+
+def teacher_clusters(model: Sequence[Row], teacher: Sequence[Row], cluster: str | None) -> list[Any] | None:
+    """The cluster of each of :func:`teacher_pairs`; None without a field of clusters."""
+    return clusters_of([a for a, _ in pair_by_id(model, teacher)], cluster)
+
+
+def _present(
+    values: Sequence[float | None], clusters: Sequence[Hashable] | None, confidence: float
+) -> Estimate:
+    """The mean of the values between 0 and 1 that are there."""
+    kept = [i for i, value in enumerate(values) if value is not None]
+    own = None if clusters is None else [clusters[i] for i in kept]
+    return share_estimate([value for value in values if value is not None], own, confidence)
 
 
 def same_value(
@@ -90,13 +110,18 @@ def list_items(value: Any) -> list[str]:
 
 
 def exact_match(
-    pairs: Sequence[Pair], fields: Sequence[str] | None = None, *, confidence: float = 0.95
+    pairs: Sequence[Pair],
+    fields: Sequence[str] | None = None,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
 ) -> Estimate:
     """Share of the answers that equal their reference.
 
     Args:
         pairs: From :func:`truth_pairs` or :func:`teacher_pairs`.
         fields: Compare these fields alone; a reference without one of them is left out. None: all fields.
+        clusters: Of each pair; None for independent ones.
         confidence: Level of the interval.
 
     >>> exact_match([({"a": 1, "b": 2}, {"a": 1, "b": 3})], ["a"])["value"]
@@ -104,10 +129,11 @@ def exact_match(
     """
     hits = [
         is_same(answer, reference, fields)
-        for answer, reference in pairs
         if fields is None or reference is None or all(name in reference for name in fields)
+        else None
+        for answer, reference in pairs
     ]
-    return rate(sum(hits), len(hits), confidence)
+    return _present(hits, clusters, confidence)
 
 
 def is_same(answer: Answer | None, reference: Answer | None, fields: Sequence[str] | None = None) -> bool:
@@ -158,51 +184,41 @@ def similarity(
     return sum(values) / len(values) if values else None
 
 
-def similarities(
-    pairs: Sequence[Pair], properties: Mapping[str, Any], tolerances: Mapping[str, float] | None = None
-) -> list[float]:
-    """:func:`similarity` of each pair that has one."""
-    values = (similarity(a, b, properties, tolerances) for a, b in pairs)
-    return [value for value in values if value is not None]
-
-
 def answer_f1(
     pairs: Sequence[Pair],
     properties: Mapping[str, Any],
     tolerances: Mapping[str, float] | None = None,
     *,
+    clusters: Sequence[Hashable] | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
-    """Mean :func:`similarity` of the answers to their references.
+    """Mean :func:`similarity` of the answers to their references; ``clusters`` of the pairs as in
+    :func:`exact_match`.
 
     >>> pairs = [({"topic": "a", "notes": "a b"}, {"topic": "a", "notes": "b c"})]
     >>> answer_f1(pairs, {"topic": {"enum": ["a", "b"]}, "notes": {"type": "string"}})["value"]
     0.75
     """
-    return _mean(similarities(pairs, properties, tolerances), confidence)
+    return _present([similarity(a, b, properties, tolerances) for a, b in pairs], clusters, confidence)
 
 
-def _mean(values: Sequence[float], confidence: float) -> Estimate:
-    """The mean of values between 0 and 1. Where all are 0 or 1 it is a rate, whose interval has a width even
-    where all are equal.
-    """
-    if all(value in (0.0, 1.0) for value in values):
-        return rate(int(sum(values)), len(values), confidence)
-    return mean_estimate(values, confidence)
-
-
-def field_f1(pairs: Sequence[Pair], field: str, *, confidence: float = 0.95) -> Estimate:
+def field_f1(
+    pairs: Sequence[Pair],
+    field: str,
+    *,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+) -> Estimate:
     """Mean :func:`overlap_f1` of one field; references without a list or text in it are left out, and an
-    invalid answer counts 0.
+    invalid answer counts 0. ``clusters`` of the pairs as in :func:`exact_match`.
     """
-    values = []
+    values: list[float | None] = []
     for answer, reference in pairs:
         overlap = overlap_f1((answer or {}).get(field), (reference or {}).get(field))
-        if reference is None:
-            values.append(0.0)
-        elif overlap is not None:
-            values.append(overlap if answer is not None else 0.0)
-    return _mean(values, confidence)
+        if reference is None or (overlap is not None and answer is None):
+            overlap = 0.0
+        values.append(overlap)
+    return _present(values, clusters, confidence)
 
 
 def differing_answers(
@@ -271,6 +287,7 @@ def answers_by_slice(
     properties: Mapping[str, Any],
     tolerances: Mapping[str, float] | None = None,
     *,
+    cluster: str | None = None,
     confidence: float = 0.95,
 ) -> dict[str, dict[str, Any]]:
     """:func:`answer_f1` against the truth and the teacher for each value of each field of the rows.
@@ -278,16 +295,18 @@ def answers_by_slice(
     Returns:
         ``{field: {value: {"n", "answer_f1", "teacher_answer_f1"}}}``.
     """
+
+    def f1(pairs: Sequence[Pair], clusters: Sequence[Hashable] | None) -> Estimate:
+        return answer_f1(pairs, properties, tolerances, clusters=clusters, confidence=confidence)
+
     return {
         field: {
             value: {
                 "n": len(members),
-                "answer_f1": answer_f1(truth_pairs(members), properties, tolerances, confidence=confidence),
+                "answer_f1": f1(truth_pairs(members), truth_clusters(members, cluster)),
                 "teacher_answer_f1": None
                 if teacher is None
-                else answer_f1(
-                    teacher_pairs(members, teacher), properties, tolerances, confidence=confidence
-                ),
+                else f1(teacher_pairs(members, teacher), teacher_clusters(members, teacher, cluster)),
             }
             for value, members in group_by(rows, field).items()
         }

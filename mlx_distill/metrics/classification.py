@@ -10,21 +10,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Real
 
 from mlx_distill.errors import DataError
-from mlx_distill.metrics.clusters import cluster_numbers
-from mlx_distill.metrics.intervals import (
-    Estimate,
-    bootstrap_totals,
-    mean_estimate,
-    rate,
-    wilson,
-)
+from mlx_distill.metrics.clusters import cluster_sums, clustered_rate, number_estimate, share_estimate
+from mlx_distill.metrics.intervals import Estimate, bootstrap_totals, rate, wilson
 
 Row = Mapping[str, Any]
 MIN_ITEMS = 30
@@ -47,37 +41,42 @@ def true_value(row: Row, field: str) -> Any:
     return (row.get("truth") or {}).get(field)
 
 
-def accuracy(rows: Sequence[Row], label: str, *, confidence: float = 0.95) -> Estimate:
+def accuracy(
+    rows: Sequence[Row], label: str, *, cluster: str | None = None, confidence: float = 0.95
+) -> Estimate:
     """Share of the rows with the true label.
 
     Args:
         rows: Predictions; rows without a true label are left out.
         label: The task's label field.
+        cluster: The field of a row that related rows share: the interval is then that of clusters.
         confidence: Level of the interval.
 
     >>> row = {"truth": {"kind": "a"}, "answer": {"kind": "a"}, "label": "a"}
     >>> accuracy([row, {**row, "answer": None}], "kind")["value"]
     0.5
     """
-    hits = correct(rows, label)
-    return rate(sum(hits), len(hits), confidence)
+    labelled = [row for row in rows if true_value(row, label) is not None]
+    return share_estimate(correct(labelled, label), clusters_of(labelled, cluster), confidence)
 
 
-def accuracy_by_distribution(rows: Sequence[Row], label: str, *, confidence: float = 0.95) -> Estimate:
+def accuracy_by_distribution(
+    rows: Sequence[Row], label: str, *, cluster: str | None = None, confidence: float = 0.95
+) -> Estimate:
     """Share of the rows whose most probable label, by ``label_probs``, is the true one.
 
     Beside :func:`accuracy` it tells a model that does not know the label from one that knows it and does not
-    write it. Rows without a true label or without label probabilities are left out.
+    write it. Rows without a true label or without label probabilities are left out; ``cluster`` as in
+    :func:`accuracy`.
 
     >>> row = {"truth": {"kind": "a"}, "answer": None, "label_probs": {"a": 0.8, "b": 0.2}}
     >>> accuracy_by_distribution([row], "kind")["value"], accuracy([row], "kind")["value"]
     (1.0, 0.0)
     """
-    pairs = [(row.get("label_probs"), true_value(row, label)) for row in rows]
-    hits = [
-        max(probs, key=probs.__getitem__) == truth for probs, truth in pairs if probs and truth is not None
-    ]
-    return rate(sum(hits), len(hits), confidence)
+    kept = [row for row in rows if row.get("label_probs") and true_value(row, label) is not None]
+    likeliest = [max(row["label_probs"], key=row["label_probs"].__getitem__) for row in kept]
+    hits = [name == true_value(row, label) for name, row in zip(likeliest, kept, strict=True)]
+    return share_estimate(hits, clusters_of(kept, cluster), confidence)
 
 
 def correct(rows: Sequence[Row], label: str) -> list[bool]:
@@ -86,13 +85,14 @@ def correct(rows: Sequence[Row], label: str) -> list[bool]:
     return [predicted_label(row) == truth for row, truth in truths if truth is not None]
 
 
-def json_valid(rows: Sequence[Row], *, confidence: float = 0.95) -> Estimate:
-    """Share of the rows whose answer is valid under the task's schema.
+def json_valid(rows: Sequence[Row], *, cluster: str | None = None, confidence: float = 0.95) -> Estimate:
+    """Share of the rows whose answer is valid under the task's schema; ``cluster`` as in :func:`accuracy`.
 
     >>> json_valid([{"answer": {}}, {"answer": None}])["value"]
     0.5
     """
-    return rate(sum(row.get("answer") is not None for row in rows), len(rows), confidence)
+    valid = [row.get("answer") is not None for row in rows]
+    return share_estimate(valid, clusters_of(rows, cluster), confidence)
 
 
 def score_errors(
@@ -126,6 +126,7 @@ def score_mae(
     score: str | None,
     *,
     scale: tuple[float, float] | None = None,
+    cluster: str | None = None,
     confidence: float = 0.95,
 ) -> Estimate:
     """Mean absolute error of the score, in points of the task's scale; ``n`` counts the rows.
@@ -135,23 +136,38 @@ def score_mae(
         score: The task's score field.
         scale: Lowest and highest score: an answer that is not valid then has the largest error that its true
             score allows; None leaves it out.
+        cluster: As in :func:`accuracy`.
         confidence: Level of the interval.
 
     >>> score_mae([{"truth": {"s": 50}, "answer": {"s": 47}, "score": 47}], "s")["value"]
     3.0
     """
     errors = score_errors(rows, score, scale) if score else []
-    return mean_estimate([error for error in errors if error is not None], confidence)
+    kept = [(row, error) for row, error in zip(rows, errors, strict=bool(score)) if error is not None]
+    clusters = clusters_of([row for row, _ in kept], cluster)
+    return number_estimate([error for _, error in kept], clusters, confidence, bounds=distance_bounds(scale))
+
+
+def distance_bounds(scale: tuple[float, float] | None) -> tuple[float, float]:
+    """Between which values the distance of two scores lies; without a scale it has no upper end.
+
+    >>> distance_bounds((1, 5))
+    (0.0, 4.0)
+    """
+    return 0.0, float("inf") if scale is None else float(scale[1] - scale[0])
 
 
 @dataclass(frozen=True)
 class ConfusionCounts:
-    """Numbers of true and false positives and negatives."""
+    """Numbers of true and false positives and negatives; of rows in clusters also the outcome of each row,
+    such as ``false_positive``, with its cluster.
+    """
 
     true_positive: int
     false_positive: int
     true_negative: int
     false_negative: int
+    clustered: Sequence[tuple[str, Hashable]] | None = field(default=None, repr=False, compare=False)
 
     @property
     def positives(self) -> int:
@@ -163,26 +179,49 @@ class ConfusionCounts:
         """Items whose true label is negative."""
         return self.true_negative + self.false_positive
 
+    def share(self, events: Sequence[str], of: Sequence[str], confidence: float = 0.95) -> Estimate:
+        """The rate of some outcomes among others.
 
-def binary_counts(pairs: Iterable[tuple[bool, bool | None]]) -> ConfusionCounts:
+        >>> ConfusionCounts(8, 2, 9, 1).share(["true_positive"], ["true_positive", "false_positive"])["value"]
+        0.8
+        """
+        if self.clustered is None:
+            hits, n = (sum(getattr(self, name) for name in names) for names in (events, of))
+            return rate(hits, n, confidence)
+        kept = [(outcome in events, cluster) for outcome, cluster in self.clustered if outcome in of]
+        return clustered_rate([hit for hit, _ in kept], [cluster for _, cluster in kept], confidence)
+
+
+OUTCOMES: Mapping[tuple[bool, bool], str] = {
+    (True, True): "true_positive",
+    (False, True): "false_positive",
+    (False, False): "true_negative",
+    (True, False): "false_negative",
+}
+"""What a truth and a prediction are together."""
+
+
+def binary_counts(
+    pairs: Iterable[tuple[bool, bool | None]], clusters: Sequence[Hashable] | None = None
+) -> ConfusionCounts:
     """Count true and false positives and negatives of pairs of truth and prediction.
 
     A prediction of None, that of an answer which is not valid, is wrong: a false positive where the truth is
-    negative, else a false negative. So a model that answers nothing has no good error rate.
+    negative, else a false negative. So a model that answers nothing has no good error rate. With the
+    ``clusters`` of the pairs the intervals of rates are those of clusters.
 
     >>> binary_counts([(False, None), (True, None), (True, True)])
     ConfusionCounts(true_positive=1, false_positive=1, true_negative=0, false_negative=1)
     """
-    counts = Counter((truth, not truth if given is None else given) for truth, given in pairs)
-    return ConfusionCounts(
-        true_positive=counts[True, True],
-        false_positive=counts[False, True],
-        true_negative=counts[False, False],
-        false_negative=counts[True, False],
-    )
+    outcomes = [OUTCOMES[truth, not truth if given is None else given] for truth, given in pairs]
+    counts = Counter(outcomes)
+    clustered = None if clusters is None else list(zip(outcomes, clusters, strict=True))
+    return ConfusionCounts(**{name: counts[name] for name in OUTCOMES.values()}, clustered=clustered)
 
 
-def confusion_counts(rows: Sequence[Row], label: str, positive: Sequence[str]) -> ConfusionCounts:
+def confusion_counts(
+    rows: Sequence[Row], label: str, positive: Sequence[str], *, cluster: str | None = None
+) -> ConfusionCounts:
     """Count true and false positives and negatives.
 
     An answer that is not valid is wrong, see :func:`binary_counts`.
@@ -191,70 +230,83 @@ def confusion_counts(rows: Sequence[Row], label: str, positive: Sequence[str]) -
         rows: Predictions; rows without a true label are left out.
         label: The task's label field.
         positive: Classes that count as positive.
+        cluster: As in :func:`accuracy`.
 
     >>> row = {"truth": {"kind": "bad"}, "answer": None, "label": None}
     >>> confusion_counts([row], "kind", ["bad"])
     ConfusionCounts(true_positive=0, false_positive=0, true_negative=0, false_negative=1)
     """
-    truths = [(row, true_value(row, label)) for row in rows]
-    return binary_counts(
-        (truth in positive, None if (given := predicted_label(row)) is None else given in positive)
-        for row, truth in truths
-        if truth is not None
-    )
+    labelled = [row for row in rows if true_value(row, label) is not None]
+    pairs = [
+        (
+            true_value(row, label) in positive,
+            None if (given := predicted_label(row)) is None else given in positive,
+        )
+        for row in labelled
+    ]
+    return binary_counts(pairs, clusters_of(labelled, cluster))
 
 
-def threshold_counts(rows: Sequence[Row], score: str, threshold: float) -> ConfusionCounts:
+def threshold_counts(
+    rows: Sequence[Row], score: str, threshold: float, *, cluster: str | None = None
+) -> ConfusionCounts:
     """:func:`binary_counts` of scores of at least ``threshold``, which are positive.
 
     Args:
         rows: Predictions; rows without a true score are left out.
         score: The task's score field.
         threshold: The lowest positive score.
+        cluster: As in :func:`accuracy`.
     """
-    truths = [(row, true_value(row, score)) for row in rows]
-    return binary_counts(
-        (float(truth) >= threshold, None if (given := predicted_score(row)) is None else given >= threshold)
-        for row, truth in truths
-        if truth is not None
-    )
+    scored = [row for row in rows if true_value(row, score) is not None]
+    pairs = [
+        (
+            float(true_value(row, score)) >= threshold,
+            None if (given := predicted_score(row)) is None else given >= threshold,
+        )
+        for row in scored
+    ]
+    return binary_counts(pairs, clusters_of(scored, cluster))
 
 
 def precision(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
     """``TP / (TP + FP)``: share of the positive predictions that are correct."""
-    return rate(counts.true_positive, counts.true_positive + counts.false_positive, confidence)
+    return counts.share(["true_positive"], ["true_positive", "false_positive"], confidence)
 
 
 def recall(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
     """``TP / (TP + FN)``: share of the positive items that are predicted positive."""
-    return rate(counts.true_positive, counts.positives, confidence)
+    return counts.share(["true_positive"], ["true_positive", "false_negative"], confidence)
 
 
 def false_positive_rate(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
     """``FP / (FP + TN)``: share of the negative items that are predicted positive."""
-    return rate(counts.false_positive, counts.negatives, confidence)
+    return counts.share(["false_positive"], ["false_positive", "true_negative"], confidence)
 
 
 def false_negative_rate(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
     """``FN / (FN + TP)``: share of the positive items that are predicted negative."""
-    return rate(counts.false_negative, counts.positives, confidence)
+    return counts.share(["false_negative"], ["true_positive", "false_negative"], confidence)
 
 
 def f1(counts: ConfusionCounts, confidence: float = 0.95) -> Estimate:
     """``2 TP / (2 TP + FP + FN)``.
 
     F1 equals ``2 J / (1 + J)`` with the Jaccard index ``J = TP / (TP + FP + FN)`` and increases with it, so
-    the interval is Wilson's interval of ``J`` mapped the same way; ``n`` is ``TP + FP + FN``.
+    the interval is that of the rate ``J`` mapped the same way; ``n`` is ``TP + FP + FN``.
 
     >>> round(f1(ConfusionCounts(8, 2, 9, 1))["value"], 4)
     0.8421
     """
-    n = counts.true_positive + counts.false_positive + counts.false_negative
-    jaccard = rate(counts.true_positive, n, confidence)
+    of = ["true_positive", "false_positive", "false_negative"]
+    jaccard = counts.share(["true_positive"], of, confidence)
     if jaccard["value"] is None or jaccard["low"] is None or jaccard["high"] is None:
         return jaccard
-    value, low, high = (2 * x / (1 + x) for x in (jaccard["value"], jaccard["low"], jaccard["high"]))
-    return {"value": value, "low": low, "high": high, "n": n}
+    out = jaccard.copy()  # of clusters with their number
+    out["value"], out["low"], out["high"] = (
+        2 * x / (1 + x) for x in (jaccard["value"], jaccard["low"], jaccard["high"])
+    )
+    return out
 
 
 class MacroF1(Estimate):
@@ -314,10 +366,7 @@ def macro_f1(
 
     tables = np.concatenate([right[:, present], sizes[:, present]], axis=1)
     if clusters is not None:
-        numbers = cluster_numbers([clusters[i] for i in used], n)
-        by_cluster = np.zeros((int(numbers.max()) + 1, tables.shape[1]), dtype=np.int64)
-        np.add.at(by_cluster, numbers, tables)
-        tables = by_cluster
+        tables = cluster_sums(tables, [clusters[i] for i in used])
     units, value = len(tables), float(statistic(tables.sum(axis=0, keepdims=True))[0])
     low, high = bootstrap_totals(tables, statistic, confidence, resamples=resamples, seed=seed)
     if low == high:  # all correct or all wrong: every resample has the same F1

@@ -14,7 +14,17 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mlx_distill.errors import DataError
-from mlx_distill.metrics.intervals import Estimate, Values, finite, normal_quantile, t_quantile
+from mlx_distill.metrics.intervals import (
+    ANY,
+    Estimate,
+    Values,
+    clip_ends,
+    finite,
+    mean_estimate,
+    normal_quantile,
+    rate,
+    t_quantile,
+)
 
 FEW_CLUSTERS = 20
 """Below so many clusters the clustered standard error is itself too uncertain: the result is flagged."""
@@ -223,6 +233,66 @@ def clustered_rate(
         "clusters": count,
         "few_clusters": count < FEW_CLUSTERS,
     }
+
+
+def cluster_sums(
+    tables: Int[np.ndarray, "n k"], clusters: Sequence[Hashable] | None
+) -> Int[np.ndarray, "G k"]:
+    """The counts of each cluster, which a bootstrap draws as a whole; the rows themselves without clusters.
+
+    >>> cluster_sums(np.array([[1, 0], [1, 1], [0, 5]]), ["x", "x", None]).tolist()
+    [[2, 1], [0, 5]]
+    """
+    if clusters is None or not len(tables):
+        return tables
+    numbers = cluster_numbers(clusters, len(tables))
+    sums = np.zeros((int(numbers.max()) + 1, tables.shape[1]), dtype=tables.dtype)
+    np.add.at(sums, numbers, tables)
+    return sums
+
+
+def number_estimate(
+    values: Values,
+    clusters: Sequence[Hashable] | None = None,
+    confidence: float = 0.95,
+    *,
+    bounds: tuple[float, float] = ANY,
+) -> Estimate:
+    """The mean of numbers of rows that are independent (:func:`mlx_distill.metrics.intervals.mean_estimate`)
+    or in clusters (:func:`clustered_mean`).
+
+    Args:
+        values: One per row.
+        clusters: The cluster of each row; None for independent rows.
+        confidence: Level of the interval.
+        bounds: Lowest and highest value that there can be: the interval stays within them.
+    """
+    if clusters is None:
+        return mean_estimate(values, confidence, bounds=bounds)
+    return clip_ends(clustered_mean(values, clusters, confidence), bounds)
+
+
+def share_estimate(
+    values: Values, clusters: Sequence[Hashable] | None = None, confidence: float = 0.95
+) -> Estimate:
+    """The mean of values between 0 and 1, independent or in clusters. Where all are 0 or 1 it is a rate
+    (:func:`mlx_distill.metrics.intervals.rate` or :func:`clustered_rate`), whose interval has a width even
+    where all are equal.
+
+    Args:
+        values: One per row; booleans are 1 or 0.
+        clusters: The cluster of each row; None for independent rows.
+        confidence: Level of the interval.
+
+    >>> rows, clustered = share_estimate([True] * 40), share_estimate([True] * 40, [1, 2] * 20)
+    >>> round(rows["low"], 3), round(clustered["low"], 3)
+    (0.912, 0.342)
+    """
+    if not all(value in (0, 1) for value in values):
+        return number_estimate(values, clusters, confidence, bounds=(0.0, 1.0))
+    if clusters is not None:
+        return clustered_rate([bool(value) for value in values], clusters, confidence)
+    return rate(int(sum(values)), len(values), confidence)
 
 
 def effective_rows(values: Float[np.ndarray, " n"], numbers: Int[np.ndarray, " n"]) -> float:

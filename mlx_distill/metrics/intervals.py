@@ -272,12 +272,36 @@ FEW_VALUES = 30
 """Below so many values the bootstrap of a mean is too narrow, and the t interval counts too."""
 
 
-def mean_estimate(values: Values, confidence: float = 0.95) -> Estimate:
+ANY = (-math.inf, math.inf)
+"""The bounds of a number that may have any value."""
+
+
+def clip_ends(estimate: Estimate, bounds: tuple[float, float]) -> Estimate:
+    """An estimate whose interval stays within the values that the mean can have; other keys are kept.
+
+    >>> clip_ends({"value": 0.9, "low": 0.7, "high": 1.1, "n": 4}, (0.0, 1.0))["high"]
+    1.0
+    """
+    value, low, high = estimate["value"], estimate["low"], estimate["high"]
+    if value is None or low is None or high is None:
+        return estimate
+    out = estimate.copy()
+    # The value may lie outside, as the score of an answer that keeps to no scale.
+    out["low"], out["high"] = min(value, max(low, bounds[0])), max(value, min(high, bounds[1]))
+    return out
+
+
+def mean_estimate(values: Values, confidence: float = 0.95, *, bounds: tuple[float, float] = ANY) -> Estimate:
     """The mean of the values with its bootstrap interval (BCa).
 
     Below :data:`FEW_VALUES` values the ends are the outer ones of the bootstrap and of
     ``mean +- t s / sqrt(n)``: of 10 normal values the 95 % bootstrap interval held the mean in 91 % of
     simulations. The ends are None where the values do not vary: nothing says how much others would.
+
+    Args:
+        values: One per item.
+        confidence: Level of the interval.
+        bounds: Lowest and highest value that there can be, such as 0 and 1: the interval stays within them.
 
     Raises:
         DataError: a value is None, NaN or infinite.
@@ -298,4 +322,4 @@ def mean_estimate(values: Values, confidence: float = 0.95) -> Estimate:
     if n < FEW_VALUES:
         half = t_quantile(confidence, n - 1) * float(array.std(ddof=1)) / math.sqrt(n)
         low, high = min(low, mean - half), max(high, mean + half)
-    return {"value": mean, "low": low, "high": high, "n": n}
+    return clip_ends({"value": mean, "low": low, "high": high, "n": n}, bounds)

@@ -204,6 +204,7 @@ def _task_details(task: Task) -> dict[str, Any]:
         "score_scale": list(task.score_scale),
         "slices": list(task.slices),
         "group": task.group,
+        "cluster": task.cluster,
         "title": task.title,
         "properties": list(task.schema["properties"]),
         "metrics": [

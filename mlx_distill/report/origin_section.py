@@ -32,8 +32,19 @@ def origin(report: Report) -> dict[str, Any]:
 
 def _method(report: Report) -> dict[str, str]:
     """The intervals and tests, and hashes of the compared rows and models."""
-    rates = f"Wilson, {percent(report['confidence'], 0)}"
-    out = {"Intervals of rates": rates, "Intervals of means": "bootstrap or t, at the same level"}
+    level = percent(report["confidence"], 0)
+    out = {
+        "Intervals of rates": f"Wilson, {level}",
+        "Intervals of means": "bootstrap or t, at the same level",
+    }
+    cluster, valid = report["task_details"].get("cluster"), _any_figures(report).get("json_valid") or {}
+    if cluster and "clusters" in valid:
+        rows = f"clustered by {words(cluster)}, {counted(valid['clusters'], 'cluster')}"
+        few = "; fewer than 20, so they may be too narrow" if valid["few_clusters"] else ""
+        out |= {
+            "Intervals of rates": f"Wilson at the effective number of rows, {level}, {rows}{few}",
+            "Intervals of means": "t with clustered errors, at the same level",
+        }
     facts = report.get("final_comparison")
     if not facts:
         return out
@@ -48,6 +59,11 @@ def _method(report: Report) -> dict[str, str]:
         provable = f"{100 * facts['provable_margin']:.1f}" if facts["metric_unit"] == "rate" else "–"
         out["Provable margin"] = f"{provable} points with {counted(facts['n'], 'row')}, at a power of 80 %"
     return out
+
+
+def _any_figures(report: Report) -> Mapping[str, Any]:
+    """The figures of one model: all answered the same rows."""
+    return next(iter(report["metrics"].values()), {})
 
 
 def measured_on(provenance: Mapping[str, Any]) -> str:

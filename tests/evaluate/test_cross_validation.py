@@ -17,7 +17,7 @@ from mlx_distill.evaluate.cross_validation import (
     learning_curve,
     pooled_figures,
 )
-from mlx_distill.metrics.clusters import clustered_mean
+from mlx_distill.metrics.clusters import clustered_rate
 from mlx_distill.metrics.intervals import wilson
 from mlx_distill.metrics.paired import compare_paired
 from mlx_distill.tasks.task import parse_task
@@ -59,7 +59,7 @@ def test_clusters_widen_the_interval_of_rows_that_share_an_artist() -> None:
     hits = [(i % 10) < 7 for i in range(120)]
     rows = answers(hits, artists=10)
     found = pooled_figures({"teacher": rows}, task(cluster="artist"), [90] * 4)["figures"]["teacher"]
-    expected = clustered_mean([float(hit) for hit in hits], [f"a{i % 10}" for i in range(120)])
+    expected = clustered_rate(hits, [f"a{i % 10}" for i in range(120)])
     assert found["estimate"]["clusters"] == 10 and found["estimate"]["few_clusters"]
     assert found["estimate"]["low"] == max(0.0, expected["low"] or 0.0)
     plain = pooled_figures({"teacher": rows}, task(), [90] * 4)["figures"]["teacher"]["estimate"]

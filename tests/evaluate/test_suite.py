@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+from typing import Any
+
 import pytest
 from helpers.predictions import prediction as row
 from helpers.predictions import tone, tone_task
@@ -101,6 +104,57 @@ def test_rows_of_one_cluster_are_not_independent(changes: dict[str, object]) -> 
     widths = [one["difference"]["high"] - one["difference"]["low"] for one in (plain, clustered)]
     assert (plain["clusters"], clustered["clusters"]) == (None, 30)
     assert widths[1] > 1.7 * widths[0]  # sqrt(5) times for equal clusters of 5
+
+
+def estimates_of(figures: Any, name: str = "") -> dict[str, Any]:
+    """Every estimate among figures, by its path."""
+    if not isinstance(figures, dict):
+        return {}
+    if {"value", "low", "high"} <= set(figures):
+        return {name: figures}
+    parts = [estimates_of(value, f"{name}.{key}".strip(".")) for key, value in figures.items()]
+    return {path: estimate for part in parts for path, estimate in part.items()}
+
+
+@pytest.mark.parametrize("changes", [{}, {"label": None, "positive": []}])
+def test_the_figures_of_a_model_have_the_intervals_of_clusters(changes: dict[str, Any]) -> None:
+    rng = random.Random(0)
+    kinds = ("micro", "macro", "samples")
+    lists = [{"metric": "list_f1", "field": "themes", "average": kind} for kind in kinds]
+    metrics = ["score_mae", "exact_match", *lists]
+    category = {"far": {"answer": {"points": {"at_least": 50}}}}
+    own = {"score_threshold": 50, "slices": ["genre"], "metrics": metrics, "error_categories": category}
+    teacher, student = [], []
+    for artist in range(40):  # one song's answers, five times
+        truth = tone(rng.choice(["light", "dark"]), rng.randrange(101), rng.choice("ab"))
+        right = rng.random() < 0.7
+        answer = truth if right else tone(rng.choice(["light", "dark"]), rng.randrange(101), "a", note="c")
+        if rng.random() < 0.1:
+            answer = None
+        fields = {"artist": f"a{artist}", "genre": "folk" if artist % 2 else "jazz"}
+        likely = {"light": 0.9 if right else 0.2, "dark": 0.1 if right else 0.8}
+        for song in range(5):
+            more = {"fields": fields, "label_probs": likely, "latency_s": 0.0}
+            student.append(row(5 * artist + song, truth, answer, **more))
+            teacher.append(row(5 * artist + song, truth, truth, **{**more, "label_probs": {"light": 0.6}}))
+    models = {"teacher": teacher, "student": student}
+    plain, clustered = (
+        estimates_of(
+            evaluate_models(models, tone_task(**own, **more, **changes))["by_set"]["test"]["student"]
+        )
+        for more in ({}, {"cluster": "artist"})
+    )
+    assert plain.keys() == clustered.keys()
+    assert not any("clusters" in estimate for estimate in plain.values())
+    checked = 0
+    for name, estimate in plain.items():
+        if estimate["low"] is None or "difference" in name:
+            continue
+        widths = [one["high"] - one["low"] for one in (estimate, clustered[name])]
+        assert clustered[name]["value"] == pytest.approx(estimate["value"]), name
+        assert widths[1] > 1.5 * widths[0], name  # sqrt(5) times, less where an end is near 0 or 1
+        checked += 1
+    assert checked >= 24
 
 
 def test_a_slice_that_a_set_does_not_have_is_no_slice_of_it() -> None:

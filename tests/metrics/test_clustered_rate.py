@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import DataError
-from mlx_distill.metrics import clustered_mean, clustered_rate, wilson
+from mlx_distill.metrics import clustered_mean, clustered_rate, rate, wilson
+from mlx_distill.metrics.clusters import share_estimate
 
 
 def test_rows_that_stand_alone_have_wilsons_interval() -> None:
@@ -40,3 +41,11 @@ def test_rows_without_a_cluster_each_are_refused() -> None:
     with pytest.raises(DataError, match="1 clusters of 2 rows"):
         clustered_rate([True, False], ["a"])
     assert clustered_rate([], [])["value"] is None
+
+
+def test_clusters_of_one_row_have_the_intervals_of_rows() -> None:
+    hits = [i % 3 == 0 for i in range(60)]
+    rows, alone = share_estimate(hits), share_estimate(hits, [None] * 60)
+    for key in ("value", "low", "high", "n"):
+        assert alone[key] == pytest.approx(rows[key])
+    assert rows == rate(20, 60)

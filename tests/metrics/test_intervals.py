@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from mlx_distill.errors import DataError
+from mlx_distill.evaluate.latency import latency_intervals
+from mlx_distill.metrics.classification import score_mae
 from mlx_distill.metrics.intervals import (
     bootstrap_mean,
     bootstrap_totals,
@@ -187,3 +189,14 @@ def test_bootstrap_of_equal_values_has_no_width() -> None:
     assert bootstrap_mean(np.array([2.0])) == (2.0, 2.0)
     with pytest.raises(ValueError, match="at least one value"):
         bootstrap_mean(np.array([]))
+
+
+def test_the_interval_of_a_mean_stays_within_its_range() -> None:
+    wild, clipped = mean_estimate([0.0, 0.9]), mean_estimate([0.0, 0.9], bounds=(0.0, 1.0))
+    assert wild["low"] < -1 and wild["high"] > 2
+    assert (clipped["low"], clipped["high"]) == (0.0, 1.0)
+    far = [{"truth": {"s": 0}, "answer": {}, "score": score} for score in (0, 100)]
+    error = score_mae(far, "s", scale=(0, 100))
+    assert (error["low"], error["high"]) == (0.0, 100.0)
+    times = [{"latency_s": time} for time in (0.1, 9.0)]
+    assert latency_intervals(times)["items_per_minute_interval"]["high"] is None

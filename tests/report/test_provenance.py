@@ -20,6 +20,7 @@ from helpers.report_runs import (
 )
 
 from mlx_distill.report import build_report, provenance, render_html
+from mlx_distill.report.origin_section import origin
 from mlx_distill.storage import write_jsonl
 
 
@@ -87,3 +88,14 @@ def test_what_an_evaluation_did_not_measure_is_none(tmp_path: Path, speed: dict[
     found = {name: figures[name] for name in provenance.SPEED}
     assert found == dict.fromkeys(provenance.SPEED) | {name: speed[name] for name in speed}
     assert "Requests per second" in render_html(report)
+
+
+def test_the_method_says_by_what_the_intervals_are_clustered(run: tuple[Path, dict[str, Any]]) -> None:
+    _, report = run
+    assert origin(report)["method"]["Intervals of rates"] == "Wilson, 95 %"
+    name, figures = next(iter(report["metrics"].items()))
+    valid = {**figures["json_valid"], "clusters": 12, "few_clusters": True}
+    metrics = {**report["metrics"], name: {**figures, "json_valid": valid}}
+    details = {**report["task_details"], "cluster": "artist"}
+    method = origin({**report, "metrics": metrics, "task_details": details})["method"]
+    assert "clustered by artist, 12 clusters; fewer than 20" in method["Intervals of rates"]
