@@ -66,18 +66,29 @@ def convert(source: str, destination: Path, as_json: bool, **options: Any) -> No
     type=_PATH,
     help="The run, or its report.json, with figures for the model card.  [default: the model's run]",
 )
+@click.option(
+    "--check",
+    type=click.IntRange(0),
+    metavar="N",
+    help="Let the trained, merged, exported and reloaded model answer N held-out rows; 0 checks nothing.  "
+    "[default: 50 where the rows are known]",
+)
+@click.option("--rows", help="The rows for --check.  [default: the held-out rows of the model's run]")
+@click.option("--task", help="The task for --check.  [default: that of the training]")
 @_JSON
-def export(
-    model: Path, destination: Path, layout: str, adapter: str, report: Path | None, as_json: bool
-) -> None:
+def export(model: Path, destination: Path, layout: str, as_json: bool, **options: Any) -> None:
     """Export a model to Hugging Face's or PEFT's format.
 
-    MODEL is the folder of an MLX model or adapter, or of a run: its last trained model.
+    MODEL is the folder of an MLX model or adapter, or of a run: its last trained model. The exit code is 3 if
+    the export does not give the answers of the trained model; artifact.json in DESTINATION says why.
     """
     from mlx_distill.cli.output import echo
-    from mlx_distill.exports import export as export_model
+    from mlx_distill.evaluate.artifact import require_same_answers
+    from mlx_distill.exports import write_export
 
-    echo(export_model(model, destination, layout, adapter=adapter, report=report), as_json)
+    written = write_export(model, destination, layout, **options)
+    echo(written, as_json)
+    require_same_answers(written.artifact)
 
 
 @click.command()

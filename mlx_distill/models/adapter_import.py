@@ -42,10 +42,15 @@ from mlx_distill.text import counted
 _RIGHT_BASE = "name the model that it was trained on: base in adapter_config.json, or --base of convert"
 
 
+def check_lines(artifact: Mapping[str, Any] | None) -> list[str]:
+    """The check of an exported folder in lines of text: each step, then the result."""
+    return [*(step["sentence"] for step in artifact["steps"]), artifact["sentence"]] if artifact else []
+
+
 @dataclass(frozen=True)
 class AdapterReport:
     """An adapter that was written in another format, or with ``dry_run`` would be: its base model, the paths
-    of its modules, and a note.
+    of its modules, a note, and the check of the exported folder (:mod:`mlx_distill.evaluate.artifact`).
     """
 
     destination: str
@@ -53,6 +58,7 @@ class AdapterReport:
     modules: tuple[str, ...]
     note: str | None = None
     dry_run: bool = False
+    artifact: Mapping[str, Any] | None = None
 
     @property
     def lines(self) -> list[str]:
@@ -62,7 +68,8 @@ class AdapterReport:
             f"{verb} {self.destination}: adapters of {counted(len(self.modules), 'module')}",
             f"the base model that it expects: {self.base}",
         ]
-        return [*lines, self.note] if self.note else lines
+        lines += [self.note] if self.note else []
+        return [*lines, *check_lines(self.artifact)]
 
 
 @dataclass(frozen=True)

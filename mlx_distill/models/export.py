@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ConfigError
+from mlx_distill.models.adapter_import import check_lines
 from mlx_distill.models.checkpoint.layout import backward_plan, wildcard_name
 from mlx_distill.models.checkpoint.plan import CheckpointPlan
 from mlx_distill.models.checkpoint.safetensors import Source
@@ -38,8 +39,8 @@ class ExportReport:
     """What an export wrote.
 
     ``changed`` has a line for each tensor whose bits differ from the source's; ``kept`` is the number of
-    modules of the adapter that was written beside the model, and ``source_notes`` are those of how the source
-    was read.
+    modules of the adapter that was written beside the model, ``source_notes`` are those of how the source
+    was read, and ``artifact`` is the check of the folder (:mod:`mlx_distill.evaluate.artifact`).
     """
 
     source: str
@@ -51,6 +52,7 @@ class ExportReport:
     kept: int
     seconds: float
     source_notes: tuple[str, ...] = ()
+    artifact: Mapping[str, Any] | None = None
 
     def facts(self) -> dict[str, Any]:
         """Totals, for a manifest."""
@@ -83,7 +85,7 @@ class ExportReport:
     def lines(self) -> list[str]:
         """The report in lines of text: the notes, then the total."""
         what = f"{self.model_type}: {counted(self.tensors, 'tensor')}, {size(self.stored_bytes)}"
-        return [*self.notes(), f"{what} written to {self.destination}"]
+        return [*self.notes(), f"{what} written to {self.destination}", *check_lines(self.artifact)]
 
 
 def to_hf(

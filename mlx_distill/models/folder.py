@@ -60,7 +60,7 @@ def source_key(folder: Path) -> str:
     texts = {
         p.name: sha256(p)
         for p in sorted(folder.glob("*.json")) + sorted(folder.glob("*.jinja"))
-        if p.name not in (MANIFEST, TRAINED_ON, LABEL_TEMPERATURE)
+        if p.name not in (MANIFEST, TRAINED_ON, LABEL_TEMPERATURE, "artifact.json")
     }
     return digest([tensors, texts])
 

@@ -14,6 +14,7 @@ from mlx_distill import metrics as m
 from mlx_distill.data.evaluation_files import LABEL_ORDERS, REPEATS, read_lines
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError
+from mlx_distill.evaluate.artifact import read_checks
 from mlx_distill.evaluate.attribution import attribute
 from mlx_distill.evaluate.calibration import calibration_figures
 from mlx_distill.evaluate.costs import Prices, run_costs
@@ -115,6 +116,7 @@ def build_report(
         "provenance": provenance.provenance(run, recipe, headers, folders),
         "majority": majority(by_set[main]),
         "teacher_answers": provenance.teacher_answers(run),
+        "artifact": {"checks": read_checks(run)},
     }
     if prices is not None:
         own = {name: predictions for name, predictions in own.items() if predictions}

@@ -94,6 +94,20 @@ def card_text(
     return "\n".join(lines) + "\n"
 
 
+def with_check(card: str, check: Mapping[str, Any]) -> str:
+    """A model card with what the check of the exported folder found.
+
+    Args:
+        card: Of :func:`card_text`.
+        check: Of :func:`mlx_distill.evaluate.artifact.check_artifact`.
+    """
+    steps = [f"- {_escaped(step['sentence'])}" for step in check["steps"]]
+    sentence = check["sentence"]
+    lines = ["", "## Checked", "", f"{sentence[0].upper()}{sentence[1:]}.", "", *steps]
+    lines += ["", "Greedy answers, each step against the one before it, all computed in float32."]
+    return card + "\n".join(lines) + "\n"
+
+
 def _ancestors(folder: Path, base: Path) -> dict[str, Manifest]:
     """Manifests of the folder, its base and their parents, nearest first.
 

@@ -82,6 +82,7 @@ SECTIONS = (
     Section("cost", "Cost", "Speed, size, memory", training_section.cost),
     Section("costs", "Prices", "What it costs", costs_section.costs),
     Section("quantization", "Quantization", "Quantization", quantization_section.quantization),
+    Section("artifact", "Export", "The exported model", "artifact"),
     Section("training", "Training", "Training", training_section.curves),
     Section("origin", "Method", "Method and provenance", origin_section.origin),
 )

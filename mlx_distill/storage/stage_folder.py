@@ -9,9 +9,9 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,7 +62,15 @@ class Manifest:
 
 # Files for people and for the use of a model, from which no later stage computes anything.
 _UNKEYED = frozenset(
-    {"metrics.jsonl", "log.txt", "statistics.json", "timing.json", "README.md", "trained_on.json"}
+    {
+        "metrics.jsonl",
+        "log.txt",
+        "statistics.json",
+        "timing.json",
+        "README.md",
+        "trained_on.json",
+        "artifact.json",
+    }
 )
 
 
@@ -191,6 +199,25 @@ def publish(
         write_json(partial / MANIFEST, asdict(manifest))
         _swap(partial, folder)
     return manifest
+
+
+def record_files(folder: str | Path, names: Iterable[str]) -> None:
+    """Take files into a finished folder's manifest that were written or replaced after it was published.
+
+    Args:
+        folder: It has a manifest.
+        names: The files, relative to it.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    if manifest is None:
+        return
+    files = dict(manifest.files)
+    with os_errors():
+        for name in names:
+            stat = (folder / name).stat()
+            files[name] = FileEntry(stat.st_size, sha256(folder / name), stat.st_mtime_ns)
+        write_json(folder / MANIFEST, asdict(replace(manifest, files=dict(sorted(files.items())))))
 
 
 def _swap(partial: Path, folder: Path) -> None:

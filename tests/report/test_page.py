@@ -29,6 +29,7 @@ def test_page_is_complete_and_loads_nothing(run: tuple[Path, dict[str, Any]]) ->
     assert len(ids) == len(set(ids))
     assert {a["href"] for t, a in page.tags if t == "a"} == {f"#{name}" for name in ids}
     assert {
+        "artifact",
         "attribution",
         "comparison",
         "results",
