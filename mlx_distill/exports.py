@@ -121,7 +121,9 @@ def write_export(
         written = to_peft(model, destination, card=partial(card, library="peft"))
     else:
         written = to_hf(model, destination, adapter=adapter, card=card, progress=progress)
-    if asked is None:
+    if isinstance(asked, str):
+        if asked:
+            progress.note(f"the export is not checked: {asked}")
         return written
     result = check_artifact(
         model, destination, asked.rows, asked.task, to=to, adapter=adapter, progress=progress
@@ -136,12 +138,12 @@ def _asked(
     rows: str | Path | None,
     task: str | Path | Task | None,
     progress: Progress,
-) -> _Asked | None:
-    """The rows and the task of a check, found before anything is written; None where nothing is checked."""
+) -> _Asked | str:
+    """The rows and the task of a check, found before anything is written; else why nothing is checked."""
     if check == 0:
         if rows is not None or task is not None:
             raise ConfigError("check: 0, with rows or a task", fix="leave them out, or check 1 row or more")
-        return None
+        return ""
     if check is not None and check < 0:
         raise ConfigError(f"check: {check}", fix="the number of rows; 0 checks nothing")
     wanted = check is not None or rows is not None or task is not None
@@ -152,15 +154,13 @@ def _asked(
                 f"{model}: no run with held-out rows holds it, so its answers cannot be checked",
                 fix="give a file with rows: --rows ROWS",
             )
-        progress.note("the export is not checked, since no held-out rows are known: --rows ROWS --task TASK")
-        return None
+        return "no held-out rows are known: --rows ROWS --task TASK"
     try:
         known = find_model(model, task, progress).task
     except ConfigError as error:
         if wanted:
             raise
-        progress.note(f"the export is not checked: {error}")
-        return None
+        return str(error)
     file = held_out if rows is None else Path(resolve_asset(str(rows)))
     found = list(islice(read_path(file, str(file), ReadOptions()), check or DEFAULT_ROWS))
     return _Asked(found, known)
