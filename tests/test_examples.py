@@ -117,3 +117,38 @@ def test_moderation_compares_the_teacher_before_and_after_by_group(tmp_path: Pat
     compared = report["final_comparison"]
     assert fixed == len(compared["cases"]["fixed"]) and change["field"] == "group"
     assert "<html" in (folder / "moderation.html").read_text("utf-8")
+
+
+def test_proof_shows_each_step(tmp_path: Path) -> None:
+    folder = tmp_path / "proof"
+    few = [
+        "data.sources=[{generator: music, part: train, count: 64, seed: 7}, "
+        "{generator: music, part: test, count: 12, seed: 8, split: test}]",
+        "teach.steps=2",
+        "distill.steps=2",
+        "quantize.refine=none",
+        "evaluate.constrain=false",
+        "evaluate.repeats=2",
+        "evaluate.repeat_rows=4",
+    ]
+    notebook = _execute(folder, "03_proof", few)
+    assert "2 folds; each of 64 rows" in _printed(notebook, "md.validate").replace("\n", " ")
+    report = json.loads((folder / "proof-run" / "report.json").read_text("utf-8"))
+    assert list(report["metrics"]) == ["teacher", "student", "quantized"]
+    steps = _printed(notebook, "attribution").splitlines()
+    assert [line.split(":")[0] for line in steps] == [
+        "teacher -> student",
+        "student -> quantized",
+        "teacher -> quantized",
+    ]
+    assert "scripture_references" in _printed(notebook, "hallucination_rate")
+    assert len(_printed(notebook, '"shuffled", "sampled"').splitlines()) == 6
+    behaved = _printed(notebook, "found['behaved']").splitlines()
+    assert [line.split()[0] for line in behaved if "n = 6" in line] == ["teacher", "student", "quantized"]
+    compared = _printed(notebook, "ratings.csv")
+    for part in ("cost of B", "errors of B cost", "people: B wins", "kappa"):
+        assert part in compared
+    judged = _printed(notebook, "goal_text(goal)").splitlines()
+    assert [line[:12].strip().replace(" ", "_") for line in judged] == [g["state"] for g in report["goals"]]
+    page = (folder / "proof.html").read_text("utf-8")
+    assert report["answer"]["sentence"].split(" (")[0] in page
