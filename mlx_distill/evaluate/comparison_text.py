@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_distill.text import MINUS, NONE, counted, listed, significant, size
+from mlx_distill.text import MINUS, NONE, counted, listed, p_value, significant, size
 
 Facts = Mapping[str, Any]
 _VERDICTS = {
@@ -189,7 +189,7 @@ def _side_line(side: str, figures: Facts, unit: str, width: int) -> str:
 
 
 def _notes(facts: Facts) -> list[str]:
-    lines = [f"method: {facts['method']}, p = {facts['p']:.3f}"]
+    lines = [f"method: {facts['method']}, {p_value(facts['p'])}"]
     if facts["clusters"]:
         lines[0] += f", {facts['clusters']:,} clusters by {facts['cluster_key']}"
         if facts["few_clusters"]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.text import NONE, counted, signed_number, significant
+from mlx_distill.text import NONE, counted, p_value, signed_number, significant
 
 
 def people_lines(facts: Mapping[str, Any]) -> list[str]:
@@ -14,7 +14,7 @@ def people_lines(facts: Mapping[str, Any]) -> list[str]:
     if ratings := facts.get("ratings"):
         lines += [
             f"people: B wins {ratings['win']:,}, ties {ratings['tie']:,}, loses {ratings['loss']:,} of "
-            f"{counted(ratings['rows'], 'row')}, p = {ratings['p']:.3f}; "
+            f"{counted(ratings['rows'], 'row')}, {p_value(ratings['p'])}; "
             + ", ".join(_rated(side, ratings["figures"][side]) for side in "ab")
         ]
         lines += [_raters(pair) for pair in ratings["agreement"]]
