@@ -255,7 +255,6 @@ def _result(validation: FoldRuns) -> dict[str, Any]:
         "goals": [
             goal | {"text": goal_text(goal)}
             for goal in judge_goals(recipe["goals"], {"metrics": figures}, task)
-            if goal["model"] in validation.models
         ],
         "learning_curve": _curve(validation) if validation.curve else None,
         "settings": recipe,

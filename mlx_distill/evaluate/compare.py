@@ -471,17 +471,18 @@ def _slices(
             if measured is not None:
                 few = measured["n"] < MIN_ITEMS
                 kept = {key: measured[key] for key in ("n", "a", "b", "difference")}
-                counts = {key: measured["comparison"][key] for key in ("first_only", "second_only")}
+                changed = [measured["comparison"][key] for key in ("first_only", "second_only")]
+                fixed, broken = changed if metric.higher_is_better else changed[::-1]
                 entries.append(
                     {
                         "value": value,
                         **kept,
-                        "fixed": counts["first_only"],
-                        "broken": counts["second_only"],
+                        "fixed": fixed,
+                        "broken": broken,
                         "few": few,
                     }
                 )
-        if entries:
+        if len(entries) > 1:  # one value says nothing that the whole does not
             out[name] = sorted(entries, key=lambda entry: (-entry["n"], entry["value"]))
     return out
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_distill.text import MINUS, NONE, counted, listed, p_value, significant, size
+from mlx_distill.text import MINUS, NONE, counted, listed, p_value, significant, size, words
 
 Facts = Mapping[str, Any]
 _VERDICTS = {
@@ -75,7 +75,7 @@ def sentence(facts: Facts) -> str:
         text = f"it is not shown whether {names['b']} is better or worse than {names['a']}"
     gap = facts["difference"]
     figures = f"{facts['metric_title']} {shown_points(gap['value'], unit)}, {shown_interval(gap, unit)}"
-    level = f"{facts['confidence']:.0%} interval, n = {gap['n']:,}"
+    level = f"{shown_value(facts['confidence'], 'rate').replace('.0', '')} interval, n = {gap['n']:,}"
     first = facts["b"]["phrase"]
     if not text.startswith(first) or first.startswith("the "):  # the name of a file stays as it is
         text = text[0].upper() + text[1:]
@@ -83,7 +83,9 @@ def sentence(facts: Facts) -> str:
 
 
 def advice(facts: Facts) -> str | None:
-    """What to do where nothing is shown; None where something is."""
+    """What to do where nothing is shown, or where B is worse; None else."""
+    if facts["verdict"] == "worse":
+        return _where_worse(facts)
     if facts["verdict"] != "inconclusive":
         return None
     if facts["a"]["json_valid"]["value"] == 0:
@@ -120,6 +122,25 @@ def advice(facts: Facts) -> str | None:
         f"The measured difference is outside the margin of {margin}, and more rows are unlikely to change "
         f"that: look at the broken rows, and train {b} on."
     )
+
+
+def _where_worse(facts: Facts) -> str:
+    """Where most rows broke: the slice with the most broken rows beyond its share of all of them."""
+    broken, b = facts["first_only" if facts["higher_is_better"] else "second_only"], facts["b"]["phrase"]
+    entries: list[tuple[float, str, Facts]] = [
+        (entry["broken"] - broken * entry["n"] / facts["n"], name, entry)
+        for name, of_field in facts["slices"].items()
+        for entry in of_field
+        if not entry["few"] and entry["n"] < facts["n"]
+    ]
+    excess, name, entry = max(entries, key=lambda one: one[0], default=(0.0, "", {}))
+    where = f"Look at the {counted(broken, 'broken row')}"
+    if excess > 0:
+        where += (
+            f", first at those with {words(name)} {entry['value']} ({entry['broken']:,} of its "
+            f"{counted(entry['n'], 'row')} broke)"
+        )
+    return f"{where}, and train {b} on, or quantize it less."
 
 
 def _points(value: float | None, unit: str) -> str:
@@ -162,7 +183,7 @@ def text_lines(facts: Facts) -> list[str]:
     if "fixed" in counts:
         lines.append(
             f"fixed {counts['fixed']:,}, broken {counts['broken']:,}, both right {counts['both_right']:,}, "
-            f"both wrong {counts['both_wrong']:,}; churn {facts['churn']:.1%}"
+            f"both wrong {counts['both_wrong']:,}; churn {shown_value(facts['churn'], 'rate')}"
         )
     else:
         lines.append(", ".join(f"{name} {count:,}" for name, count in counts.items()))
@@ -180,7 +201,7 @@ def _side_line(side: str, figures: Facts, unit: str, width: int) -> str:
     line = (
         f"{side.upper()}  {figures['name']:<{width}}  {shown_value(value['value'], unit)} [{low} to {high}]"
     )
-    line += f", {figures['json_valid']['value']:.1%} valid"
+    line += f", {shown_value(figures['json_valid']['value'], 'rate')} valid"
     if figures["latency_s"]:
         line += f", {significant(figures['latency_s'], 2)} s a row"
     if figures["size_bytes"]:

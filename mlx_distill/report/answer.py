@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_distill.errors import DataError
 from mlx_distill.evaluate.compare import compare_sides, parse_margin
 from mlx_distill.evaluate.comparison_inputs import Side
+from mlx_distill.evaluate.row_metrics import find_metric
 from mlx_distill.metrics.classification import Row
 from mlx_distill.run_models import RESULTS
 from mlx_distill.tasks.task import Task
@@ -55,6 +55,9 @@ def compare_final(
     Returns:
         The comparison, see :func:`mlx_distill.evaluate.compare.compare_sides`; None where one of the two was
         not measured, or no row has a true answer.
+
+    Raises:
+        DataError: the two cannot be compared, such as by a margin that is a share of a rate of 0.
     """
     pair = final_pair([name for name, rows in models.items() if any(row["set"] == set_name for row in rows)])
     if pair is None:
@@ -62,16 +65,16 @@ def compare_final(
     replaced, final = (
         Side(name, f"evaluations/{name}", "run", models[name], task, name, name) for name in pair
     )
-    try:
-        found = compare_sides(
-            replaced,
-            final,
-            margin=parse_margin(margin) if margin else None,
-            set_name=set_name,
-            confidence=confidence,
-        )
-    except DataError:
+    metric = find_metric(task, None)
+    if all(metric.value(row) is None for row in final.rows if row["set"] == set_name):
         return None
+    found = compare_sides(
+        replaced,
+        final,
+        margin=parse_margin(margin) if margin else None,
+        set_name=set_name,
+        confidence=confidence,
+    )
     return found.to_dict() | {"models": list(pair)}
 
 

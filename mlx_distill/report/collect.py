@@ -13,7 +13,7 @@ from typing import Any
 from mlx_distill import metrics as m
 from mlx_distill.data.evaluation_files import LABEL_ORDERS, REPEATS, read_lines
 from mlx_distill.data.predictions import read_predictions
-from mlx_distill.errors import ConfigError
+from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.evaluate.artifact import read_checks
 from mlx_distill.evaluate.attribution import attribute
 from mlx_distill.evaluate.calibration import calibration_figures
@@ -28,7 +28,7 @@ from mlx_distill.evaluate.suite import TEACHER, evaluate_models, in_set, majorit
 from mlx_distill.metrics.classification import Row
 from mlx_distill.report import provenance
 from mlx_distill.report.answer import answer, compare_final, final_pair
-from mlx_distill.report.diagnosis import diagnose
+from mlx_distill.report.diagnosis import Finding, diagnose, finding
 from mlx_distill.run_models import RESULTS, run_model
 from mlx_distill.storage import read_jsonl
 from mlx_distill.tasks.task import Task
@@ -87,7 +87,7 @@ def build_report(
     measured = _measure(run, task, headers, rows, folders, confidence)
     by_set, main = measured["by_set"], measured["main_set"]
     own = {name: in_set(predictions, main) for name, predictions in rows.items()}
-    comparison = compare_final(rows, task, main, margin, confidence)
+    comparison, failed = _final_comparison(rows, task, main, margin, confidence)
     report: dict[str, Any] = {
         "format": FORMAT,
         "name": str(recipe.get("name") or run.resolve().name),
@@ -122,7 +122,18 @@ def build_report(
         own = {name: predictions for name, predictions in own.items() if predictions}
         report["costs"] = run_costs(prices, report, own, task, final_pair(list(own)))
     report["goals"] = judge_goals(goals, report, task)
-    return report | {"diagnosis": diagnose(report)}
+    return report | {"diagnosis": [*failed, *diagnose(report)]}
+
+
+def _final_comparison(
+    models: Mapping[str, Sequence[Row]], task: Task, main: str, margin: str | None, confidence: float
+) -> tuple[dict[str, Any] | None, list[Finding]]:
+    """The final comparison, or why there is none: the other figures stand without it."""
+    try:
+        return compare_final(models, task, main, margin, confidence), []
+    except DataError as error:
+        fix = error.fix or "compare with another margin, or on other rows"
+        return None, [finding("the final model is not compared", error.message, fix)]
 
 
 def _measure(

@@ -52,7 +52,8 @@ def _value(report: Report, model: str, metric: str) -> float | None:
     return estimate.get("value") if isinstance(estimate, Mapping) else estimate
 
 
-def _finding(problem: str, reason: str, fix: str) -> Finding:
+def finding(problem: str, reason: str, fix: str) -> Finding:
+    """An entry of the diagnosis, as plain text that begins with capitals."""
     problem, reason = (text[0].upper() + text[1:] for text in (problem, reason))
     return {"problem": visible(problem), "reason": visible(reason), "fix": visible(fix)}
 
@@ -82,7 +83,7 @@ def _targets(report: Report) -> Iterator[Finding]:
         return
     kind, reason = max(answers["reasons"].items(), key=lambda item: item[1]["count"])
     error = str(reason["error"]).removeprefix(f"{kind}: ")
-    yield _finding(
+    yield finding(
         f"only {answers['valid']:,} of {answers['rows']:,} answers of the teacher on training rows fit the "
         "task, so the student learnt the data’s own text on the others",
         f"most of the others: {kind}, such as row {reason['id']}: {error}",
@@ -110,7 +111,7 @@ def _invalid(report: Report) -> Iterator[Finding]:
             label = words(report["task_details"]["label"])
             shares = listed([percent(_value(report, name, "accuracy_by_distribution")) for name in known])
             fix += f"; label_probs of analyze have the right {label} first in {shares} of the rows already"
-        yield _finding(
+        yield finding(
             f"the answers of {_of_models(names)[0]} are mostly invalid: "
             f"{listed([percent(_value(report, name, 'json_valid')) for name in names])} fit the task, and an "
             "invalid answer counts as wrong in every column",
@@ -181,7 +182,7 @@ def _text(report: Report, invalid: set[str]) -> Iterator[Finding]:
         fix = f"train the text longer: {_length(report, names[0])}"
         if names[0] != "teacher":
             fix += ", or a higher distill.text_weight"
-        yield _finding(
+        yield finding(
             f"{who} {have} {chosen} of the rows right by the distribution over the classes and {text} by the "
             "text",
             f"the {label} is known and not spelled: what is written is no class, or no answer",
@@ -203,20 +204,20 @@ def _learnt_nothing(report: Report, model: str, before: str, invalid: set[str]) 
     losses = ((report["curves"].get(model) or {}).get("valid_loss") or {}).get("value") or []
     if value is not None and old is not None and value <= old and value < GOOD:
         trained = "fine-tuning" if model == "teacher" else "distillation"
-        yield _finding(
+        yield finding(
             f"{who} is no better than before {trained}",
             f"{title}: {percent(value)} after it and {percent(old)} before",
             _train_longer(report, model),
         )
     elif own is not None and majority.get("value") and own <= majority["value"] and own < GOOD:
-        yield _finding(
+        yield finding(
             f"{who} is no better than the answer {words(majority['label'])} to every row",
             f"its accuracy is {percent(own)}, and {percent(majority['value'])} of the held-out rows are of "
             "that class",
             f"{_train_longer(report, model)}; or more training rows of the other classes",
         )
     elif len(losses) > 1 and losses[-1] >= losses[0] and (value is None or value < GOOD):
-        yield _finding(
+        yield finding(
             f"the validation loss of {who} did not fall",
             f"it was {significant(losses[0], 3)} at the first validation and {significant(losses[-1], 3)} "
             "at the last",
@@ -232,7 +233,7 @@ def _all_zero(report: Report, named: set[str]) -> Iterator[Finding]:
     zero = [titles[key] for key in main_metrics(report["task_details"]) if _zero(report, names, key)]
     if zero:
         who, have = ("every model", "has") if names == trained else _of_models(names)
-        yield _finding(
+        yield finding(
             f"{who} {have} 0 % in {listed(zero)}",
             "valid answers, and none equals its reference",
             "compare the answers of the held-out rows with those of the training rows (data/test.jsonl, "

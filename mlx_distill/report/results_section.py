@@ -142,11 +142,14 @@ def slices(report: Report) -> dict[str, Any] | None:
 def _first_with(
     report: Report, field: str, shown: Sequence[str], key: str
 ) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """The rows of the main set, or of the first other set that has the field, with the name of that set,
-    empty for the main one; nothing where no set has it.
+    """The rows of the main set, or of the first other set that has several values of the field, with the name
+    of that set, empty for the main one; nothing where no set has it.
     """
     for name, metrics in report["by_set"].items():
-        if all(model in metrics for model in shown) and (rows := _slice_rows(metrics, field, shown, key)):
+        if not all(model in metrics for model in shown):
+            continue
+        rows = _slice_rows(metrics, field, shown, key)
+        if len(rows) > 1:  # one value says nothing that the whole set does not
             yield "" if name == report["main_set"] else name, rows
             return
 

@@ -99,7 +99,7 @@ def test_the_verdict_is_the_first_that_holds(
     files = write_files(tmp_path, n, a={"wrong": a}, b={"wrong": b})
     result = compare(files, margin=margin)
     assert result.verdict == wanted
-    assert (result.facts["advice"] is not None) == (wanted == "inconclusive")
+    assert (result.facts["advice"] is not None) == (wanted in ("inconclusive", "worse"))
 
 
 def test_a_margin_may_be_a_share_of_the_value_of_a(tmp_path: Path) -> None:
@@ -119,6 +119,25 @@ def test_the_advice_names_the_rows_that_are_missing(tmp_path: Path) -> None:
     assert f"{facts['planned_n'] - 60:,} more rows ({facts['planned_n']:,} in all)" in facts["advice"]
     assert facts["provable_margin"] > 0.03
     assert "margin (such as 3pt)" in compare(files).facts["advice"]
+
+
+@pytest.mark.parametrize("metric", [None, "score_error"])
+def test_the_advice_for_a_worse_model_names_where_rows_broke(tmp_path: Path, metric: str | None) -> None:
+    moved = {i: 40 for i in range(120) if i % 3 == 1} | {0: 40, 2: 40}
+    files = write_files(tmp_path, 120, b={"wrong": moved, "shift": moved if metric else None})
+    result = compare(files, metric=metric)
+    facts, text = result.facts, str(result)
+    assert facts["verdict"] == "worse"
+    assert "p < 0.001" in text and "100.0 % valid" in text and "95 % interval" in text
+    counts = {entry["value"]: (entry["fixed"], entry["broken"]) for entry in facts["slices"]["kind"]}
+    assert counts == {"prose": (0, 1), "verse": (0, 40), "note": (0, 1)}
+    assert facts["advice"].startswith(
+        "Look at the 42 broken rows, first at those with kind verse (40 of its 40 rows broke), and train"
+    )
+    write_lines(files["rows"], [{**row, "kind": "prose"} for row in make_rows(120)])
+    same = compare(files, metric=metric).facts
+    assert same["slices"] == {}  # one value says nothing
+    assert same["advice"].startswith("Look at the 42 broken rows, and train")
 
 
 def test_a_lower_error_is_better(tmp_path: Path) -> None:

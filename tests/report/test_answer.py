@@ -57,7 +57,7 @@ def test_the_answer_is_first_on_page_terminal_and_notebook(
     assert " ".join(str(result).split()).startswith(answer["sentence"])
     assert answer["sentence"] in Page(result._repr_html_()).text
     assert result.answer == result.to_dict()["answer"] == answer
-    assert bool(answer["advice"]) == (verdict == "inconclusive")
+    assert bool(answer["advice"]) == (verdict in ("inconclusive", "worse"))
     if verdict == "inconclusive":
         assert answer["advice"] in text and "more rows" in answer["advice"]
         assert answer["advice"].split(".")[0] in " ".join(str(result).split())
@@ -91,6 +91,21 @@ def test_which_models_are_compared(tmp_path: Path) -> None:
     alone = make_report(tmp_path, 10, {"student": range(2)})
     assert alone["answer"] is None and alone["final_comparison"] is None
     assert 'class="answer' not in render_html(alone)
+
+
+def test_a_comparison_that_cannot_be_made_is_said(tmp_path: Path) -> None:
+    report = make_report(tmp_path, 40, {"teacher": range(40), "student": range(4)}, margin="5%")
+    assert report["answer"] is None and report["metrics"]["student"]["accuracy"]["value"] == 0.9
+    found = report["diagnosis"][0]
+    assert found["problem"] == "The final model is not compared" and "0" in found["reason"]
+    paths = {}
+    for name in ("teacher", "student"):
+        header, *lines = make_predictions(make_task(), "teacher", {"test": 9})
+        paths[name] = tmp_path / f"{name}.jsonl"
+        write_jsonl(paths[name], [header, *({**line, "truth": None} for line in lines)])
+    untrue = build_report(tmp_path, RECIPE, make_task(), paths, margin="3pt")
+    assert untrue["answer"] is None
+    assert not any("not compared" in entry["problem"] for entry in untrue["diagnosis"])
 
 
 def test_models_that_answer_nothing_are_not_as_good(tmp_path: Path) -> None:
