@@ -27,6 +27,7 @@ def test_page_is_complete_and_loads_nothing(run: tuple[Path, dict[str, Any]]) ->
     page = assert_loads_nothing(render_html(report))
     ids = [a["id"] for _, a in page.tags if a.get("id")]
     assert len(ids) == len(set(ids))
+    assert "No export of this run's models was checked" in page.text
     assert {a["href"] for t, a in page.tags if t == "a"} == {f"#{name}" for name in ids}
     assert {
         "artifact",
