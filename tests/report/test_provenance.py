@@ -92,7 +92,7 @@ def test_what_an_evaluation_did_not_measure_is_none(tmp_path: Path, speed: dict[
 
 def test_the_method_says_by_what_the_intervals_are_clustered(run: tuple[Path, dict[str, Any]]) -> None:
     _, report = run
-    assert origin(report)["method"]["Intervals of rates"] == "Wilson, 95 %"
+    assert origin(report)["method"]["Intervals of rates"] == "Wilson, 95\u202f%"
     name, figures = next(iter(report["metrics"].items()))
     valid = {**figures["json_valid"], "clusters": 12, "few_clusters": True}
     metrics = {**report["metrics"], name: {**figures, "json_valid": valid}}
