@@ -49,11 +49,10 @@ class Section:
 def sections(cls: type, name: str) -> list[Section]:
     """Every key of a config and of the configs inside it.
 
-    >>> from mlx_distill.recipe import EvaluateConfig
-    >>> section, = sections(EvaluateConfig, "evaluate")
+    >>> from mlx_distill.recipe import ControlsConfig
+    >>> section, = sections(ControlsConfig, "controls")
     >>> section.name, [key.name for key in section.keys]
-    ('evaluate', ['models', 'batch_size', 'max_rows', 'constrain', 'confidence', 'repeats',
-    'repeat_temperature', 'edge_cases', 'costs'])
+    ('controls', ['labels', 'text'])
     """
     hints, keys, inside = typing.get_type_hints(cls), [], []
     for f in dataclasses.fields(cls):

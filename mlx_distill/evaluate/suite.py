@@ -98,7 +98,7 @@ def check_same_rows(models: Mapping[str, Sequence[Row]]) -> None:
     >>> check_same_rows({"a": [{"id": "1"}, {"id": "2"}], "b": [{"id": "1"}, {"id": "3"}]})
     Traceback (most recent call last):
     mlx_distill.errors.DataError: a and b answered different rows: 1 of 2 rows of a is not in b ('2'), 1 of 2
-    rows of b is not in a ('3') (let both answer the same rows: run the evaluate stage again for both)
+    rows of b is not in a ('3'): let both answer the same rows: run the evaluate stage again for both
     """
     by_set: dict[str, dict[str, dict[str, Row]]] = {}
     for model, predictions in models.items():

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map, tree_map_with_path
 
-from mlx_distill import recipe
+from mlx_distill import recipe_training
 from mlx_distill.errors import ConfigError
 from mlx_distill.optim import (
     APOLLO,
@@ -444,6 +444,8 @@ def test_the_recipe_chooses_the_optimizer() -> None:
 
 
 def test_the_choices_of_a_recipe_are_those_of_the_code() -> None:
-    assert set(MOMENTS) == set(recipe.MOMENTS) and set(PROJECTIONS) == set(recipe.PROJECTIONS)
+    assert set(MOMENTS) == set(recipe_training.MOMENTS) and set(PROJECTIONS) == set(
+        recipe_training.PROJECTIONS
+    )
     schedules = next(f for f in fields(TrainConfig) if f.name == "schedule").metadata["choices"]
     assert set(SCHEDULES) == set(schedules)

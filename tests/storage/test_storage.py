@@ -126,7 +126,7 @@ def test_leftovers_of_killed_writers_are_removed_and_nothing_else(tmp_path: Path
         (b'{"a": 1}\n\n{"a": \n', "rows.jsonl:3: not JSON: Expecting value at column "),
         (b'{"a": "\n', "rows.jsonl:1: not JSON: Invalid control character at column 8"),
         (b'\n\xff{"a": 1}\n', "rows.jsonl:2: not UTF-8 (byte 0"),
-        (b"7\n", "rows.jsonl:1: a int"),
+        (b"7\n", "rows.jsonl:1: a JSON number, not an object"),
     ],
 )
 def test_a_bad_line_is_named(tmp_path: Path, content: bytes, part: str) -> None:
