@@ -117,6 +117,11 @@ class Case:
             self.start = self.fitted(self.quantizations)
         return self.start
 
+    def weighted(self) -> dict[str, Any]:
+        """Weighted scales alone, which offsets of affine modes begin with."""
+        is_affine = any(q.mode == "affine" for q in self.quantizations.values())
+        return self.fitted(self.quantizations, feedback=False) if is_affine else {}
+
     def fitted(self, quantizations: Mapping[str, Any], feedback: bool = True) -> dict[str, Any]:
         """The refined modules of a calibration; an embedding that is not the head is rounded."""
         from mlx_distill.distill.refine_training import started
@@ -187,6 +192,7 @@ def refined(case: Case, memory_bytes: int = 0) -> tuple[Parts, dict[str, Any]]:
                 case.training(),
                 folder=Path(folder),
                 settings=settings,
+                weighted=case.weighted(),
             )
         )
         facts = json.loads((Path(folder) / FACTS).read_text())

@@ -6,7 +6,8 @@ sees the weights themselves. What is learned depends on the mode:
 - ``mxfp4``, ``nvfp4``, ``mxfp8``: the *latent* weights that are rounded, from GPTQ's compensated weights on,
   with Adam (quantization-aware distillation: NVIDIA 2026, arXiv 2601.20088);
 - affine: an offset of at most half a step for each weight, added before it is rounded, by signed gradient
-  descent (SignRound: Cheng et al. 2023, arXiv 2309.05516), from the unquantized weights on.
+  descent (SignRound: Cheng et al. 2023, arXiv 2309.05516), from the unquantized weights on, on scales that
+  were chosen for them.
 
 Scales are fixed, as are all parameters that are not quantized. The loss is KL(unquantized || quantized) over
 all real tokens. Where latents, gradients and Adam's moments of all weights together do not fit the memory,
@@ -80,7 +81,7 @@ def _end_to_end(job: RefineJob, estimate: RefineEstimate) -> dict[str, Refined]:
     )
     modules = dict(student.named_modules())
     weights = {
-        path: grid_weight(modules[path], started(modules[path], job.start.get(path), q), q)
+        path: grid_weight(modules[path], started(modules[path], job.begin(path), q), q)
         for path, q in job.quantizations.items()
     }
     config = train_settings(settings)

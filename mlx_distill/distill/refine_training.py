@@ -64,6 +64,9 @@ class RefineJob:
         quantizations: Of each module to quantize, by path: linear layers, embeddings, stacks of experts.
         start: The results of calibration: the scales, and the latent weights to start at. Modules that it has
             not start at their own weights, on the scales that are best without data.
+        weighted: The results with weighted scales alone, whose scales fit the unquantized weights and not
+            corrected ones: with offsets, which begin there, modules have these. Those of ``start`` where it
+            lacks one.
         rows: Token ids of whole chats.
         folder: Gets the targets, the checkpoints, ``metrics.jsonl`` and ``refine.json``.
         settings: Length, rates, memory.
@@ -81,6 +84,12 @@ class RefineJob:
     identity: str = ""
     progress: Progress = field(default_factory=NullProgress)
     stop: StopFlag | None = None
+    weighted: Mapping[str, Refined] = field(default_factory=dict)
+
+    def begin(self, path: str) -> Refined | None:
+        """What a module starts from when all are trained at once."""
+        q = self.quantizations[path]
+        return (self.weighted.get(path) if q.mode == "affine" else None) or self.start.get(path)
 
     @property
     def key(self) -> str:

@@ -83,9 +83,8 @@ def best_candidate(
     if settings.refine != "none":
         made += _refined(bench, folder, quantizations)
         passed = [one for one in reversed(made[1:]) if passes(rounded, one.error)]
-        if not passed:
-            weighted = partial(_calibrated, feedback=False)
-            made.append(_candidate(bench, WEIGHTED, folder, quantizations, weighted))
+        if not passed and WEIGHTED not in [one.name for one in made]:
+            made.append(_weighted(bench, folder, quantizations))
             passed = [made[-1]] if passes(rounded, made[-1].error) else []
         kept = passed[0] if passed else made[0]
     for one in made:
@@ -110,11 +109,20 @@ def _line(one: Candidate) -> str:
 
 def _refined(bench: Bench, folder: Path, quantizations: Mapping[str, Quantization]) -> list[Candidate]:
     """The candidate that was asked for, behind those that it is made from."""
-    out = [_candidate(bench, CALIBRATE, folder, quantizations, _calibrated)]
-    if bench.context.recipe.quantize.refine == "distill":
-        start = out[0].refined or {}
-        out.append(_candidate(bench, DISTILL, folder, quantizations, partial(_distilled, start=start)))
-    return out
+    calibrated = _candidate(bench, CALIBRATE, folder, quantizations, _calibrated)
+    if bench.context.recipe.quantize.refine != DISTILL:
+        return [calibrated]
+    out = [calibrated]
+    if any(q.mode == "affine" for q in quantizations.values()):
+        out.insert(0, _weighted(bench, folder, quantizations))
+    start, weighted = calibrated.refined or {}, out[0].refined if len(out) > 1 else None
+    distilled = partial(_distilled, start=start, weighted=weighted or {})
+    return [*out, _candidate(bench, DISTILL, folder, quantizations, distilled)]
+
+
+def _weighted(bench: Bench, folder: Path, quantizations: Mapping[str, Quantization]) -> Candidate:
+    """Weighted scales, and the weights rounded to nearest."""
+    return _candidate(bench, WEIGHTED, folder, quantizations, partial(_calibrated, feedback=False))
 
 
 def _candidate(
@@ -211,7 +219,11 @@ def _calibrated(
 
 
 def _distilled(
-    bench: Bench, folder: Path, quantizations: Mapping[str, Quantization], start: Parts
+    bench: Bench,
+    folder: Path,
+    quantizations: Mapping[str, Quantization],
+    start: Parts,
+    weighted: Parts,
 ) -> Iterator[tuple[str, Refined]]:
     """Weights trained towards the unquantized student."""
     from mlx_distill.distill.refine import RefineJob, RefineSettings, refine
@@ -229,6 +241,7 @@ def _distilled(
             settings=RefineSettings(steps=settings.refine_steps, learning_rate=settings.refine_learning_rate),
             progress=context.progress,
             stop=context.stop,
+            weighted=weighted,
         )
     )
     yield from refined.items()

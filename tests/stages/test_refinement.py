@@ -33,9 +33,9 @@ from mlx_distill.runtime import StopFlag
 from mlx_distill.stages import refined_candidates
 from mlx_distill.stages.context import Context
 from mlx_distill.stages.quantize import quantize
-from mlx_distill.stages.refined_candidates import best_candidate, passes
+from mlx_distill.stages.refined_candidates import best_candidate, passes, read_refined
 from mlx_distill.stages.refinement import _open_bench, refine_student
-from mlx_distill.storage import check_folder, read_manifest, sha256, write_json
+from mlx_distill.storage import check_folder, read_manifest, scratch, sha256, write_json
 
 GOOD, BAD_ANSWERS, WORSE = (0.01, 0.001, 0), (0.01, 0.0041, 0), (0.03, 0.001, 0)
 DIVERGING = (
@@ -176,9 +176,14 @@ def test_a_distilled_student_is_written_as_it_was_measured(
     notes = context.progress.notes
     assert any(note.startswith("quantize: distill: about") for note in notes)
     assert any("weights train" in note for note in notes)
-    assert [one["name"] for one in told["candidates"]] == ["rounding", "calibrate", "distill"]
-    calibrated, distilled = told["candidates"][1:]
+    names = ["rounding", "weighted scales", "calibrate", "distill"]
+    assert [one["name"] for one in told["candidates"]] == names
+    calibrated, distilled = told["candidates"][2:]
     assert distilled["kl"] != calibrated["kl"]
+    # Offsets begin at the unquantized weights, on scales for these and not for corrected ones.
+    for path, one in made.refined.items():
+        weighted = read_refined(scratch(folder) / "weighted-scales", path)
+        assert weighted and mx.array_equal(one.parts["scales"], weighted.parts["scales"]), path
     modules = dict(bench.model.named_modules())
     layers = {
         path: quantized_layer(modules[path], q, made.refined[path].parts)
