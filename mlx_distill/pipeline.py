@@ -222,10 +222,10 @@ def run(
             fix=f"one machine does it; launch the trainings alone: {' or '.join(TRAININGS)}",
         )
     if rank:
-        with _stop_flag(stop) as flag:
+        with stop_flag(stop) as flag:
             return _follow(runner, Context(loaded, task, out, NullProgress(), flag, hooks, profile))
     _check_paths(runner)
-    with lock_folder(out), _stop_flag(stop) as flag:
+    with lock_folder(out), stop_flag(stop) as flag:
         context = Context(loaded, task, out, progress, flag, hooks, profile)
         return _run_stages(runner, context, make_stage)
 
@@ -263,7 +263,7 @@ def _arguments(recipe: str | Path | Recipe, out: Path, overrides: Overrides) -> 
 
 
 @contextmanager
-def _stop_flag(stop: StopFlag | None) -> Iterator[StopFlag]:
+def stop_flag(stop: StopFlag | None) -> Iterator[StopFlag]:
     """The caller's flag, or one that signals set."""
     if stop is not None:
         yield stop

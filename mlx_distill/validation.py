@@ -26,12 +26,12 @@ from mlx_distill.evaluate.goals import goal_text, judge_goals
 from mlx_distill.evaluate.suite import MAIN_SET, evaluate_models
 from mlx_distill.graph import Stage
 from mlx_distill.metrics.classification import Row
-from mlx_distill.pipeline import run
+from mlx_distill.pipeline import run, stop_flag
 from mlx_distill.progress import Bar, NullProgress, Progress, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.report.validation_page import ValidationReport, write_validation
 from mlx_distill.run_models import RUN_MODELS
-from mlx_distill.runtime import StopFlag, machine, stop_on_signal, versions
+from mlx_distill.runtime import StopFlag, machine, versions
 from mlx_distill.status import current_key
 from mlx_distill.storage import link_stage, lock_folder, read_manifest, recover
 from mlx_distill.tasks.task import Task
@@ -105,7 +105,7 @@ def validate(
     if dry_run:
         return _dry_plan(validation)
     progress = progress or make_progress()
-    with lock_folder(out), _stop_flag(stop) as flag:
+    with lock_folder(out), stop_flag(stop) as flag:
         for one in validation.runs:
             _prepare(validation, one, flag, progress)
         whole = validation.runs[:folds]
@@ -134,16 +134,6 @@ def _check(folds: int, models: Sequence[str], curve: str | None) -> None:
             "a learning curve is that of the teacher, which is not among the models",
             fix="add teacher to models",
         )
-
-
-@contextmanager
-def _stop_flag(stop: StopFlag | None) -> Iterator[StopFlag]:
-    """The caller's flag, or one that signals set."""
-    if stop is not None:
-        yield stop
-        return
-    with stop_on_signal() as flag:
-        yield flag
 
 
 class _Named:
