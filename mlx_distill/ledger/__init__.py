@@ -1,0 +1,1 @@
+"""What happened to runs, jobs, models and deployments: one SQLite file under the root."""

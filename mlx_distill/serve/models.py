@@ -1,0 +1,7 @@
+"""The models that can be asked, in OpenAI's format."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+
+router = APIRouter()
