@@ -15,6 +15,8 @@ from mlx_distill.errors import DistillError
 from mlx_distill.infer.engine import Engine
 from mlx_distill.infer.requests import Event, Failed, Finished, Generation, Request, TokenEvent
 
+Listener = Callable[[TokenEvent | None], None]
+
 
 class Cancelled(DistillError):  # noqa: N818 - asked for, not an error
     """A request was cancelled, or its worker closed, before it had its answer."""
@@ -27,9 +29,10 @@ class Handle:
     and ends with its answer.
     """
 
-    def __init__(self, worker: EngineWorker, request: Request) -> None:
+    def __init__(self, worker: EngineWorker, request: Request, listener: Listener | None = None) -> None:
         self.request = request
         self._worker = worker
+        self._listener = listener
         self._events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
         self._done = threading.Event()
         self._outcome: Generation | BaseException | None = None
@@ -70,7 +73,12 @@ class Handle:
         if not self._done.is_set():
             self._outcome = outcome
             self._done.set()
-            self._events.put(None)
+            self._put(None)
+
+    def _put(self, event: TokenEvent | None) -> None:
+        self._events.put(event)
+        if self._listener is not None:
+            self._listener(event)
 
 
 class EngineWorker:
@@ -108,13 +116,19 @@ class EngineWorker:
     ) -> None:
         self.close()
 
-    def submit(self, request: Request) -> Handle:
+    def submit(self, request: Request, listener: Listener | None = None) -> Handle:
         """Queue a request.
+
+        Args:
+            request: What is to be generated.
+            listener: Is called in the engine's thread with each token of a request that streams, and with
+                None at the end, when :meth:`Handle.result` returns at once. It must be quick and raise
+                nothing, for the engine waits for it.
 
         Raises:
             Cancelled: the worker is closed.
         """
-        handle = Handle(self, request)
+        handle = Handle(self, request, listener)
         if not self._send(self._submit, handle):
             raise _closed()
         return handle
@@ -182,7 +196,7 @@ class EngineWorker:
 
     def _handle(self, event: Event) -> None:
         if isinstance(event, TokenEvent):
-            self._handles[event.request_id]._events.put(event)
+            self._handles[event.request_id]._put(event)
         elif isinstance(event, Finished):
             self._handles.pop(event.request_id)._end(event.generation)
         elif isinstance(event, Failed):

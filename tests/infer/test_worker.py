@@ -63,6 +63,21 @@ def test_tokens_are_streamed_and_end_with_the_answer(tiny: Any) -> None:
         assert handle.done
 
 
+def test_a_listener_is_called_with_each_token_and_at_the_end(tiny: Any) -> None:
+    heard: list[Any] = []
+    ended = threading.Event()
+    with EngineWorker(lambda: Engine(tiny, Numbers())) as worker:
+
+        def listen(event: Any) -> None:
+            heard.append(event and event.token)
+            if event is None:
+                ended.set()
+
+        handle = worker.submit(Request([5, 6], 7, stream=True), listen)
+        assert ended.wait(60)
+        assert handle.done and heard == [*handle.result(0).tokens, None]
+
+
 def test_a_cancelled_request_ends_and_the_others_go_on(tiny: Any) -> None:
     with EngineWorker(lambda: Engine(tiny, Numbers())) as worker:
         endless = worker.submit(Request([5, 6], 100_000, stream=True))
