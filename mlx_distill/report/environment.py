@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill import text
@@ -54,12 +55,15 @@ _CHARTS = (
 
 
 @cache
-def environment() -> Environment:
+def environment(*folders: Path) -> Environment:
     """The environment: text is escaped, a misspelled name is an error, None is shown as nothing.
 
     Filters are the functions of :mod:`mlx_distill.text` (``percent``, ``interval``, ``points`` for signed
     percentage points, ``size``, ``duration``, ``p_value``, ...) and the names of models; charts are global
     functions that return SVG.
+
+    Args:
+        folders: Folders whose templates come before those of ``assets/report``.
 
     >>> environment().from_string("{{ x | percent }} of {{ n | counted('row') }}").render(x=0.25, n=4)
     '25.0\u202f% of 4 rows'
@@ -67,7 +71,7 @@ def environment() -> Environment:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     made = Environment(
-        loader=FileSystemLoader(FOLDER),
+        loader=FileSystemLoader([*folders, FOLDER]),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -17,6 +17,8 @@ ROUTERS = (
     "fine_tuning",
     "models",
     "operations",
+    "pages.static",
+    "pages.login",
     "pages.overview",
     "pages.data",
     "pages.jobs",
