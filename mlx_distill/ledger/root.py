@@ -47,6 +47,11 @@ class Root:
         return self.state / "uploads"
 
     @property
+    def backups(self) -> Path:
+        """The folder of the ledger's backups."""
+        return self.state / "backups"
+
+    @property
     def jobs(self) -> Path:
         """The folder that has one folder a job: its recipe and what it printed."""
         return self.state / "jobs"
