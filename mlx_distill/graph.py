@@ -30,6 +30,7 @@ from mlx_distill.run_models import CONTROLS, RUN_MODELS, RunModel
 from mlx_distill.stages.convert import convert
 from mlx_distill.stages.distill import distill
 from mlx_distill.stages.evaluate import evaluate
+from mlx_distill.stages.evaluate_chats import evaluate_chats
 from mlx_distill.stages.prepare import prepare
 from mlx_distill.stages.quantize import quantize
 from mlx_distill.stages.targets import targets
@@ -224,6 +225,8 @@ def _evaluation(
     settings = {k: v for k, v in keyed(recipe.evaluate).items() if k != "models"}
     config = {**settings, **shared, "unpack": recipe.dequantizes(model.folder), "model": model.name}
     base = (model.base,) if model.base else ()
+    if recipe.task is None:
+        return _chat_evaluation(recipe, model, shared, base)
     return Stage(
         f"evaluations/{model.name}",
         "evaluate",
@@ -232,6 +235,29 @@ def _evaluation(
         (model.folder, *base, "data"),
         lambda context, folder: evaluate(context, folder, model.folder, model.name),
         edge_cases,
+        model=model.name,
+    )
+
+
+def _chat_evaluation(
+    recipe: Recipe, model: RunModel, shared: Mapping[str, Any], base: tuple[str, ...]
+) -> Stage:
+    """The loss of a model on the held-out chats of a recipe without a task."""
+    config = {
+        "max_rows": recipe.evaluate.max_rows,
+        "max_length": recipe.teach.max_length,
+        "loss_on": recipe.teach.loss_on,
+        **shared,
+        "unpack": recipe.dequantizes(model.folder),
+        "model": model.name,
+    }
+    return Stage(
+        f"evaluations/{model.name}",
+        "evaluate",
+        1,
+        config,
+        (model.folder, *base, "data"),
+        lambda context, folder: evaluate_chats(context, folder, model.folder, model.name),
         model=model.name,
     )
 

@@ -313,10 +313,14 @@ def _run_stages(runner: Runner, context: Context, make: MakeStage) -> RunReport 
 def _write_report(runner: Runner) -> RunReport:
     from mlx_distill.data.predictions import read_predictions
     from mlx_distill.evaluate.categories import write_error_rows
-    from mlx_distill.report import build_report, write_report
+    from mlx_distill.report import build_chat_report, build_report, write_report
 
     evaluations = {stage.model: runner.out / stage.name for stage in runner.stages if stage.model is not None}
     settings, recipe = runner.recipe.evaluate, to_mapping(runner.recipe)
+    if runner.task.is_chats:
+        return write_report(
+            runner.out, build_chat_report(runner.out, recipe, evaluations, confidence=settings.confidence)
+        )
     report = build_report(
         runner.out,
         recipe,

@@ -31,7 +31,7 @@ from mlx_distill.recipe_training import DistillConfig as DistillConfig
 from mlx_distill.recipe_training import TargetsConfig as TargetsConfig
 from mlx_distill.recipe_training import TeachConfig as TeachConfig
 from mlx_distill.recipe_training import TrainConfig as TrainConfig
-from mlx_distill.tasks.task import Task, load_task
+from mlx_distill.tasks.task import CHATS, Task, load_task, task_names
 from mlx_distill.text import known_names
 
 EVALUATED = ["teacher", "student_before", "student", "quantized"]
@@ -177,10 +177,12 @@ class Recipe:
     """The settings of a run."""
 
     name: str = option(help="name of the run, in reports and as the default folder under runs/")
-    task: str | Mapping[str, Any] = option(
-        help="a packaged task, a YAML file, or a mapping with name and overrides"
-    )
     teacher: str = option(help="a Hub id, a folder, or asset:NAME")
+    task: str | Mapping[str, Any] | None = option(
+        None,
+        "a packaged task, a YAML file, or a mapping with name and overrides; without a task and a student "
+        "the teacher is fine-tuned on chats of any kind",
+    )
     student: str | None = option(
         None,
         "a Hub id, a folder, or asset:NAME; without a student the run ends after teach, and compares the "
@@ -219,8 +221,30 @@ class Recipe:
         return self.dequantize and folder != "quantized"
 
     def load_task(self) -> Task:
-        """Load the task that the recipe names."""
-        return load_task(self.task, self.base)
+        """Load the task that the recipe names; of a recipe without one :data:`mlx_distill.tasks.task.CHATS`.
+
+        Raises:
+            ConfigError: no such task, or a recipe that needs one and names none.
+        """
+        if self.task is not None:
+            return load_task(self.task, self.base)
+        self._check_without_task()
+        return CHATS
+
+    def _check_without_task(self) -> None:
+        """Refuse what only the answers of a task have."""
+        fix = f"name a task: a packaged one ({', '.join(task_names())}), or a YAML file"
+        if self.student is not None:
+            raise ConfigError(f"recipe {self.name}: a student, and no task that it learns", fix=fix)
+        for number, source in enumerate(self.data.sources):
+            for key in ("values", "answer_after"):
+                if getattr(source, key):
+                    raise ConfigError(f"data.sources[{number}].{key}: the recipe has no task", fix=fix)
+        for key in ("repeats", "shuffle_options", "edge_cases", "costs"):
+            if getattr(self.evaluate, key):
+                raise ConfigError(f"evaluate.{key}: the recipe has no task", fix=fix)
+        if self.data.folds:
+            raise ConfigError("a cross-validation, and the recipe has no task", fix=fix)
 
 
 def load_recipe(

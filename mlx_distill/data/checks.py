@@ -73,7 +73,7 @@ def _without(key: str) -> str:
 
 def _named_fields(task: Task, config: DataConfig) -> Iterator[tuple[str, str, bool]]:
     """The fields that the task and the recipe name: the key, the field, and whether the stage needs it."""
-    own = set(task.schema["properties"])
+    own = set(() if task.is_chats else task.schema["properties"])
     for key, names in (
         ("slices", task.slices),
         ("group", [task.group]),

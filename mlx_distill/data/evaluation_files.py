@@ -7,6 +7,9 @@ measured again where it is missing.
     the answers of repeated runs, one line for each kind, run and row;
 ``label_orders.jsonl``
     the most probable label of each held-out row in several orders of the labels in the prompt.
+
+Without a task there is ``chat_losses.jsonl`` alone, without a header: of each held-out chat the loss in nats,
+the trained tokens, and how many of them are the most probable ones.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from mlx_distill.errors import DataError
 from mlx_distill.storage import read_jsonl, write_jsonl
 
 VALID_LABELS, REPEATS, LABEL_ORDERS = "valid_labels.jsonl", "repeats.jsonl", "label_orders.jsonl"
+CHAT_LOSSES = "chat_losses.jsonl"
 FORMAT = 1
 
 

@@ -163,7 +163,7 @@ def _read(
                         raise
                     dropped.add("does not fit the task", error.message)
                     continue
-                text = "\n".join(turn.content for turn in example.messages if turn.role in ("user", "tool"))
+                text = _asked_text(example)
                 values = {**raw, **example.fields}
                 seen.add(values, source.columns, config)
                 leaks.add(number, source, where, raw, example)
@@ -173,7 +173,7 @@ def _read(
                     continue
                 buffer.append(
                     where,
-                    " ".join(words(text, punctuation=True)),
+                    " ".join(words(_known_text(example, task), punctuation=True)),
                     example,
                     _requested(source.split or values.get(config.split_field), config.split_field, where),
                     number,
@@ -193,6 +193,18 @@ def _read(
         domains = f"; the domains are {listed(sorted(seen.domains))}" if seen.domains else ""
         raise DataError(f"no rows are left of {read}: {reason}{domains}", fix="loosen the filters under data")
     return read, warnings
+
+
+def _asked_text(example: Example) -> str:
+    """The text of a row that near duplicates are found by: what the user and tools say."""
+    return "\n".join(turn.content for turn in example.messages if turn.role in ("user", "tool"))
+
+
+def _known_text(example: Example, task: Task) -> str:
+    """The text by which two rows are one: what is asked. Without a task it is the whole chat: there one
+    question may have several answers, and rows differ in their system turns.
+    """
+    return "\n".join(turn.content for turn in example.messages) if task.is_chats else _asked_text(example)
 
 
 def _example(raw: Mapping[str, Any], task: Task, where: str, source: SourceConfig) -> Example:

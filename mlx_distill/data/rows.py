@@ -5,9 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any, NamedTuple
 
+from mlx_distill.data.alpaca import alpaca_turns
 from mlx_distill.data.answer_marker import cut_fields, cut_turns
 from mlx_distill.data.answers import DROP, answer_columns, valid_answer
 from mlx_distill.data.json_values import json_row, json_types
@@ -16,7 +16,6 @@ from mlx_distill.data.messages import (
     OPENAI_ROLES,
     message_from_row,
     message_to_row,
-    parse_text,
     parse_turns,
     show,
     texts_of,
@@ -33,6 +32,10 @@ Row = Mapping[str, Any]
 _PREPARED = frozenset({"id", "messages", "fields", "answer", "set"})  # keys of a row of the prepare stage
 # Keys of the chat formats; every other key is one of the row's fields.
 _CHAT_KEYS = _PREPARED | {"prompt", "completion", "tools", "system"}
+_NEEDS_CHATS = (
+    "without a task each row is a chat: messages (or conversations), prompt and completion, or instruction "
+    "and output; for rows with other columns name a task"
+)
 _ALPACA_KEYS = _CHAT_KEYS | {"instruction", "input", "output", "history"}
 
 
@@ -87,7 +90,13 @@ def to_example(
     """
     columns, values = columns or {}, values or {}
     row, left_out = json_row(_renamed(raw, columns))
+    answer: dict[str, Any] | None = None
     try:
+        if task.is_chats:
+            parsed, last = _parse_chat(row, task, format)
+            _check_json({**parsed.fields, task.id: parsed.id}, (*parsed.prompt, last))
+            chat = (*parsed.prompt, last)
+            return Example(parsed.id or _hash_id(chat), chat, parsed.fields)
         row = answer_columns(row, values)
         if answer_after:
             parsed = _cut_at(row, task, format, answer_after)
@@ -207,12 +216,35 @@ def _parse_row(row: Row, task: Task, format: str, *, needs_answer: bool) -> _Par
     if format == "plain":
         messages, answer = _plain(row, task, needs_answer)
     elif format == "alpaca":
-        messages, answer = _alpaca(row, needs_answer)
+        messages, answer = alpaca_turns(row, needs_answer)
     else:
         messages = _chat(row, task, {} if format == "messages" else OPENAI_ROLES, needs_answer)
         answer = _answer_turn(messages, needs_answer)
         messages = with_tools(_without_answer(messages), row.get("tools"))
     return _ParsedRow(_own_id(row, task), tuple(messages), answer, _fields(row, task, format))
+
+
+def _parse_chat(row: Row, task: Task, format: str) -> tuple[_ParsedRow, Message]:
+    """A row of a recipe without a task, and its last turn, which is the assistant's and kept whole: a text,
+    calls of tools, thinking; it may be shown without being trained where an earlier turn is.
+    """
+    format = _format_of(row, task) if format == "auto" else format
+    if format == "plain":
+        raise DataError(f"no chat: the row has {listed(row) or 'no columns'}", fix=_NEEDS_CHATS)
+    if format == "alpaca":
+        prompt, answer = alpaca_turns(row, needs_answer=True)
+        messages = [*prompt, Message("assistant", answer or "")]
+    else:
+        messages = _chat(row, task, {} if format == "messages" else OPENAI_ROLES, needs_answer=True)
+        messages = with_tools(messages, row.get("tools"))
+    is_answered = bool(messages) and messages[-1].role == "assistant"
+    prompt = messages[:-1] if is_answered else messages
+    answer = messages[-1].content if is_answered else None
+    parsed = _ParsedRow(_own_id(row, task), tuple(prompt), answer, _fields(row, task, format))
+    _check_turns(parsed)
+    if not any(turn.trained for turn in messages if turn.role == "assistant"):
+        raise DataError("no turn of the assistant is to be trained (weight 0)", fix=DROP)
+    return parsed, messages[-1]
 
 
 def _cut_at(row: Row, task: Task, format: str, marker: str) -> _ParsedRow:
@@ -266,7 +298,11 @@ def _without_answer(messages: Sequence[Message]) -> tuple[Message, ...]:
 def _format_of(row: Row, task: Task) -> str:
     if "messages" in row:
         return "openai"
-    if all(name in row for name in task.input_fields) and ("answer" in row or _has_answer_columns(row, task)):
+    if (
+        not task.is_chats
+        and all(name in row for name in task.input_fields)
+        and ("answer" in row or _has_answer_columns(row, task))
+    ):
         return "plain"
     if chat_column(row):
         return "sharegpt"
@@ -366,40 +402,6 @@ def _answer_of_columns(row: Row, task: Task) -> dict[str, Any]:
         for key, schema in task.schema["properties"].items()
         if key in row and (row[key] is not None or key in required or "null" in json_types(schema))
     }
-
-
-def _alpaca(row: Row, needs_answer: bool) -> tuple[list[Message], str | None]:
-    instruction, output = row.get("instruction"), row.get("output")
-    if not isinstance(instruction, str):
-        raise DataError(f"instruction: text is needed, not {show(instruction)}")
-    extra = row.get("input") or ""
-    if not isinstance(extra, str):
-        raise DataError(f"input: text is needed, not {show(extra)}")
-    empty = output is None or output == ""
-    if empty and needs_answer:
-        raise DataError("no assistant turn: output is empty")
-    turns = [Message("system", parse_text(row["system"], "system"))] if row.get("system") else []
-    turns += _history(row.get("history"))
-    user = f"{instruction.strip()}\n\n{extra.strip()}".strip()
-    return [*turns, Message("user", user)], None if empty else parse_text(output, "output")
-
-
-def _history(pairs: Any) -> list[Message]:
-    """The earlier turns of an Alpaca row, which are pairs of a question and an answer."""
-    if isinstance(pairs, str) and pairs.strip():
-        with suppress(ValueError, RecursionError):  # a CSV file holds them as JSON text
-            pairs = json.loads(pairs)
-    if not pairs:
-        return []
-    if not isinstance(pairs, list):
-        raise DataError(f"history: a list of pairs is needed, not {show(pairs)}")
-    turns = []
-    for index, pair in enumerate(pairs):
-        if not isinstance(pair, list) or len(pair) != 2:
-            raise DataError(f"history[{index}]: a question and an answer are needed, not {show(pair)}")
-        for role, text in zip(("user", "assistant"), pair, strict=True):
-            turns.append(Message(role, parse_text(text, f"history[{index}]")))
-    return turns
 
 
 def _chat(row: Row, task: Task, aliases: Mapping[str, str], needs_answer: bool) -> list[Message]:

@@ -76,7 +76,7 @@ def read_source(
 
 def _fields(config: SourceConfig, task: Task | None) -> Fields:
     """For each column that holds a field of the answer the field's schema, and whether it is required."""
-    if task is None:
+    if task is None or task.is_chats:
         return {}
     required = task.schema.get("required", ())
     out = {}

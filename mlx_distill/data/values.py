@@ -26,7 +26,7 @@ def check_values(values: Mapping[str, ValueConfig], task: Task, where: str) -> N
     Raises:
         ConfigError: with the field and the fix.
     """
-    properties = task.schema["properties"]
+    properties = task.schema["properties"] if values else {}
     for name, value in values.items():
         if value.drop:
             if value != ValueConfig(drop=True):

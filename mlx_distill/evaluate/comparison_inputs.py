@@ -236,7 +236,7 @@ def _whole_task(asked: Task, run: Path) -> Task:
     """
     models = (read_trained_on(run / model.folder) for model in RUN_MODELS.values() if model.trained)
     packaged = [load_task(asked.name)] if asked.name in task_names() else []
-    known = (*(model.task for model in models if model is not None), *packaged)
+    known = (*(model.task for model in models if model is not None and model.task is not None), *packaged)
     wanted = [to_mapping(asked)[key] for key in _PROMPT_KEYS]
     same = (task for task in known if [to_mapping(task)[key] for key in _PROMPT_KEYS] == wanted)
     return next(same, asked)

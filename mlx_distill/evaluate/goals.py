@@ -33,8 +33,18 @@ OTHER_FIGURES = (
     "requests_per_second",
     "edge_cases",
 )
+CHAT_FIGURES = ("loss", "perplexity", "token_accuracy")
+"""The figures of a model on chats without a task."""
 _UNITS = {"_s": "s", "_gb": "GB"}
-_PLAIN = ("items_per_minute", "tokens_per_second", "requests_per_second", "label_kl", "disagreements")
+_PLAIN = (
+    "loss",
+    "perplexity",
+    "items_per_minute",
+    "tokens_per_second",
+    "requests_per_second",
+    "label_kl",
+    "disagreements",
+)
 
 
 def check_goals(goals: Sequence[Any], task: Task) -> None:
@@ -86,6 +96,8 @@ def _is_figure(value: Any) -> bool:
 
 def _possible_figures(task: Task) -> Mapping[str, Any]:
     """The figures of a task: those of one row that nobody answered."""
+    if task.is_chats:
+        return {**dict.fromkeys(CHAT_FIGURES), "task_metrics": {}, "error_categories": {}}
     row: dict[str, Any] = {
         "id": "",
         "truth": None,

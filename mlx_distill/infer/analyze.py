@@ -465,15 +465,18 @@ def _task_of(task: str | Path | Task | None, trained_on: TrainedOn | None, folde
         raise ModelError(
             f"{folder}: no such folder", fix="check the path; for a Hub model name the task: --task TASK"
         )
-    if trained_on is None:
+    if trained_on is None or trained_on.task is None:
         if folder is not None and not is_model(folder):
             raise ModelError(
                 f"{folder}: no model: neither config.json nor adapter_config.json is in it",
                 fix="give the folder of a model, or of a run with finished stages",
             )
         where = "a loaded model" if folder is None else str(folder)
+        record = "no record of the task that the model was trained on"
+        if trained_on is not None:
+            record = "the model was trained on chats of any kind, which have no task"
         raise ConfigError(
-            f"{where}: no record of the task that the model was trained on",
+            f"{where}: {record}",
             fix=f"name it: --task TASK; packaged: {', '.join(task_names())}; or a YAML file",
         )
     return trained_on.task

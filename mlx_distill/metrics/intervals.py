@@ -268,6 +268,44 @@ def bootstrap_totals(
     return float(low), float(high)
 
 
+def ratio_estimate(
+    sums: Values, weights: Values, confidence: float = 0.95, *, bounds: tuple[float, float] | None = None
+) -> Estimate:
+    r"""The ratio of two totals over rows, such as the loss a token, with the t interval of its linearization.
+
+    :math:`R = \sum_i y_i / \sum_i x_i` has the variance
+    :math:`\frac{n}{n - 1} \sum_i (y_i - R x_i)^2 / (\sum_i x_i)^2`, so tokens of one row are not taken as
+    independent.
+
+    Args:
+        sums: :math:`y_i`, of each row.
+        weights: :math:`x_i`, of each row, not negative.
+        confidence: Level of the interval.
+        bounds: The values that the ratio can have; any by default.
+
+    Returns:
+        ``value``, ``low``, ``high`` and ``n``, the rows of a positive weight. The ends are None for fewer
+        than two of them, the value too for none.
+
+    >>> ratio_estimate([2.0, 4.0, 6.0], [1.0, 2.0, 3.0])
+    {'value': 2.0, 'low': 2.0, 'high': 2.0, 'n': 3}
+
+    Cochran (1977), "Sampling techniques", chapter 6.
+    """
+    check_confidence(confidence)
+    y, x = finite(sums, "sums"), finite(weights, "weights")
+    y, x = y[x > 0], x[x > 0]
+    n = len(x)
+    if not n:
+        return {"value": None, "low": None, "high": None, "n": 0}
+    ratio = float(y.sum() / x.sum())
+    if n < 2:
+        return {"value": ratio, "low": None, "high": None, "n": n}
+    error = math.sqrt(n / (n - 1) * float(((y - ratio * x) ** 2).sum())) / float(x.sum())
+    half = t_quantile(confidence, n - 1) * error
+    return clip_ends({"value": ratio, "low": ratio - half, "high": ratio + half, "n": n}, bounds or ANY)
+
+
 FEW_VALUES = 30
 """Below so many values the bootstrap of a mean is too narrow, and the t interval counts too."""
 

@@ -26,12 +26,12 @@ class TrainedOn:
     """The task of a training, and the system prompts of its rows.
 
     Attributes:
-        task: The task.
+        task: The task; None for chats of any kind.
         system_prompts: The distinct system prompts of the training rows, ``""`` for rows without one; None
             where they are not known, or are many.
     """
 
-    task: Task
+    task: Task | None
     system_prompts: tuple[str, ...] | None = None
 
 
@@ -50,7 +50,9 @@ def write_trained_on(folder: Path, task: Task, chats: Iterable[Mapping[str, Any]
         if len(prompts) > _MAX_PROMPTS:
             break
     known = list(prompts) if len(prompts) <= _MAX_PROMPTS else None
-    write_json(folder / TRAINED_ON, {"task": to_mapping(task), "system_prompts": known})
+    write_json(
+        folder / TRAINED_ON, {"task": None if task.is_chats else to_mapping(task), "system_prompts": known}
+    )
 
 
 def read_trained_on(folder: str | Path) -> TrainedOn | None:
@@ -59,7 +61,8 @@ def read_trained_on(folder: str | Path) -> TrainedOn | None:
     if path.is_file():
         raw = read_json(path)
         prompts = raw["system_prompts"]
-        return TrainedOn(parse_task(raw["task"], str(path)), None if prompts is None else tuple(prompts))
+        task = None if raw["task"] is None else parse_task(raw["task"], str(path))
+        return TrainedOn(task, None if prompts is None else tuple(prompts))
     manifest = read_manifest(folder)  # earlier versions wrote no such file
     task = manifest.config.get("task") if manifest else None
     return TrainedOn(parse_task(task, f"{folder}/manifest.json")) if isinstance(task, Mapping) else None
@@ -144,7 +147,9 @@ def prompt_notes(trained_on: TrainedOn | None, task: Task, system_prompts: Itera
     if trained_on is None:
         return []
     notes, trained = [], trained_on.task
-    if dict(trained.schema) != dict(task.schema):
+    if trained is None:
+        notes.append(f"the model was trained on chats of any kind, not on the task {task.name!r}")
+    elif dict(trained.schema) != dict(task.schema):
         notes.append(f"the model was trained to answer the task {trained.name!r}, not {task.name!r}")
     elif trained.user != task.user:
         notes.append(f"the task {task.name!r} asks with another user prompt than the model was trained on")

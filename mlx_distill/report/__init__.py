@@ -6,6 +6,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from mlx_distill.report.chats import build_chat_report as build_chat_report
     from mlx_distill.report.collect import build_report as build_report
     from mlx_distill.report.page import render_html as render_html
     from mlx_distill.report.summary import RunReport as RunReport
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # Imported when they are first used: a page of files from elsewhere is rendered without loading mlx.
 _MODULES = {
+    "build_chat_report": "chats",
     "build_report": "collect",
     "render_html": "page",
     "RunReport": "summary",

@@ -6,10 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_distill.report.environment import render
-from mlx_distill.report.sections import SECTIONS
+from mlx_distill.report.sections import CHAT_SECTIONS, SECTIONS
 from mlx_distill.report.tables import Report, main_metrics, metric_titles
 from mlx_distill.run_models import RESULTS, is_dequantized, model_phrase
-from mlx_distill.text import p_value, percent, signed_interval, signed_points, significant, size, words
+from mlx_distill.text import (
+    MINUS,
+    counted,
+    p_value,
+    percent,
+    signed_interval,
+    signed_points,
+    significant,
+    size,
+    words,
+)
 
 
 def render_html(report: Report) -> str:
@@ -23,8 +33,40 @@ def render_html(report: Report) -> str:
     Returns:
         A complete HTML document.
     """
+    if report["task_details"].get("is_chats"):
+        return _render_chats(report)
     views = [(section, view) for section in SECTIONS if (view := section.of(report))]
     return render("report.html.j2", report=report, views=views, head=_head(report))
+
+
+def _render_chats(report: Report) -> str:
+    """The page of a run without a task."""
+    sections = [section for section in SECTIONS if section.id in CHAT_SECTIONS]
+    views = [(section, view) for section in sections if (view := section.of(report))]
+    shown = {"created": _created(report), "sentence": chat_sentence(report)}
+    return render("chats.html.j2", report=report, views=views, **shown)
+
+
+def chat_sentence(report: Report) -> str:
+    """How the loss on held-out chats has changed, in one sentence."""
+    after, change = report["metrics"]["teacher"]["loss"], report["change"]
+    if after["value"] is None:
+        return "No chat was held out, so the loss was not measured."
+    rows = counted(after["n"], "held-out chat")
+    sentence = f"On {rows} the loss is {significant(after['value'], 4)} nats a token"
+    if change is None:
+        return f"{sentence}."
+    before = report["metrics"]["teacher_before"]["loss"]["value"]
+    sentence += f", and was {significant(before, 4)} before the training"
+    if change["low"] is None:
+        return f"{sentence}."
+    value, low, high = (significant(change[end], 3).replace("-", MINUS) for end in ("value", "low", "high"))
+    return f"{sentence}: a change of {value} [{low} to {high}]."
+
+
+def _created(report: Report) -> str:
+    created = report["created"]
+    return str(created[:16].replace("T", " ") + (" UTC" if created.endswith(("+00:00", "Z")) else ""))
 
 
 def final_model(report: Report) -> str:
@@ -37,7 +79,7 @@ def _head(report: Report) -> dict[str, Any]:
     """The final model's main metric and what stands around it; ``owner`` is whose label or answer it is
     compared with.
     """
-    name, created = final_model(report), report["created"]
+    name = final_model(report)
     figures = report["metrics"][name]
     accuracy, agreement = main_metrics(report["task_details"])
     context = [_before(report, name), _accuracy(report, name), _size(report, name), _speed(report, name)]
@@ -47,7 +89,7 @@ def _head(report: Report) -> dict[str, Any]:
         "owner": "the teacher’s" if figures[agreement] else "the true",
         "label": words(report["task_details"]["label"] or "answer"),
         "context": [sentence for sentence in context if sentence],
-        "created": created[:16].replace("T", " ") + (" UTC" if created.endswith(("+00:00", "Z")) else ""),
+        "created": _created(report),
     }
 
 

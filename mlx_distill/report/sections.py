@@ -58,6 +58,14 @@ def _edge_cases(report: Report) -> dict[str, Any]:
     return {name: entry for name, figures in metrics.items() if (entry := figures.get("edge_cases"))}
 
 
+def _losses(report: Report) -> dict[str, Any]:
+    """The figures of each model on chats without a task."""
+    return dict(report["metrics"]) if report["task_details"].get("is_chats") else {}
+
+
+CHAT_SECTIONS = ("data", "goals", "losses", "training", "origin")
+"""The sections of a report without a task."""
+
 SECTIONS = (
     Section("data", "Rows", "Rows", data_section.data),
     Section("comparison", "Comparison", "Against the model that it replaces", comparison_section.comparison),
@@ -83,6 +91,7 @@ SECTIONS = (
     Section("costs", "Prices", "What it costs", costs_section.costs),
     Section("quantization", "Quantization", "Quantization", quantization_section.quantization),
     Section("artifact", "Export", "The exported model", "artifact"),
+    Section("losses", "Losses", "Loss on held-out chats", _losses),
     Section("training", "Training", "Training", training_section.curves),
     Section("origin", "Method", "Method and provenance", origin_section.origin),
 )

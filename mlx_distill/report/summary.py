@@ -124,6 +124,8 @@ def _finding_lines(entry: Mapping[str, str]) -> list[str]:
 def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """The heads of the columns, and the rows of the table."""
     task = report["task_details"]
+    if task.get("is_chats"):
+        return _chat_cells(report)
     if task["label"]:
         rates = [("accuracy", "accuracy"), ("verdict_agreement", f"teacher's {words(task['label'])}")]
         if task["score"]:
@@ -139,10 +141,21 @@ def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return [*[head for _, head in rates], "rows/min"], rows
 
 
+def _chat_cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """The same of a run without a task."""
+    rows = []
+    for name, figures in report["metrics"].items():
+        numbers = [figures[key]["value"] for key in ("loss", "perplexity")]
+        cells = [NONE if value is None else significant(value, 4) for value in numbers]
+        rows.append([model_title(name), *cells, _rate(figures["token_accuracy"])])
+    return ["loss", "perplexity", "token accuracy"], rows
+
+
 def _rate(estimate: Mapping[str, Any] | None) -> str:
     if not estimate or not estimate["n"]:
         return NONE
-    return f"{percent(estimate['value'])} [{interval(estimate)}]"
+    shown = f" [{interval(estimate)}]" if estimate["low"] is not None else ""
+    return f"{percent(estimate['value'])}{shown}"
 
 
 def write_report(run: str | Path, report: Mapping[str, Any]) -> RunReport:

@@ -51,7 +51,8 @@ def check_token_lengths(context: Context, folder: Path) -> tuple[Facts, list[str
         answers = _above(lengths[1], context.task.max_answer_tokens)
         too_long = _above(lengths[0], max_length)
         facts[role] = {"rows": _figures(lengths[0], too_long), "answers": _figures(lengths[1], answers)}
-        warnings += _answer_warning(role, lengths[1], answers, context.task.max_answer_tokens)
+        if not context.task.is_chats:  # nobody generates the answers of chats
+            warnings += _answer_warning(role, lengths[1], answers, context.task.max_answer_tokens)
         warnings += _row_warning(role, lengths[0], too_long, f"{stage}.max_length", max_length)
     return facts, warnings
 

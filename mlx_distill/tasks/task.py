@@ -86,6 +86,11 @@ class Task:
     )
 
     @property
+    def is_chats(self) -> bool:
+        """Whether it is :data:`CHATS`, the task of a recipe without one: answers are texts of any kind."""
+        return not self.schema
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The classes, in the schema's order; none for a task without a label."""
         return tuple(self.schema["properties"][self.label]["enum"]) if self.label else ()
@@ -169,6 +174,10 @@ class Task:
 
     def _list_of(self, part: Options) -> str:
         return ", ".join(map(str, field_options(self.schema["properties"][part.name])))
+
+
+CHATS = Task("chats", system="", user="", schema={}, description="chats of any kind")
+"""The task of a recipe without one: rows are chats of any kind, and an answer is a text without a schema."""
 
 
 def parse_task(raw: Mapping[str, Any], where: str) -> Task:

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
+from jaxtyping import Float
 
 from mlx_distill.records import Batch
 from mlx_distill.runtime import random_key, set_random_key
 from mlx_distill.train.distributed import Ranks
 from mlx_distill.train.gradients import loss_of_sums
-from mlx_distill.train.objective import Objective
+from mlx_distill.train.objective import LogitReader, Objective, trunk
 
 
 def evaluate(
@@ -43,3 +45,29 @@ def evaluate(
     weights = dict(zip(names, totals[: len(names)], strict=True))
     loss, terms = loss_of_sums(objective, dict(zip(names, totals[len(names) :], strict=True)), weights)
     return {"loss": loss, **terms}
+
+
+def sequence_losses(model: nn.Module, batch: Batch) -> Float[np.ndarray, "b 3"]:
+    """Of each sequence of a batch the negative log-likelihood of its trained tokens in nats, how many of them
+    are the most probable token, and how many there are.
+
+    Args:
+        model: In evaluation mode.
+        batch: One row a sequence.
+    """
+    mask = np.array(batch.mask)
+    positions = np.flatnonzero(mask)
+    out = np.zeros((len(mask), 3))
+    if not len(positions):
+        return out
+    where = mx.array(positions.astype(np.int32))
+    labels = batch.labels.reshape(-1)[where]
+    reader = LogitReader(model, trunk(model, batch, where))
+
+    def is_likeliest(logits: mx.array, at: slice) -> mx.array:
+        return (mx.argmax(logits, axis=1) == labels[at]).astype(mx.float32)
+
+    columns = (reader.cross_entropy(labels), reader.row_losses(is_likeliest, None), mx.ones(len(positions)))
+    for number, values in enumerate(columns):
+        np.add.at(out[:, number], positions // mask.shape[1], np.array(values, dtype=np.float64))
+    return out

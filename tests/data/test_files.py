@@ -394,7 +394,7 @@ def test_where_may_name_a_field_of_the_task(tmp_path: Path) -> None:
 def test_every_file_of_a_folder_is_part_of_the_key(tmp_path: Path) -> None:
     def key(source: SourceConfig) -> str:
         task: Any = "moderation"
-        recipe = Recipe("r", task, "t", "s", data=DataConfig(sources=[source]), base=tmp_path)
+        recipe = Recipe("r", "t", task, "s", data=DataConfig(sources=[source]), base=tmp_path)
         data = graph(recipe, recipe.load_task())[0]
         assert data.inputs == data.local == (str(tmp_path / "songs"),)
         return current_key(data, {})
