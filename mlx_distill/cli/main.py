@@ -30,6 +30,7 @@ COMMANDS = {
     "compare": "compare:compare",
     "recipes": "recipes:recipes",
     "doctor": "recipes:doctor",
+    "serve": "serve:serve",
 }
 
 

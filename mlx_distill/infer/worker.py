@@ -8,14 +8,16 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_distill.errors import DistillError
 from mlx_distill.infer.engine import Engine
 from mlx_distill.infer.requests import Event, Failed, Finished, Generation, Request, TokenEvent
 
 Listener = Callable[[TokenEvent | None], None]
+T = TypeVar("T")
 
 
 class Cancelled(DistillError):  # noqa: N818 - asked for, not an error
@@ -116,6 +118,11 @@ class EngineWorker:
     ) -> None:
         self.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether it takes no more requests: it was closed, or its model failed."""
+        return self._closed
+
     def submit(self, request: Request, listener: Listener | None = None) -> Handle:
         """Queue a request.
 
@@ -132,6 +139,17 @@ class EngineWorker:
         if not self._send(self._submit, handle):
             raise _closed()
         return handle
+
+    def call(self, function: Callable[[], T]) -> Future[T]:
+        """Run a function in the thread, between two steps of decoding: what reads with the model besides.
+
+        Raises:
+            Cancelled: the worker is closed.
+        """
+        call: Future[T] = Future()
+        if not self._send(self._call, (function, call)):
+            raise _closed()
+        return call
 
     def close(self) -> None:
         """End the thread; requests without an answer are cancelled."""
@@ -187,6 +205,15 @@ class EngineWorker:
         except Exception as error:
             handle._end(error)
 
+    def _call(self, call: tuple[Callable[[], Any], Future[Any]]) -> None:
+        function, future = call
+        if not future.set_running_or_notify_cancel():
+            return
+        try:
+            future.set_result(function())
+        except Exception as error:
+            future.set_exception(error)
+
     def _cancel(self, handle: Handle) -> None:
         for number, other in list(self._handles.items()):
             if other is handle:
@@ -208,8 +235,12 @@ class EngineWorker:
         self._handles.clear()
         while not self._commands.empty():  # submitted while the thread ended
             command = self._commands.get()
-            if command is not None and isinstance(command[1], Handle):
+            if command is None:
+                continue
+            if isinstance(command[1], Handle):
                 command[1]._end(error)
+            elif command[1][1].set_running_or_notify_cancel():
+                command[1][1].set_exception(error)
 
 
 def _closed() -> Cancelled:

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import json
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import cached_property
 from importlib import import_module
-from typing import TYPE_CHECKING
+from typing import Any
 
-if TYPE_CHECKING:
-    from fastapi import FastAPI
+from fastapi import FastAPI
+from starlette.responses import JSONResponse
+
+from mlx_distill import __version__
+from mlx_distill.serve.errors import add_error_handlers
+from mlx_distill.serve.pool import Pool
+from mlx_distill.serve.security import Guard
+from mlx_distill.serve.settings import ServerSettings
+from mlx_distill.serve.tokens import Tokens, find_token
+
+log = logging.getLogger("mlx_distill.serve")
 
 # Modules that have a ``router``.
 ROUTERS = (
+    "session",
     "health",
     "analysis",
     "chat",
@@ -26,13 +42,109 @@ ROUTERS = (
     "pages.compare",
     "pages.costs",
 )
+_TICK = 1.0  # seconds
+_OTHER_THREADS = 40  # beside those of requests that wait for a model
 
 
-def create_app() -> FastAPI:
-    """The application."""
-    from fastapi import FastAPI
+class PlainJSON(JSONResponse):
+    """JSON of any strings: half surrogate pairs, which a request may hold, are written as escapes."""
 
-    app = FastAPI(docs_url=None, redoc_url=None)
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return text.encode("utf-8", "backslashreplace")
+
+
+class Server:
+    """What the routes share, as ``request.app.state.server``.
+
+    Args:
+        settings: The server's.
+
+    Attributes:
+        root: The folder whose models, runs and jobs it knows.
+        settings: As given.
+        tokens: The token and the cookie.
+        pool: The models in memory.
+        stopping: Is set when the process was told to end: streams of events end then.
+    """
+
+    def __init__(self, settings: ServerSettings) -> None:
+        self.settings, self.root = settings, settings.root
+        token, self.token_is_new = find_token(self.root, settings.token)
+        self.tokens = Tokens(self.root, token)
+        self.stopping = threading.Event()
+        self.pool = Pool(settings, self._resolve)
+        self.every_second: list[Callable[[], None]] = [self.pool.tick]
+        self._ticker: threading.Thread | None = None
+
+    @cached_property
+    def ledger(self) -> Any:
+        """The ledger under the root, which is made if there is none."""
+        return import_module("mlx_distill.ledger.database").Ledger(self.root)
+
+    def _resolve(self, name: str) -> Any:
+        return import_module("mlx_distill.registry.resolve").resolve_model(self.ledger, name)
+
+    def start(self) -> None:
+        """Begin the work that is done every second."""
+        self._ticker = threading.Thread(target=self._tick, name="every second", daemon=True)
+        self._ticker.start()
+
+    def stop(self) -> None:
+        """End it, and free the models."""
+        self.stopping.set()
+        self.pool.close()
+        if self._ticker is not None:
+            self._ticker.join(timeout=5)
+
+    def _tick(self) -> None:
+        failed: set[str] = set()
+        while not self.stopping.wait(_TICK):
+            for work in self.every_second:
+                try:
+                    work()
+                except Exception as error:  # the next second tries again; said once
+                    if str(error) not in failed:
+                        log.exception("every second: %s", work.__qualname__)
+                    failed.add(str(error))
+
+
+def create_app(settings: ServerSettings) -> FastAPI:
+    """The application of a server.
+
+    Args:
+        settings: What it serves, and its limits.
+
+    Raises:
+        ConfigError: the token or the root cannot be used.
+    """
+    server = Server(settings)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        from anyio import to_thread
+
+        to_thread.current_default_thread_limiter().total_tokens = settings.max_queue + _OTHER_THREADS
+        server.start()
+        try:
+            yield
+        finally:
+            await to_thread.run_sync(server.stop)
+
+    app = FastAPI(
+        title="mlx-distill",
+        version=__version__,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
+        docs_url=None,  # both load scripts of other hosts
+        redoc_url=None,
+        openapi_url="/v1/openapi.json",
+        default_response_class=PlainJSON,
+        lifespan=lifespan,
+    )
+    app.state.server = server
     for name in ROUTERS:
         app.include_router(import_module(f"mlx_distill.serve.{name}").router)
+    add_error_handlers(app)
+    app.add_middleware(Guard, settings=settings, tokens=server.tokens)
     return app

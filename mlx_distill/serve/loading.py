@@ -1,0 +1,160 @@
+"""One model in memory: loaded in the thread of its engine, with what requests need of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from mlx_distill.errors import ModelError
+from mlx_distill.infer.engine import Engine
+from mlx_distill.infer.worker import EngineWorker
+from mlx_distill.models.trained_on import read_trained_on
+from mlx_distill.tasks.task import Task
+
+
+class Resolved(Protocol):
+    """What a name means now (:func:`mlx_distill.registry.resolve.resolve_model`)."""
+
+    @property
+    def name(self) -> str:
+        """The name that was asked for."""
+
+    @property
+    def path(self) -> Path | None:
+        """The model's folder, or None."""
+
+    @property
+    def target(self) -> str | None:
+        """An external analyzer instead."""
+
+    @property
+    def model(self) -> str | None:
+        """The registry's model, or None."""
+
+    @property
+    def version(self) -> int | None:
+        """Its version."""
+
+    @property
+    def alias(self) -> str | None:
+        """The alias that was followed."""
+
+    @property
+    def sha(self) -> str | None:
+        """The hash of the version's manifest."""
+
+
+def key_of(resolved: Resolved) -> str:
+    """What tells one model from another: folder and hash."""
+    return f"{resolved.path or resolved.target} {resolved.sha or ''}"
+
+
+@dataclass(eq=False)
+class LoadedModel:
+    """A model in memory.
+
+    Attributes:
+        key: Of :func:`key_of`.
+        path: Its folder.
+        worker: Its engine's thread; model and tokenizer are used there alone, but for tokenizing.
+        model: mlx-lm's model.
+        tokenizer: mlx-lm's wrapper.
+        task: What it was trained on, or None.
+        bytes: That it takes in memory.
+        users: Requests that are at work with it.
+        used: When the last one ended, in monotonic seconds.
+        since: When it was loaded, in Unix seconds.
+        shared: What requests made once for all, by name.
+    """
+
+    key: str
+    path: Path
+    worker: EngineWorker
+    model: Any
+    tokenizer: Any
+    task: Task | None
+    bytes: int
+    users: int = 0
+    used: float = field(default_factory=time.monotonic)
+    since: float = field(default_factory=time.time)
+    shared: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model as one request uses it: what its name meant, and the model in memory.
+
+    Attributes:
+        resolved: Name, version, alias and hash.
+        loaded: The model in memory.
+        task: What it answers, or None.
+    """
+
+    resolved: Resolved
+    loaded: LoadedModel
+    task: Task | None
+
+    @property
+    def worker(self) -> EngineWorker:
+        """Takes requests from any thread."""
+        return self.loaded.worker
+
+    @property
+    def tokenizer(self) -> Any:
+        """mlx-lm's wrapper, with the chat template."""
+        return self.loaded.tokenizer
+
+    @property
+    def model(self) -> Any:
+        """mlx-lm's model: computed with by ``worker.call`` alone."""
+        return self.loaded.model
+
+    @property
+    def name(self) -> str:
+        """What metrics and logs call it: the registry's or the folder's name, not what a client wrote."""
+        return self.resolved.model or (self.resolved.path.name if self.resolved.path else "external")
+
+
+def load_model(resolved: Resolved, *, batch_size: int) -> LoadedModel:
+    """Load a model in the thread of its own engine.
+
+    Args:
+        resolved: Where it lies.
+        batch_size: Requests that are decoded together.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    path = resolved.path
+    if path is None:
+        raise ModelError(
+            f"{resolved.name}: an external analyzer, which has no model", fix="ask /v1/analyze for it"
+        )
+
+    def make() -> Engine:
+        from mlx_distill.models.load import load
+
+        return Engine(*load(path), batch_size=batch_size)
+
+    worker = EngineWorker(make)
+    trained_on = read_trained_on(path)
+    return LoadedModel(
+        key_of(resolved),
+        path,
+        worker,
+        worker.engine.model,
+        worker.engine.tokenizer,
+        trained_on.task if trained_on is not None else None,
+        weight_bytes(path),
+    )
+
+
+def weight_bytes(path: Path) -> int:
+    """The bytes of a model's weights on disk, which are those that it takes in memory."""
+    return sum(file.stat().st_size for file in path.glob("*.safetensors"))
+
+
+Loader = Callable[[Resolved], LoadedModel]
