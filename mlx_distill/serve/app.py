@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
@@ -12,11 +11,11 @@ from importlib import import_module
 from typing import Any
 
 from fastapi import FastAPI
-from starlette.responses import JSONResponse
 
 from mlx_distill import __version__
 from mlx_distill.serve.errors import add_error_handlers
 from mlx_distill.serve.pool import Pool
+from mlx_distill.serve.responses import PlainJSON
 from mlx_distill.serve.security import Guard
 from mlx_distill.serve.settings import ServerSettings
 from mlx_distill.serve.tokens import Tokens, find_token
@@ -44,15 +43,6 @@ ROUTERS = (
 )
 _TICK = 1.0  # seconds
 _OTHER_THREADS = 40  # beside those of requests that wait for a model
-
-
-class PlainJSON(JSONResponse):
-    """JSON of any strings: half surrogate pairs, which a request may hold, are written as escapes."""
-
-    def render(self, content: Any) -> bytes:
-        """The body."""
-        text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        return text.encode("utf-8", "backslashreplace")
 
 
 class Server:

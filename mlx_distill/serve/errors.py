@@ -4,7 +4,6 @@ in the log.
 
 from __future__ import annotations
 
-import html
 import json
 import logging
 from collections.abc import Mapping
@@ -13,9 +12,10 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.responses import Response
 
 from mlx_distill.errors import ConfigError, DataError, DistillError, FileError, QualityGateError
+from mlx_distill.serve.responses import PlainJSON
 from mlx_distill.text import visible
 
 log = logging.getLogger("mlx_distill.serve")
@@ -36,6 +36,7 @@ class ApiError(Exception):
         retry_after: Seconds after which it may work.
         retry: Whether a client should try again by itself; None leaves it to the status.
         headers: Further ones.
+        fix: What a page shows below the message, where that does not say it.
     """
 
     def __init__(
@@ -48,9 +49,11 @@ class ApiError(Exception):
         retry_after: int | None = None,
         retry: bool | None = None,
         headers: Mapping[str, str] | None = None,
+        fix: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, visible(message), code, param
+        self.fix = fix
         self.headers = dict(headers or {})
         if retry_after is not None:
             self.headers["retry-after"] = str(retry_after)
@@ -114,16 +117,15 @@ def from_validation(error: RequestValidationError) -> ApiError:
     return ApiError(400, message, code="invalid_value", param=name)
 
 
-def response(error: ApiError, path: str = "/v1", accept: str = "") -> Response:
+def response(error: ApiError, request: Request) -> Response:
     """An error as a response: JSON for ``/v1`` and for programs, a page for browsers."""
-    if not path.startswith("/v1") and "text/html" in accept:
-        page = (
-            "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-            f"<title>{error.status}</title><h1>{error.status}</h1><p>{html.escape(error.message)}</p>"
-            "<p><a href=/>Overview</a></p>"
-        )
-        return HTMLResponse(page, error.status, error.headers)
-    return JSONResponse(error.body(), error.status, error.headers)
+    if not request.url.path.startswith("/v1") and "text/html" in request.headers.get("accept", ""):
+        from mlx_distill.serve.pages.environment import error_page
+
+        page = error_page(request, error.status, error.message, error.fix)
+        page.headers.update(error.headers)
+        return page
+    return PlainJSON(error.body(), error.status, error.headers)
 
 
 def unexpected(error: BaseException, request_id: str) -> ApiError:
@@ -144,7 +146,7 @@ def add_error_handlers(app: FastAPI) -> None:
 
     def answer(request: Request, error: ApiError) -> Response:
         request.scope.setdefault("state", {})["error"] = error
-        return response(error, request.url.path, request.headers.get("accept", ""))
+        return response(error, request)
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> Response:

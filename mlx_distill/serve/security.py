@@ -8,13 +8,13 @@ one of the two.
 from __future__ import annotations
 
 import ipaddress
-import secrets
 import uuid
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -23,7 +23,7 @@ from mlx_distill.serve.settings import ServerSettings
 from mlx_distill.serve.tokens import Tokens
 
 PUBLIC = ("/health", "/ready", "/login", "/favicon.ico")
-PUBLIC_FOLDERS = ("/assets/",)
+PUBLIC_FOLDERS = ("/static/",)
 EITHER = ("/metrics",)  # token or cookie
 UPLOADS = ("/v1/files", "/data/upload")  # whose bodies may be as long as an upload
 _WRITES = {"POST", "PUT", "PATCH", "DELETE"}
@@ -37,18 +37,9 @@ _HEADERS = {
     "cross-origin-opener-policy": "same-origin",
     "cross-origin-resource-policy": "same-origin",
     "cache-control": "no-store",
+    # Of what is no page; the pages have their own, with a nonce.
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'; base-uri 'none'",
 }
-
-
-def content_security_policy(nonce: str) -> str:
-    """What a page may load: our own files, and scripts and styles that carry the nonce. Attributes ``style``
-    are allowed, since the charts set lengths by them; scripts in attributes are not.
-    """
-    return (
-        f"default-src 'self'; script-src 'self' 'nonce-{nonce}'; style-src 'self' 'nonce-{nonce}'; "
-        "style-src-attr 'unsafe-inline'; img-src 'self' data:; connect-src 'self'; object-src 'none'; "
-        "base-uri 'none'; form-action 'self'; frame-src 'self'; frame-ancestors 'none'"
-    )
 
 
 class _TooLarge(Exception):  # noqa: N818 - ends the reading of a body
@@ -58,8 +49,8 @@ class _TooLarge(Exception):  # noqa: N818 - ends the reading of a body
 class Guard:
     """The outermost middleware, in plain ASGI so that bodies stream through it.
 
-    Each request gets ``request.state.request_id``, ``csp_nonce`` and ``authenticated`` (``"token"``,
-    ``"cookie"`` or None).
+    Each request gets ``request.state.request_id``, ``authenticated`` (``"token"``, ``"cookie"`` or None) and
+    ``error`` (the :class:`~mlx_distill.serve.errors.ApiError` that it was answered with, or None).
 
     Args:
         app: The application.
@@ -83,7 +74,6 @@ class Guard:
             return  # there are no web sockets here
         state = scope.setdefault("state", {})
         state["request_id"] = f"req-{uuid.uuid4().hex[:20]}"
-        state["csp_nonce"] = secrets.token_urlsafe(16)
         state["authenticated"] = None
         state["error"] = None
         exchange = _Exchange(scope, receive, send, self._most(scope["path"]))
@@ -255,7 +245,7 @@ class _Exchange:
         headers = Headers(scope=self.scope)
         if isinstance(reason, ApiError):
             self.scope["state"]["error"] = reason
-            reason = response(reason, self.scope["path"], headers.get("accept", ""))
+            reason = response(reason, Request(self.scope))
         if "content-length" in headers or "transfer-encoding" in headers:
             reason.headers["connection"] = "close"
 
@@ -272,9 +262,7 @@ class _Exchange:
         headers: Any = MutableHeaders(scope=message)
         for name, value in _HEADERS.items():
             headers.setdefault(name, value)
-        state = self.scope["state"]
-        headers.setdefault("content-security-policy", content_security_policy(state["csp_nonce"]))
-        headers["x-request-id"] = state["request_id"]
+        headers["x-request-id"] = self.scope["state"]["request_id"]
 
 
 def host_name(value: str) -> str | None:

@@ -7,7 +7,7 @@ from typing import Annotated
 from fastapi import APIRouter, Form, Request
 from starlette.responses import RedirectResponse, Response
 
-from mlx_distill.serve.errors import ApiError
+from mlx_distill.serve.pages.login import login_page
 from mlx_distill.serve.security import safe_target
 
 router = APIRouter()
@@ -19,7 +19,7 @@ def login(request: Request, token: Annotated[str, Form()], next: Annotated[str, 
     """Take the token from a form and set the cookie of the pages."""
     tokens = request.app.state.server.tokens
     if not tokens.is_token(token.strip()):
-        raise ApiError(401, "a wrong token", code="invalid_api_key")
+        return login_page(request, safe_target(next), failed=True)
     response = RedirectResponse(safe_target(next), 303)
     response.set_cookie(
         tokens.cookie,
