@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from helpers.registry_runs import make_run
+
 from mlx_distill.errors import ConfigError, FileError, ModelError
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
@@ -119,23 +119,21 @@ def test_names_of_models(root: Path, ledger: Ledger) -> None:
     assert resolve_model(ledger, "asset:models/tiny-qwen3").task is None
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["musik", "music:7", "music@none", "Qwen/Qwen3-8B", "../runs/one", "/etc", "", ".", "job-1", "asset:../x"],
-)
-def test_unknown_names_are_refused(ledger: Ledger, name: str) -> None:
+def test_unknown_names_are_refused(ledger: Ledger) -> None:
     add_version(ledger, "runs/one", name="music")
-    with pytest.raises(ModelError, match="no model|no version|no alias") as caught:
-        resolve_model(ledger, name)
-    if name == "musik":
-        assert "did you mean 'music'" in str(caught.value)
+    names = ["music:7", "music@none", "Qwen/Qwen3-8B", "../runs/one", "/etc", "", ".", "job-1", "asset:../x"]
+    for name in names:
+        with pytest.raises(ModelError, match=r"no model|no version|no alias"):
+            resolve_model(ledger, name)
+    with pytest.raises(ModelError, match="did you mean 'music'"):
+        resolve_model(ledger, "musik")
 
 
 def test_the_model_of_a_job(root: Path, ledger: Ledger) -> None:
     with ledger.write() as db:
         db.execute(
-            "INSERT INTO jobs (id, kind, title, arguments, run_path, state, created_at) "
-            "VALUES ('job-12', 'run', 'one', '[]', 'runs/one', 'succeeded', 0.0)"
+            "INSERT INTO jobs (id, kind, title, arguments, run_path, state, created_at, error, request, "
+            "result) VALUES ('job-12', 'run', 'one', '[]', 'runs/one', 'succeeded', 0, 'null', '0', '0')"
         )
     assert resolve_model(ledger, "job-12").path == root.resolve() / "runs/one/quantized"
     add_version(ledger, "runs/one", name="music")
