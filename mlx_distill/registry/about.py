@@ -56,7 +56,7 @@ def describe(contents: Contents, run: Path | None) -> dict[str, Any]:
         "content": contents.content,
         "base_model": _base_model(parents),
         "recipe": own.recorded.get("recipe") if own else None,
-        "task": trained_on.task.name if trained_on else None,
+        "task": trained_on.task.name if trained_on and trained_on.task else None,
         "rows": dict(data.recorded["rows"]) if data and "rows" in data.recorded else None,
         "trained": own.recorded.get("finished") if own else None,
         "metrics": _figures(folder, run, own),

@@ -110,7 +110,7 @@ def answer_golden(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[
 
     trained_on = read_trained_on(folder)
     model, tokenizer = load(folder)
-    if trained_on is not None:
+    if trained_on is not None and trained_on.task is not None:
         asked = [{"id": row["id"], "messages": row["messages"]} for row in rows]
         predictions = predict(model, tokenizer, trained_on.task, asked, label_probs=False)
         return [
