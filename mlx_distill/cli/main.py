@@ -28,6 +28,8 @@ COMMANDS = {
     "inspect": "models:inspect",
     "analyze": "analyze:analyze",
     "compare": "compare:compare",
+    "costs": "costs:costs",
+    "ledger": "ledger:ledger",
     "recipes": "recipes:recipes",
     "doctor": "recipes:doctor",
     "serve": "serve:serve",

@@ -32,6 +32,7 @@ CREATE TABLE jobs (
     run_path TEXT,
     state TEXT NOT NULL CHECK (state IN ('queued', 'running', 'paused', 'succeeded', 'failed', 'cancelled')),
     requested TEXT CHECK (requested IN ('pause', 'cancel', 'discard')),
+    requested_at REAL,
     position INTEGER,
     pid INTEGER,
     pid_started REAL,
@@ -41,10 +42,11 @@ CREATE TABLE jobs (
     finished_at REAL,
     attempt INTEGER NOT NULL DEFAULT 0 CHECK (attempt >= 0),
     exit_code INTEGER,
-    error TEXT CHECK (json_valid(error)),
-    request TEXT CHECK (json_valid(request)),
+    error TEXT CHECK (error IS NULL OR json_valid(error)),
+    request TEXT CHECK (request IS NULL OR json_valid(request)),
     request_hash TEXT,
-    result TEXT CHECK (json_valid(result)),
+    environment TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(environment)),
+    result TEXT CHECK (result IS NULL OR json_valid(result)),
     CHECK (state <> 'running' OR started_at IS NOT NULL)
 ) STRICT;
 CREATE INDEX jobs_by_state ON jobs (state, position);
@@ -58,7 +60,7 @@ CREATE TABLE job_events (
     level TEXT NOT NULL CHECK (level IN ('info', 'warn', 'error')),
     type TEXT NOT NULL,
     message TEXT NOT NULL,
-    data TEXT CHECK (json_valid(data))
+    data TEXT CHECK (data IS NULL OR json_valid(data))
 ) STRICT;
 CREATE INDEX job_events_by_job ON job_events (job_id, id);
 
@@ -132,6 +134,8 @@ CREATE TABLE costs (
     price_date TEXT,
     basis TEXT NOT NULL CHECK (basis IN ('measured', 'estimated')),
     run TEXT,
+    -- What was measured, so that nothing is counted twice.
+    source TEXT UNIQUE,
     facts TEXT NOT NULL DEFAULT '{}' CHECK (json_valid(facts)),
     created_at REAL NOT NULL,
     CHECK ((unit_price IS NULL) = (currency IS NULL) AND (unit_price IS NULL) = (price_date IS NULL))

@@ -1,0 +1,28 @@
+"""The command costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from mlx_distill.cli.options import json_option, open_ledger, root_option
+
+
+@click.command()
+@click.option("--prices", metavar="FILE", help="A YAML file of prices; see docs/costs.md.")
+@root_option
+@json_option
+def costs(prices: str | None, root: Path, as_json: bool) -> None:
+    """Show what runs and served calls under the root have cost so far.
+
+    Seconds of the machine and tokens; in money where a file of prices says what they cost.
+    """
+    from mlx_distill.cli.output import echo
+    from mlx_distill.evaluate.costs import read_prices
+    from mlx_distill.running_costs import cost_report, record_runs
+
+    known = read_prices(prices) if prices else None
+    ledger = open_ledger(root)
+    record_runs(ledger)
+    echo(cost_report(ledger, known), as_json)
