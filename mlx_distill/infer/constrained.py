@@ -198,7 +198,7 @@ class AnswerGrammar:
 
     Args:
         tokenizer: A transformers tokenizer or mlx-lm's wrapper of one, with a chat template.
-        schema: The JSON schema of the answer.
+        schema: The JSON schema of the answer; None for any JSON object.
         width: The columns of the logits that the masks are for
             (:func:`~mlx_distill.models.forward.head_columns`).
         stop: The tokens that may follow a complete answer, and end it; the tokenizer's own where None.
@@ -209,12 +209,17 @@ class AnswerGrammar:
     """
 
     def __init__(
-        self, tokenizer: Any, schema: Mapping[str, Any], width: int, stop: Collection[int] | None = None
+        self,
+        tokenizer: Any,
+        schema: Mapping[str, Any] | None,
+        width: int,
+        stop: Collection[int] | None = None,
     ) -> None:
         self.table = token_table(tokenizer, width, stop)
         self.schema = schema
         self._text = json.dumps(schema)
-        check_schema(schema)
+        if schema is not None:
+            check_schema(schema)
 
     def constraint(self, prompt: Sequence[int] = (), *, thinking: bool = False) -> AnswerConstraint:
         """The state of one answer, before its first token.
@@ -268,7 +273,8 @@ def _matcher(table: TokenTable, schema_text: str) -> Any:
     """The initial state of a grammar, to copy."""
     from llguidance import LLMatcher
 
-    schema = grammar_schema(json.loads(schema_text))
+    asked = json.loads(schema_text)
+    schema = {"type": "object"} if asked is None else grammar_schema(asked)
     if table.prefix_space:
         answer = json.dumps({"x-guidance": JSON_OPTIONS, **schema}, ensure_ascii=False)
         grammar = LLMatcher.grammar_from_lark(f"start: SPACE answer\nSPACE: /[ ]?/\nanswer: %json {answer}")

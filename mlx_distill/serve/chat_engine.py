@@ -1,0 +1,236 @@
+"""A chat as a request to the engine of one model, and what the engine answers, for the event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_distill.data.chat import prompt_ids, stop_ids
+from mlx_distill.errors import ConfigError, DataError, DistillError, ModelError
+from mlx_distill.infer.channels import Channels, channels_of
+from mlx_distill.infer.constrained import AnswerGrammar
+from mlx_distill.infer.predict import context_length
+from mlx_distill.infer.requests import Request, TokenEvent
+from mlx_distill.infer.text_stream import AnswerStream, Piece
+from mlx_distill.infer.worker import Cancelled, EngineWorker
+from mlx_distill.models.forward import head_columns
+from mlx_distill.serve.chat_request import Chat
+from mlx_distill.serve.errors import ApiError, from_distill_error
+from mlx_distill.tasks.grammar import check_schema
+
+MAX_TOKENS = 4096
+"""The longest answer where a request does not say."""
+_SCHEMA = "response_format.json_schema.schema"
+
+
+@dataclass(frozen=True)
+class ChatModel:
+    """What chats need of a model, found once.
+
+    Attributes:
+        tokenizer: With the chat template.
+        channels: How it marks thinking.
+        stop: The tokens that end an answer.
+        columns: Of its logits.
+        context: The tokens that it was made for, or None.
+        lock: Held while a prompt is tokenized or a grammar is made: both have state of their own.
+    """
+
+    tokenizer: Any
+    channels: Channels | None
+    stop: frozenset[int]
+    columns: int
+    context: int | None
+    lock: threading.Lock
+
+    @classmethod
+    def of(cls, model: Any, tokenizer: Any) -> ChatModel:
+        """Of a model and its tokenizer."""
+        return cls(
+            tokenizer,
+            channels_of(tokenizer),
+            frozenset(stop_ids(tokenizer)),
+            head_columns(model),
+            context_length(model),
+            threading.Lock(),
+        )
+
+
+def engine_request(model: ChatModel, chat: Chat) -> Request:
+    """The request to the engine: the prompt that training and ``analyze`` give the same messages.
+
+    Raises:
+        ApiError: 400, messages that the chat template refuses or that are too long, or a schema that a
+            grammar cannot enforce.
+    """
+    with model.lock:
+        try:
+            prompt = prompt_ids(model.tokenizer, chat.messages)
+        except DistillError as error:
+            raise ApiError(400, str(error), code="invalid_messages", param="messages") from error
+        room = None if model.context is None else model.context - len(prompt)
+        if room is not None and room < 1:
+            raise ApiError(
+                400,
+                f"the messages have {len(prompt):,} tokens, and the model's context {model.context:,} "
+                "(shorten them)",
+                code="context_length_exceeded",
+                param="messages",
+            )
+        grammar = _grammar(model, chat)
+        constraint = None if grammar is None else grammar.constraint(prompt)
+    most = MAX_TOKENS if chat.max_tokens is None else chat.max_tokens
+    return Request(
+        prompt,
+        most if room is None else min(most, room),
+        model.stop,
+        chat.temperature,
+        _seed(chat.seed),
+        constraint,
+        stream=True,
+    )
+
+
+def _seed(seed: int | None) -> tuple[int, ...]:
+    """A seed of numpy, which has no sign."""
+    return (secrets.randbits(63),) if seed is None else (abs(seed), int(seed < 0))
+
+
+def _grammar(model: ChatModel, chat: Chat) -> AnswerGrammar | None:
+    if chat.format == "text":
+        return None
+    try:
+        if chat.schema is not None:
+            check_schema(chat.schema, _SCHEMA)
+        return AnswerGrammar(model.tokenizer, chat.schema, model.columns, model.stop)
+    except DistillError as error:
+        place = error.message.partition(": ")[0]
+        param = place if place.startswith(_SCHEMA) else "response_format"
+        raise ApiError(
+            400,
+            f"{error.message} (change that part of the schema, or ask without response_format)",
+            code="unsupported_schema" if isinstance(error, ConfigError) else "model_error",
+            param=param,
+        ) from error
+    except Exception as error:  # a schema is a program from elsewhere, and three libraries read it
+        raise ApiError(
+            400,
+            f"{_SCHEMA}: cannot be read: {type(error).__name__}",
+            code="unsupported_schema",
+            param=_SCHEMA,
+        ) from error
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Tokens of the prompt, and of what was generated: all, and of thinking."""
+
+    prompt: int
+    completion: int
+    thinking: int
+
+
+class Answering:
+    """A request under way. Iterate over :meth:`updates`, then read ``finish`` and ``usage``.
+
+    Args:
+        worker: Of the model.
+        model: What chats need of it.
+        request: From :func:`engine_request`.
+        stop: Strings that end the answer.
+    """
+
+    def __init__(
+        self, worker: EngineWorker, model: ChatModel, request: Request, stop: tuple[str, ...] = ()
+    ) -> None:
+        self.finish = ""
+        self._request = request
+        self._text = AnswerStream(model.tokenizer, model.channels, request.prompt, stop)
+        self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def tell(event: TokenEvent | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        try:
+            self._handle = worker.submit(request, tell)
+        except Cancelled as error:
+            raise _unloaded() from error
+
+    @property
+    def usage(self) -> Usage:
+        """The tokens so far."""
+        return Usage(len(self._request.prompt), self._text.tokens, self._text.thinking_tokens)
+
+    async def updates(self, patience: float) -> AsyncIterator[Piece]:
+        """Yield what there is new; an empty piece where nothing came for ``patience`` seconds.
+
+        Raises:
+            ApiError: 422, the constraint failed; 503, the model was unloaded meanwhile.
+            Exception: a bug.
+        """
+        try:
+            ended = False
+            while not (ended or self._text.stopped):
+                events = await self._next(patience)
+                pieces = []
+                for event in events:
+                    if event is None:
+                        ended = True
+                    elif not self._text.stopped:
+                        pieces.append(self._text.add(event))
+                yield Piece("".join(p.answer for p in pieces), "".join(p.thinking for p in pieces))
+            if ended and not self._text.stopped:
+                yield self._last()
+            self.finish = "stop" if self._text.stopped else self.finish
+        finally:
+            self.cancel()
+
+    async def _next(self, patience: float) -> list[TokenEvent | None]:
+        """All events that have come; none where there was none for ``patience`` seconds."""
+        events: list[TokenEvent | None] = []
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(patience):
+                events.append(await self._events.get())
+        while not self._events.empty():
+            events.append(self._events.get_nowait())
+        return events
+
+    def _last(self) -> Piece:
+        try:
+            generation = self._handle.result(0)
+            piece = self._text.end(generation)
+        except Cancelled as error:
+            raise _unloaded() from error
+        except DistillError as error:
+            raise _failed(error) from error
+        self.finish = generation.finish
+        return piece
+
+    def cancel(self) -> None:
+        """Give the request up; nothing happens if it has its answer."""
+        if not self._handle.done:
+            self._handle.cancel()
+
+
+def _unloaded() -> ApiError:
+    return ApiError(
+        503, "the model was unloaded before it had answered (ask again)", code="unloaded", retry_after=5
+    )
+
+
+def _failed(error: DistillError) -> ApiError:
+    """A constraint or a text that cannot go on is not the server's failure: the request's schema and this
+    tokenizer do not go together.
+    """
+    if isinstance(error, ModelError):
+        return ApiError(422, str(error), code="constraint_failed", param="response_format")
+    if isinstance(error, DataError):
+        return ApiError(400, str(error), code="invalid_messages", param="messages")
+    return from_distill_error(error)
