@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_distill.data.rows import Item, to_item
+from mlx_distill.data.rows import Item
 from mlx_distill.errors import ConfigError, DataError, ModelError
 from mlx_distill.infer.label_scorer import (
     LabelOptions,
@@ -19,8 +18,8 @@ from mlx_distill.infer.label_scorer import (
     to_classification,
 )
 from mlx_distill.infer.label_scoring import label_prefix_tokens
-from mlx_distill.infer.long_items import CutItem, cut_middle
-from mlx_distill.infer.predict import BAD_ROW, answer_prompts, context_length, item_prompt, unread
+from mlx_distill.infer.predict import answer_prompts, context_length
+from mlx_distill.infer.row_prompts import RowPrompts, check_long, checked_item
 from mlx_distill.infer.shared_calls import SharedCalls
 from mlx_distill.models.trained_on import (
     TrainedOn,
@@ -34,13 +33,11 @@ from mlx_distill.progress import Progress, make_progress
 from mlx_distill.records import Classification, Prediction
 from mlx_distill.tasks.grammar import check_schema
 from mlx_distill.tasks.task import Task, load_task, task_names
-from mlx_distill.text import counted, listed
+from mlx_distill.text import counted
 
 Row = Mapping[str, Any]
 
-LONG_POLICIES = ("refuse", "cut")
 _BATCHES_IN_CHUNK = 8
-_LONG_PROMPT = 8192  # tokens, from which on reading a prompt takes minutes on slow machines
 
 
 def chunk_size(batch_size: int) -> int:
@@ -106,8 +103,7 @@ class Analyzer:
         long: str = "refuse",
         progress: Progress | None = None,
     ) -> None:
-        if long not in LONG_POLICIES:
-            raise ConfigError(f"long: {long!r}", fix=f"one of {', '.join(LONG_POLICIES)}")
+        check_long(long)
         if batch_size < 1 or (max_tokens or 1) < 1 or (max_prompt_tokens or 1) < 1:
             raise ConfigError("batch_size, max_tokens or max_prompt_tokens below 1", fix="give 1 or more")
         progress = progress or make_progress()
@@ -126,13 +122,13 @@ class Analyzer:
         if max_prompt_tokens is None and length is not None:
             max_prompt_tokens = max(1, length - (0 if labels_only else self.max_tokens))
         self.max_prompt_tokens = max_prompt_tokens
+        self._rows = RowPrompts(self.tokenizer, self.task, max_prompt_tokens, long, progress.note)
         self.label_probs = (
             label_probs and label_prefix_tokens(self.tokenizer, self.task, progress.note) is not None
         )
         self._scorer: LabelScorer | None = None
         self.calibrated = False  # whether labels are scored at the temperature in the model's folder
         self._calls = SharedCalls(self.chunk_size)
-        self._longest = _LONG_PROMPT // 2  # prompt that was noted
 
     def analyze(self, items: Sequence[Mapping[str, Any] | str]) -> list[Prediction]:
         """The predictions of items, in their order. An item that cannot be asked has an error instead of an
@@ -225,7 +221,7 @@ class Analyzer:
             self._scorer = LabelScorer(
                 self.model, self.tokenizer, self.task, options, batch_size=self.batch_size
             )
-        predictions = self._scorer.label_rows(rows, self._prompt, on_done)
+        predictions = self._scorer.label_rows(rows, self._rows, on_done)
         return [to_classification(prediction, self.calibrated) for prediction in predictions]
 
     def _answer(
@@ -238,7 +234,7 @@ class Analyzer:
         asked: list[tuple[int, Item, list[int]]] = []
         cuts: dict[int, Mapping[str, Any]] = {}
         for i, (where, row) in enumerate(rows):
-            item = self._prompt(row, where)
+            item = self._rows(row, where)
             if isinstance(item, Prediction):
                 answers[i] = item
                 continue
@@ -270,58 +266,6 @@ class Analyzer:
             constrain=self.constrain,
             on_done=on_done,
         )
-
-    def _prompt(
-        self, row: Row | str | DataError, where: str, task: Task | None = None
-    ) -> CutItem | Prediction:
-        """An item and its prompt, or the prediction of one that cannot be asked."""
-        task = task or self.task
-        try:
-            item = _checked_item(row, task, where)
-            prompt = item_prompt(self.tokenizer, item)
-        except DataError as error:
-            return _bad_row(row, task, where, error)
-        limit = self.max_prompt_tokens
-        if isinstance(row, DataError) or limit is None or len(prompt) <= limit:
-            if len(prompt) >= 2 * self._longest:
-                self._longest = len(prompt)
-                self._progress.note(
-                    f"note: {where}: a prompt of {len(prompt):,} tokens, which takes long to read"
-                )
-            return CutItem(item, prompt, {})
-        tokenize = functools.partial(item_prompt, self.tokenizer)
-        short = cut_middle(row, item, task, limit, tokenize) if self.long == "cut" else None
-        if short is not None:
-            return short
-        problem = f"the prompt has {len(prompt):,} tokens"
-        fix = "long='cut' (--long cut) leaves out the middle of its text"
-        if self.long == "cut":
-            problem, fix = f"{problem}, too many even without its longest text", "give it less text"
-        message = f"{where}: {problem}, and at most {limit:,} are read ({fix})"
-        return replace(unread(item, len(prompt), limit), error=message)
-
-
-def _checked_item(row: Row | str | DataError, task: Task, where: str) -> Item:
-    """The item of a row, which must have a text."""
-    if isinstance(row, DataError):
-        raise row
-    item = to_item(row, task, where)
-    if isinstance(row, Mapping) and all(name in row for name in task.input_fields):
-        texts = [str(row[name]) for name in task.input_fields]
-        named = listed(task.input_fields)
-    else:
-        texts = [row] if isinstance(row, str) else [m.content for m in item.messages if m.role == "user"]
-        named = "the text"
-    if not any(text.strip() for text in texts):
-        raise DataError(f"{where}: {named}: empty", fix="fill it in, or leave the row out")
-    return item
-
-
-def _bad_row(row: Row | str | DataError, task: Task, where: str, error: DataError) -> Prediction:
-    """The prediction of a row that cannot be asked; without an id of its own it has its place as one."""
-    own = row.get(task.id, row.get("id")) if isinstance(row, Mapping) else None
-    id = str(own) if isinstance(own, (str, int)) and own != "" else where
-    return Prediction(id, "", None, None, None, error=str(error), error_kind=BAD_ROW)
 
 
 def analyze(
@@ -415,7 +359,7 @@ def check_rows(
         for where, row in rows:
             total += 1
             try:
-                item = _checked_item(row, source.task, where)
+                item = checked_item(row, source.task, where)
             except DataError as error:
                 bad, first = bad + 1, first or error
             else:

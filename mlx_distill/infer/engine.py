@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from mlx_distill.errors import ConfigError, DistillError
-from mlx_distill.infer.channels import AnswerStart, channels_of
+from mlx_distill.infer.channels import AnswerStart, channels_of, detokenizer_of
 from mlx_distill.infer.kv_cache import Caches, select
 from mlx_distill.infer.prefill import PromptReader, PromptRow
 from mlx_distill.infer.prefix_cache import PrefixCache
@@ -40,7 +40,7 @@ from mlx_distill.infer.requests import (
     TokenEvent,
     check_request,
 )
-from mlx_distill.infer.sampling import allow_tokens, choose
+from mlx_distill.infer.sampling import allow_tokens, choose, column_words, padded_columns
 from mlx_distill.models.forward import embedding_rows
 from mlx_distill.models.token_ids import used_ids
 
@@ -171,7 +171,7 @@ class Engine:
             PromptRow(np.asarray(request.prompt, dtype=np.int32)),
             AnswerStart(self._channels, request.prompt),
             uniforms,
-            _detokenizer(self.tokenizer) if request.stream else None,
+            detokenizer_of(self.tokenizer) if request.stream else None,
         )
         self._requests[number] = row.prompt.owner = row
         self._reader.waiting.append(row.prompt)
@@ -330,11 +330,11 @@ class Engine:
             events += [self._fail(self._rows[place], error) for place, error in errors.items()]
             if self._used is not None:
                 if self._used_words is None:
-                    self._used_words = _words(self._used, width)
+                    self._used_words = column_words(self._used, width)
                 masks &= self._used_words
             return allow_tokens(logits, masks)
         if self._allowed is None and self._used is not None:
-            self._allowed = mx.array(_padded(self._used, width))
+            self._allowed = mx.array(padded_columns(self._used, width))
             if self._used[:width].all() and len(self._used) >= width:
                 self._used = self._allowed = None
         return logits if self._allowed is None else mx.where(self._allowed, logits, -mx.inf)
@@ -372,32 +372,10 @@ class Engine:
         self._last = time.perf_counter()
 
 
-def _words(used: Bool[np.ndarray, " u"], width: int) -> Int[np.ndarray, "1 w"]:
-    """:func:`_padded` in words of 32 bits."""
-    bits = np.zeros((1, -(-width // 32) * 32), dtype=bool)
-    bits[:, :width] = _padded(used, width)
-    return np.packbits(bits, axis=1, bitorder="little").view("<i4")
-
-
-def _padded(used: Bool[np.ndarray, " u"], width: int) -> Bool[np.ndarray, "1 v"]:
-    """Which columns of the logits are tokens."""
-    out = np.zeros((1, width), dtype=bool)
-    out[0, : len(used)] = used[:width]
-    return out
-
-
 def _fill_masks(constraints: Sequence[Any], masks: Int[np.ndarray, "b w"]) -> Mapping[int, Exception]:
     from mlx_distill.infer.constrained import fill_masks
 
     return fill_masks(constraints, masks)
-
-
-def _detokenizer(tokenizer: Any) -> Any:
-    """mlx-lm's streaming detokenizer for a tokenizer."""
-    from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
-
-    own = getattr(tokenizer, "detokenizer", None)
-    return NaiveStreamingDetokenizer(tokenizer) if own is None else own
 
 
 def generate(
@@ -450,14 +428,6 @@ def generate(
         ConfigError: ``max_tokens`` or ``batch_size`` below 1, a negative temperature, or keys and values that
             cannot be quantized.
     """
-    engine = Engine(
-        model,
-        tokenizer,
-        batch_size=batch_size,
-        prefill_step_size=prefill_step_size,
-        prefix_cache_tokens=prefix_cache_tokens,
-        kv_bits=kv_bits,
-    )
     requests = [
         Request(
             prompt,
@@ -470,12 +440,45 @@ def generate(
         )
         for number, prompt in enumerate(prompts)
     ]
+    return generate_all(
+        model,
+        tokenizer,
+        requests,
+        on_done=on_done,
+        keep_failed=keep_failed,
+        batch_size=batch_size,
+        prefill_step_size=prefill_step_size,
+        prefix_cache_tokens=prefix_cache_tokens,
+        kv_bits=kv_bits,
+    )
+
+
+def generate_all(
+    model: Any,
+    tokenizer: Any,
+    requests: Sequence[Request],
+    *,
+    on_done: Callable[[int], None] | None = None,
+    keep_failed: bool = False,
+    **settings: Any,
+) -> list[Generation]:
+    """The answer to each request, in their order; see :func:`generate`.
+
+    Args:
+        model: As for :class:`Engine`.
+        tokenizer: As for :class:`Engine`.
+        requests: What is asked.
+        on_done: As for :func:`generate`.
+        keep_failed: As for :func:`generate`.
+        **settings: The other arguments of :class:`Engine`.
+    """
+    engine = Engine(model, tokenizer, **settings)
     for number, request in enumerate(requests):
         check_request(request, embedding_rows(model), tokenizer, f"prompt {number}")
     # Prompts of similar length are read together.
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    order = sorted(range(len(requests)), key=lambda i: len(requests[i].prompt), reverse=True)
     places = {engine.submit(requests[i]): i for i in order}
-    out: list[Generation | None] = [None] * len(prompts)
+    out: list[Generation | None] = [None] * len(requests)
     done = 0
     while engine.busy:
         for event in engine.step():
@@ -485,7 +488,7 @@ def generate(
             if isinstance(event, Finished):
                 out[place] = event.generation
             elif keep_failed and isinstance(event.error, DistillError):
-                out[place] = Generation("", (), len(prompts[place]), "error", 0.0, error=event.error)
+                out[place] = Generation("", (), len(requests[place].prompt), "error", 0.0, error=event.error)
             else:
                 raise event.error
             done += 1

@@ -12,7 +12,7 @@ from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.data.rows import Item, to_item
 from mlx_distill.errors import ConfigError
 from mlx_distill.infer.constrained import task_grammar
-from mlx_distill.infer.engine import Generation, LogitsHook, generate
+from mlx_distill.infer.engine import Generation, LogitsHook, generate_all
 from mlx_distill.infer.kv_cache import Caches
 from mlx_distill.infer.label_scoring import (
     LabelPrefix,
@@ -20,6 +20,7 @@ from mlx_distill.infer.label_scoring import (
     label_prefix_tokens,
     label_probabilities,
 )
+from mlx_distill.infer.requests import Request
 from mlx_distill.records import Message, Prediction
 from mlx_distill.tasks.answer import error_kind, parse_answer
 from mlx_distill.tasks.task import Task
@@ -212,22 +213,59 @@ def generate_answers(
             error instead, and the others are answered.
         on_done: Called with the number of items answered so far.
     """
-    prefix = label_prefix_tokens(tokenizer, task) if label_probs else None
-    grammar = task_grammar(model, tokenizer, task) if constrain and prompts else None
-    return generate(
-        model,
-        tokenizer,
-        prompts,
-        max_tokens=max_tokens or task.max_answer_tokens,
-        batch_size=batch_size,
-        stop=set(stop_ids(tokenizer)),
-        temperature=temperature,
-        seed=seed,
-        on_done=on_done,
-        constraints=None if grammar is None else [grammar.constraint(prompt) for prompt in prompts],
-        logits_hook=label_hook(model, prefix) if prefix else None,
-        keep_failed=True,
-    )
+    if not prompts:
+        return []
+    asked = AnswerRequests(model, tokenizer, task, label_probs=label_probs, constrain=constrain)
+    requests = [
+        asked.request(prompt, max_tokens, temperature=temperature, seed=(seed, number))
+        for number, prompt in enumerate(prompts)
+    ]
+    return generate_all(model, tokenizer, requests, batch_size=batch_size, on_done=on_done, keep_failed=True)
+
+
+class AnswerRequests:
+    """From prompts to the requests of an engine for answers of a task.
+
+    Requests that one object made share the hook of the labels, so their labels are read together.
+
+    Args:
+        model: An mlx-lm model.
+        tokenizer: Its tokenizer.
+        task: Schema, label and score.
+        label_probs: Read the distribution over the labels too, where there is one.
+        constrain: Let the model write only what fits the task's schema.
+
+    Raises:
+        ConfigError: ``constrain``, and a schema that a grammar cannot enforce.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, task: Task, *, label_probs: bool = True, constrain: bool = True
+    ) -> None:
+        self.task = task
+        self.prefix = label_prefix_tokens(tokenizer, task) if label_probs else None
+        self._grammar = task_grammar(model, tokenizer, task) if constrain else None
+        self._hook = label_hook(model, self.prefix) if self.prefix else None
+        self._stop = frozenset(stop_ids(tokenizer))
+
+    def request(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int | None = None,
+        *,
+        temperature: float = 0.0,
+        seed: tuple[int, ...] | int = 0,
+    ) -> Request:
+        """The request for one answer; the arguments are those of :func:`generate_answers`."""
+        return Request(
+            prompt,
+            max_tokens or self.task.max_answer_tokens,
+            self._stop,
+            temperature,
+            seed,
+            None if self._grammar is None else self._grammar.constraint(prompt),
+            self._hook,
+        )
 
 
 def to_predictions(
@@ -316,8 +354,7 @@ def label_distributions(
     table = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
     others = []
     for i, generation in enumerate(generations):
-        answer = generation.tokens[generation.answer_start :]
-        if generation.hook_output is not None and list(answer[: len(ids)]) == ids:
+        if generation.hook_output is not None and begins_with_label(generation, ids):
             table[i] = np.exp(generation.hook_output)
         else:
             others.append(i)
@@ -326,6 +363,14 @@ def label_distributions(
             model, [[*prompts[i], *ids] for i in others], labels, batch_size=batch_size
         )
     return [dict(zip(labels.labels, map(float, line), strict=True)) for line in table]
+
+
+def begins_with_label(generation: Generation, ids: Sequence[int]) -> bool:
+    """Whether the label's distribution was read while the answer was generated: it begins as the schema has
+    it.
+    """
+    answer = generation.tokens[generation.answer_start :]
+    return generation.hook_output is not None and list(answer[: len(ids)]) == list(ids)
 
 
 def read_answer(

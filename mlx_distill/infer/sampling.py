@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float, Int, Integer
+from jaxtyping import Bool, Float, Int, Integer
 
 
 def choose(
@@ -53,3 +53,17 @@ def _allow(logits: mx.array, words: mx.array) -> mx.array:
     # One fused kernel: unpacked on the host, or into an array of its own, it took three times as long.
     bits = (words[:, :, None] >> mx.arange(32, dtype=mx.int32)) & 1
     return mx.where(bits.reshape(words.shape[0], -1)[:, : logits.shape[1]].astype(mx.bool_), logits, -mx.inf)
+
+
+def column_words(used: Bool[np.ndarray, " u"], width: int) -> Int[np.ndarray, "1 w"]:
+    """:func:`padded_columns` in words of 32 bits."""
+    bits = np.zeros((1, -(-width // 32) * 32), dtype=bool)
+    bits[:, :width] = padded_columns(used, width)
+    return np.packbits(bits, axis=1, bitorder="little").view("<i4")
+
+
+def padded_columns(used: Bool[np.ndarray, " u"], width: int) -> Bool[np.ndarray, "1 v"]:
+    """Which columns of the logits are tokens."""
+    out = np.zeros((1, width), dtype=bool)
+    out[0, : len(used)] = used[:width]
+    return out

@@ -8,11 +8,12 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import cached_property
 from importlib import import_module
-from typing import Any
 
 from fastapi import FastAPI
 
 from mlx_distill import __version__
+from mlx_distill.ledger.database import Ledger
+from mlx_distill.registry.resolve import ResolvedModel, resolve_model
 from mlx_distill.serve.errors import add_error_handlers
 from mlx_distill.serve.pool import Pool
 from mlx_distill.serve.responses import PlainJSON
@@ -69,12 +70,12 @@ class Server:
         self._ticker: threading.Thread | None = None
 
     @cached_property
-    def ledger(self) -> Any:
+    def ledger(self) -> Ledger:
         """The ledger under the root, which is made if there is none."""
-        return import_module("mlx_distill.ledger.database").Ledger(self.root)
+        return Ledger(self.root)
 
-    def _resolve(self, name: str) -> Any:
-        return import_module("mlx_distill.registry.resolve").resolve_model(self.ledger, name)
+    def _resolve(self, name: str) -> ResolvedModel:
+        return resolve_model(self.ledger, name)
 
     def start(self) -> None:
         """Begin the work that is done every second."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class LoadedModel:
         users: Requests that are at work with it.
         used: When the last one ended, in monotonic seconds.
         since: When it was loaded, in Unix seconds.
-        shared: What requests made once for all, by name.
+        shared: What requests made once for all, by name, under ``lock``.
     """
 
     key: str
@@ -81,6 +82,7 @@ class LoadedModel:
     used: float = field(default_factory=time.monotonic)
     since: float = field(default_factory=time.time)
     shared: dict[Any, Any] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,9 @@ def write_root(folder: Path, task: str | None = "music", **changes: int) -> Root
     model.parent.mkdir(parents=True, exist_ok=True)
     write_small_model(model, **changes)
     if task is not None:
-        write_trained_on(model, load_task(task), [])
+        trained = load_task(task)
+        system, _ = trained.prompt(dict.fromkeys(trained.input_fields, "x"))
+        write_trained_on(model, trained, [{"messages": [{"role": "system", "content": system}]}])
     return Root.at(folder)
 
 
