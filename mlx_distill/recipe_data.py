@@ -50,7 +50,9 @@ class SourceConfig:
     )
     part: str | None = option(None, "part of the generator's templates: train or test")
     format: str = option(
-        "auto", "format of the rows", choices=["auto", "messages", "sharegpt", "alpaca", "openai", "plain"]
+        "auto",
+        "format of the rows",
+        choices=["auto", "messages", "sharegpt", "alpaca", "openai", "chatml", "plain"],
     )
     columns: Mapping[str, str] = option({}, "field of the task: column of the file")
     values: Mapping[str, ValueConfig] = option(

@@ -28,6 +28,7 @@ COMMANDS = {
     "inspect": "models:inspect",
     "analyze": "analyze:analyze",
     "compare": "compare:compare",
+    "data": "data:data",
     "costs": "costs:costs",
     "ledger": "ledger:ledger",
     "recipes": "recipes:recipes",

@@ -47,7 +47,7 @@ from mlx_distill.tasks.task import Task
 
 FORMAT = 1
 
-_SPLIT_NAMES = {
+SPLIT_NAMES = {
     "train": TRAIN,
     "training": TRAIN,
     "valid": VALID,
@@ -163,7 +163,7 @@ def _read(
                         raise
                     dropped.add("does not fit the task", error.message)
                     continue
-                text = _asked_text(example)
+                text = asked_text(example)
                 values = {**raw, **example.fields}
                 seen.add(values, source.columns, config)
                 leaks.add(number, source, where, raw, example)
@@ -173,7 +173,7 @@ def _read(
                     continue
                 buffer.append(
                     where,
-                    " ".join(words(_known_text(example, task), punctuation=True)),
+                    " ".join(words(known_text(example, task), punctuation=True)),
                     example,
                     _requested(source.split or values.get(config.split_field), config.split_field, where),
                     number,
@@ -195,16 +195,16 @@ def _read(
     return read, warnings
 
 
-def _asked_text(example: Example) -> str:
+def asked_text(example: Example) -> str:
     """The text of a row that near duplicates are found by: what the user and tools say."""
     return "\n".join(turn.content for turn in example.messages if turn.role in ("user", "tool"))
 
 
-def _known_text(example: Example, task: Task) -> str:
+def known_text(example: Example, task: Task) -> str:
     """The text by which two rows are one: what is asked. Without a task it is the whole chat: there one
     question may have several answers, and rows differ in their system turns.
     """
-    return "\n".join(turn.content for turn in example.messages) if task.is_chats else _asked_text(example)
+    return "\n".join(turn.content for turn in example.messages) if task.is_chats else asked_text(example)
 
 
 def _example(raw: Mapping[str, Any], task: Task, where: str, source: SourceConfig) -> Example:
@@ -252,7 +252,7 @@ def _requested(name: Any, field: str, where: str) -> int:
     """The split that a row or its source names."""
     if name is None or name == "":
         return UNASSIGNED
-    split = _SPLIT_NAMES.get(str(name).strip().lower())
+    split = SPLIT_NAMES.get(str(name).strip().lower())
     if split is None:
         raise DataError(
             f"{where}: {field}: {name!r} is not a split",

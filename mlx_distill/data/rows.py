@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from mlx_distill.data.alpaca import alpaca_turns
 from mlx_distill.data.answer_marker import cut_fields, cut_turns
 from mlx_distill.data.answers import DROP, answer_columns, valid_answer
+from mlx_distill.data.chatml import chatml_row
 from mlx_distill.data.json_values import json_row, json_types
 from mlx_distill.data.layouts import chat_column, chat_of, closest, listed, missing_fields
 from mlx_distill.data.messages import (
@@ -58,6 +59,7 @@ def to_example(
       ``chat``), with ``from`` and ``value`` or with ``role`` and ``content``, and ``system``?;
     - ``alpaca``: ``{"instruction", "input"?, "output", "system"?, "history"?}``, where ``history`` holds
       the earlier turns as pairs;
+    - ``chatml``: the column ``text`` with a chat in ChatML;
     - ``plain``: the fields that the task's prompt names, and ``answer`` or the answer's own fields as
       columns.
 
@@ -92,6 +94,8 @@ def to_example(
     row, left_out = json_row(_renamed(raw, columns))
     answer: dict[str, Any] | None = None
     try:
+        if format == "chatml":
+            row, format = chatml_row(row), "openai"
         if task.is_chats:
             parsed, last = _parse_chat(row, task, format)
             _check_json({**parsed.fields, task.id: parsed.id}, (*parsed.prompt, last))
