@@ -47,6 +47,7 @@ def compare(
     ratings: str | Path | None = None,
     judge: str | Path | None = None,
     judgements: str | Path | None = None,
+    names: Sequence[str | None] = (None, None),
     progress: Progress | None = None,
 ) -> ModelComparison:
     """Compare two models on the same rows. The difference is B minus A.
@@ -77,6 +78,7 @@ def compare(
         judge: A model that says which answer is better, asked with both orders of the answers.
         judgements: A table of people's judgements of a random sample of the rows, ``id`` and ``better``
             (``a``, ``b``, ``tie``), by which the judge's are corrected: without it there is no judge.
+        names: What the two are called, where the files are not to say it.
         progress: Where progress is shown.
 
     Returns:
@@ -109,6 +111,7 @@ def compare(
             side or model_side(spec, file, known, **settings, progress=progress)  # type: ignore[arg-type]
             for spec, side in zip((a, b), sides, strict=True)
         ]
+    sides = [_named(side, name) for side, name in zip(sides, names, strict=True)]
     result = compare_sides(
         *sides,  # type: ignore[arg-type]
         task=known,
@@ -124,6 +127,10 @@ def compare(
     for path in files:
         write_comparison(result, path, with_rows=with_rows)
     return result
+
+
+def _named(side: Side | None, name: str | None) -> Side | None:
+    return replace(side, name=name, source=name) if side is not None and name else side
 
 
 def _tokens(

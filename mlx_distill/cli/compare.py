@@ -27,9 +27,8 @@ import click
 @click.option("--constrained", is_flag=True, help="Compare answers under the grammar of the task.")
 @click.option(
     "--answers",
-    default="comparisons",
-    show_default=True,
-    help="The folder in which the answers of models are kept.",
+    help="The folder in which the answers of models are kept.  [default: comparisons; with --keep that of "
+    "the ledger]",
 )
 @click.option(
     "--batch-size",
@@ -60,9 +59,24 @@ import click
     help="People's judgements of a random sample of the rows: id and better (a, b, tie).",
 )
 @click.option("--gate", is_flag=True, help="Exit with 3 unless B is better or not inferior; needs --margin.")
+@click.option(
+    "--keep",
+    is_flag=True,
+    help="Keep the result in the ledger of --root; A and B may be versions of the registry, such as music:3.",
+)
+@click.option(
+    "--root",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("."),
+    envvar="MLX_DISTILL_ROOT",
+    show_default=True,
+    help="The folder that you work in.",
+)
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 @click.pass_context
-def compare(ctx: click.Context, a: str, b: str, gate: bool, as_json: bool, **options: Any) -> None:
+def compare(
+    ctx: click.Context, a: str, b: str, gate: bool, keep: bool, root: Path, as_json: bool, **options: Any
+) -> None:
     """Compare two models on the same rows.
 
     Is B as good as A, how sure is that, and on which rows not?
@@ -80,6 +94,15 @@ def compare(ctx: click.Context, a: str, b: str, gate: bool, as_json: bool, **opt
     from mlx_distill.comparisons import compare as compare_models
     from mlx_distill.progress import make_progress
 
-    result = compare_models(a, b, **options, progress=make_progress())
+    options = {name: value for name, value in options.items() if value is not None}
+    if keep:
+        from mlx_distill.ledger.database import Ledger
+        from mlx_distill.ledger.root import Root
+        from mlx_distill.registry.comparisons import keep_comparison
+
+        kept, result = keep_comparison(Ledger(Root.at(root)), a, b, **options, progress=make_progress())
+        click.echo(f"kept as {kept.id}", err=True)
+    else:
+        result = compare_models(a, b, **options, progress=make_progress())
     echo(result, as_json)
     ctx.exit(3 if gate and not result.passed else 0)

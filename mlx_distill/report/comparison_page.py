@@ -81,6 +81,18 @@ def render_comparison(
     Returns:
         A complete HTML document.
     """
+    view = comparison_view(facts, cases, with_rows=with_rows, tokens=tokens)
+    return render("comparison.html.j2", c=facts, view=view)
+
+
+def comparison_view(
+    facts: Facts,
+    cases: Sequence[Case],
+    *,
+    with_rows: bool = False,
+    tokens: Sequence[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
+    """What the template ``comparison.html.j2`` shows besides the facts, as ``view``."""
     ordered = sorted(cases, key=lambda case: _ORDER.index(case["change"]))
     shown = [_case(case, facts, with_rows and i < _MOST_DIFFS, with_rows) for i, case in enumerate(ordered)]
     view: dict[str, Any] = {
@@ -109,7 +121,7 @@ def render_comparison(
         "version": _version(),
     }
     view["sections"] = _sections(facts, view)
-    return render("comparison.html.j2", c=facts, view=view)
+    return view
 
 
 def script_hash() -> str:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mlx_distill.report import render_html
 
-VOID = {"br", "col", "hr", "img", "input", "meta", "!doctype"}
+VOID = {"br", "col", "hr", "img", "input", "link", "meta", "!doctype"}
 
 
 class Page(HTMLParser):

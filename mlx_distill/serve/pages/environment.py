@@ -5,13 +5,14 @@ beside a button.
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import shlex
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
-from functools import cache
+from functools import cache, partial
 from http import HTTPStatus
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,10 @@ RAIL = (
     ("/compare", "Compare"),
     ("/costs", "Costs"),
 )
+# A part of a command that stands for a field: {name}, --option?{name}, --flag?name.
+_FIELD = re.compile(
+    r"(?:(?P<option>--[\w-]+)\?)?(?:\{(?P<value>[A-Za-z_]\w*)\}|(?<=\?)(?P<flag>[A-Za-z_]\w*))"
+)
 
 
 @dataclass(frozen=True)
@@ -45,46 +50,63 @@ class CommandLine:
     """A command of ours as a page shows it beside the button that does the same.
 
     Attributes:
-        parts: The arguments after ``mlx-distill``. ``{reason}`` stands for the form's field of that name: the
-            page shows ``REASON`` in its place, and with JavaScript what is typed.
+        parts: The arguments after ``mlx-distill``. Parts with the names of the form's fields follow what is
+            typed: ``{reason}`` is the field's value (``REASON`` while it is empty), ``--margin?{margin}`` the
+            option with its value, ``--override?override`` a flag; both are left out while the field is empty.
+        values: What the fields hold when the page is made.
     """
 
     parts: tuple[str, ...]
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def words(self) -> list[str]:
+        """The words of the command as the fields stand.
+
+        >>> parts = ("compare", "{a}", "b c", "--margin?{margin}", "--keep?keep")
+        >>> CommandLine(parts, {"margin": "3pt"}).words
+        ['mlx-distill', 'compare', 'A', 'b c', '--margin', '3pt']
+        """
+        out = ["mlx-distill"]
+        for part in self.parts:
+            match = _FIELD.fullmatch(part)
+            if match is None:
+                out.append(part)
+                continue
+            value = str(self.values.get(match["value"] or match["flag"]) or "")
+            if match["option"] is None:
+                out.append(value or match["value"].upper())
+            elif value:
+                out += [match["option"]] + ([value] if match["value"] else [])
+        return out
 
     @property
     def text(self) -> str:
-        """The line for a shell.
-
-        >>> CommandLine(("registry", "promote", "music:3", "--reason", "{reason}")).text
-        'mlx-distill registry promote music:3 --reason REASON'
-        """
-        return " ".join(["mlx-distill", *(self._shown(part) for part in self.parts)])
+        """The line for a shell."""
+        return shlex.join(self.words)
 
     @property
     def json(self) -> str:
-        """The words for the page's script, fields as ``{name}``."""
+        """The parts for the page's script, which follows the fields."""
         return json.dumps(["mlx-distill", *self.parts])
 
     @property
     def fields(self) -> bool:
         """Whether a part stands for a field of the form."""
-        return any(_field(part) for part in self.parts)
-
-    @staticmethod
-    def _shown(part: str) -> str:
-        name = _field(part)
-        return name.upper() if name else shlex.quote(part)
+        return any(_FIELD.fullmatch(part) for part in self.parts)
 
 
-def command_line(root: Path, *parts: object) -> CommandLine:
+def command_line(root: Path, *parts: object, values: Mapping[str, Any] | None = None) -> CommandLine:
     """The command with these arguments, and ``--root`` where the root is not the working folder.
 
     Args:
         root: The folder that is served.
         parts: Arguments; None is left out.
+        values: See :class:`CommandLine`.
     """
     shown = tuple(str(part) for part in parts if part is not None)
-    return CommandLine(shown if root == Path.cwd() else (*shown, "--root", str(root)))
+    whole = shown if root == Path.cwd() else (*shown, "--root", str(root))
+    return CommandLine(whole, dict(values or {}))
 
 
 @cache
@@ -128,7 +150,7 @@ def page(
         "request": request,
         "root": root,
         "nonce": nonce,
-        "command": lambda *parts: command_line(root, *parts),
+        "command": partial(command_line, root),
         "signed_in": True,
     }
     made = environment().get_template(template)
@@ -203,11 +225,6 @@ def ago(seconds: float | None) -> str:
         if passed >= length:
             return f"{text.counted(int(passed // length), unit)} ago"
     return "just now"
-
-
-def _field(part: str) -> str | None:
-    """The name of the form's field that a part stands for."""
-    return part[1:-1] if part.startswith("{") and part.endswith("}") and part[1:-1].isidentifier() else None
 
 
 def _phrase(status: int) -> str:

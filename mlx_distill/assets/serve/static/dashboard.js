@@ -2,15 +2,18 @@
 "use strict";
 (() => {
   const quoted = (word) => (/^[\w@%+=:,./-]+$/.test(word) ? word : "'" + word.replaceAll("'", "'\"'\"'") + "'");
-  const field = (part) => /^\{([A-Za-z_]\w*)\}$/.exec(part)?.[1];
+  const part = /^(?:(--[\w-]+)\?)?(?:\{([A-Za-z_]\w*)\}|(?<=\?)([A-Za-z_]\w*))$/;
 
+  // As CommandLine.words in pages/environment.py: {name}, --option?{name} and --flag?name follow the form's fields.
   function shown(code) {
-    const form = code.closest("form");
-    return JSON.parse(code.dataset.command).map((part) => {
-      const name = field(part);
-      if (!name) return quoted(part);
-      const value = form && new FormData(form).get(name);
-      return value ? quoted(String(value)) : name.toUpperCase();
+    const fields = new FormData(code.closest("form") ?? undefined);
+    return JSON.parse(code.dataset.command).flatMap((word) => {
+      const [whole, option, name, flag] = part.exec(word) ?? [];
+      if (!whole) return [quoted(word)];
+      const value = String(fields.get(name ?? flag) ?? "").trim();
+      if (!option) return [value ? quoted(value) : name.toUpperCase()];
+      if (!value) return [];
+      return name ? [option, quoted(value)] : [option];
     }).join(" ");
   }
 
