@@ -1,7 +1,145 @@
-"""Deployments, comparisons and exports of data sets as JSON."""
+"""The registry, data sets and costs as JSON: what the commands ``registry``, ``data`` and ``costs`` show."""
 
 from __future__ import annotations
 
-from fastapi import APIRouter
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
 
-router = APIRouter()
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.background import BackgroundTask
+from starlette.responses import FileResponse
+
+from mlx_distill.data_sets import DataSet, add_data_set, export_data_set, get_data_set, list_data_sets
+from mlx_distill.errors import ConfigError
+from mlx_distill.registry import Model, Version, list_models
+from mlx_distill.running_costs import cost_report, record_runs
+from mlx_distill.serve.errors import ApiError
+from mlx_distill.tasks.task import task_names
+from mlx_distill.text import known_names
+
+router = APIRouter(prefix="/v1/mlx")
+
+
+class _Body(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class NewDataSet(_Body):
+    """A file or a folder under the root that is to be described and kept under a name."""
+
+    path: str = Field(min_length=1, max_length=1000)
+    name: str | None = Field(None, max_length=100)
+    task: str | None = Field(None, max_length=100, description="A packaged task; none: chats of any kind.")
+
+
+class Export(_Body):
+    """The layout in which the rows of a data set are wanted."""
+
+    layout: str = Field(max_length=20, description="openai, alpaca or chatml")
+    split: str | None = Field(None, max_length=20)
+
+
+@router.get("/models")
+def registry_models(request: Request) -> dict[str, Any]:
+    """The models of the registry with their versions and aliases."""
+    models = list_models(request.app.state.server.ledger)
+    return {"object": "list", "data": [_model(model) for model in models]}
+
+
+@router.get("/models/{name}")
+def registry_model(request: Request, name: str) -> dict[str, Any]:
+    """One model of the registry."""
+    models = {model.name: model for model in list_models(request.app.state.server.ledger)}
+    if name not in models:
+        fix = known_names(name, list(models), "models")
+        raise ApiError(404, f"no model of this name in the registry ({fix})", code="model_not_found")
+    return _model(models[name])
+
+
+@router.get("/data")
+def data_sets(request: Request) -> dict[str, Any]:
+    """All data sets, by name."""
+    found = list_data_sets(request.app.state.server.ledger)
+    return {"object": "list", "data": [_data_set(one) for one in found]}
+
+
+@router.post("/data")
+def create_data_set(request: Request, body: NewDataSet) -> dict[str, Any]:
+    """Describe a file or a folder under the root, and keep that under a name."""
+    if body.task is not None and body.task not in task_names():  # over HTTP a name is never a path
+        raise ConfigError("no such packaged task", fix=f"one of {', '.join(task_names())}")
+    server = request.app.state.server
+    return _data_set(add_data_set(server.ledger, body.path, name=body.name, task=body.task))
+
+
+@router.get("/data/{name}")
+def data_set(request: Request, name: str) -> dict[str, Any]:
+    """One data set, and whether its content has changed since it was described."""
+    found = _named(request, name)
+    return _data_set(found) | {"changed": found.changed}
+
+
+@router.post("/data/{name}/export")
+def export(request: Request, name: str, body: Export) -> FileResponse:
+    """The rows of a data set in another tool's layout; refused with the rows that it cannot hold."""
+    server = request.app.state.server
+    found = _named(request, name)
+    server.root.state.mkdir(parents=True, exist_ok=True)
+    folder = tempfile.TemporaryDirectory(dir=server.root.state, prefix="export-")
+    try:
+        path = Path(folder.name) / f"{found.name}.{body.layout.replace('/', '')}.jsonl"
+        export_data_set(server.ledger, name, path, body.layout, split=body.split)
+    except BaseException:
+        folder.cleanup()
+        raise
+    return FileResponse(
+        path,
+        media_type="application/x-ndjson",
+        filename=path.name,
+        background=BackgroundTask(folder.cleanup),
+    )
+
+
+@router.get("/costs")
+def costs(request: Request) -> dict[str, Any]:
+    """What runs and served calls under the root have cost so far: seconds and tokens, and money where it was
+    recorded.
+    """
+    ledger = request.app.state.server.ledger
+    record_runs(ledger)
+    return asdict(cost_report(ledger))
+
+
+def _named(request: Request, name: str) -> DataSet:
+    """The data set of a name, which is never a path."""
+    try:
+        return get_data_set(request.app.state.server.ledger, name)
+    except ConfigError as error:
+        raise ApiError(404, str(error), code="data_set_not_found") from error
+
+
+def _model(model: Model) -> dict[str, Any]:
+    return {
+        "name": model.name,
+        "description": model.description,
+        "created_at": model.created_at,
+        "aliases": dict(model.aliases),
+        "versions": [_version(version) for version in model.versions],
+    }
+
+
+def _version(version: Version) -> dict[str, Any]:
+    return {**asdict(version), "name": version.name}
+
+
+def _data_set(found: DataSet) -> dict[str, Any]:
+    return {
+        "name": found.name,
+        "path": found.path,
+        "task": found.task,
+        "sha256": found.sha256,
+        "facts": dict(found.facts),
+    }
