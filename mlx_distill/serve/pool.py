@@ -56,6 +56,7 @@ class Pool:
         self._loading = threading.Lock()  # one at a time
         self._requests = 0
         self._closed = False
+        self._failed: dict[str, str] = {}  # of a name, the model that it could not be changed to
         self._problem: str | None = None  # why the served model is not in memory
 
     @contextmanager
@@ -184,6 +185,8 @@ class Pool:
 
     def tick(self) -> None:
         """What is done every second: the served model is loaded before it is asked for."""
+        for name in list(self._names):
+            self._swap(name)
         served = self.settings.model
         with self._changed:
             if self._closed or served is None or served in self._names:
@@ -195,6 +198,44 @@ class Pool:
             if self._problem != error.message:
                 log.error("%s: %s", served, error.message)
             self._problem = error.message
+
+    def _swap(self, name: str) -> None:
+        """Let a name be answered by another model where it means another one now: the new one is loaded
+        beside the old one, which finishes its requests. Where it cannot be loaded the old one goes on.
+        """
+        with self._changed:
+            old = self._names.get(name)
+        try:
+            new = self._resolve(name)
+        except DistillError as error:
+            self._note_problem(f"{name}: {error}")
+            return
+        if old is None or key_of(new) == key_of(old) or self._failed.get(name) == key_of(new):
+            return
+        try:
+            self._bring(name)
+        except ApiError as error:
+            self._failed[name] = key_of(new)
+            self._note_problem(f"{name} stays with {old.version or old.path}: {error.message}")
+            return
+        self._failed.pop(name, None)
+        self._problem = None
+        log.warning("%s: now version %s", name, new.version or new.path)
+        self._unload_unused(key_of(old))
+
+    def _note_problem(self, problem: str) -> None:
+        if problem != self._problem:
+            log.error(problem)
+        self._problem = problem
+
+    def _unload_unused(self, key: str) -> None:
+        """Free a model that no name means any more, if it has no users; else it goes when room is needed."""
+        with self._changed:
+            loaded = self._models.get(key)
+            if loaded is None or loaded.users or any(key_of(one) == key for one in self._names.values()):
+                return
+            del self._models[key]
+        _unload(loaded)
 
     def state(self) -> dict[str, Any]:
         """What ``/ready`` says."""
