@@ -21,7 +21,7 @@ from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.evaluate.compare import parse_margin
 from mlx_distill.evaluate.costs import Prices, read_prices
 from mlx_distill.graph import TRAININGS, Stage, graph, stages_for
-from mlx_distill.progress import EventProgress, NullProgress, Progress, make_progress
+from mlx_distill.progress import EventProgress, NullProgress, Progress, events_of, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.resources import with_resources
 from mlx_distill.runtime import StopFlag, machine, rank_and_size, stop_on_signal, versions
@@ -93,7 +93,8 @@ class Runner:
     def emit(self, event: str, stage: Stage, **facts: Any) -> None:
         """Report an event of a stage."""
         if self.events is not None:
-            self.events({"event": event, "stage": stage.name, "command": stage.command, **facts})
+            place = {"stage": stage.name, "command": stage.command, "run": str(self.out)}
+            self.events({"event": event, **place, **facts})
 
     def is_forced(self, stage: Stage) -> bool:
         """Whether a stage was asked for by name, or every stage."""
@@ -165,9 +166,9 @@ def run(
         hooks: Called with the row of metrics after every step of every training; see
             :mod:`mlx_distill.train.events`.
         events: Called with every event as a dict. ``event`` is ``stage_started``, ``stage_current`` or
-            ``stage_made`` (with ``stage``, ``command``), ``task_started``, ``progress`` or ``task_ended``
-            (with ``task``, ``done``, ``total``, ``unit``, ``info``), ``note`` (with ``text``), or
-            ``training_row`` (with ``row``).
+            ``stage_made`` (with ``stage``, ``command``, ``run``), ``task_started``, ``progress`` or
+            ``task_ended`` (with ``task``, ``done``, ``total``, ``unit``, ``info``), ``note`` (with ``text``),
+            ``training_row`` (with ``row``), or ``checkpoint`` (with ``command``, ``step``, ``steps``).
         stop: Set it from another thread to stop at the next safe point with :class:`Interrupted`. With it no
             signal handlers are installed; without it Ctrl-C and SIGTERM stop the run.
         profile: Measures the time of every training's parts.
@@ -196,6 +197,8 @@ def run(
     progress = progress or make_progress()
     if events is not None:
         progress = EventProgress(progress, events)
+    events = events or events_of(progress)
+    if events is not None:
         hooks = [*hooks, lambda row: events({"event": "training_row", "row": row})]
     runner = Runner(
         loaded,
@@ -226,7 +229,7 @@ def run(
             return _follow(runner, Context(loaded, task, out, NullProgress(), flag, hooks, profile))
     _check_paths(runner)
     with lock_folder(out), stop_flag(stop) as flag:
-        context = Context(loaded, task, out, progress, flag, hooks, profile)
+        context = Context(loaded, task, out, progress, flag, hooks, profile, events)
         return _run_stages(runner, context, make_stage)
 
 

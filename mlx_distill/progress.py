@@ -280,8 +280,29 @@ class _EventBar:
         self.events({"event": event, **self.state})
 
 
+_listener: Callable[[dict[str, Any]], None] | None = None
+
+
+@contextmanager
+def report_events(events: Callable[[dict[str, Any]], None]) -> Iterator[None]:
+    """Let every progress that :func:`make_progress` makes in the block report its events too, also those of
+    the stages of a run.
+    """
+    global _listener
+    before, _listener = _listener, events
+    try:
+        yield
+    finally:
+        _listener = before
+
+
+def events_of(progress: Progress) -> Callable[[dict[str, Any]], None] | None:
+    """The function that a progress reports its events to, None where there is none."""
+    return getattr(progress, "events", None)
+
+
 def make_progress(stream: Stream | None = None) -> Progress:
     """A live bar where standard error is a terminal, plain lines where it is not."""
-    if stream is None and sys.stderr.isatty():
-        return RichProgress()
-    return PlainProgress(stream)
+    is_terminal = stream is None and sys.stderr.isatty()
+    progress: Progress = RichProgress() if is_terminal else PlainProgress(stream)
+    return progress if _listener is None else EventProgress(progress, _listener)

@@ -27,7 +27,7 @@ from mlx_distill.evaluate.suite import MAIN_SET, evaluate_models
 from mlx_distill.graph import Stage
 from mlx_distill.metrics.classification import Row
 from mlx_distill.pipeline import run, stop_flag
-from mlx_distill.progress import Bar, NullProgress, Progress, make_progress
+from mlx_distill.progress import Bar, NullProgress, Progress, events_of, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.report.validation_page import ValidationReport, write_validation
 from mlx_distill.run_models import RUN_MODELS
@@ -140,7 +140,7 @@ class _Named:
     """Passes progress on under the name of a fold."""
 
     def __init__(self, progress: Progress, name: str) -> None:
-        self.progress, self.name = progress, name
+        self.progress, self.name, self.events = progress, name, events_of(progress)
 
     @contextmanager
     def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Bar]:

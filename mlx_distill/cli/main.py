@@ -31,6 +31,7 @@ COMMANDS = {
     "data": "data:data",
     "costs": "costs:costs",
     "ledger": "ledger:ledger",
+    "jobs": "jobs:jobs",
     "recipes": "recipes:recipes",
     "doctor": "recipes:doctor",
     "serve": "serve:serve",

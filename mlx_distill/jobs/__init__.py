@@ -1,1 +1,26 @@
 """Commands that run in the background, one at a time: a queue, a subprocess each, an accelerator lease."""
+
+from __future__ import annotations
+
+from mlx_distill.jobs.progress import JobProgress, progress
+from mlx_distill.jobs.queue import cancel, dispatch, move_first, pause, resume
+from mlx_distill.jobs.store import KINDS, STATES, Event, Job, events, get, list_jobs, queue, submit
+
+__all__ = [
+    "KINDS",
+    "STATES",
+    "Event",
+    "Job",
+    "JobProgress",
+    "cancel",
+    "dispatch",
+    "events",
+    "get",
+    "list_jobs",
+    "move_first",
+    "pause",
+    "progress",
+    "queue",
+    "resume",
+    "submit",
+]

@@ -34,6 +34,7 @@ class Context:
         stop: Set when the run should stop.
         hooks: Called after every step of every training; see :mod:`mlx_distill.train.events`.
         profile: Measures the time of the parts of every training.
+        events: Called with every event of a run, see :func:`mlx_distill.pipeline.run`.
     """
 
     recipe: Recipe
@@ -43,6 +44,7 @@ class Context:
     stop: StopFlag
     hooks: Sequence[Callable[[dict[str, Any]], None]] = ()
     profile: Profile | None = None
+    events: Callable[[dict[str, Any]], None] | None = None
 
 
 def load_model(context: Context, name: str, folder: Path | None = None) -> tuple[Any, Any]:

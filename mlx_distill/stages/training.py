@@ -171,6 +171,10 @@ def _run_training(
                 memory=size(row["peak_memory_bytes"]),
             )
 
+        def saved(step: int) -> None:
+            if context.events is not None:
+                context.events({"event": "checkpoint", "command": name, "step": step, "steps": steps})
+
         hooks = [show, *([profile.add] if profile else []), *context.hooks]
         try:
             return train(
@@ -185,6 +189,7 @@ def _run_training(
                 stop=context.stop,
                 watch=profile.watch if profile else None,
                 identity=identity,
+                saved=saved,
             )
         finally:
             if profile:

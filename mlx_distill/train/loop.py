@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,6 +126,7 @@ def train(
     watch: Stopwatch | None = None,
     identity: str = "",
     ranks: Ranks | None = None,
+    saved: Callable[[int], None] | None = None,
 ) -> TrainResult:
     r"""Train ``model``'s trainable parameters in place, resuming from ``folder/checkpoints`` where there are
     any.
@@ -150,6 +151,7 @@ def train(
         watch: Gets the time of each part; see :class:`~mlx_distill.train.profiling.Profile`.
         identity: Of model and data; a checkpoint with another identity is refused.
         ranks: By default those of this process's launch.
+        saved: Called with the step of every checkpoint that was written.
 
     Raises:
         Interrupted: stopped on request, after a checkpoint.
@@ -199,11 +201,17 @@ def train(
             update,
         )
         with ranks.errors():
-            stopped_early = run_steps(state, progress, flag, hooks)
+            stopped_early = run_steps(state, progress, flag, hooks, saved)
     return _result(state, progress, resumed, stopped_early)
 
 
-def run_steps(state: TrainState, progress: TrainProgress, flag: StopFlag, hooks: Sequence[Hook]) -> bool:
+def run_steps(
+    state: TrainState,
+    progress: TrainProgress,
+    flag: StopFlag,
+    hooks: Sequence[Hook],
+    saved: Callable[[int], None] | None = None,
+) -> bool:
     """Take steps until the end; True where early stopping ended the run before."""
     if 0 < state.settings.patience <= progress.bad_evals:
         return True
@@ -230,6 +238,8 @@ def run_steps(state: TrainState, progress: TrainProgress, flag: StopFlag, hooks:
         if stopping or out_of_patience or last or progress.step % every == 0:
             with state.watch.part("save"):
                 _save(state, progress)
+            if saved is not None:
+                saved(progress.step)
         if out_of_patience:
             return True
         if stopping and not last:

@@ -1,0 +1,112 @@
+"""The lease of the accelerator: one process at a time trains, evaluates or serves.
+
+A lease belongs to a process; that of one that has ended is free. Its heartbeat is information only: a stopped
+process keeps its lease.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from dataclasses import dataclass
+
+from mlx_distill.jobs.process import Process, this_process
+from mlx_distill.ledger.database import Ledger
+
+ACCELERATOR = "accelerator"
+
+
+@dataclass(frozen=True)
+class Lease:
+    """Who has the accelerator.
+
+    Attributes:
+        holder: A job's identifier, or a name such as ``serve``.
+        process: Its process.
+        heartbeat: When it last wrote that it is alive, in Unix seconds.
+        purpose: What it does, for people.
+    """
+
+    holder: str
+    process: Process
+    heartbeat: float
+    purpose: str
+
+
+def holder(ledger: Ledger) -> Lease | None:
+    """The lease as it is, None where the accelerator is free or the process that had it has ended."""
+    with ledger.read() as db:
+        return current(db)
+
+
+def current(db: sqlite3.Connection) -> Lease | None:
+    """The lease, on a connection; see :func:`holder`."""
+    row = db.execute("SELECT * FROM leases WHERE name = ?", (ACCELERATOR,)).fetchone()
+    if row is None:
+        return None
+    lease = Lease(row["holder"], Process(row["pid"], row["pid_started"]), row["heartbeat"], row["purpose"])
+    return lease if lease.process.is_alive else None
+
+
+def give(db: sqlite3.Connection, name: str, process: Process, purpose: str) -> None:
+    """Let a process have the lease, in a transaction that has seen that it is free."""
+    db.execute(
+        "INSERT OR REPLACE INTO leases (name, holder, pid, pid_started, heartbeat, purpose)"
+        " VALUES (?, ?, ?, ?, ?, ?)",
+        (ACCELERATOR, name, process.pid, process.started, time.time(), purpose),
+    )
+
+
+def take_back(db: sqlite3.Connection, name: str) -> None:
+    """Free the lease if this holder has it, in a transaction."""
+    db.execute("DELETE FROM leases WHERE name = ? AND holder = ?", (ACCELERATOR, name))
+
+
+def acquire(ledger: Ledger, name: str, purpose: str) -> bool:
+    """Take the lease for this process, as something that is no job; jobs come first.
+
+    Args:
+        ledger: The ledger.
+        name: Who takes it, such as ``serve``.
+        purpose: What for, for people.
+
+    Returns:
+        Whether this process has it now. False while another has it, or a job waits for it.
+    """
+    process = this_process()
+    with ledger.write() as db:
+        lease = current(db)
+        if lease is not None:
+            return lease.holder == name and lease.process == process
+        if is_wanted(db):
+            return False
+        give(db, name, process, purpose)
+        return True
+
+
+def release(ledger: Ledger, name: str) -> None:
+    """Free the lease if this holder has it in this process."""
+    process = this_process()
+    with ledger.write() as db:
+        lease = current(db)
+        if lease is not None and lease.process == process:
+            take_back(db, name)
+
+
+def wanted(ledger: Ledger) -> bool:
+    """Whether a job waits for the accelerator or has it, so that who serves has to let go of it."""
+    with ledger.read() as db:
+        return is_wanted(db)
+
+
+def is_wanted(db: sqlite3.Connection) -> bool:
+    """Whether a job is queued or running, on a connection."""
+    row = db.execute("SELECT 1 FROM jobs WHERE state IN ('queued', 'running') LIMIT 1").fetchone()
+    return row is not None
+
+
+def beat(db: sqlite3.Connection, name: str) -> None:
+    """Write down that the holder is alive, in a transaction."""
+    db.execute(
+        "UPDATE leases SET heartbeat = ? WHERE name = ? AND holder = ?", (time.time(), ACCELERATOR, name)
+    )
