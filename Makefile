@@ -18,7 +18,7 @@ demo: $(VENV)/.core
 
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory lint
-	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	@OPENBLAS_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(VENV)/.test
 	@$(MAKE) --no-print-directory lint

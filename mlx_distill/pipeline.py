@@ -219,11 +219,7 @@ def run(
             progress.note(text)
     if dry_run:
         return with_resources(runner.plan(), loaded, runner.stages, out)
-    if num_ranks > 1 and only not in TRAININGS:
-        raise ConfigError(
-            f"{only or 'a whole run'} on {num_ranks} ranks",
-            fix=f"one machine does it; launch the trainings alone: {' or '.join(TRAININGS)}",
-        )
+    _check_ranks(num_ranks, only)
     if rank:
         with stop_flag(stop) as flag:
             return _follow(runner, Context(loaded, task, out, NullProgress(), flag, hooks, profile))
@@ -231,6 +227,15 @@ def run(
     with lock_folder(out), stop_flag(stop) as flag:
         context = Context(loaded, task, out, progress, flag, hooks, profile, events)
         return _run_stages(runner, context, make_stage)
+
+
+def _check_ranks(num_ranks: int, only: str | None) -> None:
+    """Refuse to make on several ranks what one rank makes."""
+    if num_ranks > 1 and only not in TRAININGS:
+        raise ConfigError(
+            f"{only or 'a whole run'} on {num_ranks} ranks",
+            fix=f"one machine does it; launch the trainings alone: {' or '.join(TRAININGS)}",
+        )
 
 
 def _check_has_student(recipe: Recipe, *commands: str | None) -> None:

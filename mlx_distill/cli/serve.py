@@ -53,7 +53,7 @@ _EXTRA = ("fastapi", "uvicorn", "multipart", "prometheus_client")
 )
 @click.option("--new-token", is_flag=True, help="Replace the token, print the new one and exit.")
 def serve(**options: Any) -> None:
-    """Serve models and the dashboard, on this machine alone unless told otherwise.
+    """Serve models and the dashboard over HTTP.
 
     Clients send the header Authorization: Bearer TOKEN; a browser logs in once. The token is that of the
     environment variable MLX_DISTILL_TOKEN, else one is made, kept under the root and printed once.

@@ -163,7 +163,7 @@ def test_bad_options(
         ("name: [", ("recipe.yaml", "not valid YAML")),
         ("", ("recipe.yaml", "no mapping")),
         ("just words", ("recipe.yaml", "no mapping")),
-        ("name: x\n", ("task is missing",)),
+        ("name: x\n", ("teacher is missing",)),
         ("name: 2024\n", ("name: text is needed, not 2024",)),
         ("name: x\ndescription: caf\xe9\n", ("recipe.yaml:2: not UTF-8",)),
         ("name: !!python/object/apply:os.getcwd []\n", ("recipe.yaml:1: not valid YAML",)),
