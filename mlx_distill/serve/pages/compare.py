@@ -21,7 +21,7 @@ from mlx_distill.registry.comparisons import (
     write_stored,
 )
 from mlx_distill.report.comparison_page import comparison_view
-from mlx_distill.serve.pages.environment import error_of, page, see_other
+from mlx_distill.serve.pages.environment import command_line, error_of, page, see_other
 from mlx_distill.serve.pages.names import comparable_names
 
 router = APIRouter(include_in_schema=False)
@@ -67,10 +67,13 @@ def make(
         if values["rows"] and not values["rows"].startswith("asset:"):
             ledger.root.inside(values["rows"])
         title = f"{values['b']} against {values['a']}"
-        job = import_module("mlx_distill.jobs.store").submit(
-            ledger, "compare", arguments, title=title, dedupe_seconds=60
-        )
-        import_module("mlx_distill.jobs.queue").dispatch(ledger)
+        try:
+            store, queue = (import_module(f"mlx_distill.jobs.{name}") for name in ("store", "queue"))
+        except ModuleNotFoundError:
+            line = command_line(ledger.root.path, "compare", *arguments).text
+            raise ConfigError("a model has to answer the rows first", fix=line) from None
+        job = store.submit(ledger, "compare", arguments, title=title, dedupe_seconds=60)
+        queue.dispatch(ledger)
     except DistillError as error:
         return _form(request, values, status=400, error=error)
     return see_other(f"/jobs/{job.id}")
