@@ -61,7 +61,7 @@ def test_every_layout_of_the_page_is_the_same_question_and_answer(tmp_path: Path
     (tmp_path / "task.yaml").write_text(task_text, encoding="utf-8")
     task = load_task("task.yaml", tmp_path)
     rows = [json.loads(text) for _, name, text in BLOCKS if name == "row"]
-    assert len(rows) == 6
+    assert len(rows) == 7
     for row in rows:
-        example = to_example(row, task, "docs/data.md")
+        example = to_example(row, task, "docs/data.md", format="chatml" if "text" in row else "auto")
         assert example.answer == RAIN and example.messages[-2].content == "Rain: The rain came down"
