@@ -13,7 +13,7 @@ _FILE = click.Path(path_type=Path, dir_okay=False)
 
 @click.group()
 def ledger() -> None:
-    """Back up, restore and check the file that keeps jobs, models and deployments."""
+    """Back up, restore and check the ledger."""
 
 
 @ledger.command()
