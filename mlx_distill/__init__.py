@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_distill import metrics as metrics
     from mlx_distill import optim as optim
     from mlx_distill import progress as progress
+    from mlx_distill import registry as registry
     from mlx_distill.comparisons import compare as compare
     from mlx_distill.errors import ConfigError as ConfigError
     from mlx_distill.errors import DataError as DataError
@@ -73,6 +74,7 @@ _NAMES = {
     "metrics": "metrics",
     "doctor": "doctor",
     "progress": "progress",
+    "registry": "registry",
     # classes
     "Analyzer": "infer.analyze:Analyzer",
     "Recipe": "recipe:Recipe",

@@ -209,28 +209,59 @@ def group_changes(
     for before, after in CHANGES:
         if before not in models or after not in models:
             continue
-        rates: dict[str, dict[str, Any]] = {
-            rate.name: {
-                name: _change(
-                    rows,
-                    group_by(models[after], group).get(name, []),
-                    rate,
-                    label,
-                    positive,
-                    cluster,
-                    confidence,
-                    min_items,
-                )
-                for name, rows in group_by(models[before], group).items()
-            }
-            for rate in ERROR_RATES
-        }
-        compared = [entry for of_rate in rates.values() for entry in of_rate.values() if not entry["few"]]
-        adjusted = benjamini_hochberg([entry["p_value"] for entry in compared])
-        for entry, p in zip(compared, adjusted, strict=True):
-            entry["adjusted_p"] = p
+        rates = compare_groups(
+            models[before],
+            models[after],
+            label,
+            positive,
+            group,
+            cluster=cluster,
+            confidence=confidence,
+            min_items=min_items,
+        )
         out.append({"before": before, "after": after, "field": group, "rates": rates})
     return out
+
+
+def compare_groups(
+    before: Sequence[Row],
+    after: Sequence[Row],
+    label: str,
+    positive: Sequence[str],
+    group: str,
+    *,
+    cluster: str | None = None,
+    confidence: float = 0.95,
+    min_items: int = MIN_ITEMS,
+) -> dict[str, dict[str, Any]]:
+    """The error rates within each group with one model and with another, on the same rows.
+
+    Args:
+        before: The predictions of the one.
+        after: Those of the other.
+        label: These and the following are those of :func:`group_changes`.
+        positive: Classes that count as positive.
+        group: The row's field that holds the group.
+        cluster: The row's field that related rows share, or None.
+        confidence: Level of the intervals.
+        min_items: A rate over fewer items is flagged and has no interval.
+
+    Returns:
+        ``rates`` of :func:`group_changes`.
+    """
+    others = group_by(after, group)
+    rates: dict[str, dict[str, Any]] = {
+        rate.name: {
+            name: _change(rows, others.get(name, []), rate, label, positive, cluster, confidence, min_items)
+            for name, rows in group_by(before, group).items()
+        }
+        for rate in ERROR_RATES
+    }
+    compared = [entry for of_rate in rates.values() for entry in of_rate.values() if not entry["few"]]
+    adjusted = benjamini_hochberg([entry["p_value"] for entry in compared])
+    for entry, p in zip(compared, adjusted, strict=True):
+        entry["adjusted_p"] = p
+    return rates
 
 
 def _change(

@@ -122,17 +122,22 @@ def evaluation_of(run: Path, folder: str, content: str | None) -> Path | None:
     return None
 
 
+def report_of(run: Path, folder: str) -> Mapping[str, Any] | None:
+    """The report of a run, where it is of the model that lies in one of its folders now."""
+    with suppress(DistillError, KeyError, TypeError, AttributeError):
+        report, manifest = read_report(run).report, read_manifest(run / folder)
+        keys = {stage["folder"]: stage["key"] for stage in report["provenance"]["stages"]}
+        return report if manifest is not None and keys.get(folder) == manifest.key else None
+    return None
+
+
 def _figures(folder: Path, run: Path | None, own: Manifest | None) -> dict[str, Any]:
     """The figures of the run's report, where it is of this model."""
-    evaluation = evaluation_of(run, folder.name, own.content) if run is not None and own is not None else None
-    if run is None or own is None or evaluation is None:
+    if run is None or own is None:
         return {}
-    with suppress(DistillError, KeyError, TypeError, AttributeError):
-        report = read_report(run).report
-        keys = {stage["folder"]: stage["key"] for stage in report["provenance"]["stages"]}
-        if keys.get(folder.name) != own.key:
-            return {}
-        figures = report["metrics"].get(evaluation.name) or {}
-        pairs = ((name, figures.get(f"{name}_interval", figures.get(name))) for name in FIGURES)
-        return {name: value for name, value in pairs if value is not None}
-    return {}
+    evaluation, report = evaluation_of(run, folder.name, own.content), report_of(run, folder.name)
+    if evaluation is None or report is None:
+        return {}
+    figures = report["metrics"].get(evaluation.name) or {}
+    pairs = ((name, figures.get(f"{name}_interval", figures.get(name))) for name in FIGURES)
+    return {name: value for name, value in pairs if value is not None}

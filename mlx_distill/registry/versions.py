@@ -14,16 +14,27 @@ from typing import Any
 from mlx_distill.config import resolve_asset
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.ledger.database import Ledger, to_json
+from mlx_distill.ledger.root import Root
 from mlx_distill.models.trained_on import is_model, is_run, newest_model, read_trained_on
 from mlx_distill.registry.about import describe, evaluation_of
 from mlx_distill.registry.contents import KEPT, Contents, keep_folders, read_contents
 from mlx_distill.registry.golden import answer_golden, golden_from_run, prompts_for
 from mlx_distill.registry.records import READY, Model, Version, check_name, version_of
 from mlx_distill.run_models import RUN_MODELS, run_model
+from mlx_distill.runtime import machine, versions
 from mlx_distill.storage import os_errors, read_json, write_json
 from mlx_distill.text import known_names
 
 INFO_FILE = "version_info.json"
+
+
+def open_ledger(root: str | Path = ".") -> Ledger:
+    """The ledger of a folder, made where there is none.
+
+    Args:
+        root: The folder that runs and models lie under.
+    """
+    return Ledger(Root.at(root))
 
 
 def add_version(
@@ -60,6 +71,8 @@ def add_version(
     evaluation = evaluation_of(run, folder.name, contents.content) if run is not None else None
     info["evaluation"] = evaluation.name if evaluation else None
     info["golden"] = _golden(folder, run, evaluation)
+    if not info["machine"]:
+        info |= {"machine": machine(), "versions": versions()}
     with os_errors():
         place.mkdir(parents=True, exist_ok=True)
     partial = keep_folders(_kept_sources(contents, run, evaluation), place / "version")
