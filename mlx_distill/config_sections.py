@@ -22,7 +22,7 @@ _TYPES: dict[Any, str] = {
 @dataclasses.dataclass(frozen=True)
 class Key:
     """A key of a config, for people. ``default`` is in its plain YAML form; ``needed`` says that there is no
-    default.
+    default, ``nullable`` that the value may be none.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Key:
     choices: Sequence[str] | None = None
     low: float | None = None
     high: float | None = None
+    nullable: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +71,8 @@ def sections(cls: type, name: str) -> list[Section]:
         limits = {limit: f.metadata.get(limit) for limit in ("choices", "low", "high")}
         text = _type_text(hints[f.name]) if config is None else f"{_container(hints[f.name])}, see {part}"
         plain = None if needed else to_mapping(default)
-        keys.append(Key(f.name, text, f.metadata.get("help", ""), plain, needed, **limits))
+        nullable = type(None) in typing.get_args(hints[f.name])
+        keys.append(Key(f.name, text, f.metadata.get("help", ""), plain, needed, **limits, nullable=nullable))
     out = [Section(name, (cls.__doc__ or "").strip().split("\n")[0], keys)]
     for part, config in inside:
         out += sections(config, part)

@@ -35,6 +35,7 @@ STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
 _RELAXED = {"AGX_RELAX_CDM_CTXSTORE_TIMEOUT": "1"}
+_MAX_ID = (1 << 63) - 1
 _SILENT_S = 30.0
 
 
@@ -329,7 +330,13 @@ def add_event(
 
 
 def events(
-    ledger: Ledger, job_id: str, after: int = 0, limit: int = 1000, *, newest: int | None = None
+    ledger: Ledger,
+    job_id: str,
+    after: int = 0,
+    limit: int = 1000,
+    *,
+    newest: int | None = None,
+    before: int | None = None,
 ) -> list[Event]:
     """The events of a job with identifiers above ``after``, the oldest first.
 
@@ -339,13 +346,14 @@ def events(
         after: The identifier of the last event that is known.
         limit: So many at most.
         newest: Return the last so many instead, the oldest of them first.
+        before: Only events with identifiers below this.
     """
     order, count = ("id", limit) if newest is None else ("id DESC", newest)
     with ledger.read() as db:
         find(db, job_id)
         rows = db.execute(
-            f"SELECT * FROM job_events WHERE job_id = ? AND id > ? ORDER BY {order} LIMIT ?",
-            (job_id, after, count),
+            f"SELECT * FROM job_events WHERE job_id = ? AND id > ? AND id < ? ORDER BY {order} LIMIT ?",
+            (job_id, after, _MAX_ID if before is None else before, count),
         ).fetchall()
     made = [Event(**dict(row) | {"data": from_json(row["data"])}) for row in rows]
     return sorted(made, key=lambda event: event.id)

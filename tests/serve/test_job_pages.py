@@ -1,0 +1,149 @@
+"""The pages of jobs over HTTP: a job from the form, its page, its stream, its buttons."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from helpers.served import client_of, make_app
+from helpers.small_run import write_recipe
+
+from mlx_distill.jobs import get, list_jobs, submit
+from mlx_distill.jobs.store import add_event, update
+from mlx_distill.recipe import load_recipe
+
+
+@pytest.fixture
+def app(tmp_path) -> Any:
+    write_recipe(tmp_path)
+    return make_app(tmp_path, start_jobs=False)
+
+
+@pytest.fixture
+def client(app: Any) -> Iterator[Any]:
+    with client_of(app, cookie=True) as made:
+        yield made
+
+
+def fields_of(page: str) -> dict[str, str]:
+    """The fields of the form, as a browser would send them."""
+    form = page[page.index('class="recipe"') :]
+    out = {}
+    for tag in re.findall(r"<input [^>]*>", form):
+        values = dict(re.findall(r'(\w+)="([^"]*)"', tag))
+        out[values["name"]] = html.unescape(values.get("value", ""))
+    for name, options in re.findall(r'<select [^>]*name="([^"]+)"[^>]*>(.*?)</select>', form, re.S):
+        chosen = re.search(r'<option(?: value="([^"]*)")? selected>([^<]*)', options)
+        out[name] = "" if chosen is None else html.unescape(chosen[1] if chosen[1] is not None else chosen[2])
+    for name, text in re.findall(r'<textarea [^>]*name="([^"]+)"[^>]*>(.*?)</textarea>', form, re.S):
+        out[name] = html.unescape(text)
+    return out
+
+
+def test_a_job_starts_from_the_form(app: Any, client: Any, tmp_path) -> None:
+    server = app.state.server
+    page = client.get("/jobs/new?path=recipe.yaml")
+    assert page.status_code == 200
+    fields = fields_of(page.text) | {"teach.epochs": "2", "title": "<script>alert(1)</script>"}
+    assert fields["data.sources.0.path"] == "rows.jsonl"
+    checked = client.post("/jobs/new", data=fields | {"do": "check"})
+    assert checked.status_code == 200
+    assert "mlx-distill jobs submit run recipe.yaml --out runs/colours --set teach.epochs=2.0" in checked.text
+    assert list_jobs(server.ledger) == []
+    started = client.post("/jobs/new", data=fields | {"do": "start"})
+    assert started.status_code == 303
+    (job,) = list_jobs(server.ledger)
+    assert started.headers["location"] == f"/jobs/{job.id}"
+    assert job.run_path == "runs/colours"
+    recipe = load_recipe(tmp_path / job.arguments[0])
+    assert recipe.teach.epochs == 2
+    assert recipe.load_task().name == "colours"
+    shown = client.get(f"/jobs/{job.id}")
+    assert shown.status_code == 200
+    assert "<script>alert(1)" not in shown.text
+    assert "teach.epochs" in shown.text  # what differs from the recipe
+    again = client.get(f"/jobs/new?from=job:{job.id}")
+    assert fields_of(again.text)["teach.epochs"] == "2.0"
+
+
+def test_errors_stand_beside_their_fields(client: Any) -> None:
+    fields = fields_of(client.get("/jobs/new?path=recipe.yaml").text)
+    answer = client.post(
+        "/jobs/new", data=fields | {"do": "start", "distill.label_weight": "-1", "out": "../x"}
+    )
+    assert answer.status_code == 400
+    near = answer.text[answer.text.index('id="f-distill-label_weight"') :]
+    assert "is below 0" in near[:600]
+    assert "not under the root" in answer.text
+    assert fields_of(answer.text)["distill.label_weight"] == "-1"
+    remote = client.post("/jobs/new", data=fields | {"do": "start", "trust_remote_code": "true"})
+    assert remote.status_code == 400
+    assert "no key of a recipe" in remote.text
+
+
+@pytest.mark.parametrize(
+    "source", ["from=recipe:none", "from=job:../..", "path=../../etc/passwd", "from=x", "from=job:."]
+)
+def test_a_source_that_is_none_is_said(source: str, client: Any) -> None:
+    assert client.get(f"/jobs/new?{source}").status_code == 400
+
+
+def test_the_list_has_filters_and_pages(app: Any, client: Any) -> None:
+    ledger = app.state.server.ledger
+    assert "No job yet" in client.get("/jobs").text
+    for number in range(30):
+        submit(ledger, "run", ["tiny"], title=f"number {number} " + "x" * 300)
+    page = client.get("/jobs")
+    assert page.text.count("/jobs/job-") == 25
+    older = html.unescape(re.search(r'href="(/jobs\?after=[^"]+)"', page.text)[1])  # type: ignore[index]
+    assert "number 0…" in client.get(older).text
+    assert "No job is like that" in client.get("/jobs?state=failed").text
+    assert client.get("/jobs?after=job-none").status_code == 404
+
+
+def test_buttons(app: Any, client: Any) -> None:
+    ledger = app.state.server.ledger
+    first, second = (submit(ledger, "run", ["tiny"]) for _ in range(2))
+    assert client.post(f"/jobs/{second.id}/first").status_code == 303
+    assert "Move first" in client.get(f"/jobs/{first.id}").text
+    for action, state in (
+        ("pause", "paused"),
+        ("resume", "queued"),
+        ("cancel", "cancelled"),
+        ("resume", "queued"),
+    ):
+        assert client.post(f"/jobs/{first.id}/{action}").status_code == 303
+        assert get(ledger, first.id).state == state
+    assert client.post(f"/jobs/{first.id}/resume").status_code == 409
+    assert client.post(f"/jobs/{first.id}/explode").status_code == 404
+    assert client.get("/jobs/job-none").status_code == 404
+
+
+def test_the_stream_of_a_finished_job_ends_and_continues_from_the_last_identifier(
+    app: Any, client: Any
+) -> None:
+    ledger = app.state.server.ledger
+    job = submit(ledger, "run", ["tiny"], title="ended")
+    with ledger.write() as db:
+        for number in range(450):
+            add_event(db, job.id, "note", f"note {number}")
+        update(
+            db, job.id, state="failed", error='{"code": "x", "message": "<b>broken</b>", "fix": "mend it"}'
+        )
+    whole = client.get(f"/jobs/{job.id}/events").text
+    assert whole.count("event: job-log") == 451
+    assert whole.rstrip().endswith("data: failed")
+    assert "event: job-end" in whole
+    places = re.findall(r"^id: (.*)$", whole, re.M)
+    rest = client.get(f"/jobs/{job.id}/events", headers={"Last-Event-ID": places[400]}).text
+    assert re.findall(r"^id: (.*)$", rest, re.M) == places[401:]
+    page = client.get(f"/jobs/{job.id}").text
+    assert "<b>broken" not in page
+    assert page.count("data-id=") == 100
+    older = client.get(re.search(r'href="(/jobs/[^"]+\?before=\d+)"', page)[1]).text  # type: ignore[index]
+    assert "note 349" in older
+    assert "note 350" not in older
+    assert client.get(f"/jobs/{job.id}?before=99999999999999999999").status_code == 200
