@@ -29,6 +29,7 @@ COMMANDS = {
     "analyze": "analyze:analyze",
     "compare": "compare:compare",
     "data": "data:data",
+    "registry": "registry:registry",
     "costs": "costs:costs",
     "ledger": "ledger:ledger",
     "jobs": "jobs:jobs",

@@ -127,7 +127,8 @@ def promote_external(
     checked = _settings(settings) or {}
     verified = verify_external(check_target(target), rows, task)
     asked = {"task": to_mapping(task), "rows": [dict(row) for row in rows]}
-    gate = {"passed": None, "checks": [], "override": None, "verified": verified, "external": asked}
+    gate: dict[str, Any] = {"passed": None, "checks": [], "override": None, "verified": verified}
+    gate["external"] = asked
     values = {"kind": "deploy", "target": target, "actor": actor, "reason": reason, "gate": gate}
     for _ in range(_ATTEMPTS):
         current = current_deployment(ledger, model, alias)
@@ -172,7 +173,7 @@ def rollback(
         chosen = _served_before(chain, to)
         if chosen.id not in tried:
             tried[chosen.id] = _verify_again(ledger, chosen)
-        gate = {
+        gate: dict[str, Any] = {
             "passed": None,
             "checks": [],
             "override": None,
@@ -369,10 +370,12 @@ def _check_words(actor: str, reason: str, override: str | None) -> None:
 def _settings(settings: Mapping[str, Any] | None) -> dict[str, Any] | None:
     if settings is None:
         return None
-    kinds: Mapping[str, tuple[type, ...]] = {"context_length": (int,), "memory_limit_gb": (int, float)}
     for name, value in settings.items():
-        if name not in kinds:
-            raise ConfigError(f"setting {name!r}: unknown", fix=f"one of {', '.join(kinds)}")
-        if isinstance(value, bool) or not isinstance(value, kinds[name]) or not 0 < value < float("inf"):
+        if name not in ("context_length", "memory_limit_gb"):
+            raise ConfigError(f"setting {name!r}: unknown", fix="one of context_length, memory_limit_gb")
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not 0 < value < float("inf"):
             raise ConfigError(f"{name}: {value!r}", fix="give a number above 0")
+        if name == "context_length" and not isinstance(value, int):
+            raise ConfigError(f"{name}: {value!r}", fix="give a whole number of tokens")
     return dict(settings)

@@ -25,10 +25,11 @@ from mlx_distill.metrics.intervals import rate
 from mlx_distill.models.trained_on import read_trained_on
 from mlx_distill.progress import NullProgress
 from mlx_distill.registry.about import evaluation_of, report_of
+from mlx_distill.registry.comparisons import add_comparison
 from mlx_distill.registry.records import Deployment, Version
 from mlx_distill.registry.versions import get_version
 from mlx_distill.tasks.task import Task
-from mlx_distill.text import counted, duration, interval, known_names, listed, percent, words
+from mlx_distill.text import counted, interval, known_names, listed, percent, significant, words
 
 State = Literal["passed", "failed", "undecided", "not_measured", "not_applicable", "no_limit"]
 CHECKS = ("goals", "comparison", "groups", "invalid", "latency", "leaks")
@@ -263,6 +264,8 @@ def _comparison(
         return "not_measured", f"not measured: {error}", {}
     keys = ("id", "verdict", "difference", "margin", "margin_text", "metric", "sentence", "p_value")
     facts = {key: result.facts[key] for key in keys if key in result.facts}
+    names = {"a": limits.against or (current.serves if current else ""), "b": version.name}
+    facts["comparison"] = add_comparison(ledger, result, *({"name": names[side]} for side in "ab"))
     verdict = result.verdict
     state: State = "passed" if verdict in PASSED else "failed" if verdict == "worse" else "undecided"
     return state, str(result.facts["sentence"]), facts
@@ -330,7 +333,8 @@ def _invalid(own: _Evidence, limits: GateLimits) -> tuple[State, str, Mapping[st
     share = rate(bad, len(own.served), _CONFIDENCE)
     limit = DEFAULT_INVALID if limits.max_invalid is None else limits.max_invalid
     state = _limit_state(share, limit)
-    text = f"{bad} of {len(own.served)} answers do not fit the task ({interval(share)} %), at most {percent(limit)}"
+    found = f"{bad} of {len(own.served)} answers do not fit the task ({interval(share)} %)"
+    text = f"{found}, at most {percent(limit)}"
     return state, text, {"invalid": dict(share), "limit": limit}
 
 
@@ -339,12 +343,12 @@ def _latency(own: _Evidence, limits: GateLimits) -> tuple[State, str, Mapping[st
     facts = {"p95_s": dict(p95), "limit": limits.max_p95_s}
     if p95["value"] is None:
         return "not_measured", "not measured: the answers have no times", facts
-    text = f"95 % of the rows in {duration(p95['value'])} or less, when the run evaluated it"
+    text = f"95 % of the rows in {significant(p95['value'], 2)} s or less, when the run evaluated it"
     if limits.max_p95_s is None:
         return "no_limit", f"{text}; no limit stated", facts
     # The value, not the end of its interval: 20 rows and less leave the upper end open.
     state: State = "passed" if p95["value"] <= limits.max_p95_s else "failed"
-    return state, f"{text}; at most {duration(limits.max_p95_s)}", facts
+    return state, f"{text}; at most {significant(limits.max_p95_s, 3)} s", facts
 
 
 def _leaks(own: _Evidence) -> tuple[State, str, Mapping[str, Any]]:
