@@ -21,7 +21,7 @@ from mlx_distill.tasks.task import Task, task_names
 
 PUBLIC = """
     demo run prepare convert teach targets distill quantize evaluate validate compare analyze export inspect
-    doctor recipes data costs ledger jobs serve
+    doctor recipes data costs ledger jobs registry serve
 """.split()
 
 
