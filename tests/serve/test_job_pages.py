@@ -91,6 +91,15 @@ def test_a_source_that_is_none_is_said(source: str, client: Any) -> None:
     assert client.get(f"/jobs/new?{source}").status_code == 400
 
 
+def test_htmx_starts_after_its_extensions(app: Any, client: Any) -> None:
+    job = submit(app.state.server.ledger, "run", ["tiny"])
+    page = client.get(f"/jobs/{job.id}").text
+    scripts = re.findall(r'<script src="/static/vendor/(h[tx][^"]*?)\?[^>]*>', page)
+    assert [name.split(".")[0] for name in scripts] == ["htmx", "hx-csp", "hx-sse"]
+    tags = re.findall(r'<script src="/static/vendor/h[tx][^>]*>', page)
+    assert not [tag for tag in tags if "defer" in tag]  # htmx may start before a deferred one is there
+
+
 def test_the_list_has_filters_and_pages(app: Any, client: Any) -> None:
     ledger = app.state.server.ledger
     assert "No job yet" in client.get("/jobs").text

@@ -114,7 +114,7 @@
     while (log.childElementCount > MAX_EVENTS) log.lastElementChild.remove();
   }
 
-  if (box) for (const data of JSON.parse(document.getElementById("points").textContent)) curveOf(data.training).add(data);
+  if (box) for (const data of JSON.parse(box.dataset.points)) curveOf(data.training).add(data);
   if (live) {
     live.addEventListener("job-points", (event) => { const data = JSON.parse(event.detail.data); curveOf(data.training).add(data); });
     live.addEventListener("job-log", (event) => addEvent(JSON.parse(event.detail.data)));
