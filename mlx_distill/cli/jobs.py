@@ -1,4 +1,4 @@
-"""The commands jobs submit, list, show, watch, move, pause, resume and cancel."""
+"""The commands jobs submit, list, show, watch, first, pause, resume and cancel."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from typing import Any
 
 import click
 
-_ROOT = click.option(
-    "--root",
-    type=click.Path(path_type=Path, file_okay=False),
-    default=Path("."),
-    envvar="MLX_DISTILL_ROOT",
-    show_default=True,
-    show_envvar=True,
-    help="The folder that you work in.",
-)
-_JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+from mlx_distill.cli.job_text import event_line, job_facts, job_line, job_lines, progress_lines
+from mlx_distill.cli.options import json_option, open_ledger, root_option
+
+_POLL_S = 0.5  # seconds between two looks of watch
 
 
 @click.group()
@@ -25,22 +19,199 @@ def jobs() -> None:
     """Run commands in the background, one at a time."""
 
 
-def _ledger(root: Path) -> Any:
-    from mlx_distill.ledger.database import Ledger
-    from mlx_distill.ledger.root import Root
+@jobs.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
+@click.option("--title", help="What it is, for people.  [default: the command]")
+@click.option(
+    "--relax-gpu-timeout", is_flag=True, help="Let macOS wait longer before it ends the work of the GPU."
+)
+@root_option
+@json_option
+@click.argument("kind", metavar="COMMAND")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def submit(
+    kind: str,
+    arguments: tuple[str, ...],
+    title: str | None,
+    relax_gpu_timeout: bool,
+    root: Path,
+    as_json: bool,
+) -> None:
+    """Put a command into the queue, such as: jobs submit run RECIPE --out runs/mine.
 
-    return Ledger(Root.at(root))
+    Options of jobs submit stand before COMMAND. Paths are relative to the root, in which the job runs.
+    """
+    from mlx_distill.jobs import dispatch, get
+    from mlx_distill.jobs import submit as submit_job
+
+    run_path = check_command(kind, arguments, root)
+    ledger = open_ledger(root)
+    job = submit_job(
+        ledger, kind, arguments, title=title, run_path=run_path, relax_gpu_timeout=relax_gpu_timeout
+    )
+    dispatch(ledger)
+    _echo_job(get(ledger, job.id), as_json, f"watch it: mlx-distill jobs watch {job.id}")
+
+
+@jobs.command("list")
+@click.option("--state", "states", multiple=True, metavar="STATE", help="Only jobs in this state.")
+@click.option("--limit", type=click.IntRange(1), default=20, show_default=True, help="So many at most.")
+@root_option
+@json_option
+def list_(states: tuple[str, ...], limit: int, root: Path, as_json: bool) -> None:
+    """Show the jobs, the newest first."""
+    from mlx_distill.errors import ConfigError
+    from mlx_distill.jobs import STATES, dispatch, list_jobs
+    from mlx_distill.text import known_names
+
+    for state in states:
+        if state not in STATES:
+            raise ConfigError(f"no state {state!r}", fix=known_names(state, STATES, "states"))
+    ledger = open_ledger(root)
+    dispatch(ledger)
+    found = list_jobs(ledger, state=states or None, limit=limit)
+    lines = [job_line(job) for job in found] or ["no jobs; start one: mlx-distill jobs submit run RECIPE"]
+    _echo([job_facts(job) for job in found], lines, as_json)
+
+
+@jobs.command()
+@click.argument("job_id", metavar="ID")
+@root_option
+@json_option
+def show(job_id: str, root: Path, as_json: bool) -> None:
+    """Show a job: its state, its progress and its last events."""
+    from mlx_distill.cli.output import plain
+    from mlx_distill.jobs import dispatch, events, get, progress
+
+    ledger = open_ledger(root)
+    dispatch(ledger)
+    job = get(ledger, job_id)
+    done = progress(ledger, job)
+    last = events(ledger, job_id, newest=20)
+    lines = [*job_lines(job, ledger.root), *progress_lines(done), *map(event_line, last)]
+    _echo({**job_facts(job), "progress": plain(done), "events": plain(last)}, lines, as_json)
+
+
+@jobs.command()
+@click.argument("job_id", metavar="ID")
+@root_option
+@click.pass_context
+def watch(ctx: click.Context, job_id: str, root: Path) -> None:
+    """Follow a job until it ends, and exit with its exit code. Ctrl-C leaves the job running."""
+    import time
+
+    from mlx_distill.jobs import dispatch, events, get, progress
+
+    ledger = open_ledger(root)
+    seen, shown = 0, ""
+    while True:
+        dispatch(ledger)
+        job = get(ledger, job_id)
+        for event in events(ledger, job_id, after=seen):
+            seen = event.id
+            click.echo(event_line(event))
+        if job.state not in ("queued", "running"):
+            break
+        line = " ".join(progress_lines(progress(ledger, job, max_rows=0)))
+        if job.state == "running" and line and line != shown:
+            shown = line
+            click.echo(line)
+        time.sleep(_POLL_S)
+    click.echo(job_line(job))
+    if job.state != "succeeded":
+        ctx.exit(job.exit_code or (130 if job.state in ("paused", "cancelled") else 1))
+
+
+def _action(name: str, summary: str) -> click.Command:
+    """A command that does one thing to one job."""
+
+    @click.command(name, help=summary)
+    @click.argument("job_id", metavar="ID")
+    @root_option
+    @json_option
+    def command(job_id: str, root: Path, as_json: bool) -> None:
+        from mlx_distill.jobs import dispatch, get, move_first, pause, resume
+
+        ledger = open_ledger(root)
+        {"first": move_first, "pause": pause, "resume": resume}[name](ledger, job_id)
+        dispatch(ledger)
+        _echo_job(get(ledger, job_id), as_json)
+
+    return command
+
+
+for _name, _summary in {
+    "first": "Let a queued job be the next one.",
+    "pause": "Let a job save and stop; resume continues it.",
+    "resume": "Put a paused, cancelled or failed job into the queue again; it continues where it stopped.",
+}.items():
+    jobs.add_command(_action(_name, _summary))
+
+
+@jobs.command()
+@click.argument("job_id", metavar="ID")
+@click.option("--discard", is_flag=True, help="Remove what is not finished, with its checkpoints.")
+@root_option
+@json_option
+def cancel(job_id: str, discard: bool, root: Path, as_json: bool) -> None:
+    """Let a job save and stop; after 30 s it is killed. Finished stages always stay."""
+    from mlx_distill.jobs import cancel as cancel_job
+    from mlx_distill.jobs import dispatch, get
+
+    ledger = open_ledger(root)
+    cancel_job(ledger, job_id, discard=discard)
+    dispatch(ledger)
+    _echo_job(get(ledger, job_id), as_json)
+
+
+def check_command(kind: str, arguments: Sequence[str], root: Path) -> str | None:
+    """Refuse a command line that the job could not even begin with.
+
+    Returns:
+        The folder of the run that it makes, for commands that take a recipe.
+
+    Raises:
+        ConfigError: no such command, or its recipe is wrong.
+        click.UsageError: its options are wrong.
+    """
+    from mlx_distill.cli.main import cli
+    from mlx_distill.errors import ConfigError
+    from mlx_distill.jobs import KINDS
+    from mlx_distill.recipe import load_recipe
+    from mlx_distill.text import known_names
+
+    command = cli.get_command(click.Context(cli), kind) if kind in KINDS else None
+    if command is None:
+        raise ConfigError(f"{kind!r} cannot be a job", fix=known_names(kind, KINDS, "commands"))
+    params = command.make_context(f"mlx-distill {kind}", list(arguments)).params
+    recipe = params.get("recipe")
+    if recipe is None:
+        return None
+    path = root / str(recipe)
+    loaded = load_recipe(path if path.is_file() else str(recipe), params.get("overrides") or ())
+    return str(params.get("out") or Path("runs") / loaded.name)
+
+
+def _echo(value: Any, lines: Sequence[str], as_json: bool) -> None:
+    import json
+
+    from mlx_distill.cli.output import plain
+
+    click.echo(json.dumps(plain(value), ensure_ascii=False, indent=2) if as_json else "\n".join(lines))
+
+
+def _echo_job(job: Any, as_json: bool, *more: str) -> None:
+    _echo(job_facts(job), [job_line(job), *more], as_json)
 
 
 @jobs.command(hidden=True)
 @click.argument("job_id")
-@_ROOT
+@root_option
 @click.pass_context
 def execute(ctx: click.Context, job_id: str, root: Path) -> None:
     """Be the process of a job."""
     from mlx_distill.jobs.execute import execute as execute_job
 
-    ctx.exit(execute_job(_ledger(root), job_id, run_command))
+    ctx.exit(execute_job(open_ledger(root), job_id, run_command))
 
 
 def run_command(arguments: Sequence[str]) -> Any:
@@ -74,7 +245,7 @@ def run_command(arguments: Sequence[str]) -> Any:
             "a quality gate failed" if gate else f"it ended with the exit code {value}",
             "see what it printed: mlx-distill jobs show ID" if gate else None,
         )
-    return Ended(0, value=value)
+    return Ended(0)
 
 
 def error_code(error: BaseException, exit_code: int) -> str | None:

@@ -48,9 +48,6 @@ _EXTRA = ("fastapi", "uvicorn", "multipart", "prometheus_client")
 @click.option(
     "--memory-limit", type=click.FloatRange(0, min_open=True), metavar="GB", help="Memory of all models."
 )
-@click.option(
-    "--log-texts", is_flag=True, help="Write prompts and answers into the request log, which has none else."
-)
 @click.option("--new-token", is_flag=True, help="Replace the token, print the new one and exit.")
 def serve(**options: Any) -> None:
     """Serve models and the dashboard over HTTP.

@@ -18,7 +18,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from mlx_distill.errors import DistillError
 from mlx_distill.jobs import lease
@@ -44,14 +43,12 @@ class Ended:
         code: A word for the error, None without one.
         message: What was wrong.
         fix: How to mend it.
-        value: What the command returned.
     """
 
     exit_code: int
     code: str | None = None
     message: str | None = None
     fix: str | None = None
-    value: Any = None
 
 
 def execute(
@@ -192,7 +189,7 @@ def _run(job: Job, command: Callable[[Sequence[str]], Ended], interrupts: _Inter
 
 def _end(ledger: Ledger, job: Job, ended: Ended, next_command: Callable[[str, str], list[str]]) -> None:
     """Write down the end of the job, with what it has made, and start the next one."""
-    result = keep_result(ledger, job, ended.value) if ended.exit_code == 0 else None
+    result = keep_result(ledger, job) if ended.exit_code == 0 else None
     with ledger.write() as db:
         job = find(db, job.id)
         error = None

@@ -1,13 +1,45 @@
-"""What a succeeded job leaves in the ledger besides its end."""
+"""What a succeeded job leaves in the ledger besides its end: a version of its model, and what it cost."""
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Any
 
-from mlx_distill.jobs.store import Job
+from mlx_distill.errors import DistillError
+from mlx_distill.jobs.store import Job, add_event
 from mlx_distill.ledger.database import Ledger
+from mlx_distill.registry import add_version
+from mlx_distill.running_costs import record_training
+
+log = logging.getLogger(__name__)
 
 
-def keep_result(ledger: Ledger, job: Job, value: Any) -> dict[str, Any]:
-    """What the job has made, for its row."""
-    return {"path": job.run_path} if job.run_path else {}
+def keep_result(ledger: Ledger, job: Job) -> dict[str, Any]:
+    """Record what a succeeded job has made. What cannot be recorded is a warning among its events; the job
+    has succeeded all the same.
+
+    Returns:
+        ``path``, its run, and for a whole run ``version``, such as ``music:3``.
+    """
+    if job.run_path is None:
+        return {}
+    run_path = job.run_path
+    result: dict[str, Any] = {"path": run_path}
+    _attempt(ledger, job, "its costs", lambda: record_training(ledger, run_path))
+    if job.kind == "run":
+        version = _attempt(ledger, job, "its model", lambda: add_version(ledger, run_path))
+        if version is not None:
+            result["version"] = version.name
+    return result
+
+
+def _attempt(ledger: Ledger, job: Job, what: str, record: Callable[[], Any]) -> Any:
+    try:
+        return record()
+    except Exception as error:
+        log.exception("%s: %s", job.id, what)
+        reason = str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
+        with ledger.write() as db:
+            add_event(db, job.id, "warning", f"{what} was not recorded: {reason}", level="warn")
+        return None

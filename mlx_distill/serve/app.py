@@ -12,6 +12,7 @@ from importlib import import_module
 from fastapi import FastAPI
 
 from mlx_distill import __version__
+from mlx_distill.jobs import dispatch, lease
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry.resolve import ResolvedModel, resolve_model
 from mlx_distill.serve.errors import add_error_handlers
@@ -42,6 +43,7 @@ ROUTERS = (
     "pages.compare",
     "pages.costs",
 )
+_HOLDER = "serve"  # of the lease
 _TICK = 1.0  # seconds
 _OTHER_THREADS = 40  # beside those of requests that wait for a model
 
@@ -65,8 +67,9 @@ class Server:
         token, self.token_is_new = find_token(self.root, settings.token)
         self.tokens = Tokens(self.root, token)
         self.stopping = threading.Event()
-        self.pool = Pool(settings, self._resolve)
-        self.every_second: list[Callable[[], None]] = [self.pool.tick]
+        self.pool = Pool(settings, self._resolve, may_load=self._take_accelerator)
+        self.every_second: list[Callable[[], None]] = [self._serve_jobs, self.pool.tick]
+        self._has_lease = False
         self._ticker: threading.Thread | None = None
 
     @cached_property
@@ -76,6 +79,24 @@ class Server:
 
     def _resolve(self, name: str) -> ResolvedModel:
         return resolve_model(self.ledger, name)
+
+    def _take_accelerator(self) -> bool:
+        """Take the lease for the models of this server; jobs come first."""
+        if not self.settings.share_accelerator:
+            self._has_lease = lease.acquire(self.ledger, _HOLDER, "answers requests")
+            return self._has_lease
+        return True
+
+    def _serve_jobs(self) -> None:
+        """Let go of the accelerator where a job waits for it, and start the next job."""
+        if not self.settings.share_accelerator:
+            if not lease.wanted(self.ledger):
+                self.pool.resume()
+            elif self.pool.pause() and self._has_lease:
+                lease.release(self.ledger, _HOLDER)
+                self._has_lease = False
+        if self.settings.start_jobs:
+            dispatch(self.ledger)
 
     def start(self) -> None:
         """Begin the work that is done every second."""
@@ -88,6 +109,8 @@ class Server:
         self.pool.close()
         if self._ticker is not None:
             self._ticker.join(timeout=5)
+        if self._has_lease:
+            lease.release(self.ledger, _HOLDER)
 
     def _tick(self) -> None:
         failed: set[str] = set()

@@ -33,6 +33,8 @@ from mlx_distill.tasks.task import load_task
 
 log = logging.getLogger("mlx_distill.serve")
 
+_JOB_WAIT = 150  # seconds until a client may ask again while a job trains
+
 
 class Pool:
     """Models by name: loaded when they are first asked for, several where memory allows.
@@ -41,12 +43,17 @@ class Pool:
         settings: Limits, and the model that is served where a request names none.
         resolve: What a name means now; raises ``ModelError`` where there is no such model.
         load: Loads a model; :func:`~mlx_distill.serve.loading.load_model` where None.
+        may_load: Whether the accelerator is free for a model, or is held already.
     """
 
     def __init__(
-        self, settings: ServerSettings, resolve: Callable[[str], Resolved], load: Loader | None = None
+        self,
+        settings: ServerSettings,
+        resolve: Callable[[str], Resolved],
+        load: Loader | None = None,
+        may_load: Callable[[], bool] = lambda: True,
     ) -> None:
-        self.settings, self._resolve = settings, resolve
+        self.settings, self._resolve, self._may_load = settings, resolve, may_load
         self._load = load or partial(load_model, batch_size=settings.batch_size)
         self._task = load_task(settings.task) if settings.task else None
         self._changed = threading.Condition()
@@ -56,6 +63,7 @@ class Pool:
         self._loading = threading.Lock()  # one at a time
         self._requests = 0
         self._closed = False
+        self._paused = False  # for a job
         self._failed: dict[str, str] = {}  # of a name, the model that it could not be changed to
         self._problem: str | None = None  # why the served model is not in memory
 
@@ -94,6 +102,8 @@ class Pool:
         with self._changed:
             if self._closed:
                 raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
+            if self._paused:
+                raise _busy()
             if self._requests >= self.settings.max_queue:
                 raise ApiError(503, "the queue is full", code="queue_full", retry_after=1)
             self._requests += 1
@@ -146,6 +156,8 @@ class Pool:
             with self._changed:
                 loaded = self._models.get(key_of(resolved))
             if loaded is None or loaded.worker.closed:
+                if not self._may_load():
+                    raise _busy()
                 self._make_room(resolved)
                 try:
                     loaded = self._load(resolved)
@@ -184,7 +196,11 @@ class Pool:
         )
 
     def tick(self) -> None:
-        """What is done every second: the served model is loaded before it is asked for."""
+        """What is done every second: names follow their aliases, and the served model is loaded before it is
+        asked for.
+        """
+        if self._paused:
+            return
         for name in list(self._names):
             self._swap(name)
         served = self.settings.model
@@ -198,6 +214,28 @@ class Pool:
             if self._problem != error.message:
                 log.error("%s: %s", served, error.message)
             self._problem = error.message
+
+    def pause(self) -> bool:
+        """Take no requests until :meth:`resume`. Those under way are finished; models without any are
+        unloaded.
+
+        Returns:
+            Whether no model is in memory any more.
+        """
+        with self._changed:
+            self._paused = True
+            idle = [loaded for loaded in self._models.values() if not loaded.users]
+            for loaded in idle:
+                del self._models[loaded.key]
+        for loaded in idle:
+            _unload(loaded)
+        with self._loading, self._changed:
+            return not self._models
+
+    def resume(self) -> None:
+        """Take requests again; models are loaded when they are asked for."""
+        with self._changed:
+            self._paused = False
 
     def _swap(self, name: str) -> None:
         """Let a name be answered by another model where it means another one now: the new one is loaded
@@ -254,7 +292,9 @@ class Pool:
             ]
             served = self.settings.model
             ready = served is None or any(model["name"] == served for model in models)
-            status = "stopping" if self._closed else "ready" if ready else "loading"
+            status = "ready" if ready else "loading"
+            if self._closed or self._paused:
+                status = "stopping" if self._closed else "paused for a job"
             return {
                 "status": status,
                 "served": served,
@@ -272,6 +312,15 @@ class Pool:
             self._changed.notify_all()
         for loaded in models:
             _unload(loaded)
+
+
+def _busy() -> ApiError:
+    return ApiError(
+        503,
+        "a job uses the accelerator: models answer again when it has ended",
+        code="accelerator_busy",
+        retry_after=_JOB_WAIT,
+    )
 
 
 def _unload(loaded: LoadedModel) -> None:

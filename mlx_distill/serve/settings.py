@@ -32,7 +32,6 @@ class ServerSettings:
         max_upload: Bytes of an uploaded file's request.
         load_seconds: The longest wait for a model that is being loaded or swapped.
         stop_seconds: The longest wait for requests under way after SIGTERM.
-        log_texts: Write prompts and answers into the request log too.
     """
 
     root: Root
@@ -53,4 +52,3 @@ class ServerSettings:
     max_upload: int = 512 * MIB
     load_seconds: float = 120.0
     stop_seconds: float = 30.0
-    log_texts: bool = False

@@ -1,0 +1,96 @@
+"""The commands of jobs, with a run on the packaged tiny model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from mlx_distill.cli import cli
+from mlx_distill.jobs import events, get, list_jobs
+from mlx_distill.ledger.database import Ledger
+from mlx_distill.registry import list_models
+from mlx_distill.running_costs import cost_report
+
+RECIPE = {
+    "name": "chats",
+    "teacher": "asset:models/tiny-qwen3",
+    "data": {"sources": [{"path": "chats.jsonl"}]},
+    "teach": {"steps": 2, "batch_size": 2},
+}
+
+
+@pytest.fixture
+def call(ledger: Ledger, runner: Any) -> Any:
+    """Call a command of jobs with this ledger's root."""
+
+    def invoke(*arguments: str, code: int = 0) -> str:
+        name, *rest = arguments
+        result = runner.invoke(cli, ["jobs", name, "--root", str(ledger.root.path), *rest])
+        assert result.exit_code == code, (result.output, result.exception)
+        return str(result.output)
+
+    return invoke
+
+
+def write_recipe(root: Path) -> None:
+    rows = [
+        {
+            "messages": [
+                {"role": "user", "content": f"say {n}"},
+                {"role": "assistant", "content": f"{n} it is"},
+            ]
+        }
+        for n in range(24)
+    ]
+    (root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
+
+
+def test_an_empty_list_says_what_to_do(call: Any) -> None:
+    assert "jobs submit run RECIPE" in call("list")
+    assert json.loads(call("list", "--json")) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (("submit", "analyze", "x"), "'analyze' cannot be a job"),
+        (("submit", "run", "no-such-recipe"), "no-such-recipe"),
+        (("submit", "run", "tiny", "--no-such-option"), "no-such-option"),
+        (("submit", "run", "tiny", "--out", "../outside"), "not under the root"),
+        (("list", "--state", "runing"), "running"),
+        (("show", "job-0"), "no job 'job-0'"),
+        (("resume", "job-0"), "no job 'job-0'"),
+    ],
+)
+def test_what_cannot_work_is_refused_at_once(
+    call: Any, ledger: Ledger, arguments: tuple[str, ...], text: str
+) -> None:
+    assert text in call(*arguments, code=2)
+    assert list_jobs(ledger) == []
+
+
+@pytest.mark.slow
+def test_a_run_is_submitted_watched_and_registered(call: Any, ledger: Ledger) -> None:
+    write_recipe(ledger.root.path)
+    submitted = json.loads(call("submit", "--json", "run", "recipe.yaml"))
+    assert submitted["state"] == "running" and submitted["run_path"] == "runs/chats"
+    second = json.loads(call("submit", "--json", "--title", "later", "run", "recipe.yaml", "--out", "runs/b"))
+    assert second["state"] == "queued"
+    call("pause", second["id"])
+    watched = call("watch", submitted["id"])
+    assert "stage_made" in watched and watched.strip().splitlines()[-1].split()[1] == "succeeded"
+    job = get(ledger, submitted["id"])
+    assert job.result == {"path": "runs/chats", "version": "chats:1"}
+    assert [model.name for model in list_models(ledger)] == ["chats"]
+    assert cost_report(ledger, None).total.seconds > 0
+    assert not [event for event in events(ledger, job.id) if event.level != "info"]
+    shown = call("show", job.id)
+    assert "version: chats:1" in shown and str(job.log(ledger.root)) in shown
+    assert "paused" in call("list") and "later" in call("list", "--state", "paused")
+    call("cancel", second["id"])
+    assert json.loads(call("show", second["id"], "--json"))["state"] == "cancelled"
