@@ -1,4 +1,5 @@
 # make demo        the whole pipeline on tiny models; the last line says where the report is
+# make serve       the server and the dashboard on the demo's result; it prints its address and, the first time, the token
 # make test        style, types, import layers, all tests
 # make test-fast   the same in under a minute: without the tests marked slow and without checks of array shapes
 # make lint        style, types, import layers
@@ -8,13 +9,16 @@
 VENV := .venv
 BIN  := $(VENV)/bin
 OUT  ?= demo
-.PHONY: help demo test test-fast lint format clean
+.PHONY: help demo serve test test-fast lint format clean
 
 help:
 	@sed -n 's/^# \(make .*\)/\1/p' Makefile
 
 demo: $(VENV)/.core
 	@$(BIN)/mlx-distill demo --out $(OUT)
+
+serve: $(VENV)/.serve
+	@$(BIN)/mlx-distill serve --model $(OUT) --share-accelerator
 
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory lint
@@ -40,6 +44,9 @@ clean:
 # The environment of the tests serves the demo too.
 $(VENV)/.core: pyproject.toml .ci/environment
 	@if [ -e $(VENV)/.test ] && [ ! pyproject.toml -nt $(VENV)/.test ]; then touch $@; else sh .ci/environment $(VENV) . && touch $@; fi
+
+$(VENV)/.serve: pyproject.toml .ci/environment
+	@if [ -e $(VENV)/.test ] && [ ! pyproject.toml -nt $(VENV)/.test ]; then touch $@; else sh .ci/environment $(VENV) '.[serve]' && touch $@; fi
 
 $(VENV)/.test: pyproject.toml .ci/environment
 	@sh .ci/environment $(VENV) '.[test]' && touch $@

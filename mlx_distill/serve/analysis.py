@@ -82,16 +82,8 @@ def analyze_batch(request: Request, body: BatchRequest) -> dict[str, Any]:
     _check_count(request, body.items)
     with request.app.state.server.pool.get(body.model) as served:
         predictions = _predict(request, served, body, body.items)
-        data = [to_json(prediction) for prediction in predictions]
-        model = model_json(served)
-    return {
-        "object": "list",
-        "data": data,
-        "errors": sum(one["error"] is not None for one in data),
-        "model": model,
-        "constrained": body.constrain,
-        "latency_ms": _since(began),
-    }
+        out = _listed([to_json(prediction) for prediction in predictions], served)
+    return out | {"constrained": body.constrain, "latency_ms": _since(began)}
 
 
 @router.post("/v1/classify")
@@ -103,15 +95,14 @@ def classify(request: Request, body: ClassifyRequest) -> dict[str, Any]:
     with request.app.state.server.pool.get(body.model) as served:
         answers = shared_answers(served, body.task)
         labelled = _closing(lambda: answers.classify(_placed(body.items), options, long=body.long))
-        data = [_classification(one) for one in labelled]
-        model = model_json(served)
-    return {
-        "object": "list",
-        "data": data,
-        "errors": sum(one["error"] is not None for one in data),
-        "model": model,
-        "latency_ms": _since(began),
-    }
+        out = _listed([_classification(one) for one in labelled], served)
+    return out | {"latency_ms": _since(began)}
+
+
+def _listed(data: list[dict[str, Any]], served: ServedModel) -> dict[str, Any]:
+    """The answers to several rows, with how many have an error and the model that gave them."""
+    errors = sum(one["error"] is not None for one in data)
+    return {"object": "list", "data": data, "errors": errors, "model": model_json(served)}
 
 
 def shared_answers(served: ServedModel, task: str | None = None) -> SharedAnswers:

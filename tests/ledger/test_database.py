@@ -9,6 +9,7 @@ import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import time
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ from mlx_distill.ledger.migrate import MIGRATIONS, read_migrations
 from mlx_distill.ledger.root import Root
 
 _ROW = "INSERT INTO models (name, created_at) VALUES (?, 1.0)"
+
+_NOBODY = 65534  # a user without rights
 
 
 @pytest.fixture
@@ -326,15 +329,38 @@ def test_a_lost_ledger_is_not_replaced_by_an_empty_one(ledger: Ledger) -> None:
     assert names(Ledger(ledger.root)) == ["music"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_that_cannot_be_written(ledger: Ledger) -> None:
-    ledger.root.state.chmod(0o500)
-    ledger.path.chmod(0o400)
+@contextmanager
+def without_rights_of_root(folder: Path) -> Iterator[None]:
+    """Let root, who may write everywhere, be nobody for a while, with this folder as its own."""
+    if os.geteuid() != 0:
+        yield
+        return
+    for path in (folder, *folder.rglob("*")):
+        os.chown(path, _NOBODY, _NOBODY)
+    os.seteuid(_NOBODY)
     try:
-        with pytest.raises(FileError, match=r"cannot be (written|opened)"):
-            add(ledger, "a")
+        yield
     finally:
-        ledger.root.state.chmod(0o700)
+        os.seteuid(0)
+
+
+def test_a_folder_that_cannot_be_written() -> None:
+    # Not under pytest's folder, which only its owner may enter.
+    with tempfile.TemporaryDirectory() as name:
+        root = Root.at(name)
+        ledger = Ledger(root)
+        add(ledger, "a")
+        with without_rights_of_root(Path(name)):
+            assert names(ledger) == ["a"]
+            ledger.path.chmod(0o400)
+            root.state.chmod(0o500)
+            try:
+                with pytest.raises(FileError, match=r"cannot be (written|opened)|denied|read-?only"):
+                    add(ledger, "b")
+            finally:
+                root.state.chmod(0o700)
+                ledger.path.chmod(0o600)
+        assert names(ledger) == ["a"]
 
 
 @contextmanager
