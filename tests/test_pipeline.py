@@ -466,7 +466,8 @@ def test_a_server_follows_a_run_by_its_events_and_stops_it_by_a_flag(copied: Pat
         run(stop=stop)
     assert handlers == {before}
     assert [event["event"] for event in seen[:3]] == ["note", "stage_started", "task_started"]
-    assert seen[1] == {"event": "stage_started", "stage": "teacher", "command": "teach"}
+    place = {"stage": "teacher", "command": "teach", "run": str(copied / "out")}
+    assert seen[1] == {"event": "stage_started", **place}
     rows = [event["row"] for event in seen if event["event"] == "training_row"]
     assert [(row["stage"], row["step"]) for row in rows] == [("teach", 1)]
     json.dumps(seen)
