@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.background import BackgroundTask
 from starlette.responses import FileResponse
 
-from mlx_distill.data_sets import DataSet, add_data_set, export_data_set, get_data_set, list_data_sets
+from mlx_distill.data_sets import DataSet, add_data_set, get_data_set, list_data_sets
 from mlx_distill.errors import ConfigError
 from mlx_distill.registry import Model, Version, list_models
 from mlx_distill.running_costs import cost_report, record_runs
 from mlx_distill.serve.errors import ApiError
+from mlx_distill.serve.exports import exported_file
 from mlx_distill.tasks.task import task_names
 from mlx_distill.text import known_names
 
@@ -85,22 +83,8 @@ def data_set(request: Request, name: str) -> dict[str, Any]:
 @router.post("/data/{name}/export")
 def export(request: Request, name: str, body: Export) -> FileResponse:
     """The rows of a data set in another tool's layout; refused with the rows that it cannot hold."""
-    server = request.app.state.server
     found = _named(request, name)
-    server.root.state.mkdir(parents=True, exist_ok=True)
-    folder = tempfile.TemporaryDirectory(dir=server.root.state, prefix="export-")
-    try:
-        path = Path(folder.name) / f"{found.name}.{body.layout.replace('/', '')}.jsonl"
-        export_data_set(server.ledger, name, path, body.layout, split=body.split)
-    except BaseException:
-        folder.cleanup()
-        raise
-    return FileResponse(
-        path,
-        media_type="application/x-ndjson",
-        filename=path.name,
-        background=BackgroundTask(folder.cleanup),
-    )
+    return exported_file(request.app.state.server, found.name, body.layout, body.split)
 
 
 @router.get("/costs")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import tempfile
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +10,7 @@ from fastapi import APIRouter, Form, Request, Response
 
 from mlx_distill.errors import ConfigError, DistillError
 from mlx_distill.evaluate.comparison_text import shown_interval, shown_points
+from mlx_distill.jobs import submit
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry.comparisons import (
     comparison_rows,
@@ -21,7 +21,8 @@ from mlx_distill.registry.comparisons import (
     write_stored,
 )
 from mlx_distill.report.comparison_page import comparison_view
-from mlx_distill.serve.pages.environment import command_line, error_of, page, see_other
+from mlx_distill.serve.pages.environment import error_of, page, see_other
+from mlx_distill.serve.pages.job_form import start_next
 from mlx_distill.serve.pages.names import comparable_names
 
 router = APIRouter(include_in_schema=False)
@@ -67,13 +68,8 @@ def make(
         if values["rows"] and not values["rows"].startswith("asset:"):
             ledger.root.inside(values["rows"])
         title = f"{values['b']} against {values['a']}"
-        try:
-            store, queue = (import_module(f"mlx_distill.jobs.{name}") for name in ("store", "queue"))
-        except ModuleNotFoundError:
-            line = command_line(ledger.root.path, "compare", *arguments).text
-            raise ConfigError("a model has to answer the rows first", fix=line) from None
-        job = store.submit(ledger, "compare", arguments, title=title, dedupe_seconds=60)
-        queue.dispatch(ledger)
+        job = submit(ledger, "compare", arguments, title=title, dedupe_seconds=60)
+        start_next(request.app.state.server)
     except DistillError as error:
         return _form(request, values, status=400, error=error)
     return see_other(f"/jobs/{job.id}")
