@@ -445,6 +445,17 @@ def packaged(name: str) -> Path | None:
     return path if name and path.is_relative_to(ASSETS.resolve()) and path.exists() else None
 
 
+def asset_name(path: str) -> str:
+    """The name of a packaged file as a recipe writes it, whatever folder the package is installed in; other
+    paths as they are.
+
+    >>> asset_name(str(ASSETS / "models" / "tiny-qwen3")), asset_name("Qwen/Qwen3-8B")
+    ('asset:models/tiny-qwen3', 'Qwen/Qwen3-8B')
+    """
+    inside = Path(path)
+    return f"asset:{inside.relative_to(ASSETS).as_posix()}" if inside.is_relative_to(ASSETS) else path
+
+
 def resolve_asset(spec: str, base: Path | None = None) -> str:
     """The path that a recipe names: ``asset:NAME`` is a packaged file, and a relative path is looked up in
     ``base`` (the recipe's folder) first. What does not exist is returned as it is, such as a model's id.

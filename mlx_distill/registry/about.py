@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.config import asset_name
 from mlx_distill.data.predictions import FILE_NAME
 from mlx_distill.errors import DistillError
 from mlx_distill.evaluate.comparison_inputs import EVALUATIONS
@@ -92,19 +93,25 @@ def _step(name: str, manifest: Manifest) -> dict[str, Any]:
         "stage": manifest.stage,
         "key": manifest.key,
         "content": manifest.content,
-        "source": manifest.recorded.get("source"),
+        "source": _source(manifest),
         "commit": manifest.recorded.get("commit"),
         "finished": manifest.recorded.get("finished"),
         "parents": dict(manifest.parents),
     }
 
 
+def _source(manifest: Manifest) -> str | None:
+    """What a stage was converted from, if it was."""
+    source = manifest.recorded.get("source")
+    return asset_name(str(source)) if source else None
+
+
 def _base_model(parents: Mapping[str, Manifest]) -> str | None:
     """The checkpoint that the training began from: that of the student, else of the teacher."""
     for name in ("student_base", "teacher_base", *parents):
-        source = parents[name].recorded.get("source") if name in parents else None
+        source = _source(parents[name]) if name in parents else None
         if source:
-            return str(source)
+            return source
     return None
 
 
