@@ -26,10 +26,18 @@ class HttpServer(uvicorn.Server):
         self._server = server
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """End after the requests under way; at once when told again."""
-        self._server.stopping.set()
+        """End after the requests under way; at once when told again.
+
+        It takes no lock: a second signal may interrupt the first one's handler, which would then wait for
+        itself.
+        """
         self.force_exit = self.should_exit
         self.should_exit = True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let streams of events end, then wait for the requests under way."""
+        self._server.stopping.set()
+        await super().shutdown(sockets=sockets)
 
 
 def http_server(settings: ServerSettings) -> tuple[HttpServer, socket.socket, str]:
