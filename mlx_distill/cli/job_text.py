@@ -6,7 +6,7 @@ import time
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.cli.output import plain
-from mlx_distill.text import duration
+from mlx_distill.text import counted, duration
 
 if TYPE_CHECKING:
     from mlx_distill.jobs import Event, Job, JobProgress
@@ -46,9 +46,8 @@ def progress_lines(done: JobProgress) -> list[str]:
         return []
     parts = [done.stage or done.task or ""]
     if done.step is not None:
-        parts.append(
-            f"{done.step:,.0f}" + (f" of {done.steps:,.0f}" if done.steps else "") + f" {done.unit or ''}"
-        )
+        total = f"of {counted(round(done.steps), done.unit or 'part')}" if done.steps else done.unit or ""
+        parts.append(f"{done.step:,.0f} {total}")
     if done.tokens_per_second:
         parts.append(f"{done.tokens_per_second:,.0f} tokens/s")
     if done.eta_s is not None:

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
+from helpers.chat_run import write_recipe
 
 from mlx_distill.cli import cli
 from mlx_distill.jobs import events, get, list_jobs
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry import list_models
 from mlx_distill.running_costs import cost_report
-
-RECIPE = {
-    "name": "chats",
-    "teacher": "asset:models/tiny-qwen3",
-    "data": {"sources": [{"path": "chats.jsonl"}]},
-    "teach": {"steps": 2, "batch_size": 2},
-}
 
 
 @pytest.fixture
@@ -34,20 +26,6 @@ def call(ledger: Ledger, runner: Any) -> Any:
         return str(result.output)
 
     return invoke
-
-
-def write_recipe(root: Path) -> None:
-    rows = [
-        {
-            "messages": [
-                {"role": "user", "content": f"say {n}"},
-                {"role": "assistant", "content": f"{n} it is"},
-            ]
-        }
-        for n in range(24)
-    ]
-    (root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    (root / "recipe.yaml").write_text(yaml.safe_dump(RECIPE), encoding="utf-8")
 
 
 def test_an_empty_list_says_what_to_do(call: Any) -> None:
