@@ -1,4 +1,4 @@
-"""A job whose process is killed at random moments tells the truth afterwards, and ends as if it had not been."""
+"""A job whose process is killed at random moments tells the truth, and ends as if it had not been."""
 
 from __future__ import annotations
 
