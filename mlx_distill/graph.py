@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import ASSETS, keyed, resolve_asset
+from mlx_distill.data.sources import generator_files
 from mlx_distill.data.sqlite import write_ahead_log
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate.categories import parse_categories
@@ -272,7 +273,8 @@ def _sources(recipe: Recipe) -> tuple[tuple[str, ...], tuple[str, ...]]:
             log = write_ahead_log(Path(out[-1])) if source.sqlite else None
             logs += [str(log)] if log else []
         elif source.generator:
-            out.append(str(ASSETS / source.generator / "generator.py"))
+            files = generator_files(source.generator) if source.policy else []
+            out += map(str, files or [ASSETS / source.generator / "generator.py"])
         elif source.hub:
             folder = resolve_asset(source.hub.partition(":")[0], recipe.base)
             if not Path(folder).exists():

@@ -49,6 +49,12 @@ class SourceConfig:
         0.0, "share of the generator's labels that are replaced by random ones", low=0.0, high=1.0
     )
     part: str | None = option(None, "part of the generator's templates: train or test")
+    policy: str | None = option(
+        None,
+        "how the generator labels its rows; of music: drawn (task music_drawn) or drawn_fields "
+        "(music_drawn_fields), which draw from known probabilities that the rows carry",
+        default_keyed=False,
+    )
     format: str = option(
         "auto",
         "format of the rows",

@@ -209,6 +209,12 @@ def _read_hub(config: SourceConfig, base: Path | None, options: ReadOptions) -> 
         raise DataError(f"{name}: the data set cannot be read: {reason}", fix=fix) from error
 
 
+def generator_files(name: str) -> list[Path]:
+    """The modules of a packaged generator: ``generator.py``, and one for each of its other policies."""
+    folder = ASSETS / name
+    return [path for path in sorted(folder.glob("*.py")) if path.stem != "__init__"]
+
+
 def _generate(config: SourceConfig) -> Iterator[tuple[str, Row]]:
     name = str(config.generator)
     if not name.isidentifier() or packaged(f"{name}/generator.py") is None:
@@ -216,11 +222,17 @@ def _generate(config: SourceConfig) -> Iterator[tuple[str, Row]]:
             path.parent.name for path in Path(resolve_asset("asset:templates")).parent.glob("*/generator.py")
         )
         raise ConfigError(f"no generator {name!r}", fix=known_names(name, known, "packaged"))
+    policies = [path.stem for path in generator_files(name) if path.stem != "generator"]
+    if config.policy is not None and config.policy not in policies:
+        raise ConfigError(
+            f"the generator {name!r} has no policy {config.policy!r}",
+            fix=known_names(config.policy, policies, "policies") if policies else "take policy out",
+        )
     options: dict[str, Any] = {"seed": config.seed, "noise": config.noise, "part": config.part or "train"}
     if config.count:
         options["count"] = config.count
     try:
-        rows = import_module(f"mlx_distill.assets.{name}.generator").generate(**options)
+        rows = import_module(f"mlx_distill.assets.{name}.{config.policy or 'generator'}").generate(**options)
         for index, row in enumerate(rows):
             yield f"{name} generator:{index}", row
     except ValueError as error:
