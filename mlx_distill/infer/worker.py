@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from mlx_distill.errors import DistillError
 from mlx_distill.infer.engine import Engine
@@ -18,6 +19,18 @@ from mlx_distill.infer.requests import Event, Failed, Finished, Generation, Requ
 
 Listener = Callable[[TokenEvent | None], None]
 T = TypeVar("T")
+
+
+class Watcher(Protocol):
+    """Is told by an engine's thread what it does. It must be quick and raise nothing."""
+
+    def worked(self, seconds: float) -> None:
+        """The thread computed for so long."""
+
+    def answered(self, generation: Generation, first_token_seconds: float, seconds: float) -> None:
+        """A request has its answer: ``seconds`` after it was submitted, its first token as long after that as
+        ``first_token_seconds`` says.
+        """
 
 
 class Cancelled(DistillError):  # noqa: N818 - asked for, not an error
@@ -38,6 +51,8 @@ class Handle:
         self._events: queue.SimpleQueue[TokenEvent | None] = queue.SimpleQueue()
         self._done = threading.Event()
         self._outcome: Generation | BaseException | None = None
+        self._submitted = time.perf_counter()
+        self._waited = 0.0  # until the engine took it
 
     @property
     def done(self) -> bool:
@@ -88,6 +103,7 @@ class EngineWorker:
 
     Args:
         make_engine: Is called in that thread, so that it may load the model there.
+        watcher: Is told what the thread does.
 
     Raises:
         Exception: what ``make_engine`` raised.
@@ -96,7 +112,8 @@ class EngineWorker:
     ...     worker.submit(Request([1, 2, 3], max_tokens=9)).result().text
     """
 
-    def __init__(self, make_engine: Callable[[], Engine]) -> None:
+    def __init__(self, make_engine: Callable[[], Engine], watcher: Watcher | None = None) -> None:
+        self._watcher = watcher
         self._commands: queue.SimpleQueue[tuple[Callable[[Any], None], Any] | None] = queue.SimpleQueue()
         self._handles: dict[int, Handle] = {}
         self._lock = threading.Lock()  # nothing is sent behind the command that closes
@@ -122,6 +139,11 @@ class EngineWorker:
     def closed(self) -> bool:
         """Whether it takes no more requests: it was closed, or its model failed."""
         return self._closed
+
+    @property
+    def requests(self) -> int:
+        """How many requests the engine decodes or keeps waiting."""
+        return len(self._handles)
 
     def submit(self, request: Request, listener: Listener | None = None) -> Handle:
         """Queue a request.
@@ -179,8 +201,10 @@ class EngineWorker:
         self._ready.set()
         try:
             while self._take_commands():
+                began = time.perf_counter()
                 for event in self.engine.step():
                     self._handle(event)
+                self._worked_since(began)
         except BaseException as error:  # the model's: no request can go on
             with self._lock:
                 self._closed = True
@@ -199,7 +223,12 @@ class EngineWorker:
                 return False
             command[0](command[1])
 
+    def _worked_since(self, began: float) -> None:
+        if self._watcher is not None:
+            self._watcher.worked(time.perf_counter() - began)
+
     def _submit(self, handle: Handle) -> None:
+        handle._waited = time.perf_counter() - handle._submitted
         try:
             self._handles[self.engine.submit(handle.request)] = handle
         except Exception as error:
@@ -209,10 +238,15 @@ class EngineWorker:
         function, future = call
         if not future.set_running_or_notify_cancel():
             return
+        began = time.perf_counter()
         try:
-            future.set_result(function())
+            result = function()
         except Exception as error:
+            self._worked_since(began)
             future.set_exception(error)
+        else:
+            self._worked_since(began)
+            future.set_result(result)
 
     def _cancel(self, handle: Handle) -> None:
         for number, other in list(self._handles.items()):
@@ -225,7 +259,11 @@ class EngineWorker:
         if isinstance(event, TokenEvent):
             self._handles[event.request_id]._put(event)
         elif isinstance(event, Finished):
-            self._handles.pop(event.request_id)._end(event.generation)
+            handle = self._handles.pop(event.request_id)
+            if self._watcher is not None:
+                first = handle._waited + event.generation.first_token_seconds
+                self._watcher.answered(event.generation, first, time.perf_counter() - handle._submitted)
+            handle._end(event.generation)
         elif isinstance(event, Failed):
             self._handles.pop(event.request_id)._end(event.error)
 

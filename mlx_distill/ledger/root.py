@@ -42,6 +42,11 @@ class Root:
         return self.state / "token"
 
     @property
+    def request_log(self) -> Path:
+        """The newest file of the server's log of requests."""
+        return self.state / "requests.jsonl"
+
+    @property
     def uploads(self) -> Path:
         """The folder of uploaded files."""
         return self.state / "uploads"

@@ -18,11 +18,11 @@ from mlx_distill.infer.worker import Cancelled
 from mlx_distill.records import Classification, Prediction
 from mlx_distill.serve.errors import ApiError
 from mlx_distill.serve.loading import ServedModel
+from mlx_distill.serve.usage import REFUSED, error_type, usage_of
 from mlx_distill.tasks.task import Task, load_task, task_names
 
 router = APIRouter()
 Item = dict[str, Any] | str
-_REFUSED = ("bad row", "prompt too long")  # kinds of errors that are the row's
 
 
 class _Body(BaseModel):
@@ -68,8 +68,8 @@ def analyze(request: Request, body: AnalyzeRequest) -> dict[str, Any]:
     began = time.perf_counter()
     with request.app.state.server.pool.get(body.model) as served:
         prediction = _predict(request, served, body, [body.item])[0]
-        if prediction.error_kind in _REFUSED:
-            raise ApiError(400, prediction.error or "", code=_code(prediction), param="item")
+        if prediction.error_kind in REFUSED:
+            raise ApiError(400, prediction.error or "", code=error_type(prediction), param="item")
         out = to_json(prediction)
         out |= {"model": model_json(served), "constrained": body.constrain}
     return out | {"latency_ms": _since(began)}
@@ -94,7 +94,9 @@ def classify(request: Request, body: ClassifyRequest) -> dict[str, Any]:
     options = LabelOptions(body.normalize, body.shuffle_options, temperature=body.temperature)
     with request.app.state.server.pool.get(body.model) as served:
         answers = shared_answers(served, body.task)
-        labelled = _closing(lambda: answers.classify(_placed(body.items), options, long=body.long))
+        labelled = _answered(
+            request, served, lambda: answers.classify(_placed(body.items), options, long=body.long)
+        )
         out = _listed([_classification(one) for one in labelled], served)
     return out | {"latency_ms": _since(began)}
 
@@ -162,7 +164,9 @@ def _predict(
     request: Request, served: ServedModel, body: _Answers, items: Sequence[Item]
 ) -> list[Prediction]:
     answers = shared_answers(served, body.task)
-    return _closing(
+    return _answered(
+        request,
+        served,
         lambda: answers.answer(
             _placed(items),
             constrain=body.constrain,
@@ -170,16 +174,20 @@ def _predict(
             max_tokens=body.max_tokens,
             long=body.long,
             gone=lambda: from_thread.run(request.is_disconnected),
-        )
+        ),
     )
 
 
-def _closing(answer: Callable[[], list[Any]]) -> list[Any]:
-    """Answers, or 503 where the model was closed meanwhile."""
+def _answered(request: Request, served: ServedModel, answer: Callable[[], list[Any]]) -> list[Any]:
+    """Answers, which are counted, or 503 where the model was closed meanwhile."""
+    usage = usage_of(request)
+    usage.model = request.app.state.server.name(served.resolved)
     try:
-        return answer()
+        answers = answer()
     except Cancelled as error:
         raise ApiError(503, str(error), code="cancelled", retry_after=1) from error
+    usage.add(answers)
+    return answers
 
 
 def _placed(items: Sequence[Item]) -> list[tuple[str, Any]]:
@@ -221,11 +229,7 @@ def _classification(one: Classification) -> dict[str, Any]:
 def _error(prediction: Prediction | Classification) -> dict[str, Any] | None:
     if prediction.error is None:
         return None
-    return {"type": _code(prediction), "message": prediction.error}
-
-
-def _code(prediction: Prediction | Classification) -> str:
-    return (prediction.error_kind or "error").replace(" ", "_")
+    return {"type": error_type(prediction), "message": prediction.error}
 
 
 def _since(began: float) -> float:

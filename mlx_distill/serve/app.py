@@ -16,11 +16,17 @@ from mlx_distill.jobs import dispatch, lease
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry.resolve import ResolvedModel, resolve_model
 from mlx_distill.serve.errors import add_error_handlers
+from mlx_distill.serve.loading import LoadedModel, Resolved, load_model
+from mlx_distill.serve.metrics import Metrics, ServerState
+from mlx_distill.serve.observer import Observer
 from mlx_distill.serve.pool import Pool
+from mlx_distill.serve.request_log import RequestLog
 from mlx_distill.serve.responses import PlainJSON
 from mlx_distill.serve.security import Guard
+from mlx_distill.serve.served_calls import ServedCallCounts
 from mlx_distill.serve.settings import ServerSettings
 from mlx_distill.serve.tokens import Tokens, find_token
+from mlx_distill.serve.usage import version_name
 
 log = logging.getLogger("mlx_distill.serve")
 
@@ -28,6 +34,7 @@ log = logging.getLogger("mlx_distill.serve")
 ROUTERS = (
     "session",
     "health",
+    "metrics",
     "analysis",
     "chat",
     "files",
@@ -59,6 +66,9 @@ class Server:
         settings: As given.
         tokens: The token and the cookie.
         pool: The models in memory.
+        metrics: What ``/metrics`` tells.
+        calls: Those that are recorded as costs.
+        request_log: One line a request.
         stopping: Is set when the process was told to end: streams of events end then.
     """
 
@@ -67,8 +77,16 @@ class Server:
         token, self.token_is_new = find_token(self.root, settings.token)
         self.tokens = Tokens(self.root, token)
         self.stopping = threading.Event()
-        self.pool = Pool(settings, self._resolve, may_load=self._take_accelerator)
-        self.every_second: list[Callable[[], None]] = [self._serve_jobs, self.pool.tick]
+        self.metrics = Metrics()
+        self.calls = ServedCallCounts(lambda: self.ledger)
+        self.request_log = RequestLog(self.root.request_log, on_lost=self.metrics.line_lost)
+        self.pool = Pool(settings, self._resolve, self._load, may_load=self._take_accelerator)
+        self.metrics.registry.register(
+            ServerState(
+                lambda: self.ledger, self.pool, lambda model: self.metrics.model_name(self.name(model))
+            )
+        )
+        self.every_second: list[Callable[[], None]] = [self._serve_jobs, self.pool.tick, self.calls.tick]
         self._has_lease = False
         self._ticker: threading.Thread | None = None
 
@@ -79,6 +97,15 @@ class Server:
 
     def _resolve(self, name: str) -> ResolvedModel:
         return resolve_model(self.ledger, name)
+
+    def name(self, resolved: Resolved) -> str:
+        """What metrics, log and costs call a model."""
+        return version_name(resolved, self.root)
+
+    def _load(self, resolved: Resolved) -> LoadedModel:
+        name = self.name(resolved)
+        watcher = self.metrics.watcher(name, self.calls.worked(name))
+        return load_model(resolved, batch_size=self.settings.batch_size, watcher=watcher)
 
     def _take_accelerator(self) -> bool:
         """Take the lease for the models of this server; jobs come first."""
@@ -109,6 +136,10 @@ class Server:
         self.pool.close()
         if self._ticker is not None:
             self._ticker.join(timeout=5)
+        try:
+            self.calls.record()
+        except Exception:  # the process ends all the same
+            log.exception("the calls of the last minute could not be recorded")
         if self._has_lease:
             lease.release(self.ledger, _HOLDER)
 
@@ -161,4 +192,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
         app.include_router(import_module(f"mlx_distill.serve.{name}").router)
     add_error_handlers(app)
     app.add_middleware(Guard, settings=settings, tokens=server.tokens)
+    app.add_middleware(
+        Observer, metrics=server.metrics, requests=server.request_log, calls=server.calls
+    )  # the outermost: it sees what the guard refuses, too
     return app

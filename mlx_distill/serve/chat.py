@@ -20,6 +20,7 @@ from mlx_distill.serve.chat_engine import Answering, ChatModel, engine_request
 from mlx_distill.serve.chat_request import Chat, ChatRequest, read_chat
 from mlx_distill.serve.errors import ApiError, from_distill_error, unexpected
 from mlx_distill.serve.responses import PlainJSON
+from mlx_distill.serve.usage import Usage, usage_of
 
 router = APIRouter()
 
@@ -30,7 +31,9 @@ _PING_SECONDS = 15.0  # of silence, after which a stream says that it lives
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a chat."""
     chat = read_chat(body)
-    completion = await run_in_threadpool(_Completion, request.app.state.server, body.model, chat)
+    completion = await run_in_threadpool(
+        _Completion, request.app.state.server, body.model, chat, usage_of(request)
+    )
     headers = {"x-ignored-params": ", ".join(chat.ignored)} if chat.ignored else {}
     streams = False
     try:
@@ -59,13 +62,15 @@ class _Completion:
         server: Of the application.
         name: The model.
         chat: What is asked.
+        usage: Of the request.
     """
 
-    def __init__(self, server: Any, name: str | None, chat: Chat) -> None:
-        self.chat = chat
+    def __init__(self, server: Any, name: str | None, chat: Chat, usage: Usage) -> None:
+        self.chat, self._usage = chat, usage
         self._stack = ExitStack()
         try:
             self._served = self._stack.enter_context(server.pool.get(name))
+            usage.model = server.name(self._served.resolved)
             shared = self._served.loaded.shared
             if "chat" not in shared:
                 shared.setdefault("chat", ChatModel.of(self._served.model, self._served.tokenizer))
@@ -108,6 +113,10 @@ class _Completion:
         """Give it up if it has no answer yet, and let the model go; may be called again."""
         if self._answering is not None:
             self._answering.cancel()
+            used = self._answering.usage
+            self._usage.calls, self._usage.prompt_tokens, self._usage.tokens = 1, used.prompt, used.completion
+            cut = self._answering.finish == "length"
+            self._usage.invalid = int(cut and self.chat.format != "text")  # JSON that does not end
         self._stack.close()
 
 

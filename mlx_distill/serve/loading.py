@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from mlx_distill.errors import ModelError
 from mlx_distill.infer.engine import Engine
-from mlx_distill.infer.worker import EngineWorker
+from mlx_distill.infer.worker import EngineWorker, Watcher
 from mlx_distill.models.trained_on import read_trained_on
 from mlx_distill.tasks.task import Task
 
@@ -65,6 +65,7 @@ class LoadedModel:
         tokenizer: mlx-lm's wrapper.
         task: What it was trained on, or None.
         bytes: That it takes in memory.
+        resolved: What it was loaded as.
         users: Requests that are at work with it.
         used: When the last one ended, in monotonic seconds.
         since: When it was loaded, in Unix seconds.
@@ -78,6 +79,7 @@ class LoadedModel:
     tokenizer: Any
     task: Task | None
     bytes: int
+    resolved: Resolved
     users: int = 0
     used: float = field(default_factory=time.monotonic)
     since: float = field(default_factory=time.time)
@@ -116,16 +118,17 @@ class ServedModel:
 
     @property
     def name(self) -> str:
-        """What metrics and logs call it: the registry's or the folder's name, not what a client wrote."""
+        """What messages call it: the registry's or the folder's name, not what a client wrote."""
         return self.resolved.model or (self.resolved.path.name if self.resolved.path else "external")
 
 
-def load_model(resolved: Resolved, *, batch_size: int) -> LoadedModel:
+def load_model(resolved: Resolved, *, batch_size: int, watcher: Watcher | None = None) -> LoadedModel:
     """Load a model in the thread of its own engine.
 
     Args:
         resolved: Where it lies.
         batch_size: Requests that are decoded together.
+        watcher: Is told what the engine does.
 
     Raises:
         ModelError: it cannot be loaded.
@@ -141,7 +144,7 @@ def load_model(resolved: Resolved, *, batch_size: int) -> LoadedModel:
 
         return Engine(*load(path), batch_size=batch_size)
 
-    worker = EngineWorker(make)
+    worker = EngineWorker(make, watcher)
     trained_on = read_trained_on(path)
     return LoadedModel(
         key_of(resolved),
@@ -151,6 +154,7 @@ def load_model(resolved: Resolved, *, batch_size: int) -> LoadedModel:
         worker.engine.tokenizer,
         trained_on.task if trained_on is not None else None,
         weight_bytes(path),
+        resolved,
     )
 
 

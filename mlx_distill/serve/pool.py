@@ -303,6 +303,11 @@ class Pool:
                 "problem": self._problem,
             }
 
+    def contents(self) -> tuple[int, list[LoadedModel]]:
+        """How many requests are at work or wait, and the models in memory."""
+        with self._changed:
+            return self._requests, list(self._models.values())
+
     def close(self) -> None:
         """Free the models; requests under way get an error."""
         with self._changed:
