@@ -37,7 +37,8 @@ def job_lines(job: Job, root: Root) -> list[str]:
 def job_facts(job: Job) -> dict[str, Any]:
     """A job as values for ``--json``."""
     facts = plain(job)
-    return {name: facts[name] for name in facts if name not in ("request", "request_hash", "environment")}
+    hidden = ("request", "request_hash", "environment", "pid_space", "asked_from")
+    return {name: value for name, value in facts.items() if name not in hidden}
 
 
 def progress_lines(done: JobProgress) -> list[str]:

@@ -218,7 +218,7 @@ def run_command(arguments: Sequence[str]) -> Any:
     """Run a command line of this program in this process, and say how it ended."""
     from mlx_distill.cli.main import cli, explain
     from mlx_distill.errors import DistillError
-    from mlx_distill.jobs.execute import Ended
+    from mlx_distill.jobs.ended import Ended
 
     try:
         value = cli.main(["--debug", *arguments], prog_name="mlx-distill", standalone_mode=False)

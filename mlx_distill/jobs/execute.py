@@ -15,15 +15,16 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from mlx_distill.errors import DistillError
+from mlx_distill.errors import DistillError, FileError
 from mlx_distill.jobs import lease
+from mlx_distill.jobs.ended import Ended, write_end
 from mlx_distill.jobs.outcome import keep_result
-from mlx_distill.jobs.process import this_process
-from mlx_distill.jobs.queue import close, execute_command, settle, start_next
+from mlx_distill.jobs.process import Process, this_process
+from mlx_distill.jobs.queue import close, execute_command, finish_and_start
 from mlx_distill.jobs.recorder import Recorder
 from mlx_distill.jobs.store import Job, find, update
 from mlx_distill.jobs.watchdog import explain_gpu_error
@@ -31,24 +32,8 @@ from mlx_distill.ledger.database import Ledger
 from mlx_distill.progress import report_events
 
 BEAT_S = 10.0
+RETRY_S = (1.0, 5.0)
 _MAX_LOG_BYTES = 4 << 20
-
-
-@dataclass(frozen=True)
-class Ended:
-    """How a command ended.
-
-    Attributes:
-        exit_code: Its exit code.
-        code: A word for the error, None without one.
-        message: What was wrong.
-        fix: How to mend it.
-    """
-
-    exit_code: int
-    code: str | None = None
-    message: str | None = None
-    fix: str | None = None
 
 
 def execute(
@@ -56,6 +41,7 @@ def execute(
     job_id: str,
     command: Callable[[Sequence[str]], Ended],
     next_command: Callable[[str, str], list[str]] = execute_command,
+    pauses: Sequence[float] = RETRY_S,
 ) -> int:
     """Run a job in this process, which :func:`~mlx_distill.jobs.queue.dispatch` has started for it.
 
@@ -64,6 +50,7 @@ def execute(
         job_id: The job.
         command: Runs a command line of this program in this process.
         next_command: The command line of the process of the next job.
+        pauses: Seconds between attempts to write the end into a ledger that does not take it.
 
     Returns:
         The exit code: that of the command; 1 where this is not the process of the job.
@@ -72,16 +59,19 @@ def execute(
         job = _begin(ledger, job_id)
         if job is None:
             return 1
-        if job.requested is not None:
-            ended = Ended(130)
-        else:
-            _keep_awake(job, ledger)
-            recorder = Recorder(ledger, job)
-            with _heartbeat(ledger, job), report_events(recorder.event):
-                ended = _run(job, command, interrupts)
-            recorder.finish()
-        interrupts.ignored = True
-        _end(ledger, job, ended, next_command)
+        with _heartbeat(ledger, job):
+            if job.requested is not None:
+                ended = Ended(130)
+            else:
+                _keep_awake(job, ledger)
+                recorder = Recorder(ledger, job)
+                with report_events(recorder.event):
+                    ended = _run(job, command, interrupts)
+                recorder.finish()
+            interrupts.ignored = True
+            is_written = _end(ledger, job, ended, pauses)
+        if is_written:
+            finish_and_start(ledger, next_command)
     return ended.exit_code
 
 
@@ -112,12 +102,24 @@ def _interrupts() -> Iterator[_Interrupts]:
 def _begin(ledger: Ledger, job_id: str) -> Job | None:
     """Say that signals are handled from here on; None where the ledger does not know this process."""
     process = this_process()
-    with ledger.write() as db:
-        job = find(db, job_id)
-        if job.state != "running" or job.process != process:
-            return None
-        _beat(db, job_id)
-        return find(db, job_id)
+    try:
+        with ledger.write() as db:
+            job = find(db, job_id)
+            if not _is_of(job, process):
+                return None
+            _beat(db, job_id)
+            return find(db, job_id)
+    except FileError as error:
+        with suppress(OSError):
+            write_end(ledger.root.jobs / job_id, process, Ended(1, "file", error.message, error.fix))
+        raise
+
+
+def _is_of(job: Job, process: Process) -> bool:
+    """Whether the ledger has a job as running in this process. It does not where another machine has taken it
+    for dead.
+    """
+    return job.state == "running" and job.process == process
 
 
 def _beat(db: sqlite3.Connection, job_id: str) -> None:
@@ -127,15 +129,20 @@ def _beat(db: sqlite3.Connection, job_id: str) -> None:
 
 @contextmanager
 def _heartbeat(ledger: Ledger, job: Job) -> Iterator[None]:
-    """Write down every ten seconds that the process is alive, and keep its log from growing for ever."""
+    """Write down every ten seconds that the process is alive, and keep its log from growing for ever. Where a
+    signal cannot reach it, it interrupts itself.
+    """
     done = threading.Event()
 
     def work() -> None:
+        interrupted = False
         while not done.wait(BEAT_S):
             with suppress(DistillError, OSError):  # information only: it may be missing, as on a full disk
                 limit_log(job.log(ledger.root))
-                with ledger.write() as db:
-                    _beat(db, job.id)
+                stop = _beat_or_stop(ledger, job)
+                if stop and not interrupted:
+                    interrupted = True
+                    os.kill(os.getpid(), signal.SIGINT)
 
     thread = threading.Thread(target=work, name="heartbeat", daemon=True)
     thread.start()
@@ -144,6 +151,18 @@ def _heartbeat(ledger: Ledger, job: Job) -> Iterator[None]:
     finally:
         done.set()
         thread.join()
+
+
+def _beat_or_stop(ledger: Ledger, job: Job) -> bool:
+    """Write a heartbeat; whether the job is to stop: it is no longer this process's, or somebody asked for
+    it whose signals do not reach this process.
+    """
+    with ledger.write() as db:
+        now = find(db, job.id)
+        if job.process is None or not _is_of(now, job.process):
+            return True
+        _beat(db, job.id)
+        return now.requested is not None and now.asked_from not in (None, job.pid_space)
 
 
 def limit_log(log: Path, size: int = _MAX_LOG_BYTES) -> None:
@@ -187,19 +206,25 @@ def _run(job: Job, command: Callable[[Sequence[str]], Ended], interrupts: _Inter
     return Ended(ended.exit_code, gpu["code"], gpu["message"], gpu["fix"]) if gpu else ended
 
 
-def _end(ledger: Ledger, job: Job, ended: Ended, next_command: Callable[[str, str], list[str]]) -> None:
-    """Write down the end of the job, with what it has made, and start the next one."""
-    result = keep_result(ledger, job) if ended.exit_code == 0 else None
-    with ledger.write() as db:
-        job = find(db, job.id)
-        error = None
-        if ended.exit_code == 0:
-            state = "succeeded"
-        elif ended.exit_code == 130:
-            state = "cancelled" if job.requested in ("cancel", "discard") else "paused"
-        else:
-            state = "failed"
-            error = {"code": ended.code or "failed", "message": ended.message or "", "fix": ended.fix}
-        close(db, ledger, job, state, ended.exit_code, error, result)
-        settle(db, ledger)
-        start_next(db, ledger, next_command)
+def _end(ledger: Ledger, job: Job, ended: Ended, pauses: Sequence[float]) -> bool:
+    """Write down the end of the job, with what it has made; False where only its folder has it."""
+    ended = replace(ended, at=time.time())
+    process = this_process()
+    try:
+        write_end(job.folder(ledger.root), process, ended)
+    except OSError:
+        traceback.print_exc()
+    for pause in (*pauses, None):
+        try:
+            result = keep_result(ledger, job) if ended.exit_code == 0 else None
+            with ledger.write() as db:
+                now = find(db, job.id)
+                if _is_of(now, process):
+                    state = ended.state(now.requested)
+                    close(db, now, state, ended.exit_code, ended.error, result, ended.at)
+            return True
+        except FileError:
+            traceback.print_exc()
+            if pause is not None:
+                time.sleep(pause)
+    return False

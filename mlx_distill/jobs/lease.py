@@ -1,7 +1,8 @@
 """The lease of the accelerator: one process at a time trains, evaluates or serves.
 
 A lease belongs to a process; that of one that has ended is free. Its heartbeat is information only: a stopped
-process keeps its lease.
+process keeps its lease. Only of a process on another machine, or in another container, that shares the root
+nothing but the heartbeat is known.
 """
 
 from __future__ import annotations
@@ -44,16 +45,26 @@ def current(db: sqlite3.Connection) -> Lease | None:
     row = db.execute("SELECT * FROM leases WHERE name = ?", (ACCELERATOR,)).fetchone()
     if row is None:
         return None
-    lease = Lease(row["holder"], Process(row["pid"], row["pid_started"]), row["heartbeat"], row["purpose"])
-    return lease if lease.process.is_alive else None
+    process = Process(row["pid"], row["pid_started"], row["host"], row["pid_space"])
+    lease = Lease(row["holder"], process, row["heartbeat"], row["purpose"])
+    return lease if process.lives(lease.heartbeat) else None
 
 
 def give(db: sqlite3.Connection, name: str, process: Process, purpose: str) -> None:
     """Let a process have the lease, in a transaction that has seen that it is free."""
     db.execute(
-        "INSERT OR REPLACE INTO leases (name, holder, pid, pid_started, heartbeat, purpose)"
-        " VALUES (?, ?, ?, ?, ?, ?)",
-        (ACCELERATOR, name, process.pid, process.started, time.time(), purpose),
+        "INSERT OR REPLACE INTO leases (name, holder, pid, pid_started, host, pid_space, heartbeat, purpose)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            ACCELERATOR,
+            name,
+            process.pid,
+            process.started,
+            process.host,
+            process.pid_space,
+            time.time(),
+            purpose,
+        ),
     )
 
 
@@ -77,7 +88,10 @@ def acquire(ledger: Ledger, name: str, purpose: str) -> bool:
     with ledger.write() as db:
         lease = current(db)
         if lease is not None:
-            return lease.holder == name and lease.process == process
+            is_ours = lease.holder == name and lease.process == process
+            if is_ours:
+                beat(db, name)
+            return is_ours
         if is_wanted(db):
             return False
         give(db, name, process, purpose)

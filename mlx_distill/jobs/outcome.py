@@ -7,12 +7,24 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_distill.errors import DistillError
-from mlx_distill.jobs.store import Job, add_event
-from mlx_distill.ledger.database import Ledger
+from mlx_distill.jobs.store import Job, add_event, to_job
+from mlx_distill.ledger.database import Ledger, to_json
 from mlx_distill.registry import add_version
 from mlx_distill.running_costs import record_training
 
 log = logging.getLogger(__name__)
+UNRECORDED = "state = 'succeeded' AND result IS NULL"
+"""The condition of the jobs that have succeeded, but could not write so into the ledger themselves."""
+
+
+def record_results(ledger: Ledger) -> None:
+    """Record what was made by the jobs that could not do so when they ended."""
+    with ledger.read() as db:
+        waiting = [to_job(row) for row in db.execute(f"SELECT * FROM jobs WHERE {UNRECORDED}")]
+    for job in waiting:
+        result = keep_result(ledger, job)
+        with ledger.write() as db:
+            db.execute(f"UPDATE jobs SET result = ? WHERE id = ? AND {UNRECORDED}", (to_json(result), job.id))
 
 
 def keep_result(ledger: Ledger, job: Job) -> dict[str, Any]:

@@ -2,21 +2,29 @@
 
 A process is its number and the time at which it started: numbers are used again, the pair is not. A stopped
 process (SIGSTOP, a sleeping machine) lives; one that has ended and whose parent has not asked yet does not.
+
+Numbers mean something only where they were given: on another machine that shares the root, and in a container
+of this one, the same number is another process or none. Such a process cannot be asked after or signalled;
+whether it lives is judged by its heartbeat alone.
 """
 
 from __future__ import annotations
 
 import calendar
 import os
+import platform
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
+FOREIGN_SILENT_S = 120.0
+"""A process elsewhere that has not written a heartbeat for so long is taken for dead."""
 _UNREAPED: list[subprocess.Popen[bytes]] = []
 
 
@@ -28,22 +36,81 @@ class Process:
         pid: Its number.
         started: When it started: on Linux seconds since the machine started, which setting the clock does not
             change; on a Mac Unix seconds, as ``ps`` prints them.
+        host: The name of its machine or container, for people. It may change.
+        pid_space: Where its number was given, see :func:`this_pid_space`; None of one that an older program
+            has written down, which is taken for one of here.
     """
 
     pid: int
     started: float
+    host: str | None = field(default=None, compare=False)
+    pid_space: str | None = None
+
+    @property
+    def is_local(self) -> bool:
+        """Whether it can be asked after and signalled from here."""
+        return self.pid_space in (None, this_pid_space())
 
     @property
     def is_alive(self) -> bool:
-        """Whether it has not ended yet."""
-        return start_time(self.pid) == self.started
+        """Whether it is one of here and has not ended yet."""
+        return self.is_local and start_time(self.pid) == self.started
+
+    def lives(self, heartbeat: float | None, now: float | None = None) -> bool:
+        """Whether it has not ended, as far as that is known from here.
+
+        Args:
+            heartbeat: When it last wrote that it is alive, in Unix seconds. It counts only for a process
+                elsewhere, whose clock may be ahead: a heartbeat of the future is one of now.
+            now: The present, in Unix seconds.
+        """
+        if self.is_local:
+            return self.is_alive
+        if self.host == host_name() and _boot(self.pid_space or "") != _boot(this_pid_space()):
+            return False  # this machine was started again
+        return heartbeat is not None and (time.time() if now is None else now) - heartbeat < FOREIGN_SILENT_S
+
+    def __str__(self) -> str:
+        where = "" if self.is_local else f" on {self.host or 'another machine'}"
+        return f"process {self.pid}{where}"
 
 
 def this_process() -> Process:
     """The process that asks."""
     started = start_time(os.getpid())
     assert started is not None
-    return Process(os.getpid(), started)
+    return local_process(os.getpid(), started)
+
+
+def local_process(pid: int, started: float) -> Process:
+    """A process of this machine or container."""
+    return Process(pid, started, host_name(), this_pid_space())
+
+
+def host_name() -> str:
+    """The name of this machine or container."""
+    return platform.node() or "unknown"
+
+
+@cache
+def this_pid_space() -> str:
+    """Where the numbers of this process's machine are given: its start ("boot"), and on Linux the namespace
+    of process numbers, which each container has of its own.
+    """
+    with suppress(OSError):
+        if sys.platform == "linux":
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+            return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        out = subprocess.run(
+            ["/usr/sbin/sysctl", "-n", "kern.bootsessionuuid"], capture_output=True, text=True, check=False
+        )
+        if out.stdout.strip():
+            return out.stdout.strip()
+    return host_name()
+
+
+def _boot(pid_space: str) -> str:
+    return pid_space.partition(" ")[0]
 
 
 def start_time(pid: int, system: str = sys.platform) -> float | None:
@@ -118,7 +185,7 @@ def start(command: Sequence[str], folder: Path, log: Path, environment: Mapping[
     _UNREAPED.append(child)
     started = start_time(child.pid)
     # One that has ended already gets a start that no living process has.
-    return Process(child.pid, -1.0 if started is None else started)
+    return local_process(child.pid, -1.0 if started is None else started)
 
 
 def reap() -> None:
@@ -127,7 +194,7 @@ def reap() -> None:
 
 
 def send(process: Process, number: signal.Signals) -> bool:
-    """Send a signal to a process; False where it has ended."""
+    """Send a signal to a process; False where it has ended or is not one of here."""
     if not process.is_alive:
         return False
     with suppress(ProcessLookupError):

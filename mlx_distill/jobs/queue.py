@@ -1,8 +1,8 @@
 """The queue: which job runs, and what pause, resume and cancel do.
 
-There is no daemon. Every command of ``jobs``, the end of every job and the server call :func:`dispatch`. In
-one transaction it writes down the jobs whose process has ended without a word, and starts the next one if the
-accelerator is free.
+There is no daemon. Every command of ``jobs``, the end of every job and the server call :func:`dispatch`. It
+writes down the jobs whose process has ended without doing so, and starts the next one if the accelerator is
+free. What takes long, as removing files, is done between the two transactions and not in them.
 """
 
 from __future__ import annotations
@@ -18,8 +18,18 @@ from typing import Any, Literal
 
 from mlx_distill.errors import ConfigError
 from mlx_distill.jobs import lease
-from mlx_distill.jobs.discard import remove_unfinished
-from mlx_distill.jobs.process import Process, kill_group, reap, send, start
+from mlx_distill.jobs.discard import TO_DISCARD, discard, discard_all
+from mlx_distill.jobs.ended import Ended, read_end, reserve_end
+from mlx_distill.jobs.outcome import UNRECORDED, record_results
+from mlx_distill.jobs.process import (
+    FOREIGN_SILENT_S,
+    Process,
+    kill_group,
+    reap,
+    send,
+    start,
+    this_pid_space,
+)
 from mlx_distill.jobs.store import (
     Job,
     add_event,
@@ -59,32 +69,62 @@ def dispatch(
     """
     reap()
     with ledger.read() as db:
-        if not lease.is_wanted(db):
+        if not (lease.is_wanted(db) or _is_unfinished(db)):
             return None
     with ledger.write() as db:
         settle(db, ledger, grace_s)
+    return finish_and_start(ledger, command)
+
+
+def finish_and_start(
+    ledger: Ledger, command: Callable[[str, str], list[str]] = execute_command
+) -> Job | None:
+    """Do what ended jobs have left to be done, then start the next one if the accelerator is free."""
+    discard_all(ledger)
+    record_results(ledger)
+    with ledger.write() as db:
+        settle(db, ledger)
         return start_next(db, ledger, command)
+
+
+def _is_unfinished(db: sqlite3.Connection) -> bool:
+    """Whether an ended job has left something to be done."""
+    conditions = f"({TO_DISCARD}) OR ({UNRECORDED})"
+    return db.execute(f"SELECT 1 FROM jobs WHERE {conditions} LIMIT 1").fetchone() is not None
 
 
 def settle(db: sqlite3.Connection, ledger: Ledger, grace_s: float = GRACE_S) -> None:
     """Write down the ends of jobs whose process has ended without doing so, in a transaction."""
     for job in running(db):
-        process = job.process
-        if process is not None and process.is_alive:
-            asked = job.requested in ("cancel", "discard") and job.requested_at is not None
-            if not asked or time.time() - (job.requested_at or 0) < grace_s:
-                continue
-            kill_group(process)
-            add_event(
-                db,
-                job.id,
-                "warning",
-                f"had not stopped after {grace_s:g} s: its process was killed",
-                level="warn",
-            )
-            if not _has_ended(process):
-                continue
-        close(db, ledger, job, *_death(job, ledger))
+        if job.lives and not _has_been_ended(db, job, grace_s):
+            continue
+        ended = read_end(job.folder(ledger.root), job.process)
+        if ended is not None:
+            add_event(db, job.id, "note", "its end was read from its folder: the ledger did not take it")
+            close(db, job, ended.state(job.requested), ended.exit_code, ended.error, at=ended.at)
+        else:
+            close(db, job, *_death(job, ledger))
+
+
+def _has_been_ended(db: sqlite3.Connection, job: Job, grace_s: float) -> bool:
+    """End a living job whose time to save is over; False where it was not asked to stop, has time left, or
+    does not end.
+    """
+    process = job.process
+    asked = job.requested in ("cancel", "discard") and job.requested_at is not None
+    if process is None or not asked:
+        return False
+    waited = time.time() - (job.requested_at or 0)
+    if process.is_local and waited >= grace_s:
+        kill_group(process)
+        message = f"had not stopped after {grace_s:g} s: its process was killed"
+    elif not process.is_local and waited >= max(grace_s, FOREIGN_SILENT_S):
+        # Nothing reaches it from here, and a clock ahead of ours would let its heartbeat look young for ever.
+        message = f"had not stopped after {waited:.0f} s: {process} cannot be ended from here, and may go on"
+    else:
+        return False
+    add_event(db, job.id, "warning", message, level="warn")
+    return not process.is_local or _has_ended(process)
 
 
 def _has_ended(process: Process) -> bool:
@@ -99,30 +139,41 @@ def _has_ended(process: Process) -> bool:
 def _death(job: Job, ledger: Ledger) -> tuple[str, int | None, dict[str, Any] | None]:
     """State, exit code and error of a job whose process has ended without a word."""
     if job.requested is not None:
-        return ("paused" if job.requested == "pause" else "cancelled"), None, None
+        return Ended(130).state(job.requested), None, None
+    process = job.process
+    if process is not None and not process.is_local:
+        silent = time.time() - (job.heartbeat or job.started_at or 0)
+        message = (
+            f"{process} has written no heartbeat for {silent:.0f} s, and cannot be asked after from here: "
+            "it is taken for dead"
+        )
+        fix = f"see to it that it has ended, then resume it: mlx-distill jobs resume {job.id}"
+        return "failed", None, {"code": "orphaned", "message": message, "fix": fix}
     return "failed", None, explain_death(job.log(ledger.root))
 
 
 def close(
     db: sqlite3.Connection,
-    ledger: Ledger,
     job: Job,
     state: str,
     exit_code: int | None,
     error: dict[str, Any] | None,
     result: dict[str, Any] | None = None,
+    at: float | None = None,
 ) -> None:
-    """Write down the end of a job and free its lease, in a transaction."""
-    if state == "cancelled" and job.requested == "discard":
-        remove_unfinished(job, ledger.root)
+    """Write down the end of a job and free its lease, in a transaction. A request to discard stays until that
+    is done.
+    """
+    kept = job.requested if state == "cancelled" and job.requested == "discard" else None
     update(
         db,
         job.id,
         state=state,
-        requested=None,
+        requested=kept,
         requested_at=None,
+        asked_from=None,
         position=None,
-        finished_at=time.time(),
+        finished_at=at or time.time(),
         exit_code=exit_code,
         error=None if error is None else to_json(error),
         result=None if result is None else to_json(result),
@@ -145,12 +196,17 @@ def start_next(
     """
     if lease.current(db) is not None or running(db):
         return None
-    row = db.execute("SELECT * FROM jobs WHERE state = 'queued' ORDER BY position LIMIT 1").fetchone()
+    # Not one whose folder is still to be cleared: what it makes there would be removed.
+    row = db.execute(
+        "SELECT * FROM jobs WHERE state = 'queued' AND ifnull(run_path, id) NOT IN"
+        f" (SELECT ifnull(run_path, id) FROM jobs WHERE {TO_DISCARD}) ORDER BY position LIMIT 1"
+    ).fetchone()
     if row is None:
         return None
     job = to_job(row)
     root = ledger.root
     job.folder(root).mkdir(parents=True, exist_ok=True)
+    reserve_end(job.folder(root))
     environment = {name: value for name, value in os.environ.items() if name not in _SECRETS}
     process = start(
         command(job.id, str(root.path)), root.path, job.log(root), environment | dict(job.environment)
@@ -162,6 +218,8 @@ def start_next(
         state="running",
         pid=process.pid,
         pid_started=process.started,
+        host=process.host,
+        pid_space=process.pid_space,
         heartbeat=None,
         started_at=now,
         finished_at=None,
@@ -207,9 +265,9 @@ def _stop(ledger: Ledger, job_id: str, request: Literal["pause", "cancel", "disc
         elif job.state in ("queued", "paused", *(_RESUMABLE if request == "discard" else ())):
             if request != "pause":
                 asked = replace(job, requested=request)
-                close(db, ledger, asked, "cancelled", job.exit_code, None)
+                close(db, asked, "cancelled", job.exit_code, None)
             elif job.state == "queued":
-                close(db, ledger, job, "paused", job.exit_code, None)
+                close(db, job, "paused", job.exit_code, None)
         else:
             verb = "pause" if request == "pause" else "cancel"
             raise ConfigError(
@@ -217,6 +275,8 @@ def _stop(ledger: Ledger, job_id: str, request: Literal["pause", "cancel", "disc
             )
     if interrupt is not None:
         send(interrupt, signal.SIGINT)
+    if request == "discard":
+        discard(ledger, job_id)
     return get(ledger, job_id)
 
 
@@ -229,7 +289,8 @@ def _ask(db: sqlite3.Connection, job: Job, request: str) -> Process | None:
             raise ConfigError(f"{job.id} is being cancelled", fix="resume it when it has ended")
         if request == job.requested:
             return None
-    update(db, job.id, requested=request, requested_at=time.time())
+    first = this_pid_space() if job.requested is None else job.asked_from
+    update(db, job.id, requested=request, requested_at=time.time(), asked_from=first)
     text = {"pause": "asked to save and pause", "cancel": "asked to save and stop"}
     add_event(db, job.id, "requested", text.get(request, "asked to stop; what is not finished is removed"))
     # Before its first heartbeat it has not yet said how it handles signals; then it reads the request.
@@ -244,9 +305,14 @@ def resume(ledger: Ledger, job_id: str) -> Job:
     Raises:
         ConfigError: it runs, waits or has succeeded.
     """
+    discard(ledger, job_id)
     with ledger.write() as db:
         settle(db, ledger)
         job = find(db, job_id)
+        if job.state == "cancelled" and job.requested is not None:
+            raise ConfigError(
+                f"{job_id}: what is not finished is still being removed", fix="try again in a moment"
+            )
         if job.state not in _RESUMABLE:
             fix = "wait until it has stopped" if job.requested else "see: mlx-distill jobs list"
             raise ConfigError(f"{job_id} is {job.state}: there is nothing to resume", fix=fix)

@@ -67,6 +67,9 @@ class Job:
         request_hash: A hash of the request, or of kind and arguments.
         result: What a succeeded one has made: the model's ``version``, the ``comparison``.
         environment: Variables that its process gets besides those of the process that starts it.
+        host: The machine or container of its process, for people.
+        pid_space: Where the number of its process was given, see :class:`~mlx_distill.jobs.process.Process`.
+        asked_from: The ``pid_space`` of who asked it to stop.
     """
 
     id: str
@@ -91,6 +94,9 @@ class Job:
     request_hash: str | None
     result: Mapping[str, Any] | None
     environment: Mapping[str, str]
+    host: str | None = None
+    pid_space: str | None = None
+    asked_from: str | None = None
 
     @property
     def is_finished(self) -> bool:
@@ -102,7 +108,13 @@ class Job:
         """The process that was started for it last."""
         if self.pid is None or self.pid_started is None:
             return None
-        return Process(self.pid, self.pid_started)
+        return Process(self.pid, self.pid_started, self.host, self.pid_space)
+
+    @property
+    def lives(self) -> bool:
+        """Whether the process of a running one has not ended, as far as that is known from here."""
+        process = self.process
+        return process is not None and process.lives(self.heartbeat or self.started_at)
 
     @property
     def command(self) -> list[str]:
@@ -111,6 +123,8 @@ class Job:
 
     def state_text(self, now: float | None = None) -> str:
         """The state for people; of a running job also what it was asked for, and whether it is silent."""
+        if self.state == "cancelled" and self.requested:
+            return "cancelled, what is not finished is being removed"
         if self.state != "running":
             code = (self.error or {}).get("code")
             return f"{self.state} ({code})" if self.state == "failed" and code else self.state
@@ -124,6 +138,10 @@ class Job:
         silent = (time.time() if now is None else now) - (self.heartbeat or self.started_at or 0)
         if silent > _SILENT_S:
             notes.append(f"no heartbeat for {silent:.0f} s")
+        elif silent < -_SILENT_S:
+            notes.append(f"its heartbeat lies {-silent:.0f} s in the future: check the clocks")
+        if self.process is not None and not self.process.is_local:
+            notes.append(str(self.process))
         return ", ".join([self.state, *notes])
 
     def folder(self, root: Root) -> Path:

@@ -1,12 +1,13 @@
 """A job's process with a made-up command: fake_job.py ID ROOT. The first argument of the job says what it
 does.
 
-``ok``, ``fail``, ``gate``, ``gpu`` and ``abort`` end at once. ``work`` works until it is interrupted, and
-then saves; ``stubborn`` does not stop for that.
+``ok``, ``fail``, ``gate``, ``gpu`` and ``abort`` end at once, ``full`` with a disk on which no file can grow.
+``work`` works until it is interrupted, and then saves; ``stubborn`` does not stop for that.
 """
 
 from __future__ import annotations
 
+import resource
 import signal
 import sys
 import time
@@ -14,7 +15,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.jobs.execute import Ended, execute
+from mlx_distill.jobs.ended import Ended
+from mlx_distill.jobs.execute import execute
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
 from mlx_distill.progress import make_progress
@@ -44,6 +46,8 @@ def command(arguments: Sequence[str]) -> Ended:
         print(f"libc++abi: terminating due to uncaught exception of type std::runtime_error: {GPU_ERROR}")
         sys.stdout.flush()
         signal.raise_signal(signal.SIGKILL)
+    if what == "full":
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
     if what in ("work", "stubborn"):
         _work(what == "stubborn")
     return Ended(0)
@@ -64,4 +68,4 @@ def _work(stubborn: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(execute(Ledger(Root.at(sys.argv[2])), sys.argv[1], command, fake_command))
+    sys.exit(execute(Ledger(Root.at(sys.argv[2])), sys.argv[1], command, fake_command, pauses=(0.1,)))
