@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from mlx_distill.cli.options import accelerator_of
+
 _COUNT = click.IntRange(1)
 
 
@@ -92,6 +94,7 @@ def analyze(
     if options:
         settings["label_options"] = options
     rows = sys.stdin.buffer if input == "-" else input
-    summary = analyze_file(model, rows, write=click.echo, **settings)
+    with accelerator_of(f"analyze {model} {input}"):
+        summary = analyze_file(model, rows, write=click.echo, **settings)
     click.echo(summary.line(), err=True)
     ctx.exit(1 if summary.errors and (strict or summary.errors == summary.answers) else 0)

@@ -49,7 +49,8 @@ def submit(
         ledger, kind, arguments, title=title, run_path=run_path, relax_gpu_timeout=relax_gpu_timeout
     )
     dispatch(ledger)
-    _echo_job(get(ledger, job.id), as_json, f"watch it: mlx-distill jobs watch {job.id}")
+    job = get(ledger, job.id)
+    _echo_job(job, as_json, *_waits(ledger, job), f"watch it: mlx-distill jobs watch {job.id}")
 
 
 @jobs.command("list")
@@ -87,7 +88,8 @@ def show(job_id: str, root: Path, as_json: bool) -> None:
     job = get(ledger, job_id)
     done = progress(ledger, job)
     last = events(ledger, job_id, newest=20)
-    lines = [*job_lines(job, ledger.root), *progress_lines(done), *map(event_line, last)]
+    lines = [*job_lines(job, ledger.root), *_waits(ledger, job), *progress_lines(done)]
+    lines += map(event_line, last)
     _echo({**job_facts(job), "progress": plain(done), "events": plain(last)}, lines, as_json)
 
 
@@ -189,6 +191,14 @@ def check_command(kind: str, arguments: Sequence[str], root: Path) -> str | None
     path = root / str(recipe)
     loaded = load_recipe(path if path.is_file() else str(recipe), params.get("overrides") or ())
     return str(params.get("out") or Path("runs") / loaded.name)
+
+
+def _waits(ledger: Any, job: Any) -> list[str]:
+    """Why a queued job does not run, in a line."""
+    from mlx_distill.jobs import waits_for
+
+    why = waits_for(ledger) if job.state == "queued" else None
+    return [f"  {why}"] if why else []
 
 
 def _echo(value: Any, lines: Sequence[str], as_json: bool) -> None:

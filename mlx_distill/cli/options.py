@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,13 @@ root_option = click.option(
     help="The folder that you work in.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
+
+
+def accelerator_of(command: str, needed: bool = True) -> AbstractContextManager[None]:
+    """Hold the accelerator's lease for a command, where the working folder has a ledger."""
+    from mlx_distill.jobs.alongside import accelerator
+
+    return accelerator(f"mlx-distill {command}") if needed else nullcontext()
 
 
 def open_ledger(root: Path, *, create: bool = True) -> Ledger:

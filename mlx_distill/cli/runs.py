@@ -9,6 +9,8 @@ from typing import Any
 
 import click
 
+from mlx_distill.cli.options import accelerator_of
+
 _OPTIONS = [
     click.argument("recipe"),
     click.option("--out", type=click.Path(path_type=Path), help="The run's folder.  [default: runs/NAME]"),
@@ -142,17 +144,18 @@ def _run(
         profiler = Profile()
     result = None
     try:
-        result = run_recipe(
-            recipe,
-            out,
-            progress=make_progress(),
-            overrides=overrides,
-            from_stage=from_stage,
-            only=only,
-            dry_run=dry_run,
-            profile=profiler,
-            force=force,
-        )
+        with accelerator_of(f"{only or 'run'} {recipe}", not dry_run and only != "prepare"):
+            result = run_recipe(
+                recipe,
+                out,
+                progress=make_progress(),
+                overrides=overrides,
+                from_stage=from_stage,
+                only=only,
+                dry_run=dry_run,
+                profile=profiler,
+                force=force,
+            )
     finally:
         # The profile of an interrupted training is shown too.
         if is_first_rank and profiler and (result is not None or profiler.rows):

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import click
 
+from mlx_distill.cli.options import accelerator_of
+
 
 @click.command()
 @click.argument("recipe")
@@ -59,16 +61,17 @@ def validate(
     from mlx_distill.validation import validate as validate_recipe
     from mlx_distill.validation_plan import ValidationPlan
 
-    result = validate_recipe(
-        recipe,
-        out,
-        folds=folds,
-        models=[name.strip() for name in models.split(",")],
-        learning_curve=learning_curve or False,
-        overrides=overrides,
-        dry_run=dry_run,
-        progress=make_progress(),
-    )
+    with accelerator_of(f"validate {recipe}", not dry_run):
+        result = validate_recipe(
+            recipe,
+            out,
+            folds=folds,
+            models=[name.strip() for name in models.split(",")],
+            learning_curve=learning_curve or False,
+            overrides=overrides,
+            dry_run=dry_run,
+            progress=make_progress(),
+        )
     echo(result, as_json)
     if gate and not isinstance(result, ValidationPlan):
         report = result.report  # goals of other models are listed as not measured, and close no gate

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from mlx_distill.jobs.lease import waits_for
 from mlx_distill.jobs.progress import JobProgress, progress
 from mlx_distill.jobs.queue import cancel, dispatch, move_first, pause, resume
 from mlx_distill.jobs.store import KINDS, STATES, Event, Job, events, get, list_jobs, queue, submit
@@ -23,4 +24,5 @@ __all__ = [
     "queue",
     "resume",
     "submit",
+    "waits_for",
 ]

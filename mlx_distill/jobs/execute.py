@@ -10,7 +10,6 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -19,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from mlx_distill.errors import DistillError, FileError
+from mlx_distill.errors import FileError
 from mlx_distill.jobs import lease
 from mlx_distill.jobs.ended import Ended, write_end
 from mlx_distill.jobs.outcome import keep_result
@@ -31,7 +30,6 @@ from mlx_distill.jobs.watchdog import explain_gpu_error
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.progress import report_events
 
-BEAT_S = 10.0
 RETRY_S = (1.0, 5.0)
 _MAX_LOG_BYTES = 4 << 20
 
@@ -132,25 +130,17 @@ def _heartbeat(ledger: Ledger, job: Job) -> Iterator[None]:
     """Write down every ten seconds that the process is alive, and keep its log from growing for ever. Where a
     signal cannot reach it, it interrupts itself.
     """
-    done = threading.Event()
+    interrupted = False
 
     def work() -> None:
-        interrupted = False
-        while not done.wait(BEAT_S):
-            with suppress(DistillError, OSError):  # information only: it may be missing, as on a full disk
-                limit_log(job.log(ledger.root))
-                stop = _beat_or_stop(ledger, job)
-                if stop and not interrupted:
-                    interrupted = True
-                    os.kill(os.getpid(), signal.SIGINT)
+        nonlocal interrupted
+        limit_log(job.log(ledger.root))
+        if _beat_or_stop(ledger, job) and not interrupted:
+            interrupted = True
+            os.kill(os.getpid(), signal.SIGINT)
 
-    thread = threading.Thread(target=work, name="heartbeat", daemon=True)
-    thread.start()
-    try:
+    with lease.repeated(work):
         yield
-    finally:
-        done.set()
-        thread.join()
 
 
 def _beat_or_stop(ledger: Ledger, job: Job) -> bool:

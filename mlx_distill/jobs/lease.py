@@ -8,13 +8,19 @@ nothing but the heartbeat is known.
 from __future__ import annotations
 
 import sqlite3
+import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from mlx_distill.errors import DistillError
 from mlx_distill.jobs.process import Process, this_process
 from mlx_distill.ledger.database import Ledger
 
 ACCELERATOR = "accelerator"
+BEAT_S = 10.0
+"""Seconds between two heartbeats."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,15 @@ def holder(ledger: Ledger) -> Lease | None:
     """The lease as it is, None where the accelerator is free or the process that had it has ended."""
     with ledger.read() as db:
         return current(db)
+
+
+def waits_for(ledger: Ledger) -> str | None:
+    """What a queued job waits for, for people; None where the accelerator is free."""
+    lease = holder(ledger)
+    if lease is None:
+        return None
+    job = f"{lease.holder}: " if lease.holder.startswith("job-") else ""
+    return f"waits for {job}{lease.purpose} ({lease.process})"
 
 
 def current(db: sqlite3.Connection) -> Lease | None:
@@ -124,3 +139,36 @@ def beat(db: sqlite3.Connection, name: str) -> None:
     db.execute(
         "UPDATE leases SET heartbeat = ? WHERE name = ? AND holder = ?", (time.time(), ACCELERATOR, name)
     )
+
+
+@contextmanager
+def kept(ledger: Ledger, name: str) -> Iterator[None]:
+    """Write the heartbeats of a lease that this process has, during a block."""
+
+    def work() -> None:
+        with ledger.write() as db:
+            beat(db, name)
+
+    with repeated(work):
+        yield
+
+
+@contextmanager
+def repeated(work: Callable[[], None], seconds: float = BEAT_S) -> Iterator[None]:
+    """Do something every ten seconds in a thread, during a block. It is information only: it may be missing,
+    as on a full disk.
+    """
+    done = threading.Event()
+
+    def loop() -> None:
+        while not done.wait(seconds):
+            with suppress(DistillError, OSError):
+                work()
+
+    thread = threading.Thread(target=loop, name="heartbeat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()

@@ -18,6 +18,7 @@ from helpers.fake_job import fake_command
 from mlx_distill import jobs
 from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.jobs import lease
+from mlx_distill.jobs.alongside import accelerator
 from mlx_distill.jobs.discard import discard
 from mlx_distill.jobs.ended import Ended, read_end, reserve_end, write_end
 from mlx_distill.jobs.execute import execute
@@ -344,3 +345,57 @@ def test_a_process_in_a_container_is_not_taken_for_dead(ledger: Ledger) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+# --- commands in a terminal ---------------------------------------------------------------------------------
+
+
+def test_a_command_in_a_terminal_takes_the_lease_and_lets_the_queue_go_on(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))
+    with accelerator("mlx-distill run a", ledger.root.path):
+        held = lease.holder(ledger)
+        assert held is not None and (held.purpose, held.process) == ("mlx-distill run a", this_process())
+        job = jobs.submit(ledger, "run", ["no-such-recipe"])
+        assert dispatch(ledger) is None
+        assert jobs.waits_for(ledger) == f"waits for mlx-distill run a ({this_process()})"
+    assert jobs.get(ledger, job.id).state == "running"  # started when the terminal's command had ended
+    assert capsys.readouterr().err == ""
+
+
+def test_a_command_in_a_terminal_says_who_has_the_accelerator(
+    ledger: Ledger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    job = foreign(ledger)
+    with accelerator("mlx-distill run a", ledger.root.path):
+        held = lease.holder(ledger)
+        assert held is not None and held.holder == job.id
+    err = capsys.readouterr().err
+    assert f"{job.id} (x, process 1 on box) uses the accelerator" in err and "jobs submit" in err
+    assert lease.holder(ledger) is not None
+    with ledger.write() as db:
+        update(db, job.id, state="queued")
+        lease.take_back(db, job.id)
+    with accelerator("mlx-distill run a", ledger.root.path):
+        assert lease.holder(ledger) is None  # the queued job comes first
+    assert f"{job.id} (run ok) waits for the accelerator" in capsys.readouterr().err
+
+
+def test_a_command_of_a_job_has_the_lease_already(ledger: Ledger, capsys: pytest.CaptureFixture[str]) -> None:
+    job = here(ledger)
+    with accelerator("mlx-distill run a", ledger.root.path):
+        held = lease.holder(ledger)
+        assert held is not None and held.holder == job.id
+    assert lease.holder(ledger) is not None and capsys.readouterr().err == ""
+
+
+def test_a_command_where_no_ledger_is_makes_none(tmp_path: Path) -> None:
+    with accelerator("mlx-distill run a", tmp_path / "plain"):
+        pass
+    assert not (tmp_path / "plain").exists()
+    damaged = tmp_path / ".mlx-distill"
+    damaged.mkdir()
+    (damaged / "ledger.db").write_text("no database", encoding="utf-8")
+    with accelerator("mlx-distill run a", tmp_path):
+        pass

@@ -1,0 +1,81 @@
+"""A command in a terminal beside jobs and a server: it takes the accelerator's lease where it is free, and
+says who has it where not.
+
+It never waits, and nothing is made where no ledger is: who uses neither jobs nor a server notices nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mlx_distill.errors import DistillError
+from mlx_distill.jobs import lease
+from mlx_distill.jobs.process import this_process
+from mlx_distill.jobs.queue import dispatch
+from mlx_distill.jobs.store import queue
+from mlx_distill.ledger.database import Ledger
+from mlx_distill.ledger.root import Root
+
+
+@contextmanager
+def accelerator(purpose: str, root: Path | None = None) -> Iterator[None]:
+    """Hold the lease during a block, so that jobs wait for its end; where another has it, or a job waits for
+    it, say so on standard error and go on beside it.
+
+    Args:
+        purpose: What the command does, such as ``mlx-distill run recipe.yaml``.
+        root: The root; ``MLX_DISTILL_ROOT`` or the working directory by default.
+    """
+    ledger = _ledger(root)
+    name = f"terminal-{os.getpid()}"
+    held = False
+    if ledger is not None:
+        with suppress(DistillError):  # the command does not need the ledger
+            held = lease.acquire(ledger, name, purpose)
+            if not held:
+                _say(ledger)
+    if ledger is None or not held:
+        yield
+        return
+    try:
+        with lease.kept(ledger, name):
+            yield
+    finally:
+        with suppress(DistillError):
+            lease.release(ledger, name)
+            dispatch(ledger)
+
+
+def _ledger(root: Path | None) -> Ledger | None:
+    """The ledger of the root, if there is one that this command is to look at."""
+    if os.environ.get("MLX_RANK", "0") != "0":  # the first rank of mlx.launch does
+        return None
+    found = Root.at(root or os.environ.get("MLX_DISTILL_ROOT") or ".")
+    if not found.ledger.is_file():
+        return None
+    with suppress(DistillError):
+        return Ledger(found, create=False)
+    return None
+
+
+def _say(ledger: Ledger) -> None:
+    holder = lease.holder(ledger)
+    if holder is not None:
+        if holder.process == this_process():  # a job's own command
+            return
+        who = f"{holder.holder} ({holder.purpose}, {holder.process}) uses the accelerator"
+    else:
+        waiting = queue(ledger)
+        if not waiting:
+            return
+        who = f"{waiting[0].id} ({waiting[0].title}) waits for the accelerator"
+    print(
+        f"note: {who}; this command does not wait: both share its memory and its speed.\n"
+        "      To take turns: mlx-distill jobs submit COMMAND ...",
+        file=sys.stderr,
+        flush=True,
+    )
