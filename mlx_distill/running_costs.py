@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ConfigError, DistillError
-from mlx_distill.evaluate.costs import HardwarePrice, Prices, call_cost, costs_of
+from mlx_distill.evaluate.costs import NEEDS, HardwarePrice, Prices, call_cost, costs_of, stage_seconds
 from mlx_distill.ledger.database import Ledger, from_json, to_json
 from mlx_distill.ledger.runs import list_runs, read_run, run_files, scan_runs
 from mlx_distill.run_models import RUN_MODELS
@@ -28,7 +28,6 @@ from mlx_distill.text import counted, duration
 SERVED = "served"
 SECOND = "second"
 _KINDS = {"data": "preparation", "targets": "targets", "quantized": "quantization"}
-_NOT_ONCE = (SERVED, "evaluation")  # what a model costs besides making it
 
 
 def _kind(stage: str) -> str:
@@ -191,7 +190,7 @@ def _stage_rows(folder: Path, run: str) -> list[dict[str, Any]]:
         if manifest is None or not manifest.recorded.get("finished"):
             continue
         recorded, own = manifest.recorded, trainings.get(stage, {})
-        seconds = own.get("seconds") or recorded.get("seconds")
+        seconds = stage_seconds(own, recorded.get("seconds"))
         if seconds is None:
             continue
         facts = {"stage": stage, "recipe": recorded.get("recipe")}
@@ -323,13 +322,17 @@ def cost_report(ledger: Ledger, prices: Prices | None = None) -> CostReport:
     """
     total = Sum()
     kinds, months, models = (defaultdict[str, Sum](Sum) for _ in range(3))
-    served, once = defaultdict[str, Sum](Sum), defaultdict[str, float](float)
+    served = defaultdict[str, Sum](Sum)
+    stages: defaultdict[str, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     runs: defaultdict[str, set[str]] = defaultdict(set)
     with ledger.read() as db:
         made_by = {
             row["source_run"]: row["model"]
             for row in db.execute("SELECT model, source_run FROM versions WHERE source_run IS NOT NULL")
         }
+        folders: defaultdict[str, set[str]] = defaultdict(set)
+        for row in db.execute("SELECT model, json_extract(info, '$.folder') AS folder FROM versions"):
+            folders[row["model"]].add(row["folder"] or "")
         for raw in db.execute("SELECT * FROM costs ORDER BY created_at DESC, id DESC"):
             row = {**dict(raw), "facts": from_json(raw["facts"])}
             model = _model(row, made_by)
@@ -338,14 +341,14 @@ def cost_report(ledger: Ledger, prices: Prices | None = None) -> CostReport:
                 one.add(row, prices)
             if row["kind"] == SERVED:
                 served[model].add(row, prices)
-            elif row["kind"] not in _NOT_ONCE:
-                once[model] += row["quantity"]
+            else:
+                stages[model][row["facts"].get("stage") or ""] += row["quantity"]
             if row["run"]:
                 runs[model].add(row["run"])
     paid_back = {
         model: entry
         for model, calls in served.items()
-        if prices and (entry := _paid_back(ledger, prices, calls, once.get(model), runs[model]))
+        if prices and (entry := _paid_back(ledger, prices, calls, stages[model], folders[model], runs[model]))
     }
     by_cost = sorted(kinds.items(), key=lambda item: -item[1].seconds)
     return CostReport(
@@ -369,12 +372,28 @@ def _model(row: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
 
 
 def _paid_back(
-    ledger: Ledger, prices: Prices, served: Sum, once: float | None, runs: Sequence[str] | set[str]
+    ledger: Ledger,
+    prices: Prices,
+    served: Sum,
+    stages: Mapping[str, float],
+    folders: Iterable[str],
+    runs: Sequence[str] | set[str],
 ) -> dict[str, Any] | None:
-    """What a served model cost once and costs a call, and after how many calls it is paid back; None where no
-    training of it is recorded, or nothing is known of a call.
+    """What a served model cost once and costs a call, and after how many calls it is paid back, counted as
+    the report of its run does (:data:`~mlx_distill.evaluate.costs.NEEDS`), but for stages that were made
+    again, each time of which counts. None where no work on it is recorded, or nothing is known of a call.
+
+    Args:
+        ledger: The ledger.
+        prices: With the systems that may be replaced.
+        served: Its calls.
+        stages: Seconds of the stages of its runs.
+        folders: The folders of the runs in which its versions lay.
+        runs: Its runs.
     """
-    if not once or not served.calls or not served.seconds:
+    # A model that is no version is the run's final one.
+    needs = {stage for folder in folders for stage in NEEDS.get(folder, ())} or set(NEEDS["quantized"])
+    if not needs.intersection(stages) or not served.calls or not served.seconds:
         return None
     figures = {
         "items_per_minute": 60 * served.calls / served.seconds,
@@ -384,8 +403,8 @@ def _paid_back(
     costs = costs_of(
         prices,
         {"model": figures},
-        trainings={"made": once},
-        needs={"model": ["made"]},
+        stages=stages,
+        needs={"model": sorted(needs)},
         labelled_rows=_labelled_rows(ledger, runs),
     )["models"]["model"]
     if costs["call"] is None:

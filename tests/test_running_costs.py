@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers import report_runs
 from helpers.run_folders import make_run, make_stage
 
 from mlx_distill.cli import cli
 from mlx_distill.evaluate.costs import HardwarePrice, Prices, ReplacedSystem, break_even, call_cost
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
+from mlx_distill.report import build_report
 from mlx_distill.running_costs import ServedCalls, cost_report, record_runs, record_served, record_training
-from mlx_distill.storage import link_stage, write_jsonl
+from mlx_distill.storage import link_stage, write_json, write_jsonl
 
 _HARDWARE = HardwarePrice(price=3500.0, watts=60.0, electricity=0.35)
 _PRICES = Prices(
@@ -143,3 +146,28 @@ def test_backup_check_and_restore(ledger: Ledger, tmp_path: Path, runner: Any) -
     restored = runner.invoke(cli, ["ledger", "restore", copy, *root])
     assert restored.exit_code == 0 and "what was there" in restored.stdout
     assert rows(ledger) == []
+
+
+def test_one_run_is_paid_back_at_the_call_that_its_report_names(tmp_path: Path) -> None:
+    run, task = tmp_path / "runs/demo", report_runs.make_task()
+    paths = report_runs.make_run(run, task, models=("teacher", "student", "quantized"))
+    names = ("data", "teacher_base", "teacher", "targets", "student_base", "student", "quantized")
+    for seconds, stage in enumerate((*names, "student_labels"), 3):
+        shutil.rmtree(run / stage, ignore_errors=True)
+        make_stage(run, stage, seconds=float(seconds))
+    write_json(run / "data/statistics.json", {"rows": {"train": 8, "test": 2}})
+    log = [{"step": 1, "seconds": 60.0, "tokens": 50}]  # an interrupted training: more than its last part
+    write_jsonl(run / "student/metrics.jsonl", log)
+    report = build_report(run, report_runs.RECIPE, task, paths, prices=_PRICES)
+    write_json(run / "report.json", report)
+    told = report["costs"]["models"]["quantized"]
+    assert report["costs"]["stages"].keys() == set(names)  # without the control
+    once = sum(range(3, 10)) - 8 + 60
+    assert told["fixed"] == pytest.approx(call_cost(once, _HARDWARE)["total"] + 10 * 0.05)
+
+    ledger = Ledger(Root.at(tmp_path))
+    record_runs(ledger)
+    record_served(ledger, "runs/demo:quantized", ServedCalls(calls=7, seconds=7 * told["call"]["seconds"]))
+    entry = cost_report(ledger, _PRICES).paid_back["runs/demo"]
+    assert entry["once"] == pytest.approx(told["fixed"], rel=1e-12)
+    assert entry["a_call"] == pytest.approx(told["call"]["total"], rel=1e-12)

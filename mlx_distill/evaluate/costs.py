@@ -22,12 +22,16 @@ from mlx_distill.tasks.task import Task
 _SECONDS_AN_HOUR = 3600.0
 _JOULES_A_KWH = 3.6e6
 _DAYS_A_YEAR = 365.25
-# The trainings that a run's models come from, by the names of their stages.
-_NEEDS = {
-    "teacher": ("teacher",),
-    "student": ("teacher", "student"),
-    "quantized": ("teacher", "student"),
+_TEACHER = ("data", "teacher_base", "teacher")
+_STUDENT = (*_TEACHER, "targets", "student_base", "student")
+NEEDS: Mapping[str, Sequence[str]] = {
+    "teacher": _TEACHER,
+    "student": _STUDENT,
+    "quantized": (*_STUDENT, "quantized"),
 }
+"""The stages whose work a run's model comes from. Evaluations and controls are not among them: without them
+the model would be the same.
+"""
 
 
 @dataclass(frozen=True)
@@ -174,11 +178,21 @@ def replaced_cost(system: ReplacedSystem, figures: Mapping[str, Any]) -> float |
     return (prompt * system.input + answer * system.output) / 1e6
 
 
+def stage_seconds(training: Mapping[str, Any] | None, recorded: float | None) -> float | None:
+    """The seconds that the machine worked for a stage: those of all parts of its training, also before an
+    interruption; else what its manifest says.
+
+    >>> stage_seconds({"seconds": 60.0}, 40.0), stage_seconds(None, 7.5), stage_seconds({}, None)
+    (60.0, 7.5, None)
+    """
+    return (training or {}).get("seconds") or recorded
+
+
 def costs_of(
     prices: Prices,
     models: Mapping[str, Mapping[str, Any]],
     *,
-    trainings: Mapping[str, float] | None = None,
+    stages: Mapping[str, float] | None = None,
     needs: Mapping[str, Sequence[str]] | None = None,
     labelled_rows: int = 0,
 ) -> dict[str, Any]:
@@ -187,19 +201,19 @@ def costs_of(
     Args:
         prices: What :func:`read_prices` returns.
         models: Figures of each model: see :func:`model_costs`.
-        trainings: Seconds of each training, by name.
-        needs: The trainings that each model comes from; of a model that is not in it, nothing is paid back.
+        stages: Seconds of work of each stage, by name; see :func:`stage_seconds`.
+        needs: The stages that each model comes from; of a model that is not in it, nothing is paid back.
         labelled_rows: Rows that people labelled.
 
     Returns:
         ``models`` (each with ``call``, see :func:`model_costs`; ``replaced``: the price of their call by
-        name; ``fixed``: what it cost once; ``break_even``: calls by name, None for never), ``trainings``,
+        name; ``fixed``: what it cost once; ``break_even``: calls by name, None for never), ``stages``,
         ``fixed`` (of all, with its parts), and the prices.
     """
     hardware = prices.hardware
-    trained = {name: call_cost(s, hardware) for name, s in (trainings or {}).items()} if hardware else {}
+    worked = {name: call_cost(s, hardware) for name, s in (stages or {}).items()} if hardware else {}
     parts = {
-        "training": sum(cost["total"] for cost in trained.values()),
+        "work": sum(cost["total"] for cost in worked.values()),
         "labelling": labelled_rows * prices.label_a_row,
         "spent": prices.spent,
     }
@@ -207,10 +221,10 @@ def costs_of(
     for name, figures in models.items():
         own = model_costs(figures, hardware) if hardware else None
         replaced = {system.name: replaced_cost(system, figures) for system in prices.replaces}
-        own_trainings = (needs or {}).get(name)
+        needed = (needs or {}).get(name)
         fixed = None
-        if own_trainings is not None:
-            made = sum(trained[one]["total"] for one in own_trainings if one in trained)
+        if needed is not None:
+            made = sum(worked[one]["total"] for one in needed if one in worked)
             fixed = made + parts["labelling"] + parts["spent"]
         known = {key: cost for key, cost in replaced.items() if own and cost is not None}
         out[name] = {
@@ -228,7 +242,7 @@ def costs_of(
         "currency": prices.currency,
         "hardware": asdict(hardware) if hardware else None,
         "models": out,
-        "trainings": {name: {"seconds": (trainings or {})[name], **cost} for name, cost in trained.items()},
+        "stages": {name: {"seconds": (stages or {})[name], **cost} for name, cost in worked.items()},
         "labelled_rows": labelled_rows,
         "fixed": {"total": sum(parts.values()), **parts},
     }
@@ -246,7 +260,8 @@ def run_costs(
 
     Args:
         prices: What :func:`read_prices` returns.
-        report: With ``metrics``, ``training`` (seconds of each), ``data`` and ``confidence``.
+        report: With ``metrics``, ``training`` and ``provenance`` (seconds of each stage), ``data`` and
+            ``confidence``.
         rows: Predictions of each model on the rows of the report's main set.
         task: See :func:`error_cost`.
         pair: The model that is replaced, and the final one; None where only one was measured.
@@ -258,9 +273,9 @@ def run_costs(
         }
         for name, own in rows.items()
     }
-    seconds = {name: entry["seconds"] for name, entry in report["training"].items() if entry["seconds"]}
     labelled = sum(((report["data"] or {}).get("rows") or {}).values())
-    costs = costs_of(prices, figures, trainings=seconds, needs=_NEEDS, labelled_rows=labelled)
+    stages = _worked(report["training"], report["provenance"]["stages"])
+    costs = costs_of(prices, figures, stages=stages, needs=NEEDS, labelled_rows=labelled)
     costs["errors"] = None
     if pair is not None:
         a, b = (rows[name] for name in pair)
@@ -268,6 +283,21 @@ def run_costs(
         costs["errors"] = error_cost(a, b, task, prices, clusters=clusters, confidence=report["confidence"])
         costs["pair"] = list(pair)
     return costs
+
+
+def _worked(
+    trainings: Mapping[str, Mapping[str, Any]], stages: Sequence[Mapping[str, Any]]
+) -> dict[str, float]:
+    """Seconds of the stages that made the models, and of the controls."""
+    recorded = {
+        stage["folder"]: stage["seconds"]
+        for stage in stages
+        if stage["folder"] in NEEDS["quantized"] or stage["folder"] in trainings
+    }
+    seconds = {
+        name: stage_seconds(trainings.get(name), recorded.get(name)) for name in {**recorded, **trainings}
+    }
+    return {name: value for name, value in seconds.items() if value}
 
 
 def _mean(rows: Sequence[Row], key: str) -> float | None:

@@ -11,6 +11,7 @@ from mlx_distill.report.tables import Report
 from mlx_distill.run_models import model_phrase
 from mlx_distill.text import NONE, counted, duration, significant
 
+_STAGES = {"data": "Preparation of the rows", "targets": "The teacher's targets", "quantized": "Quantization"}
 _COLUMNS = ("Seconds a call", "A call", "A million tokens")
 
 
@@ -35,7 +36,7 @@ def costs(report: Report) -> dict[str, Any] | None:
         "models": {name: _model(own, replaced) for name, own in facts["models"].items()},
         "replaced": {name: _replaced(facts, name, len(replaced)) for name in replaced},
         "once": {
-            **{f"Training of {model_phrase(name)}": _training(e) for name, e in facts["trainings"].items()},
+            **{_stage(name): _work(entry) for name, entry in facts["stages"].items()},
             f"Labelling of {counted(facts['labelled_rows'], 'row')}": _price(facts["fixed"]["labelling"]),
             "Besides": _price(facts["fixed"]["spent"]),
             "In all": _price(facts["fixed"]["total"]),
@@ -44,7 +45,15 @@ def costs(report: Report) -> dict[str, Any] | None:
     }
 
 
-def _training(entry: Mapping[str, Any]) -> str:
+def _stage(name: str) -> str:
+    if name in _STAGES:
+        return _STAGES[name]
+    if name.endswith("_base"):
+        return f"Conversion of {model_phrase(name.replace('_base', '_before'))}"
+    return f"Training of {model_phrase(name)}"
+
+
+def _work(entry: Mapping[str, Any]) -> str:
     return f"{_price(entry['total'])} ({duration(entry['seconds'], page=True)})"
 
 

@@ -51,7 +51,7 @@ def test_a_call_costs_electricity_and_wear(tmp_path: Path) -> None:
     costs = costs_of(
         prices(tmp_path),
         {"quantized": figures},
-        trainings={"teach": 3600, "other": 60},
+        stages={"teach": 3600, "other": 60},
         needs={"quantized": ["teach"]},
         labelled_rows=1000,
     )
@@ -62,7 +62,7 @@ def test_a_call_costs_electricity_and_wear(tmp_path: Path) -> None:
     assert call["total"] == pytest.approx(electricity + wear, rel=1e-12)
     assert call["million_tokens"] == pytest.approx(2000 * call["total"], rel=1e-12)
     hour = 60 * 3600 / 3.6e6 * 0.30 + 4000 / (4 * 365.25 * 8)
-    assert costs["trainings"]["teach"]["total"] == pytest.approx(hour, rel=1e-12)
+    assert costs["stages"]["teach"]["total"] == pytest.approx(hour, rel=1e-12)
     assert costs["models"]["quantized"]["fixed"] == pytest.approx(hour + 50.0, rel=1e-12)
     assert costs["fixed"]["total"] == pytest.approx(hour * 61 / 60 + 50.0, rel=1e-12)
     replaced = costs["models"]["quantized"]["replaced"]

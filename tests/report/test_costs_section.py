@@ -25,7 +25,7 @@ def test_a_run_with_prices_says_what_its_models_cost(tmp_path: Path) -> None:
     write_jsonl(tmp_path / "student" / "metrics.jsonl", make_log(10, ("label",), 0))
     report = build_report(tmp_path, RECIPE, make_task(), paths, prices=PRICES)
     costs = report["costs"]
-    trained = {name: entry["total"] for name, entry in costs["trainings"].items()}
+    trained = {name: entry["total"] for name, entry in costs["stages"].items()}
     assert costs["models"]["quantized"]["fixed"] == sum(trained.values()) + costs["fixed"]["labelling"]
     assert costs["models"]["student_before"]["break_even"] == {}  # nobody trained it
     assert costs["models"]["quantized"]["break_even"]["a stone"] is None
