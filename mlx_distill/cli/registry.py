@@ -66,7 +66,8 @@ def list_(model: str | None, root: Path, as_json: bool) -> None:
     """List models and their versions, the newest first."""
     from mlx_distill.errors import ModelError
     from mlx_distill.registry import list_models
-    from mlx_distill.text import known_names, percent, size
+    from mlx_distill.registry.figures import main_figure
+    from mlx_distill.text import known_names, size
 
     models = list_models(open_ledger(root))
     if model is not None:
@@ -81,15 +82,9 @@ def list_(model: str | None, root: Path, as_json: bool) -> None:
             f"{known.name}  {aliases or 'nothing serves'}{f'  {known.description}' * bool(known.description)}"
         )
         for version in known.versions:
-            accuracy = (version.info.get("metrics") or {}).get("accuracy") or {}
-            figure = (
-                f"accuracy {percent(accuracy['value'])}"
-                if accuracy.get("value") is not None
-                else "not measured"
-            )
             source = version.source_run or version.info.get("source")
-            parts = [version.name, version.state, figure, size(version.info["bytes"]), f"from {source}"]
-            lines.append("  " + "  ".join([*parts, *version.aliases]))
+            parts = [version.name, version.state, main_figure(version.info), size(version.info["bytes"])]
+            lines.append("  " + "  ".join([*parts, f"from {source}", *version.aliases]))
     facts = [
         {
             "name": known.name,
@@ -111,13 +106,15 @@ def list_(model: str | None, root: Path, as_json: bool) -> None:
 def show(ctx: click.Context, version: str, verify: bool, root: Path, as_json: bool) -> None:
     """Show a version: NAME:3, NAME@alias, or NAME for the newest one."""
     from mlx_distill.registry import get_version, lineage, parse_version, verify_version
-    from mlx_distill.text import size
+    from mlx_distill.registry.figures import figure_text, figures_of
+    from mlx_distill.text import size, words
 
     ledger = open_ledger(root)
     found = parse_version(ledger, version)
     verification = verify_version(ledger, found) if verify else None
     found = get_version(ledger, found.model, found.number)
     info, steps, rows = found.info, lineage(ledger, found), found.info.get("rows") or {}
+    figures = figures_of(info)
     lines = [
         f"{found.name}  {found.state}  {' '.join(found.aliases)}".rstrip(),
         f"  content     {found.sha}",
@@ -125,6 +122,8 @@ def show(ctx: click.Context, version: str, verify: bool, root: Path, as_json: bo
         f"  base model  {info.get('base_model') or 'not known'}",
         f"  recipe      {info.get('recipe') or 'none'}; task {info.get('task') or 'none'}",
         f"  rows        {', '.join(f'{split} {count:,}' for split, count in rows.items()) or 'not known'}",
+        *(f"  {words(name):<25} {figure_text(figure)}" for name, figure in figures.items()),
+        *([] if figures else ["  figures     not measured"]),
         *(
             f"  from        {step['folder']} {step['content'][:12]} {' '.join(step['versions'])}".rstrip()
             for step in steps
@@ -284,9 +283,11 @@ def history(model: str, alias: str | None, root: Path, as_json: bool) -> None:
 
 
 def _version_facts(version: Any) -> dict[str, Any]:
+    from mlx_distill.registry.figures import figures_of
+
     names = ("model", "number", "name", "state", "sha", "path", "source_run", "created_at", "aliases")
     facts = {name: getattr(version, name) for name in names}
-    return {**facts, "metrics": version.info.get("metrics") or {}}
+    return {**facts, "metrics": figures_of(version.info)}
 
 
 def _deployment_facts(deployment: Any) -> dict[str, Any]:

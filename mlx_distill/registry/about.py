@@ -8,33 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import asset_name
+from mlx_distill.data.evaluation_files import CHAT_LOSSES
 from mlx_distill.data.predictions import FILE_NAME
 from mlx_distill.errors import DistillError
 from mlx_distill.evaluate.comparison_inputs import EVALUATIONS
 from mlx_distill.models.trained_on import read_trained_on
 from mlx_distill.registry.contents import Contents
+from mlx_distill.registry.figures import UNITS, make_figure
 from mlx_distill.report.summary import read_report
 from mlx_distill.run_models import run_model
 from mlx_distill.storage import Manifest, read_manifest
-
-# Figures of a report that a version is described by, those first that the list of versions shows.
-FIGURES = (
-    "accuracy",
-    "answer_f1",
-    "verdict_agreement",
-    "agreement",
-    "macro_f1",
-    "false_positive_rate",
-    "false_negative_rate",
-    "score_mae",
-    "json_valid",
-    "json_valid_constrained",
-    "accuracy_constrained",
-    "latency_s",
-    "latency_p95_s",
-    "items_per_minute",
-    "peak_memory_gb",
-)
 
 
 def describe(contents: Contents, run: Path | None) -> dict[str, Any]:
@@ -51,7 +34,7 @@ def describe(contents: Contents, run: Path | None) -> dict[str, Any]:
     data = parents.get("data")
     sizes = [entry["size"] for entry in contents.files.values()]
     return {
-        "format": 1,
+        "format": 2,
         "folder": folder.name,
         "base": contents.base.name if contents.base else None,
         "content": contents.content,
@@ -115,11 +98,17 @@ def _base_model(parents: Mapping[str, Manifest]) -> str | None:
     return None
 
 
-def evaluation_of(run: Path, folder: str, content: str | None) -> Path | None:
+def evaluation_of(run: Path, folder: str, content: str | None, file_name: str = FILE_NAME) -> Path | None:
     """The evaluation of a run's model, where its answers are those of this content; None where there is none,
     or where the model was made again since.
+
+    Args:
+        run: The run's folder.
+        folder: The model's folder in it.
+        content: The hash of the model's content.
+        file_name: What the evaluation has written: answers, or the losses of chats without a task.
     """
-    for file in sorted((run / EVALUATIONS).glob(f"*/{FILE_NAME}")):
+    for file in sorted((run / EVALUATIONS).glob(f"*/{file_name}")):
         evaluation = file.parent
         manifest = read_manifest(evaluation)
         if manifest is None or content is None or run_model(evaluation.name).folder != folder:
@@ -142,9 +131,11 @@ def _figures(folder: Path, run: Path | None, own: Manifest | None) -> dict[str, 
     """The figures of the run's report, where it is of this model."""
     if run is None or own is None:
         return {}
-    evaluation, report = evaluation_of(run, folder.name, own.content), report_of(run, folder.name)
+    found = (evaluation_of(run, folder.name, own.content, name) for name in (FILE_NAME, CHAT_LOSSES))
+    evaluation, report = next(filter(None, found), None), report_of(run, folder.name)
     if evaluation is None or report is None:
         return {}
     figures = report["metrics"].get(evaluation.name) or {}
-    pairs = ((name, figures.get(f"{name}_interval", figures.get(name))) for name in FIGURES)
-    return {name: value for name, value in pairs if value is not None}
+    pairs = ((name, figures.get(f"{name}_interval", figures.get(name))) for name in UNITS)
+    made = {name: make_figure(name, value) for name, value in pairs if value is not None}
+    return {name: figure for name, figure in made.items() if figure["value"] is not None}

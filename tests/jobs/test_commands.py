@@ -12,6 +12,7 @@ from mlx_distill.cli import cli
 from mlx_distill.jobs import events, get, list_jobs
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry import list_models
+from mlx_distill.registry.figures import figures_of, main_figure
 from mlx_distill.running_costs import cost_report
 
 
@@ -64,7 +65,11 @@ def test_a_run_is_submitted_watched_and_registered(call: Any, ledger: Ledger) ->
     assert "stage_made" in watched and watched.strip().splitlines()[-1].split()[1] == "succeeded"
     job = get(ledger, submitted["id"])
     assert job.result == {"path": "runs/chats", "version": "chats:1"}
-    assert [model.name for model in list_models(ledger)] == ["chats"]
+    (model,) = list_models(ledger)
+    figures = figures_of(model.versions[0].info)  # of a recipe without a task
+    assert model.name == "chats" and list(figures)[:3] == ["loss", "perplexity", "token_accuracy"]
+    assert [figure["unit"] for figure in figures.values()][:3] == ["nats/token", "1", "share"]
+    assert main_figure(model.versions[0].info).startswith("loss ")
     assert cost_report(ledger, None).total.seconds > 0
     assert not [event for event in events(ledger, job.id) if event.level != "info"]
     shown = call("show", job.id)

@@ -13,6 +13,7 @@ from mlx_distill.errors import ConfigError, FileError, ModelError
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
 from mlx_distill.registry import add_version, get_version, lineage, list_models, list_versions, resolve_model
+from mlx_distill.registry.figures import figures_of
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +63,17 @@ def test_version_info_beside_the_ledger(root: Path, ledger: Ledger) -> None:
     info = json.loads((root / ".mlx-distill/versions/music/1/version_info.json").read_text())
     assert info == version.info
     assert (info["task"], info["recipe"], info["rows"]) == ("colours", "colours", {"train": 5})
-    assert info["metrics"]["accuracy"] == {"value": 58 / 60, "low": 0.0, "high": 1.0, "n": 60}
+    assert info["metrics"]["accuracy"] == {
+        "value": 58 / 60,
+        "low": 0.0,
+        "high": 1.0,
+        "n": 60,
+        "unit": "share",
+    }
+    # As versions had it before figures had units.
+    assert figures_of({"metrics": {"latency_s": 0.5, "old": None}}) == {
+        "latency_s": {"value": 0.5, "low": None, "high": None, "n": None, "unit": "s"}
+    }
     assert [row["id"] for row in info["golden"]] == ["r1000", "r1001", "r1002"]
     assert all(row["text"] for row in info["golden"])
     steps = lineage(ledger, version)
