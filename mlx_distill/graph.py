@@ -87,6 +87,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     parse_categories(task)
     task_metrics(task)
     check_goals(recipe.goals, task)
+    _check_distillation(recipe, task)
     edge_cases = (str(edge_case_file(task)),) if recipe.evaluate.edge_cases else ()
     # The part of the keys of all stages that run a model. Keys keep the old name of dequantize.
     shared = {"task": keyed(task), "compute_dtype": recipe.compute_dtype, "unpack": recipe.dequantize}
@@ -126,6 +127,23 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     out += [_control(recipe, model, shared) for model in controls]
     measured = dict.fromkeys(["teacher", *_named_models(recipe), *(model.name for model in controls)])
     return out + [_evaluation(recipe, RUN_MODELS[name], shared, edge_cases) for name in measured]
+
+
+def _check_distillation(recipe: Recipe, task: Task) -> None:
+    """Refuse settings without an effect: samples of text that is not sampled, one-hot labels without a label
+    term.
+    """
+    if recipe.targets.samples > 1 and recipe.targets.text != "sampled":
+        raise ConfigError(
+            f"targets.samples: {recipe.targets.samples}, and targets.text is {recipe.targets.text}",
+            fix="set targets.text: sampled, or leave samples out",
+        )
+    for name, plain in (("labels_hard", "labels"), ("teacher_hard", "text")):
+        if getattr(recipe.controls, name) and (task.label is None or not recipe.distill.label_weight):
+            raise ConfigError(
+                f"controls.{name}: the distillation has no label term, so it is controls.{plain}",
+                fix=f"set controls.{plain} instead, or distill.label_weight",
+            )
 
 
 def stages_for(stages: Sequence[Stage], models: Sequence[str]) -> list[Stage]:
@@ -196,7 +214,8 @@ def _quantization(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
 
 
 def _control(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> Stage:
-    parents = ("student_base", "data") if model.control == "labels" else ("student_base", "targets", "data")
+    of_rows = model.control in ("labels", "labels_hard")
+    parents = ("student_base", "data") if of_rows else ("student_base", "targets", "data")
     config = {**keyed(recipe.distill), **shared, "control": model.control}
     return Stage(
         model.name,

@@ -168,8 +168,26 @@ class GoalConfig:
 class ControlsConfig:
     """Controls: students trained for as many steps without a part of the distillation, to show its effect."""
 
-    labels: bool = option(False, "a student trained on the rows' own answers")
-    text: bool = option(False, "a student trained on the teacher's text, without its distributions")
+    labels: bool = option(
+        False,
+        "a student trained on the rows' own answers by cross-entropy: what plain fine-tuning brings; it "
+        "differs from the student in where the loss lies too",
+    )
+    text: bool = option(
+        False,
+        "a student trained on the teacher's text by cross-entropy, without its distributions; it differs "
+        "from the student in where the loss lies too",
+    )
+    labels_hard: bool = option(
+        False,
+        "a fair control: the student's terms and weights, with the row's own label in place of the teacher's "
+        "distribution; the difference is what the teacher brings",
+    )
+    teacher_hard: bool = option(
+        False,
+        "a fair control: the student's terms and weights, with the teacher's most probable label in place of "
+        "its distribution; the difference is what the teacher's probabilities bring",
+    )
 
 
 @dataclass(frozen=True)

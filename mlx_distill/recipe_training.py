@@ -11,7 +11,7 @@ MLP = ["gate_proj", "up_proj", "down_proj"]
 METHODS = ["lora", "dora", "galore", "apollo", "apollo-mini", "full"]
 PROJECTIONS = ["std", "reverse_std", "left", "right", "full"]
 MOMENTS = ["keep", "reset", "project"]
-TEXTS = ["greedy", "data"]
+TEXTS = ["greedy", "sampled", "data"]
 TOKEN_LOSSES = ["auto", "kl", "token_groups", "alm", "none"]
 
 
@@ -123,13 +123,23 @@ class TargetsConfig:
 
     text: str = option(
         "greedy",
-        "the text that the student learns: the teacher's greedy answer, or the row's own answer (data)",
+        "the text that the student learns: the teacher's greedy answer, one sampled at temperature 1, or the "
+        "row's own answer (data); where an answer's content varies, greedy text is a one-hot target",
         choices=TEXTS,
     )
+    samples: int = option(
+        1,
+        "answers that the teacher samples for each training row, of text: sampled; the student learns from "
+        "all of them",
+        low=1,
+        high=64,
+        default_keyed=False,
+    )
+    seed: int = option(0, "seed of the sampled answers", low=0, default_keyed=False)
     top_k: int = option(32, "most probable tokens kept of each distribution", low=1, high=1024)
     min_valid: float = option(
         0.5,
-        "quality gate: the least share of the teacher's greedy answers that fit the task; below it the run "
+        "quality gate: the least share of the teacher's own answers that fit the task; below it the run "
         "stops with exit code 3, unless --force is given; 0 turns it off",
         low=0.0,
         high=1.0,
@@ -158,6 +168,13 @@ class DistillConfig(TrainConfig):
     )
     text_weight: float = option(0.3, "weight of the cross-entropy on the teacher's text", low=0.0)
     token_weight: float = option(0.3, "weight of the token-level loss", low=0.0)
+    max_rows: int = option(
+        0,
+        "training rows that the student learns from, the first of the prepared ones, whose order is random; "
+        "the controls have the same; 0: all",
+        low=0,
+        default_keyed=False,
+    )
     token_loss: str = option(
         "auto",
         "the token-level loss; auto: KL where the vocabularies are equal, else token_groups",

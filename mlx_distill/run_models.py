@@ -80,6 +80,26 @@ RUN_MODELS: Mapping[str, RunModel] = {
             control="text",
             note="trained on the teacher’s text alone",
         ),
+        RunModel(
+            "student_labels_hard",
+            "Fair control: labels",
+            "the fair control student (labels)",
+            "student_labels_hard",
+            "student_base",
+            "control",
+            control="labels_hard",
+            note="trained as the student is, on the rows’ own answers and labels",
+        ),
+        RunModel(
+            "student_teacher_hard",
+            "Fair control: teacher",
+            "the fair control student (teacher)",
+            "student_teacher_hard",
+            "student_base",
+            "control",
+            control="teacher_hard",
+            note="trained as the student is, on the teacher’s text and its most probable label alone",
+        ),
     )
 }
 

@@ -150,6 +150,8 @@ class FoldRuns:
             "evaluate.models": list(models),
             "controls.labels": False,
             "controls.text": False,
+            "controls.labels_hard": False,
+            "controls.teacher_hard": False,
             **({"data.train_share": share} if share < 1 else {}),
         }
         overrides = (*self.overrides, *override_texts(settings))

@@ -164,7 +164,8 @@ def _nothing_left(too_long: int, max_length: int, not_aligned: int, example: str
 
 
 def join_rows(rows_files: Mapping[str, Path], reader: TargetReader) -> Iterator[JoinedRow]:
-    """Each row's targets with the prepared row; both are in the same order, so neither is held in memory.
+    """Each target with its prepared row, which may have several of them; both are in the same order, so
+    neither is held in memory.
 
     Args:
         rows_files: The prepared rows of each split, in the order of the targets.
@@ -174,9 +175,11 @@ def join_rows(rows_files: Mapping[str, Path], reader: TargetReader) -> Iterator[
         DataError: targets without a row, or in another order than the rows.
     """
     rows = ((split, row) for split, path in rows_files.items() for _, row in read_jsonl(path))
+    match: tuple[str, Mapping[str, Any]] | None = None
     for targets in reader:
-        # Rows without targets are skipped.
-        match = next(((split, row) for split, row in rows if row["id"] == targets.id), None)
+        if match is None or match[1]["id"] != targets.id:  # a row may have several targets
+            # Rows without targets are skipped.
+            match = next(((split, row) for split, row in rows if row["id"] == targets.id), None)
         if match is None:
             folder = next(iter(rows_files.values())).parent
             raise DataError(

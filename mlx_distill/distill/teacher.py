@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from zlib import crc32
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,7 +19,7 @@ import numpy as np
 from mlx_distill.data.chat import answer_ids, prompt_ids, render, stop_ids
 from mlx_distill.distill.answer_check import AnswerCheck
 from mlx_distill.distill.teacher_cache import TeacherTargets
-from mlx_distill.infer.engine import Generation, generate
+from mlx_distill.infer.engine import Generation, generate_all
 from mlx_distill.infer.kv_cache import Caches, forward, has_plain_caches, merge, pad_right, row_cache, select
 from mlx_distill.infer.label_scoring import (
     Project,
@@ -26,6 +27,7 @@ from mlx_distill.infer.label_scoring import (
     label_place,
     prompt_label_logprobs,
 )
+from mlx_distill.infer.requests import Request
 from mlx_distill.losses.labels import LabelTrie, label_logprobs
 from mlx_distill.models.forward import embedding_rows, head_columns, hidden_states
 from mlx_distill.models.token_ids import check_token_ids, token_logits, used_ids
@@ -61,6 +63,7 @@ def score_answers(
     task: Task,
     settings: TargetsConfig,
     labels: LabelTrie | None = None,
+    samples: Sequence[int] | None = None,
 ) -> tuple[list[TeacherTargets], AnswerCheck]:
     """The teacher's targets of prepared rows, for its own answers or the data's.
 
@@ -69,9 +72,10 @@ def score_answers(
         tokenizer: The teacher's.
         rows: Prepared rows: ``id`` and ``messages``, the answer last.
         task: Its schema and labels.
-        settings: ``text``: ``greedy`` for the teacher's own answers, else the data's; ``top_k``;
-            ``batch_size``.
+        settings: ``text``: ``greedy`` or ``sampled`` for the teacher's own answers, else the data's;
+            ``seed`` of the samples; ``top_k``; ``batch_size``.
         labels: The labels in the teacher's tokens, or None for no label distribution.
+        samples: Of each row the number of its sampled answer: another number gives another answer. None: 0.
 
     Returns:
         The targets, and the counts of the teacher's own answers; rows whose answer does not fit the task keep
@@ -79,9 +83,21 @@ def score_answers(
     """
     texts = [row["messages"][-1]["content"] for row in rows]
     check = AnswerCheck()
-    if settings.text == "greedy":
+    if settings.text != "data":
         prompts = [row["messages"][:-1] for row in rows]
-        answers = generate_answers(model, tokenizer, prompts, task.max_answer_tokens, settings.batch_size)
+        numbers = [0] * len(rows) if samples is None else samples
+        seeds = [
+            (settings.seed, number, crc32(row["id"].encode()))
+            for number, row in zip(numbers, rows, strict=True)
+        ]
+        answers = generate_answers(
+            model,
+            tokenizer,
+            prompts,
+            task.max_answer_tokens,
+            settings.batch_size,
+            seeds if settings.text == "sampled" else None,
+        )
         for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
             cut = answer.finish == "length"
             data_tokens = len(answer_ids(tokenizer, texts[i])) if cut else None
@@ -136,16 +152,31 @@ def generate_answers(
     prompts: Sequence[Sequence[Mapping[str, Any]]],
     max_tokens: int,
     batch_size: int,
+    seeds: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Generation]:
-    """The teacher's greedy answers to some prompts (lists of messages)."""
-    return generate(
-        model,
-        tokenizer,
-        [prompt_ids(tokenizer, messages) for messages in prompts],
-        max_tokens=max_tokens,
-        batch_size=batch_size,
-        stop=set(stop_ids(tokenizer)),
-    )
+    """The teacher's answers to some prompts (lists of messages).
+
+    Args:
+        model: The teacher.
+        tokenizer: The teacher's.
+        prompts: Messages before the answer.
+        max_tokens: Tokens after which an answer is cut.
+        batch_size: Prompts answered at the same time.
+        seeds: One a prompt: each answer is sampled at temperature 1 with its own seed, so that it does not
+            depend on the other prompts. None for greedy answers.
+    """
+    stop = frozenset(stop_ids(tokenizer))
+    requests = [
+        Request(
+            prompt_ids(tokenizer, messages),
+            max_tokens,
+            stop,
+            temperature=0.0 if seeds is None else 1.0,
+            seed=0 if seeds is None else seeds[number],
+        )
+        for number, messages in enumerate(prompts)
+    ]
+    return generate_all(model, tokenizer, requests, batch_size=batch_size)
 
 
 def score(

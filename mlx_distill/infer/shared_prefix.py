@@ -44,8 +44,12 @@ class SharedPrefix:
     def read(self, prompts: Sequence[Sequence[int]]) -> tuple[Float[mx.array, "b d"], Caches]:
         """The hidden states at the ends of some prompts, none of them empty, and a batch cache of them."""
         start = self.prepare(prompts)
-        caches = merge([self._caches if start else row_cache(self.model)] * len(prompts))
+        caches = self.caches(len(prompts)) if start else merge([row_cache(self.model)] * len(prompts))
         return read(self.model, caches, [prompt[start:] for prompt in prompts]), caches
+
+    def caches(self, rows: int) -> Caches:
+        """A batch cache of so many rows, each of which holds the tokens of :meth:`prepare`."""
+        return merge([self._caches] * rows)
 
 
 def _common(prompts: Sequence[Sequence[int]]) -> int:

@@ -27,7 +27,7 @@ def valid_share(recorded: Mapping[str, Any]) -> float | None:
 def gate_text(recipe: Recipe, recorded: Mapping[str, Any] | None = None) -> str | None:
     """What the gate asks for, and with the facts of a finished stage what it found; None without a gate."""
     limit = recipe.targets.min_valid
-    if recipe.targets.text != "greedy" or not limit:
+    if recipe.targets.text == "data" or not limit:
         return None
     text = f"at least {percent(limit, 0)} of the teacher's answers fit the task (targets.min_valid)"
     share = valid_share(recorded or {})

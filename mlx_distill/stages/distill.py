@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +15,9 @@ from mlx_distill.stages.context import (
     Facts,
     check_stop,
     content_of,
+    count_rows,
     load_model,
+    read_rows,
     rows_file,
     vocabulary_hash,
 )
@@ -23,11 +26,19 @@ from mlx_distill.stages.training import check_training, fine_tune, train_rows
 from mlx_distill.storage import digest, scratch, sha256
 
 if TYPE_CHECKING:
-    from mlx_distill.distill.align import AlignedRow
+    from mlx_distill.distill.align import AlignedRow, JoinedRow
     from mlx_distill.losses.cross_tokenizer import TokenGroups
+    from mlx_distill.records import Batch
     from mlx_distill.storage.array_store import Store
 
 SPLITS = ("train", "valid")
+_NAMES = {
+    None: "distill",
+    "labels": "distill (labels alone)",
+    "text": "distill (text alone)",
+    "labels_hard": "distill (one-hot labels of the rows)",
+    "teacher_hard": "distill (one-hot labels of the teacher)",
+}
 
 
 def distill(context: Context, folder: Path, control: str | None = None) -> Facts:
@@ -36,10 +47,13 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     Args:
         context: Of the run.
         folder: Where the stage writes.
-        control: Train on the ``labels`` of the data alone, or on the teacher's ``text`` alone.
+        control: A key of ``controls`` in the recipe: cross-entropy on the ``labels`` of the data or on the
+            teacher's ``text``; or the student's terms with one-hot labels, ``labels_hard`` of the data or
+            ``teacher_hard``.
     """
     from mlx_distill.data.chat import pad_id
     from mlx_distill.distill.align import collate_aligned_rows
+    from mlx_distill.distill.hard_targets import hard_settings, with_hard_labels
     from mlx_distill.distill.objective import kd
     from mlx_distill.models.forward import embedding_rows
 
@@ -48,7 +62,14 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     model, tokenizer = load_model(context, "student_base")
     if control == "labels":
         return fine_tune(
-            context, folder, "distill (labels alone)", model, tokenizer, "student_base", settings
+            context,
+            folder,
+            _NAMES[control],
+            model,
+            tokenizer,
+            "student_base",
+            settings,
+            max_rows=settings.max_rows,
         )
     if control == "text":
         settings = replace(settings, label_weight=0.0, token_weight=0.0, text_weight=1.0)
@@ -56,20 +77,27 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         settings = replace(settings, label_weight=0.0)
         if control is None:
             context.progress.note("distill: the task has no label, so distill.label_weight has no effect")
+    if control in ("labels_hard", "teacher_hard"):
+        settings = hard_settings(settings)
     token_rows = embedding_rows(model)
-    train, valid, inputs = aligned_rows(context, folder, tokenizer, settings, token_rows=token_rows)
+    align = own_answer_rows if control == "labels_hard" else aligned_rows
+    train, valid, inputs = align(context, folder, tokenizer, settings, token_rows=token_rows)
     pad, classes = pad_id(tokenizer, token_rows), len(context.task.labels) + 1  # and one for everything else
+
+    def collate(rows: Sequence[AlignedRow], chosen: Sequence[Sequence[int]], multiple: int) -> Batch:
+        return collate_aligned_rows(rows, chosen, pad, classes, multiple)
+
     facts = train_rows(
         context,
         folder,
-        "distill" if control is None else "distill (text alone)",
+        _NAMES[control],
         model,
         "student_base",
         settings,
         kd(settings, **inputs),
         train,
         valid,
-        lambda rows, chosen, multiple: collate_aligned_rows(rows, chosen, pad, classes, multiple),
+        with_hard_labels(collate) if control == "teacher_hard" else collate,
     )
     if facts and control is None:  # only the first of several ranks has facts, and writes
         facts |= calibrate_labels(context, folder, "distill", model, tokenizer)
@@ -113,13 +141,15 @@ def aligned_rows(
         )
     same_tokenizer = vocabulary_hash(tokenizer) == teacher_hash
     labels = find_label_trie(tokenizer, context.task, settings.label_weight)
-    key = _aligned_key(context, reader.folder, teacher_hash, settings.max_length)
+    key = _aligned_key(context, content_of(reader.folder), teacher_hash, settings)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
     if not all(is_stored(path, key) for path in folders.values()):
         write_aligned_rows(
             folders,
             key,
-            join_rows({split: rows_file(context, split) for split in SPLITS}, reader),
+            _first_rows(
+                join_rows({split: rows_file(context, split) for split in SPLITS}, reader), settings.max_rows
+            ),
             context.task,
             tokenizer,
             teacher_tokenizer,
@@ -143,6 +173,63 @@ def aligned_rows(
         "same_tokenizer": same_tokenizer,
     }
     return train, valid, inputs
+
+
+def own_answer_rows(
+    context: Context, folder: Path, tokenizer: Any, settings: DistillConfig, *, token_rows: int = 0
+) -> tuple[Store[AlignedRow], Store[AlignedRow], dict[str, Any]]:
+    """The rows' own answers with one-hot labels, and what the objective needs: :func:`aligned_rows` without a
+    teacher.
+    """
+    from mlx_distill.distill.align import aligned_row_from_arrays, write_aligned_rows
+    from mlx_distill.infer.label_scoring import find_label_trie
+    from mlx_distill.storage.array_store import Store, is_stored
+
+    labels = find_label_trie(tokenizer, context.task, settings.label_weight)
+    key = _aligned_key(context, "", "", settings)
+    folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
+    if not all(is_stored(path, key) for path in folders.values()):
+        write_aligned_rows(
+            folders,
+            key,
+            _first_rows(_own_answers(context, tokenizer), settings.max_rows),
+            context.task,
+            tokenizer,
+            tokenizer,
+            labels,
+            same_tokenizer=True,
+            token_rows=token_rows,
+            max_length=settings.max_length,
+            total=sum(count_rows(context, split) for split in SPLITS),
+            progress=context.progress,
+            check_stop=partial(check_stop, context),
+        )
+    train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
+    _note_left_out(context, train.facts, settings.max_length)
+    _check_labelled(context, train, rows_file(context, "train"))
+    return train, valid, {"labels": labels, "groups": None, "same_tokenizer": True}
+
+
+def _own_answers(context: Context, tokenizer: Any) -> Iterator[JoinedRow]:
+    from mlx_distill.data.chat import render
+    from mlx_distill.distill.hard_targets import own_answer_targets
+
+    for split in SPLITS:
+        for row in read_rows(context, split):
+            chat = render(tokenizer, row["messages"])
+            tokens = chat.tokens[chat.spans[-1][0] :].tolist()
+            yield split, row, own_answer_targets(row, tokens, context.task)
+
+
+def _first_rows(joined: Iterator[JoinedRow], max_rows: int) -> Iterator[JoinedRow]:
+    """All targets of the first training rows, and the validation rows; 0: of all."""
+    seen: set[str] = set()
+    for split, row, targets in joined:
+        if max_rows and split == "train" and row["id"] not in seen:
+            if len(seen) == max_rows:
+                continue
+            seen.add(row["id"])
+        yield split, row, targets
 
 
 def _note_left_out(context: Context, facts: Facts, max_length: int) -> None:
@@ -187,15 +274,16 @@ def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_column
     )
 
 
-def _aligned_key(context: Context, targets: Path, teacher_tokenizer: str, max_length: int) -> str:
-    """A hash of all that the aligned rows are made of."""
+def _aligned_key(context: Context, targets: str, teacher_tokenizer: str, settings: DistillConfig) -> str:
+    """A hash of all that the aligned rows are made of; ``targets`` is that of the targets."""
     return digest(
         {
             "rows": [sha256(rows_file(context, split)) for split in SPLITS],
-            "targets": content_of(targets),
+            "targets": targets,
             "model": content_of(context.run / "student_base"),
             "teacher_tokenizer": teacher_tokenizer,
-            "max_length": max_length,
+            "max_length": settings.max_length,
+            **({"max_rows": settings.max_rows} if settings.max_rows else {}),
             "answer": [dict(context.task.schema), context.task.label],
         }
     )

@@ -4,8 +4,10 @@ interrupted uses the store again.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ def encoded_rows(
     settings: TrainConfig,
     *,
     token_rows: int = 0,
+    max_rows: int = 0,
     check_every: int = 200,
 ) -> Store[TokenizedRow]:
     """The rows of a split in a model's tokens; tokenized unless the stage's scratch folder has them.
@@ -42,6 +45,7 @@ def encoded_rows(
         base: The model's folder in the run.
         settings: ``max_length`` and ``loss_on``.
         token_rows: Rows of the model's embedding, which the tokens are held against; 0 checks nothing.
+        max_rows: So many rows at most, the first ones; 0: all.
         check_every: Rows after which progress is shown and a request to stop is checked.
 
     Raises:
@@ -60,15 +64,16 @@ def encoded_rows(
             "model": content_of(context.run / base),
             "max_length": settings.max_length,
             "loss_on": settings.loss_on,
+            **({"max_rows": max_rows} if max_rows else {}),
         }
     )
     if not is_stored(rows_folder, key):
-        report, total = EncodeReport(), count_rows(context, split)
+        report, total = EncodeReport(), min(count_rows(context, split), max_rows or sys.maxsize)
         with (
             StoreWriter(rows_folder, key) as writer,
             context.progress.task(f"{name}: tokenize {split}", total=total, unit="row") as bar,
         ):
-            examples = _read_examples(context, split, bar, check_every)
+            examples = _read_examples(context, split, bar, total, check_every)
             encoded = encode_rows(
                 examples, tokenizer, settings.max_length, settings.loss_on, report, where=str(path)
             )
@@ -84,12 +89,12 @@ def encoded_rows(
     return store
 
 
-def _read_examples(context: Context, split: str, bar: Any, check_every: int) -> Iterator[Example]:
-    """The rows; progress is shown and a request to stop checked after every ``check_every``."""
+def _read_examples(context: Context, split: str, bar: Any, total: int, check_every: int) -> Iterator[Example]:
+    """The first rows; progress is shown and a request to stop checked after every ``check_every``."""
     from mlx_distill.data.rows import from_row
 
     count = 0
-    for count, row in enumerate(read_rows(context, split), 1):
+    for count, row in enumerate(islice(read_rows(context, split), total), 1):
         yield from_row(row)
         if count % check_every == 0:
             check_stop(context)

@@ -30,16 +30,21 @@ def targets(context: Context, folder: Path) -> Facts:
     labels = find_label_trie(tokenizer, context.task, context.recipe.distill.label_weight)
     train_rows = min(count_rows(context, "train"), settings.max_rows or sys.maxsize)
     writer = TargetWriter(folder)
-    rows = islice(
-        chain(islice(read_rows(context, "train"), train_rows), read_rows(context, "valid")), writer.done, None
+    train = (
+        (row, n) for row in islice(read_rows(context, "train"), train_rows) for n in range(settings.samples)
     )
+    rows = islice(chain(train, ((row, 0) for row in read_rows(context, "valid"))), writer.done, None)
     shard = max(settings.batch_size * 8, 64)
     with context.progress.task(
-        "targets", total=train_rows + count_rows(context, "valid"), unit="row", start=writer.done
+        "targets",
+        total=train_rows * settings.samples + count_rows(context, "valid"),
+        unit="row",
+        start=writer.done,
     ) as bar:
         while chunk := list(islice(rows, shard)):
             check_stop(context)
-            scored, check = score_answers(model, tokenizer, chunk, context.task, settings, labels)
+            asked, samples = zip(*chunk, strict=True)
+            scored, check = score_answers(model, tokenizer, asked, context.task, settings, labels, samples)
             write_json(_check_file(folder, len(writer.shards)), check.to_dict())
             writer.write(scored)
             bar.update(writer.done)

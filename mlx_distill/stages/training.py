@@ -25,7 +25,15 @@ if TYPE_CHECKING:
 
 
 def fine_tune(
-    context: Context, folder: Path, name: str, model: Any, tokenizer: Any, base: str, settings: TrainConfig
+    context: Context,
+    folder: Path,
+    name: str,
+    model: Any,
+    tokenizer: Any,
+    base: str,
+    settings: TrainConfig,
+    *,
+    max_rows: int = 0,
 ) -> Facts:
     """Supervised fine-tuning on the rows' own answers.
 
@@ -37,6 +45,7 @@ def fine_tune(
         tokenizer: Its tokenizer.
         base: The base model's folder in the run.
         settings: Of the training.
+        max_rows: So many training rows at most, the first ones; 0: all.
     """
     from mlx_distill.data.batching import collate
     from mlx_distill.data.chat import pad_id
@@ -45,8 +54,10 @@ def fine_tune(
 
     token_rows = embedding_rows(model)
     rows, valid = (
-        encoded_rows(context, folder, name, split, tokenizer, base, settings, token_rows=token_rows)
-        for split in ("train", "valid")
+        encoded_rows(
+            context, folder, name, split, tokenizer, base, settings, token_rows=token_rows, max_rows=limit
+        )
+        for split, limit in (("train", max_rows), ("valid", 0))
     )
     pad = pad_id(tokenizer, token_rows)
 

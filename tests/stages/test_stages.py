@@ -120,7 +120,7 @@ def test_an_answer_that_does_not_fit_is_replaced_by_that_of_the_data(
     ]
     monkeypatch.setattr(
         "mlx_distill.distill.teacher.generate_answers",
-        lambda model, tokenizer, prompts, max_tokens, batch_size: (generations * 40)[: len(prompts)],
+        lambda model, tokenizer, prompts, max_tokens, batch_size, seeds: (generations * 40)[: len(prompts)],
     )
     facts = targets_stage(context, folder)["teacher_answers"]
     assert 2 * facts["valid"] == facts["rows"] > 8
