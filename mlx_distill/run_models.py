@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -178,3 +179,22 @@ def dequantization_note(evaluations: Mapping[str, Mapping[str, Any]]) -> str | N
         f"{first[0].upper()}{first[1:]} computed with quantized weights, {second} with dequantized ones: "
         "times, speeds and memory peaks of the two do not compare."
     )
+
+
+def fold_name(fold: int, folds: int, share: float = 1.0) -> str:
+    """The folder of the run of a fold, in that of its cross-validation.
+
+    >>> fold_name(2, 5), fold_name(1, 5, 0.25)
+    ('fold-2-of-5', 'fold-1-of-5-share-25')
+    """
+    return f"fold-{fold}-of-{folds}" + (f"-share-{share * 100:.0f}" if share < 1 else "")
+
+
+def validation_of(run: str) -> str | None:
+    """The folder of the cross-validation that a run is a fold of; None of any other run.
+
+    >>> validation_of("runs/music-validation/fold-2-of-5"), validation_of("runs/music")
+    ('runs/music-validation', None)
+    """
+    folder, _, name = run.rpartition("/")
+    return (folder or ".") if re.fullmatch(r"fold-\d+-of-\d+(-share-\d+)?", name) else None

@@ -21,7 +21,7 @@ from mlx_distill.errors import ConfigError, DistillError
 from mlx_distill.evaluate.costs import NEEDS, HardwarePrice, Prices, call_cost, costs_of, stage_seconds
 from mlx_distill.ledger.database import Ledger, from_json, to_json
 from mlx_distill.ledger.runs import list_runs, read_run, run_files, scan_runs
-from mlx_distill.run_models import RUN_MODELS
+from mlx_distill.run_models import RUN_MODELS, validation_of
 from mlx_distill.storage import read_json, read_manifest
 from mlx_distill.text import counted, duration
 
@@ -363,12 +363,15 @@ def cost_report(ledger: Ledger, prices: Prices | None = None) -> CostReport:
 
 
 def _model(row: Mapping[str, Any], made_by: Mapping[str, str]) -> str:
-    """The model of the registry that a row is for, else its run, else the name that was served."""
+    """The model of the registry that a row is for, else its run or the cross-validation that this is a fold
+    of, else the name that was served.
+    """
     name = str(row["facts"].get("model") or "")
     model, _, number = name.rpartition(":")
     if model and number.isdigit():
         return model
-    return made_by.get(row["run"] or "") or row["run"] or name or "other"
+    run = row["run"] or ""
+    return made_by.get(run) or validation_of(run) or run or name or "other"
 
 
 def _paid_back(

@@ -14,6 +14,7 @@ from mlx_distill.config import override_texts
 from mlx_distill.graph import Stage, graph, stages_for
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.resources import stage_resources, total_disk
+from mlx_distill.run_models import fold_name
 from mlx_distill.storage import digest, read_manifest
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import counted, duration, listed, size
@@ -143,7 +144,7 @@ class FoldRuns:
         return range(1, (self.folds if self.curve == "each" else 1) + 1)
 
     def _run(self, fold: int, models: tuple[str, ...], share: float = 1.0) -> FoldRun:
-        name = f"fold-{fold}-of-{self.folds}" + (f"-share-{share * 100:.0f}" if share < 1 else "")
+        name = fold_name(fold, self.folds, share)
         settings = {
             "data.folds": self.folds,
             "data.fold": fold,

@@ -57,4 +57,6 @@ def check(root: Path) -> None:
     check_file(opened.path)
     scan = scan_runs(opened)
     news = f"{len(scan.added)} new, {len(scan.changed)} changed, {len(scan.removed)} gone"
-    click.echo(f"{opened.path}: whole; {counted(scan.total, 'run')} under {opened.root.path}: {news}")
+    folds = f" and {counted(scan.folds, 'fold')} of cross-validations" if scan.folds else ""
+    runs = f"{counted(scan.total - scan.folds, 'run')}{folds}"
+    click.echo(f"{opened.path}: whole; {runs} under {opened.root.path}: {news}")

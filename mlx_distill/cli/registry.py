@@ -118,7 +118,7 @@ def show(ctx: click.Context, version: str, verify: bool, root: Path, as_json: bo
     lines = [
         f"{found.name}  {found.state}  {' '.join(found.aliases)}".rstrip(),
         f"  content     {found.sha}",
-        f"  files       {root / found.path}, {size(info['bytes'])}",
+        f"  files       {'deleted' if found.files_deleted else root / found.path}, {size(info['bytes'])}",
         f"  base model  {info.get('base_model') or 'not known'}",
         f"  recipe      {info.get('recipe') or 'none'}; task {info.get('task') or 'none'}",
         f"  rows        {', '.join(f'{split} {count:,}' for split, count in rows.items()) or 'not known'}",
@@ -247,17 +247,34 @@ def rollback(
 @registry.command()
 @click.argument("version")
 @click.option("--restore", is_flag=True, help="Take it back into use.")
+@click.option(
+    "--delete-files", "delete", is_flag=True, help="Delete its files; its number and their hashes stay."
+)
 @root_option
 @json_option
-def archive(version: str, restore: bool, root: Path, as_json: bool) -> None:
-    """Take a version out of use; it keeps its number and its files. What an alias serves is refused."""
-    from mlx_distill.registry import archive as put_away
-    from mlx_distill.registry import parse_version
+def archive(version: str, restore: bool, delete: bool, root: Path, as_json: bool) -> None:
+    """Take a version out of use; it keeps its number and its files. What an alias serves is refused.
 
+    With --delete-files it cannot be restored until the same content is added again. Space is freed where no
+    run or other version has the same files.
+    """
+    from mlx_distill.registry import archive as put_away
+    from mlx_distill.registry import delete_files, get_version, parse_version
+    from mlx_distill.text import counted, size
+
+    if restore and delete:
+        raise click.UsageError("--restore and --delete-files exclude each other")
     ledger = open_ledger(root)
     found = parse_version(ledger, version)
-    done = put_away(ledger, found.model, found.number, restore=restore)
-    _echo(_version_facts(done), [f"{done.name}  {done.state}"], as_json)
+    lines, facts = [], {}
+    if delete:
+        deleted = delete_files(ledger, found.model, found.number)
+        facts = {"files_deleted": deleted.files, "bytes_freed": deleted.freed}
+        lines = [f"  {counted(deleted.files, 'file')} deleted, {size(deleted.freed)} freed"]
+    else:
+        put_away(ledger, found.model, found.number, restore=restore)
+    done = get_version(ledger, found.model, found.number)
+    _echo({**_version_facts(done), **facts}, [f"{done.name}  {done.state}", *lines], as_json)
 
 
 @registry.command()

@@ -12,13 +12,14 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import FileError
 from mlx_distill.ledger.database import Ledger, from_json, to_json
 from mlx_distill.ledger.root import Root
-from mlx_distill.run_models import RUN_MODELS
+from mlx_distill.run_models import RUN_MODELS, validation_of
 from mlx_distill.storage import MANIFEST, partial_folder, read_json, read_manifest
 
 DEPTH = 6
@@ -57,15 +58,25 @@ class RunEntry:
     seen_at: float
     facts: Mapping[str, Any]
 
+    @property
+    def validation(self) -> str | None:
+        """The folder of the cross-validation that it is a fold of, relative to the root; None of a run of
+        its own.
+        """
+        return validation_of(self.path)
+
 
 @dataclass(frozen=True)
 class Scan:
-    """What a scan found: paths of runs that are new, have changed and are gone, and how many there are."""
+    """What a scan found: paths of runs that are new, have changed and are gone, how many there are, and how
+    many of them are folds of cross-validations.
+    """
 
     added: Sequence[str]
     changed: Sequence[str]
     removed: Sequence[str]
     total: int
+    folds: int
 
 
 def scan_runs(ledger: Ledger, *, depth: int = DEPTH) -> Scan:
@@ -95,16 +106,21 @@ def scan_runs(ledger: Ledger, *, depth: int = DEPTH) -> Scan:
             )
             for row in rows:
                 _insert(db, row)
-    return Scan(added, changed, removed, len(found))
+    return Scan(added, changed, removed, len(found), sum(validation_of(path) is not None for path in found))
 
 
-def list_runs(ledger: Ledger, limit: int | None = None) -> list[RunEntry]:
-    """The runs of the index, the newest first."""
+def list_runs(ledger: Ledger, limit: int | None = None, *, folds: bool = True) -> list[RunEntry]:
+    """The runs of the index, the newest first.
+
+    Args:
+        ledger: The ledger.
+        limit: So many at most.
+        folds: Whether the folds of cross-validations are among them.
+    """
     with ledger.read() as db:
-        rows = db.execute(
-            "SELECT * FROM runs ORDER BY created_at DESC, path LIMIT ?", (limit or -1,)
-        ).fetchall()
-    return [_entry(row) for row in rows]
+        rows = db.execute("SELECT * FROM runs ORDER BY created_at DESC, path").fetchall()
+    found = (entry for entry in map(_entry, rows) if folds or entry.validation is None)
+    return list(islice(found, limit))
 
 
 def get_run(ledger: Ledger, path: str) -> RunEntry | None:

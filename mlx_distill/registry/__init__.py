@@ -13,7 +13,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mlx_distill.registry.deploy import archive as archive
+    from mlx_distill.registry.archiving import archive as archive
+    from mlx_distill.registry.archiving import delete_files as delete_files
     from mlx_distill.registry.deploy import current_deployment as current_deployment
     from mlx_distill.registry.deploy import history as history
     from mlx_distill.registry.deploy import promote as promote
@@ -36,7 +37,8 @@ if TYPE_CHECKING:
     from mlx_distill.registry.versions import parse_version as parse_version
 
 _MODULES = {
-    "deploy": ("archive", "current_deployment", "history", "promote", "promote_external", "rollback"),
+    "archiving": ("archive", "delete_files"),
+    "deploy": ("current_deployment", "history", "promote", "promote_external", "rollback"),
     "external": ("call_external",),
     "gates": ("GateLimits",),
     "records": ("Deployment", "Model", "Version"),

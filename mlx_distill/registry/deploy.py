@@ -1,4 +1,4 @@
-"""Which version serves: promote, roll back, archive, history.
+"""Which version serves: promote, roll back, history.
 
 What serves changes in one transaction, and only after everything was checked: a process that is killed before
 leaves what served.
@@ -236,36 +236,6 @@ def _verify_again(ledger: Ledger, chosen: Deployment) -> dict[str, Any]:
     verification = verify_version(ledger, version)
     require_verified(version, verification)
     return verification.to_dict()
-
-
-def archive(ledger: Ledger, model: str, number: int, *, restore: bool = False) -> Version:
-    """Take a version out of use; it keeps its number and its files.
-
-    Args:
-        ledger: The ledger.
-        model: The model's name.
-        number: The version's number.
-        restore: Take it back into use instead.
-
-    Raises:
-        ModelError: no such version, or an alias serves it.
-    """
-    get_version(ledger, model, number)
-    with ledger.write() as db:
-        row = db.execute(
-            "SELECT alias FROM aliases WHERE model = ? AND version = ?", (model, number)
-        ).fetchone()
-        if row is not None and not restore:
-            raise ModelError(
-                f"{model}:{number} is what {row['alias']} serves",
-                fix="let it serve another version first: mlx-distill registry promote or rollback",
-            )
-        old, new = (ARCHIVED, READY) if restore else ("", ARCHIVED)
-        db.execute(
-            "UPDATE versions SET state = ? WHERE model = ? AND number = ? AND (? = '' OR state = ?)",
-            (new, model, number, old, old),
-        )
-    return get_version(ledger, model, number)
 
 
 def history(ledger: Ledger, model: str, alias: str | None = None) -> list[Deployment]:

@@ -50,6 +50,11 @@ class Version:
         return f"{self.model}:{self.number}"
 
     @property
+    def files_deleted(self) -> float | None:
+        """When its files were deleted, in Unix seconds; None of one that has them."""
+        return self.info.get("files_deleted")
+
+    @property
     def kept(self) -> str:
         """The folder of its files, which is laid out like a run; relative to the root."""
         return str(Path(self.path).parent)

@@ -108,7 +108,12 @@ def _registered(ledger: Ledger, models: dict[str, Model], name: str) -> Resolved
 def _version(ledger: Ledger, name: str, version: Version, alias: str | None = None) -> ResolvedModel:
     path = ledger.root.inside(version.path)
     if not is_model(path):
-        raise ModelError(f"{version.name}: its files are gone: {path}", fix="add the model again")
+        gone = "its files were deleted" if version.files_deleted else f"its files are gone: {path}"
+        source = version.info.get("source") or "RUN"
+        raise ModelError(
+            f"{version.name}: {gone}",
+            fix=f"add them again: mlx-distill registry add {source} --name {version.model}",
+        )
     trained_on = read_trained_on(path)
     return ResolvedModel(
         name,

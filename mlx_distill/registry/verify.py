@@ -60,6 +60,8 @@ def verify_version(ledger: Ledger, version: Version) -> Verification:
     """
     start, files = time.monotonic(), version.info["files"]
     kept = ledger.root.inside(version.kept)
+    if version.files_deleted is not None:
+        return Verification(False, "its files were deleted")
     if problem := check_files(kept, files):
         _set_state(ledger, version, FAILED)
         return Verification(False, problem, damaged=True, seconds=time.monotonic() - start)

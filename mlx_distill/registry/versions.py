@@ -62,6 +62,9 @@ def add_version(
     model = check_name(name if name is not None else (run or folder).name)
     contents = read_contents(folder)
     if (known := _by_sha(ledger, model, contents.sha)) is not None:
+        if not is_model(ledger.root.inside(known.path)):
+            _keep_again(ledger, known, contents, run)
+            known = get_version(ledger, model, known.number)
         return _described(ledger, known, description)
     place = ledger.root.state / "versions" / model
     kept_before = _kept_before(place, contents.sha)
@@ -190,6 +193,32 @@ def _next_number(db: sqlite3.Connection, model: str, place: Path) -> int:
     highest = db.execute("SELECT max(number) FROM versions WHERE model = ?", (model,)).fetchone()[0] or 0
     folders = [int(path.name) for path in place.iterdir() if path.name.isdigit()]
     return max(highest, *folders, 0) + 1
+
+
+def _keep_again(ledger: Ledger, version: Version, contents: Contents, run: Path | None) -> None:
+    """Put the files of a version back that were deleted, or are gone. Its state stays."""
+    place = ledger.root.inside(version.kept).parent
+    evaluation = evaluation_of(run, contents.folder.name, contents.content) if run is not None else None
+    sources = _kept_sources(contents, run, evaluation)
+    # Its folders have the names that they were recorded by, whatever those of this copy are.
+    names = {contents.folder.name: version.info["folder"]}
+    if contents.base is not None:
+        names[contents.base.name] = version.info["base"]
+    partial = keep_folders({names.get(name, name): path for name, path in sources.items()}, place)
+    info = {name: value for name, value in version.info.items() if name != "files_deleted"}
+    try:
+        with os_errors():
+            place.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(place / KEPT, ignore_errors=True)
+            (partial / KEPT).rename(place / KEPT)
+        write_json(place / INFO_FILE, info)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    with ledger.write() as db:
+        db.execute(
+            "UPDATE versions SET info = ? WHERE model = ? AND number = ?",
+            (to_json(info), version.model, version.number),
+        )
 
 
 def _described(ledger: Ledger, version: Version, description: str) -> Version:

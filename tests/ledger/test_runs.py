@@ -13,6 +13,8 @@ from helpers.run_folders import make_run, make_stage
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
 from mlx_distill.ledger.runs import RunEntry, get_run, list_runs, scan_runs
+from mlx_distill.run_models import fold_name
+from mlx_distill.running_costs import cost_report, record_runs
 from mlx_distill.storage import open_partial
 
 
@@ -92,3 +94,16 @@ def test_a_damaged_run_is_named_and_the_others_are_indexed(ledger: Ledger, name:
         assert (demo.state, demo.facts["models"]) == ("finished", {})
     else:
         assert demo.state == "damaged" and name in demo.facts["problem"]
+
+
+def test_the_folds_of_a_cross_validation_are_told_from_runs(ledger: Ledger) -> None:
+    folder = ledger.root.path / "runs/demo-validation"
+    for name in (fold_name(1, 5), fold_name(2, 5), fold_name(1, 5, 0.25)):
+        make_run(folder / name)
+    scan = scan_runs(ledger)
+    assert (scan.total, scan.folds) == (5, 3)
+    assert {entry.path for entry in list_runs(ledger, folds=False)} == {"deeper/a/b/half", "runs/demo"}
+    assert {entry.validation for entry in list_runs(ledger)} == {None, "runs/demo-validation"}
+    assert len(list_runs(ledger, 4)) == 4
+    record_runs(ledger)  # what they cost is that of the cross-validation
+    assert cost_report(ledger).models["runs/demo-validation"].seconds == 3 * 15.0

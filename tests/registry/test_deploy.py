@@ -29,12 +29,14 @@ from mlx_distill.registry import (
     archive,
     call_external,
     current_deployment,
+    delete_files,
     get_version,
     history,
     promote,
     promote_external,
     resolve_model,
     rollback,
+    verify_version,
 )
 from mlx_distill.registry.verify import compare_golden
 
@@ -103,6 +105,34 @@ def test_a_number_is_not_given_again_after_archive(ledger: Ledger) -> None:
     make_run(ledger.root.path / "runs/new", seed=8)
     assert add_version(ledger, "runs/new", name="music").number == 4
     assert add_version(ledger, "runs/bad", name="music").state == "ARCHIVED"
+
+
+def test_the_files_of_an_archived_version_are_deleted_and_come_back(ledger: Ledger) -> None:
+    root = ledger.root.path
+    promote(ledger, "music", 1, **WHO)
+    with pytest.raises(ModelError, match="production serves"):
+        delete_files(ledger, "music", 1)
+    before = get_version(ledger, "music", 2)
+    source, kept = str(before.info["source"]), root / before.kept
+    deleted = delete_files(ledger, "music", 2)
+    assert deleted.files > 0 and deleted.freed > 1e5 and not kept.exists()  # copies, see the fixture
+    version = get_version(ledger, "music", 2)
+    assert (version.state, version.sha) == ("ARCHIVED", before.sha) and version.files_deleted is not None
+    assert version.info["files"] == before.info["files"]
+    assert json.loads((kept.parent / "version_info.json").read_text())["files_deleted"]
+    assert delete_files(ledger, "music", 2).files == 0  # again: nothing is left to do
+    assert not verify_version(ledger, version).passed
+    assert get_version(ledger, "music", 2).state == "ARCHIVED"
+    with pytest.raises(ModelError, match="its files were deleted"):
+        archive(ledger, "music", 2, restore=True)
+    with pytest.raises(ModelError, match=r"its files were deleted.*registry add .* --name music"):
+        resolve_model(ledger, "music:2")
+    again = add_version(ledger, source.partition("/quantized")[0], name="music")
+    assert (again.number, again.state, again.files_deleted) == (2, "ARCHIVED", None)
+    assert archive(ledger, "music", 2, restore=True).state == "READY"
+    assert verify_version(ledger, again).passed
+    linked = delete_files(ledger, "music", 2)
+    assert (linked.files, linked.freed) == (deleted.files, 0)  # the run has the same files
 
 
 def test_a_gate_refuses_what_is_shown_to_be_bad(ledger: Ledger) -> None:
