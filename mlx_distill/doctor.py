@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 from mlx_distill.runtime import load_blas, processor, total_memory, versions
 
 _GB = 1e9
+_COARSE = 3e-5  # between the errors of float32 (1e-6) and TF32 (4e-4)
 _NEEDED = (
     "mlx",
     "mlx_lm",
@@ -43,8 +44,8 @@ _EXTRAS = {
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the diagnosis. ``state`` is ``ok``, ``optional`` (missing, but not needed), ``slow`` or
-    ``bad`` (some command cannot run).
+    """One line of the diagnosis. ``state`` is ``ok``, ``optional`` (missing, but not needed), ``slow``,
+    ``coarse`` (float32 is computed in fewer bits) or ``bad`` (some command cannot run).
     """
 
     name: str
@@ -95,7 +96,7 @@ def diagnose(folder: str | Path = ".", recipe: str | Path | None = None) -> Diag
     missing = [name for name in _NEEDED if not _installed(name)]
     checks = [_system(), _memory(), _versions(missing)]
     if "mlx" not in missing:
-        checks += [_blas(), _device(), _speed()]
+        checks += [_blas(), _device(), _speed(), precision()]
     checks += [_disk(Path(folder)), _hub(), *_extras()]
     return Diagnosis([*checks, *(_recipe(recipe, Path(folder)) if recipe else ())])
 
@@ -178,6 +179,31 @@ def _speed(size: int = 768) -> Check:
         "ok",
         f"{2 * size**3 / best / 1e9:.0f} GFLOP/s in float32 matrix products (measured now, {size} x {size})",
     )
+
+
+def precision(multiply: Callable[[Any, Any], Any] | None = None, size: int = 512) -> Check:
+    """Whether float32 matrix products have float32's accuracy: by a product on the default device against the
+    one in float64 on the CPU. A GPU may round the factors to TF32's 11 bits first (MLX does so on CUDA, and
+    on Metal where the GPU can): the relative error is then some 4e-4 instead of 1e-6.
+
+    Args:
+        multiply: Multiplies two float32 arrays; that of MLX where None.
+        size: Rows and columns of the matrices.
+    """
+    import mlx.core as mx
+    import numpy as np
+
+    a, b = (mx.random.normal((size, size), key=mx.random.key(seed)) for seed in (0, 1))
+    exact = np.array(a).astype(np.float64) @ np.array(b).astype(np.float64)
+    error = np.linalg.norm(np.array((multiply or mx.matmul)(a, b)) - exact) / np.linalg.norm(exact)
+    text = f"float32 matrix products are within {error:.0e} of float64 (measured now, {size} x {size})"
+    if error < _COARSE:
+        return Check("precision", "ok", text)
+    fix = (
+        "for float32 in full, as tests and comparisons with a reference need it: export MLX_ENABLE_TF32=0 "
+        "before the program starts"
+    )
+    return Check("precision", "coarse", f"{text}: they are computed in fewer bits, as TF32 is", fix)
 
 
 def _disk(folder: Path) -> Check:

@@ -6,9 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 
 from mlx_distill import doctor, runtime
+from mlx_distill.doctor import precision
 
 
 def _check(diagnosis: doctor.Diagnosis, name: str) -> doctor.Check:
@@ -82,3 +84,14 @@ def test_every_problem_has_a_fix() -> None:
     assert len(diagnosis.lines()) == len(diagnosis.checks) + sum(
         check.fix is not None for check in diagnosis.checks
     )
+
+
+def test_products_in_fewer_bits_are_told() -> None:
+    assert precision().state == "ok"
+
+    def rounded(x: mx.array) -> mx.array:  # to the 11 bits of TF32
+        return ((x.view(mx.uint32) + 0x1000) & 0xFFFFE000).view(mx.float32)
+
+    coarse = precision(lambda a, b: rounded(a) @ rounded(b))
+    assert coarse.state == "coarse" and "MLX_ENABLE_TF32=0" in str(coarse.fix)
+    assert "within 3e-04 of float64" in coarse.detail

@@ -26,7 +26,7 @@ from mlx_distill.jobs.process import FOREIGN_SILENT_S, Process, host_name, this_
 from mlx_distill.jobs.queue import dispatch as dispatch_queue
 from mlx_distill.jobs.store import Job, update
 from mlx_distill.ledger.database import Ledger
-from mlx_distill.storage import lock_folder
+from mlx_distill.storage import lock_folder, write_json, write_jsonl
 
 ELSEWHERE = "another-boot pid:[7]"
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
@@ -345,6 +345,24 @@ def test_a_process_in_a_container_is_not_taken_for_dead(ledger: Ledger) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+# --- progress -----------------------------------------------------------------------------------------------
+
+
+def test_progress_has_the_curve_of_the_stage_that_is_being_made(ledger: Ledger) -> None:
+    job = here(ledger)
+    lines = [{"step": step, "loss": 1 / step, "learning_rate": 0.1} for step in range(1, 101)]
+    write_jsonl(ledger.root.path / "runs/a/.teacher.partial/scratch/metrics.jsonl", lines)
+    state = {"attempt": 1, "run": "runs/a", "stage": "teacher", "done": 100, "total": 200, "eta_s": 5.0}
+    write_json(job.folder(ledger.root) / "progress.json", state)
+    done = jobs.progress(ledger, job)
+    assert (done.stage, done.step, done.steps, done.eta_s) == ("teacher", 100, 200, 5.0)
+    assert done.rows == [{"step": step, "loss": 1 / step} for step in range(1, 101)]
+    few = jobs.progress(ledger, job, max_rows=20).rows
+    assert few[0]["step"] == 1 and few[-1]["step"] == 100 and len(few) <= 21
+    assert jobs.progress(ledger, job, max_rows=0).rows == ()
+    assert jobs.progress(ledger, replace(job, state="paused")).eta_s is None
 
 
 # --- commands in a terminal ---------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from mlx_distill.jobs.curves import Curve, Curves
 from mlx_distill.serve.pages.job_stream import MAX_NEW_POINTS, Cursor, View, stream
-from mlx_distill.serve.pages.series import Curve, Curves
 
 
 def row(step: int, every: int = 10) -> str:

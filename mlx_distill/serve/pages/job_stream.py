@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlx_distill.serve.pages.series import Curve, Point
+from mlx_distill.jobs.curves import Curve, Point
 
 HEARTBEAT_S = 15.0
 """Without news a comment is sent as often, so that a lost connection is noticed."""

@@ -24,6 +24,7 @@ from mlx_distill.jobs import (
     queue,
     resume,
 )
+from mlx_distill.jobs.curves import Curve, Curves
 from mlx_distill.jobs.store import Event, events
 from mlx_distill.jobs.watchdog import read_tail
 from mlx_distill.report.charts import line_chart
@@ -39,7 +40,6 @@ from mlx_distill.serve.pages.environment import (
 from mlx_distill.serve.pages.job_stream import MAX_EVENTS, Cursor, View, curve_data, stream
 from mlx_distill.serve.pages.recipe_checks import read_recipe
 from mlx_distill.serve.pages.recipe_form import differences
-from mlx_distill.serve.pages.series import Curve, Curves
 
 router = APIRouter(include_in_schema=False)
 router.include_router(job_form.router)

@@ -1,5 +1,5 @@
-"""The curves of a run's trainings for a page that is open while they run: read from the end of each
-``metrics.jsonl``, and never more points than a chart can show.
+"""The curves of a run's trainings for those who look at them while they run: what is new is read from the end
+of each ``metrics.jsonl``, and never more points are kept than a chart can show.
 """
 
 from __future__ import annotations
