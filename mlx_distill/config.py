@@ -311,16 +311,19 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     return out
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
-    """A YAML mapping from a file; an unreadable one is a :class:`ConfigError` with the line."""
+def read_yaml(path: str | Path, fix: str = "check the path") -> dict[str, Any]:
+    """A YAML mapping from a file; an unreadable one is a :class:`ConfigError` with the line.
+
+    Args:
+        path: The file.
+        fix: What to do where there is none.
+    """
     import yaml
 
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
-        raise ConfigError(
-            f"{path}: no such file", fix="check the path, or see: mlx-distill recipes list"
-        ) from error
+        raise ConfigError(f"{path}: no such file", fix=fix) from error
     except OSError as error:
         raise from_os_error(error) from error
     except UnicodeDecodeError as error:

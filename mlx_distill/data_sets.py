@@ -299,8 +299,11 @@ def _place(ledger: Ledger, name: str) -> tuple[str, str | None]:
         return known.path, known.task
     if ledger.root.inside(name).exists():
         return ledger.root.relative(name), None
-    get_data_set(ledger, name)
-    raise AssertionError
+    names = [data.name for data in list_data_sets(ledger)]
+    raise ConfigError(
+        f"no data set {name!r}, and no such file or folder under {ledger.root.path}",
+        fix=known_names(name, names, "data sets") if names else "add one: mlx-distill data add PATH",
+    )
 
 
 def _task(ledger: Ledger, task: str | None) -> Task:
@@ -363,6 +366,8 @@ def describe(ledger: Ledger, path: str, task: str | None = None) -> Description:
         path: Relative to the root.
         task: See :func:`add_data_set`.
     """
+    if not ledger.root.inside(path).exists():
+        raise DataError(f"{ledger.root.inside(path)}: no such file or folder", fix="check the path")
     known = _task(ledger, task)
     invalid, texts, counted_fields = DropCounter(), _Texts(), tuple(known.slices)
     statistics, cache = RowStatistics(counted_fields), dict[str, int]()

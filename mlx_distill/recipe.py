@@ -288,7 +288,8 @@ def load_recipe(
     else:
         path = _recipe_path(spec)
         where, base = str(path), path.resolve().parent
-        raw, renamed = current_spelling(Recipe, read_yaml(path), where)
+        raw = read_yaml(path, fix="check the path, or see: mlx-distill recipes list")
+        raw, renamed = current_spelling(Recipe, raw, where)
     for one in override_items(overrides):
         raw, again = current_spelling(Recipe, override(raw, one), "--set", replace=True)
         renamed += again

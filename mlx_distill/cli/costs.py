@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from mlx_distill.cli.options import json_option, open_ledger, root_option
+from mlx_distill.cli.options import find_ledger, json_option, open_ledger, root_option
 
 
 @click.command()
@@ -20,9 +20,15 @@ def costs(prices: str | None, root: Path, as_json: bool) -> None:
     """
     from mlx_distill.cli.output import echo
     from mlx_distill.evaluate.costs import read_prices
-    from mlx_distill.running_costs import cost_report, record_runs
+    from mlx_distill.ledger.root import Root
+    from mlx_distill.ledger.runs import has_runs
+    from mlx_distill.running_costs import CostReport, Sum, cost_report, record_runs
 
     known = read_prices(prices) if prices else None
-    ledger = open_ledger(root)
-    record_runs(ledger)
-    echo(cost_report(ledger, known), as_json)
+    ledger = find_ledger(root) or (open_ledger(root) if has_runs(Root.at(root)) else None)
+    if ledger is None:
+        report = CostReport(Sum(), {}, {}, {}, {})
+    else:
+        record_runs(ledger)
+        report = cost_report(ledger, known)
+    echo(report, as_json)

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from mlx_distill.cli.options import json_option, open_ledger, root_option
+from mlx_distill.cli.options import find_ledger, json_option, open_ledger, root_option
 
 _TASK = click.option(
     "--task",
@@ -55,7 +55,8 @@ def list_all(root: Path, as_json: bool) -> None:
     from mlx_distill.cli.output import plain
     from mlx_distill.data_sets import list_data_sets
 
-    found = list_data_sets(open_ledger(root))
+    ledger = find_ledger(root)
+    found = [] if ledger is None else list_data_sets(ledger)
     if as_json:
         click.echo(json.dumps(plain(found), ensure_ascii=False, indent=2))
         return
@@ -75,7 +76,7 @@ def show(name: str, root: Path, as_json: bool) -> None:
     from mlx_distill.cli.output import echo
     from mlx_distill.data_sets import get_data_set
 
-    echo(get_data_set(open_ledger(root), name), as_json)
+    echo(get_data_set(open_ledger(root, create=False), name), as_json)
 
 
 @data.command()

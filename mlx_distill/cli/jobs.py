@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from mlx_distill.cli.job_text import event_line, job_facts, job_line, job_lines, progress_lines
-from mlx_distill.cli.options import json_option, open_ledger, root_option
+from mlx_distill.cli.options import find_ledger, json_option, open_ledger, root_option
 
 _POLL_S = 0.5  # seconds between two looks of watch
 
@@ -67,9 +67,11 @@ def list_(states: tuple[str, ...], limit: int, root: Path, as_json: bool) -> Non
     for state in states:
         if state not in STATES:
             raise ConfigError(f"no state {state!r}", fix=known_names(state, STATES, "states"))
-    ledger = open_ledger(root)
-    dispatch(ledger)
-    found = list_jobs(ledger, state=states or None, limit=limit)
+    ledger = find_ledger(root)
+    found = []
+    if ledger is not None:
+        dispatch(ledger)
+        found = list_jobs(ledger, state=states or None, limit=limit)
     lines = [job_line(job) for job in found] or ["no jobs; start one: mlx-distill jobs submit run RECIPE"]
     _echo([job_facts(job) for job in found], lines, as_json)
 
@@ -83,7 +85,7 @@ def show(job_id: str, root: Path, as_json: bool) -> None:
     from mlx_distill.cli.output import plain
     from mlx_distill.jobs import dispatch, events, get, progress
 
-    ledger = open_ledger(root)
+    ledger = open_ledger(root, create=False)
     dispatch(ledger)
     job = get(ledger, job_id)
     done = progress(ledger, job)
@@ -103,7 +105,7 @@ def watch(ctx: click.Context, job_id: str, root: Path) -> None:
 
     from mlx_distill.jobs import dispatch, events, get, progress
 
-    ledger = open_ledger(root)
+    ledger = open_ledger(root, create=False)
     seen, shown = 0, ""
     while True:
         dispatch(ledger)
@@ -133,7 +135,7 @@ def _action(name: str, summary: str) -> click.Command:
     def command(job_id: str, root: Path, as_json: bool) -> None:
         from mlx_distill.jobs import dispatch, get, move_first, pause, resume
 
-        ledger = open_ledger(root)
+        ledger = open_ledger(root, create=False)
         {"first": move_first, "pause": pause, "resume": resume}[name](ledger, job_id)
         dispatch(ledger)
         _echo_job(get(ledger, job_id), as_json)
@@ -159,7 +161,7 @@ def cancel(job_id: str, discard: bool, root: Path, as_json: bool) -> None:
     from mlx_distill.jobs import cancel as cancel_job
     from mlx_distill.jobs import dispatch, get
 
-    ledger = open_ledger(root)
+    ledger = open_ledger(root, create=False)
     cancel_job(ledger, job_id, discard=discard)
     dispatch(ledger)
     _echo_job(get(ledger, job_id), as_json)

@@ -30,6 +30,19 @@ def accelerator_of(command: str, needed: bool = True) -> AbstractContextManager[
     return accelerator(f"mlx-distill {command}") if needed else nullcontext()
 
 
+def find_ledger(root: Path) -> Ledger | None:
+    """The ledger of a root for a command that only looks; None where there is none, so that looking makes
+    nothing. One that was lost is an error.
+    """
+    from mlx_distill.ledger.backups import newest_backup
+    from mlx_distill.ledger.root import Root
+
+    found = Root.at(root)
+    if not found.ledger.is_file() and newest_backup(found) is None:
+        return None
+    return open_ledger(root)
+
+
 def open_ledger(root: Path, *, create: bool = True) -> Ledger:
     """The ledger of a root."""
     from mlx_distill.ledger.database import Ledger

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from mlx_distill.cli.options import json_option, open_ledger, root_option
+from mlx_distill.cli.options import find_ledger, json_option, open_ledger, root_option
 
 
 def _share(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -64,17 +64,16 @@ def add(path: str, name: str | None, description: str, root: Path, as_json: bool
 @json_option
 def list_(model: str | None, root: Path, as_json: bool) -> None:
     """List models and their versions, the newest first."""
-    from mlx_distill.errors import ModelError
     from mlx_distill.registry import list_models
     from mlx_distill.registry.figures import main_figure
-    from mlx_distill.text import known_names, size
+    from mlx_distill.registry.versions import check_model
+    from mlx_distill.text import size
 
-    models = list_models(open_ledger(root))
+    ledger = find_ledger(root)
+    models = [] if ledger is None else list_models(ledger)
     if model is not None:
-        names = [known.name for known in models]
+        check_model(model, [known.name for known in models])
         models = [known for known in models if known.name == model]
-        if not models:
-            raise ModelError(f"no model {model!r} in the registry", fix=known_names(model, names, "models"))
     lines = [] if models else ["no models yet; add one: mlx-distill registry add RUN"]
     for known in models:
         aliases = ", ".join(f"{alias} -> {serves}" for alias, serves in known.aliases.items())
@@ -106,10 +105,10 @@ def list_(model: str | None, root: Path, as_json: bool) -> None:
 def show(ctx: click.Context, version: str, verify: bool, root: Path, as_json: bool) -> None:
     """Show a version: NAME:3, NAME@alias, or NAME for the newest one."""
     from mlx_distill.registry import get_version, lineage, parse_version, verify_version
-    from mlx_distill.registry.figures import figure_text, figures_of
-    from mlx_distill.text import size, words
+    from mlx_distill.registry.figures import figure_text, figure_title, figures_of
+    from mlx_distill.text import size
 
-    ledger = open_ledger(root)
+    ledger = open_ledger(root, create=False)
     found = parse_version(ledger, version)
     verification = verify_version(ledger, found) if verify else None
     found = get_version(ledger, found.model, found.number)
@@ -122,7 +121,7 @@ def show(ctx: click.Context, version: str, verify: bool, root: Path, as_json: bo
         f"  base model  {info.get('base_model') or 'not known'}",
         f"  recipe      {info.get('recipe') or 'none'}; task {info.get('task') or 'none'}",
         f"  rows        {', '.join(f'{split} {count:,}' for split, count in rows.items()) or 'not known'}",
-        *(f"  {words(name):<25} {figure_text(figure)}" for name, figure in figures.items()),
+        *(f"  {figure_title(name):<22}  {figure_text(figure)}" for name, figure in figures.items()),
         *([] if figures else ["  figures     not measured"]),
         *(
             f"  from        {step['folder']} {step['content'][:12]} {' '.join(step['versions'])}".rstrip()
@@ -180,7 +179,7 @@ def promote(version: str, root: Path, as_json: bool, **options: Any) -> None:
     from mlx_distill.registry import GateLimits, parse_version
     from mlx_distill.registry import promote as deploy
 
-    ledger = open_ledger(root)
+    ledger = open_ledger(root, create=options["external"] is not None)
     names = ("context_length", "memory_limit_gb")
     settings = {name: options.pop(name) for name in names}
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -240,7 +239,7 @@ def rollback(
     from mlx_distill.registry import rollback as roll_back
 
     wanted = int(to) if to is not None and to.isdigit() else to
-    done = roll_back(open_ledger(root), model, alias, actor=actor, reason=reason, to=wanted)
+    done = roll_back(open_ledger(root, create=False), model, alias, actor=actor, reason=reason, to=wanted)
     _echo_deployment(done, as_json)
 
 
@@ -264,7 +263,7 @@ def archive(version: str, restore: bool, delete: bool, root: Path, as_json: bool
 
     if restore and delete:
         raise click.UsageError("--restore and --delete-files exclude each other")
-    ledger = open_ledger(root)
+    ledger = open_ledger(root, create=False)
     found = parse_version(ledger, version)
     lines, facts = [], {}
     if delete:
@@ -287,9 +286,13 @@ def history(model: str, alias: str | None, root: Path, as_json: bool) -> None:
     from datetime import datetime
 
     from mlx_distill.registry import history as deployments
+    from mlx_distill.registry import list_models
+    from mlx_distill.registry.versions import check_model
 
-    found = deployments(open_ledger(root), model, alias)
-    lines = [] if found else [f"nothing of {model!r} was deployed"]
+    ledger = open_ledger(root, create=False)
+    check_model(model, [known.name for known in list_models(ledger)])
+    found = deployments(ledger, model, alias)
+    lines = [] if found else [f"nothing of {model!r} was deployed" + (f" as {alias}" if alias else "")]
     for done in found:
         when = datetime.fromtimestamp(done.created_at).astimezone().isoformat(" ", "minutes")
         over = f"  override: {done.gate['override']}" if done.gate.get("override") else ""

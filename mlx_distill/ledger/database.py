@@ -79,8 +79,9 @@ class Ledger:
     def _check_absent(self, create: bool) -> None:
         if not create:
             raise FileError(
-                f"{self.path}: no ledger",
-                fix="name the folder that you work in with --root, or register a model",
+                f"{self.root.path}: no ledger here ({self.path.relative_to(self.root.path)})",
+                fix="name the folder that you work in with --root; jobs submit, registry add and data add "
+                "make one",
             )
         kept = newest_backup(self.root)
         if kept is not None:  # an empty ledger in place of a lost one would look as if nothing had happened

@@ -109,6 +109,11 @@ def scan_runs(ledger: Ledger, *, depth: int = DEPTH) -> Scan:
     return Scan(added, changed, removed, len(found), sum(validation_of(path) is not None for path in found))
 
 
+def has_runs(root: Root, *, depth: int = DEPTH) -> bool:
+    """Whether a run lies under a root."""
+    return next(_folders(root, depth), None) is not None
+
+
 def list_runs(ledger: Ledger, limit: int | None = None, *, folds: bool = True) -> list[RunEntry]:
     """The runs of the index, the newest first.
 

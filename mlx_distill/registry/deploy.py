@@ -169,7 +169,10 @@ def rollback(
         chain = _chain(history(ledger, model, alias))
         current = chain[0] if chain else None
         if current is None:
-            raise ModelError(f"{model}@{alias}: nothing was deployed", fix="mlx-distill registry promote")
+            raise ModelError(
+                f"{model}@{alias}: nothing was deployed",
+                fix=f"see what was: mlx-distill registry history {model}",
+            )
         chosen = _served_before(chain, to)
         if chosen.id not in tried:
             tried[chosen.id] = _verify_again(ledger, chosen)

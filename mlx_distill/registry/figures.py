@@ -32,7 +32,7 @@ UNITS: Mapping[str, str] = {
 """The figures of a report that a version is described by, and their units: ``share`` is from 0 to 1,
 ``points`` are those of the task's score. The first one that was measured stands for the version in lists.
 """
-_SHOWN = {SHARE: "", "1": "", "nats/token": " nats a token", "rows/min": " rows a minute"}
+_SHOWN = {SHARE: "", "1": "", "nats/token": " nats a token", "rows/min": ""}
 
 
 def make_figure(name: str, value: Any) -> dict[str, Any]:
@@ -75,6 +75,15 @@ def figure_text(figure: Mapping[str, Any]) -> str:
     return f"{significant(value, 3)}{ends}{_SHOWN.get(unit or '1', f' {unit}')}"
 
 
+def figure_title(name: str) -> str:
+    """The name of a figure for people; its unit stands behind the value.
+
+    >>> figure_title("latency_p95_s"), figure_title("peak_memory_gb"), figure_title("macro_f1")
+    ('latency p95', 'peak memory', 'macro f1')
+    """
+    return words(name.removesuffix("_s").removesuffix("_gb"))
+
+
 def main_figure(info: Mapping[str, Any]) -> str:
     """The figure that stands for a version in lists, such as ``accuracy 93.1 %``.
 
@@ -82,5 +91,5 @@ def main_figure(info: Mapping[str, Any]) -> str:
     ('loss 2.00 nats a token', 'not measured')
     """
     for name, figure in figures_of(info).items():
-        return f"{words(name)} {figure_text({**figure, 'low': None})}"
+        return f"{figure_title(name)} {figure_text({**figure, 'low': None})}"
     return "not measured"

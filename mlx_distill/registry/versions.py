@@ -6,7 +6,7 @@ import shutil
 import sqlite3
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -257,10 +257,17 @@ def get_version(ledger: Ledger, model: str, number: int) -> Version:
             return version_of(row, _aliases(db, model)[number])
         numbers = db.execute("SELECT number FROM versions WHERE model = ?", (model,)).fetchall()
         names = [row["name"] for row in db.execute("SELECT name FROM models ORDER BY name")]
-    if model not in names:
-        raise ModelError(f"no model {model!r} in the registry", fix=known_names(model, names, "models"))
+    check_model(model, names)
     have = ", ".join(str(row["number"]) for row in numbers) or "none"
     raise ModelError(f"{model} has no version {number}", fix=f"versions: {have}")
+
+
+def check_model(name: str, names: Iterable[str]) -> None:
+    """Refuse a name that is not among the models of the registry."""
+    names = list(names)
+    if name not in names:
+        fix = known_names(name, names, "models") if names else "add one: mlx-distill registry add RUN"
+        raise ModelError(f"no model {name!r} in the registry", fix=fix)
 
 
 def list_versions(ledger: Ledger, model: str | None = None, *, state: str | None = None) -> list[Version]:
@@ -314,8 +321,7 @@ def parse_version(ledger: Ledger, spec: str) -> Version:
         return get_version(ledger, name, int(rest))
     name, mark, alias = spec.partition("@")
     models = {model.name: model for model in list_models(ledger)}
-    if name not in models:
-        raise ModelError(f"no model {name!r} in the registry", fix=known_names(name, models, "models"))
+    check_model(name, models)
     if mark:
         serves = models[name].aliases.get(alias)
         if serves is None:

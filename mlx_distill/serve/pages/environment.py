@@ -23,7 +23,7 @@ from fastapi.responses import HTMLResponse, RedirectResponse
 from mlx_distill import text
 from mlx_distill.config import ASSETS
 from mlx_distill.errors import DistillError
-from mlx_distill.registry.figures import figure_text, figures_of, main_figure
+from mlx_distill.registry.figures import figure_text, figure_title, figures_of, main_figure
 from mlx_distill.report import environment as report_environment
 from mlx_distill.serve.pages.static import static_url
 
@@ -118,7 +118,8 @@ def environment() -> Environment:
     """
     made = report_environment.environment(FOLDER)
     made.filters |= {"when": when, "ago": ago, "day": day}
-    made.filters |= {"main_figure": main_figure, "figures_of": figures_of, "figure_text": figure_text}
+    made.filters |= {"main_figure": main_figure, "figures_of": figures_of}
+    made.filters |= {"figure_text": figure_text, "figure_title": figure_title}
     made.globals |= {"static": static_url, "RAIL": RAIL}
     made.globals["m"] = made.get_template("macros.html.j2").module
     made.globals["ui"] = made.get_template("ui.html.j2").module
