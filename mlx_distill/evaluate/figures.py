@@ -10,6 +10,7 @@ from typing import Any
 from mlx_distill import metrics as m
 from mlx_distill.data.predictions import constrained_rows
 from mlx_distill.evaluate.groups import group_errors
+from mlx_distill.evaluate.known_probabilities import known_figures
 from mlx_distill.evaluate.latency import latency_intervals
 from mlx_distill.metrics.classification import OUTCOMES, ConfusionCounts, Row
 from mlx_distill.metrics.paired import Comparison
@@ -217,6 +218,8 @@ def _label_metrics(
         "disagreements": None,
         "by_slice": m.by_slice(rows, teacher, label, m.present_fields(rows, task.slices), **level),
     }
+    if known := known_figures(rows, task, confidence):
+        out["known_probabilities"] = known
     return out | _teacher_metrics(rows, teacher, task, label, confidence) if teacher else out
 
 

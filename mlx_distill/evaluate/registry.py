@@ -8,6 +8,7 @@ wrong in every metric. A metric joins by one entry of :data:`METRICS`.
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,7 @@ from typing import Any, Literal
 from mlx_distill import metrics as m
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate import text_metrics
+from mlx_distill.evaluate.known_probabilities import expected_values, kl_values
 from mlx_distill.evaluate.latency import latency_quantile
 from mlx_distill.evaluate.multilabel import AVERAGES, Average, multilabel_f1
 from mlx_distill.evaluate.user_metrics import user_values
@@ -37,6 +39,7 @@ from mlx_distill.text import known_names, words
 
 Values = Callable[[Sequence[Row]], Sequence[float | None]]
 Figure = Callable[[Sequence[Row], float], Any]
+_LESS_NATS = {"unit": "nats", "better": "lower"}
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Metric:
     Attributes:
         name: Its key in ``report.json``.
         title: Its name in tables.
-        unit: ``share`` (0 to 1), ``points`` of the score's scale, or ``seconds``.
+        unit: ``share`` (0 to 1), ``points`` of the score's scale, ``seconds``, or ``nats``.
         better: Whether higher or lower values are better.
         figure: Its value over rows, at a confidence level: an estimate, or a mapping of estimates.
         values: Its value for each row, None for a row that does not count; None where there is no such value.
@@ -55,7 +58,7 @@ class Metric:
 
     name: str
     title: str
-    unit: Literal["share", "points", "seconds"]
+    unit: Literal["share", "points", "seconds", "nats"]
     better: Literal["higher", "lower"]
     figure: Figure
     values: Values | None = None
@@ -229,7 +232,7 @@ def _mean(task: Task, name: str, title: str, values: Values, **kinds: Any) -> Me
         clusters = m.clusters_of(counted, task.cluster)
         if unit == "share":
             return share_estimate(kept, clusters, confidence)
-        bounds = distance_bounds(task.score_scale)
+        bounds = (0.0, math.inf) if unit == "nats" else distance_bounds(task.score_scale)
         return number_estimate(kept, clusters, confidence, bounds=bounds)
 
     return Metric(name, title, unit, better, figure, values, kinds.get("binary", False))
@@ -418,7 +421,7 @@ def _rouge(task: Task, field: str | None = None, type: str = "rougeL", stem: boo
     score = text_metrics.rouge(type, stem)
 
     def of_row(row: Row, truth: Any) -> float:
-        return score(text_of((row.get("answer") or {}).get(name)), text_of(truth))
+        return score(text_metrics.text_of((row.get("answer") or {}).get(name)), text_metrics.text_of(truth))
 
     title = f"{words(name).capitalize()} {type.replace('rouge', 'ROUGE-')}"
     return _mean(task, f"{name}_{type}", title, lambda rows: _where_true(rows, name, of_row))
@@ -431,18 +434,15 @@ def _bleu(task: Task, field: str | None = None, tokenize: str = "13a") -> Metric
     def figure(rows: Sequence[Row], confidence: float) -> Estimate:
         kept = [row for row in rows if true_value(row, name) is not None]
         pairs = [
-            (text_of((row.get("answer") or {}).get(name)), text_of(true_value(row, name))) for row in kept
+            (
+                text_metrics.text_of((row.get("answer") or {}).get(name)),
+                text_metrics.text_of(true_value(row, name)),
+            )
+            for row in kept
         ]
         return corpus(pairs, confidence, m.clusters_of(kept, task.cluster))
 
     return _pooled(f"{name}_bleu", f"{words(name).capitalize()} BLEU", figure)
-
-
-def text_of(value: Any) -> str:
-    """A field as text: the items of a list are lines."""
-    if isinstance(value, (list, tuple)):
-        return "\n".join(str(item) for item in value)
-    return "" if value is None else str(value)
 
 
 def _valid(task: Task) -> Metric:
@@ -453,6 +453,13 @@ def _valid(task: Task) -> Metric:
         lambda rows: [row.get("answer") is not None for row in rows],
         binary=True,
     )
+
+
+def _exact(
+    name: str, title: str, of_rows: Callable[..., Any], kinds: Mapping[str, Any], task: Task
+) -> Metric:
+    _need(task, "label")
+    return _mean(task, name, title, partial(of_rows, task=task), **kinds)
 
 
 def _latency(task: Task, quantile: float = 0.5) -> Metric:
@@ -486,6 +493,8 @@ METRICS: Mapping[str, Callable[..., Metric]] = {
     "rouge": _rouge,
     "bleu": _bleu,
     "json_valid": _valid,
+    "kl_to_truth": partial(_exact, "kl_to_truth", "KL to the truth", kl_values, _LESS_NATS),
+    "expected_accuracy": partial(_exact, "expected_accuracy", "Expected accuracy", expected_values, {}),
     "latency": _latency,
 }
 """Name under ``metrics:`` to what makes the metric of a task, with its options as keyword arguments."""

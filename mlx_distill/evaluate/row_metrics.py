@@ -30,7 +30,7 @@ class RowMetric:
         value: Its value of a row; None for a row without the true answer that it needs.
         binary: Whether a row is right or wrong; else its value is a number.
         unit: ``rate`` for values from 0 to 1, shown in percent and percentage points; ``points`` for values
-            on the task's scale.
+            on the task's scale; ``nats`` for divergences.
         higher_is_better: False for an error.
     """
 
@@ -79,7 +79,7 @@ def _registered(metric: Metric) -> RowMetric:
         metric.title,
         lambda row: values([row])[0],
         binary=metric.binary,
-        unit="rate" if metric.unit == "share" else "points",
+        unit={"share": "rate", "nats": "nats"}.get(metric.unit, "points"),
         higher_is_better=metric.better == "higher",
     )
 

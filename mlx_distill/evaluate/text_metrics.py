@@ -117,3 +117,10 @@ def _corpus_bleu(counts: Any) -> float:
     return float(
         BLEU.compute_bleu(matches, totals, length, reference_length, smooth_method="exp").score / 100
     )
+
+
+def text_of(value: Any) -> str:
+    """A field as text: the items of a list are lines."""
+    if isinstance(value, (list, tuple)):
+        return "\n".join(str(item) for item in value)
+    return "" if value is None else str(value)

@@ -23,7 +23,7 @@ def task_metrics(report: Report) -> list[dict[str, Any]]:
     for metric in details.get("metrics", ()):
         estimates = {name: figures["task_metrics"][metric["name"]] for name, figures in models.items()}
         if all("value" in estimate for estimate in estimates.values()):
-            unit = {"seconds": " (s)", "points": " (points)"}.get(metric["unit"], "")
+            unit = {"seconds": " (s)", "points": " (points)", "nats": " (nats)"}.get(metric["unit"], "")
             rows.append({**metric, "title": f"{metric['title']}{unit}", "estimates": estimates})
     threshold = details.get("score_threshold")
     if threshold is not None:

@@ -58,6 +58,12 @@ def _edge_cases(report: Report) -> dict[str, Any]:
     return {name: entry for name, figures in metrics.items() if (entry := figures.get("edge_cases"))}
 
 
+def _known_probabilities(report: Report) -> dict[str, Any]:
+    """The figures of each model against exact probabilities, where the rows have them."""
+    metrics = report["metrics"]
+    return {name: entry for name, figures in metrics.items() if (entry := figures.get("known_probabilities"))}
+
+
 def _losses(report: Report) -> dict[str, Any]:
     """The figures of each model on chats without a task."""
     return dict(report["metrics"]) if report["task_details"].get("is_chats") else {}
@@ -71,6 +77,7 @@ SECTIONS = (
     Section("comparison", "Comparison", "Against the model that it replaces", comparison_section.comparison),
     Section("goals", "Goals", "Goals", results_section.goals),
     Section("results", "Results", "Results", results_section.results),
+    Section("known-probabilities", "Exact", "Against the exact probabilities", _known_probabilities),
     Section("attribution", "Attribution", "From teacher to quantized student", "attribution"),
     Section("constrained", "Constrained", "Free and constrained answers", constrained_section.constrained),
     Section("disagreements", "Disagreements", "Disagreements with the teacher", rows_section.disagreements),
