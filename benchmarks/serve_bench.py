@@ -237,6 +237,7 @@ def measure_load(folder: Path, clients: int, seconds: float, tokens: int | None 
             "start": memory[0],
             "middle": memory[middle],
             "end": memory[-1],
+            "every_twelfth": memory[:: max(1, len(memory) // 12)],
             "most_first_half": max(memory[: middle + 1]),
             "most_second_half": max(memory[middle:]),
         },

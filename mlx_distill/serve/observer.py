@@ -73,7 +73,6 @@ def _used(usage: Usage) -> dict[str, Any]:
     """What the log says of a request that a model was asked in."""
     if usage.model is None:
         return {}
-    more = {"texts": usage.texts} if usage.texts else {}
     return {
         "model": usage.model,
         "calls": usage.calls,
@@ -82,5 +81,4 @@ def _used(usage: Usage) -> dict[str, Any]:
         "tokens": usage.tokens,
         "items": usage.ids[:_MOST_IDS],
         "errors": usage.errors[:_MOST_IDS],
-        **more,
     }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
 
 from fastapi import Request
 
@@ -30,7 +29,6 @@ class Usage:
         invalid: Those of them without a valid answer.
         prompt_tokens: That it read.
         tokens: That it generated.
-        texts: What was asked and answered; empty where texts are not logged.
     """
 
     model: str | None = None
@@ -40,7 +38,6 @@ class Usage:
     invalid: int = 0
     prompt_tokens: int = 0
     tokens: int = 0
-    texts: list[dict[str, Any]] = field(default_factory=list)
 
     def add(self, answers: Iterable[Prediction | Classification]) -> None:
         """Count the answers to rows."""

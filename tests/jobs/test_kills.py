@@ -127,7 +127,7 @@ def test_killed_jobs_and_servers_leave_true_states_and_the_job_ends_bit_equal(le
         kills = 0
         while kills < KILLS:
             job = get(ledger, job.id)
-            if job.state != "running" or ended_within(ledger, job, moments.uniform(0.0, 4.0)):
+            if job.state != "running" or ended_within(ledger, job, moments.uniform(0.0, 3.0)):
                 break
             target = ("job", "server", "both")[kills % 3]
             kill(ledger, service, job, target)
