@@ -16,7 +16,10 @@ _POLL_S = 0.5  # seconds between two looks of watch
 
 @click.group()
 def jobs() -> None:
-    """Run commands in the background, one at a time."""
+    """Run commands in the background, one at a time.
+
+    ID is a job's identifier or its beginning, with or without job-.
+    """
 
 
 @jobs.command(context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False})
@@ -85,7 +88,7 @@ def show(job_id: str, root: Path, as_json: bool) -> None:
     from mlx_distill.cli.output import plain
     from mlx_distill.jobs import dispatch, events, get, progress
 
-    ledger = open_ledger(root, create=False)
+    ledger, job_id = _find(root, job_id)
     dispatch(ledger)
     job = get(ledger, job_id)
     done = progress(ledger, job)
@@ -105,7 +108,7 @@ def watch(ctx: click.Context, job_id: str, root: Path) -> None:
 
     from mlx_distill.jobs import dispatch, events, get, progress
 
-    ledger = open_ledger(root, create=False)
+    ledger, job_id = _find(root, job_id)
     seen, shown = 0, ""
     while True:
         dispatch(ledger)
@@ -135,7 +138,7 @@ def _action(name: str, summary: str) -> click.Command:
     def command(job_id: str, root: Path, as_json: bool) -> None:
         from mlx_distill.jobs import dispatch, get, move_first, pause, resume
 
-        ledger = open_ledger(root, create=False)
+        ledger, job_id = _find(root, job_id)
         {"first": move_first, "pause": pause, "resume": resume}[name](ledger, job_id)
         dispatch(ledger)
         _echo_job(get(ledger, job_id), as_json)
@@ -161,7 +164,7 @@ def cancel(job_id: str, discard: bool, root: Path, as_json: bool) -> None:
     from mlx_distill.jobs import cancel as cancel_job
     from mlx_distill.jobs import dispatch, get
 
-    ledger = open_ledger(root, create=False)
+    ledger, job_id = _find(root, job_id)
     cancel_job(ledger, job_id, discard=discard)
     dispatch(ledger)
     _echo_job(get(ledger, job_id), as_json)
@@ -193,6 +196,14 @@ def check_command(kind: str, arguments: Sequence[str], root: Path) -> str | None
     path = root / str(recipe)
     loaded = load_recipe(path if path.is_file() else str(recipe), params.get("overrides") or ())
     return str(params.get("out") or Path("runs") / loaded.name)
+
+
+def _find(root: Path, text: str) -> tuple[Any, str]:
+    """The ledger, and the identifier of the job that begins with a text."""
+    from mlx_distill.jobs import full_id
+
+    ledger = open_ledger(root, create=False)
+    return ledger, full_id(ledger, text)
 
 
 def _waits(ledger: Any, job: Any) -> list[str]:

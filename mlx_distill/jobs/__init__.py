@@ -5,7 +5,7 @@ from __future__ import annotations
 from mlx_distill.jobs.lease import waits_for
 from mlx_distill.jobs.progress import JobProgress, progress
 from mlx_distill.jobs.queue import cancel, dispatch, move_first, pause, resume
-from mlx_distill.jobs.store import KINDS, STATES, Event, Job, events, get, list_jobs, queue, submit
+from mlx_distill.jobs.store import KINDS, STATES, Event, Job, events, full_id, get, list_jobs, queue, submit
 
 __all__ = [
     "KINDS",
@@ -16,6 +16,7 @@ __all__ = [
     "cancel",
     "dispatch",
     "events",
+    "full_id",
     "get",
     "list_jobs",
     "move_first",

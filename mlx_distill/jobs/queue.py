@@ -115,6 +115,9 @@ def _has_been_ended(db: sqlite3.Connection, job: Job, grace_s: float) -> bool:
     if process is None or not asked:
         return False
     waited = time.time() - (job.requested_at or 0)
+    if waited < 0:  # the clock was set back: its time to save begins anew
+        update(db, job.id, requested_at=time.time())
+        return False
     if process.is_local and waited >= grace_s:
         kill_group(process)
         message = f"had not stopped after {grace_s:g} s: its process was killed"

@@ -270,6 +270,25 @@ def find(db: sqlite3.Connection, job_id: str) -> Job:
     return to_job(row)
 
 
+def full_id(ledger: Ledger, text: str) -> str:
+    """The identifier of the one job that a text is the beginning of, with or without ``job-``.
+
+    Raises:
+        ConfigError: no job begins so, or several do.
+    """
+    with ledger.read() as db:
+        ids = [row["id"] for row in db.execute("SELECT id FROM jobs ORDER BY rowid DESC")]
+    if text in ids:
+        return text
+    found = [one for one in ids if text and one.startswith((text, f"job-{text}"))]
+    if len(found) == 1:
+        return str(found[0])
+    if found:
+        shown = ", ".join(found[:5]) + (" ..." if len(found) > 5 else "")
+        raise ConfigError(f"{text!r} is the beginning of {len(found)} jobs", fix=f"write more of it: {shown}")
+    raise ConfigError(f"no job {text!r}", fix="see the jobs: mlx-distill jobs list")
+
+
 def list_jobs(
     ledger: Ledger,
     state: str | Sequence[str] | None = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import sqlite3
@@ -11,18 +12,29 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
+from typing import Any
 
 import pytest
 from helpers.fake_job import fake_command
 
 from mlx_distill import jobs
+from mlx_distill.cli import cli
 from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.jobs import lease
 from mlx_distill.jobs.alongside import accelerator
 from mlx_distill.jobs.discard import discard
 from mlx_distill.jobs.ended import Ended, read_end, reserve_end, write_end
 from mlx_distill.jobs.execute import execute
-from mlx_distill.jobs.process import FOREIGN_SILENT_S, Process, host_name, this_pid_space, this_process
+from mlx_distill.jobs.process import (
+    FOREIGN_SILENT_S,
+    Process,
+    host_name,
+    local_process,
+    start_time,
+    this_pid_space,
+    this_process,
+)
 from mlx_distill.jobs.queue import dispatch as dispatch_queue
 from mlx_distill.jobs.store import Job, update
 from mlx_distill.ledger.database import Ledger
@@ -345,6 +357,79 @@ def test_a_process_in_a_container_is_not_taken_for_dead(ledger: Ledger) -> None:
     finally:
         child.kill()
         child.wait()
+
+
+# --- clocks, names, a server that is gone -----------------------------------------------------------------
+
+
+def test_a_clock_that_was_set_back(ledger: Ledger) -> None:
+    child = subprocess.Popen(SLEEP, start_new_session=True)
+    try:
+        started = start_time(child.pid)
+        assert started is not None
+        job = here(ledger, process=local_process(child.pid, started))
+        heartbeat(ledger, job, -3600)
+        dispatch(ledger)
+        told = jobs.get(ledger, job.id)
+        assert told.state == "running" and "in the future: check the clocks" in told.state_text()
+        with ledger.write() as db:
+            update(db, job.id, heartbeat=None)  # so that no signal is sent to it
+        jobs.cancel(ledger, job.id)
+        with ledger.write() as db:
+            update(db, job.id, requested_at=time.time() + 3600)
+        dispatch(ledger, grace_s=0)  # its time to save begins anew, and not in an hour
+        assert jobs.get(ledger, job.id).state == "running"
+        dispatch(ledger, grace_s=0)
+        assert jobs.get(ledger, job.id).state == "cancelled"
+    finally:
+        child.kill()
+        child.wait()
+
+
+def test_a_job_is_named_by_its_beginning(ledger: Ledger, runner: Any) -> None:
+    for name in ("job-3f2a00000000", "job-3f2b00000000", "job-77"):
+        jobs.submit(ledger, "run", [name], job_id=name)
+        jobs.pause(ledger, name)
+    root = ["--root", str(ledger.root.path)]
+    for text in ("job-3f2a", "3f2a", "job-3f2a00000000"):
+        shown = runner.invoke(cli, ["jobs", "show", text, *root, "--json"])
+        assert json.loads(shown.stdout)["id"] == "job-3f2a00000000"
+    assert jobs.full_id(ledger, "job-77") == "job-77"
+    several = runner.invoke(cli, ["jobs", "cancel", "3f2", *root])
+    assert several.exit_code == 2 and "the beginning of 2 jobs" in several.output
+    assert "job-3f2b00000000, job-3f2a00000000" in several.output
+    for text in ("4", "", "ob-77", "%"):
+        with pytest.raises(ConfigError, match="no job"):
+            jobs.full_id(ledger, text)
+
+
+@pytest.mark.slow
+def test_a_job_and_who_watches_it_go_on_when_the_server_is_killed(ledger: Ledger, runner: Any) -> None:
+    job = jobs.submit(ledger, "run", ["work"])
+    code = (
+        "import sys, time; from helpers.fake_job import fake_command;"
+        "from mlx_distill.jobs.queue import dispatch; from mlx_distill.ledger.database import Ledger;"
+        "from mlx_distill.ledger.root import Root; l = Ledger(Root.at(sys.argv[1]));"
+        "dispatch(l, 30, fake_command); time.sleep(60)"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    server = subprocess.Popen([sys.executable, "-c", code, str(ledger.root.path)], env=environment)
+    try:
+        wait(ledger, job.id, lambda job: job.heartbeat is not None)
+    finally:
+        server.kill()
+        server.wait()
+
+    def pause_later() -> None:
+        time.sleep(1.0)
+        jobs.pause(ledger, job.id)
+
+    later = Thread(target=pause_later)
+    later.start()
+    watched = runner.invoke(cli, ["jobs", "watch", job.id[:8], "--root", str(ledger.root.path)])
+    later.join()
+    assert watched.exit_code == 130 and "asked to save and pause" in watched.output, watched.output
+    assert jobs.get(ledger, job.id).state == "paused" and (ledger.root.path / "saved").exists()
 
 
 # --- progress -----------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from pathlib import Path
 import pytest
 
 from mlx_distill.errors import FileError
+from mlx_distill.jobs import dispatch, get
+from mlx_distill.jobs.lease import holder
 from mlx_distill.ledger.backups import backup, restore
 from mlx_distill.ledger.database import Ledger, from_json, new_id, to_json
 from mlx_distill.ledger.migrate import MIGRATIONS, read_migrations
@@ -224,6 +226,30 @@ def test_four_processes_migrate_an_old_ledger_at_once(ledger: Ledger, tmp_path: 
     with closing(sqlite3.connect(kept[0])) as db:
         assert db.execute("PRAGMA user_version").fetchone()[0] == newest - 1
         assert db.execute("SELECT name FROM models").fetchall() == [("music",)]
+
+
+def test_four_processes_bring_the_first_version_up_to_this_one(tmp_path: Path) -> None:
+    folder = tmp_path / "first"
+    folder.mkdir()
+    shutil.copy(MIGRATIONS / "0001_first.sql", folder)
+    root = Root.at(tmp_path / "root")
+    old = Ledger(root, migrations=folder)
+    with old.write() as db:
+        db.execute(
+            "INSERT INTO jobs (id, kind, title, arguments, state, created_at, started_at, pid, pid_started)"
+            " VALUES ('job-1', 'run', 'x', '[]', 'running', 1, 2, 3, 4)"
+        )
+        db.execute("INSERT INTO leases VALUES ('accelerator', 'job-1', 3, 4, 5, 'x')")
+    code = """
+        with Ledger(Root.at(sys.argv[1])).read() as db:
+            print(db.execute("PRAGMA user_version").fetchone()[0])
+    """
+    assert outputs([script(code, root.path) for _ in range(4)]) == [str(len(read_migrations()))] * 4
+    assert len(list(root.backups.glob("*.db"))) == 1
+    ledger = Ledger(root)
+    assert get(ledger, "job-1").host is None
+    dispatch(ledger)  # a job of the older program, whose process is gone
+    assert get(ledger, "job-1").state_text() == "failed (orphaned)" and holder(ledger) is None
 
 
 def test_four_processes_make_a_ledger_at_once(tmp_path: Path) -> None:
