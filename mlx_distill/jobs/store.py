@@ -295,6 +295,9 @@ def list_jobs(
     kind: str | None = None,
     after: str | None = None,
     limit: int = 20,
+    *,
+    api: str | None = None,
+    metadata: Mapping[str, str] | None = None,
 ) -> list[Job]:
     """Jobs, the newest first.
 
@@ -304,6 +307,8 @@ def list_jobs(
         kind: Only those of this command.
         after: Those that were submitted before the job of this identifier.
         limit: So many at most.
+        api: Only those that were asked for over this interface: ``request`` has it as ``api``.
+        metadata: Only those whose request has these values among its metadata.
     """
     conditions, values = ["1"], list[Any]()
     if state is not None:
@@ -313,6 +318,15 @@ def list_jobs(
     if kind is not None:
         conditions.append("kind = ?")
         values.append(kind)
+    if api is not None:
+        conditions.append("json_extract(request, '$.api') = ?")
+        values.append(api)
+    for pair in (metadata or {}).items():
+        conditions.append(
+            "EXISTS (SELECT 1 FROM json_each(request, '$.body.metadata') AS pair"
+            " WHERE pair.key = ? AND pair.value = ?)"
+        )
+        values += pair
     with ledger.read() as db:
         if after is not None:
             find(db, after)

@@ -80,7 +80,13 @@ class Server:
         self.metrics = Metrics()
         self.calls = ServedCallCounts(lambda: self.ledger)
         self.request_log = RequestLog(self.root.request_log, on_lost=self.metrics.line_lost)
-        self.pool = Pool(settings, self._resolve, self._load, may_load=self._take_accelerator)
+        self.pool = Pool(
+            settings,
+            self._resolve,
+            self._load,
+            may_load=self._take_accelerator,
+            may_resume=lambda: not lease.wanted(self.ledger),
+        )
         self.metrics.registry.register(
             ServerState(
                 lambda: self.ledger, self.pool, lambda model: self.metrics.model_name(self.name(model))

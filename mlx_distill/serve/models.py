@@ -8,10 +8,13 @@ from typing import Any
 from fastapi import APIRouter, Request
 
 from mlx_distill.errors import ModelError
+from mlx_distill.jobs import list_jobs
 from mlx_distill.registry import ResolvedModel, list_models, resolve_model
 from mlx_distill.serve.errors import ApiError
+from mlx_distill.serve.fine_tuning import API, fine_tuned_model
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
+_MAX_JOBS = 1000
 
 
 def _object(name: str, created: float, owner: str = "local") -> dict[str, Any]:
@@ -20,8 +23,8 @@ def _object(name: str, created: float, owner: str = "local") -> dict[str, Any]:
 
 @router.get("")
 def all_models(request: Request) -> dict[str, Any]:
-    """Models of the registry with their versions that are ready, and the model
-    that the server was started with.
+    """Models of the registry with their versions that are ready, the models that fine-tuning jobs have made,
+    and the model that the server was started with.
     """
     server = request.app.state.server
     data: dict[str, dict[str, Any]] = {}
@@ -31,6 +34,9 @@ def all_models(request: Request) -> dict[str, Any]:
             data[model.name] = _object(model.name, model.created_at)
         for version in ready:
             data[version.name] = _object(version.name, version.created_at)
+    for job in list_jobs(server.ledger, "succeeded", limit=_MAX_JOBS, api=API):
+        name = fine_tuned_model(job)
+        data[name] = _object(name, job.finished_at or job.created_at)
     own = server.settings.model
     if own is not None and own not in data:
         data[own] = retrieve_model(request, own)

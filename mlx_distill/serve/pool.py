@@ -44,6 +44,8 @@ class Pool:
         resolve: What a name means now; raises ``ModelError`` where there is no such model.
         load: Loads a model; :func:`~mlx_distill.serve.loading.load_model` where None.
         may_load: Whether the accelerator is free for a model, or is held already.
+        may_resume: Whether no job has or wants the accelerator any more: asked when a request comes while
+            the pool is paused, so that the first one behind the end of a job is answered.
     """
 
     def __init__(
@@ -52,8 +54,10 @@ class Pool:
         resolve: Callable[[str], Resolved],
         load: Loader | None = None,
         may_load: Callable[[], bool] = lambda: True,
+        may_resume: Callable[[], bool] = lambda: False,
     ) -> None:
-        self.settings, self._resolve, self._may_load = settings, resolve, may_load
+        self.settings, self._resolve = settings, resolve
+        self._may_load, self._may_resume = may_load, may_resume
         self._load = load or partial(load_model, batch_size=settings.batch_size)
         self._task = load_task(settings.task) if settings.task else None
         self._changed = threading.Condition()
@@ -99,6 +103,8 @@ class Pool:
         return asked
 
     def _take(self, name: str) -> ServedModel:
+        if self._paused and self._may_resume():
+            self.resume()
         with self._changed:
             if self._closed:
                 raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)

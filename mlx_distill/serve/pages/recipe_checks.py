@@ -6,7 +6,7 @@ import contextlib
 import copy
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,17 +78,20 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
             yield node, key, name
 
 
-def problems(raw: Mapping[str, Any], root: Root) -> tuple[Recipe | None, dict[str, list[str]]]:
+def problems(
+    raw: Mapping[str, Any], root: Root, known: Collection[str] = ()
+) -> tuple[Recipe | None, dict[str, list[str]]]:
     """Check a recipe.
 
     Args:
         raw: The recipe in its plain YAML form, with paths relative to the root.
         root: Nothing outside it may be read.
+        known: Models that the registry has named, which may lie among the server's own files.
 
     Returns:
         The recipe, None where it cannot be run, and the problems by the name of the input.
     """
-    found = _forbidden(raw, root)
+    found = _forbidden(raw, root, known)
     current: dict[str, Any] = copy.deepcopy(dict(raw))
     for name in found:
         _remove(current, name)
@@ -132,7 +135,7 @@ def _load(raw: Mapping[str, Any], root: Root) -> Recipe:
     return recipe
 
 
-def _forbidden(raw: Mapping[str, Any], root: Root) -> dict[str, list[str]]:
+def _forbidden(raw: Mapping[str, Any], root: Root, known: Collection[str]) -> dict[str, list[str]]:
     """What may stand in a recipe of the command line, but not in one that came over HTTP; and packaged files
     that there are not.
     """
@@ -153,7 +156,7 @@ def _forbidden(raw: Mapping[str, Any], root: Root) -> dict[str, list[str]]:
         except ValueError:  # a NUL, say
             found[name] = ["not a path: remove what no path can hold"]
             continue
-        if inside.split("/")[0] == STATE and key not in ("path", "sqlite"):
+        if inside.split("/")[0] == STATE and key not in ("path", "sqlite") and path not in known:
             found[name] = [f"{path}: files of the server itself: name another path"]
     if isinstance(raw.get("task"), Mapping) and _names_code(raw["task"]):
         found["task"] = [
