@@ -305,6 +305,15 @@ def context_length(model: Any) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
+def shortest(*lengths: int | None) -> int | None:
+    """The smallest of some limits, of which None is none.
+
+    >>> shortest(None, 512, 4096), shortest(None)
+    (512, None)
+    """
+    return min((length for length in lengths if length is not None), default=None)
+
+
 def unread(item: Item, length: int, limit: int | None) -> Prediction:
     """The prediction of an item whose prompt is longer than the model can read."""
     error = f"the prompt has {length:,} tokens, and at most {limit:,} are read"

@@ -17,6 +17,7 @@ from mlx_distill.infer.predict import (
     begins_with_label,
     context_length,
     label_distributions,
+    shortest,
     to_prediction,
 )
 from mlx_distill.infer.requests import Generation
@@ -43,10 +44,13 @@ class SharedAnswers:
         worker: Of the model's engine.
         task: Prompt, schema, label and score.
         folder: The model's, for the temperature of its labels; None for none.
+        context: Tokens of prompt and answer; the model's own length where None, and never more than that.
     """
 
-    def __init__(self, worker: EngineWorker, task: Task, folder: Path | None = None) -> None:
-        self.worker, self.task, self.folder = worker, task, folder
+    def __init__(
+        self, worker: EngineWorker, task: Task, folder: Path | None = None, context: int | None = None
+    ) -> None:
+        self.worker, self.task, self.folder, self.context = worker, task, folder, context
         self.model, self.tokenizer = worker.engine.model, worker.engine.tokenizer
         self.batch_size = worker.engine.batch_size
         self._lock = threading.Lock()
@@ -136,7 +140,7 @@ class SharedAnswers:
             return asked
 
     def _prompts(self, long: str, answer_tokens: int) -> RowPrompts:
-        length = context_length(self.model)
+        length = shortest(context_length(self.model), self.context)
         limit = None if length is None else max(1, length - answer_tokens)
         return RowPrompts(self.tokenizer, self.task, limit, long)
 

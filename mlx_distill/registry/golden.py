@@ -103,16 +103,30 @@ def answer_golden(folder: Path, rows: Sequence[Mapping[str, Any]]) -> list[dict[
     Raises:
         ModelError: it cannot be loaded.
     """
-    from mlx_distill.data.chat import prompt_ids, stop_ids
-    from mlx_distill.infer.engine import generate
-    from mlx_distill.infer.predict import predict
     from mlx_distill.models.load import load
 
     trained_on = read_trained_on(folder)
-    model, tokenizer = load(folder)
-    if trained_on is not None and trained_on.task is not None:
+    return golden_answers(*load(folder), trained_on.task if trained_on is not None else None, rows)
+
+
+def golden_answers(
+    model: Any, tokenizer: Any, task: Task | None, rows: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Let a model that is in memory answer golden rows greedily; see :func:`answer_golden`.
+
+    Args:
+        model: mlx-lm's, used by this thread alone meanwhile.
+        tokenizer: Its tokenizer.
+        task: What it was trained on, or None.
+        rows: With ``id`` and ``messages``.
+    """
+    from mlx_distill.data.chat import prompt_ids, stop_ids
+    from mlx_distill.infer.engine import generate
+    from mlx_distill.infer.predict import predict
+
+    if task is not None:
         asked = [{"id": row["id"], "messages": row["messages"]} for row in rows]
-        predictions = predict(model, tokenizer, trained_on.task, asked, label_probs=False)
+        predictions = predict(model, tokenizer, task, asked, label_probs=False)
         return [
             {**row, "text": got.text, "answer": got.answer, "label": got.label}
             for row, got in zip(rows, predictions, strict=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from mlx_distill.config import packaged
 from mlx_distill.errors import ConfigError, ModelError
-from mlx_distill.ledger.database import Ledger
+from mlx_distill.ledger.database import Ledger, from_json
 from mlx_distill.models.trained_on import is_model, is_run, newest_model, read_trained_on
 from mlx_distill.registry.records import PRODUCTION, READY, Model, Version
 from mlx_distill.registry.versions import get_version, list_models
@@ -32,6 +34,8 @@ class ResolvedModel:
         alias: The alias by which it was found, or None.
         sha: The hash of the version, or of the folder that a stage wrote; None of another folder.
         task: The task that it was trained on, or None.
+        deployment: The number of the deployment that the alias is at, or None.
+        settings: How that deployment is served: ``context_length``, ``memory_limit_gb``.
     """
 
     name: str
@@ -42,6 +46,8 @@ class ResolvedModel:
     alias: str | None = None
     sha: str | None = None
     task: Task | None = None
+    deployment: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
 
 
 def resolve_model(ledger: Ledger, name: str) -> ResolvedModel:
@@ -95,14 +101,27 @@ def _registered(ledger: Ledger, models: dict[str, Model], name: str) -> Resolved
         raise ModelError(f"{base} has no alias {alias!r}", fix=known_names(alias, model.aliases, "aliases"))
     alias = alias or PRODUCTION
     serves = model.aliases.get(alias)
-    if isinstance(serves, str):
-        return ResolvedModel(name, None, serves, base, alias=alias)
     if serves is not None:
-        return _version(ledger, name, get_version(ledger, base, serves), alias)
+        return _deployed(ledger, name, base, alias)
     newest = next((version for version in model.versions if version.state == READY), None)
     if newest is None:
         raise ModelError(f"{base} has no version that is ready", fix="see: mlx-distill registry list")
     return _version(ledger, name, newest)
+
+
+def _deployed(ledger: Ledger, name: str, model: str, alias: str) -> ResolvedModel:
+    """What an alias serves, with the settings of its deployment: one row, so they belong together."""
+    with ledger.read() as db:
+        row = db.execute(
+            "SELECT d.id, d.version, d.target, d.settings FROM aliases a JOIN deployments d "
+            "ON d.id = a.deployment WHERE a.model = ? AND a.alias = ?",
+            (model, alias),
+        ).fetchone()
+    if row["target"] is not None:
+        found = ResolvedModel(name, None, row["target"], model, alias=alias)
+    else:
+        found = _version(ledger, name, get_version(ledger, model, row["version"]), alias)
+    return replace(found, deployment=row["id"], settings=from_json(row["settings"]))
 
 
 def _version(ledger: Ledger, name: str, version: Version, alias: str | None = None) -> ResolvedModel:

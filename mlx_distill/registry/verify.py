@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from mlx_distill.errors import DistillError, ModelError
@@ -18,6 +19,7 @@ from mlx_distill.tasks.task import Task
 
 Level = Literal["text", "answer", "label", "valid", "different"]
 _EQUAL = ("text", "answer", "label")
+Answer = Callable[[Path, Sequence[Mapping[str, Any]]], list[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Verification:
         return {**asdict(self), "rows": [dict(row) for row in self.rows]}
 
 
-def verify_version(ledger: Ledger, version: Version) -> Verification:
+def verify_version(ledger: Ledger, version: Version, answer: Answer = answer_golden) -> Verification:
     """Hash every file of a version, load it, and compare its answers to its golden rows.
 
     The text of an answer need not be the same: the last digits of a logit differ between machines, and where
@@ -57,6 +59,11 @@ def verify_version(ledger: Ledger, version: Version) -> Verification:
     least one has to be equal too.
 
     A version whose files are damaged becomes ``FAILED``; one that is whole again becomes ``READY``.
+
+    Args:
+        ledger: The ledger.
+        version: The version.
+        answer: Loads the model in a folder and lets it answer golden rows.
     """
     start, files = time.monotonic(), version.info["files"]
     kept = ledger.root.inside(version.kept)
@@ -69,7 +76,7 @@ def verify_version(ledger: Ledger, version: Version) -> Verification:
     folder = ledger.root.inside(version.path)
     trained_on = read_trained_on(folder)
     try:
-        answers = answer_golden(folder, golden)
+        answers = answer(folder, golden)
     except (DistillError, RuntimeError, ValueError, MemoryError) as error:
         text = f"it does not load or answer: {error}"
         return Verification(False, text, len(files), seconds=time.monotonic() - start)

@@ -71,7 +71,7 @@ def analyze(request: Request, body: AnalyzeRequest) -> dict[str, Any]:
         if prediction.error_kind in REFUSED:
             raise ApiError(400, prediction.error or "", code=error_type(prediction), param="item")
         out = to_json(prediction)
-        out |= {"model": model_json(served), "constrained": body.constrain}
+        out |= {"model": model_json(served), "constrained": body.constrain and served.external is None}
     return out | {"latency_ms": _since(began)}
 
 
@@ -83,7 +83,8 @@ def analyze_batch(request: Request, body: BatchRequest) -> dict[str, Any]:
     with request.app.state.server.pool.get(body.model) as served:
         predictions = _predict(request, served, body, body.items)
         out = _listed([to_json(prediction) for prediction in predictions], served)
-    return out | {"constrained": body.constrain, "latency_ms": _since(began)}
+        out["constrained"] = body.constrain and served.external is None
+    return out | {"latency_ms": _since(began)}
 
 
 @router.post("/v1/classify")
@@ -93,12 +94,35 @@ def classify(request: Request, body: ClassifyRequest) -> dict[str, Any]:
     _check_count(request, body.items)
     options = LabelOptions(body.normalize, body.shuffle_options, temperature=body.temperature)
     with request.app.state.server.pool.get(body.model) as served:
-        answers = shared_answers(served, body.task)
-        labelled = _answered(
-            request, served, lambda: answers.classify(_placed(body.items), options, long=body.long)
-        )
+        labelled = _answered(request, served, _classifier(served, body, options))
         out = _listed([_classification(one) for one in labelled], served)
     return out | {"latency_ms": _since(began)}
+
+
+def _classifier(
+    served: ServedModel, body: ClassifyRequest, options: LabelOptions
+) -> Callable[[], list[Classification]]:
+    """What labels the rows of a request: the model, or the answers of an analyzer outside of the registry,
+    which has no probabilities.
+    """
+    external = served.external
+    if external is not None:
+        if options != LabelOptions():
+            raise ApiError(
+                400,
+                f"{served.name}: an analyzer outside of the registry, which has no probabilities "
+                "(leave out normalize, shuffle_options and temperature)",
+                code="external_analyzer",
+                param="model",
+            )
+        task = served.task if body.task is None else _packaged(body.task)
+        return lambda: [_label(one) for one in external.answer(_placed(body.items), task)]
+    answers = shared_answers(served, body.task)
+    return lambda: answers.classify(_placed(body.items), options, long=body.long)
+
+
+def _label(one: Prediction) -> Classification:
+    return Classification(one.id, one.label, None, error=one.error, error_kind=one.error_kind)
 
 
 def _listed(data: list[dict[str, Any]], served: ServedModel) -> dict[str, Any]:
@@ -126,10 +150,10 @@ def shared_answers(served: ServedModel, task: str | None = None) -> SharedAnswer
             code="task_missing",
             param="task",
         )
-    loaded, key = served.loaded, ("answers", id(asked))
+    loaded, key = served.loaded, ("answers", id(asked), served.context)
     with loaded.lock:
         if key not in loaded.shared:
-            loaded.shared[key] = SharedAnswers(loaded.worker, asked, loaded.path)
+            loaded.shared[key] = SharedAnswers(loaded.worker, asked, loaded.path, served.context)
         answers: SharedAnswers = loaded.shared[key]
     return answers
 
@@ -163,6 +187,13 @@ def model_json(served: ServedModel) -> dict[str, Any]:
 def _predict(
     request: Request, served: ServedModel, body: _Answers, items: Sequence[Item]
 ) -> list[Prediction]:
+    """The answers to rows, by the model or by an analyzer outside of the registry, to which what is said of
+    generating does not apply.
+    """
+    external = served.external
+    if external is not None:
+        task = served.task if body.task is None else _packaged(body.task)
+        return _answered(request, served, lambda: external.answer(_placed(items), task))
     answers = shared_answers(served, body.task)
     return _answered(
         request,

@@ -15,7 +15,9 @@ from mlx_distill import __version__
 from mlx_distill.jobs import dispatch, lease
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry.resolve import ResolvedModel, resolve_model
+from mlx_distill.serve.checked import load_checked, require_files
 from mlx_distill.serve.errors import add_error_handlers
+from mlx_distill.serve.external import ExternalAnalyzer, check_external
 from mlx_distill.serve.loading import LoadedModel, Resolved, load_model
 from mlx_distill.serve.metrics import Metrics, ServerState
 from mlx_distill.serve.observer import Observer
@@ -86,6 +88,8 @@ class Server:
             self._load,
             may_load=self._take_accelerator,
             may_resume=lambda: not lease.wanted(self.ledger),
+            check_files=lambda resolved: require_files(self.ledger, resolved),
+            on_change=self.request_log.write,
         )
         self.metrics.registry.register(
             ServerState(
@@ -108,10 +112,16 @@ class Server:
         """What metrics, log and costs call a model."""
         return version_name(resolved, self.root)
 
-    def _load(self, resolved: Resolved) -> LoadedModel:
-        name = self.name(resolved)
-        watcher = self.metrics.watcher(name, self.calls.worked(name))
-        return load_model(resolved, batch_size=self.settings.batch_size, watcher=watcher)
+    def _load(self, resolved: Resolved) -> LoadedModel | ExternalAnalyzer:
+        if resolved.target is not None:
+            return check_external(self.ledger, resolved, self.settings.external_seconds)
+
+        def load() -> LoadedModel:
+            name = self.name(resolved)
+            watcher = self.metrics.watcher(name, self.calls.worked(name))
+            return load_model(resolved, batch_size=self.settings.batch_size, watcher=watcher)
+
+        return load_checked(self.ledger, resolved, load)
 
     def _take_accelerator(self) -> bool:
         """Take the lease for the models of this server; jobs come first."""

@@ -71,10 +71,11 @@ class _Completion:
         try:
             self._served = self._stack.enter_context(server.pool.get(name))
             usage.model = server.name(self._served.resolved)
-            shared = self._served.loaded.shared
-            if "chat" not in shared:
-                shared.setdefault("chat", ChatModel.of(self._served.model, self._served.tokenizer))
-            self._model: ChatModel = shared["chat"]
+            shared, key = self._served.loaded.shared, ("chat", self._served.context)
+            if key not in shared:
+                made = ChatModel.of(self._served.model, self._served.tokenizer, self._served.context)
+                shared.setdefault(key, made)
+            self._model: ChatModel = shared[key]
             self._request = engine_request(self._model, chat)
         except BaseException:
             self._stack.close()

@@ -14,7 +14,7 @@ from mlx_distill.data.chat import prompt_ids, stop_ids
 from mlx_distill.errors import ConfigError, DataError, DistillError, ModelError
 from mlx_distill.infer.channels import Channels, channels_of
 from mlx_distill.infer.constrained import AnswerGrammar
-from mlx_distill.infer.predict import context_length
+from mlx_distill.infer.predict import context_length, shortest
 from mlx_distill.infer.requests import Request, TokenEvent
 from mlx_distill.infer.text_stream import AnswerStream, Piece
 from mlx_distill.infer.worker import Cancelled, EngineWorker
@@ -49,14 +49,14 @@ class ChatModel:
     lock: threading.Lock
 
     @classmethod
-    def of(cls, model: Any, tokenizer: Any) -> ChatModel:
-        """Of a model and its tokenizer."""
+    def of(cls, model: Any, tokenizer: Any, context: int | None = None) -> ChatModel:
+        """Of a model and its tokenizer, with at most ``context`` tokens."""
         return cls(
             tokenizer,
             channels_of(tokenizer),
             frozenset(stop_ids(tokenizer)),
             head_columns(model),
-            context_length(model),
+            shortest(context_length(model), context),
             threading.Lock(),
         )
 

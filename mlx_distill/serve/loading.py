@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from mlx_distill.errors import ModelError
 from mlx_distill.infer.engine import Engine
 from mlx_distill.infer.worker import EngineWorker, Watcher
 from mlx_distill.models.trained_on import read_trained_on
+from mlx_distill.serve.errors import ApiError
 from mlx_distill.tasks.task import Task
+
+if TYPE_CHECKING:
+    from mlx_distill.serve.external import ExternalAnalyzer
 
 
 class Resolved(Protocol):
@@ -46,6 +49,14 @@ class Resolved(Protocol):
     @property
     def sha(self) -> str | None:
         """The hash of the version's manifest."""
+
+    @property
+    def deployment(self) -> int | None:
+        """The deployment that the alias is at."""
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Of that deployment: ``context_length`` (tokens), ``memory_limit_gb``."""
 
 
 def key_of(resolved: Resolved) -> str:
@@ -89,17 +100,45 @@ class LoadedModel:
 
 @dataclass(frozen=True)
 class ServedModel:
-    """A model as one request uses it: what its name meant, and the model in memory.
+    """A model as one request uses it: what its name meant, and what answers.
 
     Attributes:
-        resolved: Name, version, alias and hash.
-        loaded: The model in memory.
+        resolved: Name, version, alias, hash, and the settings of its deployment.
+        source: The model in memory, or an analyzer outside of the registry.
         task: What it answers, or None.
     """
 
     resolved: Resolved
-    loaded: LoadedModel
+    source: LoadedModel | ExternalAnalyzer
     task: Task | None
+
+    @property
+    def loaded(self) -> LoadedModel:
+        """The model in memory.
+
+        Raises:
+            ApiError: 400, an analyzer outside of the registry answers.
+        """
+        if isinstance(self.source, LoadedModel):
+            return self.source
+        raise ApiError(
+            400,
+            f"{self.name}: an analyzer outside of the registry, which answers rows alone "
+            "(POST /v1/analyze, /v1/analyze/batch or /v1/classify)",
+            code="external_analyzer",
+            param="model",
+        )
+
+    @property
+    def external(self) -> ExternalAnalyzer | None:
+        """The analyzer outside of the registry, or None."""
+        return None if isinstance(self.source, LoadedModel) else self.source
+
+    @property
+    def context(self) -> int | None:
+        """The tokens of prompt and answer that the deployment allows; None for the model's own."""
+        length: int | None = self.resolved.settings.get("context_length")
+        return length
 
     @property
     def worker(self) -> EngineWorker:
@@ -134,10 +173,7 @@ def load_model(resolved: Resolved, *, batch_size: int, watcher: Watcher | None =
         ModelError: it cannot be loaded.
     """
     path = resolved.path
-    if path is None:
-        raise ModelError(
-            f"{resolved.name}: an external analyzer, which has no model", fix="ask /v1/analyze for it"
-        )
+    assert path is not None
 
     def make() -> Engine:
         from mlx_distill.models.load import load
@@ -163,4 +199,13 @@ def weight_bytes(path: Path) -> int:
     return sum(file.stat().st_size for file in path.glob("*.safetensors"))
 
 
-Loader = Callable[[Resolved], LoadedModel]
+def unload(loaded: LoadedModel) -> None:
+    """Free a model; requests under way are cancelled."""
+    import mlx.core as mx
+
+    loaded.worker.close()
+    loaded.shared.clear()
+    mx.clear_cache()
+
+
+Loader = Callable[[Resolved], "LoadedModel | ExternalAnalyzer"]

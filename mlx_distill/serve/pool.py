@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import mlx.core as mx
-
 from mlx_distill.errors import DistillError, ModelError
 from mlx_distill.serve.errors import ApiError
+from mlx_distill.serve.external import ExternalAnalyzer
 from mlx_distill.serve.loading import (
     LoadedModel,
     Loader,
@@ -25,15 +24,21 @@ from mlx_distill.serve.loading import (
     ServedModel,
     key_of,
     load_model,
+    unload,
     weight_bytes,
 )
 from mlx_distill.serve.memory import memory_limit, needed
 from mlx_distill.serve.settings import ServerSettings
+from mlx_distill.serve.swap import FailedChanges, change_facts, is_checked, reason_of, serves
 from mlx_distill.tasks.task import load_task
 
 log = logging.getLogger("mlx_distill.serve")
 
 _JOB_WAIT = 150  # seconds until a client may ask again while a job trains
+_PASSING = ("accelerator_busy", "stopping")  # codes that say nothing about a model
+
+
+Source = LoadedModel | ExternalAnalyzer
 
 
 class Pool:
@@ -42,10 +47,12 @@ class Pool:
     Args:
         settings: Limits, and the model that is served where a request names none.
         resolve: What a name means now; raises ``ModelError`` where there is no such model.
-        load: Loads a model; :func:`~mlx_distill.serve.loading.load_model` where None.
+        load: Loads a model and checks it; :func:`~mlx_distill.serve.loading.load_model` where None.
         may_load: Whether the accelerator is free for a model, or is held already.
         may_resume: Whether no job has or wants the accelerator any more: asked when a request comes while
             the pool is paused, so that the first one behind the end of a job is answered.
+        check_files: Raises ``ModelError`` where a model's files are damaged, without loading it.
+        on_change: Is told of each change of what answers a name, and of each that failed.
     """
 
     def __init__(
@@ -55,21 +62,27 @@ class Pool:
         load: Loader | None = None,
         may_load: Callable[[], bool] = lambda: True,
         may_resume: Callable[[], bool] = lambda: False,
+        check_files: Callable[[Resolved], None] = lambda resolved: None,
+        on_change: Callable[[dict[str, Any]], None] = lambda facts: None,
     ) -> None:
         self.settings, self._resolve = settings, resolve
         self._may_load, self._may_resume = may_load, may_resume
+        self._check_files, self._on_change = check_files, on_change
         self._load = load or partial(load_model, batch_size=settings.batch_size)
         self._task = load_task(settings.task) if settings.task else None
         self._changed = threading.Condition()
         self._models: dict[str, LoadedModel] = {}
+        self._external: dict[str, ExternalAnalyzer] = {}
         self._names: dict[str, Resolved] = {}
         self._waiting: set[str] = set()  # names whose model is being loaded
         self._loading = threading.Lock()  # one at a time
         self._requests = 0
         self._closed = False
         self._paused = False  # for a job
-        self._failed: dict[str, str] = {}  # of a name, the model that it could not be changed to
-        self._problem: str | None = None  # why the served model is not in memory
+        self._failed = FailedChanges()
+        self._change: dict[str, Any] | None = None  # that is under way
+        self._drained: str | None = None  # the key of a model that makes room for its successor
+        self._problems: dict[str, str] = {}  # by name
 
     @contextmanager
     def get(self, name: str | None = None) -> Iterator[ServedModel]:
@@ -86,8 +99,9 @@ class Pool:
             yield served
         finally:
             with self._changed:
-                served.loaded.users -= 1
-                served.loaded.used = time.monotonic()
+                if isinstance(served.source, LoadedModel):
+                    served.source.users -= 1
+                    served.source.used = time.monotonic()
                 self._requests -= 1
                 self._changed.notify_all()
 
@@ -108,7 +122,8 @@ class Pool:
         with self._changed:
             if self._closed:
                 raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
-            if self._paused:
+            known = self._names.get(name)
+            if self._paused and (known is None or known.target is None):
                 raise _busy()
             if self._requests >= self.settings.max_queue:
                 raise ApiError(503, "the queue is full", code="queue_full", retry_after=1)
@@ -139,67 +154,129 @@ class Pool:
                     self._waiting.discard(name)
                     self._changed.notify_all()
 
+    def _source(self, resolved: Resolved) -> Source | None:
+        """What answers for a model, where that is in memory."""
+        key = key_of(resolved)
+        if resolved.target is not None:
+            return self._external.get(key)
+        loaded = self._models.get(key)
+        if loaded is not None and loaded.worker.closed:  # its model failed
+            del self._models[key]
+            return None
+        return loaded
+
     def _in_memory(self, name: str) -> ServedModel | None:
         """The model of a name, with one more user; None where it is not in memory."""
         resolved = self._names.get(name)
-        loaded = self._models.get(key_of(resolved)) if resolved is not None else None
-        if resolved is None or loaded is None or name in self._waiting:
+        if resolved is None:
             return None
-        if loaded.worker.closed:  # its model failed
-            del self._models[loaded.key]
+        if key_of(resolved) == self._drained:
+            raise ApiError(
+                503,
+                f"{name} is being replaced, and memory has no room for both models",
+                code="model_changing",
+                retry_after=5,
+            )
+        source = self._source(resolved)
+        if source is None or name in self._waiting:
             return None
-        loaded.users += 1
-        task = self._task if self._task is not None and name == self.settings.model else loaded.task
-        return ServedModel(resolved, loaded, task)
+        if isinstance(source, LoadedModel):
+            source.users += 1
+        task = self._task if self._task is not None and name == self.settings.model else source.task
+        return ServedModel(resolved, source, task)
 
     def _bring(self, name: str) -> None:
-        """Load the model of a name."""
+        """Load what a name means now; what answered it before where that cannot be had."""
         try:
-            resolved = self._resolve(name)
+            wanted = self._resolve(name)
         except ModelError as error:
             raise ApiError(404, str(error), code="model_not_found", param="model") from error
         with self._loading:
-            with self._changed:
-                loaded = self._models.get(key_of(resolved))
-            if loaded is None or loaded.worker.closed:
+            known = self._names.get(name)
+            if known is None or key_of(known) == key_of(wanted):
+                self._load_for(name, wanted)
+                return
+            if self._failed.is_due(name, wanted):
+                try:
+                    self._load_for(name, wanted)
+                    return
+                except ApiError as error:
+                    if error.code in _PASSING:
+                        raise
+                    self._note_failure(name, known, wanted, error)
+            self._load_for(name, known)
+
+    def _load_for(self, name: str, resolved: Resolved, keep: str | None = None) -> None:
+        """Let a name be answered by a model, which is loaded if it is not in memory.
+
+        Args:
+            name: The name.
+            resolved: The model.
+            keep: The key of a model that must not be unloaded for it.
+        """
+        with self._changed:
+            source = self._source(resolved)
+        if source is None:
+            if resolved.target is None:
                 if not self._may_load():
                     raise _busy()
-                self._make_room(resolved)
-                try:
-                    loaded = self._load(resolved)
-                except DistillError as error:
-                    raise ApiError(503, str(error), code="model_not_loaded", retry=False) from error
-            with self._changed:
-                self._models[loaded.key], self._names[name] = loaded, resolved
+                self._make_room(resolved, keep)
+            try:
+                source = self._load(resolved)
+            except DistillError as error:
+                raise ApiError(503, str(error), code="model_not_loaded", retry=False) from error
+        with self._changed:
+            if self._closed:
+                _free(source)
+                raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
+            if isinstance(source, LoadedModel):
+                self._models[source.key] = source
+            else:
+                self._external[source.key] = source
+            self._names[name] = resolved
 
-    def _make_room(self, resolved: Resolved) -> None:
+    def _limit(self, resolved: Resolved) -> int:
+        """Bytes that all models may take beside this one: the server's limit, and those of deployments."""
+        limits = [
+            int(one.settings["memory_limit_gb"] * 1e9)
+            for one in (resolved, *(named for named in self._names.values() if key_of(named) in self._models))
+            if "memory_limit_gb" in one.settings
+        ]
+        return min([memory_limit(self.settings.memory_limit), *limits])
+
+    def _make_room(self, resolved: Resolved, keep: str | None = None) -> None:
         """Unload models without users, the longest unused first, until another one fits."""
-        size = needed(weight_bytes(resolved.path)) if resolved.path else 0
-        limit = memory_limit(self.settings.memory_limit)
         while True:
             with self._changed:
-                taken = sum(needed(loaded.bytes) for loaded in self._models.values())
-                if taken + size <= limit and len(self._models) < self.settings.max_models:
+                if self._fits(resolved):
                     return
-                idle = [loaded for loaded in self._models.values() if not loaded.users]
+                idle = [one for one in self._models.values() if not one.users and one.key != keep]
                 if not idle:
                     break
                 oldest = min(idle, key=lambda loaded: loaded.used)
                 del self._models[oldest.key]
-            _unload(oldest)
-        if self._models:
+            unload(oldest)
+        size, limit = needed(weight_bytes(resolved.path)) if resolved.path else 0, self._limit(resolved)
+        if size > limit:
             raise ApiError(
                 503,
-                f"no room for {resolved.name} beside the models in use",
+                f"{resolved.name} needs {size:,} bytes, and models may take {limit:,} (--memory-limit, or "
+                "that of the deployment)",
                 code="no_memory",
-                retry_after=10,
+                retry=False,
             )
         raise ApiError(
-            503,
-            f"{resolved.name} needs {size:,} bytes, and models may take {limit:,} (--memory-limit)",
-            code="no_memory",
-            retry=False,
+            503, f"no room for {resolved.name} beside the models in use", code="no_memory", retry_after=10
         )
+
+    def _fits(self, resolved: Resolved, without: str | None = None) -> bool:
+        """Whether a model fits beside those in memory; ``without``: beside those in use but this one."""
+        others = [
+            one for one in self._models.values() if without is None or (one.users and one.key != without)
+        ]
+        size = needed(weight_bytes(resolved.path)) if resolved.path else 0
+        taken = sum(needed(one.bytes) for one in others)
+        return taken + size <= self._limit(resolved) and len(others) < self.settings.max_models
 
     def tick(self) -> None:
         """What is done every second: names follow their aliases, and the served model is loaded before it is
@@ -208,18 +285,19 @@ class Pool:
         if self._paused:
             return
         for name in list(self._names):
-            self._swap(name)
+            self._follow(name)
         served = self.settings.model
         with self._changed:
-            if self._closed or served is None or served in self._names:
-                return
+            known = None if served is None else self._names.get(served)
+            is_there = known is not None and self._source(known) is not None
+        if self._closed or served is None or is_there:
+            return
         try:
             with self.get(served):
-                self._problem = None
+                if not self._failed.has(served):
+                    self._problems.pop(served, None)
         except ApiError as error:
-            if self._problem != error.message:
-                log.error("%s: %s", served, error.message)
-            self._problem = error.message
+            self._note_problem(served, f"{served}: {error.message}")
 
     def pause(self) -> bool:
         """Take no requests until :meth:`resume`. Those under way are finished; models without any are
@@ -234,7 +312,7 @@ class Pool:
             for loaded in idle:
                 del self._models[loaded.key]
         for loaded in idle:
-            _unload(loaded)
+            unload(loaded)
         with self._loading, self._changed:
             return not self._models
 
@@ -243,43 +321,113 @@ class Pool:
         with self._changed:
             self._paused = False
 
-    def _swap(self, name: str) -> None:
-        """Let a name be answered by another model where it means another one now: the new one is loaded
-        beside the old one, which finishes its requests. Where it cannot be loaded the old one goes on.
+    def _follow(self, name: str) -> None:
+        """Let a name be answered by another model where it means another one now. The new one is loaded
+        beside the old one, which finishes its requests; where memory has no room for both, the old one is
+        unloaded first. It serves after it was checked; else the old one goes on.
         """
         with self._changed:
             old = self._names.get(name)
+            is_there = old is not None and self._source(old) is not None
         try:
             new = self._resolve(name)
         except DistillError as error:
-            self._note_problem(f"{name}: {error}")
+            self._note_problem(name, f"{name}: {error}")
             return
-        if old is None or key_of(new) == key_of(old) or self._failed.get(name) == key_of(new):
+        if old is None or not is_there:  # the next request brings it
             return
+        if key_of(new) == key_of(old):
+            with self._changed:
+                self._names[name] = new  # with the settings of now
+            self._failed.forget(name)
+            self._problems.pop(name, None)
+        elif self._failed.is_due(name, new):
+            with self._loading:
+                self._swap(name, old, new)
+
+    def _swap(self, name: str, old: Resolved, new: Resolved) -> None:
+        began = time.monotonic()
+        self._change = {"name": name, "from": serves(old), "to": serves(new), "since": time.time()}
         try:
-            self._bring(name)
-        except ApiError as error:
-            self._failed[name] = key_of(new)
-            self._note_problem(f"{name} stays with {old.version or old.path}: {error.message}")
-            return
-        self._failed.pop(name, None)
-        self._problem = None
-        log.warning("%s: now version %s", name, new.version or new.path)
+            self._replace(name, old, new)
+        except Exception as error:
+            if isinstance(error, ApiError) and error.code in _PASSING:
+                return
+            drained = self._drained is not None
+            self._note_failure(name, old, new, error, again=not (drained and is_checked(error)))
+            if drained:
+                self._return_to(name, old)
+        else:
+            self._failed.forget(name)
+            self._problems.pop(name, None)
+            log.warning("%s: now %s", name, serves(new))
+            seconds = round(time.monotonic() - began, 3)
+            self._on_change(change_facts("model_changed", name, old, new) | {"seconds": seconds})
+        finally:
+            with self._changed:
+                self._change = self._drained = None
+                self._changed.notify_all()
         self._unload_unused(key_of(old))
 
-    def _note_problem(self, problem: str) -> None:
-        if problem != self._problem:
+    def _replace(self, name: str, old: Resolved, new: Resolved) -> None:
+        try:
+            self._load_for(name, new, keep=key_of(old))
+        except ApiError as error:
+            with self._changed:
+                if error.code != "no_memory" or not self._fits(new, without=key_of(old)):
+                    raise
+            self._check_files(new)  # what is damaged is no reason to interrupt the service
+            self._drain(old)
+            self._load_for(name, new)
+
+    def _drain(self, old: Resolved) -> None:
+        """Take no requests for a model, wait for those under way, and unload it."""
+        key, deadline = key_of(old), time.monotonic() + self.settings.load_seconds
+        with self._changed:
+            self._drained = key
+            while (loaded := self._models.get(key)) is not None and loaded.users:
+                if self._closed or not self._changed.wait(deadline - time.monotonic()):
+                    most = f"{self.settings.load_seconds:g} seconds"
+                    raise ApiError(
+                        503, f"requests to {serves(old)} did not end within {most}", code="not_drained"
+                    )
+            self._models.pop(key, None)
+        if loaded is not None:
+            unload(loaded)
+
+    def _return_to(self, name: str, old: Resolved) -> None:
+        """Load the old model again, if it was unloaded."""
+        try:
+            self._load_for(name, old)
+        except Exception as error:
+            why = f"{serves(old)} could not be loaded again: {reason_of(error)}"
+            self._note_problem(name, f"{self._problems.get(name, name)}; {why}")
+
+    def _note_failure(
+        self, name: str, old: Resolved, new: Resolved, error: Exception, *, again: bool = True
+    ) -> None:
+        failed = self._failed.add(name, new, reason_of(error), again=again)
+        facts = {"attempts": failed.attempts, "error": failed.error}
+        self._on_change(change_facts("model_change_failed", name, old, new) | facts)
+        self._note_problem(name, f"{name} stays with {serves(old)}, not {serves(new)}: {failed.error}")
+
+    def _note_problem(self, name: str, problem: str) -> None:
+        if problem != self._problems.get(name):
             log.error(problem)
-        self._problem = problem
+        self._problems[name] = problem
 
     def _unload_unused(self, key: str) -> None:
         """Free a model that no name means any more, if it has no users; else it goes when room is needed."""
         with self._changed:
+            if any(key_of(one) == key for one in self._names.values()):
+                return
+            if (external := self._external.pop(key, None)) is not None:
+                external.close()
             loaded = self._models.get(key)
-            if loaded is None or loaded.users or any(key_of(one) == key for one in self._names.values()):
+            if loaded is None or loaded.users:
                 return
             del self._models[key]
-        _unload(loaded)
+        unload(loaded)
 
     def state(self) -> dict[str, Any]:
         """What ``/ready`` says."""
@@ -291,14 +439,18 @@ class Pool:
                     "version": resolved.version,
                     "alias": resolved.alias,
                     "sha": resolved.sha,
-                    "since": self._models[key_of(resolved)].since,
+                    "external": resolved.target,
+                    "settings": dict(resolved.settings),
+                    "since": source.since,
                 }
                 for name, resolved in self._names.items()
-                if key_of(resolved) in self._models
+                if (source := self._source(resolved)) is not None
             ]
             served = self.settings.model
             ready = served is None or any(model["name"] == served for model in models)
             status = "ready" if ready else "loading"
+            if self._change is not None and self._drained is not None and self._change["name"] == served:
+                status = "changing"
             if self._closed or self._paused:
                 status = "stopping" if self._closed else "paused for a job"
             return {
@@ -306,7 +458,9 @@ class Pool:
                 "served": served,
                 "models": models,
                 "requests": self._requests,
-                "problem": self._problem,
+                "problem": next(iter(self._problems.values()), None),
+                "change": self._change,
+                "failed_changes": self._failed.to_json(),
             }
 
     def contents(self) -> tuple[int, list[LoadedModel]]:
@@ -321,8 +475,11 @@ class Pool:
             models = list(self._models.values())
             self._models.clear()
             self._changed.notify_all()
+            external = list(self._external.values())
         for loaded in models:
-            _unload(loaded)
+            unload(loaded)
+        for analyzer in external:
+            analyzer.close()
 
 
 def _busy() -> ApiError:
@@ -334,7 +491,8 @@ def _busy() -> ApiError:
     )
 
 
-def _unload(loaded: LoadedModel) -> None:
-    loaded.worker.close()
-    loaded.shared.clear()
-    mx.clear_cache()
+def _free(source: Source) -> None:
+    if isinstance(source, LoadedModel):
+        unload(source)
+    else:
+        source.close()

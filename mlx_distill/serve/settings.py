@@ -31,6 +31,7 @@ class ServerSettings:
         max_body: Bytes of a request's body.
         max_upload: Bytes of an uploaded file's request.
         load_seconds: The longest wait for a model that is being loaded or swapped.
+        external_seconds: The longest wait for an analyzer outside of the registry, for sixteen rows.
         stop_seconds: The longest wait for requests under way after SIGTERM.
     """
 
@@ -51,4 +52,5 @@ class ServerSettings:
     max_body: int = 8 * MIB
     max_upload: int = 512 * MIB
     load_seconds: float = 120.0
+    external_seconds: float = 30.0
     stop_seconds: float = 30.0
