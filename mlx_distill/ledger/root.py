@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_distill.errors import ConfigError
+from mlx_distill.text import visible
 
 STATE = ".mlx-distill"
 
@@ -70,9 +71,14 @@ class Root:
         """The absolute form of a path under the root, which links do not leave either.
 
         Raises:
-            ConfigError: it is not under the root.
+            ConfigError: it is not under the root, or is no path.
         """
-        resolved = (self.path / path).resolve()
+        try:
+            resolved = (self.path / path).resolve()
+            resolved.exists()  # a name that is too long, or a character that no path has
+        except (ValueError, OSError, RuntimeError) as error:
+            shown = visible(str(path))
+            raise ConfigError(f"{shown[:100]}: no path: {error}", fix="name a path under the root") from error
         if not resolved.is_relative_to(self.path):
             raise ConfigError(f"{path}: not under the root {self.path}", fix="name a path under the root")
         return resolved
