@@ -63,13 +63,21 @@ class ServedCallCounts:
             names = list(self._usage)
         for name in names:
             with self._lock:
-                usage, seconds = self._usage.pop(name), self._seconds.pop(name, 0.0)
-            calls = ServedCalls(usage.calls, seconds, usage.prompt_tokens, usage.tokens, usage.invalid)
+                usage, seconds = self._usage.pop(name), self._seconds.pop(name, None)
+            calls = ServedCalls(
+                usage.calls,
+                seconds or 0.0,
+                usage.prompt_tokens,
+                usage.tokens,
+                usage.invalid,
+                measured=seconds is not None,  # an external analyzer works elsewhere
+            )
             try:
                 record_served(self._ledger(), name, calls)
             except BaseException:
                 self.add(_named(usage, name))
-                self._add_seconds(name, seconds)
+                if seconds is not None:
+                    self._add_seconds(name, seconds)
                 raise
 
 

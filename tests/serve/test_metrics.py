@@ -216,3 +216,12 @@ def test_calls_that_the_ledger_cannot_take_are_kept_for_the_next_time(ledger: Le
     assert [row["quantity"] for row in rows] == [2.0]
     facts = json.loads(rows[0]["facts"])
     assert (facts["model"], facts["calls"], facts["tokens"], facts["errors"]) == ("music:3", 2, 7, 1)
+
+
+def test_the_seconds_of_an_external_analyzer_are_not_said_to_be_measured(ledger: Ledger) -> None:
+    counts = ServedCallCounts(lambda: ledger, every=0.0)
+    counts.add(Usage(model="music@production", calls=3))
+    counts.tick()
+    with ledger.read() as db:
+        row = db.execute("SELECT quantity, basis FROM costs").fetchone()
+    assert (row["quantity"], row["basis"]) == (0.0, "estimated")
