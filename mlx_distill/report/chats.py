@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from mlx_distill.errors import DataError
 from mlx_distill.evaluate.goals import judge_goals
 from mlx_distill.metrics.intervals import ratio_estimate
 from mlx_distill.report import provenance
-from mlx_distill.report.collect import FORMAT
+from mlx_distill.report.collect import heading
 from mlx_distill.storage import read_jsonl, read_manifest
 from mlx_distill.tasks.task import CHATS
 
@@ -48,14 +47,7 @@ def build_chat_report(
     main = next(iter(splits.values()))
     metrics = {name: _figures(lines[name], folders[name], confidence) for name in folders}
     report: dict[str, Any] = {
-        "format": FORMAT,
-        "name": str(recipe.get("name") or run.resolve().name),
-        "description": str(recipe.get("description") or ""),
-        "task": CHATS.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "confidence": confidence,
-        "main_set": main,
-        "sets": {main: len(next(iter(lines.values())))},
+        **heading(run, recipe, CHATS, confidence, main, {main: len(next(iter(lines.values())))}),
         "task_details": {
             "is_chats": True,
             "description": CHATS.description,
@@ -72,11 +64,7 @@ def build_chat_report(
         "by_set": {main: metrics},
         "comparisons": [],
         "change": _change(lines, confidence),
-        "data": provenance.data(run),
-        "sizes": provenance.sizes(run, list(evaluations)),
-        "curves": provenance.curves(run),
-        "training": provenance.training(run),
-        "provenance": provenance.provenance(run, recipe, {name: {} for name in folders}, folders),
+        **provenance.run_facts(run, recipe, {name: {} for name in folders}, folders),
         "diagnosis": [],
     }
     report["goals"] = judge_goals(recipe["goals"], report, CHATS)

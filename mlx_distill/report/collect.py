@@ -89,14 +89,7 @@ def build_report(
     own = {name: in_set(predictions, main) for name, predictions in rows.items()}
     comparison, failed = _final_comparison(rows, task, main, margin, confidence)
     report: dict[str, Any] = {
-        "format": FORMAT,
-        "name": str(recipe.get("name") or run.resolve().name),
-        "description": str(recipe.get("description") or ""),
-        "task": task.name,
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "confidence": confidence,
-        "main_set": main,
-        "sets": measured["sets"],
+        **heading(run, recipe, task, confidence, main, measured["sets"]),
         "task_details": _task_details(task),
         "models": list(evaluations),
         "controls": [name for name in evaluations if run_model(name).role == "control"],
@@ -108,12 +101,8 @@ def build_report(
         "group_changes": measured["group_changes"],
         "attribution": attribute(own, task, confidence=confidence),
         "disagreements": _disagreements(rows, task),
-        "data": provenance.data(run),
-        "sizes": provenance.sizes(run, list(evaluations)),
-        "curves": provenance.curves(run),
-        "training": provenance.training(run),
+        **provenance.run_facts(run, recipe, headers, folders),
         "quantization": provenance.quantization(run),
-        "provenance": provenance.provenance(run, recipe, headers, folders),
         "majority": majority(by_set[main]),
         "teacher_answers": provenance.teacher_answers(run),
         "artifact": {"checks": read_checks(run)},
@@ -123,6 +112,27 @@ def build_report(
         report["costs"] = run_costs(prices, report, own, task, final_pair(list(own)))
     report["goals"] = judge_goals(goals, report, task)
     return report | {"diagnosis": [*failed, *diagnose(report)]}
+
+
+def heading(
+    run: Path,
+    recipe: Mapping[str, Any],
+    task: Task,
+    confidence: float,
+    main: str,
+    sets: Mapping[str, int],
+) -> dict[str, Any]:
+    """The first keys of every report: of what, when, and on which sets of rows."""
+    return {
+        "format": FORMAT,
+        "name": str(recipe.get("name") or run.resolve().name),
+        "description": str(recipe.get("description") or ""),
+        "task": task.name,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "confidence": confidence,
+        "main_set": main,
+        "sets": dict(sets),
+    }
 
 
 def _final_comparison(

@@ -202,6 +202,25 @@ def _manifest(folder: Path) -> Manifest | None:
         return None
 
 
+def run_facts(
+    run: Path,
+    recipe: Mapping[str, Any],
+    headers: Mapping[str, Mapping[str, Any]],
+    evaluations: Mapping[str, Path],
+) -> dict[str, Any]:
+    """What every report says of its run: ``data``, ``sizes``, ``curves``, ``training`` and ``provenance``.
+
+    For the arguments see :func:`provenance`.
+    """
+    return {
+        "data": data(run),
+        "sizes": sizes(run, list(evaluations)),
+        "curves": curves(run),
+        "training": training(run),
+        "provenance": provenance(run, recipe, headers, evaluations),
+    }
+
+
 def provenance(
     run: Path,
     recipe: Mapping[str, Any],

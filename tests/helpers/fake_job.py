@@ -11,12 +11,14 @@ import resource
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.jobs.ended import Ended
 from mlx_distill.jobs.execute import execute
+from mlx_distill.jobs.queue import dispatch as dispatch_queue
+from mlx_distill.jobs.store import Job, get
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
 from mlx_distill.progress import make_progress
@@ -30,6 +32,20 @@ GPU_ERROR = (
 def fake_command(job_id: str, root: str) -> list[str]:
     """The command line of such a process."""
     return [sys.executable, __file__, job_id, root]
+
+
+def dispatch(ledger: Ledger, grace_s: float = 30.0) -> Job | None:
+    """Start the next job as such a process."""
+    return dispatch_queue(ledger, grace_s, fake_command)
+
+
+def wait(ledger: Ledger, job_id: str, until: Callable[[Job], bool], seconds: float = 30) -> Job:
+    """The job when it is as wanted."""
+    end = time.monotonic() + seconds
+    while not until(job := get(ledger, job_id)):
+        assert time.monotonic() < end, (job, job.log(ledger.root).read_text(encoding="utf-8"))
+        time.sleep(0.02)
+    return job
 
 
 def command(arguments: Sequence[str]) -> Ended:

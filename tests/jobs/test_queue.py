@@ -7,30 +7,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 
 import pytest
-from helpers.fake_job import fake_command
+from helpers.fake_job import dispatch, fake_command, wait
 
 from mlx_distill import jobs
 from mlx_distill.errors import ConfigError
 from mlx_distill.jobs import lease
-from mlx_distill.jobs.queue import dispatch as dispatch_queue
 from mlx_distill.jobs.store import Job
 from mlx_distill.ledger.database import Ledger
-
-
-def dispatch(ledger: Ledger, grace_s: float = 30.0) -> Job | None:
-    return dispatch_queue(ledger, grace_s, fake_command)
-
-
-def wait(ledger: Ledger, job_id: str, until: Callable[[Job], bool], seconds: float = 30) -> Job:
-    end = time.monotonic() + seconds
-    while not until(job := jobs.get(ledger, job_id)):
-        assert time.monotonic() < end, (job, job.log(ledger.root).read_text(encoding="utf-8"))
-        time.sleep(0.02)
-    return job
 
 
 def start(ledger: Ledger, what: str = "work") -> Job:
@@ -163,10 +148,10 @@ def test_two_processes_that_dispatch_at_once_start_one_job(ledger: Ledger) -> No
     for _ in range(3):
         jobs.submit(ledger, "run", ["work"])
     code = (
-        "import sys; from helpers.fake_job import fake_command; from mlx_distill.jobs.queue import dispatch;"
+        "import sys; from helpers.fake_job import dispatch;"
         "from mlx_distill.ledger.database import Ledger; from mlx_distill.ledger.root import Root;"
         "l = Ledger(Root.at(sys.argv[1])); print('ready', flush=True); sys.stdin.readline();"
-        "print(sum(dispatch(l, 30, fake_command) is not None for _ in range(5)))"
+        "print(sum(dispatch(l) is not None for _ in range(5)))"
     )
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-c", code, str(ledger.root.path)]

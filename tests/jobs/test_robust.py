@@ -16,7 +16,7 @@ from threading import Thread
 from typing import Any
 
 import pytest
-from helpers.fake_job import fake_command
+from helpers.fake_job import dispatch, fake_command, wait
 
 from mlx_distill import jobs
 from mlx_distill.cli import cli
@@ -35,25 +35,12 @@ from mlx_distill.jobs.process import (
     this_pid_space,
     this_process,
 )
-from mlx_distill.jobs.queue import dispatch as dispatch_queue
 from mlx_distill.jobs.store import Job, update
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.storage import lock_folder, write_json, write_jsonl
 
 ELSEWHERE = "another-boot pid:[7]"
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(60)"]
-
-
-def dispatch(ledger: Ledger, grace_s: float = 30.0) -> Job | None:
-    return dispatch_queue(ledger, grace_s, fake_command)
-
-
-def wait(ledger: Ledger, job_id: str, until: Callable[[Job], bool], seconds: float = 30) -> Job:
-    end = time.monotonic() + seconds
-    while not until(job := jobs.get(ledger, job_id)):
-        assert time.monotonic() < end, (job, job.log(ledger.root).read_text(encoding="utf-8"))
-        time.sleep(0.02)
-    return job
 
 
 def here(ledger: Ledger, what: str = "ok", process: Process | None = None) -> Job:
