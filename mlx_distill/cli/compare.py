@@ -62,7 +62,8 @@ import click
 @click.option(
     "--keep",
     is_flag=True,
-    help="Keep the result in the ledger of --root; A and B may be versions of the registry, such as music:3.",
+    help="Keep the result in the ledger of --root; A and B may be versions of the registry, such as music:3. "
+    "With --rows the models of versions and runs answer these rows.",
 )
 @click.option(
     "--root",

@@ -46,10 +46,16 @@ def submit(
     from mlx_distill.jobs import dispatch, get
     from mlx_distill.jobs import submit as submit_job
 
-    run_path = check_command(kind, arguments, root)
+    run_path, request = check_command(kind, arguments, root)
     ledger = open_ledger(root)
     job = submit_job(
-        ledger, kind, arguments, title=title, run_path=run_path, relax_gpu_timeout=relax_gpu_timeout
+        ledger,
+        kind,
+        arguments,
+        title=title,
+        run_path=run_path,
+        request=request,
+        relax_gpu_timeout=relax_gpu_timeout,
     )
     dispatch(ledger)
     job = get(ledger, job.id)
@@ -170,11 +176,14 @@ def cancel(job_id: str, discard: bool, root: Path, as_json: bool) -> None:
     _echo_job(get(ledger, job_id), as_json)
 
 
-def check_command(kind: str, arguments: Sequence[str], root: Path) -> str | None:
+def check_command(
+    kind: str, arguments: Sequence[str], root: Path
+) -> tuple[str | None, dict[str, Any] | None]:
     """Refuse a command line that the job could not even begin with.
 
     Returns:
-        The folder of the run that it makes, for commands that take a recipe.
+        For commands that take a recipe: the folder of the run that it makes; and the recipe that it is
+        started from with what is changed, None where that recipe is not under the root.
 
     Raises:
         ConfigError: no such command, or its recipe is wrong.
@@ -192,10 +201,14 @@ def check_command(kind: str, arguments: Sequence[str], root: Path) -> str | None
     params = command.make_context(f"mlx-distill {kind}", list(arguments)).params
     recipe = params.get("recipe")
     if recipe is None:
-        return None
-    path = root / str(recipe)
-    loaded = load_recipe(path if path.is_file() else str(recipe), params.get("overrides") or ())
-    return str(params.get("out") or Path("runs") / loaded.name)
+        return None, None
+    path, overrides = root / str(recipe), list(params.get("overrides") or ())
+    loaded = load_recipe(path if path.is_file() else str(recipe), overrides)
+    run_path = str(params.get("out") or Path("runs") / loaded.name)
+    if not path.is_file():
+        return run_path, {"from": f"recipe:{recipe}", "set": overrides}
+    inside = path.resolve().is_relative_to(root.resolve())
+    return run_path, {"from": f"file:{recipe}", "set": overrides} if inside else None
 
 
 def _find(root: Path, text: str) -> tuple[Any, str]:

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_distill.errors import DistillError
+from mlx_distill.jobs.recorder import COMPARISON_EVENT
 from mlx_distill.jobs.store import Job, add_event, to_job
-from mlx_distill.ledger.database import Ledger, to_json
+from mlx_distill.ledger.database import Ledger, from_json, to_json
 from mlx_distill.registry import add_version
 from mlx_distill.running_costs import record_training
 
@@ -32,8 +33,12 @@ def keep_result(ledger: Ledger, job: Job) -> dict[str, Any]:
     has succeeded all the same.
 
     Returns:
-        ``path``, its run, and for a whole run ``version``, such as ``music:3``.
+        ``path``, its run, and for a whole run ``version``, such as ``music:3``; ``comparison``, the id of
+        the one that a comparison has kept.
     """
+    if job.kind == "compare":
+        kept = _kept_comparison(ledger, job)
+        return {} if kept is None else {"comparison": kept}
     if job.run_path is None:
         return {}
     run_path = job.run_path
@@ -44,6 +49,15 @@ def keep_result(ledger: Ledger, job: Job) -> dict[str, Any]:
         if version is not None:
             result["version"] = version.name
     return result
+
+
+def _kept_comparison(ledger: Ledger, job: Job) -> str | None:
+    with ledger.read() as db:
+        row = db.execute(
+            "SELECT data FROM job_events WHERE job_id = ? AND type = ? ORDER BY id DESC LIMIT 1",
+            (job.id, COMPARISON_EVENT),
+        ).fetchone()
+    return None if row is None else str(from_json(row["data"])["id"])
 
 
 def _attempt(ledger: Ledger, job: Job, what: str, record: Callable[[], Any]) -> Any:

@@ -15,6 +15,8 @@ from mlx_distill.ledger.database import Ledger
 from mlx_distill.progress import Estimate, show_info
 
 PROGRESS_FILE = "progress.json"
+COMPARISON_EVENT = "comparison"
+"""The type of the event that has the id of a comparison that the job has kept."""
 _EVERY_S = 0.5
 _ROWS_PER_TRAINING = 100
 
@@ -78,6 +80,9 @@ class Recorder:
 
     def _note(self, event: dict[str, Any]) -> None:
         self._add("note", event["text"], None)
+
+    def _comparison_kept(self, event: dict[str, Any]) -> None:
+        self._add(COMPARISON_EVENT, f"{event['sentence']} (kept as {event['id']})", {"id": event["id"]})
 
     def _checkpoint(self, event: dict[str, Any]) -> None:
         text = f"checkpoint at step {event['step']} of {event['steps']}"

@@ -63,7 +63,8 @@ class Job:
         attempt: How often it was started.
         exit_code: That of its command.
         error: ``code``, ``message`` and ``fix`` of a failed one.
-        request: What was asked for over HTTP.
+        request: What was asked for over HTTP; of a command with a recipe what it was started ``from``
+            (``recipe:NAME``, ``file:PATH``, ``job:ID``) and the keys that were ``set``.
         request_hash: A hash of the request, or of kind and arguments.
         result: What a succeeded one has made: the model's ``version``, the ``comparison``.
         environment: Variables that its process gets besides those of the process that starts it.
@@ -158,8 +159,8 @@ class Event:
     """Something that happened to a job. ``id`` grows over all jobs.
 
     ``type`` is ``submitted``, ``started``, ``stage_started``, ``stage_made``, ``stage_current``,
-    ``checkpoint``, ``note``, ``metrics``, ``warning``, ``requested``, ``paused``, ``resumed``, ``succeeded``,
-    ``failed``, ``cancelled`` or ``moved``.
+    ``checkpoint``, ``note``, ``metrics``, ``comparison``, ``warning``, ``requested``, ``paused``,
+    ``resumed``, ``succeeded``, ``failed``, ``cancelled`` or ``moved``.
     """
 
     id: int

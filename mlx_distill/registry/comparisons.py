@@ -16,7 +16,7 @@ from mlx_distill.evaluate.comparison_export import check_out
 from mlx_distill.evaluate.comparison_inputs import EVALUATIONS
 from mlx_distill.ledger.database import Ledger, from_json, to_json
 from mlx_distill.models.trained_on import is_run
-from mlx_distill.progress import Progress
+from mlx_distill.progress import Progress, events_of
 from mlx_distill.registry.resolve import resolve_model
 from mlx_distill.registry.versions import get_version
 from mlx_distill.storage import digest, os_errors, read_jsonl, write_jsonl
@@ -72,13 +72,14 @@ class StoredComparison:
     created_at: float
 
 
-def comparison_source(ledger: Ledger, name: str) -> ComparisonSource:
+def comparison_source(ledger: Ledger, name: str, *, answers_kept: bool = True) -> ComparisonSource:
     """Find what a name means in a comparison.
 
     Args:
         ledger: The ledger.
         name: A version (``music:3``, ``music@staging``, ``music``), whose kept evaluation is taken; a run,
             ``RUN:model``, a file of predictions or the folder of a model, under the root.
+        answers_kept: Take the answers that a version or a run has; else its model, which answers other rows.
 
     Raises:
         ModelError: there is no such model.
@@ -87,7 +88,8 @@ def comparison_source(ledger: Ledger, name: str) -> ComparisonSource:
     if not _is_registered(ledger, name) and not name.startswith("asset:"):
         run, _, model = name.rpartition(":")
         for path, suffix in ((name, ""), (run, f":{model}")):
-            if path and _has_answers(place := ledger.root.inside(path)):
+            place = ledger.root.inside(path)
+            if path and (place.is_file() or (answers_kept and _has_answers(place))):
                 return ComparisonSource(name, f"{place}{suffix}", None, None, None, True)
     resolved = resolve_model(ledger, name)
     if resolved.target is not None or resolved.path is None:
@@ -100,7 +102,7 @@ def comparison_source(ledger: Ledger, name: str) -> ComparisonSource:
     version = get_version(ledger, resolved.model, resolved.version)
     evaluation = version.info.get("evaluation")
     kept = ledger.root.inside(version.kept)
-    answered = bool(evaluation) and (kept / EVALUATIONS / str(evaluation)).is_dir()
+    answered = answers_kept and bool(evaluation) and (kept / EVALUATIONS / str(evaluation)).is_dir()
     spec = f"{kept}:{evaluation}" if answered else str(resolved.path)
     return ComparisonSource(version.name, spec, version.model, version.number, version.sha, answered)
 
@@ -113,7 +115,7 @@ def _is_registered(ledger: Ledger, name: str) -> bool:
 
 
 def _has_answers(path: Path) -> bool:
-    return path.is_file() or is_run(path) or (path / EVALUATIONS).is_dir()
+    return is_run(path) or (path / EVALUATIONS).is_dir()
 
 
 def keep_comparison(
@@ -125,17 +127,22 @@ def keep_comparison(
         ledger: The ledger.
         a: What is to be replaced; see :func:`comparison_source`.
         b: What is to replace it.
-        progress: Where progress is shown.
-        options: Those of :func:`mlx_distill.comparisons.compare`.
+        progress: Where progress is shown; one that takes events is told the comparison's id.
+        options: Those of :func:`mlx_distill.comparisons.compare`. With ``rows`` the models of versions and
+            runs answer these rows.
 
     Returns:
         What is kept, and the result.
     """
-    sides = [comparison_source(ledger, name) for name in (a, b)]
+    has_rows = options.get("rows") is not None
+    sides = [comparison_source(ledger, name, answers_kept=not has_rows) for name in (a, b)]
     options.setdefault("answers", ledger.root.state / ANSWERS)
     names = [side.name for side in sides]
     result = compare(sides[0].spec, sides[1].spec, names=names, progress=progress, **options)
     kept = add_comparison(ledger, result, sides[0].to_dict(), sides[1].to_dict())
+    report = None if progress is None else events_of(progress)
+    if report is not None:
+        report({"event": "comparison_kept", "id": kept, "sentence": result.facts["sentence"]})
     return read_comparison(ledger, kept), result
 
 

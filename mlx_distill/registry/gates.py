@@ -250,10 +250,12 @@ def _comparison(
         return "not_measured", f"not measured: {current.serves} has no known answers to these rows", {}
     else:
         other = before.spec
+    names = {"a": limits.against or (current.serves if current else ""), "b": version.name}
     try:
         result = compare(
             other,
             own.spec,
+            names=[names["a"] or None, names["b"]],
             margin=limits.margin,
             metric=limits.metric,
             set_name=limits.set_name,
@@ -264,7 +266,6 @@ def _comparison(
         return "not_measured", f"not measured: {error}", {}
     keys = ("id", "verdict", "difference", "margin", "margin_text", "metric", "sentence", "p_value")
     facts = {key: result.facts[key] for key in keys if key in result.facts}
-    names = {"a": limits.against or (current.serves if current else ""), "b": version.name}
     facts["comparison"] = add_comparison(ledger, result, *({"name": names[side]} for side in "ab"))
     verdict = result.verdict
     state: State = "passed" if verdict in PASSED else "failed" if verdict == "worse" else "undecided"

@@ -9,6 +9,7 @@ import pytest
 from helpers.chat_run import write_recipe
 
 from mlx_distill.cli import cli
+from mlx_distill.cli.jobs import check_command
 from mlx_distill.jobs import events, get, list_jobs
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry import list_models
@@ -51,6 +52,19 @@ def test_what_cannot_work_is_refused_at_once(
 ) -> None:
     assert text in call(*arguments, code=2)
     assert list_jobs(ledger) == []
+
+
+def test_a_job_knows_the_recipe_that_it_was_started_from(tmp_path: Any) -> None:
+    write_recipe(tmp_path)
+    sets = ["teach.learning_rate=0.001"]
+    arguments = ["recipe.yaml", "--set", *sets]
+    asked = ("runs/chats", {"from": "file:recipe.yaml", "set": sets})
+    assert check_command("run", arguments, tmp_path) == asked
+    assert check_command("run", ["tiny", "--out", "x"], tmp_path) == ("x", {"from": "recipe:tiny", "set": []})
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    assert check_command("run", ["../recipe.yaml"], elsewhere) == ("runs/chats", None)
+    assert check_command("compare", ["a", "b"], tmp_path) == (None, None)
 
 
 @pytest.mark.slow

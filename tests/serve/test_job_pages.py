@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import json
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -98,6 +99,36 @@ def test_htmx_starts_after_its_extensions(app: Any, client: Any) -> None:
     assert [name.split(".")[0] for name in scripts] == ["htmx", "hx-csp", "hx-sse"]
     tags = re.findall(r'<script src="/static/vendor/h[tx][^>]*>', page)
     assert not [tag for tag in tags if "defer" in tag]  # htmx may start before a deferred one is there
+
+
+def test_a_job_of_the_command_line_shows_what_it_sets(app: Any, client: Any) -> None:
+    ledger = app.state.server.ledger
+    asked = {"from": "file:recipe.yaml", "set": ["teach.epochs=7"]}
+    job = submit(ledger, "run", ["recipe.yaml"], request=asked)
+    page = client.get(f"/jobs/{job.id}").text
+    assert re.search(r"teach\.epochs.*?1\.0.*?7\.0", page, re.S)
+    assert "teach.learning_rate" not in page
+    gone = submit(ledger, "run", ["x.yaml"], request={"from": "file:x.yaml", "set": []})
+    assert "cannot be read any more" in client.get(f"/jobs/{gone.id}").text
+
+
+def test_the_overview_has_the_progress_of_the_running_job(app: Any, client: Any) -> None:
+    ledger = app.state.server.ledger
+    job = submit(ledger, "run", ["tiny"], title="at work")
+    with ledger.write() as db:
+        update(db, job.id, state="running", attempt=1, started_at=1.0)
+    folder = job.folder(ledger.root)
+    folder.mkdir(parents=True)
+    done = {"attempt": 1, "stage": "teacher", "done": 3, "total": 9, "unit": "step", "eta_s": 61}
+    (folder / "progress.json").write_text(json.dumps(done), encoding="utf-8")
+    asks = {"hx-request": "true"}
+    for page in (client.get("/").text, client.get("/", headers=asks).text):
+        assert "at work" in page and re.search(r"3 of 9 steps, about 1\smin 1\ss left", page)
+    assert "<html" not in client.get("/", headers=asks).text
+    with ledger.write() as db:
+        update(db, job.id, state="succeeded")
+    assert "No job runs any more" in client.get("/", headers=asks).text
+    assert "at work" not in client.get("/").text
 
 
 def test_the_list_has_filters_and_pages(app: Any, client: Any) -> None:

@@ -17,7 +17,7 @@ from mlx_distill.cli.main import cli
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
 from mlx_distill.registry import add_version
-from mlx_distill.registry.comparisons import keep_comparison, list_comparisons, rows_file
+from mlx_distill.registry.comparisons import add_comparison, keep_comparison, list_comparisons, rows_file
 
 PAGES = ("/", "/models", "/compare", "/costs")
 ATTACK = "<script>alert(1)</script>"
@@ -117,7 +117,9 @@ def test_compare_page_makes_what_the_command_makes(client: Any, root: Root) -> N
 @pytest.mark.slow
 def test_comparison_whose_rows_are_gone_still_has_its_figures(client: Any, root: Root) -> None:
     ledger = Ledger(root)
-    kept, _ = keep_comparison(ledger, "music:2", "music:1", margin="7pt")
+    kept, result = keep_comparison(ledger, "music:2", "music:1", margin="7pt")
+    of_a_gate = add_comparison(ledger, result, {"name": "music:2"}, {"name": "music:1"})
+    read_page(client.get(f"/compare/{of_a_gate}"))
     rows_file(ledger, kept.id).write_text("{", encoding="utf-8")
     page = read_page(client.get(f"/compare/{kept.id}"))
     assert "gone or damaged" in page.text and kept.facts["sentence"] in page.text

@@ -52,10 +52,14 @@ def test_deploy_roll_back_and_archive(client: Any) -> None:
     page = client.get("/models/music").text
     assert "Roll production back" in page and "the gate was overridden" in page
     assert "<script>first" not in page and "&lt;script&gt;first" in page
+    page = client.get("/").text
+    assert "the gate was overridden: tried by hand" in page and "registry rollback music" in page
+    assert "agreement with the teacher: not measured" in page
     assert client.post("/models/music/2/archive").status_code == 400
     back = client.post("/models/music/rollback", data={"reason": "complaints", "alias": "production"})
     assert back.status_code == 303 and serves(client) == 1
     assert [one.kind for one in history(ledger(client), "music")] == ["rollback", "deploy", "deploy"]
+    assert "verified: " in client.get("/").text  # a rollback is judged by no gate
     assert "(browser)" in history(ledger(client), "music")[0].actor
     assert client.post("/models/music/2/archive").status_code == 303
     assert "registry archive --restore music:2" in client.get("/models/music/2").text

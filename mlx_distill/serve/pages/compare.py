@@ -59,9 +59,10 @@ def make(
     try:
         if not values["a"] or not values["b"]:
             raise ConfigError("two models are needed", fix="choose A and B")
-        sides = [comparison_source(ledger, values[side]) for side in "ab"]
+        kept_answers = not values["rows"]
+        sides = [comparison_source(ledger, values[side], answers_kept=kept_answers) for side in "ab"]
         options: dict[str, Any] = {name: values[name] for name in ("margin", "metric") if values[name]}
-        if all(side.answered for side in sides) and not values["rows"]:
+        if kept_answers and all(side.answered for side in sides):
             kept, _ = keep_comparison(ledger, values["a"], values["b"], **options)
             return see_other(f"/compare/{kept.id}")
         arguments = compare_arguments(values)

@@ -10,6 +10,7 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
+from mlx_distill.config import override
 from mlx_distill.errors import DistillError
 from mlx_distill.jobs import (
     STATES,
@@ -134,7 +135,7 @@ def job(request: Request, job_id: str, x: str = "step", y: str = "linear", befor
         y="log" if y == "log" else "linear",
         cursor=cursor,
         buttons=_buttons_of(found),
-        watched=not found.is_finished and before <= 0,
+        watched=not _has_ended(found) and before <= 0,
         place=_place(server, found),
         parent=_parent(server, found),
         log=read_tail(found.log(server.root), _LOG_BYTES),
@@ -152,6 +153,13 @@ def _id(number: int) -> int | None:
 def _buttons_of(job: Job) -> str:
     """What the buttons of a job's page depend on."""
     return f"{job.state} {job.requested}" if job.requested else job.state
+
+
+def _has_ended(job: Job) -> bool:
+    """Whether nothing more happens to a job by itself. While its unfinished stages are removed, an event of
+    that is still to come.
+    """
+    return job.is_finished and job.requested is None
 
 
 def _curves(server: Any, job: Job) -> dict[str, Curve]:
@@ -195,14 +203,19 @@ def _place(server: Any, job: Job) -> int | None:
 
 
 def _parent(server: Any, job: Job) -> dict[str, Any] | None:
-    """The recipe that a job was started from, and what differs from it."""
+    """The recipe that a job was started from, as that is now, and what differs from it: in the recipe of the
+    form, or by the keys that the command line sets.
+    """
     asked = job.request if isinstance(job.request, Mapping) else {}
-    source = asked.get("from")
+    source, sets = asked.get("from"), asked.get("set")
     if not isinstance(source, str) or not source:
         return None
     try:
         old = read_recipe(server.root, job_form.recipe_path(server.root, source))
-        new = read_recipe(server.root, job_form.recipe_path(server.root, f"job:{job.id}"))
+        if isinstance(sets, list):
+            new = override(old, sets)
+        else:
+            new = read_recipe(server.root, job_form.recipe_path(server.root, f"job:{job.id}"))
         changed = differences(old, new)
     except DistillError as error:
         return {"source": source, "problem": error.message, "changed": []}
@@ -236,7 +249,7 @@ def job_events(request: Request, job_id: str, after: str = "", state: str = "") 
         new = events(server.ledger, job_id, event, MAX_EVENTS)
         return View(
             _buttons_of(found),
-            found.is_finished,
+            _has_ended(found),
             _status(server, found),
             [_shown(one) for one in new],
             len(new) == MAX_EVENTS,

@@ -1,48 +1,73 @@
-"""The page of what serves, what needs attention and how much there is."""
+"""The page of what serves, what needs attention, what runs and how much there is."""
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
+from mlx_distill.jobs import Job, list_jobs, progress
 from mlx_distill.ledger.database import Ledger
+from mlx_distill.registry import Deployment, Model, history, list_models
 from mlx_distill.registry.comparisons import list_comparisons
-from mlx_distill.serve.pages.environment import page
+from mlx_distill.registry.figures import figures_of
+from mlx_distill.serve.pages.environment import page, wants_fragment
 from mlx_distill.serve.pages.names import run_names
 
 router = APIRouter(include_in_schema=False)
 
 _LOW_DISK = 2_000_000_000
 _COUNTED = ("data_sets", "jobs", "versions", "comparisons")
+_ALIAS = "production"
 
 
 @router.get("/")
 def overview(request: Request) -> Response:
-    """What serves, alarms, the running job, counts."""
+    """What serves, alarms, the running job, counts. htmx asks for the part with the job alone."""
     server = request.app.state.server
     ledger: Ledger = server.ledger
-    with ledger.read() as db:
-        counts = {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in _COUNTED}
-        counts["rows"] = db.execute("SELECT coalesce(sum(rows), 0) FROM data_sets").fetchone()[0]
-        jobs = db.execute("SELECT id, title, state FROM jobs WHERE state = 'running'").fetchall()
-        orphans = db.execute(
-            "SELECT id, title FROM jobs WHERE state = 'failed' AND json_extract(error, '$.code') = 'orphaned'"
-        ).fetchall()
-        serving = db.execute(
-            "SELECT d.* FROM aliases a JOIN deployments d ON d.id = a.deployment "
-            "WHERE a.alias = 'production' ORDER BY d.created_at DESC"
-        ).fetchall()
+    running = [(job, progress(ledger, job, max_rows=0)) for job in list_jobs(ledger, state="running")]
+    if wants_fragment(request):
+        return page(request, "overview.html.j2", block="running", running=running)
+    serving = [one for model in list_models(ledger) if (one := _serving(ledger, model))]
+    serving.sort(key=lambda one: one["deployment"].created_at, reverse=True)
     context: dict[str, Any] = {
         "state": server.pool.state(),
         "serving": serving,
-        "jobs": jobs,
-        "orphans": orphans,
-        "counts": counts,
+        "agreement": next((one for one in serving if one["agreement"] is not None), None),
+        "live": bool(running),
+        "running": running,
+        "orphans": _orphans(ledger),
+        "counts": _counts(ledger),
         "runs": run_names(ledger),
         "newest": next(iter(list_comparisons(ledger, 1)), None),
         "free": shutil.disk_usage(server.root.path).free,
         "low_disk": _LOW_DISK,
     }
     return page(request, "overview.html.j2", **context)
+
+
+def _serving(ledger: Ledger, model: Model) -> dict[str, Any] | None:
+    """The deployment that a model's production serves, with its version's agreement with its teacher."""
+    if _ALIAS not in model.aliases:
+        return None
+    past: Sequence[Deployment] = history(ledger, model.name, _ALIAS)
+    now = past[0]
+    version = next((one for one in model.versions if one.number == now.version), None)
+    figures: Mapping[str, Any] = {} if version is None else figures_of(version.info)
+    return {"deployment": now, "agreement": figures.get("verdict_agreement"), "replaced": len(past) > 1}
+
+
+def _counts(ledger: Ledger) -> dict[str, int]:
+    with ledger.read() as db:
+        counts = {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in _COUNTED}
+        counts["rows"] = db.execute("SELECT coalesce(sum(rows), 0) FROM data_sets").fetchone()[0]
+    return counts
+
+
+def _orphans(ledger: Ledger) -> list[Job]:
+    """The newest jobs whose process ended without a word and that were not resumed."""
+    failed = list_jobs(ledger, state="failed", limit=20)
+    return [job for job in failed if job.error and job.error.get("code") == "orphaned"]
