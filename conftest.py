@@ -1,6 +1,7 @@
-"""In every test the calls of the modules whose signatures have shapes (jaxtyping) are checked.
+"""In every test the calls of the functions whose signatures have arrays are checked, in the modules that have
+shapes (jaxtyping).
 
-Of no other modules: a checked call takes many times as long, and of plain types mypy is the check. With
+Of no others: a checked call takes many times as long, and of plain types mypy is the check. With
 ``UNCHECKED_SHAPES=1`` nothing is checked (``make test-fast``).
 """
 
@@ -10,7 +11,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtyping import install_import_hook
+from helpers.shape_checker import install
 
 ROOT = Path(__file__).parent
 
@@ -24,4 +25,4 @@ def modules_with_shapes() -> Iterator[str]:
 
 if not os.environ.get("UNCHECKED_SHAPES"):
     # Before anything imports them.
-    install_import_hook(list(modules_with_shapes()), "helpers.check")
+    install(modules_with_shapes())

@@ -259,3 +259,28 @@ def test_a_call_with_another_shape_is_an_error_in_every_test() -> None:
     assert choose(mx.zeros((1, 3)), [0.0], [0.0]).tolist() == [0]
     with pytest.raises(TypeCheckError):
         choose(mx.zeros((3,)), [0.0], [0.0])
+
+
+@pytest.mark.skipif("UNCHECKED_SHAPES" in os.environ, reason="as asked")
+def test_every_function_and_dataclass_with_a_shape_is_checked() -> None:
+    from helpers.shape_checker import has_shapes
+
+    checked, unchecked = 0, []
+    for name, path in NAMES.items():
+        if "\nfrom jaxtyping import " not in path.read_text(encoding="utf-8"):
+            continue
+        module = import_module(name)
+        for made in vars(module).values():
+            if getattr(made, "__module__", "") != name:
+                continue
+            found = [made, *vars(made).values()] if isinstance(made, type) else [made]
+            if hasattr(made, "_fields"):  # of named tuples jaxtyping checks nothing
+                continue
+            for function in (getattr(f, "__func__", getattr(f, "fget", f)) for f in found):
+                annotations = getattr(function, "__annotations__", {}) if callable(function) else {}
+                if isinstance(function, type) or not has_shapes(annotations.values(), vars(module)):
+                    continue
+                checked += hasattr(function, "__wrapped__")
+                if not hasattr(function, "__wrapped__"):
+                    unchecked.append(f"{name}.{function.__qualname__}")
+    assert unchecked == [] and checked > 180
