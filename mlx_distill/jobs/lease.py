@@ -135,9 +135,14 @@ def is_wanted(db: sqlite3.Connection) -> bool:
 
 
 def beat(db: sqlite3.Connection, name: str) -> None:
-    """Write down that the holder is alive, in a transaction."""
+    """Write down that the holder is alive, in a transaction, where that is this process: another one may have
+    taken it for dead, and have the lease now.
+    """
+    process = this_process()
     db.execute(
-        "UPDATE leases SET heartbeat = ? WHERE name = ? AND holder = ?", (time.time(), ACCELERATOR, name)
+        "UPDATE leases SET heartbeat = ? WHERE name = ? AND holder = ? AND pid = ? AND pid_started = ?"
+        " AND (pid_space IS NULL OR pid_space = ?)",
+        (time.time(), ACCELERATOR, name, process.pid, process.started, process.pid_space),
     )
 
 

@@ -43,9 +43,10 @@ def keep_result(ledger: Ledger, job: Job) -> dict[str, Any]:
         return {}
     run_path = job.run_path
     result: dict[str, Any] = {"path": run_path}
-    _attempt(ledger, job, "its costs", lambda: record_training(ledger, run_path))
+    _attempt(ledger, job, "its costs", lambda: record_training(ledger, run_path), "mlx-distill costs")
     if job.kind == "run":
-        version = _attempt(ledger, job, "its model", lambda: add_version(ledger, run_path))
+        fix = f"mlx-distill registry add {run_path}"
+        version = _attempt(ledger, job, "its model", lambda: add_version(ledger, run_path), fix)
         if version is not None:
             result["version"] = version.name
     return result
@@ -60,12 +61,12 @@ def _kept_comparison(ledger: Ledger, job: Job) -> str | None:
     return None if row is None else str(from_json(row["data"])["id"])
 
 
-def _attempt(ledger: Ledger, job: Job, what: str, record: Callable[[], Any]) -> Any:
+def _attempt(ledger: Ledger, job: Job, what: str, record: Callable[[], Any], fix: str) -> Any:
     try:
         return record()
     except Exception as error:
         log.exception("%s: %s", job.id, what)
         reason = str(error) if isinstance(error, DistillError) else f"{type(error).__name__}: {error}"
         with ledger.write() as db:
-            add_event(db, job.id, "warning", f"{what} was not recorded: {reason}", level="warn")
+            add_event(db, job.id, "warning", f"{what} was not recorded: {reason} (fix: {fix})", level="warn")
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
 from functools import cached_property
 from importlib import import_module
 
@@ -98,6 +98,7 @@ class Server:
         )
         self.every_second: list[Callable[[], None]] = [self._serve_jobs, self.pool.tick, self.calls.tick]
         self._has_lease = False
+        self._heartbeat = ExitStack()
         self._ticker: threading.Thread | None = None
 
     @cached_property
@@ -130,6 +131,12 @@ class Server:
             return self._has_lease
         return True
 
+    def _beat(self) -> None:
+        """Write down that the lease's holder is alive, for programs that cannot see this process."""
+        if self._has_lease:
+            with self.ledger.write() as db:
+                lease.beat(db, _HOLDER)
+
     def _serve_jobs(self) -> None:
         """Let go of the accelerator where a job waits for it, and start the next job."""
         if not self.settings.share_accelerator:
@@ -142,7 +149,10 @@ class Server:
             dispatch(self.ledger)
 
     def start(self) -> None:
-        """Begin the work that is done every second."""
+        """Begin the work that is done every second, and the heartbeats of the lease, which a model that is
+        being loaded must not delay.
+        """
+        self._heartbeat.enter_context(lease.repeated(self._beat))
         self._ticker = threading.Thread(target=self._tick, name="every second", daemon=True)
         self._ticker.start()
 
@@ -156,6 +166,7 @@ class Server:
             self.calls.record()
         except Exception:  # the process ends all the same
             log.exception("the calls of the last minute could not be recorded")
+        self._heartbeat.close()
         if self._has_lease:
             lease.release(self.ledger, _HOLDER)
 

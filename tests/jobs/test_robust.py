@@ -295,6 +295,19 @@ def test_a_job_elsewhere_is_judged_by_its_heartbeat(ledger: Ledger) -> None:
     assert "process 1 on box has written no heartbeat for 12" in told.error["message"]
 
 
+def test_only_its_own_lease_gets_a_heartbeat(ledger: Ledger) -> None:
+    job = foreign(ledger)
+    heartbeat(ledger, job, 60)
+    with ledger.write() as db:
+        lease.beat(db, job.id)
+        before = db.execute("SELECT heartbeat FROM leases").fetchone()[0]
+        assert before < time.time() - 50
+        lease.give(db, "serve", this_process(), "x")
+        db.execute("UPDATE leases SET heartbeat = 0")
+        lease.beat(db, "serve")
+        assert db.execute("SELECT heartbeat FROM leases").fetchone()[0] > before
+
+
 def test_a_job_elsewhere_that_is_cancelled_is_freed(ledger: Ledger) -> None:
     job = foreign(ledger)
     asked = jobs.cancel(ledger, job.id)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +35,7 @@ def test_a_job_gets_the_accelerator_and_the_server_gets_it_back(tmp_path: Path) 
         assert client.post("/v1/analyze", json=ROW).status_code == 200
         held = lease.holder(server.ledger)
         assert held is not None and held.holder == "serve"
+        assert "heartbeat" in {thread.name for thread in threading.enumerate()}
         job = submit(server.ledger, "run", ["work"])
         wait(lambda: get(server.ledger, job.id).state == "running")
         held = lease.holder(server.ledger)
