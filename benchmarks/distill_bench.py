@@ -7,7 +7,7 @@
 A suite is one setting: the task, the student's base, rows and steps. Methods are those of
 ``distill_setup.py``. Rates and weights were chosen on seeds 200 and 201 and songs of seed 30 (``--tune``);
 what is reported is seeds from 100 on and songs of seed 31. A killed run goes on: each student is kept. The
-exit code is 1 where a floor fails, which is a regression alarm and not a claim.
+exit code is 1 where a floor fails, which is a regression alarm and not a claim, and 4 where it was stopped.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ from distill_setup import (
     save_arrays,
 )
 
+from mlx_distill.errors import Interrupted
 from mlx_distill.metrics.known_probabilities import (
     attainable_accuracy,
     divergences,
@@ -358,10 +359,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     runs = Runs(options.output or (folder / "tuning.json" if options.tune else RESULTS), folder, options.tune)
     seeds = TUNING_SEEDS if options.tune else SEEDS[: 3 if options.quick else options.seeds]
-    for suite in suites:
-        for seed in seeds:
-            for method in options.methods or SUITES[suite].methods:
-                runs.measure(suite, method, seed, options.rate or SUITES[suite].rate)
+    try:
+        for suite in suites:
+            for seed in seeds:
+                for method in options.methods or SUITES[suite].methods:
+                    runs.measure(suite, method, seed, options.rate or SUITES[suite].rate)
+    except Interrupted as error:
+        print(error)
+        return 4
     for suite in suites:
         runs.lab(SUITES[suite].form)
     print("\n".join(tables(runs, suites)))
