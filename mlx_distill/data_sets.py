@@ -222,9 +222,38 @@ def get_data_set(ledger: Ledger, name: str) -> DataSet:
         fix = known_names(name, list(found), "data sets") if found else "add it: mlx-distill data add PATH"
         raise ConfigError(f"no data set {name!r}", fix=fix)
     data = found[name]
-    path = ledger.root.inside(data.path)
-    changed = not path.exists() or fingerprint(str(path)) != data.sha256
-    return DataSet(**{**vars(data), "changed": changed})
+    return DataSet(**{**vars(data), "changed": _is_changed(ledger, data)})
+
+
+def _is_changed(ledger: Ledger, data: DataSet) -> bool:
+    try:
+        path = ledger.root.inside(data.path)
+        return not path.exists() or fingerprint(str(path)) != data.sha256
+    except (OSError, ConfigError):
+        return True
+
+
+def changed_data_sets(ledger: Ledger) -> list[DataSet]:
+    """The data sets whose content is another one now, is gone or cannot be read, by name.
+
+    Only files that were written since they were described are hashed: one that was replaced by an older file
+    is not found here, but by :func:`get_data_set`.
+    """
+    return [
+        DataSet(**{**vars(data), "changed": True})
+        for data in list_data_sets(ledger)
+        if _was_written(ledger, data) and _is_changed(ledger, data)
+    ]
+
+
+def _was_written(ledger: Ledger, data: DataSet) -> bool:
+    """Whether a data set's files are gone, or newer than their description."""
+    path = ledger.root.path / data.path
+    files = (path, *path.rglob("*")) if path.is_dir() else (path,)
+    try:
+        return max(file.stat().st_mtime for file in files) >= data.created_at
+    except OSError:
+        return True
 
 
 def _data_set(row: sqlite3.Row) -> DataSet:

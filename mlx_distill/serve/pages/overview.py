@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
-from mlx_distill.jobs import Job, list_jobs, progress
+from mlx_distill.jobs import list_jobs, progress
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry import Deployment, Model, history, list_models
 from mlx_distill.registry.comparisons import list_comparisons
 from mlx_distill.registry.figures import figures_of
+from mlx_distill.serve.pages.alarms import alarms
 from mlx_distill.serve.pages.environment import page, wants_fragment
 from mlx_distill.serve.pages.names import run_names
 
 router = APIRouter(include_in_schema=False)
 
-_LOW_DISK = 2_000_000_000
 _COUNTED = ("data_sets", "jobs", "versions", "comparisons")
 _ALIAS = "production"
 
@@ -33,18 +32,17 @@ def overview(request: Request) -> Response:
         return page(request, "overview.html.j2", block="running", running=running)
     serving = [one for model in list_models(ledger) if (one := _serving(ledger, model))]
     serving.sort(key=lambda one: one["deployment"].created_at, reverse=True)
+    state = server.pool.state()
     context: dict[str, Any] = {
-        "state": server.pool.state(),
+        "state": state,
         "serving": serving,
         "agreement": next((one for one in serving if one["agreement"] is not None), None),
         "live": bool(running),
         "running": running,
-        "orphans": _orphans(ledger),
+        "alarms": alarms(ledger, state),
         "counts": _counts(ledger),
         "runs": run_names(ledger),
         "newest": next(iter(list_comparisons(ledger, 1)), None),
-        "free": shutil.disk_usage(server.root.path).free,
-        "low_disk": _LOW_DISK,
     }
     return page(request, "overview.html.j2", **context)
 
@@ -65,9 +63,3 @@ def _counts(ledger: Ledger) -> dict[str, int]:
         counts = {name: db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in _COUNTED}
         counts["rows"] = db.execute("SELECT coalesce(sum(rows), 0) FROM data_sets").fetchone()[0]
     return counts
-
-
-def _orphans(ledger: Ledger) -> list[Job]:
-    """The newest jobs whose process ended without a word and that were not resumed."""
-    failed = list_jobs(ledger, state="failed", limit=20)
-    return [job for job in failed if job.error and job.error.get("code") == "orphaned"]
