@@ -12,7 +12,18 @@ METHODS = ["lora", "dora", "galore", "apollo", "apollo-mini", "full"]
 PROJECTIONS = ["std", "reverse_std", "left", "right", "full"]
 MOMENTS = ["keep", "reset", "project"]
 TEXTS = ["greedy", "sampled", "data"]
-TOKEN_LOSSES = ["auto", "kl", "token_groups", "alm", "none"]
+TOKEN_LOSSES = [
+    "auto",
+    "kl",
+    "reverse_kl",
+    "js_divergence",
+    "skew_kl",
+    "total_variation",
+    "token_groups",
+    "alm",
+    "uld",
+    "none",
+]
 
 
 @dataclass(frozen=True)
@@ -177,8 +188,22 @@ class DistillConfig(TrainConfig):
     )
     token_loss: str = option(
         "auto",
-        "the token-level loss; auto: KL where the vocabularies are equal, else token_groups",
+        "the token-level loss; auto: kl, forward, where the vocabularies are equal, else token_groups",
         choices=TOKEN_LOSSES,
         old_values={"cells": "token_groups"},
     )
     temperature: float = option(1.0, "temperature of the token-level loss", low=0.01)
+    js_beta: float = option(
+        0.5,
+        "beta of token_loss: js_divergence; 0 is the forward, 1 the reverse KL",
+        low=0.0,
+        high=1.0,
+        default_keyed=False,
+    )
+    skew_lambda: float = option(
+        0.1,
+        "lambda of token_loss: skew_kl, the teacher's share in the mixture",
+        low=0.0,
+        high=1.0,
+        default_keyed=False,
+    )

@@ -8,7 +8,13 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
-from mlx_distill.distill.token_losses import TOKEN_LOSSES, TokenLossInput, token_loss_name
+from mlx_distill.distill.token_losses import (
+    TOKEN_LOSSES,
+    TokenLossInput,
+    check_temperature,
+    divergence_options,
+    token_loss_name,
+)
 from mlx_distill.errors import ConfigError
 from mlx_distill.losses.cross_tokenizer import TokenGroups
 from mlx_distill.losses.labels import LabelTrie, class_logprobs, label_kl, label_logprobs, merge_labels
@@ -61,7 +67,7 @@ def kd(
         "text": settings.text_weight,
     }
     coefficients = {term: value for term, value in coefficients.items() if value > 0}
-    _check(coefficients, name, labels, groups, same_tokenizer)
+    _check(coefficients, name, labels, groups, same_tokenizer, settings.temperature)
     token_loss = TOKEN_LOSSES[name] if name else None
 
     def weights(batch: Batch) -> dict[str, float]:
@@ -83,7 +89,9 @@ def kd(
         if "label" in coefficients and labels is not None and len(extra["label_index"]):
             out["label"] = _label_sum(reader, extra, labels, settings.label_temperature)
         if token_loss is not None and len(extra[token_loss.events]):
-            data = TokenLossInput(reader, extra, cross_entropy, groups, settings.temperature)
+            data = TokenLossInput(
+                reader, extra, cross_entropy, groups, settings.temperature, divergence_options(settings)
+            )
             out["token"] = token_loss.loss(data).sum()
         return out
 
@@ -123,12 +131,15 @@ def _check(
     labels: LabelTrie | None,
     groups: TokenGroups | None,
     same_tokenizer: bool,
+    temperature: float,
 ) -> None:
     if not coefficients:
         raise ConfigError(
             "distillation without a term", fix="raise label_weight, token_weight or text_weight"
         )
     needs = TOKEN_LOSSES[token_loss].needs if token_loss else None
+    if token_loss:
+        check_temperature(token_loss, temperature)
     if needs == "same_tokenizer" and not same_tokenizer:
         others = [name for name, loss in TOKEN_LOSSES.items() if loss.needs != "same_tokenizer"]
         raise ConfigError(

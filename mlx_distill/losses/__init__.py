@@ -30,6 +30,8 @@ from mlx_distill.losses.labels import (
 from mlx_distill.losses.tiled import linear_cross_entropy, linear_divergence, linear_rows
 from mlx_distill.losses.token_bytes import token_bytes
 from mlx_distill.losses.topk import sparse_forward_kl, sparse_linear_kl
+from mlx_distill.losses.topk_divergences import sparse_divergence
+from mlx_distill.losses.uld import uld
 
 __all__ = [
     "DIVERGENCES",
@@ -54,8 +56,10 @@ __all__ = [
     "reverse_kl",
     "skew_kl",
     "span_sums",
+    "sparse_divergence",
     "sparse_forward_kl",
     "sparse_linear_kl",
     "token_bytes",
     "total_variation",
+    "uld",
 ]

@@ -17,6 +17,7 @@ from helpers.tiny_model import VOCABULARY
 from helpers.training_cases import ATTENTION, GOLDEN, LENGTHS, SEQUENCES, batch_of_sequences
 from mlx_distill.distill.align import AlignedRow, align_row, collate_aligned_rows
 from mlx_distill.distill.objective import kd
+from mlx_distill.distill.token_losses import TOKEN_LOSSES
 from mlx_distill.losses.cross_tokenizer import TokenGroups
 from mlx_distill.models.load import load_model
 from mlx_distill.recipe import DistillConfig, TrainConfig
@@ -35,9 +36,9 @@ OBJECTIVES: dict[str, Objective] = {
             DistillConfig(token_loss=name),
             one_node(("a", "b"), ((0, 3), (1,))),
             GROUPS,
-            same_tokenizer=name == "kl",
+            same_tokenizer=TOKEN_LOSSES[name].needs == "same_tokenizer",
         )
-        for name in ("kl", "token_groups", "alm")
+        for name in ("kl", "js_divergence", "token_groups", "alm", "uld")
     },
 }
 
