@@ -170,9 +170,13 @@ def kill(ledger: Ledger, service: Service, job: Job, target: str) -> None:
             held = lease.holder(ledger)
             assert held is None or held.holder == job.id  # None: it has ended meanwhile
     else:
-        if target == "both":
-            dispatch(ledger)  # as every command of jobs does; else the server has
-        wait(lambda: get(ledger, job.id).state != "running")
+
+        def told_ended() -> bool:
+            if target == "both":
+                dispatch(ledger)  # as every command of jobs does; else the server does
+            return get(ledger, job.id).state != "running"
+
+        wait(told_ended)
         told = get(ledger, job.id)
         if told.state != "succeeded":  # it had ended before the signal came
             assert (told.state, told.error and told.error["code"]) == ("failed", "orphaned")
