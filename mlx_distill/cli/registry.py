@@ -28,6 +28,9 @@ def _share(ctx: click.Context, parameter: click.Parameter, value: str | None) ->
 actor_option = click.option(
     "--actor", default=getpass.getuser, show_default="the login name", help="Who does it; kept."
 )
+wait_option = click.option(
+    "--wait", is_flag=True, help="Wait for running jobs; else they are a reason not to load the version."
+)
 reason_option = click.option("--reason", required=True, help="Why; kept.")
 
 
@@ -168,14 +171,16 @@ def show(ctx: click.Context, version: str, verify: bool, root: Path, as_json: bo
 )
 @click.option("--task", help="The task of --external.")
 @click.option("--rows", metavar="FILE", help="Rows that --external is asked first: the first three.")
+@wait_option
 @root_option
 @json_option
-def promote(version: str, root: Path, as_json: bool, **options: Any) -> None:
+def promote(version: str, wait: bool, root: Path, as_json: bool, **options: Any) -> None:
     """Let an alias serve a version, after its gates were judged and it was verified.
 
     Exit code 3 where a gate refuses. What is asked for by an option or by the goals of the recipe refuses
     also where it is undecided or was not measured; the rest only where it is shown to be bad.
     """
+    from mlx_distill.jobs.alongside import verifying
     from mlx_distill.registry import GateLimits, parse_version
     from mlx_distill.registry import promote as deploy
 
@@ -192,7 +197,13 @@ def promote(version: str, root: Path, as_json: bool, **options: Any) -> None:
         raise click.UsageError("--task and --rows go with --external")
     found = parse_version(ledger, version)
     done = deploy(
-        ledger, found.model, found.number, settings=settings or None, limits=GateLimits(**options), **words
+        ledger,
+        found.model,
+        found.number,
+        settings=settings or None,
+        limits=GateLimits(**options),
+        verifying=lambda: verifying(ledger, f"mlx-distill registry promote {found.name}", wait=wait),
+        **words,
     )
     _echo_deployment(done, as_json)
 
@@ -230,16 +241,21 @@ def _promote_external(
 @click.option("--to", metavar="NUMBER|TARGET", help="What it has served.  [default: what served before]")
 @reason_option
 @actor_option
+@wait_option
 @root_option
 @json_option
 def rollback(
-    model: str, alias: str, to: str | None, reason: str, actor: str, root: Path, as_json: bool
+    model: str, alias: str, to: str | None, wait: bool, root: Path, as_json: bool, **words: str
 ) -> None:
     """Let an alias serve again what it served before, after it was verified."""
+    from mlx_distill.jobs.alongside import verifying
     from mlx_distill.registry import rollback as roll_back
 
     wanted = int(to) if to is not None and to.isdigit() else to
-    done = roll_back(open_ledger(root, create=False), model, alias, actor=actor, reason=reason, to=wanted)
+    ledger, purpose = open_ledger(root, create=False), f"mlx-distill registry rollback {model}"
+    done = roll_back(
+        ledger, model, alias, to=wanted, verifying=lambda: verifying(ledger, purpose, wait=wait), **words
+    )
     _echo_deployment(done, as_json)
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from mlx_distill.config import to_mapping
@@ -30,6 +31,8 @@ from mlx_distill.registry.verify import Verification, require_verified, verify_v
 from mlx_distill.registry.versions import get_version
 from mlx_distill.tasks.task import Task, parse_task
 
+Verifying = Callable[[], AbstractContextManager[None]]
+"""Is held while a version is loaded and asked its golden rows, such as the lease of the accelerator."""
 _ATTEMPTS = 20  # at a deployment, where others come between the check and the move
 
 
@@ -44,6 +47,7 @@ def promote(
     override: str | None = None,
     settings: Mapping[str, Any] | None = None,
     limits: GateLimits | None = None,
+    verifying: Verifying = nullcontext,
 ) -> Deployment:
     """Let an alias serve a version: judge the gates, verify the version, then move the alias.
 
@@ -59,6 +63,7 @@ def promote(
         settings: How it is served: ``context_length`` (tokens) and ``memory_limit_gb``; those of what served
             before where None.
         limits: What the gates ask for.
+        verifying: Is held while the version is loaded.
 
     Raises:
         QualityGateError: a gate refuses; ``facts["gate"]`` has all checks.
@@ -76,7 +81,8 @@ def promote(
         if not gate.passed and override is None:
             _refuse(chosen, gate)
         if verification is None:
-            verification = verify_version(ledger, chosen)
+            with verifying():
+                verification = verify_version(ledger, chosen)
             require_verified(chosen, verification)
         facts = {**gate.to_dict(), "override": override if not gate.passed else None}
         facts["verified"] = verification.to_dict()
@@ -146,6 +152,7 @@ def rollback(
     actor: str,
     reason: str,
     to: int | str | None = None,
+    verifying: Verifying = nullcontext,
 ) -> Deployment:
     """Let an alias serve again what it served before, with the settings of then, after it was verified.
 
@@ -159,6 +166,7 @@ def rollback(
         reason: Why.
         to: The number of a version, or the target of an analyzer, that this alias has served; what served
             before the present one where None.
+        verifying: Is held while the version is loaded.
 
     Raises:
         ModelError: nothing served before, or it is not what was added; the alias stays.
@@ -175,7 +183,7 @@ def rollback(
             )
         chosen = _served_before(chain, to)
         if chosen.id not in tried:
-            tried[chosen.id] = _verify_again(ledger, chosen)
+            tried[chosen.id] = _verify_again(ledger, chosen, verifying)
         gate: dict[str, Any] = {
             "passed": None,
             "checks": [],
@@ -225,7 +233,7 @@ def _served_before(chain: Sequence[Deployment], to: int | str | None) -> Deploym
             return by_id.get(restored, position) if restored is not None else position
 
 
-def _verify_again(ledger: Ledger, chosen: Deployment) -> dict[str, Any]:
+def _verify_again(ledger: Ledger, chosen: Deployment, verifying: Verifying) -> dict[str, Any]:
     if chosen.target is not None:
         asked = chosen.gate["external"]
         return verify_external(chosen.target, asked["rows"], parse_task(asked["task"], chosen.target))
@@ -236,7 +244,8 @@ def _verify_again(ledger: Ledger, chosen: Deployment) -> dict[str, Any]:
             f"{version.name} is archived",
             fix=f"mlx-distill registry archive --restore {version.name}, or name another one: --to",
         )
-    verification = verify_version(ledger, version)
+    with verifying():
+        verification = verify_version(ledger, version)
     require_verified(version, verification)
     return verification.to_dict()
 

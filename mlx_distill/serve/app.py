@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
 from functools import cached_property
 from importlib import import_module
 
 from fastapi import FastAPI
 
 from mlx_distill import __version__
+from mlx_distill.errors import ConfigError
 from mlx_distill.jobs import dispatch, lease
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry.resolve import ResolvedModel, resolve_model
@@ -43,6 +44,7 @@ ROUTERS = (
     "fine_tuning",
     "models",
     "operations",
+    "deployments",
     "pages.static",
     "pages.login",
     "pages.overview",
@@ -99,6 +101,8 @@ class Server:
         self.every_second: list[Callable[[], None]] = [self._serve_jobs, self.pool.tick, self.calls.tick]
         self._has_lease = False
         self._heartbeat = ExitStack()
+        self._verifying_lock = threading.Lock()
+        self._verifications = 0  # under way
         self._ticker: threading.Thread | None = None
 
     @cached_property
@@ -137,14 +141,39 @@ class Server:
             with self.ledger.write() as db:
                 lease.beat(db, _HOLDER)
 
+    @contextmanager
+    def verifying(self) -> Iterator[None]:
+        """Hold the accelerator while a version is loaded to be verified before a deployment; a job that comes
+        waits for the end of that.
+
+        Raises:
+            ConfigError: a job or another program has it, or a job waits for it.
+        """
+        with self._verifying_lock:
+            shared = self.settings.share_accelerator
+            if not shared and (lease.wanted(self.ledger) or not self._take_accelerator()):
+                why = lease.waits_for(self.ledger) or "a job waits for it"
+                raise ConfigError(
+                    f"the version has to be loaded to be verified, and the accelerator is in use: {why}",
+                    fix="try again when that has ended, or pause the job",
+                )
+            self._verifications += 1
+        try:
+            yield
+        finally:
+            with self._verifying_lock:
+                self._verifications -= 1
+
     def _serve_jobs(self) -> None:
         """Let go of the accelerator where a job waits for it, and start the next job."""
         if not self.settings.share_accelerator:
             if not lease.wanted(self.ledger):
                 self.pool.resume()
-            elif self.pool.pause() and self._has_lease:
-                lease.release(self.ledger, _HOLDER)
-                self._has_lease = False
+            elif self.pool.pause():
+                with self._verifying_lock:
+                    if self._has_lease and not self._verifications:
+                        lease.release(self.ledger, _HOLDER)
+                        self._has_lease = False
         if self.settings.start_jobs:
             dispatch(self.ledger)
 

@@ -50,11 +50,7 @@ def registry_models(request: Request) -> dict[str, Any]:
 @router.get("/models/{name}")
 def registry_model(request: Request, name: str) -> dict[str, Any]:
     """One model of the registry."""
-    models = {model.name: model for model in list_models(request.app.state.server.ledger)}
-    if name not in models:
-        fix = known_names(name, list(models), "models")
-        raise ApiError(404, f"no model of this name in the registry ({fix})", code="model_not_found")
-    return _model(models[name])
+    return _model(find_model(request, name))
 
 
 @router.get("/data")
@@ -95,6 +91,19 @@ def costs(request: Request) -> dict[str, Any]:
     ledger = request.app.state.server.ledger
     record_runs(ledger)
     return asdict(cost_report(ledger))
+
+
+def find_model(request: Request, name: str) -> Model:
+    """The model of the registry of a name.
+
+    Raises:
+        ApiError: 404, there is none.
+    """
+    models = {model.name: model for model in list_models(request.app.state.server.ledger)}
+    if name not in models:
+        fix = known_names(name, list(models), "models")
+        raise ApiError(404, f"no model of this name in the registry ({fix})", code="model_not_found")
+    return models[name]
 
 
 def _named(request: Request, name: str) -> DataSet:

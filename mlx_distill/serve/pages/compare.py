@@ -10,19 +10,16 @@ from fastapi import APIRouter, Form, Request, Response
 
 from mlx_distill.errors import ConfigError, DistillError
 from mlx_distill.evaluate.comparison_text import shown_interval, shown_points
-from mlx_distill.jobs import submit
-from mlx_distill.ledger.database import Ledger
+from mlx_distill.jobs import Job
 from mlx_distill.registry.comparisons import (
     comparison_rows,
-    comparison_source,
-    keep_comparison,
     list_comparisons,
     read_comparison,
     write_stored,
 )
 from mlx_distill.report.comparison_page import comparison_view
+from mlx_distill.serve.comparing import start_comparison
 from mlx_distill.serve.pages.environment import error_of, page, see_other
-from mlx_distill.serve.pages.job_form import start_next
 from mlx_distill.serve.pages.names import comparable_names
 
 router = APIRouter(include_in_schema=False)
@@ -53,38 +50,14 @@ def make(
     metric: _Field = "",
 ) -> Response:
     """Compare at once where the answers of both lie there; else a job lets the models answer first."""
-    ledger: Ledger = request.app.state.server.ledger
     values = {"a": a.strip(), "b": b.strip(), "margin": margin.strip(), "rows": rows.strip()}
     values["metric"] = metric.strip()
     try:
-        if not values["a"] or not values["b"]:
-            raise ConfigError("two models are needed", fix="choose A and B")
-        kept_answers = not values["rows"]
-        sides = [comparison_source(ledger, values[side], answers_kept=kept_answers) for side in "ab"]
-        options: dict[str, Any] = {name: values[name] for name in ("margin", "metric") if values[name]}
-        if kept_answers and all(side.answered for side in sides):
-            kept, _ = keep_comparison(ledger, values["a"], values["b"], **options)
-            return see_other(f"/compare/{kept.id}")
-        arguments = compare_arguments(values)
-        if values["rows"] and not values["rows"].startswith("asset:"):
-            ledger.root.inside(values["rows"])
-        title = f"{values['b']} against {values['a']}"
-        job = submit(ledger, "compare", arguments, title=title, dedupe_seconds=60)
-        start_next(request.app.state.server)
+        started = start_comparison(request.app.state.server, values)
     except DistillError as error:
         return _form(request, values, status=400, error=error)
-    return see_other(f"/jobs/{job.id}")
-
-
-def compare_arguments(values: dict[str, str]) -> list[str]:
-    """The arguments of ``mlx-distill compare`` for the fields of the form."""
-    options = [
-        part
-        for name in ("margin", "metric", "rows")
-        if values.get(name)
-        for part in (f"--{name}", values[name])
-    ]
-    return [values["a"], values["b"], *options, "--keep"]
+    address = "/jobs" if isinstance(started, Job) else "/compare"
+    return see_other(f"{address}/{started.id}")
 
 
 def _form(

@@ -47,7 +47,8 @@ def version(request: Request, name: str, number: int) -> Response:
 def roll_back(request: Request, name: str, reason: Text = "", alias: Text = "production") -> Response:
     """Let an alias serve again what it served before."""
     try:
-        rollback(request.app.state.server.ledger, name, alias, actor=_actor(), reason=reason)
+        server = request.app.state.server
+        rollback(server.ledger, name, alias, actor=_actor(), reason=reason, verifying=server.verifying)
     except DistillError as error:
         return _model(request, name, error)
     return see_other(f"/models/{name}")
@@ -74,6 +75,7 @@ def deploy(
             reason=reason,
             override=override or None,
             limits=GateLimits(margin=margin or None),
+            verifying=request.app.state.server.verifying,
         )
     except DistillError as error:
         return _version(request, name, number, error)

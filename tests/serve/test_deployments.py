@@ -1,0 +1,157 @@
+"""Deployments and comparisons as JSON, and who has the accelerator while a version is verified."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+from helpers.registry_runs import make_run
+from helpers.served import TOKEN, client_of, make_app
+
+from mlx_distill.cli import cli
+from mlx_distill.errors import ConfigError
+from mlx_distill.jobs import cancel, lease, submit
+from mlx_distill.jobs.alongside import verifying
+from mlx_distill.ledger.database import Ledger
+from mlx_distill.ledger.root import Root
+from mlx_distill.registry import add_version, history
+
+WHY = {"reason": "a try"}
+VERSIONS = "/v1/mlx/models/music/versions"
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory: pytest.TempPathFactory) -> Ledger:
+    """A root with two versions: 1 is right, 2 is much worse."""
+    root = tmp_path_factory.mktemp("root")
+    make_run(root / "runs/one", seed=1, n=60)
+    make_run(root / "runs/bad", seed=2, n=60, wrong=range(30))
+    ledger = Ledger(Root.at(root))
+    for run in ("one", "bad"):
+        add_version(ledger, f"runs/{run}", name="music")
+    return ledger
+
+
+@pytest.fixture(scope="module")
+def client(ledger: Ledger) -> Iterator[Any]:
+    with client_of(make_app(ledger.root, model=None, start_jobs=False)) as client:
+        yield client
+
+
+@pytest.fixture
+def job(ledger: Ledger) -> Iterator[str]:
+    """A job that waits for the accelerator."""
+    job = submit(ledger, "run", ["nothing.yaml"])
+    yield job.id
+    with suppress(ConfigError):  # the test has done so
+        cancel(ledger, job.id)
+
+
+@pytest.mark.slow
+def test_promote_roll_back_archive_and_history(client: Any, ledger: Ledger) -> None:
+    assert client.post("/v1/mlx/models/music/rollback", json=WHY).status_code == 400  # nothing before
+    settings = {"context_length": 512, "memory_limit_gb": 2.0}
+    first = client.post(f"{VERSIONS}/1/promote", json={**WHY, **settings}).json()
+    assert (first["serves"], first["settings"]) == ("music:1", settings)
+    assert first["gate"]["verified"]["passed"] and first["actor"].endswith("(API)")
+    refused = client.post(f"{VERSIONS}/2/promote", json={**WHY, "margin": "3pt"})
+    assert refused.status_code == 422 and refused.json()["error"]["code"] == "gate_refused"
+    states = {check["name"]: check["state"] for check in refused.json()["gate"]["checks"]}
+    assert states["comparison"] == "failed"
+    body = {**WHY, "margin": "3pt", "override": "a drill", "actor": "ann"}
+    second = client.post(f"{VERSIONS}/2/promote", json=body).json()
+    assert (second["serves"], second["actor"], second["gate"]["override"]) == ("music:2", "ann", "a drill")
+    assert client.post(f"{VERSIONS}/2/archive").status_code == 400  # an alias serves it
+    back = client.post("/v1/mlx/models/music/rollback", json=WHY).json()
+    assert (back["kind"], back["serves"], back["settings"]) == ("rollback", "music:1", settings)
+    assert client.post(f"{VERSIONS}/2/archive").json()["state"] == "ARCHIVED"
+    assert client.post(f"{VERSIONS}/2/promote", json=WHY).status_code == 400
+    assert client.post(f"{VERSIONS}/2/restore").json()["state"] == "READY"
+    told = client.get("/v1/mlx/models/music/history", params={"alias": "production"}).json()["data"]
+    assert [one["id"] for one in told] == [one.id for one in history(ledger, "music")]
+
+
+def test_no_request_names_code_or_an_address(client: Any) -> None:
+    for more in ({"target": "os:system"}, {"external": "http://127.0.0.1/"}, {"against": "/etc/passwd"}):
+        assert client.post(f"{VERSIONS}/1/promote", json={**WHY, **more}).status_code == 400
+    assert client.post("/v1/mlx/models/music/rollback", json={**WHY, "to": "os:system"}).status_code == 400
+    for path in (
+        "/v1/mlx/models/none/rollback",
+        f"{VERSIONS}/99/promote",
+        "/v1/mlx/models/x/versions/1/promote",
+    ):
+        assert client.post(path, json=WHY).status_code in (400, 404)
+    assert client.post(f"{VERSIONS}/1/promote", json={"reason": " "}).status_code == 400
+    paths = client.get("/v1/openapi.json").json()["paths"]
+    assert "/v1/mlx/models/{name}/versions/{number}/promote" in paths and "/v1/mlx/compare" in paths
+
+
+def test_endpoints_need_the_token(ledger: Ledger) -> None:
+    app = make_app(ledger.root, model=None, start_jobs=False)
+    with client_of(app, token=False) as client:
+        assert TOKEN not in client.headers.get("authorization", "")
+        assert client.post(f"{VERSIONS}/1/promote", json=WHY).status_code == 401
+        assert client.post("/v1/mlx/compare", json={"a": "music:1", "b": "music:2"}).status_code == 401
+
+
+def test_comparisons_are_made_kept_and_listed(client: Any) -> None:
+    made = client.post("/v1/mlx/compare", json={"a": "music:1", "b": "music:2", "margin": "3pt"})
+    assert made.status_code == 200 and made.json()["verdict"] == "worse"
+    kept = made.json()["id"]
+    assert client.get(f"/v1/mlx/comparisons/{kept}").json() == made.json()
+    assert client.get("/v1/mlx/comparisons").json()["data"][0]["id"] == kept
+    again = client.post("/v1/mlx/compare", json={"a": "music:1", "b": "music:2", "margin": "3pt"}).json()
+    assert again["id"] == kept  # the same is kept once
+    assert client.get("/v1/mlx/comparisons/cmp-0").json()["error"]["code"] == "comparison_not_found"
+    outside = client.post("/v1/mlx/compare", json={"a": "../../etc/passwd", "b": "music:2"})
+    assert outside.status_code == 400
+
+
+def test_a_comparison_whose_answers_are_missing_is_a_job(client: Any, ledger: Ledger) -> None:
+    asked = client.post("/v1/mlx/compare", json={"a": "asset:models/tiny-qwen3", "b": "music:2"})
+    assert asked.status_code == 202 and asked.json()["state"] == "queued"
+    cancel(ledger, asked.json()["id"])
+
+
+def test_a_job_is_a_reason_not_to_load_a_version(client: Any, ledger: Ledger, job: str) -> None:
+    refused = client.post(f"{VERSIONS}/1/promote", json=WHY)
+    assert refused.status_code == 400 and "accelerator is in use" in refused.json()["error"]["message"]
+    root = str(ledger.root.path)
+    command = ["registry", "promote", "music:1", "--reason", "a try", "--root", root]
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code != 0 and job in str(result.exception or result.output)
+
+
+def test_verifying_has_the_lease_and_goes_on_where_this_process_has_it(ledger: Ledger) -> None:
+    with verifying(ledger, "promote"):
+        held = lease.holder(ledger)
+        assert held is not None and held.purpose == "promote"
+        with verifying(ledger, "promote"):
+            pass
+        assert lease.holder(ledger) is not None
+    assert lease.holder(ledger) is None
+
+
+def test_a_server_keeps_the_lease_while_it_verifies(ledger: Ledger) -> None:
+    server = make_app(ledger.root, model=None, start_jobs=False).state.server
+    with server.verifying():
+        job = submit(ledger, "run", ["nothing.yaml"])
+        server._serve_jobs()
+        held = lease.holder(ledger)
+        assert held is not None and held.holder == "serve"
+    server._serve_jobs()
+    assert lease.holder(ledger) is None
+    cancel(ledger, job.id)
+    server.stop()
+
+
+def test_wait_goes_on_when_the_jobs_have_ended(
+    ledger: Ledger, job: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("time.sleep", lambda seconds: cancel(ledger, job))
+    with verifying(ledger, "promote", wait=True):
+        held = lease.holder(ledger)
+        assert held is not None and held.purpose == "promote"
+    assert job in capsys.readouterr().err
