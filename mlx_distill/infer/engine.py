@@ -14,7 +14,6 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -23,6 +22,7 @@ from jaxtyping import Bool, Float, Int, Integer
 
 from mlx_distill.errors import ConfigError, DistillError
 from mlx_distill.infer.channels import AnswerStart, channels_of, detokenizer_of
+from mlx_distill.infer.engine_row import EngineRow, row_logprobs
 from mlx_distill.infer.kv_cache import Caches, select
 from mlx_distill.infer.prefill import PromptReader, PromptRow
 from mlx_distill.infer.prefix_cache import PrefixCache
@@ -38,43 +38,15 @@ from mlx_distill.infer.requests import (
     LogitsHook,
     Request,
     TokenEvent,
+    TokenLogprobs,
     check_request,
 )
-from mlx_distill.infer.sampling import allow_tokens, choose, column_words, padded_columns
+from mlx_distill.infer.sampling import allow_tokens, choose, column_words, padded_columns, token_logprobs
 from mlx_distill.models.forward import embedding_rows
 from mlx_distill.models.token_ids import used_ids
 
 _KEPT_WHEN_ENDED = 0.75  # rows that are left, below which the others are removed from the caches
 _STEPS_A_CLEARING = 256  # of MLX's buffers
-
-
-@dataclass(eq=False)
-class _Row:
-    """A request at work: what was read of its tokens, and what was submitted."""
-
-    id: int
-    request: Request
-    prompt: PromptRow
-    place: AnswerStart
-    uniforms: Float[np.ndarray, " n"] | None
-    detokenizer: Any = None
-    began: float = field(default_factory=time.perf_counter)
-    tokens: list[int] = field(default_factory=list)
-    chosen: int = 0
-    seconds: float = 0.0
-    first_token_seconds: float = 0.0
-    hook_output: tuple[mx.array, int] | None = None
-    ended: bool = False
-
-    @property
-    def leaves(self) -> bool:
-        """Whether no further token of it is to be chosen."""
-        return self.ended or self.chosen >= self.request.max_tokens
-
-    @property
-    def at_hook(self) -> bool:
-        hook, start = self.request.logits_hook, self.place.start
-        return hook is not None and start is not None and len(self.tokens) - start == hook.step
 
 
 class Engine:
@@ -129,11 +101,12 @@ class Engine:
         self._used_words: Int[np.ndarray, "1 w"] | None = None
         self._allowed: Bool[mx.array, "1 v"] | None = None
         self._reader = PromptReader(model, PrefixCache(prefix_cache_tokens), prefill_step_size)
-        self._requests: dict[int, _Row] = {}
-        self._rows: list[_Row] = []  # of the caches, some ended
+        self._requests: dict[int, EngineRow] = {}
+        self._rows: list[EngineRow] = []  # of the caches, some ended
         self._caches: Caches = []
         self._logits: mx.array | None = None  # of the rows' next tokens
-        self._chosen: tuple[list[_Row], mx.array] | None = None  # submitted, not read
+        self._chosen: tuple[list[EngineRow], mx.array] | None = None  # submitted, not read
+        self._logprobs: tuple[mx.array, mx.array, mx.array] | None = None  # of the tokens that were chosen
         self._tokens = self._steps = self._most_rows = self._next_id = 0
         self._last = time.perf_counter()
 
@@ -165,7 +138,7 @@ class Engine:
         if request.temperature:
             seed = request.seed if isinstance(request.seed, tuple) else (request.seed,)
             uniforms = np.random.default_rng(seed).random(request.max_tokens, dtype=np.float32)
-        row = _Row(
+        row = EngineRow(
             number,
             request,
             PromptRow(np.asarray(request.prompt, dtype=np.int32)),
@@ -199,7 +172,7 @@ class Engine:
             if self._steps % _STEPS_A_CLEARING == 0:
                 mx.clear_cache()
         # One call's arrays all become readable at its end: the tokens have a call of their own.
-        mx.async_eval([] if self._chosen is None else self._chosen[1])
+        mx.async_eval([] if self._chosen is None else self._chosen[1], self._logprobs or ())
         mx.async_eval(self._logits)
         alive = sum(not row.leaves for row in self._rows)
         self._most_rows = max(self._most_rows, alive)
@@ -212,13 +185,15 @@ class Engine:
         if self._chosen is None:
             return []
         (rows, tokens), self._chosen = self._chosen, None
+        found, self._logprobs = self._logprobs, None
+        table = None if found is None else [np.array(part) for part in found]
         events: list[Event] = []
-        for row, token in zip(rows, np.array(tokens).tolist(), strict=True):
+        for place, (row, token) in enumerate(zip(rows, np.array(tokens).tolist(), strict=True)):
             if not row.ended:
-                events += self._accept(row, token)
+                events += self._accept(row, token, row_logprobs(table, place, row.request.top_logprobs))
         return events
 
-    def _accept(self, row: _Row, token: int) -> list[Event]:
+    def _accept(self, row: EngineRow, token: int, logprobs: TokenLogprobs | None) -> list[Event]:
         request = row.request
         self._tokens += 1
         if not row.tokens and not row.first_token_seconds:
@@ -231,7 +206,7 @@ class Engine:
         if row.detokenizer is not None:
             row.detokenizer.add_token(token)
             thinking = row.place.start is None or len(row.tokens) <= row.place.start
-            events.append(TokenEvent(row.id, token, row.detokenizer.last_segment, thinking))
+            events.append(TokenEvent(row.id, token, row.detokenizer.last_segment, thinking, logprobs))
         if len(row.tokens) == request.max_tokens:
             return [*events, self._finish(row, "length")]
         if request.constraint is not None:
@@ -241,7 +216,7 @@ class Engine:
                 events.append(self._fail(row, error))
         return events
 
-    def _finish(self, row: _Row, finish: str) -> Finished:
+    def _finish(self, row: EngineRow, finish: str) -> Finished:
         self._end(row)
         tokens, start = row.tokens, row.place.start
         start = len(tokens) if start is None else start
@@ -263,11 +238,11 @@ class Engine:
         )
         return Finished(row.id, generation)
 
-    def _fail(self, row: _Row, error: Exception) -> Failed:
+    def _fail(self, row: EngineRow, error: Exception) -> Failed:
         self._end(row)
         return Failed(row.id, error)
 
-    def _end(self, row: _Row) -> None:
+    def _end(self, row: EngineRow) -> None:
         row.ended = True
         self._requests.pop(row.id, None)
 
@@ -304,7 +279,12 @@ class Engine:
         for place, row in enumerate(rows):
             if row.uniforms is not None and not row.leaves:
                 uniforms[place] = float(row.uniforms[row.chosen])
-        tokens = choose(self._allowed_only(logits, events), temperatures, uniforms)
+        top_ps = [1.0 if row.leaves else row.request.top_p for row in rows]
+        tokens = choose(self._allowed_only(logits, events), temperatures, uniforms, top_ps)
+        asked = [row.request.top_logprobs for row in rows if not row.leaves]
+        most = max((count for count in asked if count is not None), default=None)
+        if most is not None:
+            self._logprobs = token_logprobs(self._of_tokens(logits), tokens, max(1, most))
         for row in rows:
             row.chosen += 1
         self._chosen = list(rows), tokens
@@ -338,6 +318,12 @@ class Engine:
             if self._used[:width].all() and len(self._used) >= width:
                 self._used = self._allowed = None
         return logits if self._allowed is None else mx.where(self._allowed, logits, -mx.inf)
+
+    def _of_tokens(self, logits: Float[mx.array, "b v"]) -> Float[mx.array, "b v"]:
+        """The logits with minus infinity in columns that are no token."""
+        if self._used is None:
+            return logits
+        return mx.where(mx.array(padded_columns(self._used, logits.shape[-1])), logits, -mx.inf)
 
     def _join(self, inputs: Integer[mx.array, " _"] | None) -> Integer[mx.array, " _"] | None:
         """Let the rows whose prompts have been read join, with the last tokens of their prompts."""

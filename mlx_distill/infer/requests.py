@@ -55,6 +55,9 @@ class Request:
         constraint: What the answer may consist of; its own object.
         logits_hook: Is called if the answer reaches its step.
         stream: Report each token, with its text.
+        top_p: Sample only from the most probable tokens whose probabilities sum to at least that.
+        top_logprobs: Of a request that streams, report each token's log-probability with those of so many of
+            the most probable tokens; None for none.
     """
 
     prompt: Sequence[int]
@@ -65,6 +68,18 @@ class Request:
     constraint: Constraint | None = None
     logits_hook: LogitsHook | None = None
     stream: bool = False
+    top_p: float = 1.0
+    top_logprobs: int | None = None
+
+
+class TokenLogprobs(NamedTuple):
+    """The log-probability of a token, and the most probable tokens with theirs, the most probable first.
+
+    They are the model's own, over the tokenizer's tokens: without temperature, ``top_p`` and constraint.
+    """
+
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -100,6 +115,7 @@ class TokenEvent(NamedTuple):
     token: int
     text: str
     thinking: bool
+    logprobs: TokenLogprobs | None = None
 
 
 class Finished(NamedTuple):
@@ -144,7 +160,8 @@ def check_request(request: Request, rows: int, tokenizer: Any, name: str = "the 
     Raises:
         DataError: an empty prompt.
         ModelError: a token that the model cannot read, or no token that can end the answer.
-        ConfigError: ``max_tokens`` below 1, or a negative temperature.
+        ConfigError: ``max_tokens`` below 1, or a negative temperature, or ``top_p`` not above 0 and at
+            most 1.
     """
     if not len(request.prompt):
         raise DataError(f"{name} is empty", fix="give every prompt at least one token")
@@ -155,5 +172,7 @@ def check_request(request: Request, rows: int, tokenizer: Any, name: str = "the 
             f"temperature {request.temperature} is negative",
             fix="0 for greedy answers, 1 for the model's own distribution",
         )
+    if not 0 < request.top_p <= 1:
+        raise ConfigError(f"top_p {request.top_p}: not above 0 and at most 1", fix="give 1 for all tokens")
     check_token_ids([max(request.prompt)], rows, tokenizer)
     check_token_ids([min(request.stop)] if request.stop else [], rows, tokenizer)

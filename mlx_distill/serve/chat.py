@@ -25,6 +25,7 @@ from mlx_distill.serve.usage import Usage, usage_of
 router = APIRouter()
 
 _PING_SECONDS = 15.0  # of silence, after which a stream says that it lives
+_LOOK_SECONDS = 0.5  # of silence, after which a stream looks whether the server stops
 
 
 @router.post("/v1/chat/completions")
@@ -66,7 +67,7 @@ class _Completion:
     """
 
     def __init__(self, server: Any, name: str | None, chat: Chat, usage: Usage) -> None:
-        self.chat, self._usage = chat, usage
+        self.chat, self._usage, self.stopping = chat, usage, server.stopping
         self._stack = ExitStack()
         try:
             self._served = self._stack.enter_context(server.pool.get(name))
@@ -110,6 +111,12 @@ class _Completion:
             "completion_tokens_details": {"reasoning_tokens": used.thinking},
         }
 
+    def logprobs(self) -> dict[str, Any] | None:
+        """Those of the answer's tokens since the last call, where they were asked for."""
+        if self.chat.top_logprobs is None:
+            return None
+        return {"content": self.answering.take_logprobs(), "refusal": None}
+
     def close(self) -> None:
         """Give it up if it has no answer yet, and let the model go; may be called again."""
         if self._answering is not None:
@@ -130,7 +137,7 @@ async def _whole(completion: _Completion, request: Request) -> dict[str, Any]:
     choice = {
         "index": 0,
         "message": message,
-        "logprobs": None,
+        "logprobs": completion.logprobs(),
         "finish_reason": completion.answering.finish,
     }
     return {**completion.head, "choices": [choice], "usage": completion.usage()}
@@ -184,18 +191,24 @@ async def _events(completion: _Completion, request_id: str) -> AsyncIterator[byt
     counted = {"usage": None} if completion.chat.include_usage else {}
 
     def chunk(delta: dict[str, Any], finish: str | None = None) -> bytes:
-        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        logprobs = completion.logprobs() if delta.get("content") or finish else None
+        choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish}
         return _event({**completion.head, "choices": [choice], **counted})
 
     try:
         yield chunk({"role": "assistant", "content": "", "refusal": None})
-        async for piece in completion.answering.updates(_PING_SECONDS):
+        silent = time.monotonic()
+        async for piece in completion.answering.updates(_LOOK_SECONDS):
+            if completion.stopping.is_set():
+                raise ApiError(503, "the server is stopping (ask again)", code="stopping", retry_after=5)
             delta = {}
             if piece.thinking:
                 delta["reasoning_content"] = piece.thinking
             if piece.answer:
                 delta["content"] = piece.answer
-            yield chunk(delta) if delta else b": ping\n\n"
+            if delta or time.monotonic() - silent >= _PING_SECONDS:
+                silent = time.monotonic()
+                yield chunk(delta) if delta else b": ping\n\n"
         yield chunk({}, completion.answering.finish)
         if completion.chat.include_usage:
             yield _event({**completion.head, "choices": [], "usage": completion.usage()})

@@ -15,9 +15,10 @@ from mlx_distill.errors import ConfigError, DataError, DistillError, ModelError
 from mlx_distill.infer.channels import Channels, channels_of
 from mlx_distill.infer.constrained import AnswerGrammar
 from mlx_distill.infer.predict import context_length, shortest
-from mlx_distill.infer.requests import Request, TokenEvent
+from mlx_distill.infer.requests import Request, TokenEvent, TokenLogprobs
 from mlx_distill.infer.text_stream import AnswerStream, Piece
 from mlx_distill.infer.worker import Cancelled, EngineWorker
+from mlx_distill.losses.token_bytes import vocabulary
 from mlx_distill.models.forward import head_columns
 from mlx_distill.serve.chat_request import Chat
 from mlx_distill.serve.errors import ApiError, from_distill_error
@@ -93,6 +94,8 @@ def engine_request(model: ChatModel, chat: Chat) -> Request:
         _seed(chat.seed),
         constraint,
         stream=True,
+        top_p=chat.top_p,
+        top_logprobs=chat.top_logprobs,
     )
 
 
@@ -149,7 +152,8 @@ class Answering:
         self, worker: EngineWorker, model: ChatModel, request: Request, stop: tuple[str, ...] = ()
     ) -> None:
         self.finish = ""
-        self._request = request
+        self._request, self._tokenizer = request, model.tokenizer
+        self._logprobs: list[dict[str, Any]] = []
         self._text = AnswerStream(model.tokenizer, model.channels, request.prompt, stop)
         self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
         loop = asyncio.get_running_loop()
@@ -168,6 +172,11 @@ class Answering:
         """The tokens so far."""
         return Usage(len(self._request.prompt), self._text.tokens, self._text.thinking_tokens)
 
+    def take_logprobs(self) -> list[dict[str, Any]]:
+        """Those of the answer's tokens that have come since the last call."""
+        taken, self._logprobs = self._logprobs, []
+        return taken
+
     async def updates(self, patience: float) -> AsyncIterator[Piece]:
         """Yield what there is new; an empty piece where nothing came for ``patience`` seconds.
 
@@ -185,6 +194,8 @@ class Answering:
                         ended = True
                     elif not self._text.stopped:
                         pieces.append(self._text.add(event))
+                        if event.logprobs is not None and not event.thinking:
+                            self._logprobs.append(logprob_json(self._tokenizer, event.token, event.logprobs))
                 yield Piece("".join(p.answer for p in pieces), "".join(p.thinking for p in pieces))
             if ended and not self._text.stopped:
                 yield self._last()
@@ -217,6 +228,23 @@ class Answering:
         """Give the request up; nothing happens if it has its answer."""
         if not self._handle.done:
             self._handle.cancel()
+
+
+def logprob_json(tokenizer: Any, token: int, found: TokenLogprobs) -> dict[str, Any]:
+    """A token of an answer as OpenAI tells its log-probability."""
+    top = [_token_json(tokenizer, one, logprob) for one, logprob in found.top]
+    return {**_token_json(tokenizer, token, found.logprob), "top_logprobs": top}
+
+
+def _token_json(tokenizer: Any, token: int, logprob: float) -> dict[str, Any]:
+    """A token that is part of a character has a replacement character as its text, and its own bytes."""
+    try:
+        known = vocabulary(tokenizer)
+        special = known.special.get(token)
+        own = special.encode() if special is not None else known.tokens[token]
+    except ModelError:  # a tokenizer that does not tell the bytes of its tokens
+        return {"token": tokenizer.decode([token]), "logprob": logprob, "bytes": None}
+    return {"token": own.decode(errors="replace"), "logprob": logprob, "bytes": list(own)}
 
 
 def _unloaded() -> ApiError:

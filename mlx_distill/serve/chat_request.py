@@ -124,6 +124,8 @@ class Chat:
         stream: Whether the answer is sent while it is written.
         include_usage: Whether a stream ends with the number of tokens.
         temperature: 0 for the most probable tokens.
+        top_p: Share of the probability of the tokens that are sampled from; 1 for all.
+        top_logprobs: How many log-probabilities are told beside each token's own; None for none at all.
         seed: Of the sampling; None for another one each time.
         max_tokens: The longest answer; None for as long as the model can.
         stop: Strings that end the answer.
@@ -136,6 +138,8 @@ class Chat:
     stream: bool = False
     include_usage: bool = False
     temperature: float = 0.0
+    top_p: float = 1.0
+    top_logprobs: int | None = None
     seed: int | None = None
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
@@ -156,10 +160,8 @@ def read_chat(body: ChatRequest) -> Chat:
         raise _refused("temperature", f"{temperature:g} is not between 0 and 2")
     if body.top_p is not None and not 0 < body.top_p <= 1:
         raise _refused("top_p", f"{body.top_p:g} is not above 0 and at most 1")
-    if body.top_p not in (None, 1) and temperature:
-        raise _refused("top_p", "nucleus sampling is not implemented (leave it out, or set it to 1)")
-    if body.logprobs or body.top_logprobs:
-        raise _refused("logprobs", "log-probabilities are not implemented (/v1/classify has those of labels)")
+    if body.top_logprobs and not body.logprobs:
+        raise _refused("top_logprobs", "only with logprobs: true")
     if body.max_tokens and body.max_completion_tokens and body.max_tokens != body.max_completion_tokens:
         raise _refused("max_tokens", "differs from max_completion_tokens (give one of them)")
     if body.stream_options is not None and not body.stream:
@@ -170,6 +172,8 @@ def read_chat(body: ChatRequest) -> Chat:
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
         temperature=temperature,
+        top_p=1.0 if body.top_p is None else body.top_p,
+        top_logprobs=(body.top_logprobs or 0) if body.logprobs else None,
         seed=body.seed,
         max_tokens=body.max_completion_tokens or body.max_tokens,
         stop=_stops(body.stop),

@@ -195,3 +195,31 @@ def test_a_logits_hook_reads_the_logits_of_its_step(model: Any, prompts: list[li
             logits = model(mx.array([[*prompt, *answer.tokens[:step]]]))[0, -1, :7]
             np.testing.assert_allclose(answer.hook_output, np.array(logits), atol=2e-5)
     assert step == 0 or any(answer.hook_output is None for answer in hooked)
+
+
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.8, 1.0])
+def test_nucleus_sampling_draws_from_the_smallest_set_that_has_the_share(top_p: float) -> None:
+    logits = np.random.default_rng(0).normal(size=12).astype(np.float32) * 2
+    probabilities = np.exp(logits) / np.exp(logits).sum()
+    falling = np.argsort(-probabilities)
+    count = int(np.searchsorted(np.cumsum(probabilities[falling]), top_p)) + 1
+    expected = np.zeros(12)
+    kept = falling[:count]
+    expected[kept] = probabilities[kept] / probabilities[kept].sum()
+    rows = 4000
+    uniforms = ((np.arange(rows) + 0.5) / rows).tolist()
+    drawn = np.array(
+        choose(mx.broadcast_to(mx.array(logits), (rows, 12)), [1.0] * rows, uniforms, [top_p] * rows)
+    )
+    assert np.abs(np.bincount(drawn, minlength=12) / rows - expected).max() < 2 / rows
+    # A row with another share beside it is not changed.
+    mixed = choose(mx.array(np.stack([logits, logits])), [1.0, 1.0], [0.97, 0.97], [top_p, 1.0])
+    alone = choose(mx.array(logits[None]), [1.0], [0.97])
+    assert int(mixed[1]) == int(alone[0])
+
+
+def test_the_largest_number_draws_no_token_without_probability() -> None:
+    largest = float(np.nextafter(np.float32(1), np.float32(0)))
+    logits = mx.array([[0.0, 1.0, 2.0, -mx.inf, -mx.inf]])
+    assert int(choose(logits, [1.0], [largest])[0]) == 2
+    assert int(choose(logits, [1.0], [largest], [0.5])[0]) == 2

@@ -350,3 +350,59 @@ def test_a_constraint_that_fails_is_an_error_object(root: Path, monkeypatch: pyt
     assert stream.status_code == 200
     events = [line.removeprefix("data: ") for line in stream.text.splitlines() if line]
     assert json.loads(events[-1])["error"]["code"] == "constraint_failed" and "[DONE]" not in events
+
+
+def test_logprobs_are_those_of_the_model(client: openai.OpenAI, loaded: Any, offline: Any) -> None:
+    import mlx.core as mx
+
+    model, tokenizer = loaded
+    text = QUESTIONS[0]
+    request = {"model": MODEL, "messages": ask(text), "max_tokens": 6, "logprobs": True, "top_logprobs": 4}
+    choice = client.chat.completions.create(**request).choices[0]
+    assert choice.logprobs is not None and choice.logprobs.content is not None
+    found = choice.logprobs.content
+    tokens, prompt = offline(text, 6).tokens, prompt_ids(tokenizer, [Message("user", text)])
+    logits = model(mx.array([[*prompt, *tokens]]))[0].astype(mx.float32)[len(prompt) - 1 : -1]
+    width = len(tokenizer.get_vocab())
+    logits = logits[:, :width]
+    table = np.array(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
+    assert len(found) == len(tokens)
+    for place, (token, one) in enumerate(zip(tokens, found, strict=True)):
+        assert one.logprob == pytest.approx(table[place, token], abs=1e-4)
+        assert len(one.top_logprobs) == 4
+        best = np.sort(table[place])[::-1][:4]
+        assert [other.logprob for other in one.top_logprobs] == pytest.approx(best.tolist(), abs=1e-4)
+        assert one.top_logprobs[0].token == one.token  # the answer is greedy
+    whole = b"".join(bytes(one.bytes or []) for one in found)
+    assert whole.decode(errors="replace").strip() == (choice.message.content or "").strip()
+    chunks = client.chat.completions.create(**request, stream=True)
+    streamed = [one for chunk in chunks if (got := chunk.choices[0].logprobs) for one in got.content or ()]
+    assert [one.token for one in streamed] == [one.token for one in found]
+    assert (
+        client.chat.completions.create(**{**request, "logprobs": False, "top_logprobs": 0})
+        .choices[0]
+        .logprobs
+        is None
+    )
+
+
+def test_a_small_top_p_gives_the_greedy_answer_and_seeds_hold(client: openai.OpenAI, offline: Any) -> None:
+    def sample(top_p: float, seed: int) -> Any:
+        answer = client.chat.completions.create(
+            model=MODEL, messages=ask("hello"), max_tokens=16, temperature=1.0, top_p=top_p, seed=seed
+        )
+        return answer.choices[0].message.content
+
+    assert sample(1e-6, 1) == sample(1e-6, 2) == offline("hello", 16).text
+    assert sample(0.9, 3) == sample(0.9, 3) != sample(0.9, 4)
+
+
+def test_a_stream_ends_when_the_server_stops(root: Path) -> None:
+    app = make_app(root, start_jobs=False)
+    body = {"messages": ask("hello"), "max_tokens": 150, "stream": True}
+    with client_of(app) as client:
+        assert client.post("/v1/chat/completions", json={**body, "max_tokens": 1}).status_code == 200
+        app.state.server.stopping.set()
+        text = client.post("/v1/chat/completions", json=body).text
+    last = json.loads(text.strip().split("data: ")[-1])
+    assert last["error"]["code"] == "stopping" and "[DONE]" not in text

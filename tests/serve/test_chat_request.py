@@ -66,15 +66,13 @@ def test_harmless_parameters_are_accepted_and_named() -> None:
         ("verbosity", "low", "medium"),
         ("web_search_options", {}, None),
         ("moderation", {}, None),
-        ("top_logprobs", 3, 0),
-        ("logprobs", True, False),
     ],
 )
 def test_parameters_that_would_change_the_answer_are_refused_by_name(
     name: str, value: Any, neutral: Any
 ) -> None:
     error = refusal(**{name: value})
-    assert error.param in (name, "logprobs") and str(error.param) in error.message
+    assert error.param == name and str(error.param) in error.message
     assert read(**{name: neutral}).ignored == ()
 
 
@@ -84,10 +82,11 @@ def test_what_is_not_known_is_refused() -> None:
         assert error.code == "unknown_parameter" and len(error.message) < 200
 
 
-def test_nucleus_sampling_is_refused_where_something_is_sampled() -> None:
-    assert read(top_p=0.5).temperature == 0
-    assert refusal(top_p=0.5, temperature=1.0).param == "top_p"
+def test_top_p_and_logprobs_are_honoured() -> None:
+    assert read(top_p=0.5, temperature=1.0).top_p == 0.5 and read().top_p == 1.0
     assert refusal(top_p=0.0).param == "top_p"
+    assert read(logprobs=True).top_logprobs == 0 and read(logprobs=True, top_logprobs=3).top_logprobs == 3
+    assert read().top_logprobs is None and refusal(top_logprobs=3).param == "top_logprobs"
 
 
 @pytest.mark.parametrize("temperature", [-0.1, 2.1])
