@@ -109,7 +109,7 @@ def test_a_job_from_the_form_to_its_end_with_a_lost_connection(
 ) -> None:
     ledger = Ledger(root)
     page.goto("/jobs/new?path=recipe.yaml")
-    page.fill("[name='teach.epochs']", "100")  # longer than this test
+    page.fill("[name='teach.epochs']", "400")  # longer than this test
     page.select_option("[name=command]", "teach")
     page.fill("[name=out]", OUT)
     page.fill("[name=title]", "watched")
