@@ -192,7 +192,7 @@ def _run(job: Job, command: Callable[[Sequence[str]], Ended], interrupts: _Inter
     interrupts.ignored = True
     sys.stdout.flush()
     sys.stderr.flush()
-    gpu = explain_gpu_error(ended.message or "")
+    gpu = explain_gpu_error(ended.message or "", job.id)
     return Ended(ended.exit_code, gpu["code"], gpu["message"], gpu["fix"]) if gpu else ended
 
 

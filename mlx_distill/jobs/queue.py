@@ -152,7 +152,7 @@ def _death(job: Job, ledger: Ledger) -> tuple[str, int | None, dict[str, Any] | 
         )
         fix = f"see to it that it has ended, then resume it: mlx-distill jobs resume {job.id}"
         return "failed", None, {"code": "orphaned", "message": message, "fix": fix}
-    return "failed", None, explain_death(job.log(ledger.root))
+    return "failed", None, explain_death(job.log(ledger.root), job.id)
 
 
 def close(

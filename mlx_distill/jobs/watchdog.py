@@ -11,9 +11,9 @@ from typing import Any
 
 _TAIL_BYTES = 64 << 10
 _CODE = "kIOGPUCommandBufferCallbackError"
-_RESUME = "resume it: mlx-distill jobs resume ID; it goes on from its last checkpoint"
+_RESUME = "resume it: mlx-distill jobs resume {job}; it goes on from its last checkpoint"
 _DISPLAY = (
-    f"{_RESUME}. To keep it from happening again let the display sleep while it trains, or work over SSH; or "
+    _RESUME + ". To keep it from happening again let the display sleep while it trains, or work over SSH; or "
     "submit with --relax-gpu-timeout, which helps on some Macs"
 )
 # What Metal calls the error, or its code -> our code, message, fix.
@@ -29,7 +29,7 @@ _ERRORS = (
         ("Caused GPU Timeout Error", f"{_CODE}Timeout", f"{_CODE}Hang", "Caused GPU Hang Error"),
         "gpu_watchdog",
         "macOS stopped the work of the GPU, because one piece of it took too long (GPU timeout)",
-        f"{_DISPLAY}; a smaller batch_size or max_length makes the pieces shorter",
+        _DISPLAY + "; a smaller batch_size or max_length makes the pieces shorter",
     ),
     (
         ("for causing prior/excessive GPU errors", f"{_CODE}SubmissionsIgnored"),
@@ -46,29 +46,29 @@ _ERRORS = (
 )
 
 
-def explain_gpu_error(text: str) -> dict[str, Any] | None:
-    """Code, message and fix where a text has an error of Metal that we know, else None.
+def explain_gpu_error(text: str, job_id: str) -> dict[str, Any] | None:
+    """Code, message and fix of a job where a text has an error of Metal that we know, else None.
 
-    >>> explain_gpu_error("[METAL] Command buffer execution failed: Impacting Interactivity")["code"]
+    >>> explain_gpu_error("[METAL] Command buffer execution failed: Impacting Interactivity", "job-1")["code"]
     'gpu_watchdog'
-    >>> explain_gpu_error("rows.jsonl:3: Insufficient Memory in a song's text") is None
+    >>> explain_gpu_error("rows.jsonl:3: Insufficient Memory in a song's text", "job-1") is None
     True
     """
     lines = [line for line in text.splitlines() if "METAL" in line or "Metal" in line or _CODE in line]
     for line in reversed(lines):
         for signs, code, message, fix in _ERRORS:
             if any(sign in line for sign in signs):
-                return {"code": code, "message": message, "fix": fix}
+                return {"code": code, "message": message, "fix": fix.format(job=job_id)}
     return None
 
 
-def explain_death(log: Path) -> dict[str, Any]:
+def explain_death(log: Path, job_id: str) -> dict[str, Any]:
     """Code, message and fix of a job whose process has ended without a word."""
-    known = explain_gpu_error(read_tail(log, _TAIL_BYTES))
+    known = explain_gpu_error(read_tail(log, _TAIL_BYTES), job_id)
     return known or {
         "code": "orphaned",
         "message": "its process has ended without a word: it was killed, or the machine was switched off",
-        "fix": _RESUME,
+        "fix": _RESUME.format(job=job_id),
     }
 
 

@@ -83,7 +83,7 @@ def test_figures_of_a_version_are_percent_only_where_they_are_rates(client: Any)
     rows = client.get("/models/music/2").text.replace("\u202f", " ").split("<dt>")
     shown = {name: rest for name, _, rest in (row.partition("</dt>") for row in rows)}
     assert "%" in shown["accuracy"]
-    assert "%" not in shown["items per minute"] and "%" not in shown["latency s"]
+    assert "%" not in shown["items per minute"] and "%" not in shown["latency"]
 
 
 def test_unknown_pages_are_pages(empty: Any) -> None:
