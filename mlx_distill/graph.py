@@ -34,7 +34,7 @@ from mlx_distill.stages.evaluate import evaluate
 from mlx_distill.stages.evaluate_chats import evaluate_chats
 from mlx_distill.stages.prepare import prepare
 from mlx_distill.stages.quantize import quantize
-from mlx_distill.stages.targets import targets
+from mlx_distill.stages.targets import recipe_temperatures, targets
 from mlx_distill.stages.teach import teach
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import known_names
@@ -112,7 +112,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     out += [
         _conversion(recipe, "student_base", recipe.student),
         teaching,
-        Stage("targets", "targets", 3, {**keyed(recipe.targets), **shared}, ("teacher", "data"), targets),
+        _targets(recipe, shared),
         Stage(
             "student",
             "distill",
@@ -137,6 +137,12 @@ def _check_distillation(recipe: Recipe, task: Task) -> None:
         raise ConfigError(
             f"targets.samples: {recipe.targets.samples}, and targets.text is {recipe.targets.text}",
             fix="set targets.text: sampled, or leave samples out",
+        )
+    if recipe.targets.draws and recipe_temperatures(recipe):
+        raise ConfigError(
+            f"distill.temperature: {recipe.distill.temperature}: the samples of targets.draws are of the "
+            "distribution at temperature 1",
+            fix="set distill.temperature: 1, targets.draws: 0, or distill.token_loss: token_groups",
         )
     for name, plain in (("labels_hard", "labels"), ("teacher_hard", "text")):
         if getattr(recipe.controls, name) and (task.label is None or not recipe.distill.label_weight):
@@ -179,6 +185,13 @@ def _models_without_student(recipe: Recipe) -> list[str]:
         if goal.model not in own:
             raise ConfigError(f"goals: a goal of {goal.model!r}, and the recipe has no student", fix=fix)
     return own
+
+
+def _targets(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
+    config = {**keyed(recipe.targets), **shared}
+    if temperatures := recipe_temperatures(recipe):
+        config["temperatures"] = list(temperatures)
+    return Stage("targets", "targets", 4, config, ("teacher", "data"), targets)
 
 
 def _conversion(recipe: Recipe, name: str, spec: str) -> Stage:

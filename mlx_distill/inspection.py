@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import DistillError, ModelError
 from mlx_distill.models.adapter_import import check_finite as check_arrays
 from mlx_distill.models.adapters import adapter_settings
@@ -33,7 +34,7 @@ from mlx_distill.models.hub import resolve
 from mlx_distill.models.peft import is_peft
 from mlx_distill.models.peft_config import peft_config
 from mlx_distill.storage import Manifest, check_folder, finished_name, partial_folder, read_manifest, sha256
-from mlx_distill.text import counted, size
+from mlx_distill.text import counted, percent, size
 
 _READ_BYTES = 1 << 22  # how much of a tensor is checked at once
 
@@ -151,6 +152,8 @@ def inspect(path: str | Path, verify: bool = False) -> InspectReport:
         report = _model(folder, manifest, problems, verify)
     elif manifest:
         facts = {**_provenance(manifest), "files": len(manifest.files), "size": size(_bytes(manifest))}
+        if manifest.stage == "targets":
+            facts |= _targets_facts(folder, manifest, problems)
         report = InspectReport(str(path), "stage", facts, problems=tuple(problems), verified=verify)
     else:
         return _run(folder, str(path), verify)
@@ -195,6 +198,24 @@ def _run(folder: Path, path: str, verify: bool) -> InspectReport:
     for name, state in unfinished.items():
         facts[name] = f"{facts[name]}; started again, {state}" if name in facts else state
     return InspectReport(path, "run", facts, problems=tuple(problems), verified=verify, hashed=hashed)
+
+
+def _targets_facts(folder: Path, manifest: Manifest, problems: list[str]) -> dict[str, Any]:
+    """What a cache of soft targets holds."""
+    try:
+        reader = TargetReader(folder)
+    except DistillError as error:
+        problems.append(str(error))
+        return {}
+    index, tokens = reader.index, max(reader.index["tokens"], 1)
+    whole = _bytes(manifest) / tokens
+    kept = f"{reader.layout.top_k} samples" if reader.layout.sampled else f"top {reader.layout.top_k}"
+    return {
+        "rows": f"{len(reader):,}",
+        "tokens": f"{index['tokens']:,}",
+        "bytes a token": f"{whole:.1f}, of which {index['record_bytes']} its distribution",
+        "kept": kept if reader.layout.sampled else f"{kept}, {percent(index['kept_mass'], 2)} of the mass",
+    }
 
 
 def _unfinished_state(partial: Path) -> str:

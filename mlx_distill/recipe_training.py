@@ -148,6 +148,14 @@ class TargetsConfig:
     )
     seed: int = option(0, "seed of the sampled answers", low=0, default_keyed=False)
     top_k: int = option(32, "most probable tokens kept of each distribution", low=1, high=1024)
+    draws: int = option(
+        0,
+        "samples kept of each distribution instead of the most probable tokens: an unbiased gradient of the "
+        "forward KL, with more noise; 0: top_k",
+        low=0,
+        high=1024,
+        default_keyed=False,
+    )
     min_valid: float = option(
         0.5,
         "quality gate: the least share of the teacher's own answers that fit the task; below it the run "

@@ -78,7 +78,7 @@ _FULL = [
     ("distill", 20_000, "scratch/pairs/train: file too large"),
     ("teach", 300, "metrics.jsonl: file too large"),
     ("teach", 9_000, "trainable.safetensors: cannot be written"),
-    ("targets", 9_000, "tokens-00000.safetensors: cannot be written"),
+    ("targets", 4_000, "tokens-00000.safetensors: cannot be written"),
     ("distill", 60_000, "optimizer.safetensors: cannot be written"),
     ("quantize", 100_000, "model-00001-of-00001.safetensors: file too large"),
     ("quantize", 100_001, "scratch/reference: file too large"),

@@ -26,6 +26,7 @@ from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
 from mlx_distill.errors import DataError
 from mlx_distill.losses.byte_alignment import align_tokens
 from mlx_distill.losses.labels import LabelTrie
+from mlx_distill.losses.numerics import LOWEST
 from mlx_distill.losses.topk import within_columns
 from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.progress import Progress
@@ -55,6 +56,7 @@ class AlignedRow:
         span_logprobs: ``[m]`` the teacher's log-probability of the span's bytes.
         label_node: The last node of the student's labels that its answer reaches: of the nodes behind the
             root, the row has the logits of those on the path to it.
+        temperature: Of the distributions in ``topk_logprobs``.
     """
 
     tokens: Int[np.ndarray, " l"]
@@ -67,6 +69,7 @@ class AlignedRow:
     spans: Int[np.ndarray, "m 2"]
     span_logprobs: Float[np.ndarray, " m"]
     label_node: int = 0
+    temperature: float = 1.0
 
 
 def write_aligned_rows(
@@ -84,6 +87,7 @@ def write_aligned_rows(
     total: int,
     progress: Progress,
     check_stop: Callable[[], None],
+    temperature: float = 1.0,
 ) -> None:
     """Align all rows and write them as one array store per split.
 
@@ -101,6 +105,7 @@ def write_aligned_rows(
         total: The number of rows, for the progress bar.
         progress: Where progress is shown.
         check_stop: Called between chunks of rows; raises to stop.
+        temperature: Of the rows' ``topk_logprobs``; one of those of the targets.
 
     The facts of ``train`` say how many rows of both splits were left out: ``too_long``, and ``not_aligned``
     with an ``example``, because one of the tokenizers changes their text.
@@ -118,6 +123,7 @@ def write_aligned_rows(
         teacher_tokenizer=teacher_tokenizer,
         encode=encode,
         labels=labels,
+        temperature=temperature,
     )
     counts: Counter[str] = Counter(too_long=0, not_aligned=0, labelled=0)
     done, example = 0, ""
@@ -126,13 +132,9 @@ def write_aligned_rows(
         StoreWriter(folders["valid"], key) as valid,
         progress.task("align", total=total, unit="row") as bar,
     ):
-        writers = {"train": train, "valid": valid}
         while chunk := list(islice(joined, _CHUNK)):
             check_stop()
-            chats = [
-                [*row["messages"][:-1], {"role": "assistant", "content": targets.text}]
-                for _, row, targets in chunk
-            ]
+            chats = [_with_answer(row, targets.text) for _, row, targets in chunk]
             rendered = render_many(student_tokenizer, chats)
             for chat, (split, _, targets) in zip(rendered, chunk, strict=True):
                 if len(chat) > max_length:
@@ -146,12 +148,19 @@ def write_aligned_rows(
                     example = example or f"{targets.id}: {error}"
                     continue
                 counts["labelled"] += split == "train" and row.label_start is not None
-                writers[split].append(len(row.tokens) - row.start, **aligned_row_arrays(row))
+                (train if split == "train" else valid).append(
+                    len(row.tokens) - row.start, **aligned_row_arrays(row)
+                )
             done += len(chunk)
             bar.update(done)
         train.facts = {**counts, "example": example}
         if not train.rows:
             raise _nothing_left(counts["too_long"], max_length, counts["not_aligned"], example)
+
+
+def _with_answer(row: Mapping[str, Any], text: str) -> list[Mapping[str, Any]]:
+    """A row's chat with the teacher's answer."""
+    return [*row["messages"][:-1], {"role": "assistant", "content": text}]
 
 
 def _nothing_left(too_long: int, max_length: int, not_aligned: int, example: str) -> DataError:
@@ -200,6 +209,7 @@ def align_answer(
     *,
     same_tokenizer: bool = False,
     columns: int = 0,
+    temperature: float = 1.0,
 ) -> AlignedRow:
     """Align the teacher's targets with a chat that is rendered for the student.
 
@@ -214,6 +224,7 @@ def align_answer(
         same_tokenizer: Whether both tokenizers have the same tokens by id. Then equal tokens are aligned one
             by one, whatever bytes they have, and the top k is limited to the student's columns.
         columns: The student's; 0 for any number.
+        temperature: Of the row's ``topk_logprobs``.
 
     Raises:
         DataError: the two texts differ.
@@ -226,7 +237,7 @@ def align_answer(
         spans = np.stack([each, each + 1, each, each + 1], axis=1)
     else:
         spans, same_start = align_tokens(student_ids, teacher_ids, student_tokenizer, teacher_tokenizer)
-    topk_ids, topk_logprobs = targets.topk_ids, targets.topk_logprobs
+    topk_ids, topk_logprobs = targets.topk_ids, at_temperature(targets, temperature)
     if same_tokenizer and columns:
         topk_ids, topk_logprobs = within_columns(topk_ids, topk_logprobs, columns)
     tokens = chat.tokens.tolist()
@@ -243,7 +254,30 @@ def align_answer(
         label_logprobs=targets.label_logprobs,
         first_start=0 if same_start else 1,
         label_node=label_node,
+        temperature=temperature,
     )
+
+
+def at_temperature(targets: TeacherTargets, temperature: float) -> Float[np.ndarray, "n k"]:
+    """The log-probabilities of the top k at a temperature, over the whole vocabulary:
+    ``log p / T - log(sum of p^(1/T))``.
+
+    Args:
+        targets: With one column of ``partitions``, which is that of the temperature.
+        temperature: T; 1 needs no partition.
+
+    Raises:
+        DataError: there is no partition.
+    """
+    if temperature == 1:
+        return targets.topk_logprobs
+    if targets.partitions is None or targets.partitions.shape[1] != 1:
+        raise DataError(
+            f"{targets.id}: targets without the partition of temperature {temperature}",
+            fix="run: mlx-distill targets",
+        )
+    logs = targets.topk_logprobs / temperature - targets.partitions
+    return np.where(targets.topk_logprobs <= LOWEST / 2, LOWEST, logs).astype(np.float32)
 
 
 def align_row(
@@ -258,6 +292,7 @@ def align_row(
     label_logprobs: Sequence[float] | np.ndarray | None,
     first_start: int = 0,
     label_node: int = 0,
+    temperature: float = 1.0,
 ) -> AlignedRow:
     """Gather the teacher's targets at the common boundaries of two tokenizations.
 
@@ -271,6 +306,7 @@ def align_row(
         label_logprobs: The teacher's distribution over the labels and everything else.
         first_start: The first span at whose beginning both models' distributions are over the same text.
         label_node: The last node of the student's labels that its answer reaches.
+        temperature: Of ``topk_logprobs``.
     """
     student_stop, teacher_stop = len(tokens) - start - 1, len(teacher_logprobs) - 1
     # Both models end their answer at the same place: one more common span.
@@ -288,6 +324,7 @@ def align_row(
         spans=(spans[:, :2] + start).astype(np.int32),
         span_logprobs=(sums[spans[:, 3]] - sums[spans[:, 2]]).astype(np.float32),
         label_node=label_node,
+        temperature=temperature,
     )
 
 
@@ -311,11 +348,17 @@ def aligned_row_arrays(row: AlignedRow) -> dict[str, np.ndarray]:
         "topk_logprobs": row.topk_logprobs,
         "spans": row.spans,
         "span_logprobs": row.span_logprobs,
+        "temperature": np.array([row.temperature], dtype=np.float32),
     }
 
 
 def aligned_row_from_arrays(
-    *, start: np.ndarray, label_at: np.ndarray, label_logprobs: np.ndarray, **arrays: np.ndarray
+    *,
+    start: np.ndarray,
+    label_at: np.ndarray,
+    label_logprobs: np.ndarray,
+    temperature: np.ndarray | None = None,
+    **arrays: np.ndarray,
 ) -> AlignedRow:
     """The row of the arrays of :func:`aligned_row_arrays`."""
     return AlignedRow(
@@ -323,6 +366,7 @@ def aligned_row_from_arrays(
         label_start=int(label_at[0]) if len(label_at) else None,
         label_logprobs=label_logprobs if len(label_logprobs) else None,
         label_node=int(label_at[1]) if len(label_at) > 1 else 0,
+        temperature=1.0 if temperature is None else float(temperature[0]),
         **arrays,
     )
 
@@ -339,7 +383,7 @@ def collate_aligned_rows(
     ``extra``: ``positions [a]`` of the trained labels in the flattened ``[b * l]`` inputs, row by row; and,
     as indices into those ``a``: ``label_index [r]`` (of the labels' root) with ``label_logprobs [r, c]`` and
     ``label_node [r]``; ``start_index [n]`` with ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans
-    [m, 2]`` (start, end) with ``span_logprobs [m]``.
+    [m, 2]`` (start, end) with ``span_logprobs [m]``; ``temperature [rows]`` of ``topk_logprobs``.
 
     Args:
         rows: All rows.
@@ -376,6 +420,7 @@ def collate_aligned_rows(
         "topk_logprobs": np.concatenate([row.topk_logprobs for row in members]),
         "spans": np.concatenate(spans).astype(np.int32),
         "span_logprobs": np.concatenate([row.span_logprobs for row in members]),
+        "temperature": np.array([row.temperature for row in members], dtype=np.float32),
     }
     return replace(batch, extra={name: mx.array(value) for name, value in extra.items()})
 

@@ -19,6 +19,8 @@ import numpy as np
 from mlx_distill.data.chat import answer_ids, prompt_ids, render, stop_ids
 from mlx_distill.distill.answer_check import AnswerCheck
 from mlx_distill.distill.teacher_cache import TeacherTargets
+from mlx_distill.distill.token_distributions import Distributions, Kept, distributions, each, joined
+from mlx_distill.errors import ModelError
 from mlx_distill.infer.engine import Generation, generate_all
 from mlx_distill.infer.kv_cache import Caches, forward, has_plain_caches, merge, pad_right, row_cache, select
 from mlx_distill.infer.label_scoring import (
@@ -29,6 +31,7 @@ from mlx_distill.infer.label_scoring import (
 )
 from mlx_distill.infer.requests import Request
 from mlx_distill.losses.labels import LabelTrie, label_logprobs
+from mlx_distill.losses.token_bytes import vocabulary
 from mlx_distill.models.forward import embedding_rows, head_columns, hidden_states
 from mlx_distill.models.token_ids import check_token_ids, token_logits, used_ids
 from mlx_distill.recipe import TargetsConfig
@@ -64,6 +67,7 @@ def score_answers(
     settings: TargetsConfig,
     labels: LabelTrie | None = None,
     samples: Sequence[int] | None = None,
+    temperatures: Sequence[float] = (),
 ) -> tuple[list[TeacherTargets], AnswerCheck]:
     """The teacher's targets of prepared rows, for its own answers or the data's.
 
@@ -76,6 +80,7 @@ def score_answers(
             ``seed`` of the samples; ``top_k``; ``batch_size``.
         labels: The labels in the teacher's tokens, or None for no label distribution.
         samples: Of each row the number of its sampled answer: another number gives another answer. None: 0.
+        temperatures: Of the partitions.
 
     Returns:
         The targets, and the counts of the teacher's own answers; rows whose answer does not fit the task keep
@@ -114,6 +119,9 @@ def score_answers(
         model,
         answers_in_tokens,
         top_k=settings.top_k,
+        temperatures=temperatures,
+        draws=settings.draws,
+        seed=settings.seed,
         labels=labels,
         tokenizer=tokenizer,
         batch_size=settings.batch_size,
@@ -184,6 +192,9 @@ def score(
     answers: Sequence[TokenizedAnswer],
     *,
     top_k: int,
+    temperatures: Sequence[float] = (),
+    draws: int = 0,
+    seed: int = 0,
     labels: LabelTrie | None = None,
     tokenizer: Any = None,
     batch_size: int = 16,
@@ -196,6 +207,9 @@ def score(
         model: The teacher.
         answers: Rendered chats.
         top_k: Tokens kept of each distribution.
+        temperatures: Of the partitions.
+        draws: Samples of each distribution that are kept instead of the top k; 0: none.
+        seed: Of these samples.
         labels: The labels in the teacher's tokens, or None for no label distribution.
         tokenizer: The teacher's: the columns of the head that are none of its tokens take no part in any
             distribution. None for all columns.
@@ -209,7 +223,8 @@ def score(
     model.eval()
     check_token_ids([max(answer.tokens) for answer in answers], embedding_rows(model), tokenizer)
     used = used_ids(tokenizer, head_columns(model))
-    top_k = top_k if used is None else min(top_k, int(used.sum()))
+    kept = Kept(top_k if used is None else min(top_k, int(used.sum())), tuple(temperatures), draws, seed)
+    lengths = None if tokenizer is None else byte_lengths(tokenizer)
     project = partial(token_logits, model, used=None if used is None or used.all() else mx.array(used))
     for first in range(0, len(answers), batch_size):
         batch = answers[first : first + batch_size]
@@ -220,55 +235,58 @@ def score(
         else:  # to a continuation with a label, a row ends where its label begins
             roots = [answer.label_start or answer.start for answer in batch]
             hidden = forward(partial(hidden_states, model), caches, inputs, roots)
-        ids, topk_ids, topk_logprobs, logprobs = _answer_logprobs(project, hidden, batch, top_k, tile_rows)
+        whole = _answer_distributions(project, hidden, batch, kept, tile_rows)
         by_row = {} if labels is None else _label_logprobs(model, project, hidden, batch, labels, caches)
-        begin = 0
-        for i, answer in enumerate(batch):
-            end = begin + len(answer.tokens) - answer.start
-            at = slice(begin, end)
+        counts = [len(answer.tokens) - answer.start for answer in batch]
+        for i, (answer, part) in enumerate(zip(batch, each(whole, counts), strict=True)):
+            ids = np.array(answer.tokens[answer.start :], dtype=np.int32)
             yield TeacherTargets(
                 id=answer.id,
                 text=answer.text,
                 label_logprobs=by_row.get(i),
-                ids=ids[at],
-                logprobs=logprobs[at],
-                topk_ids=topk_ids[at],
-                topk_logprobs=topk_logprobs[at],
+                ids=ids,
+                logprobs=part.logprobs,
+                topk_ids=part.topk_ids,
+                topk_logprobs=part.topk_logprobs,
+                tail_logprobs=part.tail_logprobs,
+                ends=None if lengths is None else np.cumsum(lengths[ids]),
+                partitions=part.partitions,
             )
-            begin = end
 
 
-def _answer_logprobs(
-    project: Project, hidden: mx.array, batch: Sequence[TokenizedAnswer], top_k: int, tile_rows: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """For all tokens of all answers, one after the other: their ids, the top k ids and log-probabilities, and
-    their own log-probabilities.
-    """
+def _answer_distributions(
+    project: Project,
+    hidden: mx.array,
+    batch: Sequence[TokenizedAnswer],
+    kept: Kept,
+    tile_rows: int,
+) -> Distributions:
+    """What is kept at all tokens of all answers, one after the other."""
     positions = [(i, j) for i, answer in enumerate(batch) for j in range(answer.start, len(answer.tokens))]
     tokens = np.array([batch[i].tokens[j] for i, j in positions], dtype=np.int32)
     rows, columns = np.array(positions, dtype=np.int32).reshape(-1, 2).T
-    parts: list[tuple[mx.array, mx.array, mx.array]] = []
+    uniform = np.concatenate([_uniform(answer, kept) for answer in batch]) if kept.draws else None
+    parts = []
     for first in range(0, len(positions), tile_rows):
         at = slice(first, first + tile_rows)
         z = project(hidden[mx.array(rows[at]), mx.array(columns[at] - 1)])
-        k = min(top_k, z.shape[-1])
-        log_z = mx.logsumexp(z, axis=-1, keepdims=True)
-        best = mx.argpartition(-z, kth=k - 1, axis=-1)[:, :k].astype(mx.int32)
-        values = mx.take_along_axis(z, best, axis=-1)
-        order = mx.argsort(-values, axis=-1)
-        own = (mx.take_along_axis(z, mx.array(tokens[at])[:, None], axis=-1) - log_z)[:, 0]
-        parts.append(
-            (
-                mx.take_along_axis(best, order, axis=-1),
-                mx.take_along_axis(values, order, axis=-1) - log_z,
-                own,
-            )
-        )
-        mx.eval(parts[-1])
-    topk_ids, topk_logprobs, logprobs = (
-        np.concatenate([np.array(part) for part in column]) for column in zip(*parts, strict=True)
-    )
-    return tokens, topk_ids, topk_logprobs, logprobs
+        parts.append(distributions(z, tokens[at], kept, None if uniform is None else uniform[at]))
+    return joined(parts)
+
+
+def _uniform(answer: TokenizedAnswer, kept: Kept) -> np.ndarray:
+    """The random numbers of an answer's samples, which depend on nothing else."""
+    own = crc32(f"{answer.id} {answer.text}".encode())
+    random = np.random.default_rng([kept.seed, own])
+    return random.random((len(answer.tokens) - answer.start, kept.draws))
+
+
+def byte_lengths(tokenizer: Any) -> np.ndarray | None:
+    """The bytes of every token by id; None where the tokenizer's tokens do not name their bytes."""
+    try:
+        return vocabulary(tokenizer).lengths
+    except ModelError:
+        return None
 
 
 def _label_caches(model: nn.Module, rows: int, labels: LabelTrie | None) -> Caches | None:

@@ -1,40 +1,73 @@
-"""The teacher's soft targets on disk, in shards: token by token, and for the label as a whole.
+"""The teacher's soft targets on disk, format 3: token by token, and for the label as a whole.
 
-A folder holds ``index.json`` and, for each shard, ``rows-NNNNN.jsonl`` (id, text, label log-probabilities,
-length) and ``tokens-NNNNN.safetensors`` with the shard's rows concatenated:
+A folder holds ``index.json`` and shards of some rows. Shard N is ``rows-N.jsonl``, a line a row with its
+``id``, ``sample`` (0, or the number of the text where the row has several), ``text`` and number of
+``tokens``, and ``tokens-N.safetensors`` with the rows one after the other:
 
-    ids            [n]     int32    the teacher's tokens of the answer, its stop token last
-    logprobs       [n]     float32  natural log-probability of each of them
-    topk_ids       [n, k]  int32    the most probable tokens at that position, descending
-    topk_logprobs  [n, k]  float16  natural, over the whole vocabulary: the remaining mass is the tail
+    records     [n, b]      uint8    the distributions: :mod:`mlx_distill.distill.token_codec`
+    partitions  [n, t]      float32  log of the sum of p^(1/T) over the whole vocabulary, for each temperature
+    labels      [r, c + 1]  float32  log-probabilities of the labels and of everything else; NaN: none
 
-Position ``j`` holds the distribution that token ``j`` is drawn from. 6k + 8 bytes a token. The token file of
-a shard is written last and atomically, so a killed writer continues after its last complete shard.
+Token j of a row is in the teacher's vocabulary, the stop token last; record j holds the distribution that it
+is drawn from and its length in bytes, so that no student and no tokenizer is needed to find out where in the
+text it stands. The metadata of the token file names the cache that it belongs to (a hash of its layout and of
+what it was made from), its number, hashes of its own tensors and of the shard's lines, and the sums that
+the index adds up. The index has the fingerprints and the hash of every file. A token file is written last and
+atomically, and a writer goes on behind the last shard whose hashes are right, to the same bytes.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+from bisect import bisect_right
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlx_distill.errors import FileError
-from mlx_distill.storage import atomic_path, os_errors, read_json, read_jsonl, write_json, write_jsonl
+from mlx_distill.distill.token_codec import TokenLayout, TokenRecords, pack_records, unpack_records
+from mlx_distill.errors import DataError, FileError, ModelError
+from mlx_distill.losses.numerics import LOWEST
+from mlx_distill.storage import (
+    atomic_path,
+    digest,
+    os_errors,
+    read_json,
+    read_jsonl,
+    sha256,
+    write_json,
+    write_jsonl,
+)
 
-FORMAT = 2
+FORMAT = 3
+INDEX = "index.json"
+_AGAIN = "make them again: mlx-distill targets"
 _FIX = "delete the folder and run: mlx-distill targets"
+_METADATA = "teacher_cache"  # one key: the order of several is not fixed
+_OPEN_SHARDS = 4
 
 
 @dataclass(frozen=True)
 class TeacherTargets:
     """One row's targets: the answer's text and tokens, and the teacher's log-probabilities in nats.
 
-    Arrays as in the table above, ``topk_logprobs`` in float32; ``label_logprobs [c + 1]`` float32 is over the
-    labels and all other tokens, None where the row has no label distribution.
+    Args:
+        id: The row's.
+        text: The answer.
+        label_logprobs: ``[c + 1]`` over the labels and all other tokens, or None.
+        ids: The teacher's tokens of the answer, its stop token last.
+        logprobs: Of each of them.
+        topk_ids: The most probable tokens at each position, descending; or of sampled targets the distinct
+            samples.
+        topk_logprobs: Theirs, over the whole vocabulary; or the logarithms of their shares of the samples.
+        tail_logprobs: The logarithm of the mass outside of these. None: what is missing to 1.
+        ends: Where in the answer's bytes each token ends; None where the tokenizer's bytes are not known.
+        partitions: ``[n, t]`` the logarithm of the sum of p^(1/T) for each temperature of the cache.
     """
 
     id: str
@@ -44,106 +77,321 @@ class TeacherTargets:
     logprobs: Float[np.ndarray, " n"]
     topk_ids: Int[np.ndarray, "n k"]
     topk_logprobs: Float[np.ndarray, "n k"]
+    tail_logprobs: Float[np.ndarray, " n"] | None = None
+    ends: Int[np.ndarray, " n"] | None = None
+    partitions: Float[np.ndarray, "n t"] | None = None
 
 
 class TargetWriter:
-    """Writes shards into a folder; continues after the shards that an interrupted run has written."""
+    """Writes shards into a folder; continues behind the whole shards of the same cache.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.shards: list[int] = []
+    Args:
+        folder: Where they are written.
+        layout: Of the tokens' records.
+        temperatures: Those of the partitions.
+        fingerprints: What the targets are made from: names and hashes.
+
+    Attributes:
+        shards: Rows, tokens, sums of the masses and hashes of each shard that is written.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        layout: TokenLayout,
+        temperatures: Sequence[float] = (),
+        fingerprints: Mapping[str, str] | None = None,
+    ) -> None:
+        self.folder, self.layout, self.temperatures = folder, layout, tuple(temperatures)
+        self.fingerprints = dict(fingerprints or {})
+        self.key = _cache_key(layout, self.temperatures, self.fingerprints)
+        self.shards: list[dict[str, Any]] = []
+        self._last: tuple[str, int] = ("", -1)
         with os_errors():
             folder.mkdir(parents=True, exist_ok=True)
-            while (folder / _tokens(len(self.shards))).is_file():
-                rows = sum(1 for _ in read_jsonl(folder / _rows(len(self.shards))))
-                self.shards.append(rows)
+            while (shard := self._whole(len(self.shards))) is not None:
+                self.shards.append(shard)
+            for path in [*folder.glob("tokens-*"), *folder.glob("rows-*")]:
+                if int(path.stem.partition("-")[2]) >= len(self.shards):
+                    path.unlink()
+        if self.shards:
+            *_, (_, last) = read_jsonl(folder / _rows(len(self.shards) - 1))
+            self._last = last["id"], last["sample"]
+
+    def _whole(self, number: int) -> dict[str, Any] | None:
+        """A shard that an earlier run has written whole, as it is listed in the index."""
+        path = self.folder / _tokens(number)
+        facts = _metadata(path)
+        if facts is None or (facts["cache"], facts["number"]) != (self.key, number):
+            return None
+        rows = self.folder / _rows(number)
+        if not rows.is_file() or sha256(rows) != facts["rows_sha256"]:
+            return None
+        if _content(_tensors(path) or {}) != facts["content"]:
+            return None
+        return {**facts["sums"], "rows_sha256": facts["rows_sha256"], "sha256": sha256(path)}
 
     @property
     def done(self) -> int:
         """Rows of the complete shards."""
-        return sum(self.shards)
+        return sum(shard["rows"] for shard in self.shards)
+
+    @property
+    def sums(self) -> dict[str, Any]:
+        """Tokens, and the mean mass of what is kept of each distribution; of the tail at each temperature."""
+        tokens = sum(shard["tokens"] for shard in self.shards)
+        mean = 1 / max(tokens, 1)
+        tails = [
+            sum(shard["tails"][i] for shard in self.shards) * mean for i in range(len(self.temperatures))
+        ]
+        kept = sum(shard["mass"] for shard in self.shards) * mean
+        tails_by = dict(zip(map(str, self.temperatures), tails, strict=True))
+        return {"tokens": tokens, "kept_mass": kept, "tail_mass_at": tails_by}
 
     def write(self, rows: Sequence[TeacherTargets]) -> None:
-        """Write one shard."""
+        """Write one shard.
+
+        Raises:
+            ModelError: a row's log-probabilities are no distribution.
+        """
         from safetensors.numpy import save_file
 
         number = len(self.shards)
-        labels = (None if r.label_logprobs is None else r.label_logprobs.tolist() for r in rows)
-        records = (
-            {"id": r.id, "text": r.text, "label_logprobs": label, "tokens": len(r.ids)}
-            for r, label in zip(rows, labels, strict=True)
-        )
-        write_jsonl(self.folder / _rows(number), records)
-        tensors: dict[str, np.ndarray] = {
-            "ids": np.concatenate([r.ids for r in rows]).astype(np.int32),
-            "logprobs": np.concatenate([r.logprobs for r in rows]).astype(np.float32),
-            "topk_ids": np.concatenate([r.topk_ids for r in rows]).astype(np.int32),
-            "topk_logprobs": np.concatenate([r.topk_logprobs for r in rows]).astype(np.float16),
+        packed = np.concatenate([self._packed(row) for row in rows])
+        partitions = _joined_partitions(rows, len(self.temperatures))
+        tensors = {"records": packed, "partitions": partitions, "labels": _label_table(rows)}
+        write_jsonl(self.folder / _rows(number), self._lines(rows))
+        sums = {"rows": len(rows), "tokens": len(packed), **self._masses(packed, partitions)}
+        facts = {
+            "format": FORMAT,
+            "cache": self.key,
+            "number": number,
+            "sums": sums,
+            "rows_sha256": sha256(self.folder / _rows(number)),
+            "content": _content(tensors),
         }
-        with atomic_path(self.folder / _tokens(number)) as temporary:
-            save_file(tensors, temporary)
-        self.shards.append(len(rows))
+        path = self.folder / _tokens(number)
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata={_METADATA: json.dumps(facts)})
+        self.shards.append({**sums, "rows_sha256": facts["rows_sha256"], "sha256": sha256(path)})
+
+    def _lines(self, rows: Sequence[TeacherTargets]) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            self._last = row.id, self._last[1] + 1 if self._last[0] == row.id else 0
+            yield {"id": row.id, "sample": self._last[1], "text": row.text, "tokens": len(row.ids)}
+
+    def _packed(self, row: TeacherTargets) -> np.ndarray:
+        tail = row.tail_logprobs
+        if tail is None:
+            rest = 1 - np.exp(row.topk_logprobs.astype(np.float64)).sum(axis=1)
+            tail = np.where(rest > 1e-7, np.log(np.maximum(rest, 1e-7)), LOWEST)
+        ends = np.zeros(len(row.ids), dtype=np.int64) if row.ends is None else row.ends
+        lengths = np.diff(ends, prepend=0) if self.layout.length_bits else np.zeros(len(row.ids), np.int64)
+        records = TokenRecords(row.ids, row.logprobs, row.topk_ids, row.topk_logprobs, tail, lengths)
+        try:
+            return pack_records(self.layout, records)
+        except ValueError as error:
+            raise ModelError(
+                f"row {row.id}: the teacher's distributions cannot be kept: {error}",
+                fix="run: mlx-distill inspect --verify of the teacher; and mlx-distill targets",
+            ) from error
+
+    def _masses(self, packed: np.ndarray, partitions: np.ndarray) -> dict[str, Any]:
+        """Sums over a shard's tokens, of what will be read back."""
+        records = unpack_records(self.layout, packed)
+        logs = records.topk_logprobs.astype(np.float64)
+        out = {"mass": float(1 - np.exp(records.tail_logprobs.astype(np.float64)).mean()) * len(packed)}
+        kept = [
+            np.exp(logs / t - partitions[:, i, None]).sum(axis=1) for i, t in enumerate(self.temperatures)
+        ]
+        return {**out, "tails": [float(np.maximum(1 - mass, 0).sum()) for mass in kept]}
 
     def finish(self, **facts: Any) -> None:
-        """Write the index: the number of rows and shards, and ``facts``, such as the labels and a hash of the
-        teacher's tokenizer.
-        """
-        write_json(
-            self.folder / "index.json",
-            {"format": FORMAT, "rows": self.done, "shards": len(self.shards), **facts},
-        )
+        """Write the index, with ``facts`` such as the labels."""
+        index = {
+            "format": FORMAT,
+            "rows": self.done,
+            "layout": asdict(self.layout),
+            "temperatures": list(self.temperatures),
+            "record_bytes": self.layout.record_bytes,
+            **self.sums,
+            "fingerprints": self.fingerprints,
+            "cache": self.key,
+            "shards": self.shards,
+            **facts,
+        }
+        write_json(self.folder / INDEX, {**index, "content": digest(index)})
 
 
 class TargetReader:
-    """Reads a folder of targets, a shard at a time."""
+    """The targets of a folder, in their order or by number; a file is checked when it is first read.
+
+    Raises:
+        FileError: no targets, unfinished ones, those of another format, or a damaged file.
+    """
 
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
-        index = read_json(self.folder / "index.json")
+        if not (self.folder / INDEX).is_file() and any(self.folder.glob("tokens-*.safetensors")):
+            raise FileError(
+                f"{self.folder}: unfinished soft targets: shards without {INDEX}",
+                fix="run: mlx-distill targets",
+            )
+        index = read_json(self.folder / INDEX)
         version = index.get("format") if isinstance(index, dict) else None
         if version != FORMAT:
-            raise FileError(
-                f"{self.folder}: soft targets of format {version}, not {FORMAT}",
-                fix="make them again: mlx-distill targets",
-            )
+            raise FileError(f"{self.folder}: soft targets of format {version}, not {FORMAT}", fix=_AGAIN)
+        if index.pop("content", None) != digest(index):
+            raise FileError(f"{self.folder / INDEX}: has changed since it was written", fix=_FIX)
         self.index: Mapping[str, Any] = index
+        self.layout = TokenLayout(**index["layout"])
+        self._ends = np.cumsum([shard["rows"] for shard in index["shards"]]).tolist()
+        self._open: OrderedDict[int, _Shard] = OrderedDict()
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The classes of the label log-probabilities, to which one for all other tokens is added."""
         return tuple(self.index["labels"])
 
+    def check(self, fingerprints: Mapping[str, str]) -> None:
+        """Refuse targets that were made from something else.
+
+        Args:
+            fingerprints: As they were given to the writer, of what is there now.
+
+        Raises:
+            DataError: names all that differs.
+        """
+        theirs = self.index["fingerprints"]
+        other = [name for name, value in fingerprints.items() if theirs.get(name) != value]
+        if other:
+            raise DataError(
+                f"{self.folder}: targets of another {', another '.join(other)}",
+                fix="run: mlx-distill targets",
+            )
+
     def __len__(self) -> int:
         return int(self.index["rows"])
 
     def __iter__(self) -> Iterator[TeacherTargets]:
-        for number in range(int(self.index["shards"])):
-            yield from self._shard(number)
+        return (self[number] for number in range(len(self)))
 
-    def _shard(self, number: int) -> Iterator[TeacherTargets]:
-        from safetensors import SafetensorError
-        from safetensors.numpy import load_file
+    def __getitem__(self, row: Any) -> Any:
+        """The targets of one row, or of a slice of rows."""
+        if isinstance(row, slice):
+            return [self[number] for number in range(len(self))[row]]
+        row = range(len(self))[row]
+        number = bisect_right(self._ends, row)
+        shard = self._open.pop(number, None) or _Shard(self.folder, number, self.index)
+        self._open[number] = shard
+        if len(self._open) > _OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return shard.row(row - self._ends[number] + self.index["shards"][number]["rows"], self.layout)
 
-        path = self.folder / _tokens(number)
+
+class _Shard:
+    """The checked tensors and lines of a shard."""
+
+    def __init__(self, folder: Path, number: int, index: Mapping[str, Any]) -> None:
+        listed = index["shards"][number]
+        for name, expected in ((_tokens(number), "sha256"), (_rows(number), "rows_sha256")):
+            _check_file(folder / name, listed[expected], str(index["cache"]))
+        self.path = folder / _tokens(number)
+        self.lines = [line for _, line in read_jsonl(folder / _rows(number))]
+        self.ends = np.cumsum([line["tokens"] for line in self.lines])
+        self.tensors = _tensors(self.path) or {}
+
+    def row(self, number: int, layout: TokenLayout) -> TeacherTargets:
+        line, end = self.lines[number], int(self.ends[number])
+        at = slice(end - line["tokens"], end)
         try:
-            tensors = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise FileError(f"{path}: cannot be read: {error}", fix=_FIX) from error
-        start = 0
-        for line, row in read_jsonl(self.folder / _rows(number)):
-            end = start + row["tokens"]
-            if end > len(tensors["ids"]):
-                raise FileError(f"{path}: fewer tokens than line {line} of its rows says", fix=_FIX)
-            part = {name: value[start:end] for name, value in tensors.items()}
-            labels = row["label_logprobs"]
-            part["topk_logprobs"] = part["topk_logprobs"].astype(np.float32)
-            yield TeacherTargets(
-                row["id"],
-                row["text"],
-                None if labels is None else np.array(labels, dtype=np.float32),
-                **part,
-            )
-            start = end
+            records = unpack_records(layout, self.tensors["records"][at])
+        except ValueError as error:
+            raise FileError(f"{self.path}: {error}", fix=_FIX) from error
+        labels = self.tensors["labels"][number]
+        return TeacherTargets(
+            line["id"],
+            line["text"],
+            None if not len(labels) or np.isnan(labels[0]) else labels,
+            ids=records.ids,
+            logprobs=records.logprobs,
+            topk_ids=records.topk_ids,
+            topk_logprobs=records.topk_logprobs,
+            tail_logprobs=records.tail_logprobs,
+            ends=np.cumsum(records.lengths) if layout.length_bits else None,
+            partitions=self.tensors["partitions"][at],
+        )
+
+
+def _check_file(path: Path, expected: str, cache: str) -> None:
+    if not path.is_file():
+        raise FileError(f"{path}: is missing", fix=_FIX)
+    if sha256(path) == expected:
+        return
+    facts = _metadata(path) if path.suffix == ".safetensors" else None
+    if facts is None and path.suffix == ".safetensors":
+        raise FileError(f"{path}: is truncated or no file of soft targets", fix=_FIX)
+    if facts is not None and facts["cache"] != cache:
+        raise FileError(f"{path}: belongs to other soft targets", fix=_FIX)
+    raise FileError(f"{path}: has changed since it was written", fix=_FIX)
+
+
+def _cache_key(layout: TokenLayout, temperatures: Sequence[float], fingerprints: Mapping[str, str]) -> str:
+    return digest(
+        {
+            "format": FORMAT,
+            "layout": asdict(layout),
+            "temperatures": list(temperatures),
+            "fingerprints": dict(fingerprints),
+        }
+    )
+
+
+def _metadata(path: Path) -> dict[str, Any] | None:
+    """What a token file says of itself; None where it is no whole one of this format."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "np") as file:
+            facts: dict[str, Any] = json.loads((file.metadata() or {}).get(_METADATA, "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return None
+    return facts if facts.get("format") == FORMAT else None
+
+
+def _tensors(path: Path) -> dict[str, np.ndarray] | None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError):
+        return None
+
+
+def _content(tensors: Mapping[str, np.ndarray]) -> str:
+    hashed = hashlib.sha256()
+    for name in sorted(tensors):
+        hashed.update(f"{name} {tensors[name].dtype} {tensors[name].shape}".encode())
+        hashed.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return hashed.hexdigest()
+
+
+def _label_table(rows: Sequence[TeacherTargets]) -> np.ndarray:
+    width = max((len(row.label_logprobs) for row in rows if row.label_logprobs is not None), default=0)
+    out = np.full((len(rows), width), np.nan, dtype=np.float32)
+    for values, row in zip(out, rows, strict=True):
+        if row.label_logprobs is not None:
+            values[:] = row.label_logprobs
+    return out
+
+
+def _joined_partitions(rows: Sequence[TeacherTargets], count: int) -> np.ndarray:
+    empty = [np.zeros((len(row.ids), 0)) if row.partitions is None else row.partitions for row in rows]
+    out = np.concatenate(empty).astype(np.float32)
+    if out.shape[1] != count:
+        raise ValueError(f"partitions of {out.shape[1]} temperatures, not {count}")
+    return np.ascontiguousarray(out)
 
 
 def _tokens(number: int) -> str:

@@ -64,14 +64,17 @@ class TokenLoss:
 
 
 def _top_k_kl(data: TokenLossInput) -> mx.array:
-    index, targets, reader = data.extra["start_index"], _targets(data), data.reader
-    if reader.tiled_head is not None:
-        return sparse_linear_kl(
-            reader.hidden[index], reader.tiled_head, targets, temperature=data.temperature
+    """T² times the KL between both distributions at T: the teacher's is at T already, with its own tail."""
+    index, targets, reader, t = data.extra["start_index"], _targets(data), data.reader, data.temperature
+    found = np.array(data.extra["temperature"]) if "temperature" in data.extra else np.ones(1)
+    if len(found) and not np.allclose(found, t):
+        raise ConfigError(
+            f"token_loss: kl at temperature {t}, and the targets are at {found[0]:g}",
+            fix="align the rows at distill.temperature, from targets that have its partition",
         )
-    return reader.row_losses(
-        lambda z, at: sparse_forward_kl(z, rows_of(targets, at), temperature=data.temperature), index
-    )
+    if reader.tiled_head is not None:
+        return t**2 * sparse_linear_kl(reader.hidden[index] / t, reader.tiled_head.over(t), targets)
+    return t**2 * reader.row_losses(lambda z, at: sparse_forward_kl(z / t, rows_of(targets, at)), index)
 
 
 def _token_group_kl(data: TokenLossInput) -> mx.array:

@@ -22,6 +22,7 @@ from mlx_distill.stages.context import (
     vocabulary_hash,
 )
 from mlx_distill.stages.label_calibration import calibrate_labels
+from mlx_distill.stages.targets import check_tail, fingerprints
 from mlx_distill.stages.training import check_training, fine_tune, train_rows
 from mlx_distill.storage import digest, scratch, sha256
 
@@ -134,14 +135,15 @@ def aligned_rows(
     reader = TargetReader(context.run / "targets")
     teacher_tokenizer = load_tokenizer(context.run / "teacher")
     teacher_hash = vocabulary_hash(teacher_tokenizer)
-    if reader.index["teacher_tokenizer"] != teacher_hash:
-        raise DataError(
-            f"{reader.folder}: targets of another tokenizer than {context.run / 'teacher'}",
-            fix="run: mlx-distill targets",
-        )
+    reader.check(fingerprints(context, teacher_tokenizer))
     same_tokenizer = vocabulary_hash(tokenizer) == teacher_hash
     labels = find_label_trie(tokenizer, context.task, settings.label_weight)
-    key = _aligned_key(context, content_of(reader.folder), teacher_hash, settings)
+    loss = token_loss_name(settings, same_tokenizer)
+    # Only the KL over tokens is at T; over groups T softens the groups' masses.
+    temperature = settings.temperature if loss == "kl" else 1.0
+    if temperature != 1:
+        check_tail(reader.index, reader.layout.top_k)
+    key = _aligned_key(context, content_of(reader.folder), teacher_hash, settings, temperature)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
     if not all(is_stored(path, key) for path in folders.values()):
         write_aligned_rows(
@@ -160,12 +162,12 @@ def aligned_rows(
             total=len(reader),
             progress=context.progress,
             check_stop=partial(check_stop, context),
+            temperature=temperature,
         )
     train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
     _note_left_out(context, train.facts, settings.max_length)
     if settings.label_weight > 0:
         _check_labelled(context, train, reader.folder)
-    loss = token_loss_name(settings, same_tokenizer)
     needs_groups = loss is not None and TOKEN_LOSSES[loss].needs == "token_groups"
     inputs = {
         "labels": labels,
@@ -274,7 +276,9 @@ def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_column
     )
 
 
-def _aligned_key(context: Context, targets: str, teacher_tokenizer: str, settings: DistillConfig) -> str:
+def _aligned_key(
+    context: Context, targets: str, teacher_tokenizer: str, settings: DistillConfig, temperature: float = 1.0
+) -> str:
     """A hash of all that the aligned rows are made of; ``targets`` is that of the targets."""
     return digest(
         {
@@ -284,6 +288,7 @@ def _aligned_key(context: Context, targets: str, teacher_tokenizer: str, setting
             "teacher_tokenizer": teacher_tokenizer,
             "max_length": settings.max_length,
             **({"max_rows": settings.max_rows} if settings.max_rows else {}),
+            **({"temperature": temperature} if temperature != 1 else {}),
             "answer": [dict(context.task.schema), context.task.label],
         }
     )

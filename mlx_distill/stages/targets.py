@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
+from collections.abc import Mapping
 from itertools import chain, islice
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
+from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.recipe import Recipe, TargetsConfig
 from mlx_distill.stages.context import (
     Context,
     Facts,
@@ -13,9 +18,17 @@ from mlx_distill.stages.context import (
     count_rows,
     load_model,
     read_rows,
+    rows_file,
     vocabulary_hash,
 )
-from mlx_distill.storage import read_json, scratch, write_json
+from mlx_distill.storage import digest, os_errors, read_json, read_manifest, scratch, sha256, write_json
+from mlx_distill.text import counted, percent, size
+
+if TYPE_CHECKING:
+    from mlx_distill.distill.teacher_cache import TargetWriter
+    from mlx_distill.distill.token_codec import TokenLayout
+
+MAX_TAIL = 0.01  # of the mass at a temperature other than 1
 
 
 def targets(context: Context, folder: Path) -> Facts:
@@ -29,10 +42,14 @@ def targets(context: Context, folder: Path) -> Facts:
     model, tokenizer = load_model(context, "teacher")
     labels = find_label_trie(tokenizer, context.task, context.recipe.distill.label_weight)
     train_rows = min(count_rows(context, "train"), settings.max_rows or sys.maxsize)
-    writer = TargetWriter(folder)
+    temperatures = recipe_temperatures(context.recipe)
+    writer = TargetWriter(
+        folder, cache_layout(model, tokenizer, settings), temperatures, fingerprints(context, tokenizer)
+    )
     train = (
         (row, n) for row in islice(read_rows(context, "train"), train_rows) for n in range(settings.samples)
     )
+    _note_disk(context, tokenizer, writer, train_rows * settings.samples + count_rows(context, "valid"))
     rows = islice(chain(train, ((row, 0) for row in read_rows(context, "valid"))), writer.done, None)
     shard = max(settings.batch_size * 8, 64)
     with context.progress.task(
@@ -44,9 +61,13 @@ def targets(context: Context, folder: Path) -> Facts:
         while chunk := list(islice(rows, shard)):
             check_stop(context)
             asked, samples = zip(*chunk, strict=True)
-            scored, check = score_answers(model, tokenizer, asked, context.task, settings, labels, samples)
+            scored, check = score_answers(
+                model, tokenizer, asked, context.task, settings, labels, samples, temperatures
+            )
             write_json(_check_file(folder, len(writer.shards)), check.to_dict())
             writer.write(scored)
+            if context.recipe.distill.token_loss == "kl":
+                check_tail(writer.sums, settings.top_k)
             bar.update(writer.done)
     paths = [_check_file(folder, shard) for shard in range(len(writer.shards))]
     answers = joined([read_json(path) for path in paths if path.is_file()])
@@ -54,14 +75,106 @@ def targets(context: Context, folder: Path) -> Facts:
         context.progress.note(
             f"targets: {invalid} answers of the teacher do not fit the task; these rows keep the data's own"
         )
-    writer.finish(
-        labels=list(context.task.labels),
-        teacher_tokenizer=vocabulary_hash(tokenizer),
-        text=settings.text,
-        top_k=settings.top_k,
+    writer.finish(labels=list(context.task.labels), text=settings.text)
+    stored = sum(p.stat().st_size for p in folder.glob("[rt]*-0*"))
+    return {"rows": writer.done, "bytes": stored, **({FACT: answers} if answers["rows"] else {})}
+
+
+def _note_disk(context: Context, tokenizer: Any, writer: TargetWriter, rows: int) -> None:
+    """Say what the targets will take, from the tokens of the first rows' own answers.
+
+    Raises:
+        FileError: there is less room than that.
+    """
+    from mlx_distill.data.chat import answer_ids
+
+    first = [row["messages"][-1]["content"] for row in islice(read_rows(context, "train"), 100)]
+    tokens = sum(len(answer_ids(tokenizer, text)) + 1 for text in first) / max(len(first), 1)
+    left = rows - writer.done
+    each = writer.layout.record_bytes + 4 * len(writer.temperatures)
+    needed = round(left * (tokens * each + sum(len(text.encode()) for text in first) / max(len(first), 1)))
+    with os_errors(writer.folder):
+        free = shutil.disk_usage(writer.folder).free
+    text = f"{counted(left, 'answer')} of about {tokens:.0f} tokens, {each} bytes a token: {size(needed)}"
+    if needed > free:
+        raise FileError(
+            f"{writer.folder}: {size(free)} are free, and the targets need more: {text}",
+            fix="make room, or lower targets.max_rows or targets.top_k",
+        )
+    if left:
+        context.progress.note(f"targets: {text} on disk")
+
+
+def recipe_temperatures(recipe: Recipe) -> tuple[float, ...]:
+    """The temperatures of the partitions that a recipe's token-level loss needs: ``kl`` (or ``auto``, which
+    may become it) softens both distributions over all tokens.
+
+    >>> from mlx_distill.recipe import load_recipe
+    >>> recipe_temperatures(load_recipe("tiny", {"distill.temperature": 2.0}))
+    (2.0,)
+    """
+    settings = recipe.distill
+    needed = settings.token_weight > 0 and settings.token_loss in ("auto", "kl")
+    return (settings.temperature,) if needed and settings.temperature != 1 else ()
+
+
+def cache_layout(model: Any, tokenizer: Any, settings: TargetsConfig) -> TokenLayout:
+    """How a teacher's distributions are written."""
+    from mlx_distill.distill.teacher import byte_lengths
+    from mlx_distill.distill.token_codec import TokenLayout
+    from mlx_distill.models.forward import head_columns
+
+    lengths = byte_lengths(tokenizer)
+    columns = head_columns(model)
+    return TokenLayout(
+        columns=columns,
+        top_k=settings.draws or min(settings.top_k, columns),
+        sampled=settings.draws > 0,
+        length_bits=0 if lengths is None else int(lengths.max()).bit_length(),
     )
-    size = sum(p.stat().st_size for p in folder.glob("[rt]*-0*"))
-    return {"rows": writer.done, "bytes": size, **({FACT: answers} if answers["rows"] else {})}
+
+
+def fingerprints(context: Context, tokenizer: Any) -> dict[str, str]:
+    """What targets are made from: hashes of the teacher's weights, adapter, tokenizer and template, and of
+    the rows.
+    """
+    weights = [_hashes(context.run / name, "model*.safetensors") for name in ("teacher_base", "teacher")]
+    return {
+        "weights": digest(weights),
+        "adapter": digest(_hashes(context.run / "teacher", "adapter*")),
+        "tokenizer": vocabulary_hash(tokenizer),
+        "template": digest(str(getattr(tokenizer, "chat_template", None))),
+        "rows": digest([sha256(rows_file(context, split)) for split in ("train", "valid")]),
+    }
+
+
+def _hashes(folder: Path, pattern: str) -> dict[str, str]:
+    """The hashes of a stage's files, from its manifest where it has them."""
+    manifest = read_manifest(folder)
+    listed = manifest.files if manifest else {}
+    return {
+        path.name: listed[path.name].sha256 if path.name in listed else sha256(path)
+        for path in sorted(folder.glob(pattern))
+    }
+
+
+def check_tail(sums: Mapping[str, Any], top_k: int) -> None:
+    """Refuse a temperature at which the top k does not hold the distribution.
+
+    Args:
+        sums: Of a :class:`~mlx_distill.distill.teacher_cache.TargetWriter`, or the index of its cache.
+        top_k: For the message.
+
+    Raises:
+        ConfigError: the mean mass outside of the top k is 1 % or more at a temperature.
+    """
+    for temperature, mass in sums["tail_mass_at"].items():
+        if mass >= MAX_TAIL:
+            raise ConfigError(
+                f"distill.temperature: {temperature}: the {top_k} most probable tokens hold "
+                f"{percent(1 - mass)} of the teacher's distribution at it, and 99 % are needed",
+                fix="raise targets.top_k, or set distill.temperature: 1",
+            )
 
 
 def _check_file(folder: Path, shard: int) -> Path:

@@ -11,6 +11,7 @@ from helpers.tiny_model import VOCABULARY, TinyModel, make_model
 from mlx_distill.config import resolve_asset
 from mlx_distill.distill.teacher import TokenizedAnswer, score
 from mlx_distill.distill.teacher_cache import TeacherTargets
+from mlx_distill.distill.token_distributions import Kept, distributions, sample_shares, top_k
 from mlx_distill.infer.label_scoring import prompt_label_logprobs
 from mlx_distill.losses.labels import LabelNode, LabelTrie
 from mlx_distill.models.load import load
@@ -143,3 +144,48 @@ def test_labels_that_share_tokens_are_scored_behind_each_answers_beginning(cache
             assert row.label_logprobs is None
         else:
             np.testing.assert_allclose(row.label_logprobs, next(expected), atol=2e-4)
+
+
+# --- what is kept of a distribution -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("columns", "k"), [(64, 3), (1000, 4), (1024, 16), (130, 2), (5, 5)])
+def test_the_largest_of_each_row_by_blocks_are_those_of_a_sort(columns: int, k: int) -> None:
+    z = np.random.default_rng(columns).normal(size=(7, columns)).astype(np.float32)
+    assert (np.array(top_k(mx.array(z), k)) == np.argsort(-z, axis=1)[:, :k]).all()
+
+
+def test_tail_and_partition_are_those_of_the_whole_vocabulary() -> None:
+    z = np.random.default_rng(0).normal(size=(5, 300)) * 4
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    out = distributions(mx.array(z.astype(np.float32)), np.arange(5, dtype=np.int32), Kept(8, (2.0, 0.5)))
+    rest = np.sort(p, axis=1)[:, :-8].sum(1)
+    np.testing.assert_allclose(out.tail_logprobs, np.log(rest), rtol=1e-5)
+    for i, t in enumerate((2.0, 0.5)):
+        np.testing.assert_allclose(out.partitions[:, i], np.log((p ** (1 / t)).sum(1)), atol=1e-5)
+    np.testing.assert_allclose(out.logprobs, np.log(p[np.arange(5), np.arange(5)]), rtol=1e-5)
+
+
+def test_samples_have_the_distribution_as_their_mean_and_no_token_without_probability() -> None:
+    p = np.array([[0.0, 0.6, 0.0, 0.3, 0.1, 0.0]])
+    random, share = np.random.default_rng(0), np.zeros(6)
+    for _ in range(300):
+        ids, logs = sample_shares(p, random.random((1, 20)))
+        np.add.at(share, ids[0], np.exp(logs[0].astype(float)) / 300)
+    # 6,000 samples: a standard deviation of at most 0.0064.
+    np.testing.assert_allclose(share, p[0], atol=0.025)
+    assert (share[p[0] == 0] == 0).all()
+    ids, _ = sample_shares(p, np.array([[0.0, 1.0]]))
+    assert p[0, ids[0]].all()
+
+
+def test_samples_depend_on_the_row_alone() -> None:
+    model = make_model()
+    one = list(score(model, ANSWERS, top_k=TOP, draws=12))
+    for row, other in zip(
+        one[::-1], score(model, ANSWERS[::-1], top_k=TOP, draws=12, batch_size=2), strict=True
+    ):
+        assert row.topk_ids.tolist() == other.topk_ids.tolist()
+        np.testing.assert_allclose(np.exp(row.topk_logprobs.astype(float)).sum(1), 1, atol=1e-6)
+    again = list(score(model, ANSWERS, top_k=TOP, draws=12, seed=1))
+    assert any(a.topk_ids.tolist() != b.topk_ids.tolist() for a, b in zip(one, again, strict=True))

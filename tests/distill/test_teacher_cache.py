@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from mlx_distill.distill.teacher_cache import TargetReader, TargetWriter, TeacherTargets
-from mlx_distill.errors import FileError
+from mlx_distill.distill.token_codec import TokenLayout
+from mlx_distill.errors import DataError, FileError, ModelError
 
-K = 3
+K, COLUMNS = 3, 4000
+LAYOUT = TokenLayout(columns=COLUMNS, top_k=K, length_bits=5)
+MADE_FROM = {"weights": "w", "adapter": "a", "tokenizer": "t", "template": "p", "rows": "r"}
 
 
 def make_rows(count: int, seed: int = 0) -> list[TeacherTargets]:
@@ -21,15 +25,19 @@ def make_rows(count: int, seed: int = 0) -> list[TeacherTargets]:
     rows = []
     for i in range(count):
         n = int(random.integers(1, 7))
+        logs = np.log(np.sort(random.dirichlet(np.ones(K + 1), n), axis=1)[:, ::-1]).astype(np.float32)
         rows.append(
             TeacherTargets(
-                f"row-{seed}-{i}",
+                f"row-{seed}-{i // 2}",
                 f"text {i} Ä\u2028",
                 random.normal(size=4).astype(np.float32) if i % 3 else None,
-                random.integers(0, 200_000, n).astype(np.int32),
-                random.normal(size=n).astype(np.float32),
-                random.integers(0, 200_000, (n, K)).astype(np.int32),
-                -np.sort(random.exponential(9, (n, K)), 1).astype(np.float32),
+                random.integers(0, COLUMNS, n).astype(np.int32),
+                -random.exponential(size=n).astype(np.float32),
+                np.stack([random.permutation(COLUMNS)[:K] for _ in range(n)]).astype(np.int32),
+                logs[:, :K],
+                tail_logprobs=logs[:, K],
+                ends=np.cumsum(random.integers(0, 32, n)),
+                partitions=random.normal(size=(n, 1)).astype(np.float32),
             )
         )
     return rows
@@ -38,96 +46,159 @@ def make_rows(count: int, seed: int = 0) -> list[TeacherTargets]:
 ROWS = [make_rows(5, 0), make_rows(1, 1), make_rows(4, 2)]
 
 
-def write(folder: Path, shards: list[list[TeacherTargets]] = ROWS, **facts: Any) -> Path:
-    writer = TargetWriter(folder)
-    for shard in shards:
+def write(
+    folder: Path, shards: list[list[TeacherTargets]] = ROWS, fingerprints: dict[str, str] = MADE_FROM
+) -> Path:
+    writer = TargetWriter(folder, LAYOUT, (2.0,), fingerprints)
+    for shard in shards[len(writer.shards) :]:
         writer.write(shard)
-    writer.finish(labels=["a", "b", "c", "d"], **facts)
+    writer.finish(labels=["a", "b", "c", "d"])
     return folder
 
 
 def same(one: TeacherTargets, other: TeacherTargets) -> None:
     assert (one.id, one.text) == (other.id, other.text)
-    for name in ("label_logprobs", "ids", "logprobs", "topk_ids"):
+    for name in ("label_logprobs", "ids", "topk_ids", "ends", "partitions"):
         a, b = getattr(one, name), getattr(other, name)
         if a is None or b is None:
             assert a is b, name
             continue
         assert a.dtype == b.dtype and (a == b).all(), name
-    assert other.topk_logprobs.dtype == np.float32
-    assert (
-        other.topk_logprobs == one.topk_logprobs.astype(np.float16)
-    ).all()  # half precision, and nothing else is lost
+    for name in ("logprobs", "topk_logprobs", "tail_logprobs"):
+        a, b = getattr(one, name), getattr(other, name)
+        assert b.dtype == np.float32 and np.abs(a - b).max() <= 2.0**-9 * max(1, np.abs(a).max()), name
 
 
-def test_what_was_written_is_read_back_in_its_order(tmp_path: Path) -> None:
-    reader = TargetReader(write(tmp_path / "targets", top_k=K))
-    assert len(reader) == 10 and reader.labels == ("a", "b", "c", "d") and reader.index["top_k"] == K
-    rows = list(reader)
-    assert len(rows) == 10
-    for one, other in zip([row for shard in ROWS for row in shard], rows, strict=True):
+def test_what_was_written_is_read_back_in_any_order(tmp_path: Path) -> None:
+    reader = TargetReader(write(tmp_path / "targets"))
+    assert len(reader) == 10 and reader.labels == ("a", "b", "c", "d")
+    expected = [row for shard in ROWS for row in shard]
+    for one, other in zip(expected, reader, strict=True):
         same(one, other)
-    assert [row.id for row in reader] == [row.id for row in rows]  # and again
+    for number in (9, 0, 5, -1, 4, 9):
+        same(expected[number], reader[number])
+    assert [row.id for row in reader[3:6]] == [row.id for row in expected[3:6]]
+    with pytest.raises(IndexError):
+        reader[10]
 
 
-def test_a_token_costs_what_the_format_says(tmp_path: Path) -> None:
-    rows = [
-        TeacherTargets(
-            "x",
-            "",
-            None,
-            np.zeros(1000, np.int32),
-            np.zeros(1000, np.float32),
-            np.zeros((1000, 32), np.int32),
-            np.zeros((1000, 32)),
-        )
+def test_the_texts_of_a_row_are_numbered_and_the_index_has_the_means(tmp_path: Path) -> None:
+    folder = write(tmp_path / "targets")
+    lines = [
+        json.loads(line)
+        for path in sorted(folder.glob("rows-*"))
+        for line in path.read_text("utf-8").split("\n")[:-1]
     ]
-    size = (write(tmp_path, [rows]) / "tokens-00000.safetensors").stat().st_size
-    assert size - 1000 * (6 * 32 + 8) < 1000
+    assert [line["sample"] for line in lines] == [0, 1, 0, 1, 0, 0, 0, 1, 0, 1]
+    index, rows = TargetReader(folder).index, [row for shard in ROWS for row in shard]
+    mass = np.concatenate([np.exp(row.topk_logprobs).sum(axis=1) for row in rows])
+    assert index["tokens"] == len(mass) and index["kept_mass"] == pytest.approx(mass.mean(), abs=1e-3)
+    assert index["record_bytes"] == LAYOUT.record_bytes and index["fingerprints"] == MADE_FROM
+
+
+def test_targets_of_something_else_are_refused_by_name(tmp_path: Path) -> None:
+    reader = TargetReader(write(tmp_path / "targets"))
+    reader.check(MADE_FROM)
+    for name in MADE_FROM:
+        with pytest.raises(DataError, match=f"targets of another {name} "):
+            reader.check({**MADE_FROM, name: "other"})
+    with pytest.raises(DataError, match="another weights, another rows") as caught:
+        reader.check({**MADE_FROM, "weights": "x", "rows": "y"})
+    assert "mlx-distill targets" in (caught.value.fix or "")
+
+
+def test_a_teacher_without_finite_numbers_is_refused(tmp_path: Path) -> None:
+    rows = make_rows(2, 5)
+    rows[1].topk_logprobs[0] = np.nan
+    with pytest.raises(ModelError, match=r"row-5-0.*sum to nan"):
+        write(tmp_path, [rows])
 
 
 @pytest.mark.parametrize("interrupted", [0, 1, 2])
-def test_an_interrupted_writer_continues_after_its_last_complete_shard(
-    tmp_path: Path, interrupted: int
+@pytest.mark.parametrize("damage", ["half rows", "half tokens", "other cache", "flipped"])
+def test_an_interrupted_writer_continues_after_its_last_whole_shard(
+    tmp_path: Path, interrupted: int, damage: str
 ) -> None:
-    writer = TargetWriter(tmp_path / "interrupted")
-    for shard in ROWS[:interrupted]:
-        writer.write(shard)
-    # Killed between a shard's rows and its tokens.
-    (tmp_path / "interrupted" / f"rows-{interrupted:05d}.jsonl").write_text('{"id": "half"')
-    again = TargetWriter(tmp_path / "interrupted")
-    assert again.done == sum(len(shard) for shard in ROWS[:interrupted])
-    for shard in ROWS[interrupted:]:
-        again.write(shard)
-    again.finish(labels=["a", "b", "c", "d"])
     write(tmp_path / "whole")
+    cut, other = tmp_path / "interrupted", write(tmp_path / "other", fingerprints={**MADE_FROM, "rows": "2"})
+    shutil.copytree(tmp_path / "whole", cut)
+    (cut / "index.json").unlink()
+    rows, tokens = (
+        cut / name for name in (f"rows-{interrupted:05d}.jsonl", f"tokens-{interrupted:05d}.safetensors")
+    )
+    if damage == "half rows":
+        os.truncate(rows, 10)
+        tokens.unlink()
+    elif damage == "half tokens":
+        os.truncate(tokens, tokens.stat().st_size // 2)
+    elif damage == "other cache":
+        shutil.copy(other / tokens.name, tokens)
+    else:
+        raw = bytearray(tokens.read_bytes())
+        raw[-3] ^= 4
+        tokens.write_bytes(raw)
+    again = TargetWriter(cut, LAYOUT, (2.0,), MADE_FROM)
+    assert again.done == sum(len(shard) for shard in ROWS[:interrupted])
+    assert not list(cut.glob(f"*-{interrupted + 1:05d}.*"))  # nothing of a shard behind
+    write(cut)
+    assert sorted(os.listdir(cut)) == sorted(os.listdir(tmp_path / "whole"))
     for path in sorted((tmp_path / "whole").iterdir()):
-        assert (tmp_path / "interrupted" / path.name).read_bytes() == path.read_bytes()
-    assert sorted(os.listdir(tmp_path / "interrupted")) == sorted(os.listdir(tmp_path / "whole"))
+        assert (cut / path.name).read_bytes() == path.read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["truncated", "missing", "short"])
-def test_a_damaged_shard_is_named_with_a_fix(tmp_path: Path, damage: str) -> None:
+def flip(path: Path, at: int) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[at] ^= 1
+    path.write_bytes(raw)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("truncated", "truncated"),
+        ("missing", "missing"),
+        ("swapped", "changed since"),
+        ("foreign", "belongs to other soft targets"),
+        ("flipped", "changed since"),
+        ("rows", "changed since"),
+    ],
+)
+def test_a_damaged_shard_is_named_with_a_fix(tmp_path: Path, damage: str, message: str) -> None:
     path = write(tmp_path / "targets") / "tokens-00002.safetensors"
     if damage == "truncated":
         os.truncate(path, path.stat().st_size - 5)
     elif damage == "missing":
         path.unlink()
+    elif damage == "swapped":
+        shutil.copy(path.with_name("tokens-00001.safetensors"), path)
+    elif damage == "foreign":
+        other = write(tmp_path / "other", fingerprints={**MADE_FROM, "weights": "other"})
+        shutil.copy(other / path.name, path)
+    elif damage == "flipped":
+        flip(path, -9)
     else:
-        path.write_bytes((tmp_path / "targets" / "tokens-00001.safetensors").read_bytes())
-    with pytest.raises(FileError) as caught:
-        list(TargetReader(tmp_path / "targets"))
-    assert "tokens-00002.safetensors" in caught.value.message and "mlx-distill targets" in (
-        caught.value.fix or ""
-    )
+        path = path.with_name("rows-00002.jsonl")
+        flip(path, 12)
+    reader = TargetReader(tmp_path / "targets")
+    assert len(reader[:6]) == 6  # the shards before it can be read
+    with pytest.raises(FileError, match=message) as caught:
+        list(reader)
+    assert path.name in caught.value.message and "mlx-distill targets" in (caught.value.fix or "")
 
 
-def test_another_format_is_refused(tmp_path: Path) -> None:
+def test_another_format_a_changed_index_and_unfinished_targets_are_refused(tmp_path: Path) -> None:
     index = write(tmp_path / "targets") / "index.json"
-    index.write_text(json.dumps({**json.loads(index.read_text()), "format": 99}))
-    with pytest.raises(FileError, match="format 99, not 2") as caught:
+    whole = index.read_text()
+    for version in (2, 99):
+        index.write_text(json.dumps({**json.loads(whole), "format": version}))
+        with pytest.raises(FileError, match=f"format {version}, not 3") as caught:
+            TargetReader(tmp_path / "targets")
+        assert "mlx-distill targets" in (caught.value.fix or "")
+    index.write_text(re.sub('"rows": 10', '"rows": 11', whole))
+    with pytest.raises(FileError, match=r"index\.json: has changed"):
         TargetReader(tmp_path / "targets")
-    assert "mlx-distill targets" in (caught.value.fix or "")
     index.unlink()
-    with pytest.raises(FileError, match=r"index\.json"):
+    with pytest.raises(FileError, match="unfinished soft targets"):
         TargetReader(tmp_path / "targets")
+    with pytest.raises(FileError, match=r"index\.json"):
+        TargetReader(tmp_path / "nothing")

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
-from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
+from mlx_distill.distill.align import AlignedRow, align_row, at_temperature, collate_aligned_rows
+from mlx_distill.distill.teacher_cache import TeacherTargets
+from mlx_distill.distill.token_distributions import Kept, distributions
+from mlx_distill.distill.token_losses import TOKEN_LOSSES, TokenLossInput, token_loss_name
+from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import TOKEN_LOSSES as NAMES
 from mlx_distill.recipe import DistillConfig
+from mlx_distill.train.objective import LogitReader
 
 
 def test_the_recipe_names_every_loss_of_the_registry() -> None:
@@ -25,3 +32,68 @@ def test_auto_depends_on_the_tokenizers(same_tokenizer: bool) -> None:
 def test_without_weight_there_is_no_loss() -> None:
     assert token_loss_name(DistillConfig(token_weight=0.0), True) is None
     assert token_loss_name(DistillConfig(token_loss="none"), True) is None
+
+
+# --- kl at a temperature ------------------------------------------------------------------------------------
+
+
+class Reader(LogitReader):
+    """Gives the logits of all positions."""
+
+    def __init__(self, z: mx.array) -> None:
+        self.small, self._logits, self._constant = True, z, None
+
+
+def row_at(temperature: float, z: np.ndarray, k: int) -> AlignedRow:
+    """A row whose targets are read from logits, through the partition of the temperature."""
+    n = len(z)
+    p = Kept(k, (temperature,))
+    part = distributions(mx.array(z), np.zeros(n, dtype=np.int32), p)
+    targets = TeacherTargets(
+        "row",
+        "",
+        None,
+        np.zeros(n, np.int32),
+        part.logprobs,
+        part.topk_ids,
+        part.topk_logprobs,
+        partitions=part.partitions,
+    )
+    return align_row(
+        np.zeros(n + 1, np.int32),
+        1,
+        np.array([[i, i + 1, i, i + 1] for i in range(n - 1)]),
+        teacher_logprobs=part.logprobs,
+        topk_ids=part.topk_ids,
+        topk_logprobs=at_temperature(targets, temperature),
+        label_start=None,
+        label_logprobs=None,
+        temperature=temperature,
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_kl_of_a_whole_vocabulary_is_exact_at_any_temperature_and_of_a_top_k_a_lower_bound(
+    temperature: float,
+) -> None:
+    random = np.random.default_rng(1)
+    teacher, student = (random.normal(size=(6, 40)).astype(np.float32) * 3 for _ in range(2))
+    logs = [
+        z / temperature - np.log(np.exp(z / temperature).sum(1, keepdims=True)) for z in (teacher, student)
+    ]
+    exact = temperature**2 * (np.exp(logs[0]) * (logs[0] - logs[1])).sum(1)
+    found = {}
+    for k in (10, 40):
+        extra = collate_aligned_rows([row_at(temperature, teacher, k)], [0], 0, 1).extra
+        data = TokenLossInput(Reader(mx.array(student)), extra, lambda: mx.zeros(6), None, temperature)
+        found[k] = np.array(TOKEN_LOSSES["kl"].loss(data))
+    np.testing.assert_allclose(found[40], exact, rtol=2e-5)
+    assert (found[10] <= exact * (1 + 1e-5)).all() and (found[10] > 0).all()
+
+
+def test_targets_of_another_temperature_are_refused() -> None:
+    z = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
+    extra = collate_aligned_rows([row_at(1.0, z, 5)], [0], 0, 1).extra
+    data = TokenLossInput(Reader(mx.array(z)), extra, lambda: mx.zeros(3), None, 2.0)
+    with pytest.raises(ConfigError, match=r"temperature 2\.0, and the targets are at 1"):
+        TOKEN_LOSSES["kl"].loss(data)

@@ -14,12 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.small_chain import TRAININGS, finished, make_context
+from helpers.targets import rewrite_targets
 
 from mlx_distill.data import chat as templates
 from mlx_distill.data.chat import EncodeReport, encode_rows
 from mlx_distill.data.rows import from_row
 from mlx_distill.distill.align import align_answer, aligned_row_arrays, join_rows
-from mlx_distill.distill.teacher_cache import TargetReader
+from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
 from mlx_distill.errors import ConfigError, DataError, Interrupted, ModelError
 from mlx_distill.infer.label_scoring import task_label_trie
 from mlx_distill.models.load import load_tokenizer
@@ -84,6 +85,7 @@ def change_rows(run_copy: Path, split: str = "train") -> None:
     rows = [row for _, row in read_jsonl(run_copy / "data" / f"{split}.jsonl")]
     rows[0]["messages"][-2]["content"] += " again"
     write_jsonl(run_copy / "data" / f"{split}.jsonl", rows)
+    rewrite_targets(run_copy)
 
 
 def change_manifest(folder: Path) -> None:
@@ -162,6 +164,9 @@ def test_an_empty_split_is_an_empty_store(run_copy: Path, folder: Path) -> None:
 def test_targets_in_another_order_than_the_rows_are_refused(run_copy: Path, folder: Path) -> None:
     rows = [row for _, row in read_jsonl(run_copy / "data" / "train.jsonl")]
     write_jsonl(run_copy / "data" / "train.jsonl", rows[::-1])
+    with pytest.raises(DataError, match="targets of another rows"):
+        pairs(make_context(run=run_copy), folder)
+    rewrite_targets(run_copy)
     with pytest.raises(DataError, match=r"is not in .*, or not in its order") as caught:
         pairs(make_context(run=run_copy), folder)
     assert "mlx-distill targets" in (caught.value.fix or "") and not list(
@@ -183,11 +188,15 @@ def test_tokens_beyond_the_embedding_are_refused_before_training(folder: Path) -
 
 def change_target(run_copy: Path, number: int, before: str, after: str) -> None:
     """Another text in the targets: the teacher's tokens stay those of the old one."""
-    path = sorted((run_copy / "targets").glob("rows-*.jsonl"))[0]
-    lines = path.read_text(encoding="utf-8").splitlines()
-    assert before in lines[number]
-    lines[number] = lines[number].replace(before, after)
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+    def change(at: int, row: TeacherTargets) -> TeacherTargets:
+        if at != number or row.id != first:
+            return row
+        assert before in row.text
+        return replace(row, text=row.text.replace(before, after))
+
+    first = TargetReader(run_copy / "targets")[number].id
+    rewrite_targets(run_copy, change)
 
 
 def test_rows_whose_text_a_tokenizer_changes_are_left_out_and_counted(run_copy: Path, folder: Path) -> None:
@@ -227,12 +236,14 @@ def test_rows_are_aligned_once_until_something_changes(
 ) -> None:
     context = make_context(run=run_copy)
     first = [store.content for store in pairs(context, folder)]
+    tokens = [row.tokens.tolist() for row in pairs(context, folder)[0]]
     made = len(calls)
     assert made > 0 and [store.content for store in pairs(context, folder)] == first and len(calls) == made
     shutil.rmtree(folder / "scratch" / "pairs" / "valid")  # a kill between the two
     assert [store.content for store in pairs(context, folder)] == first and len(calls) == 2 * made
     change_rows(run_copy, "valid")
-    assert pairs(context, folder)[0].content == first[0] and len(calls) == 3 * made
+    assert [row.tokens.tolist() for row in pairs(context, folder)[0]] == tokens
+    assert len(calls) == 3 * made
     assert pairs(context, folder)[1].content != first[1] and len(calls) == 3 * made
     change_manifest(run_copy / "student_base")
     pairs(context, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 import yaml
 from helpers.small_chain import make_context, write_chain
 from helpers.small_run import TASK, rows
+from helpers.targets import rewrite_targets
 
 from mlx_distill.config import resolve_asset
 from mlx_distill.data.predictions import read_predictions
@@ -62,13 +64,10 @@ def test_a_label_loss_that_no_row_has_is_refused_and_one_that_some_lack_is_noted
 ) -> None:
     context = make_context(run=run_copy)
     student = load_tokenizer(run_copy / "student_base")
-    shards = sorted((run_copy / "targets").glob("rows-*.jsonl"))
     for kept in (1, 0):
-        for shard in shards:
-            lines = [row for _, row in read_jsonl(shard)]
-            for row in lines[kept:]:
-                row["label_logprobs"] = None
-            write_jsonl(shard, lines)
+        rewrite_targets(
+            run_copy, lambda i, row, kept=kept: row if i < kept else replace(row, label_logprobs=None)
+        )
         stage = folder / f"kept-{kept}"
         stage.mkdir()
         if kept:

@@ -1,0 +1,284 @@
+"""The teacher cache: bytes a token, the KL computed from it, what writing costs beside the forward.
+
+    python benchmarks/cache_bench.py --tokenizers FOLDER     # FOLDER/qwen3 and FOLDER/gpt-oss: tokenizer.json
+    python benchmarks/cache_bench.py --parts kl store        # without tokenizers
+
+    write  a teacher with a trunk of more than 100 million random weights and the head of the vocabulary reads
+           texts of this repository in its tokenizer's tokens: seconds of the bare forward (trunk and all
+           logits), and of the forward with what is kept of it written to disk, in turns; its parts; bytes on
+           disk by token, all files counted
+    kl     the KL of a student computed from a cache against the exact one in float64, where the top 32 hold
+           99.5 % of the mass and elsewhere, over random distributions of 151,936 columns
+    store  the array store of rows and aligned rows beside pyarrow (parquet without and with compression):
+           bytes, seconds to write and to read 300 rows at random, of packed records
+
+Results go to benchmarks/results/cache.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path[:0] = [str(ROOT)]
+RESULTS = ROOT / "benchmarks" / "results" / "cache.json"
+PARTS = ("write", "kl", "store")
+COLUMNS = {"qwen3": 151_936, "gpt-oss": 201_088}
+
+
+def make_teacher(columns: int, hidden: int, layers: int) -> Any:
+    import mlx.core as mx
+    from mlx_lm.models import qwen3
+
+    mx.random.seed(0)
+    arguments = qwen3.ModelArgs(
+        model_type="qwen3",
+        hidden_size=hidden,
+        num_hidden_layers=layers,
+        intermediate_size=3 * hidden,
+        num_attention_heads=hidden // 64,
+        num_key_value_heads=hidden // 128,
+        head_dim=64,
+        rms_norm_eps=1e-6,
+        vocab_size=columns,
+        max_position_embeddings=4096,
+        rope_theta=1e6,
+        tie_word_embeddings=True,
+    )
+    model = qwen3.Model(arguments)
+    # Logits with a spread like a trained model's, so that the top k and its tail are no extreme.
+    model.model.norm.weight = model.model.norm.weight * 6.0
+    mx.eval(model.parameters())
+    return model
+
+
+def texts(tokenizer: Any, rows: int, length: int) -> list[list[int]]:
+    """Pieces of the repository's documents."""
+    files = sorted(ROOT.glob("*.md")) + sorted((ROOT / "docs").glob("*.md"))
+    whole = "\n".join(path.read_text("utf-8") for path in files)
+    ids = tokenizer.encode(whole[: rows * length * 8], add_special_tokens=False)
+    return [ids[i * length : (i + 1) * length] for i in range(rows)]
+
+
+def timed(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.perf_counter()
+    out = work()
+    return time.perf_counter() - start, out
+
+
+def write(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+    from transformers import AutoTokenizer
+
+    from mlx_distill.distill.teacher import TokenizedAnswer, byte_lengths, score
+    from mlx_distill.distill.teacher_cache import TargetReader, TargetWriter
+    from mlx_distill.distill.token_codec import TokenLayout
+    from mlx_distill.distill.token_distributions import top_k
+    from mlx_distill.models.forward import hidden_states, logits
+
+    tokenizer = AutoTokenizer.from_pretrained(folder / name)
+    model = make_teacher(COLUMNS[name], arguments.hidden, arguments.layers)
+    model.eval()
+    rows, start = texts(tokenizer, arguments.rows, arguments.length), arguments.length // 2
+    answers = [
+        TokenizedAnswer(row, start, None, f"row-{i:05d}", tokenizer.decode(row[start:]))
+        for i, row in enumerate(rows)
+    ]
+    lengths = byte_lengths(tokenizer)
+    assert lengths is not None
+    bits = int(lengths.max()).bit_length()
+    layout = TokenLayout(columns=COLUMNS[name], top_k=32, length_bits=bits)
+    tokens = sum(len(row) - start for row in rows)
+
+    def bare() -> tuple[float, float, Any]:
+        """Trunk, and logits of the answers' positions."""
+        trunk, hidden = timed(lambda: _evaluated(hidden_states(model, mx.array(rows))))
+        kept = hidden[:, start - 1 : -1].reshape(-1, hidden.shape[-1])
+        head, z = timed(lambda: _evaluated(logits(model, kept)))
+        return trunk, head, z
+
+    def whole() -> tuple[float, float, Path]:
+        target = Path(tempfile.mkdtemp()) / "targets"
+        forward, scored = timed(
+            lambda: list(
+                score(model, answers, top_k=32, tokenizer=tokenizer, batch_size=len(rows), multiple=1)
+            )
+        )
+        writer = TargetWriter(target, layout)
+        packing, _ = timed(lambda: (writer.write(scored), writer.finish(labels=[])))
+        return forward, packing, target
+
+    bare(), whole()
+    rounds = [(bare(), whole()) for _ in range(arguments.rounds)]
+    z = rounds[0][0][2]
+    best = timed(lambda: _evaluated(top_k(z, 32)))[0]
+    normalizer = timed(lambda: _evaluated(mx.logsumexp(z, axis=-1)))[0]
+    target = rounds[-1][1][2]
+    on_disk = sum(path.stat().st_size for path in target.iterdir())
+    records = sum(path.stat().st_size for path in target.glob("tokens-*"))
+    weights = sum(v.size for n, v in tree_flatten(model.parameters()) if "embed" not in n)
+    index = TargetReader(target).index
+    ratio = statistics.median((b[0] + b[1]) / (w[0] + w[1]) for b, w in rounds)
+    return {
+        "columns": COLUMNS[name],
+        "trunk_parameters": weights,
+        "tokens": tokens,
+        "record_bytes": layout.record_bytes,
+        "token_file_bytes_a_token": records / tokens,
+        "all_files_bytes_a_token": on_disk / tokens,
+        "kept_mass": index["kept_mass"],
+        "seconds": {
+            "trunk": statistics.median(b[0] for b, _ in rounds),
+            "head": statistics.median(b[1] for b, _ in rounds),
+            "forward_with_what_is_kept": statistics.median(w[0] for _, w in rounds),
+            "packing_and_writing": statistics.median(w[1] for _, w in rounds),
+            "top_k": best,
+            "one_logsumexp": normalizer,
+        },
+        "speed_of_bare_forward": ratio,
+    }
+
+
+def _evaluated(array: Any) -> Any:
+    import mlx.core as mx
+
+    mx.eval(array)
+    return array
+
+
+def kl(rows: int = 48, columns: int = 151_936) -> dict[str, Any]:
+    import mlx.core as mx
+
+    from mlx_distill.distill.token_codec import TokenLayout, TokenRecords, pack_records, unpack_records
+    from mlx_distill.distill.token_distributions import Kept, distributions
+    from mlx_distill.losses.topk import sparse_forward_kl
+    from mlx_distill.records import TopK
+
+    random = np.random.default_rng(0)
+    # Ranks that fall as a power, as in text, at several sharpnesses; the student has noise on its logits.
+    sharp = np.repeat(np.linspace(1.0, 6.0, rows // 4), 4)[:, None]
+    z = (-sharp * np.log(np.arange(1, columns + 1))).astype(np.float32)
+    z = np.stack([row[random.permutation(columns)] for row in z])
+    student = z + random.normal(size=z.shape).astype(np.float32) * random.uniform(0.1, 1.5, (rows, 1))
+    tokens = random.integers(0, columns, rows).astype(np.int32)
+    kept = distributions(mx.array(z), tokens, Kept(32))
+    layout = TokenLayout(columns=columns, top_k=32, length_bits=7)
+    records = TokenRecords(
+        tokens, kept.logprobs, kept.topk_ids, kept.topk_logprobs, kept.tail_logprobs, np.zeros(rows, int)
+    )
+    out = unpack_records(layout, pack_records(layout, records))
+    found = np.array(
+        sparse_forward_kl(mx.array(student), TopK(mx.array(out.topk_ids), mx.array(out.topk_logprobs)))
+    )
+    p, q = z.astype(np.float64), student.astype(np.float64)
+    p -= np.log(np.exp(p - p.max(1, keepdims=True)).sum(1, keepdims=True)) + p.max(1, keepdims=True)
+    q -= np.log(np.exp(q - q.max(1, keepdims=True)).sum(1, keepdims=True)) + q.max(1, keepdims=True)
+    exact = (np.exp(p) * (p - q)).sum(1)
+    mass = np.sort(np.exp(p), axis=1)[:, -32:].sum(1)
+    high = mass >= 0.995
+    return {
+        "positions": rows,
+        "positions_with_99.5_percent": int(high.sum()),
+        "mean_kl_error_there": abs(float(found[high].sum() / exact[high].sum()) - 1),
+        "largest_kl_error_there": float(np.abs(found[high] / exact[high] - 1).max()),
+        "elsewhere_share_of_exact": float(found[~high].sum() / exact[~high].sum()),
+        "elsewhere_tail_mass": float(1 - mass[~high].mean()),
+        "elsewhere_above_exact": int((found[~high] > exact[~high] * 1.01).sum()),
+    }
+
+
+def store(rows: int = 2000) -> dict[str, Any]:
+    import pyarrow as pa
+
+    from mlx_distill.storage.array_store import Store, StoreWriter
+
+    random = np.random.default_rng(0)
+    data = [random.integers(0, 256, (int(n), 120), dtype=np.uint8) for n in random.integers(20, 120, rows)]
+    order = random.integers(0, rows, 300)
+    place, out = Path(tempfile.mkdtemp()), {}
+
+    def own() -> None:
+        with StoreWriter(place / "own") as writer:
+            for row in data:
+                writer.append(records=row)
+
+    reader: Any = None
+    seconds, _ = timed(own)
+    reader = Store(place / "own", dict)
+    read, _ = timed(lambda: [reader[int(i)] for i in order])
+    size = sum(path.stat().st_size for path in (place / "own").iterdir())
+    out["own"] = {"bytes": size, "write_s": seconds, "random_read_s": read}
+    table = pa.table({"records": [row.tobytes() for row in data]})
+    for codec in ("none", "zstd"):
+        out[f"parquet_{codec}"] = _parquet(place / f"{codec}.parquet", table, codec, order)
+    path = place / "rows.arrow"
+
+    def ipc() -> None:
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table, max_chunksize=64)
+
+    seconds, _ = timed(ipc)
+    batches = pa.ipc.open_file(pa.memory_map(str(path)))
+    read, _ = timed(lambda: [batches.get_batch(int(i) // 64)["records"][int(i) % 64].as_py() for i in order])
+    out["arrow_ipc"] = {"bytes": path.stat().st_size, "write_s": seconds, "random_read_s": read}
+    return out
+
+
+def _parquet(path: Path, table: Any, codec: str, order: np.ndarray) -> dict[str, Any]:
+    import pyarrow.parquet as pq
+
+    seconds, _ = timed(lambda: pq.write_table(table, path, compression=codec, row_group_size=64))
+    file = pq.ParquetFile(path)
+    read, _ = timed(lambda: [file.read_row_group(i // 64)["records"][i % 64].as_py() for i in order.tolist()])
+    return {"bytes": path.stat().st_size, "write_s": seconds, "random_read_s": read}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokenizers", type=Path)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--vocabularies", nargs="+", choices=list(COLUMNS), default=list(COLUMNS))
+    parser.add_argument("--rows", type=int, default=8)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--hidden", type=int, default=1024)
+    parser.add_argument("--layers", type=int, default=10)
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    import mlx.core as mx
+
+    results = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {}
+    results["machine"] = {
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "mlx": mx.__version__,
+        "device": str(mx.default_device()),
+        "commit": subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.strip(),
+    }
+    if "kl" in arguments.parts:
+        results["kl"] = kl()
+    if "store" in arguments.parts:
+        results["store"] = store()
+    if "write" in arguments.parts and arguments.tokenizers:
+        for name in arguments.vocabularies:
+            results.setdefault("write", {})[name] = write(arguments.tokenizers, name, arguments)
+    RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps(results, indent=1))
+
+
+if __name__ == "__main__":
+    main()
