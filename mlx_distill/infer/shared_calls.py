@@ -60,7 +60,9 @@ class SharedCalls:
         with self._list:
             for other in self._waiting:
                 together = sum(len(one.rows) for one in group) + len(other.rows)
-                if other is not call and other.answer == call.answer and together <= self.most:
+                # One that is answered is listed until its own thread goes on.
+                waits = other is not call and other.answers is None
+                if waits and other.answer == call.answer and together <= self.most:
                     group.append(other)
         if len(group) > 1:
             try:
