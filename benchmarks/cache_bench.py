@@ -81,7 +81,7 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
 def write(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
-    from transformers import AutoTokenizer
+    from transformers import PreTrainedTokenizerFast
 
     from mlx_distill.distill.teacher import TokenizedAnswer, byte_lengths, score
     from mlx_distill.distill.teacher_cache import TargetReader, TargetWriter
@@ -89,7 +89,7 @@ def write(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, A
     from mlx_distill.distill.token_distributions import top_k
     from mlx_distill.models.forward import hidden_states, logits
 
-    tokenizer = AutoTokenizer.from_pretrained(folder / name)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / name / "tokenizer.json"))
     model = make_teacher(COLUMNS[name], arguments.hidden, arguments.layers)
     model.eval()
     rows, start = texts(tokenizer, arguments.rows, arguments.length), arguments.length // 2
