@@ -53,7 +53,7 @@ def sections(cls: type, name: str) -> list[Section]:
     >>> from mlx_distill.recipe import ControlsConfig
     >>> section, = sections(ControlsConfig, "controls")
     >>> section.name, [key.name for key in section.keys]
-    ('controls', ['labels', 'text'])
+    ('controls', ['labels', 'text', 'labels_hard', 'teacher_hard'])
     """
     hints, keys, inside = typing.get_type_hints(cls), [], []
     for f in dataclasses.fields(cls):

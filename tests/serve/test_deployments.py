@@ -119,6 +119,7 @@ def test_a_comparison_whose_answers_are_missing_is_a_job(client: Any, ledger: Le
 def test_a_job_is_a_reason_not_to_load_a_version(client: Any, ledger: Ledger, job: str) -> None:
     refused = client.post(f"{VERSIONS}/1/promote", json=WHY)
     assert refused.status_code == 400 and "accelerator is in use" in refused.json()["error"]["message"]
+    lease.release(ledger, "serve")  # which the server in this process may still have from before
     root = str(ledger.root.path)
     command = ["registry", "promote", "music:1", "--reason", "a try", "--root", root]
     result = CliRunner().invoke(cli, command)
@@ -126,6 +127,7 @@ def test_a_job_is_a_reason_not_to_load_a_version(client: Any, ledger: Ledger, jo
 
 
 def test_verifying_has_the_lease_and_goes_on_where_this_process_has_it(ledger: Ledger) -> None:
+    lease.release(ledger, "serve")
     with verifying(ledger, "promote"):
         held = lease.holder(ledger)
         assert held is not None and held.purpose == "promote"
