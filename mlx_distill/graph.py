@@ -118,7 +118,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
             "distill",
             3,
             {**keyed(recipe.distill), **shared},
-            ("student_base", "targets", "data"),
+            _distillation_parents(recipe),
             distill,
         ),
         _quantization(recipe, shared),
@@ -138,17 +138,36 @@ def _check_distillation(recipe: Recipe, task: Task) -> None:
             f"targets.samples: {recipe.targets.samples}, and targets.text is {recipe.targets.text}",
             fix="set targets.text: sampled, or leave samples out",
         )
-    if recipe.targets.draws and recipe_temperatures(recipe):
-        raise ConfigError(
-            f"distill.temperature: {recipe.distill.temperature}: the samples of targets.draws are of the "
-            "distribution at temperature 1",
-            fix="set distill.temperature: 1, targets.draws: 0, or distill.token_loss: token_groups",
-        )
+    _check_teacher(recipe)
     for name, plain in (("labels_hard", "labels"), ("teacher_hard", "text")):
         if getattr(recipe.controls, name) and (task.label is None or not recipe.distill.label_weight):
             raise ConfigError(
                 f"controls.{name}: the distillation has no label term, so it is controls.{plain}",
                 fix=f"set controls.{plain} instead, or distill.label_weight",
+            )
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    """Refuse a token-level loss that samples cannot give, and a live teacher that none reads."""
+    settings = recipe.distill
+    loss = settings.token_loss if settings.token_weight > 0 else "none"
+    if settings.teacher == "live":
+        if loss in ("none", "alm"):
+            raise ConfigError(
+                f"distill.teacher: live, and no loss reads its distributions (token_loss: {loss})",
+                fix="set distill.teacher: cached, or another token_loss with a token_weight",
+            )
+    elif recipe.targets.draws and loss not in ("none", "alm"):
+        if settings.temperature != 1:
+            raise ConfigError(
+                f"distill.temperature: {settings.temperature:g}: the samples of targets.draws are of the "
+                "distribution at temperature 1",
+                fix="set distill.temperature: 1, targets.draws: 0, or distill.teacher: live",
+            )
+        if loss not in ("auto", "kl", "token_groups"):
+            raise ConfigError(
+                f"distill.token_loss: {loss} from targets.draws is biased: only the forward KL is not",
+                fix="set token_loss: kl or token_groups, targets.draws: 0, or distill.teacher: live",
             )
 
 
@@ -226,9 +245,14 @@ def _quantization(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
     return Stage("quantized", "quantize", number, config, ("student", "student_base", "data"), quantize)
 
 
+def _distillation_parents(recipe: Recipe) -> tuple[str, ...]:
+    live = ("teacher",) if recipe.distill.teacher == "live" else ()
+    return ("student_base", "targets", "data", *live)
+
+
 def _control(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> Stage:
     of_rows = model.control in ("labels", "labels_hard")
-    parents = ("student_base", "data") if of_rows else ("student_base", "targets", "data")
+    parents = ("student_base", "data") if of_rows else _distillation_parents(recipe)
     config = {**keyed(recipe.distill), **shared, "control": model.control}
     return Stage(
         model.name,

@@ -201,6 +201,13 @@ class DistillConfig(TrainConfig):
         old_values={"cells": "token_groups"},
     )
     temperature: float = option(1.0, "temperature of the token-level loss", low=0.01)
+    teacher: str = option(
+        "cached",
+        "where the token-level loss has the teacher's distributions from: cached (what targets has kept), or "
+        "live (the teacher in memory beside the student: whole distributions, at any temperature)",
+        choices=["cached", "live"],
+        default_keyed=False,
+    )
     js_beta: float = option(
         0.5,
         "beta of token_loss: js_divergence; 0 is the forward, 1 the reverse KL",

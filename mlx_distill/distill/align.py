@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import mlx.core as mx
 import numpy as np
@@ -38,6 +38,9 @@ from mlx_distill.tasks.task import Task
 _CHUNK = 64  # rows that are rendered together
 # split, prepared row, the teacher's targets for it
 JoinedRow = tuple[str, Mapping[str, Any], TeacherTargets]
+Chat: TypeAlias = Sequence[Mapping[str, Any]]
+# the student's chat in tokens, its messages, the teacher's targets for it
+Aligner: TypeAlias = "Callable[[TokenizedRow, Chat, TeacherTargets], AlignedRow]"
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,9 @@ class AlignedRow:
         label_node: The last node of the student's labels that its answer reaches: of the nodes behind the
             root, the row has the logits of those on the path to it.
         temperature: Of the distributions in ``topk_logprobs``.
+        teacher_starts: ``[n]`` the teacher's tokens at ``starts``: positions in ``teacher_tokens``, or in the
+            answer where there are none.
+        teacher_tokens: The teacher's chat, for a live teacher.
     """
 
     tokens: Int[np.ndarray, " l"]
@@ -70,24 +76,22 @@ class AlignedRow:
     span_logprobs: Float[np.ndarray, " m"]
     label_node: int = 0
     temperature: float = 1.0
+    teacher_starts: Int[np.ndarray, " n"] | None = None
+    teacher_tokens: Int[np.ndarray, " t"] | None = None
 
 
 def write_aligned_rows(
     folders: Mapping[str, Path],
     key: str,
     joined: Iterator[JoinedRow],
-    task: Task,
+    align: Aligner,
     student_tokenizer: Any,
-    teacher_tokenizer: Any,
-    labels: LabelTrie | None,
     *,
-    same_tokenizer: bool,
     token_rows: int,
     max_length: int,
     total: int,
     progress: Progress,
     check_stop: Callable[[], None],
-    temperature: float = 1.0,
 ) -> None:
     """Align all rows and write them as one array store per split.
 
@@ -95,17 +99,13 @@ def write_aligned_rows(
         folders: Where the store of ``train`` and that of ``valid`` are written.
         key: Of both stores.
         joined: From :func:`join_rows`.
-        task: Its schema and label.
-        student_tokenizer: With a chat template; its tokens name their bytes, or it is the teacher's.
-        teacher_tokenizer: The same.
-        labels: The labels in the student's tokens, or None for no label loss.
-        same_tokenizer: Whether both have the same tokens by id.
+        align: Aligns a row: :func:`aligner`.
+        student_tokenizer: With a chat template.
         token_rows: Rows of the student's embedding; 0 for any number.
         max_length: Rows of more student tokens are left out.
         total: The number of rows, for the progress bar.
         progress: Where progress is shown.
         check_stop: Called between chunks of rows; raises to stop.
-        temperature: Of the rows' ``topk_logprobs``; one of those of the targets.
 
     The facts of ``train`` say how many rows of both splits were left out: ``too_long``, and ``not_aligned``
     with an ``example``, because one of the tokenizers changes their text.
@@ -114,17 +114,6 @@ def write_aligned_rows(
         DataError: no row is left to train on.
         ModelError: a token that the student's embedding has no row for, or a tokenizer without bytes.
     """
-    # The text before the label is often the same in every answer.
-    encode = lru_cache(maxsize=256)(partial(answer_ids, student_tokenizer))
-    align = partial(
-        align_answer,
-        task=task,
-        student_tokenizer=student_tokenizer,
-        teacher_tokenizer=teacher_tokenizer,
-        encode=encode,
-        labels=labels,
-        temperature=temperature,
-    )
     counts: Counter[str] = Counter(too_long=0, not_aligned=0, labelled=0)
     done, example = 0, ""
     with (
@@ -136,13 +125,13 @@ def write_aligned_rows(
             check_stop()
             chats = [_with_answer(row, targets.text) for _, row, targets in chunk]
             rendered = render_many(student_tokenizer, chats)
-            for chat, (split, _, targets) in zip(rendered, chunk, strict=True):
+            for chat, messages, (split, _, targets) in zip(rendered, chats, chunk, strict=True):
                 if len(chat) > max_length:
                     counts["too_long"] += 1
                     continue
                 check_token_ids(chat.tokens, token_rows, student_tokenizer)
                 try:
-                    row = align(chat, targets, same_tokenizer=same_tokenizer, columns=token_rows)
+                    row = align(chat, messages, targets)
                 except DataError as error:
                     counts["not_aligned"] += 1
                     example = example or f"{targets.id}: {error}"
@@ -156,6 +145,50 @@ def write_aligned_rows(
         train.facts = {**counts, "example": example}
         if not train.rows:
             raise _nothing_left(counts["too_long"], max_length, counts["not_aligned"], example)
+
+
+def aligner(
+    task: Task,
+    student_tokenizer: Any,
+    teacher_tokenizer: Any,
+    labels: LabelTrie | None,
+    *,
+    same_tokenizer: bool,
+    columns: int = 0,
+    temperature: float = 1.0,
+    finish: Callable[[AlignedRow, Chat, TeacherTargets], AlignedRow] = lambda row, *_: row,
+) -> Aligner:
+    """The function that aligns the rows of two models: :func:`align_answer` with what is the same for all.
+
+    Args:
+        task: Its schema and label.
+        student_tokenizer: Its tokens name their bytes, or it is the teacher's.
+        teacher_tokenizer: The same.
+        labels: The labels in the student's tokens, or None for no label loss.
+        same_tokenizer: Whether both have the same tokens by id.
+        columns: Rows of the student's embedding; 0 for any number.
+        temperature: Of the rows' ``topk_logprobs``; one of those of the targets.
+        finish: Adds to a row what a live teacher needs.
+    """
+    # The text before the label is often the same in every answer.
+    encode = lru_cache(maxsize=256)(partial(answer_ids, student_tokenizer))
+
+    def align(chat: TokenizedRow, messages: Chat, targets: TeacherTargets) -> AlignedRow:
+        row = align_answer(
+            chat,
+            targets,
+            task,
+            student_tokenizer,
+            teacher_tokenizer,
+            encode,
+            labels,
+            same_tokenizer=same_tokenizer,
+            columns=columns,
+            temperature=temperature,
+        )
+        return finish(row, messages, targets)
+
+    return align
 
 
 def _with_answer(row: Mapping[str, Any], text: str) -> list[Mapping[str, Any]]:
@@ -217,7 +250,7 @@ def align_answer(
         chat: The student's chat; its answer is ``targets.text``.
         targets: The teacher's.
         task: Its schema and label.
-        student_tokenizer: As in :func:`write_aligned_rows`.
+        student_tokenizer: As in :func:`aligner`.
         teacher_tokenizer: The same.
         encode: From the beginning of an answer to the student's token ids.
         labels: The labels in the student's tokens, or None for no label loss.
@@ -325,6 +358,7 @@ def align_row(
         span_logprobs=(sums[spans[:, 3]] - sums[spans[:, 2]]).astype(np.float32),
         label_node=label_node,
         temperature=temperature,
+        teacher_starts=spans[first_start:, 2].astype(np.int32),
     )
 
 
@@ -337,6 +371,9 @@ def aligned_row_arrays(row: AlignedRow) -> dict[str, np.ndarray]:
     if label_at and row.label_node:  # the root is not written
         label_at.append(row.label_node)
     no_label = np.zeros(0, dtype=np.float32)
+    live = {} if row.teacher_tokens is None else {"teacher_tokens": row.teacher_tokens}
+    if live and row.teacher_starts is not None:
+        live["teacher_starts"] = row.teacher_starts
     return {
         "tokens": row.tokens,
         "start": np.array([row.start], dtype=np.int32),
@@ -349,6 +386,11 @@ def aligned_row_arrays(row: AlignedRow) -> dict[str, np.ndarray]:
         "spans": row.spans,
         "span_logprobs": row.span_logprobs,
         "temperature": np.array([row.temperature], dtype=np.float32),
+        **{
+            name: array
+            for name, array in live.items()
+            if array is not None and row.teacher_tokens is not None
+        },
     }
 
 

@@ -8,10 +8,10 @@ from functools import cache
 import mlx.core as mx
 import numpy as np
 
+from mlx_distill.distill.live_teacher import LiveTeacher
 from mlx_distill.distill.token_losses import (
     TOKEN_LOSSES,
     TokenLossInput,
-    check_temperature,
     divergence_options,
     token_loss_name,
 )
@@ -29,6 +29,7 @@ def kd(
     groups: TokenGroups | None = None,
     same_tokenizer: bool = False,
     *,
+    teacher: LiveTeacher | None = None,
     dense_limit: int = DENSE_LIMIT,
 ) -> Objective:
     r"""Knowledge distillation from a teacher's soft targets, over batches of
@@ -54,6 +55,8 @@ def kd(
         labels: The task's classes in the student's tokens, for ``label``.
         groups: The token groups of the two vocabularies, for ``token_groups``.
         same_tokenizer: Whether the two vocabularies are equal, so that ``auto`` means the plain KL.
+        teacher: Gives its whole distributions, from batches with ``teacher_hidden``
+            (:func:`~mlx_distill.distill.live_teacher.with_live_teacher`); None: what the targets have kept.
         dense_limit: Up to so many numbers the logits are computed at once, above tile by tile, with equal
             results.
 
@@ -67,8 +70,13 @@ def kd(
         "text": settings.text_weight,
     }
     coefficients = {term: value for term, value in coefficients.items() if value > 0}
-    _check(coefficients, name, labels, groups, same_tokenizer, settings.temperature)
+    _check(coefficients, name, labels, groups, same_tokenizer)
     token_loss = TOKEN_LOSSES[name] if name else None
+    if token_loss and token_loss.events == "start_index" and (settings.teacher == "live") != bool(teacher):
+        raise ConfigError(
+            f"distill.teacher: {settings.teacher}, and {'a' if teacher else 'no'} live teacher is given",
+            fix="give teacher=LiveTeacher(model, tokenizer) exactly where the recipe says live",
+        )
 
     def weights(batch: Batch) -> dict[str, float]:
         tokens = trained_tokens(batch)
@@ -90,7 +98,13 @@ def kd(
             out["label"] = _label_sum(reader, extra, labels, settings.label_temperature)
         if token_loss is not None and len(extra[token_loss.events]):
             data = TokenLossInput(
-                reader, extra, cross_entropy, groups, settings.temperature, divergence_options(settings)
+                reader,
+                extra,
+                cross_entropy,
+                groups,
+                settings.temperature,
+                divergence_options(settings),
+                teacher,
             )
             out["token"] = token_loss.loss(data).sum()
         return out
@@ -131,15 +145,12 @@ def _check(
     labels: LabelTrie | None,
     groups: TokenGroups | None,
     same_tokenizer: bool,
-    temperature: float,
 ) -> None:
     if not coefficients:
         raise ConfigError(
             "distillation without a term", fix="raise label_weight, token_weight or text_weight"
         )
     needs = TOKEN_LOSSES[token_loss].needs if token_loss else None
-    if token_loss:
-        check_temperature(token_loss, temperature)
     if needs == "same_tokenizer" and not same_tokenizer:
         others = [name for name, loss in TOKEN_LOSSES.items() if loss.needs != "same_tokenizer"]
         raise ConfigError(

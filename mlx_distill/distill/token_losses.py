@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float
 
+from mlx_distill.distill.live_teacher import LiveTeacher
 from mlx_distill.errors import ConfigError
 from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, span_sums, token_group_kl
 from mlx_distill.losses.topk import rows_of, sparse_forward_kl, sparse_linear_kl
@@ -44,6 +45,7 @@ class TokenLossInput:
     groups: TokenGroups | None
     temperature: float
     options: Mapping[str, float] = field(default_factory=dict)
+    teacher: LiveTeacher | None = None
 
 
 @dataclass(frozen=True)
@@ -54,52 +56,49 @@ class TokenLoss:
         loss: One number per event.
         events: The array of ``batch.extra`` whose length is the number of events in a batch.
         needs: ``same_tokenizer`` for student and teacher, ``token_groups``, or None.
-        any_temperature: Whether it takes another temperature than 1 from a top k.
+        over_tokens: Whether T softens both distributions over all tokens: then the targets are at T. Else the
+            targets are at 1, and T is the loss's own matter.
     """
 
     loss: Callable[[TokenLossInput], Float[mx.array, " n"]]
     events: str
     needs: Literal["same_tokenizer", "token_groups"] | None = None
-    any_temperature: bool = True
+    over_tokens: bool = True
 
 
 def _top_k_kl(data: TokenLossInput) -> mx.array:
-    """T² times the KL between both distributions at T: the teacher's is at T already, with its own tail."""
-    index, targets, reader, t = data.extra["start_index"], _targets(data), data.reader, data.temperature
-    found = np.array(data.extra["temperature"]) if "temperature" in data.extra else np.ones(1)
-    if len(found) and not np.allclose(found, t):
-        raise ConfigError(
-            f"token_loss: kl at temperature {t}, and the targets are at {found[0]:g}",
-            fix="align the rows at distill.temperature, from targets that have its partition",
-        )
-    if reader.tiled_head is not None:
+    index, reader, t = data.extra["start_index"], data.reader, data.temperature
+    if reader.tiled_head is not None and data.teacher is None:
+        targets = _cached(data)
         return t**2 * sparse_linear_kl(reader.hidden[index] / t, reader.tiled_head.over(t), targets)
-    return t**2 * reader.row_losses(lambda z, at: sparse_forward_kl(z / t, rows_of(targets, at)), index)
-
-
-def _token_group_kl(data: TokenLossInput) -> mx.array:
-    targets, groups = _targets(data), data.groups
-    assert groups is not None
-    return data.reader.row_losses(
-        lambda z, at: token_group_kl(z, rows_of(targets, at), groups, temperature=data.temperature),
-        data.extra["start_index"],
-    )
+    return t**2 * _over_tokens(data, sparse_forward_kl)
 
 
 def _top_k_divergence(name: str, data: TokenLossInput) -> mx.array:
-    targets = _targets(data)
+    return data.temperature**2 * _over_tokens(
+        data, lambda z, targets: sparse_divergence(z, targets, divergence=name, **data.options)
+    )
+
+
+def _over_tokens(data: TokenLossInput, loss: Callable[[mx.array, TopK], mx.array]) -> mx.array:
+    """A loss of logits and distributions of the same tokens, both at T."""
     return data.reader.row_losses(
-        lambda z, at: sparse_divergence(
-            z, rows_of(targets, at), divergence=name, temperature=data.temperature, **data.options
-        ),
-        data.extra["start_index"],
+        lambda z, at: loss(z / data.temperature, _targets(data, at, z.shape[-1])), data.extra["start_index"]
     )
 
 
 def _sorted_distributions(data: TokenLossInput) -> mx.array:
-    targets = _targets(data)
     return data.reader.row_losses(
-        lambda z, at: uld(z, rows_of(targets, at), temperature=data.temperature), data.extra["start_index"]
+        lambda z, at: uld(z / data.temperature, _targets(data, at)), data.extra["start_index"]
+    )
+
+
+def _token_group_kl(data: TokenLossInput) -> mx.array:
+    groups = data.groups
+    assert groups is not None
+    return data.reader.row_losses(
+        lambda z, at: token_group_kl(z, _targets(data, at, t=1.0), groups, temperature=data.temperature),
+        data.extra["start_index"],
     )
 
 
@@ -108,7 +107,29 @@ def _span_likelihoods(data: TokenLossInput) -> mx.array:
     return alm(spans, data.extra["span_logprobs"])
 
 
-def _targets(data: TokenLossInput) -> TopK:
+def _targets(data: TokenLossInput, at: slice, width: int | None = None, t: float | None = None) -> TopK:
+    """The teacher's distributions at some of the common starts: of a live teacher the whole ones.
+
+    Args:
+        data: Of the loss.
+        at: Which starts.
+        width: The student's columns, where the tokens are the same.
+        t: Their temperature; None for that of the loss.
+    """
+    t = data.temperature if t is None else t
+    if data.teacher is not None:
+        return data.teacher.distribution(data.extra["teacher_hidden"][at], t, width)
+    return rows_of(_cached(data, t), at)
+
+
+def _cached(data: TokenLossInput, t: float | None = None) -> TopK:
+    t = data.temperature if t is None else t
+    found = np.array(data.extra["temperature"]) if "temperature" in data.extra else np.ones(1)
+    if len(found) and not np.allclose(found, t):
+        raise ConfigError(
+            f"a token-level loss at temperature {t}, and the targets are at {found[0]:g}",
+            fix="align the rows at distill.temperature, from targets that have its partition",
+        )
     return TopK(data.extra["topk_ids"], data.extra["topk_logprobs"])
 
 
@@ -119,13 +140,12 @@ TOKEN_LOSSES: Mapping[str, TokenLoss] = {
             partial(_top_k_divergence, name),
             events="start_index",
             needs="same_tokenizer",
-            any_temperature=False,
         )
         for name in ("reverse_kl", "js_divergence", "skew_kl", "total_variation")
     },
-    "token_groups": TokenLoss(_token_group_kl, events="start_index", needs="token_groups"),
-    "alm": TokenLoss(_span_likelihoods, events="spans"),
-    "uld": TokenLoss(_sorted_distributions, events="start_index", any_temperature=False),
+    "token_groups": TokenLoss(_token_group_kl, events="start_index", needs="token_groups", over_tokens=False),
+    "alm": TokenLoss(_span_likelihoods, events="spans", over_tokens=False),
+    "uld": TokenLoss(_sorted_distributions, events="start_index"),
 }
 
 
@@ -148,17 +168,3 @@ def divergence_options(settings: DistillConfig) -> dict[str, float]:
         "js_divergence": {"beta": settings.js_beta},
         "skew_kl": {"lam": settings.skew_lambda},
     }.get(settings.token_loss, {})
-
-
-def check_temperature(name: str, temperature: float) -> None:
-    """Refuse a temperature that a loss cannot take from a top k.
-
-    Raises:
-        ConfigError: another one than 1 of such a loss.
-    """
-    if temperature != 1 and not TOKEN_LOSSES[name].any_temperature:
-        raise ConfigError(
-            f"distill.temperature: {temperature:g} with token_loss: {name}: the mass outside of the "
-            "teacher's top k is not known at another temperature than 1",
-            fix="use temperature: 1, or token_loss: kl, which softens within the top k",
-        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -55,6 +55,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     from mlx_distill.data.chat import pad_id
     from mlx_distill.distill.align import collate_aligned_rows
     from mlx_distill.distill.hard_targets import hard_settings, with_hard_labels
+    from mlx_distill.distill.live_teacher import with_live_teacher
     from mlx_distill.distill.objective import kd
     from mlx_distill.models.forward import embedding_rows
 
@@ -88,6 +89,11 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     def collate(rows: Sequence[AlignedRow], chosen: Sequence[Sequence[int]], multiple: int) -> Batch:
         return collate_aligned_rows(rows, chosen, pad, classes, multiple)
 
+    if inputs.get("teacher") is not None:
+        collate = with_live_teacher(collate, inputs["teacher"])
+    if control == "teacher_hard":
+        collate = with_hard_labels(collate)
+
     facts = train_rows(
         context,
         folder,
@@ -98,7 +104,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         kd(settings, **inputs),
         train,
         valid,
-        with_hard_labels(collate) if control == "teacher_hard" else collate,
+        collate,
     )
     if facts and control is None:  # only the first of several ranks has facts, and writes
         facts |= calibrate_labels(context, folder, "distill", model, tokenizer)
@@ -125,7 +131,8 @@ def aligned_rows(
             write, where ``label_weight`` is above 0.
         Interrupted: stopped on request.
     """
-    from mlx_distill.distill.align import aligned_row_from_arrays, join_rows, write_aligned_rows
+    from mlx_distill.distill.align import aligned_row_from_arrays, aligner, join_rows, write_aligned_rows
+    from mlx_distill.distill.live_teacher import LiveTeacher, with_teacher_tokens
     from mlx_distill.distill.teacher_cache import TargetReader
     from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
     from mlx_distill.infer.label_scoring import find_label_trie
@@ -139,10 +146,8 @@ def aligned_rows(
     same_tokenizer = vocabulary_hash(tokenizer) == teacher_hash
     labels = find_label_trie(tokenizer, context.task, settings.label_weight)
     loss = token_loss_name(settings, same_tokenizer)
-    # Only the KL over tokens is at T; over groups T softens the groups' masses.
-    temperature = settings.temperature if loss == "kl" else 1.0
-    if temperature != 1:
-        check_tail(reader.index, reader.layout.top_k)
+    live = loss is not None and settings.teacher == "live"
+    temperature = 1.0 if live else _kept_temperature(loss, settings, reader.index)
     key = _aligned_key(context, content_of(reader.folder), teacher_hash, settings, temperature)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
     if not all(is_stored(path, key) for path in folders.values()):
@@ -152,17 +157,22 @@ def aligned_rows(
             _first_rows(
                 join_rows({split: rows_file(context, split) for split in SPLITS}, reader), settings.max_rows
             ),
-            context.task,
+            aligner(
+                context.task,
+                tokenizer,
+                teacher_tokenizer,
+                labels,
+                same_tokenizer=same_tokenizer,
+                columns=token_rows,
+                temperature=temperature,
+                **({"finish": partial(with_teacher_tokens, tokenizer=teacher_tokenizer)} if live else {}),
+            ),
             tokenizer,
-            teacher_tokenizer,
-            labels,
-            same_tokenizer=same_tokenizer,
             token_rows=token_rows,
             max_length=settings.max_length,
             total=len(reader),
             progress=context.progress,
             check_stop=partial(check_stop, context),
-            temperature=temperature,
         )
     train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
     _note_left_out(context, train.facts, settings.max_length)
@@ -173,6 +183,7 @@ def aligned_rows(
         "labels": labels,
         "groups": _token_groups(tokenizer, teacher_tokenizer, token_rows) if needs_groups else None,
         "same_tokenizer": same_tokenizer,
+        "teacher": LiveTeacher(*load_model(context, "teacher")) if live else None,
     }
     return train, valid, inputs
 
@@ -183,7 +194,7 @@ def own_answer_rows(
     """The rows' own answers with one-hot labels, and what the objective needs: :func:`aligned_rows` without a
     teacher.
     """
-    from mlx_distill.distill.align import aligned_row_from_arrays, write_aligned_rows
+    from mlx_distill.distill.align import aligned_row_from_arrays, aligner, write_aligned_rows
     from mlx_distill.infer.label_scoring import find_label_trie
     from mlx_distill.storage.array_store import Store, is_stored
 
@@ -195,11 +206,8 @@ def own_answer_rows(
             folders,
             key,
             _first_rows(_own_answers(context, tokenizer), settings.max_rows),
-            context.task,
+            aligner(context.task, tokenizer, tokenizer, labels, same_tokenizer=True, columns=token_rows),
             tokenizer,
-            tokenizer,
-            labels,
-            same_tokenizer=True,
             token_rows=token_rows,
             max_length=settings.max_length,
             total=sum(count_rows(context, split) for split in SPLITS),
@@ -276,6 +284,16 @@ def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_column
     )
 
 
+def _kept_temperature(loss: str | None, settings: DistillConfig, index: Mapping[str, Any]) -> float:
+    """The temperature of the cached distributions that a token-level loss reads, which have to hold them."""
+    from mlx_distill.distill.token_losses import TOKEN_LOSSES
+
+    if loss is None or not TOKEN_LOSSES[loss].over_tokens or settings.temperature == 1:
+        return 1.0
+    check_tail(index, index["layout"]["top_k"])
+    return settings.temperature
+
+
 def _aligned_key(
     context: Context, targets: str, teacher_tokenizer: str, settings: DistillConfig, temperature: float = 1.0
 ) -> str:
@@ -289,6 +307,7 @@ def _aligned_key(
             "max_length": settings.max_length,
             **({"max_rows": settings.max_rows} if settings.max_rows else {}),
             **({"temperature": temperature} if temperature != 1 else {}),
+            **({"teacher": settings.teacher} if settings.teacher != "cached" else {}),
             "answer": [dict(context.task.schema), context.task.label],
         }
     )

@@ -66,7 +66,7 @@ def targets(context: Context, folder: Path) -> Facts:
             )
             write_json(_check_file(folder, len(writer.shards)), check.to_dict())
             writer.write(scored)
-            if context.recipe.distill.token_loss == "kl":
+            if context.recipe.distill.token_loss != "auto":
                 check_tail(writer.sums, settings.top_k)
             bar.update(writer.done)
     paths = [_check_file(folder, shard) for shard in range(len(writer.shards))]
@@ -106,15 +106,16 @@ def _note_disk(context: Context, tokenizer: Any, writer: TargetWriter, rows: int
 
 
 def recipe_temperatures(recipe: Recipe) -> tuple[float, ...]:
-    """The temperatures of the partitions that a recipe's token-level loss needs: ``kl`` (or ``auto``, which
-    may become it) softens both distributions over all tokens.
+    """The temperatures of the partitions that a recipe's token-level loss needs of the cache: those that
+    soften both distributions over all tokens (``auto`` may become one of them).
 
     >>> from mlx_distill.recipe import load_recipe
     >>> recipe_temperatures(load_recipe("tiny", {"distill.temperature": 2.0}))
     (2.0,)
     """
     settings = recipe.distill
-    needed = settings.token_weight > 0 and settings.token_loss in ("auto", "kl")
+    needed = settings.token_weight > 0 and settings.token_loss not in ("none", "token_groups", "alm")
+    needed = needed and settings.teacher == "cached"
     return (settings.temperature,) if needed and settings.temperature != 1 else ()
 
 
@@ -173,7 +174,7 @@ def check_tail(sums: Mapping[str, Any], top_k: int) -> None:
             raise ConfigError(
                 f"distill.temperature: {temperature}: the {top_k} most probable tokens hold "
                 f"{percent(1 - mass)} of the teacher's distribution at it, and 99 % are needed",
-                fix="raise targets.top_k, or set distill.temperature: 1",
+                fix="raise targets.top_k, or set distill.temperature: 1 or distill.teacher: live",
             )
 
 

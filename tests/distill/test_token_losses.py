@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers.given_logits import GivenLogits
 
 from mlx_distill.distill.align import AlignedRow, align_row, at_temperature, collate_aligned_rows
 from mlx_distill.distill.teacher_cache import TeacherTargets
@@ -13,7 +14,6 @@ from mlx_distill.distill.token_losses import TOKEN_LOSSES, TokenLossInput, token
 from mlx_distill.errors import ConfigError
 from mlx_distill.recipe import TOKEN_LOSSES as NAMES
 from mlx_distill.recipe import DistillConfig
-from mlx_distill.train.objective import LogitReader
 
 
 def test_the_recipe_names_every_loss_of_the_registry() -> None:
@@ -35,13 +35,6 @@ def test_without_weight_there_is_no_loss() -> None:
 
 
 # --- kl at a temperature ------------------------------------------------------------------------------------
-
-
-class Reader(LogitReader):
-    """Gives the logits of all positions."""
-
-    def __init__(self, z: mx.array) -> None:
-        self.small, self._logits, self._constant = True, z, None
 
 
 def row_at(temperature: float, z: np.ndarray, k: int) -> AlignedRow:
@@ -85,7 +78,7 @@ def test_the_kl_of_a_whole_vocabulary_is_exact_at_any_temperature_and_of_a_top_k
     found = {}
     for k in (10, 40):
         extra = collate_aligned_rows([row_at(temperature, teacher, k)], [0], 0, 1).extra
-        data = TokenLossInput(Reader(mx.array(student)), extra, lambda: mx.zeros(6), None, temperature)
+        data = TokenLossInput(GivenLogits(mx.array(student)), extra, lambda: mx.zeros(6), None, temperature)
         found[k] = np.array(TOKEN_LOSSES["kl"].loss(data))
     np.testing.assert_allclose(found[40], exact, rtol=2e-5)
     assert (found[10] <= exact * (1 + 1e-5)).all() and (found[10] > 0).all()
@@ -94,6 +87,6 @@ def test_the_kl_of_a_whole_vocabulary_is_exact_at_any_temperature_and_of_a_top_k
 def test_targets_of_another_temperature_are_refused() -> None:
     z = np.random.default_rng(0).normal(size=(3, 40)).astype(np.float32)
     extra = collate_aligned_rows([row_at(1.0, z, 5)], [0], 0, 1).extra
-    data = TokenLossInput(Reader(mx.array(z)), extra, lambda: mx.zeros(3), None, 2.0)
+    data = TokenLossInput(GivenLogits(mx.array(z)), extra, lambda: mx.zeros(3), None, 2.0)
     with pytest.raises(ConfigError, match=r"temperature 2\.0, and the targets are at 1"):
         TOKEN_LOSSES["kl"].loss(data)
