@@ -290,6 +290,11 @@ def _left_out_at_default(field: dataclasses.Field[Any], value: Any) -> bool:
     return not field.metadata.get("default_keyed", True) and bool(value == default)
 
 
+def defaults_left_out(value: Any) -> dict[str, Any]:
+    """The defaults of a config's options that :func:`keyed` leaves out."""
+    return {f.name: f.default for f in dataclasses.fields(value) if not f.metadata.get("default_keyed", True)}
+
+
 def _old_value(field: dataclasses.Field[Any], value: Any) -> Any:
     old_values = {new: old for old, new in field.metadata.get("old_values", {}).items()}
     return old_values.get(value, value) if isinstance(value, str) else value

@@ -27,10 +27,12 @@ from mlx_distill.recipe_data import ValueConfig as ValueConfig
 from mlx_distill.recipe_training import ATTENTION as ATTENTION
 from mlx_distill.recipe_training import MLP as MLP
 from mlx_distill.recipe_training import TOKEN_LOSSES as TOKEN_LOSSES
+from mlx_distill.recipe_training import VALIDATION_METRICS as VALIDATION_METRICS
 from mlx_distill.recipe_training import DistillConfig as DistillConfig
 from mlx_distill.recipe_training import TargetsConfig as TargetsConfig
 from mlx_distill.recipe_training import TeachConfig as TeachConfig
 from mlx_distill.recipe_training import TrainConfig as TrainConfig
+from mlx_distill.recipe_training import validation_metrics
 from mlx_distill.tasks.task import CHATS, Task, load_task, task_names
 from mlx_distill.text import known_names
 
@@ -242,12 +244,24 @@ class Recipe:
         """Load the task that the recipe names; of a recipe without one :data:`mlx_distill.tasks.task.CHATS`.
 
         Raises:
-            ConfigError: no such task, or a recipe that needs one and names none.
+            ConfigError: no such task, a recipe that needs one and names none, or a ``best_metric`` that the
+                task does not have.
         """
-        if self.task is not None:
-            return load_task(self.task, self.base)
-        self._check_without_task()
-        return CHATS
+        if self.task is None:
+            self._check_without_task()
+        task = CHATS if self.task is None else load_task(self.task, self.base)
+        self._check_best_metric(task)
+        return task
+
+    def _check_best_metric(self, task: Task) -> None:
+        measured = validation_metrics(task)
+        reason = "the recipe has no task" if task.is_chats else f"the task {task.name!r} has no such metric"
+        for name, settings in (("teach", self.teach), ("distill", self.distill)):
+            if settings.best_metric not in measured and (name == "teach" or self.student is not None):
+                raise ConfigError(
+                    f"{name}.best_metric: {settings.best_metric}: {reason}",
+                    fix=f"one of {', '.join(measured)}",
+                )
 
     def _check_without_task(self) -> None:
         """Refuse what only the answers of a task have."""

@@ -3,14 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from mlx_distill.config import option
+
+if TYPE_CHECKING:
+    from mlx_distill.tasks.task import Task
 
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 METHODS = ["lora", "dora", "galore", "apollo", "apollo-mini", "full"]
 PROJECTIONS = ["std", "reverse_std", "left", "right", "full"]
 MOMENTS = ["keep", "reset", "project"]
+VALIDATION_METRICS = {
+    "loss": "lower",
+    "accuracy": "higher",
+    "positive_accuracy": "higher",
+    "score_mae": "lower",
+    "json_valid": "higher",
+    "answer_f1": "higher",
+    "perplexity": "lower",
+    "token_accuracy": "higher",
+}
+"""Of a training at its validations, and which values are better: the loss of all validation rows; the others
+of the rows that the model answers.
+"""
 TEXTS = ["greedy", "sampled", "data"]
 TOKEN_LOSSES = [
     "auto",
@@ -115,11 +132,27 @@ class TrainConfig:
     checkpoint_every: int = option(50, "steps between checkpoints", low=1, keyed=False)
     keep_checkpoints: int = option(2, "checkpoints that are kept, besides the best one", low=1, keyed=False)
     evaluate_every: int = option(50, "steps between validations; 0: no validation", low=0)
+    evaluate_rows: int = option(
+        0,
+        "validation rows that the model answers at each validation, the first ones: accuracy, validity, "
+        "error of the score, perplexity and others in metrics.jsonl; 0: none",
+        low=0,
+        default_keyed=False,
+    )
+    best_metric: str = option(
+        "loss",
+        "what patience and use_best go by: the validation loss, or a metric of evaluate_rows",
+        choices=list(VALIDATION_METRICS),
+        default_keyed=False,
+    )
     patience: int = option(
-        0, "early stopping: validations without a lower loss after which the training ends; 0: never", low=0
+        0,
+        "early stopping: validations without a better value of best_metric after which the training ends; "
+        "0: never",
+        low=0,
     )
     use_best: bool = option(
-        False, "keep the weights with the lowest validation loss, instead of the last ones"
+        False, "keep the weights with the best value of best_metric, instead of the last ones"
     )
 
 
@@ -222,3 +255,17 @@ class DistillConfig(TrainConfig):
         high=1.0,
         default_keyed=False,
     )
+
+
+def validation_metrics(task: Task) -> list[str]:
+    """The names of :data:`VALIDATION_METRICS` that a training for a task has; of chats without one the loss,
+    the perplexity and the accuracy of the tokens.
+    """
+    fits = {
+        "accuracy": task.label,
+        "positive_accuracy": task.label and task.positive,
+        "score_mae": task.score,
+        "json_valid": not task.is_chats,
+        "answer_f1": not task.is_chats and task.label is None,
+    }
+    return [name for name in VALIDATION_METRICS if fits.get(name, True)]

@@ -10,24 +10,30 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import yaml
 from helpers import killed_run
 from helpers.launch import ends_of
 from helpers.small_chain import finished, whole_stages
 
 from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.pipeline import run
-from mlx_distill.storage import read_manifest
+from mlx_distill.storage import read_jsonl, read_manifest
 from mlx_distill.train.distributed import Ranks, agree_on_key
 
 pytestmark = pytest.mark.slow
 
 
 def make_machine(folder: Path) -> None:
-    """A folder with a recipe, its rows and the base model, as it would be copied to another machine."""
+    """A folder with a recipe, its rows and the base model, as it would be copied to another machine. The
+    first rank answers rows at each validation, and both go by what it found.
+    """
     folder.mkdir(parents=True)
     for path in finished().iterdir():
         if path.is_file():
             shutil.copy2(path, folder)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe["teach"] |= {"evaluate_rows": 2, "best_metric": "token_accuracy", "use_best": True}
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
     for name in ("data", "teacher_base"):
         shutil.copytree(finished() / "out" / name, folder / "out" / name)
 
@@ -51,6 +57,8 @@ def test_teach_on_two_machines_resumes_bitwise_after_a_kill(tmp_path: Path) -> N
         assert [code for code, _ in launch(folder)] == [0, 0]
         assert whole_stages(folder / "0" / "out") == ["data", "teacher", "teacher_base"]
         assert whole_stages(folder / "1" / "out") == ["data", "teacher_base"]
+    measured = [row for _, row in read_jsonl(cut / "0" / "out" / "teacher" / "metrics.jsonl")]
+    assert [row["step"] for row in measured if "valid_token_accuracy" in row] == [3, 5]
     ours, theirs = (read_manifest(folder / "0" / "out" / "teacher") for folder in (cut, whole))
     assert ours is not None and theirs is not None and ours.content == theirs.content
     assert ours.recorded["resumed"] == 2 and theirs.recorded["resumed"] == 0

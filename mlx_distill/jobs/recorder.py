@@ -13,6 +13,7 @@ from mlx_distill.errors import DistillError
 from mlx_distill.jobs.store import Job, add_event
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.progress import Estimate, show_info
+from mlx_distill.recipe import VALIDATION_METRICS
 
 PROGRESS_FILE = "progress.json"
 COMPARISON_EVENT = "comparison"
@@ -101,7 +102,11 @@ class Recorder:
         text = f"step {row['step']} of {row['steps']}: loss {row['loss']:.4g}"
         if valid is not None:
             text += f", validation {valid:.4g}"
-        names = ("stage", "step", "steps", "loss", "valid_loss", "tokens_per_second", "learning_rate")
+        answers = {key: row[f"valid_{key}"] for key in VALIDATION_METRICS if f"valid_{key}" in row}
+        answers.pop("loss", None)
+        text += f", {show_info(answers)}" if answers else ""
+        names = ["stage", "step", "steps", "loss", "valid_loss", "tokens_per_second", "learning_rate"]
+        names += [f"valid_{key}" for key in answers]
         self._add("metrics", text, {name: row[name] for name in names if name in row})
 
     def _add(

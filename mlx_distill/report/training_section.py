@@ -9,10 +9,18 @@ from typing import Any
 from mlx_distill.report.origin_section import measured_on
 from mlx_distill.report.tables import Report, metric_titles
 from mlx_distill.run_models import dequantization_note, is_dequantized
-from mlx_distill.text import NONE, counted, duration, gigabytes, integer, significant, size, words
+from mlx_distill.text import NONE, counted, duration, gigabytes, integer, percent, significant, size, words
 
 _TOTALS = ("loss", "valid_loss")
 _SERIES_NAMES = {"valid_loss": "validation"}
+_SHARES = {
+    "valid_accuracy": "accuracy",
+    "valid_positive_accuracy": "accuracy of positive rows",
+    "valid_answer_f1": "answer F1",
+    "valid_json_valid": "fits the task",
+    "valid_token_accuracy": "right tokens",
+}
+_NUMBERS = {"valid_score_mae": "error of the score", "valid_perplexity": "perplexity"}
 _MEMORY = ("size", "load_s", "model_memory_gb", "peak_memory_gb")
 _SPEED = (
     "first_token_s",
@@ -38,11 +46,34 @@ _WEIGHTS = {True: "weights dequantized", False: "weights quantized", None: ""}
 
 
 def curves(report: Report) -> list[dict[str, Any]]:
-    """The section of training curves: one chart for each training."""
+    """The section of training curves: for each training a chart of its losses, and one of what it answered
+    at its validations.
+    """
     return [
-        _chart(series) | {"model": stage, "summary": _summary(report["training"].get(stage) or {})}
+        _chart(series)
+        | {"model": stage, "summary": _summary(report["training"].get(stage) or {})}
+        | {"answers": _answers_chart(series)}
         for stage, series in report["curves"].items()
     ]
+
+
+def _answers_chart(series: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The shares among the figures of ``evaluate_rows`` as series, and in words the others at the end; None
+    where a training has none.
+    """
+    shown = {name: series[name] for name in _SHARES if name in series}
+    if not shown:
+        return None
+    classes = {name: f"s{i % 6}" for i, name in enumerate(shown)}
+    names = [
+        (classes[name], f"{_SHARES[name]} {percent(values['value'][-1])}") for name, values in shown.items()
+    ]
+    numbers = [
+        f"{title} {significant(series[name]['value'][-1], 3)}"
+        for name, title in _NUMBERS.items()
+        if name in series
+    ]
+    return {"series": shown, "classes": classes, "legend": names, "numbers": ", ".join(numbers)}
 
 
 def _chart(series: Mapping[str, Any]) -> dict[str, Any]:

@@ -241,6 +241,8 @@ def _metric_names(row: Mapping[str, Any] | None) -> dict[str, Any]:
     named = {("train_loss" if name == "loss" else name): value for name, value in (row or {}).items()}
     if named.get("valid_loss") is not None:
         named["full_valid_loss"] = named["valid_loss"]
+    if named.get("valid_token_accuracy") is not None:  # of the first evaluate_rows of them
+        named["valid_mean_token_accuracy"] = named["valid_token_accuracy"]
     return named
 
 

@@ -99,6 +99,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         folder,
         _NAMES[control],
         model,
+        tokenizer,
         "student_base",
         settings,
         kd(settings, **inputs),

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import resolve_asset
-from mlx_distill.recipe import TrainConfig
+from mlx_distill.recipe import VALIDATION_METRICS, TrainConfig
 from mlx_distill.runtime import rank_and_size
 from mlx_distill.stages.context import Context, Facts, content_of, read_rows
 from mlx_distill.stages.encoding import encoded_rows
+from mlx_distill.stages.validation_answers import answer_measure
 from mlx_distill.storage import digest, read_jsonl, scratch
 from mlx_distill.text import size
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from mlx_distill.train.distributed import Ranks
     from mlx_distill.train.loop import TrainResult
     from mlx_distill.train.objective import Objective
+    from mlx_distill.train.validation import Measure
+
+ANSWER_METRICS = [name for name in VALIDATION_METRICS if name != "loss"]
 
 
 def fine_tune(
@@ -64,7 +68,9 @@ def fine_tune(
     def collate_rows(rows: Sequence[Any], sequences: Sequence[Sequence[int]], multiple: int) -> Batch:
         return collate(rows, sequences, pad, multiple)
 
-    return train_rows(context, folder, name, model, base, settings, sft(), rows, valid, collate_rows)
+    return train_rows(
+        context, folder, name, model, tokenizer, base, settings, sft(), rows, valid, collate_rows
+    )
 
 
 def train_rows(
@@ -72,6 +78,7 @@ def train_rows(
     folder: Path,
     name: str,
     model: Any,
+    tokenizer: Any,
     base: str,
     settings: TrainConfig,
     objective: Objective,
@@ -87,6 +94,7 @@ def train_rows(
         folder: Of the stage; gets the result, and in its scratch folder the checkpoints.
         name: Of the stage, for the user.
         model: The base model.
+        tokenizer: Its tokenizer.
         base: The base model's folder in the run.
         settings: Of the training.
         objective: The loss.
@@ -117,6 +125,7 @@ def train_rows(
         valid_set.fixed_batches(settings.batch_size, settings.seed),
         steps,
         digest(content),
+        answer_measure(context, name, model, tokenizer, settings),
     )
     if ranks.rank:
         return {}
@@ -129,6 +138,7 @@ def train_rows(
         "resumed": result.resumed,
         "best_step": result.best_step,
         "best_loss": result.best_loss,
+        **({"best_value": result.best_value} if settings.best_metric != "loss" else {}),
         "steps_wanted": steps,
         "kept_step": result.best_step if settings.use_best and result.best_step else result.steps,
         "trainable": trainable_share(model),
@@ -166,6 +176,7 @@ def _run_training(
     valid: Sequence[Batch],
     steps: int,
     identity: str,
+    measure: Measure | None,
 ) -> TrainResult:
     """The training loop, with its progress shown, its hooks called and its time measured."""
     from mlx_distill.optim import make_optimizer
@@ -173,11 +184,14 @@ def _run_training(
 
     profile = context.profile
     with context.progress.task(name, total=steps, unit="step", start=_steps_done(folder)) as bar:
+        latest: dict[str, float] = {}
 
         def show(row: dict[str, Any]) -> None:
+            latest.update({key: row[f"valid_{key}"] for key in ANSWER_METRICS if f"valid_{key}" in row})
             bar.update(
                 row["step"],
                 loss=row["loss"],
+                **latest,
                 tokens_per_second=round(row["tokens_per_second"]),
                 memory=size(row["peak_memory_bytes"]),
             )
@@ -201,6 +215,7 @@ def _run_training(
                 watch=profile.watch if profile else None,
                 identity=identity,
                 saved=saved,
+                measure=measure,
             )
         finally:
             if profile:

@@ -47,7 +47,7 @@ from mlx_distill.train.preflight import check_settings
 from mlx_distill.train.profiling import Stopwatch
 from mlx_distill.train.trunk_head import make_trunk
 from mlx_distill.train.updates import FiniteCheck, UpdateContext, Updater, make_updater
-from mlx_distill.train.validation import evaluate
+from mlx_distill.train.validation import Measure, evaluate, is_better, measure_answers
 
 
 @dataclass
@@ -60,13 +60,14 @@ class TrainProgress:
     tokens: int = 0
     best_step: int | None = None
     best_loss: float | None = None
+    best_value: float | None = None  # of best_metric
     bad_evals: int = 0
     last: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrainProgress:
-        """From a checkpoint; ``waiting`` is an older name of ``bad_evals``."""
-        values = dict(values)
+        """From a checkpoint, also of versions that called ``bad_evals`` ``waiting`` and went by the loss."""
+        values = {"best_value": values.get("best_loss"), **values}
         if "waiting" in values:
             values["bad_evals"] = values.pop("waiting")
         return cls(**values)
@@ -89,6 +90,7 @@ class TrainState:
     identity: Mapping[str, Any]  # the settings that change the result, and the identity of model and data
     watch: Stopwatch
     update: Updater
+    measure: Measure | None = None
 
 
 @dataclass(frozen=True)
@@ -96,9 +98,10 @@ class TrainResult:
     """The outcome of a finished training.
 
     ``steps`` optimizer steps; ``metrics`` the last step's row of metrics.jsonl; ``best`` the folder of the
-    best weights (None without validation rows), with their ``best_step`` and ``best_loss``; ``seconds`` and
-    ``tokens`` over all parts of an interrupted run; ``resumed`` the step of the checkpoint from which the run
-    was resumed, 0 for a new run.
+    best weights by ``best_metric`` (None without validation rows), with their ``best_step``, ``best_loss``
+    (the validation loss) and ``best_value`` (that of the metric); ``seconds`` and ``tokens`` over all parts
+    of an interrupted run; ``resumed`` the step of the checkpoint from which the run was resumed, 0 for a new
+    run.
     """
 
     steps: int
@@ -110,6 +113,7 @@ class TrainResult:
     tokens: int = 0
     resumed: int = 0
     stopped_early: bool = False
+    best_value: float | None = None
 
 
 def train(
@@ -127,6 +131,7 @@ def train(
     identity: str = "",
     ranks: Ranks | None = None,
     saved: Callable[[int], None] | None = None,
+    measure: Measure | None = None,
 ) -> TrainResult:
     r"""Train ``model``'s trainable parameters in place, resuming from ``folder/checkpoints`` where there are
     any.
@@ -152,6 +157,8 @@ def train(
         identity: Of model and data; a checkpoint with another identity is refused.
         ranks: By default those of this process's launch.
         saved: Called with the step of every checkpoint that was written.
+        measure: Gives further figures of the model at each validation, for metrics.jsonl and ``best_metric``:
+            see :func:`~mlx_distill.train.validation.measure_answers`.
 
     Raises:
         Interrupted: stopped on request, after a checkpoint.
@@ -199,6 +206,7 @@ def train(
             keyed_settings,
             watch,
             update,
+            measure,
         )
         with ranks.errors():
             stopped_early = run_steps(state, progress, flag, hooks, saved)
@@ -313,11 +321,17 @@ def _validate(state: TrainState, progress: TrainProgress, row: dict[str, Any]) -
     losses = evaluate(state.model, state.valid, state.objective, state.ranks)
     if not all(map(math.isfinite, losses.values())):
         stop_on_weights(state.folder, progress.step, "the validation loss is not a number")
-    row |= {f"valid_{name}": value for name, value in losses.items()}
-    if progress.best_loss is None or losses["loss"] < progress.best_loss:
+    figures = {} if state.measure is None else measure_answers(state.model, state.measure, state.ranks)
+    figures = losses | {name: value for name, value in figures.items() if name not in losses}
+    row |= {f"valid_{name}": value for name, value in figures.items()}
+    metric = state.settings.best_metric
+    if metric not in figures:
+        raise ConfigError(f"best_metric: {metric} is not measured", fix="see evaluate_rows, or leave it out")
+    if is_better(figures[metric], progress.best_value, metric):
         progress.best_step, progress.best_loss, progress.bad_evals = progress.step, losses["loss"], 0
+        progress.best_value = figures[metric]
         if state.ranks.rank == 0:
-            best = {"step": progress.step, "valid_loss": losses["loss"]}
+            best = {"step": progress.step, f"valid_{metric}": figures[metric], "valid_loss": losses["loss"]}
             checkpoint.save_best(state.folder / "checkpoints", best, state.model)
     else:
         progress.bad_evals += 1
@@ -365,6 +379,7 @@ def _result(state: TrainState, progress: TrainProgress, resumed: int, stopped_ea
         progress.tokens,
         resumed,
         stopped_early,
+        progress.best_value,
     )
 
 
@@ -386,10 +401,10 @@ def _check(
             f"a schedule over {scheduled} steps for a run of {steps}",
             fix=f"make_optimizer(settings, {steps})",
         )
-    if (settings.patience or settings.use_best) and not has_validation:
-        name = "patience" if settings.patience else "use_best"
+    asked = [name for name in ("patience", "use_best", "evaluate_rows") if getattr(settings, name)]
+    if asked and not has_validation:
         raise ConfigError(
-            f"{name} without a validation row", fix="raise data.valid_fraction, or leave it out"
+            f"{asked[0]} without a validation row", fix="raise data.valid_fraction, or leave it out"
         )
     check_settings(settings, ranks.size)
     if settings.compile and objective.head_split is None:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_distill.config import changes, keyed
+from mlx_distill.config import changes, defaults_left_out, keyed
 from mlx_distill.errors import ConfigError
 from mlx_distill.optim.schedules import check_schedule
 from mlx_distill.recipe import TrainConfig, current_settings
@@ -23,7 +23,8 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
 
     Raises:
         ConfigError: no length of the run, a schedule longer than the run, streamed gradients with
-            accumulation, patience without validation, modules_to_save where everything is trained.
+            accumulation, patience without validation, a best metric of answers without answers,
+            modules_to_save where everything is trained.
 
     >>> check_settings(TrainConfig())
     """
@@ -33,11 +34,16 @@ def check_settings(settings: TrainConfig, ranks: int = 1) -> None:
         raise ConfigError("modules_to_save with method: full, which trains everything", fix="leave it out")
     if not settings.steps and not settings.epochs:
         raise ConfigError("steps: 0 and epochs: 0", fix="set the length of the run in one of them")
-    for name in ("patience", "use_best"):
+    for name in ("patience", "use_best", "evaluate_rows"):
         if getattr(settings, name) and not settings.evaluate_every:
             raise ConfigError(
                 f"{name} with evaluate_every: 0", fix="set how often the validation rows are evaluated"
             )
+    if settings.best_metric != "loss" and not settings.evaluate_rows:
+        raise ConfigError(
+            f"best_metric: {settings.best_metric} with evaluate_rows: 0",
+            fix="set evaluate_rows: how many validation rows the model answers, such as 100",
+        )
 
 
 def check_model(folder: str | Path, settings: TrainConfig, *, dequantize: bool = False) -> list[str]:
@@ -88,7 +94,8 @@ def check_leftover(checkpoints: Path, settings: TrainConfig, command: str, fits:
         )
     if fits:
         return
-    old, new = current_settings(state.get("settings", {})), current_settings(keyed(settings))
+    old = current_settings({**defaults_left_out(settings), **state.get("settings", {})})
+    new = current_settings({**defaults_left_out(settings), **keyed(settings)})
     common = [name for name in new if name in old]
     changed = changes({name: old[name] for name in common}, {name: new[name] for name in common})
     if changed:

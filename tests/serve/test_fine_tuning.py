@@ -256,6 +256,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any
             validation_file=validation.id,
             hyperparameters={"n_epochs": 1, "batch_size": 4, "learning_rate_multiplier": 100},
             suffix="sums",
+            extra_body={"mlx_distill": {"teach": {"evaluate_rows": 3}}},
         )
         client.files.delete(training.id)
         yield client, wait_for(client, made.id), root
@@ -293,6 +294,8 @@ def test_its_events_and_its_checkpoint_have_its_metrics(trained: tuple[Any, Any,
     rows = (root.path / job.model_extra["mlx_distill"]["run"] / "teacher" / "metrics.jsonl").read_text()
     last = json.loads(rows.splitlines()[-1])
     assert metrics[0].data["train_loss"] == last["loss"]
+    assert metrics[0].data["valid_mean_token_accuracy"] == last["valid_token_accuracy"]
+    assert ", perplexity " in metrics[0].message
     (checkpoint,) = client.fine_tuning.jobs.checkpoints.list(job.id)
     assert checkpoint.fine_tuned_model_checkpoint == job.fine_tuned_model
     assert checkpoint.step_number == last["step"] == 2

@@ -30,6 +30,8 @@ GOLDEN = Path(__file__).parents[1] / "golden"
         ({"stream_gradients": True}, "stream_gradients with accumulate: 8"),
         ({"patience": 2, "evaluate_every": 0}, "patience with evaluate_every: 0"),
         ({"use_best": True, "evaluate_every": 0}, "use_best with evaluate_every: 0"),
+        ({"evaluate_rows": 5, "evaluate_every": 0}, "evaluate_rows with evaluate_every: 0"),
+        ({"best_metric": "accuracy"}, "best_metric: accuracy with evaluate_rows: 0"),
         (
             {"method": "full", "modules_to_save": ["norm"]},
             "modules_to_save with method: full, which trains everything",
@@ -165,6 +167,7 @@ def _train_in(folder: Path) -> Any:
             {"learning_rate": 3e-3},
             r"6 steps of an unfinished teach with other settings \(learning_rate was 0.01, is 0.003\)",
         ),
+        ({"evaluate_rows": 9}, r"\(evaluate_rows was 0, is 9\)"),
         ({}, "with other data or another model"),
         (None, "another version"),
     ],
