@@ -103,8 +103,16 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         ),
         _conversion(recipe, "teacher_base", recipe.teacher),
     ]
+    prompt, prompt_file = _teacher_prompt(recipe)
     teaching = Stage(
-        "teacher", "teach", 2, {**keyed(recipe.teach), **shared}, ("teacher_base", "data"), teach
+        "teacher",
+        "teach",
+        2,
+        {**keyed(recipe.teach), **shared, **prompt},
+        ("teacher_base", "data"),
+        teach,
+        prompt_file,
+        prompt_file,
     )
     if recipe.student is None:
         own = _models_without_student(recipe)
@@ -200,6 +208,11 @@ def _models_without_student(recipe: Recipe) -> list[str]:
     for name in [] if recipe.evaluate.models == EVALUATED else _named_models(recipe):
         if name not in own:
             raise ConfigError(f"evaluate.models: {name!r}, and the recipe has no student", fix=fix)
+    if recipe.targets.system or recipe.targets.system_file:
+        raise ConfigError(
+            "targets.system: the recipe has no student, which would read another system prompt",
+            fix="write the prompt into the task or the rows, or name a student",
+        )
     for goal in recipe.goals:
         if goal.model not in own:
             raise ConfigError(f"goals: a goal of {goal.model!r}, and the recipe has no student", fix=fix)
@@ -210,7 +223,17 @@ def _targets(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
     config = {**keyed(recipe.targets), **shared}
     if temperatures := recipe_temperatures(recipe):
         config["temperatures"] = list(temperatures)
-    return Stage("targets", "targets", 4, config, ("teacher", "data"), targets)
+    _, prompt_file = _teacher_prompt(recipe)  # targets.system itself is among their settings
+    return Stage("targets", "targets", 4, config, ("teacher", "data"), targets, prompt_file, prompt_file)
+
+
+def _teacher_prompt(recipe: Recipe) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """The system prompt that the teacher reads in place of the rows', as a part of the keys of its stages:
+    the text, or the file.
+    """
+    path = recipe.teacher_system_file
+    prompt = {"targets_system": recipe.targets.system} if recipe.targets.system else {}
+    return prompt, () if path is None else (str(path),)
 
 
 def _conversion(recipe: Recipe, name: str, spec: str) -> Stage:
@@ -284,14 +307,16 @@ def _evaluation(
     base = (model.base,) if model.base else ()
     if recipe.task is None:
         return _chat_evaluation(recipe, model, shared, base)
+    prompt, prompt_file = _teacher_prompt(recipe) if model.role == "teacher" else ({}, ())
     return Stage(
         f"evaluations/{model.name}",
         "evaluate",
         4,
-        config,
+        config | prompt,
         (model.folder, *base, "data"),
         lambda context, folder: evaluate(context, folder, model.folder, model.name),
-        edge_cases,
+        (*edge_cases, *prompt_file),
+        prompt_file,
         model=model.name,
     )
 

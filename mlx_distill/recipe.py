@@ -17,6 +17,7 @@ from mlx_distill.config import (
     override_items,
     packaged,
     read_yaml,
+    resolve_asset,
     to_mapping,
 )
 from mlx_distill.config_sections import Section, sections
@@ -240,6 +241,33 @@ class Recipe:
         """
         return self.dequantize and folder != "quantized"
 
+    @property
+    def teacher_system_file(self) -> Path | None:
+        """The file of ``targets.system_file``."""
+        name = self.targets.system_file
+        return None if name is None else Path(resolve_asset(name, self.base))
+
+    def teacher_system(self) -> str | None:
+        """The system prompt that the teacher reads in place of the rows', or None where it reads theirs.
+
+        Raises:
+            ConfigError: a file that cannot be read, or that holds no text.
+        """
+        path = self.teacher_system_file
+        if path is None:
+            return self.targets.system.strip() or None
+        try:
+            text = path.read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(
+                f"targets.system_file: {path}: cannot be read as UTF-8 text: {error}", fix="correct the path"
+            ) from error
+        if not text:
+            raise ConfigError(
+                f"targets.system_file: {path} is empty", fix="write the prompt, or leave it out"
+            )
+        return text
+
     def load_task(self) -> Task:
         """Load the task that the recipe names; of a recipe without one :data:`mlx_distill.tasks.task.CHATS`.
 
@@ -321,6 +349,10 @@ def load_recipe(
                 f"{where}: goals[{number}]: {goal.metric} of {goal.model} needs one limit",
                 fix="give at_least or at_most, not both",
             )
+    if recipe.targets.system and recipe.targets.system_file:
+        raise ConfigError(
+            f"{where}: targets: system_file: targets.system is set too", fix="keep one of the two"
+        )
     recipe.load_task()
     return recipe
 

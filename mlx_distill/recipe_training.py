@@ -180,6 +180,17 @@ class TargetsConfig:
         default_keyed=False,
     )
     seed: int = option(0, "seed of the sampled answers", low=0, default_keyed=False)
+    system: str = option(
+        "",
+        "what the teacher reads in place of the system prompt of every row, in its training, its targets and "
+        "its evaluation: a policy or rubric that the student never sees; empty: what the rows have",
+        default_keyed=False,
+    )
+    system_file: str | None = option(
+        None,
+        "a text file with targets.system; its content is part of the stages' keys",
+        keyed=False,
+    )
     top_k: int = option(32, "most probable tokens kept of each distribution", low=1, high=1024)
     draws: int = option(
         0,

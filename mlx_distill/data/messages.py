@@ -239,6 +239,17 @@ def message_from_row(row: Mapping[str, Any]) -> Message:
     return Message(role, content, row.get("weight") != 0, extra)
 
 
+def with_system(turns: Sequence[Mapping[str, Any]], system: str) -> list[dict[str, Any]]:
+    """The turns of a prepared row with another system prompt, or with one where they had none.
+
+    >>> with_system([{"role": "user", "content": "Hi."}], "Be kind.")[0]
+    {'role': 'system', 'content': 'Be kind.'}
+    """
+    of_row = dict(turns[0]) if turns and turns[0]["role"] == "system" else {"role": "system"}
+    others = turns[1:] if turns and turns[0]["role"] == "system" else turns
+    return [{**of_row, "content": system}, *map(dict, others)]
+
+
 def texts_of(value: Any) -> Iterator[str]:
     """All texts within a JSON value, keys too."""
     if isinstance(value, str):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mlx_distill.data.messages import with_system
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.models.trained_on import read_trained_on
 from mlx_distill.storage import read_jsonl
@@ -31,9 +32,11 @@ def golden_from_run(run: Path, evaluation: Path, count: int = GOLDEN_ROWS) -> li
         Rows with ``id``, ``messages`` (the prompt), ``text``, ``answer`` and ``label``; none where the run no
         longer has the prompts.
     """
-    _, rows = read_predictions(evaluation)
-    test = run / "data" / "test.jsonl"
+    header, rows = read_predictions(evaluation)
+    test, system = run / "data" / "test.jsonl", (header.get("settings") or {}).get("system")
     prompts = {str(row["id"]): _prompt(row) for _, row in read_jsonl(test)} if test.is_file() else {}
+    if system is not None:  # the teacher of a run may read another one than the rows have
+        prompts = {id: with_system(prompt, system) for id, prompt in prompts.items()}
     usable = [row for row in rows if row["answer"] is not None and str(row["id"]) in prompts]
 
     def confidence(row: Mapping[str, Any]) -> float:

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from mlx_distill.report.tables import Report
-from mlx_distill.run_models import is_dequantized, model_title
-from mlx_distill.text import NONE, counted, percent, size, words
+from mlx_distill.run_models import is_dequantized, model_phrase, model_title
+from mlx_distill.text import NONE, counted, listed, percent, size, words
 
 
 def origin(report: Report) -> dict[str, Any]:
@@ -45,6 +45,8 @@ def _method(report: Report) -> dict[str, str]:
             "Intervals of rates": f"Wilson at the effective number of rows, {level}, {rows}{few}",
             "Intervals of means": "t with clustered errors, at the same level",
         }
+    if prompts := _prompts(report["provenance"]["evaluations"]):
+        out["System prompts"] = prompts
     facts = report.get("final_comparison")
     if not facts:
         return out
@@ -59,6 +61,18 @@ def _method(report: Report) -> dict[str, str]:
         provable = f"{100 * facts['provable_margin']:.1f}" if facts["metric_unit"] == "rate" else "–"
         out["Provable margin"] = f"{provable} points with {counted(facts['n'], 'row')}, at a power of 80 %"
     return out
+
+
+def _prompts(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Who read another system prompt than that of the rows; empty where nobody did."""
+    lengths = {
+        name: len(settings["system"]) for name, settings in evaluations.items() if settings.get("system")
+    }
+    if not lengths:
+        return ""
+    names = listed([model_phrase(name) for name in lengths])
+    length = counted(max(lengths.values()), "character")
+    return f"{names} read targets.system ({length}) in place of that of the rows, which the others read"
 
 
 def _any_figures(report: Report) -> Mapping[str, Any]:

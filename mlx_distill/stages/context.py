@@ -5,10 +5,11 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_distill.data.messages import with_system
 from mlx_distill.errors import DataError, Interrupted
 from mlx_distill.progress import Progress
 from mlx_distill.recipe import Recipe
@@ -35,6 +36,7 @@ class Context:
         hooks: Called after every step of every training; see :mod:`mlx_distill.train.events`.
         profile: Measures the time of the parts of every training.
         events: Called with every event of a run, see :func:`mlx_distill.pipeline.run`.
+        system: What :func:`read_rows` gives in place of each row's system prompt; None: the row's own.
     """
 
     recipe: Recipe
@@ -45,6 +47,14 @@ class Context:
     hooks: Sequence[Callable[[dict[str, Any]], None]] = ()
     profile: Profile | None = None
     events: Callable[[dict[str, Any]], None] | None = None
+    system: str | None = None
+
+
+def as_teacher(context: Context) -> Context:
+    """The context in which the teacher is trained and asked: its rows have the system prompt of ``targets``,
+    where there is one.
+    """
+    return replace(context, system=context.recipe.teacher_system())
 
 
 def load_model(context: Context, name: str, folder: Path | None = None) -> tuple[Any, Any]:
@@ -74,8 +84,16 @@ def rows_file(context: Context, split: str) -> Path:
 
 
 def read_rows(context: Context, split: str) -> Iterator[dict[str, Any]]:
-    """The prepared rows of a split, one at a time."""
-    return (row for _, row in read_jsonl(rows_file(context, split)))
+    """The prepared rows of a split, one at a time, with the context's system prompt."""
+    for _, row in read_jsonl(rows_file(context, split)):
+        yield (
+            row
+            if context.system is None
+            else {
+                **row,
+                "messages": with_system(row["messages"], context.system),
+            }
+        )
 
 
 def count_rows(context: Context, split: str) -> int:

@@ -65,6 +65,7 @@ def encoded_rows(
             "max_length": settings.max_length,
             "loss_on": settings.loss_on,
             **({"max_rows": max_rows} if max_rows else {}),
+            **({"system": context.system} if context.system is not None else {}),
         }
     )
     if not is_stored(rows_folder, key):

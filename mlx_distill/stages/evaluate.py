@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_distill.config import to_mapping
 from mlx_distill.errors import ConfigError, ModelError
 from mlx_distill.records import Prediction
+from mlx_distill.run_models import RUN_MODELS
 from mlx_distill.runtime import peak_memory, reset_peak_memory
-from mlx_distill.stages.context import Context, Facts, check_stop
+from mlx_distill.stages.context import Context, Facts, as_teacher, check_stop
 from mlx_distill.stages.evaluate_more import checked_rows, measure_more
 from mlx_distill.stages.speed import Saturation, first_token_seconds, load_and_measure
 from mlx_distill.storage import read_jsonl, scratch, write_jsonl
+from mlx_distill.tasks.task import Task
 
 
 def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Facts:
@@ -26,6 +28,8 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
     from mlx_distill.infer.predict import predict_both
 
     settings = context.recipe.evaluate
+    if RUN_MODELS[name].role == "teacher":
+        context = as_teacher(context)
     rows = checked_rows(context)
     model, tokenizer, facts = load_and_measure(context, model_folder)
     scored = label_prefix_tokens(
@@ -73,7 +77,7 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
         rows,
         predictions,
         constrained=constrained if constrain else None,
-        settings=to_mapping(settings),
+        settings=to_mapping(settings) | ({} if context.system is None else {"system": context.system}),
     )
     facts["requests_per_second"] = saturation.requests_per_second
     _answer_edge_cases(context, folder, (model, tokenizer), name, constrain)
@@ -95,12 +99,19 @@ def _answer_edge_cases(
     context.progress.note(f"evaluate {name}: edge cases")
     outcomes = run_edge_cases(
         model,
-        context.task,
+        _asked_task(context),
         batch_size=context.recipe.evaluate.batch_size,
         constrain=constrain,
         progress=context.progress,
     )
     write_jsonl(folder / FILE_NAME, outcomes)
+
+
+def _asked_task(context: Context) -> Task:
+    """The task with the context's system prompt, for rows that are not prepared."""
+    if context.system is None:
+        return context.task
+    return replace(context.task, system=context.system.replace("{", "{{").replace("}", "}}"))
 
 
 def _pair(answers: tuple[Prediction, Prediction | None]) -> dict[str, Any]:

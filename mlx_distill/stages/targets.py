@@ -14,6 +14,7 @@ from mlx_distill.recipe import Recipe, TargetsConfig
 from mlx_distill.stages.context import (
     Context,
     Facts,
+    as_teacher,
     check_stop,
     count_rows,
     load_model,
@@ -38,7 +39,7 @@ def targets(context: Context, folder: Path) -> Facts:
     from mlx_distill.distill.teacher_cache import TargetWriter
     from mlx_distill.infer.label_scoring import find_label_trie
 
-    settings = context.recipe.targets
+    context, settings = as_teacher(context), context.recipe.targets
     model, tokenizer = load_model(context, "teacher")
     labels = find_label_trie(tokenizer, context.task, context.recipe.distill.label_weight)
     train_rows = min(count_rows(context, "train"), settings.max_rows or sys.maxsize)
@@ -136,9 +137,10 @@ def cache_layout(model: Any, tokenizer: Any, settings: TargetsConfig) -> TokenLa
 
 
 def fingerprints(context: Context, tokenizer: Any) -> dict[str, str]:
-    """What targets are made from: hashes of the teacher's weights, adapter, tokenizer and template, and of
-    the rows.
+    """What targets are made from: hashes of the teacher's weights, adapter, tokenizer and template, of the
+    rows, and of the system prompt that the teacher reads in place of theirs, if there is one.
     """
+    system = as_teacher(context).system
     weights = [_hashes(context.run / name, "model*.safetensors") for name in ("teacher_base", "teacher")]
     return {
         "weights": digest(weights),
@@ -146,6 +148,7 @@ def fingerprints(context: Context, tokenizer: Any) -> dict[str, str]:
         "tokenizer": vocabulary_hash(tokenizer),
         "template": digest(str(getattr(tokenizer, "chat_template", None))),
         "rows": digest([sha256(rows_file(context, split)) for split in ("train", "valid")]),
+        **({"system": digest(system)} if system is not None else {}),
     }
 
 

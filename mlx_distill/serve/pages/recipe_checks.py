@@ -69,6 +69,7 @@ def _paths(raw: dict[str, Any]) -> Iterator[tuple[dict[str, Any], str, str]]:
     places: list[tuple[Any, str, str]] = [(raw, name, name) for name in ("task", "teacher", "student")]
     places += [(raw.get("task"), name, "task") for name in ("name", "edge_cases")]
     places += [(raw.get("evaluate"), "costs", "evaluate.costs")]
+    places += [(raw.get("targets"), "system_file", "targets.system_file")]
     data = raw.get("data")
     sources = data.get("sources") if isinstance(data, dict) else None
     for number, source in enumerate(sources if isinstance(sources, list) else ()):
@@ -192,6 +193,9 @@ def _missing(recipe: Recipe) -> Iterator[tuple[str, str]]:
             path = getattr(source, key)
             if path and not Path(resolve_asset(path, recipe.base)).expanduser().exists():
                 yield f"data.sources.{number}.{key}", f"{path}: no such file or folder"
+    prompt = recipe.teacher_system_file
+    if prompt is not None and not prompt.is_file():
+        yield "targets.system_file", f"{recipe.targets.system_file}: no such file"
 
 
 def located(message: str) -> tuple[str, str]:
