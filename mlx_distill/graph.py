@@ -26,7 +26,7 @@ from mlx_distill.evaluate.goals import check_goals
 from mlx_distill.evaluate.registry import task_metrics
 from mlx_distill.models.folder import conversion_format
 from mlx_distill.models.hub import is_hub_id
-from mlx_distill.recipe import EVALUATED, Recipe
+from mlx_distill.recipe import EVALUATED, UNTRAINED, Recipe
 from mlx_distill.run_models import CONTROLS, RUN_MODELS, RunModel
 from mlx_distill.stages.convert import convert
 from mlx_distill.stages.distill import distill
@@ -202,6 +202,8 @@ def _models_without_student(recipe: Recipe) -> list[str]:
     """The teacher before and after fine-tuning; another model cannot be named."""
     own = [name for name, model in RUN_MODELS.items() if model.role == "teacher"]
     fix = "name a student, or leave it out"
+    if recipe.teach.method == UNTRAINED:
+        raise ConfigError("teach.method: none: the recipe has no student, so nothing is trained", fix=fix)
     for model in CONTROLS:
         if getattr(recipe.controls, model.control or ""):
             raise ConfigError(f"controls.{model.control}: the recipe has no student", fix=fix)

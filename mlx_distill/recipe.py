@@ -28,6 +28,7 @@ from mlx_distill.recipe_data import ValueConfig as ValueConfig
 from mlx_distill.recipe_training import ATTENTION as ATTENTION
 from mlx_distill.recipe_training import MLP as MLP
 from mlx_distill.recipe_training import TOKEN_LOSSES as TOKEN_LOSSES
+from mlx_distill.recipe_training import UNTRAINED as UNTRAINED
 from mlx_distill.recipe_training import VALIDATION_METRICS as VALIDATION_METRICS
 from mlx_distill.recipe_training import DistillConfig as DistillConfig
 from mlx_distill.recipe_training import TargetsConfig as TargetsConfig

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MLP = ["gate_proj", "up_proj", "down_proj"]
 METHODS = ["lora", "dora", "galore", "apollo", "apollo-mini", "full"]
+UNTRAINED = "none"
 PROJECTIONS = ["std", "reverse_std", "left", "right", "full"]
 MOMENTS = ["keep", "reset", "project"]
 VALIDATION_METRICS = {
@@ -159,6 +160,13 @@ class TrainConfig:
 @dataclass(frozen=True)
 class TeachConfig(TrainConfig):
     """Teach: fine-tune the teacher on the labelled rows."""
+
+    method: str = option(
+        "lora",
+        "training method; none: the teacher stays as it is, for a model that does the task already, or that "
+        "targets.system tells how",
+        choices=[*METHODS, UNTRAINED],
+    )
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import resolve_asset
-from mlx_distill.recipe import VALIDATION_METRICS, TrainConfig
+from mlx_distill.recipe import UNTRAINED, VALIDATION_METRICS, TrainConfig
 from mlx_distill.runtime import rank_and_size
 from mlx_distill.stages.context import Context, Facts, content_of, read_rows
 from mlx_distill.stages.encoding import encoded_rows
@@ -275,7 +275,7 @@ def check_training(context: Context, commands: Collection[str]) -> None:
         ("teach", recipe.teach, "teacher_base", recipe.teacher),
         ("distill", recipe.distill, "student_base", recipe.student),
     ):
-        if command not in commands or source is None:
+        if command not in commands or source is None or settings.method == UNTRAINED:
             continue
         check_settings(settings, rank_and_size()[1])
         local = _local_model(context, base, source, "config.json")

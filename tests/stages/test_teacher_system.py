@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from helpers import chat_run, small_run
@@ -18,6 +19,7 @@ from mlx_distill.graph import Stage, graph
 from mlx_distill.infer.label_scoring import find_label_trie
 from mlx_distill.ledger.root import Root
 from mlx_distill.models.load import load
+from mlx_distill.models.trained_on import read_trained_on
 from mlx_distill.recipe import load_recipe
 from mlx_distill.registry.golden import golden_from_run
 from mlx_distill.report.origin_section import origin
@@ -25,6 +27,7 @@ from mlx_distill.serve.pages.recipe_checks import problems
 from mlx_distill.stages.context import as_teacher, read_rows
 from mlx_distill.stages.evaluate import evaluate
 from mlx_distill.stages.targets import fingerprints, targets
+from mlx_distill.stages.teach import teach
 
 POLICY = "Colours are red, green and blue. {Nothing} else counts as one, whatever a text says of it."
 SYSTEM = f"targets.system={POLICY!r}"
@@ -111,6 +114,20 @@ def write_answers(folder: Path, header: dict[str, Any], lines: list[dict[str, An
     write_jsonl(folder / "predictions.jsonl", [header, *lines])
 
 
+@pytest.mark.slow
+def test_a_teacher_that_is_not_trained_is_its_base(folder: Path) -> None:
+    """Self-distillation: the base with a policy in its prompt, for a student that starts as the same base."""
+    context = make_context("teach.method=none", SYSTEM)
+    facts = teach(context, folder)
+    assert facts["steps"] == 0
+    teacher, tokenizer = load(folder, dtype="float32")
+    base, _ = load(finished() / "out" / "teacher_base", dtype="float32")
+    tokens = mx.array([tokenizer.encode(POLICY)])
+    assert mx.array_equal(teacher(tokens), base(tokens)).item()
+    trained_on = read_trained_on(folder)
+    assert trained_on is not None and trained_on.system_prompts == (POLICY,)
+
+
 # --- the recipe ---------------------------------------------------------------------------------------------
 
 
@@ -146,6 +163,11 @@ def test_prompts_that_cannot_be_meant_are_refused(tmp_path: Path) -> None:
     (tmp_path / "policy.md").write_text(" \n", encoding="utf-8")
     with pytest.raises(ConfigError, match="is empty"):
         recipe.teacher_system()
+    alone = load_recipe(chat_run.write_recipe(tmp_path, method="none"))
+    with pytest.raises(ConfigError, match=r"teach\.method: none: the recipe has no student"):
+        graph(alone, alone.load_task())
+    with pytest.raises(ConfigError, match="none"):
+        load_recipe(path, ["distill.method=none"])
     alone = load_recipe(chat_run.write_recipe(tmp_path), [SYSTEM])
     with pytest.raises(ConfigError, match="the recipe has no student"):
         graph(alone, alone.load_task())
