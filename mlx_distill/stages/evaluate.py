@@ -28,8 +28,7 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
     from mlx_distill.infer.predict import predict_both
 
     settings = context.recipe.evaluate
-    if RUN_MODELS[name].role == "teacher":
-        context = as_teacher(context)
+    context = as_teacher(context) if RUN_MODELS[name].role == "teacher" else context
     rows = checked_rows(context)
     model, tokenizer, facts = load_and_measure(context, model_folder)
     scored = label_prefix_tokens(

@@ -177,21 +177,12 @@ def train(
         resumed = progress.step
         if settings.grad_checkpoint:
             stack.enter_context(checkpointed_layers(model))
-        log = MetricsLog(folder / "metrics.jsonl" if ranks.rank == 0 else None, log_bytes)
-        stack.enter_context(closing(log))
-        update = make_updater(
-            UpdateContext(
-                model,
-                objective,
-                optimizer,
-                settings.clip_norm,
-                ranks,
-                watch,
-                make_trunk(model, compiled=True) if settings.compile else None,
-                _finite_check(folder, progress, ranks),
-            ),
-            settings,
-        )
+        path = folder / "metrics.jsonl" if ranks.rank == 0 else None
+        log = stack.enter_context(closing(MetricsLog(path, log_bytes)))
+        trunk = make_trunk(model, compiled=True) if settings.compile else None
+        finite = _finite_check(folder, progress, ranks)
+        parts = UpdateContext(model, objective, optimizer, settings.clip_norm, ranks, watch, trunk, finite)
+        update = make_updater(parts, settings)
         state = TrainState(
             model,
             batches,
