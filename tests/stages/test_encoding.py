@@ -291,10 +291,12 @@ def test_a_checkpoint_of_other_rows_or_another_base_is_refused(
         {"train": train, "valid": valid, "model": content}
     )
     text = (run_copy / "data" / "train.jsonl").read_bytes()
+    shutil.copytree(run_copy / "targets", folder / "targets")
     change_rows(run_copy)
     with pytest.raises(ConfigError, match="identity"):
         TRAININGS[stage](make_context(run=run_copy), folder)
     (run_copy / "data" / "train.jsonl").write_bytes(text)
+    shutil.copytree(folder / "targets", run_copy / "targets", dirs_exist_ok=True)
     assert TRAININGS[stage](make_context(run=run_copy), folder)["resumed"] == 2
     shutil.rmtree(folder / "scratch")
     start(run_copy, folder, stage)
