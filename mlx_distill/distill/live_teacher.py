@@ -17,6 +17,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mlx_distill.data.chat import render
+from mlx_distill.data.messages import with_system
 from mlx_distill.distill.align import AlignedRow
 from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.errors import DataError
@@ -79,7 +80,11 @@ class LiveTeacher:
 
 
 def with_teacher_tokens(
-    row: AlignedRow, messages: Sequence[Mapping[str, Any]], targets: TeacherTargets, tokenizer: Any
+    row: AlignedRow,
+    messages: Sequence[Mapping[str, Any]],
+    targets: TeacherTargets,
+    tokenizer: Any,
+    system: str | None = None,
 ) -> AlignedRow:
     """An aligned row with the chat as the teacher reads it.
 
@@ -88,11 +93,12 @@ def with_teacher_tokens(
         messages: The chat, the teacher's answer last.
         targets: Of the row.
         tokenizer: The teacher's.
+        system: What the teacher reads in place of the chat's system prompt; None: the same.
 
     Raises:
         DataError: the chat's answer is not in the tokens of the targets.
     """
-    chat = render(tokenizer, messages)
+    chat = render(tokenizer, messages if system is None else with_system(messages, system))
     start = chat.spans[-1][0]
     if not np.array_equal(chat.tokens[start:], targets.ids):
         raise DataError(

@@ -13,6 +13,7 @@ from mlx_distill.recipe import DistillConfig
 from mlx_distill.stages.context import (
     Context,
     Facts,
+    as_teacher,
     check_stop,
     content_of,
     count_rows,
@@ -150,6 +151,8 @@ def aligned_rows(
     live = loss is not None and settings.teacher == "live"
     temperature = 1.0 if live else _kept_temperature(loss, settings, reader.index)
     key = _aligned_key(context, content_of(reader.folder), teacher_hash, settings, temperature)
+    system = as_teacher(context).system
+    finish = partial(with_teacher_tokens, tokenizer=teacher_tokenizer, system=system)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
     if not all(is_stored(path, key) for path in folders.values()):
         write_aligned_rows(
@@ -166,7 +169,7 @@ def aligned_rows(
                 same_tokenizer=same_tokenizer,
                 columns=token_rows,
                 temperature=temperature,
-                **({"finish": partial(with_teacher_tokens, tokenizer=teacher_tokenizer)} if live else {}),
+                **({"finish": finish} if live else {}),
             ),
             tokenizer,
             token_rows=token_rows,

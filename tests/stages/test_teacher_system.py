@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +20,14 @@ from mlx_distill.errors import ConfigError
 from mlx_distill.graph import Stage, graph
 from mlx_distill.infer.label_scoring import find_label_trie
 from mlx_distill.ledger.root import Root
-from mlx_distill.models.load import load
+from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.models.trained_on import read_trained_on
 from mlx_distill.recipe import load_recipe
 from mlx_distill.registry.golden import golden_from_run
 from mlx_distill.report.origin_section import origin
 from mlx_distill.serve.pages.recipe_checks import problems
 from mlx_distill.stages.context import as_teacher, read_rows
+from mlx_distill.stages.distill import aligned_rows
 from mlx_distill.stages.evaluate import evaluate
 from mlx_distill.stages.targets import fingerprints, targets
 from mlx_distill.stages.teach import teach
@@ -34,9 +37,11 @@ SYSTEM = f"targets.system={POLICY!r}"
 
 
 @pytest.mark.slow
-def test_the_teachers_targets_are_those_of_its_own_prompt(folder: Path) -> None:
-    """Against rows whose system prompt is replaced here."""
-    context = make_context(SYSTEM, "targets.max_rows=3", "targets.text=data")
+def test_the_teachers_targets_are_those_of_its_own_prompt(folder: Path, run_copy: Path) -> None:
+    """Against rows whose system prompt is replaced here. A live teacher reads the same prompt, and the
+    student that of the rows.
+    """
+    context = make_context(SYSTEM, "targets.max_rows=3", "targets.text=data", "distill.teacher=live")
     targets(context, folder)
     found = list(TargetReader(folder))
     model, tokenizer = load(finished() / "out" / "teacher", dtype="float32")
@@ -53,6 +58,16 @@ def test_the_teachers_targets_are_those_of_its_own_prompt(folder: Path) -> None:
     for ours, theirs in zip(found, wanted, strict=True):
         assert np.allclose(ours.label_logprobs, theirs.label_logprobs, atol=1e-4)
         assert np.allclose(ours.logprobs, theirs.logprobs, rtol=1e-3, atol=1e-3)
+    shutil.rmtree(run_copy / "targets")
+    shutil.copytree(folder, run_copy / "targets", ignore=shutil.ignore_patterns("scratch"))
+    context = replace(context, run=run_copy)
+    students = load_tokenizer(run_copy / "student_base")
+    train, _, _ = aligned_rows(context, folder, students, context.recipe.distill)
+    assert len(train) == 3
+    for row in train:
+        assert POLICY in tokenizer.decode(row.teacher_tokens.tolist())
+        read = students.decode(row.tokens.tolist())
+        assert POLICY not in read and context.task.system in read
 
 
 def test_only_the_teachers_rows_have_it() -> None:
