@@ -21,6 +21,7 @@ from jaxtyping import Float, Int
 
 from mlx_distill.data.chat import TokenizedRow, answer_ids, render_many
 from mlx_distill.data.packing import as_sequences, build_batch
+from mlx_distill.distill.mapped_mass import MappedMass
 from mlx_distill.distill.teacher import answer_label_place
 from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
 from mlx_distill.errors import DataError
@@ -92,6 +93,7 @@ def write_aligned_rows(
     total: int,
     progress: Progress,
     check_stop: Callable[[], None],
+    mapped: MappedMass | None = None,
 ) -> None:
     """Align all rows and write them as one array store per split.
 
@@ -106,9 +108,10 @@ def write_aligned_rows(
         total: The number of rows, for the progress bar.
         progress: Where progress is shown.
         check_stop: Called between chunks of rows; raises to stop.
+        mapped: Counts the training rows; None: they are not measured.
 
     The facts of ``train`` say how many rows of both splits were left out: ``too_long``, and ``not_aligned``
-    with an ``example``, because one of the tokenizers changes their text.
+    with an ``example``, because one of the tokenizers changes their text; and what ``mapped`` measured.
 
     Raises:
         DataError: no row is left to train on.
@@ -137,14 +140,18 @@ def write_aligned_rows(
                     example = example or f"{targets.id}: {error}"
                     continue
                 counts["labelled"] += split == "train" and row.label_start is not None
-                (train if split == "train" else valid).append(
-                    len(row.tokens) - row.start, **aligned_row_arrays(row)
-                )
+                if mapped is not None and split == "train":
+                    mapped.add(row.tokens[row.start :], targets)
+                _append(train if split == "train" else valid, row)
             done += len(chunk)
             bar.update(done)
-        train.facts = {**counts, "example": example}
+        train.facts = {**counts, "example": example, **({"mapped": mapped.facts()} if mapped else {})}
         if not train.rows:
             raise _nothing_left(counts["too_long"], max_length, counts["not_aligned"], example)
+
+
+def _append(store: StoreWriter, row: AlignedRow) -> None:
+    store.append(len(row.tokens) - row.start, **aligned_row_arrays(row))
 
 
 def aligner(

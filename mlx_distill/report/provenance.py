@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_distill import runtime
 from mlx_distill.distill.answer_check import FACT
+from mlx_distill.distill.preflight import FILE_NAME as PREFLIGHT
 from mlx_distill.errors import DistillError
 from mlx_distill.run_models import is_dequantized, run_model
 from mlx_distill.storage import Manifest, os_errors, read_json, read_jsonl, read_manifest
@@ -101,6 +102,14 @@ def teacher_answers(run: Path) -> dict[str, Any] | None:
     """
     manifest = read_manifest(run / "targets")
     return manifest.recorded.get(FACT) if manifest else None
+
+
+def distillation(run: Path) -> dict[str, Any] | None:
+    """What was measured of the teacher and the student's tokens before the student's training
+    (:mod:`mlx_distill.distill.preflight`); None where that is not written.
+    """
+    path = run / "student" / PREFLIGHT
+    return {"preflight": read_json(path)} if path.is_file() else None
 
 
 def training(run: Path) -> dict[str, dict[str, Any]]:

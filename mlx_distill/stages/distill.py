@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,7 @@ from mlx_distill.stages.context import (
 from mlx_distill.stages.label_calibration import calibrate_labels
 from mlx_distill.stages.targets import check_tail, fingerprints
 from mlx_distill.stages.training import check_training, fine_tune, train_rows
-from mlx_distill.storage import digest, scratch, sha256
+from mlx_distill.storage import digest, scratch, sha256, write_json
 
 if TYPE_CHECKING:
     from mlx_distill.distill.align import AlignedRow, JoinedRow
@@ -85,6 +85,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     token_rows = embedding_rows(model)
     align = own_answer_rows if control == "labels_hard" else aligned_rows
     train, valid, inputs = align(context, folder, tokenizer, settings, token_rows=token_rows)
+    _preflight(context, folder, settings, train.facts, inputs["same_tokenizer"], control)
     pad, classes = pad_id(tokenizer, token_rows), len(context.task.labels) + 1  # and one for everything else
 
     def collate(rows: Sequence[AlignedRow], chosen: Sequence[Sequence[int]], multiple: int) -> Batch:
@@ -135,6 +136,7 @@ def aligned_rows(
     """
     from mlx_distill.distill.align import aligned_row_from_arrays, aligner, join_rows, write_aligned_rows
     from mlx_distill.distill.live_teacher import LiveTeacher, with_teacher_tokens
+    from mlx_distill.distill.mapped_mass import MappedMass
     from mlx_distill.distill.teacher_cache import TargetReader
     from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
     from mlx_distill.infer.label_scoring import find_label_trie
@@ -154,7 +156,9 @@ def aligned_rows(
     system = as_teacher(context).system
     finish = partial(with_teacher_tokens, tokenizer=teacher_tokenizer, system=system)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
+    groups = cache(partial(_token_groups, tokenizer, teacher_tokenizer, token_rows))
     if not all(is_stored(path, key) for path in folders.values()):
+        own = None if same_tokenizer else groups
         write_aligned_rows(
             folders,
             key,
@@ -177,19 +181,39 @@ def aligned_rows(
             total=len(reader),
             progress=context.progress,
             check_stop=partial(check_stop, context),
+            mapped=MappedMass(tokenizer, teacher_tokenizer, own, columns=token_rows),
         )
     train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
     _note_left_out(context, train.facts, settings.max_length)
     if settings.label_weight > 0:
         _check_labelled(context, train, reader.folder)
-    needs_groups = loss is not None and TOKEN_LOSSES[loss].needs == "token_groups"
-    inputs = {
-        "labels": labels,
-        "groups": _token_groups(tokenizer, teacher_tokenizer, token_rows) if needs_groups else None,
-        "same_tokenizer": same_tokenizer,
-        "teacher": LiveTeacher(*load_model(context, "teacher")) if live else None,
-    }
-    return train, valid, inputs
+    inputs: dict[str, Any] = {"labels": labels, "groups": None, "same_tokenizer": same_tokenizer}
+    if loss is not None and TOKEN_LOSSES[loss].needs == "token_groups":
+        inputs["groups"] = groups()
+    return train, valid, {**inputs, "teacher": LiveTeacher(*load_model(context, "teacher")) if live else None}
+
+
+def _preflight(
+    context: Context,
+    folder: Path,
+    settings: DistillConfig,
+    measured: Mapping[str, Any],
+    same_tokenizer: bool,
+    control: str | None,
+) -> None:
+    """Say and write what of the teacher reaches the student, and which settings are known to harm; not of a
+    control.
+    """
+    from mlx_distill.distill.preflight import FILE_NAME, lines, preflight
+    from mlx_distill.distill.token_losses import token_loss_name
+
+    if control is not None:
+        return
+    loss = token_loss_name(settings, same_tokenizer)
+    facts = preflight(loss, settings, context.recipe.targets, measured["mapped"])
+    for line in lines(facts):
+        context.progress.note(f"distill: {line}")
+    write_json(folder / FILE_NAME, facts)
 
 
 def own_answer_rows(
@@ -309,6 +333,7 @@ def _aligned_key(
             "model": content_of(context.run / "student_base"),
             "teacher_tokenizer": teacher_tokenizer,
             "max_length": settings.max_length,
+            "facts": 2,  # with what is measured of the pair
             **({"max_rows": settings.max_rows} if settings.max_rows else {}),
             **({"temperature": temperature} if temperature != 1 else {}),
             **({"teacher": settings.teacher} if settings.teacher != "cached" else {}),

@@ -67,6 +67,7 @@ _UNKEYED = frozenset(
         "log.txt",
         "statistics.json",
         "timing.json",
+        "preflight.json",
         "README.md",
         "trained_on.json",
         "artifact.json",

@@ -1,0 +1,236 @@
+"""What is known of a distillation before the student's training: how much of the teacher reaches the
+student's tokens, and warnings about settings that are known to harm.
+
+The figures are those of :class:`~mlx_distill.distill.mapped_mass.MappedMass`. The thresholds are about the
+size of the effect; where a figure is below, nothing is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from mlx_distill.recipe import DistillConfig, TargetsConfig
+from mlx_distill.text import counted, percent
+
+FILE_NAME = "preflight.json"
+FORMAT = 1
+MAX_TAIL = 0.05
+MAX_SOFTENED_TAIL = 0.01  # at another temperature than 1
+MAX_UNSURE = 0.5  # tokens an answer
+MAX_PACKED = 0.05
+MIN_MAPPED = 0.9
+MIN_SAME_GROUP = 0.98
+_AT_STARTS = ("token_groups", "uld")  # losses that read distributions at common starts
+
+Kinds = Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """A warning: what will go wrong, and what to do instead."""
+
+    what: str
+    fix: str
+
+
+@dataclass(frozen=True)
+class Distillation:
+    """What the warnings depend on.
+
+    Args:
+        loss: The token-level loss, with ``auto`` resolved; None: no such term.
+        settings: Weights and temperature.
+        targets: The text, and what is kept of a distribution.
+        kinds: The figures by kind of text.
+    """
+
+    loss: str | None
+    settings: DistillConfig
+    targets: TargetsConfig
+    kinds: Kinds
+
+    @property
+    def is_live(self) -> bool:
+        """Whether the loss reads the teacher's whole distributions."""
+        return self.settings.teacher == "live"
+
+    @property
+    def all(self) -> Mapping[str, Any]:
+        """The figures of all kinds of text together."""
+        return self.kinds["all"]
+
+
+def preflight(
+    loss: str | None, settings: DistillConfig, targets: TargetsConfig, mapped: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The figures and the warnings, as JSON.
+
+    Args:
+        loss: The token-level loss, with ``auto`` resolved; None: no such term.
+        settings: Of the distillation.
+        targets: Of the targets.
+        mapped: The facts of a :class:`~mlx_distill.distill.mapped_mass.MappedMass`.
+    """
+    found = Distillation(loss, settings, targets, mapped["kinds"])
+    warnings = [advice for rule in RULES if (advice := rule(found)) is not None]
+    return {
+        "format": FORMAT,
+        "token_loss": loss,
+        "text": targets.text,
+        **mapped,
+        "warnings": [asdict(one) for one in warnings],
+    }
+
+
+def lines(facts: Mapping[str, Any]) -> list[str]:
+    """What is printed of :func:`preflight`."""
+    vocabulary, whole = facts["vocabulary"], facts["kinds"]["all"]
+    if vocabulary["same"]:
+        first = "student and teacher have one vocabulary"
+    else:
+        smaller = min(vocabulary["student"], vocabulary["teacher"])
+        first = (
+            f"{vocabulary['shared']:,} tokens are in both vocabularies, "
+            f"{percent(vocabulary['shared'] / smaller)} of the smaller one"
+        )
+    out = [
+        f"{first}; in {counted(facts['rows'], 'answer')} {percent(whole['one_to_one'])} of the teacher's "
+        f"{counted(whole['tokens'], 'token')} are one token of the student"
+    ]
+    if whole["mapped"] is not None:
+        lost = [
+            f"{kind} {percent(rates['lost'])}"
+            for kind, rates in facts["kinds"].items()
+            if kind != "all" and rates["lost"] is not None and rates["lost"] >= 0.001
+        ]
+        out.append(
+            f"of the teacher's probability mass {percent(whole['mapped'])} has a place in the student's "
+            f"tokens, {percent(whole['tail'])} is outside of its top k, {percent(whole['lost'])} is lost"
+            + (f" ({', '.join(lost)})" if lost else "")
+        )
+    return out + [f"warning: {one['what']} (to fix: {one['fix']})" for one in facts["warnings"]]
+
+
+def _greedy_text(found: Distillation) -> Advice | None:
+    unsure, settings = found.all["unsure"], found.settings
+    if found.targets.text != "greedy" or unsure < MAX_UNSURE:
+        return None
+    if not settings.text_weight and found.loss is None:
+        return None
+    return Advice(
+        f"targets.text: greedy shows one text where the teacher has several: sampled answers would differ in "
+        f"about {unsure:.1f} tokens each, and the student learns these as certain",
+        "set targets.text: sampled, and a distill.token_weight of about 10 where such tokens matter",
+    )
+
+
+def _packed_digits(found: Distillation) -> Advice | None:
+    packed = (found.kinds.get("digits") or {}).get("packed")
+    if found.loss not in _AT_STARTS or packed is None or packed < MAX_PACKED:
+        return None
+    return Advice(
+        f"{percent(packed)} of the student's tokens of digits hold several of the teacher's: "
+        f"token_loss: {found.loss} trains the first digit of each by the teacher's probabilities, the others "
+        "by text alone",
+        "keep distill.text_weight at least as high as token_weight and use targets.text: sampled; hold the "
+        "error of scores against controls.text",
+    )
+
+
+def _blind_loss(found: Distillation) -> Advice | None:
+    if found.loss != "uld":
+        return None
+    return Advice(
+        "token_loss: uld compares sorted probabilities, whatever tokens they belong to: measured students "
+        "agreed less with their teacher than those of its text alone",
+        "use token_loss: auto, and uld as a baseline only",
+    )
+
+
+def _untrained(found: Distillation) -> Advice | None:
+    if found.loss not in _AT_STARTS or found.settings.text_weight:
+        return None
+    several, target = found.all["several"] or 0.0, found.all["with_target"]
+    without = 0.0 if target is None else 1 - target
+    if not several and not without:
+        return None
+    return Advice(
+        f"distill.text_weight: 0 with token_loss: {found.loss}: {percent(several)} of the mass that maps is "
+        f"in groups of several student tokens, and {percent(without)} of the student's tokens have no "
+        "distribution as target: nothing trains either",
+        "set distill.text_weight above 0",
+    )
+
+
+def _temperature(found: Distillation) -> Advice | None:
+    t = found.settings.temperature
+    if t == 1 or found.loss not in ("alm", "token_groups"):  # the others are at T over all tokens
+        return None
+    if found.loss == "alm":
+        return Advice(
+            f"distill.temperature: {t:g} has no effect on token_loss: alm", "set distill.temperature: 1"
+        )
+    tail = found.all["tail"]
+    if found.is_live or tail is None or tail < MAX_SOFTENED_TAIL:
+        return None
+    return Advice(
+        f"distill.temperature: {t:g} softens the listed {found.targets.top_k} tokens alone: "
+        f"{percent(tail)} of the teacher's mass is outside of them",
+        "set distill.temperature: 1 or distill.teacher: live, or raise targets.top_k",
+    )
+
+
+def _large_tail(found: Distillation) -> Advice | None:
+    tail = found.all["tail"]
+    if found.loss in (None, "alm") or found.is_live or found.targets.draws:
+        return None
+    if tail is None or tail < MAX_TAIL:
+        return None
+    return Advice(
+        f"{percent(tail)} of the teacher's probability mass is outside of its top {found.targets.top_k}: "
+        "which tokens have it is not trained, and the divergence is a lower bound",
+        "raise targets.top_k, or set distill.teacher: live",
+    )
+
+
+def _lost_mass(found: Distillation) -> Advice | None:
+    mapped, tail = found.all["mapped"], found.all["tail"]
+    if found.loss not in _AT_STARTS or mapped is None or mapped + tail >= MIN_MAPPED:
+        return None
+    lost = {
+        kind: rates["lost"] * rates["tokens"]
+        for kind, rates in found.kinds.items()
+        if kind != "all" and rates["lost"] is not None
+    }
+    most = max(lost, key=lambda kind: lost[kind])
+    return Advice(
+        f"{percent(found.all['lost'])} of the teacher's probability mass has no place in the student's "
+        f"tokens, most of it in {most}",
+        "raise distill.text_weight, which trains every token, or use token_loss: alm, which uses every span",
+    )
+
+
+def _other_groups(found: Distillation) -> Advice | None:
+    same = found.all["same_group"]
+    if found.loss != "token_groups" or same is None or same >= MIN_SAME_GROUP:
+        return None
+    return Advice(
+        f"at {percent(1 - same)} of the common starts the student's token is in another group than the "
+        "teacher's: there the token-level loss and the text pull apart",
+        "lower distill.token_weight, or use token_loss: alm",
+    )
+
+
+RULES: tuple[Callable[[Distillation], Advice | None], ...] = (
+    _greedy_text,
+    _blind_loss,
+    _untrained,
+    _packed_digits,
+    _lost_mass,
+    _other_groups,
+    _large_tail,
+    _temperature,
+)
+"""One function a warning; None where there is nothing to say. Why each harms: docs/training.md."""
