@@ -82,25 +82,27 @@ def distributions(
         kept: What is kept.
         uniform: ``[n, draws]`` numbers from 0 to 1 that the samples are made from; None for the top k.
     """
-    log_z = mx.logsumexp(z, axis=-1, keepdims=True)
-    own = (mx.take_along_axis(z, mx.array(tokens)[:, None], axis=-1) - log_z)[:, 0]
-    # p^(1/T) is exp(z / T) over Z^(1/T).
-    partitions = [(mx.logsumexp(z / t, axis=-1) - log_z[:, 0] / t) for t in kept.temperatures]
     if uniform is not None:
-        mx.eval(own, log_z)
+        log_z = mx.logsumexp(z, axis=-1, keepdims=True)
         ids, logs = sample_shares(np.array(mx.exp(z - log_z)), uniform)
         tail = np.full(len(tokens), LOWEST, dtype=np.float32)
     else:
         best = top_k(z, min(kept.top_k, z.shape[-1]))
-        values = mx.take_along_axis(z, best, axis=-1) - log_z
-        # Without the k, not as 1 - sum: of a confident teacher that would be rounding.
+        values = mx.take_along_axis(z, best, axis=-1)
+        # Without the k, not as 1 - sum: of a confident teacher that would be rounding. The sum of all is made
+        # of both, so that the whole vocabulary is read once.
         rest = mx.put_along_axis(z, best, mx.array(-mx.inf, dtype=z.dtype), axis=-1)
-        out = mx.logsumexp(rest, axis=-1) - log_z[:, 0]
-        mx.eval(own, best, values, out, *partitions)
-        ids, logs, tail = np.array(best), np.array(values), np.maximum(np.array(out), LOWEST)
+        out = mx.logsumexp(rest, axis=-1, keepdims=True)
+        log_z = mx.logaddexp(out, mx.logsumexp(values, axis=-1, keepdims=True))
+        mx.eval(best, log_z)
+        ids, logs = np.array(best), np.array(values - log_z)
+        tail = np.maximum(np.array((out - log_z)[:, 0]), LOWEST)
+    own = mx.take_along_axis(z, mx.array(tokens)[:, None], axis=-1) - log_z
+    # p^(1/T) is exp(z / T) over Z^(1/T).
+    partitions = [(mx.logsumexp(z / t, axis=-1) - log_z[:, 0] / t) for t in kept.temperatures]
     stacked = [np.array(one) for one in partitions]
     return Distributions(
-        np.array(own),
+        np.array(own[:, 0]),
         ids,
         logs,
         tail,
