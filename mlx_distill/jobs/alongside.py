@@ -45,13 +45,8 @@ def accelerator(purpose: str, root: Path | None = None) -> Iterator[None]:
     if ledger is None or not held:
         yield
         return
-    try:
-        with lease.kept(ledger, name):
-            yield
-    finally:
-        with suppress(DistillError):
-            lease.release(ledger, name)
-            dispatch(ledger)
+    with _until_the_end(ledger, name):
+        yield
 
 
 @contextmanager
@@ -92,6 +87,13 @@ def verifying(ledger: Ledger, purpose: str, *, wait: bool = False) -> Iterator[N
             print(f"note: {purpose} {why}", file=sys.stderr, flush=True)
             told = True
         time.sleep(_LOOK_S)
+    with _until_the_end(ledger, name):
+        yield
+
+
+@contextmanager
+def _until_the_end(ledger: Ledger, name: str) -> Iterator[None]:
+    """Keep the lease that this process has taken during a block, then free it and start the next job."""
     try:
         with lease.kept(ledger, name):
             yield
