@@ -1,12 +1,14 @@
 """What a teacher's probabilities are worth: ways of distilling on tasks whose exact probabilities are known.
 
     python benchmarks/distill_bench.py --quick            # one suite, three seeds, about 12 minutes of CPU
-    python benchmarks/distill_bench.py --seeds 5          # everything
+    python benchmarks/distill_bench.py --seeds 5          # every suite
+    python benchmarks/distill_bench.py --tune --table --suites fields      # every token-level loss
     python benchmarks/distill_bench.py --tune --suites label --rate 1e-3   # other seeds and songs, kept apart
 
 A suite is one setting: the task, the student's base, rows and steps. Methods are those of
 ``distill_setup.py``. Rates and weights were chosen on seeds 200 and 201 and songs of seed 30 (``--tune``);
-what is reported is seeds from 100 on and songs of seed 31. A killed run goes on: each student is kept. The
+what is reported is seeds from 100 on and songs of seed 31. A killed run goes on: each student is kept.
+``--jobs`` trains several students at a time, one thread of BLAS each. The
 exit code is 1 where a floor fails, which is a regression alarm and not a claim, and 4 where it was stopped.
 """
 
@@ -14,15 +16,19 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import platform
+import re
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
@@ -33,6 +39,8 @@ from distill_setup import (
     HELD_OUT_ROWS,
     HELD_OUT_SEED,
     METHODS,
+    OTHER_TABLE,
+    SAME_TABLE,
     TUNING_SEED,
     Lab,
     load_arrays,
@@ -46,6 +54,7 @@ from mlx_distill.metrics.known_probabilities import (
     exact_calibration_error,
     expected_accuracy,
 )
+from mlx_distill.runtime import load_blas
 
 RESULTS = ROOT / "benchmarks" / "results" / "distill.json"
 FOLDER = Path(tempfile.gettempdir()) / "mlx-distill-bench"
@@ -64,6 +73,7 @@ class Suite:
     rate: float
     methods: tuple[str, ...]
     reference: tuple[str, ...]  # the methods that the others are compared with: the fair controls first
+    table: tuple[str, ...] = ()  # the methods of --table, besides
 
 
 SUITES = {
@@ -75,6 +85,7 @@ SUITES = {
         3e-3,
         ("labels", "text", "label", "labels_hard", "teacher_hard"),
         ("labels_hard", "teacher_hard", "labels", "text"),
+        ("default", "label_sampled1", "text10_sampled1", "groups10_sampled1"),
     ),
     "few_rows": Suite(
         "label",
@@ -93,6 +104,7 @@ SUITES = {
         6e-3,
         ("labels", "text10_sampled", "groups10_sampled"),
         ("text10_sampled", "labels"),
+        (*OTHER_TABLE, "groups10_sampled1"),
     ),
     "same_tokenizer": Suite(
         "fields",
@@ -102,6 +114,7 @@ SUITES = {
         6e-3,
         ("labels", "label_sampled", "kl10_sampled"),
         ("labels", "label_sampled"),
+        (*SAME_TABLE, "kl10_sampled1"),
     ),
 }
 # suite, method, figure, how, other, limit: "ratio" of the means, "difference" of the means, or "value".
@@ -131,6 +144,15 @@ COLUMNS = {
     "label": ("agree", "kl_teacher", "bayes_agree", "kl_true", "expected_accuracy", "calibration"),
     "fields": ("agree", "fields", "kl_true", "excess", "rest", "valid"),
 }
+
+
+class Key(NamedTuple):
+    """Which student: suite, method, seed and learning rate."""
+
+    suite: str
+    method: str
+    seed: int
+    rate: float
 
 
 def row_figures(form: str, model: Mapping[str, Any], held_out: Any) -> dict[str, np.ndarray]:
@@ -174,6 +196,37 @@ def interval(first: Sequence[np.ndarray], second: Sequence[np.ndarray]) -> tuple
     return float(low), float(high)
 
 
+_LABS: dict[str, Lab] = {}  # of a process that trains students
+
+
+def _student(
+    key: Key, folder: Path, held_out: Mapping[str, tuple[int, int]]
+) -> tuple[Key, dict[str, Any], dict[str, np.ndarray]]:
+    load_blas()
+    s = SUITES[key.suite]
+    if s.form not in _LABS:
+        _LABS[s.form] = Lab(s.form, folder, held_out[s.form])
+    facts, arrays = _LABS[s.form].student(
+        METHODS[key.method], key.seed, rows=s.rows, steps=s.steps, base=s.base, rate=key.rate
+    )
+    return key, facts, arrays
+
+
+def _students(
+    keys: Sequence[Key], folder: Path, held_out: Mapping[str, tuple[int, int]], jobs: int
+) -> Iterator[tuple[Key, dict[str, Any], dict[str, np.ndarray]]]:
+    """Students as they become ready."""
+    if jobs == 1:
+        yield from (_student(key, folder, held_out) for key in keys)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        waiting = [pool.submit(_student, key, folder, held_out) for key in keys]
+        try:
+            yield from (future.result() for future in as_completed(waiting))
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+
 class Runs:
     """The students of a results file: what is measured, and the distributions of each."""
 
@@ -198,23 +251,39 @@ class Runs:
 
     def arrays(self, run: Mapping[str, Any]) -> Path:
         """The file with a student's distributions."""
-        return self.folder / f"{'-'.join(str(run[key]) for key in KEY)}.npz"
+        return self.folder / f"{'-'.join(str(run[key]) for key in Key._fields)}.npz"
 
-    def measure(self, suite: str, method: str, seed: int, rate: float) -> None:
-        """Train and read one student, unless it is there."""
-        s = SUITES[suite]
-        key = dict(zip(KEY, (suite, method, seed, rate), strict=True))
-        known = [run for run in self.results["runs"] if key.items() <= run.items()]
-        if known and self.arrays(key).is_file():
-            return
-        lab = self.lab(s.form)
-        facts, arrays = lab.student(METHODS[method], seed, rows=s.rows, steps=s.steps, base=s.base, rate=rate)
-        save_arrays(self.arrays(key), arrays)
-        run = {**key, **figures(s.form, arrays, lab.held_out), **facts}
-        self.results["runs"] = [r for r in self.results["runs"] if r not in known] + [run]
-        self.save()
-        shown = "  ".join(f"{name} {run[name]:.3f}" for name in COLUMNS[s.form])
-        print(f"{suite} {method} {seed}: {shown}  {facts['train_cpu']:.0f} s CPU", flush=True)
+    def missing(self, wanted: Sequence[Key]) -> list[Key]:
+        """Those of some students that are not there."""
+        return [
+            key
+            for key in wanted
+            if not self.arrays(key._asdict()).is_file()
+            or not any(key._asdict().items() <= run.items() for run in self.results["runs"])
+        ]
+
+    def measure(self, wanted: Sequence[Key], jobs: int = 1) -> None:
+        """Train and read the students that are not there yet, several at a time."""
+        missing, started = self.missing(wanted), time.monotonic()
+        held_out = {}
+        for form in {SUITES[key.suite].form for key in missing}:
+            held_out[form] = (self.lab(form).held_out_seed, self.lab(form).held_out_rows)
+            for base in {SUITES[key.suite].base for key in missing}:
+                self.lab(form).fresh(base)  # converts it, before several processes ask for it
+        for done, (key, facts, arrays) in enumerate(_students(missing, self.folder, held_out, jobs), 1):
+            save_arrays(self.arrays(key._asdict()), arrays)
+            form = SUITES[key.suite].form
+            run = {**key._asdict(), **figures(form, arrays, self.lab(form).held_out), **facts}
+            others = [r for r in self.results["runs"] if not key._asdict().items() <= r.items()]
+            self.results["runs"] = [*others, run]
+            self.save()
+            shown = "  ".join(f"{name} {run[name]:.3f}" for name in COLUMNS[form])
+            left = (time.monotonic() - started) / done * (len(missing) - done)
+            print(
+                f"{key.suite} {key.method} {key.seed}: {shown}  {facts['train_cpu']:.0f} s CPU; "
+                f"{done} of {len(missing)}, about {left / 60:.1f} min left",
+                flush=True,
+            )
 
     def save(self) -> None:
         """Write the results."""
@@ -260,9 +329,6 @@ class Runs:
         }
 
 
-KEY = ("suite", "method", "seed", "rate")
-
-
 def tables(runs: Runs, suites: Sequence[str]) -> Iterator[str]:
     """Means and standard deviations by method, and differences from the controls with intervals."""
     for suite in suites:
@@ -298,10 +364,18 @@ def comparisons(runs: Runs, suite: str) -> list[dict[str, Any]]:
         runs.compare(suite, method, other, figure)
         for method in METHODS
         if method not in s.reference and runs.of(suite, method)
-        for other in s.reference
+        for other in dict.fromkeys((*s.reference, *_control(method)))
         for figure in names
     ]
     return [c for c in found if c is not None]
+
+
+def _control(method: str) -> list[str]:
+    """Hard tokens at the weight of a method of a table."""
+    weight = re.search(r"(\d+)_sampled$", method)
+    if weight is None or method not in OTHER_TABLE | SAME_TABLE or method.startswith("text"):
+        return []
+    return [f"text{weight[1]}_sampled"]
 
 
 def check_floors(runs: Runs, suites: Sequence[str]) -> list[dict[str, Any]]:
@@ -340,6 +414,11 @@ def versions() -> dict[str, Any]:
     return {**packages(), **facts, "commit": commit.stdout.strip()}
 
 
+def _methods(suite: str, table: bool) -> list[str]:
+    s = SUITES[suite]
+    return list(dict.fromkeys([*s.methods, *(s.table if table else ())]))
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure what is not in the results yet, print the tables, and check the floors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -351,6 +430,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--rate", type=float, help="another learning rate, with --tune")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where teachers and students are kept")
     parser.add_argument("--output", type=Path, help="the results file")
+    parser.add_argument("--table", action="store_true", help="also the methods of the suite's table")
+    parser.add_argument("--jobs", type=int, default=1, help="students at a time")
     options = parser.parse_args(arguments)
     if options.rate and not options.tune:
         parser.error("--rate is chosen with --tune, so that what is reported was not chosen by itself")
@@ -359,11 +440,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     folder.mkdir(parents=True, exist_ok=True)
     runs = Runs(options.output or (folder / "tuning.json" if options.tune else RESULTS), folder, options.tune)
     seeds = TUNING_SEEDS if options.tune else SEEDS[: 3 if options.quick else options.seeds]
+    wanted = [
+        Key(suite, method, seed, options.rate or SUITES[suite].rate)
+        for suite in suites
+        for seed in seeds
+        for method in options.methods or _methods(suite, options.table)
+    ]
     try:
-        for suite in suites:
-            for seed in seeds:
-                for method in options.methods or SUITES[suite].methods:
-                    runs.measure(suite, method, seed, options.rate or SUITES[suite].rate)
+        runs.measure(wanted, options.jobs)
     except Interrupted as error:
         print(error)
         return 4
@@ -383,7 +467,5 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    from mlx_distill.runtime import load_blas
-
     load_blas()
     sys.exit(main())

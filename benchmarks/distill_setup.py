@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -87,29 +87,49 @@ METHODS = {
     "groups10": Method("greedy", terms(token=10.0), note="the same, weight 10"),
     "alm1": Method("greedy", terms(token=1.0, token_loss="alm"), note="label distribution and ALM, weight 1"),
     "label_sampled": Method("sampled", terms(), samples=4, note="the label's distribution, sampled text 0.3"),
-    "text10_sampled": Method(
-        "sampled",
-        terms(text=10.3),
-        samples=4,
-        note="hard tokens at the weight of groups10_sampled: its fair control",
+    "label_sampled1": Method("sampled", terms(), note="the same, one sampled text a row"),
+    "text10_sampled1": Method(
+        "sampled", terms(text=10.3), note="hard tokens on one sampled text a row, weight 10.3"
     ),
-    "groups10_sampled": Method(
-        "sampled",
-        terms(token=10.0),
-        samples=4,
-        note="label distribution and token groups on sampled text, weight 10",
+    "groups10_sampled1": Method(
+        "sampled", terms(token=10.0), note="token groups on one sampled text a row, weight 10"
     ),
-    "groups10_sampled1": Method("sampled", terms(token=10.0), note="the same, one sampled text a row"),
-    "alm10_sampled": Method(
-        "sampled", terms(token=10.0, token_loss="alm"), samples=4, note="ALM on sampled text, weight 10"
-    ),
-    "kl10_sampled": Method(
+    "kl10_sampled1": Method(
         "sampled",
         terms(token=10.0, token_loss="kl"),
-        samples=4,
-        note="KL over tokens on sampled text, weight 10",
+        note="KL over tokens on one sampled text a row, weight 10",
     ),
 }
+TABLE_WEIGHTS = (1, 3, 10, 30)
+# Name in the tables: what differs in `distill`. All on four sampled answers a row, beside the label's
+# distribution and text 0.3; `text` has the same weight on hard tokens: the fair control of each.
+OTHER_TOKENIZER: dict[str, dict[str, Any]] = {
+    "groups": {"token_loss": "token_groups"},
+    "alm": {"token_loss": "alm"},
+    "uld": {"token_loss": "uld"},
+}
+SAME_TOKENIZER: dict[str, dict[str, Any]] = {
+    name.split("_divergence")[0]: {"token_loss": name}
+    for name in ("kl", "reverse_kl", "js_divergence", "skew_kl", "total_variation", "uld")
+}
+
+
+def table_methods(losses: Mapping[str, dict[str, Any]]) -> dict[str, Method]:
+    """Every token-level loss at every weight, and its control: hard tokens at the same weight."""
+    out = {}
+    for weight in TABLE_WEIGHTS:
+        out[f"text{weight}_sampled"] = Method(
+            "sampled", terms(text=weight + 0.3), samples=4, note=f"hard tokens, weight {weight}.3"
+        )
+        for name, settings in losses.items():
+            out[f"{name}{weight}_sampled"] = Method(
+                "sampled", terms(token=float(weight), **settings), samples=4, note=f"{name}, weight {weight}"
+            )
+    return out
+
+
+OTHER_TABLE, SAME_TABLE = table_methods(OTHER_TOKENIZER), table_methods(SAME_TOKENIZER)
+METHODS |= OTHER_TABLE | SAME_TABLE
 
 
 class Lab:
