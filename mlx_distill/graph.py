@@ -165,6 +165,8 @@ def _check_teacher(recipe: Recipe) -> None:
                 f"distill.teacher: live, and no loss reads its distributions (token_loss: {loss})",
                 fix="set distill.teacher: cached, or another token_loss with a token_weight",
             )
+        if recipe.teach.method == UNTRAINED and _same_source(recipe):
+            recipe.check_own_base()
     elif recipe.targets.draws and loss not in ("none", "alm"):
         if settings.temperature != 1:
             raise ConfigError(
@@ -177,6 +179,13 @@ def _check_teacher(recipe: Recipe) -> None:
                 f"distill.token_loss: {loss} from targets.draws is biased: only the forward KL is not",
                 fix="set token_loss: kl or token_groups, targets.draws: 0, or distill.teacher: live",
             )
+
+
+def _same_source(recipe: Recipe) -> bool:
+    """Whether teacher and student are one base model."""
+    return recipe.student is not None and (
+        resolve_asset(recipe.teacher, recipe.base) == resolve_asset(recipe.student, recipe.base)
+    )
 
 
 def stages_for(stages: Sequence[Stage], models: Sequence[str]) -> list[Stage]:

@@ -242,6 +242,22 @@ class Recipe:
         """
         return self.dequantize and folder != "quantized"
 
+    def check_own_base(self) -> None:
+        """Refuse a live teacher that is the student's own base where the training moves that base.
+
+        Raises:
+            ConfigError: all weights, or some modules fully, are trained.
+        """
+        settings = self.distill
+        moves = settings.method not in ("lora", "dora")
+        if moves or settings.modules_to_save:
+            changed = f"method: {settings.method}" if moves else "modules_to_save"
+            raise ConfigError(
+                f"distill.teacher: live, and the teacher is the student's own base, which {changed} changes: "
+                "with the adapter switched off there would be no teacher left",
+                fix="set distill.method: lora or dora without modules_to_save, or distill.teacher: cached",
+            )
+
     @property
     def teacher_system_file(self) -> Path | None:
         """The file of ``targets.system_file``."""

@@ -7,7 +7,8 @@ time, where a loss asks for them, so that every loss is exact and takes any temp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -23,9 +24,11 @@ from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.errors import DataError
 from mlx_distill.infer.kv_cache import pad_right
 from mlx_distill.losses.numerics import log_softmax
+from mlx_distill.models.adapters import without_adapters
 from mlx_distill.models.forward import head_columns, hidden_states, logits
 from mlx_distill.models.token_ids import used_ids
 from mlx_distill.records import Batch, TopK
+from mlx_distill.train.validation import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -35,10 +38,23 @@ class LiveTeacher:
     Args:
         model: mlx-lm's.
         tokenizer: Its own; the columns of the head that are none of its tokens take no part.
+        shared: Whether the model is the student itself, whose base is the teacher: its adapters are switched
+            off while it is read as the teacher, in the thread that trains it, and it is left in the mode and
+            with the random state that it had.
     """
 
     model: Any
     tokenizer: Any
+    shared: bool = False
+
+    @contextmanager
+    def _as_teacher(self) -> Iterator[None]:
+        if not self.shared:
+            self.model.eval()
+            yield
+            return
+        with evaluation_mode(self.model), without_adapters(self.model):
+            yield
 
     @cached_property
     def _columns(self) -> np.ndarray:
@@ -53,14 +69,14 @@ class LiveTeacher:
         Args:
             rows: With ``teacher_tokens``.
         """
-        self.model.eval()
         chats = [_chat(row) for row in rows]
         inputs = pad_right([tokens.tolist() for tokens, _ in chats], 16)
-        states = mx.stop_gradient(hidden_states(self.model, mx.array(inputs)))
         at = np.concatenate([np.full(len(starts), i) for i, (_, starts) in enumerate(chats)])
         places = np.concatenate([starts for _, starts in chats])
-        out = states[mx.array(at.astype(np.int32)), mx.array(places - 1)]
-        mx.eval(out)
+        with self._as_teacher():
+            states = mx.stop_gradient(hidden_states(self.model, mx.array(inputs)))
+            out = states[mx.array(at.astype(np.int32)), mx.array(places - 1)]
+            mx.eval(out)
         return out
 
     def distribution(
@@ -74,7 +90,8 @@ class LiveTeacher:
             width: Tokens from here on are left out: those that a student of the same tokenizer lacks.
         """
         columns = self._columns if width is None else self._columns[self._columns < width]
-        z = logits(self.model, hidden)[:, mx.array(columns)]
+        with without_adapters(self.model) if self.shared else nullcontext():  # the head may have one
+            z = logits(self.model, hidden)[:, mx.array(columns)]
         ids = mx.broadcast_to(mx.array(columns.astype(np.int32)), z.shape)
         return TopK(ids, mx.stop_gradient(log_softmax(z, temperature)))
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,23 @@ def _wrap(module: Any, settings: LoraSettings) -> Any:
         # mlx-lm computes the number of inputs incorrectly if 32 / bits is not an integer.
         layer.lora_a = mx.zeros((inputs, settings.rank))
     return layer
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """Inside, a model computes what its base computes: each adapted module is replaced by the one that it
+    wraps, so nothing is added and nothing is copied. What an adapter's ``modules_to_save`` have become stays.
+
+    Args:
+        model: With adapters of :func:`add_lora` or :func:`load_adapter`. One thread at a time uses it.
+    """
+    adapted = [(path, module) for path, module in model.named_modules() if "lora_a" in module]
+    own = [(path, module["linear" if "linear" in module else "embedding"]) for path, module in adapted]
+    model.update_modules(tree_unflatten(own))
+    try:
+        yield
+    finally:
+        model.update_modules(tree_unflatten(adapted))
 
 
 def save_adapter(model: Any, folder: str | Path, settings: LoraSettings, base: str | Path) -> None:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import DataError
-from mlx_distill.recipe import DistillConfig
+from mlx_distill.recipe import UNTRAINED, DistillConfig
 from mlx_distill.stages.context import (
     Context,
     Facts,
@@ -29,6 +29,8 @@ from mlx_distill.storage import digest, scratch, sha256, write_json
 
 if TYPE_CHECKING:
     from mlx_distill.distill.align import AlignedRow, JoinedRow
+    from mlx_distill.distill.live_teacher import LiveTeacher
+    from mlx_distill.distill.teacher_cache import TargetReader
     from mlx_distill.losses.cross_tokenizer import TokenGroups
     from mlx_distill.records import Batch
     from mlx_distill.storage.array_store import Store
@@ -83,7 +85,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     if control in ("labels_hard", "teacher_hard"):
         settings = hard_settings(settings)
     token_rows = embedding_rows(model)
-    align = own_answer_rows if control == "labels_hard" else aligned_rows
+    align = own_answer_rows if control == "labels_hard" else partial(aligned_rows, student=model)
     train, valid, inputs = align(context, folder, tokenizer, settings, token_rows=token_rows)
     _preflight(context, folder, settings, train.facts, inputs["same_tokenizer"], control)
     pad, classes = pad_id(tokenizer, token_rows), len(context.task.labels) + 1  # and one for everything else
@@ -115,7 +117,13 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
 
 
 def aligned_rows(
-    context: Context, folder: Path, tokenizer: Any, settings: DistillConfig, *, token_rows: int = 0
+    context: Context,
+    folder: Path,
+    tokenizer: Any,
+    settings: DistillConfig,
+    *,
+    token_rows: int = 0,
+    student: Any = None,
 ) -> tuple[Store[AlignedRow], Store[AlignedRow], dict[str, Any]]:
     """The aligned rows for training and validation, and what the objective needs of the two tokenizers.
 
@@ -126,6 +134,8 @@ def aligned_rows(
         tokenizer: The student's.
         settings: ``max_length``, ``label_weight``, and which token-level loss.
         token_rows: Rows of the student's embedding; 0 for any number.
+        student: The model that will be trained, which is a live teacher too where its base is the teacher;
+            None: a live teacher is loaded beside it.
 
     Raises:
         DataError: the targets are of another tokenizer, or of other rows, or have no label distribution where
@@ -134,8 +144,7 @@ def aligned_rows(
             write, where ``label_weight`` is above 0.
         Interrupted: stopped on request.
     """
-    from mlx_distill.distill.align import aligned_row_from_arrays, aligner, join_rows, write_aligned_rows
-    from mlx_distill.distill.live_teacher import LiveTeacher, with_teacher_tokens
+    from mlx_distill.distill.align import aligned_row_from_arrays, aligner, write_aligned_rows
     from mlx_distill.distill.mapped_mass import MappedMass
     from mlx_distill.distill.teacher_cache import TargetReader
     from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
@@ -153,18 +162,15 @@ def aligned_rows(
     live = loss is not None and settings.teacher == "live"
     temperature = 1.0 if live else _kept_temperature(loss, settings, reader.index)
     key = _aligned_key(context, content_of(reader.folder), teacher_hash, settings, temperature)
-    system = as_teacher(context).system
-    finish = partial(with_teacher_tokens, tokenizer=teacher_tokenizer, system=system)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
     groups = cache(partial(_token_groups, tokenizer, teacher_tokenizer, token_rows))
     if not all(is_stored(path, key) for path in folders.values()):
         own = None if same_tokenizer else groups
+        mapped = MappedMass(tokenizer, teacher_tokenizer, own, columns=token_rows)
         write_aligned_rows(
             folders,
             key,
-            _first_rows(
-                join_rows({split: rows_file(context, split) for split in SPLITS}, reader), settings.max_rows
-            ),
+            _first_rows(_joined(context, reader), settings.max_rows),
             aligner(
                 context.task,
                 tokenizer,
@@ -173,7 +179,7 @@ def aligned_rows(
                 same_tokenizer=same_tokenizer,
                 columns=token_rows,
                 temperature=temperature,
-                **({"finish": finish} if live else {}),
+                **({"finish": _with_teachers_chat(context, teacher_tokenizer)} if live else {}),
             ),
             tokenizer,
             token_rows=token_rows,
@@ -181,16 +187,45 @@ def aligned_rows(
             total=len(reader),
             progress=context.progress,
             check_stop=partial(check_stop, context),
-            mapped=MappedMass(tokenizer, teacher_tokenizer, own, columns=token_rows),
+            mapped=mapped,
         )
     train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
-    _note_left_out(context, train.facts, settings.max_length)
-    if settings.label_weight > 0:
-        _check_labelled(context, train, reader.folder)
+    _check_rows(context, train, settings, reader.folder)
     inputs: dict[str, Any] = {"labels": labels, "groups": None, "same_tokenizer": same_tokenizer}
     if loss is not None and TOKEN_LOSSES[loss].needs == "token_groups":
         inputs["groups"] = groups()
-    return train, valid, {**inputs, "teacher": LiveTeacher(*load_model(context, "teacher")) if live else None}
+    return train, valid, {**inputs, "teacher": _live_teacher(context, student, tokenizer) if live else None}
+
+
+def _with_teachers_chat(context: Context, tokenizer: Any) -> Callable[..., AlignedRow]:
+    """Adds the chat as a live teacher reads it to an aligned row."""
+    from mlx_distill.distill.live_teacher import with_teacher_tokens
+
+    return partial(with_teacher_tokens, tokenizer=tokenizer, system=as_teacher(context).system)
+
+
+def _joined(context: Context, reader: TargetReader) -> Iterator[JoinedRow]:
+    from mlx_distill.distill.align import join_rows
+
+    return join_rows({split: rows_file(context, split) for split in SPLITS}, reader)
+
+
+def _live_teacher(context: Context, student: Any, tokenizer: Any) -> LiveTeacher:
+    """The teacher, in memory a second time only where it is not the student's own base.
+
+    Raises:
+        ConfigError: it is, and the training changes that base.
+    """
+    from mlx_distill.distill.live_teacher import LiveTeacher
+
+    bases = [content_of(context.run / name) for name in ("teacher_base", "student_base")]
+    if student is None or context.recipe.teach.method != UNTRAINED or bases[0] != bases[1]:
+        return LiveTeacher(*load_model(context, "teacher"))
+    context.recipe.check_own_base()
+    context.progress.note(
+        "distill: the teacher is the student with its adapter switched off: one model in memory"
+    )
+    return LiveTeacher(student, tokenizer, shared=True)
 
 
 def _preflight(
@@ -243,8 +278,7 @@ def own_answer_rows(
             check_stop=partial(check_stop, context),
         )
     train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
-    _note_left_out(context, train.facts, settings.max_length)
-    _check_labelled(context, train, rows_file(context, "train"))
+    _check_rows(context, train, settings, rows_file(context, "train"))
     return train, valid, {"labels": labels, "groups": None, "same_tokenizer": True}
 
 
@@ -270,17 +304,21 @@ def _first_rows(joined: Iterator[JoinedRow], max_rows: int) -> Iterator[JoinedRo
         yield split, row, targets
 
 
-def _note_left_out(context: Context, facts: Facts, max_length: int) -> None:
+def _check_rows(context: Context, train: Store[AlignedRow], settings: DistillConfig, targets: Path) -> None:
+    """Note the rows that are left out, and refuse a label loss that no row has."""
+    facts = train.facts
     if facts["too_long"]:
         context.progress.note(
-            f"distill: {facts['too_long']} rows are longer than {max_length} tokens for the student and are "
-            "left out"
+            f"distill: {facts['too_long']} rows are longer than {settings.max_length} tokens for the student "
+            "and are left out"
         )
     if facts.get("not_aligned"):
         context.progress.note(
             f"distill: {facts['not_aligned']} rows whose text a tokenizer changes are left out; the first is "
             f"{facts['example']}"
         )
+    if settings.label_weight > 0:
+        _check_labelled(context, train, targets)
 
 
 def _check_labelled(context: Context, train: Store[AlignedRow], targets: Path) -> None:
