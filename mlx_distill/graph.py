@@ -124,7 +124,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
         Stage(
             "student",
             "distill",
-            3,
+            4,
             {**keyed(recipe.distill), **shared},
             _distillation_parents(recipe),
             distill,

@@ -116,6 +116,26 @@ def first_tokens(tokens: Vocabulary, texts: Sequence[str]) -> list[int | None]:
     return [_behind_anchor(encoding.ids, spelled) for encoding in anchored]
 
 
+def written(tokens: Vocabulary, candidates: Iterable[bytes]) -> set[bytes]:
+    """Of some tokens' bytes those that the tokenizer writes as one token when they continue a text. A
+    vocabulary also holds tokens that are never written, such as those that its own rule for splitting words
+    cuts. Bytes that are no text cannot be asked for and count as written.
+    """
+    out, texts = set(), []
+    for token in candidates:
+        try:
+            texts.append(token.decode())
+        except UnicodeDecodeError:
+            out.add(token)
+    firsts = first_tokens(tokens, texts)
+    spelled = vocabulary(tokens.backend).tokens
+    return out | {
+        text.encode()
+        for text, first in zip(texts, firsts, strict=True)
+        if first is not None and spelled[first] == text.encode()
+    }
+
+
 def _behind_anchor(ids: Sequence[int], spelled: Sequence[bytes]) -> int | None:
     before = b""
     for i in ids:

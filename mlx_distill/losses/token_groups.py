@@ -1,20 +1,21 @@
 """Token groups: a common partition of the tokens of two vocabularies, by their bytes.
 
-Every token that both vocabularies have founds a group. A token that only one vocabulary has belongs to the
-group of a shared token that is a prefix of its bytes. Probabilities over tokens of either vocabulary become
-probabilities over the same groups by summing, and can then be compared.
+Every token that both vocabularies have founds a group. A token that only one vocabulary has, or that only
+one tokenizer ever writes, belongs to the group of a shared token that is a prefix of its bytes. Probabilities
+over tokens of either vocabulary become probabilities over the same groups by summing, and can then be
+compared.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.losses.token_bytes import Vocabulary, first_tokens, vocabulary
+from mlx_distill.losses.token_bytes import Vocabulary, first_tokens, vocabulary, written
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,11 @@ def build_token_groups(
     The parent of a token that only one model has is the *first token of its re-encoding by the other model's
     tokenizer* (if its bytes are not valid UTF-8, the other model's longest token that is a proper prefix).
     Parents are followed until a shared token is reached. The re-encoding is used, not the longest prefix,
-    because it is what the student's tokenizer writes at that place in the text it is trained on. With the
-    same tokenizer for both models each token is its own group. Summing mass over byte prefixes is known as
-    byte-prefix marginalisation; the choice of the parent by re-encoding is this library's own.
+    because it is what the student's tokenizer writes at that place in the text it is trained on. A token of
+    both that only one of the tokenizers ever writes (Qwen's rule for words splits off Thai vowel signs, so
+    its longer Thai tokens never occur) counts as one that only that model has. With the same tokenizer for
+    both models each token is its own group. Summing mass over byte prefixes is known as byte-prefix
+    marginalisation; the choice of the parent by re-encoding is this library's own.
 
     Args:
         student_tokenizer: From ``transformers``, ``mlx_lm`` or ``tokenizers``; its tokens name their bytes.
@@ -94,8 +97,11 @@ def build_token_groups(
     for i, token in enumerate(teacher.tokens):
         if token in shared:
             parent[width + i] = student_ids[token]
-    student_only = {i: token for token, i in student_ids.items() if token not in shared}
-    teacher_only = {i: token for token, i in teacher_ids.items() if token not in shared}
+    students, teachers = _written_by_one(student, teacher, shared)
+    for token in teachers:  # the teacher's token is the one that gets a parent
+        parent[student_ids[token]] = parent[width + teacher_ids[token]] = width + teacher_ids[token]
+    student_only = {i: t for t, i in student_ids.items() if t not in shared or t in students}
+    teacher_only = {i: t for t, i in teacher_ids.items() if t not in shared or t in teachers}
     for i, token_id in _prefix_parents(student_only, teacher, teacher_ids):
         parent[i] = width + token_id
     for i, token_id in _prefix_parents(teacher_only, student, student_ids):
@@ -111,6 +117,16 @@ def build_token_groups(
     return TokenGroups(
         student=groups[:width], teacher=groups[width:total], count=len(roots), shared=len(shared)
     )
+
+
+def _written_by_one(
+    student: Vocabulary, teacher: Vocabulary, shared: Collection[bytes]
+) -> tuple[set[bytes], set[bytes]]:
+    """The shared tokens that the student alone and that the teacher alone writes: where the one has the
+    token, the other has the shorter tokens of its re-encoding.
+    """
+    by_student, by_teacher = written(student, shared), written(teacher, shared)
+    return by_student - by_teacher, by_teacher - by_student
 
 
 def _within(tokens: Vocabulary, columns: int) -> Vocabulary:

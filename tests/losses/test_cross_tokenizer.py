@@ -126,6 +126,30 @@ def test_a_chain_of_parents_ends_in_a_shared_token() -> None:
     assert groups.teacher[4] == groups.student[1]
 
 
+@pytest.mark.parametrize("swapped", [False, True])
+def test_a_shared_token_that_one_tokenizer_never_writes_belongs_to_what_it_writes_instead(
+    swapped: bool,
+) -> None:
+    from tokenizers import Tokenizer, decoders, models
+
+    def tiny(vocab: list[str], merges: list[tuple[str, str]]) -> Any:
+        tokenizer = Tokenizer(models.BPE({token: i for i, token in enumerate(vocab)}, merges))
+        tokenizer.decoder = decoders.ByteLevel()
+        return tokenizer
+
+    writes, never = tiny(["a", "b", "ab", "x"], [("a", "b")]), tiny(["a", "b", "ab", "abx", "x"], [])
+    groups = build_token_groups(never, writes) if swapped else build_token_groups(writes, never)
+    ours, theirs = (groups.teacher, groups.student) if swapped else (groups.student, groups.teacher)
+    assert ours[0] == ours[2] == theirs[0] == theirs[2] == theirs[3]
+    assert ours[1] == theirs[1] != ours[0] and ours[3] == theirs[4] != ours[0]
+    assert groups.shared == 4
+    # Without a token for what it writes instead the two stay together.
+    lone = build_token_groups(tiny(["é", "b", "éb"], [("é", "b")]), tiny(["b", "éb"], []))
+    assert lone.student[2] == lone.teacher[1] != lone.student[1] == lone.teacher[0]
+    mirrored = build_token_groups(tiny(["b", "éb"], []), tiny(["é", "b", "éb"], [("é", "b")]))
+    assert mirrored.teacher[2] == mirrored.student[1] != mirrored.teacher[1] == mirrored.student[0]
+
+
 def test_invalid_utf_8_falls_back_to_the_longest_prefix() -> None:
     from tokenizers import Tokenizer, decoders, models
 

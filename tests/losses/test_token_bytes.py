@@ -15,7 +15,7 @@ from mlx_distill.errors import DataError, ModelError
 from mlx_distill.losses import align_bytes, build_token_groups, token_bytes
 from mlx_distill.losses.byte_alignment import align_tokens
 from mlx_distill.losses.cross_tokenizer import TopK, group_topk, token_group_kl
-from mlx_distill.losses.token_bytes import first_tokens, vocabulary
+from mlx_distill.losses.token_bytes import first_tokens, vocabulary, written
 
 TEXTS = [
     '{"label": "fine", "score": 73, "themes": ["hope", "grace"]}',
@@ -88,9 +88,13 @@ def test_groups_are_founded_by_common_tokens_and_hold_their_continuations(studen
     sides = [token_bytes(make(student)), token_bytes(make(teacher))]
     common = (set(sides[0]) & set(sides[1])) - {b""}
     assert groups.shared == len(common) > 50
+    by_one = written(vocabulary(make(student)), common) ^ written(vocabulary(make(teacher)), common)
+    assert len(by_one) < 5
+    founding = common - by_one
     for tokens, numbers in zip(sides, (groups.student, groups.teacher), strict=True):
-        founder = {int(numbers[i]): token for i, token in enumerate(tokens) if token in common}
-        assert len(set(founder.values())) == len(founder) == len(common)
+        of = {token: int(numbers[i]) for i, token in enumerate(tokens) if token in common}
+        assert len({of[token] for token in founding}) == len(founding)
+        founder = {number: token for token, number in sorted(of.items(), key=lambda item: -len(item[0]))}
         for i, token in enumerate(tokens):
             if token and int(numbers[i]) != groups.outside:
                 assert token.startswith(founder[int(numbers[i])])
