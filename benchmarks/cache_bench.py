@@ -8,7 +8,7 @@
            logits), and of the forward with what is kept of it written to disk, in turns; its parts; bytes on
            disk by token, all files counted
     bytes  bytes on disk by token, all files counted, of 320 rows of this repository's documents in each
-           tokenizer's tokens, with random top 32
+           tokenizer's tokens, with random top 32, without and with a temperature other than 1
     kl     the KL of a student computed from a cache against the exact one in float64, where the top 32 hold
            99.5 % of the mass and elsewhere, over random distributions of 151,936 columns
     store  the array store of rows and aligned rows beside pyarrow (parquet without and with compression):
@@ -157,7 +157,9 @@ def write(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, A
     }
 
 
-def stored_bytes(folder: Path, name: str, count: int = 320, length: int = 64) -> dict[str, Any]:
+def stored_bytes(
+    folder: Path, name: str, temperatures: tuple[float, ...], count: int = 320, length: int = 64
+) -> dict[str, Any]:
     from transformers import PreTrainedTokenizerFast
 
     from mlx_distill.distill.teacher import byte_lengths
@@ -167,7 +169,9 @@ def stored_bytes(folder: Path, name: str, count: int = 320, length: int = 64) ->
     tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / name / "tokenizer.json"))
     lengths = byte_lengths(tokenizer)
     assert lengths is not None
-    layout = TokenLayout(COLUMNS[name], 32, length_bits=int(lengths.max()).bit_length())
+    layout = TokenLayout(
+        COLUMNS[name], 32, length_bits=int(lengths.max()).bit_length(), temperatures=temperatures
+    )
     random, target = np.random.default_rng(0), Path(tempfile.mkdtemp()) / "targets"
     rows = [row for row in texts(tokenizer, count, length) if row]
     writer = TargetWriter(target, layout)
@@ -188,6 +192,7 @@ def stored_bytes(folder: Path, name: str, count: int = 320, length: int = 64) ->
                 logs[:, :32],
                 tail_logprobs=logs[:, 32],
                 ends=np.cumsum(lengths[ids]),
+                tempered_tails=np.repeat(logs[:, 32:], len(temperatures), axis=1),
             )
         )
     for first in range(0, len(targets), 128):
@@ -385,7 +390,9 @@ def main() -> None:
         results["student"] = student(out, arguments.seeds, arguments.steps, results.get("student", {}))
     if "bytes" in arguments.parts and arguments.tokenizers:
         for name in arguments.vocabularies:
-            results.setdefault("bytes", {})[name] = stored_bytes(arguments.tokenizers, name)
+            stored = results.setdefault("bytes", {})
+            stored[name] = stored_bytes(arguments.tokenizers, name, ())
+            stored[f"{name}, one temperature"] = stored_bytes(arguments.tokenizers, name, (2.0,))
     if "write" in arguments.parts and arguments.tokenizers:
         for name in arguments.vocabularies:
             results.setdefault("write", {})[name] = write(arguments.tokenizers, name, arguments)

@@ -235,7 +235,9 @@ def _targets(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
     if temperatures := recipe_temperatures(recipe):
         config["temperatures"] = list(temperatures)
     _, prompt_file = _teacher_prompt(recipe)  # targets.system itself is among their settings
-    return Stage("targets", "targets", 4, config, ("teacher", "data"), targets, prompt_file, prompt_file)
+    # What is kept for a temperature is another since format 5; without one nothing changed.
+    number = 5 if temperatures else 4
+    return Stage("targets", "targets", number, config, ("teacher", "data"), targets, prompt_file, prompt_file)
 
 
 def _teacher_prompt(recipe: Recipe) -> tuple[dict[str, Any], tuple[str, ...]]:

@@ -299,24 +299,26 @@ def align_answer(
 
 
 def at_temperature(targets: TeacherTargets, temperature: float) -> Float[np.ndarray, "n k"]:
-    """The log-probabilities of the top k at a temperature, over the whole vocabulary:
-    ``log p / T - log(sum of p^(1/T))``.
+    """The log-probabilities of the top k at a temperature, over the whole vocabulary: those of p^(1/T), with
+    the mass that is not outside of the top k at T.
 
     Args:
-        targets: With one column of ``partitions``, which is that of the temperature.
-        temperature: T; 1 needs no partition.
+        targets: With one column of ``tempered_tails``, which is that of the temperature.
+        temperature: T; 1 needs no such mass.
 
     Raises:
-        DataError: there is no partition.
+        DataError: there is none.
     """
     if temperature == 1:
         return targets.topk_logprobs
-    if targets.partitions is None or targets.partitions.shape[1] != 1:
+    if targets.tempered_tails is None or targets.tempered_tails.shape[1] != 1:
         raise DataError(
-            f"{targets.id}: targets without the partition of temperature {temperature}",
+            f"{targets.id}: targets without the mass outside of the top k at temperature {temperature}",
             fix="run: mlx-distill targets",
         )
-    logs = targets.topk_logprobs / temperature - targets.partitions
+    logs = targets.topk_logprobs.astype(np.float64) / temperature
+    kept = np.log1p(-np.exp(targets.tempered_tails.astype(np.float64)))
+    logs += kept - np.logaddexp.reduce(logs, axis=1, keepdims=True)
     return np.where(targets.topk_logprobs <= LOWEST / 2, LOWEST, logs).astype(np.float32)
 
 

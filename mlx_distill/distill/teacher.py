@@ -80,7 +80,7 @@ def score_answers(
             ``seed`` of the samples; ``top_k``; ``batch_size``.
         labels: The labels in the teacher's tokens, or None for no label distribution.
         samples: Of each row the number of its sampled answer: another number gives another answer. None: 0.
-        temperatures: Of the partitions.
+        temperatures: Those at which the mass outside of the top k is found too.
 
     Returns:
         The targets, and the counts of the teacher's own answers; rows whose answer does not fit the task keep
@@ -207,7 +207,7 @@ def score(
         model: The teacher.
         answers: Rendered chats.
         top_k: Tokens kept of each distribution.
-        temperatures: Of the partitions.
+        temperatures: Those at which the mass outside of the top k is found too.
         draws: Samples of each distribution that are kept instead of the top k; 0: none.
         seed: Of these samples.
         labels: The labels in the teacher's tokens, or None for no label distribution.
@@ -250,7 +250,7 @@ def score(
                 topk_logprobs=part.topk_logprobs,
                 tail_logprobs=part.tail_logprobs,
                 ends=None if lengths is None else np.cumsum(lengths[ids]),
-                partitions=part.partitions,
+                tempered_tails=part.tempered_tails,
             )
 
 

@@ -5,7 +5,6 @@ A folder holds ``index.json`` and shards of some rows. Shard N is ``rows-N.jsonl
 ``tokens``, and ``tokens-N.safetensors`` with the rows one after the other:
 
     records     [n, b]      uint8    the distributions: :mod:`mlx_distill.distill.token_codec`
-    partitions  [n, t]      float32  log of the sum of p^(1/T) over the whole vocabulary, for each temperature
     labels      [r, c + 1]  float32  log-probabilities of the labels and of everything else; NaN: none
 
 Token j of a row is in the teacher's vocabulary, the stop token last; record j holds the distribution that it
@@ -67,7 +66,7 @@ class TeacherTargets:
         topk_logprobs: Theirs, over the whole vocabulary; or the logarithms of their shares of the samples.
         tail_logprobs: The logarithm of the mass outside of these. None: what is missing to 1.
         ends: Where in the answer's bytes each token ends; None where the tokenizer's bytes are not known.
-        partitions: ``[n, t]`` the logarithm of the sum of p^(1/T) for each temperature of the cache.
+        tempered_tails: ``[n, t]`` the logarithm of the mass outside of these at each temperature of a cache.
     """
 
     id: str
@@ -79,7 +78,7 @@ class TeacherTargets:
     topk_logprobs: Float[np.ndarray, "n k"]
     tail_logprobs: Float[np.ndarray, " n"] | None = None
     ends: Int[np.ndarray, " n"] | None = None
-    partitions: Float[np.ndarray, "n t"] | None = None
+    tempered_tails: Float[np.ndarray, "n t"] | None = None
 
 
 class TargetWriter:
@@ -88,7 +87,6 @@ class TargetWriter:
     Args:
         folder: Where they are written.
         layout: Of the tokens' records.
-        temperatures: Those of the partitions.
         fingerprints: What the targets are made from: names and hashes.
 
     Attributes:
@@ -99,12 +97,11 @@ class TargetWriter:
         self,
         folder: Path,
         layout: TokenLayout,
-        temperatures: Sequence[float] = (),
         fingerprints: Mapping[str, str] | None = None,
     ) -> None:
-        self.folder, self.layout, self.temperatures = folder, layout, tuple(temperatures)
+        self.folder, self.layout = folder, layout
         self.fingerprints = dict(fingerprints or {})
-        self.key = _cache_key(layout, self.temperatures, self.fingerprints)
+        self.key = _cache_key(layout, self.fingerprints)
         self.shards: list[dict[str, Any]] = []
         self._last: tuple[str, int] = ("", -1)
         with os_errors():
@@ -141,12 +138,12 @@ class TargetWriter:
         """Tokens, and the mean mass of what is kept of each distribution; of the tail at each temperature."""
         tokens = sum(shard["tokens"] for shard in self.shards)
         mean = 1 / max(tokens, 1)
-        tails = [
-            sum(shard["tails"][i] for shard in self.shards) * mean for i in range(len(self.temperatures))
-        ]
         kept = sum(shard["mass"] for shard in self.shards) * mean
-        tails_by = dict(zip(map(str, self.temperatures), tails, strict=True))
-        return {"tokens": tokens, "kept_mass": kept, "tail_mass_at": tails_by}
+        tails = {
+            str(t): sum(shard["tails"][i] for shard in self.shards) * mean
+            for i, t in enumerate(self.layout.temperatures)
+        }
+        return {"tokens": tokens, "kept_mass": kept, "tail_mass_at": tails}
 
     def write(self, rows: Sequence[TeacherTargets]) -> None:
         """Write one shard.
@@ -158,10 +155,9 @@ class TargetWriter:
 
         number = len(self.shards)
         packed = np.concatenate([self._packed(row) for row in rows])
-        partitions = _joined_partitions(rows, len(self.temperatures))
-        tensors = {"records": packed, "partitions": partitions, "labels": _label_table(rows)}
+        tensors = {"records": packed, "labels": _label_table(rows)}
         write_jsonl(self.folder / _rows(number), self._lines(rows))
-        sums = {"rows": len(rows), "tokens": len(packed), **self._masses(packed, partitions)}
+        sums = {"rows": len(rows), "tokens": len(packed), **self._masses(packed)}
         facts = {
             "format": FORMAT,
             "cache": self.key,
@@ -187,7 +183,9 @@ class TargetWriter:
             tail = np.where(rest > 1e-7, np.log(np.maximum(rest, 1e-7)), LOWEST)
         ends = np.zeros(len(row.ids), dtype=np.int64) if row.ends is None else row.ends
         lengths = np.diff(ends, prepend=0) if self.layout.length_bits else np.zeros(len(row.ids), np.int64)
-        records = TokenRecords(row.ids, row.logprobs, row.topk_ids, row.topk_logprobs, tail, lengths)
+        records = TokenRecords(
+            row.ids, row.logprobs, row.topk_ids, row.topk_logprobs, tail, lengths, row.tempered_tails
+        )
         try:
             return pack_records(self.layout, records)
         except ValueError as error:
@@ -196,15 +194,14 @@ class TargetWriter:
                 fix="run: mlx-distill inspect --verify of the teacher; and mlx-distill targets",
             ) from error
 
-    def _masses(self, packed: np.ndarray, partitions: np.ndarray) -> dict[str, Any]:
+    def _masses(self, packed: np.ndarray) -> dict[str, Any]:
         """Sums over a shard's tokens, of what will be read back."""
         records = unpack_records(self.layout, packed)
-        logs = records.topk_logprobs.astype(np.float64)
-        out = {"mass": float(1 - np.exp(records.tail_logprobs.astype(np.float64)).mean()) * len(packed)}
-        kept = [
-            np.exp(logs / t - partitions[:, i, None]).sum(axis=1) for i, t in enumerate(self.temperatures)
-        ]
-        return {**out, "tails": [float(np.maximum(1 - mass, 0).sum()) for mass in kept]}
+        tails = [records.tail_logprobs]
+        if records.tempered_tails is not None:
+            tails += list(records.tempered_tails.T)
+        outside = [float(np.exp(tail.astype(np.float64)).sum()) for tail in tails]
+        return {"mass": len(packed) - outside[0], "tails": outside[1:]}
 
     def finish(self, **facts: Any) -> None:
         """Write the index, with ``facts`` such as the labels."""
@@ -212,7 +209,6 @@ class TargetWriter:
             "format": FORMAT,
             "rows": self.done,
             "layout": asdict(self.layout),
-            "temperatures": list(self.temperatures),
             "record_bytes": self.layout.record_bytes,
             **self.sums,
             "fingerprints": self.fingerprints,
@@ -244,7 +240,10 @@ class TargetReader:
         if index.pop("content", None) != digest(index):
             raise FileError(f"{self.folder / INDEX}: has changed since it was written", fix=_FIX)
         self.index: Mapping[str, Any] = index
-        self.layout = TokenLayout(**index["layout"])
+        temperatures = tuple(index["layout"].get("temperatures", ()))
+        if index.get("temperatures"):  # of a development version: a partition each, in other records
+            raise FileError(f"{self.folder}: soft targets with partitions of temperatures", fix=_AGAIN)
+        self.layout = TokenLayout(**{**index["layout"], "temperatures": temperatures})
         self._ends = np.cumsum([shard["rows"] for shard in index["shards"]]).tolist()
         self._open: OrderedDict[int, _Shard] = OrderedDict()
 
@@ -319,7 +318,7 @@ class _Shard:
             topk_logprobs=records.topk_logprobs,
             tail_logprobs=records.tail_logprobs,
             ends=np.cumsum(records.lengths) if layout.length_bits else None,
-            partitions=self.tensors["partitions"][at],
+            tempered_tails=records.tempered_tails,
         )
 
 
@@ -336,15 +335,8 @@ def _check_file(path: Path, expected: str, cache: str) -> None:
     raise FileError(f"{path}: has changed since it was written", fix=_FIX)
 
 
-def _cache_key(layout: TokenLayout, temperatures: Sequence[float], fingerprints: Mapping[str, str]) -> str:
-    return digest(
-        {
-            "format": FORMAT,
-            "layout": asdict(layout),
-            "temperatures": list(temperatures),
-            "fingerprints": dict(fingerprints),
-        }
-    )
+def _cache_key(layout: TokenLayout, fingerprints: Mapping[str, str]) -> str:
+    return digest({"format": FORMAT, "layout": asdict(layout), "fingerprints": dict(fingerprints)})
 
 
 def _metadata(path: Path) -> dict[str, Any] | None:
@@ -384,14 +376,6 @@ def _label_table(rows: Sequence[TeacherTargets]) -> np.ndarray:
         if row.label_logprobs is not None:
             values[:] = row.label_logprobs
     return out
-
-
-def _joined_partitions(rows: Sequence[TeacherTargets], count: int) -> np.ndarray:
-    empty = [np.zeros((len(row.ids), 0)) if row.partitions is None else row.partitions for row in rows]
-    out = np.concatenate(empty).astype(np.float32)
-    if out.shape[1] != count:
-        raise ValueError(f"partitions of {out.shape[1]} temperatures, not {count}")
-    return np.ascontiguousarray(out)
 
 
 def _tokens(number: int) -> str:

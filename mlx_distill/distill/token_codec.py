@@ -6,6 +6,7 @@ field          bits                   contents
 low, high      k·l + k + (v-1 >> l)   the k ids in ascending order, in Elias and Fano's code
 logprobs       14·k                   minus their log-probabilities, in the order of the ids
 tail           16                     minus the logarithm of the mass outside of the k
+tempered       16·t                   the same of the distribution at each of t temperatures
 id             bits of v - 1          the token itself
 logprob        16                     minus its log-probability
 length         of the longest token   its bytes
@@ -20,7 +21,9 @@ A positive number x is kept as a short float (:func:`to_short_float`): 5 bits of
 mantissa, so that 14 bits are within a relative error of 2^-10 and 16 bits of 2^-12, between 2^-25 and 2^7;
 below is 0, and from there on (a probability below e^-127) is none at all. A log-probability near 0, which
 has nearly all the mass, is so kept far more exactly than one of -20. When it is read, the k probabilities and
-the tail are divided by their sum, which is 1 but for rounding.
+the tail are divided by their sum, which is 1 but for rounding. At a temperature T the k have the mass
+that is not outside of them, in the proportions of p^(1/T): what the partition of T over all columns would
+give, in half its bits and with a sum of 1.
 """
 
 from __future__ import annotations
@@ -48,17 +51,21 @@ class TokenLayout:
         sampled: The k ids are samples of the distribution, repeated where a token was drawn more than once,
             without log-probabilities and tail.
         length_bits: Of the tokens' bytes; 0 where these are not known.
+        temperatures: Those at which the mass outside of the k is kept too.
 
     >>> TokenLayout(columns=151_936, top_k=32, length_bits=7).record_bytes
     120
     >>> TokenLayout(columns=201_088, top_k=32, length_bits=7).record_bytes
     122
+    >>> TokenLayout(columns=201_088, top_k=32, length_bits=7, temperatures=(2.0,)).record_bytes
+    124
     """
 
     columns: int
     top_k: int
     sampled: bool = False
     length_bits: int = 0
+    temperatures: tuple[float, ...] = ()
 
     @property
     def id_bits(self) -> int:
@@ -78,6 +85,7 @@ class TokenLayout:
         out = {"low": (k, self.low_bits), "high": (high, 1)}
         if not self.sampled:
             out |= {"logprobs": (k, LOGPROB_BITS), "tail": (1, TOTAL_BITS)}
+            out |= {"tempered": (len(self.temperatures), TOTAL_BITS)}
         return out | {"id": (1, self.id_bits), "logprob": (1, TOTAL_BITS), "length": (1, self.length_bits)}
 
     @property
@@ -98,6 +106,7 @@ class TokenRecords:
             layout the logarithms of the shares of the samples.
         tail_logprobs: The logarithm of the mass outside of these; ``LOWEST`` where there is none.
         lengths: Bytes of each token; zeros where they are not known.
+        tempered_tails: The logarithm of the mass outside of these at each temperature of the layout.
     """
 
     ids: Int[np.ndarray, " n"]
@@ -106,6 +115,7 @@ class TokenRecords:
     topk_logprobs: Float[np.ndarray, "n k"]
     tail_logprobs: Float[np.ndarray, " n"]
     lengths: Int[np.ndarray, " n"]
+    tempered_tails: Float[np.ndarray, "n t"] | None = None
 
 
 def pack_records(layout: TokenLayout, records: TokenRecords) -> UInt8[np.ndarray, "n b"]:
@@ -151,6 +161,7 @@ def pack_records(layout: TokenLayout, records: TokenRecords) -> UInt8[np.ndarray
         logprobs = np.take_along_axis(logprobs, order, axis=1)
         values["logprobs"] = to_short_float(-logprobs, LOGPROB_BITS)
         values["tail"] = to_short_float(-records.tail_logprobs, TOTAL_BITS)[:, None]
+        values["tempered"] = to_short_float(-_tempered_tails(layout, records), TOTAL_BITS)
     parts = [_to_bits(values[name], bits) for name, (_, bits) in layout.fields.items()]
     return np.packbits(np.concatenate(parts, axis=1), axis=1)
 
@@ -185,6 +196,7 @@ def unpack_records(layout: TokenLayout, packed: UInt8[np.ndarray, "n b"]) -> Tok
         logprobs,
         tail,
         values["length"][:, 0].astype(np.int32),
+        np.maximum(-from_short_float(values.get("tempered", np.zeros((n, 0), int)), TOTAL_BITS), LOWEST),
     )
 
 
@@ -229,6 +241,16 @@ def _padded_to(k: int, records: TokenRecords) -> tuple[np.ndarray, np.ndarray]:
         np.concatenate([ids, np.repeat(ids[:, :1], missing, axis=1)], axis=1),
         np.pad(logprobs, ((0, 0), (0, missing)), constant_values=LOWEST),
     )
+
+
+def _tempered_tails(layout: TokenLayout, records: TokenRecords) -> np.ndarray:
+    count = len(layout.temperatures)
+    tails = np.zeros((len(records.ids), 0)) if records.tempered_tails is None else records.tempered_tails
+    if tails.shape[1] != count:
+        raise ValueError(f"the masses of {tails.shape[1]} temperatures, not {count}")
+    if not np.all(tails < MASS_ERROR):  # a NaN fails too
+        raise ValueError("a mass outside of the top k that is not from 0 to 1")
+    return tails
 
 
 def _drawn(k: int, records: TokenRecords) -> tuple[np.ndarray, np.ndarray]:

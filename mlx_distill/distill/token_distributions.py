@@ -1,5 +1,5 @@
-"""What is kept of the teacher's distribution at every token of an answer: the top k or samples, the mass of
-the tail, the partitions of temperatures.
+"""What is kept of the teacher's distribution at every token of an answer: the top k or samples, and the mass
+outside of the top k at each temperature.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float, Int
 
-from mlx_distill.losses.numerics import LOWEST
+from mlx_distill.losses.numerics import LOWEST, row_logsumexp
 
 _BLOCK = 64  # columns
 
@@ -22,7 +22,7 @@ class Kept:
 
     Args:
         top_k: The most probable tokens.
-        temperatures: T of each partition ``log(sum over v of p_v^(1/T))``.
+        temperatures: Those at which the mass outside of them is found too.
         draws: Samples that are kept instead of the most probable tokens; 0: none.
         seed: Of the samples.
     """
@@ -43,7 +43,63 @@ class Distributions:
     topk_ids: Int[np.ndarray, "n k"]
     topk_logprobs: Float[np.ndarray, "n k"]
     tail_logprobs: Float[np.ndarray, " n"]
-    partitions: Float[np.ndarray, "n t"]
+    tempered_tails: Float[np.ndarray, "n t"]
+
+
+@dataclass(frozen=True)
+class _Largest:
+    """The k largest numbers of each row, and all others in blocks of columns, none of which is copied.
+
+    Args:
+        ids: ``[n, k]`` the columns of the k, descending.
+        values: ``[n, k]``.
+        blocks: ``[n, b, 64]`` all columns.
+        chosen: ``[n, c]`` the blocks with the largest maxima, in which the k stand.
+        others: ``[n, c, 64]`` the columns of these blocks without the k.
+    """
+
+    ids: mx.array
+    values: mx.array
+    blocks: mx.array
+    chosen: mx.array
+    others: mx.array
+
+    def sums(self, temperature: float = 1.0) -> tuple[mx.array, mx.array]:
+        """The logarithms ``[n]`` of the sums of ``exp(z / T)``: over all columns, and over those outside of
+        the k, which are summed by themselves: as one minus the k's share, a confident teacher's would be
+        rounding.
+        """
+        blocks = self.blocks if temperature == 1 else self.blocks / temperature
+        by_block = mx.put_along_axis(
+            mx.logsumexp(blocks, axis=-1),
+            self.chosen,
+            mx.logsumexp(self.others / temperature, axis=-1),
+            axis=-1,
+        )
+        outside = mx.logsumexp(by_block, axis=-1)
+        return mx.logaddexp(outside, mx.logsumexp(self.values / temperature, axis=-1)), outside
+
+
+def _largest(z: Float[mx.array, "n v"], k: int) -> _Largest:
+    n, columns = z.shape
+    missing = -columns % _BLOCK
+    if missing:
+        z = mx.pad(z, ((0, 0), (0, missing)), constant_values=LOWEST)
+    blocks = z.reshape(n, -1, _BLOCK)
+    count = min(k, blocks.shape[1])
+    chosen = mx.argpartition(-blocks.max(axis=-1), kth=count - 1, axis=-1)[:, :count]
+    within = mx.take_along_axis(blocks, chosen[..., None], axis=1).reshape(n, count * _BLOCK)
+    at = mx.argpartition(-within, kth=k - 1, axis=-1)[:, :k]
+    at = mx.take_along_axis(at, mx.argsort(-mx.take_along_axis(within, at, axis=-1), axis=-1), axis=-1)
+    others = mx.put_along_axis(within, at, mx.array(LOWEST, dtype=z.dtype), axis=-1)
+    ids = mx.take_along_axis(chosen, at // _BLOCK, axis=1) * _BLOCK + at % _BLOCK
+    return _Largest(
+        ids.astype(mx.int32),
+        mx.take_along_axis(within, at, axis=-1),
+        blocks,
+        chosen,
+        others.reshape(n, count, _BLOCK),
+    )
 
 
 def top_k(z: Float[mx.array, "n v"], k: int) -> Int[mx.array, "n k"]:
@@ -54,21 +110,7 @@ def top_k(z: Float[mx.array, "n v"], k: int) -> Int[mx.array, "n k"]:
     >>> top_k(mx.array([[0.5, 3.0, -1.0, 2.0]]), 2).tolist()
     [[1, 3]]
     """
-    n, columns = z.shape
-    blocks = -(-columns // _BLOCK)
-    if blocks <= k or not n:
-        best = mx.argpartition(-z, kth=min(k, columns) - 1, axis=-1)[:, :k]
-    else:
-        if columns % _BLOCK:
-            z = mx.pad(z, ((0, 0), (0, blocks * _BLOCK - columns)), constant_values=-mx.inf)
-        z = z.reshape(n, blocks, _BLOCK)
-        largest = mx.argpartition(-z.max(axis=-1), kth=k - 1, axis=-1)[:, :k]
-        within = mx.take_along_axis(z, largest[..., None], axis=1).reshape(n, k * _BLOCK)
-        at = mx.argpartition(-within, kth=k - 1, axis=-1)[:, :k]
-        best = mx.take_along_axis(largest, at // _BLOCK, axis=1) * _BLOCK + at % _BLOCK
-        z = z.reshape(n, blocks * _BLOCK)
-    order = mx.argsort(-mx.take_along_axis(z, best, axis=-1), axis=-1)
-    return mx.take_along_axis(best, order, axis=-1).astype(mx.int32)
+    return _largest(z, min(k, z.shape[-1])).ids
 
 
 def distributions(
@@ -82,31 +124,24 @@ def distributions(
         kept: What is kept.
         uniform: ``[n, draws]`` numbers from 0 to 1 that the samples are made from; None for the top k.
     """
+    own = mx.take_along_axis(z, mx.array(tokens)[:, None], axis=-1)[:, 0]
     if uniform is not None:
-        log_z = mx.logsumexp(z, axis=-1, keepdims=True)
-        ids, logs = sample_shares(np.array(mx.exp(z - log_z)), uniform)
+        log_z = row_logsumexp(z)
+        ids, logs = sample_shares(np.array(mx.exp(z - log_z[:, None])), uniform)
         tail = np.full(len(tokens), LOWEST, dtype=np.float32)
-    else:
-        best = top_k(z, min(kept.top_k, z.shape[-1]))
-        values = mx.take_along_axis(z, best, axis=-1)
-        # Without the k, not as 1 - sum: of a confident teacher that would be rounding. The sum of all is made
-        # of both, so that the whole vocabulary is read once.
-        rest = mx.put_along_axis(z, best, mx.array(-mx.inf, dtype=z.dtype), axis=-1)
-        out = mx.logsumexp(rest, axis=-1, keepdims=True)
-        log_z = mx.logaddexp(out, mx.logsumexp(values, axis=-1, keepdims=True))
-        mx.eval(best, log_z)
-        ids, logs = np.array(best), np.array(values - log_z)
-        tail = np.maximum(np.array((out - log_z)[:, 0]), LOWEST)
-    own = mx.take_along_axis(z, mx.array(tokens)[:, None], axis=-1) - log_z
-    # p^(1/T) is exp(z / T) over Z^(1/T).
-    partitions = [(mx.logsumexp(z / t, axis=-1) - log_z[:, 0] / t) for t in kept.temperatures]
-    stacked = [np.array(one) for one in partitions]
+        return Distributions(np.array(own - log_z), ids, logs, tail, np.zeros((len(tokens), 0), np.float32))
+    best = _largest(z, min(kept.top_k, z.shape[-1]))
+    log_z, outside = best.sums()
+    tails = [outside - log_z]
+    for temperature in kept.temperatures:
+        total, rest = best.sums(temperature)
+        tails.append(rest - total)
+    out = mx.maximum(mx.stack(tails, axis=1), LOWEST)
+    logs = best.values - log_z[:, None]
+    own = own - log_z
+    mx.eval(own, best.ids, logs, out)
     return Distributions(
-        np.array(own[:, 0]),
-        ids,
-        logs,
-        tail,
-        np.stack(stacked, axis=1) if stacked else np.zeros((len(tokens), 0), np.float32),
+        np.array(own), np.array(best.ids), np.array(logs), np.array(out[:, 0]), np.array(out[:, 1:])
     )
 
 
@@ -147,7 +182,7 @@ def sample_shares(
 
 def joined(parts: Sequence[Distributions]) -> Distributions:
     """The distributions of several parts, one after the other."""
-    names = ("logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "partitions")
+    names = ("logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "tempered_tails")
     return Distributions(*(np.concatenate([getattr(part, name) for part in parts]) for name in names))
 
 
@@ -161,6 +196,6 @@ def each(whole: Distributions, lengths: Sequence[int]) -> Iterator[Distributions
             whole.topk_ids[at],
             whole.topk_logprobs[at],
             whole.tail_logprobs[at],
-            whole.partitions[at],
+            whole.tempered_tails[at],
         )
         start += length

@@ -128,7 +128,7 @@ def _cached(data: TokenLossInput, t: float | None = None) -> TopK:
     if len(found) and not np.allclose(found, t):
         raise ConfigError(
             f"a token-level loss at temperature {t}, and the targets are at {found[0]:g}",
-            fix="align the rows at distill.temperature, from targets that have its partition",
+            fix="align the rows at distill.temperature, from targets that were made for it",
         )
     return TopK(data.extra["topk_ids"], data.extra["topk_logprobs"])
 

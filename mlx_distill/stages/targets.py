@@ -44,9 +44,8 @@ def targets(context: Context, folder: Path) -> Facts:
     labels = find_label_trie(tokenizer, context.task, context.recipe.distill.label_weight)
     train_rows = min(count_rows(context, "train"), settings.max_rows or sys.maxsize)
     temperatures = recipe_temperatures(context.recipe)
-    writer = TargetWriter(
-        folder, cache_layout(model, tokenizer, settings), temperatures, fingerprints(context, tokenizer)
-    )
+    layout = cache_layout(model, tokenizer, settings, temperatures)
+    writer = TargetWriter(folder, layout, fingerprints(context, tokenizer))
     train = (
         (row, n) for row in islice(read_rows(context, "train"), train_rows) for n in range(settings.samples)
     )
@@ -92,7 +91,7 @@ def _note_disk(context: Context, tokenizer: Any, writer: TargetWriter, rows: int
     first = [row["messages"][-1]["content"] for row in islice(read_rows(context, "train"), 100)]
     tokens = sum(len(answer_ids(tokenizer, text)) + 1 for text in first) / max(len(first), 1)
     left = rows - writer.done
-    each = writer.layout.record_bytes + 4 * len(writer.temperatures)
+    each = writer.layout.record_bytes
     needed = round(left * (tokens * each + sum(len(text.encode()) for text in first) / max(len(first), 1)))
     with os_errors(writer.folder):
         free = shutil.disk_usage(writer.folder).free
@@ -107,8 +106,8 @@ def _note_disk(context: Context, tokenizer: Any, writer: TargetWriter, rows: int
 
 
 def recipe_temperatures(recipe: Recipe) -> tuple[float, ...]:
-    """The temperatures of the partitions that a recipe's token-level loss needs of the cache: those that
-    soften both distributions over all tokens (``auto`` may become one of them).
+    """The temperatures at which a recipe's token-level loss reads the cached distributions: where it softens
+    both over all tokens (``auto`` may become one of these losses).
 
     >>> from mlx_distill.recipe import load_recipe
     >>> recipe_temperatures(load_recipe("tiny", {"distill.temperature": 2.0}))
@@ -120,7 +119,9 @@ def recipe_temperatures(recipe: Recipe) -> tuple[float, ...]:
     return (settings.temperature,) if needed and settings.temperature != 1 else ()
 
 
-def cache_layout(model: Any, tokenizer: Any, settings: TargetsConfig) -> TokenLayout:
+def cache_layout(
+    model: Any, tokenizer: Any, settings: TargetsConfig, temperatures: tuple[float, ...] = ()
+) -> TokenLayout:
     """How a teacher's distributions are written."""
     from mlx_distill.distill.teacher import byte_lengths
     from mlx_distill.distill.token_codec import TokenLayout
@@ -133,6 +134,7 @@ def cache_layout(model: Any, tokenizer: Any, settings: TargetsConfig) -> TokenLa
         top_k=settings.draws or min(settings.top_k, columns),
         sampled=settings.draws > 0,
         length_bits=0 if lengths is None else int(lengths.max()).bit_length(),
+        temperatures=temperatures,
     )
 
 

@@ -149,20 +149,24 @@ def test_labels_that_share_tokens_are_scored_behind_each_answers_beginning(cache
 # --- what is kept of a distribution -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("columns", "k"), [(64, 3), (1000, 4), (1024, 16), (130, 2), (5, 5)])
+@pytest.mark.parametrize(("columns", "k"), [(64, 3), (1000, 4), (1024, 16), (130, 2), (5, 5), (1000, 400)])
 def test_the_largest_of_each_row_by_blocks_are_those_of_a_sort(columns: int, k: int) -> None:
     z = np.random.default_rng(columns).normal(size=(7, columns)).astype(np.float32)
     assert (np.array(top_k(mx.array(z), k)) == np.argsort(-z, axis=1)[:, :k]).all()
 
 
-def test_tail_and_partition_are_those_of_the_whole_vocabulary() -> None:
-    z = np.random.default_rng(0).normal(size=(5, 300)) * 4
+@pytest.mark.parametrize("columns", [300, 5000])
+def test_the_masses_outside_of_the_top_k_are_those_of_the_whole_vocabulary(columns: int) -> None:
+    z = np.random.default_rng(0).normal(size=(5, columns)) * 4
+    z[1, 7] = 60  # its tail would be rounding as one minus a sum
     p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
     out = distributions(mx.array(z.astype(np.float32)), np.arange(5, dtype=np.int32), Kept(8, (2.0, 0.5)))
     rest = np.sort(p, axis=1)[:, :-8].sum(1)
     np.testing.assert_allclose(out.tail_logprobs, np.log(rest), rtol=1e-5)
     for i, t in enumerate((2.0, 0.5)):
-        np.testing.assert_allclose(out.partitions[:, i], np.log((p ** (1 / t)).sum(1)), atol=1e-5)
+        tempered = p ** (1 / t) / (p ** (1 / t)).sum(1, keepdims=True)
+        rest = np.sort(tempered, axis=1)[:, :-8].sum(1)
+        np.testing.assert_allclose(out.tempered_tails[:, i], np.log(rest), rtol=1e-5)
     np.testing.assert_allclose(out.logprobs, np.log(p[np.arange(5), np.arange(5)]), rtol=1e-5)
 
 

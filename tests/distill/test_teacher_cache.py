@@ -16,7 +16,7 @@ from mlx_distill.distill.token_codec import TokenLayout
 from mlx_distill.errors import DataError, FileError, ModelError
 
 K, COLUMNS = 3, 4000
-LAYOUT = TokenLayout(columns=COLUMNS, top_k=K, length_bits=5)
+LAYOUT = TokenLayout(columns=COLUMNS, top_k=K, length_bits=5, temperatures=(2.0,))
 MADE_FROM = {"weights": "w", "adapter": "a", "tokenizer": "t", "template": "p", "rows": "r"}
 
 
@@ -37,7 +37,7 @@ def make_rows(count: int, seed: int = 0) -> list[TeacherTargets]:
                 logs[:, :K],
                 tail_logprobs=logs[:, K],
                 ends=np.cumsum(random.integers(0, 32, n)),
-                partitions=random.normal(size=(n, 1)).astype(np.float32),
+                tempered_tails=-random.exponential(size=(n, 1)).astype(np.float32),
             )
         )
     return rows
@@ -49,7 +49,7 @@ ROWS = [make_rows(5, 0), make_rows(1, 1), make_rows(4, 2)]
 def write(
     folder: Path, shards: list[list[TeacherTargets]] = ROWS, fingerprints: dict[str, str] = MADE_FROM
 ) -> Path:
-    writer = TargetWriter(folder, LAYOUT, (2.0,), fingerprints)
+    writer = TargetWriter(folder, LAYOUT, fingerprints)
     for shard in shards[len(writer.shards) :]:
         writer.write(shard)
     writer.finish(labels=["a", "b", "c", "d"])
@@ -58,13 +58,13 @@ def write(
 
 def same(one: TeacherTargets, other: TeacherTargets) -> None:
     assert (one.id, one.text) == (other.id, other.text)
-    for name in ("label_logprobs", "ids", "topk_ids", "ends", "partitions"):
+    for name in ("label_logprobs", "ids", "topk_ids", "ends"):
         a, b = getattr(one, name), getattr(other, name)
         if a is None or b is None:
             assert a is b, name
             continue
         assert a.dtype == b.dtype and (a == b).all(), name
-    for name in ("logprobs", "topk_logprobs", "tail_logprobs"):
+    for name in ("logprobs", "topk_logprobs", "tail_logprobs", "tempered_tails"):
         a, b = getattr(one, name), getattr(other, name)
         assert b.dtype == np.float32 and np.abs(a - b).max() <= 2.0**-9 * max(1, np.abs(a).max()), name
 
@@ -93,6 +93,8 @@ def test_the_texts_of_a_row_are_numbered_and_the_index_has_the_means(tmp_path: P
     index, rows = TargetReader(folder).index, [row for shard in ROWS for row in shard]
     mass = np.concatenate([np.exp(row.topk_logprobs).sum(axis=1) for row in rows])
     assert index["tokens"] == len(mass) and index["kept_mass"] == pytest.approx(mass.mean(), abs=1e-3)
+    outside = np.concatenate([np.exp(row.tempered_tails) for row in rows])
+    assert index["tail_mass_at"] == {"2.0": pytest.approx(outside.mean(), rel=1e-3)}
     assert index["record_bytes"] == LAYOUT.record_bytes and index["fingerprints"] == MADE_FROM
 
 
@@ -137,7 +139,7 @@ def test_an_interrupted_writer_continues_after_its_last_whole_shard(
         raw = bytearray(tokens.read_bytes())
         raw[-3] ^= 4
         tokens.write_bytes(raw)
-    again = TargetWriter(cut, LAYOUT, (2.0,), MADE_FROM)
+    again = TargetWriter(cut, LAYOUT, MADE_FROM)
     assert again.done == sum(len(shard) for shard in ROWS[:interrupted])
     assert not list(cut.glob(f"*-{interrupted + 1:05d}.*"))  # nothing of a shard behind
     write(cut)

@@ -75,6 +75,8 @@ def test_the_genuine_vocabularies_take_less_than_130_bytes_a_token() -> None:
     for columns in (151_936, 201_088, 248_320):
         layout = replace(WIDE, columns=columns, length_bits=8)
         assert layout.record_bytes <= 123
+        # 5 bytes a token are the text and the index: 130 with one temperature.
+        assert replace(layout, temperatures=(2.0,)).record_bytes <= 125
         n, edge = 20, np.arange(columns - 32, columns)
         even = np.full((n, 32), np.log(1 / 64))
         given = TokenRecords(
@@ -125,9 +127,16 @@ def test_what_does_not_fit_or_is_no_distribution_is_refused() -> None:
         {"lengths": given.lengths + 128},
         {"topk_logprobs": given.topk_logprobs * np.nan},
         {"tail_logprobs": given.tail_logprobs + 1},
+        {"tempered_tails": np.zeros((4, 1))},
     ):
-        with pytest.raises(ValueError, match=r"does not fit|sum to"):
+        with pytest.raises(ValueError, match=r"does not fit|sum to|1 temperatures, not 0"):
             pack_records(layout, replace(given, **changes))
+    tempered = replace(layout, temperatures=(2.0,))
+    for tail in (np.nan, 0.7):
+        with pytest.raises(ValueError, match="not from 0 to 1"):
+            pack_records(tempered, replace(given, tempered_tails=np.full((4, 1), tail)))
+    with pytest.raises(ValueError, match="0 temperatures, not 1"):
+        pack_records(tempered, given)
     with pytest.raises(ValueError, match="3 ids a token, not 2"):
         pack_records(replace(layout, top_k=2), given)
     packed = pack_records(layout, given)
@@ -135,3 +144,13 @@ def test_what_does_not_fit_or_is_no_distribution_is_refused() -> None:
         unpack_records(layout, packed[:, 1:])
     with pytest.raises(ValueError, match="ids a token"):
         unpack_records(layout, packed * 0)
+
+
+def test_the_mass_outside_at_a_temperature_is_within_its_error_however_small_it_is() -> None:
+    layout = TokenLayout(columns=50, top_k=3, length_bits=7, temperatures=(2.0, 0.5))
+    given, _ = records(40, 3, 50)
+    tails = -np.exp(np.random.default_rng(1).uniform(np.log(1e-6), np.log(120), (40, 2)))
+    tails[0] = LOWEST
+    out = unpack_records(layout, pack_records(layout, replace(given, tempered_tails=tails))).tempered_tails
+    assert out is not None and (out[0] == np.float32(LOWEST)).all()
+    assert (np.abs(out[1:] - tails[1:]) <= np.abs(tails[1:]) * 2.0**-12).all()

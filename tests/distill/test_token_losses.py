@@ -38,7 +38,7 @@ def test_without_weight_there_is_no_loss() -> None:
 
 
 def row_at(temperature: float, z: np.ndarray, k: int) -> AlignedRow:
-    """A row whose targets are read from logits, through the partition of the temperature."""
+    """A row whose targets are read from logits, through the mass outside of the top k at the temperature."""
     n = len(z)
     p = Kept(k, (temperature,))
     part = distributions(mx.array(z), np.zeros(n, dtype=np.int32), p)
@@ -50,7 +50,7 @@ def row_at(temperature: float, z: np.ndarray, k: int) -> AlignedRow:
         part.logprobs,
         part.topk_ids,
         part.topk_logprobs,
-        partitions=part.partitions,
+        tempered_tails=part.tempered_tails,
     )
     return align_row(
         np.zeros(n + 1, np.int32),

@@ -25,7 +25,7 @@ def rewrite_targets(
     folder, fresh = run / "targets", run / "targets.again"
     reader = TargetReader(folder)
     made_from = fingerprints(make_context(run=run), load_tokenizer(run / "teacher"))
-    writer = TargetWriter(fresh, reader.layout, reader.index["temperatures"], {**made_from, **other})
+    writer = TargetWriter(fresh, reader.layout, {**made_from, **other})
     start = 0
     for shard in reader.index["shards"]:
         writer.write([change(i, row) for i, row in enumerate(reader[start : start + shard["rows"]])])
