@@ -180,11 +180,3 @@ def split_thinking(
         place.accept(token)
     start = len(tokens) if place.start is None else place.start
     return list(tokens[:start]), list(tokens[start:])
-
-
-def detokenizer_of(tokenizer: Any) -> Any:
-    """mlx-lm's streaming detokenizer for a tokenizer."""
-    from mlx_lm.tokenizer_utils import NaiveStreamingDetokenizer
-
-    own = getattr(tokenizer, "detokenizer", None)
-    return NaiveStreamingDetokenizer(tokenizer) if own is None else own

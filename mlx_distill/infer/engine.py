@@ -21,7 +21,7 @@ import numpy as np
 from jaxtyping import Bool, Float, Int, Integer
 
 from mlx_distill.errors import ConfigError, DistillError
-from mlx_distill.infer.channels import AnswerStart, channels_of, detokenizer_of
+from mlx_distill.infer.channels import AnswerStart, channels_of
 from mlx_distill.infer.engine_row import EngineRow, row_logprobs
 from mlx_distill.infer.kv_cache import Caches, select
 from mlx_distill.infer.prefill import PromptReader, PromptRow
@@ -144,7 +144,6 @@ class Engine:
             PromptRow(np.asarray(request.prompt, dtype=np.int32)),
             AnswerStart(self._channels, request.prompt),
             uniforms,
-            detokenizer_of(self.tokenizer) if request.stream else None,
         )
         self._requests[number] = row.prompt.owner = row
         self._reader.waiting.append(row.prompt)
@@ -203,10 +202,9 @@ class Engine:
         row.tokens.append(token)
         row.place.accept(token)
         events: list[Event] = []
-        if row.detokenizer is not None:
-            row.detokenizer.add_token(token)
+        if request.stream:
             thinking = row.place.start is None or len(row.tokens) <= row.place.start
-            events.append(TokenEvent(row.id, token, row.detokenizer.last_segment, thinking, logprobs))
+            events.append(TokenEvent(row.id, token, thinking, logprobs))
         if len(row.tokens) == request.max_tokens:
             return [*events, self._finish(row, "length")]
         if request.constraint is not None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -25,7 +24,6 @@ class EngineRow:
     prompt: PromptRow
     place: AnswerStart
     uniforms: Float[np.ndarray, " n"] | None
-    detokenizer: Any = None
     began: float = field(default_factory=time.perf_counter)
     tokens: list[int] = field(default_factory=list)
     chosen: int = 0

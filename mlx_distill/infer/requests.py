@@ -54,7 +54,7 @@ class Request:
         seed: Of the sampling; requests with one seed get the same random numbers.
         constraint: What the answer may consist of; its own object.
         logits_hook: Is called if the answer reaches its step.
-        stream: Report each token, with its text.
+        stream: Report each token.
         top_p: Sample only from the most probable tokens whose probabilities sum to at least that.
         top_logprobs: Of a request that streams, report each token's log-probability with those of so many of
             the most probable tokens; None for none.
@@ -109,11 +109,10 @@ class Generation:
 
 
 class TokenEvent(NamedTuple):
-    """A token of a request that streams; ``text`` is what can be shown from it on, and may be empty."""
+    """A token of a request that streams; :mod:`mlx_distill.infer.text_stream` makes text of them."""
 
     request_id: int
     token: int
-    text: str
     thinking: bool
     logprobs: TokenLogprobs | None = None
 

@@ -30,7 +30,7 @@ class TextStream:
     >>> class Bytes:
     ...     def decode(self, ids): return bytes(ids).decode(errors="replace")
     >>> stream = TextStream(Bytes())
-    >>> [stream.add(byte) for byte in "né".encode()]
+    >>> [stream.add([byte]) for byte in "né".encode()]
     ['n', '', 'é']
     """
 
@@ -41,11 +41,13 @@ class TextStream:
         cleans = getattr(tokenizer, "clean_up_tokenization_spaces", False)
         self._held = _CLEANED_UP if cleans else 0
 
-    def add(self, token: int) -> str:
-        """Take the next token: the text that can be shown from it on, which may be empty."""
-        self._window.append(token)
+    def add(self, tokens: Sequence[int]) -> str:
+        """Take the next tokens, decoded together: the text that can be shown from them on, if any."""
+        if not tokens:
+            return ""
+        self._window += tokens
         text = self._tokenizer.decode(self._window)
-        if text.endswith(_UNFINISHED) or self._is_byte(token):
+        if text.endswith(_UNFINISHED) or self._is_byte(tokens[-1]):
             return ""
         piece = self._piece(text[: max(0, len(text) - self._held)])
         if len(self._window) > _WINDOW:
@@ -158,16 +160,18 @@ class AnswerStream:
         """Whether a stop string has come."""
         return self._stop.hit
 
-    def add(self, event: TokenEvent) -> Piece:
-        """Take a token: the texts that can be shown from it on."""
-        self.tokens += 1
-        if event.thinking:
-            self.thinking_tokens += 1
-            self._strip = True
-            shown = self._marks.shows(event.token)
-            return Piece("", self._thinking.add(event.token) if shown else "")
-        thinking = self._thinking.finish() if self.tokens == self.thinking_tokens + 1 else ""
-        return Piece(self._take(self._answer.add(event.token)), thinking)
+    def add(self, events: Sequence[TokenEvent]) -> Piece:
+        """Take the next tokens: the texts that can be shown from them on."""
+        thinking = [event.token for event in events if event.thinking]
+        answer = [event.token for event in events if not event.thinking]
+        begins = bool(answer) and self.tokens == self.thinking_tokens
+        self.tokens += len(events)
+        self.thinking_tokens += len(thinking)
+        self._strip |= bool(thinking)
+        thought = self._thinking.add([token for token in thinking if self._marks.shows(token)])
+        if begins:
+            thought += self._thinking.finish()
+        return Piece(self._take(self._answer.add(answer)), thought)
 
     def end(self, generation: Generation) -> Piece:
         """The rest of the texts, once the request has its answer.

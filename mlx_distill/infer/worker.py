@@ -40,8 +40,8 @@ class Cancelled(DistillError):  # noqa: N818 - asked for, not an error
 class Handle:
     """A request that was submitted to a worker.
 
-    Iterating over it gives its :class:`~mlx_distill.infer.requests.TokenEvent` (of a request that streams)
-    and ends with its answer.
+    Iterating over it, where it has no listener, gives its :class:`~mlx_distill.infer.requests.TokenEvent` (of
+    a request that streams) and ends with its answer.
     """
 
     def __init__(self, worker: EngineWorker, request: Request, listener: Listener | None = None) -> None:
@@ -93,8 +93,9 @@ class Handle:
             self._put(None)
 
     def _put(self, event: TokenEvent | None) -> None:
-        self._events.put(event)
-        if self._listener is not None:
+        if self._listener is None:
+            self._events.put(event)
+        else:
             self._listener(event)
 
 

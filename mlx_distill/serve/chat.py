@@ -93,7 +93,9 @@ class _Completion:
 
     def start(self) -> None:
         """Submit it to the engine; called in the event loop."""
-        self._answering = Answering(self._served.worker, self._model, self._request, self.chat.stop)
+        self._answering = Answering(
+            self._served.worker, self._model, self._request, self.chat.stop, piecewise=self.chat.stream
+        )
 
     @property
     def answering(self) -> Answering:

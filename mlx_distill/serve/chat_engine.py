@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import threading
+from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -146,21 +147,33 @@ class Answering:
         model: What chats need of it.
         request: From :func:`engine_request`.
         stop: Strings that end the answer.
+        piecewise: Whether each token is told to the event loop as it comes. Else the loop is left alone until
+            the answer is whole, unless a stop string may end it before.
     """
 
     def __init__(
-        self, worker: EngineWorker, model: ChatModel, request: Request, stop: tuple[str, ...] = ()
+        self,
+        worker: EngineWorker,
+        model: ChatModel,
+        request: Request,
+        stop: tuple[str, ...] = (),
+        *,
+        piecewise: bool = True,
     ) -> None:
         self.finish = ""
+        self._stop = stop
         self._request, self._tokenizer = request, model.tokenizer
         self._logprobs: list[dict[str, Any]] = []
         self._text = AnswerStream(model.tokenizer, model.channels, request.prompt, stop)
-        self._events: asyncio.Queue[TokenEvent | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
+        self._events: deque[TokenEvent | None] = deque()
+        self._news = asyncio.Event()
+        loop, at_once = asyncio.get_running_loop(), piecewise or bool(stop)
 
-        def tell(event: TokenEvent | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
+        def tell(event: TokenEvent | None) -> None:  # in the engine's thread
+            self._events.append(event)
+            if event is None or at_once:
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody waits any more
+                    loop.call_soon_threadsafe(self._news.set)
 
         try:
             self._handle = worker.submit(request, tell)
@@ -169,8 +182,11 @@ class Answering:
 
     @property
     def usage(self) -> Usage:
-        """The tokens so far."""
-        return Usage(len(self._request.prompt), self._text.tokens, self._text.thinking_tokens)
+        """The tokens so far, those too that have come and were not read."""
+        come = [] if self._text.stopped else [event for event in tuple(self._events) if event is not None]
+        thinking = sum(event.thinking for event in come)
+        tokens = self._text.tokens + len(come)
+        return Usage(len(self._request.prompt), tokens, self._text.thinking_tokens + thinking)
 
     def take_logprobs(self) -> list[dict[str, Any]]:
         """Those of the answer's tokens that have come since the last call."""
@@ -187,31 +203,43 @@ class Answering:
         try:
             ended = False
             while not (ended or self._text.stopped):
-                events = await self._next(patience)
-                pieces = []
-                for event in events:
-                    if event is None:
-                        ended = True
-                    elif not self._text.stopped:
-                        pieces.append(self._text.add(event))
-                        if event.logprobs is not None and not event.thinking:
-                            self._logprobs.append(logprob_json(self._tokenizer, event.token, event.logprobs))
-                yield Piece("".join(p.answer for p in pieces), "".join(p.thinking for p in pieces))
+                events, ended = await self._next(patience)
+                yield self._add(events)
             if ended and not self._text.stopped:
                 yield self._last()
             self.finish = "stop" if self._text.stopped else self.finish
         finally:
             self.cancel()
 
-    async def _next(self, patience: float) -> list[TokenEvent | None]:
-        """All events that have come; none where there was none for ``patience`` seconds."""
-        events: list[TokenEvent | None] = []
+    async def _next(self, patience: float) -> tuple[list[TokenEvent], bool]:
+        """All tokens that have come, and whether they are the last ones; none where nothing was told for
+        ``patience`` seconds.
+        """
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(patience):
-                events.append(await self._events.get())
-        while not self._events.empty():
-            events.append(self._events.get_nowait())
-        return events
+                await self._news.wait()
+        self._news.clear()
+        events, ended = list[TokenEvent](), False
+        while self._events:
+            event = self._events.popleft()
+            if event is None:
+                ended = True
+            else:
+                events.append(event)
+        return events, ended
+
+    def _add(self, events: list[TokenEvent]) -> Piece:
+        """The texts of the next tokens: decoded together, or one by one where a stop string may end them."""
+        pieces = []
+        for part in [[event] for event in events] if self._stop else [events]:
+            if not self._text.stopped:
+                pieces.append(self._text.add(part))
+                self._logprobs += [
+                    logprob_json(self._tokenizer, event.token, event.logprobs)
+                    for event in part
+                    if event.logprobs is not None and not event.thinking
+                ]
+        return Piece("".join(p.answer for p in pieces), "".join(p.thinking for p in pieces))
 
     def _last(self) -> Piece:
         try:

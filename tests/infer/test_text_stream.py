@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class Wrapped:
 
 def streamed(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
     stream = TextStream(tokenizer)
-    return [*(stream.add(token) for token in tokens), stream.finish()]
+    return [*(stream.add([token]) for token in tokens), stream.finish()]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -52,6 +53,10 @@ def test_pieces_are_the_text_of_all_tokens_at_once(kind: str) -> None:
     texts += [random.integers(0, size, int(random.integers(1, 200))).tolist() for _ in range(40)]
     for tokens in texts:
         assert "".join(streamed(tokenizer, tokens)) == tokenizer.decode(tokens)
+        cuts = [0, *sorted(random.integers(0, len(tokens) + 1, 3).tolist()), len(tokens)]
+        stream = TextStream(tokenizer)
+        parts = [stream.add(tokens[a:b]) for a, b in pairwise(cuts)]  # several at once
+        assert "".join([*parts, stream.finish()]) == tokenizer.decode(tokens)
 
 
 @pytest.mark.parametrize("kind", ["qwen", "llama2"])
@@ -96,7 +101,7 @@ def events(tokenizer: Any, tokens: Sequence[int], prompt: Sequence[int]) -> tupl
     place, out = AnswerStart(channels_of(tokenizer), prompt), []
     for number, token in enumerate(tokens, 1):
         place.accept(token)
-        out.append(TokenEvent(0, token, "", place.start is None or number <= place.start))
+        out.append(TokenEvent(0, token, place.start is None or number <= place.start))
     return out, len(tokens) if place.start is None else place.start
 
 
@@ -116,16 +121,18 @@ def test_thinking_stands_apart_without_what_marks_it(tokenizer: Any, kind: str, 
     reports, start = events(tokenizer, tokens, prompt)
     assert start > 3
     text = tokenizer.decode(tokens[start:]).lstrip("\n")
-    stream = AnswerStream(tokenizer, channels, prompt)
-    pieces = [stream.add(event) for event in reports]
-    pieces.append(stream.end(Generation(text, tuple(tokens), len(prompt), "stop", 0.0, answer_start=start)))
-    assert "".join(piece.answer for piece in pieces) == text == answer.lstrip("\n")
-    assert "".join(piece.thinking for piece in pieces) == "\nlovely 爱\n"
-    assert (stream.tokens, stream.thinking_tokens) == (len(tokens), start)
+    whole = Generation(text, tuple(tokens), len(prompt), "stop", 0.0, answer_start=start)
+    for parts in ([[event] for event in reports], [reports], [reports[: start + 1], reports[start + 1 :]]):
+        stream = AnswerStream(tokenizer, channels, prompt)
+        pieces = [stream.add(part) for part in parts]
+        pieces.append(stream.end(whole))
+        assert "".join(piece.answer for piece in pieces) == text == answer.lstrip("\n")
+        assert "".join(piece.thinking for piece in pieces) == "\nlovely 爱\n"
+        assert (stream.tokens, stream.thinking_tokens) == (len(tokens), start)
 
 
 def test_another_text_than_the_engines_is_an_error(chatml: Any) -> None:
     stream = AnswerStream(chatml, None)
-    stream.add(TokenEvent(0, 5, "", False))
+    stream.add([TokenEvent(0, 5, False)])
     with pytest.raises(ModelError, match="token by token"):
         stream.end(Generation("another", (5,), 1, "stop", 0.0))
