@@ -17,7 +17,7 @@ from mlx_distill.jobs import dispatch, lease
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.registry.resolve import ResolvedModel, resolve_model
 from mlx_distill.serve.checked import load_checked, require_files
-from mlx_distill.serve.errors import add_error_handlers
+from mlx_distill.serve.errors import ErrorBody, add_error_handlers
 from mlx_distill.serve.external import ExternalAnalyzer, check_external
 from mlx_distill.serve.loading import LoadedModel, Resolved, load_model
 from mlx_distill.serve.metrics import Metrics, ServerState
@@ -241,6 +241,7 @@ def create_app(settings: ServerSettings) -> FastAPI:
         redoc_url=None,
         openapi_url="/v1/openapi.json",
         default_response_class=PlainJSON,
+        responses={"default": {"model": ErrorBody, "description": "What is wrong, and how to mend it."}},
         lifespan=lifespan,
     )
     app.state.server = server

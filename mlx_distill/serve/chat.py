@@ -28,7 +28,10 @@ _PING_SECONDS = 15.0  # of silence, after which a stream says that it lives
 _LOOK_SECONDS = 0.5  # of silence, after which a stream looks whether the server stops
 
 
-@router.post("/v1/chat/completions")
+@router.post(
+    "/v1/chat/completions",
+    responses={200: {"content": {"text/event-stream": {}}, "description": "The completion, or its events."}},
+)
 async def create_chat_completion(body: ChatRequest, request: Request) -> Response:
     """Answer a chat."""
     chat = read_chat(body)

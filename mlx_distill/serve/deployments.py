@@ -135,7 +135,7 @@ def deployments(
     return {"object": "list", "data": [_deployment(one) for one in found]}
 
 
-@router.post("/compare")
+@router.post("/compare", responses={202: {"description": "A job lets the models answer first."}})
 def compare(request: Request, response: Response, body: Comparing) -> dict[str, Any]:
     """Compare two models: the comparison where both have their answers already; else 202 and a job, whose
     result names the comparison.

@@ -11,6 +11,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
@@ -23,6 +24,21 @@ log = logging.getLogger("mlx_distill.serve")
 # The client of OpenAI retries these by itself, and does not where it is told so.
 _RETRIED = (408, 409, 429)
 _LONG_WAIT = 120  # seconds of Retry-After from which on a client had better tell its user
+
+
+class ErrorFacts(BaseModel):
+    """What is wrong with a request, or with the server."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every answer that is an error, in OpenAI's envelope."""
+
+    error: ErrorFacts
 
 
 class ApiError(Exception):

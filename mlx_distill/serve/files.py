@@ -95,7 +95,11 @@ def retrieve_file(request: Request, file_id: str) -> dict[str, Any]:
     return file_object(_existing(request, file_id))
 
 
-@router.get("/{file_id}/content")
+@router.get(
+    "/{file_id}/content",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/octet-stream": {}}, "description": "The file."}},
+)
 def file_content(request: Request, file_id: str) -> FileResponse:
     """Its bytes."""
     path = upload_path(request.app.state.server.ledger, _existing(request, file_id))

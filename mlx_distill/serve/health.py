@@ -18,7 +18,7 @@ async def health() -> dict[str, str]:
     return {"status": "ok", "version": __version__}
 
 
-@router.get("/ready")
+@router.get("/ready", responses={503: {"description": "It is loading, or a job uses the accelerator."}})
 async def ready(request: Request, response: Response) -> dict[str, Any]:
     """Whether requests are answered now: 200, else 503. With the token or the cookie it says which models are
     in memory, with version and hash, and whether the last change of one failed.

@@ -76,7 +76,11 @@ def data_set(request: Request, name: str) -> dict[str, Any]:
     return _data_set(found) | {"changed": found.changed}
 
 
-@router.post("/data/{name}/export")
+@router.post(
+    "/data/{name}/export",
+    response_class=FileResponse,
+    responses={200: {"content": {"application/x-ndjson": {}}, "description": "The file."}},
+)
 def export(request: Request, name: str, body: Export) -> FileResponse:
     """The rows of a data set in another tool's layout; refused with the rows that it cannot hold."""
     found = _named(request, name)

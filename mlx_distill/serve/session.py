@@ -10,7 +10,7 @@ from starlette.responses import RedirectResponse, Response
 from mlx_distill.serve.pages.login import login_page
 from mlx_distill.serve.security import safe_target
 
-router = APIRouter()
+router = APIRouter(include_in_schema=False)
 _DAYS = 30
 
 
