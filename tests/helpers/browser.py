@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import os
 import shutil
 import socket
 import threading
@@ -10,6 +12,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlsplit
+
+import pytest
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
 _ARGUMENTS = (
@@ -53,7 +57,13 @@ class Seen:
 
 @contextmanager
 def chromium() -> Iterator[Any]:
-    """A browser of Playwright."""
+    """A browser of Playwright. Where there is none, tests that need it are skipped; where ``CI`` is set they
+    fail, since nothing else tests the scripts of the pages.
+    """
+    missing = "Chromium" if CHROMIUM is None else "playwright"
+    if CHROMIUM is None or importlib.util.find_spec("playwright") is None:
+        text = f"{missing} is not installed: sudo apt install chromium; pip install -e '.[test]'"
+        (pytest.fail if os.environ.get("CI", "").lower() in ("1", "true") else pytest.skip)(text)
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from helpers.browser import CHROMIUM, Seen, Wire, chromium
+from helpers.browser import Seen, Wire, chromium
 from helpers.registry_runs import LABELS, make_run
 from helpers.served import TOKEN, served_in_thread
 from helpers.small_run import write_recipe
@@ -24,11 +24,7 @@ from mlx_distill.pipeline import run
 from mlx_distill.progress import NullProgress
 from mlx_distill.registry import add_version, current_deployment
 
-pytest.importorskip("playwright.sync_api")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed"),
-]
+pytestmark = pytest.mark.slow
 CUT_S = 3.0
 OUT = "runs/colours"
 PATIENCE_MS = 60_000
@@ -225,7 +221,7 @@ def addresses(page: Any) -> list[str]:
     return [*found, *kinds.values()]
 
 
-def test_nothing_left_this_machine_and_no_page_complained(seen: Seen, wire: Wire) -> None:
+def test_nothing_left_this_machine_and_no_page_complained(browser: Any, seen: Seen, wire: Wire) -> None:
     assert len(seen.requests) > 100
     assert seen.hosts == {wire.address.removeprefix("http://")}
     assert seen.messages == []

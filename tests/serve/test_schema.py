@@ -41,9 +41,9 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Root:
     """A model that serves, two versions of which one is deployed, their comparison, a data set."""
     root = write_root(tmp_path_factory.mktemp("root"), max_position_embeddings=200)
     ledger = Ledger(root)
-    for seed, wrong in enumerate(({0, 1, 2}, {2})):
-        make_run(root.path / f"run{seed}", seed=seed, wrong=wrong)
-        add_version(ledger, f"run{seed}", name="colours")
+    for other, wrong in enumerate(({0, 1, 2}, {2})):
+        make_run(root.path / f"run{other}", seed=other, wrong=wrong)
+        add_version(ledger, f"run{other}", name="colours")
     keep_comparison(ledger, "colours:1", "colours:2", margin="10pt")
     promote(ledger, "colours", 1, "staging", actor="test", reason="first", override="no gate here")
     (root.path / "rows.jsonl").write_bytes(CHAT)
