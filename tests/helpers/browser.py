@@ -75,7 +75,8 @@ def chromium() -> Iterator[Any]:
 
 
 class Wire:
-    """A connection to a server that can be cut: what is open is closed, and what is new is refused.
+    """A connection to a server that can be cut: what is open is closed, and what is new is refused; or that
+    goes silent: nothing is closed or refused, and nothing arrives.
 
     Args:
         address: Of the server, such as ``http://127.0.0.1:8000``.
@@ -88,6 +89,8 @@ class Wire:
         self._listening = socket.create_server(("127.0.0.1", 0))
         self._port = self._listening.getsockname()[1]
         self.address = f"http://127.0.0.1:{self._port}"
+        self._flows = threading.Event()
+        self._flows.set()
         self._accept()
 
     def cut(self) -> None:
@@ -99,8 +102,16 @@ class Wire:
             one.close()
         self._open.clear()
 
+    def silence(self) -> None:
+        """Let nothing through, without a word to either end."""
+        self._flows.clear()
+
+    def resume(self) -> None:
+        """Let everything through that was held up, and what comes."""
+        self._flows.set()
+
     def mend(self) -> None:
-        """Let it work again, at the same address."""
+        """Let it work again after a cut, at the same address."""
         self._listening = socket.create_server(("127.0.0.1", self._port))
         self._accept()
 
@@ -114,13 +125,13 @@ class Wire:
                 far = socket.create_connection(self._server)
                 self._open |= {near, far}
                 for one, other in ((near, far), (far, near)):
-                    threading.Thread(target=_copy, args=(one, other), daemon=True).start()
+                    threading.Thread(target=self._copy, args=(one, other), daemon=True).start()
 
-
-def _copy(source: socket.socket, sink: socket.socket) -> None:
-    with suppress(OSError):
-        while data := source.recv(1 << 16):
-            sink.sendall(data)
-    for one in (source, sink):
+    def _copy(self, source: socket.socket, sink: socket.socket) -> None:
         with suppress(OSError):
-            one.shutdown(socket.SHUT_RDWR)
+            while data := source.recv(1 << 16):
+                self._flows.wait()
+                sink.sendall(data)
+        for one in (source, sink):
+            with suppress(OSError):
+                one.shutdown(socket.SHUT_RDWR)

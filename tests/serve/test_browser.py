@@ -129,6 +129,17 @@ def test_a_job_from_the_form_to_its_end_with_a_lost_connection(
     drawn = page.eval_on_selector("#curves figure", "one => [one.dataset.points, one.dataset.last]")
     assert drawn[0] == drawn[1]  # each step once
 
+    before = last_step(page)
+    page.evaluate("document.getElementById('live').dataset.silent = '1.5'")
+    wire.silence()
+    page.wait_for_selector("#connection:visible")  # though nothing was closed and nothing refused
+    wire.resume()
+    page.wait_for_selector("#connection", state="hidden")
+    wait_for_step(page, before + 1)
+    page.evaluate("document.getElementById('live').dataset.silent = '15'")
+    drawn = page.eval_on_selector("#curves figure", "one => [one.dataset.points, one.dataset.last]")
+    assert drawn[0] == drawn[1]
+
     page.click("text=Stop and save")
     page.wait_for_selector("button:has-text('Resume')")
     reached = last_step(page)

@@ -127,7 +127,8 @@ def test_no_request_of_the_schema_ends_in_a_500_or_in_what_it_does_not_describe(
             statuses[answer.status_code] += 1
             reached.setdefault(case.operation.label, set()).add(answer.status_code)
             assert answer.status_code < 500 or answer.status_code == 503, (sent, answer.text)
-            answer.request.read()
+            asked = answer.request  # its body may be a stream that is used up, which no check needs
+            answer.request = type(asked)(asked.method, asked.url)
             case.validate_response(
                 answer,
                 checks=[status_code_conformance, content_type_conformance, response_schema_conformance],

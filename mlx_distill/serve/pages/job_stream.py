@@ -16,8 +16,12 @@ from typing import Any
 
 from mlx_distill.jobs.curves import Curve, Point
 
-HEARTBEAT_S = 15.0
-"""Without news a comment is sent as often, so that a lost connection is noticed."""
+HEARTBEAT_S = 5.0
+"""Without news a ``job-beat`` is sent as often."""
+SILENT_S = 3 * HEARTBEAT_S
+"""A page that hears nothing for so long takes the connection for lost, and makes a new one: a network may go
+silent without an error.
+"""
 MAX_EVENTS = 200
 MAX_NEW_POINTS = 300
 """A page that is further behind gets the whole curve, which is thinned, in place of all that it missed."""
@@ -96,7 +100,8 @@ async def stream(
     """The messages of a job until it ends.
 
     Unnamed messages hold the HTML of the progress; ``job-log`` an event of the ledger; ``job-points`` points
-    of a curve; ``job-state`` that the buttons have changed; ``job-end`` that nothing more comes.
+    of a curve; ``job-state`` that the buttons have changed; ``job-beat`` that nothing is new; ``job-end`` that
+    nothing more comes.
 
     Args:
         look: Gives the view of the job with the events behind an identifier; called in a thread.
@@ -120,7 +125,7 @@ async def stream(
             out.append(message(json.dumps(points), event="job-points", cursor=cursor))
         if view.status != status:
             status = view.status
-            out.append(message(status))
+            out.append(message(status, cursor=cursor))
         if view.state != state:
             out += [message(view.state, event="job-state")] if state is not None else []
             state = view.state
@@ -133,7 +138,7 @@ async def stream(
             yield message(view.state, event="job-end")
             return
         if time.monotonic() - sent >= HEARTBEAT_S:
-            yield ": nothing new\n\n"
+            yield message("", event="job-beat")
             sent = time.monotonic()
         await anyio.sleep(interval)
 

@@ -38,7 +38,7 @@ from mlx_distill.serve.pages.environment import (
     see_other,
     wants_fragment,
 )
-from mlx_distill.serve.pages.job_stream import MAX_EVENTS, Cursor, View, curve_data, stream
+from mlx_distill.serve.pages.job_stream import MAX_EVENTS, SILENT_S, Cursor, View, curve_data, stream
 from mlx_distill.serve.pages.recipe_checks import read_recipe
 from mlx_distill.serve.pages.recipe_form import differences
 
@@ -136,6 +136,7 @@ def job(request: Request, job_id: str, x: str = "step", y: str = "linear", befor
         cursor=cursor,
         buttons=_buttons_of(found),
         watched=not _has_ended(found) and before <= 0,
+        silent_s=SILENT_S,
         place=_place(server, found),
         parent=_parent(server, found),
         log=read_tail(found.log(server.root), _LOG_BYTES),
@@ -242,7 +243,10 @@ def job_events(request: Request, job_id: str, after: str = "", state: str = "") 
         get(server.ledger, job_id)
     except DistillError as error:
         return error_of(request, error, 404)
-    cursor = Cursor.read(request.headers.get("last-event-id")) or Cursor.read(after) or Cursor()
+    again = Cursor.read(request.headers.get("last-event-id"))
+    cursor = again or Cursor.read(after) or Cursor()
+    if again is not None:  # which buttons it shows is not known: the state may have changed and changed back
+        state = "unknown"
 
     def look(event: int) -> View:
         found = get(server.ledger, job_id)

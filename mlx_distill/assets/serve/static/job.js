@@ -114,12 +114,29 @@
     while (log.childElementCount > MAX_EVENTS) log.lastElementChild.remove();
   }
 
+  // A lost connection is shown, and made anew: after an error by htmx, where nothing is heard any more from here.
+  function watchConnection() {
+    const lost = document.getElementById("connection");
+    let connection = null, ended = false, heard = Date.now();
+    const hear = () => { heard = Date.now(); };
+    document.addEventListener("htmx:sse:after:connection", (event) => { connection = event.detail.connection; lost.hidden = true; hear(); });
+    document.addEventListener("htmx:sse:after:message", hear);
+    document.addEventListener("htmx:sse:error", () => { lost.hidden = false; });
+    document.addEventListener("htmx:sse:close", (event) => { ended = event.detail.reason === "message"; });
+    document.addEventListener("visibilitychange", hear); // a page that nobody sees is not connected
+    setInterval(() => {
+      if (ended || document.hidden || Date.now() - heard < 1000 * live.dataset.silent) return;
+      lost.hidden = false;
+      hear();
+      if (connection?.reader) connection.reader.cancel();
+      else htmx.trigger(live, "job-connect"); // where the first connection failed
+    }, 1000);
+  }
+
   if (box) for (const data of JSON.parse(box.dataset.points)) curveOf(data.training).add(data);
   if (live) {
     live.addEventListener("job-points", (event) => { const data = JSON.parse(event.detail.data); curveOf(data.training).add(data); });
     live.addEventListener("job-log", (event) => addEvent(JSON.parse(event.detail.data)));
-    const connection = document.getElementById("connection");
-    document.addEventListener("htmx:sse:after:connection", () => { connection.hidden = true; });
-    document.addEventListener("htmx:sse:error", () => { connection.hidden = false; });
+    if (live.dataset.silent) watchConnection();
   }
 })();
