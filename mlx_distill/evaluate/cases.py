@@ -9,6 +9,7 @@ from typing import Any
 
 from mlx_distill.evaluate.conditions import Condition
 from mlx_distill.evaluate.row_metrics import RowMetric
+from mlx_distill.metrics.agreement import verdict_agreement
 from mlx_distill.metrics.classification import predicted_label, predicted_score, true_value
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import words
@@ -33,6 +34,14 @@ def change_of(a: float | bool | None, b: float | bool | None, metric: RowMetric)
         return {(0, 1): "fixed", (1, 0): "broken", (1, 1): "both_right", (0, 0): "both_wrong"}[int(a), int(b)]
     gain = (b - a) if metric.higher_is_better else (a - b)
     return "improved" if gain > _EPSILON else "worsened" if gain < -_EPSILON else "same"
+
+
+def label_agreement(a: Sequence[Row], b: Sequence[Row], task: Task, confidence: float) -> Any:
+    """The share of rows on which both give the same label, with its interval; None for a task without one."""
+    if task.label is None:
+        return None
+    found = verdict_agreement(b, a, cluster=task.cluster, confidence=confidence)
+    return {name: found.get(name) for name in ("value", "low", "high", "n")}
 
 
 def make_case(

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import ConfigError, DataError
-from mlx_distill.evaluate.cases import change_counts, change_of, ids_by_change, make_case
+from mlx_distill.evaluate.cases import change_counts, change_of, ids_by_change, label_agreement, make_case
 from mlx_distill.evaluate.categories import parse_categories
 from mlx_distill.evaluate.comparison_inputs import Paired, Reference, Side, pair_sides
 from mlx_distill.evaluate.comparison_text import advice, sentence, text_lines, token_lines
@@ -177,6 +177,7 @@ def compare_sides(
         **_result(main, chosen, limit),
         **_power(main, chosen, _scale(chosen, task, main), limit, confidence),
         "counts": change_counts(changes, chosen),
+        "agreement": label_agreement(paired.a, paired.b, task, confidence),
         "score": _score_moves(paired, task),
         "metrics": _all_metrics(paired, task, chosen, clusters, confidence),
         "slices": _slices(paired, task, chosen, clusters, confidence),

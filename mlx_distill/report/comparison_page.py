@@ -27,6 +27,7 @@ from mlx_distill.text import (
     NONE,
     counted,
     duration,
+    interval,
     percent,
     significant,
     size,
@@ -103,9 +104,7 @@ def comparison_view(
         "margin": shown_margin(facts) if facts["margin"] else None,
         "metrics": _metric_tables(facts),
         "tiles": _tiles(facts),
-        "churn": f"The two differ in being right on {percent(facts['churn'])} of the rows (churn)."
-        if "fixed" in facts["counts"]
-        else "",
+        "churn": _churn(facts),
         "labels": facts["confusions"]["a"]["labels"] if facts["confusions"] else [],
         "without_script": f"Without JavaScript the first {min(WITHOUT_SCRIPT, len(shown))} of "
         f"{counted(len(shown), 'row')} are shown, the broken ones first; all figures are complete.",
@@ -266,6 +265,16 @@ def _slice_table(name: str, entries: Sequence[Facts], facts: Facts) -> dict[str,
         row["changes"] = f"+{entry['fixed']} −{entry['broken']}"
         (few if entry["few"] else rows).append(row)
     return {"field": name, "rows": rows, "few": few}
+
+
+def _churn(facts: Facts) -> str:
+    """On how many rows the two differ in being right, and in their labels."""
+    sentences = []
+    if "fixed" in facts["counts"]:
+        sentences.append(f"The two differ in being right on {percent(facts['churn'])} of the rows (churn).")
+    if same := facts.get("agreement"):  # not in comparisons that were kept by earlier versions
+        sentences.append(f"They give the same label on {percent(same['value'])} ({interval(same)}).")
+    return " ".join(sentences)
 
 
 def _case(case: Case, facts: Facts, with_diff: bool, with_rows: bool) -> dict[str, Any]:

@@ -41,6 +41,7 @@ def test_planted_rows_are_found_exactly(tmp_path: Path) -> None:
     assert (facts["difference"]["low"], facts["difference"]["high"]) == pytest.approx(bonett_price(2, 7, 100))
     assert facts["p"] == pytest.approx(mcnemar_mid_p(2, 7))
     assert facts["churn"] == pytest.approx(0.09)
+    assert facts["agreement"]["value"] == pytest.approx(0.91)  # of two labels: both wrong is the same one
     changes = {case["id"]: case["change"] for case in result.cases}
     assert changes["r7"] == "both_wrong" and changes["r0"] == "both_right" and len(changes) == 100
 

@@ -18,6 +18,7 @@ from mlx_distill.jobs.alongside import verifying
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
 from mlx_distill.registry import add_version, history
+from mlx_distill.text import interval
 
 WHY = {"reason": "a try"}
 VERSIONS = "/v1/mlx/models/music/versions"
@@ -108,6 +109,20 @@ def test_comparisons_are_made_kept_and_listed(client: Any) -> None:
     assert client.get("/v1/mlx/comparisons/cmp-0").json()["error"]["code"] == "comparison_not_found"
     outside = client.post("/v1/mlx/compare", json={"a": "../../etc/passwd", "b": "music:2"})
     assert outside.status_code == 400
+
+
+@pytest.mark.slow
+def test_the_overview_has_the_agreement_with_what_was_compared(client: Any, ledger: Ledger) -> None:
+    if client.get("/v1/mlx/models/music").json()["aliases"].get("production") != 1:
+        assert client.post(f"{VERSIONS}/1/promote", json=WHY).status_code == 200
+    made = client.post("/v1/mlx/compare", json={"a": "music:2", "b": "music:1"}).json()
+    same = made["facts"]["agreement"]
+    assert same["value"] == 0.5 and 0.3 < same["low"] < 0.5 < same["high"] < 0.7  # B is wrong on 30 of 60
+    client.post("/login", data={"token": TOKEN})
+    page, comparison = client.get("/").text, client.get(f"/compare/{made['id']}").text
+    client.cookies.clear()
+    assert f"of the labels of music:1 are those of music:2 ({interval(same)})" in page
+    assert "give the same label on" in comparison
 
 
 def test_a_comparison_whose_answers_are_missing_is_a_job(client: Any, ledger: Ledger) -> None:

@@ -54,7 +54,7 @@ def test_deploy_roll_back_and_archive(client: Any) -> None:
     assert "<script>first" not in page and "&lt;script&gt;first" in page
     page = client.get("/").text
     assert "the gate was overridden: tried by hand" in page and "registry rollback music" in page
-    assert "agreement with the teacher: not measured" in page
+    assert "agreement: not measured" in page
     assert client.post("/models/music/2/archive").status_code == 400
     back = client.post("/models/music/rollback", data={"reason": "complaints", "alias": "production"})
     assert back.status_code == 303 and serves(client) == 1

@@ -100,8 +100,8 @@ async def stream(
     """The messages of a job until it ends.
 
     Unnamed messages hold the HTML of the progress; ``job-log`` an event of the ledger; ``job-points`` points
-    of a curve; ``job-state`` that the buttons have changed; ``job-beat`` that nothing is new; ``job-end`` that
-    nothing more comes.
+    of a curve; ``job-state`` that the buttons have changed; ``job-beat`` that nothing is new;
+    ``job-end`` that nothing more comes.
 
     Args:
         look: Gives the view of the job with the events behind an identifier; called in a thread.
