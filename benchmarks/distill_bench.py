@@ -85,7 +85,13 @@ SUITES = {
         3e-3,
         ("labels", "text", "label", "labels_hard", "teacher_hard"),
         ("labels_hard", "teacher_hard", "labels", "text"),
-        ("default", "label_sampled1", "text10_sampled1", "groups10_sampled1"),
+        (
+            "default_greedy",
+            "default_groups10_sampled1",
+            "label_sampled1",
+            "text10_sampled1",
+            "groups10_sampled1",
+        ),
     ),
     "few_rows": Suite(
         "label",
@@ -104,7 +110,16 @@ SUITES = {
         6e-3,
         ("labels", "text10_sampled", "groups10_sampled"),
         ("text10_sampled", "labels"),
-        (*OTHER_TABLE, "groups10_sampled1"),
+        (
+            *OTHER_TABLE,
+            "text10_sampled1",
+            "groups3_sampled1",
+            "groups10_sampled1",
+            "groups10_sampled2",
+            "groups30_sampled1",
+            "default_greedy",
+            "default_groups10_sampled1",
+        ),
     ),
     "same_tokenizer": Suite(
         "fields",
@@ -114,7 +129,7 @@ SUITES = {
         6e-3,
         ("labels", "label_sampled", "kl10_sampled"),
         ("labels", "label_sampled"),
-        (*SAME_TABLE, "kl10_sampled1"),
+        (*SAME_TABLE, "kl10_sampled1", "kl30_sampled1", "default_greedy", "default_groups10_sampled1"),
     ),
 }
 # suite, method, figure, how, other, limit: "ratio" of the means, "difference" of the means, or "value".

@@ -82,7 +82,6 @@ METHODS = {
         target="hard",
         note="the same terms, the teacher's label: fair control `teacher_hard`",
     ),
-    "default": Method("greedy", {}, note="the product's defaults: 0.7 at T = 4, text 0.3, token groups 0.3"),
     "groups1": Method("greedy", terms(token=1.0), note="label distribution and token groups, weight 1"),
     "groups10": Method("greedy", terms(token=10.0), note="the same, weight 10"),
     "alm1": Method("greedy", terms(token=1.0, token_loss="alm"), note="label distribution and ALM, weight 1"),
@@ -91,13 +90,21 @@ METHODS = {
     "text10_sampled1": Method(
         "sampled", terms(text=10.3), note="hard tokens on one sampled text a row, weight 10.3"
     ),
-    "groups10_sampled1": Method(
-        "sampled", terms(token=10.0), note="token groups on one sampled text a row, weight 10"
+    "default_greedy": Method(
+        "greedy", {"token_weight": 0.3}, note="what was the default: 0.7 at T = 4, text and token groups 0.3"
     ),
+    "default_groups10_sampled1": Method(
+        "sampled", {"token_weight": 10.0}, note="0.7 at T = 4, text 0.3, token groups or KL 10, sampled text"
+    ),
+    "groups3_sampled1": Method("sampled", terms(token=3.0), note="one sampled text a row, weight 3"),
+    "groups10_sampled1": Method("sampled", terms(token=10.0), note="one sampled text a row, weight 10"),
+    "groups10_sampled2": Method("sampled", terms(token=10.0), samples=2, note="two sampled texts a row"),
+    "groups30_sampled1": Method("sampled", terms(token=30.0), note="one sampled text a row, weight 30"),
     "kl10_sampled1": Method(
-        "sampled",
-        terms(token=10.0, token_loss="kl"),
-        note="KL over tokens on one sampled text a row, weight 10",
+        "sampled", terms(token=10.0, token_loss="kl"), note="KL on one sampled text a row, weight 10"
+    ),
+    "kl30_sampled1": Method(
+        "sampled", terms(token=30.0, token_loss="kl"), note="KL on one sampled text a row, weight 30"
     ),
 }
 TABLE_WEIGHTS = (1, 3, 10, 30)

@@ -83,7 +83,7 @@ RUN_MODELS: Mapping[str, RunModel] = {
         ),
         RunModel(
             "student_labels_hard",
-            "Fair control: labels",
+            "Fair control: rows’ labels",
             "the fair control student (labels)",
             "student_labels_hard",
             "student_base",
@@ -93,7 +93,7 @@ RUN_MODELS: Mapping[str, RunModel] = {
         ),
         RunModel(
             "student_teacher_hard",
-            "Fair control: teacher",
+            "Fair control: teacher’s labels",
             "the fair control student (teacher)",
             "student_teacher_hard",
             "student_base",

@@ -51,7 +51,7 @@ def _recipe_command(command: Callable[..., None]) -> Callable[..., None]:
 )
 def demo(out: Path) -> None:
     """Run everything on tiny packaged models, offline, in minutes."""
-    _run("tiny", out)
+    _run("tiny-drawn", out)
 
 
 _GATE = click.option(

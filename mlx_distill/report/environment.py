@@ -13,7 +13,7 @@ from mlx_distill import text
 from mlx_distill.config import ASSETS
 from mlx_distill.report import charts
 from mlx_distill.report.quantization_section import nats
-from mlx_distill.report.tables import AGAINST_TEACHER, SCORES
+from mlx_distill.report.tables import AGAINST_TEACHER, DECIMALS
 from mlx_distill.run_models import model_class, model_phrase, model_title, run_model
 
 if TYPE_CHECKING:
@@ -81,7 +81,7 @@ def environment(*folders: Path) -> Environment:
     made.filters |= _FILTERS
     made.globals |= {chart.__name__: chart for chart in _CHARTS}
     made.globals |= {"NONE": text.NONE, "MINUS": text.MINUS, "file_text": _file_text}
-    made.globals |= {"AGAINST_TEACHER": AGAINST_TEACHER, "SCORES": SCORES}
+    made.globals |= {"AGAINST_TEACHER": AGAINST_TEACHER, "DECIMALS": DECIMALS}
     return made
 
 

@@ -18,6 +18,7 @@ _LABEL = [
     "accuracy_by_distribution",
     "verdict_agreement",
     "agreement",
+    "label_kl_interval",
     "json_valid",
     "macro_f1",
     "score_gap",
@@ -66,10 +67,9 @@ def _columns(report: Report) -> dict[str, str]:
     keys = _LABEL if task["label"] else _NO_LABEL
     if not task["score"]:
         keys = [key for key in keys if key not in ("agreement", *SCORES)]
-    if not any(
-        (figures.get("accuracy_by_distribution") or {}).get("n") for figures in report["metrics"].values()
-    ):
-        keys = [key for key in keys if key != "accuracy_by_distribution"]
+    for of_distribution in ("accuracy_by_distribution", "label_kl_interval"):
+        if not any((figures.get(of_distribution) or {}).get("n") for figures in report["metrics"].values()):
+            keys = [key for key in keys if key != of_distribution]
     titles = metric_titles(task)
     return {key: titles[key] for key in keys}
 

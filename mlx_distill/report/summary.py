@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from textwrap import wrap
 from typing import Any
@@ -133,12 +134,32 @@ def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     else:
         rates = [("answer_f1", "answer F1"), ("teacher_answer_f1", "F1 to teacher"), ("exact_match", "exact")]
     rates.append(("json_valid", "fits the task"))
+    numbers = _number_columns(report["metrics"])
     rows = []
     for name, figures in report["metrics"].items():
-        cells = [_rate(figures.get(key)) for key, _ in rates]
+        cells = [_rate(figures.get(key)) for key, _ in rates] + [show(figures) for _, show in numbers]
         speed = figures.get("items_per_minute")
         rows.append([model_title(name), *cells, significant(speed, 3) if speed else NONE])
-    return [*[head for _, head in rates], "rows/min"], rows
+    return [*[head for _, head in rates], *[head for head, _ in numbers], "rows/min"], rows
+
+
+def _number_columns(models: Mapping[str, Any]) -> list[tuple[str, Callable[[Mapping[str, Any]], str]]]:
+    """The columns of the label's distribution that some model has: heads, and what a model's cell shows."""
+    columns = []
+    if any((figures.get("label_kl_interval") or {}).get("n") for figures in models.values()):
+        columns.append(("KL to teacher", partial(_number, ("label_kl_interval", "value"), "{:.3f}".format)))
+    for path in (("known_probabilities", "calibration_error"), ("calibration", "before", "ece")):
+        show = partial(_number, path, percent)
+        if any(show(figures) != NONE for figures in models.values()):
+            return [*columns, ("calibration error", show)]
+    return columns
+
+
+def _number(path: Sequence[str], show: Callable[[float], str], figures: Mapping[str, Any]) -> str:
+    value: Any = figures
+    for key in path:
+        value = (value or {}).get(key)
+    return NONE if value is None else show(value)
 
 
 def _chat_cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:

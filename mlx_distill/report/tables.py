@@ -14,12 +14,15 @@ AGAINST_TEACHER = (
     "verdict_agreement",
     "agreement",
     "score_gap",
+    "label_kl_interval",
     "teacher_answer_f1",
     "teacher_exact_match",
 )
 """Metrics that compare a model with the teacher."""
 SCORES = ("score_mae_interval", "score_gap")
 """Metrics in points of the task's score."""
+DECIMALS = {"score_mae_interval": 1, "score_gap": 1, "label_kl_interval": 3}
+"""Metrics that are no rates, and how many decimals of them are shown."""
 
 
 def main_metrics(task: Mapping[str, Any]) -> tuple[str, str]:
@@ -58,6 +61,7 @@ def metric_titles(task: Mapping[str, Any]) -> dict[str, str]:
         "macro_f1": "Macro F1",
         "score_mae_interval": f"{score.capitalize()} error",
         "score_gap": f"{score.capitalize()} difference from teacher",
+        "label_kl_interval": f"KL of {label} from teacher, nats",
         "precision": "Precision",
         "recall": "Recall",
         "f1": "F1",
