@@ -83,23 +83,23 @@ RUN_MODELS: Mapping[str, RunModel] = {
         ),
         RunModel(
             "student_labels_hard",
-            "Fair control: rows’ labels",
+            "Hard labels (rows)",
             "the fair control student (labels)",
             "student_labels_hard",
             "student_base",
             "control",
             control="labels_hard",
-            note="trained as the student is, on the rows’ own answers and labels",
+            note="fair control: trained as the student is, on the rows’ own answers and labels",
         ),
         RunModel(
             "student_teacher_hard",
-            "Fair control: teacher’s labels",
+            "Hard labels (teacher)",
             "the fair control student (teacher)",
             "student_teacher_hard",
             "student_base",
             "control",
             control="teacher_hard",
-            note="trained as the student is, on the teacher’s text and its most probable label alone",
+            note="fair control: trained as the student is, on the teacher’s text and its most probable label alone",
         ),
     )
 }

@@ -84,6 +84,7 @@ class RunReport:
             f"{self.report['name']}: {total:,} held-out rows, {self.report['confidence']:.0%} intervals",
             "",
             *text,
+            *_legend(heads),
             "",
             *(f"{words(goal['state'])}: {goal_text(goal)}" for goal in self.report["goals"]),
             *([""] if self.report["goals"] else []),
@@ -147,12 +148,18 @@ def _number_columns(models: Mapping[str, Any]) -> list[tuple[str, Callable[[Mapp
     """The columns of the label's distribution that some model has: heads, and what a model's cell shows."""
     columns = []
     if any((figures.get("label_kl_interval") or {}).get("n") for figures in models.values()):
-        columns.append(("KL to teacher", partial(_number, ("label_kl_interval", "value"), "{:.3f}".format)))
+        columns.append(("KL", partial(_number, ("label_kl_interval", "value"), "{:.3f}".format)))
     for path in (("known_probabilities", "calibration_error"), ("calibration", "before", "ece")):
         show = partial(_number, path, percent)
         if any(show(figures) != NONE for figures in models.values()):
-            return [*columns, ("calibration error", show)]
+            return [*columns, ("ECE", show)]
     return columns
+
+
+def _legend(heads: Sequence[str]) -> list[str]:
+    said = {"KL": "from the teacher's label probabilities, in nats", "ECE": "expected calibration error"}
+    found = [f"{head}: {said[head]}" for head in heads if head in said]
+    return ["", "; ".join(found)] if found else []
 
 
 def _number(path: Sequence[str], show: Callable[[float], str], figures: Mapping[str, Any]) -> str:
