@@ -99,7 +99,7 @@ RUN_MODELS: Mapping[str, RunModel] = {
             "student_base",
             "control",
             control="teacher_hard",
-            note="fair control: trained as the student is, on the teacher’s text and its most probable label alone",
+            note="fair control: trained as the student is, on the teacher’s text and most probable label",
         ),
     )
 }
