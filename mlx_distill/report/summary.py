@@ -146,7 +146,7 @@ def _cells(report: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def _number_columns(models: Mapping[str, Any]) -> list[tuple[str, Callable[[Mapping[str, Any]], str]]]:
     """The columns of the label's distribution that some model has: heads, and what a model's cell shows."""
-    columns = []
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = []
     if any((figures.get("label_kl_interval") or {}).get("n") for figures in models.values()):
         columns.append(("KL", partial(_number, ("label_kl_interval", "value"), "{:.3f}".format)))
     for path in (("known_probabilities", "calibration_error"), ("calibration", "before", "ece")):
