@@ -40,6 +40,7 @@ TOKEN_LOSSES = [
     "token_groups",
     "alm",
     "uld",
+    "gold",
     "none",
 ]
 
@@ -262,7 +263,7 @@ class DistillConfig(TrainConfig):
     )
     js_beta: float = option(
         0.5,
-        "beta of token_loss: js_divergence; 0 is the forward, 1 the reverse KL",
+        "beta of token_loss: js_divergence and gold; 0 is the forward, 1 the reverse KL",
         low=0.0,
         high=1.0,
         default_keyed=False,

@@ -18,6 +18,7 @@ from jaxtyping import Float
 from mlx_distill.distill.live_teacher import LiveTeacher
 from mlx_distill.errors import ConfigError
 from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, span_sums, token_group_kl
+from mlx_distill.losses.gold import gold
 from mlx_distill.losses.topk import rows_of, sparse_forward_kl, sparse_linear_kl
 from mlx_distill.losses.topk_divergences import sparse_divergence
 from mlx_distill.losses.uld import uld
@@ -36,7 +37,7 @@ class TokenLossInput:
         cross_entropy: Gives the cross-entropy at all positions of the reader; computed once a batch.
         groups: The token groups of the two vocabularies, where the loss needs them.
         temperature: T.
-        options: Of the divergence: ``beta`` of ``js_divergence``, ``lam`` of ``skew_kl``.
+        options: Of the divergence: ``beta`` of ``js_divergence`` and ``gold``, ``lam`` of ``skew_kl``.
     """
 
     reader: LogitReader
@@ -93,6 +94,15 @@ def _sorted_distributions(data: TokenLossInput) -> mx.array:
     )
 
 
+def _shared_and_sorted(data: TokenLossInput) -> mx.array:
+    groups, t = data.groups, data.temperature
+    assert groups is not None
+    return data.reader.row_losses(
+        lambda z, at: gold(z, _targets(data, at), groups, temperature=t, **data.options),
+        data.extra["start_index"],
+    )
+
+
 def _token_group_kl(data: TokenLossInput) -> mx.array:
     groups = data.groups
     assert groups is not None
@@ -146,6 +156,7 @@ TOKEN_LOSSES: Mapping[str, TokenLoss] = {
     "token_groups": TokenLoss(_token_group_kl, events="start_index", needs="token_groups", over_tokens=False),
     "alm": TokenLoss(_span_likelihoods, events="spans", over_tokens=False),
     "uld": TokenLoss(_sorted_distributions, events="start_index"),
+    "gold": TokenLoss(_shared_and_sorted, events="start_index", needs="token_groups"),
 }
 
 
@@ -166,5 +177,6 @@ def divergence_options(settings: DistillConfig) -> dict[str, float]:
     """The options of the divergence that a recipe asks for, by the names of the losses."""
     return {
         "js_divergence": {"beta": settings.js_beta},
+        "gold": {"beta": settings.js_beta},
         "skew_kl": {"lam": settings.skew_lambda},
     }.get(settings.token_loss, {})

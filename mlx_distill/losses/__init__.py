@@ -2,8 +2,8 @@
 
 - One tokenizer: the divergences, from logits, from the teacher's top k, or from hidden states (``linear_*``),
   where the logits never exist as a whole.
-- Two tokenizers: ``token_group_kl``, ``alm`` and ``label_kl``, over the spans and token groups that
-  ``align_bytes`` and ``build_token_groups`` give.
+- Two tokenizers: ``token_group_kl``, ``alm``, ``uld``, ``gold`` and ``label_kl``, over the spans and
+  token groups that ``align_bytes`` and ``build_token_groups`` give.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mlx_distill.losses.divergences import (
     skew_kl,
     total_variation,
 )
+from mlx_distill.losses.gold import gold
 from mlx_distill.losses.labels import (
     LabelNode,
     LabelTrie,
@@ -45,6 +46,7 @@ __all__ = [
     "build_token_groups",
     "class_logprobs",
     "forward_kl",
+    "gold",
     "js_divergence",
     "label_kl",
     "label_logprobs",

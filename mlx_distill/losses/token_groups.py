@@ -28,12 +28,15 @@ class TokenGroups:
         count: The number of groups. The last one, ``outside``, holds the tokens without a counterpart
             (special tokens, unused ids); it is never a target.
         shared: How many tokens both vocabularies have, special and stop tokens not counted.
+        same_token: ``[w]`` int32, the student's token that is the same as each of the teacher's: of the same
+            bytes, a special one of the same text, or both stop tokens; -1: none. No token twice.
     """
 
     student: np.ndarray
     teacher: np.ndarray
     count: int
     shared: int
+    same_token: np.ndarray | None = None
 
     @property
     def outside(self) -> int:
@@ -107,15 +110,18 @@ def build_token_groups(
     for i, token_id in _prefix_parents(teacher_only, student, student_ids):
         parent[width + i] = token_id
     _join_specials(parent, student, teacher, width)
-    _join_stops(
-        parent, _stops(student_stop, student, "student"), _stops(teacher_stop, teacher, "teacher"), width
-    )
+    stops = _stops(student_stop, student, "student"), _stops(teacher_stop, teacher, "teacher")
+    _join_stops(parent, *stops, width)
     while not np.array_equal(parent, parent[parent]):
         parent = parent[parent]
     roots, groups = np.unique(parent, return_inverse=True)
     groups = groups.astype(np.int32)
     return TokenGroups(
-        student=groups[:width], teacher=groups[width:total], count=len(roots), shared=len(shared)
+        student=groups[:width],
+        teacher=groups[width:total],
+        count=len(roots),
+        shared=len(shared),
+        same_token=_same_tokens(student, teacher, *stops),
     )
 
 
@@ -127,6 +133,22 @@ def _written_by_one(
     """
     by_student, by_teacher = written(student, shared), written(teacher, shared)
     return by_student - by_teacher, by_teacher - by_student
+
+
+def _same_tokens(
+    student: Vocabulary, teacher: Vocabulary, student_stop: list[int], teacher_stop: list[int]
+) -> np.ndarray:
+    """The student's token that is the same as each token of the teacher, or -1."""
+    ours = {text: i for i, text in student.special.items()} | _ids_by_bytes(student)
+    theirs = {text: i for i, text in teacher.special.items()} | _ids_by_bytes(teacher)
+    same = np.full(len(teacher.tokens), -1, dtype=np.int32)
+    for name in ours.keys() & theirs.keys():
+        same[theirs[name]] = ours[name]
+    if student_stop:
+        same[np.isin(same, student_stop)] = -1
+        same[teacher_stop] = -1
+        same[teacher_stop[0]] = student_stop[0]
+    return same
 
 
 def _within(tokens: Vocabulary, columns: int) -> Vocabulary:

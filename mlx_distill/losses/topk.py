@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mlx_distill.errors import DataError
-from mlx_distill.losses.numerics import LOWEST, RESOLUTION, check_temperature, row_logsumexp
+from mlx_distill.losses.numerics import LOWEST, RESOLUTION, check_temperature, row_logsumexp, row_sum
 from mlx_distill.losses.output_head import Head, head_weight
 from mlx_distill.losses.tiled import (
     BLOCK_ROWS,
@@ -218,7 +218,7 @@ def _within_kl(head: mx.array, logprobs: mx.array, temperature: float) -> mx.arr
     p = logprobs / temperature
     q = head / temperature
     log_p, log_q = p - row_logsumexp(p)[..., None], q - row_logsumexp(q)[..., None]
-    return temperature**2 * (mx.exp(log_p) * (log_p - log_q)).sum(axis=-1)
+    return temperature**2 * row_sum(mx.exp(log_p) * (log_p - log_q))
 
 
 def _softplus(x: mx.array) -> mx.array:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import mlx.core as mx
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.losses.divergences import pointwise_form, summand
+from mlx_distill.losses.divergences import Pointwise, pointwise_form, summand
 from mlx_distill.losses.numerics import (
     LOWEST,
     RESOLUTION,
@@ -14,6 +14,7 @@ from mlx_distill.losses.numerics import (
     check_temperature,
     log_softmax,
     row_logsumexp,
+    row_sum,
 )
 from mlx_distill.losses.topk import checked_targets
 from mlx_distill.records import TopK
@@ -80,17 +81,34 @@ def sparse_divergence(
     log_p = log_p / temperature
     if log_partition is not None:
         log_p = log_p - mx.stop_gradient(log_partition).astype(mx.float32)[..., None]
-    head = mx.take_along_axis(log_q, targets.ids, axis=-1)
-    terms = mx.where(unused, 0.0, summand(pointwise, _bounded(head), _bounded(log_p)))
-    if targets.ids.shape[-1] == log_q.shape[-1]:
-        return temperature**2 * terms.sum(axis=-1)
-    # Unused slots repeat another id of the row, so that masking the ids takes no further column out.
-    tail_q = row_logsumexp(mx.put_along_axis(log_q, targets.ids, mx.array(LOWEST), axis=-1))
-    mass_p = mx.where(unused, 0.0, mx.exp(log_p)).sum(axis=-1)
-    # One minus a sum of float32 numbers is rounding below this: a reverse KL would take it for a wall.
-    log_tail_p = mx.log(mx.maximum(1.0 - mass_p, RESOLUTION))
-    rest = summand(pointwise, _bounded(tail_q), log_tail_p)
-    return temperature**2 * (terms.sum(axis=-1) + rest)
+    return temperature**2 * bucket_divergence(log_q, targets.ids, mx.where(unused, LOWEST, log_p), pointwise)
+
+
+def bucket_divergence(
+    log_q: Float[mx.array, "*b v"],
+    ids: Int[mx.array, "*b k"],
+    log_p: Float[mx.array, "*b k"],
+    pointwise: Pointwise,
+) -> Float[mx.array, "*b"]:
+    """The formula of :func:`sparse_divergence` without T², shared with the cross-tokenizer form.
+
+    Args:
+        log_q: The student's log-probabilities of all outcomes.
+        ids: Outcomes that the teacher's mass is known of; in an unused slot one that is listed anyway, or
+            that the student gives no mass.
+        log_p: The teacher's log-probabilities of them; ``LOWEST`` marks an unused slot.
+        pointwise: Of :func:`~mlx_distill.losses.divergences.pointwise_form`.
+    """
+    unused = log_p <= LOWEST / 2
+    head = mx.take_along_axis(log_q, ids, axis=-1)
+    terms = row_sum(mx.where(unused, 0.0, summand(pointwise, _bounded(head), _bounded(log_p))))
+    log_tail_q = _bounded(row_logsumexp(mx.put_along_axis(log_q, ids, mx.array(LOWEST), axis=-1)))
+    tail_p = 1.0 - row_sum(mx.where(unused, 0.0, mx.exp(log_p)))
+    # One minus a sum of float32 numbers is rounding below this. Of the masses from 0 to this the one nearest
+    # to the student's is taken: 0 would be a wall to a reverse KL, and more a cost to a forward one.
+    nearest = mx.minimum(mx.stop_gradient(mx.exp(log_tail_q)), RESOLUTION)
+    log_tail_p = mx.log(mx.maximum(mx.where(tail_p < RESOLUTION, nearest, tail_p), TINY))
+    return terms + summand(pointwise, log_tail_q, log_tail_p)
 
 
 def _bounded(log_probability: mx.array) -> mx.array:

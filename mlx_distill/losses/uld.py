@@ -51,24 +51,24 @@ def uld(
         )
     logprobs = mx.stop_gradient(targets.logprobs).astype(mx.float32)
     p = mx.where(logprobs <= LOWEST / 2, 0.0, mx.exp(logprobs))
-    k, width = p.shape[-1], student_logits.shape[-1]
-    q = mx.exp(log_softmax(student_logits, temperature))
-    if k < width:
-        top = mx.argpartition(-mx.stop_gradient(q), kth=k - 1, axis=-1)[..., :k]
-        is_top = mx.put_along_axis(mx.zeros(q.shape), top, mx.array(1.0), axis=-1)
-        rest = row_sum(mx.where(is_top > 0, 0.0, q))
-        q = mx.take_along_axis(q, top, axis=-1)
-    else:
-        rest = mx.zeros(q.shape[:-1])
-    q = _descending(q)
-    both = min(k, q.shape[-1])
-    distance = mx.abs(q[..., :both] - p[..., :both]).sum(axis=-1)
-    beyond = p[..., both:].sum(axis=-1)  # of a teacher with more listed tokens than the student has columns
-    tail = mx.maximum(1.0 - p.sum(axis=-1), 0.0) + beyond
+    q, rest = top_and_rest(mx.exp(log_softmax(student_logits, temperature)), p.shape[-1])
+    both = min(p.shape[-1], q.shape[-1])
+    distance = row_sum(mx.abs(q[..., :both] - p[..., :both]))
+    beyond = row_sum(p[..., both:])  # of a teacher with more listed tokens than the student has columns
+    tail = mx.maximum(1.0 - row_sum(p), 0.0) + beyond
     return distance + mx.abs(rest - tail)
 
 
-def _descending(q: mx.array) -> mx.array:
+def top_and_rest(q: Float[mx.array, "n v"], k: int) -> tuple[Float[mx.array, "n j"], Float[mx.array, " n"]]:
+    """The k largest numbers of each row, descending, and the sum of the others."""
+    if k >= q.shape[-1]:
+        return descending(q), mx.zeros(q.shape[:-1])
+    top = mx.argpartition(-mx.stop_gradient(q), kth=k - 1, axis=-1)[..., :k]
+    rest = row_sum(mx.put_along_axis(q, top, mx.array(0.0), axis=-1))
+    return descending(mx.take_along_axis(q, top, axis=-1)), rest
+
+
+def descending(q: Float[mx.array, "n k"]) -> Float[mx.array, "n k"]:
     """Sorted, with a gradient to each entry's own place."""
     order = mx.argsort(-mx.stop_gradient(q), axis=-1)
     return mx.take_along_axis(q, order, axis=-1)

@@ -18,17 +18,19 @@ import torch.nn.functional as F  # noqa: N812
 
 os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
 from trl.experimental.gkd.gkd_trainer import GKDTrainer
+from trl.experimental.gold.gold_config import GOLDConfig
 from trl.experimental.gold.gold_trainer import ULDLoss
 from trl.experimental.server_distillation.server_distillation_trainer import _add_tail_bucket
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
 N, V, D, E, K = 6, 37, 8, 12, 5
+STUDENT_TOKENS = 31
 SETTINGS = [(beta, t) for beta in (0.0, 0.1, 0.5, 0.9, 1.0) for t in (1.0, 2.0)]
 
 
 def with_gradient(loss: torch.Tensor, *inputs: torch.Tensor) -> list[np.ndarray]:
     """The loss of each row, and the gradient of their sum with respect to each input."""
-    gradients = torch.autograd.grad(loss.sum(), inputs)
+    gradients = torch.autograd.grad(loss.sum(), inputs, retain_graph=True)
     return [loss.detach().numpy(), *(g.numpy() for g in gradients)]
 
 
@@ -97,6 +99,50 @@ def alignment(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
         out[f"align.{case}.spans"] = np.array([[s[0], s[-1] + 1, t[0], t[-1] + 1] for s, t in groups])
 
 
+def hybrid_loss(pairs: dict[int, int], beta: float) -> ULDLoss:
+    """The reference's loss for equal tokens (teacher to student) that are given instead of tokenizers."""
+    loss = ULDLoss(GOLDConfig(output_dir="", beta=beta, bf16=False, use_cpu=True))
+    loss._teacher_matched_ids, loss._student_matched_ids = set(pairs), set(pairs.values())
+    loss.mapping_tensor = torch.tensor([pairs.get(i, -1) for i in range(V)])
+    return loss
+
+
+def gold(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
+    """The parts of the hybrid loss at positions that need no merging: the divergence over the tokens of both
+    vocabularies, which is over masses that do not sum to one, and the distance of the others, sorted.
+    """
+    same = np.full(V, -1)
+    same[rng.permutation(V)[:20]] = rng.permutation(STUDENT_TOKENS)[:20]
+    out["gold.same"] = same.astype(np.int32)
+    teacher = torch.tensor(out["teacher_logits"], dtype=torch.float64)
+    for name, width, pairs in (
+        ("gold", STUDENT_TOKENS, {t: s for t, s in enumerate(same.tolist()) if s >= 0}),
+        ("gold_one", V, {i: i for i in range(V)}),
+    ):
+        for beta, t in SETTINGS:
+            loss = hybrid_loss(pairs, beta)
+            student = torch.tensor(out["student_logits"][:, :width], dtype=torch.float64, requires_grad=True)
+            parts: dict[str, list[torch.Tensor]] = {"matched": [], "unmatched": []}
+            for z, p in zip(student, teacher, strict=True):
+                loss._compute_hybrid_uld_loss(F.softmax(z[None] / t, -1), F.softmax(p[None] / t, -1))
+                parts["matched"].append(t**2 * loss.last_matched_loss)
+                parts["unmatched"].append(loss.last_unmatched_loss)
+            for part, values in parts.items():
+                if name == "gold_one" and part == "unmatched":
+                    continue
+                value, grad = with_gradient(torch.stack(values), student)
+                out[f"{name}.{beta}.{t}.{part}"], out[f"{name}.{beta}.{t}.{part}_grad"] = value, grad
+    # A student with more mass on the equal tokens than the teacher: the reference's loss is below zero.
+    pairs = {t: s for t, s in enumerate(same.tolist()) if s >= 0}
+    loss, z = hybrid_loss(pairs, 0.0), out["student_logits"][:, :STUDENT_TOKENS].astype(np.float64)
+    z = np.where(np.isin(np.arange(STUDENT_TOKENS), same), 2.0, z - 9)
+    values = []
+    for row, p in zip(torch.tensor(z), teacher, strict=True):
+        loss._compute_hybrid_uld_loss(F.softmax(row[None], -1), F.softmax(p[None] / 4, -1))
+        values.append(loss.last_matched_loss.item())
+    out["gold_below_zero.student"], out["gold_below_zero.matched"] = z.astype(np.float32), np.array(values)
+
+
 def main() -> None:
     """Write losses.npz into the folder of this script."""
     rng = np.random.default_rng(0)
@@ -108,6 +154,7 @@ def main() -> None:
     bucket(out)
     fused(out, rng)
     alignment(out, rng)
+    gold(out, rng)
     np.savez_compressed(Path(__file__).parent / "losses.npz", **out)
 
 

@@ -27,7 +27,12 @@ from mlx_distill.train.distributed import Ranks
 from mlx_distill.train.gradients import window_gradients
 
 KINDS = ["qwen3", "gpt_oss"]
-GROUPS = TokenGroups(*2 * (np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),), count=14, shared=12)
+GROUPS = TokenGroups(
+    *2 * (np.minimum(np.arange(VOCABULARY), 12).astype(np.int32),),
+    count=14,
+    shared=12,
+    same_token=np.where(np.arange(VOCABULARY) < 12, np.arange(VOCABULARY), -1).astype(np.int32),
+)
 OBJECTIVES: dict[str, Objective] = {
     "sft": sft(),
     "sft tiled": sft(dense_limit=0),
@@ -38,7 +43,7 @@ OBJECTIVES: dict[str, Objective] = {
             GROUPS,
             same_tokenizer=TOKEN_LOSSES[name].needs == "same_tokenizer",
         )
-        for name in ("kl", "js_divergence", "token_groups", "alm", "uld")
+        for name in ("kl", "js_divergence", "token_groups", "alm", "uld", "gold")
     },
 }
 

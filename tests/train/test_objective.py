@@ -31,6 +31,7 @@ GROUPS = TokenGroups(
     teacher=np.minimum(np.arange(TEACHER), 12).astype(np.int32),
     count=14,
     shared=12,
+    same_token=np.where(np.arange(TEACHER) < 12, np.arange(TEACHER), -1).astype(np.int32),
 )
 
 
