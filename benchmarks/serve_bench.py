@@ -1,20 +1,24 @@
 """The server under load, beside the engine without a server, and beside ``mlx_lm.server``.
 
-    python benchmarks/serve_bench.py                     # about 15 minutes on two cores
+    python benchmarks/serve_bench.py                     # about five minutes
     python benchmarks/serve_bench.py --parts engine --rounds 7
     python benchmarks/serve_bench.py --short             # a minute: that it works, no figures to keep
 
     load    32 clients for two minutes on /v1/analyze and /v1/analyze/batch with the packaged tiny-qwen3 in
             float32 (its bfloat16 is slow on a CPU): what was lost, whether order was kept, latency,
-            throughput, resident memory of the server's process
+            throughput, resident memory of the server's process. It is flat where the line fitted to its
+            samples after the first quarter rises by less than 5 % until the end
     engine  rows a second of 32 clients over those of md.analyze's Analyzer in this process, the same rows,
-            the same batch, for a model of random weights whose steps take 60 ms and more
+            the same batch, for a model of random weights with as many layers as a step of 60 ms needs
     peer    tokens a second and latency of chat completions of 32 clients, this server over mlx_lm.server, the
             same model, chats and places in the batch
 
 Contenders take turns, each round with rows of its own; ratios are the medians of each round's. Clients are
 threads of this process, each with a connection that it keeps, and share the machine with the server. Every
 client asks again as soon as it has its answer. Results go to benchmarks/results/serve.json.
+
+The exit code is 1 where a part failed, lost or reordered an answer, memory was not flat, or the server had
+less than 0.9 of the engine's rows a second.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from __future__ import annotations
 import argparse
 import http.client
 import json
+import math
 import os
 import random
 import statistics
@@ -31,6 +36,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +54,9 @@ WIDE = "models/wide"  # under the root, as the other one
 MODEL = ROOT / "mlx_distill" / "assets" / "models" / "tiny-qwen3"
 BATCH = 16
 _BATCHES = 0.2  # of the requests of the load
+STEP_MS = 60.0  # of the model beside the engine and the peer, at least
+FLAT = 0.05  # rise of a flat server's memory, at most
+LEAST = 0.9  # of the engine's rows a second
 TASK: dict[str, Any] = {
     "name": "moods",
     "system": "Judge the song.",
@@ -114,13 +123,27 @@ class Client:
 def run_clients(count: int, address: str, work: Callable[[int, Client], None]) -> tuple[list[Client], float]:
     """Let clients work, each in a thread; them and the wall time."""
     clients = [Client(address) for _ in range(count)]
-    threads = [threading.Thread(target=work, args=(n, client)) for n, client in enumerate(clients)]
     began = time.perf_counter()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(count) as threads:
+        list(threads.map(work, range(count), clients))  # raises what one of them raised
     return clients, time.perf_counter() - began
+
+
+def divide_among_clients(
+    clients: int, address: str, count: int, ask: Callable[[int, Client], None]
+) -> tuple[list[Client], float]:
+    """Let clients ask for rows 0 to ``count``, each for the next one as soon as it has its answer."""
+    numbers, lock = iter(range(count)), threading.Lock()
+
+    def work(_: int, client: Client) -> None:
+        while True:
+            with lock:
+                number = next(numbers, None)
+            if number is None:
+                return
+            ask(number, client)
+
+    return run_clients(clients, address, work)
 
 
 def latencies(seconds: Sequence[float]) -> dict[str, float]:
@@ -137,13 +160,14 @@ def resident_mb(pid: int) -> float:
 
 
 @contextmanager
-def sampled(pid: int, every: float) -> Iterator[list[float]]:
-    """The resident memory of a process while the block runs, in MB."""
-    samples, done = list[float](), threading.Event()
+def sampled(pid: int, every: float) -> Iterator[list[tuple[float, float]]]:
+    """Seconds and resident memory in MB of a process while the block runs."""
+    samples, done = list[tuple[float, float]](), threading.Event()
+    began = time.perf_counter()
 
     def sample() -> None:
         while True:
-            samples.append(resident_mb(pid))
+            samples.append((time.perf_counter() - began, resident_mb(pid)))
             if done.wait(every):
                 return
 
@@ -154,6 +178,27 @@ def sampled(pid: int, every: float) -> Iterator[list[float]]:
     finally:
         done.set()
         thread.join()
+
+
+def memory_over_time(samples: Sequence[tuple[float, float]]) -> dict[str, Any]:
+    """What became of a process's memory: the line fitted to the samples behind the first quarter.
+
+    >>> memory_over_time([(0, 50.0), (30, 100.0), (60, 101.0), (90, 102.0), (120, 103.0)])["mb_a_minute"]
+    2.0
+    """
+    seconds, sizes = np.array(samples).T
+    late = seconds >= seconds[-1] / 4
+    slope, start = np.polyfit(seconds[late], sizes[late], 1) if late.sum() > 1 else (0.0, sizes[-1])
+    first, last = (start + slope * at for at in (seconds[late][0], seconds[-1]))
+    return {
+        "start": samples[0][1],
+        "end": samples[-1][1],
+        "most": float(sizes.max()),
+        "every_twelfth": [round(size, 1) for _, size in samples[:: max(1, len(samples) // 12)]],
+        "mb_a_minute": round(60 * float(slope), 3),
+        "rise": float(last / first - 1),
+        "flat": bool(last / first - 1 < FLAT),
+    }
 
 
 def metric(address: str, name: str) -> float:
@@ -201,8 +246,8 @@ def measure_load(folder: Path, clients: int, seconds: float, tokens: int | None 
 
     arguments = ("--model", TINY, "--task", "music", "--batch-size", str(BATCH))
     with served_process(root, *arguments) as (address, process):
-        until = time.perf_counter() + 1
-        run_clients(clients, address, work)  # loads the model, fills caches
+        until = time.perf_counter() + seconds / 6
+        run_clients(clients, address, work)  # loads the model, fills the cache of beginnings
         single.clear()
         batches.clear()
         rows[0] = 0
@@ -214,7 +259,6 @@ def measure_load(folder: Path, clients: int, seconds: float, tokens: int | None 
         counted = metric(address, "gen_ai_server_answers_total") - before
         process.terminate()
         process.wait(60)
-    middle = len(memory) // 2
     problems = [problem for client in done for problem in client.problems]
     from mlx_distill.ledger.database import Ledger
 
@@ -233,14 +277,7 @@ def measure_load(folder: Path, clients: int, seconds: float, tokens: int | None 
         "rows_per_s": rows[0] / wall,
         "analyze": latencies(single),
         "batch_of_8": latencies(batches),
-        "resident_mb": {
-            "start": memory[0],
-            "middle": memory[middle],
-            "end": memory[-1],
-            "every_twelfth": memory[:: max(1, len(memory) // 12)],
-            "most_first_half": max(memory[: middle + 1]),
-            "most_second_half": max(memory[middle:]),
-        },
+        "resident_mb": memory_over_time(memory),
     }
 
 
@@ -275,6 +312,20 @@ def measure_step(model: Any, tokenizer: Any) -> float:
         engine.step()
         seconds.append(time.perf_counter() - began)
     return 1000 * statistics.median(seconds[4:-2])
+
+
+def layers_of_step(folder: Path, hidden: int, milliseconds: float) -> int:
+    """How many layers a model of random weights needs so that a step with a full batch takes so long."""
+    from mlx_distill.models.load import load
+
+    def measure(layers: int) -> float:
+        root = folder / f"layers-{layers}"
+        write_wide_model(root, hidden, layers)
+        return measure_step(*load(root / WIDE))
+
+    few, more = measure(2), measure(6)
+    of_one = max((more - few) / 4, 0.01)
+    return max(2, math.ceil(6 + (1.15 * milliseconds - more) / of_one))
 
 
 def in_turns(contenders: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
@@ -321,21 +372,14 @@ def measure_engine(root: Path, clients: int, rows: int, tokens: int, rounds: int
 
         def served(number: int) -> float:
             got: dict[int, str] = {}
-            left = iter(range(rows))
-            lock = threading.Lock()
 
-            def work(_: int, client: Client) -> None:
-                while True:
-                    with lock:
-                        n = next(left, None)
-                    if n is None:
-                        return
-                    body = {"item": make_song(n, number, words=12), "max_tokens": tokens}
-                    answer = client.post("/v1/analyze", body)
-                    assert answer is not None, client.problems
-                    got[n] = answer["text"]
+            def ask(n: int, client: Client) -> None:
+                body = {"item": make_song(n, number, words=12), "max_tokens": tokens}
+                answer = client.post("/v1/analyze", body)
+                assert answer is not None, client.problems
+                got[n] = answer["text"]
 
-            done, wall = run_clients(clients, address, work)
+            done, wall = divide_among_clients(clients, address, rows, ask)
             if number:
                 spent.extend(second for client in done for second in client.seconds)
             texts[number, "server"] = [got[n] for n in range(rows)]
@@ -372,12 +416,15 @@ def peer_process(model: Path, port: int) -> Iterator[str]:
         stderr=subprocess.DEVNULL,
     )
     try:
-        for _ in range(600):
+        until = time.perf_counter() + 60
+        while True:
             with suppress(OSError):
                 connection = http.client.HTTPConnection("127.0.0.1", port, timeout=5)
                 connection.request("GET", "/health")
                 connection.getresponse().read()
                 break
+            if process.poll() is not None or time.perf_counter() > until:
+                raise RuntimeError(f"mlx_lm.server does not answer (exit code {process.poll()})")
             time.sleep(0.1)
         yield f"http://127.0.0.1:{port}"
     finally:
@@ -402,36 +449,29 @@ def measure_peer(root: Path, clients: int, chats: int, tokens: int, rounds: int)
     refused = {"server": 0, "mlx_lm.server": 0}
 
     def asking(name: str, address: str, model: str) -> Callable[[int], float]:
-        def ask(number: int) -> float:
-            left, lock = iter(range(chats)), threading.Lock()
-            count = [0]
+        def tokens_per_s(number: int) -> float:
+            usages: list[dict[str, int]] = []
 
-            def work(_: int, client: Client) -> None:
-                while True:
-                    with lock:
-                        n = next(left, None)
-                    if n is None:
-                        return
-                    song = make_song(n, 100 + number, words=12)
-                    messages = [
-                        {"role": "system", "content": "Say what the song is about."},
-                        {"role": "user", "content": song["lyrics"]},
-                    ]
-                    body = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0}
-                    # mlx_lm.server queues five connections: it resets others.
-                    answer = client.post("/v1/chat/completions", body, again=True)
-                    assert answer is not None, client.problems
-                    with lock:
-                        used[name].append(answer["usage"])
-                        count[0] += answer["usage"]["completion_tokens"]
+            def ask(n: int, client: Client) -> None:
+                song = make_song(n, 100 + number, words=12)
+                messages = [
+                    {"role": "system", "content": "Say what the song is about."},
+                    {"role": "user", "content": song["lyrics"]},
+                ]
+                body = {"model": model, "messages": messages, "max_tokens": tokens, "temperature": 0}
+                # mlx_lm.server queues five connections: it resets others.
+                answer = client.post("/v1/chat/completions", body, again=True)
+                assert answer is not None, client.problems
+                usages.append(answer["usage"])
 
-            done, wall = run_clients(clients, address, work)
+            done, wall = divide_among_clients(clients, address, chats, ask)
             refused[name] += sum(len(client.problems) for client in done)
             if number:
+                used[name] += usages
                 spent[name].extend(second for client in done for second in client.seconds)
-            return count[0] / wall
+            return sum(usage["completion_tokens"] for usage in usages) / wall
 
-        return ask
+        return tokens_per_s
 
     wide = root / WIDE
     with (
@@ -466,6 +506,27 @@ def measure_peer(root: Path, clients: int, chats: int, tokens: int, rounds: int)
     }
 
 
+def shortfalls(part: str, found: dict[str, Any]) -> list[str]:
+    """What a part did not show."""
+    if "error" in found:
+        return [f"{part}: {found['error']}"]
+    out = []
+    if part == "load":
+        memory = found["resident_mb"]
+        if found["lost"] or found["out_of_order"]:
+            out.append(f"load: {found['lost']} lost, {found['out_of_order']} out of order")
+        if found["rows"] != found["rows_counted_by_metrics"]:
+            out.append(f"load: {found['rows']} rows, in /metrics {found['rows_counted_by_metrics']}")
+        if not memory["flat"]:
+            out.append(f"load: memory rose by {memory['rise']:.1%} after the first quarter")
+    slow_steps = part == "engine" and found["step_ms"] >= STEP_MS
+    if slow_steps and found["server_over_engine"]["median"] < LEAST:
+        out.append(f"engine: the server has {found['server_over_engine']['median']:.2f} of its rows a second")
+    if part == "engine" and found["equal_answers"] < 1:
+        out.append(f"engine: {found['equal_answers']:.1%} of the answers are the same")
+    return out
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -474,10 +535,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--seconds", type=float, default=120.0, help="of the load")
     parser.add_argument("--hidden", type=int, default=768)
-    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--layers", type=int, help=f"as many as a step of {STEP_MS:.0f} ms needs")
     parser.add_argument("--rows", type=int, default=48, help="a round")
     parser.add_argument("--tokens", type=int, default=48, help="an answer")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--short", action="store_true", help="that it works; no results are written")
     options = parser.parse_args(arguments)
     if options.short:
@@ -492,7 +553,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     results |= {"machine": machine(), "versions": versions(), "commit": commit.stdout.strip()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_wide_model(folder / "root", options.hidden, options.layers)
+        if options.layers is None and {"engine", "peer"} & set(options.parts):
+            options.layers = layers_of_step(folder, options.hidden, STEP_MS)
+        if options.layers is not None:
+            write_wide_model(folder / "root", options.hidden, options.layers)
         sizes = options.clients, options.rows, options.tokens, options.rounds
         parts: dict[str, Callable[[], dict[str, Any]]] = {
             "load": lambda: measure_load(
@@ -504,12 +568,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         for part in options.parts:
             began = os.getloadavg()[0]
             setting = {} if part == "load" else {"hidden": options.hidden, "layers": options.layers}
-            results[part] = {**setting, **parts[part](), "load_average_before": began}
+            begin = time.perf_counter()
+            try:
+                found = parts[part]()
+            except Exception as error:  # the other parts are measured all the same
+                found = {"error": f"{type(error).__name__}: {error}"}
+            found |= {"load_average_before": began, "part_seconds": time.perf_counter() - begin}
+            results[part] = {**setting, **found}
             print(part, json.dumps(results[part]), file=sys.stderr)
             if not options.short:
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")
+    results["shortfalls"] = [line for part in options.parts for line in shortfalls(part, results[part])]
+    if "engine" in options.parts and results["engine"].get("step_ms", 0) < STEP_MS:
+        print(f"engine: not judged, for its steps are below {STEP_MS:.0f} ms", file=sys.stderr)
+    print(*(results["shortfalls"] or ["no shortfall"]), sep="\n", file=sys.stderr)
     return results
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(bool(main()["shortfalls"]))

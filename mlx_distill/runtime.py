@@ -111,6 +111,20 @@ def active_memory() -> int:
     return int(mx.get_active_memory())
 
 
+def trim_heap() -> bool:
+    """Give the pages that freed arrays have left back to the system, on Linux with glibc; whether it could.
+
+    MLX's CPU backend allocates each array by ``malloc``, and glibc keeps what is freed, in an arena for each
+    thread.
+    """
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError, TypeError):  # another C library
+        return False
+    trim(0)
+    return True
+
+
 def reset_peak_memory() -> None:
     """Start a new measurement with :func:`peak_memory`."""
     import mlx.core as mx

@@ -20,6 +20,7 @@ from mlx_distill.serve.checked import load_checked, require_files
 from mlx_distill.serve.errors import ErrorBody, add_error_handlers
 from mlx_distill.serve.external import ExternalAnalyzer, check_external
 from mlx_distill.serve.loading import LoadedModel, Resolved, load_model
+from mlx_distill.serve.memory import HeapTrimmer
 from mlx_distill.serve.metrics import Metrics, ServerState
 from mlx_distill.serve.observer import Observer
 from mlx_distill.serve.pool import Pool
@@ -98,7 +99,12 @@ class Server:
                 lambda: self.ledger, self.pool, lambda model: self.metrics.model_name(self.name(model))
             )
         )
-        self.every_second: list[Callable[[], None]] = [self._serve_jobs, self.pool.tick, self.calls.tick]
+        self.every_second: list[Callable[[], None]] = [
+            self._serve_jobs,
+            self.pool.tick,
+            self.calls.tick,
+            HeapTrimmer().tick,
+        ]
         self._has_lease = False
         self._heartbeat = ExitStack()
         self._verifying_lock = threading.Lock()

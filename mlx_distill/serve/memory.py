@@ -1,11 +1,15 @@
-"""How much memory models may take."""
+"""How much memory models may take, and that what they free goes back to the system."""
 
 from __future__ import annotations
 
 import os
+import time
+
+from mlx_distill.runtime import trim_heap
 
 _SHARE = 0.6  # of a machine's memory, where MLX does not say more
 _BESIDE = 1.15  # caches and activations, as a factor of the weights
+_TRIM_SECONDS = 5.0
 
 
 def memory_limit(given: int | None = None) -> int:
@@ -27,3 +31,22 @@ def needed(weights: int) -> int:
     1150
     """
     return round(weights * _BESIDE)
+
+
+class HeapTrimmer:
+    """Keeps a server's memory flat: what its models have freed goes back to the system every few seconds.
+
+    Args:
+        seconds: At least between two times.
+    """
+
+    def __init__(self, seconds: float = _TRIM_SECONDS) -> None:
+        self._seconds = seconds
+        self._last = time.monotonic()
+        self._works = True
+
+    def tick(self) -> None:
+        """Do it, where it is time."""
+        if self._works and time.monotonic() - self._last >= self._seconds:
+            self._works = trim_heap()
+            self._last = time.monotonic()
