@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ import numpy as np
 from mlx_distill.distill.live_teacher import LiveTeacher
 from mlx_distill.distill.token_losses import (
     TOKEN_LOSSES,
+    TokenLoss,
     TokenLossInput,
     divergence_options,
     token_loss_name,
@@ -21,6 +22,10 @@ from mlx_distill.losses.labels import LabelTrie, class_logprobs, label_kl, label
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import Batch
 from mlx_distill.train.objective import DENSE_LIMIT, LogitReader, Objective, read_objective, trained_tokens
+
+# A term, the trained positions of its events, their losses.
+TermPart = tuple[str, mx.array, mx.array]
+TermLosses = Callable[[LogitReader, Batch], Iterator[TermPart]]
 
 
 def kd(
@@ -63,20 +68,8 @@ def kd(
     Raises:
         ConfigError: no term is left, or a term lacks what it needs.
     """
-    name = token_loss_name(settings, same_tokenizer)
-    coefficients = {
-        "label": settings.label_weight,
-        "token": settings.token_weight if name else 0.0,
-        "text": settings.text_weight,
-    }
-    coefficients = {term: value for term, value in coefficients.items() if value > 0}
-    _check(coefficients, name, labels, groups, same_tokenizer)
-    token_loss = TOKEN_LOSSES[name] if name else None
-    if token_loss and token_loss.events == "start_index" and (settings.teacher == "live") != bool(teacher):
-        raise ConfigError(
-            f"distill.teacher: {settings.teacher}, and {'a' if teacher else 'no'} live teacher is given",
-            fix="give teacher=LiveTeacher(model, tokenizer) exactly where the recipe says live",
-        )
+    coefficients, token_loss = _terms(settings, labels, groups, same_tokenizer, teacher)
+    losses = loss_terms(settings, labels, groups, same_tokenizer, teacher=teacher)
 
     def weights(batch: Batch) -> dict[str, float]:
         tokens = trained_tokens(batch)
@@ -86,16 +79,41 @@ def kd(
         return {term: counts[term] if tokens else 0.0 for term in coefficients}
 
     def read(reader: LogitReader, batch: Batch) -> dict[str, mx.array]:
-        extra, out = batch.extra, {}
+        out: dict[str, mx.array] = {}
+        for term, _, values in losses(reader, batch):
+            out[term] = out[term] + values.sum() if term in out else values.sum()
+        return out
+
+    return read_objective(weights, lambda batch: batch.extra["positions"], read, coefficients, dense_limit)
+
+
+def loss_terms(
+    settings: DistillConfig,
+    labels: LabelTrie | None = None,
+    groups: TokenGroups | None = None,
+    same_tokenizer: bool = False,
+    *,
+    teacher: LiveTeacher | None = None,
+) -> TermLosses:
+    """What :func:`kd` sums: from the logits of a batch and the batch, the losses of the events of each term,
+    with the trained position that each stands at. A term may come in several parts.
+
+    For the arguments and errors see :func:`kd`.
+    """
+    coefficients, token_loss = _terms(settings, labels, groups, same_tokenizer, teacher)
+
+    def read(reader: LogitReader, batch: Batch) -> Iterator[TermPart]:
+        extra = batch.extra
 
         @cache
         def cross_entropy() -> mx.array:
             return reader.cross_entropy(batch.labels.reshape(-1)[extra["positions"]])
 
         if "text" in coefficients:
-            out["text"] = cross_entropy().sum()
+            yield "text", mx.arange(len(extra["positions"])), cross_entropy()
         if "label" in coefficients and labels is not None and len(extra["label_index"]):
-            out["label"] = _label_sum(reader, extra, labels, settings.label_temperature)
+            for index, losses in _label_losses(reader, extra, labels, settings.label_temperature):
+                yield "label", index, losses
         if token_loss is not None and len(extra[token_loss.events]):
             data = TokenLossInput(
                 reader,
@@ -106,19 +124,18 @@ def kd(
                 divergence_options(settings),
                 teacher,
             )
-            out["token"] = token_loss.loss(data).sum()
-        return out
+            at = extra[token_loss.events]
+            yield "token", at if at.ndim == 1 else at[:, 0], token_loss.loss(data)
 
-    return read_objective(weights, lambda batch: batch.extra["positions"], read, coefficients, dense_limit)
+    return read
 
 
-def _label_sum(
+def _label_losses(
     reader: LogitReader, extra: Mapping[str, mx.array], labels: LabelTrie, temperature: float
-) -> mx.array:
-    """The label term, summed over the rows. The rows' own texts have the logits of all nodes on their paths,
-    so that nothing is computed besides.
+) -> Iterator[tuple[mx.array, mx.array]]:
+    """The positions and losses of the label term, together for the rows that reach the same node. The rows'
+    own texts have the logits of all nodes on their paths, so that nothing is computed besides.
     """
-    total = mx.array(0.0)
     reached = np.array(extra["label_node"])
     for node in np.unique(reached).tolist():
         rows = mx.array(np.flatnonzero(reached == node))
@@ -135,8 +152,32 @@ def _label_sum(
         teacher = extra["label_logprobs"][rows]
         if len(labels.nodes) > 1:
             teacher = merge_labels(teacher, labels.classes(path))
-        total = total + label_kl(student, teacher, temperature=temperature).sum()
-    return total
+        yield index, label_kl(student, teacher, temperature=temperature)
+
+
+def _terms(
+    settings: DistillConfig,
+    labels: LabelTrie | None,
+    groups: TokenGroups | None,
+    same_tokenizer: bool,
+    teacher: LiveTeacher | None,
+) -> tuple[dict[str, float], TokenLoss | None]:
+    """The coefficients of the terms that are not left out, and the token-level loss, both checked."""
+    name = token_loss_name(settings, same_tokenizer)
+    coefficients = {
+        "label": settings.label_weight,
+        "token": settings.token_weight if name else 0.0,
+        "text": settings.text_weight,
+    }
+    coefficients = {term: value for term, value in coefficients.items() if value > 0}
+    _check(coefficients, name, labels, groups, same_tokenizer)
+    token_loss = TOKEN_LOSSES[name] if name else None
+    if token_loss and token_loss.events == "start_index" and (settings.teacher == "live") != bool(teacher):
+        raise ConfigError(
+            f"distill.teacher: {settings.teacher}, and {'a' if teacher else 'no'} live teacher is given",
+            fix="give teacher=LiveTeacher(model, tokenizer) exactly where the recipe says live",
+        )
+    return coefficients, token_loss
 
 
 def _check(
