@@ -4,6 +4,7 @@
     teacher -> teacher_base ---------------------+-> teacher -> targets --+
     student -> student_base ------------------------------------------------+-> student -> quantized
     any of these models, and data -> evaluations/<model> -> report.json, report.html
+    teacher, student, their bases, targets and data -> audit -> report.json, report.html
 
 A recipe without a student has the upper half alone, up to ``teacher``, and measures it before and after.
 Each name is a folder of the run.
@@ -20,6 +21,7 @@ from mlx_distill.config import ASSETS, keyed, resolve_asset
 from mlx_distill.data.sources import generator_files
 from mlx_distill.data.sqlite import write_ahead_log
 from mlx_distill.errors import ConfigError
+from mlx_distill.evaluate.audit import FOLDER as AUDIT
 from mlx_distill.evaluate.categories import parse_categories
 from mlx_distill.evaluate.edge_cases import edge_case_file
 from mlx_distill.evaluate.goals import check_goals
@@ -28,6 +30,7 @@ from mlx_distill.models.folder import conversion_format
 from mlx_distill.models.hub import is_hub_id
 from mlx_distill.recipe import EVALUATED, UNTRAINED, Recipe
 from mlx_distill.run_models import CONTROLS, RUN_MODELS, RunModel
+from mlx_distill.stages.audit import audit, audited_models, general_text_file
 from mlx_distill.stages.convert import convert
 from mlx_distill.stages.distill import distill
 from mlx_distill.stages.evaluate import evaluate
@@ -134,7 +137,8 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     controls = [model for model in CONTROLS if getattr(recipe.controls, model.control or "")]
     out += [_control(recipe, model, shared) for model in controls]
     measured = dict.fromkeys(["teacher", *_named_models(recipe), *(model.name for model in controls)])
-    return out + [_evaluation(recipe, RUN_MODELS[name], shared, edge_cases) for name in measured]
+    out += [_evaluation(recipe, RUN_MODELS[name], shared, edge_cases) for name in measured]
+    return [*out, _audit(recipe, shared)] if recipe.evaluate.audit_rows else out
 
 
 def _check_distillation(recipe: Recipe, task: Task) -> None:
@@ -331,6 +335,24 @@ def _evaluation(
         (*edge_cases, *prompt_file),
         prompt_file,
         model=model.name,
+    )
+
+
+def _audit(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
+    prompt, prompt_file = _teacher_prompt(recipe)
+    text = general_text_file(recipe)
+    settings = {"audit_rows": recipe.evaluate.audit_rows, "batch_size": recipe.evaluate.batch_size}
+    models = [RUN_MODELS[name] for name in audited_models(recipe)]
+    folders = dict.fromkeys(name for model in models for name in (model.base, model.folder) if name)
+    return Stage(
+        AUDIT,
+        "evaluate",
+        1,
+        {**settings, **shared, **prompt},
+        (*folders, "targets", "data"),
+        audit,
+        (text, *prompt_file),
+        (text, *prompt_file),
     )
 
 

@@ -148,6 +148,19 @@ class EvaluateConfig:
         "let each model answer the task's edge cases too: unusual rows with the behaviour that is expected",
         default_keyed=False,
     )
+    audit_rows: int = option(
+        64,
+        "rows of each kind (training, validation, targets) that the audit of a distillation measures; 0: no "
+        "audit",
+        low=0,
+        keyed=False,  # no part of an evaluation; the audit's own key has it
+    )
+    general_text: str | None = option(
+        None,
+        "a text file, or JSONL with a text a line, of what is not of the task: on it the audit measures what "
+        "models have forgotten; none: packaged paragraphs",
+        keyed=False,
+    )
     costs: str | None = option(
         None,
         "a YAML file of prices: hardware, watts, electricity, an API's tokens, labelling",

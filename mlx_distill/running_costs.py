@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import ConfigError, DistillError
+from mlx_distill.evaluate.audit import FOLDER as AUDIT
 from mlx_distill.evaluate.costs import NEEDS, HardwarePrice, Prices, call_cost, costs_of, stage_seconds
 from mlx_distill.ledger.database import Ledger, from_json, to_json
 from mlx_distill.ledger.runs import list_runs, read_run, run_files, scan_runs
@@ -31,7 +32,7 @@ _KINDS = {"data": "preparation", "targets": "targets", "quantized": "quantizatio
 
 
 def _kind(stage: str) -> str:
-    if stage.startswith("evaluations/"):
+    if stage.startswith("evaluations/") or stage == AUDIT:
         return "evaluation"
     if stage.endswith("_base"):
         return "conversion"
@@ -185,7 +186,7 @@ def _stage_rows(folder: Path, run: str) -> list[dict[str, Any]]:
     rows = []
     names = ("data", "targets", *dict.fromkeys(model.folder for model in RUN_MODELS.values()))
     evaluations = sorted(path.parent.name for path in folder.glob("evaluations/*/manifest.json"))
-    for stage in (*names, *(f"evaluations/{name}" for name in evaluations)):
+    for stage in (*names, *(f"evaluations/{name}" for name in evaluations), AUDIT):
         manifest = read_manifest(folder / stage)
         if manifest is None or not manifest.recorded.get("finished"):
             continue

@@ -6,9 +6,8 @@ Everything is a sum over few rows, so that intervals can be made of it later.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -70,27 +69,37 @@ def _byte_length(tokenizer: Any, token: int) -> int:
 
 
 def row_losses(
-    model: Any, tokenizer: Any, rows: Sequence[TokenizedRow], batch_size: int
-) -> Iterator[tuple[float, int]]:
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[TokenizedRow],
+    batch_size: int,
+    each: Callable[[int], None] = lambda done: None,
+) -> list[tuple[float, int]]:
     """The negative log-likelihood in nats of the trained tokens of each row, and their number.
 
     Args:
         model: mlx-lm's.
         tokenizer: The model's.
         rows: In its tokens.
-        batch_size: Rows per forward pass.
+        batch_size: Rows per forward pass; rows of about the same length are computed together.
+        each: Called before each pass with the number of rows that are done; may raise to stop.
 
     Raises:
         ModelError: a token that the model's embedding has no row for.
     """
     columns = embedding_rows(model)
     pad = pad_id(tokenizer, columns)
+    order = np.argsort([len(row) for row in rows], kind="stable").tolist()
+    out = [(0.0, 0)] * len(rows)
     with evaluation_mode(model):
         for first in range(0, len(rows), batch_size):
-            chunk = rows[first : first + batch_size]
-            check_token_ids(np.concatenate([row.tokens for row in chunk]), columns, tokenizer)
-            losses = sequence_losses(model, collate(chunk, range(len(chunk)), pad))
-            yield from ((float(nats), int(tokens)) for nats, _, tokens in losses)
+            each(first)
+            numbers = order[first : first + batch_size]
+            check_token_ids(np.concatenate([rows[n].tokens for n in numbers]), columns, tokenizer)
+            losses = sequence_losses(model, collate(rows, numbers, pad))
+            for number, (nats, _, tokens) in zip(numbers, losses, strict=True):
+                out[number] = float(nats), int(tokens)
+    return out
 
 
 class StudentAudit:
@@ -193,9 +202,7 @@ def by_kind(kinds: Int[np.ndarray, " n"], losses: Float[np.ndarray, " n"]) -> di
     }
 
 
-def add_parts(
-    sums: Parts, parts: Parts
-) -> None:
+def add_parts(sums: Parts, parts: Parts) -> None:
     """Add the parts of another batch."""
     for term, kinds in parts.items():
         own = sums.setdefault(term, {})
@@ -243,24 +250,6 @@ def compare(
             }
         out.append(line)
     return out
-
-
-def hidden_of_rows(
-    teacher: LiveTeacher, rows: Sequence[AlignedRow], batch_size: int, each: Callable[[], None]
-) -> mx.array:
-    """:meth:`~mlx_distill.distill.live_teacher.LiveTeacher.hidden` of many rows, a batch at a time.
-
-    Args:
-        teacher: Whole.
-        rows: With ``teacher_tokens``.
-        batch_size: Rows per forward pass.
-        each: Called before each batch.
-    """
-    remaining, parts = iter(rows), []
-    while batch := list(islice(remaining, batch_size)):
-        each()
-        parts.append(teacher.hidden(batch))
-    return mx.concatenate(parts)
 
 
 def without_trunk(model: Any) -> None:

@@ -105,7 +105,7 @@ def build_report(
         "quantization": provenance.quantization(run),
         "majority": majority(by_set[main]),
         "teacher_answers": provenance.teacher_answers(run),
-        "distillation": provenance.distillation(run),
+        "distillation": provenance.distillation(run, confidence),
         "artifact": {"checks": read_checks(run)},
     }
     if prices is not None:

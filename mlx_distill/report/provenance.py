@@ -11,6 +11,7 @@ from mlx_distill import runtime
 from mlx_distill.distill.answer_check import FACT
 from mlx_distill.distill.preflight import FILE_NAME as PREFLIGHT
 from mlx_distill.errors import DistillError
+from mlx_distill.evaluate.audit import read_audit
 from mlx_distill.run_models import is_dequantized, run_model
 from mlx_distill.storage import Manifest, os_errors, read_json, read_jsonl, read_manifest
 
@@ -104,12 +105,14 @@ def teacher_answers(run: Path) -> dict[str, Any] | None:
     return manifest.recorded.get(FACT) if manifest else None
 
 
-def distillation(run: Path) -> dict[str, Any] | None:
+def distillation(run: Path, confidence: float = 0.95) -> dict[str, Any] | None:
     """What was measured of the teacher and the student's tokens before the student's training
-    (:mod:`mlx_distill.distill.preflight`); None where that is not written.
+    (:mod:`mlx_distill.distill.preflight`), and behind it (:mod:`mlx_distill.evaluate.audit`); None where
+    neither is written.
     """
-    path = run / "student" / PREFLIGHT
-    return {"preflight": read_json(path)} if path.is_file() else None
+    path, audit = run / "student" / PREFLIGHT, read_audit(run, confidence)
+    out = {"preflight": read_json(path)} if path.is_file() else {}
+    return (out | {"audit": audit} if audit else out) or None
 
 
 def training(run: Path) -> dict[str, dict[str, Any]]:

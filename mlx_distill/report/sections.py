@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from mlx_distill.report import (
+    audit_section,
     calibration_section,
     comparison_section,
     constrained_section,
@@ -105,6 +106,7 @@ SECTIONS = (
         "What of the teacher reaches the student",
         distillation_section.distillation,
     ),
+    Section("audit", "Audit", "Audit of the distillation", audit_section.audit),
     Section("losses", "Losses", "Loss on held-out chats", _losses),
     Section("training", "Training", "Training", training_section.curves),
     Section("origin", "Method", "Method and provenance", origin_section.origin),

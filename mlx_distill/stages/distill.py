@@ -160,10 +160,10 @@ def aligned_rows(
     labels = find_label_trie(tokenizer, context.task, settings.label_weight)
     loss = token_loss_name(settings, same_tokenizer)
     live = loss is not None and settings.teacher == "live"
-    temperature = 1.0 if live else _kept_temperature(loss, settings, reader.index)
+    temperature = 1.0 if live else kept_temperature(loss, settings, reader.index)
     key = _aligned_key(context, content_of(reader.folder), teacher_hash, settings, temperature)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
-    groups = cache(partial(_token_groups, tokenizer, teacher_tokenizer, token_rows))
+    groups = cache(partial(token_groups, tokenizer, teacher_tokenizer, token_rows))
     if not all(is_stored(path, key) for path in folders.values()):
         own = None if same_tokenizer else groups
         mapped = MappedMass(tokenizer, teacher_tokenizer, own, columns=token_rows)
@@ -337,7 +337,8 @@ def _check_labelled(context: Context, train: Store[AlignedRow], targets: Path) -
     )
 
 
-def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_columns: int) -> TokenGroups:
+def token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_columns: int) -> TokenGroups:
+    """The token groups of two tokenizers, with their stop tokens in one group."""
     from mlx_distill.data.chat import stop_ids
     from mlx_distill.losses.cross_tokenizer import build_token_groups
 
@@ -350,7 +351,7 @@ def _token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_column
     )
 
 
-def _kept_temperature(loss: str | None, settings: DistillConfig, index: Mapping[str, Any]) -> float:
+def kept_temperature(loss: str | None, settings: DistillConfig, index: Mapping[str, Any]) -> float:
     """The temperature of the cached distributions that a token-level loss reads, which have to hold them."""
     from mlx_distill.distill.token_losses import TOKEN_LOSSES
 

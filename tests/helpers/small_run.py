@@ -46,9 +46,12 @@ def rows(count: int = 40) -> list[dict[str, Any]]:
 
 
 def write_recipe(folder: Path, model: str = "asset:models/tiny-qwen3", **blocks: Any) -> Path:
-    """``recipe.yaml``, ``task.yaml`` and ``rows.jsonl`` in ``folder``."""
+    """``recipe.yaml``, ``task.yaml`` and ``rows.jsonl`` in ``folder``; without an audit, unless ``evaluate``
+    names its rows.
+    """
     import yaml
 
+    blocks["evaluate"] = {"audit_rows": 0, **blocks.get("evaluate", {})}
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows()), encoding="utf-8")
     (folder / "task.yaml").write_text(yaml.safe_dump(TASK, sort_keys=False), encoding="utf-8")
     raw = {
