@@ -15,6 +15,8 @@ import mlx.core as mx
 
 from mlx_distill.distill.teacher_cache import TargetReader
 from mlx_distill.errors import DistillError, ModelError
+from mlx_distill.evaluate.audit import FOLDER as AUDIT
+from mlx_distill.evaluate.audit import audit_texts, read_audit
 from mlx_distill.models.adapter_import import check_finite as check_arrays
 from mlx_distill.models.adapters import adapter_settings
 from mlx_distill.models.checkpoint.layout import TensorPlan, wildcard_name
@@ -154,6 +156,8 @@ def inspect(path: str | Path, verify: bool = False) -> InspectReport:
         facts = {**_provenance(manifest), "files": len(manifest.files), "size": size(_bytes(manifest))}
         if manifest.stage == "targets":
             facts |= _targets_facts(folder, manifest, problems)
+        if manifest.stage == AUDIT:
+            facts |= _audit_facts(folder)
         report = InspectReport(str(path), "stage", facts, problems=tuple(problems), verified=verify)
     else:
         return _run(folder, str(path), verify)
@@ -216,6 +220,14 @@ def _targets_facts(folder: Path, manifest: Manifest, problems: list[str]) -> dic
         "bytes a token": f"{whole:.1f}, of which {index['record_bytes']} its distribution",
         "kept": kept if reader.layout.sampled else f"{kept}, {percent(index['kept_mass'], 2)} of the mass",
     }
+
+
+def _audit_facts(folder: Path) -> dict[str, Any]:
+    """What an audit has found."""
+    figures = read_audit(folder)
+    if figures is None:
+        return {}
+    return audit_texts(figures) | {"warnings": "; ".join(one["what"] for one in figures["warnings"])}
 
 
 def _unfinished_state(partial: Path) -> str:

@@ -29,14 +29,14 @@ SETS = ("train", "valid", "general")
 """Answers of training rows, answers of validation rows, general text."""
 MAX_FORGOTTEN = 0.01  # of the bits a byte before
 MAX_LOST = 0.01  # of the divergence
+MIN_NATS = 1e-3  # a position: a smaller difference teaches nothing, and may be rounding
 _PAIRS = {"teacher": "teacher_before", "student": "student_before"}
 
 Lines = Sequence[Mapping[str, Any]]
 
 
-def read_audit(run: Path, confidence: float = 0.95) -> dict[str, Any] | None:
-    """The audit of a run in figures (:func:`audit_figures`); None where there is none."""
-    folder = run / FOLDER
+def read_audit(folder: Path, confidence: float = 0.95) -> dict[str, Any] | None:
+    """The audit in a folder in figures (:func:`audit_figures`); None where there is none."""
     if not (folder / FACTS).is_file():
         return None
     losses, compared = ([line for _, line in read_jsonl(folder / name)] for name in (LOSSES, COMPARED))
@@ -183,7 +183,7 @@ def _warnings(figures: Mapping[str, Any]) -> Iterator[dict[str, str]]:
                 f"{section}.learning_rate or {section}.epochs",
             }
     facts, after = figures["facts"], figures["divergence"].get("student")
-    if after and facts["reads_cache"] and after["lost"] is not None and abs(after["lost"]) > MAX_LOST:
+    if after and facts["reads_cache"] and _is_off(after):
         yield {
             "what": f"{facts['compared']} from the cache is {percent(abs(after['lost']))} "
             f"{'below' if after['lost'] > 0 else 'above'} the exact one: {percent(after['tail'], 2)} of the "
@@ -192,36 +192,47 @@ def _warnings(figures: Mapping[str, Any]) -> Iterator[dict[str, str]]:
         }
 
 
+def _is_off(entry: Mapping[str, Any]) -> bool:
+    """The divergence from the cache is not the exact one."""
+    lost = entry["lost"]
+    return lost is not None and abs(lost) > MAX_LOST and abs(entry["exact"] - entry["cached"]) > MIN_NATS
+
+
 def _is_forgotten(change: Mapping[str, Any]) -> bool:
     """The whole interval is above 0, and the change is no trifle."""
     low, relative = change["low"], change["relative"]
     return low is not None and low > 0 and relative is not None and relative > MAX_FORGOTTEN
 
 
-def audit_lines(figures: Mapping[str, Any]) -> list[str]:
-    """What is printed of :func:`audit_figures`.
+def audit_texts(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The main figures for people, by what they are.
 
     >>> rates = {"train": {"value": 0.41}, "valid": {"value": 0.52}}
-    >>> audit_lines({"bits_per_byte": {"teacher": rates}, "changes": {}, "divergence": {}, "warnings": []})
-    ['bits a byte on answers of train / valid rows: teacher 0.410 / 0.520']
+    >>> audit_texts({"bits_per_byte": {"teacher": rates}, "changes": {}, "divergence": {}})
+    {'bits a byte of training / validation answers': 'teacher 0.410 / 0.520'}
     """
-    shown = ", ".join(
+    shown = (
         f"{model.replace('_', ' ')} "
         + " / ".join(f"{sets[name]['value']:.3f}" for name in ("train", "valid") if name in sets)
         for model, sets in figures["bits_per_byte"].items()
     )
-    out = [f"bits a byte on answers of train / valid rows: {shown}"]
-    general = {model: sets["general"] for model, sets in figures["changes"].items() if "general" in sets}
-    if general:
-        changes = (
+    out = {"bits a byte of training / validation answers": ", ".join(shown)}
+    changes = {model: sets["general"] for model, sets in figures["changes"].items() if "general" in sets}
+    if changes:
+        out["change in bits a byte of general text"] = ", ".join(
             f"{model} {one['value']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f}, {one['relative']:+.1%})"
-            for model, one in general.items()
+            for model, one in changes.items()
             if one["low"] is not None and one["relative"] is not None
         )
-        out.append(f"change in bits a byte of general text: {', '.join(changes)}")
     if after := figures["divergence"].get("student"):
-        out.append(
-            f"{figures['facts']['compared']} to the teacher from the cache {after['cached']:.4g}, exact "
-            f"{after['exact']:.4g} nats a position; {percent(after['tail'], 2)} of the mass in the tail"
+        out[f"{figures['facts']['compared']} to the teacher"] = (
+            f"{after['cached']:.4g} nats a position from the cache, {after['exact']:.4g} exactly; "
+            f"{percent(after['tail'], 2)} of the mass in the tail"
         )
-    return out + [f"warning: {one['what']} (to fix: {one['fix']})" for one in figures["warnings"]]
+    return out
+
+
+def audit_lines(figures: Mapping[str, Any]) -> list[str]:
+    """What is printed of :func:`audit_figures`."""
+    lines = [f"{name}: {text}" for name, text in audit_texts(figures).items()]
+    return lines + [f"warning: {one['what']} (to fix: {one['fix']})" for one in figures["warnings"]]

@@ -7,7 +7,7 @@ from typing import Any
 
 from mlx_distill.evaluate.audit import SETS
 from mlx_distill.report.tables import Report
-from mlx_distill.text import MINUS, NONE, percent, signed_number, significant, size
+from mlx_distill.text import MINUS, NONE, counted, percent, signed_number, significant, size
 
 _COLUMNS = {"train": "Training rows", "valid": "Validation rows", "general": "General text"}
 _TERMS = {"label": "Label", "token": "Token", "text": "Text"}
@@ -86,10 +86,11 @@ def _part(after: Mapping[str, Any] | None, before: Mapping[str, Any] | None) -> 
     if after is None or before is None:
         return NONE, ""
     share = f", {percent(after['share'])} of the loss" if after.get("share") is not None else ""
-    return (
-        significant(after["mean"], 3),
-        f"before {significant(before['mean'], 3)}, {after['events']:,} events{share}",
-    )
+    return _nats(after["mean"]), f"before {_nats(before['mean'])}, {counted(after['events'], 'event')}{share}"
+
+
+def _nats(value: float) -> str:
+    return significant(value, 3) if value >= 0.001 else "below 0.001"
 
 
 def _divergence(entry: Mapping[str, Any]) -> dict[str, str]:
@@ -100,9 +101,11 @@ def _divergence(entry: Mapping[str, Any]) -> dict[str, str]:
         "Exact": significant(entry["exact"], 4),
         "Lost": percent(entry["lost"], 2),
         "Mass in the tail": percent(entry["tail"], 2),
-        "Lost where the top k has 99.5 %": f"{percent(kept['lost'], 2)} of {kept['positions']:,}"
-        if kept["positions"]
-        else NONE,
+        "Lost where the top k has 99.5 %": (
+            f"{percent(kept['lost'], 2)} ({counted(kept['positions'], 'position')})"
+            if kept["positions"]
+            else NONE
+        ),
         "Worst position": (
             f"{significant(worst['cached'], 3)} for {significant(worst['exact'], 3)}, tail "
             f"{percent(worst['tail'], 1)}"

@@ -11,6 +11,7 @@ from mlx_distill import runtime
 from mlx_distill.distill.answer_check import FACT
 from mlx_distill.distill.preflight import FILE_NAME as PREFLIGHT
 from mlx_distill.errors import DistillError
+from mlx_distill.evaluate.audit import FOLDER as AUDIT
 from mlx_distill.evaluate.audit import read_audit
 from mlx_distill.run_models import is_dequantized, run_model
 from mlx_distill.storage import Manifest, os_errors, read_json, read_jsonl, read_manifest
@@ -110,7 +111,7 @@ def distillation(run: Path, confidence: float = 0.95) -> dict[str, Any] | None:
     (:mod:`mlx_distill.distill.preflight`), and behind it (:mod:`mlx_distill.evaluate.audit`); None where
     neither is written.
     """
-    path, audit = run / "student" / PREFLIGHT, read_audit(run, confidence)
+    path, audit = run / "student" / PREFLIGHT, read_audit(run / AUDIT, confidence)
     out = {"preflight": read_json(path)} if path.is_file() else {}
     return (out | {"audit": audit} if audit else out) or None
 

@@ -40,7 +40,7 @@ from mlx_distill.stages.context import (
     read_rows,
     vocabulary_hash,
 )
-from mlx_distill.stages.distill import kept_temperature, token_groups
+from mlx_distill.stages.distill import kept_temperature, token_groups, with_teachers_chat
 from mlx_distill.stages.targets import fingerprints
 from mlx_distill.storage import atomic_path, read_json, scratch, write_json, write_jsonl
 from mlx_distill.text import counted, size
@@ -350,11 +350,9 @@ class _Pair:
         """The sampled targets as rows of the student, and the number of those that are left out."""
         from mlx_distill.data.chat import render_many
         from mlx_distill.distill.align import aligner
-        from mlx_distill.distill.live_teacher import with_teacher_tokens
 
         sampled = self._targets()
         teacher_tokenizer, tokenizer = self.tokenizers["teacher"], self.tokenizers["student"]
-        system = as_teacher(self.context).system
         align = aligner(
             self.context.task,
             tokenizer,
@@ -363,7 +361,7 @@ class _Pair:
             same_tokenizer=self.same_tokenizer,
             columns=self.columns,
             temperature=self.temperature,
-            finish=partial(with_teacher_tokens, tokenizer=teacher_tokenizer, system=system),
+            finish=with_teachers_chat(self.context, teacher_tokenizer),
         )
         chats = [
             [*row["messages"][:-1], {"role": "assistant", "content": targets.text}]

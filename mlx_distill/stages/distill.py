@@ -179,7 +179,7 @@ def aligned_rows(
                 same_tokenizer=same_tokenizer,
                 columns=token_rows,
                 temperature=temperature,
-                **({"finish": _with_teachers_chat(context, teacher_tokenizer)} if live else {}),
+                **({"finish": with_teachers_chat(context, teacher_tokenizer)} if live else {}),
             ),
             tokenizer,
             token_rows=token_rows,
@@ -197,7 +197,7 @@ def aligned_rows(
     return train, valid, {**inputs, "teacher": _live_teacher(context, student, tokenizer) if live else None}
 
 
-def _with_teachers_chat(context: Context, tokenizer: Any) -> Callable[..., AlignedRow]:
+def with_teachers_chat(context: Context, tokenizer: Any) -> Callable[..., AlignedRow]:
     """Adds the chat as a live teacher reads it to an aligned row."""
     from mlx_distill.distill.live_teacher import with_teacher_tokens
 

@@ -34,7 +34,7 @@ def test_each_line_of_a_jsonl_file_is_a_text_of_its_own(folder: Path) -> None:
         read_general_text(path)
 
 
-def test_long_paragraphs_are_cut_without_loss_and_long_texts_are_left_out_behind_a_limit(folder: Path) -> None:
+def test_long_paragraphs_are_cut_without_loss_and_long_texts_behind_a_limit(folder: Path) -> None:
     long = "word " * 1000
     (folder / "a.txt").write_text("\n\n".join([*TEXTS, long.strip()]))
     found = read_general_text(folder / "a.txt").paragraphs

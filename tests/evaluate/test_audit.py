@@ -81,7 +81,8 @@ def test_forgetting_is_said_where_it_is_beyond_doubt_and_no_trifle(
     assert bool(found["warnings"]) is warned
     if warned:
         (one,) = found["warnings"]
-        assert "the student has forgotten: general text takes 3.0 % more bits" in one["what"].replace("\u202f", " ")
+        what = one["what"].replace("\u202f", " ")
+        assert "the student has forgotten: general text takes 3.0 % more bits" in what
         assert "distill.learning_rate" in one["fix"]
 
 

@@ -33,7 +33,7 @@ from mlx_distill.stages.context import Context, read_rows
 from mlx_distill.storage import read_jsonl
 
 FILES = ("audit.json", "losses.jsonl", "parts.json", "divergences.jsonl")
-ROWS = 5
+ROWS = 3
 
 
 def write_text(folder: Path) -> Path:
@@ -54,12 +54,21 @@ def audited(tmp_path_factory: pytest.TempPathFactory) -> tuple[Context, Path]:
 
 @pytest.fixture(scope="module")
 def same_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> tuple[Context, Path]:
-    """An audit in which the teacher's own base is the student before, and the teacher the student."""
+    """An audit in which the student before is the teacher's base with another norm, and the student is the
+    teacher.
+    """
     folder = tmp_path_factory.mktemp("same")
     out = finished() / "out"
     for name in ("data", "targets", "teacher", "teacher_base"):
         (folder / name).symlink_to(out / name)
-    (folder / "student_base").symlink_to(out / "teacher_base")
+    shutil.copytree(out / "teacher_base", folder / "student_base")
+    weights = mx.load(str(next((folder / "student_base").glob("*.safetensors"))))
+    norm = "model.norm.weight"
+    mx.save_safetensors(
+        str(next((folder / "student_base").glob("*.safetensors"))),
+        {**weights, norm: weights[norm] * 1.5},
+        metadata={"format": "mlx"},
+    )
     (folder / "student").symlink_to(out / "teacher")
     (folder / "audit").mkdir()
     context = make_context(
@@ -114,7 +123,7 @@ def test_bits_per_byte_are_those_of_each_row_alone(audited: Any, name: str, fold
         line = found["general", str(n)]
         assert (line["nats"], line["bytes"]) == (pytest.approx(nats, rel=1e-5), size)
         total += nats
-    figures = read_audit(run)
+    figures = read_audit(run / "audit")
     assert figures is not None
     sizes = sum(line["bytes"] for (which, _), line in found.items() if which == "general")
     assert figures["bits_per_byte"][name]["general"]["value"] == pytest.approx(
@@ -151,7 +160,7 @@ def test_the_parts_of_the_loss_add_up_to_what_is_trained_and_have_the_kinds_of_t
     assert {kind: events for kind, (events, _) in own.items()} == {k: len(v) for k, v in text.items()}
     for kind, values in text.items():
         assert own[kind][1] == pytest.approx(sum(values), rel=1e-5, abs=1e-4)
-    figures = read_audit(run)
+    figures = read_audit(run / "audit")
     assert figures is not None
     whole = figures["parts"]["student"]
     coefficients = objective.coefficients
@@ -166,11 +175,13 @@ def expected_divergences(context: Context, students: str, by_group: bool) -> lis
     pair = Pair(context)
     teacher, teacher_tokenizer = load(context.run / "teacher", dtype="float32")
     student, _ = load(context.run / students, dtype="float32")
-    known = np.zeros(student(mx.array([[0]])).shape[-1], dtype=bool)
-    known[sorted(set(teacher_tokenizer.get_vocab().values()))] = True
+    used = sorted(set(teacher_tokenizer.get_vocab().values()))
     out = []
     for row in pair.aligned:
         p = logprobs(teacher, row.teacher_tokens)[row.teacher_starts - 1]
+        unused = np.delete(np.arange(p.shape[1]), used)  # columns without a token take no part
+        p[:, unused] = -1e30
+        p -= np.log(np.exp(p).sum(axis=1, keepdims=True))
         q = logprobs(student, row.tokens)[row.starts - 1]
         exact, cached, tails = [], [], []
         for i in range(len(p)):
@@ -210,16 +221,17 @@ def test_cached_and_exact_divergence_of_one_tokenizer(same_tokenizer: Any) -> No
     found = [line for line in lines(run, "divergences.jsonl") if line["model"] == "student_before"]
     for line, plain in zip(found, expected_divergences(context, "student_base", by_group=False), strict=True):
         assert (line["positions"], line["kept"]["positions"]) == (plain["positions"], plain["kept"])
-        assert line["exact"] == pytest.approx(plain["exact"], rel=1e-3, abs=1e-4)
-        assert line["cached"] == pytest.approx(plain["cached"], rel=1e-3, abs=1e-4)
+        assert line["exact"] == pytest.approx(plain["exact"], rel=1e-3)
+        assert line["cached"] == pytest.approx(plain["cached"], rel=1e-3)
         assert line["tail"] == pytest.approx(plain["tail"], abs=1e-4)
+        assert line["exact"] > 0.05 * line["positions"]
         assert line["kept"]["exact"] == pytest.approx(plain["kept_exact"], rel=1e-3, abs=1e-4)
         assert line["cached"] <= line["exact"] + 1e-4  # a lower bound
     # The teacher itself as the student: nothing diverges.
     for line in lines(run, "divergences.jsonl"):
         if line["model"] == "student":
-            assert line["exact"] == pytest.approx(0, abs=1e-4)
-    figures = read_audit(run)
+            assert line["exact"] == pytest.approx(0, abs=1e-3)
+    figures = read_audit(run / "audit")
     assert figures is not None and figures["facts"]["compared"] == "kl"
     entry = figures["divergence"]["student_before"]
     totals = [sum(line[key] for line in found) for key in ("cached", "exact", "positions")]
@@ -228,7 +240,7 @@ def test_cached_and_exact_divergence_of_one_tokenizer(same_tokenizer: Any) -> No
 
 
 @pytest.mark.slow
-def test_exact_divergence_over_groups_of_two_tokenizers_and_the_cache_is_a_lower_bound(audited: Any) -> None:
+def test_exact_divergence_of_two_tokenizers_and_the_cache_is_a_lower_bound(audited: Any) -> None:
     context, run = audited
     found = [line for line in lines(run, "divergences.jsonl") if line["model"] == "student"]
     for line, plain in zip(found, expected_divergences(context, "student", by_group=True), strict=True):
@@ -249,7 +261,7 @@ class StopAt(RecordedProgress):
     @contextmanager
     def task(self, name: str, total: float | None = None, unit: str = "", start: float = 0) -> Iterator[Any]:
         if name == self.name:
-            self.flag.set()
+            self.flag.set = True
         with super().task(name, total, unit, start) as bar:
             yield bar
 
@@ -271,11 +283,12 @@ def test_a_stopped_audit_goes_on_behind_the_last_model_to_the_same_bytes(audited
         assert (folder / name).read_bytes() == (run / "audit" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_progress_and_notes_say_what_is_read_and_what_was_found(audited: Any) -> None:
-    context, run = audited
+    context, _ = audited
     notes, tasks = context.progress.notes, context.progress.tasks
-    assert any("15 answers and 4.1 kB of general.txt in 4 models" in note for note in notes), notes
-    assert any("bits a byte on answers of train / valid rows: teacher before" in note for note in notes)
+    assert any("9 answers and 2.7 kB of general.txt in 4 models" in note for note in notes), notes
+    assert any("bits a byte of training / validation answers: teacher before" in note for note in notes)
     for _, total, seen in tasks[-4:]:
         assert seen == sorted(seen) and seen[-1] == total
 
@@ -293,7 +306,8 @@ def test_the_audit_is_a_stage_of_its_own_that_changes_no_other_key() -> None:
     assert set(stage.parents) == {*folders, "targets", "data"}
     recipes = [load_recipe("tiny", [f"evaluate.audit_rows={rows}"]) for rows in (0, 9)]
     configs = [
-        {s.name: s.config for s in graph(recipe, recipe.load_task()) if s.name != "audit"} for recipe in recipes
+        {stage.name: stage.config for stage in graph(recipe, recipe.load_task()) if stage.name != "audit"}
+        for recipe in recipes
     ]
     assert configs[0] == configs[1]
     assert stage_of("evaluate.audit_rows=9").config != stage.config
@@ -303,16 +317,9 @@ def test_the_audit_is_a_stage_of_its_own_that_changes_no_other_key() -> None:
 def test_a_teacher_that_is_not_trained_is_measured_once(audited: Any, folder: Path) -> None:
     context, _ = audited
     recipe = replace(context.recipe, teach=replace(context.recipe.teach, method="none"))
-    # As above, but with few rows, and targets of samples, of which nothing is compared.
     recipe = replace(recipe, evaluate=replace(recipe.evaluate, audit_rows=1))
     audit(replace(context, recipe=recipe), folder)
-    found = read_audit_of(folder)
+    found = read_audit(folder)
+    assert found is not None
     assert list(found["bits_per_byte"]) == ["teacher", "student_before", "student"]
     assert list(found["changes"]) == ["student"]
-
-
-def read_audit_of(folder: Path) -> dict[str, Any]:
-    shutil.copytree(folder, folder.parent / "copy" / "audit", ignore=shutil.ignore_patterns("scratch"))
-    found = read_audit(folder.parent / "copy")
-    assert found is not None
-    return found
