@@ -182,17 +182,20 @@ def check_command(
     """Refuse a command line that the job could not even begin with.
 
     Returns:
-        For commands that take a recipe: the folder of the run that it makes; and the recipe that it is
-        started from with what is changed, None where that recipe is not under the root.
+        For commands that take a recipe: the folder of the run that it makes; and where the recipe comes from,
+        what is set, and the whole of it, None where it is not under the root.
 
     Raises:
         ConfigError: no such command, or its recipe is wrong.
         click.UsageError: its options are wrong.
     """
     from mlx_distill.cli.main import cli
+    from mlx_distill.config import override
     from mlx_distill.errors import ConfigError
     from mlx_distill.jobs import KINDS
+    from mlx_distill.ledger.root import Root
     from mlx_distill.recipe import load_recipe
+    from mlx_distill.serve.pages.recipe_checks import read_recipe
     from mlx_distill.text import known_names
 
     command = cli.get_command(click.Context(cli), kind) if kind in KINDS else None
@@ -205,10 +208,11 @@ def check_command(
     path, overrides = root / str(recipe), list(params.get("overrides") or ())
     loaded = load_recipe(path if path.is_file() else str(recipe), overrides)
     run_path = str(params.get("out") or Path("runs") / loaded.name)
-    if not path.is_file():
-        return run_path, {"from": f"recipe:{recipe}", "set": overrides}
-    inside = path.resolve().is_relative_to(root.resolve())
-    return run_path, {"from": f"file:{recipe}", "set": overrides} if inside else None
+    kind_of_source = "file" if path.is_file() else "recipe"
+    if kind_of_source == "file" and not path.resolve().is_relative_to(root.resolve()):
+        return run_path, None
+    raw = override(read_recipe(Root.at(root), str(recipe)), overrides)
+    return run_path, {"from": f"{kind_of_source}:{recipe}", "set": overrides, "recipe": raw}
 
 
 def _find(root: Path, text: str) -> tuple[Any, str]:

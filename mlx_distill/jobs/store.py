@@ -64,7 +64,8 @@ class Job:
         exit_code: That of its command.
         error: ``code``, ``message`` and ``fix`` of a failed one.
         request: What was asked for over HTTP; of a command with a recipe what it was started ``from``
-            (``recipe:NAME``, ``file:PATH``, ``job:ID``) and the keys that were ``set``.
+            (``recipe:NAME``, ``file:PATH``, ``job:ID``), the keys that were ``set``, and the whole
+            ``recipe``.
         request_hash: A hash of the request, or of kind and arguments.
         result: What a succeeded one has made: the model's ``version``, the ``comparison``.
         environment: Variables that its process gets besides those of the process that starts it.

@@ -58,9 +58,12 @@ def test_a_job_knows_the_recipe_that_it_was_started_from(tmp_path: Any) -> None:
     write_recipe(tmp_path)
     sets = ["teach.learning_rate=0.001"]
     arguments = ["recipe.yaml", "--set", *sets]
-    asked = ("runs/chats", {"from": "file:recipe.yaml", "set": sets})
-    assert check_command("run", arguments, tmp_path) == asked
-    assert check_command("run", ["tiny", "--out", "x"], tmp_path) == ("x", {"from": "recipe:tiny", "set": []})
+    run_path, asked = check_command("run", arguments, tmp_path)
+    assert run_path == "runs/chats" and asked is not None
+    assert (asked["from"], asked["set"]) == ("file:recipe.yaml", sets)
+    assert asked["recipe"]["teach"]["learning_rate"] == 0.001
+    run_path, asked = check_command("run", ["tiny", "--out", "x"], tmp_path)
+    assert (run_path, asked and asked["from"]) == ("x", "recipe:tiny")
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     assert check_command("run", ["../recipe.yaml"], elsewhere) == ("runs/chats", None)

@@ -12,6 +12,7 @@ import pytest
 from helpers.served import client_of, make_app
 from helpers.small_run import write_recipe
 
+from mlx_distill.cli.jobs import check_command
 from mlx_distill.jobs import get, list_jobs, submit
 from mlx_distill.jobs.store import add_event, update
 from mlx_distill.recipe import load_recipe
@@ -68,6 +69,33 @@ def test_a_job_starts_from_the_form(app: Any, client: Any, tmp_path) -> None:
     assert "teach.epochs" in shown.text  # what differs from the recipe
     again = client.get(f"/jobs/new?from=job:{job.id}")
     assert fields_of(again.text)["teach.epochs"] == "2.0"
+
+
+def test_a_job_shows_what_differs_from_the_run_before(app: Any, client: Any, tmp_path) -> None:
+    ledger = app.state.server.ledger
+    fields = fields_of(client.get("/jobs/new?path=recipe.yaml").text) | {"do": "start"}
+
+    def page_after(*change: str) -> str:
+        """The page of a job of the form with other epochs, or of one of the command line."""
+        if len(change) == 1:
+            client.post("/jobs/new", data=fields | {"teach.epochs": change[0]})
+        else:
+            run_path, asked = check_command("run", ["recipe.yaml", *change], tmp_path)
+            submit(ledger, "run", ["recipe.yaml", *change], run_path=run_path, request=asked)
+        newest = list_jobs(ledger)[0]
+        with ledger.write() as db:
+            update(db, newest.id, attempt=1)
+        return str(client.get(f"/jobs/{newest.id}").text).partition("The run before of this recipe")[2]
+
+    assert page_after("2") == ""
+    differs = page_after("3")
+    assert "this differs" in differs and "<code>2.0</code>" in differs and "<code>3.0</code>" in differs
+    differs = page_after("--set", "teach.epochs=4")
+    assert "<code>3.0</code>" in differs and "<code>4" in differs
+    (tmp_path / "recipe.yaml").write_text("name: another\n", encoding="utf-8")
+    job = list_jobs(ledger)[0]
+    again = client.get(f"/jobs/{job.id}").text
+    assert "<code>3.0</code>" in again.partition("The run before of this recipe")[2]  # as it was then
 
 
 def test_errors_stand_beside_their_fields(client: Any) -> None:

@@ -10,7 +10,6 @@ from urllib.parse import urlencode
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse, Response, StreamingResponse
 
-from mlx_distill.config import override
 from mlx_distill.errors import DistillError
 from mlx_distill.jobs import (
     STATES,
@@ -38,9 +37,8 @@ from mlx_distill.serve.pages.environment import (
     see_other,
     wants_fragment,
 )
+from mlx_distill.serve.pages.job_settings import from_previous, from_source
 from mlx_distill.serve.pages.job_stream import MAX_EVENTS, SILENT_S, Cursor, View, curve_data, stream
-from mlx_distill.serve.pages.recipe_checks import read_recipe
-from mlx_distill.serve.pages.recipe_form import differences
 
 router = APIRouter(include_in_schema=False)
 router.include_router(job_form.router)
@@ -138,7 +136,9 @@ def job(request: Request, job_id: str, x: str = "step", y: str = "linear", befor
         watched=not _has_ended(found) and before <= 0,
         silent_s=SILENT_S,
         place=_place(server, found),
-        parent=_parent(server, found),
+        differences=[
+            one for one in (from_source(server.root, found), from_previous(server.ledger, found)) if one
+        ],
         log=read_tail(found.log(server.root), _LOG_BYTES),
         has_recipe=(found.folder(server.root) / job_form.RECIPE).is_file(),
         report=_report(server, found),
@@ -201,26 +201,6 @@ def _place(server: Any, job: Job) -> int | None:
     """The place of a queued job in the queue, from 1."""
     ids = [one.id for one in queue(server.ledger)] if job.state == "queued" else []
     return ids.index(job.id) + 1 if job.id in ids else None
-
-
-def _parent(server: Any, job: Job) -> dict[str, Any] | None:
-    """The recipe that a job was started from, as that is now, and what differs from it: in the recipe of the
-    form, or by the keys that the command line sets.
-    """
-    asked = job.request if isinstance(job.request, Mapping) else {}
-    source, sets = asked.get("from"), asked.get("set")
-    if not isinstance(source, str) or not source:
-        return None
-    try:
-        old = read_recipe(server.root, job_form.recipe_path(server.root, source))
-        if isinstance(sets, list):
-            new = override(old, sets)
-        else:
-            new = read_recipe(server.root, job_form.recipe_path(server.root, f"job:{job.id}"))
-        changed = differences(old, new)
-    except DistillError as error:
-        return {"source": source, "problem": error.message, "changed": []}
-    return {"source": source, "problem": None, "changed": changed}
 
 
 def _report(server: Any, job: Job) -> str | None:
