@@ -36,6 +36,7 @@ from mlx_distill.status import (
     folder_problems,
     input_problems,
     make_plan,
+    missing_before,
     outcome_row,
     parent_contents,
     stage_status,
@@ -193,7 +194,7 @@ def run(
     for name in (from_stage, only):
         if name is not None and name not in COMMANDS:
             raise ConfigError(f"no stage {name!r}", fix=known_names(name, COMMANDS, "stages"))
-    _check_has_student(loaded, from_stage, only)
+    check_has_student(loaded, from_stage, only)
     progress = progress or make_progress()
     if events is not None:
         progress = EventProgress(progress, events)
@@ -238,8 +239,12 @@ def _check_ranks(num_ranks: int, only: str | None) -> None:
         )
 
 
-def _check_has_student(recipe: Recipe, *commands: str | None) -> None:
-    """Refuse to make by name a stage that a recipe without a student does not have."""
+def check_has_student(recipe: Recipe, *commands: str | None) -> None:
+    """Refuse to make by name a stage that a recipe without a student does not have.
+
+    Raises:
+        ConfigError: the recipe has none.
+    """
     for command in commands:
         if recipe.student is None and command in ("targets", "distill", "quantize"):
             raise ConfigError(
@@ -309,7 +314,7 @@ def _run_stages(runner: Runner, context: Context, make: MakeStage) -> RunReport 
     for stage in stages:
         recover(out / stage.name)
     needed = _needed(runner)
-    _require_parents(runner, needed)
+    _require_parents(runner)
     for stage in stages:
         if only in (None, stage.command):
             _run_stage(runner, stage, context, make)
@@ -420,21 +425,18 @@ def _make(runner: Runner, stage: Stage, context: Context, make: MakeStage) -> No
     runner.emit("stage_made", stage, seconds=manifest.recorded.get("seconds"))
 
 
-def _require_parents(runner: Runner, needed: set[str]) -> None:
+def _require_parents(runner: Runner) -> None:
     """Refuse to run a command alone whose parents are missing, before a model is converted for it, and name
     the first command to run.
     """
-    made = [stage for stage in runner.stages if stage.command != "convert" and stage.name in needed]
-    folders = [runner.out / stage.name for stage in made]
-    missing = [str(folder) for folder in folders if read_manifest(folder) is None]
-    if not missing:
-        return
-    makers = (s for s in runner.stages if s.command not in ("convert", "evaluate"))
-    first = next((s.command for s in makers if not (runner.out / s.name).is_dir()), "run")
-    raise FileError(
-        f"{listed(missing)} {'is' if len(missing) == 1 else 'are'} not there yet",
-        fix=f"run first: {runner.command_line(first)} (or run, for all at once)",
-    )
+    found = missing_before(runner.stages, str(runner.only), runner.out)
+    if found is not None:
+        missing, first = found
+        raise FileError(
+            f"{listed([str(folder) for folder in missing])} {'is' if len(missing) == 1 else 'are'} not there "
+            "yet",
+            fix=f"run first: {runner.command_line(first)} (or run, for all at once)",
+        )
 
 
 def _check_unfinished(runner: Runner, stage: Stage, forced: bool) -> None:

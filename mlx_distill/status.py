@@ -85,6 +85,24 @@ def missing_parents(stage: Stage, manifests: Mapping[str, Manifest]) -> list[str
     return [name for name in stage.parents if name not in manifests]
 
 
+def missing_before(stages: Sequence[Stage], command: str, out: Path) -> tuple[list[Path], str] | None:
+    """The folders that a command which runs alone reads and does not find, and the command that makes the
+    first of them; None where nothing is missing. Conversions are not among them: they are made where needed.
+
+    Args:
+        stages: Of the recipe.
+        command: The command.
+        out: The run's folder.
+    """
+    read = {name for stage in stages if stage.command == command for name in stage.parents}
+    folders = [out / stage.name for stage in stages if stage.command != "convert" and stage.name in read]
+    missing = [folder for folder in folders if read_manifest(folder) is None]
+    if not missing:
+        return None
+    makers = (stage for stage in stages if stage.command not in ("convert", "evaluate"))
+    return missing, next((stage.command for stage in makers if not (out / stage.name).is_dir()), "run")
+
+
 def parent_contents(stage: Stage, manifests: Mapping[str, Manifest]) -> dict[str, str]:
     """The hashes of everything that a stage reads: its parents and its inputs from outside the run."""
     parents = {name: manifests[name].content for name in stage.parents if name in manifests}

@@ -98,6 +98,17 @@ def test_a_job_shows_what_differs_from_the_run_before(app: Any, client: Any, tmp
     assert "<code>3.0</code>" in again.partition("The run before of this recipe")[2]  # as it was then
 
 
+def test_a_stage_whose_rows_are_missing_is_not_started(app: Any, client: Any) -> None:
+    fields = fields_of(client.get("/jobs/new?path=recipe.yaml").text) | {"do": "start"}
+    refused = client.post("/jobs/new", data=fields | {"command": "teach"})
+    assert refused.status_code == 400
+    assert "teach reads colours/data, and that is not there yet: run prepare first" in refused.text
+    refused = client.post("/jobs/new", data=fields | {"command": "distill", "student": "none"})
+    assert refused.status_code == 400 and "no student" in refused.text
+    assert list_jobs(app.state.server.ledger) == []
+    assert client.post("/jobs/new", data=fields | {"command": "prepare"}).status_code == 303
+
+
 def test_errors_stand_beside_their_fields(client: Any) -> None:
     fields = fields_of(client.get("/jobs/new?path=recipe.yaml").text)
     answer = client.post(

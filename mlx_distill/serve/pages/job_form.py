@@ -12,15 +12,19 @@ from fastapi.responses import HTMLResponse, Response
 
 from mlx_distill.config import override_texts
 from mlx_distill.errors import ConfigError, DistillError
+from mlx_distill.graph import graph
 from mlx_distill.jobs import dispatch, list_jobs, submit
 from mlx_distill.ledger.database import new_id
 from mlx_distill.ledger.root import Root
-from mlx_distill.recipe import recipe_names
+from mlx_distill.pipeline import check_has_student
+from mlx_distill.recipe import Recipe, recipe_names
 from mlx_distill.serve.pages.environment import page, see_other
 from mlx_distill.serve.pages.recipe_checks import GENERAL, problems, read_recipe, written_recipe
 from mlx_distill.serve.pages.recipe_form import differences, groups, read_texts, texts_of
+from mlx_distill.status import missing_before
 from mlx_distill.storage import write_text
 from mlx_distill.tasks.task import task_names
+from mlx_distill.text import listed
 
 router = APIRouter(include_in_schema=False)
 
@@ -92,6 +96,8 @@ def _start(request: Request, fields: Mapping[str, str]) -> Response:
     own["command"] = own["command"] if own["command"] in COMMANDS else "run"
     if problem := _bad_folder(root, own["out"]):
         found.setdefault("out", []).append(problem)
+    elif recipe is not None and (problem := _bad_command(recipe, own["command"], root.inside(own["out"]))):
+        found["command"] = [problem]
     if own["do"] != "start" or found or recipe is None:
         checked = not found and recipe is not None
         return _form(
@@ -192,6 +198,23 @@ def _bad_folder(root: Root, folder: str) -> str | None:
     if path == root.path or root.state in (path, *path.parents):
         return f"{folder}: kept for the server: name a folder such as runs/mine"
     return f"{folder}: there is a file of that name" if Path(path).is_file() else None
+
+
+def _bad_command(recipe: Recipe, command: str, out: Path) -> str | None:
+    """Why a command cannot run alone in a folder; None where it can."""
+    try:
+        check_has_student(recipe, command)
+    except ConfigError as error:
+        return _line(error)
+    found = missing_before(graph(recipe, recipe.load_task()), command, out)
+    if found is None:
+        return None
+    missing, first = found
+    names = listed([f"{out.name}/{folder.name}" for folder in missing])
+    return (
+        f"{command} reads {names}, and that is not there yet: run {first} first in this folder, "
+        "or all stages, or name the folder of a run that has it"
+    )
 
 
 def _line(error: DistillError) -> str:
