@@ -240,6 +240,13 @@ class DistillConfig(TrainConfig):
     )
     text_weight: float = option(0.3, "weight of the cross-entropy on the teacher's text", low=0.0)
     token_weight: float = option(0.3, "weight of the token-level loss", low=0.0)
+    span_weight: float = option(
+        0.0,
+        "weight of approximate likelihood matching (token_loss: alm) as a term of its own, beside another "
+        "token-level loss",
+        low=0.0,
+        default_keyed=False,
+    )
     max_rows: int = option(
         0,
         "training rows that the student learns from, the first of the prepared ones, whose order is random; "

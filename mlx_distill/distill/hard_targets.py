@@ -20,15 +20,16 @@ from mlx_distill.tasks.task import Task
 
 
 def hard_settings(settings: DistillConfig) -> DistillConfig:
-    """The settings of a control with one-hot targets: a token-level loss against a token alone is
-    cross-entropy, so its weight goes to the text.
+    """The settings of a control with one-hot targets: a token-level loss against a token alone, and the
+    likelihood of a certain span, are cross-entropy, so their weights go to the text.
 
     >>> hard = hard_settings(DistillConfig(label_weight=1.0, text_weight=0.3, token_weight=10.0))
     >>> hard.label_weight, hard.text_weight, hard.token_weight
     (1.0, 10.3, 0.0)
     """
     token_weight = 0.0 if settings.token_loss == "none" else settings.token_weight
-    return replace(settings, text_weight=settings.text_weight + token_weight, token_weight=0.0)
+    text_weight = settings.text_weight + token_weight + settings.span_weight
+    return replace(settings, text_weight=text_weight, token_weight=0.0, span_weight=0.0)
 
 
 def hard_labels(logprobs: Float[mx.array, "r c"]) -> Float[mx.array, "r c"]:

@@ -41,7 +41,7 @@ def kd(
     :func:`~mlx_distill.distill.align.collate_aligned_rows`.
 
     .. math:: \alpha\, T^2\, \mathrm{KL}_T(\mathrm{label}) + \beta\, D(\mathrm{tokens})
-        + \gamma\, \mathrm{CE}(\mathrm{text})
+        + \gamma\, \mathrm{CE}(\mathrm{text}) + \delta\, \mathrm{ALM}(\mathrm{spans})
 
     - ``label``: over the task's classes and everything else, where the label's value starts; one event a row
       (Hinton et al., https://arxiv.org/abs/1503.02531). Where labels share their first tokens, a row tells
@@ -49,14 +49,16 @@ def kd(
     - ``token``: one of :data:`~mlx_distill.distill.token_losses.TOKEN_LOSSES`: ``kl`` over the teacher's top
       k (same tokenizer) or ``token_groups`` (two tokenizers), one event a common start of tokens; or ``alm``,
       one event a common span (https://arxiv.org/abs/2503.20083);
-    - ``text``: cross-entropy of the teacher's text, one event a token.
+    - ``text``: cross-entropy of the teacher's text, one event a token;
+    - ``span``: ``alm`` beside another token-level loss. With ``token_groups`` it is the recipe of gmlx:
+      groups at the common starts and likelihoods of the common spans.
 
     Terms of coefficient 0 are left out. Hidden states are computed once, and only the positions that predict
     the answer are projected to logits.
 
     Args:
-        settings: ``label_weight``, ``token_weight``, ``text_weight``, the temperatures, and which token-level
-            loss.
+        settings: ``label_weight``, ``token_weight``, ``text_weight``, ``span_weight``, the temperatures, and
+            which token-level loss.
         labels: The task's classes in the student's tokens, for ``label``.
         groups: The token groups of the two vocabularies, for ``token_groups``.
         same_tokenizer: Whether the two vocabularies are equal, so that ``auto`` means the plain KL.
@@ -68,13 +70,13 @@ def kd(
     Raises:
         ConfigError: no term is left, or a term lacks what it needs.
     """
-    coefficients, token_loss = _terms(settings, labels, groups, same_tokenizer, teacher)
+    coefficients, over_tokens = _terms(settings, labels, groups, same_tokenizer, teacher)
     losses = loss_terms(settings, labels, groups, same_tokenizer, teacher=teacher)
 
     def weights(batch: Batch) -> dict[str, float]:
         tokens = trained_tokens(batch)
         counts = {"text": tokens, "label": float(len(batch.extra["label_index"]))}
-        counts["token"] = float(len(batch.extra[token_loss.events])) if token_loss else 0.0
+        counts |= {term: float(len(batch.extra[loss.events])) for term, loss in over_tokens.items()}
         # A batch that only fills up a rank has a mask of zeros, and its weights are zero.
         return {term: counts[term] if tokens else 0.0 for term in coefficients}
 
@@ -100,7 +102,8 @@ def loss_terms(
 
     For the arguments and errors see :func:`kd`.
     """
-    coefficients, token_loss = _terms(settings, labels, groups, same_tokenizer, teacher)
+    coefficients, over_tokens = _terms(settings, labels, groups, same_tokenizer, teacher)
+    options = divergence_options(settings)
 
     def read(reader: LogitReader, batch: Batch) -> Iterator[TermPart]:
         extra = batch.extra
@@ -114,18 +117,10 @@ def loss_terms(
         if "label" in coefficients and labels is not None and len(extra["label_index"]):
             for index, losses in _label_losses(reader, extra, labels, settings.label_temperature):
                 yield "label", index, losses
-        if token_loss is not None and len(extra[token_loss.events]):
-            data = TokenLossInput(
-                reader,
-                extra,
-                cross_entropy,
-                groups,
-                settings.temperature,
-                divergence_options(settings),
-                teacher,
-            )
-            at = extra[token_loss.events]
-            yield "token", at if at.ndim == 1 else at[:, 0], token_loss.loss(data)
+        data = TokenLossInput(reader, extra, cross_entropy, groups, settings.temperature, options, teacher)
+        for term, loss in over_tokens.items():
+            if len(at := extra[loss.events]):
+                yield term, at if at.ndim == 1 else at[:, 0], loss.loss(data)
 
     return read
 
@@ -161,13 +156,16 @@ def _terms(
     groups: TokenGroups | None,
     same_tokenizer: bool,
     teacher: LiveTeacher | None,
-) -> tuple[dict[str, float], TokenLoss | None]:
-    """The coefficients of the terms that are not left out, and the token-level loss, both checked."""
+) -> tuple[dict[str, float], dict[str, TokenLoss]]:
+    """The coefficients of the terms that are not left out, and the token-level losses of the terms that are
+    made of one, both checked.
+    """
     name = token_loss_name(settings, same_tokenizer)
     coefficients = {
         "label": settings.label_weight,
         "token": settings.token_weight if name else 0.0,
         "text": settings.text_weight,
+        "span": settings.span_weight,
     }
     coefficients = {term: value for term, value in coefficients.items() if value > 0}
     _check(coefficients, name, labels, groups, same_tokenizer)
@@ -177,7 +175,8 @@ def _terms(
             f"distill.teacher: {settings.teacher}, and {'a' if teacher else 'no'} live teacher is given",
             fix="give teacher=LiveTeacher(model, tokenizer) exactly where the recipe says live",
         )
-    return coefficients, token_loss
+    over_tokens = {"token": token_loss, "span": TOKEN_LOSSES["alm"]}
+    return coefficients, {term: loss for term, loss in over_tokens.items() if loss and term in coefficients}
 
 
 def _check(
@@ -189,7 +188,8 @@ def _check(
 ) -> None:
     if not coefficients:
         raise ConfigError(
-            "distillation without a term", fix="raise label_weight, token_weight or text_weight"
+            "distillation without a term",
+            fix="raise label_weight, token_weight, text_weight or span_weight",
         )
     needs = TOKEN_LOSSES[token_loss].needs if token_loss else None
     if needs == "same_tokenizer" and not same_tokenizer:

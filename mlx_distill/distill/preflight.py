@@ -150,7 +150,7 @@ def _blind_loss(found: Distillation) -> Advice | None:
 
 
 def _untrained(found: Distillation) -> Advice | None:
-    if found.loss not in _AT_STARTS or found.settings.text_weight:
+    if found.loss not in _AT_STARTS or found.settings.text_weight or found.settings.span_weight:
         return None
     several, target = found.all["several"] or 0.0, found.all["with_target"]
     without = 0.0 if target is None else 1 - target
@@ -160,7 +160,7 @@ def _untrained(found: Distillation) -> Advice | None:
         f"distill.text_weight: 0 with token_loss: {found.loss}: {percent(several)} of the mass that maps is "
         f"in groups of several student tokens, and {percent(without)} of the student's tokens have no "
         "distribution as target: nothing trains either",
-        "set distill.text_weight above 0",
+        "set distill.text_weight or distill.span_weight above 0",
     )
 
 

@@ -77,7 +77,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
             max_rows=settings.max_rows,
         )
     if control == "text":
-        settings = replace(settings, label_weight=0.0, token_weight=0.0, text_weight=1.0)
+        settings = replace(settings, label_weight=0.0, token_weight=0.0, span_weight=0.0, text_weight=1.0)
     if context.task.label is None and settings.label_weight:
         settings = replace(settings, label_weight=0.0)
         if control is None:

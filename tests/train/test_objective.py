@@ -185,6 +185,24 @@ def test_each_term_is_the_mean_of_its_plain_formula(kind: str, dense_limit: int)
     assert result.weights["label"] == 4.0
 
 
+@pytest.mark.parametrize("dense_limit", [0, 1 << 24])
+def test_the_likelihoods_of_spans_are_a_term_beside_another_loss(dense_limit: int) -> None:
+    model = make_model()
+    both = kd(
+        settings(token_loss="token_groups", span_weight=2.0),
+        labels=LABELS,
+        groups=GROUPS,
+        dense_limit=dense_limit,
+    )
+    result = window_gradients(model, batches(2), both)
+    for term, kind in (("token", "token_groups"), ("span", "alm")):
+        assert result.terms[term] == pytest.approx(plain_terms(model, kind)["token"], rel=2e-4)
+    alone = window_gradients(model, batches(2), objective("token_groups"))
+    assert result.loss == pytest.approx(alone.loss + 2.0 * result.terms["span"], rel=1e-5)
+    only = kd(settings(token_weight=0.0, label_weight=0.0, text_weight=0.0, span_weight=1.0))
+    assert set(only.coefficients) == {"span"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", TOKEN_LOSSES)
 def test_tiled_equals_dense_in_gradient_and_the_batches_do_not_matter(kind: str) -> None:
