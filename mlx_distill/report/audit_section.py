@@ -10,7 +10,7 @@ from mlx_distill.report.tables import Report
 from mlx_distill.text import MINUS, NONE, counted, percent, signed_number, significant, size
 
 _COLUMNS = {"train": "Training rows", "valid": "Validation rows", "general": "General text"}
-_TERMS = {"label": "Label", "token": "Token", "text": "Text"}
+_TERMS = {"label": "Label", "token": "Token", "text": "Text", "span": "Span"}
 
 
 def audit(report: Report) -> dict[str, Any] | None:
