@@ -5,14 +5,19 @@
 
     write  a teacher with a trunk of more than 100 million random weights and the head of the vocabulary reads
            texts of this repository in its tokenizer's tokens: seconds of the bare forward (trunk and all
-           logits), and of the forward with what is kept of it written to disk, in turns; its parts; bytes on
-           disk by token, all files counted
+           logits), and of the forward with what is kept of it written to disk, in turns, in processor time,
+           since the machine is shared; its parts; the same with a temperature other than 1
     bytes  bytes on disk by token, all files counted, of 320 rows of this repository's documents in each
            tokenizer's tokens, with random top 32, without and with a temperature other than 1
     kl     the KL of a student computed from a cache against the exact one in float64, where the top 32 hold
            99.5 % of the mass and elsewhere, over random distributions of 151,936 columns
     store  the array store of rows and aligned rows beside pyarrow (parquet without and with compression):
            bytes, seconds to write and to read 300 rows at random, of packed records
+    live   a token-level loss and its gradient by the student's hidden states at 256 positions from a live
+           teacher, both heads of 151,936 columns: peak memory beyond the models and processor time, with both
+           logits at once and tile by tile
+    read   milliseconds of processor time in which a batch of aligned rows with 32 tokens a position is read
+           from disk and collated: what reading ahead could save of a training step
     student
            the packaged tiny Qwen3, fine-tuned, teaches its own base: held-out KL of students from the cache
            and from the live teacher, with equal seeds; only the token-level loss
@@ -31,6 +36,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +45,15 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT)]
 RESULTS = ROOT / "benchmarks" / "results" / "cache.json"
-PARTS = ("bytes", "write", "kl", "store", "student")
+PARTS = ("bytes", "write", "kl", "store", "live", "read", "student")
 COLUMNS = {"qwen3": 151_936, "gpt-oss": 201_088}
 
 
-def make_teacher(columns: int, hidden: int, layers: int) -> Any:
+def make_teacher(columns: int, hidden: int, layers: int, seed: int = 0) -> Any:
     import mlx.core as mx
     from mlx_lm.models import qwen3
 
-    mx.random.seed(0)
+    mx.random.seed(seed)
     arguments = qwen3.ModelArgs(
         model_type="qwen3",
         hidden_size=hidden,
@@ -83,6 +89,12 @@ def timed(work: Callable[[], Any]) -> tuple[float, Any]:
     return time.perf_counter() - start, out
 
 
+def processor_time(work: Callable[[], Any]) -> tuple[float, Any]:
+    start = time.process_time()
+    out = work()
+    return time.process_time() - start, out
+
+
 def write(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     import mlx.core as mx
     from mlx.utils import tree_flatten
@@ -110,33 +122,35 @@ def write(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, A
 
     def bare() -> tuple[float, float, Any]:
         """Trunk, and logits of the answers' positions."""
-        trunk, hidden = timed(lambda: _evaluated(hidden_states(model, mx.array(rows))))
+        trunk, hidden = processor_time(lambda: _evaluated(hidden_states(model, mx.array(rows))))
         kept = hidden[:, start - 1 : -1].reshape(-1, hidden.shape[-1])
-        head, z = timed(lambda: _evaluated(logits(model, kept)))
+        head, z = processor_time(lambda: _evaluated(logits(model, kept)))
         return trunk, head, z
 
-    def whole() -> tuple[float, float, Path]:
+    def whole(temperatures: tuple[float, ...] = ()) -> tuple[float, float, Path]:
         target = Path(tempfile.mkdtemp()) / "targets"
-        forward, scored = timed(
-            lambda: list(
-                score(model, answers, top_k=32, tokenizer=tokenizer, batch_size=len(rows), multiple=1)
-            )
+        options = {"batch_size": len(rows), "multiple": 1, "temperatures": temperatures}
+        forward, scored = processor_time(
+            lambda: list(score(model, answers, top_k=32, tokenizer=tokenizer, **options))
         )
-        writer = TargetWriter(target, layout)
-        packing, _ = timed(lambda: (writer.write(scored), writer.finish(labels=[])))
+        writer = TargetWriter(target, replace(layout, temperatures=temperatures))
+        packing, _ = processor_time(lambda: (writer.write(scored), writer.finish(labels=[])))
         return forward, packing, target
 
-    bare(), whole()
-    rounds = [(bare(), whole()) for _ in range(arguments.rounds)]
+    whole()
+    rounds = [(bare(), whole(), whole((2.0,))) for _ in range(arguments.rounds)]
     z = rounds[0][0][2]
-    best = timed(lambda: _evaluated(top_k(z, 32)))[0]
-    normalizer = timed(lambda: _evaluated(mx.logsumexp(z, axis=-1)))[0]
+    best = processor_time(lambda: _evaluated(top_k(z, 32)))[0]
+    normalizer = processor_time(lambda: _evaluated(mx.logsumexp(z, axis=-1)))[0]
     target = rounds[-1][1][2]
     on_disk = sum(path.stat().st_size for path in target.iterdir())
     records = sum(path.stat().st_size for path in target.glob("tokens-*"))
     weights = sum(v.size for n, v in tree_flatten(model.parameters()) if "embed" not in n)
     index = TargetReader(target).index
-    ratio = statistics.median((b[0] + b[1]) / (w[0] + w[1]) for b, w in rounds)
+
+    def speed(which: int) -> float:
+        return statistics.median(sum(one[0][:2]) / sum(one[which][:2]) for one in rounds)
+
     return {
         "columns": COLUMNS[name],
         "trunk_parameters": weights,
@@ -145,15 +159,17 @@ def write(folder: Path, name: str, arguments: argparse.Namespace) -> dict[str, A
         "token_file_bytes_a_token": records / tokens,
         "all_files_bytes_a_token": on_disk / tokens,
         "kept_mass": index["kept_mass"],
-        "seconds": {
-            "trunk": statistics.median(b[0] for b, _ in rounds),
-            "head": statistics.median(b[1] for b, _ in rounds),
-            "forward_with_what_is_kept": statistics.median(w[0] for _, w in rounds),
-            "packing_and_writing": statistics.median(w[1] for _, w in rounds),
+        "processor_seconds": {
+            "trunk": statistics.median(one[0][0] for one in rounds),
+            "head": statistics.median(one[0][1] for one in rounds),
+            "forward_with_what_is_kept": statistics.median(one[1][0] for one in rounds),
+            "packing_and_writing": statistics.median(one[1][1] for one in rounds),
             "top_k": best,
             "one_logsumexp": normalizer,
         },
-        "speed_of_bare_forward": ratio,
+        "rounds": len(rounds),
+        "speed_of_bare_forward": speed(1),
+        "speed_of_bare_forward_with_a_temperature": speed(2),
     }
 
 
@@ -294,6 +310,89 @@ def store(rows: int = 2000) -> dict[str, Any]:
     return out
 
 
+def live(positions: int = 256, hidden: int = 128) -> dict[str, Any]:
+    import mlx.core as mx
+
+    from mlx_distill.distill.live_teacher import LiveTeacher
+    from mlx_distill.distill.token_losses import TOKEN_LOSSES, TokenLossInput
+    from mlx_distill.train.objective import LogitReader
+
+    columns = COLUMNS["qwen3"]
+    teacher, student = (make_teacher(columns, hidden, 1, seed) for seed in (0, 1))
+    student.freeze()
+    states = [mx.random.normal((positions, hidden)) for _ in range(2)]
+    mx.eval(states)
+    extra = {"start_index": mx.arange(positions), "teacher_hidden": states[1]}
+    out: dict[str, Any] = {"positions": positions, "columns": columns}
+    for name in ("kl", "js_divergence"):
+        values = {}
+        for kind, limit in (("dense", 1 << 40), ("tiles", 0)):
+
+            def loss(x: mx.array, name: str = name, limit: int = limit) -> mx.array:
+                reader = LogitReader(student, x, limit)
+                data = TokenLossInput(reader, extra, lambda: x, None, 1.0, teacher=LiveTeacher(teacher, None))
+                return TOKEN_LOSSES[name].loss(data).sum()
+
+            mx.clear_cache()
+            mx.reset_peak_memory()
+            before = mx.get_active_memory()
+            seconds, (value, gradient) = processor_time(
+                lambda one=loss: _evaluated(mx.value_and_grad(one)(states[0]))
+            )
+            peak = mx.get_peak_memory() - before
+            values[kind] = {"peak_bytes": peak, "processor_s": seconds, "value": value.item()}
+            del value, gradient
+        dense, tiles = values["dense"], values["tiles"]
+        out[name] = {
+            **values,
+            "peak_ratio": tiles["peak_bytes"] / dense["peak_bytes"],
+            "time_ratio": tiles["processor_s"] / dense["processor_s"],
+        }
+    return out
+
+
+def read(rows: int = 400, prompt: int = 300, answer: int = 120) -> dict[str, Any]:
+    import mlx.core as mx
+
+    from mlx_distill.distill.align import (
+        align_row,
+        aligned_row_arrays,
+        aligned_row_from_arrays,
+        collate_aligned_rows,
+    )
+    from mlx_distill.storage.array_store import Store, StoreWriter
+
+    random, columns = np.random.default_rng(0), COLUMNS["qwen3"]
+    place = Path(tempfile.mkdtemp()) / "rows"
+    with StoreWriter(place) as writer:
+        for _ in range(rows):
+            row = align_row(
+                random.integers(0, columns, prompt + answer),
+                prompt,
+                np.array([[j, j + 1, j, j + 1] for j in range(answer - 1)]),
+                teacher_logprobs=-random.random(answer),
+                topk_ids=random.integers(0, columns, (answer, 32)).astype(np.int32),
+                topk_logprobs=-random.random((answer, 32)).astype(np.float32),
+                label_start=None,
+                label_logprobs=None,
+            )
+            writer.append(answer, **aligned_row_arrays(row))
+    stored = Store(place, aligned_row_from_arrays)
+    out: dict[str, Any] = {"prompt_tokens": prompt, "answer_tokens": answer}
+    for size in (4, 16):
+        order, found = random.permutation(rows), []
+        for first in range(0, rows - size + 1, size):
+            chosen = [[int(number)] for number in order[first : first + size]]
+
+            def made(chosen: list[list[int]] = chosen) -> None:
+                batch = collate_aligned_rows(stored, chosen, 0, 1, 16)
+                mx.eval(batch.inputs, list(batch.extra.values()))
+
+            found.append(processor_time(made)[0] * 1e3)
+        out[f"batch_{size}_ms"] = statistics.median(found)
+    return out
+
+
 def student(out: Path, seeds: list[int], steps: int, known: dict[str, Any]) -> dict[str, Any]:
     from mlx_distill.pipeline import run
     from mlx_distill.storage import read_jsonl
@@ -385,6 +484,10 @@ def main() -> None:
         results["kl"] = kl()
     if "store" in arguments.parts:
         results["store"] = store()
+    if "live" in arguments.parts:
+        results["live"] = live()
+    if "read" in arguments.parts:
+        results["read"] = read()
     if "student" in arguments.parts:
         out = arguments.run or Path(tempfile.mkdtemp()) / "run"
         results["student"] = student(out, arguments.seeds, arguments.steps, results.get("student", {}))

@@ -232,7 +232,12 @@ def _recipe(spec: str | Path, folder: Path) -> Iterator[Check]:
     out = folder / "runs" / recipe.name
     needs = stage_resources(recipe, graph(recipe, recipe.load_task()), out)
     for name, need in needs.items():
-        yield Check(name, "ok", need.text or "nothing to download; disk not known")
+        text = need.text or "nothing to download; disk not known"
+        if need.memory is not None and need.memory > total_memory():
+            fix = "set distill.teacher: cached, or take quantized models (convert.quantize)"
+            yield Check(name, "bad", f"{text}; {total_memory() / _GB:.1f} GB on this machine", fix)
+        else:
+            yield Check(name, "ok", text)
     free = shutil.disk_usage(folder).free
     text = f"{total(needs)}; {free / _GB:.1f} GB free"
     if total_disk(needs) > free:

@@ -213,12 +213,16 @@ def _targets_facts(folder: Path, manifest: Manifest, problems: list[str]) -> dic
         return {}
     index, tokens = reader.index, max(reader.index["tokens"], 1)
     whole = _bytes(manifest) / tokens
-    kept = f"{reader.layout.top_k} samples" if reader.layout.sampled else f"top {reader.layout.top_k}"
+    kept = f"{reader.layout.top_k} samples"
+    if not reader.layout.sampled:
+        kept = f"top {reader.layout.top_k}, {percent(index['kept_mass'], 2)} of the mass"
+    for temperature, mass in index["tail_mass_at"].items():
+        kept += f", {percent(1 - mass, 2)} of that at temperature {temperature}"
     return {
         "rows": f"{len(reader):,}",
         "tokens": f"{index['tokens']:,}",
         "bytes a token": f"{whole:.1f}, of which {index['record_bytes']} its distribution",
-        "kept": kept if reader.layout.sampled else f"{kept}, {percent(index['kept_mass'], 2)} of the mass",
+        "kept": kept,
     }
 
 

@@ -1,4 +1,5 @@
-"""What a run downloads and writes, a stage at a time, as far as that is known before anything is loaded."""
+"""What a run downloads and writes, a stage at a time, as far as that is known before anything is loaded; what
+two models at once take of the memory."""
 
 from __future__ import annotations
 
@@ -11,11 +12,13 @@ from mlx_distill.config import resolve_asset
 from mlx_distill.graph import Stage
 from mlx_distill.models.hub import ALLOWED, IGNORED, is_hub_id
 from mlx_distill.recipe import Recipe, TrainConfig
+from mlx_distill.recipe_training import UNTRAINED
 from mlx_distill.status import Plan
 from mlx_distill.storage import read_json
 from mlx_distill.text import size
 
 _TIMEOUT_S = 5.0
+_LOGIT_ROWS = 64  # positions whose logits exist at once, of the student and of a live teacher
 _QUANTIZED_BYTES = 1.125  # a weight at most: eight bits, and a scale and a bias for each group of 32
 
 
@@ -29,6 +32,8 @@ class Resources:
         grad_checkpoint: Of a training: whether activations are computed again to save memory.
         model: The Hub model that is downloaded.
         refine: Of the quantization: what is fitted to how many rows.
+        memory: Of a training with a live teacher: bytes of both models and of a tile of logits of each. The
+            activations and the optimizer come on top, so it is what is needed at least.
     """
 
     download: int | None = 0
@@ -36,6 +41,7 @@ class Resources:
     grad_checkpoint: bool | None = None
     model: str | None = None
     refine: str | None = None
+    memory: int | None = None
 
     @property
     def text(self) -> str:
@@ -52,6 +58,8 @@ class Resources:
             parts.append(f"disk: at most {size(self.disk)}")
         if self.grad_checkpoint is not None:
             parts.append(f"grad_checkpoint: {str(self.grad_checkpoint).lower()}")
+        if self.memory is not None:
+            parts.append(f"memory: at least {size(self.memory)}, student and live teacher")
         if self.refine is not None:
             parts.append(self.refine)
         return "; ".join(parts)
@@ -84,6 +92,7 @@ def stage_resources(recipe: Recipe, stages: Sequence[Stage], out: Path) -> dict[
             needs[stage.name] = Resources(
                 disk=_training_bytes(folder, settings, bases[base].disk, recipe.dequantize),
                 grad_checkpoint=settings.grad_checkpoint,
+                memory=_live_memory(recipe, bases, sources, out) if "teacher" in stage.parents else None,
             )
         elif stage.command == "quantize":
             disk = bases["student_base"].disk
@@ -91,6 +100,44 @@ def stage_resources(recipe: Recipe, stages: Sequence[Stage], out: Path) -> dict[
                 disk += _candidate_bytes(_folder_of("student_base", out, sources), recipe, disk)
             needs[stage.name] = Resources(disk=disk, refine=_refinement(recipe))
     return needs
+
+
+def _live_memory(
+    recipe: Recipe, bases: Mapping[str, Resources], sources: Mapping[str, str], out: Path
+) -> int | None:
+    """The bytes of the student, of a live teacher beside it, and of a tile of logits of each; None where a
+    model's size is not known.
+    """
+    own = recipe.teach.method == UNTRAINED and sources["teacher_base"] == sources["student_base"]
+    names = ("student_base",) if own else ("student_base", "teacher_base")
+    found = [_model_memory(_folder_of(name, out, sources), bases[name].disk, recipe, name) for name in names]
+    known = [one for one in found if one is not None]
+    return sum(known) if len(known) == len(found) else None
+
+
+def _model_memory(folder: Path | None, disk: int | None, recipe: Recipe, name: str) -> int | None:
+    """A loaded model with a tile of its logits. Of one whose config is not on this machine, its files."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_distill.errors import DistillError
+    from mlx_distill.models.forward import head_columns
+    from mlx_distill.models.load import empty_model
+    from mlx_distill.models.modules import dequantize_model
+
+    if folder is None:
+        return disk
+    try:
+        model = empty_model(folder)
+    except DistillError:  # the run itself reports it
+        return disk
+    if recipe.dequantizes(name):
+        dequantize_model(model)
+    arrays = [array for _, array in tree_flatten(model.parameters())]
+    weights = sum(array.size for array in arrays if mx.issubdtype(array.dtype, mx.floating))
+    packed = sum(array.nbytes for array in arrays if not mx.issubdtype(array.dtype, mx.floating))
+    each = 4 if recipe.compute_dtype == "float32" else 2
+    return weights * each + packed + _LOGIT_ROWS * head_columns(model) * 4
 
 
 def _folder_of(base: str, out: Path, sources: Mapping[str, str]) -> Path | None:

@@ -63,6 +63,8 @@ class ValidationPlan:
         disk: Bytes at most, where that is known.
         seconds: The time that is left; None where nothing was measured yet.
         measured: What ``seconds`` was measured on.
+        memory: Bytes that a training with a live teacher takes at least; None without one, or where that is
+            not known.
     """
 
     recipe: str
@@ -74,6 +76,7 @@ class ValidationPlan:
     disk: int | None
     seconds: float | None
     measured: str | None
+    memory: int | None = None
 
     @property
     def lines(self) -> list[str]:
@@ -94,6 +97,8 @@ class ValidationPlan:
         lines.append(f"answers: {', '.join(answers)}")
         if self.disk is not None:
             lines.append(f"disk: at most {size(self.disk)}, converted models once")
+        if self.memory is not None:
+            lines.append(f"memory: at least {size(self.memory)}, student and live teacher")
         lines.append(f"time left: {self._time}")
         return lines
 
@@ -198,6 +203,7 @@ def make_plan(validation: FoldRuns) -> ValidationPlan:
         disk,
         seconds,
         measured,
+        _memory(validation),
     )
 
 
@@ -279,6 +285,13 @@ def _ratio(recipe: Recipe, stage: Stage, rows: Mapping[str, int], counts: Mappin
         return 1.0
     split = "test" if stage.command == "evaluate" else "train"
     return rows[split] / counts[split] if counts[split] and stage.command != "quantize" else 1.0
+
+
+def _memory(validation: FoldRuns) -> int | None:
+    """What a training with a live teacher takes at least."""
+    one = validation.runs[0]
+    needs = stage_resources(load_recipe(validation.spec, one.overrides), validation.stages(one), one.folder)
+    return max((need.memory for need in needs.values() if need.memory is not None), default=None)
 
 
 def _disk(validation: FoldRuns) -> int | None:

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from helpers.small_chain import finished
+from helpers.small_run import write_recipe
+from mlx.utils import tree_flatten
 
 from mlx_distill import pipeline
 from mlx_distill.config import ASSETS
 from mlx_distill.doctor import diagnose
 from mlx_distill.graph import graph
+from mlx_distill.models.forward import head_columns
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.resources import Resources, stage_resources, total, total_disk
 from mlx_distill.status import Plan
@@ -99,6 +102,38 @@ def test_finished_stages_need_nothing() -> None:
     plan = pipeline.run(finished() / "recipe.yaml", finished() / "out", dry_run=True)
     assert isinstance(plan, Plan) and plan.total is None
     assert not any("needs" in row for row in plan.stages)
+
+
+def test_a_live_teacher_states_the_memory_of_both_models(hub: None, tmp_path: Path) -> None:
+    from mlx_distill.models.load import load
+
+    live = load_recipe("tiny", {"distill.teacher": "live", "compute_dtype": "float32", "dequantize": False})
+    expected = 0
+    for name in ("tiny-qwen3", "tiny-gpt-oss"):
+        model, _ = load(ASSETS / "models" / name, dtype="float32")
+        expected += sum(array.nbytes for _, array in tree_flatten(model.parameters()))
+        expected += 64 * head_columns(model) * 4
+    needs = needs_of(live, tmp_path)
+    assert needs["student"].memory == expected
+    assert "memory: at least" in needs["student"].text and needs["teacher"].memory is None
+    assert needs_of(load_recipe("tiny"), tmp_path)["student"].memory is None
+    own = {"distill.teacher": "live", "teach.method": "none", "student": "asset:models/tiny-qwen3"}
+    beside = needs_of(load_recipe("tiny", {**own, "teach.method": "lora"}), tmp_path)["student"].memory
+    shared = needs_of(load_recipe("tiny", own), tmp_path)["student"].memory
+    assert shared is not None and beside == 2 * shared  # its own base, the adapter switched off
+    flagship = needs_of(load_recipe(FLAGSHIP, {"distill.teacher": "live"}), tmp_path)
+    assert flagship["student"].memory == 2 * 16_000_000_700
+
+
+def test_doctor_refuses_a_live_teacher_that_does_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_recipe(tmp_path, distill={"teacher": "live"}, student="asset:models/tiny-gpt-oss")
+    checks = {c.name: c for c in diagnose(tmp_path, tmp_path / "recipe.yaml").checks}
+    assert checks["student"].state == "ok" and "student and live teacher" in checks["student"].detail
+    monkeypatch.setattr("mlx_distill.doctor.total_memory", lambda: 1000)
+    student = {c.name: c for c in diagnose(tmp_path, tmp_path / "recipe.yaml").checks}["student"]
+    assert student.state == "bad" and "distill.teacher: cached" in (student.fix or "")
 
 
 def test_doctor_holds_a_recipe_against_the_free_disk(

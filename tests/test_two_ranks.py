@@ -23,26 +23,36 @@ from mlx_distill.train.distributed import Ranks, agree_on_key
 pytestmark = pytest.mark.slow
 
 
-def make_machine(folder: Path) -> None:
-    """A folder with a recipe, its rows and the base model, as it would be copied to another machine. The
-    first rank answers rows at each validation, and both go by what it found.
-    """
+# What a training stage reads. The first rank of `teach` answers rows at each validation, and both go by what
+# it found; the teacher of `distill` is beside the student on either.
+READS = {
+    "teach": ("data", "teacher_base"),
+    "distill": ("data", "teacher_base", "student_base", "teacher", "targets"),
+}
+SETTINGS = {
+    "teach": {"evaluate_rows": 2, "best_metric": "token_accuracy", "use_best": True},
+    "distill": {"teacher": "live", "steps": 3, "checkpoint_every": 1, "evaluate_every": 0},
+}
+
+
+def make_machine(folder: Path, stage: str = "teach") -> None:
+    """A folder with a recipe, and what the stage reads as it would be copied to another machine."""
     folder.mkdir(parents=True)
     for path in finished().iterdir():
         if path.is_file():
             shutil.copy2(path, folder)
     recipe = yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8"))
-    recipe["teach"] |= {"evaluate_rows": 2, "best_metric": "token_accuracy", "use_best": True}
+    recipe[stage] = {**recipe[stage], **SETTINGS[stage]}
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    for name in ("data", "teacher_base"):
+    for name in READS[stage]:
         shutil.copytree(finished() / "out" / name, folder / "out" / name)
 
 
-def launch(folder: Path, killed: str = "") -> list[tuple[int, str]]:
-    """``teach`` on two ranks, each in its own folder; rank 0 is killed just before the rename to a path that
+def launch(folder: Path, killed: str = "", stage: str = "teach") -> list[tuple[int, str]]:
+    """A stage on two ranks, each in its own folder; rank 0 is killed just before the rename to a path that
     matches ``killed``.
     """
-    runs = [[sys.executable, killed_run.__file__, "recipe.yaml", "out", at, "teach"] for at in (killed, "")]
+    runs = [[sys.executable, killed_run.__file__, "recipe.yaml", "out", at, stage] for at in (killed, "")]
     return ends_of(folder, runs, [folder / "0", folder / "1"])
 
 
@@ -62,6 +72,19 @@ def test_teach_on_two_machines_resumes_bitwise_after_a_kill(tmp_path: Path) -> N
     ours, theirs = (read_manifest(folder / "0" / "out" / "teacher") for folder in (cut, whole))
     assert ours is not None and theirs is not None and ours.content == theirs.content
     assert ours.recorded["resumed"] == 2 and theirs.recorded["resumed"] == 0
+
+
+def test_distill_beside_a_live_teacher_on_two_machines_resumes_bitwise_after_a_kill(tmp_path: Path) -> None:
+    cut, whole = tmp_path / "cut", tmp_path / "whole"
+    for folder in (cut / "0", cut / "1", whole / "0", whole / "1"):
+        make_machine(folder, "distill")
+    (lost, said), _ = launch(cut, r"checkpoints/step-0*2$", "distill")
+    assert lost == -9, said
+    for folder in (cut, whole):
+        assert [code for code, _ in launch(folder, stage="distill")] == [0, 0]
+    ours, theirs = (read_manifest(folder / "0" / "out" / "student") for folder in (cut, whole))
+    assert ours is not None and theirs is not None and ours.content == theirs.content
+    assert ours.recorded["resumed"] == 1 and theirs.recorded["resumed"] == 0
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,12 @@ from mlx_distill.data.chat import render
 from mlx_distill.data.messages import with_system
 from mlx_distill.distill.align import AlignedRow
 from mlx_distill.distill.teacher_cache import TeacherTargets
-from mlx_distill.errors import DataError
+from mlx_distill.errors import DataError, ModelError
 from mlx_distill.infer.kv_cache import pad_right
-from mlx_distill.losses.numerics import log_softmax
+from mlx_distill.losses.numerics import LOWEST, log_softmax
+from mlx_distill.losses.output_head import HeadWeight, head_weight
 from mlx_distill.models.adapters import without_adapters
-from mlx_distill.models.forward import head_columns, hidden_states, logits
+from mlx_distill.models.forward import head, head_columns, hidden_states, logits, softcap
 from mlx_distill.models.token_ids import used_ids
 from mlx_distill.records import Batch, TopK
 from mlx_distill.train.validation import evaluation_mode
@@ -94,6 +95,31 @@ class LiveTeacher:
             z = logits(self.model, hidden)[:, mx.array(columns)]
         ids = mx.broadcast_to(mx.array(columns.astype(np.int32)), z.shape)
         return TopK(ids, mx.stop_gradient(log_softmax(z, temperature)))
+
+    def tiled_head(self, columns: int, *, masked: bool = True) -> HeadWeight | None:
+        """The head for the tiled losses, whose columns without a token have no probability.
+
+        Args:
+            columns: Of the student's head.
+            masked: Whether the loss takes tokens of probability 0, as the reverse KL does not.
+
+        Returns:
+            None where the head has other columns, cannot be read in tiles, or has columns without a token
+            that cannot be masked. Then :meth:`distribution` gives the same.
+        """
+        cap, width = softcap(self.model), head_columns(self.model)
+        unused = np.ones(width, dtype=bool)
+        unused[self._columns] = False
+        if width != columns or (unused.any() and (cap is not None or not masked)):
+            return None
+        try:
+            weight = head_weight(head(self.model), cap)
+        except ModelError:  # with an adapter on it
+            return None
+        if not unused.any():
+            return weight
+        bias = mx.array(np.where(unused, np.float32(LOWEST), np.float32(0)))
+        return replace(weight, bias=bias if weight.bias is None else weight.bias.astype(mx.float32) + bias)
 
 
 def with_teacher_tokens(

@@ -21,7 +21,8 @@ import hashlib
 import json
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ from mlx_distill.storage import (
 
 FORMAT = 3
 INDEX = "index.json"
+# What each cache has fingerprints of; "system" is added where the teacher reads another system prompt.
+MADE_FROM = ("weights", "adapter", "tokenizer", "template", "rows")
 _AGAIN = "make them again: mlx-distill targets"
 _FIX = "delete the folder and run: mlx-distill targets"
 _METADATA = "teacher_cache"  # one key: the order of several is not fixed
@@ -171,6 +174,30 @@ class TargetWriter:
             save_file(tensors, temporary, metadata={_METADATA: json.dumps(facts)})
         self.shards.append({**sums, "rows_sha256": facts["rows_sha256"], "sha256": sha256(path)})
 
+    def write_all(self, shards: Iterable[Sequence[TeacherTargets]]) -> Iterator[int]:
+        """Write each shard while the next one is computed.
+
+        Args:
+            shards: One is waited for in memory while another is written. An error that they raise comes after
+                the shard before is on the disk.
+
+        Yields:
+            The rows that are on the disk after each shard.
+
+        Raises:
+            ModelError, FileError: of :meth:`write`, before another shard is written.
+        """
+        with ThreadPoolExecutor(1, thread_name_prefix="targets") as pool:
+            written: Future[None] | None = None
+            for rows in shards:
+                if written is not None:
+                    written.result()
+                    yield self.done
+                written = pool.submit(self.write, rows)
+            if written is not None:
+                written.result()
+                yield self.done
+
     def _lines(self, rows: Sequence[TeacherTargets]) -> Iterator[dict[str, Any]]:
         for row in rows:
             self._last = row.id, self._last[1] + 1 if self._last[0] == row.id else 0
@@ -253,21 +280,25 @@ class TargetReader:
         return tuple(self.index["labels"])
 
     def check(self, fingerprints: Mapping[str, str]) -> None:
-        """Refuse targets that were made from something else.
+        """Refuse targets that were made from something else, or that do not say from what.
 
         Args:
-            fingerprints: As they were given to the writer, of what is there now.
+            fingerprints: As they were given to the writer, of what is there now: all of :data:`MADE_FROM`,
+                and others where there are any. One that only one of the two has differs.
 
         Raises:
-            DataError: names all that differs.
+            DataError: names all that differs, or is missing in the targets.
         """
         theirs = self.index["fingerprints"]
-        other = [name for name, value in fingerprints.items() if theirs.get(name) != value]
-        if other:
+        missing = [name for name in MADE_FROM if name not in theirs]
+        if missing:
             raise DataError(
-                f"{self.folder}: targets of another {', another '.join(other)}",
-                fix="run: mlx-distill targets",
+                f"{self.folder}: targets without a fingerprint of {', '.join(missing)}", fix=_AGAIN
             )
+        names = dict.fromkeys([*MADE_FROM, *fingerprints, *theirs])
+        other = [name for name in names if theirs.get(name) != fingerprints.get(name)]
+        if other:
+            raise DataError(f"{self.folder}: targets of another {', another '.join(other)}", fix=_AGAIN)
 
     def __len__(self) -> int:
         return int(self.index["rows"])

@@ -69,15 +69,31 @@ class _Largest:
         the k, which are summed by themselves: as one minus the k's share, a confident teacher's would be
         rounding.
         """
-        blocks = self.blocks if temperature == 1 else self.blocks / temperature
         by_block = mx.put_along_axis(
-            mx.logsumexp(blocks, axis=-1),
+            block_logsumexp(self.blocks, temperature),
             self.chosen,
             mx.logsumexp(self.others / temperature, axis=-1),
             axis=-1,
         )
         outside = mx.logsumexp(by_block, axis=-1)
         return mx.logaddexp(outside, mx.logsumexp(self.values / temperature, axis=-1)), outside
+
+
+def block_logsumexp(blocks: Float[mx.array, "n b c"], temperature: float = 1.0) -> Float[mx.array, "n b"]:
+    """``log(sum(exp(z / T)))`` of each block of columns.
+
+    On the CPU by numpy, row by row: mlx's ``exp`` takes five times as long there (mlx 0.32.4, x86), and this
+    is the only pass over the vocabulary that has one.
+    """
+    if mx.default_device() != mx.cpu:
+        return mx.logsumexp(blocks if temperature == 1 else blocks / temperature, axis=-1)
+    z = np.array(blocks, copy=False)
+    out = np.empty(z.shape[:2], dtype=np.float32)
+    for sums, row in zip(out, z, strict=True):
+        top = row.max(axis=-1)
+        scaled = (row - top[:, None]) * np.float32(1 / temperature)
+        np.add(np.log(np.exp(scaled, out=scaled).sum(axis=-1)), top / np.float32(temperature), out=sums)
+    return mx.array(out)
 
 
 def _largest(z: Float[mx.array, "n v"], k: int) -> _Largest:

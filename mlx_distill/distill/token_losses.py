@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -19,6 +19,7 @@ from mlx_distill.distill.live_teacher import LiveTeacher
 from mlx_distill.errors import ConfigError
 from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, span_sums, token_group_kl
 from mlx_distill.losses.gold import gold
+from mlx_distill.losses.tiled import linear_divergence
 from mlx_distill.losses.topk import rows_of, sparse_forward_kl, sparse_linear_kl
 from mlx_distill.losses.topk_divergences import sparse_divergence
 from mlx_distill.losses.uld import uld
@@ -69,13 +70,38 @@ class TokenLoss:
 
 def _top_k_kl(data: TokenLossInput) -> mx.array:
     index, reader, t = data.extra["start_index"], data.reader, data.temperature
+    if (tiled := _live_tiled("forward_kl", data)) is not None:
+        return tiled
     if reader.tiled_head is not None and data.teacher is None:
         targets = _cached(data)
         return t**2 * sparse_linear_kl(reader.hidden[index] / t, reader.tiled_head.over(t), targets)
     return t**2 * _over_tokens(data, sparse_forward_kl)
 
 
+def _live_tiled(name: str, data: TokenLossInput) -> mx.array | None:
+    """A divergence from a live teacher by tiles of both heads; None where one of them cannot be read in tiles
+    or the logits are computed at once.
+    """
+    student = data.reader.tiled_head
+    if student is None or data.teacher is None:
+        return None
+    teacher, options = data.teacher.tiled_head(student.columns, masked=name != "reverse_kl"), data.options
+    if teacher is None:
+        return None
+    return linear_divergence(
+        data.reader.hidden[data.extra["start_index"]],
+        student,
+        data.extra["teacher_hidden"],
+        teacher,
+        divergence=name,
+        temperature=data.temperature,
+        **dict[str, Any](options),
+    )
+
+
 def _top_k_divergence(name: str, data: TokenLossInput) -> mx.array:
+    if (tiled := _live_tiled(name, data)) is not None:
+        return tiled
     return data.temperature**2 * _over_tokens(
         data, lambda z, targets: sparse_divergence(z, targets, divergence=name, **data.options)
     )

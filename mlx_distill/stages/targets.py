@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import sys
-from collections.abc import Mapping
-from itertools import chain, islice
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, count, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,7 +27,7 @@ from mlx_distill.storage import digest, os_errors, read_json, read_manifest, scr
 from mlx_distill.text import counted, percent, size
 
 if TYPE_CHECKING:
-    from mlx_distill.distill.teacher_cache import TargetWriter
+    from mlx_distill.distill.teacher_cache import TargetWriter, TeacherTargets
     from mlx_distill.distill.token_codec import TokenLayout
 
 MAX_TAIL = 0.01  # of the mass at a temperature other than 1
@@ -58,17 +59,24 @@ def targets(context: Context, folder: Path) -> Facts:
         unit="row",
         start=writer.done,
     ) as bar:
-        while chunk := list(islice(rows, shard)):
-            check_stop(context)
-            asked, samples = zip(*chunk, strict=True)
-            scored, check = score_answers(
-                model, tokenizer, asked, context.task, settings, labels, samples, temperatures
-            )
-            write_json(_check_file(folder, len(writer.shards)), check.to_dict())
-            writer.write(scored)
+
+        def scored() -> Iterator[list[TeacherTargets]]:
+            for number in count(len(writer.shards)):
+                chunk = list(islice(rows, shard))
+                if not chunk:
+                    return
+                check_stop(context)
+                asked, samples = zip(*chunk, strict=True)
+                found, check = score_answers(
+                    model, tokenizer, asked, context.task, settings, labels, samples, temperatures
+                )
+                write_json(_check_file(folder, number), check.to_dict())
+                yield found
+
+        for done in writer.write_all(scored()):
             if context.recipe.distill.token_loss != "auto":
                 check_tail(writer.sums, settings.top_k)
-            bar.update(writer.done)
+            bar.update(done)
     paths = [_check_file(folder, shard) for shard in range(len(writer.shards))]
     answers = joined([read_json(path) for path in paths if path.is_file()])
     if invalid := answers["rows"] - answers["valid"]:
@@ -88,14 +96,18 @@ def _note_disk(context: Context, tokenizer: Any, writer: TargetWriter, rows: int
     """
     from mlx_distill.data.chat import answer_ids
 
-    first = [row["messages"][-1]["content"] for row in islice(read_rows(context, "train"), 100)]
-    tokens = sum(len(answer_ids(tokenizer, text)) + 1 for text in first) / max(len(first), 1)
+    first = [
+        (row["id"], text, len(answer_ids(tokenizer, text)) + 1)
+        for row in islice(read_rows(context, "train"), 100)
+        for text in [row["messages"][-1]["content"]]
+    ]
     left = rows - writer.done
-    each = writer.layout.record_bytes
-    needed = round(left * (tokens * each + sum(len(text.encode()) for text in first) / max(len(first), 1)))
+    tokens = sum(row[2] for row in first) / max(len(first), 1)
+    needed = round(left * estimated_bytes(writer.layout, first, len(context.task.labels)))
     with os_errors(writer.folder):
         free = shutil.disk_usage(writer.folder).free
-    text = f"{counted(left, 'answer')} of about {tokens:.0f} tokens, {each} bytes a token: {size(needed)}"
+    each = f"{writer.layout.record_bytes} bytes a token"
+    text = f"{counted(left, 'answer')} of about {tokens:.0f} tokens, {each}: {size(needed)}"
     if needed > free:
         raise FileError(
             f"{writer.folder}: {size(free)} are free, and the targets need more: {text}",
@@ -103,6 +115,24 @@ def _note_disk(context: Context, tokenizer: Any, writer: TargetWriter, rows: int
         )
     if left:
         context.progress.note(f"targets: {text} on disk")
+
+
+def estimated_bytes(layout: TokenLayout, answers: Sequence[tuple[str, str, int]], labels: int) -> float:
+    """What a row takes on disk: its tokens' records, its line and its distribution over the labels.
+
+    Args:
+        layout: Of the records.
+        answers: Id, text and number of tokens of some rows, of which it is the mean.
+        labels: The task's number of labels.
+    """
+    each = 4 * (labels + 1) if labels else 0
+    lines = (
+        json.dumps({"id": name, "sample": 0, "text": text, "tokens": tokens}, ensure_ascii=False)
+        for name, text, tokens in answers
+    )
+    whole = sum(len(line.encode()) + 1 for line in lines)
+    whole += layout.record_bytes * sum(tokens for _, _, tokens in answers)
+    return each + whole / max(len(answers), 1)
 
 
 def recipe_temperatures(recipe: Recipe) -> tuple[float, ...]:

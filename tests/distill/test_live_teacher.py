@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from helpers.given_logits import GivenLogits
 from helpers.small_chain import finished, make_context
 from helpers.tiny_model import VOCABULARY, make_model
+from mlx.utils import tree_flatten
 
 from mlx_distill.distill.align import AlignedRow, collate_aligned_rows
 from mlx_distill.distill.live_teacher import LiveTeacher, with_live_teacher
@@ -90,6 +92,52 @@ def test_every_divergence_is_that_of_the_whole_distributions(name: str, temperat
     dense = mx.array(plain(teacher.model).astype(np.float32))
     expected = exact(student, dense, temperature=temperature)
     np.testing.assert_allclose(TOKEN_LOSSES[name].loss(data), expected, rtol=2e-4, atol=1e-6)
+
+
+class SomeIds:
+    """A tokenizer whose ids leave out some columns of the head."""
+
+    def get_vocab(self) -> dict[str, int]:
+        return {str(i): i for i in range(VOCABULARY - 3) if i != 2}
+
+
+@pytest.mark.parametrize("name", ["kl", "reverse_kl", "js_divergence", "skew_kl", "total_variation"])
+@pytest.mark.parametrize("tokenizer", [None, SomeIds()], ids=["all columns", "some columns"])
+def test_by_tiles_of_both_heads_value_and_gradient_are_the_dense_ones(name: str, tokenizer: Any) -> None:
+    teacher = LiveTeacher(make_model(), tokenizer)
+    batch = with_live_teacher(collate_plain, teacher)(ROWS, [0, 1, 2], 1)
+    settings = replace(
+        DistillConfig(),
+        teacher="live",
+        token_loss=name,
+        label_weight=0.0,
+        text_weight=0.0,
+        token_weight=1.0,
+        temperature=2.0,
+    )
+    student = make_model(seed=3)
+    student.freeze()
+    student.model.up_proj.unfreeze()
+    found = []
+    for limit in (1 << 24, 0):
+        objective = kd(settings, same_tokenizer=True, teacher=teacher, dense_limit=limit)
+        loss = nn.value_and_grad(student, lambda model, one=objective: one.sums(model, batch)["token"])
+        value, gradient = loss(student)
+        found.append([value, *(array for _, array in tree_flatten(gradient))])
+    for dense, tiled in zip(*found, strict=True):
+        assert np.abs(np.array(dense)).max() > 0
+        np.testing.assert_allclose(tiled, dense, rtol=2e-4, atol=2e-5 * np.abs(np.array(dense)).max())
+    tiles = teacher.tiled_head(VOCABULARY, masked=name != "reverse_kl")
+    assert (tiles is None) == (name == "reverse_kl" and tokenizer is not None)
+
+
+def test_a_head_that_has_other_columns_or_a_soft_cap_and_unused_ones_is_not_read_in_tiles() -> None:
+    assert LiveTeacher(make_model(), None).tiled_head(VOCABULARY + 1) is None
+    model = make_model()
+    model.final_logit_softcapping = 30.0
+    assert LiveTeacher(model, SomeIds()).tiled_head(VOCABULARY) is None
+    capped = LiveTeacher(model, None).tiled_head(VOCABULARY)
+    assert capped is not None and capped.softcap == 30.0
 
 
 def test_the_objective_needs_the_teacher_that_the_recipe_names() -> None:

@@ -11,9 +11,16 @@ from helpers.tiny_model import VOCABULARY, TinyModel, make_model
 from mlx_distill.config import resolve_asset
 from mlx_distill.distill.teacher import TokenizedAnswer, score
 from mlx_distill.distill.teacher_cache import TeacherTargets
-from mlx_distill.distill.token_distributions import Kept, distributions, sample_shares, top_k
+from mlx_distill.distill.token_distributions import (
+    Kept,
+    block_logsumexp,
+    distributions,
+    sample_shares,
+    top_k,
+)
 from mlx_distill.infer.label_scoring import prompt_label_logprobs
 from mlx_distill.losses.labels import LabelNode, LabelTrie
+from mlx_distill.losses.numerics import LOWEST
 from mlx_distill.models.load import load
 
 LABELS = one_node(("yes", "no", "maybe"), ((0, 3), (1,), (2, 5)))
@@ -153,6 +160,14 @@ def test_labels_that_share_tokens_are_scored_behind_each_answers_beginning(cache
 def test_the_largest_of_each_row_by_blocks_are_those_of_a_sort(columns: int, k: int) -> None:
     z = np.random.default_rng(columns).normal(size=(7, columns)).astype(np.float32)
     assert (np.array(top_k(mx.array(z), k)) == np.argsort(-z, axis=1)[:, :k]).all()
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+def test_the_sums_of_blocks_by_numpy_are_those_of_mlx(temperature: float) -> None:
+    z = np.random.default_rng(0).normal(size=(3, 7, 64)).astype(np.float32) * 20
+    z[1, 2], z[2, 3, 1:] = LOWEST, LOWEST
+    expected = mx.logsumexp(mx.array(z) / temperature, axis=-1)
+    np.testing.assert_allclose(block_logsumexp(mx.array(z), temperature), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("columns", [300, 5000])

@@ -6,14 +6,19 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from mlx_distill.distill.teacher_cache import TargetReader, TargetWriter, TeacherTargets
 from mlx_distill.distill.token_codec import TokenLayout
+from mlx_distill.distill.token_distributions import Kept, distributions
 from mlx_distill.errors import DataError, FileError, ModelError
+from mlx_distill.losses.topk import sparse_forward_kl
+from mlx_distill.records import TopK
 
 K, COLUMNS = 3, 4000
 LAYOUT = TokenLayout(columns=COLUMNS, top_k=K, length_bits=5, temperatures=(2.0,))
@@ -107,6 +112,52 @@ def test_targets_of_something_else_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="another weights, another rows") as caught:
         reader.check({**MADE_FROM, "weights": "x", "rows": "y"})
     assert "mlx-distill targets" in (caught.value.fix or "")
+
+
+def test_a_fingerprint_that_only_one_side_has_is_refused(tmp_path: Path) -> None:
+    reader = TargetReader(write(tmp_path / "targets"))
+    with pytest.raises(DataError, match=r"another system \("):
+        reader.check({**MADE_FROM, "system": "s"})
+    with pytest.raises(DataError, match="another adapter, another rows"):
+        reader.check({name: MADE_FROM[name] for name in ("weights", "tokenizer", "template")})
+    other = TargetReader(write(tmp_path / "system", fingerprints={**MADE_FROM, "system": "s"}))
+    other.check({**MADE_FROM, "system": "s"})
+    with pytest.raises(DataError, match=r"another system \("):
+        other.check(MADE_FROM)
+    for name in MADE_FROM:
+        less = {other: value for other, value in MADE_FROM.items() if other != name}
+        unnamed = TargetReader(write(tmp_path / name, fingerprints=less))
+        for given in (MADE_FROM, less):
+            with pytest.raises(DataError, match=rf"without a fingerprint of {name} \("):
+                unnamed.check(given)
+
+
+def test_shards_are_written_while_the_next_is_computed_and_errors_of_both_arrive(tmp_path: Path) -> None:
+    whole = write(tmp_path / "whole")
+
+    def background(folder: Path, shards: Iterable[list[TeacherTargets]]) -> list[int]:
+        writer = TargetWriter(folder, LAYOUT, MADE_FROM)
+        done = list(writer.write_all(shards))
+        writer.finish(labels=["a", "b", "c", "d"])
+        return done
+
+    assert background(tmp_path / "other", iter(ROWS)) == [5, 6, 10]
+    for path in sorted(whole.iterdir()):
+        assert (tmp_path / "other" / path.name).read_bytes() == path.read_bytes()
+
+    def interrupted() -> Iterator[list[TeacherTargets]]:
+        yield from ROWS[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        background(tmp_path / "cut", interrupted())
+    assert TargetWriter(tmp_path / "cut", LAYOUT, MADE_FROM).done == 6  # the last one was waited for
+    bad = make_rows(2, 5)
+    bad[1].topk_logprobs[0] = np.nan
+    asked = []
+    with pytest.raises(ModelError, match="row-5-0"):
+        background(tmp_path / "bad", (asked.append(i) or rows for i, rows in enumerate([bad, *ROWS])))
+    assert asked == [0, 1]
 
 
 def test_a_teacher_without_finite_numbers_is_refused(tmp_path: Path) -> None:
@@ -204,3 +255,47 @@ def test_another_format_a_changed_index_and_unfinished_targets_are_refused(tmp_p
         TargetReader(tmp_path / "targets")
     with pytest.raises(FileError, match=r"index\.json"):
         TargetReader(tmp_path / "nothing")
+
+
+def test_the_kl_from_a_cache_is_the_exact_one_where_the_top_k_has_the_mass_and_else_a_lower_bound(
+    tmp_path: Path,
+) -> None:
+    """48 distributions of 20,000 columns, written, read back, and against a student in float64."""
+    random, columns, n = np.random.default_rng(0), 20_000, 48
+    sharp = np.repeat(np.linspace(1.0, 6.0, n // 4), 4)[:, None]
+    z = (-sharp * np.log(np.arange(1, columns + 1))).astype(np.float32)
+    z = np.stack([row[random.permutation(columns)] for row in z])
+    student = z + random.normal(size=z.shape).astype(np.float32) * random.uniform(0.3, 1.5, (n, 1))
+    student = student.astype(np.float32)
+    tokens = z.argmax(axis=1).astype(np.int32)
+    kept = distributions(mx.array(z), tokens, Kept(32))
+    row = TeacherTargets(
+        "row",
+        "",
+        None,
+        tokens,
+        kept.logprobs,
+        kept.topk_ids,
+        kept.topk_logprobs,
+        tail_logprobs=kept.tail_logprobs,
+    )
+    writer = TargetWriter(tmp_path, TokenLayout(columns, 32), MADE_FROM)
+    writer.write([row])
+    writer.finish(labels=[])
+    reader = TargetReader(tmp_path)
+    read = reader[0]
+    found = np.array(
+        sparse_forward_kl(mx.array(student), TopK(mx.array(read.topk_ids), mx.array(read.topk_logprobs)))
+    )
+    p, q = (
+        a - np.logaddexp.reduce(a, axis=1, keepdims=True) for a in (z.astype(float), student.astype(float))
+    )
+    exact, mass = (np.exp(p) * (p - q)).sum(axis=1), np.sort(np.exp(p), axis=1)[:, -32:].sum(axis=1)
+    high = mass >= 0.995
+    assert 12 < high.sum() < 40
+    assert found[high].sum() == pytest.approx(exact[high].sum(), rel=0.01)
+    assert (found[~high] > 0).all() and (found[~high] <= exact[~high] * (1 + 2e-3)).all()
+    assert found[~high].sum() < 0.95 * exact[~high].sum()  # a bound that is none would show here
+    # What the bound lacks is stated with it: the mass outside of the top k.
+    assert reader.index["kept_mass"] == pytest.approx(mass.mean(), abs=1e-3)
+    np.testing.assert_allclose(np.exp(read.tail_logprobs), 1 - mass, rtol=5e-3, atol=1e-6)

@@ -144,3 +144,12 @@ def test_gaps_between_token_ids_are_no_tokens() -> None:
     assert np.flatnonzero(used_ids(Toy())).tolist() == [0, 3]
     assert used_ids(Toy(), 2).tolist() == [True, False]  # type: ignore[union-attr]
     assert used_ids(object()) is None
+
+
+def test_ids_are_listed_again_where_a_token_was_added() -> None:
+    tokenizer = load_tokenizer(resolve_asset("asset:models/tiny-qwen3"))
+    before = used_ids(tokenizer)
+    assert before is not None and (used_ids(tokenizer) == before).all()
+    tokenizer.add_tokens(["<another token>"])
+    after = used_ids(tokenizer)
+    assert after is not None and len(after) == len(before) + 1
