@@ -253,8 +253,9 @@ def kl(rows: int = 48, columns: int = 151_936) -> dict[str, Any]:
         tokens, kept.logprobs, kept.topk_ids, kept.topk_logprobs, kept.tail_logprobs, np.zeros(rows, int)
     )
     out = unpack_records(layout, pack_records(layout, records))
-    found = np.array(
-        sparse_forward_kl(mx.array(student), TopK(mx.array(out.topk_ids), mx.array(out.topk_logprobs)))
+    found, unrounded = (
+        np.array(sparse_forward_kl(mx.array(student), TopK(mx.array(ids), mx.array(logs))))
+        for ids, logs in ((out.topk_ids, out.topk_logprobs), (kept.topk_ids, kept.topk_logprobs))
     )
     p, q = z.astype(np.float64), student.astype(np.float64)
     p -= np.log(np.exp(p - p.max(1, keepdims=True)).sum(1, keepdims=True)) + p.max(1, keepdims=True)
@@ -267,6 +268,7 @@ def kl(rows: int = 48, columns: int = 151_936) -> dict[str, Any]:
         "positions_with_99.5_percent": int(high.sum()),
         "mean_kl_error_there": abs(float(found[high].sum() / exact[high].sum()) - 1),
         "largest_kl_error_there": float(np.abs(found[high] / exact[high] - 1).max()),
+        "largest_change_by_rounding": float(np.abs(found / unrounded - 1).max()),
         "elsewhere_share_of_exact": float(found[~high].sum() / exact[~high].sum()),
         "elsewhere_tail_mass": float(1 - mass[~high].mean()),
         "elsewhere_above_exact": int((found[~high] > exact[~high] * 1.01).sum()),

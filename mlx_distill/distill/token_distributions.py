@@ -89,10 +89,11 @@ def block_logsumexp(blocks: Float[mx.array, "n b c"], temperature: float = 1.0) 
         return mx.logsumexp(blocks if temperature == 1 else blocks / temperature, axis=-1)
     z = np.array(blocks, copy=False)
     out = np.empty(z.shape[:2], dtype=np.float32)
-    for sums, row in zip(out, z, strict=True):
-        top = row.max(axis=-1)
-        scaled = (row - top[:, None]) * np.float32(1 / temperature)
-        np.add(np.log(np.exp(scaled, out=scaled).sum(axis=-1)), top / np.float32(temperature), out=sums)
+    with np.errstate(divide="ignore"):  # a block of nothing but minus infinity
+        for sums, row in zip(out, z, strict=True):
+            top = np.maximum(row.max(axis=-1), LOWEST)
+            scaled = (row - top[:, None]) * np.float32(1 / temperature)
+            np.add(np.log(np.exp(scaled, out=scaled).sum(axis=-1)), top / np.float32(temperature), out=sums)
     return mx.array(out)
 
 
