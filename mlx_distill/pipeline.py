@@ -17,6 +17,7 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from mlx_distill.config import Overrides, override_texts, resolve_asset, to_mapping
+from mlx_distill.data.general_text import read_general_text
 from mlx_distill.errors import ConfigError, FileError
 from mlx_distill.evaluate.compare import parse_margin
 from mlx_distill.evaluate.costs import Prices, read_prices
@@ -26,6 +27,7 @@ from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.resources import with_resources
 from mlx_distill.runtime import StopFlag, machine, rank_and_size, stop_on_signal, versions
 from mlx_distill.stages.answers_gate import gate_error
+from mlx_distill.stages.audit import general_text_file
 from mlx_distill.stages.context import Context
 from mlx_distill.status import (
     Outcome,
@@ -259,6 +261,8 @@ def _load_checked(recipe: str | Path | Recipe, overrides: Overrides, renamed: li
     if loaded.evaluate.margin:
         parse_margin(loaded.evaluate.margin)
     _prices(loaded)
+    if loaded.student is not None and loaded.evaluate.audit_rows:
+        read_general_text(general_text_file(loaded))
     return loaded
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from mlx_distill.data.batching import collate
-from mlx_distill.data.chat import TokenizedRow, pad_id
+from mlx_distill.data.chat import TokenizedRow, answer_ids, pad_id
 from mlx_distill.distill.align import AlignedRow, collate_aligned_rows
 from mlx_distill.distill.live_teacher import LiveTeacher
 from mlx_distill.distill.objective import TermLosses, loss_terms
@@ -41,16 +41,17 @@ ENOUGH_MASS = 0.995
 
 
 def text_row(tokenizer: Any, text: str) -> tuple[TokenizedRow, int]:
-    """A text without a template in tokens, all but the first of which count, and the bytes of those.
+    """A text without a template in tokens, all but the first of which count, and the bytes of those. Whatever
+    the text says, its tokens are no control tokens.
 
     The first token has nothing before it that it could be predicted from; a model that begins every text with
     a token of its own (``bos``) has that one in its place.
 
     Args:
-        tokenizer: A transformers tokenizer or mlx-lm's wrapper of one.
+        tokenizer: A transformers tokenizer or mlx-lm's wrapper of one, with a chat template.
         text: Not empty.
     """
-    encoded = tokenizer.encode(text, add_special_tokens=False)
+    encoded = answer_ids(tokenizer, text)
     tokens = np.array(encoded, dtype=np.int32)
     size = len(text.encode())
     bos = getattr(tokenizer, "bos_token_id", None)

@@ -161,13 +161,7 @@ def _terms(
     made of one, both checked.
     """
     name = token_loss_name(settings, same_tokenizer)
-    coefficients = {
-        "label": settings.label_weight,
-        "token": settings.token_weight if name else 0.0,
-        "text": settings.text_weight,
-        "span": settings.span_weight,
-    }
-    coefficients = {term: value for term, value in coefficients.items() if value > 0}
+    coefficients = term_coefficients(settings, same_tokenizer)
     _check(coefficients, name, labels, groups, same_tokenizer)
     token_loss = TOKEN_LOSSES[name] if name else None
     if token_loss and token_loss.events == "start_index" and (settings.teacher == "live") != bool(teacher):
@@ -177,6 +171,21 @@ def _terms(
         )
     over_tokens = {"token": token_loss, "span": TOKEN_LOSSES["alm"]}
     return coefficients, {term: loss for term, loss in over_tokens.items() if loss and term in coefficients}
+
+
+def term_coefficients(settings: DistillConfig, same_tokenizer: bool) -> dict[str, float]:
+    """The coefficient of each term that is not left out.
+
+    >>> term_coefficients(DistillConfig(label_weight=0, token_weight=2, text_weight=1), same_tokenizer=True)
+    {'token': 2, 'text': 1}
+    """
+    coefficients = {
+        "label": settings.label_weight,
+        "token": settings.token_weight if token_loss_name(settings, same_tokenizer) else 0.0,
+        "text": settings.text_weight,
+        "span": settings.span_weight,
+    }
+    return {term: value for term, value in coefficients.items() if value > 0}
 
 
 def _check(

@@ -90,7 +90,7 @@ def audit_figures(
         "parts": {
             model: _parts(terms, parts["coefficients"])
             for model, terms in parts.items()
-            if model != "coefficients"
+            if model != "coefficients" and terms
         },
         "divergence": {
             model: _divergence([line for line in compared if line["model"] == model])

@@ -10,7 +10,7 @@ from mlx_distill.report.tables import Report
 from mlx_distill.text import MINUS, NONE, counted, percent, signed_number, significant, size
 
 _COLUMNS = {"train": "Training rows", "valid": "Validation rows", "general": "General text"}
-_TERMS = {"label": "Label", "token": "Token", "text": "Text", "span": "Span"}
+_TERMS = ("label", "token", "text")
 
 
 def audit(report: Report) -> dict[str, Any] | None:
@@ -41,7 +41,8 @@ def _bits(figures: Mapping[str, Any], model: str) -> dict[str, tuple[str, str]]:
     for name in SETS:
         estimate = figures["bits_per_byte"][model].get(name)
         if estimate is not None:
-            out[name] = significant(estimate["value"], 3), _change(changes.get(name))
+            value = estimate["value"]
+            out[name] = NONE if value is None else significant(value, 3), _change(changes.get(name))
     return out
 
 
@@ -58,11 +59,8 @@ def _change(change: Mapping[str, Any] | None) -> str:
 def _terms(parts: Mapping[str, Any]) -> dict[str, str]:
     """The terms of the loss with their coefficients, as columns."""
     terms = next(iter(parts.values()))["terms"] if parts else {}
-    return {
-        name: f"{title} (times {terms[name]['coefficient']:g})"
-        for name, title in _TERMS.items()
-        if name in terms
-    }
+    names = [*(name for name in _TERMS if name in terms), *(name for name in terms if name not in _TERMS)]
+    return {name: f"{name.capitalize()} (times {terms[name]['coefficient']:g})" for name in names}
 
 
 def _kinds(parts: Mapping[str, Any]) -> dict[str, dict[str, tuple[str, str]]]:

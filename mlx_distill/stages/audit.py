@@ -278,6 +278,8 @@ class _Audit:
 
         from mlx_distill.distill.audit import Parts, add_parts
 
+        if not self.pair.aligned:
+            return {"parts": {}, "compared": []}
         audit = self.pair.student_audit(tokenizer, teacher)
         path = scratch(self.folder) / _HIDDEN
         hidden: dict[str, mx.array] = {}
@@ -298,6 +300,7 @@ class _Pair:
 
     def __init__(self, context: Context) -> None:
         from mlx_distill.distill.audit import LOWER_BOUNDS
+        from mlx_distill.distill.objective import term_coefficients
         from mlx_distill.distill.teacher_cache import TargetReader
         from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
         from mlx_distill.infer.label_scoring import find_label_trie
@@ -325,16 +328,13 @@ class _Pair:
         if not self.reader.layout.sampled:
             plain = "kl" if self.same_tokenizer else "token_groups"
             self.compared = self.loss if self.loss in LOWER_BOUNDS else plain
-        self.needs_teacher = self.compared is not None or (is_live and distributions)
         self.temperature = 1.0 if is_live else kept_temperature(self.loss, settings, self.reader.index)
-        self.coefficients = {
-            "label": settings.label_weight,
-            "token": settings.token_weight,
-            "text": settings.text_weight,
-        }
+        self.coefficients = term_coefficients(settings, self.same_tokenizer)
         has_valid = count_rows(context, "valid") > 0
         self.split = "valid" if has_valid else "train"
         self.aligned, self.left_out = self._aligned()
+        needed = self.compared is not None or (is_live and distributions)
+        self.needs_teacher = needed and bool(self.aligned)
 
     @cached_property
     def groups(self) -> Any:
@@ -376,11 +376,6 @@ class _Pair:
                 rows.append(align(chat, messages, targets))
             except DataError:  # counted and named by distill
                 continue
-        if not rows:
-            raise DataError(
-                "none of the sampled targets can be read by the student",
-                fix="raise evaluate.audit_rows, or set it to 0",
-            )
         return rows, len(sampled) - len(rows)
 
     def _targets(self) -> list[tuple[dict[str, Any], Any]]:

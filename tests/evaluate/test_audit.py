@@ -125,4 +125,8 @@ def test_the_section_shows_figures_changes_and_a_kind_that_only_one_student_has(
     assert view["kinds"]["digits"]["text"][0] == "–"  # the student before has none
     assert view["kinds"]["words"]["text"] == ("1.00", view["kinds"]["words"]["text"][1])
     assert view["terms"] == {"token": "Token (times 2)", "text": "Text (times 0.5)"}
+    nothing = {"facts": FACTS, "bits_per_byte": {"student": {"general": {"value": None}}}}
+    empty = nothing | {"changes": {}, "parts": {}, "divergence": {}, "warnings": []}
+    view = audit({"distillation": {"audit": empty}})
+    assert view is not None and view["bits"] == {"student": {"general": ("–", "")}} and view["kinds"] == {}
     assert audit({"distillation": None}) is None and audit({"distillation": {"preflight": {}}}) is None

@@ -20,7 +20,7 @@ from mlx_distill.data.chat import render
 from mlx_distill.data.general_text import PACKAGED, read_general_text
 from mlx_distill.distill.objective import kd
 from mlx_distill.distill.token_kinds import kind_of
-from mlx_distill.errors import Interrupted
+from mlx_distill.errors import DataError, Interrupted
 from mlx_distill.evaluate.audit import read_audit
 from mlx_distill.graph import graph
 from mlx_distill.losses.token_bytes import vocabulary
@@ -323,3 +323,41 @@ def test_a_teacher_that_is_not_trained_is_measured_once(audited: Any, folder: Pa
     assert found is not None
     assert list(found["bits_per_byte"]) == ["teacher", "student_before", "student"]
     assert list(found["changes"]) == ["student"]
+
+
+@pytest.mark.slow
+def test_a_live_teacher_gives_the_parts_and_a_text_of_single_letters_is_measured(
+    audited: Any, folder: Path
+) -> None:
+    """Qwen has no token that begins a text, so of a single letter nothing is left to count."""
+    context, run = audited
+    (folder / "letters.txt").write_text("\n\n".join("abcdefghijkl"), encoding="utf-8")
+    recipe = context.recipe
+    recipe = replace(
+        recipe,
+        distill=replace(recipe.distill, teacher="live", label_weight=0.0),
+        evaluate=replace(recipe.evaluate, general_text=str(folder / "letters.txt")),
+    )
+    (folder / "live").mkdir()
+    audit(replace(context, recipe=recipe), folder / "live")
+    parts = json.loads((folder / "live" / "parts.json").read_text())
+    cached = json.loads((run / "audit" / "parts.json").read_text())
+    assert list(parts["student"]) == ["text", "token"]
+    assert parts["student"]["text"] == cached["student"]["text"]
+    compared = [line for _, line in read_jsonl(folder / "live" / "divergences.jsonl")]
+    for model in ("student_before", "student"):
+        total = sum(value for _, value in parts[model]["token"].values())
+        assert total == pytest.approx(sum(line["exact"] for line in compared if line["model"] == model))
+    found = read_audit(folder / "live")
+    assert found is not None and not found["warnings"] and found["facts"]["reads_cache"] is False
+    assert found["bits_per_byte"]["teacher"]["general"] == {"value": None, "low": None, "high": None, "n": 0}
+    assert found["bits_per_byte"]["student"]["general"]["n"] == 12
+
+
+def test_a_general_text_that_cannot_be_measured_is_said_before_anything_is_made(folder: Path) -> None:
+    from mlx_distill.pipeline import run
+
+    (folder / "short.txt").write_text("Only this.", encoding="utf-8")
+    with pytest.raises(DataError, match="1 paragraphs of general text"):
+        run("tiny", folder / "out", overrides=[f"evaluate.general_text={folder / 'short.txt'}"])
+    assert not (folder / "out").exists()
