@@ -17,6 +17,7 @@ from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError, Interrupted
 from mlx_distill.runtime import StopFlag
 from mlx_distill.storage import read_manifest
+from mlx_distill.text import size
 from mlx_distill.validation import ValidationPlan, validate
 
 _TEACH = {"steps": 2, "accumulate": 1, "batch_size": 4, "lora_rank": 4, "evaluate_every": 0}
@@ -82,6 +83,14 @@ def test_a_dry_run_says_what_it_costs_and_writes_nothing(folder: Path) -> None:
     assert "40 rows in 4 folds" in text and "10 to test on" in text
     assert "4 trainings: teach on 28 rows, about 42 steps each" in text
     assert "answers: teacher 40 rows" in text and plan.seconds is None
+    assert "memory" not in text
+
+
+def test_a_dry_run_says_what_student_and_live_teacher_take(folder: Path) -> None:
+    recipe = write_recipe(folder, distill={"teacher": "live"})
+    plan = validate(recipe, folder / "cv", folds=2, dry_run=True, models=["student"])
+    assert isinstance(plan, ValidationPlan) and plan.memory is not None
+    assert f"memory: at least {size(plan.memory)}, student and live teacher" in plan.lines
 
 
 @pytest.mark.parametrize(

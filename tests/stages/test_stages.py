@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers.small_chain import finished, make_context, manifests
-from helpers.targets import rewrite_targets
 
 from mlx_distill.data.predictions import constrained_rows, read_predictions
 from mlx_distill.distill.teacher_cache import TargetReader
@@ -213,13 +212,6 @@ def test_rows_that_are_too_long_for_the_student_are_reported_and_left_out(folder
             n for n in lengths if n <= middle
         ]
         assert any(f"longer than {middle} tokens" in note for note in context.progress.notes)  # type: ignore[attr-defined]
-
-
-def test_targets_of_another_tokenizer_are_refused(run_copy: Path, folder: Path) -> None:
-    rewrite_targets(run_copy, tokenizer="other")
-    with pytest.raises(DataError, match="targets of another tokenizer") as caught:
-        distill_stage(make_context(run=run_copy), folder)
-    assert "mlx-distill targets" in (caught.value.fix or "")
 
 
 @pytest.mark.parametrize("control", ["labels", "text"])

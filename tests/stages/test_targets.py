@@ -68,8 +68,9 @@ def test_inspect_shows_tokens_bytes_a_token_and_the_mass_that_is_kept() -> None:
 @pytest.mark.parametrize("name", ["weights", "adapter", "tokenizer", "template", "rows", "system"])
 def test_targets_of_anything_else_are_refused_by_name(run_copy: Path, folder: Path, name: str) -> None:
     rewrite_targets(run_copy, **{name: "other"})
-    with pytest.raises(DataError, match=f"targets of another {name} "):
+    with pytest.raises(DataError, match=f"targets of another {name} ") as caught:
         distill_stage(make_context(run=run_copy), folder)
+    assert "mlx-distill targets" in (caught.value.fix or "")
 
 
 def test_a_top_k_with_one_percent_or_more_outside_at_a_temperature_is_refused(folder: Path) -> None:
