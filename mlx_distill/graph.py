@@ -128,7 +128,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
             "student",
             "distill",
             4,
-            {**keyed(recipe.distill), **shared},
+            {**keyed(recipe.distill), **shared, **_student_thinking(recipe)},
             _distillation_parents(recipe),
             distill,
         ),
@@ -151,6 +151,7 @@ def _check_distillation(recipe: Recipe, task: Task) -> None:
             fix="set targets.text: sampled, or leave samples out",
         )
     _check_teacher(recipe)
+    _check_thinking(recipe)
     for name, plain in (("labels_hard", "labels"), ("teacher_hard", "text")):
         if getattr(recipe.controls, name) and (task.label is None or not recipe.distill.label_weight):
             raise ConfigError(
@@ -183,6 +184,22 @@ def _check_teacher(recipe: Recipe) -> None:
                 f"distill.token_loss: {loss} from targets.draws is biased: only the forward KL is not",
                 fix="set token_loss: kl or token_groups, targets.draws: 0, or distill.teacher: live",
             )
+
+
+def _check_thinking(recipe: Recipe) -> None:
+    """Refuse what a model that thinks cannot learn or show."""
+    if recipe.student_thinking and not recipe.distill.text_weight:
+        raise ConfigError(
+            f"targets.thinking: {recipe.targets.thinking}, and distill.text_weight is 0: nothing teaches the "
+            "student to end its thinking",
+            fix="set distill.text_weight, or targets.thinking: drop",
+        )
+    if recipe.teacher_thinking and recipe.evaluate.shuffle_options:
+        raise ConfigError(
+            "evaluate.shuffle_options scores labels right behind a prompt, and with targets.thinking: "
+            f"{recipe.targets.thinking} the teacher thinks first",
+            fix="leave out evaluate.shuffle_options, or set targets.thinking: none",
+        )
 
 
 def _same_source(recipe: Recipe) -> bool:
@@ -228,6 +245,8 @@ def _models_without_student(recipe: Recipe) -> list[str]:
             "targets.system: the recipe has no student, which would read another system prompt",
             fix="write the prompt into the task or the rows, or name a student",
         )
+    if recipe.teacher_thinking:
+        raise ConfigError("targets.thinking: the recipe has no student, so there are no targets", fix=fix)
     for goal in recipe.goals:
         if goal.model not in own:
             raise ConfigError(f"goals: a goal of {goal.model!r}, and the recipe has no student", fix=fix)
@@ -245,11 +264,13 @@ def _targets(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
 
 
 def _teacher_prompt(recipe: Recipe) -> tuple[dict[str, Any], tuple[str, ...]]:
-    """The system prompt that the teacher reads in place of the rows', as a part of the keys of its stages:
-    the text, or the file.
+    """The system prompt that the teacher reads in place of the rows', and how much it thinks, as a part of
+    the keys of its stages: the text, or the file.
     """
     path = recipe.teacher_system_file
-    prompt = {"targets_system": recipe.targets.system} if recipe.targets.system else {}
+    prompt: dict[str, Any] = {"targets_system": recipe.targets.system} if recipe.targets.system else {}
+    if recipe.teacher_thinking:
+        prompt["thinking"] = recipe.teacher_thinking
     return prompt, () if path is None else (str(path),)
 
 
@@ -290,10 +311,15 @@ def _distillation_parents(recipe: Recipe) -> tuple[str, ...]:
     return ("student_base", "targets", "data", *live)
 
 
+def _student_thinking(recipe: Recipe) -> dict[str, Any]:
+    return {"thinking": recipe.student_thinking} if recipe.student_thinking else {}
+
+
 def _control(recipe: Recipe, model: RunModel, shared: Mapping[str, Any]) -> Stage:
     of_rows = model.control in ("labels", "labels_hard")
     parents = ("student_base", "data") if of_rows else _distillation_parents(recipe)
     config = {**keyed(recipe.distill), **shared, "control": model.control}
+    config |= {} if of_rows else _student_thinking(recipe)
     return Stage(
         model.name,
         "distill",

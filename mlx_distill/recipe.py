@@ -255,6 +255,16 @@ class Recipe:
         """
         return self.dequantize and folder != "quantized"
 
+    @property
+    def teacher_thinking(self) -> int:
+        """The most tokens that the teacher thinks before an answer; 0 where it answers at once."""
+        return 0 if self.targets.thinking == "none" else self.targets.max_thinking_tokens
+
+    @property
+    def student_thinking(self) -> int:
+        """The same of the student."""
+        return self.teacher_thinking if self.targets.thinking in ("keep", "map") else 0
+
     def check_own_base(self) -> None:
         """Refuse a live teacher that is the student's own base where the training moves that base.
 

@@ -30,6 +30,7 @@ VALIDATION_METRICS = {
 of the rows that the model answers.
 """
 TEXTS = ["greedy", "sampled", "data"]
+THINKING = ["none", "drop", "keep", "map"]
 TOKEN_LOSSES = [
     "auto",
     "kl",
@@ -199,6 +200,22 @@ class TargetsConfig:
         None,
         "a text file with targets.system; its content is part of the stages' keys",
         keyed=False,
+    )
+    thinking: str = option(
+        "none",
+        "whether the teacher thinks before it answers, in its training, its targets and its evaluation: none "
+        "(it answers at once); drop (it thinks, and the student learns its answers alone); keep (the student "
+        "learns to think too; both models mark thinking alike); map (so too, in the marks of the student's "
+        "chat template, such as harmony's analysis channel)",
+        choices=THINKING,
+        default_keyed=False,
+    )
+    max_thinking_tokens: int = option(
+        512,
+        "tokens of thinking, of either model; a row whose thinking has not ended by then is left out and "
+        "counted",
+        low=8,
+        default_keyed=False,
     )
     top_k: int = option(32, "most probable tokens kept of each distribution", low=1, high=1024)
     draws: int = option(

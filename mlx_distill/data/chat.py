@@ -11,6 +11,7 @@ inference::
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -23,6 +24,7 @@ from mlx_distill.data.chat_template import ChatEncoder, Element, Piece, Rendered
 from mlx_distill.data.messages import message_from_row
 from mlx_distill.errors import DataError
 from mlx_distill.records import Example, Message
+from mlx_distill.thinking import thinking_budget
 
 _ENCODED_TOGETHER = 256  # rows that encode_rows holds in memory
 
@@ -36,16 +38,23 @@ class TokenizedRow:
     ``tokens [n]``; ``trained [n - 1]``: for each token but the first, whether it is a label of the training:
     the content of assistant turns and the token that ends them; ``spans``: (start, end) of the content of
     each trained turn, the last answer's at the end, empty for a row that was read back from a file; ``id``:
-    the row's.
+    the row's; ``thinking``: (start, end) of what the last turn thinks, up to the token that ends it, where
+    the tokenizer's model thinks (:mod:`mlx_distill.thinking`): it is trained then too, with what marks it.
     """
 
     tokens: Int[np.ndarray, " n"]
     trained: Bool[np.ndarray, " m"]
     spans: tuple[tuple[int, int], ...] = ()
     id: str = ""
+    thinking: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)
+
+    @property
+    def start(self) -> int:
+        """The first token that the model writes: of its thinking, or of the answer."""
+        return self.spans[-1][0] if self.thinking is None else self.thinking[0]
 
     @property
     def prompt(self) -> Int[np.ndarray, " p"]:
@@ -77,7 +86,7 @@ def render(tokenizer: Any, messages: Chat, *, loss_on: str = "last", id: str = "
         DataError: the last turn is not the assistant's, or the template refuses the sequence of roles.
         ModelError: no chat template, or one that drops a turn.
     """
-    return _encode(encoder_of(tokenizer), [messages], loss_on, [id])[0]
+    return render_many(tokenizer, [messages], loss_on=loss_on, ids=[id])[0]
 
 
 def render_many(
@@ -95,7 +104,8 @@ def render_many(
     Raises:
         DataError, ModelError: as :func:`render`.
     """
-    return _encode(encoder_of(tokenizer), chats, loss_on, ids or [""] * len(chats))
+    thinks = thinking_budget(tokenizer) > 0
+    return _encode(encoder_of(tokenizer), chats, loss_on, ids or [""] * len(chats), thinks=thinks)
 
 
 @dataclass
@@ -168,18 +178,25 @@ def encode_rows(
         )
 
 
-def prompt_ids(tokenizer: Any, messages: Chat) -> list[int]:
-    """The tokens after which the model writes its answer: those that :func:`render` puts before it.
+def prompt_ids(tokenizer: Any, messages: Chat, *, thinking: bool | None = None) -> list[int]:
+    """The tokens after which the model writes its answer: those that :func:`render` puts before it. Of a
+    model that thinks first those before its thinking.
 
     Args:
         tokenizer: As in :func:`render`.
         messages: The turns so far. A last turn of the assistant is the answer, and is left out.
+        thinking: Whether thinking is left to the model; None: as :mod:`mlx_distill.thinking` says.
     """
     turns = list(messages)
     last = turns[-1] if turns else None
     if last is not None and (last.role if isinstance(last, Message) else last["role"]) == "assistant":
         turns.pop()
-    return [int(token) for token in render(tokenizer, [*turns, Message("assistant", "")]).prompt]
+    if thinking is None:
+        thinking = thinking_budget(tokenizer) > 0
+    own = Message("assistant", "", extra={"reasoning_content": "a"} if thinking else {})
+    encoder = encoder_of(tokenizer)
+    row = _encode(encoder, [[*turns, own]], "last", [""], thinks=thinking)[0]
+    return [int(token) for token in row.tokens[: row.start]]
 
 
 def answer_ids(tokenizer: Any, text: str) -> list[int]:
@@ -253,6 +270,7 @@ class _Plan:
     stop: int
     earlier: tuple[tuple[int, int], ...]
     answer_is_trained: bool
+    thinking: tuple[int, int] | None = None
 
     @property
     def pieces(self) -> Iterator[Piece]:
@@ -264,14 +282,14 @@ class _Plan:
 
 
 def _encode(
-    encoder: ChatEncoder, chats: Sequence[Chat], loss_on: str, ids: Sequence[str]
+    encoder: ChatEncoder, chats: Sequence[Chat], loss_on: str, ids: Sequence[str], *, thinks: bool
 ) -> list[TokenizedRow]:
-    plans = [_plan(encoder, messages, loss_on) for messages in chats]
+    plans = [_plan(encoder, messages, loss_on, thinks) for messages in chats]
     tokens_of = encoder.encode(piece for plan in plans for piece in plan.pieces)
     return [_row(plan, tokens_of, id) for plan, id in zip(plans, ids, strict=True)]
 
 
-def _plan(encoder: ChatEncoder, messages: Chat, loss_on: str) -> _Plan:
+def _plan(encoder: ChatEncoder, messages: Chat, loss_on: str, thinks: bool) -> _Plan:
     turns = _turns(messages, loss_on)
     trained = [
         index
@@ -280,10 +298,11 @@ def _plan(encoder: ChatEncoder, messages: Chat, loss_on: str) -> _Plan:
     ]
     chat = encoder.render(turns, trained)
     places = {place for span in chat.earlier for place in span}
+    thinking = chat.thinking if thinks else None
     parts: list[_Part] = []
-    for element in encoder.elements(chat.before):
+    for element in _elements(encoder, chat.before, thinking or ()):
         inside = [place for place in places if element.start < place < element.end]
-        behind = "token" if parts else ""
+        behind = encoder.last_of(chat.before[: element.start], [part.element for part in parts[-1:]])
         parts.append(_part(encoder, chat, element, behind, inside))
     end = next((item for item in encoder.elements(chat.after) if item.token is not None), None)
     after = chat.after if end is None else chat.after[: end.start]
@@ -295,7 +314,16 @@ def _plan(encoder: ChatEncoder, messages: Chat, loss_on: str) -> _Plan:
         encoder.end_of_text() if end is None or end.token is None else end.token,
         chat.earlier,
         turns[-1].trained,
+        thinking,
     )
+
+
+def _elements(encoder: ChatEncoder, text: str, cuts: Sequence[int]) -> Iterator[Element]:
+    """The elements of a text, none of them over one of some places."""
+    bounds = [0, *cuts, len(text)]
+    for start, end in itertools.pairwise(bounds):
+        for element in encoder.elements(text[start:end]):
+            yield Element(start + element.start, start + element.end, element.token)
 
 
 def _part(
@@ -365,12 +393,13 @@ def _row(plan: _Plan, tokens_of: Mapping[Piece, list[int]], id: str) -> Tokenize
     answer = tokens(plan.answer)
     spans.append((len(ids), len(ids) + len(answer)))
     ids += [*answer, *tokens(plan.after), plan.stop]
+    thinking = plan.thinking and (starts[plan.thinking[0]], starts[plan.thinking[1]])
     if plan.answer_is_trained:
-        trained.append((spans[-1][0], len(ids)))
+        trained.append(((thinking or spans[-1])[0], len(ids)))
     mask = np.zeros(len(ids), dtype=bool)
     for start, stop in trained:
         mask[start:stop] = True
-    return TokenizedRow(np.array(ids, dtype=np.int32), mask[1:], tuple(spans), id)
+    return TokenizedRow(np.array(ids, dtype=np.int32), mask[1:], tuple(spans), id, thinking)
 
 
 def _common(a: Sequence[int], b: Sequence[int]) -> int:

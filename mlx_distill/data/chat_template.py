@@ -55,6 +55,7 @@ _EXTRAS = {
     "tool_calls": ("tool_calls",),
     "reasoning_content": ("reasoning_content", "thinking"),
 }
+_THOUGHT = "reasoning_content"
 _TEMPLATE_CODE = re.compile(r"\{[{%](.*?)[%}]\}", re.DOTALL)
 _PRIVATE = range(0xF0000, 0xFFFFE)  # code points without a meaning
 _PRIVATE_TEXT = re.compile("[\U000f0000-\U0010ffff]")
@@ -71,7 +72,8 @@ class RenderedChat:
 
     ``before`` and ``after``: the text around the last answer; ``answer``: the last answer; ``hidden``: code
     points in ``before``, and the control tokens in their place; ``earlier``: (start, end) in ``before`` of
-    the content of each earlier turn that is trained.
+    the content of each earlier turn that is trained; ``thinking``: (start, end) in ``before`` of what the
+    last turn thinks, up to the token that ends it, or None.
     """
 
     before: str
@@ -79,6 +81,7 @@ class RenderedChat:
     after: str
     hidden: Mapping[int, str]
     earlier: tuple[tuple[int, int], ...]
+    thinking: tuple[int, int] | None = None
 
     @property
     def spells(self) -> bool:
@@ -159,7 +162,8 @@ class ChatEncoder:
         """
         self._check_shape(turns)
         (answer, place), characters = self._private_characters(turns)
-        shown = [*(self._hide(turn, characters) for turn in turns[:-1]), _with_content(turns[-1], answer)]
+        last = self._hide(turns[-1], characters) if turns[-1].extra else turns[-1]
+        shown = [*(self._hide(turn, characters) for turn in turns[:-1]), _with_content(last, answer)]
         text = self._apply(shown)
         escaped = [json.dumps(character)[1:-1] for character in characters.values()]
         if text.count(answer) != 1 or any(code in text for code in escaped):
@@ -170,7 +174,8 @@ class ChatEncoder:
         spans = [self._locate(shown, index, place, text) for index in trained]
         before, _, after = text.partition(answer)
         hidden = {ord(character): token for token, character in characters.items()}
-        return RenderedChat(before, turns[-1].content, after, hidden, tuple(spans))
+        thinking = self._locate_thinking(shown, place, before) if shown[-1].extra.get(_THOUGHT) else None
+        return RenderedChat(before, turns[-1].content, after, hidden, tuple(spans), thinking)
 
     def _check_shape(self, turns: Turns) -> None:
         """Refuse a template that does not show every turn: checked once for each sequence of roles."""
@@ -244,6 +249,25 @@ class ChatEncoder:
                 fix="train on the last turns only (loss_on: last), or give this turn weight 0",
             )
         return len(before), end
+
+    def _locate_thinking(self, shown: list[Message], place: str, before: str) -> tuple[int, int]:
+        """Where the template writes what the last turn thinks, up to the token that marks its end."""
+        last = shown[-1]
+        changed = Message(last.role, last.content, last.trained, {**last.extra, _THOUGHT: place})
+        start, found, rest = self._apply([*shown[:-1], changed]).partition(place)
+        after = rest.partition(last.content)[0]
+        content_end = len(before) - len(after)
+        marks = [content for content in self.added if content.strip() and content in after]
+        if not found or not marks or not before.startswith(start) or not before.endswith(after):
+            content_end = -1
+        if content_end <= len(start) or any(
+            mark in before[len(start) : content_end] for mark in (*marks, *_THINKING)
+        ):
+            raise DataError(
+                "the chat template does not write the thinking of the last turn as one text with an end",
+                fix="use a model whose template marks thinking, and no marks within the thinking",
+            )
+        return len(start), content_end + min(after.index(mark) for mark in marks)
 
     def _apply(self, turns: Turns) -> str:
         """The text of some turns."""

@@ -250,6 +250,18 @@ def with_system(turns: Sequence[Mapping[str, Any]], system: str) -> list[dict[st
     return [{**of_row, "content": system}, *map(dict, others)]
 
 
+def without_thinking(turns: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """The turns of a prepared row without the thinking of the last one, which is a task's answer.
+
+    >>> without_thinking([{"role": "assistant", "content": "{}", "reasoning_content": "It rains."}])
+    [{'role': 'assistant', 'content': '{}'}]
+    """
+    if not turns or "reasoning_content" not in turns[-1]:
+        return turns
+    last = {key: value for key, value in turns[-1].items() if key != "reasoning_content"}
+    return [*turns[:-1], last]
+
+
 def texts_of(value: Any) -> Iterator[str]:
     """All texts within a JSON value, keys too."""
     if isinstance(value, str):

@@ -27,6 +27,7 @@ from mlx_distill.recipe import ValueConfig
 from mlx_distill.records import Example, Message
 from mlx_distill.tasks.answer import dump_answer, parse_answer
 from mlx_distill.tasks.task import Task
+from mlx_distill.thinking import split_block
 
 Row = Mapping[str, Any]
 
@@ -108,7 +109,8 @@ def to_example(
             parsed = _parse_row(row, task, format, needs_answer=True)
         _check_turns(parsed)
         answer = valid_answer(parsed.answer, task, values)
-        chat = (*parsed.prompt, Message("assistant", dump_answer(answer, task.schema)))
+        thought = {"reasoning_content": parsed.thinking} if parsed.thinking else {}
+        chat = (*parsed.prompt, Message("assistant", dump_answer(answer, task.schema), extra=thought))
         _check_json({**parsed.fields, task.id: parsed.id}, chat)
     except DataError as error:
         fix = _absent_column(raw, columns) or error.fix or DROP
@@ -205,18 +207,20 @@ def _are_prepared(turns: Any) -> bool:
 
 class _ParsedRow(NamedTuple):
     """The parts of a row: its own id or None, the turns before the answer, the answer as the row has it or
-    None, and the other columns.
+    None, the other columns, and the thinking before the answer.
     """
 
     id: str | None
     prompt: tuple[Message, ...]
     answer: Any
     fields: Mapping[str, Any]
+    thinking: str = ""
 
 
 def _parse_row(row: Row, task: Task, format: str, *, needs_answer: bool) -> _ParsedRow:
     """Parse a row of any format. Without ``needs_answer`` a missing or empty answer is no error."""
     format = _format_of(row, task) if format == "auto" else format
+    thought = ""
     if format == "plain":
         messages, answer = _plain(row, task, needs_answer)
     elif format == "alpaca":
@@ -224,8 +228,15 @@ def _parse_row(row: Row, task: Task, format: str, *, needs_answer: bool) -> _Par
     else:
         messages = _chat(row, task, {} if format == "messages" else OPENAI_ROLES, needs_answer)
         answer = _answer_turn(messages, needs_answer)
+        thought = messages[-1].extra.get("reasoning_content", "") if answer is not None else ""
         messages = with_tools(_without_answer(messages), row.get("tools"))
-    return _ParsedRow(_own_id(row, task), tuple(messages), answer, _fields(row, task, format))
+    block = ""
+    if isinstance(answer, str):
+        block, answer = split_block(answer)
+    if block and thought and block != thought.strip():
+        raise DataError("the answer has a block of thinking, and reasoning_content differs from it", fix=DROP)
+    fields = _fields(row, task, format)
+    return _ParsedRow(_own_id(row, task), tuple(messages), answer, fields, block or thought.strip())
 
 
 def _parse_chat(row: Row, task: Task, format: str) -> tuple[_ParsedRow, Message]:
@@ -286,12 +297,11 @@ def _answer_turn(messages: Sequence[Message], needs_answer: bool) -> str | None:
     last = messages[-1]
     if needs_answer and not last.trained:
         raise DataError("the last turn, which is the answer, is not to be trained (weight 0)", fix=DROP)
-    for key in ("tool_calls", "reasoning_content"):
-        if needs_answer and key in last.extra:
-            raise DataError(
-                f"{key} in the last turn, which is the task's answer and nothing else",
-                fix="remove it from the row's last turn, or " + DROP,
-            )
+    if needs_answer and "tool_calls" in last.extra:
+        raise DataError(
+            "tool_calls in the last turn, which is the task's answer and nothing else",
+            fix="remove it from the row's last turn, or " + DROP,
+        )
     return last.content
 
 

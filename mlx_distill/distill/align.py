@@ -21,11 +21,11 @@ from jaxtyping import Float, Int
 
 from mlx_distill.data.chat import TokenizedRow, answer_ids, render_many
 from mlx_distill.data.packing import as_sequences, build_batch
+from mlx_distill.distill.aligned_parts import aligned_parts
 from mlx_distill.distill.mapped_mass import MappedMass
 from mlx_distill.distill.teacher import answer_label_place
 from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
 from mlx_distill.errors import DataError
-from mlx_distill.losses.byte_alignment import align_tokens
 from mlx_distill.losses.labels import LabelTrie
 from mlx_distill.losses.numerics import LOWEST
 from mlx_distill.losses.topk import within_columns
@@ -50,7 +50,7 @@ class AlignedRow:
 
     Args:
         tokens: ``[l]`` the student's chat, its stop token last.
-        start: Where its answer begins.
+        start: Where its answer begins, or its thinking where it learns that too.
         label_start: The position of the first token behind the root of the labels, or None.
         label_logprobs: ``[c]`` the teacher's distribution over the labels and everything else, or None.
         starts: ``[n]`` positions of student tokens that begin where a teacher token begins.
@@ -126,7 +126,7 @@ def write_aligned_rows(
     ):
         while chunk := list(islice(joined, _CHUNK)):
             check_stop()
-            chats = [_with_answer(row, targets.text) for _, row, targets in chunk]
+            chats = [with_answer(row, targets) for _, row, targets in chunk]
             rendered = render_many(student_tokenizer, chats)
             for chat, messages, (split, _, targets) in zip(rendered, chats, chunk, strict=True):
                 if len(chat) > max_length:
@@ -141,7 +141,7 @@ def write_aligned_rows(
                     continue
                 counts["labelled"] += split == "train" and row.label_start is not None
                 if mapped is not None and split == "train":
-                    mapped.add(row.tokens[row.start :], targets)
+                    mapped.add(row.tokens[chat.spans[-1][0] :], targets.answer_alone())
                 _append(train if split == "train" else valid, row)
             done += len(chunk)
             bar.update(done)
@@ -198,9 +198,10 @@ def aligner(
     return align
 
 
-def _with_answer(row: Mapping[str, Any], text: str) -> list[Mapping[str, Any]]:
-    """A row's chat with the teacher's answer."""
-    return [*row["messages"][:-1], {"role": "assistant", "content": text}]
+def with_answer(row: Mapping[str, Any], targets: TeacherTargets) -> list[Mapping[str, Any]]:
+    """A row's chat with the teacher's answer, and with its thinking where the student learns it."""
+    thought = {"reasoning_content": targets.thinking} if targets.answer_start else {}
+    return [*row["messages"][:-1], {"role": "assistant", "content": targets.text, **thought}]
 
 
 def _nothing_left(too_long: int, max_length: int, not_aligned: int, example: str) -> DataError:
@@ -270,18 +271,19 @@ def align_answer(
         DataError: the two texts differ.
         ModelError: a tokenizer whose tokens' bytes are not known.
     """
-    start, end = chat.spans[-1]
-    student_ids, teacher_ids, same_start = chat.tokens[start:end], targets.ids[:-1], True
+    start = chat.start
+    student_ids, teacher_ids = chat.tokens[start : chat.spans[-1][1]], targets.ids[:-1]
+    others: tuple[int, ...] = ()
     if same_tokenizer and np.array_equal(student_ids, teacher_ids):
         each = np.arange(len(student_ids))
         spans = np.stack([each, each + 1, each, each + 1], axis=1)
     else:
-        spans, same_start = align_tokens(student_ids, teacher_ids, student_tokenizer, teacher_tokenizer)
+        spans, others = aligned_parts(chat, targets, student_tokenizer, teacher_tokenizer)
     topk_ids, topk_logprobs = targets.topk_ids, at_temperature(targets, temperature)
     if same_tokenizer and columns:
         topk_ids, topk_logprobs = within_columns(topk_ids, topk_logprobs, columns)
     tokens = chat.tokens.tolist()
-    place = answer_label_place(tokens, start, targets.text, task, encode, labels)
+    place = answer_label_place(tokens, chat.spans[-1][0], targets.text, task, encode, labels)
     label_start, label_node = place or (None, 0)
     return align_row(
         chat.tokens,
@@ -292,7 +294,7 @@ def align_answer(
         topk_logprobs=topk_logprobs,
         label_start=label_start,
         label_logprobs=targets.label_logprobs,
-        first_start=0 if same_start else 1,
+        not_starts=others,
         label_node=label_node,
         temperature=temperature,
     )
@@ -332,7 +334,7 @@ def align_row(
     topk_logprobs: np.ndarray,
     label_start: int | None,
     label_logprobs: Sequence[float] | np.ndarray | None,
-    first_start: int = 0,
+    not_starts: Sequence[int] = (),
     label_node: int = 0,
     temperature: float = 1.0,
 ) -> AlignedRow:
@@ -346,7 +348,7 @@ def align_row(
         teacher_logprobs, topk_ids, topk_logprobs: The teacher's targets, its stop token last.
         label_start: The position in ``tokens`` of the first one behind the root of the student's labels.
         label_logprobs: The teacher's distribution over the labels and everything else.
-        first_start: The first span at whose beginning both models' distributions are over the same text.
+        not_starts: The spans at whose beginning the two models' distributions are over different texts.
         label_node: The last node of the student's labels that its answer reaches.
         temperature: Of ``topk_logprobs``.
     """
@@ -355,19 +357,20 @@ def align_row(
     stop = np.array([[student_stop, student_stop + 1, teacher_stop, teacher_stop + 1]])
     spans = np.concatenate([np.asarray(spans).reshape(-1, 4), stop])
     sums = np.concatenate([[0.0], np.cumsum(teacher_logprobs, dtype=np.float64)])
+    begins = np.delete(spans, list(not_starts), axis=0)
     return AlignedRow(
         tokens=np.asarray(tokens, dtype=np.int32),
         start=start,
         label_start=label_start if label_logprobs is not None else None,
         label_logprobs=np.array(label_logprobs, dtype=np.float32) if label_logprobs is not None else None,
-        starts=(spans[first_start:, 0] + start).astype(np.int32),
-        topk_ids=topk_ids[spans[first_start:, 2]],
-        topk_logprobs=topk_logprobs[spans[first_start:, 2]].astype(np.float32),
+        starts=(begins[:, 0] + start).astype(np.int32),
+        topk_ids=topk_ids[begins[:, 2]],
+        topk_logprobs=topk_logprobs[begins[:, 2]].astype(np.float32),
         spans=(spans[:, :2] + start).astype(np.int32),
         span_logprobs=(sums[spans[:, 3]] - sums[spans[:, 2]]).astype(np.float32),
         label_node=label_node,
         temperature=temperature,
-        teacher_starts=spans[first_start:, 2].astype(np.int32),
+        teacher_starts=begins[:, 2].astype(np.int32),
     )
 
 

@@ -27,10 +27,12 @@ class AnswerCheck:
             that were cut also ``data_longer``, the number of them whose row's own answer is longer than the
             limit, ``data_tokens``, the longest of these, and ``data_fits``, the number of them whose row's
             own answer is not.
+        left_out: Rows that have no targets, since the teacher's thinking before the answer cannot be used.
     """
 
     rows: int = 0
     valid: int = 0
+    left_out: int = 0
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def add(
@@ -63,9 +65,16 @@ class AnswerCheck:
                 reason["data_tokens"] = max(reason.get("data_tokens", 0), data_tokens)
         return False
 
+    def leave_out(self, id: str, kind: str, text: str, error: str) -> None:
+        """Count a row that has no targets though its answer fits the task."""
+        self.left_out += 1
+        example = {"id": id, "text": text[:_LONGEST_TEXT], "error": error}
+        self.reasons.setdefault(kind, {"count": 0, **example})["count"] += 1
+
     def to_dict(self) -> dict[str, Any]:
         """The counts as plain JSON."""
-        return {"rows": self.rows, "valid": self.valid, "reasons": self.reasons}
+        left_out = {"left_out": self.left_out} if self.left_out else {}
+        return {"rows": self.rows, "valid": self.valid, "reasons": self.reasons, **left_out}
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -80,6 +89,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for part in parts:
         out.rows += part["rows"]
         out.valid += part["valid"]
+        out.left_out += part.get("left_out", 0)
         for kind, reason in part["reasons"].items():
             known = out.reasons.setdefault(kind, {**reason, "count": 0})
             if known["count"]:

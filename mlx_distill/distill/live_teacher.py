@@ -141,8 +141,10 @@ def with_teacher_tokens(
     Raises:
         DataError: the chat's answer is not in the tokens of the targets.
     """
+    thought = {"reasoning_content": targets.thinking} if targets.thinking else {}
+    messages = [*messages[:-1], {**messages[-1], **thought}]
     chat = render(tokenizer, messages if system is None else with_system(messages, system))
-    start = chat.spans[-1][0]
+    start = chat.start if targets.answer_start else chat.spans[-1][0]
     if not np.array_equal(chat.tokens[start:], targets.ids):
         raise DataError(
             f"{targets.id}: other tokens than those of the targets", fix="run: mlx-distill targets"

@@ -7,7 +7,7 @@ are projected to the vocabulary, a few hundred at a time, so ``[rows, length, vo
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 from zlib import crc32
@@ -20,7 +20,8 @@ from mlx_distill.data.chat import answer_ids, prompt_ids, render, stop_ids
 from mlx_distill.distill.answer_check import AnswerCheck
 from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.distill.token_distributions import Distributions, Kept, distributions, each, joined
-from mlx_distill.errors import ModelError
+from mlx_distill.errors import DataError, ModelError
+from mlx_distill.infer.channels import channels_of
 from mlx_distill.infer.engine import Generation, generate_all
 from mlx_distill.infer.kv_cache import Caches, forward, has_plain_caches, merge, pad_right, row_cache, select
 from mlx_distill.infer.label_scoring import (
@@ -30,6 +31,7 @@ from mlx_distill.infer.label_scoring import (
     prompt_label_logprobs,
 )
 from mlx_distill.infer.requests import Request
+from mlx_distill.infer.text_stream import thinking_text
 from mlx_distill.losses.labels import LabelTrie, label_logprobs
 from mlx_distill.losses.token_bytes import vocabulary
 from mlx_distill.models.forward import embedding_rows, head_columns, hidden_states
@@ -37,6 +39,7 @@ from mlx_distill.models.token_ids import check_token_ids, token_logits, used_ids
 from mlx_distill.recipe import TargetsConfig
 from mlx_distill.tasks.answer import label_prefix, parse_answer
 from mlx_distill.tasks.task import Task
+from mlx_distill.thinking import thinking_budget
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,9 @@ class TokenizedAnswer:
             be scored.
         id: The row's.
         text: The answer.
+        thinking: What stands before it, where the model thought first.
+        thinking_tokens: Of the tokens from ``start`` on those of the thinking, where it is scored too.
+        answer_start: The first of them that is the answer's.
     """
 
     tokens: Sequence[int]
@@ -57,6 +63,9 @@ class TokenizedAnswer:
     label_start: int | None = None
     id: str = ""
     text: str = ""
+    thinking: str = ""
+    thinking_tokens: int = 0
+    answer_start: int = 0
 
 
 def score_answers(
@@ -84,9 +93,12 @@ def score_answers(
 
     Returns:
         The targets, and the counts of the teacher's own answers; rows whose answer does not fit the task keep
-        the data's.
+        the data's. Where the teacher thinks (``settings.thinking``) they have no targets and are counted, as
+        are those whose thinking did not end: the data's answer would not follow from what it thought.
     """
     texts = [row["messages"][-1]["content"] for row in rows]
+    thoughts = [row["messages"][-1].get("reasoning_content", "") for row in rows]
+    thinks, unusable = settings.thinking != "none", set[int]()
     check = AnswerCheck()
     if settings.text != "data":
         prompts = [row["messages"][:-1] for row in rows]
@@ -107,14 +119,21 @@ def score_answers(
             cut = answer.finish == "length"
             data_tokens = len(answer_ids(tokenizer, texts[i])) if cut else None
             if check.add(row["id"], answer, task.schema, data_tokens):
-                texts[i] = answer.text
-    encode = partial(answer_ids, tokenizer)
+                texts[i], thoughts[i] = answer.text, answer.thinking
+            elif thinks:
+                unusable.add(i)
+                check.left_out += 1
     answers_in_tokens = []
-    for row, text in zip(rows, texts, strict=True):
-        chat = render(tokenizer, [*row["messages"][:-1], {"role": "assistant", "content": text}])
-        tokens, start = chat.tokens.tolist(), chat.spans[-1][0]
-        place = answer_label_place(tokens, start, text, task, encode, labels)
-        answers_in_tokens.append(TokenizedAnswer(tokens, start, place and place[0], row["id"], text))
+    for i, row in enumerate(rows):
+        if i in unusable:
+            continue
+        try:
+            thought = thoughts[i] if thinks else None
+            answers_in_tokens.append(_in_tokens(row, texts[i], thought, tokenizer, task, settings, labels))
+        except DataError as error:
+            if not thinks:
+                raise
+            check.leave_out(row["id"], "thinking cannot be kept", texts[i], error.message)
     scored = score(
         model,
         answers_in_tokens,
@@ -127,6 +146,35 @@ def score_answers(
         batch_size=settings.batch_size,
     )
     return list(scored), check
+
+
+def _in_tokens(
+    row: Mapping[str, Any],
+    text: str,
+    thought: str | None,
+    tokenizer: Any,
+    task: Task,
+    settings: TargetsConfig,
+    labels: LabelTrie | None,
+) -> TokenizedAnswer:
+    """A row's chat with an answer and, where the teacher thinks, with what it thought.
+
+    Raises:
+        DataError: there is no thinking, which the student has to learn, or which the row should have.
+    """
+    thought = None if thought is None else thought.strip()
+    kept = settings.thinking in ("keep", "map")
+    if not thought and (kept or (thought is not None and settings.text == "data")):
+        raise DataError("no thinking before the answer", fix="give the row reasoning_content")
+    last = {"role": "assistant", "content": text, **({"reasoning_content": thought} if thought else {})}
+    chat = render(tokenizer, [*row["messages"][:-1], last])
+    tokens, answer = chat.tokens.tolist(), chat.spans[-1][0]
+    place = answer_label_place(tokens, answer, text, task, partial(answer_ids, tokenizer), labels)
+    at = place and place[0]
+    if not kept or chat.thinking is None:
+        return TokenizedAnswer(tokens, answer, at, row["id"], text, thought or "")
+    start, end = chat.thinking
+    return TokenizedAnswer(tokens, start, at, row["id"], text, thought or "", end - start, answer - start)
 
 
 def answer_label_place(
@@ -162,7 +210,7 @@ def generate_answers(
     batch_size: int,
     seeds: Sequence[tuple[int, ...]] | None = None,
 ) -> list[Generation]:
-    """The teacher's answers to some prompts (lists of messages).
+    """The teacher's answers to some prompts (lists of messages), each with the text of its thinking alone.
 
     Args:
         model: The teacher.
@@ -181,10 +229,16 @@ def generate_answers(
             stop,
             temperature=0.0 if seeds is None else 1.0,
             seed=0 if seeds is None else seeds[number],
+            max_thinking=thinking_budget(tokenizer),
         )
         for number, messages in enumerate(prompts)
     ]
-    return generate_all(model, tokenizer, requests, batch_size=batch_size)
+    answers = generate_all(model, tokenizer, requests, batch_size=batch_size)
+    channels = channels_of(tokenizer)
+    return [
+        replace(answer, thinking=thinking_text(tokenizer, channels, request.prompt, answer))
+        for answer, request in zip(answers, requests, strict=True)
+    ]
 
 
 def score(
@@ -251,6 +305,9 @@ def score(
                 tail_logprobs=part.tail_logprobs,
                 ends=None if lengths is None else np.cumsum(lengths[ids]),
                 tempered_tails=part.tempered_tails,
+                thinking=answer.thinking,
+                thinking_tokens=answer.thinking_tokens,
+                answer_start=answer.answer_start,
             )
 
 

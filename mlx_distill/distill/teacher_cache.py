@@ -2,7 +2,9 @@
 
 A folder holds ``index.json`` and shards of some rows. Shard N is ``rows-N.jsonl``, a line a row with its
 ``id``, ``sample`` (0, or the number of the text where the row has several), ``text`` and number of
-``tokens``, and ``tokens-N.safetensors`` with the rows one after the other:
+``tokens``; where the teacher thought, what it thought (``thinking``), and of tokens that begin with it the
+numbers ``thinking_tokens`` and ``answer_start``. And ``tokens-N.safetensors`` with the rows one after the
+other:
 
     records     [n, b]      uint8    the distributions: :mod:`mlx_distill.distill.token_codec`
     labels      [r, c + 1]  float32  log-probabilities of the labels and of everything else; NaN: none
@@ -23,7 +25,7 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,10 @@ class TeacherTargets:
         tail_logprobs: The logarithm of the mass outside of these. None: what is missing to 1.
         ends: Where in the answer's bytes each token ends; None where the tokenizer's bytes are not known.
         tempered_tails: ``[n, t]`` the logarithm of the mass outside of these at each temperature of a cache.
+        thinking: What the teacher thought before it answered, or nothing.
+        thinking_tokens: Of the tokens those of the thinking that is kept, the first ones.
+        answer_start: The first token of the answer: behind the thinking that is kept and what marks it; 0
+            where the tokens are those of the answer alone.
     """
 
     id: str
@@ -82,6 +88,18 @@ class TeacherTargets:
     tail_logprobs: Float[np.ndarray, " n"] | None = None
     ends: Int[np.ndarray, " n"] | None = None
     tempered_tails: Float[np.ndarray, "n t"] | None = None
+    thinking: str = ""
+    thinking_tokens: int = 0
+    answer_start: int = 0
+
+    def answer_alone(self) -> TeacherTargets:
+        """The targets of the answer's tokens, without those of the thinking before it."""
+        at = slice(self.answer_start, None)
+        if not self.answer_start:
+            return self
+        names = ("ids", "logprobs", "topk_ids", "topk_logprobs", "tail_logprobs", "ends", "tempered_tails")
+        cut = {name: value[at] for name in names if (value := getattr(self, name)) is not None}
+        return replace(self, **cut, thinking_tokens=0, answer_start=0)
 
 
 class TargetWriter:
@@ -201,7 +219,9 @@ class TargetWriter:
     def _lines(self, rows: Sequence[TeacherTargets]) -> Iterator[dict[str, Any]]:
         for row in rows:
             self._last = row.id, self._last[1] + 1 if self._last[0] == row.id else 0
-            yield {"id": row.id, "sample": self._last[1], "text": row.text, "tokens": len(row.ids)}
+            line = {"id": row.id, "sample": self._last[1], "text": row.text, "tokens": len(row.ids)}
+            names = ("thinking", "thinking_tokens", "answer_start")
+            yield {**line, **{name: value for name in names if (value := getattr(row, name))}}
 
     def _packed(self, row: TeacherTargets) -> np.ndarray:
         tail = row.tail_logprobs
@@ -350,6 +370,9 @@ class _Shard:
             tail_logprobs=records.tail_logprobs,
             ends=np.cumsum(records.lengths) if layout.length_bits else None,
             tempered_tails=records.tempered_tails,
+            thinking=line.get("thinking", ""),
+            thinking_tokens=line.get("thinking_tokens", 0),
+            answer_start=line.get("answer_start", 0),
         )
 
 

@@ -13,9 +13,10 @@ from typing import Any
 
 from mlx_distill.data.files import ReadOptions, read_path
 from mlx_distill.data.rows import Item, to_item
-from mlx_distill.errors import DataError
+from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.progress import Progress
 from mlx_distill.tasks.task import Task
+from mlx_distill.thinking import thinking_budget
 
 _BATCH = 4
 
@@ -86,6 +87,11 @@ def _score(
     from mlx_distill.records import Message
 
     loaded, tokenizer = load(model)
+    if thinking_budget(tokenizer):
+        raise ConfigError(
+            f"--tokens: {model} thinks before it answers: the probabilities depend on what it thought",
+            fix="leave out --tokens",
+        )
     answers = []
     for item, text in zip(items, texts, strict=True):
         chat = render(tokenizer, [*item.messages, Message("assistant", text)])

@@ -34,6 +34,7 @@ from mlx_distill.records import Classification, Prediction
 from mlx_distill.tasks.grammar import check_schema
 from mlx_distill.tasks.task import Task, load_task, task_names
 from mlx_distill.text import counted
+from mlx_distill.thinking import thinking_budget
 
 Row = Mapping[str, Any]
 
@@ -120,7 +121,8 @@ class Analyzer:
         self.long = long
         length = context_length(self.model)
         if max_prompt_tokens is None and length is not None:
-            max_prompt_tokens = max(1, length - (0 if labels_only else self.max_tokens))
+            most = self.max_tokens + thinking_budget(self.tokenizer)
+            max_prompt_tokens = max(1, length - (0 if labels_only else most))
         self.max_prompt_tokens = max_prompt_tokens
         self._rows = RowPrompts(self.tokenizer, self.task, max_prompt_tokens, long, progress.note)
         self.label_probs = (

@@ -6,7 +6,8 @@ Two conventions: a block ``<think> ... </think>``, and harmony's messages, each 
     <|channel|>analysis<|message|>It rains.<|end|><|start|>assistant<|channel|>final<|message|>Yes.<|return|>
 
 Prompts of :func:`~mlx_distill.data.chat.prompt_ids` have an empty block, or name the final channel: the
-answer begins at once. Prompts that leave thinking to the model are read too.
+answer begins at once. Those of a model that thinks first (:mod:`mlx_distill.thinking`) end within its
+thinking.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def channels_of(tokenizer: Any) -> Channels | None:
 def _before_answer(tokenizer: Any, marker: int) -> tuple[int, ...]:
     """The tokens from behind the last marker of a prompt to the answer; none where it has no marker."""
     try:
-        prompt = prompt_ids(tokenizer, [Message("user", "a")])
+        prompt = prompt_ids(tokenizer, [Message("user", "a")], thinking=False)
     except DistillError:  # no chat template: the prompts are made elsewhere
         return ()
     return tuple(prompt[len(prompt) - prompt[::-1].index(marker) :]) if marker in prompt else ()

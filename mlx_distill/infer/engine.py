@@ -137,7 +137,7 @@ class Engine:
         uniforms = None
         if request.temperature:
             seed = request.seed if isinstance(request.seed, tuple) else (request.seed,)
-            uniforms = np.random.default_rng(seed).random(request.max_tokens, dtype=np.float32)
+            uniforms = np.random.default_rng(seed).random(request.limit, dtype=np.float32)
         row = EngineRow(
             number,
             request,
@@ -205,7 +205,7 @@ class Engine:
         if request.stream:
             thinking = row.place.start is None or len(row.tokens) <= row.place.start
             events.append(TokenEvent(row.id, token, thinking, logprobs))
-        if len(row.tokens) == request.max_tokens:
+        if row.full:
             return [*events, self._finish(row, "length")]
         if request.constraint is not None:
             try:

@@ -35,7 +35,17 @@ class EngineRow:
     @property
     def leaves(self) -> bool:
         """Whether no further token of it is to be chosen."""
-        return self.ended or self.chosen >= self.request.max_tokens
+        return self.ended or self.chosen >= self.request.limit
+
+    @property
+    def full(self) -> bool:
+        """Whether it has as many tokens as it may have, of its thinking or of its answer."""
+        request, start = self.request, self.place.start
+        if not request.max_thinking:
+            return len(self.tokens) == request.max_tokens
+        if start is None:  # what the template has between thinking and answer is not counted
+            return len(self.tokens) >= request.max_thinking and not self.place.forced
+        return len(self.tokens) - start >= request.max_tokens
 
     @property
     def at_hook(self) -> bool:

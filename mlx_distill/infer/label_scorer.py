@@ -28,6 +28,7 @@ from mlx_distill.losses.numerics import check_temperature
 from mlx_distill.metrics.calibration import scale
 from mlx_distill.records import Classification, Prediction
 from mlx_distill.tasks.task import Task
+from mlx_distill.thinking import thinking_budget
 
 NORMALIZATIONS = ("none", "string", "tokens", "bytes")
 
@@ -79,8 +80,9 @@ class LabelScorer:
         batch_size: Prompts a forward pass.
 
     Raises:
-        ConfigError: the task has no label, or it is not the answer's first property; an unknown
-            ``normalize``; several orders, and the prompt has no place for the list of labels.
+        ConfigError: the task has no label, or it is not the answer's first property; a model that thinks
+            first; an unknown ``normalize``; several orders, and the prompt has no place for the list of
+            labels.
         ModelError: the tokenizer cannot write the labels.
     """
 
@@ -95,6 +97,11 @@ class LabelScorer:
     ) -> None:
         options = options or LabelOptions()
         check_label_options(task, options)
+        if thinking_budget(tokenizer):
+            raise ConfigError(
+                "the model thinks before it answers, so its labels cannot be scored right behind a prompt",
+                fix="let it answer: evaluate and analyze read its label probabilities behind its thinking",
+            )
         self.model, self.task, self.batch_size = model, task, batch_size
         self.normalize, self.temperature = options.normalize, options.temperature or 1.0
         count = options.shuffle_options

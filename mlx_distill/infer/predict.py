@@ -22,8 +22,9 @@ from mlx_distill.infer.label_scoring import (
 )
 from mlx_distill.infer.requests import Request
 from mlx_distill.records import Message, Prediction
-from mlx_distill.tasks.answer import error_kind, parse_answer
+from mlx_distill.tasks.answer import THINKING, error_kind, parse_answer
 from mlx_distill.tasks.task import Task
+from mlx_distill.thinking import thinking_budget
 
 Row = Mapping[str, Any]
 Answer = TypeVar("Answer")
@@ -247,6 +248,7 @@ class AnswerRequests:
         self._grammar = task_grammar(model, tokenizer, task) if constrain else None
         self._hook = label_hook(model, self.prefix) if self.prefix else None
         self._stop = frozenset(stop_ids(tokenizer))
+        self._max_thinking = thinking_budget(tokenizer)
 
     def request(
         self,
@@ -265,6 +267,7 @@ class AnswerRequests:
             seed,
             None if self._grammar is None else self._grammar.constraint(prompt),
             self._hook,
+            max_thinking=self._max_thinking,
         )
 
 
@@ -286,7 +289,10 @@ def to_predictions(
     prefix = label_prefix_tokens(tokenizer, task) if label_probs else None
     distributions: Sequence[dict[str, float] | None] = [None] * len(prompts)
     if prefix is not None:
-        distributions = label_distributions(model, prompts, generations, prefix, batch_size=batch_size)
+        thinks = thinking_budget(tokenizer) > 0
+        distributions = label_distributions(
+            model, prompts, generations, prefix, batch_size=batch_size, thinks=thinks
+        )
     return [
         to_prediction(item, generation, distribution, task)
         for item, generation, distribution in zip(items, generations, distributions, strict=True)
@@ -348,9 +354,11 @@ def label_distributions(
     prefix: LabelPrefix,
     *,
     batch_size: int = 16,
-) -> list[dict[str, float]]:
+    thinks: bool = False,
+) -> list[dict[str, float] | None]:
     """Each row's distribution over the labels: from :func:`label_hook` where the answer begins with the
-    prefix, else from one more forward pass over prompt and prefix.
+    prefix, else from one more forward pass over prompt and prefix. None of a row that was cut while its model
+    was thinking: its answer has no beginning.
 
     Args:
         model: An mlx-lm model.
@@ -358,20 +366,29 @@ def label_distributions(
         generations: Their answers, generated with the hook.
         prefix: From :func:`~mlx_distill.infer.label_scoring.label_prefix_tokens`.
         batch_size: Prompts a forward pass.
+        thinks: Whether the prompts leave thinking to the model: the answer is read behind it.
     """
     ids, labels = prefix
     table = np.zeros((len(prompts), len(labels.labels)), dtype=np.float32)
-    others = []
+    others: list[int] = []
+    cut: set[int] = set()
     for i, generation in enumerate(generations):
         if generation.hook_output is not None and begins_with_label(generation, ids):
             table[i] = np.exp(generation.hook_output)
+        elif thinks and (generation.still_thinking or generation.error is not None):
+            cut.add(i)
         else:
             others.append(i)
     if others:
-        table[others] = label_probabilities(
-            model, [[*prompts[i], *ids] for i in others], labels, batch_size=batch_size
-        )
-    return [dict(zip(labels.labels, map(float, line), strict=True)) for line in table]
+        ends = [generations[i].answer_start if thinks else 0 for i in others]
+        asked = [
+            [*prompts[i], *generations[i].tokens[:end], *ids] for i, end in zip(others, ends, strict=True)
+        ]
+        table[others] = label_probabilities(model, asked, labels, batch_size=batch_size)
+    return [
+        None if i in cut else dict(zip(labels.labels, map(float, line), strict=True))
+        for i, line in enumerate(table)
+    ]
 
 
 def begins_with_label(generation: Generation, ids: Sequence[int]) -> bool:
@@ -388,6 +405,8 @@ def read_answer(
     """A generated answer, parsed strictly: the answer and None, or None and the reason in one line."""
     if generation.error is not None:
         return None, str(generation.error)
+    if generation.still_thinking:
+        return None, f"cut after {len(generation.tokens)} tokens: {THINKING}"
     answer, error = parse_answer(generation.text, schema)
     if error and generation.finish == "length":
         error = f"cut after {len(generation.tokens)} tokens: {error}"

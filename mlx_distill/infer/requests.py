@@ -14,6 +14,8 @@ from mlx_distill.errors import ConfigError, DataError, DistillError
 from mlx_distill.infer.kv_cache import Caches
 from mlx_distill.models.token_ids import check_token_ids
 
+_MARKS = 32  # tokens between thinking and answer at most
+
 
 class LogitsHook(NamedTuple):
     """Reads the logits of one place in an answer: ``read(logits [b, v], caches) -> [b, c]`` is called with
@@ -58,6 +60,8 @@ class Request:
         top_p: Sample only from the most probable tokens whose probabilities sum to at least that.
         top_logprobs: Of a request that streams, report each token's log-probability with those of so many of
             the most probable tokens; None for none.
+        max_thinking: Tokens of thinking after which a request whose prompt leaves it open ends without an
+            answer; ``max_tokens`` are then those of the answer alone. 0: ``max_tokens`` are all tokens.
     """
 
     prompt: Sequence[int]
@@ -70,6 +74,12 @@ class Request:
     stream: bool = False
     top_p: float = 1.0
     top_logprobs: int | None = None
+    max_thinking: int = 0
+
+    @property
+    def limit(self) -> int:
+        """The most tokens of thinking, what ends it, and answer together."""
+        return self.max_tokens + (self.max_thinking + _MARKS if self.max_thinking else 0)
 
 
 class TokenLogprobs(NamedTuple):
@@ -106,6 +116,11 @@ class Generation:
     answer_start: int = 0
     first_token_seconds: float = 0.0
     error: DistillError | None = None
+
+    @property
+    def still_thinking(self) -> bool:
+        """Whether it was cut before its answer began."""
+        return self.finish == "length" and 0 < self.answer_start == len(self.tokens)
 
 
 class TokenEvent(NamedTuple):

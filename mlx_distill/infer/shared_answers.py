@@ -27,6 +27,7 @@ from mlx_distill.infer.worker import Cancelled, EngineWorker, Handle
 from mlx_distill.records import Classification, Prediction
 from mlx_distill.tasks.grammar import check_schema
 from mlx_distill.tasks.task import Task
+from mlx_distill.thinking import thinking_budget
 
 PlacedRow = tuple[str, Row | str | DataError]
 _POLL = 1.0  # seconds between two looks whether the caller is still there
@@ -84,7 +85,7 @@ class SharedAnswers:
         """
         asked = self._asked(constrain, label_probs)
         most = max_tokens or self.task.max_answer_tokens
-        prompts = self._prompts(long, most)
+        prompts = self._prompts(long, most + thinking_budget(self.tokenizer))
         items = [prompts(row, where) for where, row in rows]
         handles = self._handles(asked, [item for item in items if isinstance(item, CutItem)], most, gone)
         out = []
@@ -168,8 +169,10 @@ class SharedAnswers:
         prefix = asked.prefix
         assert prefix is not None
 
-        def read() -> dict[str, float]:
-            return label_distributions(self.model, [item.prompt], [generation], prefix)[0]
+        thinks = thinking_budget(self.tokenizer) > 0
+
+        def read() -> dict[str, float] | None:
+            return label_distributions(self.model, [item.prompt], [generation], prefix, thinks=thinks)[0]
 
         # The hook's output is read here; another pass over the prompt is the model's.
         return read() if begins_with_label(generation, prefix[0]) else self.worker.call(read).result()

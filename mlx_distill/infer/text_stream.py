@@ -196,6 +196,22 @@ class AnswerStream:
         return self._stop.add(text)
 
 
+def thinking_text(
+    tokenizer: Any, channels: Channels | None, prompt: Sequence[int], generation: Generation
+) -> str:
+    """What a model thought before its answer, without what marks it.
+
+    Args:
+        tokenizer: Of the engine.
+        channels: Of the tokenizer.
+        prompt: The request's.
+        generation: Its answer.
+    """
+    marks = _Marks(channels, prompt)
+    shown = [token for token in generation.tokens[: generation.answer_start] if marks.shows(token)]
+    return str(tokenizer.decode(shown)).strip() if shown else ""
+
+
 class _Marks:
     """Which tokens of thinking are its text: neither what marks it, nor harmony's headers."""
 

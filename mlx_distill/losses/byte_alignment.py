@@ -85,6 +85,35 @@ def align_tokens(
     return Alignment(align_lengths(*lengths), bool(same_start))
 
 
+def common_cut(
+    student_ids: Ids, teacher_ids: Ids, student_tokenizer: Any, teacher_tokenizer: Any, length: int
+) -> tuple[int, int]:
+    """How many tokens of either tokenization stand before the last byte position, of a text of ``length``
+    bytes, at which both end a token: the tokens behind it hold text that only one of them has.
+
+    Args:
+        student_ids, teacher_ids, student_tokenizer, teacher_tokenizer: As in :func:`align_bytes`.
+        length: Bytes that both have in common.
+
+    Raises:
+        DataError: the two texts differ before that.
+    """
+    student, teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
+    texts, ends = [], []
+    for ids, tokens, model in ((student_ids, student, "student"), (teacher_ids, teacher, "teacher")):
+        own = _ids(ids, tokens, model)
+        text = b"".join(tokens.tokens[i] for i in own.tolist())
+        shift = int(tokens.prefix_space and text[:1] == b" ")  # written before a text that has none
+        texts.append(text[shift:])
+        ends.append(np.cumsum(tokens.lengths[own]) - shift)
+    if texts[0][:length] != texts[1][:length]:
+        raise _difference(texts[0][:length], texts[1][:length])
+    shared = np.intersect1d(ends[0], ends[1])
+    last = max((end for end in shared.tolist() if end <= length), default=0)
+    student_count, teacher_count = (int(np.searchsorted(end, last, side="right")) for end in ends)
+    return student_count, teacher_count
+
+
 def align_lengths(
     student_lengths: Int[np.ndarray, " l"], teacher_lengths: Int[np.ndarray, " m"]
 ) -> Int[np.ndarray, "spans 4"]:

@@ -141,6 +141,7 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "tokenizer.model",
+    "thinking.json",
 )
 TEMPLATES = "additional_chat_templates"
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")  # any of them is a whole tokenizer

@@ -37,6 +37,7 @@ from mlx_distill.models.modules import cast_model
 from mlx_distill.models.quantization import with_quantization
 from mlx_distill.models.tokenizer_fields import check_tokenizer_config, settle_tokenizer
 from mlx_distill.storage import atomic_path, read_manifest, write_json
+from mlx_distill.thinking import read_thinking, set_thinking
 
 
 def load(
@@ -90,7 +91,8 @@ def load_model(folder: str | Path, *, dtype: str | None = None) -> tuple[Any, di
 
 
 def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) -> Any:
-    """mlx-lm's ``TokenizerWrapper`` of a folder, with its chat template and without remote code.
+    """mlx-lm's ``TokenizerWrapper`` of a folder, with its chat template and without remote code; its prompts
+    leave thinking to the model where the folder says so (:mod:`mlx_distill.thinking`).
 
     Of an adapter folder without a tokenizer it is that of its base model. A field of its files that changes
     the result elsewhere and not here is a ``UserWarning``.
@@ -122,6 +124,7 @@ def load_tokenizer(path: str | Path, config: Mapping[str, Any] | None = None) ->
         ) from error
     for note in settle_tokenizer(folder, tokenizer, config.get("vocab_size")):
         warnings.warn(note, stacklevel=2)
+    set_thinking(tokenizer, read_thinking(folder))
     return tokenizer
 
 

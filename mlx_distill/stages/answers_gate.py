@@ -8,7 +8,7 @@ from typing import Any
 from mlx_distill.distill.answer_check import FACT
 from mlx_distill.errors import ConfigError, QualityGateError
 from mlx_distill.recipe import Recipe, length_options
-from mlx_distill.tasks.answer import CUT, NOT_JSON
+from mlx_distill.tasks.answer import CUT, NOT_JSON, THINKING
 from mlx_distill.tasks.grammar import check_schema
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import percent, shortened
@@ -67,6 +67,8 @@ def gate_error(
 
 def _fix(kind: str, reason: Mapping[str, Any], task: Task, longer: str) -> str:
     """What to change, by the most frequent reason."""
+    if kind == THINKING:
+        return f"raise targets.max_thinking_tokens; {longer}; or set targets.thinking: none"
     if kind == CUT:
         if 2 * reason.get("data_longer", 0) >= reason["count"]:
             return (

@@ -44,6 +44,7 @@ from mlx_distill.stages.distill import kept_temperature, token_groups, with_teac
 from mlx_distill.stages.targets import fingerprints
 from mlx_distill.storage import atomic_path, read_json, scratch, write_json, write_jsonl
 from mlx_distill.text import counted, size
+from mlx_distill.thinking import set_thinking
 
 if TYPE_CHECKING:
     import mlx.core as mx
@@ -314,6 +315,7 @@ class _Pair:
         self.settings: DistillConfig = settings
         folders = {"teacher": context.run / "teacher", "student": context.run / "student_base"}
         self.tokenizers = {role: load_tokenizer(folder) for role, folder in folders.items()}
+        set_thinking(self.tokenizers["student"], context.recipe.student_thinking)
         self.columns = embedding_rows(empty_model(folders["student"]))
         self.reader = TargetReader(context.run / "targets")
         self.reader.check(fingerprints(context, self.tokenizers["teacher"]))
@@ -349,7 +351,7 @@ class _Pair:
     def _aligned(self) -> tuple[list[AlignedRow], int]:
         """The sampled targets as rows of the student, and the number of those that are left out."""
         from mlx_distill.data.chat import render_many
-        from mlx_distill.distill.align import aligner
+        from mlx_distill.distill.align import aligner, with_answer
 
         sampled = self._targets()
         teacher_tokenizer, tokenizer = self.tokenizers["teacher"], self.tokenizers["student"]
@@ -363,10 +365,7 @@ class _Pair:
             temperature=self.temperature,
             finish=with_teachers_chat(self.context, teacher_tokenizer),
         )
-        chats = [
-            [*row["messages"][:-1], {"role": "assistant", "content": targets.text}]
-            for row, targets in sampled
-        ]
+        chats = [with_answer(row, targets) for row, targets in sampled]
         rows = []
         rendered = render_many(tokenizer, chats) if chats else []
         for chat, messages, (_, targets) in zip(rendered, chats, sampled, strict=True):
@@ -380,13 +379,23 @@ class _Pair:
 
     def _targets(self) -> list[tuple[dict[str, Any], Any]]:
         """Targets of validation rows with their rows, or of training rows where there are none."""
-        valid = count_rows(self.context, "valid")
+        valid = self._valid_targets()
+        self.split = "valid" if valid else "train"
         first, count = (len(self.reader) - valid, valid) if valid else (0, len(self.reader))
         chosen = spread(count, self.context.recipe.evaluate.audit_rows)
         sampled = [self.reader[first + number] for number in chosen]
         ids = {targets.id for targets in sampled}
         rows = {row["id"]: row for row in read_rows(self.context, self.split) if row["id"] in ids}
         return [(rows[targets.id], targets) for targets in sampled]
+
+    def _valid_targets(self) -> int:
+        """The last targets, which are of validation rows; rows of a teacher that thinks may have none."""
+        if not self.context.recipe.teacher_thinking:
+            return count_rows(self.context, "valid")
+        ids, first = {row["id"] for row in read_rows(self.context, "valid")}, len(self.reader)
+        while first and self.reader[first - 1].id in ids:
+            first -= 1
+        return len(self.reader) - first
 
     def student_audit(self, tokenizer: Any, teacher: LiveTeacher | None) -> StudentAudit:
         """What measures a student."""

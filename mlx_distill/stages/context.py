@@ -9,13 +9,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.data.messages import with_system
+from mlx_distill.data.messages import with_system, without_thinking
 from mlx_distill.errors import DataError, Interrupted
 from mlx_distill.progress import Progress
 from mlx_distill.recipe import Recipe
 from mlx_distill.runtime import StopFlag
 from mlx_distill.storage import fingerprint, os_errors, read_jsonl, read_manifest
 from mlx_distill.tasks.task import Task
+from mlx_distill.thinking import set_thinking
 
 if TYPE_CHECKING:
     from mlx_distill.train.profiling import Profile
@@ -37,6 +38,7 @@ class Context:
         profile: Measures the time of the parts of every training.
         events: Called with every event of a run, see :func:`mlx_distill.pipeline.run`.
         system: What :func:`read_rows` gives in place of each row's system prompt; None: the row's own.
+        thinking: Whether :func:`read_rows` gives the thinking before each row's answer.
     """
 
     recipe: Recipe
@@ -48,13 +50,15 @@ class Context:
     profile: Profile | None = None
     events: Callable[[dict[str, Any]], None] | None = None
     system: str | None = None
+    thinking: bool = False
 
 
 def as_teacher(context: Context) -> Context:
     """The context in which the teacher is trained and asked: its rows have the system prompt of ``targets``,
-    where there is one.
+    where there is one, and their thinking where the teacher thinks.
     """
-    return replace(context, system=context.recipe.teacher_system())
+    recipe = context.recipe
+    return replace(context, system=recipe.teacher_system(), thinking=recipe.teacher_thinking > 0)
 
 
 def load_model(context: Context, name: str, folder: Path | None = None) -> tuple[Any, Any]:
@@ -75,6 +79,8 @@ def load_model(context: Context, name: str, folder: Path | None = None) -> tuple
         model, tokenizer = load(folder or context.run / name, dtype=context.recipe.compute_dtype)
     if context.recipe.dequantizes(name):
         dequantize_model(model, context.recipe.compute_dtype or "float32")
+    if name in ("teacher_base", "teacher"):
+        set_thinking(tokenizer, context.recipe.teacher_thinking)
     return model, tokenizer
 
 
@@ -84,16 +90,16 @@ def rows_file(context: Context, split: str) -> Path:
 
 
 def read_rows(context: Context, split: str) -> Iterator[dict[str, Any]]:
-    """The prepared rows of a split, one at a time, with the context's system prompt."""
+    """The prepared rows of a split, one at a time, with the context's system prompt; the thinking before a
+    task's answer is left out where the context has none.
+    """
     for _, row in read_jsonl(rows_file(context, split)):
-        yield (
-            row
-            if context.system is None
-            else {
-                **row,
-                "messages": with_system(row["messages"], context.system),
-            }
-        )
+        messages = own = row.get("messages", ())
+        if context.system is not None:
+            messages = with_system(messages, context.system)
+        if not (context.thinking or context.task.is_chats):
+            messages = without_thinking(messages)
+        yield row if messages is own else {**row, "messages": messages}
 
 
 def count_rows(context: Context, split: str) -> int:

@@ -24,8 +24,10 @@ from mlx_distill.stages.context import (
 )
 from mlx_distill.stages.label_calibration import calibrate_labels
 from mlx_distill.stages.targets import check_tail, fingerprints
+from mlx_distill.stages.thinking import without_marks
 from mlx_distill.stages.training import check_training, fine_tune, train_rows
 from mlx_distill.storage import digest, scratch, sha256, write_json
+from mlx_distill.thinking import set_thinking, thinking_budget
 
 if TYPE_CHECKING:
     from mlx_distill.distill.align import AlignedRow, JoinedRow
@@ -57,7 +59,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     """
     from mlx_distill.data.chat import pad_id
     from mlx_distill.distill.align import collate_aligned_rows
-    from mlx_distill.distill.hard_targets import hard_settings, with_hard_labels
+    from mlx_distill.distill.hard_targets import with_hard_labels
     from mlx_distill.distill.live_teacher import with_live_teacher
     from mlx_distill.distill.objective import kd
     from mlx_distill.models.forward import embedding_rows
@@ -65,6 +67,8 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     settings = context.recipe.distill
     check_training(context, {"distill"})
     model, tokenizer = load_model(context, "student_base")
+    of_rows = control in ("labels", "labels_hard")
+    set_thinking(tokenizer, 0 if of_rows else context.recipe.student_thinking)
     if control == "labels":
         return fine_tune(
             context,
@@ -76,14 +80,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
             settings,
             max_rows=settings.max_rows,
         )
-    if control == "text":
-        settings = replace(settings, label_weight=0.0, token_weight=0.0, span_weight=0.0, text_weight=1.0)
-    if context.task.label is None and settings.label_weight:
-        settings = replace(settings, label_weight=0.0)
-        if control is None:
-            context.progress.note("distill: the task has no label, so distill.label_weight has no effect")
-    if control in ("labels_hard", "teacher_hard"):
-        settings = hard_settings(settings)
+    settings = _settings(context, control)
     token_rows = embedding_rows(model)
     align = own_answer_rows if control == "labels_hard" else partial(aligned_rows, student=model)
     train, valid, inputs = align(context, folder, tokenizer, settings, token_rows=token_rows)
@@ -114,6 +111,20 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
     if facts and control is None:  # only the first of several ranks has facts, and writes
         facts |= calibrate_labels(context, folder, "distill", model, tokenizer)
     return facts
+
+
+def _settings(context: Context, control: str | None) -> DistillConfig:
+    """The recipe's settings as a student or a control of some kind is trained with them."""
+    from mlx_distill.distill.hard_targets import hard_settings
+
+    settings = context.recipe.distill
+    if control == "text":
+        settings = replace(settings, label_weight=0.0, token_weight=0.0, span_weight=0.0, text_weight=1.0)
+    if context.task.label is None and settings.label_weight:
+        settings = replace(settings, label_weight=0.0)
+        if control is None:
+            context.progress.note("distill: the task has no label, so distill.label_weight has no effect")
+    return hard_settings(settings) if control in ("labels_hard", "teacher_hard") else settings
 
 
 def aligned_rows(
@@ -338,17 +349,21 @@ def _check_labelled(context: Context, train: Store[AlignedRow], targets: Path) -
 
 
 def token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_columns: int) -> TokenGroups:
-    """The token groups of two tokenizers, with their stop tokens in one group."""
+    """The token groups of two tokenizers, with their stop tokens in one group; where the student learns to
+    think, what marks thinking is in none.
+    """
     from mlx_distill.data.chat import stop_ids
     from mlx_distill.losses.cross_tokenizer import build_token_groups
 
-    return build_token_groups(
+    groups = build_token_groups(
         student_tokenizer,
         teacher_tokenizer,
         student_stop=stop_ids(student_tokenizer)[0],
         teacher_stop=stop_ids(teacher_tokenizer)[0],
         student_columns=student_columns,
     )
+    thinks = thinking_budget(student_tokenizer) > 0
+    return without_marks(groups, student_tokenizer, teacher_tokenizer) if thinks else groups
 
 
 def kept_temperature(loss: str | None, settings: DistillConfig, index: Mapping[str, Any]) -> float:

@@ -66,6 +66,7 @@ def encoded_rows(
             "loss_on": settings.loss_on,
             **({"max_rows": max_rows} if max_rows else {}),
             **({"system": context.system} if context.system is not None else {}),
+            **({"thinking": True} if context.thinking else {}),
         }
     )
     if not is_stored(rows_folder, key):

@@ -15,6 +15,7 @@ from mlx_distill.errors import ConfigError
 from mlx_distill.stages.context import Context, check_stop, held_out_rows
 from mlx_distill.stages.label_calibration import labelled_valid_rows, score_labels
 from mlx_distill.storage import read_jsonl, scratch, write_jsonl
+from mlx_distill.thinking import thinking_budget
 
 SEED = 0
 """Of the rows that are drawn, of the order of the rows in each run, and of sampled answers."""
@@ -69,7 +70,7 @@ def measure_more(
         has_labels: Whether the model's label probabilities can be read.
     """
     settings = context.recipe.evaluate
-    if has_labels:
+    if has_labels and not thinking_budget(tokenizer):  # labels are scored right behind a prompt
         score_valid_rows(context, folder, name, model, tokenizer)
         if settings.shuffle_options:
             score_label_orders(context, folder, name, model, tokenizer, rows)

@@ -6,11 +6,11 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import chain, count, islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.errors import ConfigError, DataError, FileError
 from mlx_distill.recipe import Recipe, TargetsConfig
 from mlx_distill.stages.context import (
     Context,
@@ -24,7 +24,7 @@ from mlx_distill.stages.context import (
     vocabulary_hash,
 )
 from mlx_distill.storage import digest, os_errors, read_json, read_manifest, scratch, sha256, write_json
-from mlx_distill.text import counted, percent, size
+from mlx_distill.text import counted, listed, percent, size
 
 if TYPE_CHECKING:
     from mlx_distill.distill.teacher_cache import TargetWriter, TeacherTargets
@@ -50,42 +50,72 @@ def targets(context: Context, folder: Path) -> Facts:
     train = (
         (row, n) for row in islice(read_rows(context, "train"), train_rows) for n in range(settings.samples)
     )
-    _note_disk(context, tokenizer, writer, train_rows * settings.samples + count_rows(context, "valid"))
-    rows = islice(chain(train, ((row, 0) for row in read_rows(context, "valid"))), writer.done, None)
+    total = train_rows * settings.samples + count_rows(context, "valid")
+    _note_disk(context, tokenizer, writer, total)
+    done = _asked(folder, len(writer.shards), writer.done)
+    rows = islice(chain(train, ((row, 0) for row in read_rows(context, "valid"))), done, None)
     shard = max(settings.batch_size * 8, 64)
-    with context.progress.task(
-        "targets",
-        total=train_rows * settings.samples + count_rows(context, "valid"),
-        unit="row",
-        start=writer.done,
-    ) as bar:
+    with context.progress.task("targets", total=total, unit="row", start=done) as bar:
 
-        def scored() -> Iterator[list[TeacherTargets]]:
-            for number in count(len(writer.shards)):
-                chunk = list(islice(rows, shard))
-                if not chunk:
-                    return
+        def scored(done: int) -> Iterator[list[TeacherTargets]]:
+            number = len(writer.shards)
+            waiting: list[dict[str, Any]] = []  # the counts of rows that all were left out
+            while chunk := list(islice(rows, shard)):
                 check_stop(context)
                 asked, samples = zip(*chunk, strict=True)
                 found, check = score_answers(
                     model, tokenizer, asked, context.task, settings, labels, samples, temperatures
                 )
-                write_json(_check_file(folder, number), check.to_dict())
-                yield found
+                done += len(chunk)
+                waiting = [joined([*waiting, check.to_dict()])]
+                write_json(_check_file(folder, number), {**waiting[0], "asked": done})
+                bar.update(done)
+                if found:
+                    number, waiting = number + 1, []
+                    yield found
 
-        for done in writer.write_all(scored()):
+        for _ in writer.write_all(scored(done)):
             if context.recipe.distill.token_loss != "auto":
                 check_tail(writer.sums, settings.top_k)
-            bar.update(done)
-    paths = [_check_file(folder, shard) for shard in range(len(writer.shards))]
+    paths = [_check_file(folder, shard) for shard in range(len(writer.shards) + 1)]
     answers = joined([read_json(path) for path in paths if path.is_file()])
-    if invalid := answers["rows"] - answers["valid"]:
+    _note_left_out(context, answers, writer.done)
+    if invalid := answers["rows"] - answers["valid"] if settings.thinking == "none" else 0:
         context.progress.note(
             f"targets: {invalid} answers of the teacher do not fit the task; these rows keep the data's own"
         )
     writer.finish(labels=list(context.task.labels), text=settings.text)
     stored = sum(p.stat().st_size for p in folder.glob("[rt]*-0*"))
     return {"rows": writer.done, "bytes": stored, **({FACT: answers} if answers["rows"] else {})}
+
+
+def _asked(folder: Path, shards: int, rows: int) -> int:
+    """How many rows an earlier run has asked the teacher for: those of its shards, and those left out."""
+    path = _check_file(folder, shards - 1)
+    return int(read_json(path).get("asked", rows)) if shards and path.is_file() else rows
+
+
+def _note_left_out(context: Context, answers: Mapping[str, Any], rows: int) -> None:
+    """Say how many rows have no targets, and why.
+
+    Raises:
+        DataError: no row has any.
+    """
+    if answers.get("left_out") and not rows:
+        raise DataError(
+            f"targets: no row is left: {_reasons(answers)}",
+            fix="raise targets.max_thinking_tokens, give the rows reasoning_content that teach trains on, or "
+            "set targets.thinking: none",
+        )
+    if left_out := answers.get("left_out", 0):
+        context.progress.note(
+            f"targets: {counted(left_out, 'row')} left out, since the teacher's thinking or answer cannot be "
+            f"used: {_reasons(answers)}"
+        )
+
+
+def _reasons(answers: Mapping[str, Any]) -> str:
+    return listed([f"{kind} ({reason['count']})" for kind, reason in answers["reasons"].items()])
 
 
 def _note_disk(context: Context, tokenizer: Any, writer: TargetWriter, rows: int) -> None:
@@ -181,6 +211,7 @@ def fingerprints(context: Context, tokenizer: Any) -> dict[str, str]:
         "template": digest(str(getattr(tokenizer, "chat_template", None))),
         "rows": digest([sha256(rows_file(context, split)) for split in ("train", "valid")]),
         **({"system": digest(system)} if system is not None else {}),
+        **({"thinking": context.recipe.targets.thinking} if context.recipe.teacher_thinking else {}),
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,11 @@ from mlx_distill.recipe import UNTRAINED, VALIDATION_METRICS, TrainConfig
 from mlx_distill.runtime import rank_and_size
 from mlx_distill.stages.context import Context, Facts, content_of, read_rows
 from mlx_distill.stages.encoding import encoded_rows
+from mlx_distill.stages.thinking import check_thinking
 from mlx_distill.stages.validation_answers import answer_measure
 from mlx_distill.storage import digest, read_jsonl, scratch
 from mlx_distill.text import size
+from mlx_distill.thinking import thinking_budget, write_thinking
 
 if TYPE_CHECKING:
     from mlx_distill.records import Batch
@@ -130,6 +132,7 @@ def train_rows(
     if ranks.rank:
         return {}
     _save_result(context, folder, name, model, base, settings)
+    write_thinking(folder, thinking_budget(tokenizer))
     return {
         "steps": result.steps,
         "rows": len(rows),
@@ -266,7 +269,8 @@ def check_training(context: Context, commands: Collection[str]) -> None:
 
     Raises:
         ConfigError, ModelError: settings that contradict each other, an unknown target module, a rank above a
-            dimension; a label that a tokenizer cannot write, where ``distill.label_weight`` needs it.
+            dimension; thinking that a model has no marks for; a label that a tokenizer cannot write, where
+            ``distill.label_weight`` needs it.
     """
     from mlx_distill.train.preflight import check_model, check_settings
 
@@ -283,18 +287,27 @@ def check_training(context: Context, commands: Collection[str]) -> None:
             check_model(local, settings, dequantize=recipe.dequantize)
     if "distill" in commands and recipe.student is not None and recipe.distill.label_weight > 0:
         _check_labels(context)
+    if recipe.teacher_thinking:
+        check_thinking(recipe, dict(_local_tokenizers(context)))
+
+
+def _local_tokenizers(context: Context) -> Iterator[tuple[str, Any]]:
+    """The tokenizers of teacher and student that are on this machine."""
+    from mlx_distill.models.load import load_tokenizer
+
+    recipe = context.recipe
+    for name, source in (("teacher", recipe.teacher), ("student", recipe.student)):
+        local = source and _local_model(context, f"{name}_base", source, "tokenizer.json")
+        if local:
+            yield name, load_tokenizer(local)
 
 
 def _check_labels(context: Context) -> None:
     """Refuse a label loss that a tokenizer cannot have, before hours are spent on the teacher."""
     from mlx_distill.infer.label_scoring import find_label_trie
-    from mlx_distill.models.load import load_tokenizer
 
-    recipe = context.recipe
-    for base, source in (("teacher_base", recipe.teacher), ("student_base", recipe.student)):
-        local = source and _local_model(context, base, source, "tokenizer.json")
-        if local:
-            find_label_trie(load_tokenizer(local), context.task, recipe.distill.label_weight)
+    for _, tokenizer in _local_tokenizers(context):
+        find_label_trie(tokenizer, context.task, context.recipe.distill.label_weight)
 
 
 def _local_model(context: Context, base: str, source: str, file: str) -> Path | None:

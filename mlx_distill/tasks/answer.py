@@ -18,6 +18,8 @@ from mlx_distill.text import not_an_object
 _LONGEST_ERROR = 200
 CUT, NOT_JSON, NOT_VALID, FAILED = "cut", "not JSON", "does not fit the schema", "generation failed"
 """The kinds of reasons why a generated answer is not valid."""
+THINKING = "thinking did not end"
+"""One more kind: of a model that thinks first, and was cut while it did."""
 
 
 def dump_answer(answer: Mapping[str, Any], schema: Mapping[str, Any]) -> str:
@@ -271,5 +273,7 @@ def _short(text: str) -> str:
 
 def error_kind(finish: str, error: str) -> str:
     """The kind of reason why a generated answer is not valid: for counts of such answers."""
+    if error.endswith(THINKING):
+        return THINKING
     kinds = {"length": CUT, "error": FAILED}
     return kinds.get(finish) or (NOT_JSON if error.startswith("not JSON") else NOT_VALID)

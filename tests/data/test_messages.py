@@ -115,7 +115,6 @@ def test_the_id_of_a_chat_depends_on_all_of_it_and_not_on_how_plain_turns_are_ke
         (turns({**USER, "training": True}, LAST, USER), "only the assistant's turns can be trained"),
         (turns({**USER, "thinking": "hm"}, LAST, USER), "reasoning_content in a turn of the user"),
         (turns(last={**LAST, "tool_calls": [CALL]}), "tool_calls in the last turn"),
-        (turns(last={**LAST, "reasoning_content": "hm"}), "reasoning_content in the last turn"),
         (turns(tools="look"), "tools: not JSON"),
         (turns({**USER, "tools": "look"}), r"messages\[1\]: tools: not JSON"),
         (with_turn(content="no", functions=[1]), "functions: cannot be shown"),

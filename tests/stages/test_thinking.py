@@ -1,0 +1,205 @@
+"""``targets.thinking``: what a teacher thinks, dropped or taught to a student with other marks."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from helpers.small_chain import RecordedProgress
+from helpers.thinking import THOUGHT, rows, write_recipe
+
+from mlx_distill.data.predictions import read_predictions
+from mlx_distill.distill.teacher_cache import TargetReader
+from mlx_distill.errors import ConfigError, DataError, ModelError
+from mlx_distill.graph import graph
+from mlx_distill.losses.cross_tokenizer import build_token_groups
+from mlx_distill.losses.token_bytes import vocabulary
+from mlx_distill.models.load import load, load_tokenizer
+from mlx_distill.pipeline import run
+from mlx_distill.recipe import load_recipe
+from mlx_distill.runtime import StopFlag
+from mlx_distill.stages.context import Context, as_teacher, read_rows
+from mlx_distill.stages.distill import aligned_rows
+from mlx_distill.stages.targets import targets
+from mlx_distill.stages.thinking import check_thinking, without_marks
+from mlx_distill.tasks.answer import THINKING
+from mlx_distill.thinking import set_thinking, thinking_budget
+
+THOUGHTS = {
+    row["id"]: THOUGHT.format("It is" if '"yes"' in row["messages"][-1]["content"] else "None is")
+    for row in rows()
+}
+
+
+@pytest.fixture(scope="module")
+def mapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run whose student learns to think in harmony's analysis channel."""
+    folder = tmp_path_factory.mktemp("thinking")
+    run(write_recipe(folder, "map"), folder / "out")
+    return folder
+
+
+def context_of(folder: Path, *overrides: str, **more: Any) -> Context:
+    recipe = load_recipe(folder / "recipe.yaml", overrides)
+    progress = more.pop("progress", RecordedProgress())
+    return Context(recipe, recipe.load_task(), folder / "out", progress, StopFlag(), **more)
+
+
+def bare(row: dict[str, Any]) -> list[dict[str, Any]]:
+    return [{"role": turn["role"], "content": turn["content"]} for turn in row["messages"][:-1]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["map", "drop"])
+def test_targets_are_read_behind_the_thinking_in_the_teachers_template(
+    mapped: Path, tmp_path: Path, mode: str
+) -> None:
+    """Against the model itself on what transformers makes of the teacher's chat template."""
+    folder = mapped / "out" / "targets"
+    if mode == "drop":
+        folder = tmp_path
+        targets(context_of(mapped, "targets.thinking=drop"), folder)
+    model, tokenizer = load(mapped / "out" / "teacher", dtype="float32")
+    context = context_of(mapped)
+    prepared = {row["id"]: row for split in ("train", "valid") for row in read_rows(context, split)}
+    found = list(TargetReader(folder))
+    assert 20 < len(found) == len([id for id in prepared if int(id[1:]) % 10 != 3])
+    for target in found[:6]:
+        thought = THOUGHTS[target.id]
+        assert target.thinking == thought
+        message = {"role": "assistant", "content": target.text, "reasoning_content": thought}
+        tokens = tokenizer.apply_chat_template(
+            [*bare(prepared[target.id]), message], tokenize=True, return_dict=False
+        )
+        tokens = tokens[: len(tokens) - tokens[::-1].index(tokenizer.eos_token_id)]
+        assert tokens[-len(target.ids) :] == target.ids.tolist()
+        said = tokenizer.decode(target.ids.tolist())
+        kept = f"{thought}\n</think>\n\n" if mode == "map" else ""
+        assert said == kept + target.text + "<|im_end|>"
+        assert tokenizer.decode(target.ids[target.answer_start : -1].tolist()) == target.text
+        assert target.answer_alone().ids.tolist() == target.ids[target.answer_start :].tolist()
+        z = model(mx.array([tokens]))[0].astype(mx.float32)
+        z = z - mx.logsumexp(z, axis=-1, keepdims=True)
+        n = len(target.ids)
+        own = np.array(z)[np.arange(len(tokens) - n, len(tokens)) - 1, target.ids]
+        np.testing.assert_allclose(target.logprobs, own, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_the_student_learns_them_in_its_own_marks_and_no_mark_is_aligned(
+    mapped: Path, tmp_path: Path
+) -> None:
+    context, out = context_of(mapped, "distill.teacher=live"), mapped / "out"
+    student, teacher = load_tokenizer(out / "student_base"), load_tokenizer(out / "teacher")
+    set_thinking(student, context.recipe.student_thinking)
+    train, valid, inputs = aligned_rows(context, tmp_path, student, context.recipe.distill)
+    by_text = [*TargetReader(out / "targets")]
+    assert len(train) + len(valid) == len(by_text)
+    ours, theirs = vocabulary(student).tokens, vocabulary(teacher).tokens
+    for row, target in zip([*train, *valid], by_text, strict=True):
+        said = student.decode(row.tokens[row.start :].tolist())
+        end = "<|end|><|start|>assistant<|channel|>final<|message|>"
+        assert said == f"{target.thinking}{end}{target.text}<|return|>"
+        assert student.decode(row.tokens[: row.start].tolist()).endswith("<|channel|>analysis<|message|>")
+        assert row.teacher_starts is not None and row.teacher_tokens is not None
+        covered = b""
+        for first, last in row.spans[:-1]:
+            covered += b"".join(ours[i] for i in row.tokens[first:last].tolist())
+        assert covered == (target.thinking + target.text).encode()
+        names = ("<|end|>", "<|start|>", "<|channel|>", "<|message|>")
+        marks = {student.convert_tokens_to_ids(name) for name in names}
+        in_spans = {int(i) for first, last in row.spans for i in row.tokens[first:last]}
+        assert not marks & in_spans and not marks & set(row.tokens[row.starts].tolist())
+        closes = teacher.convert_tokens_to_ids("</think>")
+        begun = row.teacher_tokens[row.teacher_starts].tolist()
+        assert row.teacher_tokens[-len(target.ids) :].tolist() == target.ids.tolist()
+        assert closes not in begun
+        before = [theirs[i] for i in begun[:-1]]
+        at = [ours[i] for i in row.tokens[row.starts].tolist()[:-1]]
+        assert all(a.startswith(b[:1]) for a, b in zip(at, before, strict=True))
+        assert row.label_start is not None and row.label_start > row.start + len(row.spans) // 3
+    groups = inputs["groups"]
+    assert groups.teacher[teacher.convert_tokens_to_ids("</think>")] == groups.outside
+    assert groups.student[student.convert_tokens_to_ids("<|end|>")] == groups.outside
+    plain = build_token_groups(student, teacher)
+    changed = np.flatnonzero(without_marks(plain, student, teacher).teacher != plain.teacher)
+    names = set(teacher.convert_ids_to_tokens(changed.tolist()))
+    assert names <= {"<think>", "</think>"}
+
+
+@pytest.mark.slow
+def test_models_of_the_run_are_asked_with_thinking_open(mapped: Path) -> None:
+    out = mapped / "out"
+    for name in ("teacher", "student", "quantized"):
+        assert thinking_budget(load_tokenizer(out / name)) == 24
+    assert thinking_budget(load_tokenizer(out / "student_base")) == 0
+    for name in ("teacher", "student"):
+        _, answers = read_predictions(out / "evaluations" / name)
+        assert answers
+        for row in answers:  # after two steps it may not end, and that is no answer
+            assert row["tokens"] <= 24 + 32 + 12
+            if row["error"] and THINKING in row["error"]:
+                assert row["text"] == "" and row["answer"] is None and row["label_probs"] is None
+            assert "think" not in row["text"] and "<|channel|>" not in row["text"]
+
+
+@pytest.mark.slow
+def test_rows_without_thinking_are_left_out_and_counted(mapped: Path, tmp_path: Path) -> None:
+    context = context_of(mapped, "targets.thinking=drop")
+    targets(context, tmp_path / "whole")
+    asked = sum(1 for split in ("train", "valid") for _ in read_rows(context, split))
+    left = asked - len(TargetReader(tmp_path / "whole"))
+    notes = context.progress.notes  # type: ignore[attr-defined]
+    assert left == 4 and any("4 rows left out" in note and "be kept (4)" in note for note in notes)
+
+
+@pytest.mark.slow
+def test_a_teacher_that_does_not_end_its_thinking_gives_no_targets(mapped: Path, tmp_path: Path) -> None:
+    context = context_of(mapped, "targets.text=greedy", "targets.max_thinking_tokens=8", "targets.max_rows=3")
+    with pytest.raises(DataError, match=rf"no row is left: .*{THINKING}") as caught:
+        targets(context, tmp_path)
+    assert "max_thinking_tokens" in str(caught.value)
+
+
+def test_only_the_teachers_rows_have_thinking(mapped: Path) -> None:
+    context = context_of(mapped)
+    theirs, ours = list(read_rows(as_teacher(context), "train")), list(read_rows(context, "train"))
+    assert any("reasoning_content" in row["messages"][-1] for row in theirs)
+    assert not any("reasoning_content" in json.dumps(row) for row in ours)
+    none = context_of(mapped, "targets.thinking=none")
+    assert list(read_rows(as_teacher(none), "train")) == ours
+
+
+def test_what_cannot_be_taught_is_refused(tmp_path: Path, mapped: Path) -> None:
+    def graph_of(*overrides: str) -> None:
+        recipe = load_recipe(mapped / "recipe.yaml", overrides)
+        graph(recipe, recipe.load_task())
+
+    with pytest.raises(ConfigError, match="nothing teaches the student to end"):
+        graph_of("distill.text_weight=0")
+    graph_of("distill.text_weight=0", "targets.thinking=drop")
+    with pytest.raises(ConfigError, match="shuffle_options"):
+        graph_of("evaluate.shuffle_options=2")
+    out = mapped / "out"
+    both = {name: load_tokenizer(out / f"{name}_base") for name in ("teacher", "student")}
+    recipe = load_recipe(mapped / "recipe.yaml", ["targets.thinking=keep"])
+    with pytest.raises(ModelError, match=r"end their thinking differently.*</think>.*<\|end\|>") as caught:
+        check_thinking(recipe, both)
+    assert "map" in str(caught.value)
+    check_thinking(recipe, dict.fromkeys(both, both["teacher"]))
+    check_thinking(load_recipe(mapped / "recipe.yaml"), both)
+
+
+def test_keys_change_where_thinking_changes_the_result(mapped: Path) -> None:
+    def configs(*overrides: str) -> dict[str, Any]:
+        recipe = load_recipe(mapped / "recipe.yaml", overrides)
+        return {stage.name: stage.config for stage in graph(recipe, recipe.load_task())}
+
+    none, drop, kept = (configs(f"targets.thinking={mode}") for mode in ("none", "drop", "map"))
+    changed = {name for name in none if none[name] != drop[name]}
+    assert changed == {"teacher", "targets", "evaluations/teacher"}
+    assert {name for name in kept if kept[name] != drop[name]} == {"targets", "student"}
