@@ -5,11 +5,16 @@ from __future__ import annotations
 import getpass
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from mlx_distill.cli.options import find_ledger, json_option, open_ledger, root_option
+
+if TYPE_CHECKING:
+    from mlx_distill.ledger.database import Ledger
+    from mlx_distill.registry.records import Version
+    from mlx_distill.registry.verify import Verification
 
 
 def _share(ctx: click.Context, parameter: click.Parameter, value: str | None) -> float | None:
@@ -102,18 +107,19 @@ def list_(model: str | None, root: Path, as_json: bool) -> None:
 @registry.command()
 @click.argument("version")
 @click.option("--verify", is_flag=True, help="Hash every file, load it and ask it its golden rows.")
+@wait_option
 @root_option
 @json_option
 @click.pass_context
-def show(ctx: click.Context, version: str, verify: bool, root: Path, as_json: bool) -> None:
+def show(ctx: click.Context, version: str, verify: bool, wait: bool, root: Path, as_json: bool) -> None:
     """Show a version: NAME:3, NAME@alias, or NAME for the newest one."""
-    from mlx_distill.registry import get_version, lineage, parse_version, verify_version
+    from mlx_distill.registry import get_version, lineage, parse_version
     from mlx_distill.registry.figures import figure_text, figure_title, figures_of
     from mlx_distill.text import size
 
     ledger = open_ledger(root, create=False)
     found = parse_version(ledger, version)
-    verification = verify_version(ledger, found) if verify else None
+    verification = _verify(ledger, found, wait) if verify else None
     found = get_version(ledger, found.model, found.number)
     info, steps, rows = found.info, lineage(ledger, found), found.info.get("rows") or {}
     figures = figures_of(info)
@@ -202,7 +208,7 @@ def promote(version: str, wait: bool, root: Path, as_json: bool, **options: Any)
         found.number,
         settings=settings or None,
         limits=GateLimits(**options),
-        verifying=lambda: verifying(ledger, f"mlx-distill registry promote {found.name}", wait=wait),
+        verifying=lambda _: verifying(ledger, f"mlx-distill registry promote {found.name}", wait=wait),
         **words,
     )
     _echo_deployment(done, as_json)
@@ -254,7 +260,7 @@ def rollback(
     wanted = int(to) if to is not None and to.isdigit() else to
     ledger, purpose = open_ledger(root, create=False), f"mlx-distill registry rollback {model}"
     done = roll_back(
-        ledger, model, alias, to=wanted, verifying=lambda: verifying(ledger, purpose, wait=wait), **words
+        ledger, model, alias, to=wanted, verifying=lambda _: verifying(ledger, purpose, wait=wait), **words
     )
     _echo_deployment(done, as_json)
 
@@ -350,3 +356,11 @@ def _echo(facts: Any, lines: list[str], as_json: bool) -> None:
     from mlx_distill.cli.output import plain
 
     click.echo(json.dumps(plain(facts), ensure_ascii=False, indent=2) if as_json else "\n".join(lines))
+
+
+def _verify(ledger: Ledger, version: Version, wait: bool) -> Verification:
+    from mlx_distill.jobs.alongside import verifying
+    from mlx_distill.registry import verify_version
+
+    with verifying(ledger, f"mlx-distill registry show --verify {version.name}", wait=wait):
+        return verify_version(ledger, version)

@@ -5,7 +5,19 @@ from __future__ import annotations
 from mlx_distill.jobs.lease import waits_for
 from mlx_distill.jobs.progress import JobProgress, progress
 from mlx_distill.jobs.queue import cancel, dispatch, move_first, pause, resume
-from mlx_distill.jobs.store import KINDS, STATES, Event, Job, events, full_id, get, list_jobs, queue, submit
+from mlx_distill.jobs.store import (
+    KINDS,
+    STATES,
+    Event,
+    Job,
+    events,
+    full_id,
+    get,
+    list_jobs,
+    newest_success,
+    queue,
+    submit,
+)
 
 __all__ = [
     "KINDS",
@@ -20,6 +32,7 @@ __all__ = [
     "get",
     "list_jobs",
     "move_first",
+    "newest_success",
     "pause",
     "progress",
     "queue",

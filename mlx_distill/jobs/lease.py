@@ -46,13 +46,19 @@ def holder(ledger: Ledger) -> Lease | None:
         return current(db)
 
 
-def waits_for(ledger: Ledger) -> str | None:
-    """What a queued job waits for, for people; None where the accelerator is free."""
+def user(ledger: Ledger) -> str | None:
+    """Who uses the accelerator, for people; None where it is free."""
     lease = holder(ledger)
     if lease is None:
         return None
     job = f"{lease.holder}: " if lease.holder.startswith("job-") else ""
-    return f"waits for {job}{lease.purpose} ({lease.process})"
+    return f"{job}{lease.purpose} ({lease.process})"
+
+
+def waits_for(ledger: Ledger) -> str | None:
+    """What a queued job waits for, for people; None where the accelerator is free."""
+    other = user(ledger)
+    return None if other is None else f"waits for {other}"
 
 
 def current(db: sqlite3.Connection) -> Lease | None:

@@ -10,7 +10,7 @@ from mlx_distill.errors import DistillError
 from mlx_distill.jobs.recorder import COMPARISON_EVENT
 from mlx_distill.jobs.store import Job, add_event, to_job
 from mlx_distill.ledger.database import Ledger, from_json, to_json
-from mlx_distill.registry import add_version
+from mlx_distill.registry import Version, add_version, current_deployment
 from mlx_distill.running_costs import record_training
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def keep_result(ledger: Ledger, job: Job) -> dict[str, Any]:
 
     Returns:
         ``path``, its run, and for a whole run ``version``, such as ``music:3``; ``comparison``, the id of
-        the one that a comparison has kept.
+        the one that a comparison has kept, or of that of a run's version with the one that serves.
     """
     if job.kind == "compare":
         kept = _kept_comparison(ledger, job)
@@ -49,7 +49,29 @@ def keep_result(ledger: Ledger, job: Job) -> dict[str, Any]:
         version = _attempt(ledger, job, "its model", lambda: add_version(ledger, run_path), fix)
         if version is not None:
             result["version"] = version.name
+            kept = _compared_with_served(ledger, job, version)
+            if kept is not None:
+                result["comparison"] = kept
     return result
+
+
+def _compared_with_served(ledger: Ledger, job: Job, version: Version) -> str | None:
+    """Compare a new version with the one that production serves, where the answers of both lie there."""
+    from mlx_distill.registry.comparisons import comparison_source, keep_comparison
+
+    served = current_deployment(ledger, version.model)
+    if served is None or served.version in (None, version.number):
+        return None
+    pair = served.serves, version.name
+
+    def compare() -> str | None:
+        if not all(comparison_source(ledger, name).answered for name in pair):
+            return None
+        return keep_comparison(ledger, *pair)[0].id
+
+    what, fix = f"its comparison with {served.serves}", f"mlx-distill compare {' '.join(pair)} --keep"
+    kept: str | None = _attempt(ledger, job, what, compare, fix)
+    return kept
 
 
 def _kept_comparison(ledger: Ledger, job: Job) -> str | None:

@@ -272,6 +272,17 @@ def find(db: sqlite3.Connection, job_id: str) -> Job:
     return to_job(row)
 
 
+def newest_success(ledger: Ledger, kind: str, arguments: Sequence[str]) -> Job | None:
+    """The newest job of a command with just these arguments that has succeeded, if there is one."""
+    with ledger.read() as db:
+        row = db.execute(
+            "SELECT * FROM jobs WHERE kind = ? AND arguments = ? AND state = 'succeeded' "
+            "ORDER BY finished_at DESC LIMIT 1",
+            (kind, to_json(list(arguments))),
+        ).fetchone()
+    return None if row is None else to_job(row)
+
+
 def full_id(ledger: Ledger, text: str) -> str:
     """The identifier of the one job that a text is the beginning of, with or without ``job-``.
 

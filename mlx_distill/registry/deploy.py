@@ -31,8 +31,8 @@ from mlx_distill.registry.verify import Verification, require_verified, verify_v
 from mlx_distill.registry.versions import get_version
 from mlx_distill.tasks.task import Task, parse_task
 
-Verifying = Callable[[], AbstractContextManager[None]]
-"""Is held while a version is loaded and asked its golden rows, such as the lease of the accelerator."""
+Verifying = Callable[[Version], AbstractContextManager[object]]
+"""Is held while a version is loaded and asked its golden rows: the accelerator's lease, room in memory."""
 _ATTEMPTS = 20  # at a deployment, where others come between the check and the move
 
 
@@ -81,7 +81,7 @@ def promote(
         if not gate.passed and override is None:
             _refuse(chosen, gate)
         if verification is None:
-            with verifying():
+            with verifying(chosen):
                 verification = verify_version(ledger, chosen)
             require_verified(chosen, verification)
         facts = {**gate.to_dict(), "override": override if not gate.passed else None}
@@ -244,7 +244,7 @@ def _verify_again(ledger: Ledger, chosen: Deployment, verifying: Verifying) -> d
             f"{version.name} is archived",
             fix=f"mlx-distill registry archive --restore {version.name}, or name another one: --to",
         )
-    with verifying():
+    with verifying(version):
         verification = verify_version(ledger, version)
     require_verified(version, verification)
     return verification.to_dict()

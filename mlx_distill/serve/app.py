@@ -15,6 +15,7 @@ from mlx_distill import __version__
 from mlx_distill.errors import ConfigError
 from mlx_distill.jobs import dispatch, lease
 from mlx_distill.ledger.database import Ledger
+from mlx_distill.registry import Version
 from mlx_distill.registry.resolve import ResolvedModel, resolve_model
 from mlx_distill.serve.checked import load_checked, require_files
 from mlx_distill.serve.errors import ErrorBody, add_error_handlers
@@ -90,6 +91,7 @@ class Server:
             self._resolve,
             self._load,
             may_load=self._take_accelerator,
+            user=self._accelerator_user,
             may_resume=lambda: not lease.wanted(self.ledger),
             check_files=lambda resolved: require_files(self.ledger, resolved),
             on_change=self.request_log.write,
@@ -141,6 +143,11 @@ class Server:
             return self._has_lease
         return True
 
+    def _accelerator_user(self) -> str:
+        """Who uses the accelerator while this server may not, for people."""
+        other = None if self._has_lease else lease.user(self.ledger)
+        return other or "a job"
+
     def _beat(self) -> None:
         """Write down that the lease's holder is alive, for programs that cannot see this process."""
         if self._has_lease:
@@ -148,12 +155,13 @@ class Server:
                 lease.beat(db, _HOLDER)
 
     @contextmanager
-    def verifying(self) -> Iterator[None]:
-        """Hold the accelerator while a version is loaded to be verified before a deployment; a job that comes
-        waits for the end of that.
+    def verifying(self, version: Version) -> Iterator[None]:
+        """Hold the accelerator, and room beside the models in memory, while a version is loaded to be
+        verified before a deployment; a job that comes waits for the end of that.
 
         Raises:
             ConfigError: a job or another program has it, or a job waits for it.
+            ApiError: memory has no room.
         """
         with self._verifying_lock:
             shared = self.settings.share_accelerator
@@ -165,7 +173,8 @@ class Server:
                 )
             self._verifications += 1
         try:
-            yield
+            with self.pool.room_for(self.root.inside(version.path)):
+                yield
         finally:
             with self._verifying_lock:
                 self._verifications -= 1

@@ -64,6 +64,18 @@ def key_of(resolved: Resolved) -> str:
     return f"{resolved.path or resolved.target} {resolved.sha or ''}"
 
 
+def model_facts(resolved: Resolved) -> dict[str, Any]:
+    """What ``/ready`` says of what a name means."""
+    return {
+        "model": resolved.model,
+        "version": resolved.version,
+        "alias": resolved.alias,
+        "sha": resolved.sha,
+        "external": resolved.target,
+        "settings": dict(resolved.settings),
+    }
+
+
 @dataclass(eq=False)
 class LoadedModel:
     """A model in memory.

@@ -12,11 +12,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from mlx_distill.errors import DistillError, ModelError
 from mlx_distill.serve.errors import ApiError
-from mlx_distill.serve.external import ExternalAnalyzer
 from mlx_distill.serve.loading import (
     LoadedModel,
     Loader,
@@ -24,21 +24,20 @@ from mlx_distill.serve.loading import (
     ServedModel,
     key_of,
     load_model,
+    model_facts,
     unload,
     weight_bytes,
 )
 from mlx_distill.serve.memory import memory_limit, needed
+from mlx_distill.serve.residents import Residents, Source, free, size_of, too_large
 from mlx_distill.serve.settings import ServerSettings
-from mlx_distill.serve.swap import FailedChanges, change_facts, is_checked, reason_of, serves
+from mlx_distill.serve.swap import FailedChanges, change_facts, reason_of, serves
 from mlx_distill.tasks.task import load_task
 
 log = logging.getLogger("mlx_distill.serve")
 
-_JOB_WAIT = 150  # seconds until a client may ask again while a job trains
+_BUSY_WAIT = 150  # seconds until a client may ask again while another program has the accelerator
 _PASSING = ("accelerator_busy", "stopping")  # codes that say nothing about a model
-
-
-Source = LoadedModel | ExternalAnalyzer
 
 
 class Pool:
@@ -49,10 +48,12 @@ class Pool:
         resolve: What a name means now; raises ``ModelError`` where there is no such model.
         load: Loads a model and checks it; :func:`~mlx_distill.serve.loading.load_model` where None.
         may_load: Whether the accelerator is free for a model, or is held already.
+        user: Who uses the accelerator where it is not, for people.
         may_resume: Whether no job has or wants the accelerator any more: asked when a request comes while
             the pool is paused, so that the first one behind the end of a job is answered.
         check_files: Raises ``ModelError`` where a model's files are damaged, without loading it.
         on_change: Is told of each change of what answers a name, and of each that failed.
+        clock: Unix seconds, by which changes that failed are tried again.
     """
 
     def __init__(
@@ -61,25 +62,26 @@ class Pool:
         resolve: Callable[[str], Resolved],
         load: Loader | None = None,
         may_load: Callable[[], bool] = lambda: True,
+        user: Callable[[], str] = lambda: "a job",
         may_resume: Callable[[], bool] = lambda: False,
         check_files: Callable[[Resolved], None] = lambda resolved: None,
         on_change: Callable[[dict[str, Any]], None] = lambda facts: None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.settings, self._resolve = settings, resolve
-        self._may_load, self._may_resume = may_load, may_resume
+        self._may_load, self._may_resume, self._user = may_load, may_resume, user
         self._check_files, self._on_change = check_files, on_change
         self._load = load or partial(load_model, batch_size=settings.batch_size)
         self._task = load_task(settings.task) if settings.task else None
         self._changed = threading.Condition()
-        self._models: dict[str, LoadedModel] = {}
-        self._external: dict[str, ExternalAnalyzer] = {}
+        self._residents = Residents()
         self._names: dict[str, Resolved] = {}
         self._waiting: set[str] = set()  # names whose model is being loaded
         self._loading = threading.Lock()  # one at a time
         self._requests = 0
         self._closed = False
         self._paused = False  # for a job
-        self._failed = FailedChanges()
+        self._failed = FailedChanges(clock)
         self._change: dict[str, Any] | None = None  # that is under way
         self._drained: str | None = None  # the key of a model that makes room for its successor
         self._problems: dict[str, str] = {}  # by name
@@ -105,6 +107,14 @@ class Pool:
                 self._requests -= 1
                 self._changed.notify_all()
 
+    def _busy(self) -> ApiError:
+        return ApiError(
+            503,
+            f"{self._user()} uses the accelerator: models answer again when that has ended",
+            code="accelerator_busy",
+            retry_after=_BUSY_WAIT,
+        )
+
     def _asked(self, name: str | None) -> str:
         asked = name or self.settings.model
         if asked is None:
@@ -124,7 +134,7 @@ class Pool:
                 raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
             known = self._names.get(name)
             if self._paused and (known is None or known.target is None):
-                raise _busy()
+                raise self._busy()
             if self._requests >= self.settings.max_queue:
                 raise ApiError(503, "the queue is full", code="queue_full", retry_after=1)
             self._requests += 1
@@ -154,17 +164,6 @@ class Pool:
                     self._waiting.discard(name)
                     self._changed.notify_all()
 
-    def _source(self, resolved: Resolved) -> Source | None:
-        """What answers for a model, where that is in memory."""
-        key = key_of(resolved)
-        if resolved.target is not None:
-            return self._external.get(key)
-        loaded = self._models.get(key)
-        if loaded is not None and loaded.worker.closed:  # its model failed
-            del self._models[key]
-            return None
-        return loaded
-
     def _in_memory(self, name: str) -> ServedModel | None:
         """The model of a name, with one more user; None where it is not in memory."""
         resolved = self._names.get(name)
@@ -173,11 +172,11 @@ class Pool:
         if key_of(resolved) == self._drained:
             raise ApiError(
                 503,
-                f"{name} is being replaced, and memory has no room for both models",
+                f"{name} makes room for another model, and memory has none for both",
                 code="model_changing",
                 retry_after=5,
             )
-        source = self._source(resolved)
+        source = self._residents.source(resolved)
         if source is None or name in self._waiting:
             return None
         if isinstance(source, LoadedModel):
@@ -215,11 +214,11 @@ class Pool:
             keep: The key of a model that must not be unloaded for it.
         """
         with self._changed:
-            source = self._source(resolved)
+            source = self._residents.source(resolved)
         if source is None:
             if resolved.target is None:
                 if not self._may_load():
-                    raise _busy()
+                    raise self._busy()
                 self._make_room(resolved, keep)
             try:
                 source = self._load(resolved)
@@ -227,19 +226,19 @@ class Pool:
                 raise ApiError(503, str(error), code="model_not_loaded", retry=False) from error
         with self._changed:
             if self._closed:
-                _free(source)
+                free(source)
                 raise ApiError(503, "the server is stopping", code="stopping", retry_after=5)
-            if isinstance(source, LoadedModel):
-                self._models[source.key] = source
-            else:
-                self._external[source.key] = source
+            self._residents.add(source)
             self._names[name] = resolved
 
     def _limit(self, resolved: Resolved) -> int:
         """Bytes that all models may take beside this one: the server's limit, and those of deployments."""
         limits = [
             int(one.settings["memory_limit_gb"] * 1e9)
-            for one in (resolved, *(named for named in self._names.values() if key_of(named) in self._models))
+            for one in (
+                resolved,
+                *(one for one in self._names.values() if key_of(one) in self._residents.models),
+            )
             if "memory_limit_gb" in one.settings
         ]
         return min([memory_limit(self.settings.memory_limit), *limits])
@@ -250,33 +249,50 @@ class Pool:
             with self._changed:
                 if self._fits(resolved):
                     return
-                idle = [one for one in self._models.values() if not one.users and one.key != keep]
-                if not idle:
-                    break
-                oldest = min(idle, key=lambda loaded: loaded.used)
-                del self._models[oldest.key]
+                oldest = self._residents.take_idle(keep)
+            if oldest is None:
+                break
             unload(oldest)
-        size, limit = needed(weight_bytes(resolved.path)) if resolved.path else 0, self._limit(resolved)
+        size, limit = size_of(resolved), self._limit(resolved)
         if size > limit:
-            raise ApiError(
-                503,
-                f"{resolved.name} needs {size:,} bytes, and models may take {limit:,} (--memory-limit, or "
-                "that of the deployment)",
-                code="no_memory",
-                retry=False,
-            )
+            raise too_large(resolved.name, size, limit)
         raise ApiError(
             503, f"no room for {resolved.name} beside the models in use", code="no_memory", retry_after=10
         )
 
     def _fits(self, resolved: Resolved, without: str | None = None) -> bool:
-        """Whether a model fits beside those in memory; ``without``: beside those in use but this one."""
-        others = [
-            one for one in self._models.values() if without is None or (one.users and one.key != without)
-        ]
-        size = needed(weight_bytes(resolved.path)) if resolved.path else 0
-        taken = sum(needed(one.bytes) for one in others)
-        return taken + size <= self._limit(resolved) and len(others) < self.settings.max_models
+        return self._residents.fits(resolved, self._limit(resolved), self.settings.max_models, without)
+
+    @contextmanager
+    def room_for(self, path: Path) -> Iterator[None]:
+        """Keep room for a model that is loaded outside of the pool while the block runs. Models without users
+        are unloaded for it, the longest unused first, then others when their requests have ended; what
+        is asked for meanwhile waits, unless its model is in memory.
+
+        Args:
+            path: Its folder.
+
+        Raises:
+            ApiError: 503, it needs more than all models may take, or requests under way did not end.
+        """
+        size, limit = needed(weight_bytes(path)), memory_limit(self.settings.memory_limit)
+        if size > limit:
+            raise too_large(path.name, size, limit)
+        with self._loading:
+            while True:
+                with self._changed:
+                    loaded = sorted(
+                        self._residents.models.values(), key=lambda one: (one.users > 0, one.used)
+                    )
+                if sum(needed(one.bytes) for one in loaded) + size <= limit or not loaded:
+                    break
+                try:
+                    self._drain(loaded[0].resolved)
+                finally:
+                    with self._changed:
+                        self._drained = None
+                        self._changed.notify_all()
+            yield
 
     def tick(self) -> None:
         """What is done every second: names follow their aliases, and the served model is loaded before it is
@@ -289,7 +305,7 @@ class Pool:
         served = self.settings.model
         with self._changed:
             known = None if served is None else self._names.get(served)
-            is_there = known is not None and self._source(known) is not None
+            is_there = known is not None and self._residents.source(known) is not None
         if self._closed or served is None or is_there:
             return
         try:
@@ -304,17 +320,23 @@ class Pool:
         unloaded.
 
         Returns:
-            Whether no model is in memory any more.
+            Whether no model is in memory any more, or comes into it.
         """
         with self._changed:
             self._paused = True
-            idle = [loaded for loaded in self._models.values() if not loaded.users]
-            for loaded in idle:
-                del self._models[loaded.key]
-        for loaded in idle:
-            unload(loaded)
-        with self._loading, self._changed:
-            return not self._models
+        while True:
+            with self._changed:
+                idle = self._residents.take_idle()
+            if idle is None:
+                break
+            unload(idle)
+        if not self._loading.acquire(blocking=False):  # a model is being loaded
+            return False
+        try:
+            with self._changed:
+                return not self._residents.models
+        finally:
+            self._loading.release()
 
     def resume(self) -> None:
         """Take requests again; models are loaded when they are asked for."""
@@ -328,7 +350,7 @@ class Pool:
         """
         with self._changed:
             old = self._names.get(name)
-            is_there = old is not None and self._source(old) is not None
+            is_there = old is not None and self._residents.source(old) is not None
         try:
             new = self._resolve(name)
         except DistillError as error:
@@ -354,7 +376,7 @@ class Pool:
             if isinstance(error, ApiError) and error.code in _PASSING:
                 return
             drained = self._drained is not None
-            self._note_failure(name, old, new, error, again=not (drained and is_checked(error)))
+            self._note_failure(name, old, new, error, drained=drained)
             if drained:
                 self._return_to(name, old)
         else:
@@ -385,13 +407,13 @@ class Pool:
         key, deadline = key_of(old), time.monotonic() + self.settings.load_seconds
         with self._changed:
             self._drained = key
-            while (loaded := self._models.get(key)) is not None and loaded.users:
+            while (loaded := self._residents.models.get(key)) is not None and loaded.users:
                 if self._closed or not self._changed.wait(deadline - time.monotonic()):
                     most = f"{self.settings.load_seconds:g} seconds"
                     raise ApiError(
                         503, f"requests to {serves(old)} did not end within {most}", code="not_drained"
                     )
-            self._models.pop(key, None)
+            self._residents.models.pop(key, None)
         if loaded is not None:
             unload(loaded)
 
@@ -404,9 +426,9 @@ class Pool:
             self._note_problem(name, f"{self._problems.get(name, name)}; {why}")
 
     def _note_failure(
-        self, name: str, old: Resolved, new: Resolved, error: Exception, *, again: bool = True
+        self, name: str, old: Resolved, new: Resolved, error: Exception, *, drained: bool = False
     ) -> None:
-        failed = self._failed.add(name, new, reason_of(error), again=again)
+        failed = self._failed.add(name, new, reason_of(error), drained=drained)
         facts = {"attempts": failed.attempts, "error": failed.error}
         self._on_change(change_facts("model_change_failed", name, old, new) | facts)
         self._note_problem(name, f"{name} stays with {serves(old)}, not {serves(new)}: {failed.error}")
@@ -419,32 +441,18 @@ class Pool:
     def _unload_unused(self, key: str) -> None:
         """Free a model that no name means any more, if it has no users; else it goes when room is needed."""
         with self._changed:
-            if any(key_of(one) == key for one in self._names.values()):
-                return
-            if (external := self._external.pop(key, None)) is not None:
-                external.close()
-            loaded = self._models.get(key)
-            if loaded is None or loaded.users:
-                return
-            del self._models[key]
-        unload(loaded)
+            meant = any(key_of(one) == key for one in self._names.values())
+            unused = None if meant else self._residents.take(key)
+        if unused is not None:
+            free(unused)
 
     def state(self) -> dict[str, Any]:
         """What ``/ready`` says."""
         with self._changed:
             models = [
-                {
-                    "name": name,
-                    "model": resolved.model,
-                    "version": resolved.version,
-                    "alias": resolved.alias,
-                    "sha": resolved.sha,
-                    "external": resolved.target,
-                    "settings": dict(resolved.settings),
-                    "since": source.since,
-                }
+                {"name": name, **model_facts(resolved), "since": source.since}
                 for name, resolved in self._names.items()
-                if (source := self._source(resolved)) is not None
+                if (source := self._residents.source(resolved)) is not None
             ]
             served = self.settings.model
             ready = served is None or any(model["name"] == served for model in models)
@@ -466,33 +474,14 @@ class Pool:
     def contents(self) -> tuple[int, list[LoadedModel]]:
         """How many requests are at work or wait, and the models in memory."""
         with self._changed:
-            return self._requests, list(self._models.values())
+            return self._requests, list(self._residents.models.values())
 
     def close(self) -> None:
         """Free the models; requests under way get an error."""
         with self._changed:
             self._closed = True
-            models = list(self._models.values())
-            self._models.clear()
+            sources: list[Source] = [*self._residents.models.values(), *self._residents.external.values()]
+            self._residents = Residents()
             self._changed.notify_all()
-            external = list(self._external.values())
-        for loaded in models:
-            unload(loaded)
-        for analyzer in external:
-            analyzer.close()
-
-
-def _busy() -> ApiError:
-    return ApiError(
-        503,
-        "a job uses the accelerator: models answer again when it has ended",
-        code="accelerator_busy",
-        retry_after=_JOB_WAIT,
-    )
-
-
-def _free(source: Source) -> None:
-    if isinstance(source, LoadedModel):
-        unload(source)
-    else:
-        source.close()
+        for source in sources:
+            free(source)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +12,8 @@ from mlx_distill.errors import DistillError
 from mlx_distill.serve.errors import ApiError
 from mlx_distill.serve.loading import Resolved, key_of
 
-FIRST_RETRY_S = 10.0
-LAST_RETRY_S = 600.0
+FIRST_RETRY_S, LAST_RETRY_S = 10.0, 600.0
+FIRST_DRAIN_S, LAST_DRAIN_S = 60.0, 3600.0  # of a change whose attempts interrupt the service
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class FailedChange:
         wanted: What the name means.
         error: Why it does not answer.
         attempts: How often that was tried.
-        retry_at: When it is tried again, in Unix seconds; infinite where only another deployment can help.
+        retry_at: When it is tried again, in Unix seconds.
     """
 
     wanted: Resolved
@@ -36,7 +35,8 @@ class FailedChange:
 
 class FailedChanges:
     """The changes that have failed, by name. Each is tried again after 10, 20, 40 ... seconds, at most ten
-    minutes; at once where the name comes to mean something else, or the same is deployed again.
+    minutes; one that had to unload what serves after 1, 2, 4 ... minutes, at most an hour. All are tried at
+    once where the name comes to mean something else, or the same is deployed again.
 
     Args:
         clock: Unix seconds.
@@ -59,18 +59,19 @@ class FailedChanges:
         failed = self._failed.get(name)
         return failed is None or not _is_same(failed.wanted, wanted) or self._clock() >= failed.retry_at
 
-    def add(self, name: str, wanted: Resolved, error: str, *, again: bool = True) -> FailedChange:
+    def add(self, name: str, wanted: Resolved, error: str, *, drained: bool = False) -> FailedChange:
         """Note that a change has failed.
 
         Args:
             name: What changes.
             wanted: To what.
             error: Why not.
-            again: Whether another attempt can help.
+            drained: Whether what serves was unloaded for it.
         """
         before = self._failed.get(name)
         attempts = before.attempts + 1 if before is not None and _is_same(before.wanted, wanted) else 1
-        wait = min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(attempts - 1, 30)) if again else math.inf
+        first, last = (FIRST_DRAIN_S, LAST_DRAIN_S) if drained else (FIRST_RETRY_S, LAST_RETRY_S)
+        wait = min(last, first * 2.0 ** min(attempts - 1, 30))
         failed = FailedChange(wanted, error, attempts, self._clock() + wait)
         self._failed[name] = failed
         return failed
@@ -91,7 +92,7 @@ class FailedChanges:
                 "wanted": serves(one.wanted),
                 "error": one.error,
                 "attempts": one.attempts,
-                "retry_at": one.retry_at if math.isfinite(one.retry_at) else None,
+                "retry_at": one.retry_at,
             }
             for name, one in list(self._failed.items())
         ]
@@ -106,13 +107,6 @@ def serves(resolved: Resolved) -> str:
     if resolved.version is not None:
         return f"{resolved.model}:{resolved.version}"
     return str(resolved.target or resolved.path)
-
-
-def is_checked(error: Exception) -> bool:
-    """Whether a model was found not to be what was added, which another attempt does not mend."""
-    return isinstance(error, DistillError) or (
-        isinstance(error, ApiError) and error.code == "model_not_loaded"
-    )
 
 
 def reason_of(error: Exception) -> str:

@@ -108,6 +108,8 @@ def test_the_server_and_the_disk(ledger: Ledger, monkeypatch: pytest.MonkeyPatch
         "The served model is not in memory"
     ]
     assert texts(ledger, {"problem": "m stays", "models": [1]}) == ["What serves is not what is deployed"]
+    later = {"problem": "m stays", "models": [1], "failed_changes": [{"retry_at": time.time() + 119.5}]}
+    assert alarms(ledger, later)[0].note.startswith("m stays (tried again in 1 min 5")
     free["bytes"] = 1_000_000_000
     assert "left" in texts(ledger)[0]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
@@ -15,9 +17,10 @@ from mlx_distill.cli import cli
 from mlx_distill.errors import ConfigError
 from mlx_distill.jobs import cancel, lease, submit
 from mlx_distill.jobs.alongside import verifying
-from mlx_distill.ledger.database import Ledger
+from mlx_distill.jobs.store import update
+from mlx_distill.ledger.database import Ledger, to_json
 from mlx_distill.ledger.root import Root
-from mlx_distill.registry import add_version, history
+from mlx_distill.registry import add_version, get_version, history
 from mlx_distill.text import interval
 
 WHY = {"reason": "a try"}
@@ -125,6 +128,37 @@ def test_the_overview_has_the_agreement_with_what_was_compared(client: Any, ledg
     assert "give the same label on" in comparison
 
 
+def test_what_a_job_has_compared_is_not_compared_again(client: Any, ledger: Ledger) -> None:
+    kept = client.post("/v1/mlx/compare", json={"a": "music:1", "b": "music:2"}).json()["id"]
+    rows = ledger.root.path / "rows.jsonl"
+    rows.write_text("", encoding="utf-8")
+    os.utime(rows, (1, 1))
+    asked = {"a": "music:1", "b": "music:2", "rows": "rows.jsonl"}
+    job = client.post("/v1/mlx/compare", json=asked)
+    assert job.status_code == 202
+    ended = {"state": "succeeded", "finished_at": time.time(), "result": to_json({"comparison": kept})}
+    with ledger.write() as db:
+        update(db, job.json()["id"], **ended)
+    again = client.post("/v1/mlx/compare", json=asked)
+    assert again.status_code == 200 and again.json()["id"] == kept
+    new = [
+        client.post("/v1/mlx/compare", json={**asked, **other})
+        for other in ({"margin": "3pt"}, {"a": "music:2", "b": "music:1"})
+    ]
+    rows.touch()  # other rows, perhaps
+    assert client.post("/v1/mlx/compare", json=asked).status_code == 202
+    for one in new:
+        assert one.status_code == 202
+        cancel(ledger, one.json()["id"])
+
+
+def test_showing_a_version_verifies_it_with_the_accelerator(ledger: Ledger, job: str) -> None:
+    lease.release(ledger, "serve")
+    command = ["registry", "show", "music:1", "--verify", "--root", str(ledger.root.path)]
+    refused = CliRunner().invoke(cli, command)
+    assert refused.exit_code == 2 and "a job needs the accelerator" in refused.output + refused.stderr
+
+
 def test_a_comparison_whose_answers_are_missing_is_a_job(client: Any, ledger: Ledger) -> None:
     asked = client.post("/v1/mlx/compare", json={"a": "asset:models/tiny-qwen3", "b": "music:2"})
     assert asked.status_code == 202 and asked.json()["state"] == "queued"
@@ -154,7 +188,7 @@ def test_verifying_has_the_lease_and_goes_on_where_this_process_has_it(ledger: L
 
 def test_a_server_keeps_the_lease_while_it_verifies(ledger: Ledger) -> None:
     server = make_app(ledger.root, model=None, start_jobs=False).state.server
-    with server.verifying():
+    with server.verifying(get_version(ledger, "music", 1)):
         job = submit(ledger, "run", ["nothing.yaml"])
         server._serve_jobs()
         held = lease.holder(ledger)

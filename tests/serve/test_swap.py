@@ -176,18 +176,65 @@ def test_where_memory_is_short_the_old_model_is_drained_first(root: Root) -> Non
     server.stop()
 
 
+def test_room_for_a_model_that_is_verified_is_kept(tmp_path: Path) -> None:
+    root = write_root(tmp_path)
+    folders = [root.path / MODEL, *(root.path / "models" / name for name in ("b", "c"))]
+    for folder in folders[1:]:
+        shutil.copytree(folders[0], folder)
+    limit = int(2.5 * needed(weight_bytes(folders[0])))  # two models
+    names = {folder.name: Named(folder.name, folder) for folder in folders}
+    pool = Pool(ServerSettings(root, model="small", memory_limit=limit), names.__getitem__)
+    for name in ("small", "b"):
+        with pool.get(name) as served:
+            pass
+
+    def ask(name: str) -> str:
+        with pool.get(name) as served:
+            return served.resolved.name
+
+    def verify() -> list[str]:
+        with pool.room_for(folders[2]):
+            return [loaded.path.name for loaded in pool.contents()[1]]
+
+    with ThreadPoolExecutor(2) as threads:
+        with pool.room_for(folders[2]):  # the one that was unused for longest has left
+            assert [loaded.path.name for loaded in pool.contents()[1]] == ["b"]
+            assert ask("b") == "b"
+            waiting = threads.submit(ask, "small")
+            time.sleep(0.05)
+            assert not waiting.done()
+        assert waiting.result(60) == "small" and not served.worker.closed
+        with pool.get("small"), pool.get("b"):  # both are in use: one has to answer first
+            verifying = threads.submit(verify)
+            time.sleep(0.05)
+            assert not verifying.done() and len(pool.contents()[1]) == 2
+        assert len(verifying.result(60)) == 1
+    pool.close()
+
+
+def test_a_model_that_is_too_large_is_not_loaded_to_be_verified(tmp_path: Path) -> None:
+    root = write_root(tmp_path)
+    pool = Pool(ServerSettings(root, memory_limit=1000), lambda name: Named(name, root.path / MODEL))
+    with pytest.raises(ApiError, match="models may take 1,000") as caught, pool.room_for(root.path / MODEL):
+        pass
+    assert caught.value.headers["x-should-retry"] == "false"
+
+
 def test_a_drained_model_is_loaded_again_where_its_successor_fails(tmp_path: Path) -> None:
     root = write_root(tmp_path)
     other = root.path / "models" / "other"
     shutil.copytree(root.path / MODEL, other)
     now = [Named("music", root.path / MODEL)]
 
+    clock, mended = [time.time()], list[bool]()
+
     def load(resolved: Any) -> Any:
-        if resolved.version == 2:
+        if resolved.version == 2 and not mended:
             raise ModelError("wrong answers to golden rows")
         return load_model(resolved, batch_size=2)
 
-    pool = Pool(ServerSettings(root, model="music", max_models=1), lambda name: now[0], load)
+    settings = ServerSettings(root, model="music", max_models=1)
+    pool = Pool(settings, lambda name: now[0], load, clock=lambda: clock[-1])
     pool.tick()
     with pool.get() as before:
         pass
@@ -196,9 +243,20 @@ def test_a_drained_model_is_loaded_again_where_its_successor_fails(tmp_path: Pat
     with pool.get() as after:
         assert after.resolved.version == 1 and after.worker is not before.worker
     (failed,) = pool.state()["failed_changes"]
-    assert failed["retry_at"] is None and pool.state()["status"] == "ready"
+    assert failed["attempts"] == 1 and failed["retry_at"] > time.time() + 30  # it interrupts the service
+    assert pool.state()["status"] == "ready"
     pool.tick()
     assert pool.state()["failed_changes"] == [failed]
+    clock.append(clock[-1] + 61)
+    pool.tick()  # by itself, as often as it fails
+    (failed,) = pool.state()["failed_changes"]
+    assert failed["attempts"] == 2 and failed["retry_at"] == clock[-1] + 120
+    clock.append(clock[-1] + 121)
+    mended.append(True)
+    pool.tick()
+    with pool.get() as moved:
+        assert moved.resolved.version == 2
+    assert not pool.state()["failed_changes"]
     now[0] = replace(now[0], version=3, sha="three", deployment=3)
     pool.tick()
     with pool.get() as moved:

@@ -12,7 +12,7 @@ from mlx_distill.data_sets import changed_data_sets
 from mlx_distill.jobs import Job, list_jobs
 from mlx_distill.ledger.backups import newest_backup
 from mlx_distill.ledger.database import Ledger
-from mlx_distill.text import counted, size
+from mlx_distill.text import counted, duration, size
 
 _LOW_DISK = 2_000_000_000
 _DAY_S = 86_400.0
@@ -68,7 +68,9 @@ def alarms(ledger: Ledger, state: Mapping[str, Any]) -> list[Alarm]:
 
 def _not_served(state: Mapping[str, Any]) -> Alarm:
     text = "What serves is not what is deployed" if state["models"] else "The served model is not in memory"
-    return Alarm(text, str(state["problem"]))
+    again = [max(0.0, failed["retry_at"] - time.time()) for failed in state.get("failed_changes", ())]
+    later = f" (tried again in {duration(min(again))})" if again else ""
+    return Alarm(text, f"{state['problem']}{later}")
 
 
 def _failed_jobs(ledger: Ledger) -> list[Alarm]:
