@@ -8,7 +8,7 @@ rounds. Memory is the allocator's peak above what was there before: weights and 
 and gradients of the forms are compared. Exits with 1 where a target fails. Results go to
 benchmarks/results/loss.json.
 
-    head      forward KL through two heads of width 128 at 1,024 positions, T = 2, gradient by the hidden state
+    head      forward KL of two heads of width 128 at 1,024 positions, T = 2, gradient by the hidden state
     cached    forward KL from the top 32 of a cache, against the dense form of ``head``
     learning  at 256 positions through a head that trains, with the gradient by its weight too
     step      gradients of a LoRA step: 4 layers of width 128, 512 tokens, forward KL to a teacher's hidden

@@ -1,6 +1,7 @@
 """Values and gradients of the reference losses, for tests/losses.
 
     pip install --no-deps trl==1.16.0          (Apache-2.0)
+    pip install --no-deps torchtune==0.6.1     (BSD-3-Clause; one file is loaded, which needs torch alone)
     python tests/golden/make_losses.py
 
 Also needs the parity extra (torch) and accelerate. Computed in float64 where the reference allows it (its
@@ -10,7 +11,9 @@ chunked divergence is float32 inside). The reference has no T² factor; it is ap
 from __future__ import annotations
 
 import os
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -143,6 +146,31 @@ def gold(out: dict[str, np.ndarray], rng: np.random.Generator) -> None:
     out["gold_below_zero.student"], out["gold_below_zero.matched"] = z.astype(np.float32), np.array(values)
 
 
+def torchtune_losses() -> Any:
+    """torchtune's module of divergences, without its package."""
+    package = find_spec("torchtune")
+    assert package is not None and package.submodule_search_locations
+    path = Path(package.submodule_search_locations[0]) / "modules" / "loss" / "kd_losses.py"
+    spec = spec_from_file_location("kd_losses", path)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def torchtune(out: dict[str, np.ndarray]) -> None:
+    """torchtune's divergences of each row: the reverse is a KL, the forward one a cross-entropy, whose value
+    is too large by the teacher's entropy, and whose gradient is that of the KL.
+    """
+    module, teacher = torchtune_losses(), torch.tensor(out["teacher_logits"])
+    for name, loss in (("forward", module.ForwardKLLoss()), ("reverse", module.ReverseKLLoss())):
+        student = torch.tensor(out["student_logits"], requires_grad=True)
+        one = torch.zeros(1, dtype=torch.long)
+        rows = [loss(z[None], p[None], one) for z, p in zip(student, teacher, strict=True)]
+        value, grad = with_gradient(torch.stack(rows), student)
+        out[f"torchtune.{name}.values"], out[f"torchtune.{name}.grad"] = value, grad
+
+
 def main() -> None:
     """Write losses.npz into the folder of this script."""
     rng = np.random.default_rng(0)
@@ -155,6 +183,7 @@ def main() -> None:
     fused(out, rng)
     alignment(out, rng)
     gold(out, rng)
+    torchtune(out)
     np.savez_compressed(Path(__file__).parent / "losses.npz", **out)
 
 

@@ -1,4 +1,4 @@
-"""Against the field's reference (TRL, torch); made by tests/golden/make_losses.py."""
+"""Against the field's references (TRL, torchtune, torch); made by tests/golden/make_losses.py."""
 
 from __future__ import annotations
 
@@ -54,6 +54,17 @@ def test_top_k_with_a_tail_equals_trl() -> None:
     assert_close(
         mx.grad(lambda z: losses.sparse_forward_kl(z, targets).sum())(STUDENT), GOLDEN["bucket.grad"]
     )
+
+
+@pytest.mark.parametrize("name", ["forward", "reverse"])
+def test_the_divergences_of_torchtune(name: str) -> None:
+    """Its forward KL is the cross-entropy: not zero at equality, by the teacher's entropy."""
+    loss = losses.forward_kl if name == "forward" else losses.reverse_kl
+    log_p = np.array(TEACHER, np.float64)
+    log_p -= np.log(np.exp(log_p).sum(-1, keepdims=True))
+    excess = -(np.exp(log_p) * log_p).sum(-1) if name == "forward" else 0.0
+    assert_close(loss(STUDENT, TEACHER), GOLDEN[f"torchtune.{name}.values"] - excess)
+    assert_close(mx.grad(lambda z: loss(z, TEACHER).sum())(STUDENT), GOLDEN[f"torchtune.{name}.grad"])
 
 
 @pytest.mark.parametrize(("key", "numbers"), settings("fused"))
