@@ -164,6 +164,8 @@ def _check_teacher(recipe: Recipe) -> None:
     """Refuse a token-level loss that samples cannot give, and a live teacher that none reads."""
     settings = recipe.distill
     loss = settings.token_loss if settings.token_weight > 0 else "none"
+    if settings.mid_token_rows:
+        _check_mid_token_rows(recipe, loss)
     if settings.teacher == "live":
         if loss in ("none", "alm"):
             raise ConfigError(
@@ -199,6 +201,21 @@ def _check_thinking(recipe: Recipe) -> None:
             "evaluate.shuffle_options scores labels right behind a prompt, and with targets.thinking: "
             f"{recipe.targets.thinking} the teacher thinks first",
             fix="leave out evaluate.shuffle_options, or set targets.thinking: none",
+        )
+
+
+def _check_mid_token_rows(recipe: Recipe, loss: str) -> None:
+    """Refuse rows in the middle of tokens where the loss has none, or the targets cannot give them."""
+    if loss not in ("auto", "token_groups"):
+        raise ConfigError(
+            f"distill.mid_token_rows: true, and token_loss is {loss}",
+            fix="set distill.token_loss: token_groups, or mid_token_rows: false",
+        )
+    if recipe.targets.draws:
+        raise ConfigError(
+            "distill.mid_token_rows: true from targets.draws is biased: samples do not give the distribution "
+            "behind a part of a token",
+            fix="set targets.draws: 0, or distill.mid_token_rows: false",
         )
 
 

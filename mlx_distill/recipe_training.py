@@ -277,6 +277,12 @@ class DistillConfig(TrainConfig):
         choices=TOKEN_LOSSES,
         old_values={"cells": "token_groups"},
     )
+    mid_token_rows: bool = option(
+        False,
+        "token_groups also compares distributions where one model begins a token inside a token of the "
+        "other, given the bytes that are written (a teacher of single digits, a student that packs them)",
+        default_keyed=False,
+    )
     temperature: float = option(1.0, "temperature of the token-level loss", low=0.01)
     teacher: str = option(
         "cached",

@@ -22,23 +22,28 @@ from jaxtyping import Float, Int
 from mlx_distill.data.chat import TokenizedRow, answer_ids, render_many
 from mlx_distill.data.packing import as_sequences, build_batch
 from mlx_distill.distill.aligned_parts import aligned_parts
+from mlx_distill.distill.joined_rows import JoinedRow
 from mlx_distill.distill.mapped_mass import MappedMass
+from mlx_distill.distill.mid_token_rows import (
+    collate_mid_tokens,
+    mid_token_arrays,
+    mid_token_targets,
+    without_mid_tokens,
+)
 from mlx_distill.distill.teacher import answer_label_place
-from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
+from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.errors import DataError
 from mlx_distill.losses.labels import LabelTrie
+from mlx_distill.losses.mid_token import MidTokens, MidTokenTargets
 from mlx_distill.losses.numerics import LOWEST
 from mlx_distill.losses.topk import within_columns
 from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.progress import Progress
 from mlx_distill.records import Batch
-from mlx_distill.storage import read_jsonl
 from mlx_distill.storage.array_store import StoreWriter
 from mlx_distill.tasks.task import Task
 
 _CHUNK = 64  # rows that are rendered together
-# split, prepared row, the teacher's targets for it
-JoinedRow = tuple[str, Mapping[str, Any], TeacherTargets]
 Chat: TypeAlias = Sequence[Mapping[str, Any]]
 # the student's chat in tokens, its messages, the teacher's targets for it
 Aligner: TypeAlias = "Callable[[TokenizedRow, Chat, TeacherTargets], AlignedRow]"
@@ -64,6 +69,8 @@ class AlignedRow:
         teacher_starts: ``[n]`` the teacher's tokens at ``starts``: positions in ``teacher_tokens``, or in the
             answer where there are none.
         teacher_tokens: The teacher's chat, for a live teacher.
+        mid_token: The teacher's targets in the middle of tokens, numbered from ``start``; None: not asked
+            for.
     """
 
     tokens: Int[np.ndarray, " l"]
@@ -79,6 +86,7 @@ class AlignedRow:
     temperature: float = 1.0
     teacher_starts: Int[np.ndarray, " n"] | None = None
     teacher_tokens: Int[np.ndarray, " t"] | None = None
+    mid_token: MidTokenTargets | None = None
 
 
 def write_aligned_rows(
@@ -94,13 +102,14 @@ def write_aligned_rows(
     progress: Progress,
     check_stop: Callable[[], None],
     mapped: MappedMass | None = None,
+    mid_tokens: MidTokens | None = None,
 ) -> None:
     """Align all rows and write them as one array store per split.
 
     Args:
         folders: Where the store of ``train`` and that of ``valid`` are written.
         key: Of both stores.
-        joined: From :func:`join_rows`.
+        joined: From :func:`~mlx_distill.distill.joined_rows.join_rows`.
         align: Aligns a row: :func:`aligner`.
         student_tokenizer: With a chat template.
         token_rows: Rows of the student's embedding; 0 for any number.
@@ -109,6 +118,7 @@ def write_aligned_rows(
         progress: Where progress is shown.
         check_stop: Called between chunks of rows; raises to stop.
         mapped: Counts the training rows; None: they are not measured.
+        mid_tokens: Of the aligner, for its counts.
 
     The facts of ``train`` say how many rows of both splits were left out: ``too_long``, and ``not_aligned``
     with an ``example``, because one of the tokenizers changes their text; and what ``mapped`` measured.
@@ -145,7 +155,12 @@ def write_aligned_rows(
                 _append(train if split == "train" else valid, row)
             done += len(chunk)
             bar.update(done)
-        train.facts = {**counts, "example": example, **({"mapped": mapped.facts()} if mapped else {})}
+        measured = {"mapped": mapped, "mid_token": mid_tokens}
+        train.facts = {
+            **counts,
+            "example": example,
+            **{name: value.facts() for name, value in measured.items() if value is not None},
+        }
         if not train.rows:
             raise _nothing_left(counts["too_long"], max_length, counts["not_aligned"], example)
 
@@ -163,6 +178,7 @@ def aligner(
     same_tokenizer: bool,
     columns: int = 0,
     temperature: float = 1.0,
+    mid_tokens: MidTokens | None = None,
     finish: Callable[[AlignedRow, Chat, TeacherTargets], AlignedRow] = lambda row, *_: row,
 ) -> Aligner:
     """The function that aligns the rows of two models: :func:`align_answer` with what is the same for all.
@@ -175,6 +191,7 @@ def aligner(
         same_tokenizer: Whether both have the same tokens by id.
         columns: Rows of the student's embedding; 0 for any number.
         temperature: Of the rows' ``topk_logprobs``; one of those of the targets.
+        mid_tokens: Makes the targets in the middle of tokens; None: there are none.
         finish: Adds to a row what a live teacher needs.
     """
     # The text before the label is often the same in every answer.
@@ -192,6 +209,7 @@ def aligner(
             same_tokenizer=same_tokenizer,
             columns=columns,
             temperature=temperature,
+            mid_tokens=mid_tokens,
         )
         return finish(row, messages, targets)
 
@@ -213,32 +231,6 @@ def _nothing_left(too_long: int, max_length: int, not_aligned: int, example: str
     )
 
 
-def join_rows(rows_files: Mapping[str, Path], reader: TargetReader) -> Iterator[JoinedRow]:
-    """Each target with its prepared row, which may have several of them; both are in the same order, so
-    neither is held in memory.
-
-    Args:
-        rows_files: The prepared rows of each split, in the order of the targets.
-        reader: The targets.
-
-    Raises:
-        DataError: targets without a row, or in another order than the rows.
-    """
-    rows = ((split, row) for split, path in rows_files.items() for _, row in read_jsonl(path))
-    match: tuple[str, Mapping[str, Any]] | None = None
-    for targets in reader:
-        if match is None or match[1]["id"] != targets.id:  # a row may have several targets
-            # Rows without targets are skipped.
-            match = next(((split, row) for split, row in rows if row["id"] == targets.id), None)
-        if match is None:
-            folder = next(iter(rows_files.values())).parent
-            raise DataError(
-                f"{reader.folder}: row {targets.id!r} is not in {folder}, or not in its order",
-                fix="run: mlx-distill targets",
-            )
-        yield *match, targets
-
-
 def align_answer(
     chat: TokenizedRow,
     targets: TeacherTargets,
@@ -251,6 +243,7 @@ def align_answer(
     same_tokenizer: bool = False,
     columns: int = 0,
     temperature: float = 1.0,
+    mid_tokens: MidTokens | None = None,
 ) -> AlignedRow:
     """Align the teacher's targets with a chat that is rendered for the student.
 
@@ -266,6 +259,7 @@ def align_answer(
             by one, whatever bytes they have, and the top k is limited to the student's columns.
         columns: The student's; 0 for any number.
         temperature: Of the row's ``topk_logprobs``.
+        mid_tokens: As in :func:`aligner`.
 
     Raises:
         DataError: the two texts differ.
@@ -285,7 +279,7 @@ def align_answer(
     tokens = chat.tokens.tolist()
     place = answer_label_place(tokens, chat.spans[-1][0], targets.text, task, encode, labels)
     label_start, label_node = place or (None, 0)
-    return align_row(
+    row = align_row(
         chat.tokens,
         start,
         spans,
@@ -298,6 +292,11 @@ def align_answer(
         label_node=label_node,
         temperature=temperature,
     )
+    if mid_tokens is None:
+        return row
+    begun = np.delete(spans, list(others), axis=0)
+    middle = mid_tokens.targets(student_ids, teacher_ids, begun, targets.topk_ids, targets.topk_logprobs)
+    return replace(row, mid_token=middle)
 
 
 def at_temperature(targets: TeacherTargets, temperature: float) -> Float[np.ndarray, "n k"]:
@@ -403,6 +402,7 @@ def aligned_row_arrays(row: AlignedRow) -> dict[str, np.ndarray]:
             for name, array in live.items()
             if array is not None and row.teacher_tokens is not None
         },
+        **mid_token_arrays(row.mid_token),
     }
 
 
@@ -421,7 +421,8 @@ def aligned_row_from_arrays(
         label_logprobs=label_logprobs if len(label_logprobs) else None,
         label_node=int(label_at[1]) if len(label_at) > 1 else 0,
         temperature=1.0 if temperature is None else float(temperature[0]),
-        **arrays,
+        mid_token=mid_token_targets(arrays),
+        **without_mid_tokens(arrays),
     )
 
 
@@ -437,7 +438,8 @@ def collate_aligned_rows(
     ``extra``: ``positions [a]`` of the trained labels in the flattened ``[b * l]`` inputs, row by row; and,
     as indices into those ``a``: ``label_index [r]`` (of the labels' root) with ``label_logprobs [r, c]`` and
     ``label_node [r]``; ``start_index [n]`` with ``topk_ids`` and ``topk_logprobs`` ``[n, k]``; ``spans
-    [m, 2]`` (start, end) with ``span_logprobs [m]``; ``temperature [rows]`` of ``topk_logprobs``.
+    [m, 2]`` (start, end) with ``span_logprobs [m]``; ``temperature [rows]`` of ``topk_logprobs``; and those
+    of :func:`~mlx_distill.distill.mid_token_rows.collate_mid_tokens`.
 
     Args:
         rows: All rows.
@@ -475,6 +477,7 @@ def collate_aligned_rows(
         "spans": np.concatenate(spans).astype(np.int32),
         "span_logprobs": np.concatenate([row.span_logprobs for row in members]),
         "temperature": np.array([row.temperature for row in members], dtype=np.float32),
+        **collate_mid_tokens([row.mid_token for row in members], before.tolist()),
     }
     return replace(batch, extra={name: mx.array(value) for name, value in extra.items()})
 

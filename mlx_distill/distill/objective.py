@@ -47,8 +47,9 @@ def kd(
       (Hinton et al., https://arxiv.org/abs/1503.02531). Where labels share their first tokens, a row tells
       apart what the path of its own label does, and takes the others together as classes of labels;
     - ``token``: one of :data:`~mlx_distill.distill.token_losses.TOKEN_LOSSES`: ``kl`` over the teacher's top
-      k (same tokenizer) or ``token_groups`` (two tokenizers), one event a common start of tokens; or ``alm``,
-      one event a common span (https://arxiv.org/abs/2503.20083);
+      k (same tokenizer) or ``token_groups`` (two tokenizers), one event a common start of tokens (with
+      ``mid_token_rows`` also one a place in the middle of a token); or ``alm``, one event a common span
+      (https://arxiv.org/abs/2503.20083);
     - ``text``: cross-entropy of the teacher's text, one event a token;
     - ``span``: ``alm`` beside another token-level loss. With ``token_groups`` it is the recipe of gmlx:
       groups at the common starts and likelihoods of the common spans.
@@ -76,7 +77,7 @@ def kd(
     def weights(batch: Batch) -> dict[str, float]:
         tokens = trained_tokens(batch)
         counts = {"text": tokens, "label": float(len(batch.extra["label_index"]))}
-        counts |= {term: float(len(batch.extra[loss.events])) for term, loss in over_tokens.items()}
+        counts |= {term: float(len(loss.places(batch.extra))) for term, loss in over_tokens.items()}
         # A batch that only fills up a rank has a mask of zeros, and its weights are zero.
         return {term: counts[term] if tokens else 0.0 for term in coefficients}
 
@@ -119,8 +120,8 @@ def loss_terms(
                 yield "label", index, losses
         data = TokenLossInput(reader, extra, cross_entropy, groups, settings.temperature, options, teacher)
         for term, loss in over_tokens.items():
-            if len(at := extra[loss.events]):
-                yield term, at if at.ndim == 1 else at[:, 0], loss.loss(data)
+            if len(at := loss.places(extra)):
+                yield term, at, loss.loss(data)
 
     return read
 

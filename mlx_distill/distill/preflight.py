@@ -63,7 +63,11 @@ class Distillation:
 
 
 def preflight(
-    loss: str | None, settings: DistillConfig, targets: TargetsConfig, mapped: Mapping[str, Any]
+    loss: str | None,
+    settings: DistillConfig,
+    targets: TargetsConfig,
+    mapped: Mapping[str, Any],
+    mid_token: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The figures and the warnings, as JSON.
 
@@ -72,6 +76,7 @@ def preflight(
         settings: Of the distillation.
         targets: Of the targets.
         mapped: The facts of a :class:`~mlx_distill.distill.mapped_mass.MappedMass`.
+        mid_token: Those of :class:`~mlx_distill.losses.mid_token.MidTokens`; None: no such targets.
     """
     found = Distillation(loss, settings, targets, mapped["kinds"])
     warnings = [advice for rule in RULES if (advice := rule(found)) is not None]
@@ -80,6 +85,7 @@ def preflight(
         "token_loss": loss,
         "text": targets.text,
         **mapped,
+        **({} if mid_token is None else {"mid_token": mid_token}),
         "warnings": [asdict(one) for one in warnings],
     }
 
@@ -110,7 +116,20 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
             f"tokens, {percent(whole['tail'])} is outside of its top k, {percent(whole['lost'])} is lost"
             + (f" ({', '.join(lost)})" if lost else "")
         )
+    if "mid_token" in facts:
+        out.append(_mid_token_line(facts["mid_token"]))
     return out + [f"warning: {one['what']} (to fix: {one['fix']})" for one in facts["warnings"]]
+
+
+def _mid_token_line(facts: Mapping[str, Any]) -> str:
+    left_out = sum(facts["left_out"].values())
+    mass = facts["unplaced_mass"]
+    return (
+        f"in the middle of tokens {counted(facts['inside'], 'place')} inside the teacher's and "
+        f"{counted(facts['across'], 'place')} inside the student's have targets"
+        + ("" if mass is None else f", of whose mass {percent(mass)} has no known outcome")
+        + f"; {counted(left_out, 'place')} left out"
+    )
 
 
 def _greedy_text(found: Distillation) -> Advice | None:

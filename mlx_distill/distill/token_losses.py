@@ -13,11 +13,18 @@ from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from mlx_distill.distill.live_teacher import LiveTeacher
 from mlx_distill.errors import ConfigError
-from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, span_sums, token_group_kl
+from mlx_distill.losses.cross_tokenizer import (
+    TokenGroups,
+    across_token_kl,
+    alm,
+    inside_token_kl,
+    span_sums,
+    token_group_kl,
+)
 from mlx_distill.losses.gold import gold
 from mlx_distill.losses.tiled import linear_divergence
 from mlx_distill.losses.topk import rows_of, sparse_forward_kl, sparse_linear_kl
@@ -57,6 +64,7 @@ class TokenLoss:
     Args:
         loss: One number per event.
         events: The array of ``batch.extra`` whose length is the number of events in a batch.
+        more_events: Arrays that a batch may have, whose lengths are further events.
         needs: ``same_tokenizer`` for student and teacher, ``token_groups``, or None.
         over_tokens: Whether T softens both distributions over all tokens: then the targets are at T. Else the
             targets are at 1, and T is the loss's own matter.
@@ -64,8 +72,16 @@ class TokenLoss:
 
     loss: Callable[[TokenLossInput], Float[mx.array, " n"]]
     events: str
+    more_events: tuple[str, ...] = ()
     needs: Literal["same_tokenizer", "token_groups"] | None = None
     over_tokens: bool = True
+
+    def places(self, extra: Mapping[str, mx.array]) -> Int[mx.array, " n"]:
+        """The trained position of each event of a batch, as an index into them; of a span that it begins
+        at.
+        """
+        found = [extra[name] for name in (self.events, *self.more_events) if name in extra]
+        return mx.concatenate([at if at.ndim == 1 else at[:, 0] for at in found])
 
 
 def _top_k_kl(data: TokenLossInput) -> mx.array:
@@ -130,11 +146,39 @@ def _shared_and_sorted(data: TokenLossInput) -> mx.array:
 
 
 def _token_group_kl(data: TokenLossInput) -> mx.array:
-    groups = data.groups
+    groups, extra, t = data.groups, data.extra, data.temperature
     assert groups is not None
-    return data.reader.row_losses(
-        lambda z, at: token_group_kl(z, _targets(data, at, t=1.0), groups, temperature=data.temperature),
-        data.extra["start_index"],
+    parts = [
+        data.reader.row_losses(
+            lambda z, at: token_group_kl(z, _targets(data, at, t=1.0), groups, temperature=t),
+            extra["start_index"],
+        )
+    ]
+    if len(extra.get("inside_index", ())):
+        ids, logprobs = extra["inside_groups"], extra["inside_logprobs"]
+        parts.append(
+            data.reader.row_losses(
+                lambda z, at: inside_token_kl(z, ids[at], logprobs[at], groups, temperature=t),
+                extra["inside_index"],
+            )
+        )
+    if len(extra.get("across_index", ())):
+        parts.append(data.reader.row_losses(partial(_across_tokens, extra, t), extra["across_index"]))
+    return mx.concatenate(parts)
+
+
+def _across_tokens(extra: Mapping[str, mx.array], temperature: float, z: mx.array, at: slice) -> mx.array:
+    sizes = np.array(extra["across_sizes"])
+    first, last, _ = at.indices(len(sizes))
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    its = slice(int(ends[first]), int(ends[last]))
+    return across_token_kl(
+        z,
+        extra["across_logprobs"][at],
+        sizes[at],
+        extra["across_tokens"][its],
+        extra["across_slots"][its],
+        temperature=temperature,
     )
 
 
@@ -179,7 +223,13 @@ TOKEN_LOSSES: Mapping[str, TokenLoss] = {
         )
         for name in ("reverse_kl", "js_divergence", "skew_kl", "total_variation")
     },
-    "token_groups": TokenLoss(_token_group_kl, events="start_index", needs="token_groups", over_tokens=False),
+    "token_groups": TokenLoss(
+        _token_group_kl,
+        events="start_index",
+        more_events=("inside_index", "across_index"),
+        needs="token_groups",
+        over_tokens=False,
+    ),
     "alm": TokenLoss(_span_likelihoods, events="spans", over_tokens=False),
     "uld": TokenLoss(_sorted_distributions, events="start_index"),
     "gold": TokenLoss(_shared_and_sorted, events="start_index", needs="token_groups"),

@@ -3,13 +3,22 @@
 - One tokenizer: the divergences, from logits, from the teacher's top k, or from hidden states (``linear_*``),
   where the logits never exist as a whole.
 - Two tokenizers: ``token_group_kl``, ``alm``, ``uld``, ``gold`` and ``label_kl``, over the spans and
-  token groups that ``align_bytes`` and ``build_token_groups`` give.
+  token groups that ``align_bytes`` and ``build_token_groups`` give; in the middle of tokens
+  ``inside_token_kl`` and ``across_token_kl``.
 """
 
 from __future__ import annotations
 
 from mlx_distill.losses.byte_alignment import align_bytes, align_lengths
-from mlx_distill.losses.cross_tokenizer import TokenGroups, alm, build_token_groups, span_sums, token_group_kl
+from mlx_distill.losses.cross_tokenizer import (
+    TokenGroups,
+    across_token_kl,
+    alm,
+    build_token_groups,
+    inside_token_kl,
+    span_sums,
+    token_group_kl,
+)
 from mlx_distill.losses.divergences import (
     DIVERGENCES,
     forward_kl,
@@ -39,6 +48,7 @@ __all__ = [
     "TokenGroups",
     "LabelNode",
     "LabelTrie",
+    "across_token_kl",
     "align_bytes",
     "align_lengths",
     "alm",
@@ -47,6 +57,7 @@ __all__ = [
     "class_logprobs",
     "forward_kl",
     "gold",
+    "inside_token_kl",
     "js_divergence",
     "label_kl",
     "label_logprobs",

@@ -18,7 +18,16 @@ from mlx_distill.losses.token_groups import TokenGroups, build_token_groups
 from mlx_distill.losses.topk import bucket_kl
 from mlx_distill.records import TopK
 
-__all__ = ["TokenGroups", "alm", "token_group_kl", "build_token_groups", "group_topk", "span_sums"]
+__all__ = [
+    "TokenGroups",
+    "across_token_kl",
+    "alm",
+    "build_token_groups",
+    "group_topk",
+    "inside_token_kl",
+    "span_sums",
+    "token_group_kl",
+]
 
 
 def token_group_kl(
@@ -77,12 +86,109 @@ def token_group_kl(
             fix="build the token groups with the student's own tokenizer",
         )
     ids, logprobs, has_unlisted = group_topk(targets, groups)
+    return _group_kl(student_logits, ids, logprobs, has_unlisted, groups, temperature)
+
+
+def inside_token_kl(
+    student_logits: Float[mx.array, "n v"],
+    ids: Int[mx.array, "n k"],
+    logprobs: Float[mx.array, "n k"],
+    groups: TokenGroups,
+    *,
+    temperature: float = 1.0,
+) -> Float[mx.array, " n"]:
+    """:func:`token_group_kl` where the student begins a token inside a token of the teacher.
+
+    ``Σ_g P_g log(P_g / Q_g)``, P the teacher's distribution over its tokens that go on behind the written
+    bytes, each as the group of the student's next token in its text, and Q the student's distribution. Any
+    group may have some of the mass that is missing to one, and the division that makes the divergence
+    smallest is taken.
+
+    Args:
+        student_logits: At the beginnings of the student's tokens.
+        ids: Groups, ``inside_groups`` of :class:`~mlx_distill.losses.mid_token.MidTokenTargets`.
+        logprobs: ``inside_logprobs`` there.
+        groups: Of both vocabularies.
+        temperature: T, within the listed groups.
+
+    Returns:
+        Nats a position, not averaged.
+    """
+    check_temperature(temperature)
+    return _group_kl(student_logits, ids, logprobs, ids != groups.outside, groups, temperature)
+
+
+def across_token_kl(
+    student_logits: Float[mx.array, "n v"],
+    logprobs: Float[mx.array, "n k"],
+    sizes: Int[np.ndarray, " n"],
+    tokens: Int[mx.array, " e"],
+    slots: Int[mx.array, " e"],
+    *,
+    temperature: float = 1.0,
+) -> Float[mx.array, " n"]:
+    """KL divergence where the teacher begins a token inside a token of the student.
+
+    ``Σ_o P_o log(P_o / Q_o)`` with ``Q_o = Σ_{s in o} q_s / Σ_{s in S} q_s``: S are the student's tokens that
+    begin with the written bytes, q its distribution at the beginning of its token, and P the teacher's in the
+    middle of it. Any outcome may have some of the mass that is missing to one, and the division that makes
+    the divergence smallest is taken.
+
+    Args:
+        student_logits: At the beginnings of the student's tokens.
+        logprobs: ``across_logprobs`` of :class:`~mlx_distill.losses.mid_token.MidTokenTargets`.
+        sizes: ``across_sizes`` there.
+        tokens: ``across_tokens`` there, of these positions alone.
+        slots: ``across_slots`` there, of these positions alone.
+        temperature: T, within the listed outcomes.
+
+    Returns:
+        Nats a position, not averaged.
+
+    >>> logits = mx.log(mx.array([[0.1, 0.3, 0.6]]))  # "7", "73", "8"; written: "7"; then "3" or an end
+    >>> p = mx.log(mx.array([[0.75, 0.25]]))
+    >>> loss = across_token_kl(logits, p, np.array([2]), mx.array([0, 1]), mx.array([1, 0]))
+    >>> round(abs(loss.item()), 5)
+    0.0
+    """
+    check_temperature(temperature)
+    n, k = logprobs.shape
+    owner = mx.array(np.repeat(np.arange(n), sizes).astype(np.int32))
+    z = mx.maximum(student_logits[owner, tokens].astype(mx.float32), LOWEST)
+    top = mx.full((n,), LOWEST).at[owner].maximum(mx.stop_gradient(z))
+    mass = mx.zeros((n, k + 1)).at[owner, slots].add(mx.exp(z - top[owner]))
+    listed = mx.where(logprobs > LOWEST / 2, mass[:, :k], 0.0)
+    return _outcome_kl(listed, mass[:, k], logprobs, logprobs > LOWEST / 2, temperature)
+
+
+def _group_kl(
+    student_logits: mx.array,
+    ids: mx.array,
+    logprobs: mx.array,
+    has_unlisted: mx.array,
+    groups: TokenGroups,
+    temperature: float,
+) -> mx.array:
+    """:func:`_outcome_kl` of distinct groups ``ids [n, k]``."""
     mass = _group_masses(student_logits, groups)
     listed = mx.where(logprobs > LOWEST / 2, mx.take_along_axis(mass, ids, axis=1), 0.0)
     # Unused slots point at "outside". It is never a target, so its mass must stay in the bucket.
     is_listed = mx.put_along_axis(mx.zeros(mass.shape), ids, mx.array(1.0), axis=1)
     is_listed[:, groups.outside] = 0.0
     bucket = row_sum(mx.where(is_listed > 0, 0.0, mass))
+    return _outcome_kl(listed, bucket, logprobs, has_unlisted, temperature)
+
+
+def _outcome_kl(
+    listed: Float[mx.array, "n k"],
+    bucket: Float[mx.array, " n"],
+    logprobs: Float[mx.array, "n k"],
+    has_unlisted: Bool[mx.array, "n k"],
+    temperature: float,
+) -> Float[mx.array, " n"]:
+    """The divergence of the student's masses, up to a factor a row, from the teacher's, whose missing mass is
+    placed where it is smallest.
+    """
     absorbed = _absorbed_groups(
         mx.exp(logprobs), mx.stop_gradient(listed), mx.stop_gradient(bucket), has_unlisted
     )

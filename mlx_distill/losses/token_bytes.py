@@ -104,16 +104,22 @@ def backend_of(tokenizer: Any) -> Any:
     )
 
 
+def continuations(tokens: Vocabulary, texts: Sequence[str]) -> list[list[int]]:
+    """The tokens of each text when it continues another text; none where the tokenizer merges the two."""
+    if not tokens.prefix_space:
+        return [
+            encoding.ids for encoding in tokens.backend.encode_batch(list(texts), add_special_tokens=False)
+        ]
+    anchored = tokens.backend.encode_batch([_ANCHOR + text for text in texts], add_special_tokens=False)
+    spelled = vocabulary(tokens.backend).tokens  # all of them
+    return [_behind_anchor(encoding.ids, spelled) for encoding in anchored]
+
+
 def first_tokens(tokens: Vocabulary, texts: Sequence[str]) -> list[int | None]:
     """The token that each text begins with when it continues another text; None where the tokenizer merges
     the two, or writes nothing.
     """
-    if not tokens.prefix_space:
-        encodings = tokens.backend.encode_batch(list(texts), add_special_tokens=False)
-        return [encoding.ids[0] if encoding.ids else None for encoding in encodings]
-    anchored = tokens.backend.encode_batch([_ANCHOR + text for text in texts], add_special_tokens=False)
-    spelled = vocabulary(tokens.backend).tokens  # all of them
-    return [_behind_anchor(encoding.ids, spelled) for encoding in anchored]
+    return [ids[0] if ids else None for ids in continuations(tokens, texts)]
 
 
 def written(tokens: Vocabulary, candidates: Iterable[bytes]) -> set[bytes]:
@@ -136,13 +142,13 @@ def written(tokens: Vocabulary, candidates: Iterable[bytes]) -> set[bytes]:
     }
 
 
-def _behind_anchor(ids: Sequence[int], spelled: Sequence[bytes]) -> int | None:
+def _behind_anchor(ids: Sequence[int], spelled: Sequence[bytes]) -> list[int]:
     before = b""
-    for i in ids:
+    for number, i in enumerate(ids):
         if before.lstrip(b" ") == _ANCHOR.encode():
-            return i
+            return list(ids[number:])
         before += spelled[i]
-    return None
+    return []
 
 
 def byte_alphabet() -> str:

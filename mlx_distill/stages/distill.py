@@ -8,7 +8,7 @@ from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.errors import DataError
+from mlx_distill.errors import ConfigError, DataError
 from mlx_distill.recipe import UNTRAINED, DistillConfig
 from mlx_distill.stages.context import (
     Context,
@@ -30,10 +30,12 @@ from mlx_distill.storage import digest, scratch, sha256, write_json
 from mlx_distill.thinking import set_thinking, thinking_budget
 
 if TYPE_CHECKING:
-    from mlx_distill.distill.align import AlignedRow, JoinedRow
+    from mlx_distill.distill.align import AlignedRow
+    from mlx_distill.distill.joined_rows import JoinedRow
     from mlx_distill.distill.live_teacher import LiveTeacher
     from mlx_distill.distill.teacher_cache import TargetReader
     from mlx_distill.losses.cross_tokenizer import TokenGroups
+    from mlx_distill.losses.mid_token import MidTokens
     from mlx_distill.records import Batch
     from mlx_distill.storage.array_store import Store
 
@@ -165,8 +167,8 @@ def aligned_rows(
 
     reader = TargetReader(context.run / "targets")
     teacher_tokenizer = load_tokenizer(context.run / "teacher")
-    teacher_hash = vocabulary_hash(teacher_tokenizer)
     reader.check(fingerprints(context, teacher_tokenizer))
+    teacher_hash = vocabulary_hash(teacher_tokenizer)
     same_tokenizer = vocabulary_hash(tokenizer) == teacher_hash
     labels = find_label_trie(tokenizer, context.task, settings.label_weight)
     loss = token_loss_name(settings, same_tokenizer)
@@ -174,22 +176,22 @@ def aligned_rows(
     temperature = 1.0 if live else kept_temperature(loss, settings, reader.index)
     key = _aligned_key(context, content_of(reader.folder), teacher_hash, settings, temperature)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
-    groups = cache(partial(token_groups, tokenizer, teacher_tokenizer, token_rows))
+    both = tokenizer, teacher_tokenizer
+    groups = cache(partial(token_groups, *both, token_rows))
     if not all(is_stored(path, key) for path in folders.values()):
-        own = None if same_tokenizer else groups
-        mapped = MappedMass(tokenizer, teacher_tokenizer, own, columns=token_rows)
+        middle = _mid_tokens(*both, groups, loss, settings)
         write_aligned_rows(
             folders,
             key,
             _first_rows(_joined(context, reader), settings.max_rows),
             aligner(
                 context.task,
-                tokenizer,
-                teacher_tokenizer,
+                *both,
                 labels,
                 same_tokenizer=same_tokenizer,
                 columns=token_rows,
                 temperature=temperature,
+                mid_tokens=middle,
                 **({"finish": with_teachers_chat(context, teacher_tokenizer)} if live else {}),
             ),
             tokenizer,
@@ -198,14 +200,38 @@ def aligned_rows(
             total=len(reader),
             progress=context.progress,
             check_stop=partial(check_stop, context),
-            mapped=mapped,
+            mapped=MappedMass(*both, None if same_tokenizer else groups, columns=token_rows),
+            mid_tokens=middle,
         )
     train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
     _check_rows(context, train, settings, reader.folder)
-    inputs: dict[str, Any] = {"labels": labels, "groups": None, "same_tokenizer": same_tokenizer}
-    if loss is not None and TOKEN_LOSSES[loss].needs == "token_groups":
-        inputs["groups"] = groups()
+    needed = groups() if loss is not None and TOKEN_LOSSES[loss].needs == "token_groups" else None
+    inputs = {"labels": labels, "groups": needed, "same_tokenizer": same_tokenizer}
     return train, valid, {**inputs, "teacher": _live_teacher(context, student, tokenizer) if live else None}
+
+
+def _mid_tokens(
+    student_tokenizer: Any,
+    teacher_tokenizer: Any,
+    groups: Callable[[], TokenGroups],
+    loss: str | None,
+    settings: DistillConfig,
+) -> MidTokens | None:
+    """What makes the targets in the middle of tokens; None where they are not asked for.
+
+    Raises:
+        ConfigError: the token-level loss of the two models has none.
+    """
+    from mlx_distill.losses.mid_token import MidTokens
+
+    if not settings.mid_token_rows or loss is None:
+        return None
+    if loss != "token_groups":
+        raise ConfigError(
+            f"distill.mid_token_rows: true, and the token-level loss of these two models is {loss}",
+            fix="set distill.mid_token_rows: false, or distill.token_loss: token_groups",
+        )
+    return MidTokens(student_tokenizer, teacher_tokenizer, groups())
 
 
 def with_teachers_chat(context: Context, tokenizer: Any) -> Callable[..., AlignedRow]:
@@ -216,7 +242,7 @@ def with_teachers_chat(context: Context, tokenizer: Any) -> Callable[..., Aligne
 
 
 def _joined(context: Context, reader: TargetReader) -> Iterator[JoinedRow]:
-    from mlx_distill.distill.align import join_rows
+    from mlx_distill.distill.joined_rows import join_rows
 
     return join_rows({split: rows_file(context, split) for split in SPLITS}, reader)
 
@@ -256,7 +282,7 @@ def _preflight(
     if control is not None:
         return
     loss = token_loss_name(settings, same_tokenizer)
-    facts = preflight(loss, settings, context.recipe.targets, measured["mapped"])
+    facts = preflight(loss, settings, context.recipe.targets, measured["mapped"], measured.get("mid_token"))
     for line in lines(facts):
         context.progress.note(f"distill: {line}")
     write_json(folder / FILE_NAME, facts)
@@ -391,6 +417,7 @@ def _aligned_key(
             **({"max_rows": settings.max_rows} if settings.max_rows else {}),
             **({"temperature": temperature} if temperature != 1 else {}),
             **({"teacher": settings.teacher} if settings.teacher != "cached" else {}),
+            **({"mid_token_rows": 1} if settings.mid_token_rows else {}),
             "answer": [dict(context.task.schema), context.task.label],
         }
     )

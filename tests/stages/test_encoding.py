@@ -19,7 +19,8 @@ from helpers.targets import rewrite_targets
 from mlx_distill.data import chat as templates
 from mlx_distill.data.chat import EncodeReport, encode_rows
 from mlx_distill.data.rows import from_row
-from mlx_distill.distill.align import align_answer, aligned_row_arrays, join_rows
+from mlx_distill.distill.align import align_answer, aligned_row_arrays
+from mlx_distill.distill.joined_rows import join_rows
 from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
 from mlx_distill.errors import ConfigError, DataError, Interrupted, ModelError
 from mlx_distill.infer.label_scoring import task_label_trie
