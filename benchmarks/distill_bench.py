@@ -116,6 +116,7 @@ SUITES = {
             "groups3_sampled1",
             "groups10_sampled1",
             "groups10_sampled2",
+            "groups_mid10_sampled1",
             "groups30_sampled1",
             "default_greedy",
             "default_groups10_sampled1",

@@ -99,6 +99,11 @@ METHODS = {
     "groups3_sampled1": Method("sampled", terms(token=3.0), note="one sampled text a row, weight 3"),
     "groups10_sampled1": Method("sampled", terms(token=10.0), note="one sampled text a row, weight 10"),
     "groups10_sampled2": Method("sampled", terms(token=10.0), samples=2, note="two sampled texts a row"),
+    "groups_mid10_sampled1": Method(
+        "sampled",
+        terms(token=10.0, mid_token_rows=True),
+        note="the same, and targets in the middle of tokens",
+    ),
     "groups30_sampled1": Method("sampled", terms(token=30.0), note="one sampled text a row, weight 30"),
     "kl10_sampled1": Method(
         "sampled", terms(token=10.0, token_loss="kl"), note="KL on one sampled text a row, weight 10"
@@ -114,10 +119,13 @@ OTHER_TOKENIZER: dict[str, dict[str, Any]] = {
     "groups": {"token_loss": "token_groups"},
     "alm": {"token_loss": "alm"},
     "uld": {"token_loss": "uld"},
+    "gold": {"token_loss": "gold"},
+    "groups_mid": {"token_loss": "token_groups", "mid_token_rows": True},
+    "groups_spans": {"token_loss": "token_groups"},  # and spans at the same weight: gmlx's recipe
 }
 SAME_TOKENIZER: dict[str, dict[str, Any]] = {
     name.split("_divergence")[0]: {"token_loss": name}
-    for name in ("kl", "reverse_kl", "js_divergence", "skew_kl", "total_variation", "uld")
+    for name in ("kl", "reverse_kl", "js_divergence", "skew_kl", "total_variation", "uld", "gold")
 }
 
 
@@ -129,8 +137,12 @@ def table_methods(losses: Mapping[str, dict[str, Any]]) -> dict[str, Method]:
             "sampled", terms(text=weight + 0.3), samples=4, note=f"hard tokens, weight {weight}.3"
         )
         for name, settings in losses.items():
+            spans = {"span_weight": float(weight)} if name == "groups_spans" else {}
             out[f"{name}{weight}_sampled"] = Method(
-                "sampled", terms(token=float(weight), **settings), samples=4, note=f"{name}, weight {weight}"
+                "sampled",
+                terms(token=float(weight), **settings, **spans),
+                samples=4,
+                note=f"{name}, weight {weight}",
             )
     return out
 
@@ -366,6 +378,7 @@ def train_on_targets(
     from mlx_distill.distill.hard_targets import hard_settings
     from mlx_distill.distill.objective import kd
     from mlx_distill.infer.label_scoring import task_label_trie
+    from mlx_distill.losses.mid_token import MidTokens
 
     chats = [
         [*row["messages"][:-1], {"role": "assistant", "content": targets.text}] for row, targets in pairs
@@ -376,6 +389,8 @@ def train_on_targets(
     teacher_tokenizer = lab.teacher[1]
     same = tokenizer.vocab_size == teacher_tokenizer.vocab_size
     trie = task_label_trie(tokenizer, lab.task)
+    groups = None if same or settings.token_weight == 0 else token_groups(tokenizer, teacher_tokenizer)
+    middle = settings.mid_token_rows and method.target == "soft" and groups is not None
     align = partial(
         align_answer,
         task=lab.task,
@@ -384,13 +399,13 @@ def train_on_targets(
         encode=partial(answer_ids, tokenizer),
         labels=trie,
         same_tokenizer=same,
+        mid_tokens=MidTokens(tokenizer, teacher_tokenizer, groups) if middle else None,
     )
     if method.target == "hard":
         settings = hard_settings(settings)
         pairs = [(row, one_hot(targets, lab.task)) for row, targets in pairs]
     rendered = render_many(tokenizer, chats)
     rows = [align(chat, targets) for chat, (_, targets) in zip(rendered, pairs, strict=True)]
-    groups = None if same or settings.token_weight == 0 else token_groups(tokenizer, teacher_tokenizer)
     objective = kd(settings, labels=trie, groups=groups, same_tokenizer=same)
     pad, classes = pad_id(tokenizer), len(lab.task.labels) + 1
     _train(
