@@ -389,8 +389,9 @@ def train_on_targets(
     teacher_tokenizer = lab.teacher[1]
     same = tokenizer.vocab_size == teacher_tokenizer.vocab_size
     trie = task_label_trie(tokenizer, lab.task)
-    groups = None if same or settings.token_weight == 0 else token_groups(tokenizer, teacher_tokenizer)
-    middle = settings.mid_token_rows and method.target == "soft" and groups is not None
+    by_groups = settings.token_weight > 0 and (not same or settings.token_loss == "gold")
+    groups = token_groups(tokenizer, teacher_tokenizer) if by_groups else None
+    middle = groups is not None and method.target == "soft" and settings.mid_token_rows
     align = partial(
         align_answer,
         task=lab.task,
