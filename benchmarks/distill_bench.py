@@ -87,6 +87,9 @@ SUITES = {
         ("labels_hard", "teacher_hard", "labels", "text"),
         (
             "default_greedy",
+            "label7_groups10_sampled1",
+            "default_groups1_sampled1",
+            "default_groups3_sampled1",
             "default_groups10_sampled1",
             "label_sampled1",
             "text10_sampled1",
@@ -119,6 +122,9 @@ SUITES = {
             "groups_mid10_sampled1",
             "groups30_sampled1",
             "default_greedy",
+            "label7_groups10_sampled1",
+            "default_groups1_sampled1",
+            "default_groups3_sampled1",
             "default_groups10_sampled1",
         ),
     ),
@@ -130,7 +136,16 @@ SUITES = {
         6e-3,
         ("labels", "label_sampled", "kl10_sampled"),
         ("labels", "label_sampled"),
-        (*SAME_TABLE, "kl10_sampled1", "kl30_sampled1", "default_greedy", "default_groups10_sampled1"),
+        (
+            *SAME_TABLE,
+            "kl10_sampled1",
+            "kl30_sampled1",
+            "default_greedy",
+            "label7_groups10_sampled1",
+            "default_groups1_sampled1",
+            "default_groups3_sampled1",
+            "default_groups10_sampled1",
+        ),
     ),
 }
 # suite, method, figure, how, other, limit: "ratio" of the means, "difference" of the means, or "value".

@@ -96,6 +96,17 @@ METHODS = {
     "default_groups10_sampled1": Method(
         "sampled", {"token_weight": 10.0}, note="0.7 at T = 4, text 0.3, token groups or KL 10, sampled text"
     ),
+    "label7_groups10_sampled1": Method(
+        "sampled",
+        {"label_weight": 7.0, "token_weight": 10.0},
+        note="7 at T = 4, text 0.3, tokens 10, sampled text",
+    ),
+    "default_groups1_sampled1": Method(
+        "sampled", {"token_weight": 1.0}, note="0.7 at T = 4, text 0.3, token groups or KL 1, sampled text"
+    ),
+    "default_groups3_sampled1": Method(
+        "sampled", {"token_weight": 3.0}, note="0.7 at T = 4, text 0.3, token groups or KL 3, sampled text"
+    ),
     "groups3_sampled1": Method("sampled", terms(token=3.0), note="one sampled text a row, weight 3"),
     "groups10_sampled1": Method("sampled", terms(token=10.0), note="one sampled text a row, weight 10"),
     "groups10_sampled2": Method("sampled", terms(token=10.0), samples=2, note="two sampled texts a row"),
