@@ -56,6 +56,7 @@ BATCH = 16
 _BATCHES = 0.2  # of the requests of the load
 STEP_MS = 60.0  # of the model beside the engine and the peer, at least
 FLAT = 0.05  # rise of a flat server's memory, at most
+JUDGED_S = 60.0  # of samples, below which nothing is said of that
 LEAST = 0.9  # of the engine's rows a second
 TASK: dict[str, Any] = {
     "name": "moods",
@@ -197,7 +198,7 @@ def memory_over_time(samples: Sequence[tuple[float, float]]) -> dict[str, Any]:
         "every_twelfth": [round(size, 1) for _, size in samples[:: max(1, len(samples) // 12)]],
         "mb_a_minute": round(60 * float(slope), 3),
         "rise": float(last / first - 1),
-        "flat": bool(last / first - 1 < FLAT),
+        "flat": bool(last / first - 1 < FLAT) if seconds[-1] >= JUDGED_S else None,
     }
 
 
@@ -325,7 +326,7 @@ def layers_of_step(folder: Path, hidden: int, milliseconds: float) -> int:
 
     few, more = measure(2), measure(6)
     of_one = max((more - few) / 4, 0.01)
-    return max(2, math.ceil(6 + (1.15 * milliseconds - more) / of_one))
+    return max(2, math.ceil(6 + (1.25 * milliseconds - more) / of_one))
 
 
 def in_turns(contenders: dict[str, Callable[[int], float]], rounds: int) -> dict[str, list[float]]:
@@ -517,7 +518,7 @@ def shortfalls(part: str, found: dict[str, Any]) -> list[str]:
             out.append(f"load: {found['lost']} lost, {found['out_of_order']} out of order")
         if found["rows"] != found["rows_counted_by_metrics"]:
             out.append(f"load: {found['rows']} rows, in /metrics {found['rows_counted_by_metrics']}")
-        if not memory["flat"]:
+        if memory["flat"] is False:
             out.append(f"load: memory rose by {memory['rise']:.1%} after the first quarter")
     slow_steps = part == "engine" and found["step_ms"] >= STEP_MS
     if slow_steps and found["server_over_engine"]["median"] < LEAST:
@@ -550,7 +551,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     load_blas()
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() and not options.short else {}
-    results |= {"machine": machine(), "versions": versions(), "commit": commit.stdout.strip()}
+    measured = {"machine": machine(), "versions": versions(), "commit": commit.stdout.strip()}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         if options.layers is None and {"engine", "peer"} & set(options.parts):
@@ -566,15 +567,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             "peer": lambda: measure_peer(folder / "root", *sizes),
         }
         for part in options.parts:
-            began = os.getloadavg()[0]
+            load_average, began = os.getloadavg()[0], time.perf_counter()
             setting = {} if part == "load" else {"hidden": options.hidden, "layers": options.layers}
-            begin = time.perf_counter()
             try:
                 found = parts[part]()
             except Exception as error:  # the other parts are measured all the same
                 found = {"error": f"{type(error).__name__}: {error}"}
-            found |= {"load_average_before": began, "part_seconds": time.perf_counter() - begin}
-            results[part] = {**setting, **found}
+            found |= {"load_average_before": load_average, "part_seconds": time.perf_counter() - began}
+            results[part] = {**setting, **found, **measured}
             print(part, json.dumps(results[part]), file=sys.stderr)
             if not options.short:
                 RESULTS.write_text(json.dumps(results, indent=1) + "\n")

@@ -231,14 +231,14 @@ class Pool:
             self._residents.add(source)
             self._names[name] = resolved
 
-    def _limit(self, resolved: Resolved) -> int:
-        """Bytes that all models may take beside this one: the server's limit, and those of deployments."""
+    def _limit(self, *joining: Resolved) -> int:
+        """Bytes that all models may take: the server's limit, and those of deployments; also of models that
+        are about to be loaded.
+        """
+        named = [one for one in self._names.values() if key_of(one) in self._residents.models]
         limits = [
             int(one.settings["memory_limit_gb"] * 1e9)
-            for one in (
-                resolved,
-                *(one for one in self._names.values() if key_of(one) in self._residents.models),
-            )
+            for one in (*joining, *named)
             if "memory_limit_gb" in one.settings
         ]
         return min([memory_limit(self.settings.memory_limit), *limits])
@@ -281,13 +281,12 @@ class Pool:
         with self._loading:
             while True:
                 with self._changed:
-                    loaded = sorted(
-                        self._residents.models.values(), key=lambda one: (one.users > 0, one.used)
-                    )
-                if sum(needed(one.bytes) for one in loaded) + size <= limit or not loaded:
-                    break
+                    loaded = list(self._residents.models.values())
+                    if not loaded or sum(needed(one.bytes) for one in loaded) + size <= self._limit():
+                        break
+                    first = min(loaded, key=lambda one: (one.users > 0, one.used))
                 try:
-                    self._drain(loaded[0].resolved)
+                    self._drain(first.resolved)
                 finally:
                     with self._changed:
                         self._drained = None

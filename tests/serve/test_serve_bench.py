@@ -44,4 +44,5 @@ def test_memory_that_rises_after_the_first_quarter_is_a_shortfall(benchmark: Any
         load = {"lost": 0, "out_of_order": 0, "rows": 9, "rows_counted_by_metrics": 9, "resident_mb": memory}
         assert bool(benchmark.shortfalls("load", load)) is not flat
     assert benchmark.memory_over_time([(0, 1.0), (60, 100.0), (120, 103.0)])["mb_a_minute"] == 3.0
+    assert benchmark.memory_over_time([(0, 1.0), (10, 100.0), (20, 203.0)])["flat"] is None  # too short
     assert benchmark.shortfalls("peer", {"error": "no answer"}) == ["peer: no answer"]
