@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from mlx_distill.distill.teacher_cache import TargetWriter, TeacherTargets
     from mlx_distill.distill.token_codec import TokenLayout
 
+TEXT_BYTES = 5  # of a token's text
 MAX_TAIL = 0.01  # of the mass at a temperature other than 1
 
 
@@ -144,7 +145,10 @@ def _note_disk(context: Context, tokenizer: Any, writer: TargetWriter, rows: int
             fix="make room, or lower targets.max_rows or targets.top_k",
         )
     if left:
-        context.progress.note(f"targets: {text} on disk")
+        thinking = context.recipe.student_thinking  # how much of it there will be is not known
+        most = needed + left * thinking * (writer.layout.record_bytes + TEXT_BYTES)
+        more = f", with {thinking} tokens of thinking each {size(most)}" if thinking else ""
+        context.progress.note(f"targets: {text} on disk{more}")
 
 
 def estimated_bytes(layout: TokenLayout, answers: Sequence[tuple[str, str, int]], labels: int) -> float:

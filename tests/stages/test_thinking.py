@@ -155,6 +155,7 @@ def test_rows_without_thinking_are_left_out_and_counted(mapped: Path, tmp_path: 
     left = asked - len(TargetReader(tmp_path / "whole"))
     notes = context.progress.notes  # type: ignore[attr-defined]
     assert left == 4 and any("4 rows left out" in note and "be kept (4)" in note for note in notes)
+    assert any(note.endswith(" on disk") for note in notes)  # what is dropped takes none
 
 
 @pytest.mark.slow
@@ -163,6 +164,8 @@ def test_a_teacher_that_does_not_end_its_thinking_gives_no_targets(mapped: Path,
     with pytest.raises(DataError, match=rf"no row is left: .*{THINKING}") as caught:
         targets(context, tmp_path)
     assert "max_thinking_tokens" in str(caught.value)
+    notes = context.progress.notes  # type: ignore[attr-defined]
+    assert any("on disk, with 8 tokens of thinking each " in note for note in notes)
 
 
 def test_only_the_teachers_rows_have_thinking(mapped: Path) -> None:
