@@ -97,7 +97,7 @@ class Description:
     def lines(self) -> list[str]:
         """The description for people."""
         splits = ", ".join(f"{name} {count:,}" for name, count in self.splits.items())
-        out = [f"rows        {self.rows:,}" + (f" ({splits})" if set(self.splits) != {_NO_SPLIT} else "")]
+        out = [f"rows        {self.rows:,}" + (f" ({splits})" if set(self.splits) - {_NO_SPLIT} else "")]
         labels: Counter[str] = Counter()
         for counts in self.statistics["labels"].values():
             labels.update(counts)

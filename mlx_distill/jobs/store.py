@@ -15,7 +15,7 @@ from mlx_distill.jobs.process import Process
 from mlx_distill.ledger.database import Ledger, from_json, new_id, to_json
 from mlx_distill.ledger.root import Root
 from mlx_distill.storage import digest
-from mlx_distill.text import known_names
+from mlx_distill.text import known_names, words
 
 KINDS = (
     "run",
@@ -129,7 +129,7 @@ class Job:
             return "cancelled, what is not finished is being removed"
         if self.state != "running":
             code = (self.error or {}).get("code")
-            return f"{self.state} ({code})" if self.state == "failed" and code else self.state
+            return f"{self.state} ({words(code)})" if self.state == "failed" and code else self.state
         notes = []
         if self.requested:
             notes.append(

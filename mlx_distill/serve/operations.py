@@ -15,7 +15,7 @@ from mlx_distill.registry import Model, Version, list_models
 from mlx_distill.running_costs import cost_report, record_runs
 from mlx_distill.serve.errors import ApiError
 from mlx_distill.serve.exports import exported_file
-from mlx_distill.tasks.task import task_names
+from mlx_distill.serve.pages.recipe_checks import served_task
 from mlx_distill.text import known_names
 
 router = APIRouter(prefix="/v1/mlx")
@@ -30,7 +30,11 @@ class NewDataSet(_Body):
 
     path: str = Field(min_length=1, max_length=1000)
     name: str | None = Field(None, max_length=100)
-    task: str | None = Field(None, max_length=100, description="A packaged task; none: chats of any kind.")
+    task: str | None = Field(
+        None,
+        max_length=1000,
+        description="A packaged task, or a YAML file under the root; none: chats of any kind.",
+    )
 
 
 class Export(_Body):
@@ -63,10 +67,9 @@ def data_sets(request: Request) -> dict[str, Any]:
 @router.post("/data")
 def create_data_set(request: Request, body: NewDataSet) -> dict[str, Any]:
     """Describe a file or a folder under the root, and keep that under a name."""
-    if body.task is not None and body.task not in task_names():  # over HTTP a name is never a path
-        raise ConfigError("no such packaged task", fix=f"one of {', '.join(task_names())}")
     server = request.app.state.server
-    return _data_set(add_data_set(server.ledger, body.path, name=body.name, task=body.task))
+    task = None if body.task is None else served_task(server.root, body.task)
+    return _data_set(add_data_set(server.ledger, body.path, name=body.name, task=task))
 
 
 @router.get("/data/{name}")

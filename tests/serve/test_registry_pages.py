@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from helpers.registry_runs import TASK
 from helpers.served import MODEL, client_of, make_app, write_root
 
 from mlx_distill.registry import add_version, current_deployment, history
@@ -89,6 +91,15 @@ def test_data_sets_are_added_shown_and_exported_or_refused_with_the_rows(client:
     for path in ("", "../etc/passwd", "nothing.jsonl"):
         assert client.post("/data", data={"path": path}).status_code == 400
     assert client.post("/data", data={"path": "chats.jsonl", "task": "evil.yaml"}).status_code == 400
+    (root / "code.yaml").write_text("name: x\nmetrics: [os:system]\n", encoding="utf-8")
+    refused = client.post("/data", data={"path": "chats.jsonl", "task": "code.yaml"})
+    assert refused.status_code == 400 and "not run over HTTP" in refused.text
+    (root / "task.yaml").write_text(yaml.safe_dump(TASK), encoding="utf-8")
+    (root / "texts.jsonl").write_text('{"text": "so dark", "colour": "dark"}\n', encoding="utf-8")
+    assert client.post("/data", data={"path": "texts.jsonl"}).status_code == 303
+    assert "data add texts.jsonl --name texts --task TASK" in client.get("/data/texts").text
+    assert client.post("/data", data={"path": "texts.jsonl", "task": "task.yaml"}).status_code == 303
+    assert "No invalid rows" in client.get("/data/texts").text
     added = client.post("/data", data={"path": "chats.jsonl"})
     assert (added.status_code, added.headers["location"]) == (303, "/data/chats")
     assert "chats.jsonl" in client.get("/data").text

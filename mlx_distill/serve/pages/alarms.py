@@ -96,7 +96,8 @@ def _failed(job: Job) -> Alarm:
     error = job.error or {}
     fix = str(error.get("fix") or "")
     note = f"{error.get('message') or 'It said no reason.'}{f' ({fix})' if fix else ''}"
-    return Alarm(f"“{job.title}” failed", note, ("jobs", "show", job.id), f"/jobs/{job.id}")
+    command = "resume" if error.get("code") == "gpu_watchdog" else "show"
+    return Alarm(f"“{job.title}” failed", note, ("jobs", command, job.id), f"/jobs/{job.id}")
 
 
 def _old_backup(ledger: Ledger) -> list[Alarm]:

@@ -10,6 +10,7 @@ from mlx_distill.data_sets import add_data_set, get_data_set, list_data_sets
 from mlx_distill.errors import ConfigError, DistillError
 from mlx_distill.serve.exports import exported_file
 from mlx_distill.serve.pages.environment import error_of, page, see_other
+from mlx_distill.serve.pages.recipe_checks import served_task
 from mlx_distill.tasks.task import task_names
 
 router = APIRouter(include_in_schema=False)
@@ -32,9 +33,8 @@ def add(request: Request, path: Text = "", name: Text = "", task: Text = "") -> 
     try:
         if not path.strip():
             raise ConfigError("no file is named", fix="give the path of a file or a folder under the root")
-        if task and task not in task_names():  # over HTTP a name is never a path
-            raise ConfigError(f"no packaged task {task!r}", fix=f"one of {', '.join(task_names())}")
-        added = add_data_set(ledger, path.strip(), name=name.strip() or None, task=task or None)
+        known = served_task(ledger.root, task.strip()) if task.strip() else None
+        added = add_data_set(ledger, path.strip(), name=name.strip() or None, task=known)
     except DistillError as error:
         return _list(request, values, error)
     return see_other(f"/data/{added.name}")

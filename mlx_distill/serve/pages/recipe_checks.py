@@ -166,6 +166,31 @@ def _forbidden(raw: Mapping[str, Any], root: Root, known: Collection[str]) -> di
     return found
 
 
+def served_task(root: Root, task: str) -> str:
+    """The task that a request names: a packaged one, or a YAML file under the root that names no code.
+
+    Returns:
+        Its name, or its path relative to the root.
+
+    Raises:
+        ConfigError: it is neither.
+    """
+    if task in task_names():
+        return task
+    name = root.relative(task)
+    if name.split("/")[0] == STATE or not root.inside(name).is_file():
+        packaged_ones = ", ".join(task_names())
+        raise ConfigError(
+            f"no task {task!r}", fix=f"one of {packaged_ones}; or the path of a YAML file under the root"
+        )
+    if _names_code(read_yaml(root.inside(name))):
+        raise ConfigError(
+            f"{name}: code of one's own (module:function) is not run over HTTP",
+            fix="use the command line: mlx-distill data add PATH --task TASK",
+        )
+    return name
+
+
 def _names_code(value: Any) -> bool:
     """Whether a part of a task names a function to import, among its metrics or checkers."""
     if isinstance(value, Mapping):
