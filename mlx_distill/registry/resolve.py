@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +18,8 @@ from mlx_distill.run_models import RUN_MODELS, run_model
 from mlx_distill.storage import read_manifest
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import did_you_mean, known_names
+
+_NUMBER = re.compile(r"[0-9]{1,18}")
 
 __all__ = ["ResolvedModel", "list_models", "resolve_model"]
 
@@ -91,7 +94,7 @@ def resolve_model(ledger: Ledger, name: str) -> ResolvedModel:
 def _registered(ledger: Ledger, models: dict[str, Model], name: str) -> ResolvedModel | None:
     """A version or an analyzer that the registry knows by this name; None where the model is not in it."""
     base, mark, number = name.rpartition(":")
-    if mark and base in models and number.isdigit():
+    if mark and base in models and _NUMBER.fullmatch(number):
         return _version(ledger, name, get_version(ledger, base, int(number)))
     base, _, alias = name.partition("@")
     if base not in models:

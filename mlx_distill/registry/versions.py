@@ -252,13 +252,13 @@ def get_version(ledger: Ledger, model: str, number: int) -> Version:
         ModelError: there is no such model or version.
     """
     with ledger.read() as db:
-        row = db.execute("SELECT * FROM versions WHERE model = ? AND number = ?", (model, number)).fetchone()
-        if row is not None:
-            return version_of(row, _aliases(db, model)[number])
-        numbers = db.execute("SELECT number FROM versions WHERE model = ?", (model,)).fetchall()
+        numbers = [row[0] for row in db.execute("SELECT number FROM versions WHERE model = ?", (model,))]
+        if number in numbers:  # SQLite is not asked for a number that it cannot hold
+            found = db.execute("SELECT * FROM versions WHERE model = ? AND number = ?", (model, number))
+            return version_of(found.fetchone(), _aliases(db, model)[number])
         names = [row["name"] for row in db.execute("SELECT name FROM models ORDER BY name")]
     check_model(model, names)
-    have = ", ".join(str(row["number"]) for row in numbers) or "none"
+    have = ", ".join(map(str, numbers)) or "none"
     raise ModelError(f"{model} has no version {number}", fix=f"versions: {have}")
 
 

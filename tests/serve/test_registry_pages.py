@@ -67,6 +67,13 @@ def test_deploy_roll_back_and_archive(client: Any) -> None:
     assert "registry archive --restore music:2" in client.get("/models/music/2").text
     assert client.post("/models/music/2/restore").status_code == 303
     assert client.post("/models/none/rollback", data={"reason": "x"}).status_code == 404
+    for number in ("9" * 20, "-1"):  # the first one is more than SQLite can hold
+        assert client.get(f"/models/music/{number}").status_code == 404
+        assert client.post(f"/models/music/{number}/promote", data={"reason": "x"}).status_code in (400, 404)
+        assert client.post(f"/models/music/{number}/archive").status_code in (400, 404)
+    for number in ("9" * 20, "9" * 400, "²"):
+        form = {"a": f"music:{number}", "b": "music:1"}
+        assert client.post("/compare", data=form).status_code == 400
 
 
 def test_a_damaged_version_is_not_rolled_back_to(client: Any) -> None:
