@@ -31,6 +31,8 @@ KINDS = (
     "export",
 )
 """The commands that can be jobs."""
+RECIPE = "recipe.yaml"
+"""The file of a job's recipe in the job's folder."""
 STATES = ("queued", "running", "paused", "succeeded", "failed", "cancelled")
 State = Literal["queued", "running", "paused", "succeeded", "failed", "cancelled"]
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
@@ -149,6 +151,10 @@ class Job:
     def folder(self, root: Root) -> Path:
         """The folder of its own files: its recipe, its log."""
         return root.jobs / self.id
+
+    def recipe(self, root: Root) -> Path:
+        """The file of its recipe, which a job that was asked for over HTTP has."""
+        return self.folder(root) / RECIPE
 
     def log(self, root: Root) -> Path:
         """The file of what it prints."""

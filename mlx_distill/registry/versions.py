@@ -316,7 +316,7 @@ def parse_version(ledger: Ledger, spec: str) -> Version:
     """
     name, mark, rest = spec.partition(":")
     if mark:
-        if not rest.isdigit():
+        if not rest.isdecimal() or len(rest) > 18:
             raise ConfigError(f"{spec}: {rest!r} is no number of a version", fix=f"write {name}:1")
         return get_version(ledger, name, int(rest))
     name, mark, alias = spec.partition("@")

@@ -16,10 +16,10 @@ from mlx_distill.errors import ConfigError
 from mlx_distill.jobs import Event, Job
 from mlx_distill.jobs.curves import Curve, Point
 from mlx_distill.jobs.progress import JobProgress
+from mlx_distill.jobs.store import RECIPE
 from mlx_distill.ledger.database import Ledger, new_id
 from mlx_distill.serve.errors import ApiError
 from mlx_distill.serve.fine_tuning_request import (
-    RECIPE,
     FineTuningRequest,
     base_name,
     hyperparameters,

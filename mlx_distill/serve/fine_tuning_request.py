@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from mlx_distill.config import asset_name
 from mlx_distill.errors import ConfigError, ModelError
+from mlx_distill.jobs.store import RECIPE
 from mlx_distill.jobs.uploads import get_upload, upload_path
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
@@ -23,7 +24,6 @@ from mlx_distill.serve.errors import ApiError
 from mlx_distill.serve.pages.recipe_checks import GENERAL, problems, written_recipe
 from mlx_distill.storage import os_errors, write_text
 
-RECIPE = "recipe.yaml"
 _FILES = {"training_file": "training", "validation_file": "validation"}
 _MAX_METADATA, _MAX_KEY, _MAX_VALUE = 16, 64, 512
 _MAX_SEED = 2**31 - 1

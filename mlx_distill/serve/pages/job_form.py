@@ -14,6 +14,7 @@ from mlx_distill.config import override_texts
 from mlx_distill.errors import ConfigError, DistillError
 from mlx_distill.graph import graph
 from mlx_distill.jobs import dispatch, list_jobs, submit
+from mlx_distill.jobs.store import RECIPE
 from mlx_distill.ledger.database import new_id
 from mlx_distill.ledger.root import Root
 from mlx_distill.pipeline import check_has_student
@@ -28,8 +29,6 @@ from mlx_distill.text import listed
 
 router = APIRouter(include_in_schema=False)
 
-RECIPE = "recipe.yaml"
-"""The file of a job's recipe in the job's folder."""
 COMMANDS = ("run", "prepare", "teach", "targets", "distill", "quantize", "evaluate")
 # Inputs of the form that are not of the recipe.
 _OWN = ("from", "command", "out", "title", "do")
@@ -156,9 +155,7 @@ def _form(
         errors=errors,
         general=errors.get(GENERAL, []),
         recipes=recipe_names(),
-        jobs=[
-            job for job in list_jobs(server.ledger, limit=50) if (job.folder(server.root) / RECIPE).is_file()
-        ],
+        jobs=[job for job in list_jobs(server.ledger, limit=50) if job.recipe(server.root).is_file()],
         commands=COMMANDS,
         tasks=task_names(),
         checked=None if raw is None else _checked(server.root, source, own, raw),

@@ -11,7 +11,7 @@ from mlx_distill.errors import DistillError
 from mlx_distill.jobs import Job, get, list_jobs
 from mlx_distill.ledger.database import Ledger
 from mlx_distill.ledger.root import Root
-from mlx_distill.serve.pages.job_form import RECIPE, recipe_path
+from mlx_distill.serve.pages.job_form import recipe_path
 from mlx_distill.serve.pages.recipe_checks import read_recipe
 from mlx_distill.serve.pages.recipe_form import differences
 
@@ -81,7 +81,7 @@ def recipe_of(root: Root, job: Job) -> dict[str, Any]:
         return dict(asked["recipe"])
     if isinstance(asked.get("set"), list):  # submitted before recipes were kept
         return override(read_recipe(root, recipe_path(root, str(asked["from"]))), asked["set"])
-    return read_recipe(root, root.relative(job.folder(root) / RECIPE))
+    return read_recipe(root, root.relative(job.recipe(root)))
 
 
 def _asked(job: Job) -> Mapping[str, Any]:

@@ -140,7 +140,7 @@ def job(request: Request, job_id: str, x: str = "step", y: str = "linear", befor
             one for one in (from_source(server.root, found), from_previous(server.ledger, found)) if one
         ],
         log=read_tail(found.log(server.root), _LOG_BYTES),
-        has_recipe=(found.folder(server.root) / job_form.RECIPE).is_file(),
+        has_recipe=found.recipe(server.root).is_file(),
         report=_report(server, found),
         resumable=found.state in ("paused", "failed", "cancelled"),
     )
