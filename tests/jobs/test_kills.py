@@ -52,16 +52,14 @@ def wait(until: Callable[[], Any], seconds: float = STALLED_S) -> None:
 
 def ended(ledger: Ledger, job: Job) -> Job:
     """Wait for the end of a job, as long as it goes on: how long that takes depends on the number of kills
-    and on the machine, that it makes no step for two minutes on neither.
+    and on the machine, that nothing happens to it for two minutes on neither.
     """
     before: Any = None
     since = time.monotonic()
     while (now := get(ledger, job.id)).state == "running":
-        run = ledger.root.path / "runs/killed"
-        written = sum(path.stat().st_size for path in run.rglob("metrics.jsonl"))
-        if (seen := (now.attempt, written)) != before:
+        if (seen := events(ledger, job.id, newest=1)[0].id) != before:
             before, since = seen, time.monotonic()
-        assert time.monotonic() - since < STALLED_S, f"attempt {now.attempt} makes no steps"
+        assert time.monotonic() - since < STALLED_S, f"nothing happens in attempt {now.attempt}"
         time.sleep(0.1)
     return now
 

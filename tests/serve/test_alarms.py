@@ -53,6 +53,8 @@ def test_jobs_that_failed_until_a_later_one_or_a_week_has_passed(ledger: Ledger)
     with ledger.write() as db:
         update(db, orphan, state="running", started_at=1.0)
     assert texts(ledger) == ["“second” failed"]
+    stopped = failed(ledger, "third", run="runs/x", code="gpu_watchdog")
+    assert [one.command for one in alarms(ledger, READY)] == [("jobs", "resume", stopped)]
 
 
 def test_data_that_changed_or_is_gone(ledger: Ledger) -> None:
