@@ -127,18 +127,21 @@ def _note_disk(context: Context, tokenizer: Any, writer: TargetWriter, rows: int
     """
     from mlx_distill.data.chat import answer_ids
 
-    first = [
-        (row["id"], text, len(answer_ids(tokenizer, text)) + 1)
-        for row in islice(read_rows(context, "train"), 100)
-        for text in [row["messages"][-1]["content"]]
-    ]
+    first = []
+    for row in islice(read_rows(context, "train"), 100):
+        turn = row["messages"][-1]
+        text, thought = turn["content"], turn.get("reasoning_content", "")
+        tokens = len(answer_ids(tokenizer, text)) + 1
+        if most := context.recipe.student_thinking:  # where a row has none, as much as the teacher may write
+            tokens += len(answer_ids(tokenizer, thought)) if thought else most
+        first.append((row["id"], text + thought, tokens))
     left = rows - writer.done
-    tokens = sum(row[2] for row in first) / max(len(first), 1)
+    each_has = sum(row[2] for row in first) / max(len(first), 1)
     needed = round(left * estimated_bytes(writer.layout, first, len(context.task.labels)))
     with os_errors(writer.folder):
         free = shutil.disk_usage(writer.folder).free
     each = f"{writer.layout.record_bytes} bytes a token"
-    text = f"{counted(left, 'answer')} of about {tokens:.0f} tokens, {each}: {size(needed)}"
+    text = f"{counted(left, 'answer')} of about {each_has:.0f} tokens, {each}: {size(needed)}"
     if needed > free:
         raise FileError(
             f"{writer.folder}: {size(free)} are free, and the targets need more: {text}",

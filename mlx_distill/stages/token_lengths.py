@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from jaxtyping import Int
 
 from mlx_distill.config import resolve_asset
 from mlx_distill.errors import ConfigError, DistillError
+from mlx_distill.records import Message
 from mlx_distill.stages.context import Context, Facts
 
 _COUNTED = 4000  # rows whose tokens are counted, of all
@@ -43,8 +45,9 @@ def check_token_lengths(context: Context, folder: Path) -> tuple[Facts, list[str
         if source is None:
             continue
         rows = rows or _read_chats(folder / "train.jsonl")
+        thinks = context.task.is_chats or getattr(recipe, f"{role}_thinking") > 0
         try:
-            lengths = _count(source, rows)
+            lengths = _count(source, rows if thinks else [_without_thinking(chat) for chat in rows])
         except DistillError as error:
             warnings.append(f"tokens of the {role} are not counted: {error.message}")
             continue
@@ -83,6 +86,13 @@ def _read_chats(path: Path) -> list[Any]:
         total = sum(1 for _ in file)
     wanted = set(np.linspace(0, total - 1, min(total, _COUNTED), dtype=int).tolist())
     return [from_row(row).messages for number, (_, row) in enumerate(read_jsonl(path)) if number in wanted]
+
+
+def _without_thinking(chat: Sequence[Message]) -> Sequence[Message]:
+    """The chat as a model reads it that answers at once."""
+    last = chat[-1]
+    extra = {key: value for key, value in last.extra.items() if key != "reasoning_content"}
+    return [*chat[:-1], replace(last, extra=extra)] if len(extra) < len(last.extra) else chat
 
 
 def _count(source: Path, rows: Sequence[Any]) -> Int[np.ndarray, "2 n"]:
