@@ -47,6 +47,8 @@ def _method(report: Report) -> dict[str, str]:
         }
     if prompts := _prompts(report["provenance"]["evaluations"]):
         out["System prompts"] = prompts
+    if thinking := _thinking(report["provenance"]["evaluations"]):
+        out["Thinking"] = thinking
     facts = report.get("final_comparison")
     if not facts:
         return out
@@ -61,6 +63,20 @@ def _method(report: Report) -> dict[str, str]:
         provable = f"{100 * facts['provable_margin']:.1f}" if facts["metric_unit"] == "rate" else "–"
         out["Provable margin"] = f"{provable} points with {counted(facts['n'], 'row')}, at a power of 80 %"
     return out
+
+
+def _thinking(evaluations: Mapping[str, Mapping[str, Any]]) -> str:
+    """Who thinks before an answer; empty where nobody does."""
+    limits = {
+        name: settings["thinking"] for name, settings in evaluations.items() if settings.get("thinking")
+    }
+    if not limits:
+        return ""
+    names = listed([model_phrase(name) for name in limits])
+    verb = "thinks" if len(limits) == 1 else "think"
+    return (
+        f"{names} {verb} before the answer, at most {counted(max(limits.values()), 'token')}; others do not"
+    )
 
 
 def _prompts(evaluations: Mapping[str, Mapping[str, Any]]) -> str:

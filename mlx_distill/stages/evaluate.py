@@ -16,6 +16,7 @@ from mlx_distill.stages.evaluate_more import checked_rows, measure_more
 from mlx_distill.stages.speed import Saturation, first_token_seconds, load_and_measure
 from mlx_distill.storage import read_jsonl, scratch, write_jsonl
 from mlx_distill.tasks.task import Task
+from mlx_distill.thinking import thinking_budget
 
 
 def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Facts:
@@ -76,7 +77,7 @@ def evaluate(context: Context, folder: Path, model_folder: str, name: str) -> Fa
         rows,
         predictions,
         constrained=constrained if constrain else None,
-        settings=to_mapping(settings) | ({} if context.system is None else {"system": context.system}),
+        settings=to_mapping(settings) | _asked_how(context, tokenizer),
     )
     facts["requests_per_second"] = saturation.requests_per_second
     _answer_edge_cases(context, folder, (model, tokenizer), name, constrain)
@@ -104,6 +105,13 @@ def _answer_edge_cases(
         progress=context.progress,
     )
     write_jsonl(folder / FILE_NAME, outcomes)
+
+
+def _asked_how(context: Context, tokenizer: Any) -> dict[str, Any]:
+    """What differs from asking for an answer at once with the rows' own prompts."""
+    system = {} if context.system is None else {"system": context.system}
+    thinking = thinking_budget(tokenizer)
+    return {**system, **({"thinking": thinking} if thinking else {})}
 
 
 def _asked_task(context: Context) -> Task:

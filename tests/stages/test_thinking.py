@@ -21,6 +21,7 @@ from mlx_distill.losses.token_bytes import vocabulary
 from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.pipeline import run
 from mlx_distill.recipe import load_recipe
+from mlx_distill.report.origin_section import origin
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages.context import Context, as_teacher, read_rows
 from mlx_distill.stages.distill import aligned_rows
@@ -133,9 +134,12 @@ def test_models_of_the_run_are_asked_with_thinking_open(mapped: Path) -> None:
     for name in ("teacher", "student", "quantized"):
         assert thinking_budget(load_tokenizer(out / name)) == 24
     assert thinking_budget(load_tokenizer(out / "student_base")) == 0
+    report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    told = origin(report)["method"]["Thinking"]
+    assert told == "the teacher and the student think before the answer, at most 24 tokens; others do not"
     for name in ("teacher", "student"):
-        _, answers = read_predictions(out / "evaluations" / name)
-        assert answers
+        header, answers = read_predictions(out / "evaluations" / name)
+        assert answers and header["settings"]["thinking"] == 24
         for row in answers:  # after two steps it may not end, and that is no answer
             assert row["tokens"] <= 24 + 32 + 12
             if row["error"] and THINKING in row["error"]:
@@ -181,6 +185,8 @@ def test_what_cannot_be_taught_is_refused(tmp_path: Path, mapped: Path) -> None:
     with pytest.raises(ConfigError, match="nothing teaches the student to end"):
         graph_of("distill.text_weight=0")
     graph_of("distill.text_weight=0", "targets.thinking=drop")
+    with pytest.raises(ConfigError, match="in the middle of tokens"):
+        graph_of("distill.mid_token_rows=true", "distill.token_loss=token_groups")
     with pytest.raises(ConfigError, match="shuffle_options"):
         graph_of("evaluate.shuffle_options=2")
     out = mapped / "out"
