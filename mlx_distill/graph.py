@@ -198,8 +198,8 @@ def _check_thinking(recipe: Recipe) -> None:
         )
     if recipe.student_thinking and recipe.distill.mid_token_rows:
         raise ConfigError(
-            f"targets.thinking: {recipe.targets.thinking} and distill.mid_token_rows: targets in the middle of "
-            "tokens are made of answers alone",
+            f"targets.thinking: {recipe.targets.thinking} and distill.mid_token_rows: targets in the middle "
+            "of tokens are made of answers alone",
             fix="set distill.mid_token_rows: false, or targets.thinking: drop",
         )
     if recipe.teacher_thinking and recipe.evaluate.shuffle_options:

@@ -159,14 +159,21 @@ def missing_fields(
     else:
         fix = f"{needs}, or name the columns with columns: {{FIELD: COLUMN}}"
     if missing:
-        fix += _corrected_prompt(row, missing[0])
+        fix += _corrected_prompt(row, task, missing[0])
     if missing and needs_answer:
         fix += f"; layouts known: {_KNOWN}"
     return DataError(message, fix=fix)
 
 
-def _corrected_prompt(row: Row, field: str) -> str:
-    """The other fix for a field of the prompt: another spelling of it, or that it is none."""
+_LABEL_LISTS = ("labels", "options", "classes", "categories", "values", "choices")
+
+
+def _corrected_prompt(row: Row, task: Task, field: str) -> str:
+    """The other fix for a field of the prompt: another spelling of it, the list of labels, or that it is
+    none.
+    """
+    if task.label and field in (*_LABEL_LISTS, f"{task.label}s"):
+        return f"; or correct the prompt: the list of labels is written {{{task.label}:options}}"
     if near := closest(field, row):
         return f"; or correct the prompt: {{{near}}}, not {{{field}}}"
     if " " in field:

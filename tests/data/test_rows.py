@@ -198,7 +198,11 @@ def test_a_bad_row_is_an_error_with_file_line_and_fix(row: dict[str, Any], reaso
 
 @pytest.mark.parametrize(
     ("field", "fix"),
-    [("txt", "or correct the prompt: {text}, not {txt}"), ("one or two", "{{one or two}}")],
+    [
+        ("txt", "or correct the prompt: {text}, not {txt}"),
+        ("one or two", "{{one or two}}"),
+        ("labels", "the list of labels is written {verdict:options}"),
+    ],
 )
 def test_a_field_of_the_prompt_that_no_column_is_may_be_a_slip_in_the_prompt(
     field: str, fix: str, task: Task
