@@ -173,6 +173,8 @@ class StudentAudit:
         """The compared loss at all common starts, from the cache and from the teacher."""
         assert self.compared is not None
         loss, settings = TOKEN_LOSSES[self.compared], self.settings
+        # Places in the middle of tokens have targets from the cache alone.
+        extra = {name: array for name, array in extra.items() if name not in loss.more_events}
         temperature = settings.temperature
         if loss.over_tokens:
             temperature = float(np.array(extra["temperature"])[0])

@@ -40,7 +40,7 @@ from mlx_distill.stages.context import (
     read_rows,
     vocabulary_hash,
 )
-from mlx_distill.stages.distill import kept_temperature, token_groups, with_teachers_chat
+from mlx_distill.stages.distill import kept_temperature, mid_tokens, token_groups, with_teachers_chat
 from mlx_distill.stages.targets import fingerprints
 from mlx_distill.storage import atomic_path, read_json, scratch, write_json, write_jsonl
 from mlx_distill.text import counted, size
@@ -363,6 +363,9 @@ class _Pair:
             same_tokenizer=self.same_tokenizer,
             columns=self.columns,
             temperature=self.temperature,
+            mid_tokens=mid_tokens(
+                tokenizer, teacher_tokenizer, lambda: self.groups, self.loss, self.settings
+            ),
             finish=with_teachers_chat(self.context, teacher_tokenizer),
         )
         chats = [with_answer(row, targets) for row, targets in sampled]

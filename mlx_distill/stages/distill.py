@@ -179,7 +179,7 @@ def aligned_rows(
     both = tokenizer, teacher_tokenizer
     groups = cache(partial(token_groups, *both, token_rows))
     if not all(is_stored(path, key) for path in folders.values()):
-        middle = _mid_tokens(*both, groups, loss, settings)
+        middle = mid_tokens(*both, groups, loss, settings)
         write_aligned_rows(
             folders,
             key,
@@ -210,7 +210,7 @@ def aligned_rows(
     return train, valid, {**inputs, "teacher": _live_teacher(context, student, tokenizer) if live else None}
 
 
-def _mid_tokens(
+def mid_tokens(
     student_tokenizer: Any,
     teacher_tokenizer: Any,
     groups: Callable[[], TokenGroups],

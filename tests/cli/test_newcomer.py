@@ -68,7 +68,12 @@ def test_a_task_of_ones_own_reaches_the_gate_and_with_force_a_report_that_says_w
     (tmp_path / "tickets.jsonl").write_text(lines, encoding="utf-8")
     raw = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     data = {"sources": [{"path": "tickets.jsonl"}], "valid_fraction": 0.1, "test_fraction": 0.2}
-    raw |= {"name": "triage", "task": "task.yaml", "data": data, "evaluate": {"models": ["student"]}}
+    raw |= {
+        "name": "triage",
+        "task": "task.yaml",
+        "data": data,
+        "evaluate": {"models": ["student"], "audit_rows": 4},
+    }
     for stage in ("teach", "distill"):
         raw[stage] |= {"steps": 2, "batch_size": 4}
     recipe.write_text(yaml.safe_dump(raw), encoding="utf-8")
