@@ -356,28 +356,6 @@ def test_a_live_teacher_gives_the_parts_and_a_text_of_single_letters_is_measured
     assert found["bits_per_byte"]["student"]["general"]["n"] == 12
 
 
-@pytest.mark.slow
-def test_places_in_the_middle_of_tokens_are_in_the_parts_and_not_in_the_comparison(
-    audited: Any, folder: Path
-) -> None:
-    context, run = audited
-    distill = replace(context.recipe.distill, mid_token_rows=True)
-    audit(replace(context, recipe=replace(context.recipe, distill=distill)), folder)
-    pair = Pair(replace(context, recipe=replace(context.recipe, distill=distill)))
-    places = sum(
-        len(row.mid_token.inside_starts) + len(row.mid_token.across_starts)
-        for row in pair.aligned
-        if row.mid_token is not None
-    )
-    assert places > 0
-    events = {
-        path: sum(n for n, _ in json.loads((path / "parts.json").read_text())["student"]["token"].values())
-        for path in (folder, run / "audit")
-    }
-    assert events[folder] == events[run / "audit"] + places
-    assert (folder / "divergences.jsonl").read_bytes() == (run / "audit" / "divergences.jsonl").read_bytes()
-
-
 def test_a_general_text_that_cannot_be_measured_is_said_before_anything_is_made(folder: Path) -> None:
     from mlx_distill.pipeline import run
 
