@@ -42,6 +42,7 @@ TOKEN_LOSSES = [
     "alm",
     "uld",
     "gold",
+    "x_token",
     "none",
 ]
 

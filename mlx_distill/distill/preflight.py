@@ -22,7 +22,7 @@ MAX_UNSURE = 0.5  # tokens an answer
 MAX_PACKED = 0.05
 MIN_MAPPED = 0.9
 MIN_SAME_GROUP = 0.98
-_AT_STARTS = ("token_groups", "uld", "gold")  # losses that read distributions at common starts
+_AT_STARTS = ("token_groups", "uld", "gold", "x_token")  # losses that read distributions at common starts
 
 Kinds = Mapping[str, Mapping[str, Any]]
 

@@ -30,6 +30,7 @@ from mlx_distill.losses.tiled import linear_divergence
 from mlx_distill.losses.topk import rows_of, sparse_forward_kl, sparse_linear_kl
 from mlx_distill.losses.topk_divergences import sparse_divergence
 from mlx_distill.losses.uld import uld
+from mlx_distill.losses.x_token import x_token_kl
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import TopK
 from mlx_distill.train.objective import LogitReader
@@ -145,6 +146,14 @@ def _shared_and_sorted(data: TokenLossInput) -> mx.array:
     )
 
 
+def _projected_kl(data: TokenLossInput) -> mx.array:
+    groups, t = data.groups, data.temperature
+    assert groups is not None
+    return data.reader.row_losses(
+        lambda z, at: x_token_kl(z, _targets(data, at), groups, temperature=t), data.extra["start_index"]
+    )
+
+
 def _token_group_kl(data: TokenLossInput) -> mx.array:
     groups, extra, t = data.groups, data.extra, data.temperature
     assert groups is not None
@@ -233,6 +242,7 @@ TOKEN_LOSSES: Mapping[str, TokenLoss] = {
     "alm": TokenLoss(_span_likelihoods, events="spans", over_tokens=False),
     "uld": TokenLoss(_sorted_distributions, events="start_index"),
     "gold": TokenLoss(_shared_and_sorted, events="start_index", needs="token_groups"),
+    "x_token": TokenLoss(_projected_kl, events="start_index", needs="token_groups"),
 }
 
 

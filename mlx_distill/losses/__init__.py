@@ -2,8 +2,8 @@
 
 - One tokenizer: the divergences, from logits, from the teacher's top k, or from hidden states (``linear_*``),
   where the logits never exist as a whole.
-- Two tokenizers: ``token_group_kl``, ``alm``, ``uld``, ``gold`` and ``label_kl``, over the spans and
-  token groups that ``align_bytes`` and ``build_token_groups`` give; in the middle of tokens
+- Two tokenizers: ``token_group_kl``, ``alm``, ``uld``, ``gold``, ``x_token_kl`` and ``label_kl``, over the
+  spans and token groups that ``align_bytes`` and ``build_token_groups`` give; in the middle of tokens
   ``inside_token_kl`` and ``across_token_kl``.
 """
 
@@ -42,6 +42,7 @@ from mlx_distill.losses.token_bytes import token_bytes
 from mlx_distill.losses.topk import sparse_forward_kl, sparse_linear_kl
 from mlx_distill.losses.topk_divergences import sparse_divergence
 from mlx_distill.losses.uld import uld
+from mlx_distill.losses.x_token import x_token_kl
 
 __all__ = [
     "DIVERGENCES",
@@ -75,4 +76,5 @@ __all__ = [
     "token_bytes",
     "total_variation",
     "uld",
+    "x_token_kl",
 ]

@@ -74,17 +74,7 @@ def token_group_kl(
     0.0
     """
     check_temperature(temperature)
-    n, width = student_logits.shape
-    if targets.ids.shape != targets.logprobs.shape or targets.ids.shape[:-1] != (n,):
-        raise DataError(
-            f"targets of shape {targets.ids.shape} for {n} positions",
-            fix="give the teacher's top k at the same common starts",
-        )
-    if width < len(groups.student):
-        raise ModelError(
-            f"student logits of {width} columns for a tokenizer of {len(groups.student)} tokens",
-            fix="build the token groups with the student's own tokenizer",
-        )
+    check_starts(student_logits, targets, groups)
     ids, logprobs, has_unlisted = group_topk(targets, groups)
     return _group_kl(student_logits, ids, logprobs, has_unlisted, groups, temperature)
 
@@ -171,12 +161,39 @@ def _group_kl(
 ) -> mx.array:
     """:func:`_outcome_kl` of distinct groups ``ids [n, k]``."""
     mass = _group_masses(student_logits, groups)
-    listed = mx.where(logprobs > LOWEST / 2, mx.take_along_axis(mass, ids, axis=1), 0.0)
-    # Unused slots point at "outside". It is never a target, so its mass must stay in the bucket.
-    is_listed = mx.put_along_axis(mx.zeros(mass.shape), ids, mx.array(1.0), axis=1)
-    is_listed[:, groups.outside] = 0.0
-    bucket = row_sum(mx.where(is_listed > 0, 0.0, mass))
+    listed, bucket = listed_and_others(mass, ids, groups.outside)
     return _outcome_kl(listed, bucket, logprobs, has_unlisted, temperature)
+
+
+def check_starts(student_logits: mx.array, targets: TopK, groups: TokenGroups) -> None:
+    """Refuse targets of other positions, and logits that are narrower than the student's tokenizer."""
+    n, width = student_logits.shape
+    if targets.ids.shape != targets.logprobs.shape or targets.ids.shape[:-1] != (n,):
+        raise DataError(
+            f"targets of shape {targets.ids.shape} for {n} positions",
+            fix="give the teacher's top k at the same common starts",
+        )
+    if width < len(groups.student):
+        raise ModelError(
+            f"student logits of {width} columns for a tokenizer of {len(groups.student)} tokens",
+            fix="build the token groups with the student's own tokenizer",
+        )
+
+
+def listed_and_others(
+    mass: Float[mx.array, "n c"], ids: Int[mx.array, "n k"], outside: int
+) -> tuple[Float[mx.array, "n k"], Float[mx.array, " n"]]:
+    """The masses of k outcomes and the sum of all others.
+
+    Args:
+        mass: Of all outcomes.
+        ids: Of the k; ``outside`` in unused slots, whose mass is 0.
+        outside: An outcome that is never a target, so that its mass is one of the others.
+    """
+    listed = mx.where(ids == outside, 0.0, mx.take_along_axis(mass, ids, axis=1))
+    is_listed = mx.put_along_axis(mx.zeros(mass.shape), ids, mx.array(1.0), axis=1)
+    is_listed[:, outside] = 0.0
+    return listed, row_sum(mx.where(is_listed > 0, 0.0, mass))
 
 
 def _outcome_kl(

@@ -6,7 +6,8 @@ import mlx.core as mx
 import numpy as np
 from jaxtyping import Float
 
-from mlx_distill.errors import ConfigError, DataError, ModelError
+from mlx_distill.errors import ConfigError
+from mlx_distill.losses.cross_tokenizer import check_starts
 from mlx_distill.losses.divergences import pointwise_form
 from mlx_distill.losses.numerics import LOWEST, RESOLUTION, check_temperature, log_softmax, row_sum
 from mlx_distill.losses.token_groups import TokenGroups
@@ -76,7 +77,13 @@ def gold(
     """
     check_temperature(temperature)
     _, pointwise = pointwise_form("js_divergence", {"beta": beta})
-    same = _checked(student_logits, targets, groups)
+    check_starts(student_logits, targets, groups)
+    same = groups.same_token
+    if same is None:
+        raise ConfigError(
+            "token groups that do not tell which tokens of the two vocabularies are equal",
+            fix="make them with build_token_groups(student_tokenizer, teacher_tokenizer)",
+        )
     width, known = student_logits.shape[-1], targets.ids < len(same)
     student_ids = mx.where(known, mx.array(same)[mx.where(known, targets.ids, 0)], -1)
     log_p = mx.stop_gradient(targets.logprobs).astype(mx.float32)
@@ -113,23 +120,3 @@ def _sorted_distance(
     distance = row_sum(mx.where(known, mx.abs(q[:, :both] - p[:, :both]), 0.0)) + row_sum(p[:, both:])
     rest = rest + row_sum(mx.where(known, 0.0, q[:, :both]))
     return distance + mx.maximum(rest - mx.where(unlisted < RESOLUTION, 0.0, unlisted), 0.0)
-
-
-def _checked(student_logits: mx.array, targets: TopK, groups: TokenGroups) -> np.ndarray:
-    n, width = student_logits.shape
-    if targets.ids.shape != targets.logprobs.shape or targets.ids.shape[:-1] != (n,):
-        raise DataError(
-            f"targets of shape {targets.ids.shape} for {n} positions",
-            fix="give the teacher's top k at the same common starts",
-        )
-    if width < len(groups.student):
-        raise ModelError(
-            f"student logits of {width} columns for a tokenizer of {len(groups.student)} tokens",
-            fix="build the token groups with the student's own tokenizer",
-        )
-    if groups.same_token is None:
-        raise ConfigError(
-            "token groups that do not tell which tokens of the two vocabularies are equal",
-            fix="make them with build_token_groups(student_tokenizer, teacher_tokenizer)",
-        )
-    return groups.same_token

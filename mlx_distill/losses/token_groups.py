@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.losses.token_bytes import Vocabulary, first_tokens, vocabulary, written
+from mlx_distill.losses.token_bytes import Vocabulary, continuations, first_tokens, vocabulary, written
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class TokenGroups:
         shared: How many tokens both vocabularies have, special and stop tokens not counted.
         same_token: ``[w]`` int32, the student's token that is the same as each of the teacher's: of the same
             bytes, a special one of the same text, or both stop tokens; -1: none. No token twice.
+        pieces: ``[v, 4]`` int32, the first teacher tokens that each of the student's is written with: the
+            same one, or those of its re-encoding; -1: no more. None where its bytes are no text.
     """
 
     student: np.ndarray
@@ -37,6 +39,7 @@ class TokenGroups:
     count: int
     shared: int
     same_token: np.ndarray | None = None
+    pieces: np.ndarray | None = None
 
     @property
     def outside(self) -> int:
@@ -116,12 +119,14 @@ def build_token_groups(
         parent = parent[parent]
     roots, groups = np.unique(parent, return_inverse=True)
     groups = groups.astype(np.int32)
+    same = _same_tokens(student, teacher, *stops)
     return TokenGroups(
         student=groups[:width],
         teacher=groups[width:total],
         count=len(roots),
         shared=len(shared),
-        same_token=_same_tokens(student, teacher, *stops),
+        same_token=same,
+        pieces=_pieces(student, teacher, same),
     )
 
 
@@ -149,6 +154,22 @@ def _same_tokens(
         same[teacher_stop] = -1
         same[teacher_stop[0]] = student_stop[0]
     return same
+
+
+def _pieces(student: Vocabulary, teacher: Vocabulary, same: np.ndarray) -> np.ndarray:
+    """The first four tokens of the teacher that each token of the student is written with."""
+    pieces = np.full((len(student.tokens), 4), -1, dtype=np.int32)
+    pieces[same[same >= 0], 0] = np.flatnonzero(same >= 0)
+    texts = {}
+    for i in np.flatnonzero(pieces[:, 0] < 0).tolist():
+        try:
+            texts[i] = student.tokens[i].decode()
+        except UnicodeDecodeError:
+            continue
+    for i, ids in zip(texts, continuations(teacher, list(texts.values())), strict=True):
+        if all(one < len(teacher.tokens) for one in ids):
+            pieces[i, : min(4, len(ids))] = ids[:4]
+    return pieces
 
 
 def _within(tokens: Vocabulary, columns: int) -> Vocabulary:

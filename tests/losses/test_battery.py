@@ -29,8 +29,14 @@ N, V, W, K = 6, 40, 37, 8
 _SAME = np.where(np.arange(W) < 20, (np.arange(W) * 7) % V, -1).astype(np.int32)
 _STUDENT_GROUP = (np.arange(V) % 20).astype(np.int32)
 _STUDENT_GROUP[_SAME[:20]] = np.arange(20)
-TWO = TokenGroups(_STUDENT_GROUP, (np.arange(W) % 20).astype(np.int32), 21, 20, _SAME)
-ONE = TokenGroups(*2 * (np.arange(V, dtype=np.int32),), V + 1, V, np.arange(V, dtype=np.int32))
+# Tokens that the student shares are one of the teacher's, others two of them or none.
+_PIECES = np.full((V, 4), -1, dtype=np.int32)
+_PIECES[:, :2] = np.stack([np.arange(V) * 3 % W, np.arange(V) * 5 % W], axis=1)
+_PIECES[_SAME[:20], :2] = np.stack([np.arange(20), np.full(20, -1)], axis=1)
+_PIECES[np.setdiff1d(np.arange(V), _SAME)[:4], :2] = -1
+TWO = TokenGroups(_STUDENT_GROUP, (np.arange(W) % 20).astype(np.int32), 21, 20, _SAME, _PIECES)
+_EACH = np.arange(V, dtype=np.int32)
+ONE = TokenGroups(_EACH, _EACH, V + 1, V, _EACH, _EACH[:, None])
 
 
 class Outcomes(NamedTuple):
@@ -106,6 +112,17 @@ def shared_and_sorted(o: Outcomes) -> np.ndarray:
     return share * o.t**2 * divergence + (1 - share) * np.abs(p - q).sum(-1)
 
 
+def projected_kl(o: Outcomes) -> np.ndarray:
+    assert o.groups.pieces is not None
+    projected = np.zeros_like(o.p)
+    for s, pieces in enumerate(o.groups.pieces):
+        pieces = pieces[pieces >= 0]
+        for i, token in enumerate(pieces):
+            projected[:, token] += o.q[:, s] * 0.1**i / (0.1 ** np.arange(len(pieces))).sum()
+    reached = np.isin(np.arange(o.p.shape[1]), o.groups.pieces)
+    return o.t**2 * kl(merged(np.where(reached, o.p, 0), o.ids), merged(projected, o.ids))
+
+
 def likelihoods(o: Outcomes) -> np.ndarray:
     """Each token a span of its own, and token 0 the text."""
     a, b = np.exp(np.log(o.p1[:, 0]) / 100 - 1e-6), np.exp(np.log(o.q1[:, 0]) / 100 - 1e-6)
@@ -122,6 +139,7 @@ STATEMENTS: dict[str, Callable[[Outcomes], np.ndarray]] = {
     "alm": likelihoods,
     "uld": sorted_distance,
     "gold": shared_and_sorted,
+    "x_token": projected_kl,
 }
 # The statement is of the whole vocabulary, and what a top k tells is a lower bound of it.
 BOUNDS = ("token_groups", "gold")

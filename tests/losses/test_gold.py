@@ -150,7 +150,7 @@ def test_unused_slots_and_padding_columns_do_not_count() -> None:
     np.testing.assert_allclose(gold(wide, targets, GROUPS), want, rtol=1e-5)
 
 
-def test_equal_tokens_are_those_of_equal_bytes_and_the_stop_tokens(tokenizers: Any) -> None:
+def test_equal_tokens_are_those_of_equal_bytes_and_others_are_written_with_several(tokenizers: Any) -> None:
     ours, theirs = (token_bytes(tokenizer) for tokenizer in tokenizers)
     stops = [tokenizer.token_to_id(name) for tokenizer, name in zip(
         tokenizers, ("<|return|>", "<|im_end|>"), strict=True)]  # fmt: skip
@@ -165,6 +165,13 @@ def test_equal_tokens_are_those_of_equal_bytes_and_the_stop_tokens(tokenizers: A
     assert all(same[i] < 0 or theirs[i] == ours[same[i]] for i in ordinary)
     assert all(same[i] >= 0 for i in ordinary if theirs[i] in ours)
     assert (same >= 0).sum() == groups.shared + 2
+    pieces = groups.pieces
+    assert pieces is not None
+    for s, token in enumerate(ours):
+        written = b"".join(theirs[t] for t in pieces[s] if t >= 0)
+        assert token.startswith(written) and (written == token or not written or (pieces[s] >= 0).all())
+    assert (pieces[same[same >= 0], 0] == np.flatnonzero(same >= 0)).all()
+    assert (pieces[same[same >= 0], 1:] < 0).all() and (pieces[:, 1] >= 0).any()
 
 
 def test_what_does_not_fit_is_refused() -> None:
