@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mlx.core as mx
+import numpy as np
 from jaxtyping import Float
 
 from mlx_distill.errors import ConfigError, ModelError
@@ -35,6 +36,13 @@ def row_logsumexp(x: Float[mx.array, "*b v"]) -> Float[mx.array, "*b"]:
     """``log(sum(exp(x)))`` over the last axis, with :func:`row_sum`."""
     top = mx.stop_gradient(x.max(axis=-1))
     return top + mx.log(row_sum(mx.exp(x - top[..., None])))
+
+
+def eager_exp(x: Float[mx.array, "*b v"]) -> Float[mx.array, "*b v"]:
+    """``exp`` of an array that no gradient goes through: evaluated, and on a CPU by NumPy, since MLX's takes
+    many times as long there.
+    """
+    return mx.array(np.exp(np.array(x, copy=False))) if mx.default_device() == mx.cpu else mx.exp(x)
 
 
 def log_softmax(logits: Float[mx.array, "*b v"], temperature: float = 1.0) -> Float[mx.array, "*b v"]:

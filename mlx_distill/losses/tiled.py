@@ -24,7 +24,7 @@ from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ConfigError, DataError, ModelError
 from mlx_distill.losses.divergences import Pointwise, pointwise_form, summand_and_derivative
-from mlx_distill.losses.numerics import LOWEST, TILE, check_temperature, check_widths
+from mlx_distill.losses.numerics import LOWEST, TILE, check_temperature, check_widths, eager_exp
 from mlx_distill.losses.output_head import (
     Head,
     HeadTile,
@@ -370,7 +370,7 @@ def _masked(logits: mx.array, local: mx.array) -> mx.array:
 
 def _add_tail(s: Sums, logits: mx.array, kept: mx.array, tile: HeadTile) -> Sums:
     top = mx.maximum(s["top"], kept.max(axis=1, keepdims=True))
-    decay, e = mx.exp(s["top"] - top), mx.exp(kept - top)
+    decay, e = mx.exp(s["top"] - top), eager_exp(kept - top)
     return {
         "top": top,
         "z": s["z"] * decay + e.sum(axis=1, keepdims=True),
@@ -403,7 +403,7 @@ def _add_kl(s: Sums, z_p: mx.array, z_q: mx.array, tile: HeadTile, reverse: bool
     top_p = mx.maximum(s["top_p"], z_p.max(axis=1, keepdims=True))
     top_q = mx.maximum(s["top_q"], z_q.max(axis=1, keepdims=True))
     decay_p, decay_q = mx.exp(s["top_p"] - top_p), mx.exp(s["top_q"] - top_q)
-    e_p, e_q = mx.exp(z_p - top_p), mx.exp(z_q - top_q)
+    e_p, e_q = eager_exp(z_p - top_p), eager_exp(z_q - top_q)
     weighted = e_q * (z_q - z_p) if reverse else e_p * (z_p - z_q)
     decay = decay_q if reverse else decay_p
     return {
