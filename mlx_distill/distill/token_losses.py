@@ -1,7 +1,7 @@
 """The token-level losses of distillation: one registry entry each.
 
-A new loss is a function of :class:`TokenLossInput`, an entry of :data:`TOKEN_LOSSES`, and its name in
-:data:`mlx_distill.recipe.TOKEN_LOSSES`.
+A new loss is a function of :class:`TokenLossInput`, an entry of :data:`TOKEN_LOSSES`, its name in
+:data:`mlx_distill.recipe.TOKEN_LOSSES`, and its formula in float64 in ``tests/losses/test_battery.py``.
 """
 
 from __future__ import annotations
