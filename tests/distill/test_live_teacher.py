@@ -22,7 +22,7 @@ from mlx_distill.distill.objective import kd
 from mlx_distill.distill.token_losses import TOKEN_LOSSES, TokenLossInput
 from mlx_distill.errors import ConfigError
 from mlx_distill.graph import graph
-from mlx_distill.losses import divergences
+from mlx_distill.losses import TokenGroups, divergences
 from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.recipe import DistillConfig, load_recipe
 from mlx_distill.records import Batch
@@ -92,6 +92,35 @@ def test_every_divergence_is_that_of_the_whole_distributions(name: str, temperat
     dense = mx.array(plain(teacher.model).astype(np.float32))
     expected = exact(student, dense, temperature=temperature)
     np.testing.assert_allclose(TOKEN_LOSSES[name].loss(data), expected, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        name
+        for name, loss in TOKEN_LOSSES.items()
+        if loss.needs != "same_tokenizer" and loss.events == "start_index"
+    ],
+)
+@pytest.mark.parametrize("temperature", [1.0, 3.0])
+def test_between_two_tokenizers_it_is_a_cache_of_every_token(name: str, temperature: float) -> None:
+    teacher, tokens = LiveTeacher(make_model(), NO_TOKENIZER), np.arange(VOCABULARY, dtype=np.int32)
+    same = np.where(tokens < 9, (tokens * 5) % VOCABULARY, -1).astype(np.int32)
+    groups = TokenGroups(
+        tokens % 6, tokens % 6, 7, 9, same, np.stack([tokens, (tokens + 1) % VOCABULARY], axis=1)
+    )
+    extra = with_live_teacher(collate_plain, teacher)(ROWS, [(0, 1), 2], 1).extra
+    student = mx.array(np.random.default_rng(5).normal(size=(len(extra["start_index"]), VOCABULARY)) * 2)
+    student = student.astype(mx.float32)
+    t = temperature if TOKEN_LOSSES[name].over_tokens else 1.0
+    whole = teacher.distribution(teacher.hidden(ROWS), t)
+    given = (GivenLogits(student), extra, lambda: student[:, 0], groups, temperature)
+    cached = {"topk_ids": whole.ids, "topk_logprobs": whole.logprobs, "temperature": mx.array([t])}
+    data = TokenLossInput(*given, teacher=teacher)
+    found = np.array(TOKEN_LOSSES[name].loss(data))
+    expected = TOKEN_LOSSES[name].loss(replace(data, teacher=None, extra={**extra, **cached}))
+    assert found.min() > 1e-3
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
 class SomeIds:
