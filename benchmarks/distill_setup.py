@@ -96,10 +96,11 @@ METHODS = {
     "default_groups10_sampled1": Method(
         "sampled", {"token_weight": 10.0}, note="0.7 at T = 4, text 0.3, token groups or KL 10, sampled text"
     ),
+    "default_text003_sampled1": Method(
+        "sampled", {"token_weight": 1.0, "text_weight": 0.03}, note="0.7 at T = 4, text 0.03, tokens 1"
+    ),
     "label7_groups10_sampled1": Method(
-        "sampled",
-        {"label_weight": 7.0, "token_weight": 10.0},
-        note="7 at T = 4, text 0.3, tokens 10, sampled text",
+        "sampled", {"label_weight": 7.0, "token_weight": 10.0}, note="the same times ten"
     ),
     "default_groups1_sampled1": Method(
         "sampled", {"token_weight": 1.0}, note="0.7 at T = 4, text 0.3, token groups or KL 1, sampled text"
