@@ -177,9 +177,9 @@ class TargetsConfig:
     """Targets: the teacher's answers and distributions on the training rows."""
 
     text: str = option(
-        "greedy",
-        "the text that the student learns: the teacher's greedy answer, one sampled at temperature 1, or the "
-        "row's own answer (data); where an answer's content varies, greedy text is a one-hot target",
+        "sampled",
+        "the text that the student learns: the teacher's answer sampled at temperature 1, its greedy answer, "
+        "or the row's own (data); where an answer's content varies, greedy text is a one-hot target",
         choices=TEXTS,
     )
     samples: int = option(
@@ -257,7 +257,7 @@ class DistillConfig(TrainConfig):
         4.0, "temperature of that divergence, which is multiplied by T squared", low=0.01
     )
     text_weight: float = option(0.3, "weight of the cross-entropy on the teacher's text", low=0.0)
-    token_weight: float = option(0.3, "weight of the token-level loss", low=0.0)
+    token_weight: float = option(1.0, "weight of the token-level loss", low=0.0)
     span_weight: float = option(
         0.0,
         "weight of approximate likelihood matching (token_loss: alm) as a term of its own, beside another "
