@@ -56,6 +56,7 @@ BATCH = 16
 _BATCHES = 0.2  # of the requests of the load
 STEP_MS = 60.0  # of the model beside the engine and the peer, at least
 FLAT = 0.05  # rise of a flat server's memory, at most
+SETTLE_S = 7.0  # until an idle server has given back what was freed
 JUDGED_S = 60.0  # of samples, below which nothing is said of that
 LEAST = 0.9  # of the engine's rows a second
 TASK: dict[str, Any] = {
@@ -160,6 +161,12 @@ def resident_mb(pid: int) -> float:
     return int(out.stdout) / 1024
 
 
+def idle_mb(pid: int, settle: float) -> float:
+    """The resident memory of a server that has had nothing to do for some seconds."""
+    time.sleep(settle)
+    return resident_mb(pid)
+
+
 @contextmanager
 def sampled(pid: int, every: float) -> Iterator[list[tuple[float, float]]]:
     """Seconds and resident memory in MB of a process while the block runs."""
@@ -245,10 +252,12 @@ def measure_load(folder: Path, clients: int, seconds: float, tokens: int | None 
                 if got != [song["id"] for song in songs]:
                     wrong.append(f"{[song['id'] for song in songs]}: {got}")
 
+    settle = SETTLE_S if seconds >= JUDGED_S else 0.0
     arguments = ("--model", TINY, "--task", "music", "--batch-size", str(BATCH))
     with served_process(root, *arguments) as (address, process):
         until = time.perf_counter() + seconds / 6
         run_clients(clients, address, work)  # loads the model, fills the cache of beginnings
+        idle_before = idle_mb(process.pid, settle)
         single.clear()
         batches.clear()
         rows[0] = 0
@@ -258,6 +267,7 @@ def measure_load(folder: Path, clients: int, seconds: float, tokens: int | None 
         with sampled(process.pid, max(0.2, seconds / 60)) as memory:
             done, wall = run_clients(clients, address, work)
         counted = metric(address, "gen_ai_server_answers_total") - before
+        idle = {"idle_before": idle_before, "idle_after": idle_mb(process.pid, settle)}
         process.terminate()
         process.wait(60)
     problems = [problem for client in done for problem in client.problems]
@@ -278,7 +288,7 @@ def measure_load(folder: Path, clients: int, seconds: float, tokens: int | None 
         "rows_per_s": rows[0] / wall,
         "analyze": latencies(single),
         "batch_of_8": latencies(batches),
-        "resident_mb": memory_over_time(memory),
+        "resident_mb": memory_over_time(memory) | idle,
     }
 
 
