@@ -296,7 +296,9 @@ def align_answer(
         return row
     begun = np.delete(spans, list(others), axis=0)
     middle = mid_tokens.targets(student_ids, teacher_ids, begun, targets.topk_ids, targets.topk_logprobs)
-    return replace(row, mid_token=middle)
+    kept = np.append(~mid_tokens.in_other_groups(student_ids, teacher_ids, begun), True)  # and the end
+    at_starts = ("starts", "topk_ids", "topk_logprobs", "teacher_starts")
+    return replace(row, mid_token=middle, **{name: getattr(row, name)[kept] for name in at_starts})
 
 
 def at_temperature(targets: TeacherTargets, temperature: float) -> Float[np.ndarray, "n k"]:

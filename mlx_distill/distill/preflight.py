@@ -125,7 +125,8 @@ def _mid_token_line(facts: Mapping[str, Any]) -> str:
     left_out = sum(facts["left_out"].values())
     mass = facts["unplaced_mass"]
     return (
-        f"in the middle of tokens {counted(facts['inside'], 'place')} inside the teacher's and "
+        f"in the middle of tokens {counted(facts['inside'] - facts['by_context'], 'place')} inside the "
+        f"teacher's (and {counted(facts['by_context'], 'start')} by context) and "
         f"{counted(facts['across'], 'place')} inside the student's have targets"
         + ("" if mass is None else f", of whose mass {percent(mass)} has no known outcome")
         + f"; {counted(left_out, 'place')} left out"
@@ -147,14 +148,15 @@ def _greedy_text(found: Distillation) -> Advice | None:
 
 def _packed_digits(found: Distillation) -> Advice | None:
     packed = (found.kinds.get("digits") or {}).get("packed")
-    if found.loss not in _AT_STARTS or packed is None or packed < MAX_PACKED:
+    mapped = found.loss not in _AT_STARTS or found.settings.mid_token_rows
+    if mapped or packed is None or packed < MAX_PACKED:
         return None
     return Advice(
         f"{percent(packed)} of the student's tokens of digits hold several of the teacher's: "
         f"token_loss: {found.loss} trains the first digit of each by the teacher's probabilities, the others "
         "by text alone",
-        "keep distill.text_weight at least as high as token_weight and use targets.text: sampled; hold the "
-        "error of scores against controls.text",
+        "with token_groups set distill.mid_token_rows: true; or keep distill.text_weight at least as high as "
+        "token_weight, use targets.text: sampled, and hold the error of scores against controls.text",
     )
 
 
@@ -233,12 +235,13 @@ def _lost_mass(found: Distillation) -> Advice | None:
 
 def _other_groups(found: Distillation) -> Advice | None:
     same = found.all["same_group"]
-    if found.loss != "token_groups" or same is None or same >= MIN_SAME_GROUP:
+    by_context = found.loss != "token_groups" or found.settings.mid_token_rows
+    if by_context or same is None or same >= MIN_SAME_GROUP:
         return None
     return Advice(
         f"at {percent(1 - same)} of the common starts the student's token is in another group than the "
         "teacher's: there the token-level loss and the text pull apart",
-        "lower distill.token_weight, or use token_loss: alm",
+        "set distill.mid_token_rows: true, lower distill.token_weight, or use token_loss: alm",
     )
 
 

@@ -1,4 +1,5 @@
-"""Distributions at places where one model begins a token in the middle of a token of the other.
+"""Distributions at places where one model begins a token in the middle of a token of the other, and where
+token groups do not hold.
 
 Token groups compare two distributions where both models begin a token. Elsewhere one of them has written a
 part of the other's token, and the other's distribution is conditioned on that part:
@@ -10,11 +11,17 @@ part of the other's token, and the other's distribution is conditioned on that p
   student that writes "73" at once, of a teacher that writes single digits). Of the student's distribution at
   the beginning of its token the tokens that begin with v count; v itself is the outcome that the student's
   token ends there.
+- *by context*: both begin a token, but the two tokens that stand there are in different groups, since groups
+  do not know the text around, which some tokens depend on. It is *inside* with nothing written.
 
-Both follow the section on tokens that are not shared of byte-level marginalisation (Vieira et al. 2024,
-https://arxiv.org/abs/2412.03719: a distribution over the text that follows is a sum over the tokens that
-cover the text so far), with tokenizers that write each text in one way. The outcomes are strings of bytes,
-followed in both tokenizers until both write them. Where a tokenizer's choice depends on the text that
+Which token the student writes for one of the teacher's may depend on the text before, which is asked for, and
+on the text behind, which is known for the token that stands there alone. That one counts as what the student
+did write. Over texts of the teacher this is a sample of what its token becomes, and never contradicts a text.
+
+A distribution over tokens becomes one over the text behind a prefix of bytes by summing over the tokens that
+cover the prefix (Vieira et al. 2024, https://arxiv.org/abs/2412.03719), here with tokenizers that write each
+text in one way. The outcomes are this library's own: strings of bytes, shortened by each tokenizer in turn
+until both write them. Where a tokenizer's choice depends on the text that
 follows, the teacher's tokens so far say something of that text, and its distribution is of texts that fit.
 
 **Mass that cannot be placed.** What the top k does not list, what ends exactly at u and goes on with the
@@ -30,10 +37,11 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from mlx_distill.losses.numerics import LOWEST
 from mlx_distill.losses.token_bytes import Vocabulary, continuations, vocabulary
@@ -70,7 +78,8 @@ class MidTokenTargets:
     """The teacher's targets of an answer in the middle of tokens.
 
     Args:
-        inside_starts: ``[a]`` the student's tokens that begin inside a token of the teacher.
+        inside_starts: ``[a]`` the student's tokens that begin inside a token of the teacher, or at its
+            beginning where groups do not hold.
         inside_groups: ``[a, k]`` token groups; ``outside`` marks an unused slot.
         inside_logprobs: ``[a, k]`` the teacher's log-masses of them; ``LOWEST`` in unused slots. What is
             missing to one is of no known group.
@@ -101,11 +110,12 @@ class MidTokens:
         max_extensions: More tokens of the student with one beginning give no targets.
 
     Attributes:
-        counts: Of all answers: ``inside`` and ``across``, the places with targets; ``left_out`` by reason:
-            ``context`` (a tokenizer writes the text at this place otherwise than by itself), ``outcome`` (the
-            two tokens that stand there are not in one outcome), ``ends`` (the student has no token that ends
-            there), ``many`` (too many tokens begin so), ``unlisted`` (the top k lists none of the outcomes);
-            ``unplaced``, the sum of the mass that has no known outcome.
+        counts: Of all answers: ``inside`` (``by_context`` among them) and ``across``, the places with
+            targets; and by reason those left out: ``context`` (the student writes the text before the place
+            otherwise if nothing follows), ``outcome`` (the student's token has none), ``ends`` (the student
+            has no token that ends there), ``many`` (too many tokens begin so), ``unlisted`` (the top k lists
+            none of the outcomes).
+        unplaced: The sum of the mass that has no known outcome.
     """
 
     def __init__(
@@ -143,9 +153,12 @@ class MidTokens:
             topk_logprobs: Their log-probabilities at temperature 1 over its whole vocabulary, nats.
         """
         k = topk_ids.shape[1]
+        places = chain(
+            self._places(student_ids, teacher_ids, spans), self._by_context(student_ids, teacher_ids, spans)
+        )
         inside: list[tuple[int, np.ndarray, np.ndarray]] = []
         across: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
-        for place in self._places(student_ids, teacher_ids, spans):
+        for place in places:
             p = np.exp(np.maximum(topk_logprobs[place.teacher].astype(np.float64), LOWEST))
             listed = [
                 (self._teacher_bytes(int(i)), float(mass))
@@ -173,12 +186,26 @@ class MidTokens:
             np.concatenate([np.zeros(0, np.int32), *(row[3] for row in across)]),
         )
 
+    def in_other_groups(
+        self,
+        student_ids: Int[np.ndarray, " l"],
+        teacher_ids: Int[np.ndarray, " m"],
+        spans: Int[np.ndarray, "n 4"],
+    ) -> Bool[np.ndarray, " n"]:
+        """The spans that begin with two tokens of different groups: their distributions are not to be
+        compared over groups, and :meth:`targets` has them by context.
+        """
+        ours = self.groups.student[np.asarray(student_ids)[spans[:, 0]]]
+        theirs = self.groups.teacher[np.asarray(teacher_ids)[spans[:, 2]]]
+        return ours != theirs
+
     def facts(self) -> dict[str, Any]:
         """The counts as JSON, with the mean mass of a place that has no known outcome."""
         kept = self.counts["inside"] + self.counts["across"]
         reasons = ("context", "outcome", "ends", "many", "unlisted")
         return {
             "inside": self.counts["inside"],
+            "by_context": self.counts["by_context"],
             "across": self.counts["across"],
             "unplaced_mass": self.unplaced / kept if kept else None,
             "left_out": {name: self.counts[name] for name in reasons},
@@ -196,8 +223,7 @@ class MidTokens:
             if text != b"".join(others) or not all(pieces) or not all(others):
                 continue  # special tokens inside of a span
             begins, other_begins = _begins(pieces), _begins(others)
-            earlier = [int(i) for i in student_ids[max(first - _CONTEXT, spans[0, 0]) : first]]
-            lead = b"".join(self.student.tokens[i] for i in earlier)
+            earlier, lead = self._before(student_ids, first, spans)
             for number, at in enumerate(begins[1:], 1):
                 outer = bisect.bisect_right(other_begins, at) - 1
                 start = other_begins[outer]
@@ -221,6 +247,21 @@ class MidTokens:
                     text[start:at],
                 )
 
+    def _by_context(
+        self, student_ids: np.ndarray, teacher_ids: np.ndarray, spans: np.ndarray
+    ) -> Iterator[_Place]:
+        others = spans[self.in_other_groups(student_ids, teacher_ids, spans)]
+        for first, _, other_first, _ in others.tolist():
+            earlier, text = self._before(student_ids, first, spans)
+            yield _Place(True, first, other_first, earlier, text, b"")
+
+    def _before(
+        self, student_ids: np.ndarray, first: int, spans: np.ndarray
+    ) -> tuple[tuple[int, ...], bytes]:
+        """Some of the student's tokens before a span, and their bytes."""
+        earlier = tuple(int(i) for i in student_ids[max(first - _CONTEXT, spans[0, 0]) : first])
+        return earlier, b"".join(self.student.tokens[i] for i in earlier)
+
     def _context(self, place: _Place, teachers: bytes) -> _Place | None:
         """The place with as many of the tokens before it as the student writes again when it begins there."""
         rest = teachers if place.is_inside else place.written + teachers
@@ -231,22 +272,22 @@ class MidTokens:
             short = place._replace(before=place.before[dropped:], text=place.text[skip:])
             if self._behind(short.before, short.text + rest) not in (None, _IMPOSSIBLE):
                 return short
-        return None
+        return None if place.written else place._replace(before=(), text=b"")
 
     def _inside(
         self, place: _Place, token: int, teachers: bytes, listed: Sequence[tuple[bytes, float]], k: int
     ) -> tuple[np.ndarray, np.ndarray] | None:
         """Groups and log-masses of the text behind a part of the teacher's token."""
         written, before, outside = place.written, place.before, self.groups.outside
-        own = self._next(before, place.text + teachers)
-        if own != self.groups.student[token] or own == outside:
+        own = int(self.groups.student[token])
+        if own == outside:
             return self._left_out("outcome")
         ending = self._writes[1](written)
         masses: dict[int, float] = {}
         unplaced = max(1 - sum(mass for _, mass in listed), 0.0)
         for text, mass in listed:
             if len(text) > len(written) and text.startswith(written):
-                group = self._next(before, place.text + text)
+                group = own if text == teachers else self._next(before, place.text + text)
                 if group is None or group == outside:
                     unplaced += mass
                 elif group >= 0:
@@ -259,6 +300,7 @@ class MidTokens:
         if row is None:
             return None
         self.counts["inside"] += 1
+        self.counts["by_context"] += not written
         keys, logs = row
         return np.array([*keys, *[outside] * (k - len(keys))]), logs
 
@@ -298,13 +340,13 @@ class MidTokens:
         if extensions is None:
             return self._left_out("many")
         ids, outcomes = extensions
-        own = self._behind_part(place, teachers)
-        if own is None or own != self._outcome(written, self.student.tokens[token][len(written) :]):
+        own = self._outcome(written, self.student.tokens[token][len(written) :])
+        if own in (None, _IMPOSSIBLE):
             return self._left_out("outcome")
         masses: dict[bytes, float] = {}
         unplaced = max(1 - sum(mass for _, mass in listed), 0.0)
         for text, mass in listed:
-            outcome = self._behind_part(place, text) if text else _ENDS
+            outcome = own if text == teachers else self._behind_part(place, text) if text else _ENDS
             if outcome is None:
                 unplaced += mass
             elif outcome != _IMPOSSIBLE:

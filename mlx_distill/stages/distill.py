@@ -417,7 +417,7 @@ def _aligned_key(
             **({"max_rows": settings.max_rows} if settings.max_rows else {}),
             **({"temperature": temperature} if temperature != 1 else {}),
             **({"teacher": settings.teacher} if settings.teacher != "cached" else {}),
-            **({"mid_token_rows": 1} if settings.mid_token_rows else {}),
+            **({"mid_token_rows": 2} if settings.mid_token_rows else {}),
             "answer": [dict(context.task.schema), context.task.label],
         }
     )

@@ -11,22 +11,26 @@ import numpy as np
 import pytest
 from helpers.small_chain import make_context
 
+from mlx_distill.data.chat import TokenizedRow
 from mlx_distill.distill.align import (
     AlignedRow,
     aligned_row_arrays,
     aligned_row_from_arrays,
+    aligner,
     collate_aligned_rows,
 )
 from mlx_distill.distill.objective import kd
+from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.errors import ConfigError
 from mlx_distill.graph import graph
 from mlx_distill.losses import across_token_kl, inside_token_kl, token_group_kl
-from mlx_distill.losses.mid_token import MidTokenTargets
+from mlx_distill.losses.mid_token import MidTokens, MidTokenTargets
 from mlx_distill.losses.numerics import LOWEST
-from mlx_distill.losses.token_groups import TokenGroups
+from mlx_distill.losses.token_groups import TokenGroups, build_token_groups
 from mlx_distill.recipe import DistillConfig
 from mlx_distill.records import TopK
 from mlx_distill.stages.distill import aligned_rows
+from mlx_distill.tasks.task import load_task
 from mlx_distill.train.objective import LogitReader
 
 WIDTH, K = 12, 3
@@ -130,6 +134,43 @@ def test_batched_and_packed_rows_have_the_loss_of_each_row_alone(chosen: list[An
     assert objective.weights(batch) == {"token": count}
     found = objective.head_split.read(Reader(), batch)["token"].item()
     assert found == pytest.approx(total, rel=1e-5)
+
+
+def test_a_start_whose_tokens_are_in_different_groups_is_compared_by_context_alone() -> None:
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    sides = []
+    for pattern in ("(?<=x)a|ab|[a-z]", "ab|[a-z]"):  # behind an x the student writes an a alone
+        side = Tokenizer(
+            models.BPE({text: i for i, text in enumerate(["x", "a", "b", "ab", "."])}, [("a", "b")])
+        )
+        side.pre_tokenizer = pre_tokenizers.Split(Regex(pattern), "isolated")
+        side.decoder = decoders.ByteLevel()
+        sides.append(side)
+    groups = build_token_groups(*sides, student_stop=4, teacher_stop=4)
+    ours, theirs = (np.array([*side.encode("abxab").ids, 4], dtype=np.int32) for side in sides)
+    chat = TokenizedRow(np.append(np.int32(4), ours), np.ones(len(ours), dtype=np.bool_), ((1, len(ours)),))
+    targets = TeacherTargets(
+        "row",
+        "abxab",
+        None,
+        theirs,
+        np.zeros(len(theirs), np.float32),
+        theirs[:, None],
+        np.zeros((len(theirs), 1), np.float32),
+    )
+    task = load_task("moderation")
+    plain, by_context = (
+        aligner(task, *sides, None, same_tokenizer=False, mid_tokens=middle)(chat, [], targets)
+        for middle in (None, MidTokens(*sides, groups))
+    )
+    assert plain.starts.tolist() == [1, 2, 3, 5] and by_context.starts.tolist() == [1, 2, 5]
+    assert by_context.topk_ids[:, 0].tolist() == [3, 0, 4] and by_context.teacher_starts is not None
+    assert (
+        by_context.teacher_starts.tolist() == [0, 1, 3] and by_context.spans.tolist() == plain.spans.tolist()
+    )
+    assert by_context.mid_token is not None
+    assert sorted(by_context.mid_token.inside_starts.tolist()) == [2, 3]
 
 
 def test_rows_on_disk_and_back() -> None:
