@@ -138,7 +138,9 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     out += [_control(recipe, model, shared) for model in controls]
     measured = dict.fromkeys(["teacher", *_named_models(recipe), *(model.name for model in controls)])
     out += [_evaluation(recipe, RUN_MODELS[name], shared, edge_cases) for name in measured]
-    return [*out, _audit(recipe, shared)] if recipe.evaluate.audit_rows else out
+    # Who evaluates the teacher alone, by evaluate.models, may have no student yet.
+    audited = recipe.evaluate.audit_rows and {"student", "quantized"} & measured.keys()
+    return [*out, _audit(recipe, shared)] if audited else out
 
 
 def _check_distillation(recipe: Recipe, task: Task) -> None:

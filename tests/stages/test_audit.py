@@ -363,3 +363,12 @@ def test_a_general_text_that_cannot_be_measured_is_said_before_anything_is_made(
     with pytest.raises(DataError, match="1 paragraphs of general text"):
         run("tiny", folder / "out", overrides=[f"evaluate.general_text={folder / 'short.txt'}"])
     assert not (folder / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("models", "audited"),
+    [("[teacher_before, teacher]", False), ("[teacher, student]", True), ("[quantized]", True)],
+)
+def test_who_evaluates_the_teacher_alone_needs_no_student_for_an_audit(models: str, audited: bool) -> None:
+    recipe = load_recipe("tiny", [f"evaluate.models={models}"])
+    assert ("audit" in [stage.name for stage in graph(recipe, recipe.load_task())]) == audited
