@@ -83,7 +83,7 @@ def test_the_first_rows_keep_all_their_targets_and_the_validation_rows() -> None
 
 def test_samples_of_unsampled_text_and_one_hot_labels_without_a_label_term_are_refused() -> None:
     for overrides, message in (
-        (["targets.samples=2"], r"targets\.samples"),
+        (["targets.text=greedy", "targets.samples=2"], r"targets\.samples"),
         (["controls.labels_hard=true", "distill.label_weight=0"], r"controls\.labels_hard"),
         (["controls.teacher_hard=true", "distill.label_weight=0"], r"controls\.teacher_hard"),
     ):
