@@ -181,7 +181,7 @@ def test_each_term_is_the_mean_of_its_plain_formula(kind: str, dense_limit: int)
     for name, value in expected.items():
         assert result.terms[name] == pytest.approx(value, rel=2e-4), name
     assert result.loss == pytest.approx(
-        0.7 * expected["label"] + 0.3 * expected["token"] + 0.3 * expected["text"], rel=2e-4
+        0.7 * expected["label"] + 1.0 * expected["token"] + 0.3 * expected["text"], rel=2e-4
     )
     assert result.weights["label"] == 4.0
 
