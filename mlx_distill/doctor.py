@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from mlx_distill.runtime import load_blas, processor, total_memory, versions
+from mlx_distill.runtime import blas_kernels, load_blas, processor, total_memory, versions
 
 _GB = 1e9
 _COARSE = 3e-5  # between the errors of float32 (1e-6) and TF32 (4e-4)
@@ -143,7 +143,10 @@ def _blas() -> Check:
         return Check("blas", "slow", f"found {blas.path}, but mlx was imported first", fix)
     if blas.state == "disabled":
         return Check("blas", "slow", "turned off by MLX_DISTILL_BLAS=0", "unset MLX_DISTILL_BLAS")
-    return Check("blas", "ok", f"loaded {blas.path}" if blas.path else blas.state)
+    if blas.path is None:
+        return Check("blas", "ok", blas.state)
+    kernels = blas_kernels(blas.path)
+    return Check("blas", "ok", f"loaded {blas.path}" + (f", kernels for {kernels}" if kernels else ""))
 
 
 def _device() -> Check:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,50 @@ def test_loading_the_blas_after_mlx_is_too_late(tmp_path: Path) -> None:
         env={"MLX_DISTILL_BLAS": str(fake)},
     )
     assert result.stdout.strip() == "too late", result.stderr
+
+
+_ASKS = """
+import os
+from mlx_distill import runtime
+blas = runtime.load_blas()
+print(runtime.blas_kernels(blas.path) if blas.path else blas.state, os.environ.get("OPENBLAS_CORETYPE"))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other BLAS is loaded on a Mac")
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({"sse2"}, None),
+        ({"sse2", "avx2", "fma"}, "Haswell"),
+        ({"avx2", "fma", "avx512f", "avx512bw", "avx512dq", "avx512vl"}, "SkylakeX"),
+    ],
+)
+def test_the_kernels_of_the_blas_are_those_of_the_processor(
+    flags: set[str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenBLAS takes those for SSE2 on a processor whose model it does not know."""
+    monkeypatch.delenv("OPENBLAS_CORETYPE", raising=False)
+    monkeypatch.setattr(runtime, "_processor_flags", lambda: flags)
+    with runtime._kernels_of_this_processor():
+        assert os.environ.get("OPENBLAS_CORETYPE") == expected
+    assert "OPENBLAS_CORETYPE" not in os.environ  # NumPy's OpenBLAS would read it
+    monkeypatch.setenv("OPENBLAS_CORETYPE", "Nehalem")
+    with runtime._kernels_of_this_processor():
+        assert os.environ["OPENBLAS_CORETYPE"] == "Nehalem"
+    assert os.environ["OPENBLAS_CORETYPE"] == "Nehalem"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no other BLAS is loaded on a Mac")
+def test_the_kernels_are_chosen_before_the_blas_is_loaded() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OPENBLAS_CORETYPE"}
+    found = subprocess.run(
+        [sys.executable, "-c", _ASKS], capture_output=True, text=True, timeout=60, env=environment
+    )
+    kernels, _, left = found.stdout.strip().rpartition(" ")
+    assert left == "None", found.stderr
+    if {"avx2", "fma"} <= runtime._processor_flags():
+        assert kernels not in ("Prescott", "Core2", "Nehalem")
 
 
 def test_a_missing_core_package_is_bad_and_a_missing_extra_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
