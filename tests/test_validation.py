@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 from helpers.html_page import assert_loads_nothing
 from helpers.small_chain import RecordedProgress
 from helpers.small_run import write_recipe
 
+from mlx_distill.cli import cli
 from mlx_distill.data.predictions import read_predictions
 from mlx_distill.errors import ConfigError, Interrupted
 from mlx_distill.runtime import StopFlag
@@ -105,3 +107,13 @@ def test_a_dry_run_says_what_student_and_live_teacher_take(folder: Path) -> None
 def test_what_cannot_be_validated_is_refused(folder: Path, settings: dict[str, Any], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         validate(write_recipe(folder), folder / "cv", **settings)
+
+
+def test_a_gate_without_a_goal_of_these_models_is_refused_before_anything_is_trained(folder: Path) -> None:
+    goal = {"model": "student", "metric": "accuracy", "at_least": 0.5}
+    recipe = write_recipe(folder, goals=[goal])
+    asked = ["validate", str(recipe), "--out", str(folder / "cv"), "--gate", "--dry-run"]
+    result = CliRunner().invoke(cli, asked)
+    assert result.exit_code == 2 and "has no goals for teacher" in result.output
+    assert not (folder / "cv").exists()
+    assert CliRunner().invoke(cli, [*asked, "--models", "student"]).exit_code == 0

@@ -317,9 +317,9 @@ def history(model: str, alias: str | None, root: Path, as_json: bool) -> None:
     lines = [] if found else [f"nothing of {model!r} was deployed" + (f" as {alias}" if alias else "")]
     for done in found:
         when = datetime.fromtimestamp(done.created_at).astimezone().isoformat(" ", "minutes")
-        over = f"  override: {done.gate['override']}" if done.gate.get("override") else ""
+        gate = f"  ({done.gate_text})" if done.gate["checks"] else ""
         lines.append(
-            f"{done.id}  {when}  {done.kind} {done.serves} as {done.alias}  {done.actor}: {done.reason}{over}"
+            f"{done.id}  {when}  {done.kind} {done.serves} as {done.alias}  {done.actor}: {done.reason}{gate}"
         )
     _echo([_deployment_facts(done) for done in found], lines, as_json)
 
@@ -345,8 +345,8 @@ def _echo_deployment(done: Any, as_json: bool) -> None:
             f"  {check['name'].ljust(10)}  {check['state'].replace('_', ' ').ljust(14)}  {check['sentence']}"
         )
     lines.append(f"  verified    {done.gate['verified']['sentence']}")
-    if done.gate.get("override"):
-        lines.append(f"  override    {done.gate['override']}")
+    if done.gate["checks"]:
+        lines.append(f"  gate        {done.gate_text}")
     _echo(_deployment_facts(done), lines, as_json)
 
 

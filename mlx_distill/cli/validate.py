@@ -61,12 +61,15 @@ def validate(
     from mlx_distill.validation import validate as validate_recipe
     from mlx_distill.validation_plan import ValidationPlan
 
+    names = [name.strip() for name in models.split(",")]
+    if gate:
+        _require_goals_for(recipe, overrides, names)
     with accelerator_of(f"validate {recipe}", not dry_run):
         result = validate_recipe(
             recipe,
             out,
             folds=folds,
-            models=[name.strip() for name in models.split(",")],
+            models=names,
             learning_curve=learning_curve or False,
             overrides=overrides,
             dry_run=dry_run,
@@ -77,3 +80,16 @@ def validate(
         report = result.report  # goals of other models are listed as not measured, and close no gate
         judged = [goal for goal in report["goals"] if goal["model"] in report["models"]]
         ctx.exit(0 if all(goal["state"] == "met" for goal in judged) else 3)
+
+
+def _require_goals_for(recipe: str, overrides: tuple[str, ...], models: list[str]) -> None:
+    """Refuse a gate without a condition before anything is trained."""
+    from mlx_distill.errors import ConfigError
+    from mlx_distill.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    if not any(goal.model in models for goal in loaded.goals):
+        raise ConfigError(
+            f"--gate: the recipe {loaded.name!r} has no goals for {', '.join(models)}",
+            fix=f"add goals: [{{model: {models[0]}, metric: accuracy, at_least: 0.85}}] to it",
+        )

@@ -12,6 +12,7 @@ from typing import Any
 from mlx_distill.errors import ConfigError
 from mlx_distill.ledger.database import from_json
 from mlx_distill.registry.contents import KEPT
+from mlx_distill.text import listed
 
 READY, ARCHIVED, FAILED = "READY", "ARCHIVED", "FAILED"
 PRODUCTION = "production"
@@ -94,6 +95,38 @@ class Deployment:
     def serves(self) -> str:
         """What it put in place: ``music:3``, or the analyzer's target."""
         return f"{self.model}:{self.version}" if self.target is None else self.target
+
+    @property
+    def gate_held(self) -> bool:
+        """Whether something was asked for and shown to hold, and nothing refused."""
+        return bool(self.gate.get("passed") and _passed(self.gate, asked=True))
+
+    @property
+    def gate_text(self) -> str:
+        """What the gate found. That nobody set a condition is not told as a gate that passed."""
+        if self.gate.get("override"):
+            return f"the gate was overridden: {self.gate['override']}"
+        if not self.gate.get("passed"):
+            verified = (self.gate.get("verified") or {}).get("sentence")
+            return f"verified: {verified}" if verified else "no gate result"
+        if asked := _passed(self.gate, asked=True):
+            return f"the gate passed: {listed(asked)}"
+        without_effect = [check["name"] for check in self.gate["checks"] if check.get("asked")]
+        start = f"{listed(without_effect)} did not apply" if without_effect else "no condition was set"
+        if checked := _passed(self.gate, asked=False):
+            return f"{start}; passed by default: {listed(checked)}"
+        open_states = ("not_measured", "not_applicable")
+        measured = any(check["state"] not in open_states for check in self.gate["checks"])
+        return f"{start}; nothing was {'decided' if measured else 'checked'}"
+
+
+def _passed(gate: Mapping[str, Any], *, asked: bool) -> list[str]:
+    """The names of the checks that passed and were asked for, or were not."""
+    return [
+        check["name"]
+        for check in gate["checks"]
+        if check["state"] == "passed" and bool(check.get("asked")) == asked
+    ]
 
 
 @dataclass(frozen=True)

@@ -180,7 +180,23 @@ def test_a_version_without_an_evaluation_is_not_measured(ledger: Ledger) -> None
     add_version(ledger, "asset:models/tiny-qwen3", name="base")
     with pytest.raises(QualityGateError, match="no evaluation"):
         promote(ledger, "base", 1, **WHO, limits=GateLimits(max_invalid=0.5))
-    assert set(states(promote(ledger, "base", 1, **WHO).gate).values()) == {"not_measured"}
+    done = promote(ledger, "base", 1, **WHO)
+    assert set(states(done.gate).values()) == {"not_measured"}
+    assert (done.gate_text, done.gate_held) == ("no condition was set; nothing was checked", False)
+
+
+def test_a_gate_without_a_condition_is_not_told_as_passed(ledger: Ledger) -> None:
+    first = promote(ledger, "music", 1, **WHO)
+    assert (first.gate_text, first.gate_held) == (
+        "no condition was set; passed by default: invalid and leaks",
+        False,
+    )
+    second = promote(ledger, "music", 2, **WHO, limits=GateLimits(margin="10pt", max_invalid=0.05))
+    assert (second.gate_text, second.gate_held) == ("the gate passed: comparison and invalid", True)
+    # A margin against nothing: the comparison has nothing to judge.
+    other = promote(ledger, "music", 1, "staging", **WHO, limits=GateLimits(margin="1pt"))
+    assert other.gate_text == "comparison did not apply; passed by default: invalid and leaks"
+    assert not other.gate_held
 
 
 def test_a_corrupted_byte_refuses_and_the_alias_stays(ledger: Ledger) -> None:
@@ -332,6 +348,7 @@ def test_the_commands(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     assert call("promote", "music:1")[0] == 2
     code, text = call("promote", "music:1", "--reason", "first", "--actor", "ann")
     assert code == 0 and "music@production serves music:1" in text
+    assert "gate        no condition was set; passed by default: invalid and leaks" in text
     assert call("promote", "music:3", "--reason", "x")[0] == 3
     code, text = call("promote", "music:3", "--reason", "x", "--override", "why not", "--json")
     assert code == 0 and json.loads(text)["gate"]["override"] == "why not"
@@ -341,6 +358,7 @@ def test_the_commands(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
     code, text = call("show", "music:1", "--verify", "--json")
     assert code == 0 and json.loads(text)["verification"]["passed"]
     assert call("archive", "music:1")[0] == 1
+    assert "(the gate was overridden: why not)" in call("history", "music")[1]
     assert json.loads(call("archive", "music:2", "--json")[1])["state"] == "ARCHIVED"
     assert "music:2  ARCHIVED" in call("list")[1]
     assert call("list", "musik")[0] == 1

@@ -46,6 +46,8 @@ def test_deploy_roll_back_and_archive(client: Any) -> None:
     assert serves(client) is None
     done = client.post("/models/music/1/promote", data={"reason": "<script>first</script>"})
     assert (done.status_code, done.headers["location"]) == (303, "/models/music")
+    page = client.get("/").text
+    assert "no condition was set; nothing was checked" in page and "gate passed" not in page
     # A margin was asked for, and these two have no rows to be compared on.
     refused = client.post("/models/music/2/promote", data={"reason": "smaller", "margin": "3pt"})
     assert refused.status_code == 400 and "The gate" in refused.text and serves(client) == 1
