@@ -8,9 +8,10 @@ by language, each up to --bytes, in pieces of 2,000 characters, normalized to NF
 both directions (``teacher > student``):
 
     same_group   of the bytes where both begin a token: how often the two tokens are in one group
-    right        with ``distill.mid_token_rows``: how often they are in one group, or compared by context as
-                 one; the others have no target
-    middle       the share of the places where one model alone begins a token that have a target with it
+    right        how often ``token_groups`` compares them as one outcome: they are in one group, or the start
+                 is compared by context; the others have no target
+    middle       the share of the places where one model alone begins a token that have a target with
+                 ``distill.mid_token_rows``
     aligned, one_to_one, packed, kinds   as ``preflight.json`` has them (docs/training.md)
     seconds      of ``build_token_groups``; ``mb_per_second``: of ``align_bytes``, processor time, without
                  tokenization

@@ -133,6 +133,7 @@ OTHER_TOKENIZER: dict[str, dict[str, Any]] = {
     "uld": {"token_loss": "uld"},
     "gold": {"token_loss": "gold"},
     "groups_mid": {"token_loss": "token_groups", "mid_token_rows": True},
+    "x_token": {"token_loss": "x_token"},
     "groups_spans": {"token_loss": "token_groups"},  # and spans at the same weight: gmlx's recipe
 }
 SAME_TOKENIZER: dict[str, dict[str, Any]] = {

@@ -281,8 +281,7 @@ class DistillConfig(TrainConfig):
     mid_token_rows: bool = option(
         False,
         "token_groups also compares distributions where one model begins a token inside a token of the "
-        "other, given the bytes that are written (a teacher of single digits, a student that packs them), "
-        "and by context where the two tokens that stand at a place are in different groups",
+        "other, given the bytes that are written (a teacher of single digits, a student that packs them)",
         default_keyed=False,
     )
     temperature: float = option(1.0, "temperature of the token-level loss", low=0.01)

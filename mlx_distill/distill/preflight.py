@@ -76,7 +76,7 @@ def preflight(
         settings: Of the distillation.
         targets: Of the targets.
         mapped: The facts of a :class:`~mlx_distill.distill.mapped_mass.MappedMass`.
-        mid_token: Those of :class:`~mlx_distill.losses.mid_token.MidTokens`; None: no such targets.
+        mid_token: Those of :class:`~mlx_distill.losses.mid_token.MidTokens`; None: no targets by context.
     """
     found = Distillation(loss, settings, targets, mapped["kinds"])
     warnings = [advice for rule in RULES if (advice := rule(found)) is not None]
@@ -117,20 +117,26 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
             + (f" ({', '.join(lost)})" if lost else "")
         )
     if "mid_token" in facts:
-        out.append(_mid_token_line(facts["mid_token"]))
+        out += _mid_token_lines(facts["mid_token"])
     return out + [f"warning: {one['what']} (to fix: {one['fix']})" for one in facts["warnings"]]
 
 
-def _mid_token_line(facts: Mapping[str, Any]) -> str:
-    left_out = sum(facts["left_out"].values())
-    mass = facts["unplaced_mass"]
-    return (
-        f"in the middle of tokens {counted(facts['inside'] - facts['by_context'], 'place')} inside the "
-        f"teacher's (and {counted(facts['by_context'], 'start')} by context) and "
-        f"{counted(facts['across'], 'place')} inside the student's have targets"
-        + ("" if mass is None else f", of whose mass {percent(mass)} has no known outcome")
-        + f"; {counted(left_out, 'place')} left out"
-    )
+def _mid_token_lines(facts: Mapping[str, Any]) -> list[str]:
+    left_out, by_context = sum(facts["left_out"].values()), facts["by_context"]
+    inside, across, mass = facts["inside"] - by_context, facts["across"], facts["unplaced_mass"]
+    out = []
+    if by_context:
+        out.append(
+            f"at {counted(by_context, 'common start')} the two tokens are in different groups: the "
+            "distributions there are compared by the text around"
+        )
+    if inside or across:
+        out.append(
+            f"in the middle of tokens {counted(inside, 'place')} inside the teacher's and "
+            f"{counted(across, 'place')} inside the student's have targets"
+            + ("" if mass is None else f", of whose mass {percent(mass)} has no known outcome")
+        )
+    return out + ([f"{counted(left_out, 'such place')} left out"] if left_out else [])
 
 
 def _greedy_text(found: Distillation) -> Advice | None:
@@ -235,13 +241,12 @@ def _lost_mass(found: Distillation) -> Advice | None:
 
 def _other_groups(found: Distillation) -> Advice | None:
     same = found.all["same_group"]
-    by_context = found.loss != "token_groups" or found.settings.mid_token_rows
-    if by_context or same is None or same >= MIN_SAME_GROUP:
-        return None
+    if found.loss != "token_groups" or not found.targets.draws or same is None or same >= MIN_SAME_GROUP:
+        return None  # of the top k they are compared by context
     return Advice(
         f"at {percent(1 - same)} of the common starts the student's token is in another group than the "
         "teacher's: there the token-level loss and the text pull apart",
-        "set distill.mid_token_rows: true, lower distill.token_weight, or use token_loss: alm",
+        "set targets.draws: 0, lower distill.token_weight, or use token_loss: alm",
     )
 
 

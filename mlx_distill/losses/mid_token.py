@@ -107,6 +107,7 @@ class MidTokens:
         student_tokenizer: From ``transformers``, ``mlx_lm`` or ``tokenizers``; its tokens name their bytes.
         teacher_tokenizer: The same.
         groups: Of :func:`~mlx_distill.losses.token_groups.build_token_groups`.
+        in_middle: Whether there are targets in the middle of tokens, besides those by context.
         max_extensions: More tokens of the student with one beginning give no targets.
 
     Attributes:
@@ -124,10 +125,11 @@ class MidTokens:
         teacher_tokenizer: Any,
         groups: TokenGroups,
         *,
+        in_middle: bool = True,
         max_extensions: int = MAX_EXTENSIONS,
     ) -> None:
         self.student, self.teacher = vocabulary(student_tokenizer), vocabulary(teacher_tokenizer)
-        self.groups, self.max_extensions = groups, max_extensions
+        self.groups, self.in_middle, self.max_extensions = groups, in_middle, max_extensions
         self.counts: Counter[str] = Counter()
         self.unplaced = 0.0
         self._writes = tuple(lru_cache(_CACHE)(_writer(side)) for side in (self.student, self.teacher))
@@ -153,9 +155,9 @@ class MidTokens:
             topk_logprobs: Their log-probabilities at temperature 1 over its whole vocabulary, nats.
         """
         k = topk_ids.shape[1]
-        places = chain(
-            self._places(student_ids, teacher_ids, spans), self._by_context(student_ids, teacher_ids, spans)
-        )
+        places = self._by_context(student_ids, teacher_ids, spans)
+        if self.in_middle:
+            places = chain(self._places(student_ids, teacher_ids, spans), places)
         inside: list[tuple[int, np.ndarray, np.ndarray]] = []
         across: list[tuple[int, np.ndarray, np.ndarray, np.ndarray]] = []
         for place in places:

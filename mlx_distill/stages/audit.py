@@ -364,7 +364,12 @@ class _Pair:
             columns=self.columns,
             temperature=self.temperature,
             mid_tokens=mid_tokens(
-                tokenizer, teacher_tokenizer, lambda: self.groups, self.loss, self.settings
+                tokenizer,
+                teacher_tokenizer,
+                lambda: self.groups,
+                self.loss,
+                self.settings,
+                self.context.recipe.targets.draws,
             ),
             finish=with_teachers_chat(self.context, teacher_tokenizer),
         )

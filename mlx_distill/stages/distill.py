@@ -179,7 +179,7 @@ def aligned_rows(
     both = tokenizer, teacher_tokenizer
     groups = cache(partial(token_groups, *both, token_rows))
     if not all(is_stored(path, key) for path in folders.values()):
-        middle = mid_tokens(*both, groups, loss, settings)
+        middle = mid_tokens(*both, groups, loss, settings, context.recipe.targets.draws)
         write_aligned_rows(
             folders,
             key,
@@ -216,22 +216,24 @@ def mid_tokens(
     groups: Callable[[], TokenGroups],
     loss: str | None,
     settings: DistillConfig,
+    draws: int = 0,
 ) -> MidTokens | None:
-    """What makes the targets in the middle of tokens; None where they are not asked for.
+    """What makes the targets of token groups by context, and those in the middle of tokens if they are asked
+    for; None for another loss, and for samples of distributions, which tell too little of the text behind.
 
     Raises:
-        ConfigError: the token-level loss of the two models has none.
+        ConfigError: there are to be some in the middle of tokens, and the loss of the two models has none.
     """
     from mlx_distill.losses.mid_token import MidTokens
 
-    if not settings.mid_token_rows or loss is None:
-        return None
-    if loss != "token_groups":
+    if loss is not None and loss != "token_groups" and settings.mid_token_rows:
         raise ConfigError(
             f"distill.mid_token_rows: true, and the token-level loss of these two models is {loss}",
             fix="set distill.mid_token_rows: false, or distill.token_loss: token_groups",
         )
-    return MidTokens(student_tokenizer, teacher_tokenizer, groups())
+    if loss != "token_groups" or draws:
+        return None
+    return MidTokens(student_tokenizer, teacher_tokenizer, groups(), in_middle=settings.mid_token_rows)
 
 
 def with_teachers_chat(context: Context, tokenizer: Any) -> Callable[..., AlignedRow]:
@@ -417,6 +419,7 @@ def _aligned_key(
             **({"max_rows": settings.max_rows} if settings.max_rows else {}),
             **({"temperature": temperature} if temperature != 1 else {}),
             **({"teacher": settings.teacher} if settings.teacher != "cached" else {}),
+            "by_context": 1,
             **({"mid_token_rows": 2} if settings.mid_token_rows else {}),
             "answer": [dict(context.task.schema), context.task.label],
         }

@@ -160,9 +160,9 @@ def test_a_start_whose_tokens_are_in_different_groups_is_compared_by_context_alo
         np.zeros((len(theirs), 1), np.float32),
     )
     task = load_task("moderation")
-    plain, by_context = (
+    plain, alone, by_context = (
         aligner(task, *sides, None, same_tokenizer=False, mid_tokens=middle)(chat, [], targets)
-        for middle in (None, MidTokens(*sides, groups))
+        for middle in (None, MidTokens(*sides, groups, in_middle=False), MidTokens(*sides, groups))
     )
     assert plain.starts.tolist() == [1, 2, 3, 5] and by_context.starts.tolist() == [1, 2, 5]
     assert by_context.topk_ids[:, 0].tolist() == [3, 0, 4] and by_context.teacher_starts is not None
@@ -171,6 +171,11 @@ def test_a_start_whose_tokens_are_in_different_groups_is_compared_by_context_alo
     )
     assert by_context.mid_token is not None
     assert sorted(by_context.mid_token.inside_starts.tolist()) == [2, 3]
+    # Without targets in the middle of tokens that start is compared by context all the same.
+    np.testing.assert_array_equal(alone.starts, by_context.starts)
+    assert alone.mid_token is not None and alone.mid_token.inside_starts.tolist() == [2]
+    assert alone.mid_token.inside_groups[0, 0] == groups.student[int(ours[2])]
+    assert alone.mid_token.inside_logprobs[0, 0] == 0 and len(alone.mid_token.across_starts) == 0
 
 
 def test_rows_on_disk_and_back() -> None:

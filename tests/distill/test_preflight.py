@@ -222,7 +222,7 @@ def test_a_good_setting_says_nothing(loss: str | None) -> None:
         ("token_groups", {"text_weight": 0.0}, {}, {"several": 0.25}, r"25.0.% of the mass.*nothing"),
         ("token_groups", {}, {}, {"packed": 0.4}, r"40.0.% of the student's tokens of digits"),
         ("token_groups", {}, {}, {"mapped": 0.7, "lost": 0.295}, r"29.5.% of .* no place .* in digits"),
-        ("token_groups", {}, {}, {"same_group": 0.9}, r"at 10.0.% of the common starts"),
+        ("token_groups", {}, {"draws": 8}, {"same_group": 0.9}, r"at 10.0.% of the common starts"),
         ("token_groups", {"temperature": 4.0}, {}, {"tail": 0.02}, r"softens the listed 32 .* 2.0.%"),
         ("alm", {"temperature": 4.0}, {}, {}, "no effect on token_loss: alm"),
         ("kl", {}, {}, {"tail": 0.2}, r"20.0.% .* outside of its top 32.* lower bound"),
@@ -243,6 +243,7 @@ def test_each_harm_is_said_with_its_figure(
         ("kl", {}, {}, {"unsure": 2.5}),
         ("alm", {"text_weight": 0.0}, {}, {"several": 0.25}),
         ("token_groups", {"text_weight": 0.0}, {}, {}),
+        ("token_groups", {}, {}, {"same_group": 0.9}),  # compared by context
         ("alm", {}, {}, {"packed": 0.4, "mapped": 0.7, "lost": 0.295, "same_group": 0.9}),
         ("reverse_kl", {"temperature": 4.0}, {}, {"tail": 0.02}),
         ("token_groups", {"temperature": 4.0, "teacher": "live"}, {}, {"tail": 0.2}),
