@@ -69,7 +69,8 @@ def x_token_kl(
         )
     log_p = mx.stop_gradient(targets.logprobs).astype(mx.float32)
     outside = len(groups.teacher)
-    reached = np.isin(np.arange(outside + 1), groups.pieces)
+    reached = np.zeros(outside + 1, dtype=bool)
+    reached[groups.pieces[groups.pieces >= 0]] = True
     ids = mx.minimum(targets.ids, outside)
     known = (log_p > LOWEST / 2) & mx.array(reached)[ids]
     ids, log_p = mx.where(known, ids, outside), mx.where(known, log_p, LOWEST)
