@@ -22,6 +22,10 @@ from mlx_distill.text import counted, duration, plural
 
 Clock = Callable[[], float]
 _WINDOW_S = 30.0
+MIN_UPDATES = 3
+"""So many updates behind the first one are seen before the time left is estimated."""
+MIN_SECONDS = 5.0
+"""And so many seconds behind the first one."""
 
 
 @runtime_checkable
@@ -61,34 +65,41 @@ class Progress(Protocol):
 class Estimate:
     """Estimates the seconds left from the rate of the last half minute.
 
-    The time until the first update (loading, compilation) counts only until the second one. What a resumed
-    run had done before does not count as speed, given as ``start`` or as a jump in the first update.
+    The rate is that since the first update: until then a task loads and compiles, and a resumed one jumps to
+    where it was. There is no estimate before :data:`MIN_UPDATES` further updates over :data:`MIN_SECONDS`.
 
     >>> now = [0.0]
-    >>> estimate = Estimate(total=10, start=0, clock=lambda: now[0])
-    >>> now[0] = 4.0
-    >>> estimate.left(2)
-    16.0
+    >>> estimate = Estimate(total=10, clock=lambda: now[0])
+    >>> for done in range(1, 6):
+    ...     now[0] += 2.0
+    ...     print(estimate.left(done))
+    None
+    None
+    None
+    12.0
+    10.0
     """
 
-    def __init__(self, total: float | None, start: float = 0, clock: Clock = time.monotonic) -> None:
+    def __init__(self, total: float | None, clock: Clock = time.monotonic) -> None:
         self.total, self.clock = total, clock
         self.began = clock()
-        self._seen: deque[tuple[float, float]] = deque([(self.began, start)])
-        self._moving = False
+        self._seen: deque[tuple[float, float]] = deque()
+        self._updates = 0
 
     def left(self, done: float) -> float | None:
-        """Seconds left when ``done`` units are done now, or None without a total or a rate."""
+        """Seconds left when ``done`` units are done now; None without a total, or before enough was seen."""
         now = self.clock()
         self._seen.append((now, done))
-        if not self._moving and len(self._seen) > 2:
-            self._moving = bool(self._seen.popleft())
+        self._updates += 1
+        if self.total and done >= self.total:
+            return 0.0
         while len(self._seen) > 2 and now - self._seen[1][0] >= _WINDOW_S:
             self._seen.popleft()
         then, before = self._seen[0]
-        if not self.total or done <= before or now <= then:
+        enough = self._updates > MIN_UPDATES and now - then >= MIN_SECONDS
+        if not self.total or not enough or done <= before:
             return None
-        return max(self.total - done, 0) * (now - then) / (done - before)
+        return (self.total - done) * (now - then) / (done - before)
 
     def elapsed(self) -> float:
         """Seconds since the task was started."""
@@ -146,7 +157,7 @@ class PlainProgress:
             if total
             else name
         )
-        bar = _PlainBar(self, name, Estimate(total, start, self.clock), unit, start)
+        bar = _PlainBar(self, name, Estimate(total, self.clock), unit, start)
         try:
             yield bar
         except BaseException:
@@ -216,7 +227,7 @@ class RichProgress:
             bar = _RichBar(
                 live,
                 live.add_task(name, total=total, completed=int(start), left="", info=""),
-                Estimate(total, start),
+                Estimate(total),
                 start,
             )
             yield bar

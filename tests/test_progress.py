@@ -34,18 +34,33 @@ def test_the_estimate_ignores_a_slow_first_step(clock: _Clock) -> None:
     assert left == pytest.approx(900.0)
 
 
-def test_the_estimate_of_a_resumed_task_counts_this_run_only(clock: _Clock) -> None:
-    estimate = Estimate(total=100, start=90, clock=clock)
-    clock.now += 10
-    assert estimate.left(95) == pytest.approx(10.0)
-
-
-def test_a_jump_in_the_first_update_does_not_count_as_speed(clock: _Clock) -> None:
-    estimate = Estimate(total=100, clock=clock)
+def test_there_is_no_estimate_before_enough_was_seen(clock: _Clock) -> None:
+    estimate = Estimate(total=400, clock=clock)
+    clock.now += 16  # the first row, with loading and compilation: 1 h 46 min by its rate
+    assert estimate.left(1) is None
+    for done in (2, 3):
+        clock.now += 4
+        assert estimate.left(done) is None  # of few updates
+    clock.now += 4
+    assert estimate.left(4) == pytest.approx(396 * 4)
+    estimate = Estimate(total=400, clock=clock)
+    for done in range(1, 6):
+        clock.now += 1
+        assert estimate.left(done) is None  # of a short time
     clock.now += 1
-    estimate.left(90)  # resumed, without start
-    clock.now += 2
-    assert estimate.left(91) == pytest.approx(18.0)
+    assert estimate.left(6) == pytest.approx(394)
+
+
+def test_the_estimate_of_a_resumed_task_counts_this_run_only(clock: _Clock) -> None:
+    estimate = Estimate(total=100, clock=clock)
+    for done in (91, 92, 93, 94):  # after 90 of a run before
+        clock.now += 2
+        left = estimate.left(done)
+    assert left == pytest.approx(12.0)
+
+
+def test_what_is_done_has_no_time_left(clock: _Clock) -> None:
+    assert Estimate(total=3, clock=clock).left(3) == 0.0
 
 
 @pytest.mark.parametrize("total", [None, 0])

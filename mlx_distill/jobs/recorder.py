@@ -64,7 +64,7 @@ class Recorder:
         self._add("stage_current", f"{event['stage']}: current", event)
 
     def _task_started(self, event: dict[str, Any]) -> None:
-        self.estimate = Estimate(event["total"], event["done"])
+        self.estimate = Estimate(event["total"])
         self._task(event, None, at_once=True)
 
     def _progress(self, event: dict[str, Any]) -> None:

@@ -214,7 +214,7 @@ def run_steps(
     """Take steps until the end; True where early stopping ended the run before."""
     if 0 < state.settings.patience <= progress.bad_evals:
         return True
-    estimate, every = Estimate(state.steps, progress.step), state.settings.checkpoint_every
+    estimate, every = Estimate(state.steps), state.settings.checkpoint_every
     state.watch.take()
     while progress.step < state.steps:
         row = _step(state, progress)
