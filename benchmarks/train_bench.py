@@ -202,6 +202,7 @@ def train_ours(
         "clip_norm": 0.0,
         "evaluate_every": 0,
         "checkpoint_every": 10**9,
+        "checkpoint_minutes": 0,
     }
     logged: list[dict] = []
     config = TrainConfig(**{**defaults, **settings})

@@ -134,6 +134,9 @@ class TrainConfig:
         keyed=False,
     )
     checkpoint_every: int = option(50, "steps between checkpoints", low=1, keyed=False)
+    checkpoint_minutes: float = option(
+        5.0, "and minutes between checkpoints, whichever comes first; 0: steps alone", low=0, keyed=False
+    )
     keep_checkpoints: int = option(2, "checkpoints that are kept, besides the best one", low=1, keyed=False)
     evaluate_every: int = option(50, "steps between validations; 0: no validation", low=0)
     evaluate_rows: int = option(

@@ -215,6 +215,7 @@ def run_steps(
     if 0 < state.settings.patience <= progress.bad_evals:
         return True
     estimate, every = Estimate(state.steps), state.settings.checkpoint_every
+    saved_at, seconds = time.monotonic(), 60 * state.settings.checkpoint_minutes or math.inf
     state.watch.take()
     while progress.step < state.steps:
         row = _step(state, progress)
@@ -232,11 +233,14 @@ def run_steps(
         with state.watch.part("hooks"):
             for hook in hooks:
                 hook(dict(event))
-        stopping = bool(state.ranks.max(float(bool(flag))))
+        # All ranks save and stop at the same step, though their clocks and signals differ.
+        is_time = time.monotonic() - saved_at >= seconds
+        stopping, due = map(bool, state.ranks.sum([bool(flag), is_time]))
         last = progress.step == state.steps
-        if stopping or out_of_patience or last or progress.step % every == 0:
+        if stopping or out_of_patience or last or due or progress.step % every == 0:
             with state.watch.part("save"):
                 _save(state, progress)
+            saved_at = time.monotonic()
             if saved is not None:
                 saved(progress.step)
         if out_of_patience:

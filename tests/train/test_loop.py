@@ -347,6 +347,22 @@ def test_an_exception_in_a_hook_ends_the_run_and_leaves_its_checkpoint(tmp_path:
     assert result.resumed == 4 and weights(resumed) == weights(whole)
 
 
+@pytest.mark.parametrize(("minutes", "step"), [(1e-9, 4), (0.0, 0), (5.0, 0)])
+def test_a_slow_training_has_a_checkpoint_before_its_first_number_of_steps(
+    tmp_path: Path, minutes: float, step: int
+) -> None:
+    def killed(row: dict) -> None:
+        if row["step"] == 5:
+            raise KeyboardInterrupt
+
+    config = settings(checkpoint_every=1000, checkpoint_minutes=minutes)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut", config, hooks=[killed])
+    resumed, result = run(tmp_path / "cut", settings())  # neither interval changes the result
+    whole, _ = run(tmp_path / "whole", settings())
+    assert result.resumed == step and weights(resumed) == weights(whole)
+
+
 def test_the_random_state_is_restored() -> None:
     key = random_key()
     first = mx.random.normal((4,)).tolist()
