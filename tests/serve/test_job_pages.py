@@ -228,3 +228,29 @@ def test_the_stream_of_a_finished_job_ends_and_continues_from_the_last_identifie
     assert "note 349" in older
     assert "note 350" not in older
     assert client.get(f"/jobs/{job.id}?before=99999999999999999999").status_code == 200
+
+
+@pytest.mark.parametrize(("kind", "name"), [("run", "report.html"), ("validate", "validation.html")])
+def test_the_report_of_a_finished_job_is_a_page_behind_the_login(
+    app: Any, client: Any, tmp_path: Any, kind: str, name: str
+) -> None:
+    ledger = app.state.server.ledger
+    job = submit(ledger, kind, ["tiny"], run_path="runs/a")
+    link = f'href="/jobs/{job.id}/report"'
+    assert client.get(f"/jobs/{job.id}/report").status_code == 404
+    with ledger.write() as db:
+        update(db, job.id, state="succeeded", finished_at=1.0)
+    assert link not in client.get(f"/jobs/{job.id}").text  # the run's folder is gone
+    (tmp_path / "runs/a").mkdir(parents=True)
+    (tmp_path / "runs/a" / name).write_text("<h1>Größe</h1><script>alert(1)</script>", encoding="utf-8")
+    assert link in client.get(f"/jobs/{job.id}").text
+    shown = client.get(f"/jobs/{job.id}/report")
+    assert shown.status_code == 200 and "Größe" in shown.text
+    policy = shown.headers["content-security-policy"]
+    assert policy.startswith("sandbox; default-src 'none'") and "script-src" not in policy
+    with client_of(app, token=False) as stranger:
+        assert stranger.get(f"/jobs/{job.id}/report").status_code in (303, 401)
+    (tmp_path / "runs/a" / name).unlink()
+    (tmp_path / "runs/a" / name).symlink_to("/etc/hostname")
+    assert client.get(f"/jobs/{job.id}/report").status_code == 404
+    assert client.get("/jobs/job-none/report").status_code == 404

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
@@ -109,41 +110,74 @@ def job(request: Request, job_id: str, x: str = "step", y: str = "linear", befor
         found = get(server.ledger, job_id)
     except DistillError as error:
         return error_of(request, error, 404)
+    if wants_fragment(request):
+        return page(request, "job.html.j2", block="actions", job=found, **_actions(server, found))
     shown = events(server.ledger, job_id, newest=_SHOWN_EVENTS + 1, before=_id(before))
     curves = _curves(server, found)
-    last = next(iter(reversed(curves)), "")
-    cursor = Cursor(
-        shown[-1].id if shown else 0,
-        max((p.step for p in curves[last].after(0)), default=0) if last else 0,
-        last,
-    )
     return page(
         request,
         "job.html.j2",
-        block="actions" if wants_fragment(request) else None,
         live=True,
         job=found,
         progress_html=_status(server, found),
-        events=[_shown(event) for event in reversed(shown[-_SHOWN_EVENTS:])],
-        older=shown[-_SHOWN_EVENTS].id if len(shown) > _SHOWN_EVENTS else None,
-        is_older=before > 0,
-        charts=[_chart(name, curve) for name, curve in reversed(curves.items())],
-        points=[curve_data(name, curve.stride, curve.after(0), whole=True) for name, curve in curves.items()],
-        x="time" if x == "time" else "step",
-        y="log" if y == "log" else "linear",
-        cursor=cursor,
-        buttons=_buttons_of(found),
-        watched=not _has_ended(found) and before <= 0,
-        silent_s=SILENT_S,
-        place=_place(server, found),
-        differences=[
-            one for one in (from_source(server.root, found), from_previous(server.ledger, found)) if one
-        ],
-        log=read_tail(found.log(server.root), _LOG_BYTES),
-        has_recipe=found.recipe(server.root).is_file(),
-        report=_report(server, found),
-        resumable=found.state in ("paused", "failed", "cancelled"),
+        **_actions(server, found),
+        **_drawn(curves, x, y),
+        **_happened(shown, before),
+        **_watching(found, shown, curves, before),
+        **_settings(server, found),
     )
+
+
+def _actions(server: Any, job: Job) -> dict[str, Any]:
+    """What the block ``actions`` of the page shows, which is exchanged alone."""
+    return {
+        "place": _place(server, job),
+        "has_recipe": job.recipe(server.root).is_file(),
+        "report": _report(server, job) is not None,
+        "resumable": job.state in ("paused", "failed", "cancelled"),
+    }
+
+
+def _drawn(curves: dict[str, Curve], x: str, y: str) -> dict[str, Any]:
+    """The curves, for the page's script and for those who see the page without it."""
+    return {
+        "charts": [_chart(name, curve) for name, curve in reversed(curves.items())],
+        "points": [
+            curve_data(name, curve.stride, curve.after(0), whole=True) for name, curve in curves.items()
+        ],
+        "x": "time" if x == "time" else "step",
+        "y": "log" if y == "log" else "linear",
+    }
+
+
+def _happened(shown: Sequence[Event], before: int) -> dict[str, Any]:
+    """The events, the newest first, and where older ones begin."""
+    return {
+        "events": [_shown(event) for event in reversed(shown[-_SHOWN_EVENTS:])],
+        "older": shown[-_SHOWN_EVENTS].id if len(shown) > _SHOWN_EVENTS else None,
+        "is_older": before > 0,
+    }
+
+
+def _watching(job: Job, shown: Sequence[Event], curves: dict[str, Curve], before: int) -> dict[str, Any]:
+    """Where the page's stream of news begins, and whether there is one."""
+    last = next(reversed(curves), "")
+    step = max((point.step for point in curves[last].after(0)), default=0) if last else 0
+    return {
+        "cursor": Cursor(shown[-1].id if shown else 0, step, last),
+        "buttons": _buttons_of(job),
+        "watched": not _has_ended(job) and before <= 0,
+        "silent_s": SILENT_S,
+    }
+
+
+def _settings(server: Any, job: Job) -> dict[str, Any]:
+    """How the settings differ from earlier ones, and what the job printed last."""
+    differences = (from_source(server.root, job), from_previous(server.ledger, job))
+    return {
+        "differences": [one for one in differences if one],
+        "log": read_tail(job.log(server.root), _LOG_BYTES),
+    }
 
 
 def _id(number: int) -> int | None:
@@ -203,10 +237,35 @@ def _place(server: Any, job: Job) -> int | None:
     return ids.index(job.id) + 1 if job.id in ids else None
 
 
-def _report(server: Any, job: Job) -> str | None:
-    """The report of a job's run, relative to the root."""
-    path = f"{job.run_path}/report.html"
-    return path if job.run_path and job.state == "succeeded" and (server.root.path / path).is_file() else None
+def _report(server: Any, job: Job) -> Path | None:
+    """The page that a job has written: the report of its run, or the result of its cross-validation."""
+    if not job.run_path or job.state != "succeeded":
+        return None
+    name = "validation.html" if job.kind == "validate" else "report.html"
+    try:
+        path: Path = server.root.inside(f"{job.run_path}/{name}")
+    except DistillError:  # a link that leaves the root
+        return None
+    return path if path.is_file() else None
+
+
+@router.get("/jobs/{job_id}/report")
+def report(request: Request, job_id: str) -> Response:
+    """The report of a finished job, which is one file without scripts."""
+    server = request.app.state.server
+    try:
+        path = _report(server, get(server.ledger, job_id))
+    except DistillError as error:
+        return error_of(request, error, 404)
+    if path is None:
+        return error_page(request, 404, f"{job_id} has no report", "see the job's page for what it has made")
+    # A run's folder may hold anything under this name: the page runs and loads nothing, and is kept apart
+    # from the pages of the server.
+    policy = (
+        "sandbox; default-src 'none'; style-src 'unsafe-inline'; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"
+    )
+    return HTMLResponse(path.read_bytes(), headers={"Content-Security-Policy": policy})
 
 
 def _shown(event: Event) -> dict[str, Any]:
