@@ -326,9 +326,12 @@ def _quantization(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
                     fix="set quantize.adapter: merge",
                 )
     config = {**keyed(settings), **shared, "max_length": recipe.distill.max_length}
+    parents = ["student", "student_base", "data"]
+    if recipe.student_thinking and (settings.refine != "none" or settings.bits_per_weight):
+        parents.append("targets")  # the student's rows, with what it learned to think
     # Refined weights are others since format 4; rounded ones are not.
     number = 3 if settings.refine == "none" else 4
-    return Stage("quantized", "quantize", number, config, ("student", "student_base", "data"), quantize)
+    return Stage("quantized", "quantize", number, config, tuple(parents), quantize)
 
 
 def _distillation_parents(recipe: Recipe) -> tuple[str, ...]:

@@ -189,7 +189,8 @@ def tokenized_answers(
 
     Args:
         tokenizer: The model's.
-        rows: Prepared rows: ``id`` and ``messages``, the answer last.
+        rows: Prepared rows: ``id`` and ``messages``, the answer last. Of a model that thinks an answer begins
+            with its thinking, where the row has it.
         task: With ``labels``: the answers' schema.
         labels: The labels in the model's tokens; None for no places of labels.
         max_length: Longer rows are left out; 0 keeps all.
@@ -200,9 +201,11 @@ def tokenized_answers(
     for row, chat in zip(rows, render_many(tokenizer, [row["messages"] for row in rows]), strict=True):
         if max_length and len(chat) > max_length:
             continue
-        tokens, start, text = chat.tokens.tolist(), chat.spans[-1][0], row["messages"][-1]["content"]
-        place = answer_label_place(tokens, start, text, task, encode, labels) if task is not None else None
-        out.append(TokenizedAnswer(tokens, start, place and place[0], str(row.get("id", "")), text))
+        tokens, text = chat.tokens.tolist(), row["messages"][-1]["content"]
+        answer, place = chat.spans[-1][0], None
+        if task is not None:
+            place = answer_label_place(tokens, answer, text, task, encode, labels)
+        out.append(TokenizedAnswer(tokens, chat.start, place and place[0], str(row.get("id", "")), text))
     return out
 
 

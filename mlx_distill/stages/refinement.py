@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_distill.stages.context import Context, Facts, check_stop, count_rows, read_rows
+from mlx_distill.stages.context import Context, Facts, check_stop
 from mlx_distill.stages.refined_candidates import best_candidate
+from mlx_distill.stages.student_chats import count_chats, student_chats
 from mlx_distill.storage import scratch
 from mlx_distill.text import counted, duration, size
 
@@ -222,14 +223,14 @@ def _choose_rows(context: Context, count: int) -> tuple[list[Any], list[Any], st
     """Rows to fit to and rows to measure on: at equal distances of the training rows, and of the validation
     rows; without those, of a part of the training rows that is not fitted to.
     """
-    total, valid = count_rows(context, "train"), count_rows(context, "valid")
+    total, valid = count_chats(context, "train"), count_chats(context, "valid")
     if valid:
-        fit = _spread(read_rows(context, "train"), total, count)
-        return fit, _spread(read_rows(context, "valid"), valid, count), "validation rows"
+        fit = _spread(student_chats(context, "train"), total, count)
+        return fit, _spread(student_chats(context, "valid"), valid, count), "validation rows"
     held_out = int(total * _KEPT_SHARE)
-    rows = list(read_rows(context, "train")) if total < 4 * count else None
+    rows = list(student_chats(context, "train")) if total < 4 * count else None
     if rows is None:
-        rows = _spread(read_rows(context, "train"), total, 2 * count)
+        rows = _spread(student_chats(context, "train"), total, 2 * count)
         held_out = count
     fit, measure = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
     return _spread(iter(fit), len(fit), count), measure[:count], "training rows that nothing was fitted to"

@@ -25,6 +25,8 @@ from mlx_distill.report.origin_section import origin
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages.context import Context, as_teacher, read_rows
 from mlx_distill.stages.distill import aligned_rows
+from mlx_distill.stages.refinement import _open_bench
+from mlx_distill.stages.student_chats import student_chats
 from mlx_distill.stages.targets import targets
 from mlx_distill.stages.thinking import check_thinking, without_marks
 from mlx_distill.tasks.answer import THINKING
@@ -166,6 +168,39 @@ def test_a_teacher_that_does_not_end_its_thinking_gives_no_targets(mapped: Path,
     assert "max_thinking_tokens" in str(caught.value)
     notes = context.progress.notes  # type: ignore[attr-defined]
     assert any("on disk, with 8 tokens of thinking each " in note for note in notes)
+
+
+@pytest.mark.slow
+def test_the_student_is_quantized_for_the_chats_that_it_learned(mapped: Path, tmp_path: Path) -> None:
+    """Targets, rows that they leave out, and the data's own answers differ: the rows are those of training."""
+    context, out = context_of(mapped, "quantize.refine=calibrate"), mapped / "out"
+    student = load_tokenizer(out / "student")
+    for name in ("aligned", "folder"):
+        (tmp_path / name).mkdir()
+    train, valid, _ = aligned_rows(context, tmp_path / "aligned", student, context.recipe.distill)
+    bench = _open_bench(context, tmp_path / "folder")
+    assert bench is not None and bench.held_out_from == "validation rows"
+    for found, trained in ((bench.calibration, train), (bench.held_out, valid)):
+        assert [(list(row.tokens), row.start, row.label_start) for row in found] == [
+            (row.tokens.tolist(), row.start, row.label_start) for row in trained
+        ]
+    text = student.decode(bench.calibration[0].tokens)
+    assert THOUGHTS[bench.calibration[0].id] in text and "<|channel|>analysis<|message|>" in text
+    assert bench.error({}).answer_tokens == sum(len(row.tokens) - row.start for row in valid)
+    plain = context_of(mapped, "targets.thinking=drop")
+    rows_of = [list(student_chats(plain, split)) for split in ("train", "valid")]
+    assert rows_of == [list(read_rows(plain, split)) for split in ("train", "valid")]
+
+
+def test_targets_are_a_parent_of_a_quantization_that_reads_their_thinking(mapped: Path) -> None:
+    def parents(*overrides: str) -> tuple[str, ...]:
+        recipe = load_recipe(mapped / "recipe.yaml", overrides)
+        return next(s.parents for s in graph(recipe, recipe.load_task()) if s.name == "quantized")
+
+    plain = ("student", "student_base", "data")
+    assert parents() == plain == parents("quantize.refine=calibrate", "targets.thinking=drop")
+    assert parents("quantize.refine=calibrate") == (*plain, "targets")
+    assert parents("quantize.bits_per_weight=4.5") == (*plain, "targets")
 
 
 def test_only_the_teachers_rows_have_thinking(mapped: Path) -> None:
