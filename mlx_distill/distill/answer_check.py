@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 FACT = "teacher_answers"
 """The key of the counts among the facts of the targets stage."""
+NOT_KEPT = "thinking cannot be kept"
+"""The reason of rows that are left out though their answers fit the task."""
 _LONGEST_TEXT = 300
 
 
@@ -65,11 +67,11 @@ class AnswerCheck:
                 reason["data_tokens"] = max(reason.get("data_tokens", 0), data_tokens)
         return False
 
-    def leave_out(self, id: str, kind: str, text: str, error: str) -> None:
+    def leave_out(self, id: str, text: str, error: str) -> None:
         """Count a row that has no targets though its answer fits the task."""
         self.left_out += 1
         example = {"id": id, "text": text[:_LONGEST_TEXT], "error": error}
-        self.reasons.setdefault(kind, {"count": 0, **example})["count"] += 1
+        self.reasons.setdefault(NOT_KEPT, {"count": 0, **example})["count"] += 1
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as plain JSON."""

@@ -133,7 +133,7 @@ def score_answers(
         except DataError as error:
             if not thinks:
                 raise
-            check.leave_out(row["id"], "thinking cannot be kept", texts[i], error.message)
+            check.leave_out(row["id"], texts[i], error.message)
     scored = score(
         model,
         answers_in_tokens,

@@ -6,9 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mlx_distill.distill.answer_check import NOT_KEPT
 from mlx_distill.recipe import length_options
 from mlx_distill.report.tables import Report, main_metrics, metric_titles
 from mlx_distill.run_models import RESULTS, model_phrase, run_model
+from mlx_distill.tasks.answer import THINKING
 from mlx_distill.text import listed, percent, significant, visible, words
 
 FEW_VALID = 0.5
@@ -81,11 +83,15 @@ def _targets(report: Report) -> Iterator[Finding]:
     answers = report.get("teacher_answers")
     if not answers or answers["valid"] >= FEW_VALID * answers["rows"]:
         return
-    kind, reason = max(answers["reasons"].items(), key=lambda item: item[1]["count"])
+    unfit = {kind: reason for kind, reason in answers["reasons"].items() if kind != NOT_KEPT}
+    kind, reason = max(unfit.items(), key=lambda item: item[1]["count"])
     error = str(reason["error"]).removeprefix(f"{kind}: ")
+    others = "learnt the data’s own text on the others"
+    if answers.get("left_out"):  # a teacher that thinks
+        others = "did not learn from the others"
     yield finding(
         f"only {answers['valid']:,} of {answers['rows']:,} answers of the teacher on training rows fit the "
-        "task, so the student learnt the data’s own text on the others",
+        f"task, so the student {others}",
         f"most of the others: {kind}, such as row {reason['id']}: {error}",
         _train_longer(report, "teacher"),
     )
@@ -104,7 +110,10 @@ def _invalid(report: Report) -> Iterator[Finding]:
         first = names[0]
         fix = _train_longer(report, first)
         examples = {name: report["metrics"][name].get("invalid") or {} for name in names}
-        if any(str(example.get("error", "")).startswith("cut after") for example in examples.values()):
+        errors = [str(example.get("error", "")) for example in examples.values()]
+        if any(error.endswith(THINKING) for error in errors):
+            fix += "; or raise targets.max_thinking_tokens, if right answers need more thinking"
+        elif any(error.startswith("cut after") for error in errors):
             fix += "; or raise max_answer_tokens of the task, if right answers are longer"
         fix += _constrained(report, names)
         if known := [name for name in names if _knows_label(report, name)]:

@@ -48,7 +48,9 @@ def _method(report: Report) -> dict[str, str]:
     if prompts := _prompts(report["provenance"]["evaluations"]):
         out["System prompts"] = prompts
     if thinking := _thinking(report["provenance"]["evaluations"]):
-        out["Thinking"] = thinking
+        left_out = (report.get("teacher_answers") or {}).get("left_out")
+        without = f"; {counted(left_out, 'row')} without usable thinking left out of the targets"
+        out["Thinking"] = thinking + (without if left_out else "")
     facts = report.get("final_comparison")
     if not facts:
         return out

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_distill.distill.answer_check import FACT
+from mlx_distill.distill.answer_check import FACT, NOT_KEPT
 from mlx_distill.errors import ConfigError, QualityGateError
 from mlx_distill.recipe import Recipe, length_options
 from mlx_distill.tasks.answer import CUT, NOT_JSON, THINKING
@@ -51,7 +51,8 @@ def gate_error(
     if share is None or share >= limit:
         return None
     answers = recorded[FACT]
-    kind, reason = max(answers["reasons"].items(), key=lambda item: item[1]["count"])
+    unfit = {kind: reason for kind, reason in answers["reasons"].items() if kind != NOT_KEPT}
+    kind, reason = max(unfit.items(), key=lambda item: item[1]["count"])
     message = (
         f"targets: {answers['valid']:,} of {answers['rows']:,} answers of the teacher fit the task "
         f"({percent(share)}; targets.min_valid is {percent(limit, 0)}). Mostly: {kind} "

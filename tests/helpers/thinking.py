@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,14 @@ TRAINING = {
 }
 
 
-def rows(count: int = 40) -> list[dict[str, Any]]:
-    """Chats with thinking: under its key, or as a block before the answer; every tenth has none."""
+def rows(count: int = 40, without: Collection[int] | None = None) -> list[dict[str, Any]]:
+    """Chats with thinking: under its key, or as a block before the answer; some have none.
+
+    Args:
+        count: Of the rows.
+        without: The numbers of those that have none; None: every tenth.
+    """
+    without = range(3, count, 10) if without is None else without
     out = []
     for i, row in enumerate(small_run.rows(count)):
         thought = THOUGHT.format("It is" if row["colour"] == "yes" else "None is")
@@ -30,7 +37,7 @@ def rows(count: int = 40) -> list[dict[str, Any]]:
         last = {"role": "assistant", "content": answer, "reasoning_content": thought}
         if i % 2:
             last = {"role": "assistant", "content": f"<think>\n{thought}\n</think>\n\n{answer}"}
-        if i % 10 == 3:
+        if i in without:
             last = {"role": "assistant", "content": answer}
         question = [
             {"role": "system", "content": small_run.TASK["system"]},

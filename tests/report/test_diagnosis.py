@@ -126,6 +126,13 @@ def test_a_student_and_its_quantized_copy_are_one_finding_with_the_reason_once()
     assert diagnose(report)[0]["reason"].endswith("were unexpected)")
 
 
+def test_thinking_that_does_not_end_is_no_question_of_the_longest_answer() -> None:
+    error = "cut after 12 tokens: thinking did not end"
+    invalid = {"reason": error, "count": 100, "id": "r3", "error": error}
+    entry = diagnose(report_of(teacher=figures(0, 0, invalid=invalid), student=figures(95)))[0]
+    assert "targets.max_thinking_tokens" in entry["fix"] and "max_answer_tokens" not in entry["fix"]
+
+
 def test_invalid_models_of_different_reasons_name_both() -> None:
     other = {"reason": "a JSON list", "count": 9, "id": "r8", "error": "a JSON list, not an object"}
     report = report_of(teacher=figures(95), student=figures(0, 0), quantized=figures(0, 0, invalid=other))
@@ -175,6 +182,20 @@ def test_a_gate_that_was_passed_by_force_is_named() -> None:
     report["teacher_answers"] = {"rows": 10, "valid": 1, "reasons": {"cut": cut}}
     (entry,) = diagnose(report)
     assert entry["problem"].startswith("Only 1 of 10 answers") and "row r1: cut after 8" in entry["reason"]
+    assert "learnt the data’s own text on the others" in entry["problem"]
+
+
+def test_a_teacher_that_thinks_has_no_targets_of_what_does_not_fit() -> None:
+    report = report_of(teacher=figures(95), student=figures(94))
+    unended = {"count": 9, "id": "r1", "error": "cut after 8 tokens: thinking did not end", "text": ""}
+    kept = {"count": 20, "id": "r2", "error": "no thinking before the answer", "text": "{}"}
+    reasons = {"thinking did not end": unended, "thinking cannot be kept": kept}
+    report["teacher_answers"] = {"rows": 40, "valid": 10, "left_out": 29, "reasons": reasons}
+    (entry,) = diagnose(report)
+    assert entry["problem"].endswith("so the student did not learn from the others")
+    assert "row r1" in entry["reason"]
+    report["teacher_answers"] = {"rows": 0, "valid": 0, "left_out": 20, "reasons": {"a": kept}}  # text: data
+    assert diagnose(report) == []
 
 
 def test_the_head_of_the_page_and_the_last_lines_have_the_diagnosis(

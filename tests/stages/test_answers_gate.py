@@ -70,6 +70,17 @@ def test_longer_answers_are_no_fix_where_the_rows_own_answers_fit() -> None:
     assert found is not None and "max_answer_tokens" not in (found.fix or "")
 
 
+def test_rows_without_thinking_are_no_reason_why_answers_do_not_fit() -> None:
+    counts = AnswerCheck()
+    cut = Generation("", (1,) * 12, 9, "length", 0.1, answer_start=12)
+    counts.add("r0", cut, TASK["schema"], None)
+    for _ in range(3):
+        counts.leave_out("r1", GOOD, "no thinking before the answer")
+    found = error({FACT: joined([counts.to_dict()])})
+    assert found is not None and "Mostly: thinking did not end (1), such as row r0" in found.message
+    assert "targets.max_thinking_tokens" in (found.fix or "")
+
+
 def test_the_fix_names_the_option_that_has_an_effect() -> None:
     found = error(check(("the", "stop")), "teach.steps=9")
     assert found is not None and "teach.steps, teach.learning_rate" in (found.fix or "")

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import killed_run
 from helpers.small_chain import RecordedProgress
 from helpers.thinking import THOUGHT, rows, write_recipe
 
@@ -20,6 +25,7 @@ from mlx_distill.losses.cross_tokenizer import build_token_groups
 from mlx_distill.losses.token_bytes import vocabulary
 from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.pipeline import run
+from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import load_recipe
 from mlx_distill.report.origin_section import origin
 from mlx_distill.runtime import StopFlag
@@ -29,6 +35,7 @@ from mlx_distill.stages.refinement import _open_bench
 from mlx_distill.stages.student_chats import student_chats
 from mlx_distill.stages.targets import targets
 from mlx_distill.stages.thinking import check_thinking, without_marks
+from mlx_distill.storage import read_manifest
 from mlx_distill.tasks.answer import THINKING
 from mlx_distill.thinking import set_thinking, thinking_budget
 
@@ -158,6 +165,38 @@ def test_rows_without_thinking_are_left_out_and_counted(mapped: Path, tmp_path: 
     notes = context.progress.notes  # type: ignore[attr-defined]
     assert left == 4 and any("4 rows left out" in note and "be kept (4)" in note for note in notes)
     assert any(note.endswith(" on disk") for note in notes)  # what is dropped takes none
+
+
+@pytest.mark.slow
+def test_targets_of_a_killed_stage_leave_out_the_same_rows(tmp_path: Path) -> None:
+    """Killed within the shard behind rows that all were left out: the bytes and counts of a whole run."""
+    splits = dict.fromkeys(("train", "valid", "test"), range(0))
+    splits |= {"train": range(64 * 3), "valid": range(64 * 3, 64 * 4), "test": range(64 * 4, 64 * 4 + 4)}
+    without = {*range(5, 64, 2), *range(64, 128), *range(130, 192, 2), *splits["valid"]}
+    sources = [{"path": f"{split}.jsonl", "split": split} for split in splits]
+    data = {"sources": sources, "near_duplicates": 0}
+    recipe = write_recipe(tmp_path, "drop", data=data, teach={"method": "none"})
+    every = rows(splits["test"].stop, without)
+    for split, numbers in splits.items():
+        lines = [json.dumps(every[i]) + "\n" for i in numbers]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    for stage in ("prepare", "convert", "teach"):
+        run(recipe, tmp_path / "whole", only=stage, progress=NullProgress())
+    shutil.copytree(tmp_path / "whole", tmp_path / "killed")
+    pattern = r"tokens-00001\.safetensors$"
+    command = [sys.executable, killed_run.__file__, str(recipe), str(tmp_path / "killed"), pattern, "targets"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
+    assert (tmp_path / "killed/.targets.partial/tokens-00000.safetensors").is_file()
+    made = {}
+    for name in ("whole", "killed"):
+        run(recipe, tmp_path / name, only="targets", progress=NullProgress())
+        made[name] = read_manifest(tmp_path / name / "targets")
+    whole, killed = made["whole"], made["killed"]
+    assert whole is not None and killed is not None and killed.content == whole.content
+    counts = whole.recorded["teacher_answers"]
+    assert killed.recorded["teacher_answers"] == counts and counts["left_out"] == len(without)
+    assert whole.recorded["rows"] == killed.recorded["rows"] == 64 * 4 - len(without)
 
 
 @pytest.mark.slow
