@@ -211,7 +211,7 @@ def test_a_teacher_that_does_not_end_its_thinking_gives_no_targets(mapped: Path,
 
 @pytest.mark.slow
 def test_the_student_is_quantized_for_the_chats_that_it_learned(mapped: Path, tmp_path: Path) -> None:
-    """Targets, rows that they leave out, and the data's own answers differ: the rows are those of training."""
+    """The data has rows without thinking, which the targets leave out: the rows are those of training."""
     context, out = context_of(mapped, "quantize.refine=calibrate"), mapped / "out"
     student = load_tokenizer(out / "student")
     for name in ("aligned", "folder"):
