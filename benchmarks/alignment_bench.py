@@ -140,7 +140,7 @@ def measure(
         targets = TeacherTargets("", text, None, ids, certain[:, 0], ids[:, None], certain)
         mapped.add(np.array([*ours, stops[0]]), targets)
     kinds = mapped.facts()["kinds"]
-    kept = ("tokens", "aligned", "one_to_one", "same_group", "packed", "with_target")
+    kept = ("tokens", "aligned", "one_to_one", "same_group", "many_to_one", "soft_target")
     middle = MidTokens(student, teacher, groups)
     places = others = 0
     began = time.perf_counter()

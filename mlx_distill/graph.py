@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from mlx_distill.config import ASSETS, keyed, resolve_asset
 from mlx_distill.data.sources import generator_files
 from mlx_distill.data.sqlite import write_ahead_log
+from mlx_distill.distill.setting_checks import check_settings
 from mlx_distill.errors import ConfigError
 from mlx_distill.evaluate.audit import FOLDER as AUDIT
 from mlx_distill.evaluate.categories import parse_categories
@@ -144,87 +145,24 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
 
 
 def _check_distillation(recipe: Recipe, task: Task) -> None:
-    """Refuse settings without an effect: samples of text that is not sampled, one-hot labels without a label
-    term.
+    """Refuse settings of targets and distillation that do not go together, or not with the rest of the
+    recipe.
     """
-    if recipe.targets.samples > 1 and recipe.targets.text != "sampled":
-        raise ConfigError(
-            f"targets.samples: {recipe.targets.samples}, and targets.text is {recipe.targets.text}",
-            fix="set targets.text: sampled, or leave samples out",
-        )
-    _check_teacher(recipe)
-    _check_thinking(recipe)
-    for name, plain in (("labels_hard", "labels"), ("teacher_hard", "text")):
-        if getattr(recipe.controls, name) and (task.label is None or not recipe.distill.label_weight):
-            raise ConfigError(
-                f"controls.{name}: the distillation has no label term, so it is controls.{plain}",
-                fix=f"set controls.{plain} instead, or distill.label_weight",
-            )
-
-
-def _check_teacher(recipe: Recipe) -> None:
-    """Refuse a token-level loss that samples cannot give, and a live teacher that none reads."""
-    settings = recipe.distill
-    loss = settings.token_loss if settings.token_weight > 0 else "none"
-    if settings.mid_token_rows:
-        _check_mid_token_rows(recipe, loss)
-    if settings.teacher == "live":
-        if loss in ("none", "alm"):
-            raise ConfigError(
-                f"distill.teacher: live, and no loss reads its distributions (token_loss: {loss})",
-                fix="set distill.teacher: cached, or another token_loss with a token_weight",
-            )
-        if recipe.teach.method == UNTRAINED and _same_source(recipe):
-            recipe.check_own_base()
-    elif recipe.targets.draws and loss not in ("none", "alm"):
-        if settings.temperature != 1:
-            raise ConfigError(
-                f"distill.temperature: {settings.temperature:g}: the samples of targets.draws are of the "
-                "distribution at temperature 1",
-                fix="set distill.temperature: 1, targets.draws: 0, or distill.teacher: live",
-            )
-        if loss not in ("auto", "kl", "token_groups"):
-            raise ConfigError(
-                f"distill.token_loss: {loss} from targets.draws is biased: only the forward KL is not",
-                fix="set token_loss: kl or token_groups, targets.draws: 0, or distill.teacher: live",
-            )
-
-
-def _check_thinking(recipe: Recipe) -> None:
-    """Refuse what a model that thinks cannot learn or show."""
-    if recipe.student_thinking and not recipe.distill.text_weight:
-        raise ConfigError(
-            f"targets.thinking: {recipe.targets.thinking}, and distill.text_weight is 0: nothing teaches the "
-            "student to end its thinking",
-            fix="set distill.text_weight, or targets.thinking: drop",
-        )
-    if recipe.student_thinking and recipe.distill.mid_token_rows:
-        raise ConfigError(
-            f"targets.thinking: {recipe.targets.thinking} and distill.mid_token_rows: targets in the middle "
-            "of tokens are made of answers alone",
-            fix="set distill.mid_token_rows: false, or targets.thinking: drop",
-        )
+    check_settings(recipe.distill, recipe.targets)
+    if recipe.distill.teacher == "live" and recipe.teach.method == UNTRAINED and _same_source(recipe):
+        recipe.check_own_base()
     if recipe.teacher_thinking and recipe.evaluate.shuffle_options:
         raise ConfigError(
             "evaluate.shuffle_options scores labels right behind a prompt, and with targets.thinking: "
             f"{recipe.targets.thinking} the teacher thinks first",
             fix="leave out evaluate.shuffle_options, or set targets.thinking: none",
         )
-
-
-def _check_mid_token_rows(recipe: Recipe, loss: str) -> None:
-    """Refuse rows in the middle of tokens where the loss has none, or the targets cannot give them."""
-    if loss not in ("auto", "token_groups"):
-        raise ConfigError(
-            f"distill.mid_token_rows: true, and token_loss is {loss}",
-            fix="set distill.token_loss: token_groups, or mid_token_rows: false",
-        )
-    if recipe.targets.draws:
-        raise ConfigError(
-            "distill.mid_token_rows: true from targets.draws is biased: samples do not give the distribution "
-            "behind a part of a token",
-            fix="set targets.draws: 0, or distill.mid_token_rows: false",
-        )
+    for name, plain in (("labels_hard", "labels"), ("teacher_hard", "text")):
+        if getattr(recipe.controls, name) and (task.label is None or not recipe.distill.label_weight):
+            raise ConfigError(
+                f"controls.{name}: the distillation has no label term, so it is controls.{plain}",
+                fix=f"set controls.{plain} instead, or distill.label_weight",
+            )
 
 
 def _same_source(recipe: Recipe) -> bool:

@@ -26,6 +26,7 @@ from mlx_distill.recipe_data import DataConfig as DataConfig
 from mlx_distill.recipe_data import SourceConfig as SourceConfig
 from mlx_distill.recipe_data import ValueConfig as ValueConfig
 from mlx_distill.recipe_training import ATTENTION as ATTENTION
+from mlx_distill.recipe_training import MAX_TOP_K as MAX_TOP_K
 from mlx_distill.recipe_training import MLP as MLP
 from mlx_distill.recipe_training import TOKEN_LOSSES as TOKEN_LOSSES
 from mlx_distill.recipe_training import UNTRAINED as UNTRAINED
@@ -258,12 +259,12 @@ class Recipe:
     @property
     def teacher_thinking(self) -> int:
         """The most tokens that the teacher thinks before an answer; 0 where it answers at once."""
-        return 0 if self.targets.thinking == "none" else self.targets.max_thinking_tokens
+        return self.targets.teacher_thinking
 
     @property
     def student_thinking(self) -> int:
         """The same of the student."""
-        return self.teacher_thinking if self.targets.thinking in ("keep", "map") else 0
+        return self.targets.student_thinking
 
     def check_own_base(self) -> None:
         """Refuse a live teacher that is the student's own base where the training moves that base.

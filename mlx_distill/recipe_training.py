@@ -30,6 +30,7 @@ VALIDATION_METRICS = {
 of the rows that the model answers.
 """
 TEXTS = ["greedy", "sampled", "data"]
+MAX_TOP_K = 1024
 THINKING = ["none", "drop", "keep", "map"]
 TOKEN_LOSSES = [
     "auto",
@@ -221,13 +222,13 @@ class TargetsConfig:
         low=8,
         default_keyed=False,
     )
-    top_k: int = option(32, "most probable tokens kept of each distribution", low=1, high=1024)
+    top_k: int = option(32, "most probable tokens kept of each distribution", low=1, high=MAX_TOP_K)
     draws: int = option(
         0,
         "samples kept of each distribution instead of the most probable tokens: an unbiased gradient of the "
         "forward KL, with more noise; 0: top_k",
         low=0,
-        high=1024,
+        high=MAX_TOP_K,
         default_keyed=False,
     )
     min_valid: float = option(
@@ -240,6 +241,16 @@ class TargetsConfig:
     )
     batch_size: int = option(16, "rows at a time", low=1, keyed=False)
     max_rows: int = option(0, "training rows that the teacher answers; 0: all", low=0)
+
+    @property
+    def teacher_thinking(self) -> int:
+        """The most tokens that the teacher thinks before an answer; 0 where it answers at once."""
+        return 0 if self.thinking == "none" else self.max_thinking_tokens
+
+    @property
+    def student_thinking(self) -> int:
+        """The same of the student."""
+        return self.teacher_thinking if self.thinking in ("keep", "map") else 0
 
 
 @dataclass(frozen=True)

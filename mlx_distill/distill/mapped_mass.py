@@ -23,8 +23,8 @@ from mlx_distill.losses.token_groups import TokenGroups
 
 ROWS = 200
 """The answers that are measured, the first ones."""
-_TEACHER = ("tokens", "aligned", "one_to_one", "same_group", "mapped", "several", "tail", "unsure")
-_STUDENT = ("student_tokens", "with_target", "packed")
+_TEACHER = ("tokens", "aligned", "one_to_one", "same_group", "mapped", "ambiguous", "tail", "unsure")
+_STUDENT = ("student_tokens", "soft_target", "many_to_one")
 
 
 class MappedMass:
@@ -94,8 +94,8 @@ class MappedMass:
             self._count(name, theirs[used[:, 2]], mass)
         self._count("unsure", theirs, 1 - np.exp(targets.topk_logprobs.max(axis=1).astype(np.float64)))
         self._count("student_tokens", ours)
-        self._count("with_target", ours[used[:, 0]])
-        self._count("packed", ours[spans[(counts[0] == 1) & (counts[1] > 1), 0]])
+        self._count("soft_target", ours[used[:, 0]])
+        self._count("many_to_one", ours[spans[(counts[0] == 1) & (counts[1] > 1), 0]])
 
     def _spans(self, student_ids: np.ndarray, teacher_ids: np.ndarray) -> tuple[np.ndarray, int]:
         """The spans of both answers, that of the stop tokens last, and the first one that both begin at the
@@ -123,8 +123,8 @@ class MappedMass:
         group = _group(targets.topk_ids[at], self.groups.teacher, self.groups.outside)
         in_group = np.where(group == self.groups.outside, 0.0, p)
         members = np.bincount(self.groups.student, minlength=self.groups.count)
-        several = np.where(members[group] > 1, in_group, 0.0).sum(axis=1)
-        return {"mapped": in_group.sum(axis=1), "several": several, "tail": 1 - p.sum(axis=1)}
+        ambiguous = np.where(members[group] > 1, in_group, 0.0).sum(axis=1)
+        return {"mapped": in_group.sum(axis=1), "ambiguous": ambiguous, "tail": 1 - p.sum(axis=1)}
 
     def _count(self, name: str, kinds: np.ndarray, weights: np.ndarray | None = None) -> None:
         self._sums[name] += np.bincount(kinds, weights=weights, minlength=len(KINDS))
@@ -139,13 +139,13 @@ class MappedMass:
             - of the teacher's tokens: their number ``tokens``; the shares that begin at a common start
               (``aligned``) and that are one token of the student (``one_to_one``); of the aligned ones the
               share whose group is that of the student's token there (``same_group``);
-            - of the teacher's mass: the shares in groups (``mapped``), of that in groups of ``several``
-              student tokens, outside of the top k (``tail``), ``lost`` inside of the student's tokens
-              (``unaligned``) or without a counterpart;
+            - of the teacher's mass: the shares in groups (``mapped``), of that in groups of more than one
+              student token, so that it is open which of them has it (``ambiguous``), outside of the top k
+              (``tail``), ``lost`` inside of the student's tokens (``unaligned``) or without a counterpart;
             - ``unsure``: one minus the probability of the most probable token, summed, an answer: so many of
               its tokens would be others if it were sampled;
             - of the student's tokens: their number ``student_tokens``, the shares that have a distribution as
-              target (``with_target``) and that hold several of the teacher's tokens (``packed``).
+              target (``soft_target``) and that hold several of the teacher's tokens (``many_to_one``).
         """
         kinds = {
             name: self._rates({key: float(values[number]) for key, values in self._sums.items()})
@@ -173,14 +173,14 @@ class MappedMass:
             "one_to_one": _share(sums["one_to_one"], tokens),
             "same_group": _share(sums["same_group"], aligned),
             "mapped": mapped,
-            "several": _share(sums["several"], sums["mapped"]),
+            "ambiguous": _share(sums["ambiguous"], sums["mapped"]),
             "tail": tail,
             "lost": None if mapped is None or tail is None else max(1 - mapped - tail, 0.0),
             "unaligned": _share(tokens - aligned, tokens),
             "unsure": sums["unsure"] / max(self.rows, 1),
             "student_tokens": round(ours),
-            "with_target": _share(sums["with_target"], ours),
-            "packed": _share(sums["packed"], ours),
+            "soft_target": _share(sums["soft_target"], ours),
+            "many_to_one": _share(sums["many_to_one"], ours),
         }
 
 

@@ -16,7 +16,7 @@ _COLUMNS = {
     "Mass that maps": "mapped",
     "Outside of top k": "tail",
     "Lost": "lost",
-    "Several in one": "packed",
+    "Several in one": "many_to_one",
 }
 
 
@@ -36,6 +36,7 @@ def distillation(report: Report) -> dict[str, Any] | None:
 
 
 def _row(rates: Mapping[str, Any]) -> dict[str, str]:
+    rates = {"many_to_one": rates.get("packed"), **rates}  # its name in format 1
     return {
         title: f"{rates[key]:,}" if key == "tokens" else percent(rates[key])
         for title, key in _COLUMNS.items()

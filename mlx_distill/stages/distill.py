@@ -257,14 +257,29 @@ def _live_teacher(context: Context, student: Any, tokenizer: Any) -> LiveTeacher
     """
     from mlx_distill.distill.live_teacher import LiveTeacher
 
-    bases = [content_of(context.run / name) for name in ("teacher_base", "student_base")]
-    if student is None or context.recipe.teach.method != UNTRAINED or bases[0] != bases[1]:
+    if student is None or not _is_own_base(context):
         return LiveTeacher(*load_model(context, "teacher"))
     context.recipe.check_own_base()
     context.progress.note(
         "distill: the teacher is the student with its adapter switched off: one model in memory"
     )
     return LiveTeacher(student, tokenizer, shared=True)
+
+
+def _is_own_base(context: Context) -> bool:
+    """Whether the teacher is the student's own base, without a training of its own."""
+    bases = [content_of(context.run / name) for name in ("teacher_base", "student_base")]
+    return context.recipe.teach.method == UNTRAINED and bases[0] == bases[1]
+
+
+def _may_be_live(context: Context) -> bool:
+    """Whether the teacher can be live: not where the training changes its base."""
+    if _is_own_base(context):
+        try:
+            context.recipe.check_own_base()
+        except ConfigError:
+            return False
+    return True
 
 
 def _preflight(
@@ -284,7 +299,14 @@ def _preflight(
     if control is not None:
         return
     loss = token_loss_name(settings, same_tokenizer)
-    facts = preflight(loss, settings, context.recipe.targets, measured["mapped"], measured.get("mid_token"))
+    facts = preflight(
+        loss,
+        settings,
+        context.recipe.targets,
+        measured["mapped"],
+        measured.get("mid_token"),
+        may_be_live=_may_be_live(context),
+    )
     for line in lines(facts):
         context.progress.note(f"distill: {line}")
     write_json(folder / FILE_NAME, facts)
@@ -415,7 +437,7 @@ def _aligned_key(
             "model": content_of(context.run / "student_base"),
             "teacher_tokenizer": teacher_tokenizer,
             "max_length": settings.max_length,
-            "facts": 2,  # with what is measured of the pair
+            "facts": 3,  # what is measured of the pair
             **({"max_rows": settings.max_rows} if settings.max_rows else {}),
             **({"temperature": temperature} if temperature != 1 else {}),
             **({"teacher": settings.teacher} if settings.teacher != "cached" else {}),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,17 @@ from helpers.tokenizer_kinds import make
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_distill.config import to_mapping
 from mlx_distill.distill.mapped_mass import MappedMass
 from mlx_distill.distill.preflight import FILE_NAME, lines, preflight
 from mlx_distill.distill.teacher_cache import TeacherTargets
 from mlx_distill.distill.token_kinds import KINDS, TokenKinds, kind_of
+from mlx_distill.distill.token_losses import token_loss_name
+from mlx_distill.errors import ConfigError
+from mlx_distill.graph import graph
 from mlx_distill.losses import align_bytes, build_token_groups, token_bytes
 from mlx_distill.losses.numerics import LOWEST
-from mlx_distill.recipe import DistillConfig, TargetsConfig
+from mlx_distill.recipe import DistillConfig, Recipe, TargetsConfig, load_recipe
 from mlx_distill.storage import read_manifest
 
 STUDENT, TEACHER = make("llama3"), make("qwen")  # digits by three, and one by one
@@ -78,11 +84,11 @@ def by_hand(texts: list[str]) -> dict[str, dict[str, float]]:
         for a, b, c, d in spans:
             kind = kind_of(theirs[int(row.ids[c])])
             count(kind, "aligned")
-            count(kind_of(ours[student[a]]), "with_target")
+            count(kind_of(ours[student[a]]), "soft_target")
             if (b - a, d - c) == (1, 1):
                 count(kind, "one_to_one")
             if b - a == 1 and d - c > 1:
-                count(kind_of(ours[student[a]]), "packed")
+                count(kind_of(ours[student[a]]), "many_to_one")
             if GROUPS.student[student[a]] == GROUPS.teacher[row.ids[c]]:
                 count(kind, "same_group")
             left = 1.0
@@ -91,7 +97,7 @@ def by_hand(texts: list[str]) -> dict[str, dict[str, float]]:
                 if GROUPS.teacher[i] != GROUPS.outside:
                     count(kind, "mapped", np.exp(logprob))
                     if members[GROUPS.teacher[i]] > 1:
-                        count(kind, "several", np.exp(logprob))
+                        count(kind, "ambiguous", np.exp(logprob))
             count(kind, "tail", left)
     return sums
 
@@ -107,8 +113,8 @@ def test_every_figure_equals_counting_token_by_token() -> None:
     facts, sums = measured(TEXTS), by_hand(TEXTS)
     assert facts["rows"] == 3 and set(facts["kinds"]) == set(sums)
     whole = {"tokens", "student_tokens"}
-    over = {"several": "mapped", "same_group": "aligned", "with_target": "student_tokens"}
-    over |= {"packed": "student_tokens", "unsure": None}
+    over = {"ambiguous": "mapped", "same_group": "aligned", "soft_target": "student_tokens"}
+    over |= {"many_to_one": "student_tokens", "unsure": None}
     for kind, want in sums.items():
         got = facts["kinds"][kind]
         for name in {*got} - {"lost", "unaligned"}:
@@ -119,8 +125,8 @@ def test_every_figure_equals_counting_token_by_token() -> None:
             elif by:
                 assert got[name] == pytest.approx(want.get(name, 0) / by, abs=1e-6), (kind, name)
         assert got["mapped"] + got["tail"] + got["lost"] == pytest.approx(1, abs=1e-6)
-    assert facts["kinds"]["digits"]["packed"] > 0.4 and facts["kinds"]["digits"]["unaligned"] > 0.4
-    assert facts["kinds"]["all"]["several"] > 0
+    assert facts["kinds"]["digits"]["many_to_one"] > 0.4 and facts["kinds"]["digits"]["unaligned"] > 0.4
+    assert facts["kinds"]["all"]["ambiguous"] > 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -130,7 +136,7 @@ def test_any_text_gives_shares(text: str) -> None:
 
     kinds = measured([normalize("NFC", text)])["kinds"]
     for rates in kinds.values():
-        for name in ("aligned", "one_to_one", "mapped", "tail", "lost", "with_target", "packed"):
+        for name in ("aligned", "one_to_one", "mapped", "tail", "lost", "soft_target", "many_to_one"):
             assert rates[name] is None or -1e-6 <= rates[name] <= 1 + 1e-6
     assert sum(rates["tokens"] for kind, rates in kinds.items() if kind != "all") == kinds["all"]["tokens"]
     assert kinds["end"]["same_group"] == 1
@@ -143,7 +149,7 @@ def test_one_tokenizer_maps_all_but_what_the_student_has_no_column_for() -> None
         mapped = MappedMass(TEACHER, TEACHER, None, columns=columns)
         mapped.add(row.ids, row)
         whole = mapped.facts()["kinds"]["all"]
-        assert whole["aligned"] == whole["one_to_one"] == 1 and whole["packed"] == 0
+        assert whole["aligned"] == whole["one_to_one"] == 1 and whole["many_to_one"] == 0
         beyond = np.exp(row.topk_logprobs.astype(np.float64))[row.topk_ids >= columns].sum() / len(row.ids)
         assert whole["lost"] == pytest.approx(beyond if lost is None else lost, abs=1e-5)
 
@@ -173,15 +179,24 @@ GOOD = {
     "one_to_one": 0.99,
     "same_group": 1.0,
     "mapped": 0.99,
-    "several": 0.0,
+    "ambiguous": 0.0,
     "tail": 0.005,
     "lost": 0.005,
     "unaligned": 0.0,
     "unsure": 0.1,
     "student_tokens": 100,
-    "with_target": 1.0,
-    "packed": 0.0,
+    "soft_target": 1.0,
+    "many_to_one": 0.0,
 }
+
+
+# As bad as can be: every warning that the settings allow stands there.
+BAD = GOOD | {"same_group": 0.5, "mapped": 0.5, "ambiguous": 0.3, "tail": 0.2, "lost": 0.3, "unsure": 3.0}
+BAD |= {"soft_target": 0.5, "many_to_one": 0.5}
+
+
+def named(warning: dict[str, Any]) -> list[tuple[str, Any]]:
+    return [item for change in warning["settings"] for item in change.items()]
 
 
 def said(
@@ -197,6 +212,9 @@ def said(
     )
     json.dumps(facts)
     printed = lines(facts)
+    assert all(
+        f"{key}: {str(value).lower()}" in one["fix"] for one in facts["warnings"] for key, value in named(one)
+    )
     assert "75.0\u202f% of the smaller one" in printed[0]
     assert all(one["what"] in " ".join(printed) and one["fix"] for one in facts["warnings"])
     return [one["what"] for one in facts["warnings"]]
@@ -219,8 +237,8 @@ def test_a_good_setting_says_nothing(loss: str | None) -> None:
         ),
         (None, {}, {"text": "greedy"}, {"unsure": 2.5}, "greedy shows one text"),
         ("uld", {}, {}, {}, "uld compares sorted"),
-        ("token_groups", {"text_weight": 0.0}, {}, {"several": 0.25}, r"25.0.% of the mass.*nothing"),
-        ("token_groups", {}, {}, {"packed": 0.4}, r"40.0.% of the student's tokens of digits"),
+        ("token_groups", {"text_weight": 0.0}, {}, {"ambiguous": 0.25}, r"25.0.% of the mass.*nothing"),
+        ("token_groups", {}, {}, {"many_to_one": 0.4}, r"40.0.% of the student's tokens of digits"),
         ("token_groups", {}, {}, {"mapped": 0.7, "lost": 0.295}, r"29.5.% of .* no place .* in digits"),
         ("token_groups", {}, {"draws": 8}, {"same_group": 0.9}, r"at 10.0.% of the common starts"),
         ("token_groups", {"temperature": 4.0}, {}, {"tail": 0.02}, r"softens the listed 32 .* 2.0.%"),
@@ -241,20 +259,85 @@ def test_each_harm_is_said_with_its_figure(
     ("loss", "distill", "text", "rates"),
     [
         ("kl", {}, {}, {"unsure": 2.5}),
-        ("alm", {"text_weight": 0.0}, {}, {"several": 0.25}),
+        ("alm", {"text_weight": 0.0}, {}, {"ambiguous": 0.25}),
         ("token_groups", {"text_weight": 0.0}, {}, {}),
         ("token_groups", {}, {}, {"same_group": 0.9}),  # compared by context
-        ("alm", {}, {}, {"packed": 0.4, "mapped": 0.7, "lost": 0.295, "same_group": 0.9}),
+        ("alm", {}, {}, {"many_to_one": 0.4, "mapped": 0.7, "lost": 0.295, "same_group": 0.9}),
         ("reverse_kl", {"temperature": 4.0}, {}, {"tail": 0.02}),
         ("token_groups", {"temperature": 4.0, "teacher": "live"}, {}, {"tail": 0.2}),
         ("kl", {}, {"draws": 12}, {"tail": 0.2}),
-        (None, {}, {}, {"tail": 0.2, "packed": 0.4}),
+        (None, {}, {}, {"tail": 0.2, "many_to_one": 0.4}),
     ],
 )
 def test_nothing_is_said_where_it_does_no_harm(
     loss: str | None, distill: dict[str, Any], text: dict[str, Any], rates: dict[str, Any]
 ) -> None:
     assert said(loss, distill, text, **rates) == []
+
+
+def combinations() -> Iterator[dict[str, Any]]:
+    """Settings of which the rules of the warnings read something."""
+    choices: dict[str, tuple[Any, ...]] = {
+        "distill.token_loss": ("none", "auto", "token_groups", "uld", "gold", "alm"),
+        "distill.teacher": ("cached", "live"),
+        "distill.mid_token_rows": (False, True),
+        "distill.temperature": (1.0, 4.0),
+        "distill.text_weight": (0.3, 0.0),
+        "targets.draws": (0, 8),
+        "targets.thinking": ("none", "keep"),
+    }
+    for values in product(*choices.values()):
+        yield dict(zip(choices, values, strict=True))
+
+
+def with_settings(change: Mapping[str, Any], of: Recipe) -> Recipe:
+    blocks: dict[str, Any] = {}
+    for key, value in change.items():
+        block, _, name = key.partition(".")
+        blocks[block] = replace(blocks.get(block, getattr(of, block)), **{name: value})
+    return replace(of, **blocks)
+
+
+def test_no_recipe_is_refused_with_what_a_warning_recommends() -> None:
+    """Of all settings that a recipe accepts, each change that a warning names is accepted too."""
+    plain = load_recipe("tiny", {"controls.labels_hard": False, "controls.teacher_hard": False})
+    task = plain.load_task()
+    known: dict[str, bool] = {}
+
+    def accepted(recipe: Recipe) -> bool:
+        key = json.dumps([to_mapping(recipe.distill), to_mapping(recipe.targets)])
+        if key not in known:
+            try:
+                known[key] = bool(graph(recipe, task))
+            except ConfigError:
+                known[key] = False
+        return known[key]
+
+    seen = set()
+    for settings_ in combinations():
+        recipe = with_settings(settings_, plain)
+        if not accepted(recipe):
+            continue
+        loss = token_loss_name(recipe.distill, same_tokenizer=False)
+        kinds = {"digits": BAD, "all": BAD}
+        vocabulary = {"student": 80, "teacher": 100, "shared": 60, "same": False}
+        measured = {"rows": 4, "vocabulary": vocabulary, "kinds": kinds}
+        for warning in preflight(loss, recipe.distill, recipe.targets, measured)["warnings"]:
+            for change in warning["settings"]:
+                seen.update(change)
+                assert accepted(with_settings(change, recipe)), (settings_, warning)
+    assert {"distill.mid_token_rows", "distill.teacher", "distill.token_loss", "targets.draws"} <= seen
+
+
+@pytest.mark.parametrize("may_be_live", [True, False])
+@pytest.mark.parametrize("top_k", [32, 1024])
+def test_what_cannot_be_raised_or_be_live_is_not_recommended(may_be_live: bool, top_k: int) -> None:
+    measured = {"rows": 4, "vocabulary": {}, "kinds": {"all": BAD}}
+    text = TargetsConfig(top_k=top_k)
+    facts = preflight("kl", DistillConfig(), text, measured, may_be_live=may_be_live)
+    (fix,) = [one["fix"] for one in facts["warnings"] if "outside of its top" in one["what"]]
+    assert ("distill.teacher: live" in fix) == may_be_live
+    assert ("raise targets.top_k" in fix) == (top_k < 1024) and fix
 
 
 @pytest.mark.slow
