@@ -6,7 +6,8 @@
     any of these models, and data -> evaluations/<model> -> report.json, report.html
     teacher, student, their bases, targets and data -> audit -> report.json, report.html
 
-A recipe without a student has the upper half alone, up to ``teacher``, and measures it before and after.
+A recipe without a student has the upper half alone, up to ``teacher``, and measures it before and after; the
+audit then reads its base, the teacher and the data.
 Each name is a folder of the run.
 """
 
@@ -120,7 +121,8 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     )
     if recipe.student is None:
         own = _models_without_student(recipe)
-        return [*out, teaching, *(_evaluation(recipe, RUN_MODELS[name], shared, edge_cases) for name in own)]
+        evaluations = [_evaluation(recipe, RUN_MODELS[name], shared, edge_cases) for name in own]
+        return [*out, teaching, *evaluations, *_audit(recipe, shared)]
     out += [
         _conversion(recipe, "student_base", recipe.student),
         teaching,
@@ -139,9 +141,7 @@ def graph(recipe: Recipe, task: Task) -> list[Stage]:
     out += [_control(recipe, model, shared) for model in controls]
     measured = dict.fromkeys(["teacher", *_named_models(recipe), *(model.name for model in controls)])
     out += [_evaluation(recipe, RUN_MODELS[name], shared, edge_cases) for name in measured]
-    # Who evaluates the teacher alone, by evaluate.models, may have no student yet.
-    audited = recipe.evaluate.audit_rows and {"student", "quantized"} & measured.keys()
-    return [*out, _audit(recipe, shared)] if audited else out
+    return [*out, *_audit(recipe, shared)]
 
 
 def _check_distillation(recipe: Recipe, task: Task) -> None:
@@ -330,22 +330,19 @@ def _evaluation(
     )
 
 
-def _audit(recipe: Recipe, shared: Mapping[str, Any]) -> Stage:
+def _audit(recipe: Recipe, shared: Mapping[str, Any]) -> list[Stage]:
+    """The audit of the models that are evaluated; none where it measures nothing."""
+    models = [RUN_MODELS[name] for name in audited_models(recipe)]
+    if not models:
+        return []
     prompt, prompt_file = _teacher_prompt(recipe)
     text = general_text_file(recipe)
     settings = {"audit_rows": recipe.evaluate.audit_rows, "batch_size": recipe.evaluate.batch_size}
-    models = [RUN_MODELS[name] for name in audited_models(recipe)]
     folders = dict.fromkeys(name for model in models for name in (model.base, model.folder) if name)
-    return Stage(
-        AUDIT,
-        "evaluate",
-        1,
-        {**settings, **shared, **prompt},
-        (*folders, "targets", "data"),
-        audit,
-        (text, *prompt_file),
-        (text, *prompt_file),
-    )
+    targets_read = ("targets",) if "student" in folders else ()
+    parents = (*folders, *targets_read, "data")
+    inputs = (text, *prompt_file)
+    return [Stage(AUDIT, "evaluate", 1, {**settings, **shared, **prompt}, parents, audit, inputs, inputs)]
 
 
 def _chat_evaluation(

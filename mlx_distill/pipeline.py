@@ -24,10 +24,11 @@ from mlx_distill.evaluate.costs import Prices, read_prices
 from mlx_distill.graph import TRAININGS, Stage, graph, stages_for
 from mlx_distill.progress import EventProgress, NullProgress, Progress, events_of, make_progress
 from mlx_distill.recipe import Recipe, load_recipe
+from mlx_distill.report.diagnosis import Finding
 from mlx_distill.resources import with_resources
 from mlx_distill.runtime import StopFlag, machine, rank_and_size, stop_on_signal, versions
 from mlx_distill.stages.answers_gate import gate_error
-from mlx_distill.stages.audit import general_text_file
+from mlx_distill.stages.audit import audited_models, general_text_file
 from mlx_distill.stages.context import Context
 from mlx_distill.status import (
     Outcome,
@@ -37,10 +38,12 @@ from mlx_distill.status import (
     current_key,
     folder_problems,
     input_problems,
+    made_from,
     make_plan,
     missing_before,
     outcome_row,
     parent_contents,
+    read_as_it_is,
     stage_status,
     unfinished_error,
 )
@@ -70,7 +73,9 @@ Hook = Callable[[dict[str, Any]], None]
 
 @dataclass
 class Runner:
-    """A run in progress: what was asked for, the manifests of the stages so far, and which were made."""
+    """A run in progress: what was asked for, the manifests of the stages so far, which were made, and what is
+    wrong with those that were read as they are.
+    """
 
     recipe: Recipe
     task: Task
@@ -85,6 +90,7 @@ class Runner:
     force: bool = False
     manifests: dict[str, Manifest] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
 
     def command_line(self, command: str) -> str:
         """What makes a stage of this run: a command line, or a call where the recipe is not a file."""
@@ -261,7 +267,7 @@ def _load_checked(recipe: str | Path | Recipe, overrides: Overrides, renamed: li
     if loaded.evaluate.margin:
         parse_margin(loaded.evaluate.margin)
     _prices(loaded)
-    if loaded.student is not None and loaded.evaluate.audit_rows:
+    if audited_models(loaded):
         read_general_text(general_text_file(loaded))
     return loaded
 
@@ -335,9 +341,8 @@ def _write_report(runner: Runner) -> RunReport:
     evaluations = {stage.model: runner.out / stage.name for stage in runner.stages if stage.model is not None}
     settings, recipe = runner.recipe.evaluate, to_mapping(runner.recipe)
     if runner.task.is_chats:
-        return write_report(
-            runner.out, build_chat_report(runner.out, recipe, evaluations, confidence=settings.confidence)
-        )
+        options: dict[str, Any] = {"confidence": settings.confidence, "findings": runner.findings}
+        return write_report(runner.out, build_chat_report(runner.out, recipe, evaluations, **options))
     report = build_report(
         runner.out,
         recipe,
@@ -347,6 +352,7 @@ def _write_report(runner: Runner) -> RunReport:
         margin=settings.margin,
         goals=recipe["goals"],
         prices=_prices(runner.recipe),
+        findings=runner.findings,
     )
     if runner.task.error_categories:
         rows = {name: read_predictions(path)[1] for name, path in evaluations.items()}
@@ -469,12 +475,14 @@ def _read_parent(runner: Runner, stage: Stage, context: Context, make: MakeStage
         return
     if damage:
         raise FileError(damage, fix=f"make it again: {runner.command_line(stage.command)}")
-    status = stage_status(stage, runner.out, runner.manifests) if needed else None
+    reported = runner.only == "evaluate" and stage.name in made_from(runner.stages, "evaluate")
+    status = stage_status(stage, runner.out, runner.manifests) if needed or reported else None
     if status is not None and status.kind != "current":
-        check_owner(stage, runner.out, runner.recipe.name)
-        is_converted = stage.command == "convert"
-        again = "run, or the stages that read it," if is_converted else runner.command_line(stage.command)
-        runner.progress.note(f"{stage.name}: read as it is; {status.reason} ({again} makes it again)")
+        if needed:
+            check_owner(stage, runner.out, runner.recipe.name)
+        text, findings = read_as_it_is(stage, status, runner.command_line)
+        runner.progress.note(text)
+        runner.findings += findings
     runner.manifests[stage.name] = manifest
 
 

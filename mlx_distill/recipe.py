@@ -151,8 +151,7 @@ class EvaluateConfig:
     )
     audit_rows: int = option(
         64,
-        "rows of each kind (training, validation, targets) that the audit of a distillation measures; 0: no "
-        "audit",
+        "rows of each kind (training, validation, targets) that the audit of a run measures; 0: no audit",
         low=0,
         keyed=False,  # no part of an evaluation; the audit's own key has it
     )

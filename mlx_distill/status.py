@@ -13,6 +13,7 @@ from mlx_distill.errors import DistillError, FileError
 from mlx_distill.graph import TRAININGS, Stage
 from mlx_distill.models.hub import model_problem
 from mlx_distill.recipe import Recipe, current_settings
+from mlx_distill.report.diagnosis import Finding, finding
 from mlx_distill.stages.answers_gate import gate_text
 from mlx_distill.storage import (
     Manifest,
@@ -103,6 +104,20 @@ def missing_before(stages: Sequence[Stage], command: str, out: Path) -> tuple[li
     return missing, next((stage.command for stage in makers if not (out / stage.name).is_dir()), "run")
 
 
+def made_from(stages: Sequence[Stage], command: str) -> set[str]:
+    """The names of all stages that those of a command are made from, directly or not: a report is about them.
+
+    Args:
+        stages: Of the recipe.
+        command: The command.
+    """
+    parents = {stage.name: stage.parents for stage in stages}
+    names = [name for stage in stages if stage.command == command for name in stage.parents]
+    for name in names:  # it grows while it is read
+        names += [parent for parent in parents[name] if parent not in names]
+    return set(names)
+
+
 def parent_contents(stage: Stage, manifests: Mapping[str, Manifest]) -> dict[str, str]:
     """The hashes of everything that a stage reads: its parents and its inputs from outside the run."""
     parents = {name: manifests[name].content for name in stage.parents if name in manifests}
@@ -132,6 +147,25 @@ def differences(stage: Stage, manifest: Manifest, parents: Mapping[str, str]) ->
             changed.append(f"{stage.inputs[int(number)] if is_input else name} has changed")
     more = len(changed) - _MAX_NAMED_CHANGES
     return ", ".join(changed[:_MAX_NAMED_CHANGES] + ([f"{more} more"] if more > 0 else []))
+
+
+def read_as_it_is(
+    stage: Stage, status: StageStatus, command_line: Callable[[str], str]
+) -> tuple[str, list[Finding]]:
+    """What is said of a stage that is not current and is read all the same, and what a report says of it.
+
+    Args:
+        stage: The stage.
+        status: Its status, not ``current``.
+        command_line: Makes the command line of a command of the run.
+    """
+    is_converted = stage.command == "convert"
+    again = "run, or the stages that read it," if is_converted else command_line(stage.command)
+    text = f"{stage.name}: read as it is; {status.reason} ({again} makes it again)"
+    if status.kind != "stale":  # nothing is known
+        return text, []
+    fix = f"make it again: {command_line('run' if is_converted else stage.command)}"
+    return text, [finding(f"{stage.name}: not what the recipe makes now", status.reason, fix)]
 
 
 def check_owner(stage: Stage, out: Path, recipe: str) -> None:

@@ -21,6 +21,7 @@ from mlx_distill.pipeline import run
 from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import load_recipe
 from mlx_distill.report import RunReport, read_report
+from mlx_distill.storage import read_jsonl
 from mlx_distill.tasks.task import CHATS
 
 CALL = {"type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}
@@ -141,7 +142,7 @@ def test_the_ratio_of_totals_covers_the_truth() -> None:
 def test_a_run_measures_the_loss_before_and_after(tmp_path: Path) -> None:
     # Two answers to one question are two rows; an equal chat is one.
     rows = [*(chat(number) for number in range(30)), chat(1, "Two, I think."), chat(2)]
-    recipe, out = write_recipe(tmp_path, rows), tmp_path / "out"
+    recipe, out = write_recipe(tmp_path, rows, evaluate={"audit_rows": 3}), tmp_path / "out"
     goals = [{"model": "teacher", "metric": "perplexity", "at_most": 1e9}]
     result = run(recipe, out, overrides={"goals": goals}, progress=NullProgress())
     assert isinstance(result, RunReport)
@@ -153,6 +154,14 @@ def test_a_run_measures_the_loss_before_and_after(tmp_path: Path) -> None:
     assert result.report["goals"][0]["state"] == "met"
     page = result.html.read_text(encoding="utf-8")
     assert "Loss on held-out chats" in page and "before the training" in page
+    assert "Audit of the training" in page
+    audit = result.report["audit"]
+    # Of each chat the turns that are trained: "It is 12." and the token that ends it, which has no bytes.
+    sizes = [
+        line["bytes"] for _, line in read_jsonl(out / "audit" / "losses.jsonl") if line["set"] == "valid"
+    ]
+    assert len(sizes) == 6 and set(sizes) <= {len("It is 2."), len("It is 12."), len("Two, I think.")}
+    assert audit["changes"]["teacher"]["general"]["n"] == 49
     assert read_report(out).lines()[0].startswith("chats: ")
     _assert_equals_training_loss(out, after["loss"]["value"])
     trained_on = read_trained_on(out / "teacher")

@@ -31,7 +31,7 @@ RECIPE = {
         "test_fraction": 0,
     },
     "teach": {"steps": 2, "batch_size": 8, "accumulate": 1, "learning_rate": 1e-4},
-    "evaluate": {"batch_size": 24, "constrain": False},
+    "evaluate": {"batch_size": 24, "constrain": False, "audit_rows": 4},
     "goals": [{"model": "teacher", "metric": "accuracy", "at_least": 0.999}],
 }
 
@@ -46,7 +46,7 @@ def recipe(tmp_path: Path) -> Recipe:
 def test_its_stages_end_after_teach(recipe: Recipe) -> None:
     stages = graph(recipe, recipe.load_task())
     evaluations = ["evaluations/teacher_before", "evaluations/teacher"]
-    assert [stage.name for stage in stages] == ["data", "teacher_base", "teacher", *evaluations]
+    assert [stage.name for stage in stages] == ["data", "teacher_base", "teacher", *evaluations, "audit"]
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,12 @@ def test_a_run_compares_the_teacher_before_and_after(recipe: Recipe, tmp_path: P
     (comparison,) = result.report["comparisons"]
     assert (comparison["first"], comparison["second"]) == ("teacher", "teacher_before")
     assert result.report["goals"][0]["state"] in ("missed", "undecided")
-    assert "Before fine-tuning it was" in result.html.read_text(encoding="utf-8")
+    page = result.html.read_text(encoding="utf-8")
+    assert "Before fine-tuning it was" in page and "what is lost there is forgotten" in page
+    general = result.report["audit"]["changes"]["teacher"]["general"]
+    assert general["n"] == 49 and general["low"] < general["value"] < general["high"]
+    assert f"change in bits a byte of general text: teacher {general['value']:+.4f}" in str(result)
+    assert result.to_dict()["audit"]["changes"]["teacher"]["general"] == general
     command = ["evaluate", str(tmp_path / "alone.yaml"), "--out", str(out), "--gate"]
     gated = CliRunner().invoke(cli, command)
     assert (gated.exit_code, "1 of 1 goal not met" in gated.output) == (3, True)

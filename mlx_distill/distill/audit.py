@@ -62,6 +62,20 @@ def text_row(tokenizer: Any, text: str) -> tuple[TokenizedRow, int]:
     return TokenizedRow(tokens, np.ones(len(tokens) - 1, dtype=bool)), size
 
 
+def trained_bytes(tokenizer: Any, row: TokenizedRow) -> int:
+    """The bytes of the trained tokens of a chat, of all its trained turns. Control tokens have none.
+
+    Args:
+        tokenizer: In whose tokens the row is.
+        row: The chat.
+    """
+    tokens = row.tokens[1:][row.trained]
+    try:
+        return int(vocabulary(tokenizer).lengths[tokens].sum())
+    except ModelError:
+        return len(tokenizer.decode(tokens.tolist(), skip_special_tokens=True).encode())
+
+
 def _byte_length(tokenizer: Any, token: int) -> int:
     try:
         return int(vocabulary(tokenizer).lengths[token])

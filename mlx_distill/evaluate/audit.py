@@ -1,5 +1,5 @@
-"""The audit of a distillation in figures: bits per byte of each model on the data and on general text, the
-parts of the student's loss, and what the teacher's cache loses of a divergence.
+"""The audit of a run in figures: bits per byte of each model on the data and on general text, the parts of
+the student's loss, and what the teacher's cache loses of a divergence. Without a student bits per byte alone.
 
 The stage ``audit`` writes sums over rows (:data:`LOSSES`, :data:`PARTS`, :data:`COMPARED`) and
 :data:`FACTS`; intervals are made here, at the confidence of the report.
@@ -217,13 +217,13 @@ def audit_texts(figures: Mapping[str, Any]) -> dict[str, str]:
         for model, sets in figures["bits_per_byte"].items()
     )
     out = {"bits a byte of training / validation answers": ", ".join(shown)}
-    changes = {model: sets["general"] for model, sets in figures["changes"].items() if "general" in sets}
+    changes = [
+        f"{model} {one['value']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f}, {one['relative']:+.1%})"
+        for model, sets in figures["changes"].items()
+        if (one := sets.get("general")) and one["low"] is not None and one["relative"] is not None
+    ]
     if changes:
-        out["change in bits a byte of general text"] = ", ".join(
-            f"{model} {one['value']:+.4f} ({one['low']:+.4f} to {one['high']:+.4f}, {one['relative']:+.1%})"
-            for model, one in changes.items()
-            if one["low"] is not None and one["relative"] is not None
-        )
+        out["change in bits a byte of general text"] = ", ".join(changes)
     if after := figures["divergence"].get("student"):
         out[f"{figures['facts']['compared']} to the teacher"] = (
             f"{after['cached']:.4g} nats a position from the cache, {after['exact']:.4g} exactly; "

@@ -1,4 +1,4 @@
-"""Section of the report: the audit of a distillation (:mod:`mlx_distill.evaluate.audit`)."""
+"""Section of the report: the audit of a run's trainings (:mod:`mlx_distill.evaluate.audit`)."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _TERMS = ("label", "token", "text")
 
 def audit(report: Report) -> dict[str, Any] | None:
     """The tables and warnings of the audit; None for a run without one."""
-    figures = (report.get("distillation") or {}).get("audit")
+    figures = report.get("audit")
     if not figures:
         return None
     text = figures["facts"]["general_text"]

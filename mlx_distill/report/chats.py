@@ -13,6 +13,7 @@ from mlx_distill.evaluate.goals import judge_goals
 from mlx_distill.metrics.intervals import ratio_estimate
 from mlx_distill.report import provenance
 from mlx_distill.report.collect import heading
+from mlx_distill.report.diagnosis import Finding
 from mlx_distill.storage import read_jsonl, read_manifest
 from mlx_distill.tasks.task import CHATS
 
@@ -25,6 +26,7 @@ def build_chat_report(
     evaluations: Mapping[str, str | Path],
     *,
     confidence: float = 0.95,
+    findings: Sequence[Finding] = (),
 ) -> dict[str, Any]:
     """Collect the losses of each model and the facts about the run.
 
@@ -33,6 +35,7 @@ def build_chat_report(
         recipe: The recipe as a plain mapping.
         evaluations: Model name to the folder of its evaluation.
         confidence: Level of the intervals.
+        findings: What is known to be wrong with the run's stages.
 
     Returns:
         The report as plain JSON values, with the keys that the report of a task has where they apply. Under
@@ -64,8 +67,8 @@ def build_chat_report(
         "by_set": {main: metrics},
         "comparisons": [],
         "change": _change(lines, confidence),
-        **provenance.run_facts(run, recipe, {name: {} for name in folders}, folders),
-        "diagnosis": [],
+        **provenance.run_facts(run, recipe, {name: {} for name in folders}, folders, confidence),
+        "diagnosis": list(findings),
     }
     report["goals"] = judge_goals(recipe["goals"], report, CHATS)
     return report

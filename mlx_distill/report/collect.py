@@ -48,6 +48,7 @@ def build_report(
     margin: str | None = None,
     goals: Sequence[Mapping[str, Any]] = (),
     prices: Prices | None = None,
+    findings: Sequence[Finding] = (),
 ) -> dict[str, Any]:
     """Measure every model of a run and collect the facts about it.
 
@@ -62,6 +63,7 @@ def build_report(
         margin: How much worse than the teacher is still as good, such as ``3pt``; None for none.
         goals: ``{"model", "metric", "at_least" or "at_most"}``, see :mod:`mlx_distill.evaluate.goals`.
         prices: Of :func:`mlx_distill.evaluate.costs.read_prices`; None: no costs.
+        findings: What is known to be wrong with the run's stages; the diagnosis begins with it.
 
     Returns:
         The report as plain JSON values: ``answer`` (is the final model as good as the one that it replaces),
@@ -101,18 +103,15 @@ def build_report(
         "group_changes": measured["group_changes"],
         "attribution": attribute(own, task, confidence=confidence),
         "disagreements": _disagreements(rows, task),
-        **provenance.run_facts(run, recipe, headers, folders),
-        "quantization": provenance.quantization(run),
+        **provenance.run_facts(run, recipe, headers, folders, confidence),
         "majority": majority(by_set[main]),
-        "teacher_answers": provenance.teacher_answers(run),
-        "distillation": provenance.distillation(run, confidence),
         "artifact": {"checks": read_checks(run)},
     }
     if prices is not None:
         own = {name: predictions for name, predictions in own.items() if predictions}
         report["costs"] = run_costs(prices, report, own, task, final_pair(list(own)))
     report["goals"] = judge_goals(goals, report, task)
-    return report | {"diagnosis": [*failed, *diagnose(report)]}
+    return report | {"diagnosis": [*findings, *failed, *diagnose(report)]}
 
 
 def heading(

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from mlx_distill.report.run_folders import left_out_text
 from mlx_distill.report.tables import Report
 from mlx_distill.run_models import is_dequantized, model_phrase, model_title
 from mlx_distill.text import NONE, counted, listed, percent, size, words
@@ -25,6 +26,7 @@ def origin(report: Report) -> dict[str, Any]:
             "Seeds": provenance["seeds"],
         },
         "stages": [stage | {"finished_at": _time(stage["finished"])} for stage in provenance["stages"]],
+        "left_out": [left_out_text(entry) for entry in report.get("left_out", ())],
         "settings": _settings(provenance["evaluations"]),
         "recipe": yaml.safe_dump(dict(provenance["recipe"]), sort_keys=False, allow_unicode=True),
     }

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_distill import runtime
 from mlx_distill.distill.answer_check import FACT
 from mlx_distill.distill.preflight import FILE_NAME as PREFLIGHT
-from mlx_distill.errors import DistillError
 from mlx_distill.evaluate.audit import FOLDER as AUDIT
 from mlx_distill.evaluate.audit import read_audit
+from mlx_distill.report.run_folders import left_out, manifest_of, report_folders
 from mlx_distill.run_models import is_dequantized, run_model
-from mlx_distill.storage import Manifest, os_errors, read_json, read_jsonl, read_manifest
+from mlx_distill.storage import os_errors, read_json, read_jsonl
 
 # The columns of metrics.jsonl that are not losses.
 _NOT_LOSSES = {
@@ -71,13 +71,17 @@ def _base_folder(folder: Path) -> Path | None:
     return base_folder if base_folder and base_folder.is_dir() else None
 
 
-def curves(run: Path) -> dict[str, dict[str, dict[str, list[float]]]]:
+def curves(run: Path, folders: Collection[str]) -> dict[str, dict[str, dict[str, list[float]]]]:
     """The losses of each training: ``{stage: {series: {"step": [...], "value": [...]}}}``.
 
     A series of more than 400 points is replaced by the means of groups of neighbouring points.
+
+    Args:
+        run: The run's folder.
+        folders: Of the trainings in it.
     """
     out = {}
-    for stage, rows in _training_logs(run):
+    for stage, rows in _training_logs(run, folders):
         series: dict[str, list[tuple[float, float]]] = {}
         for row in rows:
             for name, value in row.items():
@@ -98,28 +102,27 @@ def _downsample(points: Sequence[tuple[float, float]]) -> dict[str, list[float]]
     }
 
 
-def teacher_answers(run: Path) -> dict[str, Any] | None:
+def teacher_answers(run: Path, folders: Collection[str]) -> dict[str, Any] | None:
     """How many of the teacher's own answers fitted the task when its targets were made; None where that is
-    not recorded.
+    not recorded, or the targets are not among the folders of the report.
     """
-    manifest = read_manifest(run / "targets")
+    manifest = manifest_of(run / "targets") if "targets" in folders else None
     return manifest.recorded.get(FACT) if manifest else None
 
 
-def distillation(run: Path, confidence: float = 0.95) -> dict[str, Any] | None:
+def distillation(run: Path, folders: Collection[str]) -> dict[str, Any] | None:
     """What was measured of the teacher and the student's tokens before the student's training
-    (:mod:`mlx_distill.distill.preflight`), and behind it (:mod:`mlx_distill.evaluate.audit`); None where
-    neither is written.
+    (:mod:`mlx_distill.distill.preflight`); None where that is not written, or the student is not among the
+    folders of the report.
     """
-    path, audit = run / "student" / PREFLIGHT, read_audit(run / AUDIT, confidence)
-    out = {"preflight": read_json(path)} if path.is_file() else {}
-    return (out | {"audit": audit} if audit else out) or None
+    path = run / "student" / PREFLIGHT
+    return {"preflight": read_json(path)} if "student" in folders and path.is_file() else None
 
 
-def training(run: Path) -> dict[str, dict[str, Any]]:
-    """Steps, seconds, trained tokens and peak memory of each training."""
+def training(run: Path, folders: Collection[str] | None = None) -> dict[str, dict[str, Any]]:
+    """Steps, seconds, tokens and peak memory of each training: of all in a run, or of some folders."""
     out = {}
-    for stage, rows in _training_logs(run):
+    for stage, rows in _training_logs(run, folders):
         if rows:
             peaks = [row["peak_memory_bytes"] for row in rows if _is_number(row.get("peak_memory_bytes"))]
             out[stage] = {
@@ -131,11 +134,12 @@ def training(run: Path) -> dict[str, dict[str, Any]]:
     return out
 
 
-def quantization(run: Path) -> dict[str, Any] | None:
+def quantization(run: Path, folders: Collection[str]) -> dict[str, Any] | None:
     """What the quantize stage says of the student's weights: bits a weight, and with rows the candidates, the
-    kept one, the curve and the table of sensitivity; None where there is no quantized student.
+    kept one, the curve and the table of sensitivity; None where no quantized student is among the folders of
+    the report.
     """
-    manifest = read_manifest(run / "quantized")
+    manifest = manifest_of(run / "quantized") if "quantized" in folders else None
     if manifest is None or "bits_per_weight" not in manifest.recorded:
         return None
     return {
@@ -158,16 +162,16 @@ def data(run: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     statistics = read_json(path)
-    manifest = _manifest(run / "data")
+    manifest = manifest_of(run / "data")
     keys = ("read", "rows", "sets", "labels", "dropped", "near_duplicates")
     similarity = manifest.config.get("near_duplicates") if manifest else None
     return {key: statistics.get(key) for key in keys} | {"similarity": similarity}
 
 
-def _training_logs(run: Path) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+def _training_logs(run: Path, folders: Collection[str] | None) -> Iterator[tuple[str, list[dict[str, Any]]]]:
     """The stage and the rows of each ``metrics.jsonl``: teacher, student, then the others by name."""
     order = {"teacher": 0, "student": 1}
-    paths = run.glob("*/metrics.jsonl")
+    paths = [path for path in run.glob("*/metrics.jsonl") if folders is None or path.parent.name in folders]
     for path in sorted(paths, key=lambda path: (order.get(path.parent.name, 2), path.parent.name)):
         yield path.parent.name, [row for _, row in read_jsonl(path)]
 
@@ -183,7 +187,7 @@ def peak_memory_gb(header: Mapping[str, Any], evaluation: Path) -> float | None:
         header: The first line of ``predictions.jsonl``.
         evaluation: The folder of the evaluation.
     """
-    manifest = _manifest(evaluation)
+    manifest = manifest_of(evaluation)
     for source in (header, header.get("settings") or {}, manifest.recorded if manifest else {}):
         if _is_number(source.get("peak_memory_bytes")):
             return float(source["peak_memory_bytes"]) / 1e9
@@ -200,7 +204,7 @@ def speed(evaluation: Path) -> dict[str, float | None]:
     """What an evaluation's manifest says of loading, the first token and throughput; None where it says
     nothing.
     """
-    manifest = _manifest(evaluation)
+    manifest = manifest_of(evaluation)
     recorded = manifest.recorded if manifest else {}
     facts: dict[str, Any] = {name: recorded.get(name) for name in SPEED}
     if _is_number(recorded.get("model_memory_bytes")):
@@ -208,29 +212,31 @@ def speed(evaluation: Path) -> dict[str, float | None]:
     return {name: float(value) if _is_number(value) else None for name, value in facts.items()}
 
 
-def _manifest(folder: Path) -> Manifest | None:
-    try:
-        return read_manifest(folder)
-    except DistillError:  # the pipeline reports a damaged manifest; the figures do not need it
-        return None
-
-
 def run_facts(
     run: Path,
     recipe: Mapping[str, Any],
     headers: Mapping[str, Mapping[str, Any]],
     evaluations: Mapping[str, Path],
+    confidence: float = 0.95,
 ) -> dict[str, Any]:
-    """What every report says of its run: ``data``, ``sizes``, ``curves``, ``training`` and ``provenance``.
+    """What every report says of its run: ``data``, ``sizes``, ``curves``, ``training``, ``quantization``,
+    ``teacher_answers``, ``distillation``, ``audit`` and ``provenance``; and under ``left_out`` what is in the
+    run's folder and belongs to other models, see :func:`~mlx_distill.report.run_folders.left_out`.
 
-    For the arguments see :func:`provenance`.
+    For the arguments see :func:`provenance`; ``confidence`` is the level of the audit's intervals.
     """
+    folders = report_folders(run, evaluations, recipe)
     return {
         "data": data(run),
         "sizes": sizes(run, list(evaluations)),
-        "curves": curves(run),
-        "training": training(run),
+        "curves": curves(run, folders),
+        "training": training(run, folders),
+        "quantization": quantization(run, folders),
+        "teacher_answers": teacher_answers(run, folders),
+        "distillation": distillation(run, folders),
+        "audit": read_audit(run / AUDIT, confidence) if AUDIT in folders else None,
         "provenance": provenance(run, recipe, headers, evaluations),
+        "left_out": left_out(run, folders, recipe),
     }
 
 
@@ -249,7 +255,7 @@ def provenance(
         evaluations: Model name to the folder of its evaluation. Machine and versions are those that the first
             manifest among them recorded, else those of this machine.
     """
-    manifests = [_manifest(folder) for folder in evaluations.values()]
+    manifests = [manifest_of(folder) for folder in evaluations.values()]
     recorded = [manifest.recorded for manifest in manifests if manifest]
     plain = {key: _plain(value) for key, value in recipe.items() if key != "base"}
     settings = {
@@ -260,7 +266,7 @@ def provenance(
         "machine": dict(_first(recorded, "machine") or runtime.machine()),
         "versions": dict(_first(recorded, "versions") or runtime.versions()),
         "seeds": dict(_seeds(plain)),
-        "stages": _stages(run),
+        "stages": _stages(run, report_folders(run, evaluations, recipe)),
         "evaluations": _plain(settings),
         "recipe": plain,
     }
@@ -268,7 +274,7 @@ def provenance(
 
 def _compute_settings(evaluation: Path) -> dict[str, Any]:
     """``compute_dtype``, and under ``dequantize`` whether quantized weights were dequantized first."""
-    manifest = _manifest(evaluation)
+    manifest = manifest_of(evaluation)
     if manifest is None:
         return {}
     settings = {key: manifest.config[key] for key in ("compute_dtype",) if key in manifest.config}
@@ -282,18 +288,17 @@ def _first(recorded: Sequence[Mapping[str, Any]], key: str) -> Mapping[str, Any]
     )
 
 
-def _stages(run: Path) -> list[dict[str, Any]]:
-    """One entry for each finished folder of the run, in the order in which they were finished."""
+def _stages(run: Path, folders: Sequence[str]) -> list[dict[str, Any]]:
+    """One entry for each finished folder of the report, in the order in which they were finished."""
     stages = []
-    for path in [*run.glob("*/manifest.json"), *run.glob("*/*/manifest.json")]:
-        folder = path.parent.relative_to(run)
-        manifest = None if any(name.startswith(".") for name in folder.parts) else _manifest(path.parent)
+    for folder in folders:
+        manifest = manifest_of(run / folder)
         if manifest is None:
             continue
         seconds, finished = (manifest.recorded.get(key) for key in ("seconds", "finished"))
         stages.append(
             {
-                "folder": folder.as_posix(),
+                "folder": folder,
                 "stage": manifest.stage,
                 "key": manifest.key,
                 "seconds": seconds if _is_number(seconds) else None,

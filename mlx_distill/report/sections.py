@@ -71,7 +71,7 @@ def _losses(report: Report) -> dict[str, Any]:
     return dict(report["metrics"]) if report["task_details"].get("is_chats") else {}
 
 
-CHAT_SECTIONS = ("data", "goals", "losses", "training", "origin")
+CHAT_SECTIONS = ("data", "goals", "audit", "losses", "training", "origin")
 """The sections of a report without a task."""
 
 SECTIONS = (
@@ -106,7 +106,7 @@ SECTIONS = (
         "What of the teacher reaches the student",
         distillation_section.distillation,
     ),
-    Section("audit", "Audit", "Audit of the distillation", audit_section.audit),
+    Section("audit", "Audit", "Audit of the training", audit_section.audit),
     Section("losses", "Losses", "Loss on held-out chats", _losses),
     Section("training", "Training", "Training", training_section.curves),
     Section("origin", "Method", "Method and provenance", origin_section.origin),

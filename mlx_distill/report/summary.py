@@ -10,11 +10,13 @@ from textwrap import wrap
 from typing import Any
 
 from mlx_distill.errors import FileError
+from mlx_distill.evaluate.audit import audit_lines
 from mlx_distill.evaluate.categories import FOLDER
 from mlx_distill.evaluate.goals import goal_text, require_goals
 from mlx_distill.report.collect import FORMAT
 from mlx_distill.report.environment import render
 from mlx_distill.report.page import final_model, render_html
+from mlx_distill.report.run_folders import left_out_text
 from mlx_distill.run_models import model_phrase, model_title
 from mlx_distill.storage import read_json, write_json, write_text
 from mlx_distill.text import NONE, interval, percent, significant, words
@@ -47,12 +49,21 @@ class RunReport:
         """What is wrong, each with ``problem``, ``reason`` and ``fix``; empty for a good result."""
         return self.report.get("diagnosis", ())
 
+    @property
+    def left_out(self) -> list[Mapping[str, str]]:
+        """What is in the run's folder and belongs to other models than those of the report, or is not asked
+        for: each with ``folder``, ``reason`` and ``fix``.
+        """
+        return list(self.report.get("left_out", ()))
+
     def to_dict(self) -> dict[str, Any]:
         """The short form for ``--json``: paths, names and metrics, without rows and curves."""
         short = {
             key: self.report[key]
             for key in ("name", "task", "created", "main_set", "sets", "goals", "metrics")
-        } | {"answer": self.answer, "diagnosis": list(self.diagnosis)}
+        } | {"answer": self.answer, "diagnosis": list(self.diagnosis), "left_out": self.left_out}
+        if audit := self.report.get("audit"):
+            short["audit"] = {key: audit[key] for key in ("bits_per_byte", "changes", "warnings")}
         return {"report": str(self.path), "html": str(self.html), **short}
 
     def require_goals(self) -> None:
@@ -90,8 +101,15 @@ class RunReport:
             *([""] if self.report["goals"] else []),
             *(line for entry in self.diagnosis for line in _finding_lines(entry)),
             *self._error_lines(),
+            *self._audit_lines(),
             f"report: {self.html}",
         ]
+
+    def _audit_lines(self) -> list[str]:
+        """The main figures of the audit, and what the report leaves out."""
+        figures = self.report.get("audit")
+        lines = audit_lines(figures) if figures else []
+        return [*lines, *map(left_out_text, self.left_out)]
 
     def _error_lines(self) -> list[str]:
         """The errors of the model that the run is for, by kind, and where their rows are."""
@@ -108,7 +126,8 @@ class RunReport:
 
     def _repr_html_(self) -> str:
         heads, rows = _cells(self.report)
-        context = {"report": self.report, "answer": self.answer, "findings": self.diagnosis}
+        context: dict[str, Any] = {"report": self.report, "answer": self.answer, "findings": self.diagnosis}
+        context["audit"] = self._audit_lines()
         return render("summary.html.j2", heads=heads, rows=rows, **context)
 
 

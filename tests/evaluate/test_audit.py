@@ -117,7 +117,7 @@ def test_the_parts_are_means_a_term_times_its_coefficient() -> None:
 
 
 def test_the_section_shows_figures_changes_and_a_kind_that_only_one_student_has() -> None:
-    view = audit({"distillation": {"audit": figures(NATS.tolist(), (NATS + 0.6 + NOISE).tolist())}})
+    view = audit({"audit": figures(NATS.tolist(), (NATS + 0.6 + NOISE).tolist())})
     assert view is not None
     value, change = view["bits"]["student"]["general"]
     assert float(value) > 2 and change.startswith("+0.0") and change.endswith("%")
@@ -127,6 +127,6 @@ def test_the_section_shows_figures_changes_and_a_kind_that_only_one_student_has(
     assert view["terms"] == {"token": "Token (times 2)", "text": "Text (times 0.5)"}
     nothing = {"facts": FACTS, "bits_per_byte": {"student": {"general": {"value": None}}}}
     empty = nothing | {"changes": {}, "parts": {}, "divergence": {}, "warnings": []}
-    view = audit({"distillation": {"audit": empty}})
+    view = audit({"audit": empty})
     assert view is not None and view["bits"] == {"student": {"general": ("–", "")}} and view["kinds"] == {}
-    assert audit({"distillation": None}) is None and audit({"distillation": {"preflight": {}}}) is None
+    assert audit({"audit": None}) is None and audit({}) is None

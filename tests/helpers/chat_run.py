@@ -21,6 +21,7 @@ def write_recipe(root: Path, **teach: Any) -> Path:
         "teacher": "asset:models/tiny-qwen3",
         "data": {"sources": [{"path": "chats.jsonl"}]},
         "teach": {"steps": 2, "batch_size": 2, **teach},
+        "evaluate": {"audit_rows": 0},
     }
     (root / "chats.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     path = root / "recipe.yaml"

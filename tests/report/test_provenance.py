@@ -38,7 +38,7 @@ def test_sizes_count_an_adapter_with_its_base(run: tuple[Path, dict[str, Any]]) 
 
 
 def test_curves_hold_only_losses_and_are_downsampled(tmp_path: Path) -> None:
-    paths = make_run(tmp_path, make_task(), models=("teacher",))
+    paths = make_run(tmp_path, make_task(), models=("teacher", "student"))
     write_jsonl(tmp_path / "student" / "metrics.jsonl", make_log(1_000, ("label",), 0))
     report = build_report(tmp_path, RECIPE, make_task(), paths)
     assert list(report["curves"]) == ["teacher", "student"]

@@ -27,8 +27,8 @@ from mlx_distill.losses.token_bytes import vocabulary
 from mlx_distill.models.load import load
 from mlx_distill.recipe import load_recipe
 from mlx_distill.runtime import StopFlag
-from mlx_distill.stages.audit import _Pair as Pair
 from mlx_distill.stages.audit import audit
+from mlx_distill.stages.audited_pair import AuditedPair as Pair
 from mlx_distill.stages.context import Context, read_rows
 from mlx_distill.storage import read_jsonl
 
@@ -286,11 +286,10 @@ def test_a_stopped_audit_goes_on_behind_the_last_model_to_the_same_bytes(audited
 
 
 @pytest.mark.slow
-def test_progress_and_notes_say_what_is_read_and_what_was_found(audited: Any) -> None:
+def test_progress_and_notes_say_what_is_read(audited: Any) -> None:
     context, _ = audited
     notes, tasks = context.progress.notes, context.progress.tasks
     assert any("9 answers and 736 bytes of general.txt in 4 models" in note for note in notes), notes
-    assert any("bits a byte of training / validation answers: teacher before" in note for note in notes)
     for _, total, seen in tasks[-4:]:
         assert seen == sorted(seen) and seen[-1] == total
 
@@ -325,6 +324,24 @@ def test_a_teacher_that_is_not_trained_is_measured_once(audited: Any, folder: Pa
     assert found is not None
     assert list(found["bits_per_byte"]) == ["teacher", "student_before", "student"]
     assert list(found["changes"]) == ["student"]
+
+
+@pytest.mark.slow
+def test_without_a_student_the_teacher_alone_is_measured(audited: Any, folder: Path) -> None:
+    context, run = audited
+    for name in ("data", "teacher", "teacher_base"):  # nothing else is there yet
+        (folder / name).symlink_to(context.run / name)
+    (folder / "audit").mkdir()
+    recipe = replace(context.recipe, evaluate=replace(context.recipe.evaluate, models=["teacher"]))
+    audit(replace(context, run=folder, recipe=recipe), folder / "audit")
+    assert lines(folder, "losses.jsonl") == [
+        line for line in lines(run, "losses.jsonl") if line["model"].startswith("teacher")
+    ]
+    found = read_audit(folder / "audit")
+    assert found is not None
+    assert list(found["bits_per_byte"]) == ["teacher_before", "teacher"]
+    assert list(found["changes"]) == ["teacher"] and found["changes"]["teacher"]["general"]["n"] == 10
+    assert found["parts"] == found["divergence"] == {}
 
 
 @pytest.mark.slow
@@ -370,5 +387,9 @@ def test_a_general_text_that_cannot_be_measured_is_said_before_anything_is_made(
     [("[teacher_before, teacher]", False), ("[teacher, student]", True), ("[quantized]", True)],
 )
 def test_who_evaluates_the_teacher_alone_needs_no_student_for_an_audit(models: str, audited: bool) -> None:
-    recipe = load_recipe("tiny", [f"evaluate.models={models}"])
-    assert ("audit" in [stage.name for stage in graph(recipe, recipe.load_task())]) == audited
+    stage = stage_of(f"evaluate.models={models}")
+    assert {"teacher_base", "teacher", "data"} <= set(stage.parents)
+    assert ({"student_base", "student", "targets"} <= set(stage.parents)) == audited
+    assert audited or not {"student_base", "student", "targets"} & set(stage.parents)
+    # A teacher that is not trained has forgotten nothing.
+    assert (stage_of(f"evaluate.models={models}", "teach.method=none") is not None) == audited

@@ -1,0 +1,181 @@
+"""The pair of teacher and student that an audit measures, and the sampled targets in the student's tokens."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from mlx_distill.errors import DataError
+from mlx_distill.recipe import DistillConfig
+from mlx_distill.stages.context import Context, count_rows, read_rows, vocabulary_hash
+from mlx_distill.stages.distill import kept_temperature, mid_tokens, token_groups, with_teachers_chat
+from mlx_distill.stages.targets import fingerprints
+from mlx_distill.thinking import set_thinking
+
+if TYPE_CHECKING:
+    from mlx_distill.distill.align import AlignedRow
+    from mlx_distill.distill.audit import StudentAudit
+    from mlx_distill.distill.live_teacher import LiveTeacher
+
+
+class AuditedPair:
+    """Teacher and student of a run, and the sampled targets.
+
+    Args:
+        context: Of the run, whose targets and student's base are finished.
+
+    Attributes:
+        tokenizers: By role, ``teacher`` and ``student``.
+        loss: The token-level loss that the student was trained with; None for none.
+        compared: The one that is computed from the cache and from the teacher; None for none.
+        coefficients: Of the terms of the student's loss.
+        aligned: The sampled targets as rows of the student; ``left_out``: how many could not be aligned;
+            ``split``: the set that they are of.
+        needs_teacher: Whether a student is measured beside the teacher's distributions.
+    """
+
+    def __init__(self, context: Context) -> None:
+        from mlx_distill.distill.audit import LOWER_BOUNDS
+        from mlx_distill.distill.objective import term_coefficients
+        from mlx_distill.distill.teacher_cache import TargetReader
+        from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
+        from mlx_distill.infer.label_scoring import find_label_trie
+        from mlx_distill.models.forward import embedding_rows
+        from mlx_distill.models.load import empty_model, load_tokenizer
+
+        self.context = context
+        settings = context.recipe.distill
+        if context.task.label is None and settings.label_weight:
+            settings = replace(settings, label_weight=0.0)
+        self.settings: DistillConfig = settings
+        folders = {"teacher": context.run / "teacher", "student": context.run / "student_base"}
+        self.tokenizers = {role: load_tokenizer(folder) for role, folder in folders.items()}
+        set_thinking(self.tokenizers["student"], context.recipe.student_thinking)
+        self.columns = embedding_rows(empty_model(folders["student"]))
+        self.reader = TargetReader(context.run / "targets")
+        self.reader.check(fingerprints(context, self.tokenizers["teacher"]))
+        hashes = [vocabulary_hash(tokenizer) for tokenizer in self.tokenizers.values()]
+        self.same_tokenizer = hashes[0] == hashes[1]
+        self.labels = find_label_trie(self.tokenizers["student"], context.task, settings.label_weight)
+        self.loss = token_loss_name(settings, self.same_tokenizer)
+        is_live = settings.teacher == "live"
+        distributions = self.loss is not None and TOKEN_LOSSES[self.loss].events == "start_index"
+        self.reads_cache = distributions and not is_live
+        self.compared = None
+        if not self.reader.layout.sampled:
+            plain = "kl" if self.same_tokenizer else "token_groups"
+            self.compared = self.loss if self.loss in LOWER_BOUNDS else plain
+        self.temperature = 1.0 if is_live else kept_temperature(self.loss, settings, self.reader.index)
+        self.coefficients = term_coefficients(settings, self.same_tokenizer)
+        has_valid = count_rows(context, "valid") > 0
+        self.split = "valid" if has_valid else "train"
+        self.aligned, self.left_out = self._aligned()
+        needed = self.compared is not None or (is_live and distributions)
+        self.needs_teacher = needed and bool(self.aligned)
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Which targets and which losses are measured."""
+        return {
+            "targets": {"rows": len(self.aligned), "set": self.split, "left_out": self.left_out},
+            "token_loss": self.loss,
+            "compared": self.compared,
+            "sampled": self.reader.layout.sampled,
+            "live": self.settings.teacher == "live",
+            "reads_cache": self.reads_cache,
+            "top_k": self.reader.layout.top_k,
+            "temperature": self.temperature,
+        }
+
+    @cached_property
+    def groups(self) -> Any:
+        """The token groups, where a loss needs them."""
+        from mlx_distill.distill.token_losses import TOKEN_LOSSES
+
+        needed = [TOKEN_LOSSES[name].needs for name in (self.loss, self.compared) if name]
+        if "token_groups" not in needed:
+            return None
+        return token_groups(self.tokenizers["student"], self.tokenizers["teacher"], self.columns)
+
+    def _aligned(self) -> tuple[list[AlignedRow], int]:
+        """The sampled targets as rows of the student, and the number of those that are left out."""
+        from mlx_distill.data.chat import render_many
+        from mlx_distill.distill.align import aligner, with_answer
+
+        sampled = self._targets()
+        teacher_tokenizer, tokenizer = self.tokenizers["teacher"], self.tokenizers["student"]
+        align = aligner(
+            self.context.task,
+            tokenizer,
+            teacher_tokenizer,
+            self.labels,
+            same_tokenizer=self.same_tokenizer,
+            columns=self.columns,
+            temperature=self.temperature,
+            mid_tokens=mid_tokens(
+                tokenizer,
+                teacher_tokenizer,
+                lambda: self.groups,
+                self.loss,
+                self.settings,
+                self.context.recipe.targets.draws,
+            ),
+            finish=with_teachers_chat(self.context, teacher_tokenizer),
+        )
+        chats = [with_answer(row, targets) for row, targets in sampled]
+        rows = []
+        rendered = render_many(tokenizer, chats) if chats else []
+        for chat, messages, (_, targets) in zip(rendered, chats, sampled, strict=True):
+            if len(chat) > self.settings.max_length:
+                continue
+            try:
+                rows.append(align(chat, messages, targets))
+            except DataError:  # counted and named by distill
+                continue
+        return rows, len(sampled) - len(rows)
+
+    def _targets(self) -> list[tuple[dict[str, Any], Any]]:
+        """Targets of validation rows with their rows, or of training rows where there are none."""
+        valid = self._valid_targets()
+        self.split = "valid" if valid else "train"
+        first, count = (len(self.reader) - valid, valid) if valid else (0, len(self.reader))
+        chosen = spread(count, self.context.recipe.evaluate.audit_rows)
+        sampled = [self.reader[first + number] for number in chosen]
+        ids = {targets.id for targets in sampled}
+        rows = {row["id"]: row for row in read_rows(self.context, self.split) if row["id"] in ids}
+        return [(rows[targets.id], targets) for targets in sampled]
+
+    def _valid_targets(self) -> int:
+        """The last targets, which are of validation rows; rows of a teacher that thinks may have none."""
+        if not self.context.recipe.teacher_thinking:
+            return count_rows(self.context, "valid")
+        ids, first = {row["id"] for row in read_rows(self.context, "valid")}, len(self.reader)
+        while first and self.reader[first - 1].id in ids:
+            first -= 1
+        return len(self.reader) - first
+
+    def student_audit(self, tokenizer: Any, teacher: LiveTeacher | None) -> StudentAudit:
+        """What measures a student."""
+        from mlx_distill.distill.audit import StudentAudit
+
+        return StudentAudit(
+            tokenizer,
+            self.settings,
+            len(self.context.task.labels) + 1,
+            self.labels,
+            self.groups,
+            same_tokenizer=self.same_tokenizer,
+            teacher=teacher,
+            compared=self.compared,
+        )
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most so many of the numbers below ``count``, evenly spread.
+
+    >>> spread(10, 4), spread(2, 4)
+    ([0, 2, 5, 7], [0, 1])
+    """
+    few = min(count, wanted)
+    return [number * count // few for number in range(few)]
