@@ -226,28 +226,16 @@ class MidTokens:
                 continue  # special tokens inside of a span
             begins, other_begins = _begins(pieces), _begins(others)
             earlier, lead = self._before(student_ids, first, spans)
-            for number, at in enumerate(begins[1:], 1):
-                outer = bisect.bisect_right(other_begins, at) - 1
-                start = other_begins[outer]
-                yield _Place(
-                    True,
-                    first + number,
-                    other_first + outer,
-                    (*earlier, *ours[:number]),
-                    lead + text[:start],
-                    text[start:at],
-                )
-            for number, at in enumerate(other_begins[1:], 1):
-                outer = bisect.bisect_right(begins, at) - 1
-                start = begins[outer]
-                yield _Place(
-                    False,
-                    first + outer,
-                    other_first + number,
-                    (*earlier, *ours[:outer]),
-                    lead + text[:start],
-                    text[start:at],
-                )
+            # Starts inside of the other's tokens: of the student's tokens, then of the teacher's.
+            for is_inside, inner, outer in ((True, begins, other_begins), (False, other_begins, begins)):
+                for number, at in enumerate(inner[1:], 1):
+                    around = bisect.bisect_right(outer, at) - 1
+                    own, other = (number, around) if is_inside else (around, number)
+                    start = outer[around]
+                    before, written = (*earlier, *ours[:own]), text[start:at]
+                    yield _Place(
+                        is_inside, first + own, other_first + other, before, lead + text[:start], written
+                    )
 
     def _by_context(
         self, student_ids: np.ndarray, teacher_ids: np.ndarray, spans: np.ndarray
