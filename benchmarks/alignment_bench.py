@@ -223,7 +223,7 @@ def main() -> int:
                 f"{teacher} > {student} {name:28s} {figures['bytes']:8,} bytes  same group "
                 f"{figures['same_group']:.4f}  right {figures['right']:.4f}  middle "
                 f"{figures['middle']:.3f}  aligned {figures['aligned']:.3f}  one to one "
-                f"{figures['one_to_one']:.3f}  packed {figures['packed']:.3f}  "
+                f"{figures['one_to_one']:.3f}  many to one {figures['many_to_one']:.3f}  "
                 f"{figures['mb_per_second']:.1f} MB/s  {', '.join(entry['texts'][name]['missed'])}",
                 flush=True,
             )
