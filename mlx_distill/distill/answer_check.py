@@ -60,7 +60,7 @@ class AnswerCheck:
         reason = self.reasons.setdefault(kind, {"count": 0, **example})
         reason["count"] += 1
         if kind == CUT and data_tokens is not None:
-            longer = data_tokens > len(generation.tokens)
+            longer = data_tokens > generation.answer_tokens
             name = "data_longer" if longer else "data_fits"
             reason[name] = reason.get(name, 0) + 1
             if longer:

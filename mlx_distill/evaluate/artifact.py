@@ -23,7 +23,7 @@ from mlx_distill.errors import DataError, DistillError, FileError, ModelError, Q
 from mlx_distill.progress import Progress
 from mlx_distill.records import Prediction
 from mlx_distill.storage import os_errors, read_json, read_manifest, write_json
-from mlx_distill.tasks.answer import dump_answer
+from mlx_distill.tasks.answer import THINKING, dump_answer
 from mlx_distill.tasks.task import Task
 from mlx_distill.text import counted, listed
 
@@ -86,7 +86,8 @@ def check_artifact(
 
     Returns:
         ``passed``; ``parted_at``, the first step that must agree with the one before it and does not, or
-        None; ``sentence``; ``rows``, how many were answered, and ``not_asked``, how many could not be; and
+        None; ``sentence``; ``rows``, how many were answered, and ``not_asked``, how many could not be, or
+        have no answer of the first model since its thinking did not end; and
         ``steps``, each with ``step``, ``before``, ``rows``, ``same``, ``must_agree``,
         ``max_label_logprob_difference`` (None where the task has no labels), ``near_ties`` and ``examples``.
 
@@ -107,11 +108,14 @@ def check_artifact(
                     raise
                 failed.append(_failed_step(answers[-1][0], step, len(asked), error))
                 break
-            if not answers:  # what the first model cannot read is asked of no other
-                is_read = [not _is_unread(prediction) for prediction in predictions]
-                asked, predictions = list(compress(rows, is_read)), list(compress(predictions, is_read))
+            if not answers:  # what the first model does not answer is asked of no other
+                has_text = [not _is_silent(prediction) for prediction in predictions]
+                asked, predictions = list(compress(rows, has_text)), list(compress(predictions, has_text))
             if not asked:
-                raise DataError("no rows that the model can be asked", fix="give others: --rows ROWS")
+                raise DataError(
+                    "no rows that the model can be asked, or whose thinking it ends",
+                    fix="give others: --rows ROWS; or check nothing: --check 0",
+                )
             answers.append((step, predictions))
     steps = [compare_step(before, after, task) for before, after in pairwise(answers)] + failed
     parted = next((step for step in steps if step["must_agree"] and step["same"] < step["rows"]), None)
@@ -240,11 +244,13 @@ def _answer(
     return predictions
 
 
-def _is_unread(prediction: Prediction) -> bool:
-    """Whether a row was not asked: it has no text, or its prompt is too long."""
+def _is_silent(prediction: Prediction) -> bool:
+    """Whether there is no text to compare: the row was not asked, since it has none or its prompt is too
+    long, or the model's thinking did not end.
+    """
     from mlx_distill.infer.predict import BAD_ROW, LONG_PROMPT
 
-    return prediction.error_kind in (BAD_ROW, LONG_PROMPT)
+    return prediction.error_kind in (BAD_ROW, LONG_PROMPT, THINKING)
 
 
 def compare_step(

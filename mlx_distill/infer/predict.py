@@ -409,7 +409,7 @@ def read_answer(
         return None, f"cut after {len(generation.tokens)} tokens: {THINKING}"
     answer, error = parse_answer(generation.text, schema)
     if error and generation.finish == "length":
-        error = f"cut after {len(generation.tokens)} tokens: {error}"
+        error = f"cut after {generation.answer_tokens} tokens: {error}"
     return answer, error
 
 

@@ -118,6 +118,11 @@ class Generation:
     error: DistillError | None = None
 
     @property
+    def answer_tokens(self) -> int:
+        """Tokens of the answer, without those of the thinking before it."""
+        return len(self.tokens) - self.answer_start
+
+    @property
     def still_thinking(self) -> bool:
         """Whether it was cut before its answer began."""
         return self.finish == "length" and 0 < self.answer_start == len(self.tokens)

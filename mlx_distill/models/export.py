@@ -29,6 +29,7 @@ from mlx_distill.models.hub import copy_tokenizer, replace_tokenizer, resolve
 from mlx_distill.models.peft import Card, from_peft, peft_weights, to_peft, write_peft
 from mlx_distill.models.quantization import TensorAction
 from mlx_distill.models.quantize import dequantized_plan, plan_jobs, plan_with_adapter
+from mlx_distill.models.trained_on import replace_trained_on
 from mlx_distill.progress import Progress
 from mlx_distill.storage import write_json, write_text
 from mlx_distill.text import counted, size
@@ -145,6 +146,7 @@ def to_hf(
         copy_tokenizer(plan.folder, staged.folder, others=True)
         if has_adapter:
             replace_tokenizer(folder, staged.folder)
+            replace_trained_on(folder, staged.folder)
         write_json(staged.folder / "config.json", hf_config(plan, {job.tensor.name for job in jobs}))
         kept = (
             write_peft(folder, staged.folder / "adapter", kept_weights, destination.name)

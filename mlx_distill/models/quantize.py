@@ -53,6 +53,7 @@ from mlx_distill.models.folder import source_key, staged_folder
 from mlx_distill.models.hub import replace_tokenizer, resolve
 from mlx_distill.models.quantization import Quantization, TensorAction, quantization_policy
 from mlx_distill.models.refined import Refined
+from mlx_distill.models.trained_on import replace_trained_on
 from mlx_distill.progress import Progress
 from mlx_distill.storage import atomic_path, sha256, write_json
 
@@ -248,6 +249,7 @@ def quantize_into(
     write_other_files(model_folder, plan, jobs, shards)
     if has_adapter:
         replace_tokenizer(source, folder)
+        replace_trained_on(source, folder)
     if model_folder != folder:
         _copy_adapter(source, folder)
     rows = tensor_rows(plan, jobs, shards)

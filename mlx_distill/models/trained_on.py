@@ -4,6 +4,7 @@ is the newest usable one.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 from mlx_distill.config import to_mapping
 from mlx_distill.errors import FileError, ModelError
 from mlx_distill.run_models import RUN_MODELS, run_model
-from mlx_distill.storage import check_folder, read_json, read_manifest, write_json
+from mlx_distill.storage import check_folder, os_errors, read_json, read_manifest, write_json
 from mlx_distill.tasks.task import Task, parse_task
 
 TRAINED_ON = "trained_on.json"
@@ -53,6 +54,14 @@ def write_trained_on(folder: Path, task: Task, chats: Iterable[Mapping[str, Any]
     write_json(
         folder / TRAINED_ON, {"task": None if task.is_chats else to_mapping(task), "system_prompts": known}
     )
+
+
+def replace_trained_on(source: Path, destination: Path) -> None:
+    """Copy what the model of a folder was trained on, and remove what another one, such as its base, was."""
+    with os_errors():
+        (destination / TRAINED_ON).unlink(missing_ok=True)
+        if (source / TRAINED_ON).is_file():
+            shutil.copyfile(source / TRAINED_ON, destination / TRAINED_ON)
 
 
 def read_trained_on(folder: str | Path) -> TrainedOn | None:

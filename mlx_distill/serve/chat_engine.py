@@ -24,6 +24,7 @@ from mlx_distill.models.forward import head_columns
 from mlx_distill.serve.chat_request import Chat
 from mlx_distill.serve.errors import ApiError, from_distill_error
 from mlx_distill.tasks.grammar import check_schema
+from mlx_distill.thinking import thinking_budget
 
 MAX_TOKENS = 4096
 """The longest answer where a request does not say."""
@@ -67,9 +68,10 @@ def engine_request(model: ChatModel, chat: Chat) -> Request:
     """The request to the engine: the prompt that training and ``analyze`` give the same messages.
 
     Raises:
-        ApiError: 400, messages that the chat template refuses or that are too long, or a schema that a
-            grammar cannot enforce.
+        ApiError: 400, messages that the chat template refuses or that are too long, a schema that a grammar
+            cannot enforce, or a ``reasoning_effort`` that is not the model's.
     """
+    chat.check_effort(thinking_budget(model.tokenizer) > 0)
     with model.lock:
         try:
             prompt = prompt_ids(model.tokenizer, chat.messages)

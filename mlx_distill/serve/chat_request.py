@@ -39,10 +39,6 @@ _REFUSED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "function_call": (_is("none", "auto"), "functions are not implemented"),
     "modalities": (_is(["text"]), "answers are text"),
     "audio": (_is(), "answers are text"),
-    "reasoning_effort": (
-        _is("none", "minimal", "low"),
-        "models answer without thinking first, as they were trained",
-    ),
     "verbosity": (_is("medium"), "say in the messages how long the answer is to be"),
     "web_search_options": (_is(), "nothing is searched"),
     "moderation": (_is(), "answers are not moderated"),
@@ -112,6 +108,7 @@ class ChatRequest(_Strict):
     stop: str | list[str] | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(default=None, ge=0, le=20)
+    reasoning_effort: str | None = None
     response_format: ResponseFormat | None = None
 
 
@@ -131,6 +128,7 @@ class Chat:
         stop: Strings that end the answer.
         format: What it is written in.
         schema: Of the format ``json_schema``.
+        reasoning_effort: How much the model is to think; None for what it was trained to.
         ignored: Parameters of the request that were ignored.
     """
 
@@ -145,7 +143,25 @@ class Chat:
     stop: tuple[str, ...] = ()
     format: Literal["text", "json_object", "json_schema"] = "text"
     schema: Mapping[str, Any] | None = None
+    reasoning_effort: str | None = None
     ignored: tuple[str, ...] = ()
+
+    def check_effort(self, thinks: bool) -> None:
+        """Refuse an effort that is not that of the model's training.
+
+        Args:
+            thinks: Whether the model was trained to think before it answers.
+
+        Raises:
+            ApiError: 400.
+        """
+        effort = self.reasoning_effort
+        if thinks and effort not in (None, "low"):
+            reason = f"{effort!r}: this model thinks before it answers, as it was trained: low"
+            raise _refused("reasoning_effort", reason, "unsupported_parameter")
+        if not thinks and effort not in (None, "none", "minimal", "low"):
+            reason = f"{effort!r}: this model answers without thinking first, as it was trained: none"
+            raise _refused("reasoning_effort", reason, "unsupported_parameter")
 
 
 def read_chat(body: ChatRequest) -> Chat:
@@ -179,6 +195,7 @@ def read_chat(body: ChatRequest) -> Chat:
         stop=_stops(body.stop),
         format=kind,
         schema=schema,
+        reasoning_effort=body.reasoning_effort,
         ignored=ignored,
     )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 from mlx_distill.stages.context import Context, Facts, load_model
@@ -12,12 +11,9 @@ from mlx_distill.stages.label_calibration import calibrate_labels
 def quantize(context: Context, folder: Path) -> Facts:
     """Quantize the student's weights, except those that are MXFP4 already."""
     from mlx_distill.models.quantize import quantize_into
-    from mlx_distill.models.trained_on import TRAINED_ON
     from mlx_distill.stages.refinement import refine_student
 
     settings, student = context.recipe.quantize, context.run / "student"
-    if (student / TRAINED_ON).is_file():
-        shutil.copyfile(student / TRAINED_ON, folder / TRAINED_ON)
     refinement = refine_student(context, folder)
     report = quantize_into(
         student,

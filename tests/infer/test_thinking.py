@@ -90,7 +90,8 @@ def test_the_limits_are_those_of_the_thinking_and_of_the_answer_alone(thinking: 
     assert error_kind(short.finish, error) == THINKING
     cut = answered(thinking, script, max_tokens=answer - 2)
     assert cut.finish == "length" and not cut.still_thinking and ANSWER.startswith(cut.text)
-    assert len(cut.tokens) - cut.answer_start == answer - 2
+    assert cut.answer_tokens == answer - 2
+    assert str(read_answer(cut, SCHEMA)[1]).startswith(f"cut after {answer - 2} tokens: not JSON")
 
 
 def test_thinking_that_goes_on_has_no_answer_whatever_it_says(thinking: Any, kind: str) -> None:

@@ -62,7 +62,6 @@ def test_harmless_parameters_are_accepted_and_named() -> None:
         ("function_call", {"name": "f"}, "none"),
         ("modalities", ["text", "audio"], ["text"]),
         ("audio", {"voice": "alloy"}, None),
-        ("reasoning_effort", "high", "low"),
         ("verbosity", "low", "medium"),
         ("web_search_options", {}, None),
         ("moderation", {}, None),
@@ -74,6 +73,19 @@ def test_parameters_that_would_change_the_answer_are_refused_by_name(
     error = refusal(**{name: value})
     assert error.param == name and str(error.param) in error.message
     assert read(**{name: neutral}).ignored == ()
+
+
+@pytest.mark.parametrize(("thinks", "neutral"), [(False, {"none", "minimal", "low"}), (True, {"low"})])
+def test_an_effort_is_that_of_the_training(thinks: bool, neutral: set[str]) -> None:
+    read().check_effort(thinks)
+    for effort in ("none", "minimal", "low", "medium", "high", "a lot"):
+        chat = read(reasoning_effort=effort)
+        if effort in neutral:
+            chat.check_effort(thinks)
+            continue
+        with pytest.raises(ApiError, match=repr(effort)) as caught:
+            chat.check_effort(thinks)
+        assert (caught.value.param, caught.value.status) == ("reasoning_effort", 400)
 
 
 def test_what_is_not_known_is_refused() -> None:

@@ -81,6 +81,14 @@ def test_rows_without_thinking_are_no_reason_why_answers_do_not_fit() -> None:
     assert "targets.max_thinking_tokens" in (found.fix or "")
 
 
+def test_an_answer_behind_thinking_is_held_against_the_rows_own_without_it() -> None:
+    counts = AnswerCheck()
+    cut = Generation('{"colour": "y', (1,) * 32, 9, "length", 0.1, answer_start=20)
+    counts.add("r0", cut, TASK["schema"], 15)
+    assert (counts.reasons["cut"]["data_longer"], counts.reasons["cut"]["data_tokens"]) == (1, 15)
+    assert "cut after 12 tokens" in counts.reasons["cut"]["error"]
+
+
 def test_the_fix_names_the_option_that_has_an_effect() -> None:
     found = error(check(("the", "stop")), "teach.steps=9")
     assert found is not None and "teach.steps, teach.learning_rate" in (found.fix or "")
