@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_distill.config import resolve_asset
 from mlx_distill.data.files import ReadOptions, read_path
-from mlx_distill.errors import ConfigError, FileError
+from mlx_distill.errors import ConfigError, DataError, FileError
 from mlx_distill.evaluate.artifact import (
     DEFAULT_ROWS,
     FILE_NAME,
@@ -125,9 +125,15 @@ def write_export(
         if asked:
             progress.note(f"the export is not checked: {asked}")
         return written
-    result = check_artifact(
-        model, destination, asked.rows, asked.task, to=to, adapter=adapter, progress=progress
-    )
+    try:
+        result = check_artifact(
+            model, destination, asked.rows, asked.task, to=to, adapter=adapter, progress=progress
+        )
+    except DataError as error:
+        if check is not None or rows is not None:  # somebody asked for it
+            raise
+        progress.note(f"the export is not checked: {error.message}")
+        return written
     _keep(Path(destination), Path(model).resolve().parent, result, progress)
     return replace(written, artifact=result)
 
