@@ -6,15 +6,15 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 from helpers.small_chain import STAGES, finished, whole_stages
+from helpers.small_disk import small_disk
 
 from mlx_distill import pipeline
 from mlx_distill.cli import cli
@@ -57,17 +57,6 @@ def refusal(result: Any) -> tuple[str, str]:
 
 
 # --- the disk -----------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def small_disk(limit: int) -> Iterator[None]:
-    """Limit files to ``limit`` bytes: like a full disk, also for code that is not written in Python."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 # The stage, the limit in bytes, and the file that reaches it: one case for each code that writes files.

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from helpers.pages import DOCS, code_blocks
 from helpers.small_run import write_recipe
 
 from mlx_distill.cli import cli
 from mlx_distill.recipe import load_recipe
 
-PAGE = Path(__file__).parents[1] / "docs" / "validation.md"
-BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+PAGE = DOCS / "validation.md"
+BLOCKS = code_blocks(PAGE)
 _TEACH = {"steps": 2, "accumulate": 1, "batch_size": 4, "lora_rank": 4, "evaluate_every": 0}
 
 
@@ -26,7 +26,7 @@ def test_the_examples_of_the_page_run(
     monkeypatch.chdir(tmp_path)
     path = write_recipe(tmp_path, teach=_TEACH)
     outputs = []
-    for language, text in BLOCKS:
+    for language, _, text in BLOCKS:
         if language == "sh":
             for line in text.splitlines():
                 result = runner.invoke(cli, shlex.split(line)[1:])

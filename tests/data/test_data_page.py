@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import re
 import sqlite3
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.pages import DOCS, code_blocks
 
 from mlx_distill.data.prepare import prepare
 from mlx_distill.data.rows import to_example
 from mlx_distill.recipe import load_recipe
 from mlx_distill.tasks.task import load_task
 
-PAGE = Path(__file__).parents[2] / "docs" / "data.md"
-BLOCKS = re.findall(r"^```(\w+) ?([\w.-]*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+PAGE = DOCS / "data.md"
+BLOCKS = code_blocks(PAGE)
 HEAD = "name: page\ntask: task.yaml\nteacher: asset:models/tiny-qwen3\nstudent: asset:models/tiny-gpt-oss\n"
 RAIN = {"verdict": "RECOMMENDED", "score": 95}
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.pages import DOCS, code_blocks
 
 from mlx_distill.cli import cli
 
-PAGE = Path(__file__).parents[2] / "docs" / "compare.md"
-BLOCKS = re.findall(r"^```(\w+) ?([\w.-]*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+PAGE = DOCS / "compare.md"
+BLOCKS = code_blocks(PAGE)
 ROWS = 120
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from click.testing import CliRunner
+from helpers.pages import DOCS, code_blocks, write_files
 from helpers.predictions import prediction
 
 from mlx_distill.cli.main import cli
@@ -17,8 +18,8 @@ from mlx_distill.evaluate.registry import METRICS
 from mlx_distill.storage import write_jsonl
 from mlx_distill.tasks.task import load_task
 
-PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+) ?([\w.-]*)\n(.*?)^```$", PAGE, re.M | re.S)
+PAGE = (DOCS / "evaluation.md").read_text(encoding="utf-8")
+BLOCKS = code_blocks(DOCS / "evaluation.md")
 
 
 def song(verdict: str, score: int, *themes: str, summary: str = "a song of hope") -> dict[str, Any]:
@@ -52,9 +53,7 @@ def test_the_examples_of_the_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for _, name, text in BLOCKS:
-        if name:
-            Path(name).write_text(text, encoding="utf-8")
+    write_files(BLOCKS, tmp_path)
     Path("songs.jsonl").write_text('{"lyrics": "la", "answer": {}}\n', encoding="utf-8")
     commands = next(text for language, _, text in BLOCKS if language == "sh")  # the others need models
     for line in commands.splitlines():
@@ -84,9 +83,7 @@ def test_the_task_of_the_page_finds_its_errors(tmp_path: Path, monkeypatch: pyte
     from mlx_distill.data.predictions import read_predictions
     from mlx_distill.evaluate.suite import evaluate_models
 
-    for _, name, text in BLOCKS:
-        if name:
-            (tmp_path / name).write_text(text, encoding="utf-8")
+    write_files(BLOCKS, tmp_path)
     write_run(tmp_path)
     task = load_task("songs.yaml", tmp_path)
     rows = {name: read_predictions(tmp_path / "evaluations" / name)[1] for name in ("teacher", "student")}

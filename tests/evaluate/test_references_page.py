@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from helpers.pages import DOCS, code_blocks, write_files
 
 from mlx_distill.evaluate.edge_cases import ERRORS
 from mlx_distill.evaluate.references import reference_metrics
@@ -13,17 +14,15 @@ from mlx_distill.metrics import upper_limit_of_none
 from mlx_distill.tasks.references import CHECKER_KEYS
 from mlx_distill.tasks.task import load_task
 
-PAGE = (Path(__file__).parents[2] / "docs" / "references.md").read_text(encoding="utf-8")
-BLOCKS = re.findall(r"^```(\w+) ?([\w.-]*)\n(.*?)^```$", PAGE, re.M | re.S)
+PAGE = (DOCS / "references.md").read_text(encoding="utf-8")
+BLOCKS = code_blocks(DOCS / "references.md")
 
 
 def test_the_examples_of_the_page_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for _, name, text in BLOCKS:
-        if name:
-            Path(name).write_text(text, encoding="utf-8")
+    write_files(BLOCKS, tmp_path)
     for (language, name, text), following in zip(BLOCKS, [*BLOCKS[1:], ("", "", "")], strict=True):
         if language == "python" and not name:
             exec(compile(text, "docs/references.md", "exec"), {})

@@ -43,6 +43,19 @@ class TinyModel(nn.Module):
         return self.lm_head(self.model(inputs))
 
 
+class Deep(nn.Module):
+    """Many layers that are added up, for peaks of memory."""
+
+    def __init__(self, layers: int, width: int) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(width, width, bias=False) for _ in range(layers)]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        for layer in self.layers:
+            x = x + mx.tanh(layer(x))
+        return x
+
+
 def make_model(seed: int = 0, dropout: float = 0.0, width: int = 16) -> TinyModel:
     mx.random.seed(seed)
     model = TinyModel(width, dropout)

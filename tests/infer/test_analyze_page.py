@@ -9,21 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from helpers.pages import DOCS, code_blocks, write_files
 from helpers.small_model import write_small_model
 
 from mlx_distill.cli import cli
 
-PAGE = Path(__file__).parents[2] / "docs" / "analyze.md"
-BLOCKS = re.findall(r"^```(\w+) ?([\w.-]*)\n(.*?)^```$", PAGE.read_text(encoding="utf-8"), re.M | re.S)
+PAGE = DOCS / "analyze.md"
+BLOCKS = code_blocks(PAGE)
 
 
 @pytest.mark.slow
 def test_the_examples_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, runner: Any) -> None:
     monkeypatch.chdir(tmp_path)
     write_small_model(tmp_path / "model")
-    for _, name, text in BLOCKS:
-        if name:
-            Path(name).write_text(text, encoding="utf-8")
+    write_files(BLOCKS, tmp_path)
     for language, _, text in BLOCKS:
         if language == "python":
             exec(compile(text, str(PAGE), "exec"), {})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import resource
 import shutil
 import signal
 import sqlite3
@@ -17,6 +16,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from helpers.small_disk import small_disk
 
 from mlx_distill.errors import FileError
 from mlx_distill.jobs import dispatch, get
@@ -388,16 +388,6 @@ def test_a_folder_that_cannot_be_written() -> None:
                 root.state.chmod(0o700)
                 ledger.path.chmod(0o600)
         assert names(ledger) == ["a"]
-
-
-@contextmanager
-def small_disk(limit: int) -> Iterator[None]:
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_full_disk_loses_nothing_that_was_committed(ledger: Ledger) -> None:

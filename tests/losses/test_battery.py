@@ -15,10 +15,9 @@ import mlx.optimizers as optim
 import numpy as np
 import pytest
 from helpers.given_logits import GivenLogits
+from helpers.top_k_row import top_k_row
 
-from mlx_distill.distill.align import align_row, at_temperature, collate_aligned_rows
-from mlx_distill.distill.teacher_cache import TeacherTargets
-from mlx_distill.distill.token_distributions import Kept, distributions
+from mlx_distill.distill.align import collate_aligned_rows
 from mlx_distill.distill.token_losses import TOKEN_LOSSES, TokenLossInput, divergence_options
 from mlx_distill.losses import TokenGroups
 from mlx_distill.recipe import DistillConfig
@@ -170,29 +169,7 @@ def make_loss(
     """A registry entry as a function of the student's logits, with targets as a cache has them."""
     loss = TOKEN_LOSSES[name]
     own = t if loss.over_tokens else 1.0
-    found = distributions(mx.array(teacher), np.zeros(N, np.int32), Kept(k, (own,) if own != 1 else ()))
-    targets = TeacherTargets(
-        "row",
-        "",
-        None,
-        np.zeros(N, np.int32),
-        found.logprobs,
-        found.topk_ids,
-        found.topk_logprobs,
-        tempered_tails=found.tempered_tails,
-    )
-    row = align_row(
-        np.zeros(N + 1, np.int32),
-        1,
-        np.array([[i, i + 1, i, i + 1] for i in range(N - 1)]),
-        teacher_logprobs=found.logprobs,
-        topk_ids=found.topk_ids,
-        topk_logprobs=at_temperature(targets, own),
-        label_start=None,
-        label_logprobs=None,
-        temperature=own,
-    )
-    extra = collate_aligned_rows([row], [0], 0, 1).extra
+    extra = collate_aligned_rows([top_k_row(teacher, k, own)], [0], 0, 1).extra
     options = divergence_options(DistillConfig(token_loss=name))
 
     def call(z: mx.array) -> mx.array:

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from helpers.list_batches import ListBatches
-from helpers.tiny_model import TinyModel, make_batches, make_model, make_rows, settings
+from helpers.tiny_model import Deep, TinyModel, make_batches, make_model, make_rows, settings
 from mlx.utils import tree_flatten
 
 from mlx_distill.optim import AdamW, GaLoreAdamW, make_optimizer
@@ -54,21 +53,10 @@ def test_the_loop_adds_up_projected_gradients(
     assert steps[3] == LOW or accumulate > 1
 
 
-class Deep(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.layers = [nn.Linear(256, 256, bias=False) for _ in range(16)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.layers:
-            x = x + mx.tanh(layer(x))
-        return x
-
-
 def peak_of_the_second_step(optimizer: Any, accumulate: int) -> float:
     """Peak memory above weights and state, in units of the weights' size."""
     mx.random.seed(0)
-    model, x = Deep(), mx.random.normal((4, 256))
+    model, x = Deep(16, 256), mx.random.normal((4, 256))
     objective = Objective(
         lambda _: {"text": 1.0}, lambda model, _: {"text": mx.square(model(x)).sum()}, {"text": 1.0}
     )

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import pytest
 from helpers.list_batches import ListBatches
-from helpers.tiny_model import TinyModel, make_batches, make_model, make_rows, settings
+from helpers.tiny_model import Deep, TinyModel, make_batches, make_model, make_rows, settings
 from mlx.utils import tree_flatten
 
 from mlx_distill.errors import ConfigError, DataError
@@ -39,17 +38,6 @@ def test_streaming_changes_no_bit(tmp_path: Path, method: str, clip_norm: float)
     """With dropout, clipped or not: weights, losses and norms."""
     held = run(tmp_path / "held", method=method, clip_norm=clip_norm)
     assert run(tmp_path / "streamed", method=method, clip_norm=clip_norm, stream_gradients=True) == held
-
-
-class Deep(nn.Module):
-    def __init__(self, layers: int, width: int) -> None:
-        super().__init__()
-        self.layers = [nn.Linear(width, width, bias=False) for _ in range(layers)]
-
-    def __call__(self, x: mx.array) -> mx.array:
-        for layer in self.layers:
-            x = x + mx.tanh(layer(x))
-        return x
 
 
 def deep_peak(update: Any, clip_norm: float) -> float:
