@@ -17,17 +17,36 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import mlx.core as mx
 from jaxtyping import Float
 
 from mlx_distill.errors import ConfigError
-from mlx_distill.losses.numerics import check_fraction, check_temperature, check_widths, log_softmax, row_sum
+from mlx_distill.losses.numerics import (
+    check_fraction,
+    check_temperature,
+    check_widths,
+    eager_exp,
+    eager_logaddexp,
+    log_softmax,
+    row_sum,
+)
 
-# (log q, log p) of some columns -> each column's summand f, or f and its derivative by log q.
+# (log q, log p, maths) of some columns -> each column's summand f, or f and its derivative by log q.
 Summand: TypeAlias = mx.array | tuple[mx.array, mx.array]
-Pointwise: TypeAlias = Callable[[mx.array, mx.array], Summand]
+Pointwise: TypeAlias = Callable[..., Summand]
+
+
+class Maths(NamedTuple):
+    """The functions that a summand is computed with: MLX's, through which gradients go, or faster ones."""
+
+    exp: Callable[[mx.array], mx.array]
+    logaddexp: Callable[[mx.array, mx.array], mx.array]
+
+
+TRACED = Maths(mx.exp, mx.logaddexp)
+EAGER = Maths(eager_exp, eager_logaddexp)
 
 
 @dataclass(frozen=True)
@@ -35,9 +54,9 @@ class Divergence:
     """A divergence ``Σ_columns f(log q, log p)``, without the factor T².
 
     Args:
-        pointwise: f of ``log q``, ``log p`` and the options, differentiable by ``log q``. It may return f and
-            its derivative by ``log q`` instead: the tiled form then needs no vjp, which keeps some 30 MiB
-            more per block of rows and, for the Jensen-Shannon divergence, takes 1.7 times as long.
+        pointwise: f of ``log q``, ``log p``, ``maths`` and the options, differentiable by ``log q`` with
+            :data:`TRACED` as ``maths``. It may return f and its derivative by ``log q`` instead: the tiled
+            form then needs no vjp, which keeps some 30 MiB more per block of rows and takes longer.
         options: The options' names and defaults; each is a number from 0 to 1.
         limits: Values of the option at which f is degenerate, and the divergence that is used there instead.
     """
@@ -47,30 +66,35 @@ class Divergence:
     limits: Mapping[float, str] = field(default_factory=dict)
 
 
-def _forward(log_q: mx.array, log_p: mx.array) -> mx.array:
-    return mx.exp(log_p) * (log_p - log_q)
+def _forward(log_q: mx.array, log_p: mx.array, maths: Maths = TRACED) -> mx.array:
+    return maths.exp(log_p) * (log_p - log_q)
 
 
-def _reverse(log_q: mx.array, log_p: mx.array) -> mx.array:
-    return mx.exp(log_q) * (log_q - log_p)
+def _reverse(log_q: mx.array, log_p: mx.array, maths: Maths = TRACED) -> mx.array:
+    return maths.exp(log_q) * (log_q - log_p)
 
 
-def _jensen_shannon(log_q: mx.array, log_p: mx.array, beta: float) -> tuple[mx.array, mx.array]:
-    log_m = mx.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
-    student = (1 - beta) * mx.exp(log_q) * (log_q - log_m)
+def _jensen_shannon(
+    log_q: mx.array, log_p: mx.array, maths: Maths = TRACED, *, beta: float
+) -> tuple[mx.array, mx.array]:
+    log_m = maths.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    student = (1 - beta) * maths.exp(log_q) * (log_q - log_m)
     # The derivatives through log m cancel: β p + (1-β) q = m.
-    return beta * mx.exp(log_p) * (log_p - log_m) + student, student
+    return beta * maths.exp(log_p) * (log_p - log_m) + student, student
 
 
-def _skew(log_q: mx.array, log_p: mx.array, lam: float) -> tuple[mx.array, mx.array]:
-    log_m = mx.logaddexp(log_p + math.log(lam), log_q + (math.log1p(-lam) if lam < 1 else -math.inf))
-    p = mx.exp(log_p)
-    return p * (log_p - log_m), -(1 - lam) * p * mx.exp(log_q - log_m)
+def _skew(
+    log_q: mx.array, log_p: mx.array, maths: Maths = TRACED, *, lam: float
+) -> tuple[mx.array, mx.array]:
+    other = log_q + (math.log1p(-lam) if lam < 1 else -math.inf)
+    log_m = maths.logaddexp(log_p + math.log(lam), other)
+    p = maths.exp(log_p)
+    return p * (log_p - log_m), -(1 - lam) * p * maths.exp(log_q - log_m)
 
 
-def _variation(log_q: mx.array, log_p: mx.array) -> tuple[mx.array, mx.array]:
-    q = mx.exp(log_q)
-    difference = q - mx.exp(log_p)
+def _variation(log_q: mx.array, log_p: mx.array, maths: Maths = TRACED) -> tuple[mx.array, mx.array]:
+    q = maths.exp(log_q)
+    difference = q - maths.exp(log_p)
     return 0.5 * mx.abs(difference), 0.5 * mx.sign(difference) * q
 
 
@@ -94,8 +118,10 @@ def summand(pointwise: Pointwise, log_q: mx.array, log_p: mx.array) -> mx.array:
 def summand_and_derivative(
     pointwise: Pointwise, log_q: mx.array, log_p: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """Each column's summand f and its derivative by ``log q``, by the chain rule where the entry has none."""
-    out = pointwise(log_q, log_p)
+    """Each column's summand f and its derivative by ``log q``, by the chain rule where the entry has none; no
+    gradient goes through the two.
+    """
+    out = pointwise(log_q, log_p, EAGER)
     if isinstance(out, tuple):
         return out
     (f,), (derivative,) = mx.vjp(lambda x: summand(pointwise, x, log_p), [log_q], [mx.ones_like(log_q)])

@@ -44,7 +44,7 @@ OBJECTIVES: dict[str, Objective] = {
             GROUPS,
             same_tokenizer=TOKEN_LOSSES[name].needs == "same_tokenizer",
         )
-        for name in ("kl", "js_divergence", "token_groups", "alm", "uld", "gold")
+        for name in ("kl", "js_divergence", "token_groups", "alm", "uld", "gold", "x_token")
     },
 }
 

@@ -185,15 +185,16 @@ def test_impossible_temperature_is_refused(
 def test_the_derivative_of_the_summand_is_that_of_the_chain_rule(
     name: str, options: dict[str, float], reference: Any
 ) -> None:
-    """Entries of the registry may state their derivative; the tiled form relies on it."""
+    """Entries of the registry may state their derivative; the tiled form relies on it, and computes both with
+    NumPy's exp where it is the faster one.
+    """
     log_q, log_p = (mx.log(mx.softmax(logits(seed), axis=-1)) for seed in (1, 2))
     _, pointwise = pointwise_form(name, options)
     f, derivative = summand_and_derivative(pointwise, log_q, log_p)
     plain, (chain,) = mx.vjp(lambda x: summand(pointwise, x, log_p), [log_q], [mx.ones_like(log_q)])
-    assert mx.array_equal(f, plain[0])
-    np.testing.assert_allclose(
-        np.array(derivative), np.array(chain), atol=2e-8 + 1e-6 * mx.abs(chain).max().item()
-    )
+    for found, wanted in ((f, plain[0]), (derivative, chain)):
+        most = mx.abs(wanted).max().item()
+        np.testing.assert_allclose(np.array(found), np.array(wanted), atol=2e-8 + 1e-6 * most)
 
 
 def test_impossible_mixing_weight_is_refused() -> None:
