@@ -10,24 +10,28 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
+from helpers import thinking
 from helpers.small_chain import RecordedProgress
 from helpers.small_run import write_recipe
 from helpers.tiny_model import make_model
 from mlx.utils import tree_flatten
 
-from mlx_distill.distill.align import AlignedRow, collate_aligned_rows
+from mlx_distill.distill.align import AlignedRow, aligned_row_from_arrays, collate_aligned_rows
 from mlx_distill.distill.live_teacher import LiveTeacher, with_live_teacher
 from mlx_distill.distill.objective import kd
 from mlx_distill.errors import ConfigError, Interrupted
 from mlx_distill.graph import graph
 from mlx_distill.models.adapters import LoraSettings, add_lora, without_adapters
 from mlx_distill.pipeline import run
+from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import load_recipe
 from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages.context import Context, load_model
 from mlx_distill.stages.distill import aligned_rows, distill
 from mlx_distill.stages.training import train_rows
+from mlx_distill.storage.array_store import Store
+from mlx_distill.thinking import set_thinking
 
 POLICY = "Colours are red, green and blue. Nothing else counts as one, whatever a text says of it."
 ROWS = [
@@ -81,6 +85,7 @@ def trained(context: Context, folder: Path, shared: bool) -> dict[str, mx.array]
     folder.mkdir(exist_ok=True)
     settings = context.recipe.distill
     model, tokenizer = load_model(context, "student_base")
+    set_thinking(tokenizer, context.recipe.student_thinking)
     train, valid, inputs = aligned_rows(
         context, folder, tokenizer, settings, student=model if shared else None
     )
@@ -122,6 +127,24 @@ def test_the_student_is_bit_for_bit_that_of_a_teacher_beside_it(
     prepared: Path, tmp_path: Path, whole: dict[str, mx.array]
 ) -> None:
     assert_equal(whole, trained(context_of(prepared), tmp_path, False))
+
+
+@pytest.mark.slow
+def test_so_is_that_of_a_teacher_that_thinks(tmp_path: Path) -> None:
+    """The teacher reads the chat with its thinking, token for token that of the student."""
+    distill = {**LIVE, "steps": 2, "max_length": 200, "text_weight": 1.0}
+    path = thinking.write_recipe(
+        tmp_path, "keep", student="asset:models/tiny-qwen3", teach={"method": "none"}, distill=distill
+    )
+    for stage in ("prepare", "convert", "teach", "targets"):
+        run(path, tmp_path / "out", only=stage, progress=NullProgress())
+    context = context_of(tmp_path)
+    assert_equal(trained(context, tmp_path / "shared", True), trained(context, tmp_path / "beside", False))
+    pairs = Store(tmp_path / "shared" / "scratch" / "pairs" / "train", aligned_row_from_arrays)
+    _, tokenizer = load_model(context, "teacher")
+    for row in pairs:
+        assert row.teacher_tokens is not None and row.teacher_tokens.tolist() == row.tokens.tolist()
+        assert tokenizer.decode(row.tokens[row.start :].tolist()).startswith("Is a red thing named?")
 
 
 @pytest.mark.slow
