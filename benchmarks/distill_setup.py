@@ -322,7 +322,11 @@ class HeldOut:
         model, tokenizer = self.lab.teacher
         settings = TargetsConfig(text="sampled", top_k=1, batch_size=64, seed=7)
         scored, check = score_answers(model, tokenizer, self.rows, self.lab.task, settings)
-        print(f"held-out: {check.rows - check.valid} of {check.rows} sampled answers replaced", flush=True)
+        unfit = check.rows - check.valid
+        print(
+            f"held-out: {unfit} of {check.rows} sampled answers do not fit, {check.valid_again} drawn again",
+            flush=True,
+        )
         return [targets.text for targets in scored]
 
     def _teacher(self) -> dict[str, np.ndarray]:

@@ -29,11 +29,13 @@ class AnswerCheck:
             that were cut also ``data_longer``, the number of them whose row's own answer is longer than the
             limit, ``data_tokens``, the longest of these, and ``data_fits``, the number of them whose row's
             own answer is not.
+        valid_again: Of the answers that do not fit, those in whose place another sample does.
         left_out: Rows that have no targets, since the teacher's thinking before the answer cannot be used.
     """
 
     rows: int = 0
     valid: int = 0
+    valid_again: int = 0
     left_out: int = 0
     reasons: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -67,6 +69,16 @@ class AnswerCheck:
                 reason["data_tokens"] = max(reason.get("data_tokens", 0), data_tokens)
         return False
 
+    def add_again(self, generation: Generation, schema: Mapping[str, Any]) -> bool:
+        """Count another sample in the place of an answer that does not fit, if this one does; whether it
+        does.
+        """
+        from mlx_distill.infer.predict import read_answer
+
+        fits = read_answer(generation, schema)[0] is not None
+        self.valid_again += fits
+        return fits
+
     def leave_out(self, id: str, text: str, error: str) -> None:
         """Count a row that has no targets though its answer fits the task."""
         self.left_out += 1
@@ -75,8 +87,9 @@ class AnswerCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """The counts as plain JSON."""
-        left_out = {"left_out": self.left_out} if self.left_out else {}
-        return {"rows": self.rows, "valid": self.valid, "reasons": self.reasons, **left_out}
+        more = {"valid_again": self.valid_again, "left_out": self.left_out}
+        counts = {"rows": self.rows, "valid": self.valid, "reasons": self.reasons}
+        return counts | {name: count for name, count in more.items() if count}
 
 
 def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -91,6 +104,7 @@ def joined(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     for part in parts:
         out.rows += part["rows"]
         out.valid += part["valid"]
+        out.valid_again += part.get("valid_again", 0)
         out.left_out += part.get("left_out", 0)
         for kind, reason in part["reasons"].items():
             known = out.reasons.setdefault(kind, {**reason, "count": 0})

@@ -41,6 +41,9 @@ from mlx_distill.tasks.answer import label_prefix, parse_answer
 from mlx_distill.tasks.task import Task
 from mlx_distill.thinking import thinking_budget
 
+SAMPLES = 4
+"""Sampled answers that a teacher is asked for until one fits the task."""
+
 
 @dataclass(frozen=True)
 class TokenizedAnswer:
@@ -92,37 +95,23 @@ def score_answers(
         temperatures: Those at which the mass outside of the top k is found too.
 
     Returns:
-        The targets, and the counts of the teacher's own answers; rows whose answer does not fit the task keep
-        the data's. Where the teacher thinks (``settings.thinking``) they have no targets and are counted, as
-        are those whose thinking did not end: the data's answer would not follow from what it thought.
+        The targets, and the counts of the teacher's own answers. Of a sampled answer that does not fit the
+        task others are drawn, up to :data:`SAMPLES` in all, so that the one that is kept is drawn from the
+        answers that fit. Rows without one keep the data's. Where the teacher thinks (``settings.thinking``)
+        they have no targets and are counted, as are those whose thinking did not end: the data's answer would
+        not follow from what it thought.
     """
     texts = [row["messages"][-1]["content"] for row in rows]
     thoughts = [row["messages"][-1].get("reasoning_content", "") for row in rows]
     thinks, unusable = settings.thinking != "none", set[int]()
     check = AnswerCheck()
     if settings.text != "data":
-        prompts = [row["messages"][:-1] for row in rows]
-        numbers = [0] * len(rows) if samples is None else samples
-        seeds = [
-            (settings.seed, number, crc32(row["id"].encode()))
-            for number, row in zip(numbers, rows, strict=True)
-        ]
-        answers = generate_answers(
-            model,
-            tokenizer,
-            prompts,
-            task.max_answer_tokens,
-            settings.batch_size,
-            seeds if settings.text == "sampled" else None,
-        )
-        for i, (row, answer) in enumerate(zip(rows, answers, strict=True)):
-            cut = answer.finish == "length"
-            data_tokens = len(answer_ids(tokenizer, texts[i])) if cut else None
-            if check.add(row["id"], answer, task.schema, data_tokens):
-                texts[i], thoughts[i] = answer.text, answer.thinking
-            elif thinks:
-                unusable.add(i)
-                check.left_out += 1
+        own = _own_answers(model, tokenizer, rows, task, settings, samples or [0] * len(rows), check)
+        for i, answer in own.items():
+            texts[i], thoughts[i] = answer.text, answer.thinking
+        if thinks:
+            unusable = set(range(len(rows))) - own.keys()
+            check.left_out += len(unusable)
     answers_in_tokens = []
     for i, row in enumerate(rows):
         if i in unusable:
@@ -146,6 +135,40 @@ def score_answers(
         batch_size=settings.batch_size,
     )
     return list(scored), check
+
+
+def _own_answers(
+    model: Any,
+    tokenizer: Any,
+    rows: Sequence[Mapping[str, Any]],
+    task: Task,
+    settings: TargetsConfig,
+    numbers: Sequence[int],
+    check: AnswerCheck,
+) -> dict[int, Generation]:
+    """The teacher's own answers that fit the task, by the row's number; the first ones are counted."""
+    out: dict[int, Generation] = {}
+    asked = list(range(len(rows)))
+    is_sampled = settings.text == "sampled"
+    for attempt in range(SAMPLES if is_sampled else 1):
+        if not asked:
+            break
+        # The first sample has the seed that it would have alone.
+        again = (attempt,) if attempt else ()
+        ids = [(settings.seed, numbers[i], crc32(rows[i]["id"].encode()), *again) for i in asked]
+        prompts = [rows[i]["messages"][:-1] for i in asked]
+        seeds, limits = ids if is_sampled else None, (task.max_answer_tokens, settings.batch_size)
+        for i, answer in zip(asked, generate_answers(model, tokenizer, prompts, *limits, seeds), strict=True):
+            if attempt:
+                fits = check.add_again(answer, task.schema)
+            else:
+                text = rows[i]["messages"][-1]["content"]
+                data_tokens = len(answer_ids(tokenizer, text)) if answer.finish == "length" else None
+                fits = check.add(rows[i]["id"], answer, task.schema, data_tokens)
+            if fits:
+                out[i] = answer
+        asked = [i for i in asked if i not in out]
+    return out
 
 
 def _in_tokens(

@@ -87,6 +87,8 @@ def _targets(report: Report) -> Iterator[Finding]:
     kind, reason = max(unfit.items(), key=lambda item: item[1]["count"])
     error = str(reason["error"]).removeprefix(f"{kind}: ")
     others = "learnt the data’s own text on the others"
+    if again := answers.get("valid_again"):
+        others = f"learnt other samples of {again:,} of the others and the data’s own text on the rest"
     if answers.get("left_out"):  # a teacher that thinks
         others = "did not learn from the others"
     yield finding(

@@ -81,10 +81,7 @@ def targets(context: Context, folder: Path) -> Facts:
     paths = [_check_file(folder, shard) for shard in range(len(writer.shards) + 1)]
     answers = joined([read_json(path) for path in paths if path.is_file()])
     _note_left_out(context, answers, writer.done)
-    if invalid := answers["rows"] - answers["valid"] if settings.thinking == "none" else 0:
-        context.progress.note(
-            f"targets: {invalid} answers of the teacher do not fit the task; these rows keep the data's own"
-        )
+    _note_unfit(context, answers)
     writer.finish(labels=list(context.task.labels), text=settings.text)
     stored = sum(p.stat().st_size for p in folder.glob("[rt]*-0*"))
     told = answers["rows"] or answers.get("left_out")
@@ -114,6 +111,20 @@ def _note_left_out(context: Context, answers: Mapping[str, Any], rows: int) -> N
             f"targets: {counted(left_out, 'row')} left out, since the teacher's thinking or answer cannot be "
             f"used: {_reasons(answers)}"
         )
+
+
+def _note_unfit(context: Context, answers: Mapping[str, Any]) -> None:
+    """Say how many answers do not fit the task, and what these rows have instead."""
+    unfit, again = answers["rows"] - answers["valid"], answers.get("valid_again", 0)
+    if not unfit or context.recipe.targets.thinking != "none":
+        return
+    others = [f"{again} have another sample that does"] if again else []
+    if unfit > again:
+        others.append(f"{unfit - again} keep the data's own")
+    context.progress.note(
+        f"targets: {unfit} of {counted(answers['rows'], 'answer')} of the teacher do not fit the task; of "
+        f"these rows {' and '.join(others)}"
+    )
 
 
 def _reasons(answers: Mapping[str, Any]) -> str:

@@ -112,7 +112,7 @@ def test_targets_max_rows_limits_the_training_rows(folder: Path) -> None:
 def test_an_answer_that_does_not_fit_is_replaced_by_that_of_the_data(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    context = make_context("targets.max_rows=4")
+    context = make_context("targets.max_rows=4", "targets.text=greedy")
     answers = ['{"colour": "yes"}', "no JSON", '{"colour": "maybe"}', '{"colour": "no"}']
     generations = [
         Generation(text, (1,) * 12, 9, "length" if text == "no JSON" else "stop", 0.1) for text in answers
@@ -137,6 +137,33 @@ def test_an_answer_that_does_not_fit_is_replaced_by_that_of_the_data(
             1, abs=1e-4
         )
     assert any("do not fit the task" in note for note in context.progress.notes)  # type: ignore[attr-defined]
+
+
+def test_in_the_place_of_a_sample_that_does_not_fit_another_is_drawn(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    context = make_context("targets.max_rows=4")
+    drawn: list[list[tuple[int, ...]]] = []
+
+    def draw(model: Any, tokenizer: Any, prompts: Any, limit: int, size: int, seeds: Any) -> list[Generation]:
+        """The first row's first sample fits, the second's third, and none of the others."""
+        drawn.append(seeds)
+        assert len(prompts) == len(seeds) == len(set(seeds))
+        first = {seed[2]: number for number, seed in reversed(list(enumerate(drawn[0])))}
+        fits = [(first[seed[2]], len(drawn)) in ((0, 1), (1, 3)) for seed in seeds]
+        return [Generation('{"colour": "yes"}' if one else "none", (1,) * 12, 9, "stop", 0.1) for one in fits]
+
+    monkeypatch.setattr("mlx_distill.distill.teacher.generate_answers", draw)
+    facts = targets_stage(context, folder)["teacher_answers"]
+    assert (facts["valid"], facts["valid_again"]) == (1, 1)
+    assert [len(seeds) for seeds in drawn] == [facts["rows"] - n for n in (0, 1, 1, 2)]
+    assert all(len(seed) == 3 for seed in drawn[0]) and {seed[3] for seed in drawn[2]} == {2}
+    texts = [row.text for row in TargetReader(folder)]
+    assert texts[:2] == ['{"colour": "yes"}'] * 2
+    own = [row["messages"][-1]["content"] for row in read_rows(context, "train")]
+    assert texts[2:4] == own[2:4]
+    (note,) = [note for note in context.progress.notes if "do not fit" in note]  # type: ignore[attr-defined]
+    assert f"1 have another sample that does and {facts['rows'] - 2} keep the data's own" in note
 
 
 def test_targets_are_the_teachers_distributions_over_its_own_template(folder: Path) -> None:

@@ -145,7 +145,10 @@ def test_models_of_the_run_are_asked_with_thinking_open(mapped: Path) -> None:
     assert thinking_budget(load_tokenizer(out / "student_base")) == 0
     report = json.loads((out / "report.json").read_text(encoding="utf-8"))
     told = origin(report)["method"]["Thinking"]
-    assert told == "the teacher and the student think before the answer, at most 24 tokens; others do not"
+    thinking, _, rest = told.partition("; others do not")
+    assert thinking == "the teacher and the student think before the answer, at most 24 tokens"
+    left_out = report["teacher_answers"].get("left_out", 0)
+    assert rest.startswith(f"; {left_out} row") if left_out else not rest
     for name in ("teacher", "student"):
         header, answers = read_predictions(out / "evaluations" / name)
         assert answers and header["settings"]["thinking"] == 24
