@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_distill.models.checkpoint.plan import CheckpointPlan
+from mlx_distill.report.card_prompts import prompt_section
 from mlx_distill.report.tables import metric_titles
 from mlx_distill.run_models import dequantization_note
 from mlx_distill.storage import Manifest, read_manifest
@@ -87,6 +88,7 @@ def card_text(
     lines += ["", "## How it was written", "", *(f"- {note}" for note in notes)]
     if difference := plan.architecture.stock_difference(plan.config):
         lines += ["", f"Note: {difference}."]
+    lines += prompt_section(folder)
     if manifests:
         lines += ["", "## Provenance", "", *(_origin(name, m) for name, m in manifests.items())]
     if report:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from helpers import small_run
 from helpers.thinking import BUDGET, LEARNED, write_thinking_model
 
 import mlx_distill as md
+from mlx_distill.config import ASSETS
 from mlx_distill.data.chat import prompt_ids
 from mlx_distill.errors import DataError
 from mlx_distill.evaluate.artifact import check_artifact
@@ -20,8 +22,10 @@ from mlx_distill.models.load import load, load_tokenizer
 from mlx_distill.models.quantize import quantize_folder
 from mlx_distill.models.trained_on import read_trained_on, write_trained_on
 from mlx_distill.progress import NullProgress
+from mlx_distill.report.card_prompts import prompt_lines
+from mlx_distill.report.model_card import card_text
 from mlx_distill.tasks.task import parse_task
-from mlx_distill.thinking import thinking_budget, write_thinking
+from mlx_distill.thinking import set_thinking, thinking_budget, write_thinking
 
 TURNS = [{"role": "user", "content": "a red otter"}]
 TASK = parse_task(small_run.TASK, "task")
@@ -86,6 +90,38 @@ def test_it_thinks_as_before(folder: Path, tmp_path: Path, kind: str) -> None:
         assert trained_on is not None and trained_on.task is not None
         assert trained_on.task.name == TASK.name
         assert trained_on.system_prompts == (small_run.TASK["system"],)
+
+
+@pytest.mark.parametrize(
+    ("asset", "thinks", "call", "added"),
+    [
+        ("tiny-qwen3", False, {"enable_thinking": False}, ""),
+        ("tiny-qwen3", True, {}, "<think>\n"),
+        ("tiny-gpt-oss", False, {"reasoning_effort": "low"}, "<|channel|>final<|message|>"),
+        ("tiny-gpt-oss", True, {"reasoning_effort": "low"}, "<|channel|>analysis<|message|>"),
+    ],
+)
+def test_the_card_says_how_transformers_makes_the_prompts(
+    asset: str, thinks: bool, call: dict[str, Any], added: str
+) -> None:
+    tokenizer = load_tokenizer(ASSETS / "models" / asset)
+    set_thinking(tokenizer, BUDGET if thinks else 0)
+    (line,) = prompt_lines(tokenizer)
+    assert line.startswith("It thinks before it answers, in at most 24" if thinks else "It answers at once")
+    given = "".join(f", {name}={value!r}" for name, value in call.items())
+    wanted = f"`apply_chat_template(messages, add_generation_prompt=True{given})` makes"
+    code = added.replace("\n", "\\n")
+    assert line.endswith(f"behind what {wanted}, add `{code}`." if added else f"{wanted} them so.")
+    text = tokenizer.apply_chat_template(TURNS, tokenize=False, add_generation_prompt=True, **call) + added
+    own = tokenizer.decode(prompt_ids(tokenizer, TURNS))
+    date = re.compile(r"\d{4}-\d\d-\d\d")  # of harmony's system message
+    assert date.sub("", text) == date.sub("", own)
+
+
+def test_the_card_of_an_export_has_its_prompts(folder: Path, tmp_path: Path) -> None:
+    to_hf(folder / "adapter", tmp_path / "hf", card=card_text)
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert "## Prompts\n\nIt thinks before it answers, in at most 24 tokens. " in card
 
 
 def test_an_adapter_that_does_not_think_on_a_base_that_does(folder: Path, tmp_path: Path) -> None:
