@@ -37,6 +37,7 @@ from mlx_distill.models.peft import is_peft
 from mlx_distill.models.peft_config import peft_config
 from mlx_distill.storage import Manifest, check_folder, finished_name, partial_folder, read_manifest, sha256
 from mlx_distill.text import counted, percent, size
+from mlx_distill.thinking import read_thinking
 
 _READ_BYTES = 1 << 22  # how much of a tensor is checked at once
 
@@ -322,7 +323,9 @@ def _template(folder: Path) -> str:
         return "none"
     formats = {"<|channel|>": "harmony", "<|im_start|>": "ChatML"}
     name = next((name for token, name in formats.items() if token in text), "another")
-    return f"{name}, {len(text)} characters"
+    most = read_thinking(folder)
+    thinks = f"; the model thinks before it answers, in at most {counted(most, 'token')}" if most else ""
+    return f"{name}, {len(text)} characters{thinks}"
 
 
 def _rows(plan: CheckpointPlan) -> list[InspectRow]:

@@ -86,11 +86,11 @@ def _targets(report: Report) -> Iterator[Finding]:
     unfit = {kind: reason for kind, reason in answers["reasons"].items() if kind != NOT_KEPT}
     kind, reason = max(unfit.items(), key=lambda item: item[1]["count"])
     error = str(reason["error"]).removeprefix(f"{kind}: ")
-    others = "learnt the data’s own text on the others"
-    if again := answers.get("valid_again"):
-        others = f"learnt other samples of {again:,} of the others and the data’s own text on the rest"
-    if answers.get("left_out"):  # a teacher that thinks
-        others = "did not learn from the others"
+    again, left_out = answers.get("valid_again"), answers.get("left_out")  # the latter of one that thinks
+    others = "did not learn from the others" if left_out else "learnt the data’s own text on the others"
+    if again:
+        rest = "nothing of the rest" if left_out else "the data’s own text on the rest"
+        others = f"learnt other samples of {again:,} of the others and {rest}"
     yield finding(
         f"only {answers['valid']:,} of {answers['rows']:,} answers of the teacher on training rows fit the "
         f"task, so the student {others}",

@@ -15,6 +15,7 @@ from mlx_distill.config import ASSETS
 from mlx_distill.data.chat import prompt_ids
 from mlx_distill.errors import DataError
 from mlx_distill.evaluate.artifact import check_artifact
+from mlx_distill.inspection import inspect
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.convert import convert
 from mlx_distill.models.export import to_hf, to_peft
@@ -120,6 +121,9 @@ def test_the_card_says_how_transformers_makes_the_prompts(
 
 def test_the_card_of_an_export_has_its_prompts(folder: Path, tmp_path: Path) -> None:
     to_hf(folder / "adapter", tmp_path / "hf", card=card_text)
+    for model in (tmp_path / "hf", folder / "adapter"):
+        assert "thinks before it answers, in at most 24 tokens" in inspect(model).facts["template"]
+    assert "think" not in inspect(folder / "base").facts["template"]
     card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     assert "## Prompts\n\nIt thinks before it answers, in at most 24 tokens. " in card
 

@@ -194,6 +194,8 @@ def test_a_teacher_that_thinks_has_no_targets_of_what_does_not_fit() -> None:
     (entry,) = diagnose(report)
     assert entry["problem"].endswith("so the student did not learn from the others")
     assert "row r1" in entry["reason"]
+    report["teacher_answers"]["valid_again"] = 3
+    assert diagnose(report)[0]["problem"].endswith("other samples of 3 of the others and nothing of the rest")
     report["teacher_answers"] = {"rows": 0, "valid": 0, "left_out": 20, "reasons": {"a": kept}}  # text: data
     assert diagnose(report) == []
 
