@@ -29,6 +29,7 @@ from mlx_distill.losses.token_bytes import vocabulary
 from mlx_distill.models.forward import embedding_rows
 from mlx_distill.models.token_ids import check_token_ids
 from mlx_distill.recipe import DistillConfig
+from mlx_distill.records import Batch
 from mlx_distill.train.objective import LogitReader, trunk
 from mlx_distill.train.validation import evaluation_mode, sequence_losses
 
@@ -151,7 +152,11 @@ class StudentAudit:
         self.terms: TermLosses = loss_terms(settings, labels, groups, same_tokenizer, teacher=live)
 
     def measure(
-        self, model: Any, rows: Sequence[AlignedRow], hidden: Float[mx.array, "n d"] | None
+        self,
+        model: Any,
+        rows: Sequence[AlignedRow],
+        hidden: Float[mx.array, "n d"] | None,
+        compared: Sequence[AlignedRow] | None = None,
     ) -> tuple[Parts, list[dict[str, Any]]]:
         """Measure a batch of rows.
 
@@ -160,17 +165,14 @@ class StudentAudit:
             rows: The rows.
             hidden: Of :meth:`~mlx_distill.distill.live_teacher.LiveTeacher.hidden` of them, where there is a
                 teacher.
+            compared: The same rows with the distributions of the cache that are compared, at the temperature
+                of the comparison; None: ``rows`` themselves.
 
         Returns:
             ``{term: {kind: (events, sum of their losses in nats)}}``, and of each row what
             :func:`compare` says.
         """
-        columns = embedding_rows(model)
-        batch = collate_aligned_rows(
-            rows, list(range(len(rows))), pad_id(self.tokenizer, columns), self.classes
-        )
-        if hidden is not None:
-            batch = replace(batch, extra={**batch.extra, "teacher_hidden": hidden})
+        batch = self._batch(model, rows, hidden)
         with evaluation_mode(model):
             reader = LogitReader(model, trunk(model, batch, batch.extra["positions"]))
             tokens = np.array(batch.labels.reshape(-1)[batch.extra["positions"]])
@@ -180,18 +182,28 @@ class StudentAudit:
                 add_parts(parts, {term: by_kind(kinds[np.array(index)], np.array(losses, dtype=np.float64))})
             if self.teacher is None or self.compared is None or hidden is None:
                 return parts, []
+            if compared is not None:
+                batch = self._batch(model, compared, hidden)
             cached, exact = self._both(reader, batch.extra)
-        return parts, compare(rows, cached, exact)
+        return parts, compare(rows if compared is None else compared, cached, exact)
+
+    def _batch(self, model: Any, rows: Sequence[AlignedRow], hidden: mx.array | None) -> Batch:
+        pad = pad_id(self.tokenizer, embedding_rows(model))
+        batch = collate_aligned_rows(rows, list(range(len(rows))), pad, self.classes)
+        if hidden is None:
+            return batch
+        return replace(batch, extra={**batch.extra, "teacher_hidden": hidden})
 
     def _both(self, reader: LogitReader, extra: Mapping[str, mx.array]) -> tuple[np.ndarray, np.ndarray]:
-        """The compared loss at all common starts, from the cache and from the teacher."""
+        """The compared loss at all common starts, from the cache and from the teacher, at the temperature of
+        the cached distributions. Over token groups that is 1: a temperature softens the groups that a top k
+        reaches, which are others than those of the whole distribution.
+        """
         assert self.compared is not None
         loss, settings = TOKEN_LOSSES[self.compared], self.settings
         # Places in the middle of tokens have targets from the cache alone.
         extra = {name: array for name, array in extra.items() if name not in loss.more_events}
-        temperature = settings.temperature
-        if loss.over_tokens:
-            temperature = float(np.array(extra["temperature"])[0])
+        temperature = float(np.array(extra["temperature"])[0]) if len(extra["temperature"]) else 1.0
         data = TokenLossInput(
             reader,
             extra,

@@ -225,7 +225,9 @@ def audit_texts(figures: Mapping[str, Any]) -> dict[str, str]:
     if changes:
         out["change in bits a byte of general text"] = ", ".join(changes)
     if after := figures["divergence"].get("student"):
-        out[f"{figures['facts']['compared']} to the teacher"] = (
+        softened = figures["facts"]["temperature"]
+        at = f" at temperature {softened:g}" if softened != 1 else ""
+        out[f"{figures['facts']['compared']} to the teacher{at}"] = (
             f"{after['cached']:.4g} nats a position from the cache, {after['exact']:.4g} exactly; "
             f"{percent(after['tail'], 2)} of the mass in the tail"
         )

@@ -304,9 +304,10 @@ class _Audit:
             hidden = dict(mx.load(str(path)))
         sums: Parts = {}
         compared: list[dict[str, Any]] = []
-        for number, batch in enumerate(_batches(pair.aligned, self.batch_size)):
+        batches = (_batches(rows, self.batch_size) for rows in (pair.aligned, pair.compared_rows))
+        for number, (batch, same) in enumerate(zip(*batches, strict=True)):
             check_stop(self.context)
-            parts, lines = audit.measure(model, batch, hidden.get(f"{number:06d}"))
+            parts, lines = audit.measure(model, batch, hidden.get(f"{number:06d}"), same)
             add_parts(sums, parts)
             compared += [{"model": name, **line} for line in lines]
         return {"parts": sums, "compared": compared}

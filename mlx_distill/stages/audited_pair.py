@@ -32,6 +32,8 @@ class AuditedPair:
         coefficients: Of the terms of the student's loss.
         aligned: The sampled targets as rows of the student; ``left_out``: how many could not be aligned;
             ``split``: the set that they are of.
+        compared_rows: The same with the distributions that are compared, at ``compared_temperature``: that of
+            the training where it compares distributions over the same tokens, else 1.
         needs_teacher: Whether a student is measured beside the teacher's distributions.
     """
 
@@ -70,7 +72,13 @@ class AuditedPair:
         self.coefficients = term_coefficients(settings, self.same_tokenizer)
         has_valid = count_rows(context, "valid") > 0
         self.split = "valid" if has_valid else "train"
-        self.aligned, self.left_out = self._aligned()
+        self.aligned, self.left_out = self._aligned(self.temperature)
+        is_own = self.loss is not None and self.compared == self.loss
+        softens = is_own and TOKEN_LOSSES[str(self.loss)].over_tokens
+        self.compared_temperature = self.temperature if softens else 1.0
+        self.compared_rows = self.aligned
+        if self.compared_temperature != self.temperature:
+            self.compared_rows, _ = self._aligned(self.compared_temperature)
         needed = self.compared is not None or (is_live and distributions)
         self.needs_teacher = needed and bool(self.aligned)
 
@@ -85,7 +93,7 @@ class AuditedPair:
             "live": self.settings.teacher == "live",
             "reads_cache": self.reads_cache,
             "top_k": self.reader.layout.top_k,
-            "temperature": self.temperature,
+            "temperature": self.compared_temperature,
         }
 
     @cached_property
@@ -98,8 +106,10 @@ class AuditedPair:
             return None
         return token_groups(self.tokenizers["student"], self.tokenizers["teacher"], self.columns)
 
-    def _aligned(self) -> tuple[list[AlignedRow], int]:
-        """The sampled targets as rows of the student, and the number of those that are left out."""
+    def _aligned(self, temperature: float) -> tuple[list[AlignedRow], int]:
+        """The sampled targets as rows of the student, with their distributions at a temperature, and the
+        number of those that are left out.
+        """
         from mlx_distill.data.chat import render_many
         from mlx_distill.distill.align import aligner, with_answer
 
@@ -112,7 +122,7 @@ class AuditedPair:
             self.labels,
             same_tokenizer=self.same_tokenizer,
             columns=self.columns,
-            temperature=self.temperature,
+            temperature=temperature,
             mid_tokens=mid_tokens(
                 tokenizer,
                 teacher_tokenizer,

@@ -1,7 +1,8 @@
-"""The audit of a student on rows with targets in the middle of tokens."""
+"""The audit of a student: targets in the middle of tokens, temperatures."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -15,7 +16,9 @@ from mlx_distill.distill.live_teacher import LiveTeacher
 from mlx_distill.losses.cross_tokenizer import token_group_kl
 from mlx_distill.losses.mid_token import MidTokenTargets
 from mlx_distill.losses.token_groups import TokenGroups
+from mlx_distill.losses.uld import uld
 from mlx_distill.recipe import DistillConfig
+from mlx_distill.records import TopK
 
 K = 3
 MEMBERS = np.arange(VOCABULARY) // 2
@@ -82,3 +85,39 @@ def test_places_in_the_middle_of_tokens_are_in_the_parts_and_not_in_the_comparis
         z = student(mx.array(row.tokens[None]))[0][mx.array(row.starts - 1)]
         whole = teacher.distribution(teacher.hidden([row]))
         assert line["exact"] == pytest.approx(token_group_kl(z, whole, GROUPS).sum().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", ["token_groups", "uld"])
+def test_with_a_temperature_token_groups_are_compared_at_one(loss: str) -> None:
+    """What a temperature softens are the groups that the top k reaches: of the whole distributions others."""
+    rows = [replace(make_row(n, 9), mid_token=None) for n in range(2)]
+    softened = [replace(row, temperature=2.0) for row in rows] if loss == "uld" else rows
+    student, teacher = make_model(width=16), LiveTeacher(make_model(width=8), None)
+    settings = DistillConfig(
+        label_weight=0.0, text_weight=0.0, token_weight=1.0, token_loss=loss, temperature=2.0
+    )
+    audit = StudentAudit(
+        TOKENIZER,
+        settings,
+        1,
+        None,
+        GROUPS,
+        same_tokenizer=False,
+        teacher=teacher,
+        compared="token_groups",
+    )
+    parts, lines = audit.measure(student, softened, teacher.hidden(rows), rows)
+    for row, line in zip(rows, lines, strict=True):
+        z = student(mx.array(row.tokens[None]))[0][mx.array(row.starts - 1)]
+        whole = teacher.distribution(teacher.hidden([row]))
+        listed = TopK(mx.array(row.topk_ids), mx.array(row.topk_logprobs))
+        for key, targets in (("exact", whole), ("cached", listed)):
+            expected = token_group_kl(z, targets, GROUPS).sum().item()
+            assert line[key] == pytest.approx(expected, rel=1e-4), key
+    # The parts of the loss are those that are trained, at T.
+    z = mx.concatenate([student(mx.array(row.tokens[None]))[0][mx.array(row.starts - 1)] for row in rows])
+    arrays = (np.concatenate([getattr(row, name) for row in rows]) for name in ("topk_ids", "topk_logprobs"))
+    listed = TopK(*map(mx.array, arrays))
+    trained = uld(z / 2, listed) if loss == "uld" else token_group_kl(z, listed, GROUPS, temperature=2.0)
+    total = sum(value for _, value in parts["token"].values())
+    assert total == pytest.approx(trained.sum().item(), rel=1e-4)
