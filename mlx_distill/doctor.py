@@ -227,6 +227,7 @@ def _hub() -> Check:
 
 
 def _recipe(spec: str | Path, folder: Path) -> Iterator[Check]:
+    from mlx_distill.evaluate.audit import FOLDER as AUDIT
     from mlx_distill.graph import graph
     from mlx_distill.recipe import load_recipe
     from mlx_distill.resources import stage_resources, total, total_disk
@@ -237,7 +238,8 @@ def _recipe(spec: str | Path, folder: Path) -> Iterator[Check]:
     for name, need in needs.items():
         text = need.text or "nothing to download; disk not known"
         if need.memory is not None and need.memory > total_memory():
-            fix = "set distill.teacher: cached, or take quantized models (convert.quantize)"
+            less = "evaluate.audit_rows: 0" if name == AUDIT else "distill.teacher: cached"
+            fix = f"set {less}, or take quantized models (convert.quantize)"
             yield Check(name, "bad", f"{text}; {total_memory() / _GB:.1f} GB on this machine", fix)
         else:
             yield Check(name, "ok", text)

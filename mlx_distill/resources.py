@@ -1,5 +1,5 @@
 """What a run downloads and writes, a stage at a time, as far as that is known before anything is loaded; what
-two models at once take of the memory."""
+two models at once take of the memory, and what the audit takes."""
 
 from __future__ import annotations
 
@@ -7,12 +7,15 @@ import fnmatch
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from mlx_distill.config import resolve_asset
+from mlx_distill.evaluate.audit import FOLDER as AUDIT
 from mlx_distill.graph import Stage
 from mlx_distill.models.hub import ALLOWED, IGNORED, is_hub_id
 from mlx_distill.recipe import Recipe, TrainConfig
 from mlx_distill.recipe_training import UNTRAINED
+from mlx_distill.stages.audit import audited_models
 from mlx_distill.status import Plan
 from mlx_distill.storage import read_json
 from mlx_distill.text import size
@@ -32,8 +35,10 @@ class Resources:
         grad_checkpoint: Of a training: whether activations are computed again to save memory.
         model: The Hub model that is downloaded.
         refine: Of the quantization: what is fitted to how many rows.
-        memory: Of a training with a live teacher: bytes of both models and of a tile of logits of each. The
-            activations and the optimizer come on top, so it is what is needed at least.
+        memory: Of a training with a live teacher, and of the audit: bytes of what is loaded at once and of a
+            tile of logits of each model. The activations and the optimizer come on top, so it is what is
+            needed at least.
+        loaded: What is loaded at once.
     """
 
     download: int | None = 0
@@ -42,6 +47,7 @@ class Resources:
     model: str | None = None
     refine: str | None = None
     memory: int | None = None
+    loaded: str = "student and live teacher"
 
     @property
     def text(self) -> str:
@@ -59,7 +65,7 @@ class Resources:
         if self.grad_checkpoint is not None:
             parts.append(f"grad_checkpoint: {str(self.grad_checkpoint).lower()}")
         if self.memory is not None:
-            parts.append(f"memory: at least {size(self.memory)}, student and live teacher")
+            parts.append(f"memory: at least {size(self.memory)}, {self.loaded}")
         if self.refine is not None:
             parts.append(self.refine)
         return "; ".join(parts)
@@ -99,7 +105,46 @@ def stage_resources(recipe: Recipe, stages: Sequence[Stage], out: Path) -> dict[
             if disk is not None:
                 disk += _candidate_bytes(_folder_of("student_base", out, sources), recipe, disk)
             needs[stage.name] = Resources(disk=disk, refine=_refinement(recipe))
+        elif stage.name == AUDIT:
+            needs[stage.name] = _audit(recipe, bases, sources, out)
     return needs
+
+
+def _audit(
+    recipe: Recipe, bases: Mapping[str, Resources], sources: Mapping[str, str], out: Path
+) -> Resources:
+    """The memory of the audit, which loads one model after the other, the student beside the teacher's output
+    head; and on the disk, until it is done, the teacher's hidden states of the targets.
+    """
+    from mlx_distill.errors import DistillError
+    from mlx_distill.models.forward import head, hidden_size
+    from mlx_distill.models.load import empty_model
+    from mlx_distill.models.modules import dequantize_model
+
+    def memory(name: str) -> int | None:
+        return _model_memory(_folder_of(name, out, sources), bases[name].disk, recipe, name)
+
+    teacher = memory("teacher_base")
+    if "student" not in audited_models(recipe):
+        return Resources(disk=0, memory=teacher, loaded="teacher")
+    student, head_bytes, states = memory("student_base"), 0, None
+    folder = _folder_of("teacher_base", out, sources)
+    if folder is not None:
+        try:
+            model = empty_model(folder)
+        except DistillError:  # the run itself reports it
+            return Resources(disk=0)
+        if recipe.dequantizes("teacher_base"):
+            dequantize_model(model)
+        head_bytes = _loaded_bytes(head(model), recipe, "teacher_base") + _logit_bytes(model)
+        rows = recipe.evaluate.audit_rows * recipe.distill.max_length
+        states = rows * hidden_size(model) * _number_bytes(recipe)
+    if teacher is None or student is None:
+        return Resources(disk=states)
+    if teacher >= student + head_bytes:
+        return Resources(disk=states, memory=teacher, loaded="teacher")
+    loaded = "student and the teacher's output head"
+    return Resources(disk=states, memory=student + head_bytes, loaded=loaded)
 
 
 def _live_memory(
@@ -117,13 +162,8 @@ def _live_memory(
 
 def _model_memory(folder: Path | None, disk: int | None, recipe: Recipe, name: str) -> int | None:
     """A loaded model with a tile of its logits. Of one whose config is not on this machine, its files."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
     from mlx_distill.errors import DistillError
-    from mlx_distill.models.forward import head_columns
     from mlx_distill.models.load import empty_model
-    from mlx_distill.models.modules import dequantize_model
 
     if folder is None:
         return disk
@@ -131,13 +171,33 @@ def _model_memory(folder: Path | None, disk: int | None, recipe: Recipe, name: s
         model = empty_model(folder)
     except DistillError:  # the run itself reports it
         return disk
+    return _loaded_bytes(model, recipe, name) + _logit_bytes(model)
+
+
+def _loaded_bytes(module: Any, recipe: Recipe, name: str) -> int:
+    """The weights of a model of a run, or of one of its modules, as they are loaded."""
+    import mlx.core as mx
+    from mlx.utils import tree_flatten
+
+    from mlx_distill.models.modules import dequantize_model
+
     if recipe.dequantizes(name):
-        dequantize_model(model)
-    arrays = [array for _, array in tree_flatten(model.parameters())]
+        dequantize_model(module)
+    arrays = [array for _, array in tree_flatten(module.parameters())]
     weights = sum(array.size for array in arrays if mx.issubdtype(array.dtype, mx.floating))
     packed = sum(array.nbytes for array in arrays if not mx.issubdtype(array.dtype, mx.floating))
-    each = 4 if recipe.compute_dtype == "float32" else 2
-    return weights * each + packed + _LOGIT_ROWS * head_columns(model) * 4
+    return weights * _number_bytes(recipe) + packed
+
+
+def _number_bytes(recipe: Recipe) -> int:
+    return 4 if recipe.compute_dtype == "float32" else 2
+
+
+def _logit_bytes(model: Any) -> int:
+    """A tile of a model's logits."""
+    from mlx_distill.models.forward import head_columns
+
+    return _LOGIT_ROWS * head_columns(model) * 4
 
 
 def _folder_of(base: str, out: Path, sources: Mapping[str, str]) -> Path | None:

@@ -1,24 +1,35 @@
-"""Downloads and disk of a run, stated before anything is loaded."""
+"""Downloads, disk and memory of a run, stated before anything is loaded."""
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import mlx.core as mx
 import pytest
 from helpers.small_chain import finished
 from helpers.small_run import write_recipe
 from mlx.utils import tree_flatten
+from mlx_lm.models import qwen3
 
 from mlx_distill import pipeline
 from mlx_distill.config import ASSETS
 from mlx_distill.doctor import diagnose
 from mlx_distill.graph import graph
 from mlx_distill.models.forward import head_columns
+from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import Recipe, load_recipe
 from mlx_distill.resources import Resources, stage_resources, total, total_disk
+from mlx_distill.runtime import StopFlag
+from mlx_distill.stages.audit import audit
+from mlx_distill.stages.context import Context
+from mlx_distill.stages.prepare import prepare
+from mlx_distill.stages.targets import targets
 from mlx_distill.status import Plan
+from mlx_distill.text import size
 
 FLAGSHIP = "qwen3-8b-to-gpt-oss-20b"
 FILES = {
@@ -139,8 +150,6 @@ def test_doctor_refuses_a_live_teacher_that_does_not_fit(
 def test_doctor_holds_a_recipe_against_the_free_disk(
     hub: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import shutil
-
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=100_000_000_000))
     checks = {check.name: check for check in diagnose(tmp_path, FLAGSHIP).checks}
     assert checks[FLAGSHIP].state == "ok" and "100.0 GB free" in checks[FLAGSHIP].detail
@@ -148,3 +157,46 @@ def test_doctor_holds_a_recipe_against_the_free_disk(
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=70_000_000_000))
     diagnosis = diagnose(tmp_path, FLAGSHIP)
     assert not diagnosis.healthy and diagnosis.checks[-1].state == "bad" and diagnosis.checks[-1].fix
+
+
+def write_wide_model(folder: Path) -> Path:
+    """A model whose weights take more memory than the activations of a few short rows."""
+    shutil.copytree(ASSETS / "models" / "tiny-qwen3", folder)
+    for path in folder.glob("*.safetensors*"):
+        path.unlink()
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 4}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    model = qwen3.Model(qwen3.ModelArgs.from_dict(config))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, metadata={"format": "mlx"})
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "models", "loaded"),
+    [("none", "student", "student and the teacher's output head"), ("lora", "teacher", "teacher")],
+)
+def test_the_memory_of_an_audit_is_what_it_takes(
+    tmp_path: Path, method: str, models: str, loaded: str
+) -> None:
+    """One model is teacher and student, before and after; with the targets of four rows."""
+    wide = write_wide_model(tmp_path / "wide")
+    (tmp_path / "general.txt").write_text("\n\n".join(["A ferry leaves."] * 10), encoding="utf-8")
+    settings = {"audit_rows": 2, "batch_size": 1, "models": [models], "general_text": "general.txt"}
+    blocks = {"teach": {"method": method}, "targets": {"max_rows": 4}, "evaluate": settings}
+    recipe, run = load_recipe(write_recipe(tmp_path, str(wide), **blocks)), tmp_path / "run"
+    need = needs_of(recipe, run)["audit"]
+    assert need.memory is not None and need.loaded == loaded
+    assert need.text.endswith(f"memory: at least {size(need.memory)}, {loaded}")
+    context = Context(recipe, recipe.load_task(), run, NullProgress(), StopFlag())
+    for name in ("data", "targets", "audit"):
+        (run / name).mkdir(parents=True)
+    for name in ("teacher_base", "teacher", "student_base", "student"):
+        (run / name).symlink_to(wide)
+    prepare(context, run / "data")
+    if models == "student":
+        targets(context, run / "targets")
+    peak = audit(context, run / "audit")["peak_memory_bytes"]
+    assert need.memory <= peak <= 1.4 * need.memory
