@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_distill.errors import DataError
 from mlx_distill.recipe import DistillConfig
-from mlx_distill.stages.context import Context, count_rows, read_rows, vocabulary_hash
-from mlx_distill.stages.distill import kept_temperature, mid_tokens, token_groups, with_teachers_chat
-from mlx_distill.stages.targets import fingerprints
+from mlx_distill.stages.context import Context, count_rows, read_rows
+from mlx_distill.stages.pair import open_pair
 from mlx_distill.thinking import set_thinking
 
 if TYPE_CHECKING:
@@ -40,9 +39,7 @@ class AuditedPair:
     def __init__(self, context: Context) -> None:
         from mlx_distill.distill.audit import LOWER_BOUNDS
         from mlx_distill.distill.objective import term_coefficients
-        from mlx_distill.distill.teacher_cache import TargetReader
-        from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
-        from mlx_distill.infer.label_scoring import find_label_trie
+        from mlx_distill.distill.token_losses import TOKEN_LOSSES
         from mlx_distill.models.forward import embedding_rows
         from mlx_distill.models.load import empty_model, load_tokenizer
 
@@ -51,16 +48,13 @@ class AuditedPair:
         if context.task.label is None and settings.label_weight:
             settings = replace(settings, label_weight=0.0)
         self.settings: DistillConfig = settings
-        folders = {"teacher": context.run / "teacher", "student": context.run / "student_base"}
-        self.tokenizers = {role: load_tokenizer(folder) for role, folder in folders.items()}
-        set_thinking(self.tokenizers["student"], context.recipe.student_thinking)
-        self.columns = embedding_rows(empty_model(folders["student"]))
-        self.reader = TargetReader(context.run / "targets")
-        self.reader.check(fingerprints(context, self.tokenizers["teacher"]))
-        hashes = [vocabulary_hash(tokenizer) for tokenizer in self.tokenizers.values()]
-        self.same_tokenizer = hashes[0] == hashes[1]
-        self.labels = find_label_trie(self.tokenizers["student"], context.task, settings.label_weight)
-        self.loss = token_loss_name(settings, self.same_tokenizer)
+        base = context.run / "student_base"
+        tokenizer = load_tokenizer(base)
+        set_thinking(tokenizer, context.recipe.student_thinking)
+        self.pair = pair = open_pair(context, settings, tokenizer, embedding_rows(empty_model(base)))
+        self.tokenizers = {"teacher": pair.teacher, "student": tokenizer}
+        self.reader, self.labels, self.loss = pair.reader, pair.labels, pair.loss
+        self.same_tokenizer = pair.same_tokenizer
         is_live = settings.teacher == "live"
         distributions = self.loss is not None and TOKEN_LOSSES[self.loss].events == "start_index"
         self.reads_cache = distributions and not is_live
@@ -68,7 +62,7 @@ class AuditedPair:
         if not self.reader.layout.sampled:
             plain = "kl" if self.same_tokenizer else "token_groups"
             self.compared = self.loss if self.loss in LOWER_BOUNDS else plain
-        self.temperature = 1.0 if is_live else kept_temperature(self.loss, settings, self.reader.index)
+        self.temperature = pair.temperature
         self.coefficients = term_coefficients(settings, self.same_tokenizer)
         has_valid = count_rows(context, "valid") > 0
         self.split = "valid" if has_valid else "train"
@@ -104,38 +98,20 @@ class AuditedPair:
         needed = [TOKEN_LOSSES[name].needs for name in (self.loss, self.compared) if name]
         if "token_groups" not in needed:
             return None
-        return token_groups(self.tokenizers["student"], self.tokenizers["teacher"], self.columns)
+        return self.pair.groups
 
     def _aligned(self, temperature: float) -> tuple[list[AlignedRow], int]:
         """The sampled targets as rows of the student, with their distributions at a temperature, and the
         number of those that are left out.
         """
         from mlx_distill.data.chat import render_many
-        from mlx_distill.distill.align import aligner, with_answer
+        from mlx_distill.distill.align import with_answer
 
         sampled = self._targets()
-        teacher_tokenizer, tokenizer = self.tokenizers["teacher"], self.tokenizers["student"]
-        align = aligner(
-            self.context.task,
-            tokenizer,
-            teacher_tokenizer,
-            self.labels,
-            same_tokenizer=self.same_tokenizer,
-            columns=self.columns,
-            temperature=temperature,
-            mid_tokens=mid_tokens(
-                tokenizer,
-                teacher_tokenizer,
-                lambda: self.groups,
-                self.loss,
-                self.settings,
-                self.context.recipe.targets.draws,
-            ),
-            finish=with_teachers_chat(self.context, teacher_tokenizer),
-        )
+        align = self.pair.aligner(temperature=temperature, with_chat=True)
         chats = [with_answer(row, targets) for row, targets in sampled]
         rows = []
-        rendered = render_many(tokenizer, chats) if chats else []
+        rendered = render_many(self.tokenizers["student"], chats) if chats else []
         for chat, messages, (_, targets) in zip(rendered, chats, sampled, strict=True):
             if len(chat) > self.settings.max_length:
                 continue

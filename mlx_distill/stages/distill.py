@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,29 +13,24 @@ from mlx_distill.recipe import UNTRAINED, DistillConfig
 from mlx_distill.stages.context import (
     Context,
     Facts,
-    as_teacher,
     check_stop,
     content_of,
     count_rows,
     load_model,
     read_rows,
     rows_file,
-    vocabulary_hash,
 )
 from mlx_distill.stages.label_calibration import calibrate_labels
-from mlx_distill.stages.targets import check_tail, fingerprints
-from mlx_distill.stages.thinking import without_marks
+from mlx_distill.stages.pair import open_pair
 from mlx_distill.stages.training import check_training, fine_tune, train_rows
 from mlx_distill.storage import digest, scratch, sha256, write_json
-from mlx_distill.thinking import set_thinking, thinking_budget
+from mlx_distill.thinking import set_thinking
 
 if TYPE_CHECKING:
     from mlx_distill.distill.align import AlignedRow
     from mlx_distill.distill.joined_rows import JoinedRow
     from mlx_distill.distill.live_teacher import LiveTeacher
     from mlx_distill.distill.teacher_cache import TargetReader
-    from mlx_distill.losses.cross_tokenizer import TokenGroups
-    from mlx_distill.losses.mid_token import MidTokens
     from mlx_distill.records import Batch
     from mlx_distill.storage.array_store import Store
 
@@ -59,11 +54,6 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
             teacher's ``text``; or the student's terms with one-hot labels, ``labels_hard`` of the data or
             ``teacher_hard``.
     """
-    from mlx_distill.data.chat import pad_id
-    from mlx_distill.distill.align import collate_aligned_rows
-    from mlx_distill.distill.hard_targets import with_hard_labels
-    from mlx_distill.distill.live_teacher import with_live_teacher
-    from mlx_distill.distill.objective import kd
     from mlx_distill.models.forward import embedding_rows
 
     settings = context.recipe.distill
@@ -83,11 +73,49 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
             max_rows=settings.max_rows,
         )
     settings = _settings(context, control)
-    token_rows = embedding_rows(model)
     align = own_answer_rows if control == "labels_hard" else partial(aligned_rows, student=model)
-    train, valid, inputs = align(context, folder, tokenizer, settings, token_rows=token_rows)
-    _preflight(context, folder, settings, train.facts, inputs["same_tokenizer"], control)
-    pad, classes = pad_id(tokenizer, token_rows), len(context.task.labels) + 1  # and one for everything else
+    rows = align(context, folder, tokenizer, settings, token_rows=embedding_rows(model))
+    _preflight(context, folder, settings, rows[0].facts, rows[2]["same_tokenizer"], control)
+    facts = train_student(context, folder, model, tokenizer, settings, *rows, control=control)
+    if facts and control is None:  # only the first of several ranks has facts, and writes
+        facts |= calibrate_labels(context, folder, "distill", model, tokenizer)
+    return facts
+
+
+def train_student(
+    context: Context,
+    folder: Path,
+    model: Any,
+    tokenizer: Any,
+    settings: DistillConfig,
+    train: Store[AlignedRow],
+    valid: Store[AlignedRow],
+    inputs: Mapping[str, Any],
+    *,
+    control: str | None = None,
+) -> Facts:
+    """Train a student on aligned rows.
+
+    Args:
+        context: Of the run.
+        folder: Where the stage writes.
+        model: The student.
+        tokenizer: Its tokenizer.
+        settings: Of the training.
+        train: These and the following are those of :func:`aligned_rows`.
+        valid: For validation.
+        inputs: Of the objective.
+        control: As for :func:`distill`.
+    """
+    from mlx_distill.data.chat import pad_id
+    from mlx_distill.distill.align import collate_aligned_rows
+    from mlx_distill.distill.hard_targets import with_hard_labels
+    from mlx_distill.distill.live_teacher import with_live_teacher
+    from mlx_distill.distill.objective import kd
+    from mlx_distill.models.forward import embedding_rows
+
+    pad = pad_id(tokenizer, embedding_rows(model))
+    classes = len(context.task.labels) + 1  # and one for everything else
 
     def collate(rows: Sequence[AlignedRow], chosen: Sequence[Sequence[int]], multiple: int) -> Batch:
         return collate_aligned_rows(rows, chosen, pad, classes, multiple)
@@ -96,8 +124,7 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         collate = with_live_teacher(collate, inputs["teacher"])
     if control == "teacher_hard":
         collate = with_hard_labels(collate)
-
-    facts = train_rows(
+    return train_rows(
         context,
         folder,
         _NAMES[control],
@@ -110,9 +137,6 @@ def distill(context: Context, folder: Path, control: str | None = None) -> Facts
         valid,
         collate,
     )
-    if facts and control is None:  # only the first of several ranks has facts, and writes
-        facts |= calibrate_labels(context, folder, "distill", model, tokenizer)
-    return facts
 
 
 def _settings(context: Context, control: str | None) -> DistillConfig:
@@ -157,90 +181,44 @@ def aligned_rows(
             write, where ``label_weight`` is above 0.
         Interrupted: stopped on request.
     """
-    from mlx_distill.distill.align import aligned_row_from_arrays, aligner, write_aligned_rows
+    from mlx_distill.distill.align import aligned_row_from_arrays, write_aligned_rows
     from mlx_distill.distill.mapped_mass import MappedMass
-    from mlx_distill.distill.teacher_cache import TargetReader
-    from mlx_distill.distill.token_losses import TOKEN_LOSSES, token_loss_name
-    from mlx_distill.infer.label_scoring import find_label_trie
-    from mlx_distill.models.load import load_tokenizer
+    from mlx_distill.distill.token_losses import TOKEN_LOSSES
     from mlx_distill.storage.array_store import Store, is_stored
 
-    reader = TargetReader(context.run / "targets")
-    teacher_tokenizer = load_tokenizer(context.run / "teacher")
-    reader.check(fingerprints(context, teacher_tokenizer))
-    teacher_hash = vocabulary_hash(teacher_tokenizer)
-    same_tokenizer = vocabulary_hash(tokenizer) == teacher_hash
-    labels = find_label_trie(tokenizer, context.task, settings.label_weight)
-    loss = token_loss_name(settings, same_tokenizer)
-    live = loss is not None and settings.teacher == "live"
-    temperature = 1.0 if live else kept_temperature(loss, settings, reader.index)
-    key = _aligned_key(context, content_of(reader.folder), teacher_hash, settings, temperature)
+    pair = open_pair(context, settings, tokenizer, token_rows)
+    targets = pair.reader.folder
+    key = _aligned_key(context, content_of(targets), pair.teacher_hash, settings, pair.temperature)
     folders = {split: scratch(folder) / "pairs" / split for split in SPLITS}
-    both = tokenizer, teacher_tokenizer
-    groups = cache(partial(token_groups, *both, token_rows))
     if not all(is_stored(path, key) for path in folders.values()):
-        middle = mid_tokens(*both, groups, loss, settings, context.recipe.targets.draws)
+        groups = None if pair.same_tokenizer else lambda: pair.groups
         write_aligned_rows(
             folders,
             key,
-            _first_rows(_joined(context, reader), settings.max_rows),
-            aligner(
-                context.task,
-                *both,
-                labels,
-                same_tokenizer=same_tokenizer,
-                columns=token_rows,
-                temperature=temperature,
-                mid_tokens=middle,
-                **({"finish": with_teachers_chat(context, teacher_tokenizer)} if live else {}),
-            ),
+            _first_rows(_joined(context, pair.reader), settings.max_rows),
+            pair.aligner(temperature=pair.temperature, with_chat=pair.is_live),
             tokenizer,
             token_rows=token_rows,
             max_length=settings.max_length,
-            total=len(reader),
+            total=len(pair.reader),
             progress=context.progress,
             check_stop=partial(check_stop, context),
-            mapped=MappedMass(*both, None if same_tokenizer else groups, columns=token_rows),
-            mid_tokens=middle,
+            mapped=MappedMass(tokenizer, pair.teacher, groups, columns=token_rows),
+            mid_tokens=pair.mid_tokens,
         )
     train, valid = (Store(path, aligned_row_from_arrays) for path in folders.values())
-    _check_rows(context, train, settings, reader.folder)
-    needed = groups() if loss is not None and TOKEN_LOSSES[loss].needs == "token_groups" else None
-    inputs = {"labels": labels, "groups": needed, "same_tokenizer": same_tokenizer}
-    return train, valid, {**inputs, "teacher": _live_teacher(context, student, tokenizer) if live else None}
-
-
-def mid_tokens(
-    student_tokenizer: Any,
-    teacher_tokenizer: Any,
-    groups: Callable[[], TokenGroups],
-    loss: str | None,
-    settings: DistillConfig,
-    draws: int = 0,
-) -> MidTokens | None:
-    """What makes the targets of token groups by context, and those in the middle of tokens if they are asked
-    for; None for another loss, and for samples of distributions, which tell too little of the text behind.
-
-    Raises:
-        ConfigError: there are to be some in the middle of tokens, and the loss of the two models has none.
-    """
-    from mlx_distill.losses.mid_token import MidTokens
-
-    if loss is not None and loss != "token_groups" and settings.mid_token_rows:
-        raise ConfigError(
-            f"distill.mid_token_rows: true, and the token-level loss of these two models is {loss}",
-            fix="set distill.mid_token_rows: false, or distill.token_loss: token_groups",
-        )
-    if loss != "token_groups" or draws:
-        return None
-    return MidTokens(student_tokenizer, teacher_tokenizer, groups(), in_middle=settings.mid_token_rows)
-
-
-def with_teachers_chat(context: Context, tokenizer: Any) -> Callable[..., AlignedRow]:
-    """Adds the chat as a live teacher reads it to an aligned row."""
-    from mlx_distill.distill.live_teacher import with_teacher_tokens
-
-    return partial(with_teacher_tokens, tokenizer=tokenizer, system=as_teacher(context).system)
+    _check_rows(context, train, settings, targets)
+    needs_groups = pair.loss is not None and TOKEN_LOSSES[pair.loss].needs == "token_groups"
+    return (
+        train,
+        valid,
+        {
+            "labels": pair.labels,
+            "groups": pair.groups if needs_groups else None,
+            "same_tokenizer": pair.same_tokenizer,
+            "teacher": _live_teacher(context, student, tokenizer) if pair.is_live else None,
+        },
+    )
 
 
 def _joined(context: Context, reader: TargetReader) -> Iterator[JoinedRow]:
@@ -396,34 +374,6 @@ def _check_labelled(context: Context, train: Store[AlignedRow], targets: Path) -
     context.progress.note(
         f"distill: {len(train) - labelled} of {len(train)} rows are left out of the label loss: {reason}"
     )
-
-
-def token_groups(student_tokenizer: Any, teacher_tokenizer: Any, student_columns: int) -> TokenGroups:
-    """The token groups of two tokenizers, with their stop tokens in one group; where the student learns to
-    think, what marks thinking is in none.
-    """
-    from mlx_distill.data.chat import stop_ids
-    from mlx_distill.losses.cross_tokenizer import build_token_groups
-
-    groups = build_token_groups(
-        student_tokenizer,
-        teacher_tokenizer,
-        student_stop=stop_ids(student_tokenizer)[0],
-        teacher_stop=stop_ids(teacher_tokenizer)[0],
-        student_columns=student_columns,
-    )
-    thinks = thinking_budget(student_tokenizer) > 0
-    return without_marks(groups, student_tokenizer, teacher_tokenizer) if thinks else groups
-
-
-def kept_temperature(loss: str | None, settings: DistillConfig, index: Mapping[str, Any]) -> float:
-    """The temperature of the cached distributions that a token-level loss reads, which have to hold them."""
-    from mlx_distill.distill.token_losses import TOKEN_LOSSES
-
-    if loss is None or not TOKEN_LOSSES[loss].over_tokens or settings.temperature == 1:
-        return 1.0
-    check_tail(index, index["layout"]["top_k"])
-    return settings.temperature
 
 
 def _aligned_key(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,17 @@ from helpers.small_run import write_recipe
 from helpers.tiny_model import make_model
 from mlx.utils import tree_flatten
 
-from mlx_distill.distill.align import AlignedRow, aligned_row_from_arrays, collate_aligned_rows
-from mlx_distill.distill.live_teacher import LiveTeacher, with_live_teacher
-from mlx_distill.distill.objective import kd
+from mlx_distill.distill.align import AlignedRow, aligned_row_from_arrays
+from mlx_distill.distill.live_teacher import LiveTeacher
 from mlx_distill.errors import ConfigError, Interrupted
 from mlx_distill.graph import graph
 from mlx_distill.models.adapters import LoraSettings, add_lora, without_adapters
 from mlx_distill.pipeline import run
 from mlx_distill.progress import NullProgress
 from mlx_distill.recipe import load_recipe
-from mlx_distill.records import Batch
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages.context import Context, load_model
-from mlx_distill.stages.distill import aligned_rows, distill
-from mlx_distill.stages.training import train_rows
+from mlx_distill.stages.distill import aligned_rows, distill, train_student
 from mlx_distill.storage.array_store import Store
 from mlx_distill.thinking import set_thinking
 
@@ -86,27 +82,10 @@ def trained(context: Context, folder: Path, shared: bool) -> dict[str, mx.array]
     settings = context.recipe.distill
     model, tokenizer = load_model(context, "student_base")
     set_thinking(tokenizer, context.recipe.student_thinking)
-    train, valid, inputs = aligned_rows(
-        context, folder, tokenizer, settings, student=model if shared else None
-    )
-    assert inputs["teacher"].shared is shared and (inputs["teacher"].model is model) is shared
-
-    def collate(rows: Sequence[AlignedRow], chosen: Sequence[Any], multiple: int) -> Batch:
-        return collate_aligned_rows(rows, chosen, 0, len(context.task.labels) + 1, multiple)
-
-    train_rows(
-        context,
-        folder,
-        "distill",
-        model,
-        tokenizer,
-        "student_base",
-        settings,
-        kd(settings, **inputs),
-        train,
-        valid,
-        with_live_teacher(collate, inputs["teacher"]),
-    )
+    rows = aligned_rows(context, folder, tokenizer, settings, student=model if shared else None)
+    teacher = rows[2]["teacher"]
+    assert teacher.shared is shared and (teacher.model is model) is shared
+    train_student(context, folder, model, tokenizer, settings, *rows)
     return dict(tree_flatten(model.trainable_parameters()))
 
 
