@@ -28,7 +28,7 @@ from mlx_distill.models.trained_on import is_run, newest_model
 from mlx_distill.progress import Progress, make_progress
 from mlx_distill.report.model_card import card_text, with_check
 from mlx_distill.report.summary import read_report, write_report
-from mlx_distill.storage import record_files, write_text
+from mlx_distill.storage import read_manifest, record_files, write_text
 from mlx_distill.tasks.task import Task
 
 
@@ -113,8 +113,7 @@ def write_export(
     if is_run(model):
         model = newest_model(model, progress.note)
     asked = _asked(model, check, rows, task, progress)
-    path = Path(report) if report else Path(model).resolve().parent / "report.json"
-    figures = read_report(path).report if report or path.is_file() else None
+    figures = read_report(report).report if report else _run_figures(Path(model).resolve(), progress)
     card = partial(card_text, report=figures)
     written: ExportReport | AdapterReport
     if to == "peft":
@@ -170,6 +169,25 @@ def _asked(
     file = held_out if rows is None else Path(resolve_asset(str(rows)))
     found = list(islice(read_path(file, str(file), ReadOptions()), check or DEFAULT_ROWS))
     return _Asked(found, known)
+
+
+def _run_figures(model: Path, progress: Progress) -> Mapping[str, Any] | None:
+    """The report of the run that holds a model; None where there is none, or where the model was made again
+    since.
+    """
+    path, manifest = model.parent / "report.json", read_manifest(model)
+    if not path.is_file():
+        return None
+    figures = read_report(path).report
+    stages = (figures.get("provenance") or {}).get("stages") or ()
+    keys = {stage["folder"]: stage["key"] for stage in stages}
+    if manifest is None or not keys or keys.get(model.name) == manifest.key:
+        return figures
+    progress.note(
+        f"the model card has no figures: {path} is not of {model.name} as it is now "
+        "(to fix: run mlx-distill evaluate, or give --report)"
+    )
+    return None
 
 
 def _keep(destination: Path, run: Path, check: Mapping[str, Any], progress: Progress) -> None:

@@ -17,6 +17,7 @@ from mlx_distill.config import ASSETS
 from mlx_distill.models.adapters import LoraSettings, add_lora, save_adapter
 from mlx_distill.models.load import load_model
 from mlx_distill.recipe import load_recipe
+from mlx_distill.storage import read_manifest
 
 SOURCE = ASSETS / "models" / "tiny-qwen3"
 
@@ -79,6 +80,25 @@ def _tensors(folder: Path) -> dict[str, mx.array]:
     return {
         name: tensor for file in folder.glob("*.safetensors") for name, tensor in mx.load(str(file)).items()
     }
+
+
+@pytest.mark.parametrize("made_again", [False, True])
+def test_figures_of_an_earlier_model_are_not_on_the_card(
+    runner: Any, tmp_path: Path, made_again: bool
+) -> None:
+    run, rate = tmp_path / "run", {"value": 0.5, "low": 0.25, "high": 0.75, "n": 8}
+    assert runner.invoke(cli, ["convert", str(SOURCE), str(run / "student")]).exit_code == 0
+    manifest = read_manifest(run / "student")
+    assert manifest is not None
+    key = "of another training" if made_again else manifest.key
+    stages = {"provenance": {"stages": [{"folder": "student", "key": key}]}}
+    report = {"format": 1, "name": "run", "metrics": {"student": {"accuracy": rate}}, **stages}
+    (run / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    result = runner.invoke(cli, ["export", str(run / "student"), str(tmp_path / "out"), "--to", "hf"])
+    assert result.exit_code == 0, result.output
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert ("50.0\u202f%" in card) is not made_again
+    assert ("is not of student as it is now" in result.output) is made_again
 
 
 def test_the_model_card_has_the_figures_of_the_models_run_or_of_a_named_one(
