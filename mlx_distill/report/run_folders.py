@@ -94,13 +94,13 @@ def left_out(run: Path, folders: Sequence[str], recipe: Mapping[str, Any]) -> li
         changed = changed_parents(run, name)
         if name in folders or manifest_of(run / name) is None:
             continue
-        if changed:
-            reason = f"{listed(changed)} {'has' if len(changed) == 1 else 'have'} changed since it was made"
-            out.append({"folder": name, "reason": reason, "fix": f"run mlx-distill {command}"})
-        elif name == AUDIT and not _asks_for_audit(recipe):
+        if name == AUDIT and not _asks_for_audit(recipe):
             out.append(
                 {"folder": name, "reason": "evaluate.audit_rows is 0", "fix": "set evaluate.audit_rows"}
             )
+        elif changed:
+            reason = f"{listed(changed)} {'has' if len(changed) == 1 else 'have'} changed since it was made"
+            out.append({"folder": name, "reason": reason, "fix": f"run mlx-distill {command}"})
     return out
 
 
