@@ -132,9 +132,15 @@ def newest_model(run: str | Path, note: Callable[[str], None]) -> Path:
 
 
 def _valid_share(run: Path, name: str) -> float | None:
-    """The share of a model's answers that fitted the task when the run evaluated it, or None."""
+    """The share of a model's answers that fitted the task when the run evaluated it; None where it has not,
+    or the model was made again since.
+    """
     with suppress(FileError, KeyError, TypeError):
-        share = read_json(run / "report.json")["metrics"][name]["json_valid"]["value"]
+        report, manifest = read_json(run / "report.json"), read_manifest(run / name)
+        keys = {stage["folder"]: stage["key"] for stage in report["provenance"]["stages"]}
+        if manifest is None or keys[name] != manifest.key:
+            return None
+        share = report["metrics"][name]["json_valid"]["value"]
         return None if share is None else float(share)
     return None
 

@@ -94,6 +94,8 @@ def left_out(run: Path, folders: Sequence[str], recipe: Mapping[str, Any]) -> li
         changed = changed_parents(run, name)
         if name in folders or manifest_of(run / name) is None:
             continue
+        if name != AUDIT and recipe.get("student", "") is None:  # the recipe no longer has one
+            continue
         if name == AUDIT and not _asks_for_audit(recipe):
             out.append(
                 {"folder": name, "reason": "evaluate.audit_rows is 0", "fix": "set evaluate.audit_rows"}

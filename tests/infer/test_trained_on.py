@@ -59,6 +59,11 @@ def test_a_run_means_its_newest_usable_model(run: Path) -> None:
     assert newest_model(run, told.append) == run / "student"
     assert "passed over" in told[-3] and weights.name in told[-3]
     assert "0% of this model's unconstrained answers fitted" in told[-1]
+    report = json.loads((run / "report.json").read_text(encoding="utf-8"))
+    (stage,) = [entry for entry in report["provenance"]["stages"] if entry["folder"] == "student"]
+    stage["key"] = "of another training"
+    (run / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    assert newest_model(run, told.append) == run / "student" and "unconstrained" not in told[-1]
 
     shutil.rmtree(run / "student")
     assert newest_model(run, told.append) == run / "teacher"

@@ -117,6 +117,9 @@ def test_of_another_teacher_the_answers_to_the_targets_are_not_counted(run: Path
     assert report["teacher_answers"] is None and report["audit"] is None
     assert [entry["folder"] for entry in report["left_out"]] == ["targets", "audit"]
     assert list(report["curves"]) == ["teacher"]
+    alone = {**RECIPE, "student": None}  # nobody makes targets for it
+    report = build_report(run, alone, make_task(), make_run(run / "own", make_task(), models=("teacher",)))
+    assert [entry["folder"] for entry in report["left_out"]] == ["audit"]
 
 
 def test_an_audit_that_is_not_asked_for_is_not_shown(run: Path) -> None:
