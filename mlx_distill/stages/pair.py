@@ -72,14 +72,20 @@ class Pair:
     def groups(self) -> TokenGroups:
         """The token groups, with the two stop tokens in one; where the student learns to think, what marks
         thinking is in none.
+
+        Raises:
+            ModelError: a stop token that the student's embedding has no row for.
         """
         from mlx_distill.data.chat import stop_ids
         from mlx_distill.losses.cross_tokenizer import build_token_groups
+        from mlx_distill.models.token_ids import check_token_ids
 
+        stop = stop_ids(self.student)[0]
+        check_token_ids([stop], self.columns, self.student)
         groups = build_token_groups(
             self.student,
             self.teacher,
-            student_stop=stop_ids(self.student)[0],
+            student_stop=stop,
             teacher_stop=stop_ids(self.teacher)[0],
             student_columns=self.columns,
         )

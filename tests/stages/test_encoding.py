@@ -24,6 +24,8 @@ from mlx_distill.distill.joined_rows import join_rows
 from mlx_distill.distill.teacher_cache import TargetReader, TeacherTargets
 from mlx_distill.errors import ConfigError, DataError, Interrupted, ModelError
 from mlx_distill.infer.label_scoring import task_label_trie
+from mlx_distill.losses.mid_token import MidTokens
+from mlx_distill.losses.token_groups import build_token_groups
 from mlx_distill.models.load import load_tokenizer
 from mlx_distill.runtime import StopFlag
 from mlx_distill.stages.context import Context, content_of, read_rows, rows_file
@@ -142,12 +144,16 @@ def test_stored_aligned_rows_are_those_of_a_list(folder: Path) -> None:
     labels = task_label_trie(student, context.task)
     plain: dict[str, list[Any]] = {"train": [], "valid": []}
     files = {split: rows_file(context, split) for split in plain}
+    stop, teacher_stop = (templates.stop_ids(side)[0] for side in (student, teacher))
+    groups = build_token_groups(student, teacher, student_stop=stop, teacher_stop=teacher_stop)
+    by_context = MidTokens(student, teacher, groups, in_middle=False)
     for split, row, target in join_rows(files, TargetReader(out / "targets")):
         chat = templates.render(
             student, [*row["messages"][:-1], {"role": "assistant", "content": target.text}]
         )
         encode = partial(templates.answer_ids, student)
-        plain[split].append(align_answer(chat, target, context.task, student, teacher, encode, labels))
+        sides = (student, teacher, encode, labels)
+        plain[split].append(align_answer(chat, target, context.task, *sides, mid_tokens=by_context))
     for store, items in zip(pairs(context, folder), plain.values(), strict=True):
         assert len(store) == len(items) > 0
         for ours, theirs in zip(map(aligned_row_arrays, store), map(aligned_row_arrays, items), strict=True):
