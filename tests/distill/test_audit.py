@@ -63,11 +63,9 @@ def make_row(seed: int, length: int) -> AlignedRow:
     )
 
 
-def test_places_in_the_middle_of_tokens_are_in_the_parts_and_not_in_the_comparison() -> None:
-    rows = [make_row(0, 9), make_row(1, 6)]
-    student, teacher = make_model(width=16), LiveTeacher(make_model(width=8), None)
-    settings = DistillConfig(label_weight=0.0, text_weight=0.0, token_weight=1.0, mid_token_rows=True)
-    audit = StudentAudit(
+def audit_over_groups(settings: DistillConfig, teacher: LiveTeacher) -> StudentAudit:
+    """The audit of a student of two tokenizers, whose divergence is over token groups."""
+    return StudentAudit(
         TOKENIZER,
         settings,
         1,
@@ -77,6 +75,13 @@ def test_places_in_the_middle_of_tokens_are_in_the_parts_and_not_in_the_comparis
         teacher=teacher,
         compared="token_groups",
     )
+
+
+def test_places_in_the_middle_of_tokens_are_in_the_parts_and_not_in_the_comparison() -> None:
+    rows = [make_row(0, 9), make_row(1, 6)]
+    student, teacher = make_model(width=16), LiveTeacher(make_model(width=8), None)
+    settings = DistillConfig(label_weight=0.0, text_weight=0.0, token_weight=1.0, mid_token_rows=True)
+    audit = audit_over_groups(settings, teacher)
     parts, lines = audit.measure(student, rows, teacher.hidden(rows))
     starts = [len(row.starts) for row in rows]
     assert parts["token"]["words"][0] == sum(starts) + 2 * len(rows)
@@ -96,16 +101,7 @@ def test_with_a_temperature_token_groups_are_compared_at_one(loss: str) -> None:
     settings = DistillConfig(
         label_weight=0.0, text_weight=0.0, token_weight=1.0, token_loss=loss, temperature=2.0
     )
-    audit = StudentAudit(
-        TOKENIZER,
-        settings,
-        1,
-        None,
-        GROUPS,
-        same_tokenizer=False,
-        teacher=teacher,
-        compared="token_groups",
-    )
+    audit = audit_over_groups(settings, teacher)
     parts, lines = audit.measure(student, softened, teacher.hidden(rows), rows)
     for row, line in zip(rows, lines, strict=True):
         z = student(mx.array(row.tokens[None]))[0][mx.array(row.starts - 1)]
