@@ -1,5 +1,5 @@
 # make demo        the whole pipeline on tiny models; the last line says where the report is
-# make serve       the server and the dashboard on the demo's result; it prints its address and, the first time, the token
+# make serve       the server and the dashboard on the demo's result (OUT as for the demo); it prints its address and, the first time, the token
 # make test        style, types, import layers, all tests
 # make test-fast   the same in under a minute: without the tests marked slow and without checks of array shapes
 # make lint        style, types, import layers
@@ -18,7 +18,7 @@ demo: $(VENV)/.core
 	@$(BIN)/mlx-distill demo --out $(OUT)
 
 serve: $(VENV)/.serve
-	@$(BIN)/mlx-distill serve --model $(OUT) --share-accelerator
+	@$(BIN)/mlx-distill serve --root $(dir $(abspath $(OUT))) --model $(notdir $(abspath $(OUT))) --share-accelerator
 
 test: $(VENV)/.test
 	@$(MAKE) --no-print-directory lint

@@ -165,7 +165,9 @@ def read_as_it_is(
     if status.kind != "stale":  # nothing is known
         return text, []
     fix = f"make it again: {command_line('run' if is_converted else stage.command)}"
-    return text, [finding(f"{stage.name}: not what the recipe makes now", status.reason, fix)]
+    return text, [
+        finding(f"{stage.name}: not what the recipe makes now", f"since then: {status.reason}", fix)
+    ]
 
 
 def check_owner(stage: Stage, out: Path, recipe: str) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
 if TYPE_CHECKING:
-    from mlx_distill.config_sections import Key
+    from mlx_distill.config_sections import Key, Section
 
 
 @click.group(invoke_without_command=True)
@@ -63,13 +64,21 @@ def copy(name: str, file: Path) -> None:
     click.echo(f"written: {file}; edit it{use}")
 
 
+def _with_key(every: list[Section], name: str) -> list[Section]:
+    """The section of a key, with that key alone."""
+    of, _, last = name.rpartition(".")
+    found = [(entry, key) for entry in every for key in entry.keys if (entry.name, key.name) == (of, last)]
+    return [replace(entry, keys=[key]) for entry, key in found]
+
+
 @recipes.command()
 @click.argument("section", required=False)
 @click.option("--json", "as_json", is_flag=True, help="The result as JSON on standard output.")
 def keys(section: str | None, as_json: bool) -> None:
     """Explain the keys of recipes and tasks, with their defaults.
 
-    SECTION is one of: recipe (the keys at the top level), data, data.sources, data.sources.values,
+    SECTION is a key, such as distill.token_weight, or one of: recipe (the keys at the top
+    level), data, data.sources, data.sources.values,
     convert, teach, targets, distill, quantize, evaluate, controls; task (a file of its own).
     """
     import json
@@ -82,11 +91,11 @@ def keys(section: str | None, as_json: bool) -> None:
     from mlx_distill.text import known_names
 
     every = [*recipe_sections(), *sections(Task, "task")]
-    shown = [entry for entry in every if section in (None, entry.name)]
+    shown = [entry for entry in every if section in (None, entry.name)] or _with_key(every, str(section))
     if not shown:
         names = [entry.name for entry in every]
         raise ConfigError(
-            f"no section {section!r} in a recipe", fix=known_names(str(section), names, "sections")
+            f"no section or key {section!r} in a recipe", fix=known_names(str(section), names, "sections")
         )
     if as_json:
         click.echo(json.dumps(plain({"sections": shown}), ensure_ascii=False, indent=2))

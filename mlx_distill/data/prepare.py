@@ -167,7 +167,7 @@ def _read(
                 values = {**raw, **example.fields}
                 seen.add(values, source.columns, config)
                 leaks.add(number, source, where, raw, example)
-                reason = _filter(text, example, values, config)
+                reason = _empty(task, values) or _filter(text, example, values, config)
                 if reason:
                     dropped.add(reason, where)
                     continue
@@ -189,9 +189,12 @@ def _read(
         bar.update(read)
     warnings = [*seen.check(task, config), *leaks.check()]
     if not len(buffer):
-        reason = next(iter(dropped.summary()), "nothing was read")
+        summary = dropped.summary()
+        reason = next(iter(summary), "nothing was read")
+        such = f", such as {summary[reason]['examples'][0]}" if summary else ""
         domains = f"; the domains are {listed(sorted(seen.domains))}" if seen.domains else ""
-        raise DataError(f"no rows are left of {read}: {reason}{domains}", fix="loosen the filters under data")
+        message = f"no rows are left of {read}: {reason}{domains}{such}"
+        raise DataError(message, fix="correct the rows, or loosen the filters under data")
     return read, warnings
 
 
@@ -223,6 +226,14 @@ def _constant_shingles(task: Task, cache: dict[str, int]) -> UInt64[np.ndarray, 
 def _total(config: DataConfig) -> int | None:
     counts = [source.count for source in config.sources]
     return sum(counts) if all(counts) else None
+
+
+def _empty(task: Task, values: Mapping[str, Any]) -> str | None:
+    """That a row has none of the texts that its prompt is made of; None where it has one, and of chats."""
+    texts = [values.get(name) for name in task.input_fields]
+    if not texts or any(text is None or str(text).strip() for text in texts):
+        return None
+    return f"{listed(task.input_fields)}: empty"
 
 
 def _filter(text: str, example: Example, values: Mapping[str, Any], config: DataConfig) -> str | None:

@@ -164,7 +164,7 @@ def lines(facts: Mapping[str, Any]) -> list[str]:
     ]
     if whole["mapped"] is not None:
         lost = [
-            f"{kind} {percent(rates['lost'])}"
+            f"at {kind} {percent(rates['lost'])}"
             for kind, rates in facts["kinds"].items()
             if kind != "all" and rates["lost"] is not None and rates["lost"] >= 0.001
         ]

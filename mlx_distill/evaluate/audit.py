@@ -224,7 +224,8 @@ def audit_texts(figures: Mapping[str, Any]) -> dict[str, str]:
     ]
     if changes:
         out["change in bits a byte of general text"] = ", ".join(changes)
-    if after := figures["divergence"].get("student"):
+    after = figures["divergence"].get("student")
+    if after and figures["facts"].get("reads_cache", True):
         softened = figures["facts"]["temperature"]
         at = f" at temperature {softened:g}" if softened != 1 else ""
         out[f"{figures['facts']['compared']} to the teacher{at}"] = (

@@ -116,11 +116,11 @@ def advice(facts: Facts) -> str | None:
         more = max(0, facts["rows_needed"] - n)
         return (
             f"The measured difference is near the margin of {margin}. If it is the true one, about "
-            f"{counted(more, 'more row')} would decide; else train {b} on, and look at the broken rows."
+            f"{counted(more, 'more row')} would decide; else {_better(b)}, and look at the broken rows."
         )
     return (
         f"The measured difference is outside the margin of {margin}, and more rows are unlikely to change "
-        f"that: look at the broken rows, and train {b} on."
+        f"that: look at the broken rows, and {_better(b)}."
     )
 
 
@@ -140,7 +140,13 @@ def _where_worse(facts: Facts) -> str:
             f", first at those with {words(name)} {entry['value']} ({entry['broken']:,} of its "
             f"{counted(entry['n'], 'row')} broke)"
         )
-    return f"{where}, and train {b} on, or quantize it less."
+    return f"{where}, and {_better(b)}."
+
+
+def _better(phrase: str) -> str:
+    """What makes the second model better, as an order."""
+    is_quantized = "quantized" in phrase.split()
+    return "train the student longer, or quantize it less" if is_quantized else f"train {phrase} longer"
 
 
 def _points(value: float | None, unit: str) -> str:

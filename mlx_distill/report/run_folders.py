@@ -87,7 +87,8 @@ def left_out(run: Path, folders: Sequence[str], recipe: Mapping[str, Any]) -> li
         recipe: The recipe as a plain mapping.
 
     Returns:
-        Of each the ``folder``, the ``reason``, and under ``fix`` how to have it in the report.
+        Of each the ``folder``, the ``reason``, and under ``fix`` how to have it in the report, empty where
+        the recipe does not ask for it.
     """
     out = []
     for name, command in ((_TARGETS, "targets"), (_QUANTIZED, "quantize"), (AUDIT, "evaluate")):
@@ -97,9 +98,7 @@ def left_out(run: Path, folders: Sequence[str], recipe: Mapping[str, Any]) -> li
         if name != AUDIT and recipe.get("student", "") is None:  # the recipe no longer has one
             continue
         if name == AUDIT and not _asks_for_audit(recipe):
-            out.append(
-                {"folder": name, "reason": "evaluate.audit_rows is 0", "fix": "set evaluate.audit_rows"}
-            )
+            out.append({"folder": name, "reason": "evaluate.audit_rows is 0", "fix": ""})
         elif changed:
             reason = f"{listed(changed)} {'has' if len(changed) == 1 else 'have'} changed since it was made"
             out.append({"folder": name, "reason": reason, "fix": f"run mlx-distill {command}"})
@@ -112,4 +111,5 @@ def left_out_text(entry: Mapping[str, str]) -> str:
     >>> left_out_text({"folder": "audit", "reason": "student has changed since it was made", "fix": "..."})
     'audit is not shown: student has changed since it was made (to fix: ...)'
     """
-    return f"{entry['folder']} is not shown: {entry['reason']} (to fix: {entry['fix']})"
+    text = f"{entry['folder']} is not shown: {entry['reason']}"
+    return f"{text} (to fix: {entry['fix']})" if entry["fix"] else text

@@ -224,6 +224,15 @@ def test_a_closed_pipe_is_quiet(tmp_path: Path) -> None:
     assert result.stderr == ""
 
 
+def test_one_key_is_explained_alone(runner: Any) -> None:
+    out = runner.invoke(cli, ["recipes", "keys", "distill.token_weight"]).stdout
+    assert "token_weight" in out and "text_weight" not in out and out.startswith("distill: ")
+    result = runner.invoke(cli, ["recipes", "keys", "distill.token_wait"])
+    assert result.exit_code == 2 and "no section or key 'distill.token_wait'" in str(result.output) + str(
+        result.exception
+    )
+
+
 def test_every_key_of_a_recipe_is_explained_with_its_default(runner: Any) -> None:
     from mlx_distill.recipe import Recipe
 

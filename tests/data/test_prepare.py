@@ -258,8 +258,20 @@ def test_a_row_that_does_not_fit_stops_or_is_counted(tmp_path: Path, task: Task)
     )
 
 
+def test_a_row_whose_prompt_has_no_text_is_left_out(tmp_path: Path, task: Task) -> None:
+    """Such as a line of a CSV file with empty cells, whose prompt would be the task's own words."""
+    rows, task = songs(20), replace(task, user="{title}: {text}")
+    assert set(task.input_fields) == {"title", "text"}
+    rows[3] |= dict.fromkeys(task.input_fields, " ")
+    rows[4] |= {task.input_fields[0]: ""}
+    statistics, kept = run(tmp_path, task, rows)
+    (reason,) = statistics["dropped"]
+    assert reason.endswith(": empty") and all(name in reason for name in task.input_fields)
+    assert rows[3]["id"] not in kept and rows[4]["id"] in kept
+
+
 def test_nothing_left_is_an_error_with_the_commonest_reason(tmp_path: Path, task: Task) -> None:
-    with pytest.raises(DataError, match="no rows are left of 5: longer than 10 characters"):
+    with pytest.raises(DataError, match=r"no rows are left of 5: longer than 10 characters, such as \S+:1"):
         run(tmp_path, task, songs(5), max_chars=10)
     with pytest.raises(DataError, match="of another domain; the domains are folk, pop"):
         run(tmp_path, task, songs(9), domains=["fol"], domain_field="genre")

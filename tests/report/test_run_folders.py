@@ -142,7 +142,7 @@ def test_what_is_read_as_it_is_stands_in_the_diagnosis(run_copy: Path) -> None:
     assert isinstance(report, RunReport)
     own = [entry for entry in report.diagnosis if "not what the recipe makes now" in entry["problem"]]
     assert [(entry["problem"], entry["reason"]) for entry in own] == [
-        ("Targets: not what the recipe makes now", "Top_k was 8, is 4")
+        ("Targets: not what the recipe makes now", "Since then: top_k was 8, is 4")
     ]
     assert own[0]["fix"].startswith("make it again: mlx-distill targets ")
     assert own[0]["problem"] in report.html.read_text(encoding="utf-8")
