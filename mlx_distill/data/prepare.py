@@ -189,13 +189,19 @@ def _read(
         bar.update(read)
     warnings = [*seen.check(task, config), *leaks.check()]
     if not len(buffer):
-        summary = dropped.summary()
-        reason = next(iter(summary), "nothing was read")
-        such = f", such as {summary[reason]['examples'][0]}" if summary else ""
-        domains = f"; the domains are {listed(sorted(seen.domains))}" if seen.domains else ""
-        message = f"no rows are left of {read}: {reason}{domains}{such}"
-        raise DataError(message, fix="correct the rows, or loosen the filters under data")
+        raise _nothing_left(read, dropped.summary(), sorted(seen.domains))
     return read, warnings
+
+
+def _nothing_left(read: int, dropped: Mapping[str, Any], domains: Sequence[str]) -> DataError:
+    """The error of sources of which no row is left, with the commonest reason and a row of it."""
+    reason = next(iter(dropped), "nothing was read")
+    known = f"; the domains are {listed(domains)}" if domains else ""
+    such = f", such as {dropped[reason]['examples'][0]}" if dropped else ""
+    return DataError(
+        f"no rows are left of {read}: {reason}{known}{such}",
+        fix="correct the rows, or loosen the filters under data",
+    )
 
 
 def asked_text(example: Example) -> str:
